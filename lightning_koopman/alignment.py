@@ -1,0 +1,138 @@
+r"""Minimal linear dimension alignment: backward thin QR, aligned operators, log-volumes.
+
+Let J_L = Q_L hold the output directions of interest and J_{i-1} = K_i J_i. With the thin QR
+J_i = Q_i R_i, inserting the auxiliary layer Q_i Q_iᵀ behind component i
+
+* is lossless: Q_i Q_iᵀ J_i = J_i;
+* is minimal: a layer of rank below rank(J_i) cannot reproduce J_i;
+* gives square operators K̃_i with K_i Q_i = Q_{i-1} K̃_i, whose |det| and the volumes
+  sqrt det(J_iᵀ J_i) = |det R_i| do not depend on the bases chosen;
+* is multiplicative: log|det R_{i-1}| = log|det K̃_i| + log|det R_i|.
+
+Source: Liang et al. (2022), arXiv 2212.00998, names this stage; the construction is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RANK_RTOL = 1e-8
+"""Singular values of a backward step below this share of its largest count as lost directions."""
+
+Operators = Sequence[Sequence[Tensor]]
+"""For step i = 1 … L, one block a lag k = 1 … min(s, i): K_{i,k} of shape ``(d_{i-k}, d_i)``."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Aligned operators and volumes of a chain.
+
+    Attributes:
+        bases: Q_0 … Q_L, each ``(d_i, r)`` with orthonormal columns.
+        operators: K̃_1 … K̃_L, each ``(r, r)``, upper triangular.
+        factors: R_0 … R_L, each ``(r, r)``, with J_i = Q_i R_i.
+        log_volumes: log|R_i[j, j]| by state and output direction, shape ``(L + 1, r)``, in nats.
+        lost: Indices of the states behind which an output direction stops to matter; empty where
+            all directions asked for are kept.
+    """
+
+    bases: tuple[Tensor, ...]
+    operators: tuple[Tensor, ...]
+    factors: tuple[Tensor, ...]
+    log_volumes: Tensor
+    lost: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Number r of aligned directions."""
+        return self.bases[0].shape[1]
+
+    def jacobian(self, state: int) -> Tensor:
+        """Give J_i, how the chosen outputs answer to a state.
+
+        Args:
+            state: Index i, 0 … L.
+
+        Returns:
+            Shape ``(d_i, r)``.
+        """
+        return self.bases[state] @ self.factors[state]
+
+
+def align(operators: Operators, outputs: Tensor) -> Alignment:
+    """Align a chain of operators of differing widths, backward from the outputs of interest.
+
+    Directions are dropped from the right of ``outputs`` until every J_i has full column rank.
+
+    Args:
+        operators: Blocks of each step, in order of execution.
+        outputs: J_L of shape ``(d_L, r)`` with orthonormal columns, most important first.
+
+    Returns:
+        The alignment; its rank is 0 where no direction reaches back to the first state.
+
+    Raises:
+        ValueError: If the widths of neighbouring blocks differ.
+    """
+    width = outputs.shape[0]
+    for step in range(len(operators) - 1, -1, -1):
+        if operators[step][0].shape[1] != width:
+            raise ValueError(
+                f"operator {step + 1} gives {operators[step][0].shape[1]} values, but {width} were "
+                "expected behind it"
+            )
+        width = operators[step][0].shape[0]
+    lost: list[int] = []
+    rank = outputs.shape[1]
+    while True:
+        attempt, kept, state = _align(operators, outputs[:, :rank])
+        if kept == rank:
+            return Alignment(*attempt, lost=tuple(lost))
+        lost.insert(0, state)
+        rank = kept
+
+
+def _align(
+    operators: Operators, outputs: Tensor
+) -> tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor], int, int]:
+    """Go backward once; stop at the first state whose Jacobian has lost rank."""
+    rank = outputs.shape[1]
+    identity = torch.eye(rank, dtype=outputs.dtype, device=outputs.device)
+    bases, factors = [outputs], [identity]
+    aligned: list[Tensor] = []
+    volumes = [torch.zeros(rank, dtype=outputs.dtype, device=outputs.device)]
+    # relative[k] = R_{i+k} R_i^{-1}; forming J_{i-1} R_i^{-1} keeps every factor well scaled.
+    relative = [identity]
+    for state in range(len(operators) - 1, -1, -1):
+        jacobian = sum(
+            (
+                operators[state + lag][lag] @ bases[lag] @ ratio
+                for lag, ratio in enumerate(relative)
+                if lag < len(operators[state + lag])
+            ),
+            torch.zeros(operators[state][0].shape[0], rank, dtype=outputs.dtype, device=outputs.device),
+        )
+        kept = _numerical_rank(jacobian)
+        if kept < rank:
+            return ((), (), (), torch.empty(0)), kept, state
+        basis, triangle = torch.linalg.qr(jacobian)
+        bases.insert(0, basis)
+        aligned.insert(0, triangle)
+        factors.insert(0, triangle @ factors[0])
+        volumes.insert(0, volumes[0] + triangle.diagonal().abs().log())
+        delay = max(len(blocks) for blocks in operators)
+        inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
+        relative = [identity, *(ratio @ inverse for ratio in relative)][:delay]
+        relative = relative[: len(operators) - state + 1]
+    return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), rank, 0
+
+
+def _numerical_rank(jacobian: Tensor) -> int:
+    if jacobian.shape[1] == 0:
+        return 0
+    values = torch.linalg.svdvals(jacobian)
+    return int(((values > RANK_RTOL * values[0]) & (values > 0)).sum())

@@ -1,0 +1,185 @@
+"""Fits every step of a chain on all samples and with each fold left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.moments import Covariances, Layout, covariances
+from lightning_koopman.operator import (
+    RCOND,
+    TIKHONOV_GRID,
+    Spectrum,
+    choose_tikhonov,
+    held_out_errors,
+    spectrum,
+)
+
+Normalize = Literal["none", "rms", "whiten"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The regression problems on some folds, and the moments of the fold left out."""
+
+    count: float
+    train: Covariances
+    test: Covariances | None
+    problems: tuple[Spectrum, ...]
+
+
+def split_chain(layout: Layout, moments: Tensor, fold: int | None, normalize: Normalize) -> Split:
+    """Set up every step's regression on all folds, or on all but one."""
+    total = moments.sum(dim=0)
+    train = covariances(layout, total if fold is None else total - moments[fold])
+    test = None if fold is None else covariances(layout, moments[fold], about=train.means)
+    scales = _scales(train, len(layout.dims), normalize)
+    if scales is not None:
+        train = _rescaled(train, scales)
+        test = None if test is None else _rescaled(test, scales)
+    problems = tuple(
+        spectrum(_regressors(train, layout, i), _targets(train, layout, i))
+        for i in range(1, len(layout.dims))
+    )
+    return Split(train.count, train, test, problems)
+
+
+def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Tensor] | None:
+    """Give T_i for the coordinates x_i T_i, or ``None`` for the coordinates as they are."""
+    if normalize == "none":
+        return None
+    scales = []
+    for i in range(n_states):
+        covariance = train[i, i]
+        if normalize == "rms":
+            variance = covariance.diagonal()
+            alive = variance > RCOND * variance.max()
+            scales.append(torch.diag(torch.where(alive, variance, torch.inf).rsqrt()))
+        else:
+            values, vectors = torch.linalg.eigh(covariance)
+            alive = (values > RCOND * values[-1]) & (values > 0)
+            scales.append(vectors[:, alive] * values[alive].rsqrt())
+    return scales
+
+
+def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
+    return Covariances(
+        given.count,
+        tuple(mean @ scale for mean, scale in zip(given.means, scales, strict=True)),
+        {(i, j): scales[i].T @ block @ scales[j] for (i, j), block in given.blocks.items()},
+    )
+
+
+def lags(layout: Layout, i: int) -> range:
+    """How many states back step i looks: 1 … min(delay, i)."""
+    return range(1, min(layout.delay, i) + 1)
+
+
+def _regressors(given: Covariances, layout: Layout, i: int) -> Tensor:
+    delays = lags(layout, i)
+    if len(delays) == 1:
+        return given[i - 1, i - 1]
+    return torch.cat([torch.cat([given[i - a, i - b] for b in delays], dim=1) for a in delays])
+
+
+def _targets(given: Covariances, layout: Layout, i: int) -> Tensor:
+    return torch.cat([given[i - a, i] for a in lags(layout, i)])
+
+
+def fit_steps(
+    layout: Layout, folds: Sequence[Split], tikhonov: float | None
+) -> tuple[list[float], Tensor, list[Tensor]]:
+    """Pick each step's ridge weight; return it with R² over all folds and with each fold left out."""
+    grid = TIKHONOV_GRID if tikhonov is None else (tikhonov,)
+    steps = range(1, len(layout.dims))
+    chosen: list[float] = []
+    errors = torch.zeros(len(folds), len(steps), dtype=torch.float64)
+    totals = torch.zeros_like(errors)
+    for column, i in enumerate(steps):
+        table = []
+        for row, split in enumerate(folds):
+            assert split.test is not None
+            trace = float(split.test[i, i].diagonal().sum())
+            fold_errors = held_out_errors(
+                split.problems[column],
+                _regressors(split.test, layout, i),
+                _targets(split.test, layout, i),
+                trace,
+                grid,
+            )
+            table.append([split.test.count * error for error in fold_errors])
+            totals[row, column] = split.test.count * trace
+        chosen.append(choose_tikhonov(table, grid) if table else grid[0])
+        errors[:, column] = torch.tensor([row[grid.index(chosen[-1])] for row in table])
+    return chosen, *_pooled_r2(errors, totals)
+
+
+def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """R² over all folds, and over all but each one; NaN where the target never varies."""
+
+    def r2(error: Tensor, total: Tensor) -> Tensor:
+        return torch.where(total > 0, 1 - error / total, torch.nan)
+
+    without = [r2(errors.sum(0) - e, totals.sum(0) - t) for e, t in zip(errors, totals, strict=True)]
+    return r2(errors.sum(0), totals.sum(0)), without
+
+
+def step_blocks(
+    layout: Layout, problems: Sequence[Spectrum], chosen: Sequence[float]
+) -> list[list[Tensor]]:
+    """Solve every step and cut its matrix into one block a lag."""
+    solved = []
+    for i, (problem, tikhonov) in enumerate(zip(problems, chosen, strict=True), start=1):
+        matrix = problem.matrix(tikhonov)
+        if len(lags(layout, i)) == 1:
+            solved.append([matrix])
+        else:
+            widths = [layout.dims[i - lag] for lag in lags(layout, i)]
+            solved.append(list(torch.split(matrix, widths)))
+    return solved
+
+
+def fit_chain(
+    layout: Layout, folds: Sequence[Split], chosen: Sequence[float]
+) -> tuple[Tensor, list[Tensor]]:
+    """Held-out R² of the output predicted from each state through all operators behind it."""
+    last = len(layout.dims) - 1
+    errors = torch.zeros(len(folds), last, dtype=torch.float64)
+    totals = torch.zeros_like(errors)
+    for row, split in enumerate(folds):
+        test = split.test
+        assert test is not None
+        operators = step_blocks(layout, split.problems, chosen)
+        trace = float(test[last, last].diagonal().sum())
+        # ŷ = Σ_a x_{i-a} B_a; replacing x_i by its own prediction leads to state i - 1.
+        width = test[last, last].shape[0]
+        blocks = [torch.eye(width, dtype=torch.float64, device=test.means[0].device)]
+        for i in range(last, 0, -1):
+            error = trace
+            for a, left in enumerate(blocks):
+                error -= 2 * float((left * test[i - a, last]).sum())
+                for b, right in enumerate(blocks):
+                    error += float((left * (test[i - a, i - b] @ right)).sum())
+            errors[row, i - 1] = test.count * max(0.0, error)
+            totals[row, i - 1] = test.count * trace
+            step = [operators[i - 1][lag] @ blocks[0] for lag in range(len(operators[i - 1]))]
+            older = blocks[1:] + [torch.zeros_like(s) for s in step[len(blocks) - 1 :]]
+            blocks = [new + old for new, old in zip(step, older, strict=True)]
+    return _pooled_r2(errors, totals)
+
+
+def state_ranks(layout: Layout, split: Split) -> Tensor:
+    """Numerical rank of the state behind each component."""
+    ranks = []
+    for i in range(1, len(layout.dims)):
+        if layout.delay == 1 and i < len(split.problems):
+            # This state is the regressor of the next step, whose spectrum is at hand.
+            ranks.append(len(split.problems[i].values))
+            continue
+        values = torch.linalg.eigvalsh(split.train[i, i])
+        ranks.append(int(((values > RCOND * values[-1]) & (values > 0)).sum()))
+    return torch.tensor(ranks, dtype=torch.float64)

@@ -1,0 +1,208 @@
+"""Chooses which modules are the network's components."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+from torch import nn
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.RMSNorm,
+)
+
+
+def clean_name(name: str) -> str:
+    """Strip what ``torch.compile`` adds to a dotted module name.
+
+    Args:
+        name: Key of ``named_modules()``.
+
+    Returns:
+        The name the user wrote.
+
+    Example:
+        >>> clean_name("net._orig_mod.0")
+        'net.0'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def named_components(
+    model: nn.Module, components: str | Sequence[str] | None = None
+) -> dict[str, nn.Module]:
+    """Choose the modules that are reported as components.
+
+    Without ``components``, the module tree is walked as a person would draw it: wrappers around a single
+    child are unwrapped; ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened, as are modules
+    that hold a list of blocks; a block that repeats is never opened; modules without parameters
+    belong to the component before them.
+
+    Args:
+        model: Any module.
+        components: Names or glob patterns of ``model.named_modules()``; ``None`` chooses.
+
+    Returns:
+        Modules by name, in order of registration. The order of execution is known only after a
+        forward pass.
+
+    Raises:
+        ValueError: If a name or pattern matches no module, if two chosen modules are nested, or if
+            the model has no parameters to choose by.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> list(named_components(net))
+        ['0', '2']
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules() if name}
+    if components is None:
+        chosen = dict(_automatic(model))
+    else:
+        chosen = _matching(modules, [components] if isinstance(components, str) else components)
+    if not chosen:
+        raise ValueError(
+            f"found no component in {type(model).__name__}: it has no submodule with parameters. "
+            "Name the modules to report with components=[...]."
+        )
+    names = sorted(chosen)
+    for outer, inner in pairwise(names):
+        if inner.startswith(outer + "."):
+            raise ValueError(
+                f"components overlap: {inner!r} is part of {outer!r}. Choose one of the two."
+            )
+    return chosen
+
+
+def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[nn.Module]:
+    """List the modules that belong to whichever component runs right before them.
+
+    These are leaves without parameters (activations, dropout, pooling, flatten) and normalisation
+    layers outside of every component.
+
+    Args:
+        model: The module that the components were chosen from.
+        chosen: The result of :func:`named_components`.
+
+    Returns:
+        Modules, in order of registration.
+    """
+    inside = {id(part) for module in chosen.values() for part in module.modules()}
+    return [
+        module
+        for module in model.modules()
+        if id(module) not in inside
+        and module is not model
+        and not any(True for _ in module.children())
+        and (isinstance(module, _NORMS) or not has_parameters(module))
+    ]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a normalisation layer.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True for batch, layer, group, instance and RMS normalisation.
+    """
+    return isinstance(module, _NORMS)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any part of it has parameters.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        True if there is at least one.
+    """
+    return next(module.parameters(), None) is not None
+
+
+def _matching(modules: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
+    wanted: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in modules if name == pattern or fnmatchcase(name, pattern)}
+        if not found:
+            close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)
+            hint = (
+                f"Close matches: {', '.join(map(repr, close))}."
+                if close
+                else (f"The model has {', '.join(map(repr, list(modules)[:8]))}.")
+            )
+            raise ValueError(f"no module is called {pattern!r}. {hint}")
+        wanted |= found
+    return {name: module for name, module in modules.items() if name in wanted}
+
+
+def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    return [
+        (clean_name(f"{prefix}.{name}" if prefix else name), child)
+        for name, child in module.named_children()
+        if has_parameters(child)
+    ]
+
+
+def _automatic(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    name, node = "", model
+    children = _children(node, name)
+    while len(children) == 1:
+        name, node = children[0]
+        children = _children(node, name)
+    if not children:
+        if has_parameters(node):
+            yield name or type(node).__name__, node
+        return
+    parts = list(_opened(children))
+    # Two towers such as encoder and decoder say little: look one level into them.
+    if len(parts) < 3:
+        deeper = [inner for part in parts for inner in _open_wrapper(*part)]
+        parts = deeper if len(deeper) > len(parts) else parts
+    previous_is_leaf = False
+    for part_name, module in parts:
+        if is_norm(module) and previous_is_leaf:
+            continue
+        previous_is_leaf = not any(True for _ in module.children())
+        yield part_name, module
+
+
+def _open_wrapper(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    children = _children(module, name)
+    while len(children) == 1:
+        (name, module) = children[0]
+        if not _children(module, name):
+            return [(name, module)]
+        children = _children(module, name)
+    if isinstance(module, _CONTAINERS):
+        return list(_opened(children))
+    return [(name, module)]
+
+
+def _opened(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+    kinds = [type(child) for _, child in children]
+    for name, child in children:
+        repeats = kinds.count(type(child)) > 1
+        if isinstance(child, _CONTAINERS) or (_holds_blocks(child) and not repeats):
+            yield from _opened(_children(child, name))
+        else:
+            yield name, child
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Tell whether a list of at least two composite modules sits somewhere inside."""
+    for part in module.modules():
+        if isinstance(part, nn.Sequential | nn.ModuleList):
+            composite = [c for c in part.children() if has_parameters(c) and any(c.children())]
+            if len(composite) >= 2:
+                return True
+    return False

@@ -1,0 +1,285 @@
+"""Credits, gains, nonlinearity, sensitivity and error bars from moments; pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.alignment import Alignment, align
+from lightning_koopman.chain import (
+    Normalize,
+    Split,
+    fit_chain,
+    fit_steps,
+    lags,
+    split_chain,
+    state_ranks,
+    step_blocks,
+)
+from lightning_koopman.moments import Layout
+from lightning_koopman.operator import TIKHONOV_GRID, KoopmanOperator, check_tikhonov
+
+QUANTITIES = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
+"""Names of the numbers reported for every component."""
+
+
+@dataclass(frozen=True)
+class Credits:
+    """Every number of a chain of L components, with its error bar.
+
+    Attributes:
+        values: By quantity, shape ``(L,)`` each.
+        stderr: Jackknife standard errors, the same names and shapes.
+        volumes: log|R_i[j, j]| behind each component, by output direction, shape ``(L, r)``.
+        total: Log-volume of the whole network, in nats a direction.
+        total_stderr: Its standard error.
+        stable: Whether the credit moves less than its error when the ridge weight moves tenfold.
+        operators: One a component; at a delay above 1 its regressors are the states before it, the
+            nearest first.
+        alignment: The aligned chain over all samples.
+        lost: Indices of the components behind which an output direction stops to matter.
+    """
+
+    values: dict[str, Tensor]
+    stderr: dict[str, Tensor]
+    volumes: Tensor
+    total: float
+    total_stderr: float
+    stable: Tensor
+    operators: tuple[KoopmanOperator, ...]
+    alignment: Alignment
+    lost: tuple[int, ...]
+
+
+def compute_credits(
+    layout: Layout,
+    moments: Tensor,
+    *,
+    rank: int | None = None,
+    tikhonov: float | None = None,
+    normalize: Normalize = "none",
+    targets: Sequence[int] | None = None,
+    center: Sequence[Tensor] | None = None,
+) -> Credits:
+    """Compute all numbers of a chain from its moments.
+
+    Args:
+        layout: What the moments hold.
+        moments: Shape ``(folds, size)``.
+        rank: Most output directions to align; ``None`` takes all that reach back to the input.
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one a
+            component by held-out R².
+        normalize: Coordinates of every state: as they are, each unit over its standard deviation, or
+            whitened.
+        targets: Output units of interest; ``None`` takes the leading POD directions of the output.
+        center: Offsets that the moments were summed about, one a state; ``None`` means zero. They
+            only move the operators' means.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: If fewer than two samples were seen, the output is constant, or an argument is
+            out of range.
+    """
+    check_options(
+        folds=layout.folds, delay=layout.delay, rank=rank, tikhonov=tikhonov, normalize=normalize
+    )
+    _check(layout, moments, targets)
+    splits = [split_chain(layout, moments, None, normalize)]
+    for fold in range(layout.folds):
+        # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
+        rest = float(moments[:, 0].sum() - moments[fold, 0])
+        if moments[fold, 0] > 0 and rest >= 2:
+            splits.append(split_chain(layout, moments, fold, normalize))
+    whole, folds = splits[0], splits[1:]
+
+    chosen, r2, r2_folds = fit_steps(layout, folds, tikhonov)
+    output_rank = int(state_ranks(layout, whole)[-1])
+    if output_rank == 0:
+        raise ValueError(
+            f"the output of the last component is constant over all {int(whole.count)} samples, so "
+            "nothing can be credited for it. Check the data, or end the chain earlier with components=."
+        )
+    asked = len(targets) if targets is not None else output_rank
+    asked = min(asked, rank) if rank is not None else asked
+    chain = _align(layout, whole, chosen, asked, targets)
+    kept = chain.rank
+    values = _volumes(layout, whole, chain)
+    chain_r2, chain_r2_folds = fit_chain(layout, folds, chosen)
+    values |= {
+        "r2": r2,
+        "chain_r2": chain_r2,
+        "nonlinearity": 1 - r2,
+        "rank": state_ranks(layout, whole),
+    }
+
+    replicates = []
+    for split, fold_r2, fold_chain_r2 in zip(folds, r2_folds, chain_r2_folds, strict=True):
+        replicate = _volumes(layout, split, _align(layout, split, chosen, kept, targets), kept)
+        replicate |= {"r2": fold_r2, "chain_r2": fold_chain_r2, "nonlinearity": 1 - fold_r2}
+        replicate["rank"] = state_ranks(layout, split)
+        replicates.append(replicate)
+    held_out = torch.tensor([whole.count - split.count for split in folds], dtype=torch.float64)
+    stderr = {
+        name: _jackknife(value, [r[name] for r in replicates], whole.count, held_out)
+        for name, value in values.items()
+    }
+    moved = _align(layout, whole, [max(10 * t, TIKHONOV_GRID[1]) for t in chosen], kept, targets)
+    shift = (_volumes(layout, whole, moved, kept)["credit"] - values["credit"]).abs()
+    return Credits(
+        values={name: values[name] for name in QUANTITIES},
+        stderr={name: stderr[name] for name in QUANTITIES},
+        volumes=chain.log_volumes[1:],
+        total=float(values["total"]),
+        total_stderr=float(stderr["total"]),
+        stable=shift <= stderr["credit"] + 1e-6,
+        operators=_operators(
+            layout,
+            whole if normalize == "none" else split_chain(layout, moments, None, "none"),
+            chosen,
+            r2,
+            center,
+        ),
+        alignment=chain,
+        lost=chain.lost,
+    )
+
+
+def check_options(
+    *,
+    folds: int = 5,
+    delay: int = 1,
+    rank: int | None = None,
+    tikhonov: float | None = None,
+    normalize: str = "none",
+) -> None:
+    """Refuse options that no chain can be computed with, before any work is done.
+
+    Args:
+        folds: Number of folds.
+        delay: Step delay.
+        rank: Most output directions.
+        tikhonov: Ridge weight.
+        normalize: Coordinates of the states.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if folds < 2:
+        raise ValueError(f"folds is {folds}; held-out R² needs at least 2")
+    if delay < 1:
+        raise ValueError(f"delay is {delay}; each operator sees at least one earlier state")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank is {rank}; at least one output direction must be aligned")
+    check_tikhonov(tikhonov)
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize is {normalize!r}; choose one of {get_args(Normalize)}")
+
+
+def samples_needed(layout: Layout) -> int:
+    """Give the number of samples below which the operators are not worth reading.
+
+    Args:
+        layout: The chain.
+
+    Returns:
+        Twice the widest operator's regressors, in every training split.
+    """
+    widest = max(
+        sum(layout.dims[i - lag] for lag in lags(layout, i)) for i in range(1, len(layout.dims))
+    )
+    return math.ceil(2 * widest * layout.folds / (layout.folds - 1))
+
+
+def _check(layout: Layout, moments: Tensor, targets: Sequence[int] | None) -> None:
+    count = int(moments[:, 0].sum())
+    if count < 2:
+        raise ValueError(f"{count} sample arrived; credits need at least 2, and error bars many more")
+    if targets is not None:
+        outside = [t for t in targets if not 0 <= t < layout.dims[-1]]
+        if outside or not targets or len(set(targets)) < len(targets):
+            raise ValueError(
+                f"targets is {list(targets)}; name each output at most once, from 0 to "
+                f"{layout.dims[-1] - 1}"
+            )
+
+
+def _align(
+    layout: Layout,
+    split: Split,
+    chosen: Sequence[float],
+    rank: int,
+    targets: Sequence[int] | None,
+) -> Alignment:
+    covariance = split.train[len(layout.dims) - 1, len(layout.dims) - 1]
+    if targets is not None:
+        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        outputs = identity[:, list(targets)][:, :rank]
+    else:
+        outputs = torch.linalg.eigh(covariance)[1].flip(1)[:, :rank]
+    return align(step_blocks(layout, split.problems, chosen), outputs)
+
+
+def _volumes(
+    layout: Layout, split: Split, chain: Alignment, expected: int | None = None
+) -> dict[str, Tensor]:
+    """Credit, gain, sensitivity and total; NaN where the chain lost the directions expected of it."""
+    n_steps = len(layout.dims) - 1
+    if chain.rank == 0 or (expected is not None and chain.rank != expected):
+        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
+        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
+    volumes = chain.log_volumes.mean(dim=1)
+    spread = [
+        split.train[i, i].diagonal().clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
+        for i in range(1, n_steps + 1)
+    ]
+    return {
+        "credit": volumes[1:],
+        "gain": volumes[:-1] - volumes[1:],
+        "sensitivity": torch.stack([torch.linalg.matrix_norm(s).log() for s in spread]),
+        "total": volumes[0],
+    }
+
+
+def _jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor) -> Tensor:
+    """Delete-one-fold standard error; NaN with fewer than two folds."""
+    # Folds of unequal size: Busing, Meijer & van der Leeden (1999), Statistics and Computing 9, 3-8.
+    if len(replicates) < 2:
+        return torch.full_like(value, torch.nan)
+    ratio = (count / held_out).view(-1, *[1] * value.ndim)
+    stacked = torch.stack(list(replicates))
+    pseudo = ratio * value - (ratio - 1) * stacked
+    centre = len(replicates) * value - ((1 - 1 / ratio) * stacked).sum(dim=0)
+    variance = ((pseudo - centre) ** 2 / (ratio - 1)).mean(dim=0)
+    return variance.sqrt()
+
+
+def _operators(
+    layout: Layout,
+    split: Split,
+    chosen: Sequence[float],
+    r2: Tensor,
+    center: Sequence[Tensor] | None,
+) -> tuple[KoopmanOperator, ...]:
+    """Give each component's operator in the coordinates of the states themselves."""
+    means = list(split.train.means)
+    if center is not None:
+        means = [mean + offset.to(mean) for mean, offset in zip(means, center, strict=True)]
+    return tuple(
+        KoopmanOperator(
+            matrix=problem.matrix(tikhonov),
+            x_mean=torch.cat([means[i - lag] for lag in lags(layout, i)]),
+            y_mean=means[i],
+            r2=float(r2[i - 1]),
+            tikhonov=tikhonov,
+            rank=len(problem.values),
+            condition=problem.condition,
+        )
+        for i, (problem, tikhonov) in enumerate(zip(split.problems, chosen, strict=True), start=1)
+    )

@@ -1,0 +1,146 @@
+"""Streaming means and covariances, a set a fold, that add up over batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each moment of a chain of states lies in one flat row.
+
+    Kept are the sums of every state, the products of every state with itself and with the ``delay``
+    states before it, and the products of every state with the last one.
+
+    Attributes:
+        dims: Widths d_0 … d_L of the states.
+        folds: Number of folds, one row each.
+        delay: Largest step delay that the moments serve.
+    """
+
+    dims: tuple[int, ...]
+    folds: int
+    delay: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.dims) < 2:
+            raise ValueError(
+                f"{len(self.dims)} state arrived; an operator needs two, the state before a component "
+                "and the state after it"
+            )
+        if self.folds < 2:
+            raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
+        if not 1 <= self.delay < len(self.dims):
+            raise ValueError(
+                f"delay is {self.delay}; with {len(self.dims) - 1} components it must lie between 1 "
+                f"and {len(self.dims) - 1}"
+            )
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Index pairs i ≤ j whose products are kept."""
+        last = len(self.dims) - 1
+        return tuple(
+            (i, j)
+            for i in range(last + 1)
+            for j in range(i, last + 1)
+            if j - i <= self.delay or j == last
+        )
+
+    @cached_property
+    def slices(self) -> dict[tuple[int, ...], slice]:
+        """Place of the sum of state i, under ``(i,)``, and of a product, under ``(i, j)``."""
+        places: dict[tuple[int, ...], slice] = {}
+        start = 1
+        for key in [(i,) for i in range(len(self.dims))] + list(self.pairs):
+            size = 1
+            for i in key:
+                size *= self.dims[i]
+            places[key] = slice(start, start + size)
+            start += size
+        return places
+
+    @property
+    def size(self) -> int:
+        """Length of a row: one count, then sums, then products."""
+        return int(self.slices[self.pairs[-1]].stop)
+
+    def zeros(self) -> Tensor:
+        """Make empty moments.
+
+        Returns:
+            Zeros of shape ``(folds, size)``, float64.
+        """
+        return torch.zeros(self.folds, self.size, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Means and covariances of a chain of states over some of the samples.
+
+    Attributes:
+        count: Number of samples.
+        means: Mean of each state, shape ``(d_i,)``.
+        blocks: Products about the means, divided by ``count``, shape ``(d_i, d_j)`` under ``(i, j)``.
+    """
+
+    count: float
+    means: tuple[Tensor, ...]
+    blocks: dict[tuple[int, int], Tensor]
+
+    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
+        i, j = pair
+        return self.blocks[pair] if i <= j else self.blocks[j, i].T
+
+
+def accumulate(layout: Layout, moments: Tensor, states: Sequence[Tensor], fold_of: Tensor) -> None:
+    """Add one batch to the moments, in place.
+
+    Args:
+        layout: What is kept and where.
+        moments: Shape ``(folds, size)``, float64.
+        states: x_0 … x_L about a fixed offset, each ``(n_samples, d_i)``, float64.
+        fold_of: Fold of each sample, shape ``(n_samples,)``.
+    """
+    order = torch.argsort(fold_of)
+    counts = torch.bincount(fold_of, minlength=layout.folds).tolist()
+    parts = [torch.split(state[order], counts) for state in states]
+    for fold, count in enumerate(counts):
+        if not count:
+            continue
+        row = moments[fold]
+        row[0] += count
+        for i, _ in enumerate(states):
+            row[layout.slices[i,]] += parts[i][fold].sum(dim=0)
+        for i, j in layout.pairs:
+            block = row[layout.slices[i, j]].view(layout.dims[i], layout.dims[j])
+            block.addmm_(parts[i][fold].T, parts[j][fold])
+
+
+def covariances(layout: Layout, row: Tensor, *, about: Sequence[Tensor] | None = None) -> Covariances:
+    """Read means and covariances off one row of moments.
+
+    Args:
+        layout: What lies where.
+        row: Sum of the rows of some folds, shape ``(size,)``.
+        about: Means to centre about, in the same offset; ``None`` takes the samples' own.
+
+    Returns:
+        Covariances; all zero where the row holds no sample.
+    """
+    count = float(row[0])
+    scale = 1.0 / count if count else 0.0
+    own = [row[layout.slices[i,]] * scale for i in range(len(layout.dims))]
+    about = own if about is None else about
+    blocks = {}
+    for i, j in layout.pairs:
+        raw = row[layout.slices[i, j]].view(layout.dims[i], layout.dims[j]) * scale
+        # E[(x - a)(y - b)ᵀ] = E[xyᵀ] - m_x bᵀ - a m_yᵀ + abᵀ
+        shift = torch.outer(own[i], about[j]) + torch.outer(about[i], own[j] - about[j])
+        blocks[i, j] = raw - shift if count else raw
+    return Covariances(count, tuple(about), blocks)

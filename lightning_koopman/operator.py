@@ -1,0 +1,297 @@
+"""Fits a Koopman operator from moments or from data, with its held-out R²."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.moments import Layout, accumulate, covariances
+from lightning_koopman.states import sample_keys
+
+TIKHONOV_GRID = (0.0, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Ridge weights tried, in units of the mean variance of the regressors."""
+
+RCOND = 1e-12
+"""Directions whose variance is below this share of the largest are taken as dead."""
+
+
+@dataclass(frozen=True)
+class KoopmanOperator:
+    """A linear map between the states before and after a component.
+
+    Attributes:
+        matrix: K of shape ``(d_in, d_out)``, acting from the right: ``(X - x_mean) @ K + y_mean ≈ Y``.
+        x_mean: Mean of the regressors, shape ``(d_in,)``.
+        y_mean: Mean of the targets, shape ``(d_out,)``.
+        r2: Held-out R² over all units and folds; NaN where no fold could be held out.
+        tikhonov: Ridge weight used, in units of the regressors' mean variance.
+        rank: Numerical rank of the regressors' covariance, or of the matrix if that was limited.
+        condition: Ratio of the largest to the smallest kept variance of the regressors.
+    """
+
+    matrix: Tensor
+    x_mean: Tensor
+    y_mean: Tensor
+    r2: float
+    tikhonov: float
+    rank: int
+    condition: float
+
+    @property
+    def singular_values(self) -> Tensor:
+        """Singular values of the matrix, in descending order."""
+        values: Tensor = torch.linalg.svdvals(self.matrix)
+        return values
+
+    @property
+    def logabsdet(self) -> float:
+        """Sum of the logarithms of the singular values that are kept, in nats.
+
+        For a square operator of full rank this is log|det K|. Kept are those above 1e-8 of the
+        largest; there is none for a zero matrix, which gives minus infinity.
+        """
+        values = self.singular_values
+        kept = values[values > 1e-8 * values[:1].sum()]
+        return float(kept.log().sum()) if len(kept) else float("-inf")
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Carry states across the component.
+
+        Args:
+            x: Shape ``(n_samples, d_in)``.
+
+        Returns:
+            Predicted states, shape ``(n_samples, d_out)``, float64.
+
+        Raises:
+            ValueError: If the width is not ``d_in``.
+        """
+        if x.ndim != 2 or x.shape[1] != self.matrix.shape[0]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected (n_samples, {self.matrix.shape[0]})"
+            )
+        return (x.double() - self.x_mean) @ self.matrix + self.y_mean
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A regression problem in the eigenbasis of its regressors, ready for any ridge weight.
+
+    Attributes:
+        values: Kept eigenvalues of C_xx, descending, shape ``(k,)``.
+        vectors: Their eigenvectors, shape ``(d_in, k)``.
+        projected: ``vectors.T @ C_xy``, shape ``(k, d_out)``.
+        mean_variance: trace(C_xx) / d_in, the unit of the ridge weight.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    projected: Tensor
+    mean_variance: float
+
+    def filters(self, tikhonov: float) -> Tensor:
+        """Inverse eigenvalues under a ridge weight.
+
+        Args:
+            tikhonov: In units of the regressors' mean variance.
+
+        Returns:
+            Shape ``(k,)``.
+        """
+        return 1.0 / (self.values + tikhonov * self.mean_variance)
+
+    def matrix(self, tikhonov: float) -> Tensor:
+        """Solve for the operator.
+
+        Args:
+            tikhonov: In units of the regressors' mean variance.
+
+        Returns:
+            K of shape ``(d_in, d_out)``.
+        """
+        return self.vectors @ (self.filters(tikhonov)[:, None] * self.projected)
+
+    @property
+    def condition(self) -> float:
+        """Ratio of the largest to the smallest kept eigenvalue; 1 where none is kept."""
+        return float(self.values[0] / self.values[-1]) if len(self.values) else 1.0
+
+
+def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
+    """Diagonalise the regressors' covariance and drop its dead directions.
+
+    Args:
+        c_xx: Covariance of the regressors, shape ``(d_in, d_in)``.
+        c_xy: Cross-covariance with the targets, shape ``(d_in, d_out)``.
+
+    Returns:
+        The problem in its eigenbasis.
+    """
+    values, vectors = torch.linalg.eigh(c_xx)
+    values, vectors = values.flip(0), vectors.flip(1)
+    kept = int(((values > RCOND * values[0]) & (values > 0)).sum())
+    vectors = vectors[:, :kept]
+    mean_variance = float(c_xx.diagonal().mean())
+    return Spectrum(values[:kept], vectors, vectors.T @ c_xy, mean_variance)
+
+
+def held_out_errors(
+    train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float, grid: Sequence[float]
+) -> list[float]:
+    """Squared error a sample on held-out moments, for each ridge weight at once.
+
+    Args:
+        train: The problem fitted on the other folds.
+        c_xx: Held-out products of the regressors about the training means, ``(d_in, d_in)``.
+        c_xy: Held-out products with the targets, ``(d_in, d_out)``.
+        c_yy_trace: Held-out squared deviation of the targets from their training mean, a sample.
+        grid: Ridge weights.
+
+    Returns:
+        One non-negative error a weight.
+    """
+    # With K = U diag(f) W, W = UᵀC_xy: SSE = tr C_yy - 2 f·v + fᵀMf costs O(k²) a weight.
+    rotated = train.vectors.T @ c_xx @ train.vectors
+    linear = (train.projected * (train.vectors.T @ c_xy)).sum(dim=1)
+    quadratic = rotated * (train.projected @ train.projected.T)
+    errors = []
+    for tikhonov in grid:
+        f = train.filters(tikhonov)
+        errors.append(max(0.0, c_yy_trace - 2 * float(f @ linear) + float(f @ quadratic @ f)))
+    return errors
+
+
+def check_tikhonov(tikhonov: float | None) -> None:
+    """Refuse a ridge weight that is no non-negative number.
+
+    Args:
+        tikhonov: The weight, or ``None``.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+    """
+    if tikhonov is not None and not 0 <= tikhonov < float("inf"):
+        raise ValueError(f"tikhonov is {tikhonov}; it must be a finite number, 0 or above")
+
+
+def choose_tikhonov(errors: Sequence[Sequence[float]], grid: Sequence[float]) -> float:
+    """Pick the smallest ridge weight whose held-out error is not clearly above the best.
+
+    Held-out R² is flat over decades of ridge weights, while every increase shrinks the operator and
+    its determinant. Of the weights within one standard error of the best, by the folds' paired
+    differences, the smallest is therefore taken.
+
+    Args:
+        errors: A row a fold, a column a weight, already multiplied by the fold's sample count.
+        grid: The weights, ascending.
+
+    Returns:
+        The chosen weight.
+    """
+    table = torch.tensor(errors, dtype=torch.float64)
+    best = int(table.sum(dim=0).argmin())
+    excess = table - table[:, best : best + 1]
+    spread = excess.std(dim=0) * len(errors) ** 0.5 if len(errors) > 1 else torch.zeros(len(grid))
+    allowed = excess.sum(dim=0) <= spread
+    allowed[best] = True
+    return grid[int(allowed.nonzero()[0])]
+
+
+def fit_operator(
+    x: Tensor,
+    y: Tensor,
+    *,
+    tikhonov: float | None = None,
+    rank: int | None = None,
+    folds: int = 5,
+    seed: int = 0,
+) -> KoopmanOperator:
+    r"""Fit the linear map that best carries snapshots ``x`` to snapshots ``y``.
+
+    Minimises :math:`\tfrac{1}{n}\|XK - Y\|_F^2 + \lambda s \|K\|_F^2` over centred data, where
+    :math:`s` is the mean variance of ``x``, from the Gram matrices by ``eigh`` with a relative
+    cut-off, so that dead and duplicate units do no harm.
+
+    Args:
+        x: Snapshots before the component, shape ``(n_samples, d_in)``.
+        y: Snapshots after it, shape ``(n_samples, d_out)``, same row order.
+        tikhonov: Ridge weight λ, without unit; ``None`` picks the one with the best held-out R².
+        rank: Largest rank of the matrix, by reduced-rank regression; ``None`` keeps all.
+        folds: Number of folds that R² is held out over. Equal rows share a fold.
+        seed: Chooses the folds.
+
+    Returns:
+        Operator with ``matrix`` of shape ``(d_in, d_out)``, float64, on the device of ``x``.
+
+    Raises:
+        ValueError: If shapes do not fit, fewer than two rows arrive, a value is not finite, or
+            ``tikhonov`` or ``rank`` is out of range.
+
+    Example:
+        >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> operator = fit_operator(x, x @ torch.diag(torch.tensor([1.0, 2.0, 3.0]).double()))
+        >>> operator.singular_values.round(decimals=6).tolist()
+        [3.0, 2.0, 1.0]
+        >>> round(operator.r2, 9)
+        1.0
+
+    References:
+        Williams, Kevrekidis & Rowley (2015), J. Nonlinear Sci. 25, 1307-1346.
+    """
+    check_tikhonov(tikhonov)
+    if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; expected (n_samples, d_in) and "
+            "(n_samples, d_out) with the same rows"
+        )
+    if x.shape[0] < 2:
+        raise ValueError(f"{x.shape[0]} sample arrived; an operator needs at least 2")
+    if rank is not None and not 1 <= rank <= min(x.shape[1], y.shape[1]):
+        raise ValueError(
+            f"rank is {rank}; for a ({x.shape[1]}, {y.shape[1]}) operator it lies between 1 and "
+            f"{min(x.shape[1], y.shape[1])}"
+        )
+    for name, data in (("x", x), ("y", y)):
+        if not bool(torch.isfinite(data).all()):
+            raise ValueError(f"{name} holds NaN or infinity; remove those rows")
+    layout = Layout((x.shape[1], y.shape[1]), folds)
+    offsets = [x.double().mean(dim=0), y.double().mean(dim=0)]
+    moments = layout.zeros().to(x.device)
+    states = [x.double() - offsets[0], y.double() - offsets[1]]
+    accumulate(layout, moments, states, sample_keys(x, seed) % folds)
+
+    grid = TIKHONOV_GRID if tikhonov is None else (tikhonov,)
+    everything = covariances(layout, moments.sum(dim=0))
+    total, errors = 0.0, []
+    for fold in range(folds):
+        train = covariances(layout, moments.sum(dim=0) - moments[fold])
+        test = covariances(layout, moments[fold], about=train.means)
+        if train.count < 2 or test.count == 0:
+            continue
+        problem = spectrum(train[0, 0], train[0, 1])
+        trace = float(test[1, 1].diagonal().sum())
+        total += test.count * trace
+        fold_errors = held_out_errors(problem, test[0, 0], test[0, 1], trace, grid)
+        errors.append([test.count * error for error in fold_errors])
+    tikhonov = choose_tikhonov(errors, grid) if errors else grid[0]
+    error = sum(row[grid.index(tikhonov)] for row in errors)
+    problem = spectrum(everything[0, 0], everything[0, 1])
+    matrix = problem.matrix(tikhonov)
+    kept = len(problem.values)
+    if rank is not None:
+        # Reduced-rank regression: project the targets on the leading directions of the predictions.
+        _, vectors = torch.linalg.eigh(matrix.T @ everything[0, 1])
+        leading = vectors[:, -rank:]
+        matrix, kept = matrix @ (leading @ leading.T), min(kept, rank)
+    return KoopmanOperator(
+        matrix=matrix,
+        x_mean=everything.means[0] + offsets[0],
+        y_mean=everything.means[1] + offsets[1],
+        r2=1 - error / total if total > 0 else float("nan"),
+        tikhonov=tikhonov,
+        rank=kept,
+        condition=problem.condition,
+    )

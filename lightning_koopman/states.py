@@ -1,0 +1,240 @@
+"""Turns recorded tensors into state vectors: pooling and a frozen POD basis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_POOLED_CELLS = 16
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.GroupNorm,
+)
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """State vectors of one batch.
+
+    Attributes:
+        states: x_0 … x_L, each of shape ``(n_samples, d_i)``, float64, same row order.
+        keys: One integer a sample, shape ``(n_samples,)``; equal inputs have equal keys.
+    """
+
+    states: list[Tensor]
+    keys: Tensor
+
+
+def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:
+    """Flatten a tensor to one row a sample, average-pooling wide spatial and sequence axes first.
+
+    Args:
+        tensor: Shape ``(n_samples, ...)``.
+        max_dim: A sample of at most this many values is only flattened.
+        channels_first: Whether axis 1, not the last, holds the channels.
+
+    Returns:
+        Rows of shape ``(n_samples, d)``, a copy, at least float32. Wide grids are pooled to at most
+        16 cells and about ``16 * max_dim`` values.
+
+    Raises:
+        ValueError: If the tensor has no batch axis or no values.
+
+    Example:
+        >>> pool(torch.ones(2, 64, 28, 28), 256, channels_first=True).shape
+        torch.Size([2, 1024])
+    """
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        raise ValueError(f"a state of shape {tuple(tensor.shape)} holds no sample; rows are samples")
+    # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    values = tensor.detach()
+    if values[0].numel() > max_dim and values.ndim > 2:
+        values = values.to(dtype)
+        if not channels_first:
+            values = values.movedim(-1, 1)
+        if values.ndim > 5:
+            values = values.flatten(4)
+        axes = values.ndim - 2
+        cells = min(_POOLED_CELLS, max(1, 16 * max_dim // values.shape[1]))
+        side = max(1, int(cells ** (1 / axes) + 1e-9))
+        grid = [min(side, size) for size in values.shape[2:]]
+        adaptive: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+        values = adaptive[axes - 1](values, grid)
+    return values.flatten(1).to(dtype, copy=True) if values.ndim > 1 else values.to(dtype)[:, None]
+
+
+def has_channels_first(tensor: Tensor, module: nn.Module) -> bool:
+    """Guess the layout of a module's output.
+
+    Args:
+        tensor: What the module gave.
+        module: The module.
+
+    Returns:
+        True for images and volumes, and for sequences out of a module that holds a convolution or a
+        normalisation over axis 1.
+    """
+    return tensor.ndim > 3 or any(isinstance(part, _CHANNELS_FIRST) for part in module.modules())
+
+
+def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
+    """Hash each row's bits, so that a sample's fold depends on nothing but its content.
+
+    Batch size, order and process do not matter then, and a sample that appears twice (augmentation,
+    padding of a distributed sampler) is never held out from its own copy.
+
+    Args:
+        rows: Shape ``(n_samples, d)``.
+        seed: Chooses the hash.
+
+    Returns:
+        Non-negative int64 keys, shape ``(n_samples,)``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
+    # Adding zero turns -0.0 into 0.0.
+    bits = (rows.double() + 0.0).contiguous().view(torch.int64)
+    keys = (bits * odd.to(bits.device)).sum(dim=1)
+    for shift, factor in ((32, -7046029288634856825), (29, -4417276706812531889)):
+        keys = (keys ^ (keys >> shift)) * factor
+    return (keys >> 16) & (2**40 - 1)
+
+
+class StateReducer:
+    """Streams recorded states into snapshots of at most ``max_dim`` values.
+
+    The first ``2 * max_dim`` samples fix, for every wider state, an orthonormal POD basis that stays
+    frozen; all later samples are projected on it. Rows are gathered until the products over them
+    are large enough to be fast, so memory is bounded by a fixed number of samples.
+
+    Args:
+        max_dim: Largest state vector kept.
+        seed: Chooses the hash of the samples.
+
+    Raises:
+        ValueError: If ``max_dim`` is below 1.
+    """
+
+    def __init__(self, max_dim: int = 256, *, seed: int = 0) -> None:
+        if max_dim < 1:
+            raise ValueError(f"max_dim is {max_dim}; a state vector needs at least one value")
+        self.max_dim = max_dim
+        self.names: tuple[str, ...] = ()
+        self.kept_variance: tuple[float, ...] = ()
+        self.center: list[Tensor] = []
+        self._bases: list[Tensor | None] = []
+        self._buffer: list[list[Tensor]] = []
+        self._rows = 0
+        self._batches = 0
+        self._seed = seed
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Widths of the state vectors, known once the bases are fixed."""
+        return tuple(center.shape[0] for center in self.center)
+
+    def push(self, states: Mapping[str, Tensor]) -> Iterator[Snapshots]:
+        """Take one batch of pooled states.
+
+        Args:
+            states: Rows by name, each ``(n_samples, D_i)``, in order of execution.
+
+        Yields:
+            Snapshots that are ready, if any.
+
+        Raises:
+            ValueError: If names, widths or row counts differ from before, or a value is not finite.
+        """
+        batch, self._batches = self._batches, self._batches + 1
+        self._check(states, batch)
+        self._buffer.append(list(states.values()))
+        self._rows += self._buffer[-1][0].shape[0]
+        size = 2 * self.max_dim
+        if self._rows >= size:
+            columns = [torch.cat(rows) for rows in zip(*self._buffer, strict=True)]
+            whole = self._rows - self._rows % size
+            self._buffer = [[rows[whole:] for rows in columns]]
+            self._rows -= whole
+            for start in range(0, whole, size):
+                yield self._reduce([rows[start : start + size] for rows in columns])
+
+    def flush(self) -> Iterator[Snapshots]:
+        """Hand over what is still gathered.
+
+        Yields:
+            At most one batch of snapshots.
+        """
+        if self._rows:
+            rows = [torch.cat(rows) for rows in zip(*self._buffer, strict=True)]
+            self._buffer, self._rows = [], 0
+            yield self._reduce(rows)
+
+    def _check(self, states: Mapping[str, Tensor], batch: int) -> None:
+        names = tuple(states)
+        if not self.names:
+            self.names = names
+            self._widths = {name: rows.shape[1] for name, rows in states.items()}
+        if names != self.names:
+            odd = sorted(set(names) ^ set(self.names)) or list(names)
+            raise ValueError(
+                f"batch {batch} ran the components {names}, the batches before it {self.names} "
+                f"(difference: {odd}). Choose components that run in every pass with components=[...]."
+            )
+        n_samples = next(iter(states.values())).shape[0]
+        for name, rows in states.items():
+            if rows.shape[0] != n_samples:
+                raise ValueError(
+                    f"component {name!r} gave {rows.shape[0]} rows in batch {batch}, but {names[0]!r} "
+                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis."
+                )
+            if rows.shape[1] != self._widths[name]:
+                raise ValueError(
+                    f"component {name!r} gave {rows.shape[1]} values a sample in batch {batch}, but "
+                    f"{self._widths[name]} before. Bring the samples to one size."
+                )
+            if not bool(torch.isfinite(rows).all()):
+                kind = "NaN" if bool(torch.isnan(rows).any()) else "infinity"
+                raise ValueError(
+                    f"component {name!r} gave {kind} in batch {batch}. Find the sample or the layer "
+                    "with torch.autograd.set_detect_anomaly(True), or leave the batch out."
+                )
+
+    def _reduce(self, rows: list[Tensor]) -> Snapshots:
+        keys = sample_keys(rows[0], self._seed)
+        if not self.center:
+            fitted = [_pod_basis(block, self.max_dim) for block in rows]
+            self._bases = [basis for basis, _ in fitted]
+            self.kept_variance = tuple(share for _, share in fitted)
+        states = [
+            (block if basis is None else block @ basis.to(block)).double()
+            for block, basis in zip(rows, self._bases, strict=True)
+        ]
+        if not self.center:
+            self.center = [state.mean(dim=0) for state in states]
+        return Snapshots(states, keys)
+
+
+def _pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
+    """Find the leading principal directions and the share of variance they keep."""
+    n_samples, width = rows.shape
+    if width <= max_dim:
+        return None, 1.0
+    centred = rows.double() - rows.double().mean(dim=0)
+    # The smaller of the two Gram matrices has the same non-zero spectrum.
+    tall = n_samples >= width
+    gram = centred.T @ centred if tall else centred @ centred.T
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    kept = min(max_dim, int((values > 1e-12 * values[0]).sum()))
+    if kept == 0:
+        return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
+    basis = vectors[:, :kept] if tall else centred.T @ vectors[:, :kept] / values[:kept].sqrt()
+    return basis, float(values[:kept].sum() / values.sum())
