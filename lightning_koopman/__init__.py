@@ -1,21 +1,38 @@
 """Which parts of a trained PyTorch network earn their keep: Koopman credit for every component."""
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
+from lightning_koopman.checkpoints import CheckpointError
 from lightning_koopman.credit import QUANTITIES
-from lightning_koopman.evaluate import credit_report
+from lightning_koopman.evaluate import EvaluationError, credit_report, evaluate_checkpoints
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.operator import KoopmanOperator, fit_operator
 from lightning_koopman.report import CreditReport, ReportFormatError
+
+if TYPE_CHECKING:
+    from lightning_koopman.callback import KoopmanCreditMonitor
 
 __version__ = version("lightning-koopman")
 
 __all__ = [
     "QUANTITIES",
+    "CheckpointError",
     "CreditReport",
+    "EvaluationError",
     "KoopmanCredit",
+    "KoopmanCreditMonitor",
     "KoopmanOperator",
     "ReportFormatError",
     "credit_report",
+    "evaluate_checkpoints",
     "fit_operator",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes seconds to import, and credit_report needs none of it.
+    if name == "KoopmanCreditMonitor":
+        return import_module("lightning_koopman.callback").KoopmanCreditMonitor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

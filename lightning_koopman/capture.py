@@ -192,7 +192,6 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.start_pass()
 
     def start_pass(self) -> None:
         """Forget what was recorded and begin a new forward pass."""

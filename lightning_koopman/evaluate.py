@@ -2,109 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
-from lightning_koopman.capture import INPUT, Capture, undisturbed
 from lightning_koopman.chain import Normalize
-from lightning_koopman.credit import check_options
-from lightning_koopman.metric import KoopmanCredit
+from lightning_koopman.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    apply_checkpoint,
+    find_checkpoints,
+    load_checkpoint,
+)
+from lightning_koopman.measurement import ForwardFn, Measurement
 from lightning_koopman.report import CreditReport
-from lightning_koopman.states import StateReducer, has_channels_first, pool
-
-ForwardFn = Callable[[nn.Module, Any], Any]
-
-
-class Measurement:
-    """One report in the making: captured states in, moments kept, a report out.
-
-    Args:
-        model: The module to watch.
-        components: Names or patterns, as in :func:`lightning_koopman.components.named_components`.
-        max_dim: Largest state vector kept.
-        seed: Chooses the folds.
-        options: Passed on to :class:`KoopmanCredit`.
-
-    Raises:
-        ValueError: If the components cannot be chosen or an option is out of range.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        components: str | Sequence[str] | None = None,
-        *,
-        max_dim: int = 256,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        def keep(tensor: Tensor, module: nn.Module) -> Tensor:
-            return pool(tensor, max_dim, channels_first=has_channels_first(tensor, module))
-
-        check_options(**{k: v for k, v in options.items() if k not in ("targets", "quantities")})
-        self.capture = Capture(model, components, keep=keep)
-        self.n_samples = 0
-        self._reducer = StateReducer(max_dim, seed=seed)
-        self._options = options | {"seed": seed}
-        self._metric: KoopmanCredit | None = None
-        self._silent: list[str] = []
-
-    def end_pass(self) -> None:
-        """Take what the capture recorded in the pass that just ended.
-
-        Raises:
-            ValueError: If no component ran, or the states do not fit those before.
-        """
-        silent = self.capture.silent
-        states = self.capture.end_pass()
-        if len(states) < 2:
-            raise ValueError(
-                f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
-                "Check forward_fn, or name modules that the pass calls with components=[...]."
-            )
-        self._silent = silent
-        self.n_samples += next(iter(states.values())).shape[0]
-        self._take(self._reducer.push(states))
-
-    def report(self, *, step: int | None = None) -> CreditReport:
-        """Finish and compute the report.
-
-        Args:
-            step: Training step the weights belong to.
-
-        Returns:
-            The report.
-
-        Raises:
-            ValueError: If fewer than two samples were seen.
-        """
-        self._take(self._reducer.flush())
-        if self._metric is None:
-            raise ValueError("no sample arrived: the batches were empty")
-        notes = []
-        if self._silent:
-            notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
-        if self._reducer.names[0] != INPUT:
-            notes.append(
-                f"{self._reducer.names[0]!r} takes no floating-point input, so its output is x_0 and it "
-                "has no credit of its own"
-            )
-        kept = self._reducer.kept_variance[1:]
-        return self._metric.report(variance_kept=kept, notes=notes, step=step)
-
-    def _take(self, ready: Iterator[Any]) -> None:
-        for snapshots in ready:
-            if self._metric is None:
-                self._metric = KoopmanCredit(
-                    self._reducer.names[1:],
-                    dims=self._reducer.dims,
-                    center=self._reducer.center,
-                    **self._options,
-                ).to(snapshots.keys.device)
-            self._metric.update(snapshots.states, snapshots.keys)
 
 
 def credit_report(
@@ -154,6 +68,7 @@ def credit_report(
             or an argument is out of range.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> report = credit_report(net, torch.randn(500, 4).split(100))
@@ -177,58 +92,95 @@ def credit_report(
         delay=delay,
         targets=targets,
     )
-    run = default_forward if forward_fn is None else forward_fn
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with undisturbed(model), measurement.capture:
-        for batch in batches:
-            measurement.capture.start_pass()
-            run(model, to_device(batch, device))
-            measurement.end_pass()
+    measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)
 
 
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch as data loaders commonly give it.
+class EvaluationError(CheckpointError):
+    """Some checkpoints could not be evaluated; the others were.
+
+    Attributes:
+        reports: Reports of the checkpoints that could be evaluated, by step.
+        failures: What went wrong with each of the others.
+    """
+
+    def __init__(self, reports: list[CreditReport], failures: list[str]) -> None:
+        super().__init__("\n".join(failures))
+        self.reports = reports
+        self.failures = failures
+
+
+def evaluate_checkpoints(
+    model: nn.Module,
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    batches: Iterable[Any],
+    *,
+    logdir: str | os.PathLike[str] | None = None,
+    trust_checkpoint: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> list[CreditReport]:
+    """Measure the credits of a training after it has ended, checkpoint by checkpoint.
 
     Args:
-        model: Any module.
-        batch: A tensor, a tuple or list whose first entry is the input, or a mapping of keyword
-            arguments.
+        model: A model of the architecture that was saved; its own weights are put back at the end.
+        checkpoints: Paths or glob patterns of Lightning checkpoints or bare state dicts.
+        batches: As in :func:`credit_report`; iterated once a checkpoint.
+        logdir: Folder for TensorBoard, where each checkpoint appears at its own global step.
+        trust_checkpoint: Unpickle whatever the files hold, which may run any code.
+        on_progress: Called with the number of checkpoints done and of all.
+        options: Passed on to :func:`credit_report`.
 
     Returns:
-        What the model returns.
+        One report a checkpoint, sorted by step. A file that does not tell its step counts by its place
+        among the files.
 
     Raises:
-        ValueError: If the batch is none of these.
+        EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
+            after all others were evaluated, and carries their reports.
+        ValueError: As :func:`credit_report`.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list) and batch:
-        return default_forward(model, batch[0])
-    raise ValueError(
-        f"a batch of type {type(batch).__name__} arrived; pass tensors, tuples or mappings, or say how "
-        "to run the model with forward_fn=lambda model, batch: ..."
-    )
+    paths = find_checkpoints(checkpoints)
+    if iter(batches) is batches and len(paths) > 1:
+        batches = list(batches)
+    failures: list[str] = []
+    order: list[tuple[int, Checkpoint]] = []
+    for place, path in enumerate(paths):
+        try:
+            checkpoint = load_checkpoint(path, trust=trust_checkpoint)
+        except CheckpointError as error:
+            failures.append(str(error))
+            continue
+        step = place if checkpoint.step is None else checkpoint.step
+        # Only the step is needed for sorting: weights of many checkpoints need not fit in memory.
+        order.append((step, Checkpoint(path, step, {}, {})))
+    order.sort(key=lambda item: item[0])
 
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested batch.
-
-    Args:
-        value: Tensor, or tuples, lists and mappings of them; anything else is left alone.
-        device: Where to.
-
-    Returns:
-        The batch, with its containers' types kept.
-    """
-    if hasattr(value, "to") and callable(value.to):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: to_device(part, device) for name, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_device(part, device) for part in value))
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(part, device) for part in value)
-    return value
+    original = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    reports: list[CreditReport] = []
+    writer = SummaryWriter(os.fspath(logdir)) if logdir is not None else None
+    try:
+        for done, (step, checkpoint) in enumerate(order):
+            if on_progress is not None:
+                on_progress(done, len(order))
+            try:
+                apply_checkpoint(model, load_checkpoint(checkpoint.path, trust=trust_checkpoint))
+            except CheckpointError as error:
+                failures.append(str(error))
+                continue
+            report = credit_report(model, batches, step=step, **options)
+            reports.append(report)
+            if writer is not None:
+                scalars = report.to_scalars() | {"koopman/total": report.total}
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+        if on_progress is not None:
+            on_progress(len(order), len(order))
+    finally:
+        model.load_state_dict(original)
+        if writer is not None:
+            writer.close()
+    if failures:
+        raise EvaluationError(reports, failures)
+    return reports

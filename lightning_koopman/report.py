@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -251,21 +252,23 @@ class CreditReport:
     def __rich__(self) -> Table:
         at_step = "" if self.step is None else f" at step {self.step}"
         table = Table(
-            title=f"Koopman credit{at_step}: {self.n_samples} samples, {self.directions} output "
+            title=f"Koopman credit{at_step}, {self.n_samples} samples\n{self.directions} output "
             f"directions, total {self.total:.3f} ± {self.total_stderr:.3f} nats a direction",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
             caption="\n".join(self._caption()) or None,
             caption_justify="left",
         )
-        table.add_column("component", overflow="fold")
-        for name in ("credit", "gain", "nonlinearity", "sensitivity", "R²", "chain R²", "rank", "doubt"):
-            table.add_column(name, justify="left" if name == "doubt" else "right")
+        table.add_column("component", overflow="fold", min_width=9)
+        for name in ("credit", "gain", "nonlinearity", "R²", "chain R²", "rank"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("doubt")
         for i, component in enumerate(self.components):
             table.add_row(
                 component,
-                *(
-                    self._with_error(name, i)
-                    for name in ("credit", "gain", "nonlinearity", "sensitivity")
-                ),
+                self._with_error("credit", i),
+                self._with_error("gain", i),
+                f"{self.nonlinearity[i]:.3f}",
                 f"{self.r2[i]:.3f}",
                 f"{self.chain_r2[i]:.3f}",
                 f"{self.rank[i]:.0f}/{self.widths[i]}",
@@ -281,7 +284,7 @@ class CreditReport:
         return console.file.getvalue().rstrip()
 
     def _with_error(self, name: str, i: int) -> str:
-        return f"{getattr(self, name)[i]:.3f} ± {self.stderr[name][i]:.3f}"
+        return f"{getattr(self, name)[i]:.3f}±{self.stderr[name][i]:.3f}"
 
     def _caption(self) -> list[str]:
         marked = int((~self.trusted).sum())

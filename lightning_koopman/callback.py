@@ -1,0 +1,420 @@
+"""A Lightning shell: when to capture, where to log; nothing numerical."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_koopman.capture import is_compiled
+from lightning_koopman.chain import Normalize
+from lightning_koopman.components import named_components
+from lightning_koopman.credit import check_options
+from lightning_koopman.measurement import ForwardFn, Measurement, default_forward
+from lightning_koopman.report import CreditReport, check_quantities
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from lightning.pytorch import Callback
+else:
+    # One class for both namespaces: each Trainer and each LightningCLI asks for its own base.
+    _bases = []
+    for _name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            _bases.append(importlib.import_module(_name).Callback)
+        except ImportError:
+            continue
+    if not _bases:
+        raise ModuleNotFoundError("the callback needs Lightning: pip install lightning")
+    Callback = type("Callback", tuple(_bases), {})
+
+_HISTORY_SAVED = 100
+
+
+def _never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error of ours into one warning, unless the user asked for the error itself."""
+
+    @functools.wraps(hook)
+    def safe(self: KoopmanCreditMonitor, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            self._drop()
+            if self.on_error == "raise":
+                raise
+            self._warn_once(f"no Koopman credit this time: {error}")
+        except BaseException:
+            self._drop()
+            raise
+
+    return safe
+
+
+class KoopmanCreditMonitor(Callback):
+    """Watch the Koopman credit of every component while a network trains.
+
+    Hooks ride along the validation batches that Lightning runs anyway, and come off after each of them,
+    so no extra forward pass happens and training is bit-identical with the callback on. After every
+    validation epoch that is due, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total`` and
+    ``<prefix>/overhead_s`` go to every logger at Lightning's own step, and into
+    ``trainer.callback_metrics``, where ``EarlyStopping`` and ``ModelCheckpoint`` find them. At the end
+    of training :attr:`report` holds a report on the final weights.
+
+    Without a validation loop the first training batches of an epoch are kept and run once more, in
+    eval mode, at its end. Parts that went through ``torch.compile`` take no hooks; then each validation
+    batch is run once more, eagerly.
+
+    Args:
+        components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
+        quantities: Which numbers are logged; ``<name>_stderr`` logs standard errors.
+        every_n_epochs: Measure in every n-th epoch.
+        max_samples: Most samples a measurement looks at.
+        max_dim: States wider than this are pooled and projected on their leading POD directions.
+        folds: Number of folds for held-out R² and error bars.
+        rank: Most output directions to align; ``None`` takes all that reach back to the input.
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one a
+            component by held-out R².
+        normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
+            deviation (``"rms"``) or whitened (``"whiten"``).
+        delay: Step delay: how many earlier states each operator sees.
+        targets: Output units of interest; ``None`` takes the leading POD directions of the output.
+        forward_fn: How to run the module on a batch where an extra pass is needed; ``None`` calls it on
+            the input.
+        prefix: First part of every logged key; give each of several monitors its own.
+        on_error: ``"warn"`` turns any error of the measurement into one warning; ``"raise"`` raises it.
+        seed: Chooses the folds.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when training starts, if a named component does
+            not exist.
+    """
+
+    def __init__(
+        self,
+        components: str | Sequence[str] | None = None,
+        *,
+        quantities: Sequence[str] = ("credit", "gain", "nonlinearity", "r2", "chain_r2"),
+        every_n_epochs: int = 1,
+        max_samples: int = 4096,
+        max_dim: int = 256,
+        folds: int = 5,
+        rank: int | None = None,
+        tikhonov: float | None = None,
+        normalize: Normalize = "none",
+        delay: int = 1,
+        targets: Sequence[int] | None = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        prefix: str = "koopman",
+        on_error: Literal["warn", "raise"] = "warn",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
+        check_quantities(quantities)
+        for name, value in (
+            ("every_n_epochs", every_n_epochs),
+            ("max_samples", max_samples),
+            ("max_dim", max_dim),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or above")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error is {on_error!r}; choose 'warn' or 'raise'")
+        self.components = components
+        self.quantities = tuple(quantities)
+        self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
+        self.forward_fn: ForwardFn | None = forward_fn
+        self.prefix = prefix
+        self.on_error = on_error
+        self.history: list[CreditReport] = []
+        self._options: dict[str, Any] = {
+            "max_dim": max_dim,
+            "folds": folds,
+            "rank": rank,
+            "tikhonov": tikhonov,
+            "normalize": normalize,
+            "delay": delay,
+            "targets": targets,
+            "seed": seed,
+        }
+        self._warned: set[str] = set()
+        self._measurement: Measurement | None = None
+        self._ride_along = True
+        self._from_training = False
+        self._kept: list[Any] = []
+        self._kept_samples = 0
+        self._measured_at: int | None = None
+        self._checkpoint_step: int | None = None
+        self._resuming = False
+
+    @property
+    def report(self) -> CreditReport | None:
+        """The newest report, if there is one."""
+        return self.history[-1] if self.history else None
+
+    @property
+    def state_key(self) -> str:
+        """Tells several monitors of one Trainer apart in its checkpoints."""
+        return self._generate_state_key(prefix=self.prefix, components=self.components)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the newest reports in the plain types that a safe checkpoint may hold.
+
+        Returns:
+            The history, as JSON text.
+        """
+        return {"history": [json.dumps(r.to_dict()) for r in self.history[-_HISTORY_SAVED:]]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the history back when training resumes; evaluation leaves it alone.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave.
+        """
+        if self._resuming:
+            self.history = [CreditReport.from_dict(json.loads(text)) for text in state_dict["history"]]
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the previous run's bookkeeping."""
+        self._drop()
+        self._kept = []
+        self._checkpoint_step = self._measured_at = None
+        self._resuming = stage == "fit"
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember the step that a checkpoint's weights belong to."""
+        self._checkpoint_step = checkpoint.get("global_step")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a misspelt component before any work is done."""
+        if self.components is not None:
+            named_components(pl_module, self.components)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where there is no validation loop to ride along, or nowhere to log to."""
+        self._from_training = not trainer.enable_validation
+        if self._from_training:
+            self._warn_once(
+                "there is no validation loop, so Koopman credit is measured on training batches, run "
+                "once more in eval mode at the end of the epoch"
+            )
+        if not trainer.loggers:
+            self._warn_once(
+                "the Trainer has no logger; Koopman credits are kept in monitor.history only"
+            )
+
+    @_never_in_the_way
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin a measurement if one is due."""
+        self._drop()
+        in_training = trainer.state.fn == "fit"
+        if trainer.sanity_checking or (in_training and not self._is_due(trainer)):
+            return
+        self._ride_along = not is_compiled(pl_module)
+        self._measurement = self._begin(trainer, pl_module)
+
+    @_never_in_the_way
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Put the hooks on for one batch."""
+        if self._wants(dataloader_idx) and self._ride_along:
+            assert self._measurement is not None
+            self._measurement.capture.__enter__()
+
+    @_never_in_the_way
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the hooks off again and add up what they saw."""
+        if not self._wants(dataloader_idx):
+            return
+        assert self._measurement is not None
+        if self._ride_along:
+            self._measurement.capture.remove()
+            with _plain_numerics(pl_module):
+                self._measurement.end_pass()
+        else:
+            self._run(trainer, pl_module, self._measurement, [batch])
+
+    @_never_in_the_way
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Compute the report and log it."""
+        if self._measurement is not None:
+            self._finish(trainer, pl_module, step=_step(trainer, self._checkpoint_step))
+
+    @_never_in_the_way
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the epoch's first batches where there is no validation loop."""
+        if not self._from_training or not self._is_due(trainer):
+            return
+        if batch_idx == 0:
+            self._kept, self._kept_samples = [], 0
+        if self._kept_samples < self.max_samples:
+            self._kept.append(
+                apply_to_collection(batch, Tensor, lambda t: t.detach().to("cpu", copy=True))
+            )
+            self._kept_samples += _batch_size(batch)
+
+    @_never_in_the_way
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure on the kept training batches where there is no validation loop."""
+        if self._from_training and self._kept and self._is_due(trainer):
+            self._extra_pass(trainer, pl_module, self._kept)
+
+    @_never_in_the_way
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """See that the newest report is about the final weights."""
+        if self._measured_at == trainer.global_step or trainer.sanity_checking:
+            return
+        if trainer.global_step == 0:
+            return
+        if self._from_training:
+            self._extra_pass(trainer, pl_module, self._kept)
+        else:
+            loader = _first_loader(trainer.val_dataloaders)
+            with _generators_restored(loader):
+                self._extra_pass(trainer, pl_module, loader)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks off whatever happened."""
+        self._drop()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the model and of kept batches."""
+        self._drop()
+        self._kept = []
+
+    def _is_due(self, trainer: Any) -> bool:
+        return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
+
+    def _wants(self, dataloader_idx: int) -> bool:
+        measurement = self._measurement
+        return (
+            dataloader_idx == 0 and measurement is not None and measurement.n_samples < self.max_samples
+        )
+
+    def _begin(self, trainer: Any, pl_module: Any) -> Measurement:
+        if trainer.world_size > 1:
+            self._warn_once(
+                f"Koopman credit rests on the batches of rank 0 of {trainer.world_size} processes only"
+            )
+        with _plain_numerics(pl_module):
+            return Measurement(pl_module, self.components, sync_on_compute=False, **self._options)
+
+    def _run(
+        self, trainer: Any, pl_module: Any, measurement: Measurement, batches: Iterable[Any]
+    ) -> None:
+        """Run batches once more, as Lightning would, but eagerly and in eval mode."""
+        precision = trainer.precision_plugin
+
+        def forward(model: nn.Module, batch: Any) -> None:
+            batch = precision.convert_input(trainer.strategy.batch_to_device(batch, pl_module.device))
+            with precision.forward_context():
+                (self.forward_fn or default_forward)(model, batch)
+
+        def wanted() -> Iterable[Any]:
+            for batch in batches:
+                if measurement.n_samples >= self.max_samples:
+                    return
+                yield batch
+
+        measurement.run(pl_module, wanted(), forward)
+
+    def _extra_pass(self, trainer: Any, pl_module: Any, batches: Iterable[Any]) -> None:
+        with _plain_numerics(pl_module):
+            self._measurement = self._begin(trainer, pl_module)
+            self._run(trainer, pl_module, self._measurement, batches)
+        # Lightning has counted the last batch already, but logs what belongs to it under its index.
+        self._finish(trainer, pl_module, step=max(0, _step(trainer, None) - 1))
+
+    def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
+        measurement, self._measurement = self._measurement, None
+        assert measurement is not None
+        validating = trainer.state.fn != "fit"
+        weights_step = self._checkpoint_step if validating else None
+        with _plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
+            report = measurement.report(
+                step=trainer.global_step if weights_step is None else weights_step
+            )
+        self.history.append(report)
+        self._measured_at = trainer.global_step
+        scalars = report.to_scalars(self.prefix, self.quantities)
+        scalars[f"{self.prefix}/total"] = report.total
+        scalars[f"{self.prefix}/overhead_s"] = measurement.seconds
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+
+    def _drop(self) -> None:
+        """Give up the measurement under way, hooks first."""
+        if self._measurement is not None:
+            self._measurement.capture.remove()
+            self._measurement = None
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message, stacklevel=4)
+
+
+@contextmanager
+def _plain_numerics(pl_module: Any) -> Generator[None, None, None]:
+    """Leave inference mode and autocast, which make statistics inexact or impossible."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(pl_module.device.type, enabled=False),
+    ):
+        yield
+
+
+def _step(trainer: Any, checkpoint_step: int | None) -> int:
+    """The x-axis on which Lightning itself logs, or the step of the checkpoint being validated."""
+    if trainer.state.fn != "fit" and checkpoint_step is not None:
+        return checkpoint_step
+    counted = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if counted is None else counted)
+
+
+def _batch_size(batch: Any) -> int:
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0] if t.ndim else 1))
+    return max(sizes, default=1)
+
+
+def _first_loader(loaders: Any) -> Any:
+    while isinstance(loaders, dict | list | tuple):
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), ())
+    return () if loaders is None else loaders
+
+
+@contextmanager
+def _generators_restored(loader: Any) -> Generator[None, None, None]:
+    """Give a loader's own random generators back the state they had."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    generators = [
+        g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

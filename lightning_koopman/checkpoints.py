@@ -1,0 +1,155 @@
+"""Reads checkpoints, which are not trusted, and puts their weights into a model."""
+
+from __future__ import annotations
+
+import glob
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.components import clean_name
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of one moment of a training.
+
+    Attributes:
+        path: The file.
+        step: Number of optimiser steps taken; ``None`` where the file does not say.
+        state_dict: Tensors by name.
+        hyper_parameters: What a LightningModule saved of its arguments.
+    """
+
+    path: Path
+    step: int | None
+    state_dict: Mapping[str, Tensor]
+    hyper_parameters: Mapping[str, Any]
+
+
+def find_checkpoints(
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Path]:
+    """Resolve paths and glob patterns.
+
+    Args:
+        checkpoints: A path or pattern (``**`` crosses folders), or several. A folder means the ``.ckpt``
+            files below it.
+
+    Returns:
+        Distinct paths. A path without wildcards is kept even where no file is there.
+
+    Raises:
+        CheckpointError: If nothing is left.
+    """
+    given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    found: dict[Path, None] = {}
+    for pattern in (os.fspath(name) for name in given):
+        if os.path.isdir(pattern) and not _is_sharded(Path(pattern)):
+            pattern = os.path.join(pattern, "**", "*.ckpt")
+        names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        found |= dict.fromkeys(map(Path, names))
+    if not found:
+        raise CheckpointError(f"no checkpoint matches {given}")
+    return list(found)
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Checkpoint:
+    """Read a checkpoint of Lightning, or a bare ``state_dict``, onto the CPU.
+
+    Args:
+        path: The file.
+        trust: Unpickle whatever the file holds. It may then run any code; leave this off for files
+            that are not your own.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, not a checkpoint, or needs to be trusted.
+    """
+    path = Path(path)
+    if _is_sharded(path):
+        raise CheckpointError(
+            f"{path} is a sharded checkpoint; merge it into one file first: "
+            "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error):
+            raise CheckpointError(
+                f"{path} holds more than weights ({_refused(error)}), which could run code. If you "
+                "made the file yourself, allow it with --trust-checkpoint (trust_checkpoint=True)"
+            ) from None
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}".splitlines()[0]) from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise CheckpointError(f"{path} holds no state_dict of tensors")
+    step = content.get("global_step")
+    hyper_parameters = content.get("hyper_parameters", {})
+    return Checkpoint(
+        path=path,
+        step=step if isinstance(step, int) else None,
+        state_dict={clean_name(str(name)): value for name, value in weights.items()},
+        hyper_parameters=hyper_parameters if isinstance(hyper_parameters, Mapping) else {},
+    )
+
+
+def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into a model.
+
+    Args:
+        model: Changed in place, unless the checkpoint does not fit.
+        checkpoint: The weights.
+
+    Raises:
+        CheckpointError: If names or shapes differ; the first difference is named.
+    """
+    expected = {clean_name(name): (name, value) for name, value in model.state_dict().items()}
+    for name, (_, value) in expected.items():
+        if name not in checkpoint.state_dict:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {type(model).__name__}: it lacks {name!r}"
+            )
+        shape = tuple(checkpoint.state_dict[name].shape)
+        if isinstance(value, Tensor) and shape != tuple(value.shape):
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {type(model).__name__}: {name!r} has shape {shape}, "
+                f"the model's {tuple(value.shape)}"
+            )
+    for name in checkpoint.state_dict:
+        if name not in expected:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {type(model).__name__}: the model has no {name!r}"
+            )
+    model.load_state_dict({expected[name][0]: value for name, value in checkpoint.state_dict.items()})
+
+
+def _is_sharded(path: Path) -> bool:
+    return path.is_dir() and (path / ".metadata").exists()
+
+
+def _refused(error: BaseException) -> str:
+    """Name what the safe unpickler refused, without its advice to switch safety off."""
+    for line in str(error).splitlines():
+        if "GLOBAL" in line or "Unsupported" in line:
+            return line.strip().split(". ")[0][:160]
+    return "an object of another kind"
