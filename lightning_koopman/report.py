@@ -260,9 +260,9 @@ class CreditReport:
             caption_justify="left",
         )
         table.add_column("component", overflow="fold", min_width=9)
-        for name in ("credit", "gain", "nonlinearity", "R²", "chain R²", "rank"):
+        for name in ("credit", "gain", "nonlin.", "R²", "chain R²", "rank"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("doubt")
+        table.add_column("doubt", min_width=5)
         for i, component in enumerate(self.components):
             table.add_row(
                 component,
