@@ -51,7 +51,11 @@ def _never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
             self._drop()
             if self.on_error == "raise":
                 raise
-            self._warn_once(f"no Koopman credit this time: {error}")
+            self._warn_once(
+                f"no Koopman credit this time: {error} (Said once; training goes on, and later "
+                "measurements are still tried.)",
+                kind="error",
+            )
         except BaseException:
             self._drop()
             raise
@@ -368,9 +372,9 @@ class KoopmanCreditMonitor(Callback):
             self._measurement.capture.remove()
             self._measurement = None
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_once(self, message: str, *, kind: str | None = None) -> None:
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
             rank_zero_warn(message, stacklevel=4)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +95,9 @@ def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Che
                 "made the file yourself, allow it with --trust-checkpoint (trust_checkpoint=True)"
             ) from None
         raise CheckpointError(f"{path} is damaged: {error}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}".splitlines()[0]) from None
+    except Exception as error:  # the unpickler raises anything at all on bytes that are no checkpoint
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read ({reason})") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     weights = content.get("state_dict", content)

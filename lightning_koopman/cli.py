@@ -192,7 +192,10 @@ def _build_model(name: str, hyper_parameters: dict[str, Any]) -> nn.Module:
 def _build_batches(name: str) -> Iterable[Any]:
     found = _named_object(name)
     if callable(found):
-        found = found()
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be called without arguments ({error})") from None
     if hasattr(found, "val_dataloader"):
         found.prepare_data()
         found.setup("validate")

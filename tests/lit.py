@@ -1,0 +1,76 @@
+"""A small LightningModule, its data and a Trainer without noise, shared by the Lightning tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class LitNet(L.LightningModule):
+    def __init__(self, width: int = 16, *, freeze_norm: bool = False) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(
+            nn.Linear(8, width),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.3),
+            nn.Linear(width, 12),
+            nn.Tanh(),
+            nn.Linear(12, 3),
+        )
+        self.forward_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forward_calls += 1
+        return self.net(x)
+
+    def on_train_epoch_start(self) -> None:
+        if self.hparams["freeze_norm"]:
+            self.net[1].eval()
+            self.net[1].requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def dataset(n_samples: int = 160, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_samples, 8, generator=generator)
+    return TensorDataset(x, x[:, :3].argmax(dim=1))
+
+
+def loaders(**options: Any) -> tuple[DataLoader, DataLoader]:
+    train = DataLoader(dataset(), batch_size=40, shuffle=True, **options)
+    return train, DataLoader(dataset(seed=1), batch_size=50)
+
+
+def quiet_trainer(folder: Any, callbacks: list[Any], **options: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 2,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(callbacks=callbacks, **(defaults | options))
+
+
+def hooks_on(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lit import LitNet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_koopman import CreditReport
+from lightning_koopman.cli import main
+
+USER_CODE = """
+import torch
+import lightning as L
+from lit import LitNet, dataset
+from torch.utils.data import DataLoader
+
+class Data(L.LightningDataModule):
+    def val_dataloader(self):
+        return DataLoader(dataset(), batch_size=50)
+
+def batches():
+    return DataLoader(dataset(), batch_size=50)
+
+def forgetful(width):
+    return 3
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "userproject.py").write_text(USER_CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.delitem(sys.modules, "userproject", raising=False)
+    for step in (20, 10):
+        torch.manual_seed(step)
+        torch.save(
+            {
+                "state_dict": LitNet(width=9).state_dict(),
+                "global_step": step,
+                "hyper_parameters": {"width": 9, "freeze_norm": False},
+            },
+            tmp_path / f"step{step}.ckpt",
+        )
+    return tmp_path
+
+
+def test_evaluate_measures_every_checkpoint(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(
+        ["evaluate", "--model", "userproject:LitNet", "--data", "userproject:Data"]
+        + ["--ckpt", "*.ckpt", "--logdir", "tb", "--out", "report.json", "--max-dim", "64"]
+    )
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert printed.index("at step 10") < printed.index("at step 20")
+    reports = [
+        CreditReport.from_dict(entry) for entry in json.loads((project / "report.json").read_text())
+    ]
+    assert [report.step for report in reports] == [10, 20]
+    events = EventAccumulator(str(project / "tb"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("koopman/credit/net.0")] == [10, 20]
+
+
+def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "bad.ckpt").write_bytes(b"junk")
+    code = main([
+        "evaluate",
+        "--model",
+        "userproject:LitNet",
+        "--data",
+        "userproject:batches",
+        "--ckpt",
+        "*.ckpt",
+    ])
+    printed = capsys.readouterr()
+    assert code == 1
+    assert "at step 20" in printed.out
+    assert "bad.ckpt" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("userproject", "userproject:Data", "'userproject' names nothing; write pkg.mod:Name"),
+        ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
+        ("no_such_module:Nope", "userproject:Data", "No module named 'no_such_module'"),
+        ("userproject:forgetful", "userproject:Data", "gives a int, not a torch.nn.Module"),
+        ("userproject:LitNet", "userproject:forgetful", "cannot be called without arguments"),
+    ],
+)
+def test_wrong_names_are_explained(
+    project: Path, capsys: pytest.CaptureFixture[str], model: str, data: str, message: str
+) -> None:
+    code = main(["evaluate", "--model", model, "--data", data, "--ckpt", "*.ckpt"])
+    assert code == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_unusable_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["evaluate", "--nonsense", "1"])
+    assert caught.value.code == 2
+
+
+def test_demo_writes_every_component_at_every_epoch(tmp_path: Path) -> None:
+    """The main job, as a user runs it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "lightning_koopman.cli", "demo", "--logdir", "out", "--epochs", "3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"COLUMNS": "100"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Test accuracy: 0." in run.stdout
+    assert "tensorboard --logdir out" in run.stdout
+    report = CreditReport.from_json(tmp_path / "out" / "report.json")
+    assert report.components == ("net.1", "net.3", "net.5", "net.7")
+    assert (tmp_path / "out" / "credits.png").read_bytes()[:4] == b"\x89PNG"
+    for component in report.components:
+        assert component in run.stdout
+    (events_file,) = [
+        path
+        for path in (tmp_path / "out").rglob("events.out.tfevents.*")
+        if _scalars(path).Tags()["scalars"] and "koopman/total" in _scalars(path).Tags()["scalars"]
+    ]
+    events = _scalars(events_file)
+    steps_an_epoch = 15
+    for i, component in enumerate(report.components):
+        for quantity in ("credit", "gain", "nonlinearity", "r2", "chain_r2"):
+            logged = events.Scalars(f"koopman/{quantity}/{component}")
+            assert [event.step for event in logged] == [steps_an_epoch * (e + 1) - 1 for e in range(3)]
+        assert events.Scalars(f"koopman/credit/{component}")[-1].value == pytest.approx(
+            report.credit[i], rel=1e-6, abs=1e-12
+        )
+
+
+@pytest.mark.slow
+def test_demo_cnn(tmp_path: Path) -> None:
+    code = main(["demo", "--arch", "cnn", "--epochs", "2", "--logdir", str(tmp_path), "--seed", "1"])
+    assert code == 0
+    report = CreditReport.from_json(tmp_path / "report.json")
+    assert len(report.components) == 5
+
+
+def test_demo_refuses_zero_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--epochs", "0", "--logdir", str(tmp_path)]) == 1
+    assert "epochs is 0; at least one" in capsys.readouterr().err
+
+
+def _scalars(path: Path) -> EventAccumulator:
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    events.Reload()
+    return events

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lit import LitNet, dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_koopman import CheckpointError, EvaluationError, credit_report, evaluate_checkpoints
+
+BATCHES = list(dataset().tensors[0].split(60))
+
+
+def checkpoints(folder: Path, steps: tuple[int, ...] = (30, 10, 20)) -> dict[int, LitNet]:
+    models = {}
+    for step in steps:
+        torch.manual_seed(step)
+        models[step] = LitNet()
+        torch.save(
+            {"state_dict": models[step].state_dict(), "global_step": step}, folder / f"{step}.ckpt"
+        )
+    return models
+
+
+def test_each_checkpoint_is_measured_at_its_own_step_in_order(tmp_path: Path) -> None:
+    models = checkpoints(tmp_path)
+    host = LitNet()
+    before = {k: v.clone() for k, v in host.state_dict().items()}
+    reports = evaluate_checkpoints(host, tmp_path, BATCHES, logdir=tmp_path / "tb")
+    assert [report.step for report in reports] == [10, 20, 30]
+    for report in reports:
+        assert report.step is not None
+        np.testing.assert_array_equal(report.credit, credit_report(models[report.step], BATCHES).credit)
+    assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
+
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    for i, component in enumerate(reports[0].components):
+        logged = events.Scalars(f"koopman/credit/{component}")
+        assert [event.step for event in logged] == [10, 20, 30]
+        np.testing.assert_allclose(
+            [event.value for event in logged], [r.credit[i] for r in reports], rtol=1e-6
+        )
+
+
+def test_a_generator_of_batches_serves_every_checkpoint(tmp_path: Path) -> None:
+    checkpoints(tmp_path)
+    reports = evaluate_checkpoints(LitNet(), tmp_path, iter(BATCHES))
+    assert [report.n_samples for report in reports] == [160, 160, 160]
+
+
+def test_bad_checkpoints_are_named_after_the_good_ones_were_measured(tmp_path: Path) -> None:
+    checkpoints(tmp_path, (10, 20))
+    torch.save({"state_dict": LitNet(width=5).state_dict(), "global_step": 15}, tmp_path / "narrow.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"nothing")
+    with pytest.raises(EvaluationError) as caught:
+        evaluate_checkpoints(LitNet(), [tmp_path, tmp_path / "gone.ckpt"], BATCHES)
+    assert [report.step for report in caught.value.reports] == [10, 20]
+    text = str(caught.value)
+    assert len(caught.value.failures) == 3
+    for part in (
+        "gone.ckpt does not exist",
+        "broken.ckpt",
+        "narrow.ckpt does not fit LitNet: 'net.0.weight'",
+    ):
+        assert part in text
+
+
+def test_the_model_gets_its_weights_back_when_measuring_fails(tmp_path: Path) -> None:
+    checkpoints(tmp_path, (10,))
+    host = LitNet()
+    before = {k: v.clone() for k, v in host.state_dict().items()}
+
+    def broken(model: Any, batch: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    with pytest.raises(RuntimeError, match="no such thing"):
+        evaluate_checkpoints(host, tmp_path, BATCHES, forward_fn=broken)
+    assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
+
+
+def test_nothing_to_evaluate(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint matches"):
+        evaluate_checkpoints(LitNet(), str(tmp_path / "*.ckpt"), BATCHES)
+
+
+def test_progress_is_told(tmp_path: Path) -> None:
+    checkpoints(tmp_path)
+    seen: list[tuple[int, int]] = []
+    evaluate_checkpoints(LitNet(), tmp_path, BATCHES, on_progress=lambda *args: seen.append(args))
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
