@@ -170,7 +170,7 @@ def test_sanity_check_leaves_no_trace(tmp_path: Any) -> None:
 
 def test_every_n_epochs_still_ends_on_the_final_weights(tmp_path: Any) -> None:
     monitor = KoopmanCreditMonitor(every_n_epochs=2, on_error="raise")
-    model, trainer = fit(tmp_path, [monitor])
+    model, _ = fit(tmp_path, [monitor])
     assert [report.step for report in monitor.history] == [8, 12]
     np.testing.assert_allclose(
         monitor.history[-1].credit, credit_report(model, loaders()[1]).credit, rtol=1e-6
