@@ -24,7 +24,7 @@ RANK_RTOL = 1e-8
 """Singular values of a backward step below this share of its largest count as lost directions."""
 
 Operators = Sequence[Sequence[Tensor]]
-"""For step i = 1 … L, one block a lag k = 1 … min(s, i): K_{i,k} of shape ``(d_{i-k}, d_i)``."""
+"""For step i = 1 … L, one block of shape ``(d_p, d_i)`` a state p that it reads, the nearest first."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Alignment:
         return self.bases[state] @ self.factors[state]
 
 
-def align(operators: Operators, outputs: Tensor) -> Alignment:
+def align(
+    operators: Operators, outputs: Tensor, parents: Sequence[Sequence[int]] | None = None
+) -> Alignment:
     """Align a chain of operators of differing widths, backward from the outputs of interest.
 
     Directions are dropped from the right of ``outputs`` until every J_i has full column rank.
@@ -71,6 +73,8 @@ def align(operators: Operators, outputs: Tensor) -> Alignment:
     Args:
         operators: Blocks of each step, in order of execution.
         outputs: J_L of shape ``(d_L, r)`` with orthonormal columns, most important first.
+        parents: For each step, the states its blocks belong to, the nearest first; ``None`` means
+            i - 1, i - 2, ….
 
     Returns:
         The alignment; its rank is 0 where no direction reaches back to the first state.
@@ -78,6 +82,8 @@ def align(operators: Operators, outputs: Tensor) -> Alignment:
     Raises:
         ValueError: If the widths of neighbouring blocks differ.
     """
+    if parents is None:
+        parents = [range(i, i - len(blocks), -1) for i, blocks in enumerate(operators)]
     width = outputs.shape[0]
     for step in range(len(operators) - 1, -1, -1):
         if operators[step][0].shape[1] != width:
@@ -89,7 +95,7 @@ def align(operators: Operators, outputs: Tensor) -> Alignment:
     lost: list[int] = []
     rank = outputs.shape[1]
     while True:
-        attempt, kept, state = _align(operators, outputs[:, :rank])
+        attempt, kept, state = _align(operators, outputs[:, :rank], parents)
         if kept == rank:
             return Alignment(*attempt, lost=tuple(lost))
         lost.insert(0, state)
@@ -97,7 +103,7 @@ def align(operators: Operators, outputs: Tensor) -> Alignment:
 
 
 def _align(
-    operators: Operators, outputs: Tensor
+    operators: Operators, outputs: Tensor, parents: Sequence[Sequence[int]]
 ) -> tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor], int, int]:
     """Go backward once; stop at the first state whose Jacobian has lost rank."""
     rank = outputs.shape[1]
@@ -105,17 +111,17 @@ def _align(
     bases, factors = [outputs], [identity]
     aligned: list[Tensor] = []
     volumes = [torch.zeros(rank, dtype=outputs.dtype, device=outputs.device)]
-    # relative[k] = R_{i+k} R_i^{-1}; forming J_{i-1} R_i^{-1} keeps every factor well scaled.
-    relative = [identity]
-    for state in range(len(operators) - 1, -1, -1):
-        jacobian = sum(
-            (
-                operators[state + lag][lag] @ bases[lag] @ ratio
-                for lag, ratio in enumerate(relative)
-                if lag < len(operators[state + lag])
-            ),
-            torch.zeros(operators[state][0].shape[0], rank, dtype=outputs.dtype, device=outputs.device),
+    last = len(operators)
+    # relative[c] = R_c R_i^{-1}; forming J_{i-1} R_i^{-1} keeps every factor well scaled.
+    relative = {last: identity}
+    for state in range(last - 1, -1, -1):
+        jacobian = torch.zeros(
+            operators[state][0].shape[0], rank, dtype=outputs.dtype, device=outputs.device
         )
+        for child, ratio in relative.items():
+            if state in parents[child - 1]:
+                block = operators[child - 1][list(parents[child - 1]).index(state)]
+                jacobian = jacobian + block @ bases[child - state - 1] @ ratio
         kept = _numerical_rank(jacobian)
         if kept < rank:
             return ((), (), (), torch.empty(0)), kept, state
@@ -124,10 +130,9 @@ def _align(
         aligned.insert(0, triangle)
         factors.insert(0, triangle @ factors[0])
         volumes.insert(0, volumes[0] + triangle.diagonal().abs().log())
-        delay = max(len(blocks) for blocks in operators)
         inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
-        relative = [identity, *(ratio @ inverse for ratio in relative)][:delay]
-        relative = relative[: len(operators) - state + 1]
+        needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
+        relative = {state: identity} | {c: ratio @ inverse for c, ratio in needed.items()}
     return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), rank, 0
 
 

@@ -31,6 +31,11 @@ class Split:
     test: Covariances | None
     problems: tuple[Spectrum, ...]
 
+    @property
+    def widths(self) -> list[int]:
+        """Width of every state in the coordinates chosen."""
+        return [len(mean) for mean in self.train.means]
+
 
 def split_chain(layout: Layout, moments: Tensor, fold: int | None, normalize: Normalize) -> Split:
     """Set up every step's regression on all folds, or on all but one."""
@@ -74,20 +79,15 @@ def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
     )
 
 
-def lags(layout: Layout, i: int) -> range:
-    """How many states back step i looks: 1 … min(delay, i)."""
-    return range(1, min(layout.delay, i) + 1)
-
-
 def _regressors(given: Covariances, layout: Layout, i: int) -> Tensor:
-    delays = lags(layout, i)
-    if len(delays) == 1:
-        return given[i - 1, i - 1]
-    return torch.cat([torch.cat([given[i - a, i - b] for b in delays], dim=1) for a in delays])
+    read = layout.parents[i]
+    if len(read) == 1:
+        return given[read[0], read[0]]
+    return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])
 
 
 def _targets(given: Covariances, layout: Layout, i: int) -> Tensor:
-    return torch.cat([given[i - a, i] for a in lags(layout, i)])
+    return torch.cat([given[p, i] for p in layout.parents[i]])
 
 
 def fit_steps(
@@ -129,17 +129,21 @@ def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def step_blocks(
-    layout: Layout, problems: Sequence[Spectrum], chosen: Sequence[float]
+    layout: Layout,
+    problems: Sequence[Spectrum],
+    chosen: Sequence[float],
+    widths: Sequence[int] | None = None,
 ) -> list[list[Tensor]]:
-    """Solve every step and cut its matrix into one block a lag."""
+    """Solve every step and cut its matrix into one block a state it reads, of the given widths."""
+    widths = layout.dims if widths is None else widths
     solved = []
     for i, (problem, tikhonov) in enumerate(zip(problems, chosen, strict=True), start=1):
         matrix = problem.matrix(tikhonov)
-        if len(lags(layout, i)) == 1:
+        read = layout.parents[i]
+        if len(read) == 1:
             solved.append([matrix])
         else:
-            widths = [layout.dims[i - lag] for lag in lags(layout, i)]
-            solved.append(list(torch.split(matrix, widths)))
+            solved.append(list(torch.split(matrix, [widths[p] for p in read])))
     return solved
 
 
@@ -153,22 +157,23 @@ def fit_chain(
     for row, split in enumerate(folds):
         test = split.test
         assert test is not None
-        operators = step_blocks(layout, split.problems, chosen)
+        operators = step_blocks(layout, split.problems, chosen, split.widths)
         trace = float(test[last, last].diagonal().sum())
-        # ŷ = Σ_a x_{i-a} B_a; replacing x_i by its own prediction leads to state i - 1.
+        # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
         width = test[last, last].shape[0]
-        blocks = [torch.eye(width, dtype=torch.float64, device=test.means[0].device)]
+        blocks = {last: torch.eye(width, dtype=torch.float64, device=test.means[0].device)}
         for i in range(last, 0, -1):
             error = trace
-            for a, left in enumerate(blocks):
-                error -= 2 * float((left * test[i - a, last]).sum())
-                for b, right in enumerate(blocks):
-                    error += float((left * (test[i - a, i - b] @ right)).sum())
+            for p, left in blocks.items():
+                error -= 2 * float((left * test[p, last]).sum())
+                for q, right in blocks.items():
+                    error += float((left * (test[p, q] @ right)).sum())
             errors[row, i - 1] = test.count * max(0.0, error)
             totals[row, i - 1] = test.count * trace
-            step = [operators[i - 1][lag] @ blocks[0] for lag in range(len(operators[i - 1]))]
-            older = blocks[1:] + [torch.zeros_like(s) for s in step[len(blocks) - 1 :]]
-            blocks = [new + old for new, old in zip(step, older, strict=True)]
+            replaced = blocks.pop(i)
+            for p, operator in zip(layout.parents[i], operators[i - 1], strict=True):
+                moved = operator @ replaced
+                blocks[p] = blocks[p] + moved if p in blocks else moved
     return _pooled_r2(errors, totals)
 
 
@@ -176,7 +181,7 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
     """Numerical rank of the state behind each component."""
     ranks = []
     for i in range(1, len(layout.dims)):
-        if layout.delay == 1 and i < len(split.problems):
+        if i < len(split.problems) and layout.parents[i + 1] == (i,):
             # This state is the regressor of the next step, whose spectrum is at hand.
             ranks.append(len(split.problems[i].values))
             continue

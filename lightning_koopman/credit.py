@@ -16,7 +16,6 @@ from lightning_koopman.chain import (
     Split,
     fit_chain,
     fit_steps,
-    lags,
     split_chain,
     state_ranks,
     step_blocks,
@@ -39,8 +38,8 @@ class Credits:
         total: Log-volume of the whole network, in nats a direction.
         total_stderr: Its standard error.
         stable: Whether the credit moves less than its error when the ridge weight moves tenfold.
-        operators: One a component; at a delay above 1 its regressors are the states before it, the
-            nearest first.
+        operators: One a component; where it reads several states, its regressors are these states
+            side by side, the nearest first.
         alignment: The aligned chain over all samples.
         lost: Indices of the components behind which an output direction stops to matter.
     """
@@ -191,9 +190,7 @@ def samples_needed(layout: Layout) -> int:
     Returns:
         Twice the widest operator's regressors, in every training split.
     """
-    widest = max(
-        sum(layout.dims[i - lag] for lag in lags(layout, i)) for i in range(1, len(layout.dims))
-    )
+    widest = max(sum(layout.dims[p] for p in read) for read in layout.parents[1:])
     return math.ceil(2 * widest * layout.folds / (layout.folds - 1))
 
 
@@ -223,7 +220,8 @@ def _align(
         outputs = identity[:, list(targets)][:, :rank]
     else:
         outputs = torch.linalg.eigh(covariance)[1].flip(1)[:, :rank]
-    return align(step_blocks(layout, split.problems, chosen), outputs)
+    blocks = step_blocks(layout, split.problems, chosen, split.widths)
+    return align(blocks, outputs, layout.parents[1:])
 
 
 def _volumes(
@@ -274,7 +272,7 @@ def _operators(
     return tuple(
         KoopmanOperator(
             matrix=problem.matrix(tikhonov),
-            x_mean=torch.cat([means[i - lag] for lag in lags(layout, i)]),
+            x_mean=torch.cat([means[p] for p in layout.parents[i]]),
             y_mean=means[i],
             r2=float(r2[i - 1]),
             tikhonov=tikhonov,

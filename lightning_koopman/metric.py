@@ -40,7 +40,9 @@ class KoopmanCredit(Metric):
         center: Fixed offsets, one ``(d_i,)`` a state, equal in all processes, about which moments are
             summed. States whose mean is far larger than their spread need them.
         folds: Number of folds for held-out R² and error bars.
-        delay: Step delay: how many earlier states each operator sees.
+        delay: Step delay: how many earlier states each operator sees at least.
+        links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
+            that a skip connection brings; ``None`` means none.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one a
             component by held-out R².
@@ -78,6 +80,7 @@ class KoopmanCredit(Metric):
         center: Sequence[Tensor] | None = None,
         folds: int = 5,
         delay: int = 1,
+        links: Sequence[Sequence[int]] | None = None,
         rank: int | None = None,
         tikhonov: float | None = None,
         normalize: Normalize = "none",
@@ -92,6 +95,7 @@ class KoopmanCredit(Metric):
         self.components = None if components is None else tuple(components)
         self.center = None if center is None else [offset.detach().double() for offset in center]
         self.folds, self.delay, self.seed = folds, delay, seed
+        self.links = () if links is None else tuple(tuple(read) for read in links)
         self.rank, self.tikhonov, self.normalize, self.targets = rank, tikhonov, normalize, targets
         self.quantities = tuple(quantities)
         self.layout: Layout | None = None
@@ -243,7 +247,7 @@ class KoopmanCredit(Metric):
         )
 
     def _lay_out(self, dims: tuple[int, ...]) -> None:
-        layout = Layout(dims, self.folds, self.delay)
+        layout = Layout(dims, self.folds, self.delay, self.links)
         if self.components is not None and len(self.components) != len(dims) - 1:
             raise ValueError(
                 f"{len(dims)} states need {len(dims) - 1} components, not {self.components}"

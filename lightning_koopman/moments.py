@@ -14,18 +14,20 @@ from torch import Tensor
 class Layout:
     """Where each moment of a chain of states lies in one flat row.
 
-    Kept are the sums of every state, the products of every state with itself and with the ``delay``
-    states before it, and the products of every state with the last one.
+    Kept are the sums of every state, the products of every state with itself, with the states that its
+    step reads and with the last one, and the products of all states that are read at the same time.
 
     Attributes:
         dims: Widths d_0 … d_L of the states.
         folds: Number of folds, one row each.
-        delay: Largest step delay that the moments serve.
+        delay: How many states before it each step reads at least.
+        links: For each step i = 1 … L, further earlier states that it reads; empty means none.
     """
 
     dims: tuple[int, ...]
     folds: int
     delay: int = 1
+    links: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.dims) < 2:
@@ -40,17 +42,40 @@ class Layout:
                 f"delay is {self.delay}; with {len(self.dims) - 1} components it must lie between 1 "
                 f"and {len(self.dims) - 1}"
             )
+        if self.links and len(self.links) != len(self.dims) - 1:
+            raise ValueError(f"links has {len(self.links)} entries for {len(self.dims) - 1} steps")
+        for i, read in enumerate(self.links, start=1):
+            if not all(0 <= p < i for p in read):
+                raise ValueError(f"links of step {i} are {read}; a step reads states 0 … {i - 1} only")
+
+    @cached_property
+    def parents(self) -> tuple[tuple[int, ...], ...]:
+        """For each state 0 … L, the states that its step reads, the nearest first."""
+        read = [set(range(max(0, i - self.delay), i)) for i in range(len(self.dims))]
+        for i, links in enumerate(self.links, start=1):
+            read[i].update(links)
+        return tuple(tuple(sorted(states, reverse=True)) for states in read)
+
+    @cached_property
+    def live(self) -> tuple[tuple[int, ...], ...]:
+        """For each state i, the states up to it that a step behind it reads, the nearest first."""
+        last = len(self.dims) - 1
+        return (
+            *(
+                tuple(sorted({p for c in self.parents[i + 1 :] for p in c if p <= i}, reverse=True))
+                for i in range(last)
+            ),
+            (last,),
+        )
 
     @cached_property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """Index pairs i ≤ j whose products are kept."""
         last = len(self.dims) - 1
-        return tuple(
-            (i, j)
-            for i in range(last + 1)
-            for j in range(i, last + 1)
-            if j - i <= self.delay or j == last
-        )
+        kept = {(i, i) for i in range(last + 1)} | {(i, last) for i in range(last + 1)}
+        kept |= {(p, i) for i, read in enumerate(self.parents) for p in read}
+        kept |= {(p, q) for states in self.live for p in states for q in states if p <= q}
+        return tuple(sorted(kept))
 
     @cached_property
     def slices(self) -> dict[tuple[int, ...], slice]:
