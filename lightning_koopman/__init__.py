@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_koopman.checkpoints import CheckpointError
 from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.evaluate import EvaluationError, credit_report, evaluate_checkpoints
+from lightning_koopman.interventions import intervene
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.operator import KoopmanOperator, fit_operator
 from lightning_koopman.report import CreditReport, ReportFormatError
@@ -28,6 +29,7 @@ __all__ = [
     "credit_report",
     "evaluate_checkpoints",
     "fit_operator",
+    "intervene",
 ]
 
 

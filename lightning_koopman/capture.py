@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.components import named_components, transparent_modules
+from lightning_koopman.components import clean_name, named_components, transparent_modules
 
 INPUT = "input"
 """Name of the state before the first component."""
@@ -136,6 +136,11 @@ class Capture:
         keep: Turns a recorded tensor and the module that made it into what is stored. It must copy,
             for a later in-place module may overwrite the tensor.
 
+    Attributes:
+        components: The chosen modules by name.
+        parts: By state, in order of execution, the module calls that its component is made of; the last
+            one gives the state. A second call of a module reads ``name#1``, as states do.
+
     Raises:
         ValueError: If the components cannot be chosen, or the model is a TorchScript module.
     """
@@ -159,7 +164,9 @@ class Capture:
         self._keep = keep
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._superseded: set[tuple[int, int]] = set()
+        self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._passes = 0
+        self.parts: dict[str, tuple[str, ...]] = {}
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -274,6 +281,9 @@ class Capture:
                 "Leave it out with components=[...]."
             )
         self._raw, self._current = tensor, (name, id(module), call)
+        if self._passes == 0:
+            called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
+            self.parts[name] = (*self.parts.get(name, ()), called)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
             self._states[name] = self._keep(tensor, module)

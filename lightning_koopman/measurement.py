@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -124,7 +125,7 @@ class Measurement:
         kept = self._reducer.kept_variance[1:]
         report = self._metric.report(variance_kept=kept, notes=notes, step=step)
         self.seconds += time.perf_counter() - start
-        return report
+        return dataclasses.replace(report, parts=dict(self.capture.parts))
 
     def _take(self, ready: Iterator[Any]) -> None:
         start = time.perf_counter()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from lightning_koopman.report import MIN_R2, CreditReport
+
+if TYPE_CHECKING:
+    from lightning_koopman.interventions import Interventions
 
 _BELIEVED, _DOUBTED = "#1f6f8b", "#c9c9c9"
 
@@ -81,4 +85,34 @@ def plot_evolution(reports: Sequence[CreditReport], quantity: str = "credit") ->
     axis.set_xticks(shown, [str(steps[i]) for i in shown])
     axis.set_xlabel("step")
     figure.colorbar(image, label=quantity)
+    return figure
+
+
+def plot_interventions(result: Interventions) -> Figure:
+    """Draw the quantity reported against the effect measured, a panel a kind of intervention.
+
+    Args:
+        result: What :func:`lightning_koopman.intervene` measured.
+
+    Returns:
+        A figure; each title gives the rank correlation.
+    """
+    from lightning_koopman.interventions import PREDICTORS
+
+    figure = Figure(figsize=(3.2 * len(result.kinds), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(result.kinds), squeeze=False)[0]
+    unit = "mean KL [nats]" if result.scale == "kl" else "relative squared change"
+    for column, (axis, kind) in enumerate(zip(panels, result.kinds, strict=True)):
+        effect = result.effect[:, column]
+        axis.plot(result.predicted[kind], effect, "o", color=_BELIEVED)
+        for name, x, y in zip(result.components, result.predicted[kind], effect, strict=True):
+            if np.isfinite(x) and np.isfinite(y):
+                axis.annotate(
+                    name, (x, y), fontsize="x-small", xytext=(3, 3), textcoords="offset points"
+                )
+        if (effect[np.isfinite(effect)] > 0).all():
+            axis.set_yscale("log")
+        axis.set_xlabel(f"{PREDICTORS[kind]} (predicted)")
+        axis.set_title(f"{kind}: Spearman {result.spearman(kind):.2f}", fontsize="medium")
+    panels[0].set_ylabel(f"{unit} (measured)")
     return figure

@@ -66,6 +66,8 @@ class CreditReport:
         notes: What a reader must know: dropped directions, silent components, too few samples.
         operators: Koopman operator of each component; empty in a report read from JSON.
         step: Training step the weights belong to, if known.
+        parts: By state, in order of execution, the module calls that its component is made of, the last
+            of which gives the state. A first state that is no component is x_0.
     """
 
     components: tuple[str, ...]
@@ -90,6 +92,7 @@ class CreditReport:
     notes: tuple[str, ...] = ()
     operators: Mapping[str, KoopmanOperator] = field(default_factory=dict, repr=False)
     step: int | None = None
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:
@@ -161,6 +164,7 @@ class CreditReport:
             "total_stderr": _plain(self.total_stderr),
             "notes": list(self.notes),
             "step": self.step,
+            "parts": {name: list(calls) for name, calls in self.parts.items()},
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -237,6 +241,7 @@ class CreditReport:
             total_stderr=float(_array(given, "total_stderr", ())),
             notes=tuple(_checked_list(given, "notes", str)),
             step=None if step is None else _checked_int(given, "step"),
+            parts=_checked_parts(given.get("parts", {})),
         )
 
     def plot(self) -> Figure:
@@ -325,7 +330,7 @@ def build_report(
             f"{credits.alignment.rank} output directions reach back to the input; others are lost at "
             f"{', '.join(map(repr, lost)) or 'the input'} and were dropped"
         )
-    values = {name: _numpy(tensor) for name, tensor in credits.values.items()}
+    values: dict[str, Any] = {name: _numpy(tensor) for name, tensor in credits.values.items()}
     return CreditReport(
         components=tuple(components),
         **values,
@@ -387,6 +392,12 @@ def _checked_list(given: Mapping[str, Any], name: str, kind: type, size: int | N
     if size is not None and len(value) != size:
         raise ReportFormatError(f"{name} has {len(value)} entries for {size} components")
     return value
+
+
+def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        raise ReportFormatError(f"parts must name the module calls of each state, not {value!r}")
+    return {name: tuple(_checked_list(value, name, str)) for name in value}
 
 
 def _array(given: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:

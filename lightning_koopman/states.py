@@ -210,7 +210,7 @@ class StateReducer:
     def _reduce(self, rows: list[Tensor]) -> Snapshots:
         keys = sample_keys(rows[0], self._seed)
         if not self.center:
-            fitted = [_pod_basis(block, self.max_dim) for block in rows]
+            fitted = [pod_basis(block, self.max_dim) for block in rows]
             self._bases = [basis for basis, _ in fitted]
             self.kept_variance = tuple(share for _, share in fitted)
         states = [
@@ -222,8 +222,17 @@ class StateReducer:
         return Snapshots(states, keys)
 
 
-def _pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
-    """Find the leading principal directions and the share of variance they keep."""
+def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
+    """Find the leading principal directions and the share of variance they keep.
+
+    Args:
+        rows: Shape ``(n_samples, d)``.
+        max_dim: Most directions kept.
+
+    Returns:
+        Orthonormal columns, shape ``(d, k)``, or ``None`` where rows are no wider than ``max_dim``; and
+        the share.
+    """
     n_samples, width = rows.shape
     if width <= max_dim:
         return None, 1.0

@@ -1,0 +1,272 @@
+"""Alters one component at a time and measures what the outputs do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from lightning_koopman.alterations import (
+    altered_output,
+    linear_maps,
+    noisy_weights,
+    reinitialised,
+    state_sites,
+)
+from lightning_koopman.capture import undisturbed
+from lightning_koopman.linear_map import LinearMap
+from lightning_koopman.measurement import ForwardFn
+from lightning_koopman.report import CreditReport
+from lightning_koopman.runs import Runner, UnitMoments
+from lightning_koopman.scoring import Metric, Outputs, Scale
+from lightning_koopman.sites import Alteration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Kind = Literal["linear", "reinit", "weight_noise", "output_noise", "skip"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+PREDICTORS: Mapping[Kind, str] = {
+    "linear": "nonlinearity",
+    "reinit": "credit",
+    "weight_noise": "credit",
+    "output_noise": "sensitivity",
+    "skip": "credit",
+}
+"""The reported quantity that each kind of intervention is set against."""
+
+
+@dataclass(frozen=True, eq=False)
+class Interventions:
+    """What altering each component did to the outputs.
+
+    Attributes:
+        components: Names, in order of execution.
+        kinds: Kinds of intervention, the columns of the arrays.
+        effect: Change of the outputs, shape ``(components, kinds)``; 0 where nothing changes.
+        metric: Metric after the intervention, the same shape; NaN where there is none.
+        metric_before: Metric of the network as it is.
+        scale: What effects are measured in: ``"kl"`` is the mean KL divergence in nats from the
+            original to the altered class distribution, ``"relative"`` the mean squared change over
+            the outputs' variance.
+        n_samples: Samples the effects are measured on.
+        predicted: By kind, the reported quantity it is set against, shape ``(components,)``.
+    """
+
+    components: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    effect: NDArray[np.float64]
+    metric: NDArray[np.float64]
+    metric_before: float
+    scale: Scale
+    n_samples: int
+    predicted: Mapping[Kind, NDArray[np.float64]] = field(repr=False)
+
+    def spearman(self, kind: Kind) -> float:
+        """Rank correlation over components between the quantity reported and the effect measured.
+
+        Args:
+            kind: One of ``kinds``.
+
+        Returns:
+            Between -1 and 1; NaN with fewer than three components that have both.
+
+        Raises:
+            ValueError: If the kind was not measured.
+        """
+        if kind not in self.kinds:
+            raise ValueError(f"{kind!r} was not measured; measured were {self.kinds}")
+        effect = self.effect[:, self.kinds.index(kind)]
+        known = np.isfinite(effect) & np.isfinite(self.predicted[kind])
+        constant = any(len(set(v[known])) < 2 for v in (effect, self.predicted[kind]))
+        if known.sum() < 3 or constant:
+            return float("nan")
+        return float(spearmanr(effect[known], self.predicted[kind][known]).statistic)
+
+    def plot(self) -> Figure:
+        """Draw predicted against measured, a panel a kind.
+
+        Returns:
+            A Matplotlib figure that no window manager knows of.
+        """
+        from lightning_koopman.plots import plot_interventions
+
+        return plot_interventions(self)
+
+    def __rich__(self) -> Table:
+        unit = "KL [nats]" if self.scale == "kl" else "share of the outputs' variance"
+        before = "" if math.isnan(self.metric_before) else f", metric before {self.metric_before:.4f}"
+        table = Table(
+            title=f"Interventions, {self.n_samples} samples: {unit}, metric after{before}",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        table.add_column("component", overflow="fold", min_width=9)
+        for kind in self.kinds:
+            table.add_column(kind, justify="right", no_wrap=True)
+        for i, component in enumerate(self.components):
+            table.add_row(component, *(self._cell(i, column) for column, _ in enumerate(self.kinds)))
+        table.add_section()
+        table.add_row("predicted by", *(PREDICTORS[kind] for kind in self.kinds))
+        table.add_row("Spearman", *(f"{self.spearman(kind):.2f}" for kind in self.kinds))
+        return table
+
+    def _cell(self, i: int, column: int) -> str:
+        after = self.metric[i, column]
+        return f"{self.effect[i, column]:.4f}" + ("" if math.isnan(after) else f" ({after:.3f})")
+
+
+def intervene(
+    model: nn.Module,
+    batches: Iterable[Any],
+    report: CreditReport,
+    kinds: Sequence[Kind] = KINDS,
+    *,
+    components: Sequence[str] | None = None,
+    fit_batches: Iterable[Any] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    strength: float = 0.3,
+    draws: int = 5,
+    metric: Metric | None = None,
+    scale: Scale | None = None,
+    forward_fn: ForwardFn | None = None,
+    seed: int = 0,
+) -> Interventions:
+    r"""Alter each component of a trained network in turn, and measure what its outputs do.
+
+    The kinds, for a component that turns :math:`x_{i-1}` into :math:`x_i`:
+
+    * ``linear``: its output is replaced by its Koopman operator applied to the output of the component
+      before it (of the ``delay`` components before it). Where the report's states are the flattened
+      tensors themselves, the report's own operator is used. Where they are pooled, projected or lifted,
+      the operator cannot give back a whole tensor; a map from the leading POD directions of
+      :math:`x_{i-1}` to every entry of :math:`x_i` is then fitted on ``fit_batches``.
+    * ``reinit``: its weights and buffers go back to ``initial``, or are drawn anew by
+      ``reset_parameters``.
+    * ``weight_noise``: Gaussian noise of ``strength`` times its own standard deviation is added to each
+      parameter tensor of more than one entry.
+    * ``output_noise``: Gaussian noise of ``strength`` times each unit's standard deviation is added to
+      its output.
+    * ``skip``: its output is replaced by :math:`x_{i-1}` where the shapes agree, else by its mean.
+
+    Units' means and standard deviations are those over ``batches``. Kinds that draw are averaged over
+    ``draws``. A module that runs several times is altered in all its calls by the kinds that touch
+    weights, in one call by the others. The model is left exactly as it was found, also when an
+    exception flies.
+
+    Args:
+        model: The model that the report was measured on.
+        batches: Data to measure on, which the operators should not have seen: tensors, tuples of input
+            and target, or mappings.
+        report: What was measured on the model.
+        kinds: Which interventions.
+        components: Which components; ``None`` takes all.
+        fit_batches: Data to fit linear maps on, where the report's operators cannot be used as they
+            are: of reduced states, and in a report read from JSON (there from :math:`x_{i-1}` alone).
+        initial: ``state_dict`` of the network at its initialisation.
+        strength: Noise, as a share of the standard deviation.
+        draws: Number of draws that kinds with a random part are averaged over.
+        metric: Called as ``metric(outputs, targets)`` over all batches; ``None`` takes the accuracy
+            where targets are class indices, and none otherwise.
+        scale: What effects are measured in, see :class:`Interventions`; ``None`` takes ``"kl"`` where
+            targets are class indices, ``"relative"`` otherwise.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+        seed: Seed of everything that is drawn.
+
+    Returns:
+        Effects and metrics.
+
+    Raises:
+        ValueError: If an argument is out of range, the report does not belong to the model, a linear
+            map must be fitted but ``fit_batches`` is missing, or a component cannot be re-initialised.
+    """
+    _check(report, kinds, components, strength, draws)
+    chosen = tuple(report.components if components is None else components)
+    runner = Runner(model, batches, forward_fn)
+    sites = state_sites(report)
+    moments = UnitMoments()
+    with undisturbed(model):
+        before = Outputs.of(
+            runner.run(sites.values(), update=moments.update), runner.batches, scale, metric
+        )
+        maps: Mapping[str, LinearMap] = {}
+        if "linear" in kinds:
+            fit_on = None if fit_batches is None else Runner(model, fit_batches, forward_fn)
+            maps = linear_maps(report, chosen, moments.shapes, fit_on, seed=seed)
+        scores = np.empty((len(chosen), len(kinds), 2))
+        for i, name in enumerate(chosen):
+            for column, kind in enumerate(kinds):
+                # The generator's state is the user's: undisturbed puts it back.
+                torch.manual_seed(seed + i)
+                once = kind in ("linear", "skip") or (kind == "reinit" and initial is not None)
+                alter: dict[str, Alteration] = {}
+                if kind in ("linear", "output_noise", "skip"):
+                    call = report.parts[name][-1]
+                    alter[call] = altered_output(kind, name, report, moments, maps, strength)
+                drawn = []
+                for _ in range(1 if once else draws):
+                    with _weights(kind, model, report.parts[name], initial, strength):
+                        drawn.append(before.compare(runner.run(sites.values(), alter)))
+                scores[i, column] = np.mean(drawn, axis=0)
+    places = [report.components.index(name) for name in chosen]
+    return Interventions(
+        components=chosen,
+        kinds=tuple(kinds),
+        effect=scores[:, :, 0],
+        metric=scores[:, :, 1],
+        metric_before=before.metric,
+        scale=before.scale,
+        n_samples=before.n_samples,
+        predicted={kind: getattr(report, PREDICTORS[kind])[places] for kind in kinds},
+    )
+
+
+def _weights(
+    kind: Kind,
+    model: nn.Module,
+    calls: Sequence[str],
+    initial: Mapping[str, Tensor] | None,
+    strength: float,
+) -> AbstractContextManager[None]:
+    if kind == "reinit":
+        return reinitialised(model, calls, initial)
+    if kind == "weight_noise":
+        return noisy_weights(model, calls, strength)
+    return nullcontext()
+
+
+def _check(
+    report: CreditReport,
+    kinds: Sequence[str],
+    components: Sequence[str] | None,
+    strength: float,
+    draws: int,
+) -> None:
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if isinstance(kinds, str) or unknown or not kinds:
+        raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {KINDS}")
+    if not report.parts:
+        raise ValueError(
+            "the report does not say which modules its components are made of; measure it with "
+            "credit_report or the callback"
+        )
+    strangers = [name for name in components or () if name not in report.components]
+    if isinstance(components, str) or strangers:
+        raise ValueError(
+            f"the report has no components {strangers or components!r}; it has {report.components}"
+        )
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength is {strength}; it must be a finite number, 0 or above")
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; at least one is needed")

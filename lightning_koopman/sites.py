@@ -1,0 +1,180 @@
+"""Reads and replaces tensors where chosen module calls begin and end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.capture import first_tensor
+from lightning_koopman.components import clean_name
+
+
+class Site(NamedTuple):
+    """One end of one module call.
+
+    Attributes:
+        end: What the call takes in (its first tensor), or what it gives out.
+        call: Dotted module name; the second call in a pass reads ``name#1``.
+    """
+
+    end: Literal["in", "out"]
+    call: str
+
+
+Alteration = Callable[[Tensor, Mapping[Site, Tensor]], Tensor]
+"""Takes what a call gave out and what was read so far; gives what to put in its place."""
+
+
+def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
+    """Resolve a module call.
+
+    Args:
+        model: The module that holds it.
+        call: As in :class:`Site`.
+
+    Returns:
+        The module, and which of its calls in a pass is meant.
+
+    Raises:
+        ValueError: If the model has no such module.
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    name, _, number = call.partition("#")
+    if name not in modules:
+        raise ValueError(
+            f"{type(model).__name__} has no module {name!r}, which the report names. Pass the model "
+            "that the report was measured on."
+        )
+    return modules[name], int(number or 0)
+
+
+def replace_first_tensor(value: Any, new: Tensor) -> Any:
+    """Put a tensor where :func:`~lightning_koopman.capture.first_tensor` found one.
+
+    Args:
+        value: Tensor, or tensors nested in tuples, lists, mappings and dataclasses.
+        new: What to put there.
+
+    Returns:
+        A copy of the containers around the new tensor; everything else is kept.
+
+    Example:
+        >>> replace_first_tensor((torch.tensor([1, 2]), [torch.ones(1)]), torch.zeros(1))
+        (tensor([1, 2]), [tensor([0.])])
+    """
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, Mapping):
+        parts: Any = dict(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    else:
+        parts = dict(enumerate(value))
+    for key, part in parts.items():
+        if first_tensor(part) is not None:
+            parts[key] = replace_first_tensor(part, new)
+            break
+    if isinstance(value, dict):
+        # Outputs such as those of transformers are mappings and dataclasses at once.
+        return dataclasses.replace(value, **parts) if dataclasses.is_dataclass(value) else parts
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **parts)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*parts.values())
+    return parts if isinstance(value, Mapping) else type(value)(parts.values())
+
+
+class Sites:
+    """Hooks that read, and on demand replace, tensors at chosen module calls.
+
+    Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
+    hooks come off at the end, also when an exception flies.
+
+    Args:
+        model: The module to watch.
+        read: Where tensors are read.
+        alter: What to put in place of what a call gives out, by call.
+
+    Attributes:
+        values: Copies of the tensors read in the current pass. A replaced output reads as replaced.
+
+    Raises:
+        ValueError: If the model has no such module.
+    """
+
+    def __init__(
+        self, model: nn.Module, read: Iterable[Site] = (), alter: Mapping[str, Alteration] | None = None
+    ) -> None:
+        self.values: dict[Site, Tensor] = {}
+        self._read = frozenset(read)
+        self._alter = dict(alter or {})
+        self._counts: dict[int, int] = {}
+        calls = {site.call for site in self._read} | set(self._alter)
+        self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
+        for call in calls:
+            module, number = find_module(model, call)
+            self._watched.setdefault(id(module), (module, {}))[1][number] = call
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Sites:
+        try:
+            for module, calls in self._watched.values():
+                before = functools.partial(self._before, calls)
+                after = functools.partial(self._after, calls)
+                self._handles += [
+                    module.register_forward_pre_hook(before, with_kwargs=True),
+                    module.register_forward_hook(after),
+                ]
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove()
+
+    def start_pass(self) -> None:
+        """Forget what was read and count calls anew."""
+        self.values = {}
+        self._counts = {}
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any) -> None:
+        site = Site("in", calls.get(self._counts.get(id(module), 0), ""))
+        if site in self._read:
+            self._keep(site, first_tensor((args, kwargs)))
+
+    def _after(self, calls: Mapping[int, str], module: nn.Module, args: Any, output: Any) -> Any:
+        number = self._counts.get(id(module), 0)
+        self._counts[id(module)] = number + 1
+        call = calls.get(number)
+        if call is None:
+            return None
+        if call in self._alter:
+            tensor = first_tensor(output)
+            if tensor is None:
+                raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
+            output = replace_first_tensor(output, self._alter[call](tensor, self.values).to(tensor))
+        if Site("out", call) in self._read:
+            self._keep(Site("out", call), first_tensor(output))
+        return output if call in self._alter else None
+
+    def _keep(self, site: Site, tensor: Tensor | None) -> None:
+        if tensor is None:
+            raise ValueError(f"{site.call!r} has no floating-point tensor to read")
+        self.values[site] = tensor.detach().clone()

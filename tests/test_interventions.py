@@ -1,0 +1,370 @@
+"""Interventions: closed forms on linear chains, models left as found, every error by its message."""
+
+import copy
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman import CreditReport, credit_report, intervene
+from lightning_koopman.scoring import accuracy, kl_divergence
+from lightning_koopman.sites import Site, Sites, replace_first_tensor
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3)
+    ).eval()
+
+
+def linear_chain() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)).double()
+
+
+def data(n: int = 400, d: int = 5, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, generator=generator)
+    return x, (x[:, 0] > 0).long()
+
+
+def batched(x: torch.Tensor, y: torch.Tensor, size: int = 100) -> list[list[torch.Tensor]]:
+    return [[a, b] for a, b in zip(x.split(size), y.split(size), strict=True)]
+
+
+def fingerprint(model: nn.Module) -> list:
+    return [
+        [(id(p), p.clone()) for p in (*model.parameters(), *model.buffers())],
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        torch.get_rng_state(),
+    ]
+
+
+def assert_same(before: list, after: list) -> None:
+    assert all(i == j and torch.equal(a, b) for (i, a), (j, b) in zip(before[0], after[0], strict=True))
+    assert before[1:3] == after[1:3]
+    assert torch.equal(before[3], after[3])
+
+
+def test_a_linear_component_loses_nothing_to_its_operator():
+    x = torch.randn(300, 6, dtype=torch.float64)
+    net = linear_chain()
+    report = credit_report(net, [x])
+    result = intervene(net, [torch.randn(100, 6, dtype=torch.float64)], report, ["linear"])
+    assert result.scale == "relative"
+    assert np.isnan(result.metric).all()
+    np.testing.assert_allclose(result.effect, 0, atol=1e-12)
+
+
+def test_output_noise_on_a_linear_chain_has_its_closed_form():
+    x = torch.randn(4000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    net = linear_chain()
+    report = credit_report(net, [x])
+    result = intervene(net, x.split(1000), report, ["output_noise"], strength=0.3, draws=8)
+    with torch.no_grad():
+        states = [net[: i + 1](x) for i in range(3)]
+    rest = [net[2].weight @ net[1].weight, net[2].weight, torch.eye(4, dtype=torch.float64)]
+    total = states[-1].var(0, correction=0).sum()
+    for i, (state, jacobian) in enumerate(zip(states, rest, strict=True)):
+        moved = 0.09 * (jacobian.square() * state.var(0, correction=0)).sum() / total
+        assert result.effect[i, 0] == pytest.approx(float(moved.detach()), rel=0.05)
+
+
+def test_weight_noise_draws_are_seeded_and_grow_with_strength():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    first = intervene(net, batched(x, y), report, ["weight_noise"], strength=0.1, draws=2)
+    again = intervene(net, batched(x, y), report, ["weight_noise"], strength=0.1, draws=2)
+    large = intervene(net, batched(x, y), report, ["weight_noise"], strength=0.5, draws=2)
+    np.testing.assert_array_equal(first.effect, again.effect)
+    assert (large.effect > first.effect).all()
+    assert first.scale == "kl"
+
+
+@pytest.mark.parametrize("kind", ["reinit", "weight_noise"])
+def test_weights_as_they_are_change_nothing(kind):
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    result = intervene(net, batched(x, y), report, [kind], initial=net.state_dict(), strength=0.0)
+    np.testing.assert_array_equal(result.effect, 0)
+    assert (result.metric == result.metric_before).all()
+
+
+def test_reinit_takes_batch_norm_of_the_component_along():
+    net, (x, y) = mlp(), data()
+    with torch.no_grad():
+        net[3].running_mean.fill_(0.2)
+    report = credit_report(net, batched(x, y))
+    assert report.parts["2"] == ("2", "3", "4")
+    initial = copy.deepcopy(net.state_dict())
+    initial["3.running_mean"].zero_()
+    result = intervene(net, batched(x, y), report, ["reinit"], initial=initial)
+    assert result.effect[1, 0] > 0
+    assert result.effect[[0, 2], 0].tolist() == [0, 0]
+
+
+def test_skip_passes_the_input_where_shapes_agree_and_the_mean_elsewhere():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    result = intervene(net, batched(x, y), report, ["skip"], components=["2", "5"])
+    with torch.no_grad():
+        logits = net(x)
+        skipped = net[5](net[:2](x))
+        mean = logits.mean(0).expand_as(logits)
+    assert result.components == ("2", "5")
+    for row, altered in enumerate((skipped, mean)):
+        expected = float(kl_divergence(logits, altered).mean())
+        assert result.effect[row, 0] == pytest.approx(expected, rel=1e-5)
+        assert result.metric[row, 0] == pytest.approx(accuracy(altered, y))
+
+
+def test_linear_swap_equals_the_operator_applied_by_hand():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    result = intervene(net, batched(*data(seed=9)), report, ["linear"])
+    with torch.no_grad():
+        z, _ = data(seed=9)
+        before = net[:2](z)
+        swapped = net[5](report.operators["2"].predict(before).float())
+        expected = float(kl_divergence(net(z), swapped).mean())
+    assert result.effect[1, 0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_linear_swap_with_a_delay_sees_the_earlier_states():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y), delay=2)
+    result = intervene(net, batched(x, y), report, ["linear"])
+    with torch.no_grad():
+        first = net[:2](x)
+        both = torch.cat([first, x], dim=1)
+        swapped = net[5](report.operators["2"].predict(both).float())
+        expected = float(kl_divergence(net(x), swapped).mean())
+    assert result.effect[1, 0] == pytest.approx(expected, rel=1e-5)
+
+
+def cnn() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(512, 3)
+    ).eval()
+
+
+def test_reduced_states_need_data_to_fit_and_then_give_whole_tensors():
+    net = cnn()
+    x = torch.randn(900, 1, 8, 8)
+    report = credit_report(net, [x], max_dim=64)
+    with pytest.raises(ValueError, match=r"act on reduced states .* pass fit_batches"):
+        intervene(net, [x[:100]], report, ["linear"])
+    result = intervene(net, [x[:100]], report, ["linear"], fit_batches=[x[100:400], x[400:]])
+    # A convolution of 64 pixels is linear: what the POD of 256 directions keeps is everything.
+    np.testing.assert_allclose(result.effect, 0, atol=1e-6)
+
+
+def test_a_report_from_json_has_no_operators_but_its_parts(tmp_path):
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    report.to_json(tmp_path / "r.json")
+    back = CreditReport.from_json(tmp_path / "r.json")
+    assert dict(back.parts) == dict(report.parts)
+    with pytest.raises(ValueError, match="pass fit_batches"):
+        intervene(net, batched(x, y), back, ["linear"])
+    refitted = intervene(net, batched(x, y), back, ["linear"], fit_batches=batched(x, y))
+    direct = intervene(net, batched(x, y), report, ["linear"])
+    np.testing.assert_allclose(refitted.effect, direct.effect, rtol=1e-3, atol=1e-9)
+
+
+def test_the_model_is_left_exactly_as_found():
+    net, (x, y) = mlp(), data()
+    net.train()
+    net[3].eval()
+    report = credit_report(net, batched(x, y))
+    before = fingerprint(net)
+    intervene(net, batched(x, y), report, draws=2)
+    assert_same(before, fingerprint(net))
+
+
+@pytest.mark.parametrize("kind", ["linear", "reinit", "weight_noise", "output_noise", "skip"])
+def test_the_model_is_left_exactly_as_found_when_a_metric_raises(kind):
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    before = fingerprint(net)
+    calls = []
+
+    def failing(outputs, targets):
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("no metric")
+        return 1.0
+
+    with pytest.raises(RuntimeError, match="no metric"):
+        intervene(net, batched(x, y), report, [kind], metric=failing)
+    assert_same(before, fingerprint(net))
+
+
+def test_the_model_is_left_exactly_as_found_when_the_forward_pass_raises():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    before = fingerprint(net)
+    calls = []
+
+    def forward(model, batch):
+        calls.append(1)
+        if len(calls) > 6:
+            raise RuntimeError("no pass")
+        return model(batch[0])
+
+    with pytest.raises(RuntimeError, match="no pass"):
+        intervene(net, batched(x, y), report, ["weight_noise"], forward_fn=forward)
+    assert_same(before, fingerprint(net))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.act = nn.Tanh()
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.act(self.inner(self.act(self.inner(x)))))
+
+
+def test_calls_of_a_shared_module_are_altered_one_by_one():
+    torch.manual_seed(0)
+    net, x = Twice(), torch.randn(200, 4)
+    report = credit_report(net, [x])
+    assert report.parts["inner#1"] == ("inner#1", "act#1")
+    result = intervene(net, [x], report, ["skip"], scale="relative")
+    with torch.no_grad():
+        y = net(x)
+        skipped = [net.head(net.act(net.inner(x))), net.head(net.act(net.inner(x)))]
+        mean = y.mean(0).expand_as(y)
+    total = (y - y.mean(0)).square().sum()
+    for i, altered in enumerate([*skipped, mean]):
+        assert result.effect[i, 0] == pytest.approx(float((altered - y).square().sum() / total), rel=1e-4)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        return self.head(self.attention(x, x, x)[0].mean(1))
+
+
+def test_tuple_outputs_and_integer_inputs():
+    torch.manual_seed(0)
+    net = Attending()
+    tokens, labels = torch.randint(0, 7, (300, 5)), torch.randint(0, 3, (300,))
+    batches = [{"tokens": tokens, "labels": labels}]
+
+    def forward(model, batch):
+        return model(batch["tokens"])
+
+    report = credit_report(net, batches, forward_fn=forward, components=["embed", "attention", "head"])
+    result = intervene(net, batches, report, forward_fn=forward, draws=1)
+    assert result.components == ("attention", "head")
+    assert np.isfinite(result.effect).all()
+    assert result.scale == "kl"
+
+
+def test_table_figure_and_rank_correlation():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    result = intervene(net, batched(x, y), report, draws=1)
+    ordered = dataclasses.replace(
+        result, kinds=("skip",), effect=np.array([[1.0], [2.0], [3.0]]), metric=np.ones((3, 1)),
+        predicted={"skip": np.array([-1.0, 0.0, 5.0])},
+    )  # fmt: skip
+    assert ordered.spearman("skip") == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="'linear' was not measured"):
+        ordered.spearman("linear")
+    from rich.console import Console
+
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(result)
+    text = console.export_text()
+    assert "weight_noise" in text
+    assert "Spearman" in text
+    assert len(result.plot().axes) == 5
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_errors_say_what_arrived_and_what_to_do():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    with pytest.raises(ValueError, match=r"unknown kinds \['linaer'\]; choose from"):
+        intervene(net, batched(x, y), report, ["linaer"])
+    with pytest.raises(ValueError, match="no components"):
+        intervene(net, batched(x, y), report, components=["9"])
+    with pytest.raises(ValueError, match="strength is -1"):
+        intervene(net, batched(x, y), report, strength=-1)
+    with pytest.raises(ValueError, match="draws is 0"):
+        intervene(net, batched(x, y), report, draws=0)
+    with pytest.raises(ValueError, match="scale is 'mse'"):
+        intervene(net, batched(x, y), report, scale="mse")
+    with pytest.raises(ValueError, match="the batches were empty"):
+        intervene(net, [], report)
+    with pytest.raises(ValueError, match="a metric needs targets"):
+        intervene(net, [x], report, metric=accuracy)
+    with pytest.raises(ValueError, match=r"has no module '5'"):
+        intervene(net[:5], batched(x, y), report)
+    with pytest.raises(ValueError, match="does not say which modules"):
+        intervene(net, batched(x, y), dataclasses.replace(report, parts={}))
+    with pytest.raises(ValueError, match=r"initial has nothing for '0.weight'"):
+        intervene(net, batched(x, y), report, ["reinit"], initial={"a": torch.ones(1)})
+    with pytest.raises(ValueError, match="'5' did not run"):
+        intervene(net, batched(x, y), report, ["skip"], forward_fn=lambda m, b: m[:5](b[0]))
+    with pytest.raises(ValueError, match="no floating-point tensor; return the outputs"):
+        intervene(net, batched(x, y), report, ["skip"], forward_fn=lambda m, b: 1)
+    bare = nn.Sequential(Bare(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"'0' \(Bare\) has parameters but no reset_parameters"):
+        intervene(bare, [x], credit_report(bare, [x]), ["reinit"])
+    flat = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+    good = credit_report(flat, [x])
+    nn.init.zeros_(flat[1].weight)
+    with pytest.raises(ValueError, match="the outputs are constant"):
+        intervene(flat, [x], good, ["skip"])
+    image = credit_report(cnn(), [torch.randn(80, 1, 8, 8)], max_dim=8)
+    with pytest.raises(ValueError, match="no class indices to tell their class axis"):
+        intervene(
+            cnn(), [torch.randn(8, 1, 8, 8)], image, scale="kl", forward_fn=lambda m, b: m(b)[:, :, None]
+        )
+
+
+def test_sites_read_and_replace_nested_outputs():
+    class Out(dict):
+        pass
+
+    value = {"a": torch.tensor([1]), "b": [torch.ones(2)]}
+    assert replace_first_tensor(value, torch.zeros(2))["b"][0].sum() == 0
+    assert value["b"][0].sum() == 2
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
+    with Sites(net, [Site("in", "1"), Site("out", "1")]) as sites:
+        sites.start_pass()
+        x = -torch.ones(1, 2)
+        net[1](x)
+    assert sites.values[Site("in", "1")].sum() == -2
+    assert sites.values[Site("out", "1")].sum() == 0
+
+
+def test_kl_of_impossible_classes_is_finite():
+    impossible = torch.tensor([[0.0, float("-inf")]])
+    assert float(kl_divergence(impossible, impossible)) == 0
