@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -179,6 +180,7 @@ class KoopmanCreditMonitor(Callback):
         """
         return {"history": [json.dumps(r.to_dict()) for r in self.history[-_HISTORY_SAVED:]]}
 
+    @_never_in_the_way
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the history back when training resumes; evaluation leaves it alone.
 
@@ -357,6 +359,9 @@ class KoopmanCreditMonitor(Callback):
             report = measurement.report(
                 step=trainer.global_step if weights_step is None else weights_step
             )
+        if self.history:
+            # A three-day training must not pile up operators; the numbers stay.
+            self.history[-1] = replace(self.history[-1], operators={})
         self.history.append(report)
         self._measured_at = trainer.global_step
         scalars = report.to_scalars(self.prefix, self.quantities)

@@ -187,6 +187,20 @@ def test_early_stopping_and_checkpoints_can_monitor_a_credit(tmp_path: Any) -> N
     assert float(keep.best_model_score) == pytest.approx(min(r.credit[0] for r in monitor.history))
 
 
+def test_only_the_newest_report_keeps_its_operators(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    fit(tmp_path, [monitor])
+    assert [len(report.operators) for report in monitor.history] == [0, 0, 3]
+
+
+def test_a_history_that_cannot_be_read_does_not_stop_a_resume(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor()
+    monitor.setup(None, None, "fit")
+    with pytest.warns(UserWarning, match="no Koopman credit this time: expected an object with format"):
+        monitor.load_state_dict({"history": ["{}"]})
+    assert monitor.history == []
+
+
 def test_no_logger_keeps_history_and_says_so(tmp_path: Any) -> None:
     monitor = KoopmanCreditMonitor(on_error="raise")
     with pytest.warns(UserWarning, match="no logger; Koopman credits are kept in monitor.history"):
