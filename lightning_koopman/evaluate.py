@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_koopman.chain import Normalize
@@ -80,6 +80,11 @@ def credit_report(
     References:
         Liang et al. (2022), arXiv 2212.00998.
     """
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken for a "
+            "batch; pass an iterable of batches, such as x.split(256) or [x]"
+        )
     measurement = Measurement(
         model,
         components,

@@ -46,6 +46,11 @@ def test_each_checkpoint_is_measured_at_its_own_step_in_order(tmp_path: Path) ->
         )
 
 
+def test_one_tensor_is_not_taken_for_batches() -> None:
+    with pytest.raises(ValueError, match=r"one tensor of shape \(160, 8\).*x\.split\(256\) or \[x\]"):
+        credit_report(LitNet(), dataset().tensors[0])
+
+
 def test_a_generator_of_batches_serves_every_checkpoint(tmp_path: Path) -> None:
     checkpoints(tmp_path)
     reports = evaluate_checkpoints(LitNet(), tmp_path, iter(BATCHES))
