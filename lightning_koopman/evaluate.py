@@ -82,8 +82,8 @@ def credit_report(
     """
     if isinstance(batches, Tensor):
         raise ValueError(
-            f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken for a "
-            "batch; pass an iterable of batches, such as x.split(256) or [x]"
+            f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
+            "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
         )
     measurement = Measurement(
         model,
