@@ -8,9 +8,10 @@ from lightning_koopman.checkpoints import CheckpointError
 from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.evaluate import EvaluationError, credit_report, evaluate_checkpoints
 from lightning_koopman.interventions import intervene
+from lightning_koopman.linearization import linearize
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.operator import KoopmanOperator, fit_operator
-from lightning_koopman.report import CreditReport, ReportFormatError
+from lightning_koopman.report import CreditReport
 
 if TYPE_CHECKING:
     from lightning_koopman.callback import KoopmanCreditMonitor
@@ -25,11 +26,11 @@ __all__ = [
     "KoopmanCredit",
     "KoopmanCreditMonitor",
     "KoopmanOperator",
-    "ReportFormatError",
     "credit_report",
     "evaluate_checkpoints",
     "fit_operator",
     "intervene",
+    "linearize",
 ]
 
 

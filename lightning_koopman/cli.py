@@ -129,6 +129,53 @@ def evaluate(
         raise failure
 
 
+def linearize(
+    model: str,
+    data: str,
+    ckpt: str,
+    out: str,
+    max_drop: float = 0.01,
+    components: str | list[str] | None = None,
+    max_dim: int = 256,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+) -> None:
+    """Replace as many components as possible by linear layers, and write the new checkpoint.
+
+    Args:
+        model: Model to build, as in evaluate.
+        data: Data, as pkg.mod:DataModule: linear layers are fitted on its training loader and chosen on
+            its validation loader. Of the batches that a function or object gives, those at even places
+            are fitted on, and the others chosen on.
+        ckpt: Checkpoint of the trained network.
+        out: Checkpoint to write; lightning_koopman.linear_component.load_linearized reads it.
+        max_drop: Largest drop of the accuracy; without class targets, largest relative squared change
+            of the outputs.
+        components: Names or glob patterns of components; chosen by default.
+        max_dim: Most directions of a wide input that are kept.
+        seed: Chooses the folds.
+        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
+    """
+    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+    from lightning_koopman.evaluate import credit_report
+    from lightning_koopman.linear_component import save_linearized
+    from lightning_koopman.linearization import linearize_within
+
+    checkpoint = load_checkpoint(ckpt, trust=trust_checkpoint)
+    hyper_parameters = dict(checkpoint.hyper_parameters)
+    network = _build_model(model, hyper_parameters)
+    apply_checkpoint(network, checkpoint)
+    fit_on, choose_on = _fit_and_choose(data)
+    report = credit_report(network, fit_on, components=components, max_dim=max_dim, seed=seed)
+    result = linearize_within(
+        network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
+    )
+    Console().print(result)
+    step = {} if checkpoint.step is None else {"global_step": checkpoint.step}
+    save_linearized(result.model, out, more=step | {"hyper_parameters": hyper_parameters})
+    Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -141,7 +188,7 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     # jsonargparse names options after parameters; dashes are what people type.
     given = [re.sub(r"^--[a-z_-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
-    commands: Any = {"demo": demo, "evaluate": evaluate}
+    commands: Any = {"demo": demo, "evaluate": evaluate, "linearize": linearize}
     try:
         auto_cli(commands, args=given, prog="lightning-koopman", as_positional=False)
     except (ValueError, ImportError) as error:
@@ -210,6 +257,23 @@ def _build_batches(name: str) -> Iterable[Any]:
     if not isinstance(found, Iterable):
         raise ValueError(f"{name} gives a {type(found).__name__}, which holds no batches")
     return found
+
+
+def _fit_and_choose(name: str) -> tuple[list[Any], list[Any]]:
+    """Give batches to fit on and others to choose on."""
+    found = _named_object(name)
+    found = found() if callable(found) else found
+    if hasattr(found, "train_dataloader"):
+        found.prepare_data()
+        found.setup("fit")
+        return list(found.train_dataloader()), list(_build_batches(name))
+    batches = list(_build_batches(name))
+    if len(batches) < 2:
+        raise ValueError(
+            f"{name} gives {len(batches)} batch; linearize needs at least one to fit on and one to "
+            "choose on"
+        )
+    return batches[::2], batches[1::2]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class LinearMap:
         y_mean: Mean of what is given out, shape ``(D_out,)``.
         shape: Shape of one sample of what is given out.
         r2: Held-out R²; over the leading POD directions where the output is wide.
+        covariance: Covariance of the projected inputs, shape ``(Σk, Σk)``; ``None`` where unknown.
     """
 
     bases: tuple[Tensor | None, ...]
@@ -35,6 +36,7 @@ class LinearMap:
     y_mean: Tensor
     shape: tuple[int, ...]
     r2: float
+    covariance: Tensor | None = None
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Apply the map.
@@ -51,6 +53,43 @@ class LinearMap:
         reduced = torch.cat(_project(parts, self.bases), dim=1)
         flat = reduced @ self.matrix.to(reduced) + self.y_mean.to(reduced)
         return flat.reshape(-1, *self.shape)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Give the map of a single tensor as one matrix and an offset.
+
+        Returns:
+            Shapes ``(ΣD, D_out)`` and ``(D_out,)``: the output is ``x @ matrix + offset``.
+        """
+        matrix = self._whole(self.matrix)
+        return matrix, self.y_mean - self.x_mean @ matrix
+
+    def factors(self, variance: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the map of a single tensor as the product of two thin matrices, and an offset.
+
+        Args:
+            variance: Share of the predicted variance that must be kept, above 0 and at most 1.
+
+        Returns:
+            Shapes ``(ΣD, r)``, ``(r, D_out)`` and ``(D_out,)``, with the least r that keeps the share.
+
+        Raises:
+            ValueError: If the covariance of the inputs is unknown.
+        """
+        if self.covariance is None:
+            raise ValueError("this map does not know how its inputs vary; fit it on data first")
+        values, vectors = torch.linalg.eigh(self.covariance)
+        root = values.clamp_min(0).sqrt()[:, None] * vectors.T
+        _, strength, directions = torch.linalg.svd(root @ self.matrix, full_matrices=False)
+        share = strength.square().cumsum(0) / strength.square().sum().clamp_min(1e-300)
+        rank = min(int((share < variance).sum()) + 1, len(share))
+        left = self._whole(self.matrix @ directions[:rank].T)
+        right = directions[:rank]
+        return left, right, self.y_mean - (self.x_mean @ left) @ right
+
+    def _whole(self, matrix: Tensor) -> Tensor:
+        """Bring a matrix that acts on projected inputs to the inputs themselves."""
+        (basis,) = self.bases
+        return matrix if basis is None else basis @ matrix
 
 
 def from_operator(operator: KoopmanOperator, shape: Sequence[int], n_inputs: int) -> LinearMap:
@@ -145,6 +184,7 @@ class LinearFit:
             y_mean=self._offset_y + y_mean,
             shape=self._shape,
             r2=chosen.r2,
+            covariance=c_xx,
         )
 
     def _drain(self) -> None:

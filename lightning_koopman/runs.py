@@ -26,7 +26,7 @@ class Runner:
         self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None
     ) -> None:
         self.model, self.batches = model, list(batches)
-        self._forward = default_forward if forward_fn is None else forward_fn
+        self.forward_fn = default_forward if forward_fn is None else forward_fn
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def run(
@@ -53,7 +53,7 @@ class Runner:
         with Sites(self.model, read, alter) as sites:
             for batch in self.batches:
                 sites.start_pass()
-                given = self._forward(self.model, to_device(batch, self._device))
+                given = self.forward_fn(self.model, to_device(batch, self._device))
                 output = first_tensor(given)
                 if output is None:
                     raise ValueError(
