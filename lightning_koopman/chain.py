@@ -114,7 +114,8 @@ def fit_steps(
             table.append([split.test.count * error for error in fold_errors])
             totals[row, column] = split.test.count * trace
         chosen.append(choose_tikhonov(table, grid) if table else grid[0])
-        errors[:, column] = torch.tensor([row[grid.index(chosen[-1])] for row in table])
+        at_chosen = [row[grid.index(chosen[-1])] for row in table]
+        errors[:, column] = torch.tensor(at_chosen, dtype=torch.float64)
     return chosen, *_pooled_r2(errors, totals)
 
 
