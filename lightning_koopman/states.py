@@ -102,7 +102,8 @@ def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
     odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
     # Adding zero turns -0.0 into 0.0.
     bits = (rows.double() + 0.0).contiguous().view(torch.int64)
-    keys = (bits * odd.to(bits.device)).sum(dim=1)
+    # Round numbers differ in their leading bits only, which a product alone never carries downward.
+    keys = ((bits ^ (bits >> 32)) * odd.to(bits.device)).sum(dim=1)
     for shift, factor in ((32, -7046029288634856825), (29, -4417276706812531889)):
         keys = (keys ^ (keys >> shift)) * factor
     return (keys >> 16) & (2**40 - 1)
