@@ -9,6 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+RESOLUTION = 1e-13
+"""Units whose variance is below this share of their second moment are constant up to rounding."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -150,6 +153,8 @@ def accumulate(layout: Layout, moments: Tensor, states: Sequence[Tensor], fold_o
 def covariances(layout: Layout, row: Tensor, *, about: Sequence[Tensor] | None = None) -> Covariances:
     """Read means and covariances off one row of moments.
 
+    Units that rounding alone sets in motion are taken as constant: their covariances are exactly zero.
+
     Args:
         layout: What lies where.
         row: Sum of the rows of some folds, shape ``(size,)``.
@@ -168,4 +173,12 @@ def covariances(layout: Layout, row: Tensor, *, about: Sequence[Tensor] | None =
         # E[(x - a)(y - b)ᵀ] = E[xyᵀ] - m_x bᵀ - a m_yᵀ + abᵀ
         shift = torch.outer(own[i], about[j]) + torch.outer(about[i], own[j] - about[j])
         blocks[i, j] = raw - shift if count else raw
+    for i in range(len(layout.dims)):
+        square = row[layout.slices[i, i]].view(layout.dims[i], layout.dims[i]).diagonal() * scale
+        alive = blocks[i, i].diagonal() > RESOLUTION * square
+        if not bool(alive.all()):
+            for j, k in layout.pairs:
+                if i in (j, k):
+                    blocks[j, k] = blocks[j, k] * (alive[:, None] if i == j else alive)
+            blocks[i, i] = blocks[i, i] * alive
     return Covariances(count, tuple(about), blocks)
