@@ -274,7 +274,12 @@ def fit_operator(
         problem = spectrum(train[0, 0], train[0, 1])
         trace = float(test[1, 1].diagonal().sum())
         total += test.count * trace
-        fold_errors = held_out_errors(problem, test[0, 0], test[0, 1], trace, grid)
+        if rank is None:
+            fold_errors = held_out_errors(problem, test[0, 0], test[0, 1], trace, grid)
+        else:
+            reduced = [_limit_rank(problem.matrix(t), train[0, 1], rank) for t in grid]
+            products = [(k * (test[0, 0] @ k - 2 * test[0, 1])).sum() for k in reduced]
+            fold_errors = [max(0.0, trace + float(product)) for product in products]
         errors.append([test.count * error for error in fold_errors])
     tikhonov = choose_tikhonov(errors, grid) if errors else grid[0]
     error = sum(row[grid.index(tikhonov)] for row in errors)
@@ -282,10 +287,7 @@ def fit_operator(
     matrix = problem.matrix(tikhonov)
     kept = len(problem.values)
     if rank is not None:
-        # Reduced-rank regression: project the targets on the leading directions of the predictions.
-        _, vectors = torch.linalg.eigh(matrix.T @ everything[0, 1])
-        leading = vectors[:, -rank:]
-        matrix, kept = matrix @ (leading @ leading.T), min(kept, rank)
+        matrix, kept = _limit_rank(matrix, everything[0, 1], rank), min(kept, rank)
     return KoopmanOperator(
         matrix=matrix,
         x_mean=everything.means[0] + offsets[0],
@@ -295,3 +297,10 @@ def fit_operator(
         rank=kept,
         condition=problem.condition,
     )
+
+
+def _limit_rank(matrix: Tensor, c_xy: Tensor, rank: int) -> Tensor:
+    """Reduced-rank regression: project the targets on the leading directions of the predictions."""
+    _, vectors = torch.linalg.eigh(matrix.T @ c_xy)
+    leading = vectors[:, -rank:]
+    return matrix @ (leading @ leading.T)
