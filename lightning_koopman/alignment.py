@@ -137,7 +137,7 @@ def _align(
 
 
 def _numerical_rank(jacobian: Tensor) -> int:
-    if jacobian.shape[1] == 0:
+    if jacobian.numel() == 0:
         return 0
     values = torch.linalg.svdvals(jacobian)
     return int(((values > RANK_RTOL * values[0]) & (values > 0)).sum())

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.operator import (
-    RCOND,
     TIKHONOV_GRID,
     Spectrum,
+    alive,
     choose_tikhonov,
     held_out_errors,
     spectrum,
@@ -24,12 +24,16 @@ Normalize = Literal["none", "rms", "whiten"]
 
 @dataclass(frozen=True)
 class Split:
-    """The regression problems on some folds, and the moments of the fold left out."""
+    """The regression problems on some folds, and the moments of the fold left out.
+
+    ``directions`` are the POD directions of the output, leading first, in its coordinates.
+    """
 
     count: float
     train: Covariances
     test: Covariances | None
     problems: tuple[Spectrum, ...]
+    directions: Tensor
 
     @property
     def widths(self) -> list[int]:
@@ -50,7 +54,13 @@ def split_chain(layout: Layout, moments: Tensor, fold: int | None, normalize: No
         spectrum(_regressors(train, layout, i), _targets(train, layout, i))
         for i in range(1, len(layout.dims))
     )
-    return Split(train.count, train, test, problems)
+    output = train[len(layout.dims) - 1, len(layout.dims) - 1]
+    if normalize == "whiten":
+        # Whitened coordinates are the POD directions, in ascending order; their covariance tells nothing.
+        directions = torch.eye(len(output), dtype=output.dtype, device=output.device)
+    else:
+        directions = torch.linalg.eigh(output)[1]
+    return Split(train.count, train, test, problems, directions.flip(1))
 
 
 def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Tensor] | None:
@@ -62,12 +72,11 @@ def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Ten
         covariance = train[i, i]
         if normalize == "rms":
             variance = covariance.diagonal()
-            alive = variance > RCOND * variance.max()
-            scales.append(torch.diag(torch.where(alive, variance, torch.inf).rsqrt()))
+            scales.append(torch.diag(torch.where(alive(variance), variance, torch.inf).rsqrt()))
         else:
             values, vectors = torch.linalg.eigh(covariance)
-            alive = (values > RCOND * values[-1]) & (values > 0)
-            scales.append(vectors[:, alive] * values[alive].rsqrt())
+            kept = alive(values)
+            scales.append(vectors[:, kept] * values[kept].rsqrt())
     return scales
 
 
@@ -186,6 +195,5 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
             # This state is the regressor of the next step, whose spectrum is at hand.
             ranks.append(len(split.problems[i].values))
             continue
-        values = torch.linalg.eigvalsh(split.train[i, i])
-        ranks.append(int(((values > RCOND * values[-1]) & (values > 0)).sum()))
+        ranks.append(int(alive(torch.linalg.eigvalsh(split.train[i, i])).sum()))
     return torch.tensor(ranks, dtype=torch.float64)

@@ -75,7 +75,8 @@ def compute_credits(
             component by held-out R².
         normalize: Coordinates of every state: as they are, each unit over its standard deviation, or
             whitened.
-        targets: Output units of interest; ``None`` takes the leading POD directions of the output.
+        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
+            directions of the output.
         center: Offsets that the moments were summed about, one a state; ``None`` means zero. They
             only move the operators' means.
 
@@ -87,7 +88,12 @@ def compute_credits(
             out of range.
     """
     check_options(
-        folds=layout.folds, delay=layout.delay, rank=rank, tikhonov=tikhonov, normalize=normalize
+        folds=layout.folds,
+        delay=layout.delay,
+        rank=rank,
+        tikhonov=tikhonov,
+        normalize=normalize,
+        targets=targets,
     )
     _check(layout, moments, targets)
     splits = [split_chain(layout, moments, None, normalize)]
@@ -157,6 +163,7 @@ def check_options(
     rank: int | None = None,
     tikhonov: float | None = None,
     normalize: str = "none",
+    targets: Sequence[int] | None = None,
 ) -> None:
     """Refuse options that no chain can be computed with, before any work is done.
 
@@ -166,9 +173,10 @@ def check_options(
         rank: Most output directions.
         tikhonov: Ridge weight.
         normalize: Coordinates of the states.
+        targets: Output units of interest.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If one is out of range, or two exclude each other.
     """
     if folds < 2:
         raise ValueError(f"folds is {folds}; held-out R² needs at least 2")
@@ -179,6 +187,11 @@ def check_options(
     check_tikhonov(tikhonov)
     if normalize not in get_args(Normalize):
         raise ValueError(f"normalize is {normalize!r}; choose one of {get_args(Normalize)}")
+    if targets is not None and normalize == "whiten":
+        raise ValueError(
+            f"targets is {list(targets)}, but normalize='whiten' mixes the output's units; choose "
+            "'none' or 'rms'"
+        )
 
 
 def samples_needed(layout: Layout) -> int:
@@ -214,14 +227,11 @@ def _align(
     rank: int,
     targets: Sequence[int] | None,
 ) -> Alignment:
-    covariance = split.train[len(layout.dims) - 1, len(layout.dims) - 1]
+    directions = split.directions
     if targets is not None:
-        identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        outputs = identity[:, list(targets)][:, :rank]
-    else:
-        outputs = torch.linalg.eigh(covariance)[1].flip(1)[:, :rank]
+        directions = torch.eye(len(directions)).to(directions)[:, list(targets)]
     blocks = step_blocks(layout, split.problems, chosen, split.widths)
-    return align(blocks, outputs, layout.parents[1:])
+    return align(blocks, directions[:, :rank], layout.parents[1:])
 
 
 def _volumes(

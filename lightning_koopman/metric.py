@@ -48,7 +48,8 @@ class KoopmanCredit(Metric):
             component by held-out R².
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
-        targets: Output units of interest; ``None`` takes the leading POD directions of the output.
+        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
+            directions of the output.
         quantities: Which numbers ``compute`` returns; see :data:`lightning_koopman.QUANTITIES`.
         seed: Chooses the folds.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
@@ -90,7 +91,9 @@ class KoopmanCredit(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
+        check_options(
+            folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize, targets=targets
+        )
         check_quantities(quantities)
         self.components = None if components is None else tuple(components)
         self.center = None if center is None else [offset.detach().double() for offset in center]

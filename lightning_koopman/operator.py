@@ -120,6 +120,19 @@ class Spectrum:
         return float(self.values[0] / self.values[-1]) if len(self.values) else 1.0
 
 
+def alive(variances: Tensor) -> Tensor:
+    """Tell which variances are more than rounding beside the largest one.
+
+    Args:
+        variances: Shape ``(d,)``; may be empty.
+
+    Returns:
+        Mask of shape ``(d,)``; all false where no variance is positive.
+    """
+    largest = torch.cat([variances, variances.new_zeros(1)]).max()
+    return variances > RCOND * largest
+
+
 def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
     """Diagonalise the regressors' covariance and drop its dead directions.
 
@@ -132,9 +145,9 @@ def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
     """
     values, vectors = torch.linalg.eigh(c_xx)
     values, vectors = values.flip(0), vectors.flip(1)
-    kept = int(((values > RCOND * values[0]) & (values > 0)).sum())
+    kept = int(alive(values).sum())
     vectors = vectors[:, :kept]
-    mean_variance = float(c_xx.diagonal().mean())
+    mean_variance = float(c_xx.diagonal().sum()) / max(1, len(c_xx))
     return Spectrum(values[:kept], vectors, vectors.T @ c_xy, mean_variance)
 
 
