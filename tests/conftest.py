@@ -1,0 +1,147 @@
+"""A fixed seed for every test, and the tiny models that the tests share."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[int]:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield 0
+    if "matplotlib.pyplot" in sys.modules:
+        import matplotlib.pyplot as plt
+
+        plt.close("all")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def linear_chain() -> Callable[..., nn.Sequential]:
+    """Make a chain of linear layers of the given widths."""
+
+    def make(*widths: int, bias: bool = True) -> nn.Sequential:
+        layers = [nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False)]
+        return nn.Sequential(*layers).double()
+
+    return make
+
+
+class InPlaceMLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 9)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Linear(9, 7)
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.nn.functional.relu(self.second(self.act(self.first(x)))))
+
+
+@pytest.fixture
+def mlp() -> InPlaceMLP:
+    return InPlaceMLP().double()
+
+
+class ConvNet(nn.Module):
+    """Convolutions with batch normalisation and dropout, and a pooled head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.5)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        return self.fc(self.pool(self.drop(x)).flatten(1))
+
+
+@pytest.fixture
+def conv_net() -> ConvNet:
+    return ConvNet().double()
+
+
+class SharedNet(nn.Module):
+    """One layer that runs twice in a pass, and one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(5, 5)
+        self.unused = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+
+
+@pytest.fixture
+def shared_net() -> SharedNet:
+    return SharedNet().double()
+
+
+class TupleNet(nn.Module):
+    """A recurrent part that returns a tuple, and an output in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.gru = nn.GRU(4, 5, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        sequence, _ = self.gru(self.embed(x))
+        return {"length": x.shape[1], "logits": self.head(sequence[:, -1])}
+
+
+@pytest.fixture
+def tuple_net() -> TupleNet:
+    return TupleNet().double()
+
+
+class RaisingNet(nn.Module):
+    """Raises in its second layer once it is armed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.drop = nn.Dropout(0.5)
+        self.second = nn.Linear(4, 4)
+        self.armed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.first(x))
+        if self.armed:
+            random.random(), np.random.rand(), torch.rand(1)
+            raise RuntimeError("the model itself failed")
+        return self.second(x)
+
+
+@pytest.fixture
+def raising_net() -> RaisingNet:
+    return RaisingNet().double()

@@ -1,0 +1,140 @@
+"""Streaming moments against covariances computed at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_koopman.moments import Layout, accumulate, covariances
+
+
+def chain(n: int, dims: tuple[int, ...], seed: int = 0, offset: float = 0.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, dims[0], generator=generator, dtype=torch.float64) + offset
+    states = [x]
+    for a, b in zip(dims, dims[1:], strict=False):
+        weight = torch.randn(a, b, generator=generator, dtype=torch.float64) / a**0.5
+        states.append(torch.tanh(states[-1] @ weight))
+    return states
+
+
+def gathered(layout: Layout, states: list[Tensor], folds: Tensor) -> Tensor:
+    moments = layout.zeros()
+    accumulate(layout, moments, states, folds)
+    return moments
+
+
+@pytest.mark.parametrize("delay", [1, 2, 3])
+@pytest.mark.parametrize("dims", [(4, 3, 5, 2), (1, 1, 1, 1), (2, 6, 3, 3)], ids=str)
+def test_covariances_are_those_of_numpy(dims: tuple[int, ...], delay: int) -> None:
+    states = chain(60, dims, offset=0.3)
+    layout = Layout(dims, 3, delay)
+    moments = gathered(layout, states, torch.arange(60) % 3)
+    given = covariances(layout, moments.sum(dim=0))
+    joint = np.cov(torch.cat(states, dim=1).numpy(), rowvar=False, bias=True)
+    edges = np.cumsum([0, *dims])
+    assert given.count == 60
+    for i, j in layout.pairs:
+        expected = joint[edges[i] : edges[i + 1], edges[j] : edges[j + 1]]
+        assert np.allclose(given[i, j].numpy(), expected, rtol=0, atol=1e-12)
+        assert torch.equal(given[j, i], given[i, j].T)
+    for mean, state in zip(given.means, states, strict=True):
+        assert torch.allclose(mean, state.mean(0), rtol=0, atol=1e-13)
+
+
+def test_held_out_products_are_about_the_means_given() -> None:
+    states = chain(50, (4, 3, 2))
+    folds = torch.arange(50) % 5
+    layout = Layout((4, 3, 2), 5)
+    moments = gathered(layout, states, folds)
+    train = covariances(layout, moments.sum(0) - moments[1])
+    test = covariances(layout, moments[1], about=train.means)
+    held_out = [(s[folds == 1] - s[folds != 1].mean(0)).numpy() for s in states]
+    for i, j in layout.pairs:
+        expected = held_out[i].T @ held_out[j] / 10
+        assert np.allclose(test[i, j].numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+def test_pairs_kept_are_those_within_the_delay_and_with_the_output(delay: int) -> None:
+    layout = Layout((1, 1, 1, 1), 2, delay)
+    expected = {(i, j) for i in range(4) for j in range(i, 4) if j - i <= delay or j == 3}
+    assert set(layout.pairs) == expected
+    assert layout.size == 1 + 4 + len(expected)
+    assert layout.zeros().shape == (2, layout.size)
+    assert layout.zeros().dtype == torch.float64
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 64, 200])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_batches_in_any_order_add_up_to_everything_at_once(batch: int, seed: int) -> None:
+    states = chain(200, (4, 3, 5), seed)
+    layout = Layout((4, 3, 5), 4)
+    folds = torch.arange(200) * 7 % 11 % 4
+    whole = gathered(layout, states, folds)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
+    streamed = layout.zeros()
+    for rows in order.split(batch):
+        accumulate(layout, streamed, [s[rows] for s in states], folds[rows])
+    assert torch.allclose(streamed, whole, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("shards", [2, 3, 7])
+def test_shards_of_any_size_add_up(shards: int) -> None:
+    states = chain(100, (3, 4, 2))
+    layout = Layout((3, 4, 2), 5)
+    folds = torch.arange(100) % 5
+    cuts = torch.tensor_split(torch.arange(100), [2**i for i in range(shards - 1)])
+    parts = [gathered(layout, [s[rows] for s in states], folds[rows]) for rows in cuts]
+    assert torch.allclose(sum(parts), gathered(layout, states, folds), rtol=1e-12, atol=1e-11)
+
+
+def test_a_fold_without_samples_stays_zero() -> None:
+    states = chain(10, (3, 2))
+    layout = Layout((3, 2), 3)
+    moments = gathered(layout, states, torch.ones(10, dtype=torch.int64))
+    assert moments[:, 0].tolist() == [0, 10, 0]
+    assert not moments[[0, 2]].any()
+    empty = covariances(layout, moments[0])
+    assert empty.count == 0
+    assert not empty[0, 1].any()
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 7.7, 1e8 / 3, -1e-30])
+@pytest.mark.parametrize("n", [7, 100, 1000])
+def test_a_constant_unit_has_exactly_no_covariance(value: float, n: int) -> None:
+    states = chain(n, (3, 4, 2))
+    states[1][:, 2] = value
+    layout = Layout((3, 4, 2), 3)
+    moments = layout.zeros()
+    for rows in torch.arange(n).split(13):
+        accumulate(layout, moments, [s[rows] for s in states], rows % 3)
+    given = covariances(layout, moments.sum(0))
+    assert not given[1, 1][2].any()
+    assert not given[1, 1][:, 2].any()
+    assert not given[0, 1][:, 2].any()
+    assert not given[1, 2][2].any()
+    assert given[1, 1].diagonal()[[0, 1, 3]].min() > 1e-3
+    assert float(given.means[1][2]) == pytest.approx(value)
+
+
+def test_a_unit_far_from_zero_is_not_taken_for_constant() -> None:
+    states = chain(200, (3, 2))
+    states[0] = states[0] + 1e5
+    layout = Layout((3, 2), 2)
+    given = covariances(layout, gathered(layout, states, torch.arange(200) % 2).sum(0))
+    expected = states[0].var(0, correction=0)
+    assert torch.allclose(given[0, 0].diagonal(), expected, rtol=1e-3)
+
+
+def test_layouts_that_serve_no_operator_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 state arrived; an operator needs two"):
+        Layout((3,), 5)
+    with pytest.raises(ValueError, match="folds is 1; held-out R² needs at least 2"):
+        Layout((3, 2), 1)
+    with pytest.raises(ValueError, match="delay is 3; with 2 components it must lie between 1 and 2"):
+        Layout((3, 2, 2), 5, 3)
+    with pytest.raises(ValueError, match="delay is 0"):
+        Layout((3, 2, 2), 5, 0)
