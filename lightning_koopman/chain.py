@@ -56,7 +56,7 @@ def split_chain(layout: Layout, moments: Tensor, fold: int | None, normalize: No
     )
     output = train[len(layout.dims) - 1, len(layout.dims) - 1]
     if normalize == "whiten":
-        # Whitened coordinates are the POD directions, in ascending order; their covariance tells nothing.
+        # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
         directions = torch.eye(len(output), dtype=output.dtype, device=output.device)
     else:
         directions = torch.linalg.eigh(output)[1]

@@ -316,4 +316,5 @@ def _limit_rank(matrix: Tensor, c_xy: Tensor, rank: int) -> Tensor:
     """Reduced-rank regression: project the targets on the leading directions of the predictions."""
     _, vectors = torch.linalg.eigh(matrix.T @ c_xy)
     leading = vectors[:, -rank:]
-    return matrix @ (leading @ leading.T)
+    reduced: Tensor = matrix @ (leading @ leading.T)
+    return reduced
