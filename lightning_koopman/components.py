@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from itertools import pairwise
 
 from torch import nn
 
@@ -72,9 +71,11 @@ def named_components(
             f"found no component in {type(model).__name__}: it has no submodule with parameters. "
             "Name the modules to report with components=[...]."
         )
-    names = sorted(chosen)
-    for outer, inner in pairwise(names):
-        if inner.startswith(outer + "."):
+    for inner in chosen:
+        outer, dot, _ = inner.rpartition(".")
+        while dot and outer not in chosen:
+            outer, dot, _ = outer.rpartition(".")
+        if dot:
             raise ValueError(
                 f"components overlap: {inner!r} is part of {outer!r}. Choose one of the two."
             )
