@@ -68,7 +68,8 @@ def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:
         grid = [min(side, size) for size in values.shape[2:]]
         adaptive: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
         values = adaptive[axes - 1](values, grid)
-    return values.flatten(1).to(dtype, copy=True) if values.ndim > 1 else values.to(dtype)[:, None]
+    rows = values.flatten(1) if values.ndim > 1 else values[:, None]
+    return rows.to(dtype, copy=True)
 
 
 def has_channels_first(tensor: Tensor, module: nn.Module) -> bool:
