@@ -1,0 +1,165 @@
+"""Which modules are taken for the network's components."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lightning_koopman.components import (
+    clean_name,
+    has_parameters,
+    is_norm,
+    named_components,
+    transparent_modules,
+)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+
+
+class Net(nn.Module):
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Dropout(), nn.Linear(3, 2))
+
+
+AUTOMATIC = {
+    "chain": (mlp, ["0", "3"]),
+    "wrapped": (lambda: Net(model=Net(net=mlp())), ["model.net.0", "model.net.3"]),
+    "single layer": (lambda: nn.Linear(3, 2), ["Linear"]),
+    "norm belongs to the layer before": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        ["0", "3"],
+    ),
+    "norm in front stands for itself": (
+        lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)),
+        ["0", "1", "2"],
+    ),
+    "blocks stay whole": (
+        lambda: Net(stem=nn.Conv2d(1, 4, 3), layers=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2)),
+        ["stem", "layers.0", "layers.1", "head"],
+    ),
+    "stages of blocks are opened": (
+        lambda: Net(
+            stem=nn.Conv2d(1, 4, 3),
+            layer1=nn.Sequential(Block(), Block()),
+            layer2=nn.Sequential(Block(), Block()),
+            fc=nn.Linear(4, 2),
+        ),
+        ["stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "fc"],
+    ),
+    "two towers are looked into": (
+        lambda: Net(encoder=mlp(), decoder=mlp()),
+        ["encoder.0", "encoder.3", "decoder.0", "decoder.3"],
+    ),
+    "module dictionaries are opened": (
+        lambda: Net(parts=nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}), head=nn.Linear(3, 2)),
+        ["parts.a", "parts.b", "head"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AUTOMATIC)
+def test_the_automatic_choice_is_what_a_person_would_draw(kind: str) -> None:
+    make, expected = AUTOMATIC[kind]
+    model = make()
+    chosen = named_components(model)
+    assert list(chosen) == expected
+    modules = dict(model.named_modules())
+    assert all(modules.get(name, model) is module for name, module in chosen.items())
+
+
+@pytest.mark.parametrize(
+    ("components", "expected"),
+    [
+        ("0", ["0"]),
+        (["3", "0"], ["0", "3"]),
+        (["*"], ["0", "1", "2", "3"]),
+        (["[03]", "0"], ["0", "3"]),
+    ],
+)
+def test_names_and_patterns_choose_in_order_of_registration(components: object, expected: list[str]) -> None:
+    assert list(named_components(mlp(), components)) == expected
+
+
+def test_patterns_reach_into_blocks() -> None:
+    model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
+    assert list(named_components(model, ["stages.*.conv", "head"])) == ["stages.0.conv", "stages.1.conv", "head"]
+
+
+def test_an_unknown_name_lists_close_matches() -> None:
+    model = Net(encoder=nn.Linear(3, 3), decoder=nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"no module is called 'encodr'\. Close matches: 'encoder', 'decoder'\."):
+        named_components(model, ["encodr"])
+    with pytest.raises(ValueError, match=r"no module is called 'zzz'\. The model has 'encoder', 'decoder'\."):
+        named_components(model, "zzz")
+    with pytest.raises(ValueError, match=r"no module is called 'zzz\.\*'"):
+        named_components(model, ["encoder", "zzz.*"])
+
+
+def test_nested_components_are_refused() -> None:
+    model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"components overlap: 'stages\.0\.conv' is part of 'stages\.0'"):
+        named_components(model, ["stages.0", "stages.0.conv"])
+    with pytest.raises(ValueError, match=r"components overlap: .* is part of 'stages'"):
+        named_components(model, ["stages", "stages.*.bn"])
+
+
+def test_nested_components_are_found_whatever_sorts_between_them() -> None:
+    model = Net(**{"a": nn.Sequential(nn.Linear(2, 2)), "a-b": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"components overlap: 'a\.0' is part of 'a'"):
+        named_components(model, ["a", "a-b", "a.0"])
+
+
+@pytest.mark.parametrize("make", [lambda: nn.ReLU(), lambda: nn.Sequential(nn.ReLU(), nn.Flatten())])
+def test_a_model_without_parameters_has_no_components(make: object) -> None:
+    with pytest.raises(ValueError, match="found no component in .* it has no submodule with parameters"):
+        named_components(make())
+
+
+def test_an_empty_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="found no component in Sequential"):
+        named_components(mlp(), [])
+
+
+def test_transparent_modules_are_leaves_outside_of_every_component() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU()), Block(), nn.Flatten(), nn.Linear(4, 2)
+    )
+    chosen = named_components(model)
+    assert transparent_modules(model, chosen) == [model[1], model[2][0], model[4]]
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.BatchNorm1d(2), True),
+        (nn.LayerNorm(2), True),
+        (nn.GroupNorm(1, 2), True),
+        (nn.InstanceNorm2d(2), True),
+        (nn.RMSNorm(2), True),
+        (nn.Linear(2, 2), False),
+        (nn.ReLU(), False),
+    ],
+)
+def test_normalisation_layers_are_recognised(module: nn.Module, expected: bool) -> None:
+    assert is_norm(module) is expected
+
+
+def test_parameters_are_found_at_any_depth() -> None:
+    assert has_parameters(nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
+    assert not has_parameters(nn.Sequential(nn.Sequential(nn.ReLU())))
+
+
+def test_names_are_those_the_user_wrote() -> None:
+    assert clean_name("_orig_mod.layers.0._orig_mod.fc") == "layers.0.fc"
+    assert clean_name("layers.0") == "layers.0"
