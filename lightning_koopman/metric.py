@@ -224,6 +224,9 @@ class KoopmanCredit(Metric):
                     f"{incoming_state.layout} into one over {self.components} with {self.layout}"
                 )
         super().merge_state(incoming_state)
+        # torchmetrics would go on giving a result computed before, or warn that there was no update.
+        self._computed = None
+        self._update_count += incoming_state._update_count if isinstance(incoming_state, Metric) else 1
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         # Before its first batch a metric knows no widths, so its moments are empty: they add nothing.

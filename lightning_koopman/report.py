@@ -361,9 +361,11 @@ def check_quantities(quantities: Sequence[str]) -> None:
         ValueError: If one is unknown.
     """
     known = [*QUANTITIES, *(f"{name}_stderr" for name in QUANTITIES)]
+    if isinstance(quantities, str):
+        raise ValueError(f"quantities is {quantities!r}; give a list, with names out of {known}")
     unknown = [name for name in quantities if name not in known]
-    if isinstance(quantities, str) or unknown:
-        raise ValueError(f"unknown quantities {unknown or quantities!r}; choose from {known}")
+    if unknown:
+        raise ValueError(f"unknown quantities {unknown}; choose from {known}")
 
 
 def _numpy(tensor: Tensor) -> NDArray[np.float64]:
