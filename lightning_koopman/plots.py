@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
+from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.report import MIN_R2, CreditReport
 
 if TYPE_CHECKING:
@@ -65,10 +66,12 @@ def plot_evolution(reports: Sequence[CreditReport], quantity: str = "credit") ->
         A figure.
 
     Raises:
-        ValueError: If there is no report, or the components differ.
+        ValueError: If there is no report, the components differ or the quantity is unknown.
     """
     if not reports:
         raise ValueError("no report to draw")
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity is {quantity!r}; choose one of {QUANTITIES}")
     components = reports[-1].components
     for report in reports:
         if report.components != components:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -28,7 +29,7 @@ MIN_R2 = 0.5
 """Below this held-out R², of its own operator or of the chain behind it, a component is marked."""
 
 _FORMAT = 1
-_ARRAYS = (*QUANTITIES, "variance_kept", "tikhonov", "condition", "stable")
+_ARRAYS = (*QUANTITIES, "variance_kept", "tikhonov", "condition")
 
 
 class ReportFormatError(ValueError):
@@ -155,7 +156,7 @@ class CreditReport:
             "format": _FORMAT,
             "components": list(self.components),
             "widths": list(self.widths),
-            **{name: _plain(getattr(self, name)) for name in _ARRAYS},
+            **{name: _plain(getattr(self, name)) for name in (*_ARRAYS, "stable")},
             "stderr": {name: _plain(values) for name, values in self.stderr.items()},
             "volumes": _plain(self.volumes),
             "directions": self.directions,
@@ -198,10 +199,11 @@ class CreditReport:
         """
         try:
             return cls.from_dict(json.loads(Path(source).read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-            raise ReportFormatError(f"{os.fspath(source)} is not JSON: {error}") from None
         except ReportFormatError as error:
             raise ReportFormatError(f"{os.fspath(source)} holds no report: {error}") from None
+        # A number of thousands of digits is a plain ValueError.
+        except (ValueError, RecursionError) as error:
+            raise ReportFormatError(f"{os.fspath(source)} is not JSON: {error}") from None
 
     @classmethod
     def from_dict(cls, given: Any) -> CreditReport:
@@ -228,7 +230,7 @@ class CreditReport:
         directions, n_samples = _checked_int(given, "directions"), _checked_int(given, "n_samples")
         step = given.get("step")
         arrays: dict[str, Any] = {name: _array(given, name, (size,)) for name in _ARRAYS}
-        arrays["stable"] = arrays["stable"].astype(bool)
+        arrays["stable"] = np.array(_checked_list(given, "stable", bool, size))
         return cls(
             components=tuple(components),
             widths=tuple(_checked_list(given, "widths", int, size)),
@@ -270,7 +272,7 @@ class CreditReport:
         table.add_column("doubt", min_width=5)
         for i, component in enumerate(self.components):
             table.add_row(
-                component,
+                escape(component),
                 self._with_error("credit", i),
                 self._with_error("gain", i),
                 f"{self.nonlinearity[i]:.3f}",
@@ -298,7 +300,7 @@ class CreditReport:
             if marked
             else []
         )
-        return doubt + [f"Note: {note}" for note in self.notes]
+        return doubt + [f"Note: {escape(note)}" for note in self.notes]
 
 
 def build_report(
@@ -402,8 +404,17 @@ def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(_checked_list(value, name, str)) for name in value}
 
 
+def _numeric(value: Any) -> bool:
+    """NumPy would also read strings as numbers."""
+    if isinstance(value, list):
+        return all(map(_numeric, value))
+    return value is None or type(value) in (int, float)
+
+
 def _array(given: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
     try:
+        if not _numeric(given[name]):
+            raise TypeError
         # float64 turns null into NaN.
         array = np.array(given[name], dtype=np.float64)
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -305,7 +305,7 @@ def test_whitened_operators_have_canonical_correlations(shape: tuple[int, int], 
     moments = layout.zeros()
     accumulate(layout, moments, [torch.from_numpy(x) for x in states], torch.arange(400) % 5)
     split = split_chain(layout, moments, None, "whiten")
-    ((matrix,),) = step_blocks(layout, split, [0.0])
+    ((matrix,),) = step_blocks(layout, split.problems, [0.0], split.widths)
     values = torch.linalg.svdvals(matrix).numpy()
     expected = oracles.canonical_correlations(*states)
     assert np.allclose(values, expected, rtol=0, atol=1e-9)

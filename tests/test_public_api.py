@@ -1,0 +1,59 @@
+"""The names a user may rely on."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import lightning_koopman
+
+
+def test_a_dozen_public_names_none_equal_to_a_module() -> None:
+    names = lightning_koopman.__all__
+    modules = {module.name for module in pkgutil.iter_modules(lightning_koopman.__path__)}
+    assert len(names) == len(set(names)) <= 12
+    assert not set(names) & modules
+    assert {"components", "capture", "credit", "report", "metric"} <= modules
+
+
+@pytest.mark.parametrize("name", lightning_koopman.__all__)
+def test_every_public_name_exists_and_is_explained(name: str) -> None:
+    value = getattr(lightning_koopman, name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert inspect.getdoc(value)
+        assert value.__module__.startswith("lightning_koopman.")
+
+
+def test_signatures_are_those_agreed_upon() -> None:
+    parameters = inspect.signature(lightning_koopman.credit_report).parameters
+    agreed = {
+        "components": None, "forward_fn": None, "rank": None, "tikhonov": None,
+        "max_dim": 256, "folds": 5, "normalize": "none", "seed": 0,
+    }  # fmt: skip
+    assert list(parameters)[:2] == ["model", "batches"]
+    for name, default in agreed.items():
+        assert parameters[name].default == default
+        assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(inspect.signature(lightning_koopman.fit_operator).parameters)[:4] == ["x", "y", "tikhonov", "rank"]
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'lightning_koopman' has no attribute 'blame'"):
+        _ = lightning_koopman.blame
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    assert lightning_koopman.__version__.split(".")[0].isdigit()
+
+
+def test_importing_the_package_imports_no_lightning() -> None:
+    code = (
+        "import sys, lightning_koopman;"
+        "print(sorted({'lightning', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
