@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def linear_chain() -> Callable[..., nn.Sequential]:
     """Make a chain of linear layers of the given widths."""
 
     def make(*widths: int, bias: bool = True) -> nn.Sequential:
-        layers = [nn.Linear(a, b, bias=bias) for a, b in zip(widths, widths[1:], strict=False)]
+        layers = [nn.Linear(a, b, bias=bias) for a, b in itertools.pairwise(widths)]
         return nn.Sequential(*layers).double()
 
     return make

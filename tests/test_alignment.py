@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ SEEDS = [0, 1, 2]
 
 def random_weights(widths: tuple[int, ...], seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [rng.standard_normal(shape) for shape in zip(widths, widths[1:], strict=False)]
+    return [rng.standard_normal(shape) for shape in itertools.pairwise(widths)]
 
 
 def orthonormal(width: int, rank: int, seed: int) -> np.ndarray:

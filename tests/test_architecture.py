@@ -10,7 +10,17 @@ import pytest
 import lightning_koopman
 
 PACKAGE = Path(lightning_koopman.__file__).parent
-CORE = ["components", "capture", "states", "moments", "operator", "chain", "alignment", "credit", "report"]
+CORE = [
+    "components",
+    "capture",
+    "states",
+    "moments",
+    "operator",
+    "chain",
+    "alignment",
+    "credit",
+    "report",
+]
 SHELLS = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "tensorboard"}
 
 
@@ -60,13 +70,20 @@ def test_only_the_callback_side_imports_lightning() -> None:
     users = {
         path.stem
         for path in PACKAGE.glob("*.py")
-        if {m.split(".")[0] for m in imported(ast.parse(path.read_text(encoding="utf-8")).body)} & (SHELLS - {"torchmetrics"})
+        if {m.split(".")[0] for m in imported(ast.parse(path.read_text(encoding="utf-8")).body)}
+        & (SHELLS - {"torchmetrics"})
     }
     assert users <= {"callback", "checkpoints", "evaluate", "cli", "demo"}
 
 
 def test_the_reader_of_imports_sees_them() -> None:
-    tree = ast.parse("import lightning.pytorch as pl\nfrom lightning_koopman.plots import x\ndef f():\n import torchmetrics")
-    assert imported(at_module_level(tree)) == {"lightning.pytorch", "lightning_koopman.plots", "lightning_koopman.plots.x"}
+    tree = ast.parse(
+        "import lightning.pytorch as pl\nfrom lightning_koopman.plots import x\ndef f():\n import torchmetrics"
+    )
+    assert imported(at_module_level(tree)) == {
+        "lightning.pytorch",
+        "lightning_koopman.plots",
+        "lightning_koopman.plots.x",
+    }
     assert "torchmetrics" in imported(tree.body)
     assert own(imported(tree.body)) == {"plots"}

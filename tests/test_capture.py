@@ -82,7 +82,9 @@ def test_norms_dropout_and_pooling_belong_to_the_layer_before(conv_net: Any, pas
         second = torch.relu(conv_net.bn2(conv_net.conv2(first))).mean(dim=(2, 3), keepdim=True)
         fc = conv_net.fc(second.flatten(1))
     conv_net.train()
-    assert_states(recorded(conv_net, x, passes=passes), {INPUT: x, "conv1": first, "conv2": second, "fc": fc})
+    assert_states(
+        recorded(conv_net, x, passes=passes), {INPUT: x, "conv1": first, "conv2": second, "fc": fc}
+    )
 
 
 def test_a_shared_module_gives_one_state_a_call(shared_net: Any) -> None:
@@ -249,9 +251,7 @@ def test_no_hook_is_left_after_the_model_raised(raising_net: Any) -> None:
     assert hooks_on(raising_net) == 0
 
 
-def test_no_hook_is_left_when_registering_fails(
-    conv_net: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_hook_is_left_when_registering_fails(conv_net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no more hooks")
 
@@ -292,7 +292,9 @@ def test_modes_random_states_and_gradients_are_as_before(raising_net: Any, fails
     assert [module.training for module in raising_net.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_states[0])
     assert random.getstate() == random_states[1]
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), random_states[2], strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(np.random.get_state(), random_states[2], strict=True)
+    )
     assert torch.is_grad_enabled()
     assert bool((raising_net.first.weight.grad == 1).all())
     assert not raising_net.second.weight.requires_grad
@@ -333,7 +335,9 @@ def test_an_output_without_a_floating_point_tensor_is_refused() -> None:
     net = nn.Sequential(nn.Linear(3, 3), Counting())
     with Capture(net) as capture:
         net(torch.ones(2, 3))
-        with pytest.raises(ValueError, match="component '1' returned Tensor with no floating-point tensor"):
+        with pytest.raises(
+            ValueError, match="component '1' returned Tensor with no floating-point tensor"
+        ):
             capture.end_pass()
 
 
@@ -375,5 +379,7 @@ def test_the_first_floating_point_tensor_is_found(given: Any, expected: Tensor |
 
 
 def test_complex_states_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"a state of dtype torch\.complex64 arrived; complex states are not"):
+    with pytest.raises(
+        ValueError, match=r"a state of dtype torch\.complex64 arrived; complex states are not"
+    ):
         first_tensor([torch.ones(2, dtype=torch.complex64)])

@@ -45,7 +45,9 @@ AUTOMATIC = {
         ["0", "1", "2"],
     ),
     "blocks stay whole": (
-        lambda: Net(stem=nn.Conv2d(1, 4, 3), layers=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2)),
+        lambda: Net(
+            stem=nn.Conv2d(1, 4, 3), layers=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2)
+        ),
         ["stem", "layers.0", "layers.1", "head"],
     ),
     "stages of blocks are opened": (
@@ -62,7 +64,9 @@ AUTOMATIC = {
         ["encoder.0", "encoder.3", "decoder.0", "decoder.3"],
     ),
     "module dictionaries are opened": (
-        lambda: Net(parts=nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}), head=nn.Linear(3, 2)),
+        lambda: Net(
+            parts=nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}), head=nn.Linear(3, 2)
+        ),
         ["parts.a", "parts.b", "head"],
     ),
 }
@@ -87,20 +91,30 @@ def test_the_automatic_choice_is_what_a_person_would_draw(kind: str) -> None:
         (["[03]", "0"], ["0", "3"]),
     ],
 )
-def test_names_and_patterns_choose_in_order_of_registration(components: object, expected: list[str]) -> None:
+def test_names_and_patterns_choose_in_order_of_registration(
+    components: object, expected: list[str]
+) -> None:
     assert list(named_components(mlp(), components)) == expected
 
 
 def test_patterns_reach_into_blocks() -> None:
     model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
-    assert list(named_components(model, ["stages.*.conv", "head"])) == ["stages.0.conv", "stages.1.conv", "head"]
+    assert list(named_components(model, ["stages.*.conv", "head"])) == [
+        "stages.0.conv",
+        "stages.1.conv",
+        "head",
+    ]
 
 
 def test_an_unknown_name_lists_close_matches() -> None:
     model = Net(encoder=nn.Linear(3, 3), decoder=nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"no module is called 'encodr'\. Close matches: 'encoder', 'decoder'\."):
+    with pytest.raises(
+        ValueError, match=r"no module is called 'encodr'\. Close matches: 'encoder', 'decoder'\."
+    ):
         named_components(model, ["encodr"])
-    with pytest.raises(ValueError, match=r"no module is called 'zzz'\. The model has 'encoder', 'decoder'\."):
+    with pytest.raises(
+        ValueError, match=r"no module is called 'zzz'\. The model has 'encoder', 'decoder'\."
+    ):
         named_components(model, "zzz")
     with pytest.raises(ValueError, match=r"no module is called 'zzz\.\*'"):
         named_components(model, ["encoder", "zzz.*"])
@@ -108,7 +122,9 @@ def test_an_unknown_name_lists_close_matches() -> None:
 
 def test_nested_components_are_refused() -> None:
     model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
-    with pytest.raises(ValueError, match=r"components overlap: 'stages\.0\.conv' is part of 'stages\.0'"):
+    with pytest.raises(
+        ValueError, match=r"components overlap: 'stages\.0\.conv' is part of 'stages\.0'"
+    ):
         named_components(model, ["stages.0", "stages.0.conv"])
     with pytest.raises(ValueError, match=r"components overlap: .* is part of 'stages'"):
         named_components(model, ["stages", "stages.*.bn"])
@@ -133,7 +149,12 @@ def test_an_empty_choice_is_refused() -> None:
 
 def test_transparent_modules_are_leaves_outside_of_every_component() -> None:
     model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.ReLU()), Block(), nn.Flatten(), nn.Linear(4, 2)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Sequential(nn.ReLU()),
+        Block(),
+        nn.Flatten(),
+        nn.Linear(4, 2),
     )
     chosen = named_components(model)
     assert transparent_modules(model, chosen) == [model[1], model[2][0], model[4]]

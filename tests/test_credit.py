@@ -284,7 +284,7 @@ def test_whitened_numbers_ignore_any_invertible_change_of_hidden_coordinates(
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_whitened_output_directions_are_the_leading_principal_ones(rank: int) -> None:
-    weights, states = linear_states((8, 7, 5), n=500)
+    _weights, states = linear_states((8, 7, 5), n=500)
     credits = run(states, normalize="whiten", tikhonov=0.0, rank=rank)
     leading = states[-1] @ oracles.pod(states[-1], rank)
     expected = oracles.canonical_correlations(states[1], leading)
@@ -507,7 +507,7 @@ def test_a_residual_chain_without_excitation_keeps_the_dense_product(seed: int) 
 
 
 def test_delayed_r2_is_held_out_over_all_regressors() -> None:
-    blocks, states = residual_states(150, 0, 2)
+    _blocks, states = residual_states(150, 0, 2)
     states = [x + 0.5 * np.random.default_rng(i).standard_normal(x.shape) for i, x in enumerate(states)]
     fold_of = np.arange(150) % 5
     credits = run(states, delay=2, tikhonov=1e-3)
@@ -522,9 +522,10 @@ def test_delayed_r2_is_held_out_over_all_regressors() -> None:
         train, test = fold_of != fold, fold_of == fold
         means = [x[train].mean(0) for x in states]
         centred = [x - m for x, m in zip(states, means, strict=True)]
-        solve = lambda i: fit(
-            np.hstack([centred[i - 1][train], centred[i - 2][train]]), centred[i][train]
-        )  # noqa: B023, E731
+
+        def solve(i):
+            return fit(np.hstack([centred[i - 1][train], centred[i - 2][train]]), centred[i][train])
+
         third = np.hstack([centred[2][test], centred[1][test]]) @ solve(3)
         fourth = np.hstack([third, centred[2][test]]) @ solve(4)
         errors += ((centred[4][test] - fourth) ** 2).sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,8 +27,10 @@ DIMS = (6, 8, 5, 4)
 def chain(n: int = 203, seed: int = 0, noise: float = 0.1) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(n, DIMS[0], generator=generator, dtype=torch.float64) + 1]
-    for a, b in zip(DIMS, DIMS[1:], strict=False):
-        weight = torch.randn(a, b, generator=torch.Generator().manual_seed(a), dtype=torch.float64) / a**0.5
+    for a, b in itertools.pairwise(DIMS):
+        weight = (
+            torch.randn(a, b, generator=torch.Generator().manual_seed(a), dtype=torch.float64) / a**0.5
+        )
         states.append(torch.tanh(states[-1] @ weight))
         states[-1] += noise * torch.randn(n, b, generator=generator, dtype=torch.float64)
     return states
@@ -58,9 +61,13 @@ def assert_same_report(given: CreditReport, other: CreditReport, atol: float = 1
     assert given.n_samples == other.n_samples
     assert given.directions == other.directions
     for name in (*QUANTITIES, "tikhonov", "variance_kept"):
-        np.testing.assert_allclose(getattr(given, name), getattr(other, name), rtol=0, atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(given, name), getattr(other, name), rtol=0, atol=atol, err_msg=name
+        )
     for name in QUANTITIES:
-        np.testing.assert_allclose(given.stderr[name], other.stderr[name], rtol=0, atol=atol, err_msg=name)
+        np.testing.assert_allclose(
+            given.stderr[name], other.stderr[name], rtol=0, atol=atol, err_msg=name
+        )
     np.testing.assert_allclose(given.condition, other.condition, rtol=1e-6)
     np.testing.assert_allclose(given.volumes, other.volumes, rtol=0, atol=10 * atol)
     np.testing.assert_array_equal(given.stable, other.stable)
@@ -405,7 +412,9 @@ def test_values_that_are_not_finite_name_the_state_and_change_nothing(value: flo
 def test_states_that_do_not_fit_are_refused() -> None:
     states = chain()
     given = fed(states)
-    with pytest.raises(ValueError, match=r"3 states arrived; expected 4: \('x_0', 'stem', 'body', 'head'\)"):
+    with pytest.raises(
+        ValueError, match=r"3 states arrived; expected 4: \('x_0', 'stem', 'body', 'head'\)"
+    ):
         given.update(states[:3])
     with pytest.raises(ValueError, match=r"state 'stem' has shape \(202, 8\); expected \(203, 8\)"):
         given.update([states[0], states[1][1:], *states[2:]])
@@ -419,7 +428,9 @@ def test_states_that_do_not_fit_are_refused() -> None:
         given.update([])
     with pytest.raises(ValueError, match=r"4 states need 3 components, not \('a',\)"):
         KoopmanCredit(["a"]).update(states)
-    with pytest.raises(ValueError, match=r"center must hold one offset a state, of widths \(6, 8, 5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"center must hold one offset a state, of widths \(6, 8, 5, 4\)"
+    ):
         metric(center=[torch.zeros(6)]).update(states)
     with pytest.raises(ValueError, match="1 state arrived; an operator needs two"):
         KoopmanCredit().update(states[:1])
@@ -427,7 +438,9 @@ def test_states_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric KoopmanCredit was called before")
 def test_without_a_sample_there_is_no_result() -> None:
-    with pytest.raises(ValueError, match="no sample arrived; call update with the states of a batch first"):
+    with pytest.raises(
+        ValueError, match="no sample arrived; call update with the states of a batch first"
+    ):
         metric().compute()
     with pytest.raises(ValueError, match="no sample arrived"):
         metric().report()

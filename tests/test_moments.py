@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ def chain(n: int, dims: tuple[int, ...], seed: int = 0, offset: float = 0.0) -> 
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, dims[0], generator=generator, dtype=torch.float64) + offset
     states = [x]
-    for a, b in zip(dims, dims[1:], strict=False):
+    for a, b in itertools.pairwise(dims):
         weight = torch.randn(a, b, generator=generator, dtype=torch.float64) / a**0.5
         states.append(torch.tanh(states[-1] @ weight))
     return states

@@ -19,7 +19,9 @@ def make(seed: int = 0, *, dead: bool = False, step: int | None = None) -> Credi
     generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(200, 4, generator=generator, dtype=torch.float64)]
     for _ in range(3):
-        states.append(torch.tanh(states[-1] @ torch.randn(4, 4, generator=generator, dtype=torch.float64)))
+        states.append(
+            torch.tanh(states[-1] @ torch.randn(4, 4, generator=generator, dtype=torch.float64))
+        )
     if dead:
         states[2] = torch.zeros_like(states[2])
     metric = KoopmanCredit(["stem", "body", "head"])
@@ -51,7 +53,9 @@ def test_bars_have_the_length_of_credits_and_gains() -> None:
 
 
 def test_bars_with_a_doubt_are_grey() -> None:
-    report = dataclasses.replace(make(), stable=np.array([True, False, True]), r2=np.ones(3), chain_r2=np.ones(3))
+    report = dataclasses.replace(
+        make(), stable=np.array([True, False, True]), r2=np.ones(3), chain_r2=np.ones(3)
+    )
     bars = plot_report(report).axes[0].patches
     assert bars[0].get_facecolor() == bars[2].get_facecolor() != bars[1].get_facecolor()
 

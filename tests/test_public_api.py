@@ -38,7 +38,12 @@ def test_signatures_are_those_agreed_upon() -> None:
     for name, default in agreed.items():
         assert parameters[name].default == default
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-    assert list(inspect.signature(lightning_koopman.fit_operator).parameters)[:4] == ["x", "y", "tikhonov", "rank"]
+    assert list(inspect.signature(lightning_koopman.fit_operator).parameters)[:4] == [
+        "x",
+        "y",
+        "tikhonov",
+        "rank",
+    ]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_koopman import QUANTITIES, CreditReport, KoopmanCredit, ReportFormatError
+from lightning_koopman import QUANTITIES, CreditReport, KoopmanCredit
 from lightning_koopman.credit import compute_credits
 from lightning_koopman.moments import Layout, accumulate
-from lightning_koopman.report import MIN_R2, build_report, check_quantities
+from lightning_koopman.report import MIN_R2, ReportFormatError, build_report, check_quantities
 
 NAMES = ("stem", "body.0", "head")
 
@@ -128,18 +128,25 @@ FIELDS = {
     "stderr": [
         ({}, "stderr must hold credit, gain"),
         ([], "stderr must hold credit, gain"),
-        (dict.fromkeys(QUANTITIES, [1.0]), r"credit has shape \(1,\); expected \(3,\)"),
+        ({key: [1.0] for key in QUANTITIES}, r"credit has shape \(1,\); expected \(3,\)"),
     ],
     "volumes": [
         ([[1.0]] * 3, r"volumes has shape \(3, 1\); expected \(3, 5\)"),
         ([[1.0], [1.0, 2.0], []], f"volumes {TABLE}"),
         (None, r"volumes has shape \(\); expected \(3, 5\)"),
     ],
-    "directions": [(-1, "directions must be a whole number, not -1"), (True, "directions must be a whole")],
-    "n_samples": [(1.5, r"n_samples must be a whole number, not 1\.5"), ("7", "n_samples must be a whole")],
+    "directions": [
+        (-1, "directions must be a whole number, not -1"),
+        (True, "directions must be a whole"),
+    ],
+    "n_samples": [
+        (1.5, r"n_samples must be a whole number, not 1\.5"),
+        ("7", "n_samples must be a whole"),
+    ],
     "step": [(-3, "step must be a whole number, not -3"), ("3", "step must be a whole number")],
     "total": [("abc", f"total {TABLE}"), ([1.0], r"total has shape \(1,\); expected \(\)")],
     "total_stderr": [({}, f"total_stderr {TABLE}")],
+    "parts": [([], "parts must name the module calls"), ({"a": "b"}, "a must be a list of str")],
     "notes": [("note", "notes must be a list of str"), ([1], "notes must be a list of str")],
     **{
         name: [
@@ -170,7 +177,7 @@ def test_every_field_is_checked(name: str, value: Any, message: str) -> None:
         CreditReport.from_dict(given)
 
 
-@pytest.mark.parametrize("name", [n for n in make().to_dict() if n != "step"])
+@pytest.mark.parametrize("name", [n for n in make().to_dict() if n not in ("step", "parts")])
 def test_every_field_is_needed(name: str) -> None:
     given = make().to_dict()
     del given[name]
@@ -197,7 +204,9 @@ def test_scalars_have_flat_keys_and_plain_values() -> None:
 
 
 def test_unknown_quantities_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown quantities \['blame'\]; choose from \['credit', 'gain'"):
+    with pytest.raises(
+        ValueError, match=r"unknown quantities \['blame'\]; choose from \['credit', 'gain'"
+    ):
         make().to_scalars(quantities=["credit", "blame"])
     with pytest.raises(ValueError, match="quantities is 'credit'; give a list"):
         check_quantities("credit")
@@ -216,12 +225,24 @@ def test_a_row_carries_its_doubts() -> None:
     assert report.trusted.tolist() == [True, False, False]
     text = str(report)
     assert "2 of 3 rows carry a doubt" in text
-    rows = {line.split()[0]: line for line in text.splitlines() if line.split()[:1] and line.split()[0] in NAMES}
+    rows = {
+        line.split()[0]: line
+        for line in text.splitlines()
+        if line.split()[:1] and line.split()[0] in NAMES
+    }
     assert rows["body.0"].rstrip().endswith("r2, lost")
     assert rows["stem"].rstrip().endswith("5/5")
-    assert "carry a doubt" not in str(dataclasses.replace(report, **{
-        "r2": np.ones(3), "chain_r2": np.ones(3), "credit": np.ones(3), "stable": np.ones(3, bool)
-    }))
+    assert "carry a doubt" not in str(
+        dataclasses.replace(
+            report,
+            **{
+                "r2": np.ones(3),
+                "chain_r2": np.ones(3),
+                "credit": np.ones(3),
+                "stable": np.ones(3, bool),
+            },
+        )
+    )
 
 
 def test_the_table_shows_numbers_with_errors_and_notes() -> None:

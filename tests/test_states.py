@@ -119,7 +119,9 @@ def test_keys_depend_on_content_and_seed_alone() -> None:
     assert torch.equal(sample_keys(rows[order]), keys[order])
     assert torch.equal(torch.cat([sample_keys(part) for part in rows.split(7)]), keys)
     assert torch.equal(sample_keys(rows.double()), keys)
-    assert torch.equal(sample_keys(torch.tensor([[0.0, -0.0]])), sample_keys(torch.tensor([[-0.0, 0.0]])))
+    assert torch.equal(
+        sample_keys(torch.tensor([[0.0, -0.0]])), sample_keys(torch.tensor([[-0.0, 0.0]]))
+    )
     assert not torch.equal(sample_keys(rows, 1), keys)
     assert len(torch.unique(sample_keys(torch.tensor([[1.0, 2.0], [2.0, 1.0]])))) == 2
 
@@ -181,13 +183,17 @@ def test_rows_are_handed_on_in_full_blocks_and_never_hoarded() -> None:
     reducer = StateReducer(8)
     sizes = []
     for _ in range(30):
-        sizes += [len(s.keys) for s in reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 2)})]
+        sizes += [
+            len(s.keys) for s in reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 2)})
+        ]
     assert sizes == [16] * 9
     assert [len(s.keys) for s in reducer.flush()] == [6]
     assert list(reducer.flush()) == []
 
 
-@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")])
+@pytest.mark.parametrize(
+    ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")]
+)
 def test_values_that_are_not_finite_name_component_and_batch(value: float, kind: str) -> None:
     reducer = StateReducer(8)
     states = {"input": torch.randn(5, 3), "block.2": torch.randn(5, 2), "head": torch.randn(5, 2)}
@@ -207,7 +213,9 @@ def test_states_that_change_their_shape_or_name_are_refused() -> None:
         list(reducer.push({"a": torch.randn(5, 2), "input": torch.randn(5, 3)}))
     with pytest.raises(ValueError, match="component 'a' gave 4 rows in batch 3, but 'input' has 5"):
         list(reducer.push({"input": torch.randn(5, 3), "a": torch.randn(4, 2)}))
-    with pytest.raises(ValueError, match="component 'a' gave 7 values a sample in batch 4, but 2 before"):
+    with pytest.raises(
+        ValueError, match="component 'a' gave 7 values a sample in batch 4, but 2 before"
+    ):
         list(reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 7)}))
 
 
