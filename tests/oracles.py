@@ -1,4 +1,4 @@
-"""Closed-form truths in NumPy and SciPy, written from the definitions and sharing no code with the package."""
+"""Closed-form truths in NumPy and SciPy, from the definitions; they share no code with the package."""
 
 from __future__ import annotations
 

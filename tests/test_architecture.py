@@ -78,7 +78,9 @@ def test_only_the_callback_side_imports_lightning() -> None:
 
 def test_the_reader_of_imports_sees_them() -> None:
     tree = ast.parse(
-        "import lightning.pytorch as pl\nfrom lightning_koopman.plots import x\ndef f():\n import torchmetrics"
+        "import lightning.pytorch as pl\n"
+        "from lightning_koopman.plots import x\n"
+        "def f():\n import torchmetrics"
     )
     assert imported(at_module_level(tree)) == {
         "lightning.pytorch",

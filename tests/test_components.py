@@ -138,7 +138,9 @@ def test_nested_components_are_found_whatever_sorts_between_them() -> None:
 
 @pytest.mark.parametrize("make", [lambda: nn.ReLU(), lambda: nn.Sequential(nn.ReLU(), nn.Flatten())])
 def test_a_model_without_parameters_has_no_components(make: object) -> None:
-    with pytest.raises(ValueError, match="found no component in .* it has no submodule with parameters"):
+    with pytest.raises(
+        ValueError, match=r"found no component in .* it has no submodule with parameters"
+    ):
         named_components(make())
 
 

@@ -69,6 +69,17 @@ def test_pairs_kept_are_those_within_the_delay_and_with_the_output(delay: int) -
     assert layout.zeros().dtype == torch.float64
 
 
+def test_links_add_to_the_states_that_a_step_reads() -> None:
+    layout = Layout((1, 1, 1, 1, 1), 2, 1, ((), (), (0,), (3, 1)))
+    assert layout.parents == ((), (0,), (1,), (2, 0), (3, 1))
+    for i, read in enumerate(layout.parents):
+        for p in read:
+            assert (p, i) in layout.pairs
+            assert all((min(p, q), max(p, q)) in layout.pairs for q in read)
+    full = ((), (0,), (1, 0), (2, 1, 0))
+    assert Layout((1,) * 5, 2, 1, full).parents == Layout((1,) * 5, 2, 4).parents
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 64, 200])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_batches_in_any_order_add_up_to_everything_at_once(batch: int, seed: int) -> None:
@@ -140,3 +151,7 @@ def test_layouts_that_serve_no_operator_are_refused() -> None:
         Layout((3, 2, 2), 5, 3)
     with pytest.raises(ValueError, match="delay is 0"):
         Layout((3, 2, 2), 5, 0)
+    with pytest.raises(ValueError, match="links has 1 entries for 2 steps"):
+        Layout((3, 2, 2), 5, 1, ((0,),))
+    with pytest.raises(ValueError, match=r"links of step 1 are \(1,\); a step reads states 0 … 0 only"):
+        Layout((3, 2, 2), 5, 1, ((1,), ()))

@@ -293,9 +293,8 @@ def test_held_out_errors_equal_the_explicit_sum() -> None:
 def test_a_ridge_weight_is_picked_by_paired_differences() -> None:
     grid = (0.0, 1.0, 2.0)
     # 1.0 is best; 0.0 is worse on average but not in every fold, 2.0 always.
-    assert choose_tikhonov([[3, 1, 4], [1, 1, 4], [1, 2, 4]], grid) == 0.0
-    assert choose_tikhonov([[3, 1, 4], [3, 1, 4], [3, 1.1, 4]], grid) == 1.0
-    assert choose_tikhonov([[3, 1, 4]], grid) == 1.0
+    tables = [[[3, 1, 4], [1, 1, 4], [1, 2, 4]], [[3, 1, 4], [3, 1, 4], [3, 1.1, 4]], [[3, 1, 4]]]
+    assert [choose_tikhonov(table, grid) for table in tables] == [0.0, 1.0, 1.0]
 
 
 def test_predict_refuses_another_width() -> None:
