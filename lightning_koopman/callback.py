@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,12 +15,13 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from lightning_koopman.capture import is_compiled
 from lightning_koopman.chain import Normalize
 from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
-from lightning_koopman.measurement import ForwardFn, Measurement, default_forward
+from lightning_koopman.measurement import ForwardFn, Measurement, default_forward, merge_processes
 from lightning_koopman.report import CreditReport, check_quantities
 
 if TYPE_CHECKING:
@@ -49,6 +51,10 @@ def _never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
         try:
             hook(self, *args, **kwargs)
         except Exception as error:
+            if self._owes_exchange:
+                # The other processes wait for this one at the end of the epoch, and hear of it there.
+                self._fail(error)
+                return
             self._drop()
             if self.on_error == "raise":
                 raise
@@ -78,11 +84,21 @@ class KoopmanCreditMonitor(Callback):
     eval mode, at its end. Parts that went through ``torch.compile`` take no hooks; then each validation
     batch is run once more, eagerly.
 
+    With several processes (``ddp``, ``ddp_fork``, ``ddp_spawn``) the samples of all of them count, each
+    once: the moments are summed over the processes, and every one of them gets the same report, which is
+    the one that a single process would give. What a ``DistributedSampler`` repeats to fill the last
+    batch is left out. The error of one process ends the measurement in all, and nothing waits. Where a
+    state is wider than ``max_dim``, each process keeps its share of ``max_samples`` rows until the end
+    of the epoch. Under ``ddp_spawn`` and ``ddp_fork`` the parent process gets
+    ``trainer.callback_metrics``, loggers and checkpoints, but neither :attr:`history` nor
+    :attr:`report`, which stay in the children. Strategies that shard weights (FSDP, DeepSpeed) are
+    measured while validation runs; they cannot run an extra pass.
+
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
         quantities: Which numbers are logged; ``<name>_stderr`` logs standard errors.
         every_n_epochs: Measure in every n-th epoch.
-        max_samples: Most samples a measurement looks at.
+        max_samples: Most samples a measurement looks at, over all processes.
         max_dim: States wider than this are pooled and projected on their leading POD directions.
         folds: Number of folds for held-out R² and error bars.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
@@ -154,6 +170,9 @@ class KoopmanCreditMonitor(Callback):
         }
         self._warned: set[str] = set()
         self._measurement: Measurement | None = None
+        self._owes_exchange = False
+        self._failure: Exception | None = None
+        self._most_seen = 0
         self._ride_along = True
         self._from_training = False
         self._kept: list[Any] = []
@@ -226,8 +245,15 @@ class KoopmanCreditMonitor(Callback):
         in_training = trainer.state.fn == "fit"
         if trainer.sanity_checking or (in_training and not self._is_due(trainer)):
             return
+        if _may_skip_validation(trainer, pl_module) and not in_training:
+            self._warn_once(
+                "a process without a batch skips this validation, so Koopman credit cannot be measured: "
+                "set allow_zero_length_dataloader_with_multiple_devices to False"
+            )
+            return
+        self._owes_exchange = trainer.world_size > 1
         self._ride_along = not is_compiled(pl_module)
-        self._measurement = self._begin(trainer, pl_module)
+        self._measurement = self._begin(trainer, pl_module, _first_loader(trainer.val_dataloaders))
 
     @_never_in_the_way
     def on_validation_batch_start(
@@ -262,7 +288,7 @@ class KoopmanCreditMonitor(Callback):
     @_never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute the report and log it."""
-        if self._measurement is not None:
+        if not (_may_skip_validation(trainer, pl_module) or self._idle):
             self._finish(trainer, pl_module, step=_step(trainer, self._checkpoint_step))
 
     @_never_in_the_way
@@ -272,7 +298,7 @@ class KoopmanCreditMonitor(Callback):
             return
         if batch_idx == 0:
             self._kept, self._kept_samples = [], 0
-        if self._kept_samples < self.max_samples:
+        if self._kept_samples < _share(self.max_samples, trainer.world_size):
             self._kept.append(
                 apply_to_collection(batch, Tensor, lambda t: t.detach().to("cpu", copy=True))
             )
@@ -281,8 +307,17 @@ class KoopmanCreditMonitor(Callback):
     @_never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure on the kept training batches where there is no validation loop."""
-        if self._from_training and self._kept and self._is_due(trainer):
-            self._extra_pass(trainer, pl_module, self._kept)
+        step = max(0, _step(trainer, None) - 1)
+        if not self._is_due(trainer):
+            return
+        if self._from_training and (self._kept or trainer.world_size > 1):
+            self._extra_pass(trainer, pl_module, self._kept, _first_loader(trainer.train_dataloader))
+        elif not self._from_training and _may_skip_validation(trainer, pl_module):
+            # Here, unlike at the end of validation, every process arrives.
+            if self._idle:
+                self._owes_exchange = True
+                self._measurement = self._begin(trainer, pl_module, ())
+            self._finish(trainer, pl_module, step=step)
 
     @_never_in_the_way
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -292,11 +327,11 @@ class KoopmanCreditMonitor(Callback):
         if trainer.global_step == 0:
             return
         if self._from_training:
-            self._extra_pass(trainer, pl_module, self._kept)
+            self._extra_pass(trainer, pl_module, self._kept, _first_loader(trainer.train_dataloader))
         else:
             loader = _first_loader(trainer.val_dataloaders)
             with _generators_restored(loader):
-                self._extra_pass(trainer, pl_module, loader)
+                self._extra_pass(trainer, pl_module, loader, loader)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
@@ -311,18 +346,32 @@ class KoopmanCreditMonitor(Callback):
         return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
 
     def _wants(self, dataloader_idx: int) -> bool:
-        measurement = self._measurement
-        return (
-            dataloader_idx == 0 and measurement is not None and measurement.n_samples < self.max_samples
-        )
+        return dataloader_idx == 0 and self._measurement is not None and not self._is_full
 
-    def _begin(self, trainer: Any, pl_module: Any) -> Measurement:
-        if trainer.world_size > 1:
-            self._warn_once(
-                f"Koopman credit rests on the batches of rank 0 of {trainer.world_size} processes only"
-            )
+    @property
+    def _idle(self) -> bool:
+        return self._measurement is None and not self._owes_exchange
+
+    @property
+    def _is_full(self) -> bool:
+        assert self._measurement is not None
+        return self._measurement.n_seen >= self._most_seen
+
+    def _begin(self, trainer: Any, pl_module: Any, loader: Any) -> Measurement:
+        """Make a measurement of this process's share of the samples that ``loader`` gives."""
+        rank, n_processes = trainer.global_rank, trainer.world_size
+        # All stop at the same batch, or a model that talks to its other copies would wait forever.
+        self._most_seen = _share(self.max_samples, n_processes)
+        own = min(_share(self.max_samples, n_processes, rank), _unrepeated_samples(loader))
         with _plain_numerics(pl_module):
-            return Measurement(pl_module, self.components, sync_on_compute=False, **self._options)
+            return Measurement(
+                pl_module,
+                self.components,
+                max_samples=own,
+                hold=n_processes > 1,
+                sync_on_compute=False,
+                **self._options,
+            )
 
     def _run(
         self, trainer: Any, pl_module: Any, measurement: Measurement, batches: Iterable[Any]
@@ -337,25 +386,36 @@ class KoopmanCreditMonitor(Callback):
 
         def wanted() -> Iterable[Any]:
             for batch in batches:
-                if measurement.n_samples >= self.max_samples:
+                if self._is_full:
                     return
                 yield batch
 
         measurement.run(pl_module, wanted(), forward)
 
-    def _extra_pass(self, trainer: Any, pl_module: Any, batches: Iterable[Any]) -> None:
-        with _plain_numerics(pl_module):
-            self._measurement = self._begin(trainer, pl_module)
-            self._run(trainer, pl_module, self._measurement, batches)
+    def _extra_pass(self, trainer: Any, pl_module: Any, batches: Iterable[Any], loader: Any) -> None:
+        _refuse_sharded_weights(trainer)
+        self._owes_exchange = trainer.world_size > 1
+        try:
+            with _plain_numerics(pl_module):
+                self._measurement = self._begin(trainer, pl_module, loader)
+                self._run(trainer, pl_module, self._measurement, batches)
+        except Exception as error:
+            if not self._owes_exchange:
+                raise
+            self._fail(error)
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
         self._finish(trainer, pl_module, step=max(0, _step(trainer, None) - 1))
 
     def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
         measurement, self._measurement = self._measurement, None
-        assert measurement is not None
+        failure, self._failure = self._failure, None
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with _plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
+            if self._owes_exchange:
+                self._owes_exchange = False
+                merge_processes(measurement, pl_module.device, failure)
+            assert measurement is not None
             report = measurement.report(
                 step=trainer.global_step if weights_step is None else weights_step
             )
@@ -368,14 +428,23 @@ class KoopmanCreditMonitor(Callback):
         scalars[f"{self.prefix}/total"] = report.total
         scalars[f"{self.prefix}/overhead_s"] = measurement.seconds
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(scalars, step=step)
+
+    def _fail(self, error: Exception) -> None:
+        """Take the hooks off and remember an error that the other processes must hear of."""
+        if self._measurement is not None:
+            self._measurement.capture.remove()
+            self._measurement = None
+        self._failure = error
 
     def _drop(self) -> None:
         """Give up the measurement under way, hooks first."""
         if self._measurement is not None:
             self._measurement.capture.remove()
             self._measurement = None
+        self._owes_exchange, self._failure = False, None
 
     def _warn_once(self, message: str, *, kind: str | None = None) -> None:
         if (kind or message) not in self._warned:
@@ -400,6 +469,40 @@ def _step(trainer: Any, checkpoint_step: int | None) -> int:
         return checkpoint_step
     counted = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
     return int(trainer.global_step if counted is None else counted)
+
+
+def _share(count: int, n_processes: int, rank: int = 0) -> int:
+    """This process's part of a number of samples that are dealt out in turn."""
+    return count // n_processes + (rank < count % n_processes)
+
+
+def _unrepeated_samples(loader: Any) -> int:
+    """How many samples a loader gives in this process before a sampler begins to repeat some."""
+    sampler = getattr(loader, "sampler", None)
+    kind = type(sampler)
+    # Subclasses may deal samples out in another way; Lightning's wrapper does not.
+    if kind is not DistributedSampler and kind.__name__ != "DistributedSamplerWrapper":
+        return sys.maxsize
+    assert isinstance(sampler, DistributedSampler)
+    return _share(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
+
+
+def _may_skip_validation(trainer: Any, pl_module: Any) -> bool:
+    """Tell whether a process may have no validation batch, for which Lightning calls no hook at all."""
+    return trainer.world_size > 1 and any(
+        getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False)
+        for owner in (pl_module, trainer.datamodule)
+    )
+
+
+def _refuse_sharded_weights(trainer: Any) -> None:
+    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
+        raise RuntimeError(
+            f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot "
+            "gather. Koopman credit is measured while validation runs: give the Trainer a validation loop in every "
+            "epoch, and compile nothing; or evaluate the saved checkpoints in one process"
+        )
 
 
 def _batch_size(batch: Any) -> int:

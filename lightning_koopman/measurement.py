@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_koopman.capture import INPUT, Capture, undisturbed
 from lightning_koopman.metric import KoopmanCredit
+from lightning_koopman.moments import recentred
+from lightning_koopman.processes import Share, agree_on_basis, agreed, exchange, sum_moments
 from lightning_koopman.report import CreditReport
 from lightning_koopman.states import StateReducer, has_channels_first, pool
 
@@ -25,12 +27,15 @@ class Measurement:
         model: The module to watch.
         components: Names or patterns, as in :func:`lightning_koopman.components.named_components`.
         max_dim: Largest state vector kept.
+        max_samples: Most samples taken; ``None`` takes all that arrive.
+        hold: Whether processes share the samples, so that :meth:`merge_processes` follows.
         seed: Chooses the folds.
         options: Passed on to :class:`KoopmanCredit`.
 
     Attributes:
         capture: The hooks; enter it around a forward pass, then call :meth:`end_pass`.
-        n_samples: Samples taken so far.
+        n_seen: Samples that arrived so far.
+        n_samples: Samples taken so far, at most ``max_samples``.
         seconds: Time spent so far on everything but the forward passes themselves.
 
     Raises:
@@ -43,6 +48,8 @@ class Measurement:
         components: str | Sequence[str] | None = None,
         *,
         max_dim: int = 256,
+        max_samples: int | None = None,
+        hold: bool = False,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -55,9 +62,10 @@ class Measurement:
         # Made and thrown away: its checks belong before the first batch, not behind the last.
         KoopmanCredit(seed=seed, **options)
         self.capture = Capture(model, components, keep=keep)
-        self.n_samples = 0
+        self.n_seen = self.n_samples = 0
         self.seconds = 0.0
-        self._reducer = StateReducer(max_dim, seed=seed)
+        self._max_samples = max_samples
+        self._reducer = StateReducer(max_dim, seed=seed, hold=hold)
         self._options = options | {"seed": seed}
         self._metric: KoopmanCredit | None = None
         self._silent: list[str] = []
@@ -95,8 +103,66 @@ class Measurement:
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
         self._silent = silent
-        self.n_samples += next(iter(states.values())).shape[0]
-        self._take(self._reducer.push(states))
+        arrived = next(iter(states.values())).shape[0]
+        most = arrived if self._max_samples is None else max(0, self._max_samples - self.n_samples)
+        self._take(self._reducer.push(states, most))
+        self.n_seen += arrived
+        self.n_samples += min(arrived, most)
+
+    def share(self) -> Share:
+        """Tell what the other processes must know of this one's samples.
+
+        Returns:
+            The share; its tensors are on the CPU.
+        """
+        if not self._reducer.waits:
+            self._take(self._reducer.flush())
+        center = tuple(offset.cpu() for offset in self._reducer.center)
+        return Share(self._reducer.names, self._reducer.widths, self.n_samples, center)
+
+    def merge(self, shares: Sequence[Share], device: torch.device) -> None:
+        """Add up the samples of all processes; collectives that each of them must join.
+
+        Args:
+            shares: The shares of all ranks, of which one at least holds samples.
+            device: Where the sum is made.
+
+        Raises:
+            Exception: What went wrong here, once the other processes know of it.
+        """
+        common, reducer, error = agreed(shares), self._reducer, None
+        own = tuple(offset.cpu() for offset in reducer.center)
+        reducer.expect(common.names, common.widths)
+        if not common.center:
+            reducer.fix(agree_on_basis(reducer.first_rows, shares, reducer.max_dim))
+            try:
+                self._take(reducer.flush())
+            except Exception as failure:
+                error = failure
+        start = time.perf_counter()
+        self._sum_up(common.center or tuple(reducer.center), own, device, error)
+        self.seconds += time.perf_counter() - start
+
+    def _sum_up(
+        self,
+        center: tuple[Tensor, ...],
+        own: tuple[Tensor, ...],
+        device: torch.device,
+        error: Exception | None,
+    ) -> None:
+        """Move this process's moments to the common centre and add all of them up."""
+        dims = tuple(offset.shape[0] for offset in center)
+        names, options = self._reducer.names[1:], self._options
+        whole = KoopmanCredit(names, dims=dims, center=center, **options).to(device)
+        assert whole.layout is not None
+        moments = whole.moments if self._metric is None else self._metric.moments.to(device)
+        if own and self._metric is not None:
+            shifts = [(a - b).to(moments) for a, b in zip(own, center, strict=True)]
+            moments = recentred(whole.layout, moments, shifts)
+        whole.moments = sum_moments(moments, error)
+        if not self._reducer.kept_variance:
+            self._reducer.kept_variance = (1.0,) * len(dims)
+        self._metric = whole
 
     def report(self, *, step: int | None = None) -> CreditReport:
         """Finish and compute the report.
@@ -139,6 +205,40 @@ class Measurement:
                 ).to(snapshots.keys.device)
             self._metric.update(snapshots.states, snapshots.keys)
         self.seconds += time.perf_counter() - start
+
+
+def merge_processes(
+    measurement: Measurement | None, device: torch.device, error: Exception | None = None
+) -> None:
+    """Let each process's measurement hold the samples of all; collectives.
+
+    Each process must call this once, whatever happened to it.
+
+    Args:
+        measurement: This process's measurement; ``None`` where it failed.
+        device: Where the collectives run.
+        error: What kept this process from taking its samples, if anything did.
+
+    Raises:
+        Exception: The error given, once all others know of it.
+        ProcessError: If another process failed.
+        ValueError: If no process took a sample.
+    """
+    share = Share()
+    try:
+        if measurement is not None:
+            share = measurement.share()
+    except Exception as failure:
+        error = failure
+    if error is not None:
+        share = Share(error=f"{type(error).__name__}: {error}")
+    shares = exchange(share)
+    if error is not None:
+        raise error
+    if not agreed(shares).count:
+        raise ValueError("no sample arrived: the batches were empty in every process")
+    assert measurement is not None
+    measurement.merge(shares, device)
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -150,6 +150,32 @@ def accumulate(layout: Layout, moments: Tensor, states: Sequence[Tensor], fold_o
             block.addmm_(parts[i][fold].T, parts[j][fold])
 
 
+def recentred(layout: Layout, moments: Tensor, shifts: Sequence[Tensor]) -> Tensor:
+    """Give the moments that the same samples have about other offsets.
+
+    Args:
+        layout: What lies where.
+        moments: Shape ``(folds, size)``.
+        shifts: Old offset minus new offset of each state, shape ``(d_i,)``.
+
+    Returns:
+        New moments.
+    """
+    moved = moments.clone()
+    for row in moved:
+        count = row[0].clone()
+        sums = [row[layout.slices[i,]].clone() for i in range(len(layout.dims))]
+        for i, j in layout.pairs:
+            block = row[layout.slices[i, j]].view(layout.dims[i], layout.dims[j])
+            # Σ(x + a)(y + b)ᵀ = Σxyᵀ + (Σx) bᵀ + a (Σy + n b)ᵀ
+            block += torch.outer(sums[i], shifts[j]) + torch.outer(
+                shifts[i], sums[j] + count * shifts[j]
+            )
+        for i, total in enumerate(sums):
+            row[layout.slices[i,]] = total + count * shifts[i]
+    return moved
+
+
 def covariances(layout: Layout, row: Tensor, *, about: Sequence[Tensor] | None = None) -> Covariances:
     """Read means and covariances off one row of moments.
 

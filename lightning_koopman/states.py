@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +120,14 @@ class StateReducer:
     Args:
         max_dim: Largest state vector kept.
         seed: Chooses the hash of the samples.
+        hold: Where a state is wider than ``max_dim``, keep all rows until :meth:`fix` or :meth:`flush`,
+            for processes that must agree on one basis first. Memory then grows with the samples.
 
     Raises:
         ValueError: If ``max_dim`` is below 1.
     """
 
-    def __init__(self, max_dim: int = 256, *, seed: int = 0) -> None:
+    def __init__(self, max_dim: int = 256, *, seed: int = 0, hold: bool = False) -> None:
         if max_dim < 1:
             raise ValueError(f"max_dim is {max_dim}; a state vector needs at least one value")
         self.max_dim = max_dim
@@ -136,18 +138,31 @@ class StateReducer:
         self._buffer: list[list[Tensor]] = []
         self._rows = 0
         self._batches = 0
+        self._widths: dict[str, int] = {}
         self._seed = seed
+        self._hold = hold
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the states before reduction, known from the first batch on."""
+        return tuple(self._widths.values())
+
+    @property
+    def waits(self) -> bool:
+        """Whether rows are held until a basis is agreed on."""
+        return self._hold and not self.center and any(w > self.max_dim for w in self.widths)
 
     @property
     def dims(self) -> tuple[int, ...]:
         """Widths of the state vectors, known once the bases are fixed."""
         return tuple(center.shape[0] for center in self.center)
 
-    def push(self, states: Mapping[str, Tensor]) -> Iterator[Snapshots]:
+    def push(self, states: Mapping[str, Tensor], most: int | None = None) -> Iterator[Snapshots]:
         """Take one batch of pooled states.
 
         Args:
             states: Rows by name, each ``(n_samples, D_i)``, in order of execution.
+            most: Number of samples to take from the batch; ``None`` takes all.
 
         Yields:
             Snapshots that are ready, if any.
@@ -157,14 +172,16 @@ class StateReducer:
         """
         batch, self._batches = self._batches, self._batches + 1
         self._check(states, batch)
-        self._buffer.append(list(states.values()))
+        if most == 0:
+            return
+        self._buffer.append([rows[:most] for rows in states.values()])
         self._rows += self._buffer[-1][0].shape[0]
         size = 2 * self.max_dim
-        if self._rows >= size:
+        if self._rows >= size and not self.waits:
             columns = [torch.cat(rows) for rows in zip(*self._buffer, strict=True)]
             whole = self._rows - self._rows % size
-            self._buffer = [[rows[whole:] for rows in columns]]
             self._rows -= whole
+            self._buffer = [[rows[whole:] for rows in columns]] if self._rows else []
             for start in range(0, whole, size):
                 yield self._reduce([rows[start : start + size] for rows in columns])
 
@@ -172,12 +189,43 @@ class StateReducer:
         """Hand over what is still gathered.
 
         Yields:
-            At most one batch of snapshots.
+            Snapshots of at most ``2 * max_dim`` samples each.
         """
-        if self._rows:
-            rows = [torch.cat(rows) for rows in zip(*self._buffer, strict=True)]
-            self._buffer, self._rows = [], 0
+        size = 2 * self.max_dim
+        held, self._buffer, self._rows = self._buffer, [], 0
+        while held:
+            rows, held = _split_rows(held, size)
             yield self._reduce(rows)
+
+    def first_rows(self, count: int) -> list[Tensor]:
+        """Copy the first rows that are gathered and not yet handed over.
+
+        Args:
+            count: How many, at most.
+
+        Returns:
+            One block of rows a state.
+        """
+        return _split_rows(self._buffer, count)[0]
+
+    def expect(self, names: Sequence[str], widths: Sequence[int]) -> None:
+        """Learn from elsewhere which states arrive, where no batch told.
+
+        Args:
+            names: Names of the states.
+            widths: Their widths before reduction.
+        """
+        self.names = tuple(names)
+        self._widths = dict(zip(names, widths, strict=True))
+
+    def fix(self, basis: Basis) -> None:
+        """Freeze bases and centres that were fitted elsewhere.
+
+        Args:
+            basis: What :func:`fit_basis` gave.
+        """
+        self._bases = list(basis.vectors)
+        self.kept_variance, self.center = basis.kept_variance, list(basis.center)
 
     def _check(self, states: Mapping[str, Tensor], batch: int) -> None:
         names = tuple(states)
@@ -212,16 +260,59 @@ class StateReducer:
     def _reduce(self, rows: list[Tensor]) -> Snapshots:
         keys = sample_keys(rows[0], self._seed)
         if not self.center:
-            fitted = [pod_basis(block, self.max_dim) for block in rows]
-            self._bases = [basis for basis, _ in fitted]
-            self.kept_variance = tuple(share for _, share in fitted)
-        states = [
-            (block if basis is None else block @ basis.to(block)).double()
-            for block, basis in zip(rows, self._bases, strict=True)
-        ]
-        if not self.center:
-            self.center = [state.mean(dim=0) for state in states]
-        return Snapshots(states, keys)
+            self.fix(fit_basis(rows, self.max_dim))
+        return Snapshots(_project(rows, self._bases), keys)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What freezes the coordinates of a chain's state vectors.
+
+    Attributes:
+        vectors: POD basis of each state, ``(D_i, d_i)``; ``None`` where the state is kept whole.
+        kept_variance: Share of each state's variance that its basis keeps.
+        center: Mean of each state in the new coordinates, ``(d_i,)``.
+    """
+
+    vectors: tuple[Tensor | None, ...]
+    kept_variance: tuple[float, ...]
+    center: tuple[Tensor, ...]
+
+
+def fit_basis(rows: Sequence[Tensor], max_dim: int) -> Basis:
+    """Fit the coordinates of every state to some of its rows.
+
+    Args:
+        rows: One block of rows a state, each ``(n_samples, D_i)``.
+        max_dim: Largest state vector kept.
+
+    Returns:
+        Bases and centres.
+    """
+    fitted = [pod_basis(block, max_dim) for block in rows]
+    vectors = tuple(basis for basis, _ in fitted)
+    center = tuple(state.mean(dim=0) for state in _project(rows, vectors))
+    return Basis(vectors, tuple(share for _, share in fitted), center)
+
+
+def _project(rows: Sequence[Tensor], bases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [
+        (block if basis is None else block @ basis.to(block)).double()
+        for block, basis in zip(rows, bases, strict=True)
+    ]
+
+
+def _split_rows(batches: list[list[Tensor]], count: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Cut the first ``count`` rows off a list of batches of states."""
+    taken: list[list[Tensor]] = []
+    rest = list(batches)
+    while rest and count > 0:
+        batch = rest.pop(0)
+        if batch[0].shape[0] > count:
+            rest.insert(0, [rows[count:] for rows in batch])
+        taken.append([rows[:count] for rows in batch])
+        count -= taken[-1][0].shape[0]
+    return [torch.cat(rows) for rows in zip(*taken, strict=True)], rest
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:

@@ -1,0 +1,163 @@
+"""Trains under a strategy with the monitor on; every process leaves its reports in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman.measurement import Measurement
+
+warnings.simplefilter("ignore")
+
+
+def shard_sizes(shards: str, n_processes: int, n_samples: int) -> list[int]:
+    """Number of samples of each process, dealt out in turn as long as its part lasts."""
+    even = [n_samples // n_processes + (r < n_samples % n_processes) for r in range(n_processes)]
+    if shards == "unequal":
+        return [max(1, size // (r + 1)) for r, size in enumerate(even)]
+    if shards in ("empty", "skipping"):
+        return [0 if r == n_processes - 1 else size for r, size in enumerate(even)]
+    return even
+
+
+def turns(sizes: list[int]) -> list[tuple[int, int]]:
+    """(rank, place within the rank) in the order in which samples are dealt out."""
+    return [(r, i) for i, r in sorted((i, r) for r, size in enumerate(sizes) for i in range(size))]
+
+
+class Rows(IterableDataset):
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.rows)
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        self.allow_zero_length_dataloader_with_multiple_devices = config["shards"] == "skipping"
+        generator = torch.Generator().manual_seed(7)
+        self.rows = torch.randn(config["n_samples"], 6, dtype=torch.float64, generator=generator)
+        self.rows[:, 0] += torch.arange(config["n_samples"]) / 50
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.rows[:32]), batch_size=4)
+
+    def val_dataloader(self) -> DataLoader:
+        size, shards = self.config["batch_size"], self.config["shards"]
+        if shards == "sampler":
+            return DataLoader(TensorDataset(self.rows), batch_size=size)
+        sizes = shard_sizes(shards, self.config["processes"], self.config["n_samples"])
+        order = turns(sizes)
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        mine = self.rows[[k for k, (r, _) in enumerate(order) if world == 1 or r == rank]]
+        if shards == "skipping":
+            return DataLoader(TensorDataset(mine), batch_size=size)
+        return DataLoader(Rows(mine), batch_size=size)
+
+
+class Net(L.LightningModule):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = config
+        torch.manual_seed(3)
+        self.net = nn.Sequential(
+            nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 9), nn.ReLU(), nn.Linear(9, 5), nn.Linear(5, 3)
+        )
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.config.get("break_forward") == self.trainer.global_rank and not self.training:
+            raise ArithmeticError("broken forward")
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0] if isinstance(batch, list) else batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0 if self.config.get("frozen", True) else 0.1)
+
+
+class Scribe(L.Callback):
+    """Writes down what each process ends up with."""
+
+    def __init__(self, folder: str, monitor: KoopmanCreditMonitor) -> None:
+        self.folder, self.monitor = folder, monitor
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pl_module.modules())
+        content = {
+            "history": [report.to_dict() for report in self.monitor.history],
+            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+            "warned": sorted(self.monitor._warned),
+            "hooks": hooks,
+        }
+        Path(self.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
+
+
+def break_on(rank: int, place: str) -> None:
+    """Make our own numerics fail in one process only."""
+    kept = getattr(Measurement, place)
+
+    def broken(self: Measurement, *args: Any, **kwargs: Any) -> Any:
+        if int(os.environ.get("LOCAL_RANK", "0")) == rank or torch.distributed.get_rank() == rank:
+            raise ArithmeticError("broken numerics")
+        return kept(self, *args, **kwargs)
+
+    setattr(Measurement, place, broken)
+
+
+def run(config: dict[str, Any], folder: str) -> L.Trainer:
+    monitor = KoopmanCreditMonitor(
+        max_dim=config["max_dim"],
+        max_samples=config.get("max_samples", 4096),
+        every_n_epochs=config.get("every_n_epochs", 1),
+        on_error=config.get("on_error", "warn"),
+    )
+    if "break_numerics" in config:
+        break_on(*config["break_numerics"])
+    trainer = L.Trainer(
+        accelerator="cpu",
+        strategy=config.get("strategy", "auto"),
+        devices=config["devices"],
+        max_epochs=config.get("max_epochs", 1),
+        precision="64-true",
+        logger=False,
+        callbacks=[monitor, Scribe(folder, monitor)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=config.get("limit_val_batches"),
+        use_distributed_sampler=config["shards"] == "sampler",
+    )
+    trainer.fit(Net(config), Data(config))
+    return trainer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    configs = json.loads(sys.argv[1])
+    for place, config in enumerate(configs):
+        target = os.path.join(sys.argv[2], str(place))
+        os.makedirs(target, exist_ok=True)
+        finished = run(config, target)
+        if finished.is_global_zero:
+            parent = {k: float(v) for k, v in finished.callback_metrics.items()}
+            Path(target, "parent.json").write_text(json.dumps(parent))
