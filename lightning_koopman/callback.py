@@ -499,9 +499,9 @@ def _refuse_sharded_weights(trainer: Any) -> None:
     names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
     if names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
         raise RuntimeError(
-            f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot "
-            "gather. Koopman credit is measured while validation runs: give the Trainer a validation loop in every "
-            "epoch, and compile nothing; or evaluate the saved checkpoints in one process"
+            f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot gather. "
+            "Koopman credit is measured while validation runs: give the Trainer a validation loop in "
+            "every epoch, and compile nothing; or evaluate the saved checkpoints in one process"
         )
 
 

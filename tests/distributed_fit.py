@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,17 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0 if self.config.get("frozen", True) else 0.1)
 
 
+class Monitor(KoopmanCreditMonitor):
+    """Remembers its warnings in every process, not in process 0 only."""
+
+    def _warn_once(self, message: str, *args: Any, **kwargs: Any) -> None:
+        self.told = [*getattr(self, "told", []), message]
+
+
 class Scribe(L.Callback):
     """Writes down what each process ends up with."""
 
-    def __init__(self, folder: str, monitor: KoopmanCreditMonitor) -> None:
+    def __init__(self, folder: str, monitor: Monitor) -> None:
         self.folder, self.monitor = folder, monitor
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,33 +113,36 @@ class Scribe(L.Callback):
         content = {
             "history": [report.to_dict() for report in self.monitor.history],
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
-            "warned": sorted(self.monitor._warned),
+            "warned": self.monitor.told,
             "hooks": hooks,
         }
         Path(self.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
 
 
-def break_on(rank: int, place: str) -> None:
+@contextmanager
+def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
     """Make our own numerics fail in one process only."""
     kept = getattr(Measurement, place)
 
     def broken(self: Measurement, *args: Any, **kwargs: Any) -> Any:
-        if int(os.environ.get("LOCAL_RANK", "0")) == rank or torch.distributed.get_rank() == rank:
+        if torch.distributed.get_rank() == rank:
             raise ArithmeticError("broken numerics")
         return kept(self, *args, **kwargs)
 
     setattr(Measurement, place, broken)
+    try:
+        yield
+    finally:
+        setattr(Measurement, place, kept)
 
 
 def run(config: dict[str, Any], folder: str) -> L.Trainer:
-    monitor = KoopmanCreditMonitor(
+    monitor = Monitor(
         max_dim=config["max_dim"],
         max_samples=config.get("max_samples", 4096),
         every_n_epochs=config.get("every_n_epochs", 1),
         on_error=config.get("on_error", "warn"),
     )
-    if "break_numerics" in config:
-        break_on(*config["break_numerics"])
     trainer = L.Trainer(
         accelerator="cpu",
         strategy=config.get("strategy", "auto"),
@@ -147,7 +158,9 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
         limit_val_batches=config.get("limit_val_batches"),
         use_distributed_sampler=config["shards"] == "sampler",
     )
-    trainer.fit(Net(config), Data(config))
+    fault = config.get("break_numerics")
+    with broken_numerics(*fault) if fault else nullcontext():
+        trainer.fit(Net(config), Data(config))
     return trainer
 
 

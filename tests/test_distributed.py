@@ -61,7 +61,9 @@ def check_against_one_process(configs: list[dict[str, Any]], tmp_path: Path) -> 
             for left, right in zip(rank["history"], expected, strict=True):
                 assert_same(left, right)
         for rank in ranks[1:]:
-            assert rank["history"] == ranks[0]["history"]
+            # LAPACK rounds by where memory lies, so processes may differ in the last bit.
+            for left, right in zip(rank["history"], ranks[0]["history"], strict=True):
+                assert_same(left, right)
         parent = json.loads((many / "parent.json").read_text())
         keys = {key for key in ranks[0]["metrics"] if not key.endswith("overhead_s")}
         assert keys
@@ -87,15 +89,20 @@ def cases(strategy: str, processes: int) -> list[dict[str, Any]]:
 
 
 def test_two_forked_processes_give_the_report_of_one(tmp_path: Path) -> None:
-    check_against_one_process(cases("ddp_fork", 2), tmp_path)
+    configs = cases("ddp_fork", 2)
+    check_against_one_process([configs[0], configs[5], configs[7]], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "processes"), [("ddp_fork", 4), ("ddp", 2), ("ddp", 4)])
-def test_processes_give_the_report_of_one(strategy: str, processes: int, tmp_path: Path) -> None:
-    configs = cases(strategy, processes)
-    for config in configs if strategy == "ddp_fork" else [configs[3], configs[7]]:
-        check_against_one_process([config], tmp_path / str(configs.index(config)))
+@pytest.mark.parametrize("processes", [2, 4])
+def test_forked_processes_give_the_report_of_one(processes: int, tmp_path: Path) -> None:
+    check_against_one_process(cases("ddp_fork", processes), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_launched_processes_give_the_report_of_one(processes: int, tmp_path: Path) -> None:
+    check_against_one_process([cases("ddp", processes)[3]], tmp_path)
 
 
 @pytest.mark.slow
@@ -104,28 +111,18 @@ def test_spawned_processes_give_the_report_of_one(processes: int, tmp_path: Path
     check_against_one_process([cases("ddp_spawn", processes)[3]], tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("fault", "told"),
-    [
-        ({"break_numerics": [1, "end_pass"]}, "broken numerics"),
-        ({"break_numerics": [0, "share"]}, "broken numerics"),
-        ({"break_numerics": [1, "_take"], "max_dim": 8}, "broken numerics"),
-        ({"break_numerics": [1, "report"]}, "broken numerics"),
-    ],
-)
-def test_an_error_of_ours_in_one_process_ends_the_measurement_in_all(
-    fault: dict[str, Any], told: str, tmp_path: Path
-) -> None:
-    config = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2} | fault
-    ranks = read(fit([config], tmp_path, timeout=120)[0])
-    assert len(ranks) == 2
-    broken = fault["break_numerics"][0]
-    assert any(told in warning for warning in ranks[broken]["warned"])
-    for rank in ranks:
-        assert rank["hooks"] == 0
-    if fault["break_numerics"][1] != "report":
-        assert all(rank["history"] == [] for rank in ranks)
-        assert any("no Koopman credit this time" in warning for warning in ranks[1 - broken]["warned"])
+def test_an_error_of_ours_in_one_process_ends_the_measurement_in_all(tmp_path: Path) -> None:
+    many = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2}
+    faults: list[tuple[int, str]] = [(1, "end_pass"), (0, "share"), (1, "_take"), (1, "report")]
+    configs = [many | {"break_numerics": fault, "max_dim": 8} for fault in faults]
+    for (broken, place), folder in zip(faults, fit(configs, tmp_path), strict=True):
+        ranks = read(folder)
+        assert len(ranks) == 2
+        assert all(rank["hooks"] == 0 for rank in ranks)
+        assert any("broken numerics" in warning for warning in ranks[broken]["warned"])
+        if place != "report":
+            assert all(rank["history"] == [] for rank in ranks)
+            assert any("no Koopman credit this time" in w for w in ranks[1 - broken]["warned"])
 
 
 @pytest.mark.slow

@@ -1,0 +1,67 @@
+"""What processes agree on, without starting any."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_koopman.callback import _refuse_sharded_weights, _share, _unrepeated_samples
+from lightning_koopman.moments import Layout, accumulate, recentred
+from lightning_koopman.processes import ProcessError, Share, agreed, exchange
+
+
+def test_recentred_moments_are_those_about_the_new_offset() -> None:
+    layout = Layout((3, 4, 2), 3)
+    states = [torch.randn(30, d, dtype=torch.float64) for d in layout.dims]
+    shifts = [torch.randn(d, dtype=torch.float64) for d in layout.dims]
+    folds = torch.arange(30) % 3
+    given, expected = layout.zeros(), layout.zeros()
+    accumulate(layout, given, states, folds)
+    accumulate(layout, expected, [s + a for s, a in zip(states, shifts, strict=True)], folds)
+    torch.testing.assert_close(recentred(layout, given, shifts), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_processes_that_ran_other_components_are_told_apart() -> None:
+    shares = [Share(), Share(("input", "a"), (2, 3), 4), Share(("input", "b"), (2, 3), 4)]
+    with pytest.raises(ProcessError, match=r"process 2 ran .*'b'.* process 1 .*'a'"):
+        agreed(shares)
+    assert agreed(shares[:2]) is shares[1]
+    assert agreed([Share()]).count == 0
+
+
+def test_the_error_of_one_process_is_told_in_all() -> None:
+    with pytest.raises(ProcessError, match="process 1: ValueError: too wide"):
+        agreed([Share(), Share(error="ValueError: too wide")])
+
+
+def test_several_processes_without_torch_distributed_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"torch.distributed was not started.*ddp"):
+        exchange(Share())
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [0, 1, 5, 12])
+def test_shares_add_up(n_processes: int, count: int) -> None:
+    assert sum(_share(count, n_processes, rank) for rank in range(n_processes)) == count
+
+
+def test_repeated_samples_of_a_distributed_sampler_do_not_count() -> None:
+    data = TensorDataset(torch.arange(11))
+    seen: list[int] = []
+    for rank in range(4):
+        sampler = DistributedSampler(data, num_replicas=4, rank=rank, shuffle=True)
+        loader = DataLoader(data, sampler=sampler)
+        seen += list(sampler)[: _unrepeated_samples(loader)]
+    assert sorted(seen) == list(range(11))
+    assert _unrepeated_samples(DataLoader(data)) > 1e9
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_an_extra_pass_over_sharded_weights_is_refused(name: str) -> None:
+    strategy = type("Mine", (type(name, (), {}),), {})()
+    with pytest.raises(RuntimeError, match=r"Mine shards the weights.*validation loop"):
+        _refuse_sharded_weights(SimpleNamespace(strategy=strategy))
+    _refuse_sharded_weights(SimpleNamespace(strategy=object()))
