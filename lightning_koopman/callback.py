@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,8 @@ from lightning_koopman.chain import Normalize
 from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
 from lightning_koopman.measurement import ForwardFn, Measurement, default_forward, merge_processes
-from lightning_koopman.report import CreditReport, check_quantities
+from lightning_koopman.report import CreditReport
+from lightning_koopman.writers import CreditWriter
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -75,10 +77,12 @@ class KoopmanCreditMonitor(Callback):
 
     Hooks ride along the validation batches that Lightning runs anyway, and come off after each of them,
     so no extra forward pass happens and training is bit-identical with the callback on. After every
-    validation epoch that is due, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total`` and
-    ``<prefix>/overhead_s`` go to every logger at Lightning's own step, and into
-    ``trainer.callback_metrics``, where ``EarlyStopping`` and ``ModelCheckpoint`` find them. At the end
-    of training :attr:`report` holds a report on the final weights.
+    validation epoch that is due, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total``,
+    ``<prefix>/doubts`` (how many components carry one) and ``<prefix>/overhead_s`` go to every logger at
+    Lightning's own step. ``trainer.callback_metrics`` gets every quantity of every component, so
+    ``EarlyStopping`` and ``ModelCheckpoint`` find whatever they monitor. Loggers that take figures get
+    heat maps, bars and spectra after the 1st, 2nd, 4th, 8th … measurement and at the end. At the end of
+    training :attr:`report` holds a report on the final weights.
 
     Without a validation loop the first training batches of an epoch are kept and run once more, in
     eval mode, at its end. Parts that went through ``torch.compile`` take no hooks; then each validation
@@ -96,7 +100,13 @@ class KoopmanCreditMonitor(Callback):
 
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
-        quantities: Which numbers are logged; ``<name>_stderr`` logs standard errors.
+        quantities: Which numbers are logged; ``<name>_stderr`` logs standard errors. With ``credit``
+            come ``credit_low`` and ``credit_high``, one standard error below and above.
+        top_k: Log scalars of the ``k`` components with the largest credit in the first measurement
+            only; ``None`` logs all, up to 200 tags, and says so where that leaves some out.
+        figures: Whether loggers that take them get figures, histograms and a closing table.
+        layout: Whether TensorBoard gets a custom-scalars layout. It keeps only the last layout of a
+            run, so switch this off if you write your own.
         every_n_epochs: Measure in every n-th epoch.
         max_samples: Most samples a measurement looks at, over all processes.
         max_dim: States wider than this are pooled and projected on their leading POD directions.
@@ -123,7 +133,10 @@ class KoopmanCreditMonitor(Callback):
         self,
         components: str | Sequence[str] | None = None,
         *,
-        quantities: Sequence[str] = ("credit", "gain", "nonlinearity", "r2", "chain_r2"),
+        quantities: Sequence[str] = ("credit", "gain", "nonlinearity"),
+        top_k: int | None = None,
+        figures: bool = True,
+        layout: bool = True,
         every_n_epochs: int = 1,
         max_samples: int = 4096,
         max_dim: int = 256,
@@ -140,7 +153,7 @@ class KoopmanCreditMonitor(Callback):
     ) -> None:
         super().__init__()
         check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
-        check_quantities(quantities)
+        self._writer = CreditWriter(prefix, quantities, top_k=top_k, figures=figures, layout=layout)
         for name, value in (
             ("every_n_epochs", every_n_epochs),
             ("max_samples", max_samples),
@@ -151,7 +164,6 @@ class KoopmanCreditMonitor(Callback):
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is {on_error!r}; choose 'warn' or 'raise'")
         self.components = components
-        self.quantities = tuple(quantities)
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.forward_fn: ForwardFn | None = forward_fn
@@ -178,6 +190,7 @@ class KoopmanCreditMonitor(Callback):
         self._kept: list[Any] = []
         self._kept_samples = 0
         self._measured_at: int | None = None
+        self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
         self._resuming = False
 
@@ -195,9 +208,10 @@ class KoopmanCreditMonitor(Callback):
         """Give the newest reports in the plain types that a safe checkpoint may hold.
 
         Returns:
-            The history, as JSON text.
+            The history, as JSON text, and the components whose scalars are logged.
         """
-        return {"history": [json.dumps(r.to_dict()) for r in self.history[-_HISTORY_SAVED:]]}
+        history = [json.dumps(r.to_dict()) for r in self.history[-_HISTORY_SAVED:]]
+        return {"history": history, "shown": list(self._writer.shown)}
 
     @_never_in_the_way
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,12 +222,13 @@ class KoopmanCreditMonitor(Callback):
         """
         if self._resuming:
             self.history = [CreditReport.from_dict(json.loads(text)) for text in state_dict["history"]]
+            self._writer.shown = tuple(state_dict.get("shown", ()))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the previous run's bookkeeping."""
         self._drop()
         self._kept = []
-        self._checkpoint_step = self._measured_at = None
+        self._checkpoint_step = self._measured_at = self._logged_at = None
         self._resuming = stage == "fit"
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -221,9 +236,10 @@ class KoopmanCreditMonitor(Callback):
         self._checkpoint_step = checkpoint.get("global_step")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a misspelt component before any work is done."""
+        """Refuse a misspelt component before any work is done, and log the options."""
         if self.components is not None:
             named_components(pl_module, self.components)
+        self._log_options(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where there is no validation loop to ride along, or nowhere to log to."""
@@ -321,11 +337,15 @@ class KoopmanCreditMonitor(Callback):
 
     @_never_in_the_way
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """See that the newest report is about the final weights."""
-        if self._measured_at == trainer.global_step or trainer.sanity_checking:
+        """See that the newest report is about the final weights, and draw it."""
+        if trainer.sanity_checking or trainer.global_step == 0:
             return
-        if trainer.global_step == 0:
-            return
+        if self._measured_at != trainer.global_step:
+            self._measure_final(trainer, pl_module)
+        if self._logged_at is not None and trainer.is_global_zero:
+            self._writer.finish(trainer.loggers, self.history, self._logged_at)
+
+    def _measure_final(self, trainer: Any, pl_module: Any) -> None:
         if self._from_training:
             self._extra_pass(trainer, pl_module, self._kept, _first_loader(trainer.train_dataloader))
         else:
@@ -341,6 +361,11 @@ class KoopmanCreditMonitor(Callback):
         """Let go of the model and of kept batches."""
         self._drop()
         self._kept = []
+
+    @_never_in_the_way
+    def _log_options(self, trainer: Any) -> None:
+        options = {"components": self.components, "max_samples": self.max_samples, **self._options}
+        self._writer.log_options(trainer.loggers, options, known=_logged_hyper_parameters(trainer))
 
     def _is_due(self, trainer: Any) -> bool:
         return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
@@ -424,13 +449,17 @@ class KoopmanCreditMonitor(Callback):
             self.history[-1] = replace(self.history[-1], operators={})
         self.history.append(report)
         self._measured_at = trainer.global_step
-        scalars = report.to_scalars(self.prefix, self.quantities)
-        scalars[f"{self.prefix}/total"] = report.total
-        scalars[f"{self.prefix}/overhead_s"] = measurement.seconds
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
+        self._logged_at = step
+        with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
+            start = time.perf_counter()
+            loggers = trainer.loggers if trainer.is_global_zero else []
+            self._writer.draw(loggers, self.history, step)
+            overhead = measurement.seconds + time.perf_counter() - start
+            scalars = self._writer.scalars(report, overhead)
+            for logger in loggers:
                 logger.log_metrics(scalars, step=step)
+        every = {**report.to_scalars(self.prefix), **scalars}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in every.items()})
 
     def _fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of."""
@@ -461,6 +490,16 @@ def _plain_numerics(pl_module: Any) -> Generator[None, None, None]:
         torch.autocast(pl_module.device.type, enabled=False),
     ):
         yield
+
+
+def _logged_hyper_parameters(trainer: Any) -> dict[str, Any]:
+    """Collect what Lightning itself will log of the module and the data module right after us."""
+    known: dict[str, Any] = {}
+    for owner in (trainer.lightning_module, trainer.datamodule):
+        if owner is not None and getattr(owner, "_log_hyperparams", False):
+            known.update(owner.hparams_initial)
+    known.pop("_class_path", None)
+    return known
 
 
 def _step(trainer: Any, checkpoint_step: int | None) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_koopman.chain import Normalize
 from lightning_koopman.checkpoints import (
@@ -19,6 +18,7 @@ from lightning_koopman.checkpoints import (
 )
 from lightning_koopman.measurement import ForwardFn, Measurement
 from lightning_koopman.report import CreditReport
+from lightning_koopman.writers import CreditWriter, EventFile
 
 
 def credit_report(
@@ -163,7 +163,8 @@ def evaluate_checkpoints(
 
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}
     reports: list[CreditReport] = []
-    writer = SummaryWriter(os.fspath(logdir)) if logdir is not None else None
+    writer = CreditWriter()
+    loggers = [] if logdir is None else [EventFile(os.fspath(logdir))]
     try:
         for done, (step, checkpoint) in enumerate(order):
             if on_progress is not None:
@@ -175,17 +176,16 @@ def evaluate_checkpoints(
                 continue
             report = credit_report(model, batches, step=step, **options)
             reports.append(report)
-            if writer is not None:
-                scalars = report.to_scalars() | {"koopman/total": report.total}
-                for name, value in scalars.items():
-                    writer.add_scalar(name, value, step)
-                writer.flush()
+            writer.draw(loggers, reports, step)
+            for logger in loggers:
+                logger.log_metrics(writer.scalars(report), step)
         if on_progress is not None:
             on_progress(len(order), len(order))
+        writer.finish(loggers, reports, step=order[-1][0] if order else 0)
     finally:
         model.load_state_dict(original)
-        if writer is not None:
-            writer.close()
+        for logger in loggers:
+            logger.close()
     if failures:
         raise EvaluationError(reports, failures)
     return reports

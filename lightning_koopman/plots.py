@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.report import MIN_R2, CreditReport
@@ -14,7 +16,9 @@ from lightning_koopman.report import MIN_R2, CreditReport
 if TYPE_CHECKING:
     from lightning_koopman.interventions import Interventions
 
-_BELIEVED, _DOUBTED = "#1f6f8b", "#c9c9c9"
+_BELIEVED, _DOUBTED, _CHAIN = "#1f6f8b", "#c9c9c9", "#d1495b"
+_TALLEST = 22.0
+_MOST_LABELS = 60
 
 
 def plot_report(report: CreditReport) -> Figure:
@@ -27,7 +31,7 @@ def plot_report(report: CreditReport) -> Figure:
         A figure with three panels. Grey bars belong to components that carry a doubt.
     """
     size = len(report.components)
-    figure = Figure(figsize=(11, max(2.4, 0.42 * size + 1.4)), layout="constrained")
+    figure = Figure(figsize=(11, _height(size, 0.42, 1.4)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     places = np.arange(size)
     colors = np.where(report.trusted, _BELIEVED, _DOUBTED)
@@ -39,19 +43,18 @@ def plot_report(report: CreditReport) -> Figure:
         axis.set_xlabel(f"{name} [{unit}]")
         axis.axvline(0, color="black", linewidth=0.8)
     axes[2].plot(report.r2, places, "o", color=_BELIEVED, label="component")
-    axes[2].plot(
-        report.chain_r2, places, "s", color="#d1495b", fillstyle="none", label="chain behind it"
-    )
+    axes[2].plot(report.chain_r2, places, "s", color=_CHAIN, fillstyle="none", label="chain behind it")
     axes[2].axvline(MIN_R2, color="black", linewidth=0.8, linestyle=":")
     axes[2].set_xlim(
         min(0.0, *(v for v in (*report.r2, *report.chain_r2) if np.isfinite(v)), 0.0) - 0.05, 1.05
     )
     axes[2].set_xlabel("held-out R²")
     axes[2].legend(loc="lower left", fontsize="small")
-    axes[0].set_yticks(places, report.components)
+    _name_rows(axes[0], report.components)
     axes[0].invert_yaxis()
-    at_step = "" if report.step is None else f" at step {report.step}"
-    figure.suptitle(f"Koopman credit{at_step}, {report.n_samples} samples; grey: carries a doubt")
+    figure.suptitle(
+        f"Koopman credit{_at_step(report)}, {report.n_samples} samples; grey: carries a doubt"
+    )
     return figure
 
 
@@ -77,17 +80,11 @@ def plot_evolution(reports: Sequence[CreditReport], quantity: str = "credit") ->
         if report.components != components:
             raise ValueError(f"components differ between reports: {report.components} and {components}")
     values = np.stack([getattr(report, quantity) for report in reports], axis=1)
-    figure = Figure(
-        figsize=(max(4.5, 0.3 * len(reports) + 3), 0.35 * len(components) + 1.6), layout="constrained"
-    )
-    axis = figure.subplots()
-    image = axis.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
-    axis.set_yticks(np.arange(len(components)), components)
+    figure, axis = _heat_map(values, components, f"{quantity} over training", quantity)
     steps = [i if report.step is None else report.step for i, report in enumerate(reports)]
     shown = np.unique(np.linspace(0, len(reports) - 1, min(len(reports), 8)).astype(int))
     axis.set_xticks(shown, [str(steps[i]) for i in shown])
     axis.set_xlabel("step")
-    figure.colorbar(image, label=quantity)
     return figure
 
 
@@ -119,3 +116,92 @@ def plot_interventions(result: Interventions) -> Figure:
         axis.set_title(f"{kind}: Spearman {result.spearman(kind):.2f}", fontsize="medium")
     panels[0].set_ylabel(f"{unit} (measured)")
     return figure
+
+
+def plot_directions(report: CreditReport) -> Figure:
+    """Draw how each component's credit splits over the output directions, as a heat map.
+
+    Args:
+        report: The report.
+
+    Returns:
+        A figure, component × output direction.
+
+    Raises:
+        ValueError: If the report has no output direction.
+    """
+    if report.directions == 0:
+        raise ValueError("no output direction reaches back to the input, so there is no split to draw")
+    figure, axis = _heat_map(
+        report.volumes,
+        report.components,
+        f"credit by output direction{_at_step(report)}",
+        "log|R[j, j]| [nats]",
+    )
+    step = max(1, report.directions // 20)
+    axis.set_xticks(range(0, report.directions, step))
+    axis.set_xlabel("output direction")
+    return figure
+
+
+def plot_spectra(report: CreditReport) -> Figure:
+    """Draw the singular values of every component's operator.
+
+    Args:
+        report: A report that holds its operators.
+
+    Returns:
+        A figure with one falling line a component, from dark (first) to light (last).
+
+    Raises:
+        ValueError: If the report holds no operators, as one read from JSON does.
+    """
+    if not report.operators:
+        raise ValueError("the report holds no operators; a report read from JSON has none")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    shades = np.linspace(0.05, 0.9, len(report.operators))
+    for shade, (name, operator) in zip(shades, report.operators.items(), strict=True):
+        values = torch.linalg.svdvals(operator.matrix.double()).cpu().numpy()
+        values = values[values > 1e-12 * max(values[0], 1e-300)]
+        axis.semilogy(np.arange(1, len(values) + 1), values, color=_shade(shade), label=name)
+    if len(report.operators) <= _MOST_LABELS // 3:
+        axis.legend(fontsize="small")
+    axis.set_xlabel("index")
+    axis.set_ylabel("singular value")
+    axis.set_title(f"Koopman operators{_at_step(report)}")
+    return figure
+
+
+def _heat_map(
+    values: NDArray[np.float64], components: Sequence[str], title: str, label: str
+) -> tuple[Figure, Any]:
+    figure = Figure(
+        figsize=(min(14, max(5, 0.3 * values.shape[1] + 3)), _height(len(components), 0.35, 1.6)),
+        layout="constrained",
+    )
+    axis = figure.subplots()
+    image = axis.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
+    _name_rows(axis, components)
+    axis.set_title(title)
+    figure.colorbar(image, label=label)
+    return figure, axis
+
+
+def _name_rows(axis: Any, components: Sequence[str]) -> None:
+    step = -(-len(components) // _MOST_LABELS)
+    axis.set_yticks(range(0, len(components), step), components[::step])
+
+
+def _height(rows: int, each: float, rest: float) -> float:
+    return min(_TALLEST, max(2.4, each * rows + rest))
+
+
+def _shade(share: float) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](share)
+
+
+def _at_step(report: CreditReport) -> str:
+    return "" if report.step is None else f" at step {report.step}"
