@@ -193,7 +193,7 @@ class CreditWriter:
         arrays = {name: getattr(report, name) for name in ("credit", "gain", "nonlinearity")}
         arrays["credit by direction"] = report.volumes
         for name, values in arrays.items():
-            finite = np.clip(values[np.isfinite(values)], -1e30, 1e30)
+            finite = np.clip(values[np.isfinite(values)], -1e19, 1e19)  # the outermost bins
             if finite.size:
                 experiment.add_histogram(f"{self.prefix}/{name}", finite, step)
 

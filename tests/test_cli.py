@@ -136,7 +136,7 @@ def test_demo_writes_every_component_at_every_epoch(tmp_path: Path) -> None:
     events = _scalars(events_file)
     steps_an_epoch = 15
     for i, component in enumerate(report.components):
-        for quantity in ("credit", "gain", "nonlinearity", "r2", "chain_r2"):
+        for quantity in ("credit", "credit_low", "credit_high", "gain", "nonlinearity"):
             logged = events.Scalars(f"koopman/{quantity}/{component}")
             assert [event.step for event in logged] == [steps_an_epoch * (e + 1) - 1 for e in range(3)]
         assert events.Scalars(f"koopman/credit/{component}")[-1].value == pytest.approx(
