@@ -66,6 +66,8 @@ def named_components(
         chosen = dict(_automatic(model))
     else:
         chosen = _matching(modules, [components] if isinstance(components, str) else components)
+    if components is not None and not chosen:
+        raise ValueError("components names nothing; leave it out to choose automatically")
     if not chosen:
         raise ValueError(
             f"found no component in {type(model).__name__}: it has no submodule with parameters. "

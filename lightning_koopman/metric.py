@@ -16,6 +16,8 @@ from lightning_koopman.moments import Layout, accumulate
 from lightning_koopman.report import CreditReport, build_report, check_quantities
 from lightning_koopman.states import sample_keys
 
+_FORWARD_FLAGS = ("_to_sync", "_should_unsync", "compute_on_cpu", "_enable_grad", "_computed")
+
 
 class KoopmanCredit(Metric):
     r"""Koopman credit of every component, from one batch's states at a time.
@@ -202,6 +204,32 @@ class KoopmanCredit(Metric):
             Figure and axis.
         """
         return self._plot(val, ax)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Add one batch and return the numbers of that batch alone.
+
+        Args:
+            args: Positional arguments of :meth:`update`.
+            kwargs: Keyword arguments of :meth:`update`.
+
+        Returns:
+            As :meth:`compute`, over this batch.
+
+        Raises:
+            Exception: As :meth:`update` and :meth:`compute`; what was added before is then kept.
+        """
+        # torchmetrics empties the metric first, and an error would leave it empty.
+        before = {name: self.__dict__[name] for name in ("_update_count", *_FORWARD_FLAGS)}
+        moments = self.moments
+        try:
+            batch_value: dict[str, Tensor] = super().forward(*args, **kwargs)
+        except Exception:
+            self.__dict__.update(before)
+            if self.layout is not None and moments.numel() == 0:
+                moments = self.layout.zeros().to(moments.device)
+            self.moments = moments
+            raise
+        return batch_value
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add what another metric has seen.

@@ -478,3 +478,26 @@ def test_too_few_samples_are_warned_of_with_the_number_to_have() -> None:
 def test_options_out_of_range_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KoopmanCredit(**options)
+
+
+def test_forward_on_a_batch_that_is_too_small_keeps_what_was_added() -> None:
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metric = KoopmanCredit()
+    metric.update([x, x @ torch.ones(3, 2, dtype=torch.float64).triu()])
+    expected = metric.compute()
+    with pytest.raises(ValueError, match="1 sample arrived"):
+        metric([x[:1], x[:1, :2]])
+    found = metric.compute()
+    assert metric.update_count == 1
+    assert {name: float(value) for name, value in found.items()} == {
+        name: float(value) for name, value in expected.items()
+    }
+
+
+def test_forward_that_fails_first_leaves_an_empty_metric() -> None:
+    metric = KoopmanCredit()
+    with pytest.raises(ValueError, match="1 sample arrived"):
+        metric([torch.ones(1, 3), torch.ones(1, 2)])
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metric.update([x, x[:, :2]])
+    assert metric.report().n_samples == 40
