@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
-import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
@@ -52,6 +51,7 @@ def evaluate(
     delay: int = 1,
     seed: int = 0,
     trust_checkpoint: bool = False,
+    shard: str = "1/1",
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step.
 
@@ -62,7 +62,7 @@ def evaluate(
             that gives batches.
         ckpt: Path or glob pattern of checkpoints, or a list of them.
         logdir: Folder for TensorBoard event files.
-        out: JSON file for the reports.
+        out: JSON file for the reports, kept complete after every checkpoint.
         components: Names or glob patterns of components; chosen by default.
         rank: Most output directions to align.
         tikhonov: Ridge weight; chosen by held-out R² by default.
@@ -72,13 +72,16 @@ def evaluate(
         delay: Step delay.
         seed: Chooses the folds.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+        shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
 
     Raises:
         EvaluationError: If a checkpoint cannot be used; the others are still evaluated.
     """
     from lightning_koopman.checkpoints import CheckpointError, find_checkpoints, load_checkpoint
     from lightning_koopman.evaluate import EvaluationError, evaluate_checkpoints
+    from lightning_koopman.report_files import write_reports
 
+    part = _shard(shard)
     paths = find_checkpoints(ckpt)
     hyper_parameters: dict[str, Any] = {}
     for path in paths:
@@ -107,6 +110,8 @@ def evaluate(
                 logdir=logdir,
                 trust_checkpoint=trust_checkpoint,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+                on_report=None if out is None else functools.partial(write_reports, path=out),
+                shard=part,
                 components=components,
                 rank=rank,
                 tikhonov=tikhonov,
@@ -121,12 +126,23 @@ def evaluate(
     for report in reports:
         Console().print(report)
     if out is not None:
-        text = json.dumps([report.to_dict() for report in reports], indent=1, allow_nan=False)
-        temporary = Path(f"{out}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
+        write_reports(reports, out)
     if failure is not None:
         raise failure
+
+
+def merge(reports: list[str], out: str) -> None:
+    """Put the reports of several shards of one evaluation in one file, sorted by step.
+
+    Args:
+        reports: JSON files that evaluate wrote with --shard.
+        out: JSON file for all of them.
+    """
+    from lightning_koopman.report_files import merge_reports, write_reports
+
+    merged = merge_reports(reports)
+    write_reports(merged, out)
+    Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
 
 
 def linearize(
@@ -188,13 +204,20 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     # jsonargparse names options after parameters; dashes are what people type.
     given = [re.sub(r"^--[a-z_-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
-    commands: Any = {"demo": demo, "evaluate": evaluate, "linearize": linearize}
+    commands: Any = {"demo": demo, "evaluate": evaluate, "merge": merge, "linearize": linearize}
     try:
         auto_cli(commands, args=given, prog="lightning-koopman", as_positional=False)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
         return 1
     return 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        raise ValueError(f"shard is {text!r}; write i/n with i from 1 to n")
+    return int(found[1]), int(found[2])
 
 
 def _escaped(error: BaseException) -> str:

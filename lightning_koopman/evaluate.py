@@ -123,6 +123,8 @@ def evaluate_checkpoints(
     logdir: str | os.PathLike[str] | None = None,
     trust_checkpoint: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_report: Callable[[list[CreditReport]], None] | None = None,
+    shard: tuple[int, int] = (1, 1),
     **options: Any,
 ) -> list[CreditReport]:
     """Measure the credits of a training after it has ended, checkpoint by checkpoint.
@@ -134,6 +136,9 @@ def evaluate_checkpoints(
         logdir: Folder for TensorBoard, where each checkpoint appears at its own global step.
         trust_checkpoint: Unpickle whatever the files hold, which may run any code.
         on_progress: Called with the number of checkpoints done and of all.
+        on_report: Called after every checkpoint with all reports so far, to save them.
+        shard: ``(i, n)`` takes every n-th checkpoint from the i-th on, counted from 1, so that n
+            machines share the work.
         options: Passed on to :func:`credit_report`.
 
     Returns:
@@ -143,14 +148,17 @@ def evaluate_checkpoints(
     Raises:
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
             after all others were evaluated, and carries their reports.
-        ValueError: As :func:`credit_report`.
+        ValueError: As :func:`credit_report`, or if the shard is out of range.
     """
+    number, shards = shard
+    if not 1 <= number <= shards:
+        raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
     paths = find_checkpoints(checkpoints)
     if iter(batches) is batches and len(paths) > 1:
         batches = list(batches)
     failures: list[str] = []
     order: list[tuple[int, Checkpoint]] = []
-    for place, path in enumerate(paths):
+    for place, path in list(enumerate(paths))[number - 1 :: shards]:
         try:
             checkpoint = load_checkpoint(path, trust=trust_checkpoint)
         except CheckpointError as error:
@@ -176,6 +184,8 @@ def evaluate_checkpoints(
                 continue
             report = credit_report(model, batches, step=step, **options)
             reports.append(report)
+            if on_report is not None:
+                on_report(reports)
             writer.draw(loggers, reports, step)
             for logger in loggers:
                 logger.log_metrics(writer.scalars(report), step)

@@ -1,0 +1,79 @@
+"""Files of several reports: written whole or not at all, read with every field checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lightning_koopman.report import CreditReport, ReportFormatError
+
+
+def write_reports(reports: Sequence[CreditReport], path: str | os.PathLike[str]) -> None:
+    """Write reports as a JSON list, by a temporary file that is renamed when complete.
+
+    Args:
+        reports: The reports.
+        path: The file; what it held is replaced, or left as it was if writing fails.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    text = json.dumps([report.to_dict() for report in reports], indent=1, allow_nan=False)
+    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
+    """Read what :func:`write_reports` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The reports, without operators.
+
+    Raises:
+        ReportFormatError: If the file holds anything else.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None
+    if not isinstance(given, list):
+        raise ReportFormatError(f"{os.fspath(path)} holds no list of reports")
+    try:
+        return [CreditReport.from_dict(item) for item in given]
+    except ReportFormatError as error:
+        raise ReportFormatError(f"{os.fspath(path)} holds no list of reports: {error}") from None
+
+
+def merge_reports(paths: Iterable[str | os.PathLike[str]]) -> list[CreditReport]:
+    """Put the reports of several shards in one list.
+
+    Args:
+        paths: Files that :func:`write_reports` wrote.
+
+    Returns:
+        Reports sorted by step; those that two files hold alike, once.
+
+    Raises:
+        ReportFormatError: If a file holds no reports, or two files tell different things of one step.
+    """
+    by_step: dict[int | None, tuple[str, CreditReport]] = {}
+    for path in [os.fspath(name) for name in paths]:
+        for report in read_reports(path):
+            other = by_step.setdefault(report.step, (path, report))
+            if other[1].to_dict() != report.to_dict():
+                raise ReportFormatError(
+                    f"{other[0]} and {path} hold different reports of step {report.step}; merge shards "
+                    "of one evaluation only"
+                )
+    order = sorted(by_step, key=lambda step: -1 if step is None else step)
+    return [by_step[step][1] for step in order]

@@ -1,0 +1,69 @@
+"""Properties that hold for any chain, split into any batches, at any scale."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_koopman import CreditReport, KoopmanCredit, credit_report
+
+SLOWLY = settings(max_examples=25, deadline=None, derandomize=True)
+WIDTHS = st.lists(st.integers(2, 9), min_size=3, max_size=5)
+
+
+def chain(widths: list[int], seed: int, kind: type[nn.Module]) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), kind()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def same(left: CreditReport, right: CreditReport, rtol: float = 1e-8) -> None:
+    assert left.directions == right.directions
+    for name in ("credit", "gain", "r2", "chain_r2", "sensitivity", "rank"):
+        np.testing.assert_allclose(getattr(left, name), getattr(right, name), rtol=rtol, atol=rtol)
+
+
+@SLOWLY
+@given(widths=WIDTHS, seed=st.integers(0, 99), size=st.integers(1, 120), shuffle=st.booleans())
+def test_batches_and_their_order_do_not_matter(
+    widths: list[int], seed: int, size: int, shuffle: bool
+) -> None:
+    model = chain(widths, seed, nn.Tanh)
+    rows = torch.randn(120, widths[0], dtype=torch.float64)
+    order = torch.randperm(120) if shuffle else torch.arange(120)
+    same(credit_report(model, [rows]), credit_report(model, rows[order].split(size)))
+
+
+@SLOWLY
+@given(widths=WIDTHS, seed=st.integers(0, 99))
+def test_gains_sum_to_the_total_and_volumes_to_credits(widths: list[int], seed: int) -> None:
+    report = credit_report(chain(widths, seed, nn.LeakyReLU), [torch.randn(150, widths[0]).double()])
+    if report.directions:
+        assert report.gain.sum() == pytest.approx(report.total, abs=1e-9)
+        np.testing.assert_allclose(report.volumes.mean(axis=1), report.credit, atol=1e-9)
+
+
+@SLOWLY
+@given(power=st.integers(-30, 30), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_a_common_scale_of_all_states_changes_no_credit(power: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(80, 4, generator=generator, dtype=torch.float64)
+    states = [x, x @ torch.randn(4, 5, generator=generator, dtype=torch.float64)]
+    states.append(states[1].tanh() @ torch.randn(5, 3, generator=generator, dtype=torch.float64))
+    keys = torch.arange(80)
+    values = []
+    for factor in (1.0, 10.0**power):
+        metric = KoopmanCredit(quantities=["credit", "gain", "r2", "rank"])
+        metric.update([(state * factor).to(dtype) for state in states], keys)
+        values.append(torch.stack(list(metric.compute().values())))
+    torch.testing.assert_close(
+        values[1], values[0], rtol=1e-6, atol=1e-4 if dtype == torch.float32 else 1e-7
+    )
