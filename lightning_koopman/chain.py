@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lightning_koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.operator import (
-    TIKHONOV_GRID,
+    RESOLUTION_GRID,
     Spectrum,
     alive,
-    choose_tikhonov,
     held_out_errors,
+    resolved_tikhonov,
     spectrum,
 )
 
@@ -39,6 +39,11 @@ class Split:
     def widths(self) -> list[int]:
         """Width of every state in the coordinates chosen."""
         return [len(mean) for mean in self.train.means]
+
+    @property
+    def count_out(self) -> float:
+        """Number of samples that are held out."""
+        return 0.0 if self.test is None else self.test.count
 
 
 def split_chain(layout: Layout, moments: Tensor, fold: int | None, normalize: Normalize) -> Split:
@@ -99,33 +104,76 @@ def _targets(given: Covariances, layout: Layout, i: int) -> Tensor:
     return torch.cat([given[p, i] for p in layout.parents[i]])
 
 
-def fit_steps(
+@dataclass(frozen=True)
+class Fit:
+    """R² of every step (or of the chain behind it), with what its error bar needs.
+
+    ``r2`` is held out over all folds, ``without`` leaves one fold after the other out of it, and
+    ``in_sample`` is that of the fit to all samples.
+    """
+
+    r2: Tensor
+    without: list[Tensor]
+    in_sample: Tensor
+
+
+def choose_steps(
     layout: Layout, folds: Sequence[Split], tikhonov: float | None
-) -> tuple[list[float], Tensor, list[Tensor]]:
-    """Pick each step's ridge weight; return it with R² over all folds and with each fold left out."""
-    grid = TIKHONOV_GRID if tikhonov is None else (tikhonov,)
+) -> tuple[list[float], list[list[float]]]:
+    """Pick each step's ridge weight over all folds, and once more without each of them."""
     steps = range(1, len(layout.dims))
+    if tikhonov is not None or not folds:
+        given = [tikhonov or 0.0] * len(steps)
+        return given, [given] * len(folds)
     chosen: list[float] = []
-    errors = torch.zeros(len(folds), len(steps), dtype=torch.float64)
-    totals = torch.zeros_like(errors)
-    for column, i in enumerate(steps):
-        table = []
-        for row, split in enumerate(folds):
-            assert split.test is not None
-            trace = float(split.test[i, i].diagonal().sum())
-            fold_errors = held_out_errors(
-                split.problems[column],
-                _regressors(split.test, layout, i),
-                _targets(split.test, layout, i),
-                trace,
-                grid,
-            )
-            table.append([split.test.count * error for error in fold_errors])
-            totals[row, column] = split.test.count * trace
-        chosen.append(choose_tikhonov(table, grid) if table else grid[0])
-        at_chosen = [row[grid.index(chosen[-1])] for row in table]
-        errors[:, column] = torch.tensor(at_chosen, dtype=torch.float64)
-    return chosen, *_pooled_r2(errors, totals)
+    without: list[list[float]] = [[] for _ in folds]
+    for i in steps:
+        rows = [
+            [split.count_out * error for error in _errors(layout, split, i, RESOLUTION_GRID)]
+            for split in folds
+        ]
+        table = torch.tensor(rows, dtype=torch.float64)
+        chosen.append(resolved_tikhonov(table, RESOLUTION_GRID))
+        for fold, picked in enumerate(without):
+            rest = torch.cat([table[:fold], table[fold + 1 :]]) if len(folds) > 1 else table
+            picked.append(resolved_tikhonov(rest, RESOLUTION_GRID))
+    return chosen, without
+
+
+def fit_steps(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequence[float]) -> Fit:
+    """R² of every step's operator."""
+
+    def table(splits: Sequence[Split]) -> tuple[Tensor, Tensor]:
+        steps = list(enumerate(chosen, start=1))
+        errors = [[s.count_out * _errors(layout, s, i, [t])[0] for i, t in steps] for s in splits]
+        totals = [[s.count_out * _variance(s, i) for i, _ in steps] for s in splits]
+        shape = (len(splits), len(chosen))
+        return (
+            torch.tensor(errors, dtype=torch.float64).reshape(shape),
+            torch.tensor(totals, dtype=torch.float64).reshape(shape),
+        )
+
+    return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([_on_itself(whole)]))[0])
+
+
+def _on_itself(split: Split) -> Split:
+    return replace(split, test=split.train)
+
+
+def _errors(layout: Layout, split: Split, i: int, grid: Sequence[float]) -> list[float]:
+    assert split.test is not None
+    return held_out_errors(
+        split.problems[i - 1],
+        _regressors(split.test, layout, i),
+        _targets(split.test, layout, i),
+        _variance(split, i),
+        grid,
+    )
+
+
+def _variance(split: Split, i: int) -> float:
+    assert split.test is not None
+    return float(split.test[i, i].diagonal().sum())
 
 
 def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -157,34 +205,40 @@ def step_blocks(
     return solved
 
 
-def fit_chain(
-    layout: Layout, folds: Sequence[Split], chosen: Sequence[float]
-) -> tuple[Tensor, list[Tensor]]:
-    """Held-out R² of the output predicted from each state through all operators behind it."""
-    last = len(layout.dims) - 1
-    errors = torch.zeros(len(folds), last, dtype=torch.float64)
-    totals = torch.zeros_like(errors)
-    for row, split in enumerate(folds):
-        test = split.test
-        assert test is not None
-        operators = step_blocks(layout, split.problems, chosen, split.widths)
-        trace = float(test[last, last].diagonal().sum())
-        # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
-        width = test[last, last].shape[0]
-        blocks = {last: torch.eye(width, dtype=torch.float64, device=test.means[0].device)}
-        for i in range(last, 0, -1):
-            error = trace
-            for p, left in blocks.items():
-                error -= 2 * float((left * test[p, last]).sum())
-                for q, right in blocks.items():
-                    error += float((left * (test[p, q] @ right)).sum())
-            errors[row, i - 1] = test.count * max(0.0, error)
-            totals[row, i - 1] = test.count * trace
-            replaced = blocks.pop(i)
-            for p, operator in zip(layout.parents[i], operators[i - 1], strict=True):
-                moved = operator @ replaced
-                blocks[p] = blocks[p] + moved if p in blocks else moved
-    return _pooled_r2(errors, totals)
+def fit_chain(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequence[float]) -> Fit:
+    """R² of the output predicted from each state through all operators behind it."""
+
+    def table(splits: Sequence[Split]) -> tuple[Tensor, Tensor]:
+        errors = torch.zeros(len(splits), len(chosen), dtype=torch.float64)
+        totals = torch.zeros_like(errors)
+        for row, split in enumerate(splits):
+            totals[row] = split.count_out * _variance(split, len(chosen))
+            errors[row] = split.count_out * _chain_errors(layout, split, chosen)
+        return errors, totals
+
+    return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([_on_itself(whole)]))[0])
+
+
+def _chain_errors(layout: Layout, split: Split, chosen: Sequence[float]) -> Tensor:
+    test, last = split.test, len(chosen)
+    assert test is not None
+    operators = step_blocks(layout, split.problems, chosen, split.widths)
+    errors = torch.zeros(last, dtype=torch.float64)
+    # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
+    width = test[last, last].shape[0]
+    blocks = {last: torch.eye(width, dtype=torch.float64, device=test.means[0].device)}
+    for i in range(last, 0, -1):
+        error = _variance(split, last)
+        for p, left in blocks.items():
+            error -= 2 * float((left * test[p, last]).sum())
+            for q, right in blocks.items():
+                error += float((left * (test[p, q] @ right)).sum())
+        errors[i - 1] = max(0.0, error)
+        replaced = blocks.pop(i)
+        for p, operator in zip(layout.parents[i], operators[i - 1], strict=True):
+            moved = operator @ replaced
+            blocks[p] = blocks[p] + moved if p in blocks else moved
+    return errors
 
 
 def state_ranks(layout: Layout, split: Split) -> Tensor:

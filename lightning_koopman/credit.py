@@ -14,6 +14,7 @@ from lightning_koopman.alignment import Alignment, align
 from lightning_koopman.chain import (
     Normalize,
     Split,
+    choose_steps,
     fit_chain,
     fit_steps,
     split_chain,
@@ -21,10 +22,14 @@ from lightning_koopman.chain import (
     step_blocks,
 )
 from lightning_koopman.moments import Layout
-from lightning_koopman.operator import TIKHONOV_GRID, KoopmanOperator, check_tikhonov
+from lightning_koopman.operator import RESOLUTION_GRID, KoopmanOperator, check_tikhonov
 
 QUANTITIES = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
 """Names of the numbers reported for every component."""
+
+MAX_RIDGE_SHIFT = 0.5
+"""Nats a direction that a stable credit may move, or its standard error if that is more, when the ridge
+weight moves tenfold."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,13 @@ class Credits:
 
     Attributes:
         values: By quantity, shape ``(L,)`` each.
-        stderr: Jackknife standard errors, the same names and shapes.
+        stderr: Standard errors, the same names and shapes: the delete-one-fold jackknife, with the ridge
+            weight chosen anew in every replicate, and the bias of a finite sample in quadrature.
         volumes: log|R_i[j, j]| behind each component, by output direction, shape ``(L, r)``.
         total: Log-volume of the whole network, in nats a direction.
         total_stderr: Its standard error.
-        stable: Whether the credit moves less than its error when the ridge weight moves tenfold.
+        stable: Whether the credit moves by no more than :data:`MAX_RIDGE_SHIFT`, or its error, when every
+            ridge weight moves tenfold.
         operators: One a component; where it reads several states, its regressors are these states
             side by side, the nearest first.
         alignment: The aligned chain over all samples.
@@ -71,8 +78,8 @@ def compute_credits(
         layout: What the moments hold.
         moments: Shape ``(folds, size)``.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one a
-            component by held-out R².
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for every
+            component, the largest up to 1e-2 that at most doubles its held-out unexplained variance.
         normalize: Coordinates of every state: as they are, each unit over its standard deviation, or
             whitened.
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
@@ -104,7 +111,8 @@ def compute_credits(
             splits.append(split_chain(layout, moments, fold, normalize))
     whole, folds = splits[0], splits[1:]
 
-    chosen, r2, r2_folds = fit_steps(layout, folds, tikhonov)
+    chosen, chosen_without = choose_steps(layout, folds, tikhonov)
+    step, behind = (fit(layout, whole, folds, chosen) for fit in (fit_steps, fit_chain))
     output_rank = int(state_ranks(layout, whole)[-1])
     if output_rank == 0:
         raise ValueError(
@@ -116,26 +124,32 @@ def compute_credits(
     chain = _align(layout, whole, chosen, asked, targets)
     kept = chain.rank
     values = _volumes(layout, whole, chain)
-    chain_r2, chain_r2_folds = fit_chain(layout, folds, chosen)
     values |= {
-        "r2": r2,
-        "chain_r2": chain_r2,
-        "nonlinearity": 1 - r2,
+        "r2": step.r2,
+        "chain_r2": behind.r2,
+        "nonlinearity": 1 - step.r2,
         "rank": state_ranks(layout, whole),
     }
 
     replicates = []
-    for split, fold_r2, fold_chain_r2 in zip(folds, r2_folds, chain_r2_folds, strict=True):
-        replicate = _volumes(layout, split, _align(layout, split, chosen, kept, targets), kept)
-        replicate |= {"r2": fold_r2, "chain_r2": fold_chain_r2, "nonlinearity": 1 - fold_r2}
-        replicate["rank"] = state_ranks(layout, split)
+    for fold, split in enumerate(folds):
+        without = _align(layout, split, chosen_without[fold], kept, targets)
+        replicate = _volumes(layout, split, without, kept)
+        replicate |= {"r2": step.without[fold], "chain_r2": behind.without[fold]}
+        replicate |= {"nonlinearity": 1 - replicate["r2"], "rank": state_ranks(layout, split)}
         replicates.append(replicate)
+    # Held out, R² is too low by about as much as it is too high in sample: by half the gap between
+    # them. Half of that as a standard error makes 95 % intervals reach 1.4 times as far.
+    gaps = {
+        name: (fit.in_sample - fit.r2).abs() / 4 for name, fit in (("r2", step), ("chain_r2", behind))
+    }
+    gaps["nonlinearity"] = gaps["r2"]
     held_out = torch.tensor([whole.count - split.count for split in folds], dtype=torch.float64)
     stderr = {
-        name: _jackknife(value, [r[name] for r in replicates], whole.count, held_out)
+        name: _stderr(value, [r[name] for r in replicates], whole.count, held_out, gaps.get(name))
         for name, value in values.items()
     }
-    moved = _align(layout, whole, [max(10 * t, TIKHONOV_GRID[1]) for t in chosen], kept, targets)
+    moved = _align(layout, whole, [max(10 * t, RESOLUTION_GRID[1]) for t in chosen], kept, targets)
     shift = (_volumes(layout, whole, moved, kept)["credit"] - values["credit"]).abs()
     return Credits(
         values={name: values[name] for name in QUANTITIES},
@@ -143,12 +157,12 @@ def compute_credits(
         volumes=chain.log_volumes[1:],
         total=float(values["total"]),
         total_stderr=float(stderr["total"]),
-        stable=shift <= stderr["credit"] + 1e-6,
+        stable=shift <= stderr["credit"].clamp_min(MAX_RIDGE_SHIFT),
         operators=_operators(
             layout,
             whole if normalize == "none" else split_chain(layout, moments, None, "none"),
             chosen,
-            r2,
+            step.r2,
             center,
         ),
         alignment=chain,
@@ -253,6 +267,22 @@ def _volumes(
         "sensitivity": torch.stack([torch.linalg.matrix_norm(s).log() for s in spread]),
         "total": volumes[0],
     }
+
+
+def _stderr(
+    value: Tensor,
+    replicates: Sequence[Tensor],
+    count: float,
+    held_out: Tensor,
+    gap: Tensor | None = None,
+) -> Tensor:
+    """Jackknife error and bias, added in quadrature; a bias known otherwise takes the latter's place."""
+    spread = _jackknife(value, replicates, count, held_out)
+    if gap is None and len(replicates) > 1:
+        # With folds of unequal size, each replicate's distance counts by how much was left out.
+        ratio = (count / held_out).view(-1, *[1] * value.ndim)
+        gap = ((1 - 1 / ratio) * (torch.stack(list(replicates)) - value)).sum(dim=0)
+    return spread if gap is None else (spread.square() + gap.square()).sqrt()
 
 
 def _jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor) -> Tensor:

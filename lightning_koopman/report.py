@@ -52,7 +52,7 @@ class CreditReport:
         r2: Held-out R² of the component's operator.
         chain_r2: Held-out R² of the output predicted from the component's output.
         rank: Numerical rank of the component's output.
-        stderr: Jackknife standard errors, by the names of the seven arrays above.
+        stderr: Standard errors (jackknife, and the bias of a finite sample in quadrature), by the names of the seven arrays above.
         directions: Number r of aligned output directions.
         n_samples: Number of samples seen.
         total: Log-volume of the whole network, in nats a direction.
@@ -63,7 +63,8 @@ class CreditReport:
         variance_kept: Share of the output's variance that the state vector keeps.
         tikhonov: Ridge weight of each operator, in units of its regressors' mean variance.
         condition: Ratio of the largest to the smallest kept variance of each operator's regressors.
-        stable: Whether the credit moves less than its error when the ridge weight moves tenfold.
+        stable: Whether the credit moves by no more than half a nat, or its error, when every ridge
+            weight moves tenfold.
         notes: What a reader must know: dropped directions, silent components, too few samples.
         operators: Koopman operator of each component; empty in a report read from JSON.
         step: Training step the weights belong to, if known.
@@ -100,7 +101,7 @@ class CreditReport:
         """Why not to believe a component's numbers; an empty tuple where nothing speaks against them.
 
         The words are ``r2`` (its own operator fits badly), ``chain_r2`` (the chain behind it does),
-        ``ridge`` (the credit moves by more than its error with the ridge weight) and ``lost`` (no
+        ``ridge`` (the credit moves by more than half a nat, and its error, with the ridge weight) and ``lost`` (no
         output direction can be followed back to it).
         """
         reasons = []
