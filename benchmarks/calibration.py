@@ -5,6 +5,7 @@ covariances of scikit-learn's digits. New samples can then be drawn without end.
 `python benchmarks/calibration.py` (a few minutes on one core).
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ class Digits:
         self.roots = torch.linalg.cholesky(torch.stack(spread))
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw samples and their labels."""
         labels = torch.randint(0, 10, (n,), generator=generator)
         noise = torch.randn(n, 64, 1, generator=generator, dtype=torch.float64)
         return self.means[labels] + (self.roots[labels] @ noise)[:, :, 0], labels
@@ -41,7 +43,7 @@ class Digits:
 
 def train(digits: Digits) -> nn.Sequential:
     torch.manual_seed(0)
-    pairs = list(zip(WIDTHS[:-1], WIDTHS[1:], strict=True))
+    pairs = list(pairwise(WIDTHS))
     blocks = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in pairs[:-1]]
     network = nn.Sequential(*blocks, nn.Linear(*pairs[-1])).double()
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
@@ -123,8 +125,8 @@ def write(covered: dict, off: dict, error: dict, truth: Credits) -> None:
         "# Do the error bars hold?",
         "",
         "Written by `benchmarks/calibration.py`. A 64-128-128-64-10 ReLU network, trained on Gaussian "
-        f"digits that can be drawn without end; {RESAMPLINGS} resamplings a size; large-sample values from "
-        f"{LARGE:,} samples. An interval is the value ± 2.78 standard errors (Student's t, "
+        f"digits that can be drawn without end; {RESAMPLINGS} resamplings a size; large-sample values "
+        f"from {LARGE:,} samples. An interval is the value ± 2.78 standard errors (Student's t, "
         f"{FOLDS - 1} degrees of freedom).",
         "",
         "Share of 95 % intervals that hold the large-sample value, components in order:",
@@ -139,8 +141,8 @@ def write(covered: dict, off: dict, error: dict, truth: Credits) -> None:
         "",
         "![coverage, and how far credits move with n](calibration.png)",
         "",
-        "How far the credit lies from its large-sample value, in nats a direction, mean over resamplings "
-        "(in brackets the mean standard error):",
+        "How far the credit lies from its large-sample value, in nats a direction, mean over "
+        "resamplings (in brackets the mean standard error):",
         "",
         "| n | " + " | ".join(f"component {i + 1}" for i in range(4)) + " |",
         "|---" * 5 + "|",
@@ -160,25 +162,27 @@ def write(covered: dict, off: dict, error: dict, truth: Credits) -> None:
 
 NOTES = """## What makes them hold
 
-- **The ridge.** With the ridge weight that predicts best, credits have no large-sample value: more samples
-  resolve more directions in which a state hardly varies, each with a large entry in the operator. On this
-  network the second component's credit read 0.76, 1.20, 1.14, 1.32, 1.28, 1.88, 2.59 at n = 100, 360, 1000, 2000,
-  5000, 20,000, 100,000, with error bars of 0.005 to 0.4. A ridge of 1e-2 of the mean variance gives 0.73,
-  0.71, 0.69, 0.69, 0.69, 0.69, 0.69. So the default is the largest weight up to 1e-2 that at most doubles
-  the held-out unexplained variance; it is 0 where a step is linear to the last digit, and 1e-2 wherever
-  something is nonlinear. `tikhonov=` overrides it. The credit is then a statement about directions that carry
-  at least about a hundredth of the mean variance.
+- **The ridge.** With the ridge weight that predicts best, credits have no large-sample value: more
+  samples resolve more directions in which a state hardly varies, each with a large entry in the
+  operator. On this network the second component's credit read 0.76, 1.20, 1.14, 1.32, 1.28, 1.88,
+  2.59 at n = 100, 360, 1000, 2000, 5000, 20,000, 100,000, with error bars of 0.005 to 0.4. A ridge
+  of 1e-2 of the mean variance gives 0.73, 0.71, 0.69, 0.69, 0.69, 0.69, 0.69. So the default is the
+  largest weight up to 1e-2 that at most doubles the held-out unexplained variance; it is 0 where a
+  step is linear to the last digit, and 1e-2 wherever something is nonlinear. `tikhonov=` overrides
+  it. The credit is then a statement about directions that carry at least about a hundredth of the
+  mean variance.
 - **Re-choosing** the weight in every jackknife replicate, so that its choice is part of the error.
 - **Bias.** The jackknife's own estimate of the bias of a finite sample is added in quadrature.
-- **R².** Held out, it is too low by about as much as it is too high in sample; a quarter of that gap is added
-  in quadrature. These intervals are wide rather than narrow: they cover nearly always.
+- **R².** Held out, it is too low by about as much as it is too high in sample; a quarter of that
+  gap is added in quadrature. These intervals are wide rather than narrow: they cover nearly always.
 
 ## What they do not hold
 
-- The credit of the component before a layer that is exactly linear (the third here), the last two gains: such
-  a layer gets no ridge, so a unit that wakes in one sample of a thousand moves the credit when it is first seen.
-  The move is small (see the table), but no jackknife can foresee it, and the error bar reads almost 0. The
-  last component's gain differs from the third's credit by its sign alone.
+- The credit of the component before a layer that is exactly linear (the third here), the last two
+  gains: such a layer gets no ridge, so a unit that wakes in one sample of a thousand moves the
+  credit when it is first seen. The move is small (see the table), but no jackknife can foresee it,
+  and the error bar reads almost 0. The last component's gain differs from the third's credit by its
+  sign alone.
 - `rank` counts directions ever seen; it only grows with samples.
 - Component boundaries, the choice of `tikhonov`, and data unlike the samples are in no error bar.
 """

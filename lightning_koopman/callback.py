@@ -112,8 +112,8 @@ class KoopmanCreditMonitor(Callback):
         max_dim: States wider than this are pooled and projected on their leading POD directions.
         folds: Number of folds for held-out R² and error bars.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one a
-            component by held-out R².
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
+            every component, the largest up to 1e-2 that at most doubles its held-out unexplained variance.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
         delay: Step delay: how many earlier states each operator sees.

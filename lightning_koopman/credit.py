@@ -43,8 +43,8 @@ class Credits:
         volumes: log|R_i[j, j]| behind each component, by output direction, shape ``(L, r)``.
         total: Log-volume of the whole network, in nats a direction.
         total_stderr: Its standard error.
-        stable: Whether the credit moves by no more than :data:`MAX_RIDGE_SHIFT`, or its error, when every
-            ridge weight moves tenfold.
+        stable: Whether the credit moves by no more than :data:`MAX_RIDGE_SHIFT`, or its error, when
+            every ridge weight moves tenfold.
         operators: One a component; where it reads several states, its regressors are these states
             side by side, the nearest first.
         alignment: The aligned chain over all samples.

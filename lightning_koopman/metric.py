@@ -46,8 +46,8 @@ class KoopmanCredit(Metric):
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one a
-            component by held-out R².
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
+            every component, the largest up to 1e-2 that at most doubles its held-out unexplained variance.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD

@@ -52,7 +52,8 @@ class CreditReport:
         r2: Held-out R² of the component's operator.
         chain_r2: Held-out R² of the output predicted from the component's output.
         rank: Numerical rank of the component's output.
-        stderr: Standard errors (jackknife, and the bias of a finite sample in quadrature), by the names of the seven arrays above.
+        stderr: Standard errors (jackknife, and the bias of a finite sample in quadrature), by the names
+            of the seven arrays above.
         directions: Number r of aligned output directions.
         n_samples: Number of samples seen.
         total: Log-volume of the whole network, in nats a direction.
@@ -101,8 +102,8 @@ class CreditReport:
         """Why not to believe a component's numbers; an empty tuple where nothing speaks against them.
 
         The words are ``r2`` (its own operator fits badly), ``chain_r2`` (the chain behind it does),
-        ``ridge`` (the credit moves by more than half a nat, and its error, with the ridge weight) and ``lost`` (no
-        output direction can be followed back to it).
+        ``ridge`` (the credit moves by more than half a nat, and its error, when the ridge weight moves
+        tenfold) and ``lost`` (no output direction can be followed back to it).
         """
         reasons = []
         for i, _ in enumerate(self.components):
