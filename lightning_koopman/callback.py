@@ -113,7 +113,7 @@ class KoopmanCreditMonitor(Callback):
         folds: Number of folds for held-out R² and error bars.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out unexplained variance.
+            every component, the largest up to 1e-2 that at most doubles its held-out error.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
         delay: Step delay: how many earlier states each operator sees.

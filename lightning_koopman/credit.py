@@ -215,7 +215,8 @@ def samples_needed(layout: Layout) -> int:
         layout: The chain.
 
     Returns:
-        Twice the widest operator's regressors, in every training split.
+        Twice the widest operator's regressors, in every training split. From there on the error bars
+        hold; with once as many they do not (``docs/calibration.md``).
     """
     widest = max(sum(layout.dims[p] for p in read) for read in layout.parents[1:])
     return math.ceil(2 * widest * layout.folds / (layout.folds - 1))

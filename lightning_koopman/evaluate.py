@@ -50,7 +50,7 @@ def credit_report(
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out unexplained variance.
+            every component, the largest up to 1e-2 that at most doubles its held-out error.
         max_dim: States wider than this are pooled and projected on their leading POD directions.
         folds: Number of folds for held-out R² and error bars.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard

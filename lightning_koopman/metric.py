@@ -47,7 +47,7 @@ class KoopmanCredit(Metric):
             that a skip connection brings; ``None`` means none.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out unexplained variance.
+            every component, the largest up to 1e-2 that at most doubles its held-out error.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD

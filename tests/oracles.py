@@ -114,6 +114,21 @@ def plain_jackknife(without: Sequence[float]) -> float:
     return float(np.sqrt((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum()))
 
 
+def jackknife_bias(whole: float, without: Sequence[float], sizes: Sequence[int]) -> float:
+    """The jackknife's estimate of how far the replicates lie off, scaled to the whole sample."""
+    n = sum(sizes)
+    return sum((1 - size / n) * (value - whole) for size, value in zip(sizes, without, strict=True))
+
+
+def in_sample_r2(states: Sequence[Array], i: int, fit: Fit) -> float:
+    """R² of the last state predicted from state i through all operators, on the samples they saw."""
+    centred = [x - x.mean(0) for x in states]
+    predicted = centred[i]
+    for before, after in zip(centred[i:], centred[i + 1 :], strict=False):
+        predicted = predicted @ fit(before, after)
+    return float(1 - ((centred[-1] - predicted) ** 2).sum() / (centred[-1] ** 2).sum())
+
+
 def jacobians(states: Sequence[Array], rank: int, fit: Fit) -> list[Array]:
     """J_0 … J_L of the fitted chain, the leading output directions last."""
     backward = [pod(states[-1], rank)]

@@ -22,7 +22,7 @@ from lightning_koopman.credit import (
     samples_needed,
 )
 from lightning_koopman.moments import Layout, accumulate
-from lightning_koopman.operator import TIKHONOV_GRID
+from lightning_koopman.operator import RESOLUTION_GRID
 
 WIDTHS = [(5, 5, 5), (7, 4, 6, 5), (3, 9, 12, 8), (12, 10, 3, 10, 8)]
 
@@ -175,7 +175,7 @@ def test_r2_and_chain_r2_are_held_out_fold_by_fold(folds: int | str, tikhonov: f
 
 @pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("tikhonov", [0.0, 1e-2])
-def test_error_bars_are_the_explicit_jackknife(tikhonov: float, uneven: bool) -> None:
+def test_error_bars_are_the_explicit_jackknife_and_bias(tikhonov: float, uneven: bool) -> None:
     n, rank = 200, 3
     states = tanh_states((6, 8, 5, 4), n=n, noise=0.2)
     fold_of = np.arange(n) ** 2 % 7 % 4 if uneven else np.arange(n) % 5
@@ -184,8 +184,11 @@ def test_error_bars_are_the_explicit_jackknife(tikhonov: float, uneven: bool) ->
     credits = run(states, folds=fold_of, tikhonov=tikhonov, rank=rank)
     fit = partial(oracles.ridge, tikhonov=tikhonov)
 
-    def bar(whole: float, without: list[float]) -> float:
+    def spread(whole: float, without: list[float]) -> float:
         return oracles.jackknife(whole, without, sizes) if uneven else oracles.plain_jackknife(without)
+
+    def bar(whole: float, without: list[float]) -> float:
+        return float(np.hypot(spread(whole, without), oracles.jackknife_bias(whole, without, sizes)))
 
     whole = oracles.credits(states, rank, fit)
     without = [oracles.credits([x[fold_of != fold] for x in states], rank, fit) for fold in folds]
@@ -204,7 +207,10 @@ def test_error_bars_are_the_explicit_jackknife(tikhonov: float, uneven: bool) ->
             left_out = [
                 1 - (errors.sum() - e) / (totals.sum() - t) for e, t in zip(errors, totals, strict=True)
             ]
-            expected = bar(1 - errors.sum() / totals.sum(), left_out)
+            r2 = 1 - errors.sum() / totals.sum()
+            seen = states[i : i + 2] if name == "r2" else states[i + 1 :]
+            gap = (oracles.in_sample_r2(seen, 0, fit) - r2) / 4
+            expected = float(np.hypot(spread(r2, left_out), gap))
             assert float(credits.stderr[name][i]) == pytest.approx(expected, abs=1e-9), name
     assert torch.equal(
         credits.stderr["nonlinearity"].round(decimals=12), credits.stderr["r2"].round(decimals=12)
@@ -217,13 +223,35 @@ def test_the_ridge_weight_of_each_step_is_picked_by_its_own_folds(seed: int) -> 
     fold_of = np.arange(60) % 5
     credits = run(states)
     for i, operator in enumerate(credits.operators):
-        table = np.array([
-            oracles.fold_errors(states[i], states[i + 1], fold_of, partial(oracles.ridge, tikhonov=t))[0]
-            for t in TIKHONOV_GRID
-        ]).T
-        excess = table - table[:, [table.sum(0).argmin()]]
-        within = excess.sum(0) <= excess.std(0, ddof=1) * np.sqrt(5) + 1e-9
-        assert operator.tikhonov == TIKHONOV_GRID[int(np.flatnonzero(within)[0])]
+        total = np.array([
+            oracles.fold_errors(states[i], states[i + 1], fold_of, partial(oracles.ridge, tikhonov=t))[
+                0
+            ].sum()
+            for t in RESOLUTION_GRID
+        ])
+        assert (total <= 2 * total.min()).all()
+        assert operator.tikhonov == RESOLUTION_GRID[-1]
+
+
+def test_a_nearly_linear_step_gets_the_ridge_weight_that_doubles_its_error() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 6)) * np.logspace(0, -1, 6)
+    y = x @ rng.standard_normal((6, 4)) + 1e-3 * rng.standard_normal((500, 4))
+    fold_of = np.arange(500) % 5
+    chosen = run([x, y]).operators[0].tikhonov
+
+    def error(tikhonov: float) -> float:
+        return float(
+            oracles.fold_errors(x, y, fold_of, partial(oracles.ridge, tikhonov=tikhonov))[0].sum()
+        )
+
+    assert 0 < chosen < RESOLUTION_GRID[-1]
+    assert error(chosen) == pytest.approx(2 * min(map(error, RESOLUTION_GRID)), rel=0.1)
+
+
+def test_a_linear_step_gets_no_ridge() -> None:
+    _, states = linear_states((5, 6, 4))
+    assert [operator.tikhonov for operator in run(states).operators] == [0, 0]
 
 
 def test_operators_carry_the_offsets_that_the_moments_were_summed_about() -> None:
