@@ -278,6 +278,7 @@ class KoopmanCreditMonitor(Callback):
         """Put the hooks on for one batch."""
         if self._wants(dataloader_idx) and self._ride_along:
             assert self._measurement is not None
+            self._measurement.start_pass(batch)
             self._measurement.capture.__enter__()
 
     @_never_in_the_way

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +14,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.components import clean_name, named_components, transparent_modules
+from lightning_koopman.components import (
+    clean_modules,
+    clean_name,
+    named_components,
+    transparent_modules,
+)
+from lightning_koopman.dataflow import DataFlow
+from lightning_koopman.tensors import (
+    all_tensors,
+    detached_copy,
+    first_packed,
+    first_tensor,
+    unpacked,
+)
+
+__all__ = [  # the rest of the package and its users import first_tensor from here
+    "INPUT",
+    "OUTPUT",
+    "Capture",
+    "Recorded",
+    "first_tensor",
+    "is_compiled",
+    "undisturbed",
+]
 
 INPUT = "input"
 """Name of the state before the first component."""
+
+OUTPUT = "output"
+"""Name of the last state where it is no component's."""
+
+_BATCH = "batch:"
+_NO_LABELS: frozenset[str] = frozenset()
 
 
 @contextmanager
@@ -72,38 +101,25 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """Find the first floating-point tensor in a module's input or output.
+@dataclass(frozen=True)
+class Recorded:
+    """One state as a module gave it.
 
-    Args:
-        value: Tensor, or tensors nested in tuples, lists, mappings and dataclasses.
-
-    Returns:
-        The tensor, or ``None`` where there is none.
-
-    Raises:
-        ValueError: If the first numeric tensor is complex, which no operator here is fitted to.
-
-    Example:
-        >>> first_tensor((torch.tensor([1, 2]), {"out": torch.ones(2, 3)})).shape
-        torch.Size([2, 3])
+    Attributes:
+        name: Of the component, or of the network input.
+        module: That gave the tensor, or that took it where it is an input.
+        tensor: The state; padded, with the batch axis first, where it was a packed sequence.
+        lengths: Valid length of each sequence where it was packed, else ``None``.
+        sources: The states it was computed from, directly; ``None`` where the data was not followed.
+        from_float: Whether the component took a floating-point tensor.
     """
-    if isinstance(value, Tensor):
-        if value.is_complex():
-            raise ValueError(
-                f"a state of dtype {value.dtype} arrived; complex states are not supported. "
-                "Choose components whose outputs are real, or view them with torch.view_as_real."
-            )
-        return value if value.is_floating_point() else None
-    if isinstance(value, Mapping):
-        parts: Any = value.values()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    elif isinstance(value, tuple | list):
-        parts = value
-    else:
-        return None
-    return next((t for t in map(first_tensor, parts) if t is not None), None)
+
+    name: str
+    module: nn.Module
+    tensor: Tensor
+    lengths: Tensor | None = None
+    sources: frozenset[str] | None = None
+    from_float: bool = True
 
 
 def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
@@ -132,12 +148,17 @@ class Capture:
 
     Args:
         model: The module to watch; it is only ever read.
-        components: Names or patterns, as in :func:`named_components`.
-        keep: Turns a recorded tensor and the module that made it into what is stored. It must copy,
-            for a later in-place module may overwrite the tensor.
+        components: Names, patterns, types or a depth, as in :func:`named_components`.
+        keep: Turns a state's tensor, and the :class:`Recorded` it belongs to, into what is stored. It
+            must copy, for a later in-place module may overwrite the tensor.
+        output: Name of the module whose output the chain ends with; it becomes a component if it is
+            none.
+        follow: Whether to follow the data through the first pass, so that :attr:`Recorded.sources`
+            is known there.
 
     Attributes:
         components: The chosen modules by name.
+        skipped: Components that gave nothing to record in the current pass.
         parts: By state, in order of execution, the module calls that its component is made of; the last
             one gives the state. A second call of a module reads ``name#1``, as states do.
 
@@ -150,7 +171,9 @@ class Capture:
         model: nn.Module,
         components: Any = None,
         *,
-        keep: Callable[[Tensor, nn.Module], Tensor] = lambda tensor, _: tensor.detach().clone(),
+        keep: Callable[[Tensor, Any], Any] = lambda tensor, _: detached_copy(tensor),
+        output: str | None = None,
+        follow: bool = False,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError(
@@ -158,15 +181,20 @@ class Capture:
                 "Pass the nn.Module that it was scripted from."
             )
         self.components = named_components(model, components)
+        self.end = None if output is None else self._named_output(model, output)
         self._model = model
+        self._named = components is not None
         # Named components are taken to the letter; only an automatic choice merges activations.
-        self._transparent = transparent_modules(model, self.components) if components is None else []
+        self._transparent = [] if self._named else transparent_modules(model, self.components)
         self._keep = keep
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._superseded: set[tuple[int, int]] = set()
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
-        self._passes = 0
         self.parts: dict[str, tuple[str, ...]] = {}
+        self._inputs: dict[tuple[int, int], str] = {}
+        self._passes = 0
+        self._follow = follow
+        self.flow: DataFlow | None = None
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -181,6 +209,11 @@ class Capture:
                 )
             for module in self._transparent:
                 self._handles.append(module.register_forward_hook(self._on_transparent))
+            if self.end is not None and self.end not in self.components:
+                end = dict(clean_modules(self._model))[self.end]
+                self._handles.append(end.register_forward_hook(lambda _m, _a, out: self.record_end(out)))
+            if self._follow and self._passes == 0:
+                self._enter_flow()
         except BaseException:
             self.remove()
             raise
@@ -196,20 +229,33 @@ class Capture:
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
+        self._leave_flow()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def start_pass(self) -> None:
-        """Forget what was recorded and begin a new forward pass."""
-        self._states: dict[str, Tensor] = {}
+    def start_pass(self, batch: Any = None) -> None:
+        """Forget what was recorded and begin a new forward pass.
+
+        Args:
+            batch: What the pass is about to run on; it tells several network inputs apart.
+        """
+        self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
+        self._pending: dict[int, tuple[frozenset[str] | None, bool]] = {}
         self._raw: Tensor | None = None
         self._current: tuple[str, int, int] | None = None
         self._closed = False
         self._error: Exception | None = None
+        self._origins: dict[str, str] = {}
+        self._sources_of: dict[str, tuple[frozenset[str] | None, bool]] = {}
+        self._batch = batch
+        self.skipped: list[str] = []
+        self._unusable: str | None = None
+        if self.flow is not None:
+            self._label_batch(self.flow)
 
-    def end_pass(self) -> dict[str, Tensor]:
+    def end_pass(self) -> dict[str, Any]:
         """End the pass and hand over its states.
 
         Returns:
@@ -220,7 +266,10 @@ class Capture:
             ValueError: If a component returned nothing that can be recorded.
         """
         states, error = self._states, self._error
+        if error is None and self._unusable is not None:
+            error = ValueError(self._unusable)
         self._passes += error is None
+        self._leave_flow()
         self.start_pass()
         if error is not None:
             raise error
@@ -230,6 +279,44 @@ class Capture:
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
         return [name for name, module in self.components.items() if id(module) not in self._calls]
+
+    def record_end(self, value: Any) -> None:
+        """Record a state that no component gave, such as the network's own output, as the last one.
+
+        Args:
+            value: A tensor, or tensors nested as modules give them.
+
+        Raises:
+            ValueError: If there is no floating-point tensor in it.
+        """
+        name = self.end or OUTPUT
+        if self._closed or name in self._states:
+            return
+        sources = None if self.flow is None else self._sources(self.flow.labels(value))
+        tensor = first_tensor(value)
+        if tensor is None:
+            raise ValueError(
+                f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
+                "let output= give one"
+            )
+        self._states[name] = self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
+
+    def _named_output(self, model: nn.Module, output: str) -> str:
+        modules = dict(clean_modules(model))
+        if output not in modules:
+            raise ValueError(
+                f"output is {output!r}, which is no module of {type(model).__name__}. "
+                f"It has {', '.join(map(repr, list(modules)[:8]))}."
+            )
+        for name in self.components:
+            if output.startswith(name + "."):
+                raise ValueError(
+                    f"output {output!r} is part of component {name!r}. Name finer components with "
+                    "components=[...], or a later output."
+                )
+        if not any(name == output or name.startswith(output + ".") for name in self.components):
+            self.components[output] = modules[output]
+        return output
 
     def _common_ancestor(self) -> nn.Module | None:
         """Find the innermost module that holds all components, if it is one that can be called."""
@@ -241,6 +328,21 @@ class Capture:
                 ancestor = module
         return ancestor
 
+    def _enter_flow(self) -> None:
+        self.flow = DataFlow()
+        self._label_batch(self.flow)
+        self.flow.__enter__()  # type: ignore[no-untyped-call]
+
+    def _leave_flow(self) -> None:
+        flow, self.flow = self.flow, None
+        if flow is not None:
+            flow.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._error = self._error or flow.error
+
+    def _label_batch(self, flow: DataFlow) -> None:
+        for i, tensor in enumerate(all_tensors(self._batch)):
+            flow.label(tensor, f"{_BATCH}{i}")
+
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any) -> None:
         # A second call within one step (two views, a teacher) is another pass: the first one counts.
@@ -248,10 +350,38 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self._states:
-            tensor = first_tensor((args, kwargs))
-            if tensor is not None:
-                self._states[INPUT] = self._keep(tensor, module)
+        tensor = first_tensor((args, kwargs))
+        key = (id(module), self._calls.get(id(module), 0))
+        if tensor is not None:
+            if self._passes == 0 and self._is_input(tensor):
+                self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
+                self._claim(tensor, self._inputs[key])
+            if key in self._inputs:
+                name = self._inputs[key]
+                recorded = self._recorded(name, module, (args, kwargs), tensor, _NO_LABELS)
+                self._states[name] = self._keep(recorded.tensor, recorded)
+        sources = None
+        if self.flow is not None:
+            sources = self._sources(self.flow.labels((args, kwargs)))
+        self._pending[id(module)] = (sources, tensor is not None)
+
+    def _is_input(self, tensor: Tensor) -> bool:
+        """Tell whether a component takes data of the batch that no component has taken before."""
+        labels = _NO_LABELS if self.flow is None else self.flow.labels(tensor)
+        if labels:
+            return all(name.startswith(_BATCH) and name not in self._origins for name in labels)
+        return not self._states
+
+    def _claim(self, tensor: Tensor, name: str) -> None:
+        """Let whatever the network input was made of count as that input from now on."""
+        if self.flow is not None:
+            if not self.flow.labels(tensor):
+                self.flow.label(tensor, name)
+            self._origins |= {label: name for label in self.flow.labels(tensor)}
+
+    def _sources(self, labels: frozenset[str]) -> frozenset[str]:
+        known = {self._origins.get(label, label) for label in labels}
+        return frozenset(name for name in known if not name.startswith(_BATCH))
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -276,14 +406,41 @@ class Capture:
     def _record(self, name: str, module: nn.Module, call: int, output: Any) -> None:
         tensor = first_tensor(output)
         if tensor is None:
-            raise ValueError(
+            self._unusable = (
                 f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "
                 "Leave it out with components=[...]."
             )
+            if self._named:
+                raise ValueError(self._unusable)
+            self.skipped.append(name)
+            return
+        self._unusable = None
         self._raw, self._current = tensor, (name, id(module), call)
         if self._passes == 0:
             called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
             self.parts[name] = (*self.parts.get(name, ()), called)
+        sources, from_float = self._pending.get(id(module), (None, True))
+        if name in self._sources_of:
+            sources, from_float = self._sources_of[name]
+        self._sources_of[name] = (sources, from_float)
+        if self.flow is not None:
+            self.flow.label(output, name)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
-            self._states[name] = self._keep(tensor, module)
+            recorded = self._recorded(name, module, output, tensor, sources, from_float)
+            self._states[name] = self._keep(recorded.tensor, recorded)
+
+    def _recorded(
+        self,
+        name: str,
+        module: nn.Module,
+        value: Any,
+        tensor: Tensor,
+        sources: frozenset[str] | None,
+        from_float: bool = True,
+    ) -> Recorded:
+        packed = first_packed(value)
+        if packed is not None and packed.data is tensor:
+            tensor, lengths = unpacked(packed)
+            return Recorded(name, module, tensor, lengths, sources, from_float)
+        return Recorded(name, module, tensor, None, sources, from_float)

@@ -8,6 +8,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+Components = str | type[nn.Module] | int
+"""A name or glob pattern, a type, or a depth in the module tree."""
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -34,8 +37,23 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
+def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through a model's submodules under the names that the user wrote.
+
+    Args:
+        model: Any module.
+
+    Yields:
+        Name and module, each module once, without the model itself.
+    """
+    for name, module in model.named_modules():
+        # A compiled submodule and the module it wraps share one name: the inner one speaks for both.
+        if clean_name(name) and not hasattr(module, "_orig_mod"):
+            yield clean_name(name), module
+
+
 def named_components(
-    model: nn.Module, components: str | Sequence[str] | None = None
+    model: nn.Module, components: Components | Sequence[Components] | None = None
 ) -> dict[str, nn.Module]:
     """Choose the modules that are reported as components.
 
@@ -46,26 +64,31 @@ def named_components(
 
     Args:
         model: Any module.
-        components: Names or glob patterns of ``model.named_modules()``; ``None`` chooses.
+        components: Names or glob patterns of ``model.named_modules()``, types of modules, or a depth:
+            1 takes the model's own children, 2 theirs where they have any, and so on; ``None`` chooses.
 
     Returns:
         Modules by name, in order of registration. The order of execution is known only after a
         forward pass.
 
     Raises:
-        ValueError: If a name or pattern matches no module, if two chosen modules are nested, or if
+        ValueError: If a name, type or depth matches no module, if two chosen modules are nested, or if
             the model has no parameters to choose by.
+        TypeError: If something else is given.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> list(named_components(net))
         ['0', '2']
+        >>> list(named_components(net, nn.ReLU))
+        ['1']
     """
-    modules = {clean_name(name): module for name, module in model.named_modules() if name}
+    modules = dict(clean_modules(model))
     if components is None:
         chosen = dict(_automatic(model))
     else:
-        chosen = _matching(modules, [components] if isinstance(components, str) else components)
+        single = isinstance(components, str | type | int)
+        chosen = _matching(modules, [components] if single else components)  # type: ignore[arg-type, list-item]
     if components is not None and not chosen:
         raise ValueError("components names nothing; leave it out to choose automatically")
     if not chosen:
@@ -132,20 +155,54 @@ def has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-def _matching(modules: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
-    wanted: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in modules if name == pattern or fnmatchcase(name, pattern)}
-        if not found:
-            close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)
-            hint = (
-                f"Close matches: {', '.join(map(repr, close))}."
-                if close
-                else (f"The model has {', '.join(map(repr, list(modules)[:8]))}.")
+def _matching(modules: dict[str, nn.Module], wanted: Sequence[Components]) -> dict[str, nn.Module]:
+    found: set[str] = set()
+    for item in wanted:
+        if isinstance(item, str):
+            matches = {name for name in modules if name == item or fnmatchcase(name, item)}
+            trouble = f"no module is called {item!r}. {_hint(item, modules)}"
+        elif isinstance(item, type) and issubclass(item, nn.Module):
+            matches = {name for name, module in modules.items() if isinstance(module, item)}
+            kinds = sorted({type(module).__name__ for module in modules.values()})
+            trouble = f"no module is of type {item.__name__}. The model has {', '.join(kinds)}."
+        elif isinstance(item, int) and not isinstance(item, bool):
+            matches = _at_depth(modules, item)
+            trouble = f"depth is {item}; the model's own children are at depth 1."
+        else:
+            raise TypeError(
+                f"components holds {item!r}; give names, glob patterns, types of nn.Module, or a depth"
             )
-            raise ValueError(f"no module is called {pattern!r}. {hint}")
-        wanted |= found
-    return {name: module for name, module in modules.items() if name in wanted}
+        if not matches:
+            raise ValueError(trouble)
+        found |= matches
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def _at_depth(modules: dict[str, nn.Module], depth: int) -> set[str]:
+    """Choose the modules with parameters at a depth, and above it those that have no further parts."""
+    chosen = set()
+    for name, module in modules.items():
+        level = name.count(".") + 1
+        # Lists and dictionaries of modules are never called themselves.
+        called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if has_parameters(module) and (
+            (level == depth and called)
+            or (level < depth and not any(True for _ in module.children()))
+            or (
+                level == depth + 1
+                and name.rpartition(".")[0] in modules
+                and isinstance(modules[name.rpartition(".")[0]], nn.ModuleList | nn.ModuleDict)
+            )
+        ):
+            chosen.add(name)
+    return chosen
+
+
+def _hint(pattern: str, modules: dict[str, nn.Module]) -> str:
+    close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)
+    if close:
+        return f"Close matches: {', '.join(map(repr, close))}."
+    return f"The model has {', '.join(map(repr, list(modules)[:8]))}."
 
 
 def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:

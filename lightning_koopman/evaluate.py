@@ -16,7 +16,9 @@ from lightning_koopman.checkpoints import (
     find_checkpoints,
     load_checkpoint,
 )
+from lightning_koopman.components import Components
 from lightning_koopman.measurement import ForwardFn, Measurement
+from lightning_koopman.plan import ReduceOption
 from lightning_koopman.report import CreditReport
 from lightning_koopman.writers import CreditWriter, EventFile
 
@@ -25,11 +27,13 @@ def credit_report(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    components: str | Sequence[str] | None = None,
+    components: Components | Sequence[Components] | None = None,
     forward_fn: ForwardFn | None = None,
     rank: int | None = None,
     tikhonov: float | None = None,
     max_dim: int = 256,
+    reduce: ReduceOption = "pool",
+    output: str | Callable[[Any], Any] | None = None,
     folds: int = 5,
     normalize: Normalize = "none",
     delay: int = 1,
@@ -46,12 +50,20 @@ def credit_report(
         model: Any module; Lightning is not needed.
         batches: Iterable of tensors, of tuples whose first entry is the input, or of mappings of keyword
             arguments; a ``DataLoader`` is one.
-        components: Names or glob patterns of ``model.named_modules()``; ``None`` chooses.
+        components: Names or glob patterns of ``model.named_modules()``, types of modules, or a depth in
+            the module tree; ``None`` chooses.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
             every component, the largest up to 1e-2 that at most doubles its held-out error.
         max_dim: States wider than this are pooled and projected on their leading POD directions.
+        reduce: What becomes of spatial and sequence axes: ``"pool"`` (to a small grid where the state
+            is wide), ``"flatten"``, ``"mean"``, ``"last"`` (position that holds data), ``"cls"`` (the
+            first position), or a callable from the tensor to one row a sample; or a mapping from glob
+            patterns of names to any of these. Padding that the batch marks (``attention_mask``,
+            ``lengths``, …) is left out of pools and means.
+        output: What the chain ends with: the name of a module, or a callable from what the model
+            returns to a tensor; ``None`` takes the last component's output.
         folds: Number of folds for held-out R² and error bars.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
@@ -89,6 +101,8 @@ def credit_report(
         model,
         components,
         max_dim=max_dim,
+        reduce=reduce,
+        output=output,
         seed=seed,
         rank=rank,
         tikhonov=tikhonov,

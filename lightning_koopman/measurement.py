@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from lightning_koopman.capture import INPUT, Capture, undisturbed
+from lightning_koopman.capture import INPUT, OUTPUT, Capture, Recorded, undisturbed
+from lightning_koopman.components import Components
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.moments import recentred
 from lightning_koopman.processes import Share, agree_on_basis, agreed, exchange, sum_moments
+from lightning_koopman.plan import Plan, ReduceOption, check_reduce, make_plan
+from lightning_koopman.pooling import valid_positions
 from lightning_koopman.report import CreditReport
-from lightning_koopman.states import StateReducer, has_channels_first, pool
+from lightning_koopman.states import StateReducer
+from lightning_koopman.tensors import detached_copy
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -29,6 +35,8 @@ class Measurement:
         max_dim: Largest state vector kept.
         max_samples: Most samples taken; ``None`` takes all that arrive.
         hold: Whether processes share the samples, so that :meth:`merge_processes` follows.
+        reduce: How spatial and sequence axes become part of a row, as in :func:`credit_report`.
+        output: What the chain ends with, as in :func:`credit_report`.
         seed: Chooses the folds.
         options: Passed on to :class:`KoopmanCredit`.
 
@@ -45,30 +53,38 @@ class Measurement:
     def __init__(
         self,
         model: nn.Module,
-        components: str | Sequence[str] | None = None,
+        components: Components | Sequence[Components] | None = None,
         *,
         max_dim: int = 256,
         max_samples: int | None = None,
         hold: bool = False,
+        reduce: ReduceOption = "pool",
+        output: str | Callable[[Any], Any] | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
-        def keep(tensor: Tensor, module: nn.Module) -> Tensor:
-            start = time.perf_counter()
-            rows = pool(tensor, max_dim, channels_first=has_channels_first(tensor, module))
-            self.seconds += time.perf_counter() - start
-            return rows
-
         # Made and thrown away: its checks belong before the first batch, not behind the last.
         KoopmanCredit(seed=seed, **options)
-        self.capture = Capture(model, components, keep=keep)
-        self.n_seen = self.n_samples = 0
+        self.n_seen = 0
+        check_reduce(reduce)
+        self.capture = Capture(
+            model, components, keep=self._keep, output=None if callable(output) else output, follow=True
+        )
+        self.plan: Plan | None = None
+        self._reduce = reduce
+        self._max_dim = max_dim
+        self._valid: Tensor | None = None
+        self._batch: Any = None
+        self.n_samples = 0
         self.seconds = 0.0
         self._max_samples = max_samples
         self._reducer = StateReducer(max_dim, seed=seed, hold=hold)
         self._options = options | {"seed": seed}
         self._metric: KoopmanCredit | None = None
         self._silent: list[str] = []
+        self._skipped: list[str] = []
+        self._named = components is not None
+        self._output = output
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches through a model that is left exactly as it was found.
@@ -85,9 +101,28 @@ class Measurement:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with undisturbed(model), self.capture:
             for batch in batches:
-                self.capture.start_pass()
-                forward(model, to_device(batch, device))
+                given = to_device(batch, device)
+                self.start_pass(given)
+                self.record_output(forward(model, given))
                 self.end_pass()
+
+    def start_pass(self, batch: Any = None) -> None:
+        """Get ready for a forward pass.
+
+        Args:
+            batch: What it runs on; it tells network inputs apart and padding from data.
+        """
+        self._batch, self._valid = batch, valid_positions(batch)
+        self.capture.start_pass(batch)
+
+    def record_output(self, given: Any) -> None:
+        """Record what the whole pass gave, where that is the output of interest.
+
+        Args:
+            given: What the model returned.
+        """
+        if callable(self._output):
+            self.capture.record_end(self._output(given))
 
     def end_pass(self) -> None:
         """Take what the capture recorded in the pass that just ended.
@@ -95,17 +130,34 @@ class Measurement:
         Raises:
             ValueError: If no component ran, or the states do not fit those before.
         """
-        silent = self.capture.silent
+        silent, skipped = self.capture.silent, self.capture.skipped
         states = self.capture.end_pass()
         if len(states) < 2:
             raise ValueError(
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
-        self._silent = silent
-        arrived = next(iter(states.values())).shape[0]
+        start = time.perf_counter()
+        if self.plan is None:
+            self.plan = make_plan(
+                list(states.values()),
+                batch=self._batch,
+                end=OUTPUT if callable(self._output) else self.capture.end,
+                named=self._named,
+                reduce=self._reduce,
+                max_dim=self._max_dim,
+            )
+            links = self.plan.links
+            if any(read != (i,) for i, read in enumerate(links)):
+                self._options["links"] = links
+            kept = {name for group in self.plan.states for name in group}
+            states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
+        self._silent, self._skipped = silent, skipped
+        rows = self.plan.join(states)
+        self.seconds += time.perf_counter() - start
+        arrived = next(iter(rows.values())).shape[0]
         most = arrived if self._max_samples is None else max(0, self._max_samples - self.n_samples)
-        self._take(self._reducer.push(states, most))
+        self._take(self._reducer.push(rows, most))
         self.n_seen += arrived
         self.n_samples += min(arrived, most)
 
@@ -118,7 +170,8 @@ class Measurement:
         if not self._reducer.waits:
             self._take(self._reducer.flush())
         center = tuple(offset.cpu() for offset in self._reducer.center)
-        return Share(self._reducer.names, self._reducer.widths, self.n_samples, center)
+        links = self._options.get("links", ())
+        return Share(self._reducer.names, self._reducer.widths, self.n_samples, center, links=links)
 
     def merge(self, shares: Sequence[Share], device: torch.device) -> None:
         """Add up the samples of all processes; collectives that each of them must join.
@@ -133,6 +186,8 @@ class Measurement:
         common, reducer, error = agreed(shares), self._reducer, None
         own = tuple(offset.cpu() for offset in reducer.center)
         reducer.expect(common.names, common.widths)
+        if common.links:
+            self._options["links"] = common.links
         if not common.center:
             reducer.fix(agree_on_basis(reducer.first_rows, shares, reducer.max_dim))
             try:
@@ -164,6 +219,25 @@ class Measurement:
             self._reducer.kept_variance = (1.0,) * len(dims)
         self._metric = whole
 
+    def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
+        if self.plan is None:
+            # Which form the rows take is settled once the whole first pass is known.
+            return dataclasses.replace(recorded, tensor=detached_copy(tensor))
+        start = time.perf_counter()
+        rows = self._rows(tensor, recorded)
+        self.seconds += time.perf_counter() - start
+        return rows
+
+    def _rows(self, tensor: Tensor, recorded: Recorded) -> Tensor | None:
+        assert self.plan is not None
+        if recorded.name not in self.plan.forms:
+            return None
+        valid = self._valid
+        if recorded.lengths is not None:
+            places = torch.arange(tensor.shape[1])
+            valid = (places < recorded.lengths[:, None]).to(tensor.device)
+        return self.plan.forms[recorded.name].rows(tensor, valid)
+
     def report(self, *, step: int | None = None) -> CreditReport:
         """Finish and compute the report.
 
@@ -179,10 +253,13 @@ class Measurement:
         self._take(self._reducer.flush())
         if self._metric is None:
             raise ValueError("no sample arrived: the batches were empty")
-        notes = []
+        # A process that saw no batch settled no plan; its report is not the one that is logged.
+        notes = [] if self.plan is None else list(self.plan.notes)
         if self._silent:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
-        if self._reducer.names[0] != INPUT:
+        if self._skipped:
+            notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
+        if not self._reducer.names[0].startswith(INPUT):
             notes.append(
                 f"{self._reducer.names[0]!r} takes no floating-point input, so its output is x_0 and it "
                 "has no credit of its own"
@@ -191,7 +268,14 @@ class Measurement:
         kept = self._reducer.kept_variance[1:]
         report = self._metric.report(variance_kept=kept, notes=notes, step=step)
         self.seconds += time.perf_counter() - start
-        return dataclasses.replace(report, parts=dict(self.capture.parts))
+        return dataclasses.replace(report, parts=self._parts())
+
+    def _parts(self) -> dict[str, tuple[str, ...]]:
+        """Module calls by state, where every state is one component's and none is read further on."""
+        assert self.plan is not None
+        if "links" in self._options or any(len(group) > 1 for group in self.plan.states):
+            return {}
+        return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
 
     def _take(self, ready: Iterator[Any]) -> None:
         start = time.perf_counter()
@@ -246,8 +330,8 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
 
     Args:
         model: Any module.
-        batch: A tensor, a tuple or list whose first entry is the input, or a mapping of keyword
-            arguments.
+        batch: A tensor; a tuple or list that begins with the inputs, as many as the model's ``forward``
+            needs; or a mapping of keyword arguments, from which those that ``forward`` takes are used.
 
     Returns:
         What the model returns.
@@ -255,16 +339,44 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     Raises:
         ValueError: If the batch is none of these.
     """
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor | PackedSequence):
         return model(batch)
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return _call_by_name(model, batch)
     if isinstance(batch, tuple | list) and batch:
+        needed = _positional(model)
+        if 1 < needed <= len(batch):
+            return model(*batch[:needed])
         return default_forward(model, batch[0])
     raise ValueError(
         f"a batch of type {type(batch).__name__} arrived; pass tensors, tuples or mappings, or say how "
         "to run the model with forward_fn=lambda model, batch: ..."
     )
+
+
+def _positional(model: nn.Module) -> int:
+    """How many arguments a model's ``forward`` cannot do without."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def _call_by_name(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    parameters = inspect.signature(model.forward).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return model(**batch)
+    given = {name: value for name, value in batch.items() if name in parameters}
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind is not inspect.Parameter.VAR_POSITIONAL and name not in given
+    ]
+    if not given or missing:
+        raise ValueError(
+            f"the batch has the entries {list(batch)}, but {type(model).__name__}.forward takes "
+            f"{list(parameters)}; say how to run the model with forward_fn=lambda model, batch: ..."
+        )
+    return model(**given)
 
 
 def to_device(value: Any, device: torch.device) -> Any:

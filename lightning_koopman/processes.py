@@ -33,6 +33,7 @@ class Share:
         count: Number of samples.
         center: Offsets that its moments are summed about; empty while rows wait for a basis.
         error: What went wrong, if anything did.
+        links: For each step, the states it reads, where they are not just the ones before.
     """
 
     names: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class Share:
     count: int = 0
     center: tuple[Tensor, ...] = ()
     error: str | None = None
+    links: tuple[tuple[int, ...], ...] = ()
 
 
 def exchange(share: Share) -> list[Share]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.capture import first_tensor
 from lightning_koopman.measurement import ForwardFn, default_forward, to_device
 from lightning_koopman.sites import Alteration, Site, Sites
+from lightning_koopman.tensors import first_tensor
 
 
 class Runner:

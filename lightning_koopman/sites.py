@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.capture import first_tensor
 from lightning_koopman.components import clean_name
+from lightning_koopman.tensors import first_tensor
 
 
 class Site(NamedTuple):

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-_POOLED_CELLS = 16
-_CHANNELS_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-)
+from lightning_koopman.pooling import RowForm, has_channels_first, pooled_grid
+
+
+__all__ = ["Snapshots", "StateReducer", "has_channels_first", "pod_basis", "pool", "sample_keys"]
 
 
 @dataclass(frozen=True)
@@ -51,39 +46,9 @@ def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:
         >>> pool(torch.ones(2, 64, 28, 28), 256, channels_first=True).shape
         torch.Size([2, 1024])
     """
-    if tensor.ndim == 0 or tensor.numel() == 0:
-        raise ValueError(f"a state of shape {tuple(tensor.shape)} holds no sample; rows are samples")
-    # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    values = tensor.detach()
-    if values[0].numel() > max_dim and values.ndim > 2:
-        values = values.to(dtype)
-        if not channels_first:
-            values = values.movedim(-1, 1)
-        if values.ndim > 5:
-            values = values.flatten(4)
-        axes = values.ndim - 2
-        cells = min(_POOLED_CELLS, max(1, 16 * max_dim // values.shape[1]))
-        side = max(1, int(cells ** (1 / axes) + 1e-9))
-        grid = [min(side, size) for size in values.shape[2:]]
-        adaptive: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-        values = adaptive[axes - 1](values, grid)
-    rows = values.flatten(1) if values.ndim > 1 else values[:, None]
-    return rows.to(dtype, copy=True)
-
-
-def has_channels_first(tensor: Tensor, module: nn.Module) -> bool:
-    """Guess the layout of a module's output.
-
-    Args:
-        tensor: What the module gave.
-        module: The module.
-
-    Returns:
-        True for images and volumes, and for sequences out of a module that holds a convolution or a
-        normalisation over axis 1.
-    """
-    return tensor.ndim > 3 or any(isinstance(part, _CHANNELS_FIRST) for part in module.modules())
+    shape = tuple(tensor.shape[1:])
+    grid = pooled_grid(shape, max_dim, channels_first=channels_first)
+    return RowForm(channels_first=channels_first, grid=grid).rows(tensor)
 
 
 def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:

@@ -1,0 +1,120 @@
+"""Follows, through one forward pass, which components each tensor was computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_koopman.tensors import all_tensors
+
+# These read a tensor's shape, never its values.
+_SHAPE_ONLY = frozenset({
+    *(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
+})
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Labels that travel with the data, as long as the mode is entered.
+
+    Every operator that torch runs passes on the labels of what it reads to what it writes. Tensors that
+    share memory share labels. Values are never touched, gradients never needed, and what cannot be
+    followed (a round trip through NumPy, a kernel that torch does not know of) only loses its labels.
+
+    Example:
+        >>> flow, x = DataFlow(), torch.ones(3)
+        >>> flow.label([x], "input")
+        >>> with flow:
+        ...     y = (2 * x).relu()
+        >>> flow.labels([y, torch.ones(3)])
+        frozenset({'input'})
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.error: Exception | None = None
+        self._labels: dict[int, frozenset[str]] = {}
+        # A weak reference keeps a storage's address from being given to another one.
+        self._alive: dict[int, Any] = {}
+
+    def label(self, value: Any, name: str) -> None:
+        """Replace the labels of all tensors in a value by one.
+
+        Args:
+            value: Tensors, nested as modules give them.
+            name: The label.
+        """
+        for tensor in all_tensors(value):
+            self._set(tensor, frozenset({name}))
+
+    def labels(self, value: Any) -> frozenset[str]:
+        """Read the labels of all tensors in a value.
+
+        Args:
+            value: Tensors, nested as modules give them.
+
+        Returns:
+            The union of their labels.
+        """
+        return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        try:
+            self._follow(func, args, kwargs, out)
+        except Exception as error:  # the user's own pass must not end because of ours
+            self.error = error
+        return out
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        reads = list(_flat((*args, *kwargs.values())))
+        name = func._schema.name.rpartition("::")[2]
+        labels = _NOTHING if name in _SHAPE_ONLY else _NOTHING.union(*map(self._get, reads))
+        if func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in _flat([given.get(argument.name)]):
+                        self._set(tensor, labels)
+        known = {_address(tensor) for tensor in reads}
+        for tensor in _flat([out]):
+            # A view keeps the labels of what it views.
+            if _address(tensor) not in known:
+                self._set(tensor, labels)
+
+    def _get(self, tensor: Tensor) -> frozenset[str]:
+        return self._labels.get(_address(tensor), _NOTHING)
+
+    def _set(self, tensor: Tensor, labels: frozenset[str]) -> None:
+        address = _address(tensor)
+        if address == 0:
+            return
+        if labels or address in self._labels:
+            self._labels[address] = labels
+            if address not in self._alive:
+                self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _flat(value)
+
+
+def _address(tensor: Tensor) -> int:
+    """Identify a tensor's memory; 0 where it has none of its own, as sparse tensors."""
+    if tensor.layout is not torch.strided:
+        return 0
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,225 @@
+"""Turns one recorded tensor into one row a sample: batch axis, layout, pooling, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_koopman.tensors import parts_of
+
+Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Tensor]
+"""How the spatial or sequence axes of a state become part of one row a sample."""
+
+REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")
+
+_POOLED_CELLS = 16
+_CHANNEL_COUNTS: tuple[tuple[Any, str], ...] = (
+    (nn.modules.conv._ConvNd, "out_channels"),
+    (nn.modules.batchnorm._BatchNorm, "num_features"),
+    (nn.modules.instancenorm._InstanceNorm, "num_features"),
+    (nn.GroupNorm, "num_channels"),
+    (nn.Linear, "out_features"),
+    (nn.Embedding, "embedding_dim"),
+    (nn.LayerNorm, "normalized_shape"),
+)
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """How one state's tensor becomes rows, settled on the first pass.
+
+    Attributes:
+        batch_axis: Which axis holds the samples.
+        group: How many neighbouring entries of that axis belong to one sample.
+        channels_first: Whether the axis behind the batch, not the last, holds the channels.
+        grid: Cells that the spatial or sequence axes are pooled to.
+        reduce: What is done with these axes.
+    """
+
+    batch_axis: int = 0
+    group: int = 1
+    channels_first: bool = False
+    grid: tuple[int, ...] = ()
+    reduce: Reduce = "pool"
+
+    def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Apply the form.
+
+        Args:
+            tensor: The state.
+            valid: Which positions of each sequence hold data, bool ``(n_samples, length)``.
+
+        Returns:
+            Rows of shape ``(n_samples, d)``, a copy, at least float32.
+
+        Raises:
+            ValueError: If the tensor has no samples, or not the axes that ``reduce`` needs.
+        """
+        if tensor.ndim == 0 or tensor.numel() == 0:
+            raise ValueError(f"a state of shape {tuple(tensor.shape)} holds no sample; rows are samples")
+        # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if callable(self.reduce):
+            values = self.reduce(tensor.detach())
+            if not isinstance(values, Tensor) or values.ndim == 0:
+                raise ValueError(f"reduce gave {type(values).__name__}; it must give one row a sample")
+            return values.detach().reshape(values.shape[0], -1).to(dtype, copy=True)
+        values = by_sample(tensor.detach(), self.batch_axis, self.group)
+        if values.ndim <= 2 or self.reduce == "flatten":
+            return values.reshape(values.shape[0], -1).to(dtype, copy=True)
+        if not self.channels_first:
+            values = values.movedim(-1, 1)
+        valid = valid if valid is not None and values.shape[2:] == valid.shape[1:] else None
+        return self._reduced(values, valid).to(dtype, copy=True).flatten(1)
+
+    def _reduced(self, values: Tensor, valid: Tensor | None) -> Tensor:
+        """Reduce the axes behind the channels: ``(n_samples, channels, …)``."""
+        if self.reduce == "mean":
+            return _cell_means(values.flatten(2), 1, valid)
+        if self.reduce == "pool":
+            # Rank above 5 only where axes are folded, which loses nothing that pooling would keep.
+            values = values.flatten(4) if values.ndim > 5 else values
+            if valid is not None:
+                return _cell_means(values, self.grid[0], valid)
+            if tuple(values.shape[2:]) == self.grid:
+                return values
+            pools: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+            wide = values.to(torch.promote_types(values.dtype, torch.float32))
+            pooled: Tensor = pools[len(self.grid) - 1](wide, list(self.grid))
+            return pooled
+        if values.ndim != 3:
+            raise ValueError(
+                f"reduce={self.reduce!r} takes sequences, but a state has {values.ndim - 2} axes beside "
+                "samples and channels; use 'mean', 'flatten' or a callable there"
+            )
+        if self.reduce == "cls":
+            return values[:, :, 0]
+        if valid is None:
+            return values[:, :, -1]
+        # The last position that holds data, wherever the padding is.
+        positions = torch.arange(valid.shape[1], device=valid.device)
+        last = (positions * valid).argmax(dim=1)
+        return values[torch.arange(len(values), device=values.device), :, last]
+
+
+def by_sample(tensor: Tensor, batch_axis: int, group: int) -> Tensor:
+    """Bring the samples to axis 0.
+
+    Args:
+        tensor: Any tensor with a batch axis.
+        batch_axis: Which axis that is.
+        group: How many neighbouring entries of it belong to one sample.
+
+    Returns:
+        Shape ``(n_samples, …)``; entries of one sample get an axis of their own behind it.
+    """
+    values = tensor.movedim(batch_axis, 0) if tensor.ndim > 1 else tensor
+    if group > 1 and values.shape[0] % group == 0:
+        values = values.reshape(values.shape[0] // group, group, *values.shape[1:])
+    return values if values.ndim > 1 else values[:, None]
+
+
+def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -> tuple[int, ...]:
+    """Choose how far a state is pooled.
+
+    Args:
+        shape: Shape of one sample.
+        max_dim: A sample of at most this many values is not pooled.
+        channels_first: Whether axis 0, not the last, holds the channels.
+
+    Returns:
+        Cells along each axis beside the channels: the axes themselves, or at most 16 cells and about
+        ``16 * max_dim`` values in all.
+    """
+    if len(shape) < 2:
+        return ()
+    channels = shape[0] if channels_first else shape[-1]
+    axes = shape[1:] if channels_first else shape[:-1]
+    if len(axes) > 3:
+        folded = 1
+        for size in axes[2:]:
+            folded *= size
+        axes = (*axes[:2], folded)
+    values = channels
+    for size in axes:
+        values *= size
+    if values <= max_dim:
+        return tuple(axes)
+    cells = min(_POOLED_CELLS, max(1, 16 * max_dim // channels))
+    side = max(1, int(cells ** (1 / len(axes)) + 1e-9))
+    return tuple(min(side, size) for size in axes)
+
+
+def _cell_means(values: Tensor, cells: int, valid: Tensor | None) -> Tensor:
+    """Average sequences ``(n, channels, length)`` over equal cells of their valid positions."""
+    if valid is None:
+        valid = torch.ones(values.shape[0], values.shape[2], dtype=torch.bool, device=values.device)
+    lengths = valid.sum(dim=1).clamp_min(1)[:, None, None]
+    place = (valid.cumsum(dim=1) - 1)[:, None, :]
+    cell = torch.arange(cells, device=values.device)[None, :, None]
+    inside = (place >= cell * lengths // cells) & (place < -(-(cell + 1) * lengths // cells))
+    weights = (inside & valid[:, None, :]).to(torch.promote_types(values.dtype, torch.float32))
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp_min(1)
+    means: Tensor = values.to(weights) @ weights.transpose(1, 2)
+    return means
+
+
+def has_channels_first(tensor: Tensor, module: nn.Module) -> bool:
+    """Guess the layout of a module's output.
+
+    Args:
+        tensor: What the module gave, the batch axis first.
+        module: The module.
+
+    Returns:
+        True if axis 1, not the last, holds the channels: judged by the last part of the module whose
+        number of channels is the length of one of the two and not of the other, then by two equal
+        spatial axes, then by the number of axes.
+    """
+    if tensor.ndim < 3:
+        return False
+    for part in reversed(list(module.modules())):
+        for kind, attribute in _CHANNEL_COUNTS:
+            if isinstance(part, kind):
+                count = getattr(part, attribute)
+                count = count[-1] if isinstance(count, tuple) else count
+                if (tensor.shape[1] == count) != (tensor.shape[-1] == count):
+                    return bool(tensor.shape[1] == count)
+    if tensor.ndim == 4 and tensor.shape[1] == tensor.shape[2] != tensor.shape[3]:
+        return False
+    return tensor.ndim > 3
+
+
+def valid_positions(batch: Any) -> Tensor | None:
+    """Find which positions of padded sequences hold data.
+
+    Args:
+        batch: A mapping with an entry whose name holds ``mask`` and that is ``(n_samples, length)``,
+            or ``lengths``, one a sample; names that hold ``padding`` or ``pad`` mark what to ignore.
+            Nested mappings are searched.
+
+    Returns:
+        Bool ``(n_samples, length)``, or ``None`` where the batch does not say.
+
+    Example:
+        >>> valid_positions({"ids": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])})
+        tensor([[ True,  True, False]])
+    """
+    if not isinstance(batch, Mapping):
+        inner = () if isinstance(batch, Tensor) else parts_of(batch)
+        return next((m for m in map(valid_positions, inner) if m is not None), None)
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            continue
+        word = name.lower()
+        if "mask" in word and value.ndim == 2 and bool(((value == 0) | (value == 1)).all()):
+            mask = value.bool()
+            return ~mask if "pad" in word else mask
+        if word in ("lengths", "length", "lens", "seq_lengths", "input_lengths") and value.ndim == 1:
+            return torch.arange(int(value.max()), device=value.device) < value[:, None]
+    return None

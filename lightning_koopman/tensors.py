@@ -1,0 +1,123 @@
+"""Finds the tensors in what modules take and give."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """Give what a container holds, one level down.
+
+    Args:
+        value: Tuple, list, mapping, dataclass or anything else.
+
+    Yields:
+        Its parts; nothing for a value that is no container.
+    """
+    if isinstance(value, PackedSequence):
+        yield value.data
+    elif isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, tuple | list):
+        yield from value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (getattr(value, field.name) for field in dataclasses.fields(value))
+
+
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """Find every tensor in a nested value.
+
+    Args:
+        value: Tensor, or tensors nested in tuples, lists, mappings and dataclasses.
+
+    Yields:
+        The tensors, of any type, from left to right.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in parts_of(value):
+            yield from all_tensors(part)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Find the first floating-point tensor in a module's input or output.
+
+    Args:
+        value: Tensor, or tensors nested in tuples, lists, mappings and dataclasses.
+
+    Returns:
+        The tensor, or ``None`` where there is none.
+
+    Raises:
+        ValueError: If the first numeric tensor is complex, which no operator here is fitted to.
+
+    Example:
+        >>> first_tensor((torch.tensor([1, 2]), {"out": torch.ones(2, 3)})).shape
+        torch.Size([2, 3])
+    """
+    for tensor in all_tensors(value):
+        if tensor.is_complex():
+            raise ValueError(
+                f"a state of dtype {tensor.dtype} arrived; complex states are not supported. "
+                "Choose components whose outputs are real, or view them with torch.view_as_real."
+            )
+        if tensor.is_floating_point():
+            return tensor
+    return None
+
+
+def first_packed(value: Any) -> PackedSequence | None:
+    """Find a packed sequence in front of any other floating-point tensor.
+
+    Args:
+        value: A module's input or output.
+
+    Returns:
+        The packed sequence, or ``None``.
+    """
+    if isinstance(value, PackedSequence):
+        return value
+    if isinstance(value, Tensor):
+        return None
+    first = next(iter(parts_of(value)), None)
+    return None if first is None else first_packed(first)
+
+
+def unpacked(value: PackedSequence) -> tuple[Tensor, Tensor]:
+    """Undo the packing of sequences of several lengths.
+
+    Args:
+        value: Packed sequences.
+
+    Returns:
+        Padded sequences ``(n_samples, length, …)`` and their lengths ``(n_samples,)``.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> padded, lengths = unpacked(pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]))
+        >>> padded.shape, lengths.tolist()
+        (torch.Size([2, 3, 2]), [3, 1])
+    """
+    padded, lengths = pad_packed_sequence(value, batch_first=True)
+    return padded, lengths
+
+
+def detached_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor, for a later in-place module may overwrite it.
+
+    Args:
+        tensor: Any tensor; a sparse one becomes dense.
+
+    Returns:
+        The copy.
+    """
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.detach().clone()
