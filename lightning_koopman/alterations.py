@@ -158,6 +158,8 @@ def regressor_sites(report: CreditReport, name: str) -> list[Site]:
     earlier = order[: order.index(name)][::-1]
     if name not in report.operators:
         return [sites[earlier[0]]]
+    if name in report.reads:
+        return [sites[state] for state in report.reads[name]]
     widths = dict(zip(report.components, report.widths, strict=True))
     widths[order[0]] = report.operators[report.components[0]].matrix.shape[0]
     needed, taken = report.operators[name].matrix.shape[0], 0

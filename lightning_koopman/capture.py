@@ -189,6 +189,7 @@ class Capture:
         self._keep = keep
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._superseded: set[tuple[int, int]] = set()
+        self._merged: set[tuple[int, int]] = set()
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self.parts: dict[str, tuple[str, ...]] = {}
         self._inputs: dict[tuple[int, int], str] = {}
@@ -394,9 +395,21 @@ class Capture:
         if self._current is None or self._raw is None or first_tensor(args) is not self._raw:
             return
         name, *recorded_by = self._current
-        if self._passes == 0:
+        if self._passes == 0 and self._continues(output, name):
+            self._merged.add((id(module), call))
             self._superseded.add((recorded_by[0], recorded_by[1]))
+        if (id(module), call) not in self._merged:
+            return
         self._record(name, module, call, output)
+
+    def _continues(self, output: Any, name: str) -> bool:
+        """Tell whether an output still holds a component's state, one row a sample."""
+        # A module may look at a state for its type or length alone, as rotary embeddings do.
+        tensor = first_tensor(output)
+        assert self._raw is not None
+        if tensor is None or tensor.shape[:1] != self._raw.shape[:1]:
+            return False
+        return self.flow is None or name in self.flow.labels(tensor)
 
     def _count(self, module: nn.Module) -> int:
         call = self._calls.get(id(module), 0)

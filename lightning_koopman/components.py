@@ -223,7 +223,7 @@ def _automatic(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if has_parameters(node):
             yield name or type(node).__name__, node
         return
-    parts = list(_opened(children))
+    parts = list(_opened(children, towers=not isinstance(node, _CONTAINERS)))
     # Two towers such as encoder and decoder say little: look one level into them.
     if len(parts) < 3:
         deeper = [inner for part in parts for inner in _open_wrapper(*part)]
@@ -248,10 +248,13 @@ def _open_wrapper(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module)]
 
 
-def _opened(children: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Module]]:
+def _opened(
+    children: list[tuple[str, nn.Module]], *, towers: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
     kinds = [type(child) for _, child in children]
     for name, child in children:
-        repeats = kinds.count(type(child)) > 1
+        # Members of a list are blocks; two attributes of one type are an encoder and a decoder.
+        repeats = kinds.count(type(child)) > (2 if towers else 1)
         if isinstance(child, _CONTAINERS) or (_holds_blocks(child) and not repeats):
             yield from _opened(_children(child, name))
         else:

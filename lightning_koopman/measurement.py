@@ -83,6 +83,7 @@ class Measurement:
         self._metric: KoopmanCredit | None = None
         self._silent: list[str] = []
         self._skipped: list[str] = []
+        self._passes = 0
         self._named = components is not None
         self._output = output
 
@@ -153,7 +154,8 @@ class Measurement:
             kept = {name for group in self.plan.states for name in group}
             states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
         self._silent, self._skipped = silent, skipped
-        rows = self.plan.join(states)
+        rows = self.plan.join(states, self._passes)
+        self._passes += 1
         self.seconds += time.perf_counter() - start
         arrived = next(iter(rows.values())).shape[0]
         most = arrived if self._max_samples is None else max(0, self._max_samples - self.n_samples)
@@ -230,7 +232,7 @@ class Measurement:
 
     def _rows(self, tensor: Tensor, recorded: Recorded) -> Tensor | None:
         assert self.plan is not None
-        if recorded.name not in self.plan.forms:
+        if not any(recorded.name in group for group in self.plan.states):
             return None
         valid = self._valid
         if recorded.lengths is not None:
@@ -268,12 +270,15 @@ class Measurement:
         kept = self._reducer.kept_variance[1:]
         report = self._metric.report(variance_kept=kept, notes=notes, step=step)
         self.seconds += time.perf_counter() - start
-        return dataclasses.replace(report, parts=self._parts())
+        assert self._metric.layout is not None
+        names, parents = self._reducer.names, self._metric.layout.parents
+        reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
+        return dataclasses.replace(report, parts=self._parts(), reads=reads)
 
     def _parts(self) -> dict[str, tuple[str, ...]]:
-        """Module calls by state, where every state is one component's and none is read further on."""
+        """Module calls by state, where every state is one component's."""
         assert self.plan is not None
-        if "links" in self._options or any(len(group) > 1 for group in self.plan.states):
+        if any(len(group) > 1 for group in self.plan.states):
             return {}
         return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
 

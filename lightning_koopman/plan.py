@@ -49,11 +49,12 @@ class Plan:
         """Names of the states; ``a+b`` where parallel components were joined."""
         return tuple("+".join(group) for group in self.states)
 
-    def join(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def join(self, rows: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
         """Put the rows of one pass into the states of the chain.
 
         Args:
             rows: Rows by recorded name.
+            batch: Number of the pass, for errors.
 
         Returns:
             Rows by state, in the order of the chain.
@@ -61,11 +62,13 @@ class Plan:
         Raises:
             ValueError: If something that ran in the first pass did not run in this one.
         """
-        missing = [name for group in self.states for name in group if name not in rows]
+        expected = [name for group in self.states for name in group]
+        missing = [name for name in expected if name not in rows]
         if missing:
             raise ValueError(
-                f"{', '.join(map(repr, missing))} ran in the first batch but not in a later one. Choose "
-                "components that run in every pass with components=[...]."
+                f"batch {batch} ran the components {tuple(rows)}, the batches before it "
+                f"{tuple(expected)} (difference: {missing}). Choose components that run in every pass "
+                "with components=[...]."
             )
         joined = {}
         for name, group in zip(self.names, self.states, strict=True):

@@ -84,7 +84,8 @@ def agreed(shares: Sequence[Share]) -> Share:
         return Share()
     first_rank, first = next(iter(seen.items()))
     for rank, share in seen.items():
-        if (share.names, share.widths) != (first.names, first.widths):
+        alike = (share.names, share.widths, share.links) == (first.names, first.widths, first.links)
+        if not alike:
             raise ProcessError(
                 f"process {rank} ran the components {share.names} of widths {share.widths}, process "
                 f"{first_rank} {first.names} of {first.widths}. Choose components that run alike "

@@ -71,6 +71,8 @@ class CreditReport:
         step: Training step the weights belong to, if known.
         parts: By state, in order of execution, the module calls that its component is made of, the last
             of which gives the state. A first state that is no component is x_0.
+        reads: By component, the states that its operator takes, the nearest first; empty in a report
+            read from JSON.
     """
 
     components: tuple[str, ...]
@@ -96,6 +98,7 @@ class CreditReport:
     operators: Mapping[str, KoopmanOperator] = field(default_factory=dict, repr=False)
     step: int | None = None
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:

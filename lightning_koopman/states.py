@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_koopman.pooling import RowForm, has_channels_first, pooled_grid
 
-
 __all__ = ["Snapshots", "StateReducer", "has_channels_first", "pod_basis", "pool", "sample_keys"]
 
 

@@ -11,9 +11,13 @@ import lightning_koopman
 
 PACKAGE = Path(lightning_koopman.__file__).parent
 CORE = [
+    "tensors",
+    "dataflow",
     "components",
     "capture",
+    "pooling",
     "states",
+    "plan",
     "moments",
     "operator",
     "chain",

@@ -334,10 +334,10 @@ def test_a_dead_middle_state_leaves_no_credit_and_says_so(
     assert np.isnan(report.credit).all()
     assert np.isnan(report.total)
     assert np.isnan(report.r2[1])
-    assert report.r2[2] <= 1e-12
+    assert report.r2[2] > 1 - 1e-9  # its operator sees the input that reaches it around the dead state
     assert report.directions == 0
     assert all("lost" in reasons for reasons in report.doubts)
-    assert "0 output directions reach back to the input; others are lost at 'b'" in report.notes[0]
+    assert "0 output directions reach back to the input; others are lost at 'b'" in report.notes[-1]
 
 
 def test_fewer_samples_than_units_are_warned_of(mlp: Any) -> None:
