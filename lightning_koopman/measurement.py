@@ -16,9 +16,9 @@ from lightning_koopman.capture import INPUT, OUTPUT, Capture, Recorded, undistur
 from lightning_koopman.components import Components
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.moments import recentred
-from lightning_koopman.processes import Share, agree_on_basis, agreed, exchange, sum_moments
 from lightning_koopman.plan import Plan, ReduceOption, check_reduce, make_plan
 from lightning_koopman.pooling import valid_positions
+from lightning_koopman.processes import Share, agree_on_basis, agreed, exchange, sum_moments
 from lightning_koopman.report import CreditReport
 from lightning_koopman.states import StateReducer
 from lightning_koopman.tensors import detached_copy
@@ -277,8 +277,7 @@ class Measurement:
 
     def _parts(self) -> dict[str, tuple[str, ...]]:
         """Module calls by state, where every state is one component's."""
-        assert self.plan is not None
-        if any(len(group) > 1 for group in self.plan.states):
+        if self.plan is None or any(len(group) > 1 for group in self.plan.states):
             return {}
         return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
 
