@@ -12,8 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from torch import nn
 
 
@@ -42,6 +45,7 @@ def evaluate(
     ckpt: str | list[str],
     logdir: str | None = None,
     out: str | None = None,
+    format: Literal["json", "csv", "parquet", "html"] = "json",
     components: str | list[str] | None = None,
     rank: int | None = None,
     tikhonov: float | None = None,
@@ -62,7 +66,8 @@ def evaluate(
             that gives batches.
         ckpt: Path or glob pattern of checkpoints, or a list of them.
         logdir: Folder for TensorBoard event files.
-        out: JSON file for the reports, kept complete after every checkpoint.
+        out: File for the reports, kept complete after every checkpoint.
+        format: Kind of that file; only json can be read back by the report command.
         components: Names or glob patterns of components; chosen by default.
         rank: Most output directions to align.
         tikhonov: Ridge weight; chosen by held-out R² by default.
@@ -79,7 +84,7 @@ def evaluate(
     """
     from lightning_koopman.checkpoints import CheckpointError, find_checkpoints, load_checkpoint
     from lightning_koopman.evaluate import EvaluationError, evaluate_checkpoints
-    from lightning_koopman.report_files import write_reports
+    from lightning_koopman.formats import write_reports
 
     part = _shard(shard)
     paths = find_checkpoints(ckpt)
@@ -110,7 +115,7 @@ def evaluate(
                 logdir=logdir,
                 trust_checkpoint=trust_checkpoint,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-                on_report=None if out is None else functools.partial(write_reports, path=out),
+                on_report=None if out is None else functools.partial(write_reports, path=out, kind=format),
                 shard=part,
                 components=components,
                 rank=rank,
@@ -123,10 +128,10 @@ def evaluate(
             )
         except EvaluationError as error:
             failure, reports = error, error.reports
-    for report in reports:
-        Console().print(report)
-    if out is not None:
-        write_reports(reports, out)
+    for result in reports:
+        Console().print(result)
+    if out is not None and (reports or format == "json"):
+        write_reports(reports, out, format)
     if failure is not None:
         raise failure
 
@@ -192,6 +197,79 @@ def linearize(
     Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
 
 
+def report(
+    file: str,
+    out: str | None = None,
+    format: Literal["json", "csv", "parquet", "html"] = "html",
+) -> None:
+    """Show saved reports again, without the model.
+
+    Args:
+        file: JSON file that evaluate, demo or to_json wrote.
+        out: File to write; by default the reports are printed.
+        format: Kind of that file.
+    """
+    from lightning_koopman.formats import read_reports, write_reports
+
+    reports = read_reports(file)
+    if out is None:
+        for found in reports:
+            Console().print(found)
+    else:
+        write_reports(reports, out, format)
+
+
+def compare(
+    before: str,
+    after: str,
+    model: str | None = None,
+    data: str | None = None,
+    quantity: Literal["credit", "gain", "nonlinearity", "sensitivity"] = "credit",
+    trust_checkpoint: bool = False,
+) -> None:
+    """Show which components changed beyond error between two checkpoints or two saved reports.
+
+    Args:
+        before: A checkpoint, or a JSON file of reports, whose last one counts.
+        after: Another of the same kind.
+        model: Model to build, as pkg.mod:Class; needed for checkpoints.
+        data: Data to measure on, as pkg.mod:DataModule; needed for checkpoints.
+        quantity: Which number.
+        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+
+    Raises:
+        ValueError: If checkpoints come without model and data.
+    """
+    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+    from lightning_koopman.evaluate import credit_report
+    from lightning_koopman.formats import changes, read_reports
+
+    found = []
+    for path in (before, after):
+        if path.endswith(".json"):
+            found.append(read_reports(path)[-1])
+            continue
+        if model is None or data is None:
+            raise ValueError(f"{path} is no .json report, so it needs --model and --data to be measured")
+        checkpoint = load_checkpoint(path, trust=trust_checkpoint)
+        network = _build_model(model, dict(checkpoint.hyper_parameters))
+        apply_checkpoint(network, checkpoint)
+        found.append(credit_report(network, _build_batches(data), step=checkpoint.step))
+    table = Table(title=f"Change of {quantity}; bold: beyond two standard errors", box=SIMPLE_HEAD)
+    for name in ("component", "before", "after", "difference", "changed"):
+        table.add_column(name, justify="left" if name == "component" else "right")
+    for row in changes(found[0], found[1], quantity):
+        table.add_row(
+            escape(row["component"]),
+            f"{row['before']:.3f}",
+            f"{row['after']:.3f}",
+            f"{row['difference']:+.3f}±{row['stderr']:.3f}",
+            "yes" if row["changed"] else "",
+            style="bold" if row["changed"] else None,
+        )
+    Console().print(table)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -205,6 +283,12 @@ def main(args: Sequence[str] | None = None) -> int:
     # jsonargparse names options after parameters; dashes are what people type.
     given = [re.sub(r"^--[a-z_-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
     commands: Any = {"demo": demo, "evaluate": evaluate, "merge": merge, "linearize": linearize}
+    commands |= {"report": report, "compare": compare}
+    names = {"report": ["file"], "compare": ["before", "after"]}.get(given[0] if given else "", [])
+    for place, name in enumerate(names, start=1):
+        # The files of these two commands may stand alone, as people type them.
+        if len(given) > 2 * place - 1 and not given[2 * place - 1].startswith("-"):
+            given.insert(2 * place - 1, f"--{name}")
     try:
         auto_cli(commands, args=given, prog="lightning-koopman", as_positional=False)
     except (ValueError, ImportError, OSError) as error:
@@ -221,8 +305,6 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _escaped(error: BaseException) -> str:
-    from rich.markup import escape
-
     return escape(str(error))
 
 

@@ -161,7 +161,8 @@ def evaluate_checkpoints(
 
     Raises:
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
-            after all others were evaluated, and carries their reports.
+            after all others were evaluated, and carries their reports. Ctrl-C raises it too, with what
+            was measured until then.
         ValueError: As :func:`credit_report`, or if the shard is out of range.
     """
     number, shards = shard
@@ -188,24 +189,27 @@ def evaluate_checkpoints(
     writer = CreditWriter()
     loggers = [] if logdir is None else [EventFile(os.fspath(logdir))]
     try:
-        for done, (step, checkpoint) in enumerate(order):
-            if on_progress is not None:
-                on_progress(done, len(order))
-            try:
-                apply_checkpoint(model, load_checkpoint(checkpoint.path, trust=trust_checkpoint))
-            except CheckpointError as error:
-                failures.append(str(error))
-                continue
-            report = credit_report(model, batches, step=step, **options)
-            reports.append(report)
-            if on_report is not None:
-                on_report(reports)
-            writer.draw(loggers, reports, step)
-            for logger in loggers:
-                logger.log_metrics(writer.scalars(report), step)
+        try:
+            for done, (step, checkpoint) in enumerate(order):
+                if on_progress is not None:
+                    on_progress(done, len(order))
+                try:
+                    apply_checkpoint(model, load_checkpoint(checkpoint.path, trust=trust_checkpoint))
+                except CheckpointError as error:
+                    failures.append(str(error))
+                    continue
+                report = credit_report(model, batches, step=step, **options)
+                reports.append(report)
+                if on_report is not None:
+                    on_report(reports)
+                writer.draw(loggers, reports, step)
+                for logger in loggers:
+                    logger.log_metrics(writer.scalars(report), step)
+        except KeyboardInterrupt:
+            failures.append(f"interrupted after {len(reports)} of {len(order)} checkpoints")
         if on_progress is not None:
             on_progress(len(order), len(order))
-        writer.finish(loggers, reports, step=order[-1][0] if order else 0)
+        writer.finish(loggers, reports, step=reports[-1].step or 0 if reports else 0)
     finally:
         model.load_state_dict(original)
         for logger in loggers:

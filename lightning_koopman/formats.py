@@ -1,11 +1,20 @@
-"""Reports as plain rows, Markdown, CSV and Parquet."""
+"""Reports as plain rows, Markdown and files, and back."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from lightning_koopman.credit import QUANTITIES
-from lightning_koopman.report import CreditReport
+from lightning_koopman.html import to_html
+from lightning_koopman.report import CreditReport, ReportFormatError
+
+Format = Literal["json", "csv", "parquet", "html"]
 
 
 def to_rows(report: CreditReport) -> list[dict[str, Any]]:
@@ -62,3 +71,106 @@ def to_markdown(report: CreditReport) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines).rstrip()
+
+
+def write_reports(
+    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format = "json"
+) -> None:
+    """Write reports to one file, whole or not at all.
+
+    Args:
+        reports: The reports.
+        path: The file.
+        kind: ``"json"`` can be read back; ``"csv"`` and ``"parquet"`` hold one row a component and
+            report, and need pandas; ``"html"`` is a page to look at.
+
+    Raises:
+        ModuleNotFoundError: If pandas, or pyarrow for Parquet, is not installed.
+    """
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    if kind == "json":
+        text = json.dumps([report.to_dict() for report in reports], indent=1, allow_nan=False)
+        temporary.write_text(text, encoding="utf-8")
+    elif kind == "html":
+        temporary.write_text(to_html(reports), encoding="utf-8")
+    else:
+        try:
+            pandas = importlib.import_module("pandas")
+            if kind == "parquet":
+                importlib.import_module("pyarrow")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"--format {kind} needs {error.name}: pip install 'lightning-koopman[tables]'"
+            ) from None
+        frame = pandas.DataFrame([row for report in reports for row in to_rows(report)])
+        if kind == "csv":
+            frame.to_csv(temporary, index=False)
+        else:
+            frame.to_parquet(temporary, index=False)
+    temporary.replace(path)
+
+
+def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
+    """Read a JSON file of one report or several.
+
+    Args:
+        path: What :func:`write_reports` or :meth:`CreditReport.to_json` wrote.
+
+    Returns:
+        The reports, without operators.
+
+    Raises:
+        ReportFormatError: If the file does not exist or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        reports = [
+            CreditReport.from_dict(part)
+            for part in (content if isinstance(content, list) else [content])
+        ]
+    except OSError as error:
+        raise ReportFormatError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
+        raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None
+    except ReportFormatError as error:
+        raise ReportFormatError(f"{os.fspath(path)} holds no report: {error}") from None
+    if not reports:
+        raise ReportFormatError(f"{os.fspath(path)} holds an empty list of reports")
+    return reports
+
+
+def changes(before: CreditReport, after: CreditReport, quantity: str = "credit") -> list[dict[str, Any]]:
+    """Tell which components changed by more than two standard errors of the difference.
+
+    The two errors are added in quadrature, as for independent samples. Over the same samples the error
+    of the difference is usually smaller, so this is the cautious side.
+
+    Args:
+        before: One report.
+        after: Another, over the same components.
+        quantity: Which number.
+
+    Returns:
+        One row a component: both values, the difference, its error and whether it is beyond twice that.
+
+    Raises:
+        ValueError: If the components differ.
+    """
+    if before.components != after.components:
+        raise ValueError(
+            f"the reports are over {before.components} and {after.components}; only equal components "
+            "compare"
+        )
+    rows = []
+    for i, component in enumerate(before.components):
+        old, new = (float(getattr(report, quantity)[i]) for report in (before, after))
+        error = math.hypot(*(float(report.stderr[quantity][i]) for report in (before, after)))
+        rows.append({
+            "component": component,
+            "before": old,
+            "after": new,
+            "difference": new - old,
+            "stderr": error,
+            "changed": abs(new - old) > 2 * error + 1e-9,
+        })
+    return rows

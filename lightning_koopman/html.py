@@ -1,0 +1,88 @@
+"""Reports as one self-contained HTML page: figures inline, a table that sorts, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from lightning_koopman.report import CreditReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse}th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd}
+th{cursor:pointer;background:#f4f4f4}td:first-child,th:first-child{text-align:left}
+tr.doubt{color:#8a8a8a}img{max-width:100%}"""
+
+_SORT = """document.querySelectorAll("th").forEach(h=>h.addEventListener("click",()=>{
+const b=h.closest("table").tBodies[0],i=h.cellIndex,up=h.dataset.up!=="1";h.dataset.up=up?"1":"0";
+const k=r=>r.cells[i].dataset.value??r.cells[i].textContent;
+[...b.rows].sort((p,q)=>{const x=k(p),y=k(q),d=x-y;
+return (Number.isNaN(d)?x.localeCompare(y):d)*(up?1:-1)}).forEach(r=>b.append(r))}))"""
+
+_COLUMNS = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
+
+
+def to_html(reports: Sequence[CreditReport]) -> str:
+    """Give reports as one page that works offline.
+
+    Args:
+        reports: At least one; the newest last. Its table is shown, and the evolution of all that have
+            its components.
+
+    Returns:
+        The page. Names and notes are escaped.
+
+    Raises:
+        ValueError: If there is no report.
+    """
+    if not reports:
+        raise ValueError("no report to show")
+    from lightning_koopman.plots import plot_directions, plot_evolution, plot_report
+
+    newest = reports[-1]
+    figures = {"Credits and gains": plot_report(newest)}
+    alike = [report for report in reports if report.components == newest.components]
+    if len(alike) > 1:
+        figures["Credit over training"] = plot_evolution(alike)
+    if newest.directions:
+        figures["Credit by output direction"] = plot_directions(newest)
+    at_step = "" if newest.step is None else f" at step {newest.step}"
+    notes = "".join(f"<li>{escape(note)}</li>" for note in newest.notes)
+    pictures = "".join(
+        f'<h2>{title}</h2><img alt="{title}" src="{_data_uri(figure)}">'
+        for title, figure in figures.items()
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>Koopman credit</title><style>{_STYLE}</style></head><body>"
+        f"<h1>Koopman credit{at_step}</h1><p>{newest.n_samples} samples, {newest.directions} output "
+        f"directions, total {newest.total:.3f} ± {newest.total_stderr:.3f} nats a direction. Grey rows "
+        "carry a doubt: do not act on them. Click a heading to sort.</p>"
+        f"{_table(newest)}<ul>{notes}</ul>{pictures}<script>{_SORT}</script></body></html>\n"
+    )
+
+
+def _table(report: CreditReport) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("component", *_COLUMNS, "doubt"))
+    rows = []
+    for i, component in enumerate(report.components):
+        cells = [f"<td>{escape(component)}</td>"]
+        for name in _COLUMNS:
+            value, error = float(getattr(report, name)[i]), float(report.stderr[name][i])
+            cells.append(f'<td data-value="{value}">{value:.3f} ± {error:.3f}</td>')
+        doubt = ", ".join(report.doubts[i])
+        cells.append(f"<td>{doubt}</td>")
+        mark = ' class="doubt"' if doubt else ""
+        rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _data_uri(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

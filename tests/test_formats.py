@@ -1,0 +1,107 @@
+"""Reports as files: JSON, CSV, Parquet, HTML, and what changed between two of them."""
+
+import csv
+import dataclasses
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman import EvaluationError, ReportFormatError, credit_report, evaluate_checkpoints
+from lightning_koopman.cli import main
+from lightning_koopman.formats import changes, read_reports, write_reports
+from lightning_koopman.html import to_html
+
+
+@pytest.fixture(scope="module")
+def report():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    return credit_report(net, torch.randn(300, 4).split(100), step=7)
+
+
+def test_json_comes_back(report, tmp_path):
+    write_reports([report, report], tmp_path / "r.json")
+    back = read_reports(tmp_path / "r.json")
+    assert len(back) == 2
+    np.testing.assert_array_equal(back[1].credit, report.credit)
+    report.to_json(tmp_path / "one.json")
+    assert len(read_reports(tmp_path / "one.json")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "empty list"), ("{", "is not JSON"), ("[1]", "holds no report"), (None, "cannot be read")],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ReportFormatError, match=rf"r\.json.*{message}"):
+        read_reports(tmp_path / "r.json")
+
+
+def test_csv_and_parquet_hold_a_row_a_component(report, tmp_path):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    write_reports([report, report], tmp_path / "r.csv", "csv")
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [row["component"] for row in rows] == ["0", "2", "0", "2"]
+    assert float(rows[0]["credit"]) == pytest.approx(report.credit[0])
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    write_reports([report], tmp_path / "r.parquet", "parquet")
+    frame = pandas.read_parquet(tmp_path / "r.parquet")
+    np.testing.assert_array_equal(frame["gain"], report.gain)
+
+
+def test_missing_pandas_is_named(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"--format csv needs pandas: pip install"):
+        write_reports([report], tmp_path / "r.csv", "csv")
+
+
+def test_html_is_self_contained_and_escaped(report):
+    named = dataclasses.replace(report, components=("<script>alert(1)</script>", "2"))
+    page = to_html([named, named])
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count('src="data:image/png;base64,') == 3
+    assert not re.search(r"https?://", page)
+    with pytest.raises(ValueError, match="no report to show"):
+        to_html([])
+
+
+def test_changes_beyond_error_are_told(report):
+    error = report.stderr["credit"]
+    moved = dataclasses.replace(report, credit=report.credit + np.array([1.0 + 9 * error[0], 0.0]))
+    assert [row["changed"] for row in changes(report, moved)] == [True, False]
+    with pytest.raises(ValueError, match="only equal components"):
+        changes(report, dataclasses.replace(report, components=("a", "b")))
+
+
+def test_report_and_compare_take_bare_file_names(report, tmp_path, capsys):
+    report.to_json(tmp_path / "r.json")
+    name = str(tmp_path / "r.json")
+    assert main(["report", name]) == 0
+    assert "Koopman credit at step 7" in capsys.readouterr().out
+    assert main(["report", name, "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    assert main(["compare", name, name, "--quantity", "gain"]) == 0
+    assert "Change of gain" in capsys.readouterr().out
+    assert main(["compare", "a.ckpt", "b.ckpt"]) == 1
+    assert "needs --model and --data" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    for step in (1, 2):
+        torch.save({"global_step": step, "state_dict": net.state_dict()}, tmp_path / f"{step}.ckpt")
+
+    def stop(done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(EvaluationError, match="interrupted after 1 of 2 checkpoints") as caught:
+        evaluate_checkpoints(net, tmp_path, [torch.randn(64, 4)], on_progress=stop)
+    assert [found.step for found in caught.value.reports] == [1]
