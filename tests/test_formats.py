@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_koopman import EvaluationError, ReportFormatError, credit_report, evaluate_checkpoints
+from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints
 from lightning_koopman.cli import main
 from lightning_koopman.formats import changes, read_reports, write_reports
 from lightning_koopman.html import to_html
+from lightning_koopman.report import ReportFormatError
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_bad_files_are_named(tmp_path, content, message):
 def test_csv_and_parquet_hold_a_row_a_component(report, tmp_path):
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     write_reports([report, report], tmp_path / "r.csv", "csv")
-    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
     assert [row["component"] for row in rows] == ["0", "2", "0", "2"]
     assert float(rows[0]["credit"]) == pytest.approx(report.credit[0])
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
