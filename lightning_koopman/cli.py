@@ -115,7 +115,9 @@ def evaluate(
                 logdir=logdir,
                 trust_checkpoint=trust_checkpoint,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
-                on_report=None if out is None else functools.partial(write_reports, path=out, kind=format),
+                on_report=None
+                if out is None
+                else functools.partial(write_reports, path=out, kind=format),
                 shard=part,
                 components=components,
                 rank=rank,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_koopman import report_files
 from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.html import to_html
 from lightning_koopman.report import CreditReport, ReportFormatError
@@ -87,11 +88,11 @@ def write_reports(
     Raises:
         ModuleNotFoundError: If pandas, or pyarrow for Parquet, is not installed.
     """
-    temporary = Path(f"{os.fspath(path)}.tmp")
     if kind == "json":
-        text = json.dumps([report.to_dict() for report in reports], indent=1, allow_nan=False)
-        temporary.write_text(text, encoding="utf-8")
-    elif kind == "html":
+        report_files.write_reports(reports, path)
+        return
+    temporary = Path(f"{os.fspath(path)}.tmp")
+    if kind == "html":
         temporary.write_text(to_html(reports), encoding="utf-8")
     else:
         try:
