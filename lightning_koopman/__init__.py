@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_koopman.checkpoints import CheckpointError
 from lightning_koopman.credit import QUANTITIES
-from lightning_koopman.evaluate import EvaluationError, credit_report, evaluate_checkpoints
+from lightning_koopman.evaluate import credit_report
 from lightning_koopman.interventions import intervene
 from lightning_koopman.linearization import linearize
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.operator import KoopmanOperator, fit_operator
 from lightning_koopman.report import CreditReport
+from lightning_koopman.series import EvaluationError, evaluate_checkpoints
 
 if TYPE_CHECKING:
     from lightning_koopman.callback import KoopmanCreditMonitor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,26 @@ def find_checkpoints(
     if not found:
         raise CheckpointError(f"no checkpoint matches {given}")
     return list(found)
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Name the training that each checkpoint belongs to.
+
+    Args:
+        paths: Checkpoints; those of one folder belong to one training.
+
+    Returns:
+        For each, its folder below the deepest folder common to all, without the ``checkpoints`` in which
+        Lightning puts every run's files. Empty where there is one folder only.
+    """
+    folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+    if len(set(folders)) < 2:
+        return [""] * len(folders)
+    stripped = [os.path.dirname(f) if os.path.basename(f) == "checkpoints" else f for f in folders]
+    if len(set(stripped)) == len(set(folders)):
+        folders = stripped
+    common = os.path.commonpath(folders)
+    return [Path(os.path.relpath(folder, common)).as_posix() for folder in folders]
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Checkpoint:

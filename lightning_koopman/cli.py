@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
-import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from torch import nn
+
+from lightning_koopman.report import CreditReport
+from lightning_koopman.user_code import build_batches, build_model, fit_and_choose
+
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+)
 
 
 def demo(
@@ -56,6 +60,7 @@ def evaluate(
     seed: int = 0,
     trust_checkpoint: bool = False,
     shard: str = "1/1",
+    fresh: bool = False,
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step.
 
@@ -66,8 +71,11 @@ def evaluate(
             that gives batches.
         ckpt: Path or glob pattern of checkpoints, or a list of them.
         logdir: Folder for TensorBoard event files.
-        out: File for the reports, kept complete after every checkpoint.
-        format: Kind of that file; only json can be read back by the report command.
+        out: File for the reports, kept complete after every checkpoint. A second run with the same file
+            measures only checkpoints that are new or changed, or all if an option changed. It cannot see
+            changes of the model's code or of the data: use fresh then.
+        format: Kind of that file. Beside csv, parquet and html, a .json file of the same name is kept
+            for the second run and the report command.
         components: Names or glob patterns of components; chosen by default.
         rank: Most output directions to align.
         tikhonov: Ridge weight; chosen by held-out R² by default.
@@ -78,47 +86,42 @@ def evaluate(
         seed: Chooses the folds.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
+        fresh: Measure again what was measured before.
 
     Raises:
         EvaluationError: If a checkpoint cannot be used; the others are still evaluated.
     """
-    from lightning_koopman.checkpoints import CheckpointError, find_checkpoints, load_checkpoint
-    from lightning_koopman.evaluate import EvaluationError, evaluate_checkpoints
-    from lightning_koopman.formats import write_reports
+    from lightning_koopman.formats import read_known, write_with_known
+    from lightning_koopman.series import EvaluationError, evaluate_checkpoints
 
     part = _shard(shard)
-    paths = find_checkpoints(ckpt)
-    hyper_parameters: dict[str, Any] = {}
-    for path in paths:
-        try:
-            hyper_parameters = dict(load_checkpoint(path, trust=trust_checkpoint).hyper_parameters)
-            break
-        except CheckpointError:
-            continue
-    network = _build_model(model, hyper_parameters)
-    batches = _build_batches(data)
-    failure = None
+    known = [] if out is None or fresh else read_known(out, format)
+    hyper_parameters = _first_hyper_parameters(ckpt, trust_checkpoint)
+    network, batches = build_model(model, hyper_parameters), build_batches(data)
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("checkpoints", total=len(paths))
+
+    def tell_known(taken: int, total: int) -> None:
+        if known:
+            console.print(f"{taken} of {total} reports taken over from {out}", highlight=False)
+
+    failure = None
+    with Progress(*_COLUMNS, console=console) as progress:
+        task = progress.add_task("checkpoints", total=None)
         try:
             reports = evaluate_checkpoints(
                 network,
-                paths,
+                ckpt,
                 batches,
                 logdir=logdir,
                 trust_checkpoint=trust_checkpoint,
                 on_progress=lambda done, total: progress.update(task, completed=done, total=total),
                 on_report=None
                 if out is None
-                else functools.partial(write_reports, path=out, kind=format),
+                else functools.partial(write_with_known, path=out, kind=format),
+                on_known=tell_known,
                 shard=part,
+                known=known,
+                about={"model": model, "data": data},
                 components=components,
                 rank=rank,
                 tikhonov=tikhonov,
@@ -130,12 +133,32 @@ def evaluate(
             )
         except EvaluationError as error:
             failure, reports = error, error.reports
-    for result in reports:
-        Console().print(result)
-    if out is not None and (reports or format == "json"):
-        write_reports(reports, out, format)
+    _show(reports)
+    if out is not None:
+        write_with_known(reports, out, format)
     if failure is not None:
         raise failure
+
+
+def _show(reports: Sequence[CreditReport]) -> None:
+    from lightning_koopman.comparison import runs_table
+
+    for shown in reports:
+        Console().print(shown)
+    if len({shown.run for shown in reports}) > 1:
+        Console().print(runs_table(reports))
+
+
+def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> dict[str, Any]:
+    """Give what the first readable checkpoint saved of the model's arguments."""
+    from lightning_koopman.checkpoints import CheckpointError, find_checkpoints, load_checkpoint
+
+    for path in find_checkpoints(ckpt):
+        try:
+            return dict(load_checkpoint(path, trust=trust).hyper_parameters)
+        except CheckpointError:
+            continue
+    return {}
 
 
 def merge(reports: list[str], out: str) -> None:
@@ -186,9 +209,9 @@ def linearize(
 
     checkpoint = load_checkpoint(ckpt, trust=trust_checkpoint)
     hyper_parameters = dict(checkpoint.hyper_parameters)
-    network = _build_model(model, hyper_parameters)
+    network = build_model(model, hyper_parameters)
     apply_checkpoint(network, checkpoint)
-    fit_on, choose_on = _fit_and_choose(data)
+    fit_on, choose_on = fit_and_choose(data)
     report = credit_report(network, fit_on, components=components, max_dim=max_dim, seed=seed)
     result = linearize_within(
         network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
@@ -215,8 +238,7 @@ def report(
 
     reports = read_reports(file)
     if out is None:
-        for found in reports:
-            Console().print(found)
+        _show(reports)
     else:
         write_reports(reports, out, format)
 
@@ -243,8 +265,9 @@ def compare(
         ValueError: If checkpoints come without model and data.
     """
     from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+    from lightning_koopman.comparison import changes_table
     from lightning_koopman.evaluate import credit_report
-    from lightning_koopman.formats import changes, read_reports
+    from lightning_koopman.formats import read_reports
 
     found = []
     for path in (before, after):
@@ -254,22 +277,10 @@ def compare(
         if model is None or data is None:
             raise ValueError(f"{path} is no .json report, so it needs --model and --data to be measured")
         checkpoint = load_checkpoint(path, trust=trust_checkpoint)
-        network = _build_model(model, dict(checkpoint.hyper_parameters))
+        network = build_model(model, dict(checkpoint.hyper_parameters))
         apply_checkpoint(network, checkpoint)
-        found.append(credit_report(network, _build_batches(data), step=checkpoint.step))
-    table = Table(title=f"Change of {quantity}; bold: beyond two standard errors", box=SIMPLE_HEAD)
-    for name in ("component", "before", "after", "difference", "changed"):
-        table.add_column(name, justify="left" if name == "component" else "right")
-    for row in changes(found[0], found[1], quantity):
-        table.add_row(
-            escape(row["component"]),
-            f"{row['before']:.3f}",
-            f"{row['after']:.3f}",
-            f"{row['difference']:+.3f}±{row['stderr']:.3f}",
-            "yes" if row["changed"] else "",
-            style="bold" if row["changed"] else None,
-        )
-    Console().print(table)
+        found.append(credit_report(network, build_batches(data), step=checkpoint.step))
+    Console().print(changes_table(*found, quantity))
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -308,79 +319,6 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _escaped(error: BaseException) -> str:
     return escape(str(error))
-
-
-def _named_object(name: str) -> Any:
-    """Import what the user named as pkg.mod:attribute, and nothing else."""
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    found: Any = importlib.import_module(module_name)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{module_name} has no {attribute!r}")
-        found = getattr(found, part)
-    return found
-
-
-def _build_model(name: str, hyper_parameters: dict[str, Any]) -> nn.Module:
-    found = _named_object(name)
-    if not isinstance(found, nn.Module):
-        accepted = inspect.signature(found).parameters
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-        arguments = {k: v for k, v in hyper_parameters.items() if takes_all or k in accepted}
-        try:
-            found = found(**arguments)
-        except TypeError as error:
-            raise ValueError(
-                f"{name} cannot be built from the hyperparameters in the checkpoint ({error}); name a "
-                "function that builds it"
-            ) from None
-    if not isinstance(found, nn.Module):
-        raise ValueError(f"{name} gives a {type(found).__name__}, not a torch.nn.Module")
-    return found
-
-
-def _build_batches(name: str) -> Iterable[Any]:
-    found = _named_object(name)
-    if callable(found):
-        try:
-            found = found()
-        except TypeError as error:
-            raise ValueError(f"{name} cannot be called without arguments ({error})") from None
-    if hasattr(found, "val_dataloader"):
-        found.prepare_data()
-        found.setup("validate")
-        found = found.val_dataloader()
-    if (
-        isinstance(found, list | tuple)
-        and found
-        and hasattr(found[0], "__iter__")
-        and hasattr(found[0], "dataset")
-    ):
-        found = found[0]
-    if not isinstance(found, Iterable):
-        raise ValueError(f"{name} gives a {type(found).__name__}, which holds no batches")
-    return found
-
-
-def _fit_and_choose(name: str) -> tuple[list[Any], list[Any]]:
-    """Give batches to fit on and others to choose on."""
-    found = _named_object(name)
-    found = found() if callable(found) else found
-    if hasattr(found, "train_dataloader"):
-        found.prepare_data()
-        found.setup("fit")
-        return list(found.train_dataloader()), list(_build_batches(name))
-    batches = list(_build_batches(name))
-    if len(batches) < 2:
-        raise ValueError(
-            f"{name} gives {len(batches)} batch; linearize needs at least one to fit on and one to "
-            "choose on"
-        )
-    return batches[::2], batches[1::2]
 
 
 if __name__ == "__main__":

@@ -1,26 +1,17 @@
-"""Models, checkpoints and data through the whole chain."""
+"""A model and data through the whole chain."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_koopman.chain import Normalize
-from lightning_koopman.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    apply_checkpoint,
-    find_checkpoints,
-    load_checkpoint,
-)
 from lightning_koopman.components import Components
 from lightning_koopman.measurement import ForwardFn, Measurement
 from lightning_koopman.plan import ReduceOption
 from lightning_koopman.report import CreditReport
-from lightning_koopman.writers import CreditWriter, EventFile
 
 
 def credit_report(
@@ -113,107 +104,3 @@ def credit_report(
     )
     measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)
-
-
-class EvaluationError(CheckpointError):
-    """Some checkpoints could not be evaluated; the others were.
-
-    Attributes:
-        reports: Reports of the checkpoints that could be evaluated, by step.
-        failures: What went wrong with each of the others.
-    """
-
-    def __init__(self, reports: list[CreditReport], failures: list[str]) -> None:
-        super().__init__("\n".join(failures))
-        self.reports = reports
-        self.failures = failures
-
-
-def evaluate_checkpoints(
-    model: nn.Module,
-    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    batches: Iterable[Any],
-    *,
-    logdir: str | os.PathLike[str] | None = None,
-    trust_checkpoint: bool = False,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_report: Callable[[list[CreditReport]], None] | None = None,
-    shard: tuple[int, int] = (1, 1),
-    **options: Any,
-) -> list[CreditReport]:
-    """Measure the credits of a training after it has ended, checkpoint by checkpoint.
-
-    Args:
-        model: A model of the architecture that was saved; its own weights are put back at the end.
-        checkpoints: Paths or glob patterns of Lightning checkpoints or bare state dicts.
-        batches: As in :func:`credit_report`; iterated once a checkpoint.
-        logdir: Folder for TensorBoard, where each checkpoint appears at its own global step.
-        trust_checkpoint: Unpickle whatever the files hold, which may run any code.
-        on_progress: Called with the number of checkpoints done and of all.
-        on_report: Called after every checkpoint with all reports so far, to save them.
-        shard: ``(i, n)`` takes every n-th checkpoint from the i-th on, counted from 1, so that n
-            machines share the work.
-        options: Passed on to :func:`credit_report`.
-
-    Returns:
-        One report a checkpoint, sorted by step. A file that does not tell its step counts by its place
-        among the files.
-
-    Raises:
-        EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
-            after all others were evaluated, and carries their reports. Ctrl-C raises it too, with what
-            was measured until then.
-        ValueError: As :func:`credit_report`, or if the shard is out of range.
-    """
-    number, shards = shard
-    if not 1 <= number <= shards:
-        raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
-    paths = find_checkpoints(checkpoints)
-    if iter(batches) is batches and len(paths) > 1:
-        batches = list(batches)
-    failures: list[str] = []
-    order: list[tuple[int, Checkpoint]] = []
-    for place, path in list(enumerate(paths))[number - 1 :: shards]:
-        try:
-            checkpoint = load_checkpoint(path, trust=trust_checkpoint)
-        except CheckpointError as error:
-            failures.append(str(error))
-            continue
-        step = place if checkpoint.step is None else checkpoint.step
-        # Only the step is needed for sorting: weights of many checkpoints need not fit in memory.
-        order.append((step, Checkpoint(path, step, {}, {})))
-    order.sort(key=lambda item: item[0])
-
-    original = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    reports: list[CreditReport] = []
-    writer = CreditWriter()
-    loggers = [] if logdir is None else [EventFile(os.fspath(logdir))]
-    try:
-        try:
-            for done, (step, checkpoint) in enumerate(order):
-                if on_progress is not None:
-                    on_progress(done, len(order))
-                try:
-                    apply_checkpoint(model, load_checkpoint(checkpoint.path, trust=trust_checkpoint))
-                except CheckpointError as error:
-                    failures.append(str(error))
-                    continue
-                report = credit_report(model, batches, step=step, **options)
-                reports.append(report)
-                if on_report is not None:
-                    on_report(reports)
-                writer.draw(loggers, reports, step)
-                for logger in loggers:
-                    logger.log_metrics(writer.scalars(report), step)
-        except KeyboardInterrupt:
-            failures.append(f"interrupted after {len(reports)} of {len(order)} checkpoints")
-        if on_progress is not None:
-            on_progress(len(order), len(order))
-        writer.finish(loggers, reports, step=reports[-1].step or 0 if reports else 0)
-    finally:
-        model.load_state_dict(original)
-        for logger in loggers:
-            logger.close()
-    if failures:
-        raise EvaluationError(reports, failures)
-    return reports

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +24,12 @@ def to_rows(report: CreditReport) -> list[dict[str, Any]]:
         report: The report.
 
     Returns:
-        Rows with the step, the component, every quantity and its standard error, and the doubts.
+        Rows with the run, the step, the component, every quantity and its standard error, and the
+        doubts.
     """
     rows = []
     for i, component in enumerate(report.components):
-        row: dict[str, Any] = {"step": report.step, "component": component}
+        row: dict[str, Any] = {"run": report.run, "step": report.step, "component": component}
         for name in QUANTITIES:
             row[name] = float(getattr(report, name)[i])
             row[f"{name}_stderr"] = float(report.stderr[name][i])
@@ -48,9 +48,8 @@ def to_markdown(report: CreditReport) -> str:
     Returns:
         A title, the table and the notes. Rows that carry a doubt begin with a warning sign.
     """
-    at_step = "" if report.step is None else f" at step {report.step}"
     lines = [
-        f"**Koopman credit{at_step}**, {report.n_samples} samples, {report.directions} output "
+        f"**Koopman credit{report.moment}**, {report.n_samples} samples, {report.directions} output "
         f"directions, total {report.total:.3f} ± {report.total_stderr:.3f} nats a direction",
         "",
         "| component | credit | gain | nonlinearity | R² | chain R² | rank | doubt |",
@@ -111,6 +110,50 @@ def write_reports(
     temporary.replace(path)
 
 
+def write_with_known(
+    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format = "json"
+) -> None:
+    """Write reports so that a second evaluation can take them over.
+
+    Args:
+        reports: The reports; without any, only JSON is written.
+        path: The file. Beside a kind that cannot be read back, ``path.json`` is written too.
+        kind: As in :func:`write_reports`.
+    """
+    if kind != "json":
+        report_files.write_reports(reports, _beside(path))
+    if reports or kind == "json":
+        write_reports(reports, path, kind)
+
+
+def read_known(path: str | os.PathLike[str], kind: Format = "json") -> list[CreditReport]:
+    """Read what :func:`write_with_known` wrote.
+
+    Args:
+        path: The file.
+        kind: Its kind.
+
+    Returns:
+        The reports; none if there is no file yet.
+
+    Raises:
+        ReportFormatError: If the file holds something else.
+    """
+    source = path if kind == "json" else _beside(path)
+    if not Path(source).exists():
+        return []
+    try:
+        return report_files.read_reports(source)
+    except ReportFormatError as error:
+        raise ReportFormatError(
+            f"{error}. Name another --out, or pass --fresh to replace the file"
+        ) from None
+
+
+def _beside(path: str | os.PathLike[str]) -> str:
+    return f"{os.fspath(path)}.json"
+
+
 def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
     """Read a JSON file of one report or several.
 
@@ -138,40 +181,3 @@ def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
     if not reports:
         raise ReportFormatError(f"{os.fspath(path)} holds an empty list of reports")
     return reports
-
-
-def changes(before: CreditReport, after: CreditReport, quantity: str = "credit") -> list[dict[str, Any]]:
-    """Tell which components changed by more than two standard errors of the difference.
-
-    The two errors are added in quadrature, as for independent samples. Over the same samples the error
-    of the difference is usually smaller, so this is the cautious side.
-
-    Args:
-        before: One report.
-        after: Another, over the same components.
-        quantity: Which number.
-
-    Returns:
-        One row a component: both values, the difference, its error and whether it is beyond twice that.
-
-    Raises:
-        ValueError: If the components differ.
-    """
-    if before.components != after.components:
-        raise ValueError(
-            f"the reports are over {before.components} and {after.components}; only equal components "
-            "compare"
-        )
-    rows = []
-    for i, component in enumerate(before.components):
-        old, new = (float(getattr(report, quantity)[i]) for report in (before, after))
-        error = math.hypot(*(float(report.stderr[quantity][i]) for report in (before, after)))
-        rows.append({
-            "component": component,
-            "before": old,
-            "after": new,
-            "difference": new - old,
-            "stderr": error,
-            "changed": abs(new - old) > 2 * error + 1e-9,
-        })
-    return rows

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from lightning_koopman.comparison import newest_of_runs
 from lightning_koopman.report import CreditReport
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def to_html(reports: Sequence[CreditReport]) -> str:
     """Give reports as one page that works offline.
 
     Args:
-        reports: At least one; the newest last. Its table is shown, and the evolution of all that have
-            its components.
+        reports: At least one; the newest last. The table shows the newest of every run, the figures the
+            evolution of each run, over the reports with the components of its newest.
 
     Returns:
         The page. Names and notes are escaped.
@@ -42,43 +43,65 @@ def to_html(reports: Sequence[CreditReport]) -> str:
     """
     if not reports:
         raise ValueError("no report to show")
+    newest = newest_of_runs(reports)
+    several = len(newest) > 1
+    notes = dict.fromkeys(
+        f"run {report.run}: {note}" if several else note for report in newest for note in report.notes
+    )
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    heading = f" of {len(newest)} runs" if several else escape(newest[0].moment)
+    summary = "".join(f"<p>{_summary(report, several)}</p>" for report in newest)
+    pictures = "".join(_pictures(reports, report, several) for report in newest)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>Koopman credit</title><style>{_STYLE}</style></head><body>"
+        f"<h1>Koopman credit{heading}</h1>{summary}<p>Grey rows carry a doubt: do not act on them. "
+        f"Click a heading to sort.</p>{_table(newest)}<ul>{listed}</ul>{pictures}"
+        f"<script>{_SORT}</script></body></html>\n"
+    )
+
+
+def _summary(report: CreditReport, several: bool) -> str:
+    name = f"{escape(report.moment.strip())}: " if several else ""
+    return (
+        f"{name}{report.n_samples} samples, {report.directions} output directions, total "
+        f"{report.total:.3f} ± {report.total_stderr:.3f} nats a direction."
+    )
+
+
+def _pictures(reports: Sequence[CreditReport], newest: CreditReport, several: bool) -> str:
     from lightning_koopman.plots import plot_directions, plot_evolution, plot_report
 
-    newest = reports[-1]
     figures = {"Credits and gains": plot_report(newest)}
-    alike = [report for report in reports if report.components == newest.components]
+    of_run = [report for report in reports if report.run == newest.run]
+    alike = [report for report in of_run if report.components == newest.components]
     if len(alike) > 1:
         figures["Credit over training"] = plot_evolution(alike)
     if newest.directions:
         figures["Credit by output direction"] = plot_directions(newest)
-    at_step = "" if newest.step is None else f" at step {newest.step}"
-    notes = "".join(f"<li>{escape(note)}</li>" for note in newest.notes)
-    pictures = "".join(
-        f'<h2>{title}</h2><img alt="{title}" src="{_data_uri(figure)}">'
+    run = f", run {escape(newest.run)}" if several else ""
+    return "".join(
+        f'<h2>{title}{run}</h2><img alt="{title}{run}" src="{_data_uri(figure)}">'
         for title, figure in figures.items()
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>Koopman credit</title><style>{_STYLE}</style></head><body>"
-        f"<h1>Koopman credit{at_step}</h1><p>{newest.n_samples} samples, {newest.directions} output "
-        f"directions, total {newest.total:.3f} ± {newest.total_stderr:.3f} nats a direction. Grey rows "
-        "carry a doubt: do not act on them. Click a heading to sort.</p>"
-        f"{_table(newest)}<ul>{notes}</ul>{pictures}<script>{_SORT}</script></body></html>\n"
-    )
 
 
-def _table(report: CreditReport) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("component", *_COLUMNS, "doubt"))
+def _table(newest: Sequence[CreditReport]) -> str:
+    """Give one row a component and report, with run and step where there are several reports."""
+    several = len(newest) > 1
+    names = (*(("run", "step") if several else ()), "component", *_COLUMNS, "doubt")
+    head = "".join(f"<th>{name}</th>" for name in names)
     rows = []
-    for i, component in enumerate(report.components):
-        cells = [f"<td>{escape(component)}</td>"]
-        for name in _COLUMNS:
-            value, error = float(getattr(report, name)[i]), float(report.stderr[name][i])
-            cells.append(f'<td data-value="{value}">{value:.3f} ± {error:.3f}</td>')
-        doubt = ", ".join(report.doubts[i])
-        cells.append(f"<td>{doubt}</td>")
-        mark = ' class="doubt"' if doubt else ""
-        rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    for report in newest:
+        place = f"<td>{escape(report.run)}</td><td>{report.step}</td>" if several else ""
+        for i, component in enumerate(report.components):
+            cells = [f"{place}<td>{escape(component)}</td>"]
+            for name in _COLUMNS:
+                value, error = float(getattr(report, name)[i]), float(report.stderr[name][i])
+                cells.append(f'<td data-value="{value}">{value:.3f} ± {error:.3f}</td>')
+            doubt = ", ".join(report.doubts[i])
+            mark = ' class="doubt"' if doubt else ""
+            rows.append(f"<tr{mark}>{''.join(cells)}<td>{doubt}</td></tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

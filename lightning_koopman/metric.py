@@ -191,6 +191,7 @@ class KoopmanCredit(Metric):
             variance_kept=variance_kept,
             notes=notes,
             step=step,
+            folds=self.folds,
         )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:

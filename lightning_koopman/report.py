@@ -73,6 +73,10 @@ class CreditReport:
             of which gives the state. A first state that is no component is x_0.
         reads: By component, the states that its operator takes, the nearest first; empty in a report
             read from JSON.
+        folds: Number of folds that the error bars rest on; their degrees of freedom are one less.
+        run: Name of the training among several; empty where there is one.
+        source: What was measured, and how: the checkpoint's path, size and time of modification, and the
+            options. Empty where the weights came from no file.
     """
 
     components: tuple[str, ...]
@@ -99,6 +103,9 @@ class CreditReport:
     step: int | None = None
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    folds: int = 5
+    run: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:
@@ -121,6 +128,12 @@ class CreditReport:
                 found.append("ridge")
             reasons.append(tuple(found))
         return tuple(reasons)
+
+    @property
+    def moment(self) -> str:
+        """Run and step as words to follow a noun, such as ``" of run a at step 10"``."""
+        of_run = f" of run {self.run}" if self.run else ""
+        return of_run + ("" if self.step is None else f" at step {self.step}")
 
     @property
     def trusted(self) -> NDArray[np.bool_]:
@@ -171,6 +184,9 @@ class CreditReport:
             "notes": list(self.notes),
             "step": self.step,
             "parts": {name: list(calls) for name, calls in self.parts.items()},
+            "folds": self.folds,
+            "run": self.run,
+            "source": dict(self.source),
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -249,6 +265,9 @@ class CreditReport:
             notes=tuple(_checked_list(given, "notes", str)),
             step=None if step is None else _checked_int(given, "step"),
             parts=_checked_parts(given.get("parts", {})),
+            folds=_checked_folds(given.get("folds", 5)),
+            run=_checked_run(given.get("run", "")),
+            source=_checked_source(given.get("source", {})),
         )
 
     def plot(self) -> Figure:
@@ -262,10 +281,10 @@ class CreditReport:
         return plot_report(self)
 
     def __rich__(self) -> Table:
-        at_step = "" if self.step is None else f" at step {self.step}"
         table = Table(
-            title=f"Koopman credit{at_step}, {self.n_samples} samples\n{self.directions} output "
-            f"directions, total {self.total:.3f} ± {self.total_stderr:.3f} nats a direction",
+            title=f"Koopman credit{escape(self.moment)}, {self.n_samples} samples\n"
+            f"{self.directions} output directions, total {self.total:.3f} ± {self.total_stderr:.3f} "
+            "nats a direction",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             caption="\n".join(self._caption()) or None,
@@ -316,6 +335,7 @@ def build_report(
     variance_kept: Sequence[float] | None = None,
     notes: Sequence[str] = (),
     step: int | None = None,
+    folds: int = 5,
 ) -> CreditReport:
     """Give the numbers of a chain their names.
 
@@ -326,6 +346,7 @@ def build_report(
         variance_kept: Share of variance in each state vector; ``None`` means all.
         notes: Sentences for the reader.
         step: Training step the weights belong to.
+        folds: Number of folds that the error bars rest on.
 
     Returns:
         The report.
@@ -355,6 +376,7 @@ def build_report(
         notes=tuple(notes),
         operators=dict(zip(components, credits.operators, strict=True)),
         step=step,
+        folds=folds,
     )
 
 
@@ -407,6 +429,28 @@ def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, dict):
         raise ReportFormatError(f"parts must name the module calls of each state, not {value!r}")
     return {name: tuple(_checked_list(value, name, str)) for name in value}
+
+
+def _checked_folds(value: Any) -> int:
+    if type(value) is not int or not 2 <= value < 10**9:
+        raise ReportFormatError(f"folds must be a whole number from 2 on, not {value!r}")
+    return value
+
+
+def _checked_run(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ReportFormatError(f"run must be a name, not {value!r}")
+    return value
+
+
+def _checked_source(value: Any) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ReportFormatError(f"source cannot be written again: {error}") from None
+    if not isinstance(value, dict):
+        raise ReportFormatError(f"source must tell a checkpoint and options, not {value!r}")
+    return value
 
 
 def _numeric(value: Any) -> bool:

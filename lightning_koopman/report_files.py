@@ -61,19 +61,20 @@ def merge_reports(paths: Iterable[str | os.PathLike[str]]) -> list[CreditReport]
         paths: Files that :func:`write_reports` wrote.
 
     Returns:
-        Reports sorted by step; those that two files hold alike, once.
+        Reports sorted by run and step; those that two files hold alike, once.
 
     Raises:
-        ReportFormatError: If a file holds no reports, or two files tell different things of one step.
+        ReportFormatError: If a file holds no reports, or two files tell different things of one step of
+            a run.
     """
-    by_step: dict[int | None, tuple[str, CreditReport]] = {}
+    by_step: dict[tuple[str, int | None], tuple[str, CreditReport]] = {}
     for path in [os.fspath(name) for name in paths]:
         for report in read_reports(path):
-            other = by_step.setdefault(report.step, (path, report))
-            if other[1].to_dict() != report.to_dict():
+            other = by_step.setdefault((report.run, report.step), (path, report))
+            if {**other[1].to_dict(), "source": None} != {**report.to_dict(), "source": None}:
                 raise ReportFormatError(
-                    f"{other[0]} and {path} hold different reports of step {report.step}; merge shards "
-                    "of one evaluation only"
+                    f"{other[0]} and {path} hold different reports{report.moment}; merge shards of "
+                    "one evaluation only"
                 )
-    order = sorted(by_step, key=lambda step: -1 if step is None else step)
-    return [by_step[step][1] for step in order]
+    order = sorted(by_step, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
+    return [by_step[key][1] for key in order]

@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints
 from lightning_koopman.cli import main
-from lightning_koopman.formats import changes, read_reports, write_reports
+from lightning_koopman.comparison import changes
+from lightning_koopman.formats import read_reports, write_reports
 from lightning_koopman.html import to_html
 from lightning_koopman.report import ReportFormatError
 

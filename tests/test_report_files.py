@@ -126,7 +126,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     write_reports([one], tmp_path / "a.json")
     write_reports([other], tmp_path / "b.json")
     assert len(merge_reports([tmp_path / "a.json", tmp_path / "a.json"])) == 1
-    with pytest.raises(ReportFormatError, match=r"different reports of step 3; merge shards"):
+    with pytest.raises(ReportFormatError, match=r"different reports at step 3; merge shards"):
         merge_reports([tmp_path / "a.json", tmp_path / "b.json"])
 
 

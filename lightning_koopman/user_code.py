@@ -1,0 +1,129 @@
+"""Imports the model and the data that a user named on the command line."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+def named_object(name: str) -> Any:
+    """Import what the user named as pkg.mod:attribute, and nothing else.
+
+    Args:
+        name: The name; modules of the working directory are found too.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: If the name is incomplete or the module has no such attribute.
+    """
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found: Any = importlib.import_module(module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{module_name} has no {attribute!r}")
+        found = getattr(found, part)
+    return found
+
+
+def build_model(name: str, hyper_parameters: Mapping[str, Any]) -> nn.Module:
+    """Build a model, or take one that stands in the module.
+
+    Args:
+        name: Class, function or model, as pkg.mod:attribute.
+        hyper_parameters: Arguments; a class or function gets those that it names.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If it cannot be built, or is no module.
+    """
+    found = named_object(name)
+    if not isinstance(found, nn.Module):
+        accepted = inspect.signature(found).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+        arguments = {k: v for k, v in hyper_parameters.items() if takes_all or k in accepted}
+        try:
+            found = found(**arguments)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} cannot be built from the hyperparameters in the checkpoint ({error}); name a "
+                "function that builds it"
+            ) from None
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"{name} gives a {type(found).__name__}, not a torch.nn.Module")
+    return found
+
+
+def build_batches(name: str) -> Iterable[Any]:
+    """Build the data to measure on.
+
+    Args:
+        name: A DataModule, of which the validation loader is taken, a function or an iterable.
+
+    Returns:
+        What iterates over batches.
+
+    Raises:
+        ValueError: If it needs arguments or holds no batches.
+    """
+    found = named_object(name)
+    if callable(found):
+        try:
+            found = found()
+        except TypeError as error:
+            raise ValueError(f"{name} cannot be called without arguments ({error})") from None
+    if hasattr(found, "val_dataloader"):
+        found.prepare_data()
+        found.setup("validate")
+        found = found.val_dataloader()
+    if (
+        isinstance(found, list | tuple)
+        and found
+        and hasattr(found[0], "__iter__")
+        and hasattr(found[0], "dataset")
+    ):
+        found = found[0]
+    if not isinstance(found, Iterable):
+        raise ValueError(f"{name} gives a {type(found).__name__}, which holds no batches")
+    return found
+
+
+def fit_and_choose(name: str) -> tuple[list[Any], list[Any]]:
+    """Give batches to fit on and others to choose on.
+
+    Args:
+        name: A DataModule, whose training and validation loaders are taken, or a function or iterable,
+            whose batches are split into those at even and at odd places.
+
+    Returns:
+        Batches to fit on, and others.
+
+    Raises:
+        ValueError: If there are fewer than two batches.
+    """
+    found = named_object(name)
+    found = found() if callable(found) else found
+    if hasattr(found, "train_dataloader"):
+        found.prepare_data()
+        found.setup("fit")
+        return list(found.train_dataloader()), list(build_batches(name))
+    batches = list(build_batches(name))
+    if len(batches) < 2:
+        raise ValueError(
+            f"{name} gives {len(batches)} batch; linearize needs at least one to fit on and one to "
+            "choose on"
+        )
+    return batches[::2], batches[1::2]
