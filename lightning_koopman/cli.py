@@ -280,7 +280,7 @@ def compare(
         network = build_model(model, dict(checkpoint.hyper_parameters))
         apply_checkpoint(network, checkpoint)
         found.append(credit_report(network, build_batches(data), step=checkpoint.step))
-    Console().print(changes_table(*found, quantity))
+    Console().print(changes_table(found[0], found[1], quantity))
 
 
 def main(args: Sequence[str] | None = None) -> int:
