@@ -143,22 +143,22 @@ def intervene(
     forward_fn: ForwardFn | None = None,
     seed: int = 0,
 ) -> Interventions:
-    r"""Alter each component of a trained network in turn, and measure what its outputs do.
+    """Alter each component of a trained network in turn, and measure what its outputs do.
 
-    The kinds, for a component that turns :math:`x_{i-1}` into :math:`x_i`:
+    The kinds, for a component that turns x_{i-1} into x_i:
 
     * ``linear``: its output is replaced by its Koopman operator applied to the output of the component
       before it (of the ``delay`` components before it). Where the report's states are the flattened
       tensors themselves, the report's own operator is used. Where they are pooled, projected or lifted,
       the operator cannot give back a whole tensor; a map from the leading POD directions of
-      :math:`x_{i-1}` to every entry of :math:`x_i` is then fitted on ``fit_batches``.
+      x_{i-1} to every entry of x_i is then fitted on ``fit_batches``.
     * ``reinit``: its weights and buffers go back to ``initial``, or are drawn anew by
       ``reset_parameters``.
     * ``weight_noise``: Gaussian noise of ``strength`` times its own standard deviation is added to each
       parameter tensor of more than one entry.
     * ``output_noise``: Gaussian noise of ``strength`` times each unit's standard deviation is added to
       its output.
-    * ``skip``: its output is replaced by :math:`x_{i-1}` where the shapes agree, else by its mean.
+    * ``skip``: its output is replaced by x_{i-1} where the shapes agree, else by its mean.
 
     Units' means and standard deviations are those over ``batches``. Kinds that draw are averaged over
     ``draws``. A module that runs several times is altered in all its calls by the kinds that touch
@@ -173,7 +173,7 @@ def intervene(
         kinds: Which interventions.
         components: Which components; ``None`` takes all.
         fit_batches: Data to fit linear maps on, where the report's operators cannot be used as they
-            are: of reduced states, and in a report read from JSON (there from :math:`x_{i-1}` alone).
+            are: of reduced states, and in a report read from JSON (there from x_{i-1} alone).
         initial: ``state_dict`` of the network at its initialisation.
         strength: Noise, as a share of the standard deviation.
         draws: Number of draws that kinds with a random part are averaged over.

@@ -252,10 +252,10 @@ def fit_operator(
     folds: int = 5,
     seed: int = 0,
 ) -> KoopmanOperator:
-    r"""Fit the linear map that best carries snapshots ``x`` to snapshots ``y``.
+    """Fit the linear map that best carries snapshots ``x`` to snapshots ``y``.
 
-    Minimises :math:`\tfrac{1}{n}\|XK - Y\|_F^2 + \lambda s \|K\|_F^2` over centred data, where
-    :math:`s` is the mean variance of ``x``, from the Gram matrices by ``eigh`` with a relative
+    Minimises ‖XK - Y‖² / n + λ s ‖K‖² (Frobenius norms) over centred data, where s is the mean
+    variance of ``x``, from the Gram matrices by ``eigh`` with a relative
     cut-off, so that dead and duplicate units do no harm.
 
     Args:
