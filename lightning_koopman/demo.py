@@ -52,7 +52,7 @@ class DigitClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Give the optimiser."""
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
+        return torch.optim.Adam(self.parameters(), lr=1e-3 if self.hparams["arch"] == "mlp" else 3e-3)
 
 
 class Digits(L.LightningDataModule):
