@@ -13,11 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.averaging import CheckpointError, Weights, chosen_weights
 from lightning_koopman.components import clean_name
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +81,24 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return [Path(os.path.relpath(folder, common)).as_posix() for folder in folders]
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Checkpoint:
+def load_checkpoint(
+    path: str | os.PathLike[str], *, trust: bool = False, weights: Weights = "saved"
+) -> Checkpoint:
     """Read a checkpoint of Lightning, or a bare ``state_dict``, onto the CPU.
 
     Args:
         path: The file.
         trust: Unpickle whatever the file holds. It may then run any code; leave this off for files
             that are not your own.
+        weights: What stands in ``state_dict`` (``"saved"``), or, of a training with weight averaging,
+            the ``"averaged"`` or the ``"current"`` weights.
 
     Returns:
         The checkpoint.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, not a checkpoint, or needs to be trusted.
+        CheckpointError: If the file is missing, damaged, not a checkpoint, needs to be trusted, or does
+            not hold the weights asked for.
     """
     path = Path(path)
     if _is_sharded(path):
@@ -120,15 +122,15 @@ def load_checkpoint(path: str | os.PathLike[str], *, trust: bool = False) -> Che
         raise CheckpointError(f"{path} cannot be read ({reason})") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    weights = content.get("state_dict", content)
-    if not isinstance(weights, Mapping) or not all(isinstance(v, Tensor) for v in weights.values()):
+    tensors = chosen_weights(path, content, weights)
+    if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise CheckpointError(f"{path} holds no state_dict of tensors")
     step = content.get("global_step")
     hyper_parameters = content.get("hyper_parameters", {})
     return Checkpoint(
         path=path,
         step=step if isinstance(step, int) else None,
-        state_dict={clean_name(str(name)): value for name, value in weights.items()},
+        state_dict={clean_name(str(name)): value for name, value in tensors.items()},
         hyper_parameters=hyper_parameters if isinstance(hyper_parameters, Mapping) else {},
     )
 

@@ -11,15 +11,35 @@ from typing import Any, Literal
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from lightning_koopman.report import CreditReport
-from lightning_koopman.user_code import build_batches, build_model, fit_and_choose
+from lightning_koopman.user_code import build_batches, build_both, build_model, fit_and_choose
+
+
+class _RateColumn(ProgressColumn):
+    """How many are done a minute, as soon as the first is."""
+
+    def render(self, task: Task) -> Text:
+        return Text(
+            "" if not task.speed else f"{60 * task.speed:.1f} a minute", style="progress.data.speed"
+        )
+
 
 _COLUMNS = (
     TextColumn("{task.description}"),
     BarColumn(),
     MofNCompleteColumn(),
+    _RateColumn(),
     TimeRemainingColumn(),
 )
 
@@ -61,6 +81,8 @@ def evaluate(
     trust_checkpoint: bool = False,
     shard: str = "1/1",
     fresh: bool = False,
+    workers: int = 1,
+    weights: Literal["saved", "averaged", "current"] = "saved",
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step.
 
@@ -87,6 +109,8 @@ def evaluate(
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
         fresh: Measure again what was measured before.
+        workers: Processes that measure side by side, with the torch threads split among them.
+        weights: Which weights of a training with weight averaging: as saved, averaged or current.
 
     Raises:
         EvaluationError: If a checkpoint cannot be used; the others are still evaluated.
@@ -97,7 +121,7 @@ def evaluate(
     part = _shard(shard)
     known = [] if out is None or fresh else read_known(out, format)
     hyper_parameters = _first_hyper_parameters(ckpt, trust_checkpoint)
-    network, batches = build_model(model, hyper_parameters), build_batches(data)
+    network, batches = build_both(model, hyper_parameters, data)
     console = Console(stderr=True)
 
     def tell_known(taken: int, total: int) -> None:
@@ -122,6 +146,9 @@ def evaluate(
                 shard=part,
                 known=known,
                 about={"model": model, "data": data},
+                weights=weights,
+                workers=workers,
+                build=functools.partial(build_both, model, hyper_parameters, data),
                 components=components,
                 rank=rank,
                 tikhonov=tikhonov,
@@ -250,6 +277,7 @@ def compare(
     data: str | None = None,
     quantity: Literal["credit", "gain", "nonlinearity", "sensitivity"] = "credit",
     trust_checkpoint: bool = False,
+    weights: Literal["saved", "averaged", "current"] = "saved",
 ) -> None:
     """Show which components changed beyond error between two checkpoints or two saved reports.
 
@@ -260,6 +288,7 @@ def compare(
         data: Data to measure on, as pkg.mod:DataModule; needed for checkpoints.
         quantity: Which number.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+        weights: Which weights of a training with weight averaging: as saved, averaged or current.
 
     Raises:
         ValueError: If checkpoints come without model and data.
@@ -276,7 +305,7 @@ def compare(
             continue
         if model is None or data is None:
             raise ValueError(f"{path} is no .json report, so it needs --model and --data to be measured")
-        checkpoint = load_checkpoint(path, trust=trust_checkpoint)
+        checkpoint = load_checkpoint(path, trust=trust_checkpoint, weights=weights)
         network = build_model(model, dict(checkpoint.hyper_parameters))
         apply_checkpoint(network, checkpoint)
         found.append(credit_report(network, build_batches(data), step=checkpoint.step))
@@ -290,7 +319,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments; ``None`` takes the process's own.
 
     Returns:
-        Exit code: 0, or 1 after an error that was printed. Unusable arguments exit with 2.
+        Exit code: 0, 1 after an error that was printed, or 130 after Ctrl-C. Unusable arguments exit
+        with 2.
     """
     given = list(sys.argv[1:] if args is None else args)
     # jsonargparse names options after parameters; dashes are what people type.
@@ -306,7 +336,10 @@ def main(args: Sequence[str] | None = None) -> int:
         auto_cli(commands, args=given, prog="lightning-koopman", as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
-        return 1
+        return 130 if getattr(error, "interrupted", False) else 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("[bold red]error:[/] interrupted")
+        return 130
     return 0
 
 

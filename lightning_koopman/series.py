@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import nn
 
 from lightning_koopman.checkpoints import (
     CheckpointError,
+    Weights,
     apply_checkpoint,
     find_checkpoints,
     load_checkpoint,
@@ -21,6 +24,7 @@ from lightning_koopman.checkpoints import (
 )
 from lightning_koopman.evaluate import credit_report
 from lightning_koopman.report import CreditReport
+from lightning_koopman.workers import WorkerError, run_in_processes
 from lightning_koopman.writers import CreditWriter, EventFile
 
 
@@ -72,6 +76,9 @@ def evaluate_checkpoints(
     shard: tuple[int, int] = (1, 1),
     known: Sequence[CreditReport] = (),
     about: Mapping[str, Any] | None = None,
+    weights: Weights = "saved",
+    workers: int = 1,
+    build: Callable[[], tuple[nn.Module, Iterable[Any]]] | None = None,
     **options: Any,
 ) -> list[CreditReport]:
     """Measure the credits of a training after it has ended, checkpoint by checkpoint.
@@ -93,6 +100,11 @@ def evaluate_checkpoints(
         known: Reports of an earlier evaluation. One is taken over where path, size and modification time
             of the file, the options and ``about`` are what they were.
         about: Names of model and data, or whatever else must be equal for a known report to hold.
+        weights: Which of the weights that a checkpoint holds: those in its ``state_dict`` (``"saved"``),
+            or, of a training with averaging, the ``"averaged"`` or the ``"current"`` ones.
+        workers: Number of processes that measure side by side, with the torch threads split among them.
+            A script that asks for several needs the usual ``if __name__ == "__main__":``.
+        build: Called in every worker process for the model and the batches; ``None`` sends copies.
         options: Passed on to :func:`credit_report`.
 
     Returns:
@@ -103,12 +115,15 @@ def evaluate_checkpoints(
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
             after all others were evaluated, and carries their reports. Ctrl-C raises it too, with what
             was measured until then.
-        ValueError: As :func:`credit_report`, or if the shard is out of range.
+        ValueError: As :func:`credit_report`, or if the shard or the number of workers is out of range,
+            or model or batches cannot be sent to a worker.
     """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; at least one process must measure")
     number, shards = shard
     if not 1 <= number <= shards:
         raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
-    settled = _settled({**options, **(about or {})})
+    settled = _settled({**options, **(about or {}), "weights": weights})
     entries, failures = _entries(checkpoints, shard, trust_checkpoint, settled, known)
     new = [entry for entry in entries if entry.known is None]
     if iter(batches) is batches and len(new) > 1:
@@ -116,33 +131,40 @@ def evaluate_checkpoints(
     if on_known is not None:
         on_known(len(entries) - len(new), len(entries))
     reports = {id(entry): entry.known for entry in entries if entry.known is not None}
-    logs, waiting = _RunLogs(logdir), iter(entries)
-    interrupted = False
+    measure = functools.partial(_measure, trust=trust_checkpoint, weights=weights, options=options)
+    count = min(workers, len(new))
+    if count > 1:
+        build = build or functools.partial(_given, model, batches)
+        measured = run_in_processes(build, measure, new, count)
+    else:
+        measured = ((entry, measure((model, batches), entry)) for entry in new)
+    logs, waiting, done, interrupted = _RunLogs(logdir), deque(entries), 0, False
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}
     try:
-        measured = _measured(model, batches, new, trust_checkpoint, on_progress, options)
         try:
-            for entry in waiting:
-                if entry.known is None:
-                    result = next(measured)
-                    if isinstance(result, CheckpointError):
-                        failures.append(str(result))
-                        continue
+            if on_progress is not None:
+                on_progress(0, len(new))
+            for entry, result in measured:
+                logs.add_known(waiting, before=entry)
+                if isinstance(result, CheckpointError):
+                    failures.append(str(result))
+                else:
                     reports[id(entry)] = result
                     if on_report is not None:
                         on_report(_in_order(entries, reports))
-                logs.add(reports[id(entry)], known=entry.known is not None)
-            if on_progress is not None:
-                on_progress(len(new), len(new))
+                    logs.add(result, known=False)
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, len(new))
         except KeyboardInterrupt:
             interrupted = True
-            for rest in waiting:
-                if rest.known is not None:
-                    logs.add(rest.known, known=True)
-            done = sum(id(entry) in reports for entry in new)
             failures.append(f"interrupted after {done} of {len(new)} checkpoints")
+        except WorkerError as error:
+            failures.append(str(error))
+        logs.add_known(waiting)
         logs.finish()
     finally:
+        measured.close()
         model.load_state_dict(original)
         logs.close()
     found = _in_order(entries, reports)
@@ -208,25 +230,26 @@ def _source(path: Path, settled: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measured(
-    model: nn.Module,
-    batches: Iterable[Any],
-    entries: Sequence[Entry],
+def _measure(
+    given: tuple[nn.Module, Iterable[Any]],
+    entry: Entry,
+    *,
     trust: bool,
-    on_progress: Callable[[int, int], None] | None,
+    weights: Weights,
     options: Mapping[str, Any],
-) -> Iterator[CreditReport | CheckpointError]:
-    """Give a report, or what is wrong with the file, for every entry in turn."""
-    for done, entry in enumerate(entries):
-        if on_progress is not None:
-            on_progress(done, len(entries))
-        try:
-            apply_checkpoint(model, load_checkpoint(entry.path, trust=trust))
-        except CheckpointError as error:
-            yield error
-            continue
-        report = credit_report(model, batches, step=entry.step, **options)
-        yield replace(report, run=entry.run, source=entry.source)
+) -> CreditReport | CheckpointError:
+    """Give the report of one checkpoint, or what is wrong with the file."""
+    model, batches = given
+    try:
+        apply_checkpoint(model, load_checkpoint(entry.path, trust=trust, weights=weights))
+    except CheckpointError as error:
+        return error
+    report = credit_report(model, batches, step=entry.step, **options)
+    return replace(report, run=entry.run, source=entry.source)
+
+
+def _given(model: nn.Module, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
+    return model, batches
 
 
 def _in_order(entries: Sequence[Entry], reports: Mapping[int, CreditReport]) -> list[CreditReport]:
@@ -246,6 +269,12 @@ class _RunLogs:
         if report.run not in self._logs:
             self._logs[report.run] = _RunLog(os.path.join(self._logdir, report.run))
         self._logs[report.run].add(report, known=known)
+
+    def add_known(self, waiting: deque[Entry], before: Entry | None = None) -> None:
+        """Take entries off a queue until one is met, and write those known."""
+        while waiting and (entry := waiting.popleft()).path != getattr(before, "path", None):
+            if entry.known is not None:
+                self.add(entry.known, known=True)
 
     def finish(self) -> None:
         for log in self._logs.values():

@@ -101,6 +101,22 @@ def build_batches(name: str) -> Iterable[Any]:
     return found
 
 
+def build_both(
+    model: str, hyper_parameters: Mapping[str, Any], data: str
+) -> tuple[nn.Module, Iterable[Any]]:
+    """Build model and data.
+
+    Args:
+        model: As in :func:`build_model`.
+        hyper_parameters: As in :func:`build_model`.
+        data: As in :func:`build_batches`.
+
+    Returns:
+        Model and batches.
+    """
+    return build_model(model, hyper_parameters), build_batches(data)
+
+
 def fit_and_choose(name: str) -> tuple[list[Any], list[Any]]:
     """Give batches to fit on and others to choose on.
 
