@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.averaging import CheckpointError, Weights, chosen_weights
+from lightning_koopman.averaging import CheckpointError as CheckpointError
+from lightning_koopman.averaging import Weights as Weights
+from lightning_koopman.averaging import chosen_weights
 from lightning_koopman.components import clean_name
 
 
