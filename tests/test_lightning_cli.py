@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import inspect
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,21 @@ def test_values_out_of_range_are_named(namespace: str, tmp_path: Path) -> None:
     config = write_config(tmp_path, namespace)
     with pytest.raises(ValueError, match="every_n_epochs is 0; it must be 1 or above"):
         run(namespace, "fit", f"--config={config}", "--trainer.callbacks.every_n_epochs=0")
+
+
+def test_the_snippet_of_the_readme(namespace: str, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "config.yaml").write_text(snippet)
+    cli = run(
+        namespace,
+        "fit",
+        f"--config={tmp_path / 'config.yaml'}",
+        "--seed_everything=0",
+        "--trainer.max_epochs=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.log_every_n_steps=1",
+    )
+    assert len(monitor_of(cli).history) == 1
