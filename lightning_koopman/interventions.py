@@ -105,7 +105,7 @@ class Interventions:
         return plot_interventions(self)
 
     def __rich__(self) -> Table:
-        unit = "KL [nats]" if self.scale == "kl" else "share of the outputs' variance"
+        unit = "KL in nats" if self.scale == "kl" else "share of the outputs' variance"
         before = "" if math.isnan(self.metric_before) else f", metric before {self.metric_before:.4f}"
         table = Table(
             title=f"Interventions, {self.n_samples} samples: {unit}, metric after{before}",
