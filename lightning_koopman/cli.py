@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
+from jsonargparse import auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -333,6 +334,8 @@ def main(args: Sequence[str] | None = None) -> int:
         if len(given) > 2 * place - 1 and not given[2 * place - 1].startswith("-"):
             given.insert(2 * place - 1, f"--{name}")
     try:
+        if any(argument.startswith("--print_completion") for argument in given):
+            _offer_completion()
         auto_cli(commands, args=given, prog="lightning-koopman", as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", soft_wrap=True)
@@ -341,6 +344,19 @@ def main(args: Sequence[str] | None = None) -> int:
         Console(stderr=True).print("[bold red]error:[/] interrupted")
         return 130
     return 0
+
+
+def _offer_completion() -> None:
+    """Let jsonargparse print completions, which it does only when told to."""
+    try:
+        if importlib.util.find_spec("shtab") is None:
+            raise TypeError
+        set_parsing_settings(add_print_completion_argument=True)
+    except TypeError:  # an older jsonargparse knows no such setting
+        raise ValueError(
+            "--print-completion needs shtab and a newer jsonargparse: "
+            "pip install -U 'lightning-koopman[completion]'"
+        ) from None
 
 
 def _shard(text: str) -> tuple[int, int]:
