@@ -26,7 +26,7 @@ from lightning_koopman.alterations import (
 from lightning_koopman.capture import undisturbed
 from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.measurement import ForwardFn
-from lightning_koopman.report import CreditReport
+from lightning_koopman.report import CreditReport, as_text
 from lightning_koopman.runs import Runner, UnitMoments
 from lightning_koopman.scoring import Metric, Outputs, Scale
 from lightning_koopman.sites import Alteration
@@ -103,6 +103,9 @@ class Interventions:
         from lightning_koopman.plots import plot_interventions
 
         return plot_interventions(self)
+
+    def __str__(self) -> str:
+        return as_text(self)
 
     def __rich__(self) -> Table:
         unit = "KL in nats" if self.scale == "kl" else "share of the outputs' variance"

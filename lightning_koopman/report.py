@@ -310,10 +310,7 @@ class CreditReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=130, color_system=None)
-        console.print(self)
-        assert isinstance(console.file, io.StringIO)
-        return console.file.getvalue().rstrip()
+        return as_text(self)
 
     def _with_error(self, name: str, i: int) -> str:
         return f"{getattr(self, name)[i]:.3f}±{self.stderr[name][i]:.3f}"
@@ -379,6 +376,20 @@ def build_report(
         step=step,
         folds=folds,
     )
+
+
+def as_text(table: Any) -> str:
+    """Render what rich can print as plain text.
+
+    Args:
+        table: The thing to print.
+
+    Returns:
+        Text of at most 130 columns, without colours.
+    """
+    file = io.StringIO()
+    Console(file=file, width=130, color_system=None).print(table)
+    return file.getvalue().rstrip()
 
 
 def check_quantities(quantities: Sequence[str]) -> None:
