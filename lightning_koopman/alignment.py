@@ -20,10 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_koopman.operator import Factored
+
 RANK_RTOL = 1e-8
 """Singular values of a backward step below this share of its largest count as lost directions."""
 
-Operators = Sequence[Sequence[Tensor]]
+_CLEARLY = 0.5
+"""Bounds on singular values decide about a rank only this far from :data:`RANK_RTOL`."""
+
+Operators = Sequence[Sequence[Tensor | Factored]]
 """For step i = 1 … L, one block of shape ``(d_p, d_i)`` a state p that it reads, the nearest first."""
 
 
@@ -121,16 +126,23 @@ def _align(
         for child, ratio in relative.items():
             if state in parents[child - 1]:
                 block = operators[child - 1][list(parents[child - 1]).index(state)]
-                jacobian = jacobian + block @ bases[child - state - 1] @ ratio
-        kept = _numerical_rank(jacobian)
-        if kept < rank:
-            return ((), (), (), torch.empty(0)), kept, state
+                step = block @ bases[child - state - 1]
+                # The nearest state's ratio is the identity.
+                jacobian = jacobian + (step if child == state + 1 else step @ ratio)
+        if min(jacobian.shape) < rank:
+            return ((), (), (), torch.empty(0)), _numerical_rank(jacobian), state
         basis, triangle = torch.linalg.qr(jacobian)
+        inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
+        # Singular values are computed only where norms leave it open whether any is below the cut-off.
+        spread = float(torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse))
+        if not spread * RANK_RTOL < _CLEARLY:
+            kept = _numerical_rank(jacobian)
+            if kept < rank:
+                return ((), (), (), torch.empty(0)), kept, state
         bases.insert(0, basis)
         aligned.insert(0, triangle)
         factors.insert(0, triangle @ factors[0])
         volumes.insert(0, volumes[0] + triangle.diagonal().abs().log())
-        inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
         needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
         relative = {state: identity} | {c: ratio @ inverse for c, ratio in needed.items()}
     return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), rank, 0

@@ -12,9 +12,12 @@ from torch import Tensor
 from lightning_koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.operator import (
     RESOLUTION_GRID,
+    Factored,
+    HeldOut,
     Spectrum,
     alive,
-    held_out_errors,
+    held_out,
+    in_sample,
     resolved_tikhonov,
     spectrum,
 )
@@ -26,7 +29,8 @@ Normalize = Literal["none", "rms", "whiten"]
 class Split:
     """The regression problems on some folds, and the moments of the fold left out.
 
-    ``directions`` are the POD directions of the output, leading first, in its coordinates.
+    ``directions`` are the POD directions of the output, leading first, in its coordinates, and
+    ``output_rank`` is how many of them are alive.
     """
 
     count: float
@@ -34,6 +38,7 @@ class Split:
     test: Covariances | None
     problems: tuple[Spectrum, ...]
     directions: Tensor
+    output_rank: int
 
     @property
     def widths(self) -> list[int]:
@@ -46,10 +51,16 @@ class Split:
         return 0.0 if self.test is None else self.test.count
 
 
-def split_chain(layout: Layout, moments: Tensor, fold: int | None, normalize: Normalize) -> Split:
-    """Set up every step's regression on all folds, or on all but one."""
-    total = moments.sum(dim=0)
-    train = covariances(layout, total if fold is None else total - moments[fold])
+def split_chain(
+    layout: Layout,
+    moments: Tensor,
+    fold: int | None,
+    normalize: Normalize,
+    total: Tensor | None = None,
+) -> Split:
+    """Set up every step's regression on all folds, or on all but one; ``total`` sums all folds."""
+    total = moments.sum(dim=0) if total is None else total
+    train = covariances(layout, total, without=None if fold is None else moments[fold])
     test = None if fold is None else covariances(layout, moments[fold], about=train.means)
     scales = _scales(train, len(layout.dims), normalize)
     if scales is not None:
@@ -62,10 +73,11 @@ def split_chain(layout: Layout, moments: Tensor, fold: int | None, normalize: No
     output = train[len(layout.dims) - 1, len(layout.dims) - 1]
     if normalize == "whiten":
         # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
+        values = torch.linalg.eigvalsh(output)
         directions = torch.eye(len(output), dtype=output.dtype, device=output.device)
     else:
-        directions = torch.linalg.eigh(output)[1]
-    return Split(train.count, train, test, problems, directions.flip(1))
+        values, directions = torch.linalg.eigh(output)
+    return Split(train.count, train, test, problems, directions.flip(1), int(alive(values).sum()))
 
 
 def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Tensor] | None:
@@ -74,22 +86,23 @@ def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Ten
         return None
     scales = []
     for i in range(n_states):
-        covariance = train[i, i]
         if normalize == "rms":
-            variance = covariance.diagonal()
+            variance = train.variances[i]
             scales.append(torch.diag(torch.where(alive(variance), variance, torch.inf).rsqrt()))
         else:
-            values, vectors = torch.linalg.eigh(covariance)
+            values, vectors = torch.linalg.eigh(train[i, i])
             kept = alive(values)
             scales.append(vectors[:, kept] * values[kept].rsqrt())
     return scales
 
 
 def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
+    blocks = {(i, j): scales[i].T @ block @ scales[j] for (i, j), block in given.blocks.items()}
     return Covariances(
         given.count,
         tuple(mean @ scale for mean, scale in zip(given.means, scales, strict=True)),
-        {(i, j): scales[i].T @ block @ scales[j] for (i, j), block in given.blocks.items()},
+        tuple(blocks[i, i].diagonal() for i in range(len(scales))),
+        blocks,
     )
 
 
@@ -117,63 +130,56 @@ class Fit:
     in_sample: Tensor
 
 
-def choose_steps(
-    layout: Layout, folds: Sequence[Split], tikhonov: float | None
-) -> tuple[list[float], list[list[float]]]:
-    """Pick each step's ridge weight over all folds, and once more without each of them."""
-    steps = range(1, len(layout.dims))
-    if tikhonov is not None or not folds:
-        given = [tikhonov or 0.0] * len(steps)
-        return given, [given] * len(folds)
+def fit_steps(
+    layout: Layout, whole: Split, folds: Sequence[Split], tikhonov: float | None
+) -> tuple[Fit, list[float], list[list[float]]]:
+    """Fit every step: R², and its ridge weight over all folds and once more without each of them."""
+    shape = (len(folds), len(layout.dims) - 1)
+    errors, totals = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    within = torch.zeros(2, 1, shape[1], dtype=torch.float64)
     chosen: list[float] = []
     without: list[list[float]] = [[] for _ in folds]
-    for i in steps:
-        rows = [
-            [split.count_out * error for error in _errors(layout, split, i, RESOLUTION_GRID)]
-            for split in folds
-        ]
-        table = torch.tensor(rows, dtype=torch.float64)
-        chosen.append(resolved_tikhonov(table, RESOLUTION_GRID))
-        for fold, picked in enumerate(without):
-            rest = torch.cat([table[:fold], table[fold + 1 :]]) if len(folds) > 1 else table
-            picked.append(resolved_tikhonov(rest, RESOLUTION_GRID))
-    return chosen, without
+    counts = torch.tensor([split.count_out for split in folds], dtype=torch.float64)
+    # One step after the other: the forms of all of them at once would fill the memory.
+    for i in range(1, len(layout.dims)):
+        forms = [_held_out(layout, split, i) for split in folds]
+        if tikhonov is None and folds:
+            rows = torch.stack([form.errors(RESOLUTION_GRID).cpu() for form in forms])
+            rows = counts[:, None] * rows
+            ridge = resolved_tikhonov(rows, RESOLUTION_GRID)
+            for fold, picked in enumerate(without):
+                rest = torch.cat([rows[:fold], rows[fold + 1 :]]) if len(folds) > 1 else rows
+                picked.append(resolved_tikhonov(rest, RESOLUTION_GRID))
+        else:
+            ridge = tikhonov or 0.0
+            for picked in without:
+                picked.append(ridge)
+        chosen.append(ridge)
+        for fold, form in enumerate(forms):
+            errors[fold, i - 1] = counts[fold] * float(form.errors([ridge]))
+            totals[fold, i - 1] = counts[fold] * form.variance
+        own = in_sample(whole.problems[i - 1], float(whole.train.variances[i].sum()))
+        within[0, 0, i - 1], within[1, 0, i - 1] = float(own.errors([ridge])), own.variance
+    return Fit(*_pooled_r2(errors, totals), in_sample=_pooled_r2(*within)[0]), chosen, without
 
 
-def fit_steps(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequence[float]) -> Fit:
-    """R² of every step's operator."""
-
-    def table(splits: Sequence[Split]) -> tuple[Tensor, Tensor]:
-        steps = list(enumerate(chosen, start=1))
-        errors = [[s.count_out * _errors(layout, s, i, [t])[0] for i, t in steps] for s in splits]
-        totals = [[s.count_out * _variance(s, i) for i, _ in steps] for s in splits]
-        shape = (len(splits), len(chosen))
-        return (
-            torch.tensor(errors, dtype=torch.float64).reshape(shape),
-            torch.tensor(totals, dtype=torch.float64).reshape(shape),
-        )
-
-    return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([_on_itself(whole)]))[0])
+def _held_out(layout: Layout, split: Split, i: int) -> HeldOut:
+    assert split.test is not None
+    return held_out(
+        split.problems[i - 1],
+        _regressors(split.test, layout, i),
+        _targets(split.test, layout, i),
+        _variance(split, i),
+    )
 
 
 def _on_itself(split: Split) -> Split:
     return replace(split, test=split.train)
 
 
-def _errors(layout: Layout, split: Split, i: int, grid: Sequence[float]) -> list[float]:
-    assert split.test is not None
-    return held_out_errors(
-        split.problems[i - 1],
-        _regressors(split.test, layout, i),
-        _targets(split.test, layout, i),
-        _variance(split, i),
-        grid,
-    )
-
-
 def _variance(split: Split, i: int) -> float:
     assert split.test is not None
-    return float(split.test[i, i].diagonal().sum())
+    return float(split.test.variances[i].sum())
 
 
 def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -184,6 +190,14 @@ def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
 
     without = [r2(errors.sum(0) - e, totals.sum(0) - t) for e, t in zip(errors, totals, strict=True)]
     return r2(errors.sum(0), totals.sum(0)), without
+
+
+def step_factors(layout: Layout, split: Split, chosen: Sequence[float]) -> list[list[Factored]]:
+    """Solve every step, cut into one block a state it reads, without multiplying it out."""
+    return [
+        problem.parts(tikhonov, [split.widths[p] for p in layout.parents[i]])
+        for i, (problem, tikhonov) in enumerate(zip(split.problems, chosen, strict=True), start=1)
+    ]
 
 
 def step_blocks(
@@ -197,11 +211,7 @@ def step_blocks(
     solved = []
     for i, (problem, tikhonov) in enumerate(zip(problems, chosen, strict=True), start=1):
         matrix = problem.matrix(tikhonov)
-        read = layout.parents[i]
-        if len(read) == 1:
-            solved.append([matrix])
-        else:
-            solved.append(list(torch.split(matrix, [widths[p] for p in read])))
+        solved.append(list(torch.split(matrix, [widths[p] for p in layout.parents[i]])))
     return solved
 
 
@@ -222,7 +232,7 @@ def fit_chain(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequ
 def _chain_errors(layout: Layout, split: Split, chosen: Sequence[float]) -> Tensor:
     test, last = split.test, len(chosen)
     assert test is not None
-    operators = step_blocks(layout, split.problems, chosen, split.widths)
+    operators = step_factors(layout, split, chosen)
     errors = torch.zeros(last, dtype=torch.float64)
     # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
     width = test[last, last].shape[0]
@@ -245,9 +255,11 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
     """Numerical rank of the state behind each component."""
     ranks = []
     for i in range(1, len(layout.dims)):
-        if i < len(split.problems) and layout.parents[i + 1] == (i,):
+        if i == len(split.problems):
+            ranks.append(split.output_rank)
+        elif layout.parents[i + 1] == (i,):
             # This state is the regressor of the next step, whose spectrum is at hand.
             ranks.append(len(split.problems[i].values))
-            continue
-        ranks.append(int(alive(torch.linalg.eigvalsh(split.train[i, i])).sum()))
+        else:
+            ranks.append(int(alive(torch.linalg.eigvalsh(split.train[i, i])).sum()))
     return torch.tensor(ranks, dtype=torch.float64)

@@ -14,12 +14,11 @@ from lightning_koopman.alignment import Alignment, align
 from lightning_koopman.chain import (
     Normalize,
     Split,
-    choose_steps,
     fit_chain,
     fit_steps,
     split_chain,
     state_ranks,
-    step_blocks,
+    step_factors,
 )
 from lightning_koopman.moments import Layout
 from lightning_koopman.operator import RESOLUTION_GRID, KoopmanOperator, check_tikhonov
@@ -103,23 +102,23 @@ def compute_credits(
         targets=targets,
     )
     _check(layout, moments, targets)
-    splits = [split_chain(layout, moments, None, normalize)]
+    total = moments.sum(dim=0)
+    splits = [split_chain(layout, moments, None, normalize, total)]
     for fold in range(layout.folds):
         # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
-        rest = float(moments[:, 0].sum() - moments[fold, 0])
+        rest = float(total[0] - moments[fold, 0])
         if moments[fold, 0] > 0 and rest >= 2:
-            splits.append(split_chain(layout, moments, fold, normalize))
+            splits.append(split_chain(layout, moments, fold, normalize, total))
     whole, folds = splits[0], splits[1:]
 
-    chosen, chosen_without = choose_steps(layout, folds, tikhonov)
-    step, behind = (fit(layout, whole, folds, chosen) for fit in (fit_steps, fit_chain))
-    output_rank = int(state_ranks(layout, whole)[-1])
-    if output_rank == 0:
+    if whole.output_rank == 0:
         raise ValueError(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )
-    asked = len(targets) if targets is not None else output_rank
+    step, chosen, chosen_without = fit_steps(layout, whole, folds, tikhonov)
+    behind = fit_chain(layout, whole, folds, chosen)
+    asked = len(targets) if targets is not None else whole.output_rank
     asked = min(asked, rank) if rank is not None else asked
     chain = _align(layout, whole, chosen, asked, targets)
     kept = chain.rank
@@ -160,7 +159,7 @@ def compute_credits(
         stable=shift <= stderr["credit"].clamp_min(MAX_RIDGE_SHIFT),
         operators=_operators(
             layout,
-            whole if normalize == "none" else split_chain(layout, moments, None, "none"),
+            whole if normalize == "none" else split_chain(layout, moments, None, "none", total),
             chosen,
             step.r2,
             center,
@@ -245,7 +244,7 @@ def _align(
     directions = split.directions
     if targets is not None:
         directions = torch.eye(len(directions)).to(directions)[:, list(targets)]
-    blocks = step_blocks(layout, split.problems, chosen, split.widths)
+    blocks = step_factors(layout, split, chosen)
     return align(blocks, directions[:, :rank], layout.parents[1:])
 
 
@@ -259,7 +258,7 @@ def _volumes(
         return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
     volumes = chain.log_volumes.mean(dim=1)
     spread = [
-        split.train[i, i].diagonal().clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
+        split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
         for i in range(1, n_steps + 1)
     ]
     return {

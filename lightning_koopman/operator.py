@@ -80,6 +80,30 @@ class KoopmanOperator:
 
 
 @dataclass(frozen=True)
+class Factored:
+    """Rows of an operator as the product that solves for them; cheaper to apply than to multiply out.
+
+    Attributes:
+        vectors: Shape ``(d_in, k)``.
+        filters: Shape ``(k, 1)``.
+        projected: Shape ``(k, d_out)``.
+    """
+
+    vectors: Tensor
+    filters: Tensor
+    projected: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the rows."""
+        return self.vectors.shape[0], self.projected.shape[1]
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        product: Tensor = self.vectors @ (self.filters * (self.projected @ other))
+        return product
+
+
+@dataclass(frozen=True)
 class Spectrum:
     """A regression problem in the eigenbasis of its regressors, ready for any ridge weight.
 
@@ -116,6 +140,22 @@ class Spectrum:
             K of shape ``(d_in, d_out)``.
         """
         return self.vectors @ (self.filters(tikhonov)[:, None] * self.projected)
+
+    def parts(self, tikhonov: float, widths: Sequence[int]) -> list[Factored]:
+        """Solve for the operator, cut into one block a state that it reads, without multiplying it out.
+
+        Args:
+            tikhonov: In units of the regressors' mean variance.
+            widths: Widths of the states.
+
+        Returns:
+            Blocks of shape ``(width, d_out)``.
+        """
+        filters = self.filters(tikhonov)[:, None]
+        return [
+            Factored(vectors, filters, self.projected)
+            for vectors in torch.split(self.vectors, list(widths))
+        ]
 
     @property
     def condition(self) -> float:
@@ -154,28 +194,86 @@ def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
     return Spectrum(values[:kept], vectors, vectors.T @ c_xy, mean_variance)
 
 
-def held_out_errors(
-    train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float, grid: Sequence[float]
-) -> list[float]:
-    """Squared error a sample on held-out moments, for each ridge weight at once.
+@dataclass(frozen=True)
+class HeldOut:
+    """The squared error a sample of one problem's operators, as a function of the ridge weight.
+
+    Attributes:
+        train: The problem.
+        variance: Squared deviation of the targets, a sample.
+        linear: Coefficients of the filters, shape ``(k,)``.
+        quadratic: Coefficients of their products, ``(k, k)``, or its diagonal alone, ``(k,)``.
+    """
+
+    train: Spectrum
+    variance: float
+    linear: Tensor
+    quadratic: Tensor
+
+    def errors(self, grid: Sequence[float]) -> Tensor:
+        """Evaluate.
+
+        Args:
+            grid: Ridge weights.
+
+        Returns:
+            One non-negative error a weight, shape ``(len(grid),)``.
+        """
+        weights = torch.tensor(grid, dtype=self.linear.dtype, device=self.linear.device)
+        f = 1.0 / (self.train.values + weights[:, None] * self.train.mean_variance)
+        twice = f * self.quadratic if self.quadratic.ndim == 1 else f @ self.quadratic
+        return (self.variance - 2 * f @ self.linear + (twice * f).sum(dim=1)).clamp_min(0)
+
+
+def held_out(train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float) -> HeldOut:
+    """Set up the squared error on held-out moments.
 
     Args:
         train: The problem fitted on the other folds.
         c_xx: Held-out products of the regressors about the training means, ``(d_in, d_in)``.
         c_xy: Held-out products with the targets, ``(d_in, d_out)``.
         c_yy_trace: Held-out squared deviation of the targets from their training mean, a sample.
+
+    Returns:
+        The error, ready for any ridge weight.
+    """
+    # With K = U diag(f) W, W = UᵀC_xy: SSE = tr C_yy - 2 f·v + fᵀMf costs O(k²) a weight.
+    rotated = train.vectors.T @ (c_xx @ train.vectors)
+    linear = (train.projected * (train.vectors.T @ c_xy)).sum(dim=1)
+    return HeldOut(train, c_yy_trace, linear, rotated.mul_(train.projected @ train.projected.T))
+
+
+def in_sample(train: Spectrum, c_yy_trace: float) -> HeldOut:
+    """Set up the squared error on the moments that the problem was fitted to.
+
+    Args:
+        train: The problem.
+        c_yy_trace: Variance of the targets, summed over units.
+
+    Returns:
+        The error, ready for any ridge weight.
+    """
+    linear = train.projected.square().sum(dim=1)
+    return HeldOut(train, c_yy_trace, linear, train.values * linear)
+
+
+def held_out_errors(
+    train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float, grid: Sequence[float]
+) -> list[float]:
+    """Squared error a sample on held-out moments, for each ridge weight at once.
+
+    Args:
+        train: As in :func:`held_out`.
+        c_xx: As there.
+        c_xy: As there.
+        c_yy_trace: As there.
         grid: Ridge weights.
 
     Returns:
         One non-negative error a weight.
     """
-    # With K = U diag(f) W, W = UᵀC_xy: SSE = tr C_yy - 2 f·v + fᵀMf costs O(k²) a weight.
-    rotated = train.vectors.T @ c_xx @ train.vectors
-    linear = (train.projected * (train.vectors.T @ c_xy)).sum(dim=1)
-    quadratic = rotated * (train.projected @ train.projected.T)
-    f = torch.stack([train.filters(tikhonov) for tikhonov in grid])
-    errors = c_yy_trace - 2 * f @ linear + ((f @ quadratic) * f).sum(dim=1)
-    return [float(error) for error in errors.clamp_min(0)]
+    errors: list[float] = held_out(train, c_xx, c_xy, c_yy_trace).errors(grid).tolist()
+    return errors
 
 
 def check_tikhonov(tikhonov: float | None) -> None:
@@ -307,15 +405,16 @@ def fit_operator(
     accumulate(layout, moments, states, sample_keys(x, seed) % folds)
 
     grid = TIKHONOV_GRID if tikhonov is None else (tikhonov,)
-    everything = covariances(layout, moments.sum(dim=0))
+    summed = moments.sum(dim=0)
+    everything = covariances(layout, summed)
     total, errors = 0.0, []
     for fold in range(folds):
-        train = covariances(layout, moments.sum(dim=0) - moments[fold])
+        train = covariances(layout, summed, without=moments[fold])
         test = covariances(layout, moments[fold], about=train.means)
         if train.count < 2 or test.count == 0:
             continue
         problem = spectrum(train[0, 0], train[0, 1])
-        trace = float(test[1, 1].diagonal().sum())
+        trace = float(test.variances[1].sum())
         total += test.count * trace
         if rank is None:
             fold_errors = held_out_errors(problem, test[0, 0], test[0, 1], trace, grid)
