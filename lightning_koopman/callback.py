@@ -23,6 +23,7 @@ from lightning_koopman.chain import Normalize
 from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
 from lightning_koopman.measurement import ForwardFn, Measurement, default_forward, merge_processes
+from lightning_koopman.plan import ReduceOption, check_reduce
 from lightning_koopman.report import CreditReport
 from lightning_koopman.writers import CreditWriter
 
@@ -110,6 +111,8 @@ class KoopmanCreditMonitor(Callback):
         every_n_epochs: Measure in every n-th epoch.
         max_samples: Most samples a measurement looks at, over all processes.
         max_dim: States wider than this are pooled and projected on their leading POD directions.
+        reduce: What becomes of spatial and sequence axes, as in :func:`lightning_koopman.credit_report`.
+        output: Name of the module whose output the chain ends with; ``None`` takes the last component's.
         folds: Number of folds for held-out R² and error bars.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
@@ -140,6 +143,8 @@ class KoopmanCreditMonitor(Callback):
         every_n_epochs: int = 1,
         max_samples: int = 4096,
         max_dim: int = 256,
+        reduce: ReduceOption = "pool",
+        output: str | None = None,
         folds: int = 5,
         rank: int | None = None,
         tikhonov: float | None = None,
@@ -153,6 +158,11 @@ class KoopmanCreditMonitor(Callback):
     ) -> None:
         super().__init__()
         check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
+        check_reduce(reduce)
+        if not (output is None or isinstance(output, str)):
+            raise ValueError(
+                f"output is {output!r}; a callback does not see what the model returns, so name a module"
+            )
         self._writer = CreditWriter(prefix, quantities, top_k=top_k, figures=figures, layout=layout)
         for name, value in (
             ("every_n_epochs", every_n_epochs),
@@ -172,6 +182,8 @@ class KoopmanCreditMonitor(Callback):
         self.history: list[CreditReport] = []
         self._options: dict[str, Any] = {
             "max_dim": max_dim,
+            "reduce": reduce,
+            "output": output,
             "folds": folds,
             "rank": rank,
             "tikhonov": tikhonov,

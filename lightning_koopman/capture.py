@@ -161,6 +161,8 @@ class Capture:
         skipped: Components that gave nothing to record in the current pass.
         parts: By state, in order of execution, the module calls that its component is made of; the last
             one gives the state. A second call of a module reads ``name#1``, as states do.
+        untraced: What kept the data from being followed, if anything did; :attr:`Recorded.sources` then
+            mean nothing.
 
     Raises:
         ValueError: If the components cannot be chosen, or the model is a TorchScript module.
@@ -196,6 +198,7 @@ class Capture:
         self._passes = 0
         self._follow = follow
         self.flow: DataFlow | None = None
+        self.untraced: Exception | None = None
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -338,7 +341,7 @@ class Capture:
         flow, self.flow = self.flow, None
         if flow is not None:
             flow.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._error = self._error or flow.error
+            self.untraced = flow.error
 
     def _label_batch(self, flow: DataFlow) -> None:
         for i, tensor in enumerate(all_tensors(self._batch)):
@@ -409,7 +412,10 @@ class Capture:
         assert self._raw is not None
         if tensor is None or tensor.shape[:1] != self._raw.shape[:1]:
             return False
-        return self.flow is None or name in self.flow.labels(tensor)
+        if self.flow is None:
+            return True
+        labels = self.flow.labels(tensor)
+        return self.flow.error is not None or name in labels
 
     def _count(self, module: nn.Module) -> int:
         call = self._calls.get(id(module), 0)

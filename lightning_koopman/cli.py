@@ -189,6 +189,38 @@ def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> dict[str, Any
     return {}
 
 
+def components(
+    model: str,
+    data: str | None = None,
+    components: str | list[str] | None = None,
+    depth: int | None = None,
+    max_dim: int = 256,
+) -> None:
+    """List what would be reported as components, without measuring it.
+
+    Args:
+        model: Model to build, as pkg.mod:Class or pkg.mod:function.
+        data: Data as in evaluate, whose first batch is run for shapes and state widths.
+        components: Names or glob patterns of components; chosen by default.
+        depth: Take the parts at this depth of the module tree instead.
+        max_dim: Wider states are pooled and projected.
+
+    Raises:
+        ValueError: If both components and a depth are given.
+    """
+    from lightning_koopman.overview import describe_components
+
+    if components is not None and depth is not None:
+        raise ValueError(f"components is {components!r} and depth is {depth}; give one of the two")
+    found = describe_components(
+        build_model(model, {}, "without arguments"),
+        None if data is None else build_batches(data),
+        components=components if depth is None else depth,
+        max_dim=max_dim,
+    )
+    Console().print(found)
+
+
 def merge(reports: list[str], out: str) -> None:
     """Put the reports of several shards of one evaluation in one file, sorted by step.
 
@@ -327,7 +359,7 @@ def main(args: Sequence[str] | None = None) -> int:
     # jsonargparse names options after parameters; dashes are what people type.
     given = [re.sub(r"^--[a-z_-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
     commands: Any = {"demo": demo, "evaluate": evaluate, "merge": merge, "linearize": linearize}
-    commands |= {"report": report, "compare": compare}
+    commands |= {"report": report, "compare": compare, "components": components}
     names = {"report": ["file"], "compare": ["before", "after"]}.get(given[0] if given else "", [])
     for place, name in enumerate(names, start=1):
         # The files of these two commands may stand alone, as people type them.

@@ -27,6 +27,10 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Every operator that torch runs passes on the labels of what it reads to what it writes. Tensors that
     share memory share labels. Values are never touched, gradients never needed, and what cannot be
     followed (a round trip through NumPy, a kernel that torch does not know of) only loses its labels.
+    An error of the bookkeeping itself never reaches the pass.
+
+    Attributes:
+        error: What went wrong in the bookkeeping; from then on nothing is labelled.
 
     Example:
         >>> flow, x = DataFlow(), torch.ones(3)
@@ -51,8 +55,12 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value: Tensors, nested as modules give them.
             name: The label.
         """
-        for tensor in all_tensors(value):
-            self._set(tensor, frozenset({name}))
+        if self.error is None:
+            try:
+                for tensor in all_tensors(value):
+                    self._set(tensor, frozenset({name}))
+            except Exception as error:
+                self.error = error
 
     def labels(self, value: Any) -> frozenset[str]:
         """Read the labels of all tensors in a value.
@@ -63,17 +71,23 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         Returns:
             The union of their labels.
         """
-        return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
+        if self.error is None:
+            try:
+                return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
+            except Exception as error:
+                self.error = error
+        return _NOTHING
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        try:
-            self._follow(func, args, kwargs, out)
-        except Exception as error:  # the user's own pass must not end because of ours
-            self.error = error
+        if self.error is None:
+            try:
+                self._follow(func, args, kwargs, out)
+            except Exception as error:  # the user's own pass must not end because of ours
+                self.error = error
         return out
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.chain import Normalize
 from lightning_koopman.components import Components
+from lightning_koopman.lifts import Observables
 from lightning_koopman.measurement import ForwardFn, Measurement
 from lightning_koopman.plan import ReduceOption
 from lightning_koopman.report import CreditReport
@@ -29,6 +30,7 @@ def credit_report(
     normalize: Normalize = "none",
     delay: int = 1,
     targets: Sequence[int] | None = None,
+    observables: Observables = None,
     seed: int = 0,
     step: int | None = None,
 ) -> CreditReport:
@@ -60,7 +62,12 @@ def credit_report(
             deviation (``"rms"``) or whitened (``"whiten"``).
         delay: Step delay: how many earlier states each operator sees.
         targets: Output units of interest; ``None`` takes the leading POD directions of the output.
-        seed: Chooses the folds.
+        observables: Lifts every state but the output into further coordinates, in which an operator can
+            follow what is nonlinear (EDMD): ``"polynomial"`` (products of two), ``"rff"`` (``max_dim``
+            random Fourier features) or ``"rbf"`` (as many Gaussian bumps), each beside the state
+            itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
+            ``(n_samples, d)`` to rows. Credits are then about these coordinates.
+        seed: Chooses the folds, and the random features.
         step: Training step the weights belong to, for the report.
 
     Returns:
@@ -101,6 +108,7 @@ def credit_report(
         normalize=normalize,
         delay=delay,
         targets=targets,
+        observables=observables,
     )
     measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)

@@ -14,9 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_koopman.capture import INPUT, OUTPUT, Capture, Recorded, undisturbed
 from lightning_koopman.components import Components
+from lightning_koopman.lifts import Observables, check_observables
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.moments import recentred
-from lightning_koopman.plan import Plan, ReduceOption, check_reduce, make_plan
+from lightning_koopman.plan import Plan, ReduceOption, check_reduce, in_a_row, make_plan
 from lightning_koopman.pooling import valid_positions
 from lightning_koopman.processes import Share, agree_on_basis, agreed, exchange, sum_moments
 from lightning_koopman.report import CreditReport
@@ -37,6 +38,7 @@ class Measurement:
         hold: Whether processes share the samples, so that :meth:`merge_processes` follows.
         reduce: How spatial and sequence axes become part of a row, as in :func:`credit_report`.
         output: What the chain ends with, as in :func:`credit_report`.
+        observables: Lift of every state but the last, as in :func:`credit_report`.
         seed: Chooses the folds.
         options: Passed on to :class:`KoopmanCredit`.
 
@@ -60,6 +62,7 @@ class Measurement:
         hold: bool = False,
         reduce: ReduceOption = "pool",
         output: str | Callable[[Any], Any] | None = None,
+        observables: Observables = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -67,6 +70,7 @@ class Measurement:
         KoopmanCredit(seed=seed, **options)
         self.n_seen = 0
         check_reduce(reduce)
+        check_observables(observables)
         self.capture = Capture(
             model, components, keep=self._keep, output=None if callable(output) else output, follow=True
         )
@@ -78,11 +82,13 @@ class Measurement:
         self.n_samples = 0
         self.seconds = 0.0
         self._max_samples = max_samples
-        self._reducer = StateReducer(max_dim, seed=seed, hold=hold)
+        self._reducer = StateReducer(max_dim, seed=seed, hold=hold, observables=observables)
+        self._observables = observables
         self._options = options | {"seed": seed}
         self._metric: KoopmanCredit | None = None
         self._silent: list[str] = []
         self._skipped: list[str] = []
+        self._untraced: str | None = None
         self._passes = 0
         self._named = components is not None
         self._output = output
@@ -140,8 +146,15 @@ class Measurement:
             )
         start = time.perf_counter()
         if self.plan is None:
+            records = list(states.values())
+            if (error := self.capture.untraced) is not None:
+                records = in_a_row(records)
+                self._untraced = (
+                    f"the data could not be followed ({type(error).__name__}: {error}), so each is "
+                    "taken to read what ran right before it"
+                )
             self.plan = make_plan(
-                list(states.values()),
+                records,
                 batch=self._batch,
                 end=OUTPUT if callable(self._output) else self.capture.end,
                 named=self._named,
@@ -191,7 +204,7 @@ class Measurement:
         if common.links:
             self._options["links"] = common.links
         if not common.center:
-            reducer.fix(agree_on_basis(reducer.first_rows, shares, reducer.max_dim))
+            reducer.fix(agree_on_basis(reducer.first_rows, shares, reducer.max_dim, reducer.fitted))
             try:
                 self._take(reducer.flush())
             except Exception as failure:
@@ -257,6 +270,15 @@ class Measurement:
             raise ValueError("no sample arrived: the batches were empty")
         # A process that saw no batch settled no plan; its report is not the one that is logged.
         notes = [] if self.plan is None else list(self.plan.notes)
+        if self._observables is not None:
+            given = self._observables
+            called = given if isinstance(given, str) else getattr(given, "__name__", "a function")
+            notes.append(
+                f"every state but the output was lifted by {called}, so credits, gains, sensitivities "
+                "and R² are about the lifted coordinates"
+            )
+        if self._untraced is not None:
+            notes.append(self._untraced)
         if self._silent:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
         if self._skipped:

@@ -140,6 +140,19 @@ def make_plan(
     return replace(plan, links=cut, notes=(*notes, *_graph_notes(plan)))
 
 
+def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
+    """Make a plain chain of what ran, whatever is known of the data flow.
+
+    Args:
+        records: Everything recorded in the first pass.
+
+    Returns:
+        The records without sources, and without network inputs but the first.
+    """
+    inner = [r for i, r in enumerate(records) if i == 0 or not r.name.startswith(INPUT)]
+    return [replace(record, sources=None) for record in inner]
+
+
 def _graph_notes(plan: Plan) -> list[str]:
     notes = []
     joined = [name for name, group in zip(plan.names, plan.states, strict=True) if len(group) > 1]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_koopman.states import Basis, fit_basis
+from lightning_koopman.states import Basis
 
 
 class ProcessError(RuntimeError):
@@ -95,7 +95,10 @@ def agreed(shares: Sequence[Share]) -> Share:
 
 
 def agree_on_basis(
-    first_rows: Callable[[int], list[Tensor]], shares: Sequence[Share], max_dim: int
+    first_rows: Callable[[int], list[Tensor]],
+    shares: Sequence[Share],
+    max_dim: int,
+    fit: Callable[[list[Tensor]], Basis],
 ) -> Basis:
     """Fit one basis to the first ``2 * max_dim`` samples of all processes, taken in turn; a collective.
 
@@ -106,6 +109,7 @@ def agree_on_basis(
         first_rows: Gives this process's first rows, one block a state.
         shares: The shares of all ranks.
         max_dim: Largest state vector kept.
+        fit: Fits a basis to one block of rows a state.
 
     Returns:
         Bases and centres, computed by process 0 and equal everywhere.
@@ -132,7 +136,7 @@ def agree_on_basis(
                 torch.stack([gathered[rank][state][i] for i, rank in turns])
                 for state in range(len(agreed(shares).names))
             ]
-            answer = [fit_basis(blocks, max_dim)]
+            answer = [fit(blocks)]
         except Exception as error:
             answer = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(answer, src=0)

@@ -1,13 +1,14 @@
-"""Turns recorded tensors into state vectors: pooling and a frozen POD basis."""
+"""Turns recorded tensors into state vectors: pooling, a frozen POD basis, lifts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.lifts import Lift, Observables, fit_lift, lifted_by
 from lightning_koopman.pooling import RowForm, has_channels_first, pooled_grid
 
 __all__ = ["Snapshots", "StateReducer", "has_channels_first", "pod_basis", "pool", "sample_keys"]
@@ -86,12 +87,20 @@ class StateReducer:
         seed: Chooses the hash of the samples.
         hold: Where a state is wider than ``max_dim``, keep all rows until :meth:`fix` or :meth:`flush`,
             for processes that must agree on one basis first. Memory then grows with the samples.
+        observables: Lift of every state but the last, fixed with the basis.
 
     Raises:
         ValueError: If ``max_dim`` is below 1.
     """
 
-    def __init__(self, max_dim: int = 256, *, seed: int = 0, hold: bool = False) -> None:
+    def __init__(
+        self,
+        max_dim: int = 256,
+        *,
+        seed: int = 0,
+        hold: bool = False,
+        observables: Observables = None,
+    ) -> None:
         if max_dim < 1:
             raise ValueError(f"max_dim is {max_dim}; a state vector needs at least one value")
         self.max_dim = max_dim
@@ -105,6 +114,8 @@ class StateReducer:
         self._widths: dict[str, int] = {}
         self._seed = seed
         self._hold = hold
+        self._observables = observables
+        self._lifts: list[Lift | None] = []
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -114,7 +125,8 @@ class StateReducer:
     @property
     def waits(self) -> bool:
         """Whether rows are held until a basis is agreed on."""
-        return self._hold and not self.center and any(w > self.max_dim for w in self.widths)
+        fitted = isinstance(self._observables, str) or any(w > self.max_dim for w in self.widths)
+        return self._hold and not self.center and fitted
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -188,7 +200,7 @@ class StateReducer:
         Args:
             basis: What :func:`fit_basis` gave.
         """
-        self._bases = list(basis.vectors)
+        self._bases, self._lifts = list(basis.vectors), list(basis.lifts)
         self.kept_variance, self.center = basis.kept_variance, list(basis.center)
 
     def _check(self, states: Mapping[str, Tensor], batch: int) -> None:
@@ -222,11 +234,37 @@ class StateReducer:
                     "with torch.autograd.set_detect_anomaly(True), or leave the batch out."
                 )
 
+    def fitted(self, rows: Sequence[Tensor]) -> Basis:
+        """Fit bases, lifts and centres to some rows, without freezing them here.
+
+        Args:
+            rows: One block of rows a state.
+
+        Returns:
+            What :meth:`fix` takes.
+        """
+        basis = fit_basis(rows, self.max_dim)
+        if self._observables is None:
+            return basis
+        states = _project(rows, basis.vectors)
+        lifts: list[Lift | None] = [None] * len(states)
+        if isinstance(self._observables, str):
+            kind = self._observables
+            lifts[:-1] = [fit_lift(s, kind, self.max_dim, seed=self._seed) for s in states[:-1]]
+        center = tuple(state.mean(dim=0) for state in self._lifted(states, lifts))
+        return replace(basis, center=center, lifts=tuple(lifts))
+
+    def _lifted(self, states: list[Tensor], lifts: Sequence[Lift | None]) -> list[Tensor]:
+        if callable(self._observables):
+            return [*(lifted_by(self._observables, state) for state in states[:-1]), states[-1]]
+        pairs = zip(states, lifts, strict=True) if lifts else ((state, None) for state in states)
+        return [state if lift is None else lift(state) for state, lift in pairs]
+
     def _reduce(self, rows: list[Tensor]) -> Snapshots:
         keys = sample_keys(rows[0], self._seed)
         if not self.center:
-            self.fix(fit_basis(rows, self.max_dim))
-        return Snapshots(_project(rows, self._bases), keys)
+            self.fix(self.fitted(rows))
+        return Snapshots(self._lifted(_project(rows, self._bases), self._lifts), keys)
 
 
 @dataclass(frozen=True)
@@ -237,11 +275,13 @@ class Basis:
         vectors: POD basis of each state, ``(D_i, d_i)``; ``None`` where the state is kept whole.
         kept_variance: Share of each state's variance that its basis keeps.
         center: Mean of each state in the new coordinates, ``(d_i,)``.
+        lifts: What each state is lifted by; empty where none is, or the user's function does it.
     """
 
     vectors: tuple[Tensor | None, ...]
     kept_variance: tuple[float, ...]
     center: tuple[Tensor, ...]
+    lifts: tuple[Lift | None, ...] = ()
 
 
 def fit_basis(rows: Sequence[Tensor], max_dim: int) -> Basis:

@@ -37,12 +37,17 @@ def named_object(name: str) -> Any:
     return found
 
 
-def build_model(name: str, hyper_parameters: Mapping[str, Any]) -> nn.Module:
+def build_model(
+    name: str,
+    hyper_parameters: Mapping[str, Any],
+    origin: str = "from the hyperparameters in the checkpoint",
+) -> nn.Module:
     """Build a model, or take one that stands in the module.
 
     Args:
         name: Class, function or model, as pkg.mod:attribute.
         hyper_parameters: Arguments; a class or function gets those that it names.
+        origin: Where they came from, for the error.
 
     Returns:
         The model.
@@ -59,8 +64,7 @@ def build_model(name: str, hyper_parameters: Mapping[str, Any]) -> nn.Module:
             found = found(**arguments)
         except TypeError as error:
             raise ValueError(
-                f"{name} cannot be built from the hyperparameters in the checkpoint ({error}); name a "
-                "function that builds it"
+                f"{name} cannot be built {origin} ({error}); name a function that builds it"
             ) from None
     if not isinstance(found, nn.Module):
         raise ValueError(f"{name} gives a {type(found).__name__}, not a torch.nn.Module")

@@ -16,6 +16,7 @@ CORE = [
     "components",
     "capture",
     "pooling",
+    "lifts",
     "states",
     "plan",
     "moments",

@@ -404,3 +404,16 @@ def test_works_in_the_other_namespace(tmp_path: Any) -> None:
     trainer.fit(Net(), *loaders())
     assert monitor.report is not None
     assert monitor.report.components == ("net.0", "net.2")
+
+
+def test_reductions_and_the_output_are_passed_on(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(reduce="flatten", output="net.4", on_error="raise")
+    fit(tmp_path, [monitor])
+    assert monitor.report is not None
+    assert monitor.report.components == ("net.0", "net.4")
+    with pytest.raises(ValueError, match="reduce holds 'sum'; choose one of"):
+        KoopmanCreditMonitor(reduce="sum")
+    with pytest.raises(
+        ValueError, match=r"output is .*; a callback does not see what the model returns"
+    ):
+        KoopmanCreditMonitor(output=lambda out: out)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from torch import nn
 
 from lightning_koopman.components import (
@@ -186,3 +189,37 @@ def test_names_are_those_the_user_wrote() -> None:
 def test_an_empty_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="components names nothing; leave it out"):
         named_components(nn.Sequential(nn.Linear(2, 2)), [])
+
+
+class Deep(nn.Module):
+    """Blocks in a list, a leaf beside them, and parts within the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+        self.body = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"),
+    [
+        (1, ["stem", "blocks.0", "blocks.1", "body.a"]),  # lists are never called, so their members
+        (2, ["stem", "blocks.0", "blocks.1", "body.a"]),
+        (3, ["stem", "blocks.0.0", "blocks.1.0", "body.a.0", "body.a.1"]),
+        (9, ["stem", "blocks.0.0", "blocks.1.0", "body.a.0", "body.a.1"]),
+    ],
+)
+def test_a_depth_takes_what_is_called_there(depth: int, expected: list[str]) -> None:
+    assert list(named_components(Deep(), depth)) == expected
+
+
+def test_a_depth_is_one_or_more() -> None:
+    with pytest.raises(ValueError, match="depth is 0; the model's own children are at depth 1"):
+        named_components(Deep(), 0)
+
+
+@pytest.mark.parametrize("odd", [True, 1.5, None, torch.nn.functional.relu, dict])
+def test_what_chooses_no_component_is_refused(odd: Any) -> None:
+    with pytest.raises(TypeError, match=r"give names, glob patterns, types of nn\.Module, or a depth"):
+        named_components(Deep(), [odd])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
+from lightning_koopman.dataflow import DataFlow
 
 
 class LinearResidual(nn.Module):
@@ -50,3 +51,61 @@ def test_an_unknown_reduction_is_refused() -> None:
     net, batches = residual()
     with pytest.raises(ValueError, match="reduce holds 'sum'; choose one of"):
         credit_report(net, batches, reduce={"layers.*": "sum"})
+
+
+class Dense(nn.Module):
+    """Every layer reads all states before it."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2 * (i + 1), 2) for i in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x]
+        for layer in self.layers:
+            states.append(torch.tanh(layer(torch.cat(states, 1))))
+        return states[-1]
+
+
+def test_a_step_reads_at_most_six_states_and_says_what_it_left_out() -> None:
+    report = credit_report(Dense(8), list(torch.randn(900, 2).split(300)))
+    assert report.reads["layers.5"] == (
+        "layers.4",
+        "layers.3",
+        "layers.2",
+        "layers.1",
+        "layers.0",
+        "input",
+    )
+    assert report.reads["layers.7"] == tuple(f"layers.{i}" for i in range(6, 0, -1))
+    assert "'layers.6' reads 7 states; the furthest 1 were left out" in report.notes
+    assert "'layers.7' reads 8 states; the furthest 2 were left out" in report.notes
+
+
+@pytest.mark.parametrize("where", ["_follow", "_set", "_get"])
+def test_an_error_of_the_tracer_leaves_a_plain_chain_and_a_note(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    batches = list(torch.randn(400, 5, dtype=torch.float64).split(100))
+    expected = credit_report(net, batches)
+
+    def fail(*_: object) -> None:
+        raise NotImplementedError("no storage here")
+
+    monkeypatch.setattr(DataFlow, where, fail)
+    given = credit_report(net, batches)
+    assert given.components == expected.components
+    assert given.credit == pytest.approx(expected.credit)
+    assert any(
+        "could not be followed" in note and "NotImplementedError: no storage here" in note
+        for note in given.notes
+    )
+    skipping, _ = residual()
+    assert credit_report(skipping, batches).reads["layers.3"] == ("layers.2",)
+
+
+def test_an_error_of_the_model_under_the_tracer_stays_the_models() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(3, 2))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        credit_report(net, [torch.randn(10, 5)])
