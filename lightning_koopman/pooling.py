@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -134,7 +135,7 @@ def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -
 
     Returns:
         Cells along each axis beside the channels: the axes themselves, or at most 16 cells and about
-        ``16 * max_dim`` values in all.
+        ``16 * max_dim`` values in all; more cells where 16 would make fewer than ``max_dim`` values.
     """
     if len(shape) < 2:
         return ()
@@ -152,6 +153,8 @@ def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -
         return tuple(axes)
     cells = min(_POOLED_CELLS, max(1, 16 * max_dim // channels))
     side = max(1, int(cells ** (1 / len(axes)) + 1e-9))
+    # Few channels leave room for a finer grid within max_dim.
+    side = max(side, math.ceil((max_dim / channels) ** (1 / len(axes)) - 1e-9))
     return tuple(min(side, size) for size in axes)
 
 
