@@ -12,7 +12,8 @@ from typing import Any, Literal
 from lightning_koopman import report_files
 from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.html import to_html
-from lightning_koopman.report import CreditReport, ReportFormatError
+from lightning_koopman.report import CreditReport
+from lightning_koopman.schema import ReportFormatError
 
 Format = Literal["json", "csv", "parquet", "html"]
 

@@ -26,10 +26,11 @@ from lightning_koopman.alterations import (
 from lightning_koopman.capture import undisturbed
 from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.measurement import ForwardFn
-from lightning_koopman.report import CreditReport, as_text
+from lightning_koopman.report import CreditReport
 from lightning_koopman.runs import Runner, UnitMoments
 from lightning_koopman.scoring import Metric, Outputs, Scale
 from lightning_koopman.sites import Alteration
+from lightning_koopman.tables import as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -13,27 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from lightning_koopman.credit import QUANTITIES, Credits
 from lightning_koopman.operator import KoopmanOperator
+from lightning_koopman.schema import ARRAYS, FORMAT, ReportFormatError, checked_fields, plain
+from lightning_koopman.tables import as_text, credit_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIN_R2 = 0.5
 """Below this held-out R², of its own operator or of the chain behind it, a component is marked."""
-
-_FORMAT = 1
-_ARRAYS = (*QUANTITIES, "variance_kept", "tikhonov", "condition")
-
-
-class ReportFormatError(ValueError):
-    """A file that should hold a report does not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,16 +163,16 @@ class CreditReport:
             Everything but the operators.
         """
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "components": list(self.components),
             "widths": list(self.widths),
-            **{name: _plain(getattr(self, name)) for name in (*_ARRAYS, "stable")},
-            "stderr": {name: _plain(values) for name, values in self.stderr.items()},
-            "volumes": _plain(self.volumes),
+            **{name: plain(getattr(self, name)) for name in (*ARRAYS, "stable")},
+            "stderr": {name: plain(values) for name, values in self.stderr.items()},
+            "volumes": plain(self.volumes),
             "directions": self.directions,
             "n_samples": self.n_samples,
-            "total": _plain(self.total),
-            "total_stderr": _plain(self.total_stderr),
+            "total": plain(self.total),
+            "total_stderr": plain(self.total_stderr),
             "notes": list(self.notes),
             "step": self.step,
             "parts": {name: list(calls) for name, calls in self.parts.items()},
@@ -240,36 +231,7 @@ class CreditReport:
         Raises:
             ReportFormatError: If a field is missing, of the wrong kind or of the wrong length.
         """
-        if not isinstance(given, dict) or given.get("format") != _FORMAT:
-            raise ReportFormatError(f"expected an object with format {_FORMAT}")
-        components = _checked_list(given, "components", str)
-        size = len(components)
-        if not size or len(set(components)) < size:
-            raise ReportFormatError("components must be distinct names, at least one")
-        stderr = given.get("stderr")
-        if not isinstance(stderr, dict) or set(stderr) != set(QUANTITIES):
-            raise ReportFormatError(f"stderr must hold {', '.join(QUANTITIES)}")
-        directions, n_samples = _checked_int(given, "directions"), _checked_int(given, "n_samples")
-        step = given.get("step")
-        arrays: dict[str, Any] = {name: _array(given, name, (size,)) for name in _ARRAYS}
-        arrays["stable"] = np.array(_checked_list(given, "stable", bool, size))
-        return cls(
-            components=tuple(components),
-            widths=tuple(_checked_list(given, "widths", int, size)),
-            **arrays,
-            stderr={name: _array(stderr, name, (size,)) for name in QUANTITIES},
-            volumes=_array(given, "volumes", (size, directions)),
-            directions=directions,
-            n_samples=n_samples,
-            total=float(_array(given, "total", ())),
-            total_stderr=float(_array(given, "total_stderr", ())),
-            notes=tuple(_checked_list(given, "notes", str)),
-            step=None if step is None else _checked_int(given, "step"),
-            parts=_checked_parts(given.get("parts", {})),
-            folds=_checked_folds(given.get("folds", 5)),
-            run=_checked_run(given.get("run", "")),
-            source=_checked_source(given.get("source", {})),
-        )
+        return cls(**checked_fields(given))
 
     def plot(self) -> Figure:
         """Draw credits and gains with their error bars, and how far each row may be believed.
@@ -282,47 +244,10 @@ class CreditReport:
         return plot_report(self)
 
     def __rich__(self) -> Table:
-        table = Table(
-            title=f"Koopman credit{escape(self.moment)}, {self.n_samples} samples\n"
-            f"{self.directions} output directions, total {self.total:.3f} ± {self.total_stderr:.3f} "
-            "nats a direction",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-            caption="\n".join(self._caption()) or None,
-            caption_justify="left",
-        )
-        table.add_column("component", overflow="fold", min_width=9)
-        for name in ("credit", "gain", "nonlin.", "R²", "chain R²", "rank"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("doubt", min_width=5)
-        for i, component in enumerate(self.components):
-            table.add_row(
-                escape(component),
-                self._with_error("credit", i),
-                self._with_error("gain", i),
-                f"{self.nonlinearity[i]:.3f}",
-                f"{self.r2[i]:.3f}",
-                f"{self.chain_r2[i]:.3f}",
-                f"{self.rank[i]:.0f}/{self.widths[i]}",
-                ", ".join(self.doubts[i]),
-                style="dim" if self.doubts[i] else None,
-            )
-        return table
+        return credit_table(self)
 
     def __str__(self) -> str:
         return as_text(self)
-
-    def _with_error(self, name: str, i: int) -> str:
-        return f"{getattr(self, name)[i]:.3f}±{self.stderr[name][i]:.3f}"
-
-    def _caption(self) -> list[str]:
-        marked = int((~self.trusted).sum())
-        doubt = (
-            [f"{marked} of {len(self.components)} rows carry a doubt: do not act on them (README)."]
-            if marked
-            else []
-        )
-        return doubt + [f"Note: {escape(note)}" for note in self.notes]
 
 
 def build_report(
@@ -378,20 +303,6 @@ def build_report(
     )
 
 
-def as_text(table: Any) -> str:
-    """Render what rich can print as plain text.
-
-    Args:
-        table: The thing to print.
-
-    Returns:
-        Text of at most 130 columns, without colours.
-    """
-    file = io.StringIO()
-    Console(file=file, width=130, color_system=None).print(table)
-    return file.getvalue().rstrip()
-
-
 def check_quantities(quantities: Sequence[str]) -> None:
     """Refuse names that no report holds.
 
@@ -411,75 +322,3 @@ def check_quantities(quantities: Sequence[str]) -> None:
 
 def _numpy(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.detach().cpu().numpy().astype(np.float64)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [_plain(v) for v in value.tolist()] if value.ndim else _plain(value.item())
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, bool) or math.isfinite(value) else None
-
-
-def _checked_int(given: Mapping[str, Any], name: str) -> int:
-    value = given.get(name)
-    if type(value) is not int or value < 0:
-        raise ReportFormatError(f"{name} must be a whole number, not {value!r}")
-    return value
-
-
-def _checked_list(given: Mapping[str, Any], name: str, kind: type, size: int | None = None) -> list[Any]:
-    value = given.get(name)
-    if not isinstance(value, list) or any(type(v) is not kind for v in value):
-        raise ReportFormatError(f"{name} must be a list of {kind.__name__}")
-    if size is not None and len(value) != size:
-        raise ReportFormatError(f"{name} has {len(value)} entries for {size} components")
-    return value
-
-
-def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
-    if not isinstance(value, dict):
-        raise ReportFormatError(f"parts must name the module calls of each state, not {value!r}")
-    return {name: tuple(_checked_list(value, name, str)) for name in value}
-
-
-def _checked_folds(value: Any) -> int:
-    if type(value) is not int or not 2 <= value < 10**9:
-        raise ReportFormatError(f"folds must be a whole number from 2 on, not {value!r}")
-    return value
-
-
-def _checked_run(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ReportFormatError(f"run must be a name, not {value!r}")
-    return value
-
-
-def _checked_source(value: Any) -> dict[str, Any]:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError) as error:
-        raise ReportFormatError(f"source cannot be written again: {error}") from None
-    if not isinstance(value, dict):
-        raise ReportFormatError(f"source must tell a checkpoint and options, not {value!r}")
-    return value
-
-
-def _numeric(value: Any) -> bool:
-    """NumPy would also read strings as numbers."""
-    if isinstance(value, list):
-        return all(map(_numeric, value))
-    return value is None or type(value) in (int, float)
-
-
-def _array(given: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
-    try:
-        if not _numeric(given[name]):
-            raise TypeError
-        # float64 turns null into NaN.
-        array = np.array(given[name], dtype=np.float64)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ReportFormatError(f"{name} is missing or not a table of numbers") from None
-    if array.shape != shape and not (array.size == 0 and 0 in shape):
-        raise ReportFormatError(f"{name} has shape {array.shape}; expected {shape}")
-    return array.reshape(shape)

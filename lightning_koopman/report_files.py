@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lightning_koopman.report import CreditReport, ReportFormatError
+from lightning_koopman.report import CreditReport
+from lightning_koopman.schema import ReportFormatError
 
 
 def write_reports(reports: Sequence[CreditReport], path: str | os.PathLike[str]) -> None:

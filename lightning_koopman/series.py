@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,14 +15,13 @@ from lightning_koopman.checkpoints import (
     CheckpointError,
     Weights,
     apply_checkpoint,
-    find_checkpoints,
     load_checkpoint,
-    run_names,
 )
+from lightning_koopman.entries import Entry, list_entries, settled_options
 from lightning_koopman.evaluate import credit_report
 from lightning_koopman.report import CreditReport
+from lightning_koopman.run_logs import RunLogs
 from lightning_koopman.workers import WorkerError, run_in_processes
-from lightning_koopman.writers import CreditWriter, EventFile
 
 
 class EvaluationError(CheckpointError):
@@ -42,25 +38,6 @@ class EvaluationError(CheckpointError):
     ) -> None:
         super().__init__("\n".join(failures))
         self.reports, self.failures, self.interrupted = reports, failures, interrupted
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One checkpoint of a series.
-
-    Attributes:
-        path: The file.
-        run: Name of its training.
-        step: Its step, or its place among the files of its run where it tells none.
-        source: What identifies the measurement.
-        known: Report of an earlier evaluation that still holds.
-    """
-
-    path: Path
-    run: str
-    step: int
-    source: Mapping[str, Any]
-    known: CreditReport | None = None
 
 
 def evaluate_checkpoints(
@@ -123,8 +100,8 @@ def evaluate_checkpoints(
     number, shards = shard
     if not 1 <= number <= shards:
         raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
-    settled = _settled({**options, **(about or {}), "weights": weights})
-    entries, failures = _entries(checkpoints, shard, trust_checkpoint, settled, known)
+    settled = settled_options({**options, **(about or {}), "weights": weights})
+    entries, failures = list_entries(checkpoints, shard, trust_checkpoint, settled, known)
     new = [entry for entry in entries if entry.known is None]
     if iter(batches) is batches and len(new) > 1:
         batches = list(batches)
@@ -138,7 +115,7 @@ def evaluate_checkpoints(
         measured = run_in_processes(build, measure, new, count)
     else:
         measured = ((entry, measure((model, batches), entry)) for entry in new)
-    logs, waiting, done, interrupted = _RunLogs(logdir), deque(entries), 0, False
+    logs, waiting, done, interrupted = RunLogs(logdir), deque(entries), 0, False
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}
     try:
         try:
@@ -173,63 +150,6 @@ def evaluate_checkpoints(
     return found
 
 
-def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give options as JSON would give them back, with the version that measures."""
-    plain = {**options, "version": version("lightning-koopman")}
-    settled: dict[str, Any] = json.loads(json.dumps(plain, default=repr, sort_keys=True))
-    return settled
-
-
-def _entries(
-    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    shard: tuple[int, int],
-    trust: bool,
-    settled: Mapping[str, Any],
-    known: Sequence[CreditReport],
-) -> tuple[list[Entry], list[str]]:
-    """List the checkpoints of a shard by run and step, and what is wrong with the others."""
-    paths = find_checkpoints(checkpoints)
-    runs = run_names(paths)
-    # The last one counts where an earlier evaluation met a file twice.
-    by_path = {str(report.source.get("path")): report for report in known}
-    entries, failures = [], []
-    for place, (path, run) in list(enumerate(zip(paths, runs, strict=True)))[shard[0] - 1 :: shard[1]]:
-        in_run = runs[:place].count(run)
-        try:
-            source = _source(path, settled)
-            old = by_path.get(source["path"])
-            if old is not None and {**old.source, "step": None} == source:
-                step = old.source.get("step")
-                step = step if type(step) is int else in_run
-                entries.append(Entry(path, run, step, old.source, replace(old, run=run, step=step)))
-                continue
-            # Only the step is needed for sorting: weights of many checkpoints need not fit in memory.
-            told = load_checkpoint(path, trust=trust).step
-        except CheckpointError as error:
-            failures.append(str(error))
-            continue
-        source["step"] = told
-        entries.append(Entry(path, run, in_run if told is None else told, source))
-    entries.sort(key=lambda entry: (entry.run, entry.step))
-    return entries, failures
-
-
-def _source(path: Path, settled: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-    return {
-        "path": os.path.normpath(path),
-        "size": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-        "step": None,
-        "options": dict(settled),
-    }
-
-
 def _measure(
     given: tuple[nn.Module, Iterable[Any]],
     entry: Entry,
@@ -254,62 +174,3 @@ def _given(model: nn.Module, batches: Iterable[Any]) -> tuple[nn.Module, Iterabl
 
 def _in_order(entries: Sequence[Entry], reports: Mapping[int, CreditReport]) -> list[CreditReport]:
     return [reports[id(entry)] for entry in entries if id(entry) in reports]
-
-
-class _RunLogs:
-    """TensorBoard files of a series, a folder a run."""
-
-    def __init__(self, logdir: str | os.PathLike[str] | None) -> None:
-        self._logdir = logdir
-        self._logs: dict[str, _RunLog] = {}
-
-    def add(self, report: CreditReport, *, known: bool) -> None:
-        if self._logdir is None:
-            return
-        if report.run not in self._logs:
-            self._logs[report.run] = _RunLog(os.path.join(self._logdir, report.run))
-        self._logs[report.run].add(report, known=known)
-
-    def add_known(self, waiting: deque[Entry], before: Entry | None = None) -> None:
-        """Take entries off a queue until one is met, and write those known."""
-        while waiting and (entry := waiting.popleft()).path != getattr(before, "path", None):
-            if entry.known is not None:
-                self.add(entry.known, known=True)
-
-    def finish(self) -> None:
-        for log in self._logs.values():
-            log.finish()
-
-    def close(self) -> None:
-        for log in self._logs.values():
-            log.close()
-
-
-class _RunLog:
-    """Event file of one run; reports that an earlier evaluation wrote there are not repeated."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._started = any(Path(folder).glob("events.out.tfevents.*"))
-        self._writer = CreditWriter()
-        self._files: list[EventFile] = []
-        self._reports: list[CreditReport] = []
-
-    def add(self, report: CreditReport, *, known: bool) -> None:
-        self._reports.append(report)
-        scalars = self._writer.scalars(report)
-        if known and self._started:
-            return
-        if not self._files:
-            self._files = [EventFile(self._folder)]
-        step = report.step or 0
-        self._writer.draw(self._files, self._reports, step)
-        self._files[0].log_metrics(scalars, step)
-
-    def finish(self) -> None:
-        if self._files:
-            self._writer.finish(self._files, self._reports, self._reports[-1].step or 0)
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_koopman import CreditReport, credit_report
 from lightning_koopman.cli import main
 from lightning_koopman.comparison import changes
-from lightning_koopman.report import ReportFormatError
+from lightning_koopman.schema import ReportFormatError
 
 USER_CODE = """
 import torch

@@ -15,7 +15,7 @@ from lightning_koopman.cli import main
 from lightning_koopman.comparison import changes
 from lightning_koopman.formats import read_reports, write_reports
 from lightning_koopman.html import to_html
-from lightning_koopman.report import ReportFormatError
+from lightning_koopman.schema import ReportFormatError
 
 
 @pytest.fixture(scope="module")

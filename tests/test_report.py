@@ -15,7 +15,8 @@ import torch
 from lightning_koopman import QUANTITIES, CreditReport, KoopmanCredit
 from lightning_koopman.credit import compute_credits
 from lightning_koopman.moments import Layout, accumulate
-from lightning_koopman.report import MIN_R2, ReportFormatError, build_report, check_quantities
+from lightning_koopman.report import MIN_R2, build_report, check_quantities
+from lightning_koopman.schema import ReportFormatError
 
 NAMES = ("stem", "body.0", "head")
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints
 from lightning_koopman.cli import main
-from lightning_koopman.report import ReportFormatError
 from lightning_koopman.report_files import merge_reports, read_reports, write_reports
+from lightning_koopman.schema import ReportFormatError
 
 QUIET = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

@@ -20,8 +20,8 @@ from lightning_koopman.checkpoints import run_names
 from lightning_koopman.cli import main
 from lightning_koopman.comparison import runs_table
 from lightning_koopman.html import to_html
-from lightning_koopman.report import ReportFormatError
 from lightning_koopman.report_files import read_reports, write_reports
+from lightning_koopman.schema import ReportFormatError
 
 USER_CODE = """
 import torch

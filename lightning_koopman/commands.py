@@ -1,0 +1,324 @@
+"""The commands: what the command line offers, each an ordinary function."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress
+
+from lightning_koopman.progress import COLUMNS
+from lightning_koopman.report import CreditReport
+from lightning_koopman.user_code import build_batches, build_both, build_model, fit_and_choose
+
+__all__ = ["compare", "components", "demo", "evaluate", "linearize", "merge", "report"]
+
+
+def demo(
+    logdir: str = "koopman_demo",
+    seed: int = 0,
+    epochs: int | None = None,
+    arch: Literal["mlp", "cnn"] = "mlp",
+) -> None:
+    """Train a small network on handwritten digits and watch its components' credits.
+
+    Args:
+        logdir: Folder for event files, report.json and credits.png.
+        seed: Seed of weights and data order.
+        epochs: Passes over the training data; by default 30 for the MLP and 8 for the CNN.
+        arch: Network to train.
+    """
+    from lightning_koopman.demo import run_demo
+
+    run_demo(logdir, seed=seed, epochs=epochs, arch=arch)
+
+
+def evaluate(
+    model: str,
+    data: str,
+    ckpt: str | list[str],
+    logdir: str | None = None,
+    out: str | None = None,
+    format: Literal["json", "csv", "parquet", "html"] = "json",
+    components: str | list[str] | None = None,
+    rank: int | None = None,
+    tikhonov: float | None = None,
+    max_dim: int = 256,
+    folds: int = 5,
+    normalize: Literal["none", "rms", "whiten"] = "none",
+    delay: int = 1,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+    shard: str = "1/1",
+    fresh: bool = False,
+    workers: int = 1,
+    weights: Literal["saved", "averaged", "current"] = "saved",
+) -> None:
+    """Measure the credits of saved checkpoints, each at its own global step.
+
+    Args:
+        model: Model to build, as pkg.mod:Class or pkg.mod:function. A LightningModule gets the
+            hyperparameters that its checkpoint saved.
+        data: Data to measure on, as pkg.mod:DataModule (its validation loader), or a function or object
+            that gives batches.
+        ckpt: Path or glob pattern of checkpoints, or a list of them.
+        logdir: Folder for TensorBoard event files.
+        out: File for the reports, kept complete after every checkpoint. A second run with the same file
+            measures only checkpoints that are new or changed, or all if an option changed. It cannot see
+            changes of the model's code or of the data: use fresh then.
+        format: Kind of that file. Beside csv, parquet and html, a .json file of the same name is kept
+            for the second run and the report command.
+        components: Names or glob patterns of components; chosen by default.
+        rank: Most output directions to align.
+        tikhonov: Ridge weight; chosen by held-out R² by default.
+        max_dim: Wider states are pooled and projected.
+        folds: Number of folds for held-out R² and error bars.
+        normalize: Coordinates of every state.
+        delay: Step delay.
+        seed: Chooses the folds.
+        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+        shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
+        fresh: Measure again what was measured before.
+        workers: Processes that measure side by side, with the torch threads split among them.
+        weights: Which weights of a training with weight averaging: as saved, averaged or current.
+
+    Raises:
+        EvaluationError: If a checkpoint cannot be used; the others are still evaluated.
+    """
+    from lightning_koopman.formats import read_known, write_with_known
+    from lightning_koopman.series import EvaluationError, evaluate_checkpoints
+
+    part = _shard(shard)
+    known = [] if out is None or fresh else read_known(out, format)
+    hyper_parameters = _first_hyper_parameters(ckpt, trust_checkpoint)
+    network, batches = build_both(model, hyper_parameters, data)
+    console = Console(stderr=True)
+
+    def tell_known(taken: int, total: int) -> None:
+        if known:
+            console.print(f"{taken} of {total} reports taken over from {out}", highlight=False)
+
+    failure = None
+    with Progress(*COLUMNS, console=console) as progress:
+        task = progress.add_task("checkpoints", total=None)
+        try:
+            reports = evaluate_checkpoints(
+                network,
+                ckpt,
+                batches,
+                logdir=logdir,
+                trust_checkpoint=trust_checkpoint,
+                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+                on_report=None
+                if out is None
+                else functools.partial(write_with_known, path=out, kind=format),
+                on_known=tell_known,
+                shard=part,
+                known=known,
+                about={"model": model, "data": data},
+                weights=weights,
+                workers=workers,
+                build=functools.partial(build_both, model, hyper_parameters, data),
+                components=components,
+                rank=rank,
+                tikhonov=tikhonov,
+                max_dim=max_dim,
+                folds=folds,
+                normalize=normalize,
+                delay=delay,
+                seed=seed,
+            )
+        except EvaluationError as error:
+            failure, reports = error, error.reports
+    _show(reports)
+    if out is not None:
+        write_with_known(reports, out, format)
+    if failure is not None:
+        raise failure
+
+
+def _show(reports: Sequence[CreditReport]) -> None:
+    from lightning_koopman.comparison import runs_table
+
+    for shown in reports:
+        Console().print(shown)
+    if len({shown.run for shown in reports}) > 1:
+        Console().print(runs_table(reports))
+
+
+def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> dict[str, Any]:
+    """Give what the first readable checkpoint saved of the model's arguments."""
+    from lightning_koopman.checkpoints import CheckpointError, find_checkpoints, load_checkpoint
+
+    for path in find_checkpoints(ckpt):
+        try:
+            return dict(load_checkpoint(path, trust=trust).hyper_parameters)
+        except CheckpointError:
+            continue
+    return {}
+
+
+def components(
+    model: str,
+    data: str | None = None,
+    components: str | list[str] | None = None,
+    depth: int | None = None,
+    max_dim: int = 256,
+) -> None:
+    """List what would be reported as components, without measuring it.
+
+    Args:
+        model: Model to build, as pkg.mod:Class or pkg.mod:function.
+        data: Data as in evaluate, whose first batch is run for shapes and state widths.
+        components: Names or glob patterns of components; chosen by default.
+        depth: Take the parts at this depth of the module tree instead.
+        max_dim: Wider states are pooled and projected.
+
+    Raises:
+        ValueError: If both components and a depth are given.
+    """
+    from lightning_koopman.overview import describe_components
+
+    if components is not None and depth is not None:
+        raise ValueError(f"components is {components!r} and depth is {depth}; give one of the two")
+    found = describe_components(
+        build_model(model, {}, "without arguments"),
+        None if data is None else build_batches(data),
+        components=components if depth is None else depth,
+        max_dim=max_dim,
+    )
+    Console().print(found)
+
+
+def merge(reports: list[str], out: str) -> None:
+    """Put the reports of several shards of one evaluation in one file, sorted by step.
+
+    Args:
+        reports: JSON files that evaluate wrote with --shard.
+        out: JSON file for all of them.
+    """
+    from lightning_koopman.report_files import merge_reports, write_reports
+
+    merged = merge_reports(reports)
+    write_reports(merged, out)
+    Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
+
+
+def linearize(
+    model: str,
+    data: str,
+    ckpt: str,
+    out: str,
+    max_drop: float = 0.01,
+    components: str | list[str] | None = None,
+    max_dim: int = 256,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+) -> None:
+    """Replace as many components as possible by linear layers, and write the new checkpoint.
+
+    Args:
+        model: Model to build, as in evaluate.
+        data: Data, as pkg.mod:DataModule: linear layers are fitted on its training loader and chosen on
+            its validation loader. Of the batches that a function or object gives, those at even places
+            are fitted on, and the others chosen on.
+        ckpt: Checkpoint of the trained network.
+        out: Checkpoint to write; lightning_koopman.linear_component.load_linearized reads it.
+        max_drop: Largest drop of the accuracy; without class targets, largest relative squared change
+            of the outputs.
+        components: Names or glob patterns of components; chosen by default.
+        max_dim: Most directions of a wide input that are kept.
+        seed: Chooses the folds.
+        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
+    """
+    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+    from lightning_koopman.evaluate import credit_report
+    from lightning_koopman.linear_component import save_linearized
+    from lightning_koopman.linearization import linearize_within
+
+    checkpoint = load_checkpoint(ckpt, trust=trust_checkpoint)
+    hyper_parameters = dict(checkpoint.hyper_parameters)
+    network = build_model(model, hyper_parameters)
+    apply_checkpoint(network, checkpoint)
+    fit_on, choose_on = fit_and_choose(data)
+    report = credit_report(network, fit_on, components=components, max_dim=max_dim, seed=seed)
+    result = linearize_within(
+        network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
+    )
+    Console().print(result)
+    step = {} if checkpoint.step is None else {"global_step": checkpoint.step}
+    save_linearized(result.model, out, more=step | {"hyper_parameters": hyper_parameters})
+    Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
+
+
+def report(
+    file: str,
+    out: str | None = None,
+    format: Literal["json", "csv", "parquet", "html"] = "html",
+) -> None:
+    """Show saved reports again, without the model.
+
+    Args:
+        file: JSON file that evaluate, demo or to_json wrote.
+        out: File to write; by default the reports are printed.
+        format: Kind of that file.
+    """
+    from lightning_koopman.formats import read_reports, write_reports
+
+    reports = read_reports(file)
+    if out is None:
+        _show(reports)
+    else:
+        write_reports(reports, out, format)
+
+
+def compare(
+    before: str,
+    after: str,
+    model: str | None = None,
+    data: str | None = None,
+    quantity: Literal["credit", "gain", "nonlinearity", "sensitivity"] = "credit",
+    trust_checkpoint: bool = False,
+    weights: Literal["saved", "averaged", "current"] = "saved",
+) -> None:
+    """Show which components changed beyond error between two checkpoints or two saved reports.
+
+    Args:
+        before: A checkpoint, or a JSON file of reports, whose last one counts.
+        after: Another of the same kind.
+        model: Model to build, as pkg.mod:Class; needed for checkpoints.
+        data: Data to measure on, as pkg.mod:DataModule; needed for checkpoints.
+        quantity: Which number.
+        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+        weights: Which weights of a training with weight averaging: as saved, averaged or current.
+
+    Raises:
+        ValueError: If checkpoints come without model and data.
+    """
+    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+    from lightning_koopman.comparison import changes_table
+    from lightning_koopman.evaluate import credit_report
+    from lightning_koopman.formats import read_reports
+
+    found = []
+    for path in (before, after):
+        if path.endswith(".json"):
+            found.append(read_reports(path)[-1])
+            continue
+        if model is None or data is None:
+            raise ValueError(f"{path} is no .json report, so it needs --model and --data to be measured")
+        checkpoint = load_checkpoint(path, trust=trust_checkpoint, weights=weights)
+        network = build_model(model, dict(checkpoint.hyper_parameters))
+        apply_checkpoint(network, checkpoint)
+        found.append(credit_report(network, build_batches(data), step=checkpoint.step))
+    Console().print(changes_table(found[0], found[1], quantity))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        raise ValueError(f"shard is {text!r}; write i/n with i from 1 to n")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,147 @@
+"""Checks of a saved report, field by field: nothing that a file holds is believed unread."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_koopman.credit import QUANTITIES
+
+FORMAT = 1
+"""Version of the saved form."""
+
+ARRAYS = (*QUANTITIES, "variance_kept", "tikhonov", "condition")
+"""Fields of one number a component."""
+
+
+class ReportFormatError(ValueError):
+    """A file that should hold a report does not."""
+
+
+def checked_fields(given: Any) -> dict[str, Any]:
+    """Turn a saved report into the fields of one, checking every entry.
+
+    Args:
+        given: What JSON gave.
+
+    Returns:
+        Arguments of :class:`CreditReport`, all but the operators.
+
+    Raises:
+        ReportFormatError: If a field is missing, of the wrong kind or of the wrong length.
+    """
+    if not isinstance(given, dict) or given.get("format") != FORMAT:
+        raise ReportFormatError(f"expected an object with format {FORMAT}")
+    components = _checked_list(given, "components", str)
+    size = len(components)
+    if not size or len(set(components)) < size:
+        raise ReportFormatError("components must be distinct names, at least one")
+    stderr = given.get("stderr")
+    if not isinstance(stderr, dict) or set(stderr) != set(QUANTITIES):
+        raise ReportFormatError(f"stderr must hold {', '.join(QUANTITIES)}")
+    directions, n_samples = _checked_int(given, "directions"), _checked_int(given, "n_samples")
+    step = given.get("step")
+    arrays: dict[str, Any] = {name: _array(given, name, (size,)) for name in ARRAYS}
+    arrays["stable"] = np.array(_checked_list(given, "stable", bool, size))
+    return dict(
+        components=tuple(components),
+        widths=tuple(_checked_list(given, "widths", int, size)),
+        **arrays,
+        stderr={name: _array(stderr, name, (size,)) for name in QUANTITIES},
+        volumes=_array(given, "volumes", (size, directions)),
+        directions=directions,
+        n_samples=n_samples,
+        total=float(_array(given, "total", ())),
+        total_stderr=float(_array(given, "total_stderr", ())),
+        notes=tuple(_checked_list(given, "notes", str)),
+        step=None if step is None else _checked_int(given, "step"),
+        parts=_checked_parts(given.get("parts", {})),
+        folds=_checked_folds(given.get("folds", 5)),
+        run=_checked_run(given.get("run", "")),
+        source=_checked_source(given.get("source", {})),
+    )
+
+
+def plain(value: Any) -> Any:
+    """Give a number or an array as JSON can hold it.
+
+    Args:
+        value: A number, an array, or lists of them.
+
+    Returns:
+        Plain values, with ``None`` for what is not finite.
+    """
+    if isinstance(value, np.ndarray):
+        return [plain(v) for v in value.tolist()] if value.ndim else plain(value.item())
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value if isinstance(value, bool) or math.isfinite(value) else None
+
+
+def _checked_int(given: Mapping[str, Any], name: str) -> int:
+    value = given.get(name)
+    if type(value) is not int or value < 0:
+        raise ReportFormatError(f"{name} must be a whole number, not {value!r}")
+    return value
+
+
+def _checked_list(given: Mapping[str, Any], name: str, kind: type, size: int | None = None) -> list[Any]:
+    value = given.get(name)
+    if not isinstance(value, list) or any(type(v) is not kind for v in value):
+        raise ReportFormatError(f"{name} must be a list of {kind.__name__}")
+    if size is not None and len(value) != size:
+        raise ReportFormatError(f"{name} has {len(value)} entries for {size} components")
+    return value
+
+
+def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        raise ReportFormatError(f"parts must name the module calls of each state, not {value!r}")
+    return {name: tuple(_checked_list(value, name, str)) for name in value}
+
+
+def _checked_folds(value: Any) -> int:
+    if type(value) is not int or not 2 <= value < 10**9:
+        raise ReportFormatError(f"folds must be a whole number from 2 on, not {value!r}")
+    return value
+
+
+def _checked_run(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ReportFormatError(f"run must be a name, not {value!r}")
+    return value
+
+
+def _checked_source(value: Any) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ReportFormatError(f"source cannot be written again: {error}") from None
+    if not isinstance(value, dict):
+        raise ReportFormatError(f"source must tell a checkpoint and options, not {value!r}")
+    return value
+
+
+def _numeric(value: Any) -> bool:
+    """NumPy would also read strings as numbers."""
+    if isinstance(value, list):
+        return all(map(_numeric, value))
+    return value is None or type(value) in (int, float)
+
+
+def _array(given: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    try:
+        if not _numeric(given[name]):
+            raise TypeError
+        # float64 turns null into NaN.
+        array = np.array(given[name], dtype=np.float64)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ReportFormatError(f"{name} is missing or not a table of numbers") from None
+    if array.shape != shape and not (array.size == 0 and 0 in shape):
+        raise ReportFormatError(f"{name} has shape {array.shape}; expected {shape}")
+    return array.reshape(shape)

@@ -1,0 +1,79 @@
+"""A report as a table to read, and any table as plain text."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lightning_koopman.report import CreditReport
+
+
+def credit_table(report: CreditReport) -> Table:
+    """Lay a report out, one row a component, dim where it carries a doubt.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The table, with the notes as its caption.
+    """
+    table = Table(
+        title=f"Koopman credit{escape(report.moment)}, {report.n_samples} samples\n"
+        f"{report.directions} output directions, total {report.total:.3f} ± {report.total_stderr:.3f} "
+        "nats a direction",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="\n".join(_caption(report)) or None,
+        caption_justify="left",
+    )
+    table.add_column("component", overflow="fold", min_width=9)
+    for name in ("credit", "gain", "nonlin.", "R²", "chain R²", "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("doubt", min_width=5)
+    for i, component in enumerate(report.components):
+        table.add_row(
+            escape(component),
+            _with_error(report, "credit", i),
+            _with_error(report, "gain", i),
+            f"{report.nonlinearity[i]:.3f}",
+            f"{report.r2[i]:.3f}",
+            f"{report.chain_r2[i]:.3f}",
+            f"{report.rank[i]:.0f}/{report.widths[i]}",
+            ", ".join(report.doubts[i]),
+            style="dim" if report.doubts[i] else None,
+        )
+    return table
+
+
+def _with_error(report: CreditReport, name: str, i: int) -> str:
+    return f"{getattr(report, name)[i]:.3f}±{report.stderr[name][i]:.3f}"
+
+
+def _caption(report: CreditReport) -> list[str]:
+    marked = int((~report.trusted).sum())
+    doubt = (
+        [f"{marked} of {len(report.components)} rows carry a doubt: do not act on them (README)."]
+        if marked
+        else []
+    )
+    return doubt + [f"Note: {escape(note)}" for note in report.notes]
+
+
+def as_text(table: Any) -> str:
+    """Render what rich can print as plain text.
+
+    Args:
+        table: The thing to print.
+
+    Returns:
+        Text of at most 130 columns, without colours.
+    """
+    file = io.StringIO()
+    Console(file=file, width=130, color_system=None).print(table)
+    return file.getvalue().rstrip()
