@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,20 +14,27 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
 
-from lightning_koopman.capture import is_compiled
 from lightning_koopman.chain import Normalize
 from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
-from lightning_koopman.measurement import ForwardFn, Measurement, default_forward, merge_processes
 from lightning_koopman.plan import ReduceOption, check_reduce
 from lightning_koopman.report import CreditReport
+from lightning_koopman.session import Session
+from lightning_koopman.trainer_facts import (
+    batch_size,
+    first_loader,
+    generators_restored,
+    logged_hyper_parameters,
+    logged_step,
+    may_skip_validation,
+    plain_numerics,
+    refuse_sharded_weights,
+    share,
+)
 from lightning_koopman.writers import CreditWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from lightning.pytorch import Callback
 else:
     # One class for both namespaces: each Trainer and each LightningCLI asks for its own base.
@@ -54,11 +59,11 @@ def _never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
         try:
             hook(self, *args, **kwargs)
         except Exception as error:
-            if self._owes_exchange:
+            if self._session.owes_exchange:
                 # The other processes wait for this one at the end of the epoch, and hear of it there.
-                self._fail(error)
+                self._session.fail(error)
                 return
-            self._drop()
+            self._session.forget()
             if self.on_error == "raise":
                 raise
             self._warn_once(
@@ -67,7 +72,7 @@ def _never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
                 kind="error",
             )
         except BaseException:
-            self._drop()
+            self._session.forget()
             raise
 
     return safe
@@ -176,7 +181,7 @@ class KoopmanCreditMonitor(Callback):
         self.components = components
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
-        self.forward_fn: ForwardFn | None = forward_fn
+        self.forward_fn = forward_fn
         self.prefix = prefix
         self.on_error = on_error
         self.history: list[CreditReport] = []
@@ -193,11 +198,9 @@ class KoopmanCreditMonitor(Callback):
             "seed": seed,
         }
         self._warned: set[str] = set()
-        self._measurement: Measurement | None = None
-        self._owes_exchange = False
-        self._failure: Exception | None = None
-        self._most_seen = 0
-        self._ride_along = True
+        self._session = Session(
+            components, max_samples=max_samples, forward_fn=forward_fn, options=self._options
+        )
         self._from_training = False
         self._kept: list[Any] = []
         self._kept_samples = 0
@@ -238,7 +241,7 @@ class KoopmanCreditMonitor(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the previous run's bookkeeping."""
-        self._drop()
+        self._session.forget()
         self._kept = []
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._resuming = stage == "fit"
@@ -269,29 +272,25 @@ class KoopmanCreditMonitor(Callback):
     @_never_in_the_way
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a measurement if one is due."""
-        self._drop()
+        self._session.forget()
         in_training = trainer.state.fn == "fit"
         if trainer.sanity_checking or (in_training and not self._is_due(trainer)):
             return
-        if _may_skip_validation(trainer, pl_module) and not in_training:
+        if may_skip_validation(trainer, pl_module) and not in_training:
             self._warn_once(
                 "a process without a batch skips this validation, so Koopman credit cannot be measured: "
                 "set allow_zero_length_dataloader_with_multiple_devices to False"
             )
             return
-        self._owes_exchange = trainer.world_size > 1
-        self._ride_along = not is_compiled(pl_module)
-        self._measurement = self._begin(trainer, pl_module, _first_loader(trainer.val_dataloaders))
+        self._session.begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
 
     @_never_in_the_way
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on for one batch."""
-        if self._wants(dataloader_idx) and self._ride_along:
-            assert self._measurement is not None
-            self._measurement.start_pass(batch)
-            self._measurement.capture.__enter__()
+        if dataloader_idx == 0 and self._session.wants_more:
+            self._session.start_batch(batch)
 
     @_never_in_the_way
     def on_validation_batch_end(
@@ -304,21 +303,14 @@ class KoopmanCreditMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the hooks off again and add up what they saw."""
-        if not self._wants(dataloader_idx):
-            return
-        assert self._measurement is not None
-        if self._ride_along:
-            self._measurement.capture.remove()
-            with _plain_numerics(pl_module):
-                self._measurement.end_pass()
-        else:
-            self._run(trainer, pl_module, self._measurement, [batch])
+        if dataloader_idx == 0 and self._session.wants_more:
+            self._session.end_batch(trainer, pl_module, batch)
 
     @_never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute the report and log it."""
-        if not (_may_skip_validation(trainer, pl_module) or self._idle):
-            self._finish(trainer, pl_module, step=_step(trainer, self._checkpoint_step))
+        if not (may_skip_validation(trainer, pl_module) or self._session.idle):
+            self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
 
     @_never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -327,25 +319,24 @@ class KoopmanCreditMonitor(Callback):
             return
         if batch_idx == 0:
             self._kept, self._kept_samples = [], 0
-        if self._kept_samples < _share(self.max_samples, trainer.world_size):
+        if self._kept_samples < share(self.max_samples, trainer.world_size):
             self._kept.append(
                 apply_to_collection(batch, Tensor, lambda t: t.detach().to("cpu", copy=True))
             )
-            self._kept_samples += _batch_size(batch)
+            self._kept_samples += batch_size(batch)
 
     @_never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure on the kept training batches where there is no validation loop."""
-        step = max(0, _step(trainer, None) - 1)
+        step = max(0, logged_step(trainer, None) - 1)
         if not self._is_due(trainer):
             return
         if self._from_training and (self._kept or trainer.world_size > 1):
-            self._extra_pass(trainer, pl_module, self._kept, _first_loader(trainer.train_dataloader))
-        elif not self._from_training and _may_skip_validation(trainer, pl_module):
+            self._extra_pass(trainer, pl_module, self._kept, first_loader(trainer.train_dataloader))
+        elif not self._from_training and may_skip_validation(trainer, pl_module):
             # Here, unlike at the end of validation, every process arrives.
-            if self._idle:
-                self._owes_exchange = True
-                self._measurement = self._begin(trainer, pl_module, ())
+            if self._session.idle:
+                self._session.begin(trainer, pl_module, ())
             self._finish(trainer, pl_module, step=step)
 
     @_never_in_the_way
@@ -360,102 +351,48 @@ class KoopmanCreditMonitor(Callback):
 
     def _measure_final(self, trainer: Any, pl_module: Any) -> None:
         if self._from_training:
-            self._extra_pass(trainer, pl_module, self._kept, _first_loader(trainer.train_dataloader))
+            self._extra_pass(trainer, pl_module, self._kept, first_loader(trainer.train_dataloader))
         else:
-            loader = _first_loader(trainer.val_dataloaders)
-            with _generators_restored(loader):
+            loader = first_loader(trainer.val_dataloaders)
+            with generators_restored(loader):
                 self._extra_pass(trainer, pl_module, loader, loader)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
-        self._drop()
+        self._session.forget()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of kept batches."""
-        self._drop()
+        self._session.forget()
         self._kept = []
 
     @_never_in_the_way
     def _log_options(self, trainer: Any) -> None:
         options = {"components": self.components, "max_samples": self.max_samples, **self._options}
-        self._writer.log_options(trainer.loggers, options, known=_logged_hyper_parameters(trainer))
+        self._writer.log_options(trainer.loggers, options, known=logged_hyper_parameters(trainer))
 
     def _is_due(self, trainer: Any) -> bool:
         return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
 
-    def _wants(self, dataloader_idx: int) -> bool:
-        return dataloader_idx == 0 and self._measurement is not None and not self._is_full
-
-    @property
-    def _idle(self) -> bool:
-        return self._measurement is None and not self._owes_exchange
-
-    @property
-    def _is_full(self) -> bool:
-        assert self._measurement is not None
-        return self._measurement.n_seen >= self._most_seen
-
-    def _begin(self, trainer: Any, pl_module: Any, loader: Any) -> Measurement:
-        """Make a measurement of this process's share of the samples that ``loader`` gives."""
-        rank, n_processes = trainer.global_rank, trainer.world_size
-        # All stop at the same batch, or a model that talks to its other copies would wait forever.
-        self._most_seen = _share(self.max_samples, n_processes)
-        own = min(_share(self.max_samples, n_processes, rank), _unrepeated_samples(loader))
-        with _plain_numerics(pl_module):
-            return Measurement(
-                pl_module,
-                self.components,
-                max_samples=own,
-                hold=n_processes > 1,
-                sync_on_compute=False,
-                **self._options,
-            )
-
-    def _run(
-        self, trainer: Any, pl_module: Any, measurement: Measurement, batches: Iterable[Any]
-    ) -> None:
-        """Run batches once more, as Lightning would, but eagerly and in eval mode."""
-        precision = trainer.precision_plugin
-
-        def forward(model: nn.Module, batch: Any) -> None:
-            batch = precision.convert_input(trainer.strategy.batch_to_device(batch, pl_module.device))
-            with precision.forward_context():
-                (self.forward_fn or default_forward)(model, batch)
-
-        def wanted() -> Iterable[Any]:
-            for batch in batches:
-                if self._is_full:
-                    return
-                yield batch
-
-        measurement.run(pl_module, wanted(), forward)
-
     def _extra_pass(self, trainer: Any, pl_module: Any, batches: Iterable[Any], loader: Any) -> None:
-        _refuse_sharded_weights(trainer)
-        self._owes_exchange = trainer.world_size > 1
+        refuse_sharded_weights(trainer)
         try:
-            with _plain_numerics(pl_module):
-                self._measurement = self._begin(trainer, pl_module, loader)
-                self._run(trainer, pl_module, self._measurement, batches)
+            with plain_numerics(pl_module):
+                self._session.begin(trainer, pl_module, loader)
+                self._session.run(trainer, pl_module, batches)
         except Exception as error:
-            if not self._owes_exchange:
+            if not self._session.owes_exchange:
                 raise
-            self._fail(error)
+            self._session.fail(error)
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
-        self._finish(trainer, pl_module, step=max(0, _step(trainer, None) - 1))
+        self._finish(trainer, pl_module, step=max(0, logged_step(trainer, None) - 1))
 
     def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
-        measurement, self._measurement = self._measurement, None
-        failure, self._failure = self._failure, None
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
-        with _plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-            if self._owes_exchange:
-                self._owes_exchange = False
-                merge_processes(measurement, pl_module.device, failure)
-            assert measurement is not None
-            report = measurement.report(
-                step=trainer.global_step if weights_step is None else weights_step
+        with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
+            report, seconds = self._session.finish(
+                pl_module, step=trainer.global_step if weights_step is None else weights_step
             )
         if self.history:
             # A three-day training must not pile up operators; the numbers stay.
@@ -467,118 +404,14 @@ class KoopmanCreditMonitor(Callback):
             start = time.perf_counter()
             loggers = trainer.loggers if trainer.is_global_zero else []
             self._writer.draw(loggers, self.history, step)
-            overhead = measurement.seconds + time.perf_counter() - start
+            overhead = seconds + time.perf_counter() - start
             scalars = self._writer.scalars(report, overhead)
             for logger in loggers:
                 logger.log_metrics(scalars, step=step)
         every = {**report.to_scalars(self.prefix), **scalars}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in every.items()})
 
-    def _fail(self, error: Exception) -> None:
-        """Take the hooks off and remember an error that the other processes must hear of."""
-        if self._measurement is not None:
-            self._measurement.capture.remove()
-            self._measurement = None
-        self._failure = error
-
-    def _drop(self) -> None:
-        """Give up the measurement under way, hooks first."""
-        if self._measurement is not None:
-            self._measurement.capture.remove()
-            self._measurement = None
-        self._owes_exchange, self._failure = False, None
-
     def _warn_once(self, message: str, *, kind: str | None = None) -> None:
         if (kind or message) not in self._warned:
             self._warned.add(kind or message)
             rank_zero_warn(message, stacklevel=4)
-
-
-@contextmanager
-def _plain_numerics(pl_module: Any) -> Generator[None, None, None]:
-    """Leave inference mode and autocast, which make statistics inexact or impossible."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(pl_module.device.type, enabled=False),
-    ):
-        yield
-
-
-def _logged_hyper_parameters(trainer: Any) -> dict[str, Any]:
-    """Collect what Lightning itself will log of the module and the data module right after us."""
-    known: dict[str, Any] = {}
-    for owner in (trainer.lightning_module, trainer.datamodule):
-        if owner is not None and getattr(owner, "_log_hyperparams", False):
-            known.update(owner.hparams_initial)
-    known.pop("_class_path", None)
-    return known
-
-
-def _step(trainer: Any, checkpoint_step: int | None) -> int:
-    """The x-axis on which Lightning itself logs, or the step of the checkpoint being validated."""
-    if trainer.state.fn != "fit" and checkpoint_step is not None:
-        return checkpoint_step
-    counted = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
-    return int(trainer.global_step if counted is None else counted)
-
-
-def _share(count: int, n_processes: int, rank: int = 0) -> int:
-    """This process's part of a number of samples that are dealt out in turn."""
-    return count // n_processes + (rank < count % n_processes)
-
-
-def _unrepeated_samples(loader: Any) -> int:
-    """How many samples a loader gives in this process before a sampler begins to repeat some."""
-    sampler = getattr(loader, "sampler", None)
-    kind = type(sampler)
-    # Subclasses may deal samples out in another way; Lightning's wrapper does not.
-    if kind is not DistributedSampler and kind.__name__ != "DistributedSamplerWrapper":
-        return sys.maxsize
-    assert isinstance(sampler, DistributedSampler)
-    return _share(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
-
-
-def _may_skip_validation(trainer: Any, pl_module: Any) -> bool:
-    """Tell whether a process may have no validation batch, for which Lightning calls no hook at all."""
-    return trainer.world_size > 1 and any(
-        getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False)
-        for owner in (pl_module, trainer.datamodule)
-    )
-
-
-def _refuse_sharded_weights(trainer: Any) -> None:
-    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-    if names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
-        raise RuntimeError(
-            f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot gather. "
-            "Koopman credit is measured while validation runs: give the Trainer a validation loop in "
-            "every epoch, and compile nothing; or evaluate the saved checkpoints in one process"
-        )
-
-
-def _batch_size(batch: Any) -> int:
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0] if t.ndim else 1))
-    return max(sizes, default=1)
-
-
-def _first_loader(loaders: Any) -> Any:
-    while isinstance(loaders, dict | list | tuple):
-        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), ())
-    return () if loaders is None else loaders
-
-
-@contextmanager
-def _generators_restored(loader: Any) -> Generator[None, None, None]:
-    """Give a loader's own random generators back the state they had."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    generators = [
-        g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
-    ]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)

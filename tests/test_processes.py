@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_koopman.callback import _refuse_sharded_weights, _share, _unrepeated_samples
 from lightning_koopman.moments import Layout, accumulate, recentred
 from lightning_koopman.processes import ProcessError, Share, agreed, exchange
+from lightning_koopman.trainer_facts import refuse_sharded_weights, share, unrepeated_samples
 
 
 def test_recentred_moments_are_those_about_the_new_offset() -> None:
@@ -45,7 +45,7 @@ def test_several_processes_without_torch_distributed_are_refused() -> None:
 @pytest.mark.parametrize("n_processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", [0, 1, 5, 12])
 def test_shares_add_up(n_processes: int, count: int) -> None:
-    assert sum(_share(count, n_processes, rank) for rank in range(n_processes)) == count
+    assert sum(share(count, n_processes, rank) for rank in range(n_processes)) == count
 
 
 def test_repeated_samples_of_a_distributed_sampler_do_not_count() -> None:
@@ -54,14 +54,14 @@ def test_repeated_samples_of_a_distributed_sampler_do_not_count() -> None:
     for rank in range(4):
         sampler = DistributedSampler(data, num_replicas=4, rank=rank, shuffle=True)
         loader = DataLoader(data, sampler=sampler)
-        seen += list(sampler)[: _unrepeated_samples(loader)]
+        seen += list(sampler)[: unrepeated_samples(loader)]
     assert sorted(seen) == list(range(11))
-    assert _unrepeated_samples(DataLoader(data)) > 1e9
+    assert unrepeated_samples(DataLoader(data)) > 1e9
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
 def test_an_extra_pass_over_sharded_weights_is_refused(name: str) -> None:
     strategy = type("Mine", (type(name, (), {}),), {})()
     with pytest.raises(RuntimeError, match=r"Mine shards the weights.*validation loop"):
-        _refuse_sharded_weights(SimpleNamespace(strategy=strategy))
-    _refuse_sharded_weights(SimpleNamespace(strategy=object()))
+        refuse_sharded_weights(SimpleNamespace(strategy=strategy))
+    refuse_sharded_weights(SimpleNamespace(strategy=object()))

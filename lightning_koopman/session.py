@@ -1,0 +1,171 @@
+"""One process's measurement inside a Trainer, from the first batch to the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lightning_koopman.capture import is_compiled
+from lightning_koopman.measurement import ForwardFn, Measurement, default_forward, merge_processes
+from lightning_koopman.report import CreditReport
+from lightning_koopman.trainer_facts import plain_numerics, share, unrepeated_samples
+
+
+class Session:
+    """The measurement under way in a process, if there is one, and what the process owes the others.
+
+    Args:
+        components: Names or patterns of components; ``None`` chooses.
+        max_samples: Most samples of a measurement, over all processes.
+        forward_fn: How to run the module on a batch in an extra pass; ``None`` calls it on the input.
+        options: Passed on to :class:`Measurement`.
+
+    Attributes:
+        measurement: The measurement under way.
+        owes_exchange: Whether the other processes wait for this one at the end of the epoch.
+        rides_along: Whether Lightning's own forward pass is watched; otherwise each batch runs again.
+    """
+
+    def __init__(
+        self,
+        components: Any,
+        *,
+        max_samples: int,
+        forward_fn: ForwardFn | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.measurement: Measurement | None = None
+        self.owes_exchange = False
+        self.rides_along = True
+        self._components = components
+        self._max_samples = max_samples
+        self._forward_fn = forward_fn
+        self._options = options
+        self._most_seen = 0
+        self._failure: Exception | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way and nobody waits."""
+        return self.measurement is None and not self.owes_exchange
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether a measurement is under way that has not seen its samples yet."""
+        return self.measurement is not None and self.measurement.n_seen < self._most_seen
+
+    def begin(self, trainer: Any, pl_module: Any, loader: Any) -> None:
+        """Start measuring this process's share of the samples that a loader gives.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            loader: Where the samples come from; it tells how many the sampler repeats.
+        """
+        rank, n_processes = trainer.global_rank, trainer.world_size
+        self.owes_exchange = n_processes > 1
+        self.rides_along = not is_compiled(pl_module)
+        # All stop at the same batch, or a model that talks to its other copies would wait forever.
+        self._most_seen = share(self._max_samples, n_processes)
+        own = min(share(self._max_samples, n_processes, rank), unrepeated_samples(loader))
+        with plain_numerics(pl_module):
+            self.measurement = Measurement(
+                pl_module,
+                self._components,
+                max_samples=own,
+                hold=n_processes > 1,
+                sync_on_compute=False,
+                **self._options,
+            )
+
+    def start_batch(self, batch: Any) -> None:
+        """Put the hooks on for one batch, where they ride along.
+
+        Args:
+            batch: The batch.
+        """
+        if self.measurement is not None and self.rides_along:
+            self.measurement.start_pass(batch)
+            self.measurement.capture.__enter__()
+
+    def end_batch(self, trainer: Any, pl_module: Any, batch: Any) -> None:
+        """Take the hooks off and add up what they saw, or run the batch again.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: Its module.
+            batch: The batch.
+        """
+        assert self.measurement is not None
+        if not self.rides_along:
+            self.run(trainer, pl_module, [batch])
+            return
+        self.measurement.capture.remove()
+        with plain_numerics(pl_module):
+            self.measurement.end_pass()
+
+    def run(self, trainer: Any, pl_module: Any, batches: Iterable[Any]) -> None:
+        """Run batches once more, as Lightning would, but eagerly and in eval mode.
+
+        Args:
+            trainer: The Trainer, whose precision and device count.
+            pl_module: Its module.
+            batches: What it runs on, until enough samples were seen.
+        """
+        assert self.measurement is not None
+        precision = trainer.precision_plugin
+
+        def forward(model: nn.Module, batch: Any) -> None:
+            batch = precision.convert_input(trainer.strategy.batch_to_device(batch, pl_module.device))
+            with precision.forward_context():
+                (self._forward_fn or default_forward)(model, batch)
+
+        def wanted() -> Iterable[Any]:
+            for batch in batches:
+                if not self.wants_more:
+                    return
+                yield batch
+
+        self.measurement.run(pl_module, wanted(), forward)
+
+    def finish(self, pl_module: Any, *, step: int) -> tuple[CreditReport, float]:
+        """End the measurement; every process of the run must call this.
+
+        Args:
+            pl_module: The Trainer's module.
+            step: Training step the weights belong to.
+
+        Returns:
+            The report, and the seconds spent on all but forward passes.
+
+        Raises:
+            Exception: What went wrong here or in another process, once all know of it.
+        """
+        measurement, failure, owes_exchange = self.measurement, self._failure, self.owes_exchange
+        self.forget()
+        if owes_exchange:
+            merge_processes(measurement, pl_module.device, failure)
+        assert measurement is not None
+        report = measurement.report(step=step)
+        return report, measurement.seconds
+
+    def fail(self, error: Exception) -> None:
+        """Take the hooks off and remember an error that the other processes must hear of.
+
+        Args:
+            error: The error.
+        """
+        self._give_up()
+        self._failure = error
+
+    def forget(self) -> None:
+        """Give up the measurement under way, hooks first."""
+        self._give_up()
+        self.owes_exchange, self._failure = False, None
+
+    def _give_up(self) -> None:
+        if self.measurement is not None:
+            self.measurement.capture.remove()
+            self.measurement = None

@@ -1,0 +1,180 @@
+"""What the callback must know of a Trainer, its strategy and its loaders."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+
+@contextmanager
+def plain_numerics(pl_module: Any) -> Generator[None, None, None]:
+    """Leave inference mode and autocast, which make statistics inexact or impossible.
+
+    Args:
+        pl_module: Tells the device.
+
+    Yields:
+        Nothing.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(pl_module.device.type, enabled=False),
+    ):
+        yield
+
+
+def logged_hyper_parameters(trainer: Any) -> dict[str, Any]:
+    """Collect what Lightning itself will log of the module and the data module right after us.
+
+    Args:
+        trainer: The Trainer.
+
+    Returns:
+        Hyperparameters by name.
+    """
+    known: dict[str, Any] = {}
+    for owner in (trainer.lightning_module, trainer.datamodule):
+        if owner is not None and getattr(owner, "_log_hyperparams", False):
+            known.update(owner.hparams_initial)
+    known.pop("_class_path", None)
+    return known
+
+
+def logged_step(trainer: Any, checkpoint_step: int | None) -> int:
+    """Find the x-axis on which Lightning itself logs, or the step of the checkpoint being validated.
+
+    Args:
+        trainer: The Trainer.
+        checkpoint_step: The step that a loaded checkpoint told.
+
+    Returns:
+        The step.
+    """
+    if trainer.state.fn != "fit" and checkpoint_step is not None:
+        return checkpoint_step
+    counted = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if counted is None else counted)
+
+
+def share(count: int, n_processes: int, rank: int = 0) -> int:
+    """Count this process's part of samples that are dealt out in turn.
+
+    Args:
+        count: Number of samples.
+        n_processes: Number of processes.
+        rank: Which of them this is.
+
+    Returns:
+        Its number of samples.
+    """
+    return count // n_processes + (rank < count % n_processes)
+
+
+def unrepeated_samples(loader: Any) -> int:
+    """Count the samples that a loader gives in this process before a sampler begins to repeat some.
+
+    Args:
+        loader: Any iterable; only a DataLoader's sampler tells.
+
+    Returns:
+        The number; ``sys.maxsize`` where nothing is known to repeat.
+    """
+    sampler = getattr(loader, "sampler", None)
+    kind = type(sampler)
+    # Subclasses may deal samples out in another way; Lightning's wrapper does not.
+    if kind is not DistributedSampler and kind.__name__ != "DistributedSamplerWrapper":
+        return sys.maxsize
+    assert isinstance(sampler, DistributedSampler)
+    return share(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
+
+
+def may_skip_validation(trainer: Any, pl_module: Any) -> bool:
+    """Tell whether a process may have no validation batch, for which Lightning calls no hook at all.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+
+    Returns:
+        True where there are several processes and empty loaders are allowed.
+    """
+    return trainer.world_size > 1 and any(
+        getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False)
+        for owner in (pl_module, trainer.datamodule)
+    )
+
+
+def refuse_sharded_weights(trainer: Any) -> None:
+    """Refuse an extra pass where no process holds all weights.
+
+    Args:
+        trainer: The Trainer.
+
+    Raises:
+        RuntimeError: If its strategy shards the weights.
+    """
+    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
+        raise RuntimeError(
+            f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot gather. "
+            "Koopman credit is measured while validation runs: give the Trainer a validation loop in "
+            "every epoch, and compile nothing; or evaluate the saved checkpoints in one process"
+        )
+
+
+def batch_size(batch: Any) -> int:
+    """Count the samples of a batch by its longest first axis.
+
+    Args:
+        batch: Tensors, nested as loaders give them.
+
+    Returns:
+        At least 1.
+    """
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0] if t.ndim else 1))
+    return max(sizes, default=1)
+
+
+def first_loader(loaders: Any) -> Any:
+    """Find the first of several loaders.
+
+    Args:
+        loaders: A loader, or lists and dicts of them, as a Trainer holds them.
+
+    Returns:
+        The first loader; empty where there is none.
+    """
+    while isinstance(loaders, dict | list | tuple):
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), ())
+    return () if loaders is None else loaders
+
+
+@contextmanager
+def generators_restored(loader: Any) -> Generator[None, None, None]:
+    """Give a loader's own random generators back the state they had.
+
+    Args:
+        loader: Any iterable.
+
+    Yields:
+        Nothing.
+    """
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    generators = [
+        g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
+    ]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
