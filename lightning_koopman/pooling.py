@@ -19,6 +19,9 @@ Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], 
 REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")
 
 _POOLED_CELLS = 16
+_FINEST = (
+    4  # values a kept direction: held-out R² of a small ResNet's blocks rose by .01 to .03 from 1 to 4
+)
 _CHANNEL_COUNTS: tuple[tuple[Any, str], ...] = (
     (nn.modules.conv._ConvNd, "out_channels"),
     (nn.modules.batchnorm._BatchNorm, "num_features"),
@@ -135,7 +138,7 @@ def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -
 
     Returns:
         Cells along each axis beside the channels: the axes themselves, or at most 16 cells and about
-        ``16 * max_dim`` values in all; more cells where 16 would make fewer than ``max_dim`` values.
+        ``16 * max_dim`` values in all; more cells where 16 would make fewer than ``4 * max_dim`` values.
     """
     if len(shape) < 2:
         return ()
@@ -153,8 +156,8 @@ def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -
         return tuple(axes)
     cells = min(_POOLED_CELLS, max(1, 16 * max_dim // channels))
     side = max(1, int(cells ** (1 / len(axes)) + 1e-9))
-    # Few channels leave room for a finer grid within max_dim.
-    side = max(side, math.ceil((max_dim / channels) ** (1 / len(axes)) - 1e-9))
+    # Few channels leave room for a finer grid, of which POD can then keep what varies most.
+    side = max(side, math.ceil((_FINEST * max_dim / channels) ** (1 / len(axes)) - 1e-9))
     return tuple(min(side, size) for size in axes)
 
 

@@ -1,4 +1,4 @@
-"""The frozen result: rows, text table, JSON, flat scalars."""
+"""The frozen result: a row a component, doubts, flat scalars, JSON."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:
 
     Returns:
         Rows of shape ``(n_samples, d)``, a copy, at least float32. Wide grids are pooled to at most
-        16 cells and about ``16 * max_dim`` values, but to no fewer than ``max_dim``.
+        16 cells and about ``16 * max_dim`` values, but to no fewer than ``4 * max_dim``.
 
     Raises:
         ValueError: If the tensor has no batch axis or no values.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,11 @@ def test_the_reader_of_imports_sees_them() -> None:
     }
     assert "torchmetrics" in imported(tree.body)
     assert own(imported(tree.body)) == {"plots"}
+
+
+def test_every_module_has_its_place_on_the_map() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
+    assert [name for name in named if name in CORE] == CORE

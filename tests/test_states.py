@@ -20,13 +20,13 @@ def pooled(shape: tuple[int, ...], max_dim: int, *, channels_first: bool = True)
     [
         ((5, 7), 3, 7),  # flat states are never pooled
         ((5, 2, 4, 4), 32, 32),  # narrow enough: only flattened
-        ((5, 2, 8, 8), 32, 2 * 16),
+        ((5, 2, 16, 16), 32, 2 * 64),  # 16 cells would keep fewer than four values a direction
         ((5, 64, 28, 28), 256, 64 * 16),
         ((5, 512, 7, 7), 64, 512),  # 2 cells would do, a square grid of 1 is taken
-        ((5, 3, 100), 32, 3 * 16),
-        ((5, 2, 9, 9, 9), 32, 2 * 27),  # 8 cells would keep fewer values than max_dim
-        ((5, 2, 6, 6, 6, 6), 32, 2 * 27),
-        ((5, 2, 3, 100), 32, 2 * 3 * 4),  # an axis shorter than the grid stays as it is
+        ((5, 3, 100), 32, 3 * 43),
+        ((5, 2, 9, 9, 9), 32, 2 * 64),
+        ((5, 2, 6, 6, 6, 6), 32, 2 * 64),
+        ((5, 2, 3, 100), 32, 2 * 3 * 8),  # an axis shorter than the grid stays as it is
     ],
     ids=str,
 )
