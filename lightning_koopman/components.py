@@ -59,8 +59,8 @@ def named_components(
 
     Without ``components``, the module tree is walked as a person would draw it: wrappers around a single
     child are unwrapped; ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened, as are modules
-    that hold a list of blocks; a block that repeats is never opened; modules without parameters
-    belong to the component before them.
+    that hold a list of blocks; of modules that repeat, only stages (little more than a list of blocks)
+    are opened; modules without parameters belong to the component before them.
 
     Args:
         model: Any module.
@@ -252,10 +252,12 @@ def _opened(
     children: list[tuple[str, nn.Module]], *, towers: bool = False
 ) -> Iterator[tuple[str, nn.Module]]:
     kinds = [type(child) for _, child in children]
+    stages = {type(child) for _, child in children if _is_stage(child)}
     for name, child in children:
         # Members of a list are blocks; two attributes of one type are an encoder and a decoder.
         repeats = kinds.count(type(child)) > (2 if towers else 1)
-        if isinstance(child, _CONTAINERS) or (_holds_blocks(child) and not repeats):
+        opens = type(child) in stages if repeats else _holds_blocks(child)
+        if isinstance(child, _CONTAINERS) or opens:
             yield from _opened(_children(child, name))
         else:
             yield name, child
@@ -269,3 +271,30 @@ def _holds_blocks(module: nn.Module) -> bool:
             if len(composite) >= 2:
                 return True
     return False
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Tell whether a module is little more than a list of blocks, as stages of vision networks are."""
+    # A block has weights in at least two places, unlike the convolutions of an inverted bottleneck; and
+    # the list is the module's own, unlike that of a mixture of experts further in.
+    everything = sum(p.numel() for p in module.parameters())
+    for part in module.children():
+        if not isinstance(part, nn.Sequential | nn.ModuleList):
+            continue
+        blocks = list(part.children())
+        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        if (
+            alike
+            and not isinstance(blocks[0], _CONTAINERS)
+            and all(_weighted_leaves(block) > 1 for block in blocks)
+            and 2 * sum(p.numel() for p in part.parameters()) > everything
+        ):
+            return True
+    return False
+
+
+def _weighted_leaves(module: nn.Module) -> int:
+    return sum(
+        has_parameters(part) and not is_norm(part) and not any(part.children())
+        for part in module.modules()
+    )

@@ -165,7 +165,7 @@ def pretrained() -> dict[str, tuple[str, str, dict[str, Any], str]]:
     """Class, configuration, its arguments and the kind of input, all from ``transformers``."""
     vision = {"image_size": 32, "patch_size": 8}
     t5 = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
-    conv = {"hidden_sizes": [8, 16], "depths": [1, 2]}
+    conv = {"hidden_sizes": [8, 16], "depths": [2, 2]}
     special = {"bos_token_id": 0, "eos_token_id": 0}
     gpt = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50} | special
     mamba = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50, "state_size": 4}
@@ -187,6 +187,12 @@ def pretrained() -> dict[str, tuple[str, str, dict[str, Any], str]]:
             "ConvNextForImageClassification",
             "ConvNextConfig",
             conv | {"num_stages": 2},
+            "images",
+        ),
+        "Swin": (
+            "SwinForImageClassification",
+            "SwinConfig",
+            {"image_size": 32, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
             "images",
         ),
     }
@@ -255,3 +261,64 @@ def test_skips_are_linked_and_parallel_components_joined(table: list[str]) -> No
     assert any("joined into one state: b1+b2" in note for note in inception.notes)
     towers = check("two towers", *plain()["two towers"](), [])
     assert towers.components == ("left+right", "head")
+
+
+def test_vision_networks_are_reported_by_block() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"
+    )
+    report = credit_report(
+        transformers.ResNetForImageClassification(config), inputs("images"), max_dim=64
+    )
+    stages = [f"resnet.encoder.stages.{i}.layers.{j}" for i in range(2) for j in range(2)]
+    assert report.components == ("resnet.embedder", *stages, "classifier.1")
+
+
+class LinearUNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.d1, self.d2, self.mid = nn.Linear(12, 9), nn.Linear(9, 7), nn.Linear(7, 7)
+        self.u2, self.u1, self.out = nn.Linear(14, 6), nn.Linear(15, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.d1(x)
+        b = self.d2(a)
+        return self.out(self.u1(torch.cat([self.u2(torch.cat([self.mid(b), b], 1)), a], 1)))
+
+
+class LinearInception(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.b1, self.b2 = nn.Linear(12, 9), nn.Linear(9, 5), nn.Linear(9, 4)
+        self.head = nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(torch.cat([self.b1(x), self.b2(x)], 1))
+
+
+class LinearTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(11, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.head(torch.cat([self.left(x), self.right(y)], 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "widths"), [(LinearUNet, [12]), (LinearInception, [12]), (LinearTowers, [4, 5])]
+)
+def test_a_linear_network_has_the_log_volume_of_its_dense_jacobian(
+    kind: type[nn.Module], widths: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = kind().double()
+    batches = [tuple(torch.randn(100, w, dtype=torch.float64) for w in widths) for _ in range(5)]
+    report = credit_report(model, batches, forward_fn=lambda net, batch: net(*batch))
+    jacobian = torch.autograd.functional.jacobian(model, tuple(b[:1] for b in batches[0]))
+    dense = torch.cat([j[0, :, 0] for j in jacobian], dim=1)
+    volume = float(torch.linalg.svdvals(dense).log().mean())
+    assert report.total == pytest.approx(volume, abs=1e-9)
+    assert report.gain.sum() == pytest.approx(volume, abs=1e-9)

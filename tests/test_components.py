@@ -31,6 +31,38 @@ class Net(nn.Module):
             self.add_module(name, part)
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.bn = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+
+class Stage(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.downsample = nn.Conv2d(4, 4, 1)
+        self.layers = nn.ModuleList(Residual() for _ in range(depth))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Block(), Block())
+
+
+class ExpertLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(4, 4)
+        self.mixture = Net(gate=nn.Linear(4, 2), experts=nn.ModuleList(Residual() for _ in range(2)))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mlp() for _ in range(3))
+
+
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Dropout(), nn.Linear(3, 2))
 
@@ -61,6 +93,25 @@ AUTOMATIC = {
             fc=nn.Linear(4, 2),
         ),
         ["stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "fc"],
+    ),
+    "stages are opened, if one of them has a list of blocks": (
+        lambda: Net(stem=nn.Conv2d(1, 4, 3), stages=nn.ModuleList([Stage(2), Stage(1)])),
+        [
+            *("stem", "stages.0.downsample", "stages.0.layers.0", "stages.0.layers.1"),
+            *("stages.1.downsample", "stages.1.layers.0"),
+        ],
+    ),
+    "a list of single convolutions is no stage": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), Bottleneck(), Bottleneck()),
+        ["0", "1", "2"],
+    ),
+    "a mixture of experts is no stage": (
+        lambda: Net(stem=nn.Linear(4, 4), layers=nn.ModuleList([ExpertLayer(), ExpertLayer()])),
+        ["stem", "layers.0", "layers.1"],
+    ),
+    "branches side by side are no stage": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Branches(), Branches()),
+        ["0", "1", "2"],
     ),
     "two towers are looked into": (
         lambda: Net(encoder=mlp(), decoder=mlp()),
