@@ -28,12 +28,14 @@ class Checkpoint:
         step: Number of optimiser steps taken; ``None`` where the file does not say.
         state_dict: Tensors by name.
         hyper_parameters: What a LightningModule saved of its arguments.
+        data_hyper_parameters: What a LightningDataModule saved of its own.
     """
 
     path: Path
     step: int | None
     state_dict: Mapping[str, Tensor]
     hyper_parameters: Mapping[str, Any]
+    data_hyper_parameters: Mapping[str, Any]
 
 
 def find_checkpoints(
@@ -128,12 +130,14 @@ def load_checkpoint(
     if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise CheckpointError(f"{path} holds no state_dict of tensors")
     step = content.get("global_step")
-    hyper_parameters = content.get("hyper_parameters", {})
+    saved = [content.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters")]
+    own, of_data = (entry if isinstance(entry, Mapping) else {} for entry in saved)
     return Checkpoint(
         path=path,
         step=step if isinstance(step, int) else None,
         state_dict={clean_name(str(name)): value for name, value in tensors.items()},
-        hyper_parameters=hyper_parameters if isinstance(hyper_parameters, Mapping) else {},
+        hyper_parameters=own,
+        data_hyper_parameters=of_data,
     )
 
 

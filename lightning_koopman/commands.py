@@ -62,8 +62,8 @@ def evaluate(
     Args:
         model: Model to build, as pkg.mod:Class or pkg.mod:function. A LightningModule gets the
             hyperparameters that its checkpoint saved.
-        data: Data to measure on, as pkg.mod:DataModule (its validation loader), or a function or object
-            that gives batches.
+        data: Data to measure on, as pkg.mod:DataModule (its validation loader; it gets the
+            hyperparameters that the checkpoint saved), or a function or object that gives batches.
         ckpt: Path or glob pattern of checkpoints, or a list of them.
         logdir: Folder for TensorBoard event files.
         out: File for the reports, kept complete after every checkpoint. A second run with the same file
@@ -93,8 +93,9 @@ def evaluate(
 
     part = _shard(shard)
     known = [] if out is None or fresh else read_known(out, format)
-    hyper_parameters = _first_hyper_parameters(ckpt, trust_checkpoint)
-    network, batches = build_both(model, hyper_parameters, data)
+    own, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
+    build = functools.partial(build_both, model, own, data, of_data)
+    network, batches = build()
     console = Console(stderr=True)
 
     def tell_known(taken: int, total: int) -> None:
@@ -121,7 +122,7 @@ def evaluate(
                 about={"model": model, "data": data},
                 weights=weights,
                 workers=workers,
-                build=functools.partial(build_both, model, hyper_parameters, data),
+                build=build,
                 components=components,
                 rank=rank,
                 tikhonov=tikhonov,
@@ -149,16 +150,17 @@ def _show(reports: Sequence[CreditReport]) -> None:
         Console().print(runs_table(reports))
 
 
-def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> dict[str, Any]:
-    """Give what the first readable checkpoint saved of the model's arguments."""
+def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give the arguments of model and DataModule that the first readable checkpoint saved."""
     from lightning_koopman.checkpoints import CheckpointError, find_checkpoints, load_checkpoint
 
     for path in find_checkpoints(ckpt):
         try:
-            return dict(load_checkpoint(path, trust=trust).hyper_parameters)
+            checkpoint = load_checkpoint(path, trust=trust)
         except CheckpointError:
             continue
-    return {}
+        return dict(checkpoint.hyper_parameters), dict(checkpoint.data_hyper_parameters)
+    return {}, {}
 
 
 def components(
@@ -240,17 +242,18 @@ def linearize(
     from lightning_koopman.linearization import linearize_within
 
     checkpoint = load_checkpoint(ckpt, trust=trust_checkpoint)
-    hyper_parameters = dict(checkpoint.hyper_parameters)
-    network = build_model(model, hyper_parameters)
+    own, of_data = dict(checkpoint.hyper_parameters), dict(checkpoint.data_hyper_parameters)
+    network = build_model(model, own)
     apply_checkpoint(network, checkpoint)
-    fit_on, choose_on = fit_and_choose(data)
+    fit_on, choose_on = fit_and_choose(data, of_data)
     report = credit_report(network, fit_on, components=components, max_dim=max_dim, seed=seed)
     result = linearize_within(
         network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
     )
     Console().print(result)
-    step = {} if checkpoint.step is None else {"global_step": checkpoint.step}
-    save_linearized(result.model, out, more=step | {"hyper_parameters": hyper_parameters})
+    more: dict[str, Any] = {} if checkpoint.step is None else {"global_step": checkpoint.step}
+    more |= {"hyper_parameters": own, "datamodule_hyper_parameters": of_data}
+    save_linearized(result.model, out, more=more)
     Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
 
 
@@ -313,7 +316,8 @@ def compare(
         checkpoint = load_checkpoint(path, trust=trust_checkpoint, weights=weights)
         network = build_model(model, dict(checkpoint.hyper_parameters))
         apply_checkpoint(network, checkpoint)
-        found.append(credit_report(network, build_batches(data), step=checkpoint.step))
+        batches = build_batches(data, checkpoint.data_hyper_parameters)
+        found.append(credit_report(network, batches, step=checkpoint.step))
     Console().print(changes_table(found[0], found[1], quantity))
 
 

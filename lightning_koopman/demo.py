@@ -65,6 +65,7 @@ class Digits(L.LightningDataModule):
 
     def __init__(self, arch: Arch = "mlp") -> None:
         super().__init__()
+        self.save_hyperparameters()
         self.arch = arch
 
     def setup(self, stage: str) -> None:

@@ -57,11 +57,8 @@ def build_model(
     """
     found = named_object(name)
     if not isinstance(found, nn.Module):
-        accepted = inspect.signature(found).parameters
-        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
-        arguments = {k: v for k, v in hyper_parameters.items() if takes_all or k in accepted}
         try:
-            found = found(**arguments)
+            found = found(**_accepted(found, hyper_parameters))
         except TypeError as error:
             raise ValueError(
                 f"{name} cannot be built {origin} ({error}); name a function that builds it"
@@ -71,11 +68,19 @@ def build_model(
     return found
 
 
-def build_batches(name: str) -> Iterable[Any]:
+def _accepted(found: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the arguments that a class or function names, or all if it takes any."""
+    named = inspect.signature(found).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
+    return {k: v for k, v in arguments.items() if takes_all or k in named}
+
+
+def build_batches(name: str, hyper_parameters: Mapping[str, Any] | None = None) -> Iterable[Any]:
     """Build the data to measure on.
 
     Args:
         name: A DataModule, of which the validation loader is taken, a function or an iterable.
+        hyper_parameters: Arguments that a DataModule saved; it gets those that it names.
 
     Returns:
         What iterates over batches.
@@ -83,12 +88,21 @@ def build_batches(name: str) -> Iterable[Any]:
     Raises:
         ValueError: If it needs arguments or holds no batches.
     """
+    return _validation(_data(name, hyper_parameters or {}), name)
+
+
+def _data(name: str, hyper_parameters: Mapping[str, Any]) -> Any:
     found = named_object(name)
     if callable(found):
+        saved = hyper_parameters if hasattr(found, "val_dataloader") else {}
         try:
-            found = found()
+            found = found(**_accepted(found, saved))
         except TypeError as error:
             raise ValueError(f"{name} cannot be called without arguments ({error})") from None
+    return found
+
+
+def _validation(found: Any, name: str) -> Iterable[Any]:
     if hasattr(found, "val_dataloader"):
         found.prepare_data()
         found.setup("validate")
@@ -106,7 +120,10 @@ def build_batches(name: str) -> Iterable[Any]:
 
 
 def build_both(
-    model: str, hyper_parameters: Mapping[str, Any], data: str
+    model: str,
+    hyper_parameters: Mapping[str, Any],
+    data: str,
+    data_hyper_parameters: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Iterable[Any]]:
     """Build model and data.
 
@@ -114,19 +131,23 @@ def build_both(
         model: As in :func:`build_model`.
         hyper_parameters: As in :func:`build_model`.
         data: As in :func:`build_batches`.
+        data_hyper_parameters: As there.
 
     Returns:
         Model and batches.
     """
-    return build_model(model, hyper_parameters), build_batches(data)
+    return build_model(model, hyper_parameters), build_batches(data, data_hyper_parameters)
 
 
-def fit_and_choose(name: str) -> tuple[list[Any], list[Any]]:
+def fit_and_choose(
+    name: str, hyper_parameters: Mapping[str, Any] | None = None
+) -> tuple[list[Any], list[Any]]:
     """Give batches to fit on and others to choose on.
 
     Args:
         name: A DataModule, whose training and validation loaders are taken, or a function or iterable,
             whose batches are split into those at even and at odd places.
+        hyper_parameters: As in :func:`build_batches`.
 
     Returns:
         Batches to fit on, and others.
@@ -134,13 +155,12 @@ def fit_and_choose(name: str) -> tuple[list[Any], list[Any]]:
     Raises:
         ValueError: If there are fewer than two batches.
     """
-    found = named_object(name)
-    found = found() if callable(found) else found
+    found = _data(name, hyper_parameters or {})
     if hasattr(found, "train_dataloader"):
         found.prepare_data()
         found.setup("fit")
-        return list(found.train_dataloader()), list(build_batches(name))
-    batches = list(build_batches(name))
+        return list(found.train_dataloader()), list(_validation(found, name))
+    batches = list(_validation(found, name))
     if len(batches) < 2:
         raise ValueError(
             f"{name} gives {len(batches)} batch; linearize needs at least one to fit on and one to "

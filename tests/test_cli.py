@@ -24,6 +24,13 @@ class Data(L.LightningDataModule):
     def val_dataloader(self):
         return DataLoader(dataset(), batch_size=50)
 
+class Sized(Data):
+    def __init__(self, size=50, name="of no interest"):
+        super().__init__()
+        self.size = size
+    def val_dataloader(self):
+        return DataLoader(torch.utils.data.Subset(dataset(), range(self.size)), batch_size=50)
+
 def batches():
     return DataLoader(dataset(), batch_size=50)
 
@@ -45,6 +52,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 "state_dict": LitNet(width=9).state_dict(),
                 "global_step": step,
                 "hyper_parameters": {"width": 9, "freeze_norm": False},
+                "datamodule_hyper_parameters": {"size": 70, "of_another_class": 1},
             },
             tmp_path / f"step{step}.ckpt",
         )
@@ -64,6 +72,12 @@ def test_evaluate_measures_every_checkpoint(project: Path, capsys: pytest.Captur
     events = EventAccumulator(str(project / "tb"))
     events.Reload()
     assert [e.step for e in events.Scalars("koopman/credit/net.0")] == [10, 20]
+
+
+def test_a_data_module_gets_the_arguments_that_the_checkpoint_saved(project: Path) -> None:
+    command = "evaluate --model userproject:LitNet --data userproject:Sized --ckpt step10.ckpt"
+    assert main([*command.split(), "--out", "report.json"]) == 0
+    assert json.loads((project / "report.json").read_text())[0]["n_samples"] == 70
 
 
 def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(
