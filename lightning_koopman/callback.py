@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_koopman.chain import Normalize
 from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
+from lightning_koopman.delay import Delay
 from lightning_koopman.plan import ReduceOption, check_reduce
 from lightning_koopman.report import CreditReport
 from lightning_koopman.session import Session
@@ -124,8 +125,10 @@ class KoopmanCreditMonitor(Callback):
             every component, the largest up to 1e-2 that at most doubles its held-out error.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
-        delay: Step delay: how many earlier states each operator sees.
-        targets: Output units of interest; ``None`` takes the leading POD directions of the output.
+        delay: Step delay: how many earlier states each operator sees, or ``"auto"``, as in
+            :func:`lightning_koopman.credit_report`.
+        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
+            directions of the output.
         forward_fn: How to run the module on a batch where an extra pass is needed; ``None`` calls it on
             the input.
         prefix: First part of every logged key; give each of several monitors its own.
@@ -154,7 +157,7 @@ class KoopmanCreditMonitor(Callback):
         rank: int | None = None,
         tikhonov: float | None = None,
         normalize: Normalize = "none",
-        delay: int = 1,
+        delay: Delay = 1,
         targets: Sequence[int] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         prefix: str = "koopman",

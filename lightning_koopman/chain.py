@@ -80,6 +80,18 @@ def split_chain(
     return Split(train.count, train, test, problems, directions.flip(1), int(alive(values).sum()))
 
 
+def split_folds(layout: Layout, moments: Tensor, normalize: Normalize) -> tuple[Split, list[Split]]:
+    """Set up the regressions on all folds, and without each fold that can be held out."""
+    total = moments.sum(dim=0)
+    folds = []
+    for fold in range(layout.folds):
+        # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
+        rest = float(total[0] - moments[fold, 0])
+        if moments[fold, 0] > 0 and rest >= 2:
+            folds.append(split_chain(layout, moments, fold, normalize, total))
+    return split_chain(layout, moments, None, normalize, total), folds
+
+
 def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Tensor] | None:
     """Give T_i for the coordinates x_i T_i, or ``None`` for the coordinates as they are."""
     if normalize == "none":

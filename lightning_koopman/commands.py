@@ -49,7 +49,7 @@ def evaluate(
     max_dim: int = 256,
     folds: int = 5,
     normalize: Literal["none", "rms", "whiten"] = "none",
-    delay: int = 1,
+    delay: int | Literal["auto"] = 1,
     seed: int = 0,
     trust_checkpoint: bool = False,
     shard: str = "1/1",
@@ -77,7 +77,7 @@ def evaluate(
         max_dim: Wider states are pooled and projected.
         folds: Number of folds for held-out R² and error bars.
         normalize: Coordinates of every state.
-        delay: Step delay.
+        delay: Step delay: earlier states that each operator sees. auto chooses by held-out R².
         seed: Chooses the folds.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.

@@ -17,6 +17,7 @@ from lightning_koopman.chain import (
     fit_chain,
     fit_steps,
     split_chain,
+    split_folds,
     state_ranks,
     step_factors,
 )
@@ -102,15 +103,7 @@ def compute_credits(
         targets=targets,
     )
     _check(layout, moments, targets)
-    total = moments.sum(dim=0)
-    splits = [split_chain(layout, moments, None, normalize, total)]
-    for fold in range(layout.folds):
-        # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
-        rest = float(total[0] - moments[fold, 0])
-        if moments[fold, 0] > 0 and rest >= 2:
-            splits.append(split_chain(layout, moments, fold, normalize, total))
-    whole, folds = splits[0], splits[1:]
-
+    whole, folds = split_folds(layout, moments, normalize)
     if whole.output_rank == 0:
         raise ValueError(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
@@ -159,7 +152,7 @@ def compute_credits(
         stable=shift <= stderr["credit"].clamp_min(MAX_RIDGE_SHIFT),
         operators=_operators(
             layout,
-            whole if normalize == "none" else split_chain(layout, moments, None, "none", total),
+            whole if normalize == "none" else split_chain(layout, moments, None, "none"),
             chosen,
             step.r2,
             center,
@@ -172,7 +165,7 @@ def compute_credits(
 def check_options(
     *,
     folds: int = 5,
-    delay: int = 1,
+    delay: int | str = 1,
     rank: int | None = None,
     tikhonov: float | None = None,
     normalize: str = "none",
@@ -182,7 +175,7 @@ def check_options(
 
     Args:
         folds: Number of folds.
-        delay: Step delay.
+        delay: Step delay, or ``"auto"``.
         rank: Most output directions.
         tikhonov: Ridge weight.
         normalize: Coordinates of the states.
@@ -193,8 +186,11 @@ def check_options(
     """
     if folds < 2:
         raise ValueError(f"folds is {folds}; held-out R² needs at least 2")
-    if delay < 1:
-        raise ValueError(f"delay is {delay}; each operator sees at least one earlier state")
+    if delay != "auto" and (isinstance(delay, str) or delay < 1):
+        raise ValueError(
+            f"delay is {delay!r}; each operator sees at least one earlier state: give 1 or more, or "
+            "'auto'"
+        )
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; at least one output direction must be aligned")
     check_tikhonov(tikhonov)
@@ -277,7 +273,7 @@ def _stderr(
     gap: Tensor | None = None,
 ) -> Tensor:
     """Jackknife error and bias, added in quadrature; a bias known otherwise takes the latter's place."""
-    spread = _jackknife(value, replicates, count, held_out)
+    spread = jackknife(value, replicates, count, held_out)
     if gap is None and len(replicates) > 1:
         # With folds of unequal size, each replicate's distance counts by how much was left out.
         ratio = (count / held_out).view(-1, *[1] * value.ndim)
@@ -285,8 +281,18 @@ def _stderr(
     return spread if gap is None else (spread.square() + gap.square()).sqrt()
 
 
-def _jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor) -> Tensor:
-    """Delete-one-fold standard error; NaN with fewer than two folds."""
+def jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor) -> Tensor:
+    """Give the delete-one-fold standard error.
+
+    Args:
+        value: A number over all samples, or an array of them.
+        replicates: The same with one fold after the other left out.
+        count: Number of all samples.
+        held_out: Number of samples in each fold, shape ``(folds,)``.
+
+    Returns:
+        Errors of the same shape; NaN with fewer than two folds.
+    """
     # Folds of unequal size: Busing, Meijer & van der Leeden (1999), Statistics and Computing 9, 3-8.
     if len(replicates) < 2:
         return torch.full_like(value, torch.nan)

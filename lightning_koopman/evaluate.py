@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.chain import Normalize
 from lightning_koopman.components import Components
+from lightning_koopman.delay import Delay
 from lightning_koopman.lifts import Observables
 from lightning_koopman.measurement import ForwardFn, Measurement
 from lightning_koopman.plan import ReduceOption
@@ -28,7 +29,7 @@ def credit_report(
     output: str | Callable[[Any], Any] | None = None,
     folds: int = 5,
     normalize: Normalize = "none",
-    delay: int = 1,
+    delay: Delay = 1,
     targets: Sequence[int] | None = None,
     observables: Observables = None,
     seed: int = 0,
@@ -60,8 +61,11 @@ def credit_report(
         folds: Number of folds for held-out R² and error bars.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
-        delay: Step delay: how many earlier states each operator sees.
-        targets: Output units of interest; ``None`` takes the leading POD directions of the output.
+        delay: Step delay: how many earlier states each operator sees, beside those that the data flow
+            links; ``"auto"`` takes the smallest, up to 4, whose mean held-out R² no larger one improves
+            on by more than its error.
+        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
+            directions of the output.
         observables: Lifts every state but the output into further coordinates, in which an operator can
             follow what is nonlinear (EDMD): ``"polynomial"`` (products of two), ``"rff"`` (``max_dim``
             random Fourier features) or ``"rbf"`` (as many Gaussian bumps), each beside the state

@@ -293,7 +293,8 @@ class Measurement:
         report = self._metric.report(variance_kept=kept, notes=notes, step=step)
         self.seconds += time.perf_counter() - start
         assert self._metric.layout is not None
-        names, parents = self._reducer.names, self._metric.layout.parents
+        layout = dataclasses.replace(self._metric.layout, delay=report.delay)
+        names, parents = self._reducer.names, layout.parents
         reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
         return dataclasses.replace(report, parts=self._parts(), reads=reads)
 

@@ -66,6 +66,7 @@ class CreditReport:
         reads: By component, the states that its operator takes, the nearest first; empty in a report
             read from JSON.
         folds: Number of folds that the error bars rest on; their degrees of freedom are one less.
+        delay: How many states before it each operator took at least.
         run: Name of the training among several; empty where there is one.
         source: What was measured, and how: the checkpoint's path, size and time of modification, and the
             options. Empty where the weights came from no file.
@@ -96,6 +97,7 @@ class CreditReport:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     folds: int = 5
+    delay: int = 1
     run: str = ""
     source: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -177,6 +179,7 @@ class CreditReport:
             "step": self.step,
             "parts": {name: list(calls) for name, calls in self.parts.items()},
             "folds": self.folds,
+            "delay": self.delay,
             "run": self.run,
             "source": dict(self.source),
         }
@@ -259,6 +262,7 @@ def build_report(
     notes: Sequence[str] = (),
     step: int | None = None,
     folds: int = 5,
+    delay: int = 1,
 ) -> CreditReport:
     """Give the numbers of a chain their names.
 
@@ -270,6 +274,7 @@ def build_report(
         notes: Sentences for the reader.
         step: Training step the weights belong to.
         folds: Number of folds that the error bars rest on.
+        delay: How many states before it each operator took at least.
 
     Returns:
         The report.
@@ -300,6 +305,7 @@ def build_report(
         operators=dict(zip(components, credits.operators, strict=True)),
         step=step,
         folds=folds,
+        delay=delay,
     )
 
 

@@ -61,7 +61,8 @@ def checked_fields(given: Any) -> dict[str, Any]:
         notes=tuple(_checked_list(given, "notes", str)),
         step=None if step is None else _checked_int(given, "step"),
         parts=_checked_parts(given.get("parts", {})),
-        folds=_checked_folds(given.get("folds", 5)),
+        folds=_checked_count(given, "folds", 5, least=2),
+        delay=_checked_count(given, "delay", 1, least=1),
         run=_checked_run(given.get("run", "")),
         source=_checked_source(given.get("source", {})),
     )
@@ -105,9 +106,10 @@ def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(_checked_list(value, name, str)) for name in value}
 
 
-def _checked_folds(value: Any) -> int:
-    if type(value) is not int or not 2 <= value < 10**9:
-        raise ReportFormatError(f"folds must be a whole number from 2 on, not {value!r}")
+def _checked_count(given: Mapping[str, Any], name: str, default: int, *, least: int) -> int:
+    value = given.get(name, default)
+    if type(value) is not int or not least <= value < 10**9:
+        raise ReportFormatError(f"{name} must be a whole number from {least} on, not {value!r}")
     return value
 
 

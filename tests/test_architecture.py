@@ -25,6 +25,7 @@ CORE = [
     "chain",
     "alignment",
     "credit",
+    "delay",
     "schema",
     "tables",
     "report",
