@@ -1,9 +1,10 @@
 """Everything that might predict an effect, one number a component, from probe data.
 
 ``baselines``: what a user could compute instead. ``reported``: what this package's report holds.
-``candidates``: second-order predictions that are not in the report, with and without backward passes.
+``candidates``: second-order predictions written apart from it, with and without backward passes.
 """
 
+import time
 import warnings
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 from validity_effects import KINDS, NOISE, Linearised, alterations, principal, rest, solve
 
-from lightning_koopman import credit_report
+from lightning_koopman import credit_report, predict_effects
 
 Numbers = dict[str, np.ndarray]
 LISTED = (
@@ -25,11 +26,15 @@ LISTED = (
     *("relative distance from initialisation", "parameter count"),
 )
 ADDED = ("Fisher × weight²", "Fisher × std²", "Jacobian Fisher noise")
-REPORTED = tuple(
-    f"{name}, {mode}"
-    for mode in ("none", "whiten")
-    for name in ("credit", "gain", "nonlinearity", "sensitivity")
+REPORTED = (
+    "influence",
+    *(
+        f"{name}, {mode}"
+        for mode in ("none", "whiten")
+        for name in ("credit", "gain", "nonlinearity", "sensitivity")
+    ),
 )
+PREDICTED = ("predicted effect",)
 MATCHED = ("tangent energy", "tangent volume", "tangent amplitude")
 CHAINS = ("closed metric", "chain volume")
 CREDITS = ("tangent volume5", "tangent volume4", "chain volume5")
@@ -136,8 +141,11 @@ def baselines(
     return {name: np.asarray(values, dtype=float) for name, values in found.items()}
 
 
-def reported(network: nn.Sequential, x: Tensor) -> Numbers:
-    """Credit, gain, nonlinearity and sensitivity of ``credit_report`` with its defaults."""
+def reported(network: nn.Sequential, initial: dict[str, Tensor], x: Tensor, labels: Tensor) -> Numbers:
+    """What ``credit_report`` and ``predict_effects`` give with their defaults.
+
+    Effects are predicted from the first 1000 samples, in batches of 200.
+    """
     found: Numbers = {}
     names = [str(i) for i in range(len(network))]
     for mode in ("none", "whiten"):
@@ -149,6 +157,14 @@ def reported(network: nn.Sequential, x: Tensor) -> Numbers:
         for name in ("credit", "gain", "nonlinearity", "sensitivity"):
             found[f"{name}, {mode}"] = np.asarray(getattr(report, name), dtype=float)
         found[f"believed, {mode}"] = np.asarray(report.trusted, dtype=float)
+        if mode == "none":
+            few = zip(x[:LOCAL].split(200), labels[:LOCAL].split(200), strict=True)
+            start = time.perf_counter()
+            predicted = predict_effects(network, list(few), report, initial=initial)
+            found["seconds, predicting"] = np.array(time.perf_counter() - start)
+            found["influence"] = predicted.influence
+            for kind, values in predicted.effects.values.items():
+                found[f"{PREDICTED[0]}/{kind}"] = values
     return found
 
 

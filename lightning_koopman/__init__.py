@@ -5,12 +5,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from lightning_koopman.checkpoints import CheckpointError
-from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.evaluate import credit_report
 from lightning_koopman.interventions import intervene
 from lightning_koopman.linearization import linearize
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.operator import KoopmanOperator, fit_operator
+from lightning_koopman.predictions import predict_effects
 from lightning_koopman.report import CreditReport
 from lightning_koopman.series import EvaluationError, evaluate_checkpoints
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __version__ = version("lightning-koopman")
 
 __all__ = [
-    "QUANTITIES",
     "CheckpointError",
     "CreditReport",
     "EvaluationError",
@@ -32,6 +31,7 @@ __all__ = [
     "fit_operator",
     "intervene",
     "linearize",
+    "predict_effects",
 ]
 
 

@@ -3,20 +3,84 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.capture import INPUT
 from lightning_koopman.components import clean_name
-from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
+from lightning_koopman.effects import KINDS
+from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.report import CreditReport
-from lightning_koopman.runs import Runner, UnitMoments
+from lightning_koopman.report_sites import regressor_sites, state_sites
+from lightning_koopman.runs import UnitMoments
 from lightning_koopman.sites import Alteration, Site, find_module
+
+
+def check_alterations(
+    report: CreditReport,
+    kinds: Sequence[str],
+    components: Sequence[str] | None,
+    strength: float,
+    draws: int,
+) -> None:
+    """Refuse alterations that cannot be carried out, before any work is done.
+
+    Args:
+        report: What was measured on the model.
+        kinds: Which alterations.
+        components: Which components; ``None`` takes all.
+        strength: Noise, as a share of the standard deviation.
+        draws: Number of draws.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if isinstance(kinds, str) or unknown or not kinds:
+        raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {KINDS}")
+    if not report.parts:
+        raise ValueError(
+            "the report does not say which modules its components are made of; measure it with "
+            "credit_report or the callback"
+        )
+    strangers = [name for name in components or () if name not in report.components]
+    if isinstance(components, str) or strangers:
+        raise ValueError(
+            f"the report has no components {strangers or components!r}; it has {report.components}"
+        )
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength is {strength}; it must be a finite number, 0 or above")
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; at least one is needed")
+
+
+def altered_weights(
+    kind: str,
+    model: nn.Module,
+    calls: Sequence[str],
+    initial: Mapping[str, Tensor] | None,
+    strength: float,
+) -> AbstractContextManager[None]:
+    """Alter a component's weights while a context lasts.
+
+    Args:
+        kind: ``"reinit"`` or ``"weight_noise"``; any other leaves the weights alone.
+        model: The model.
+        calls: Module calls that the component is made of.
+        initial: ``state_dict`` of the whole network, for ``"reinit"``; ``None`` draws anew.
+        strength: Standard deviation of noise, as a share of each parameter tensor's own.
+
+    Returns:
+        The context.
+    """
+    if kind == "reinit":
+        return reinitialised(model, calls, initial)
+    if kind == "weight_noise":
+        return noisy_weights(model, calls, strength)
+    return nullcontext()
 
 
 @contextmanager
@@ -71,108 +135,6 @@ def reinitialised(
         yield
 
 
-def state_sites(report: CreditReport) -> dict[str, Site]:
-    """Tell where each state is read.
-
-    Args:
-        report: A report that knows its parts.
-
-    Returns:
-        Sites by state, x_0 first.
-    """
-    sites = {name: Site("out", calls[-1]) for name, calls in report.parts.items()}
-    first = next(iter(report.parts))
-    if first in report.components:
-        return {INPUT: Site("in", report.parts[first][0])} | sites
-    return sites
-
-
-def linear_maps(
-    report: CreditReport,
-    components: Sequence[str],
-    shapes: Mapping[Site, tuple[int, ...]],
-    fit_on: Runner | None,
-    *,
-    seed: int = 0,
-) -> dict[str, LinearMap]:
-    """Take the report's operators where they act on whole tensors, and fit maps where they do not.
-
-    Args:
-        report: Has the operators.
-        components: Which components.
-        shapes: Shape of one sample at every site.
-        fit_on: Runs the model on data to fit maps on, if there are any.
-        seed: Chooses the folds.
-
-    Returns:
-        A map a component, from the states its operator takes, the nearest first.
-
-    Raises:
-        ValueError: If a map must be fitted and there is no data for it.
-    """
-    sites = state_sites(report)
-    maps: dict[str, LinearMap] = {}
-    fits: dict[str, LinearFit] = {}
-    for name in components:
-        operator = report.operators.get(name)
-        sources = regressor_sites(report, name)
-        widths = (
-            sum(math.prod(shapes[site]) for site in sources),
-            math.prod(shapes[sites[name]]),
-        )
-        if operator is not None and tuple(operator.matrix.shape) == widths:
-            maps[name] = from_operator(operator, shapes[sites[name]], len(sources))
-        else:
-            fits[name] = LinearFit(seed=seed)
-    if not fits:
-        return maps
-    if fit_on is None:
-        raise ValueError(
-            f"the operators of {list(fits)} act on reduced states or are missing, so they give no whole "
-            "tensor; pass fit_batches with data to fit maps on, other than what effects are measured on"
-        )
-
-    def update(values: Mapping[Site, Tensor]) -> None:
-        for name, fit in fits.items():
-            fit.update([values[site] for site in regressor_sites(report, name)], values[sites[name]])
-
-    fit_on.run(sites.values(), update=update)
-    return maps | {name: fit.solve() for name, fit in fits.items()}
-
-
-def regressor_sites(report: CreditReport, name: str) -> list[Site]:
-    """Tell where the regressors of a component's operator are read.
-
-    Args:
-        report: A report that knows its parts.
-        name: The component.
-
-    Returns:
-        Sites, the nearest first; only the nearest where the report has no operators.
-
-    Raises:
-        ValueError: If the operator's width fits no number of states before it.
-    """
-    sites = state_sites(report)
-    order = list(sites)
-    earlier = order[: order.index(name)][::-1]
-    if name not in report.operators:
-        return [sites[earlier[0]]]
-    if name in report.reads:
-        return [sites[state] for state in report.reads[name]]
-    widths = dict(zip(report.components, report.widths, strict=True))
-    widths[order[0]] = report.operators[report.components[0]].matrix.shape[0]
-    needed, taken = report.operators[name].matrix.shape[0], 0
-    for delay, state in enumerate(earlier, start=1):
-        taken += widths[state]
-        if taken == needed:
-            return [sites[state] for state in earlier[:delay]]
-    raise ValueError(
-        f"the operator of {name!r} takes {needed} values; the states before it have "
-        f"{[widths[state] for state in earlier]}. Measure the report again."
-    )
-
-
 def altered_output(
     kind: str,
     name: str,
@@ -188,7 +150,7 @@ def altered_output(
         name: The component.
         report: A report that knows its parts.
         moments: Means, standard deviations and shapes at every state's site.
-        maps: What :func:`linear_maps` gave.
+        maps: What :func:`~lightning_koopman.report_sites.linear_maps` gave.
         strength: Standard deviation of noise, as a share of each unit's own.
 
     Returns:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import Progress
 
+from lightning_koopman.effects import KINDS, Kind, Scale
 from lightning_koopman.progress import COLUMNS
 from lightning_koopman.report import CreditReport
 from lightning_koopman.user_code import build_batches, build_both, build_model, fit_and_choose
 
-__all__ = ["compare", "components", "demo", "evaluate", "linearize", "merge", "report"]
+__all__ = ["compare", "components", "demo", "evaluate", "intervene", "linearize", "merge", "report"]
 
 
 def demo(
@@ -56,6 +57,8 @@ def evaluate(
     fresh: bool = False,
     workers: int = 1,
     weights: Literal["saved", "averaged", "current"] = "saved",
+    effects: bool | list[Kind] = False,
+    initial_checkpoint: str | None = None,
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step.
 
@@ -84,6 +87,10 @@ def evaluate(
         fresh: Measure again what was measured before.
         workers: Processes that measure side by side, with the torch threads split among them.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
+        effects: Also predict what altering each component would do to the outputs: all kinds, or those
+            of a list such as [linear,skip].
+        initial_checkpoint: Weights that training began with, for the effect of going back to them; by
+            default they are drawn anew.
 
     Raises:
         EvaluationError: If a checkpoint cannot be used; the others are still evaluated.
@@ -123,6 +130,8 @@ def evaluate(
                 weights=weights,
                 workers=workers,
                 build=build,
+                effects=effects,
+                initial=initial_checkpoint,
                 components=components,
                 rank=rank,
                 tikhonov=tikhonov,
@@ -255,6 +264,74 @@ def linearize(
     more |= {"hyper_parameters": own, "datamodule_hyper_parameters": of_data}
     save_linearized(result.model, out, more=more)
     Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
+
+
+def intervene(
+    model: str,
+    data: str,
+    ckpt: str,
+    kinds: list[Kind] | None = None,
+    components: str | list[str] | None = None,
+    initial_checkpoint: str | None = None,
+    strength: float = 0.3,
+    draws: int = 5,
+    scale: Scale | None = None,
+    figure: str | None = None,
+    out: str | None = None,
+    max_dim: int = 256,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+) -> None:
+    """Alter one component after the other: the predicted effect on the outputs beside the measured one.
+
+    Args:
+        model: Model to build, as in evaluate.
+        data: Data, as pkg.mod:DataModule: effects are predicted on its training loader and measured on
+            its validation loader. Of the batches that a function or object gives, those at even places
+            are for the prediction, and the others for the measurement.
+        ckpt: Checkpoint of the trained network.
+        kinds: Alterations out of linear, reinit, weight_noise, output_noise and skip; all by default.
+        components: Names or glob patterns of components; chosen by default.
+        initial_checkpoint: Weights that training began with, for reinit; drawn anew by default.
+        strength: Noise, as a share of the standard deviation.
+        draws: Number of draws that measured effects of kinds with a random part are averaged over.
+        scale: kl, or relative; by default kl where targets are class indices.
+        figure: File for a figure of predicted against measured effects.
+        out: JSON file for the report with its predicted effects.
+        max_dim: Wider states are pooled and projected.
+        seed: Seed of everything that is drawn.
+        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+    """
+    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+    from lightning_koopman.evaluate import credit_report
+    from lightning_koopman.interventions import intervene
+    from lightning_koopman.predictions import predict_effects
+
+    checkpoint = load_checkpoint(ckpt, trust=trust_checkpoint)
+    network = build_model(model, dict(checkpoint.hyper_parameters))
+    apply_checkpoint(network, checkpoint)
+    initial = (
+        initial_checkpoint and load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
+    )
+    fit_on, measure_on = fit_and_choose(data, checkpoint.data_hyper_parameters)
+    asked: dict[str, Any] = {
+        "initial": initial or None,
+        "strength": strength,
+        "scale": scale,
+        "seed": seed,
+    }
+    report = credit_report(
+        network, fit_on, components=components, max_dim=max_dim, seed=seed, step=checkpoint.step
+    )
+    report = predict_effects(network, fit_on, report, kinds or KINDS, **asked)
+    result = intervene(
+        network, measure_on, report, kinds or KINDS, fit_batches=fit_on, draws=draws, **asked
+    )
+    Console().print(result)
+    if figure is not None:
+        result.plot().savefig(figure)
+    if out is not None:
+        report.to_json(out)
 
 
 def report(

@@ -25,8 +25,8 @@ def to_rows(report: CreditReport) -> list[dict[str, Any]]:
         report: The report.
 
     Returns:
-        Rows with the run, the step, the component, every quantity and its standard error, and the
-        doubts.
+        Rows with the run, the step, the component, every quantity and its standard error, the
+        influence and the predicted effects where there are any, and the doubts.
     """
     rows = []
     for i, component in enumerate(report.components):
@@ -34,6 +34,10 @@ def to_rows(report: CreditReport) -> list[dict[str, Any]]:
         for name in QUANTITIES:
             row[name] = float(getattr(report, name)[i])
             row[f"{name}_stderr"] = float(report.stderr[name][i])
+        if report.effects is not None:
+            row["influence"] = float(report.influence[i])
+            for kind, effect in report.effects.values.items():
+                row[f"effect_{kind}"] = float(effect[i])
         row["width"] = report.widths[i]
         row["doubt"] = ", ".join(report.doubts[i])
         rows.append(row)
@@ -70,6 +74,17 @@ def to_markdown(report: CreditReport) -> str:
             doubt,
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if report.effects is not None:
+        kinds = list(report.effects.values)
+        lines += ["", f"Predicted effects, {report.effects.unit}:", ""]
+        lines += [
+            f"| component | {' | '.join(kinds)} | influence |",
+            "|---" + "|---:" * (len(kinds) + 1) + "|",
+        ]
+        for i, component in enumerate(report.components):
+            cells = [f"{values[i]:.2g}" for values in report.effects.values.values()]
+            name = component.replace("|", "\\|")
+            lines.append(f"| {name} | {' | '.join(cells)} | {report.influence[i]:.3f} |")
     lines += ["", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines).rstrip()
 

@@ -56,7 +56,7 @@ def to_html(reports: Sequence[CreditReport]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>Koopman credit</title><style>{_STYLE}</style></head><body>"
         f"<h1>Koopman credit{heading}</h1>{summary}<p>Grey rows carry a doubt: do not act on them. "
-        f"Click a heading to sort.</p>{_table(newest)}<ul>{listed}</ul>{pictures}"
+        f"Click a heading to sort.</p>{_table(newest)}{_effects(newest)}<ul>{listed}</ul>{pictures}"
         f"<script>{_SORT}</script></body></html>\n"
     )
 
@@ -103,6 +103,27 @@ def _table(newest: Sequence[CreditReport]) -> str:
             mark = ' class="doubt"' if doubt else ""
             rows.append(f"<tr{mark}>{''.join(cells)}<td>{doubt}</td></tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _effects(newest: Sequence[CreditReport]) -> str:
+    """Give the predicted effects, one table a report that has them."""
+    tables = []
+    for report in newest:
+        if report.effects is None:
+            continue
+        run = f", run {escape(report.run)}" if len(newest) > 1 else ""
+        columns = [*report.effects.values.values(), report.influence]
+        head = "".join(f"<th>{name}</th>" for name in (*report.effects.values, "influence"))
+        rows = []
+        for i, component in enumerate(report.components):
+            cells = "".join(f'<td data-value="{v[i]}">{v[i]:.3g}</td>' for v in columns)
+            rows.append(f"<tr><td>{escape(component)}</td>{cells}</tr>")
+        tables.append(
+            f"<h2>Predicted effects of altering a component{run}</h2><p>{escape(report.effects.unit)}, "
+            f"{report.effects.n_samples} samples.</p><table><thead><tr><th>component</th>{head}</tr>"
+            f"</thead><tbody>{''.join(rows)}</tbody></table>"
+        )
+    return "".join(tables)
 
 
 def _data_uri(figure: Figure) -> str:

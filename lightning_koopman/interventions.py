@@ -4,48 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from lightning_koopman.alterations import (
     altered_output,
-    linear_maps,
-    noisy_weights,
-    reinitialised,
-    state_sites,
+    altered_weights,
+    check_alterations,
 )
 from lightning_koopman.capture import undisturbed
+from lightning_koopman.effects import KINDS, UNITS, Kind, Scale
 from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.measurement import ForwardFn
 from lightning_koopman.report import CreditReport
+from lightning_koopman.report_sites import linear_maps, state_sites
 from lightning_koopman.runs import Runner, UnitMoments
-from lightning_koopman.scoring import Metric, Outputs, Scale
+from lightning_koopman.scoring import Metric, Outputs
 from lightning_koopman.sites import Alteration
 from lightning_koopman.tables import as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Kind = Literal["linear", "reinit", "weight_noise", "output_noise", "skip"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-PREDICTORS: Mapping[Kind, str] = {
-    "linear": "nonlinearity",
-    "reinit": "credit",
-    "weight_noise": "credit",
-    "output_noise": "sensitivity",
-    "skip": "credit",
-}
-"""The reported quantity that each kind of intervention is set against."""
+PREDICTORS: Mapping[Kind, str] = {"linear": "nonlinearity", "output_noise": "sensitivity"}
+"""The quantity that a kind is set against where the report predicts no effect of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +53,10 @@ class Interventions:
             original to the altered class distribution, ``"relative"`` the mean squared change over
             the outputs' variance.
         n_samples: Samples the effects are measured on.
-        predicted: By kind, the reported quantity it is set against, shape ``(components,)``.
+        predicted: By kind, what the report predicts, shape ``(components,)``: effects in the unit of
+            those measured where :func:`lightning_koopman.predict_effects` filled them in, else the
+            quantity of :data:`PREDICTORS`, if any.
+        predictor: By kind, the name of what stands in ``predicted``: ``"effect"``, or a quantity.
     """
 
     components: tuple[str, ...]
@@ -73,21 +67,24 @@ class Interventions:
     scale: Scale
     n_samples: int
     predicted: Mapping[Kind, NDArray[np.float64]] = field(repr=False)
+    predictor: Mapping[Kind, str] = field(default_factory=dict, repr=False)
 
     def spearman(self, kind: Kind) -> float:
-        """Rank correlation over components between the quantity reported and the effect measured.
+        """Rank correlation over components between prediction and measured effect.
 
         Args:
             kind: One of ``kinds``.
 
         Returns:
-            Between -1 and 1; NaN with fewer than three components that have both.
+            Between -1 and 1; NaN with fewer than three components that have both, or no prediction.
 
         Raises:
             ValueError: If the kind was not measured.
         """
         if kind not in self.kinds:
             raise ValueError(f"{kind!r} was not measured; measured were {self.kinds}")
+        if kind not in self.predicted:
+            return float("nan")
         effect = self.effect[:, self.kinds.index(kind)]
         known = np.isfinite(effect) & np.isfinite(self.predicted[kind])
         constant = any(len(set(v[known])) < 2 for v in (effect, self.predicted[kind]))
@@ -109,26 +106,7 @@ class Interventions:
         return as_text(self)
 
     def __rich__(self) -> Table:
-        unit = "KL in nats" if self.scale == "kl" else "share of the outputs' variance"
-        before = "" if math.isnan(self.metric_before) else f", metric before {self.metric_before:.4f}"
-        table = Table(
-            title=f"Interventions, {self.n_samples} samples: {unit}, metric after{before}",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        table.add_column("component", overflow="fold", min_width=9)
-        for kind in self.kinds:
-            table.add_column(kind, justify="right", no_wrap=True)
-        for i, component in enumerate(self.components):
-            table.add_row(component, *(self._cell(i, column) for column, _ in enumerate(self.kinds)))
-        table.add_section()
-        table.add_row("predicted by", *(PREDICTORS[kind] for kind in self.kinds))
-        table.add_row("Spearman", *(f"{self.spearman(kind):.2f}" for kind in self.kinds))
-        return table
-
-    def _cell(self, i: int, column: int) -> str:
-        after = self.metric[i, column]
-        return f"{self.effect[i, column]:.4f}" + ("" if math.isnan(after) else f" ({after:.3f})")
+        return _table(self)
 
 
 def intervene(
@@ -195,7 +173,8 @@ def intervene(
         ValueError: If an argument is out of range, the report does not belong to the model, a linear
             map must be fitted but ``fit_batches`` is missing, or a component cannot be re-initialised.
     """
-    _check(report, kinds, components, strength, draws)
+    check_alterations(report, kinds, components, strength, draws)
+    scale = _agreed_scale(report, kinds, scale, strength)
     chosen = tuple(report.components if components is None else components)
     runner = Runner(model, batches, forward_fn)
     sites = state_sites(report)
@@ -220,10 +199,10 @@ def intervene(
                     alter[call] = altered_output(kind, name, report, moments, maps, strength)
                 drawn = []
                 for _ in range(1 if once else draws):
-                    with _weights(kind, model, report.parts[name], initial, strength):
+                    with altered_weights(kind, model, report.parts[name], initial, strength):
                         drawn.append(before.compare(runner.run(sites.values(), alter)))
                 scores[i, column] = np.mean(drawn, axis=0)
-    places = [report.components.index(name) for name in chosen]
+    predicted, predictor = _predictions(report, chosen, kinds)
     return Interventions(
         components=chosen,
         kinds=tuple(kinds),
@@ -232,45 +211,68 @@ def intervene(
         metric_before=before.metric,
         scale=before.scale,
         n_samples=before.n_samples,
-        predicted={kind: getattr(report, PREDICTORS[kind])[places] for kind in kinds},
+        predicted=predicted,
+        predictor=predictor,
     )
 
 
-def _weights(
-    kind: Kind,
-    model: nn.Module,
-    calls: Sequence[str],
-    initial: Mapping[str, Tensor] | None,
-    strength: float,
-) -> AbstractContextManager[None]:
-    if kind == "reinit":
-        return reinitialised(model, calls, initial)
-    if kind == "weight_noise":
-        return noisy_weights(model, calls, strength)
-    return nullcontext()
+def _agreed_scale(
+    report: CreditReport, kinds: Sequence[Kind], scale: Scale | None, strength: float
+) -> Scale | None:
+    """The unit of predicted effects, so that both can be compared."""
+    predicted = report.effects
+    if predicted is None:
+        return scale
+    noisy = [kind for kind in ("weight_noise", "output_noise") if kind in kinds]
+    if noisy and any(kind in predicted.values for kind in noisy) and predicted.strength != strength:
+        raise ValueError(
+            f"the report predicts effects of noise of strength {predicted.strength}, but strength is "
+            f"{strength}; give both the same"
+        )
+    if scale not in (None, predicted.scale):
+        raise ValueError(
+            f"the report predicts effects on the scale {predicted.scale!r}, but scale is {scale!r}; "
+            "give both the same"
+        )
+    return predicted.scale
 
 
-def _check(
-    report: CreditReport,
-    kinds: Sequence[str],
-    components: Sequence[str] | None,
-    strength: float,
-    draws: int,
-) -> None:
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if isinstance(kinds, str) or unknown or not kinds:
-        raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {KINDS}")
-    if not report.parts:
-        raise ValueError(
-            "the report does not say which modules its components are made of; measure it with "
-            "credit_report or the callback"
-        )
-    strangers = [name for name in components or () if name not in report.components]
-    if isinstance(components, str) or strangers:
-        raise ValueError(
-            f"the report has no components {strangers or components!r}; it has {report.components}"
-        )
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"strength is {strength}; it must be a finite number, 0 or above")
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; at least one is needed")
+def _predictions(
+    report: CreditReport, components: Sequence[str], kinds: Sequence[Kind]
+) -> tuple[dict[Kind, NDArray[np.float64]], dict[Kind, str]]:
+    places = [report.components.index(name) for name in components]
+    predicted: dict[Kind, NDArray[np.float64]] = {}
+    predictor: dict[Kind, str] = {}
+    for kind in kinds:
+        if report.effects is not None and kind in report.effects.values:
+            predicted[kind], predictor[kind] = report.effects.values[kind][places], "effect"
+        elif kind in PREDICTORS:
+            predicted[kind] = getattr(report, PREDICTORS[kind])[places]
+            predictor[kind] = PREDICTORS[kind]
+    return predicted, predictor
+
+
+def _table(result: Interventions) -> Table:
+    """Lay measured effects out beside predicted ones, one group of rows a component."""
+    before = "" if math.isnan(result.metric_before) else f", metric {result.metric_before:.4f} as it was"
+    table = Table(
+        title=f"Interventions, {result.n_samples} samples: {UNITS[result.scale]}{before}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("component", overflow="fold", min_width=11)
+    for kind in result.kinds:
+        table.add_column(kind, justify="right", no_wrap=True)
+    same = [kind for kind in result.kinds if result.predictor.get(kind) == "effect"]
+    for i, component in enumerate(result.components):
+        table.add_row(escape(component), *(f"{value:.2g}" for value in result.effect[i]), style="bold")
+        if same:
+            cells = [f"{result.predicted[k][i]:.2g}" if k in same else "" for k in result.kinds]
+            table.add_row("  predicted", *cells)
+        if np.isfinite(result.metric[i]).any():
+            table.add_row("  metric", *(f"{value:.3f}" for value in result.metric[i]), style="dim")
+    table.add_section()
+    table.add_row("set against", *(result.predictor.get(kind, "nothing") for kind in result.kinds))
+    ranks = [result.spearman(kind) for kind in result.kinds]
+    table.add_row("Spearman", *("" if math.isnan(rank) else f"{rank:.2f}" for rank in ranks))
+    return table

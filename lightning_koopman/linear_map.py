@@ -28,6 +28,8 @@ class LinearMap:
         shape: Shape of one sample of what is given out.
         r2: Held-out R²; over the leading POD directions where the output is wide.
         covariance: Covariance of the projected inputs, shape ``(Σk, Σk)``; ``None`` where unknown.
+        tikhonov: Ridge weight, in units of the projected inputs' mean variance.
+        n_samples: Samples that the map was fitted to; 0 where unknown.
     """
 
     bases: tuple[Tensor | None, ...]
@@ -37,6 +39,8 @@ class LinearMap:
     shape: tuple[int, ...]
     r2: float
     covariance: Tensor | None = None
+    tikhonov: float = 0.0
+    n_samples: int = 0
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Apply the map.
@@ -47,12 +51,37 @@ class LinearMap:
         Returns:
             Shape ``(n_samples, *shape)``, float64.
         """
+        reduced = self._reduced(inputs)
+        flat = reduced @ self.matrix.to(reduced) + self.y_mean.to(reduced)
+        return flat.reshape(-1, *self.shape)
+
+    def leverage(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Tell how much each sample that the map was fitted to decides its own prediction.
+
+        A residual divided by one minus this is what the residual would be had the sample been left out
+        of the fit: exact for ridge regression on fixed projections.
+
+        Args:
+            inputs: Tensors of shape ``(n_samples, ...)``.
+
+        Returns:
+            Numbers from 0 to 1, shape ``(n_samples,)``.
+
+        Raises:
+            ValueError: If the covariance of the inputs is unknown.
+        """
+        if self.covariance is None:
+            raise ValueError("this map does not know how its inputs vary; fit it on data first")
+        problem = spectrum(self.covariance, self.covariance)
+        reduced = self._reduced(inputs)
+        rotated = (reduced @ problem.vectors.to(reduced)).square()
+        return (1 + rotated @ problem.filters(self.tikhonov).to(reduced)) / self.n_samples
+
+    def _reduced(self, inputs: Sequence[Tensor]) -> Tensor:
         rows = [x.flatten(1).double() for x in inputs]
         centred = torch.cat(rows, dim=1) - self.x_mean.to(rows[0])
         parts = torch.split(centred, [row.shape[1] for row in rows], dim=1)
-        reduced = torch.cat(_project(parts, self.bases), dim=1)
-        flat = reduced @ self.matrix.to(reduced) + self.y_mean.to(reduced)
-        return flat.reshape(-1, *self.shape)
+        return torch.cat(_project(parts, self.bases), dim=1)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Give the map of a single tensor as one matrix and an offset.
@@ -185,6 +214,8 @@ class LinearFit:
             shape=self._shape,
             r2=chosen.r2,
             covariance=c_xx,
+            tikhonov=chosen.tikhonov,
+            n_samples=n,
         )
 
     def _drain(self) -> None:

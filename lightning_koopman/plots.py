@@ -89,33 +89,43 @@ def plot_evolution(reports: Sequence[CreditReport], quantity: str = "credit") ->
 
 
 def plot_interventions(result: Interventions) -> Figure:
-    """Draw the quantity reported against the effect measured, a panel a kind of intervention.
+    """Draw prediction against measured effect, a panel a kind of intervention.
 
     Args:
         result: What :func:`lightning_koopman.intervene` measured.
 
     Returns:
-        A figure; each title gives the rank correlation.
+        A figure; each title gives the rank correlation. Where effects are predicted in the same unit,
+        both axes are logarithmic and a line shows where they are equal; effects of 0 are left out.
     """
-    from lightning_koopman.interventions import PREDICTORS
-
     figure = Figure(figsize=(3.2 * len(result.kinds), 3.2), layout="constrained")
     panels = figure.subplots(1, len(result.kinds), squeeze=False)[0]
     unit = "mean KL [nats]" if result.scale == "kl" else "relative squared change"
     for column, (axis, kind) in enumerate(zip(panels, result.kinds, strict=True)):
-        effect = result.effect[:, column]
-        axis.plot(result.predicted[kind], effect, "o", color=_BELIEVED)
-        for name, x, y in zip(result.components, result.predicted[kind], effect, strict=True):
-            if np.isfinite(x) and np.isfinite(y):
-                axis.annotate(
-                    name, (x, y), fontsize="x-small", xytext=(3, 3), textcoords="offset points"
-                )
-        if (effect[np.isfinite(effect)] > 0).all():
-            axis.set_yscale("log")
-        axis.set_xlabel(f"{PREDICTORS[kind]} (predicted)")
-        axis.set_title(f"{kind}: Spearman {result.spearman(kind):.2f}", fontsize="medium")
+        name, effect = result.predictor.get(kind), result.effect[:, column]
+        predicted = result.predicted.get(kind, np.full(len(effect), np.nan))
+        shown = np.isfinite(predicted) & np.isfinite(effect)
+        if name == "effect":
+            shown &= (predicted > 0) & (effect > 0)
+        if shown.any():
+            _against(axis, np.array(result.components)[shown], predicted[shown], effect[shown], name)
+        axis.set_xlabel("nothing predicted" if name is None else f"{name} (predicted)")
+        rank = result.spearman(kind)
+        axis.set_title(kind if np.isnan(rank) else f"{kind}: Spearman {rank:.2f}", fontsize="medium")
     panels[0].set_ylabel(f"{unit} (measured)")
     return figure
+
+
+def _against(axis: Any, names: Any, predicted: Any, effect: Any, name: str | None) -> None:
+    axis.plot(predicted, effect, "o", color=_BELIEVED)
+    for component, x, y in zip(names, predicted, effect, strict=True):
+        axis.annotate(component, (x, y), fontsize="x-small", xytext=(3, 3), textcoords="offset points")
+    if name == "effect":
+        ends = [min(predicted.min(), effect.min()) / 1.5, max(predicted.max(), effect.max()) * 1.5]
+        axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", yscale="log")
+    elif (effect > 0).all():
+        axis.set_yscale("log")
 
 
 def plot_directions(report: CreditReport) -> Figure:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
+from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_koopman.credit import QUANTITIES, Credits
+from lightning_koopman.effects import Effects
 from lightning_koopman.operator import KoopmanOperator
 from lightning_koopman.schema import ARRAYS, FORMAT, ReportFormatError, checked_fields, plain
-from lightning_koopman.tables import as_text, credit_table
+from lightning_koopman.tables import as_text, credit_table, effects_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +71,8 @@ class CreditReport:
         run: Name of the training among several; empty where there is one.
         source: What was measured, and how: the checkpoint's path, size and time of modification, and the
             options. Empty where the weights came from no file.
+        effects: What altering each component is predicted to do to the outputs, once
+            :func:`lightning_koopman.predict_effects` has filled it in.
     """
 
     components: tuple[str, ...]
@@ -100,6 +103,7 @@ class CreditReport:
     delay: int = 1
     run: str = ""
     source: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    effects: Effects | None = field(default=None, repr=False)
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:
@@ -122,6 +126,13 @@ class CreditReport:
                 found.append("ridge")
             reasons.append(tuple(found))
         return tuple(reasons)
+
+    @property
+    def influence(self) -> NDArray[np.float64]:
+        """Share of all predicted effects, see :attr:`Effects.influence`; NaN where there are none."""
+        if self.effects is None:
+            return np.full(len(self.components), np.nan)
+        return self.effects.influence
 
     @property
     def moment(self) -> str:
@@ -182,6 +193,7 @@ class CreditReport:
             "delay": self.delay,
             "run": self.run,
             "source": dict(self.source),
+            "effects": None if self.effects is None else self.effects.to_dict(),
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -246,8 +258,9 @@ class CreditReport:
 
         return plot_report(self)
 
-    def __rich__(self) -> Table:
-        return credit_table(self)
+    def __rich__(self) -> RenderableType:
+        table = credit_table(self)
+        return table if self.effects is None else Group(table, effects_table(self))
 
     def __str__(self) -> str:
         return as_text(self)

@@ -50,26 +50,46 @@ class Runner:
         """
         read = list(read)
         outputs = []
-        with Sites(self.model, read, alter) as sites:
-            for batch in self.batches:
-                sites.start_pass()
-                given = self.forward_fn(self.model, to_device(batch, self._device))
-                output = first_tensor(given)
-                if output is None:
-                    raise ValueError(
-                        f"the model gave {type(given).__name__} with no floating-point tensor; return "
-                        "the outputs from forward_fn"
-                    )
-                for site in read:
-                    if site not in sites.values:
-                        raise ValueError(
-                            f"{site.call!r} did not run, though the report names it; pass the model and "
-                            "the forward_fn that the report was measured with"
-                        )
-                if update is not None:
-                    update(sites.values)
-                outputs.append(output.detach().cpu())
+        for batch in self.batches:
+            output, values = self.run_batch(batch, read, alter)
+            if update is not None:
+                update(values)
+            outputs.append(output.detach().cpu())
         return outputs
+
+    def run_batch(
+        self, batch: Any, read: Iterable[Site] = (), alter: Mapping[str, Alteration] | None = None
+    ) -> tuple[Tensor, Mapping[Site, Tensor]]:
+        """Run once over one batch.
+
+        Args:
+            batch: One of ``batches``.
+            read: Sites to read.
+            alter: What to put in place of what calls give out.
+
+        Returns:
+            The model's output, as it comes, and what was read.
+
+        Raises:
+            ValueError: If the model gives no tensor, or a site to read did not run.
+        """
+        read = list(read)
+        with Sites(self.model, read, alter) as sites:
+            sites.start_pass()
+            given = self.forward_fn(self.model, to_device(batch, self._device))
+        output = first_tensor(given)
+        if output is None:
+            raise ValueError(
+                f"the model gave {type(given).__name__} with no floating-point tensor; return the "
+                "outputs from forward_fn"
+            )
+        for site in read:
+            if site not in sites.values:
+                raise ValueError(
+                    f"{site.call!r} did not run, though the report names it; pass the model and the "
+                    "forward_fn that the report was measured with"
+                )
+        return output, sites.values
 
 
 class UnitMoments:

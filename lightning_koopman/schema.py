@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_koopman.credit import QUANTITIES
+from lightning_koopman.effects import KINDS, Effects, Scale
 
 FORMAT = 1
 """Version of the saved form."""
@@ -65,6 +66,7 @@ def checked_fields(given: Any) -> dict[str, Any]:
         delay=_checked_count(given, "delay", 1, least=1),
         run=_checked_run(given.get("run", "")),
         source=_checked_source(given.get("source", {})),
+        effects=_checked_effects(given.get("effects"), size),
     )
 
 
@@ -106,10 +108,36 @@ def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(_checked_list(value, name, str)) for name in value}
 
 
+<<<<<<< HEAD
 def _checked_count(given: Mapping[str, Any], name: str, default: int, *, least: int) -> int:
     value = given.get(name, default)
     if type(value) is not int or not least <= value < 10**9:
         raise ReportFormatError(f"{name} must be a whole number from {least} on, not {value!r}")
+=======
+def _checked_effects(value: Any, size: int) -> Effects | None:
+    if value is None:
+        return None
+    values = value.get("values") if isinstance(value, dict) else None
+    if not isinstance(values, dict) or not values or not set(values) <= set(KINDS):
+        raise ReportFormatError(f"effects must hold values of kinds out of {KINDS}, not {value!r}")
+    scale = value.get("scale")
+    if scale not in get_args(Scale):
+        raise ReportFormatError(f"effects have the scale {scale!r}; expected one of {get_args(Scale)}")
+    strength = float(_array(value, "strength", ()))
+    if not 0 <= strength < math.inf:
+        raise ReportFormatError(f"effects have the strength {strength}; expected 0 or above")
+    return Effects(
+        values={kind: _array(values, kind, (size,)) for kind in values},
+        scale=scale,
+        strength=strength,
+        n_samples=_checked_int(value, "n_samples"),
+    )
+
+
+def _checked_folds(value: Any) -> int:
+    if type(value) is not int or not 2 <= value < 10**9:
+        raise ReportFormatError(f"folds must be a whole number from 2 on, not {value!r}")
+>>>>>>> 1e0d007 (Predicted effects of altering a component, beside the measured ones: predict_effects, influence, evaluate --effects, command intervene; the interventions table keeps its component column)
     return value
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Scale = Literal["kl", "relative"]
+from lightning_koopman.effects import Scale
+
 Metric = Callable[[Tensor, Tensor], Any]
 
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -101,14 +104,50 @@ class Outputs:
         score = self._score(others)
         pairs = list(zip(self.outputs, others, strict=True))
         if self.scale == "kl":
-            axis = class_axis(self.outputs[0], None if self.targets is None else self.targets[0])
-            total = sum(float(kl_divergence(a, b, axis).sum()) for a, b in pairs)
-            return total / sum(a.numel() // a.shape[axis] for a in self.outputs), score
+            total = sum(float(kl_divergence(a, b, self.axis).sum()) for a, b in pairs)
+        else:
+            total = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
+        return total / self.whole, score
+
+    @functools.cached_property
+    def axis(self) -> int:
+        """Axis of the classes, where the scale is ``"kl"``."""
+        return class_axis(self.outputs[0], None if self.targets is None else self.targets[0])
+
+    @functools.cached_property
+    def whole(self) -> float:
+        """What summed changes are divided by: the number of distributions, or the outputs' variance.
+
+        Raises:
+            ValueError: If the outputs never vary, so that no change is relative to anything.
+        """
+        if self.scale == "kl":
+            return float(sum(a.numel() // a.shape[self.axis] for a in self.outputs))
         mean = sum(a.double().sum(dim=0) for a in self.outputs) / self.n_samples
         variance = sum(float((a.double() - mean).square().sum()) for a in self.outputs)
         if variance == 0:
             raise ValueError("the outputs are constant, so no change is relative to anything")
-        return sum(float((b.double() - a.double()).square().sum()) for a, b in pairs) / variance, score
+        return variance
+
+    def metric_root(self, output: Tensor, vectors: Tensor) -> Tensor:
+        """Apply a root B of the quadratic form that small changes are measured by.
+
+        The change by a small displacement z of the outputs is ``|Bᵀz|²``, summed over samples, over
+        :attr:`whole`. For the KL divergence ``B Bᵀ = (diag p - p pᵀ) / 2``, half the softmax's Fisher
+        information; for the relative change B is the identity.
+
+        Args:
+            output: What the network gave.
+            vectors: The same shape.
+
+        Returns:
+            ``B @ vectors``, the same shape.
+        """
+        if self.scale == "relative":
+            return vectors
+        p = output.detach().softmax(self.axis)
+        scaled = p.sqrt() * vectors
+        return (scaled - p * scaled.sum(self.axis, keepdim=True)) / math.sqrt(2)
 
     def _score(self, outputs: Sequence[Tensor]) -> float:
         if self.score is None or self.targets is None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_koopman.checkpoints import (
     CheckpointError,
@@ -17,8 +17,10 @@ from lightning_koopman.checkpoints import (
     apply_checkpoint,
     load_checkpoint,
 )
+from lightning_koopman.effects import KINDS, Kind
 from lightning_koopman.entries import Entry, list_entries, settled_options
 from lightning_koopman.evaluate import credit_report
+from lightning_koopman.predictions import predict_effects
 from lightning_koopman.report import CreditReport
 from lightning_koopman.run_logs import RunLogs
 from lightning_koopman.workers import WorkerError, run_in_processes
@@ -56,6 +58,8 @@ def evaluate_checkpoints(
     weights: Weights = "saved",
     workers: int = 1,
     build: Callable[[], tuple[nn.Module, Iterable[Any]]] | None = None,
+    effects: bool | Sequence[Kind] = False,
+    initial: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> list[CreditReport]:
     """Measure the credits of a training after it has ended, checkpoint by checkpoint.
@@ -82,6 +86,10 @@ def evaluate_checkpoints(
         workers: Number of processes that measure side by side, with the torch threads split among them.
             A script that asks for several needs the usual ``if __name__ == "__main__":``.
         build: Called in every worker process for the model and the batches; ``None`` sends copies.
+        effects: Whether to predict the effects of altering each component too, or of which kinds, see
+            :func:`lightning_koopman.predict_effects`.
+        initial: Checkpoint of the weights that training began with, for the effect of going back to
+            them; without it, weights drawn anew take their place.
         options: Passed on to :func:`credit_report`.
 
     Returns:
@@ -100,15 +108,29 @@ def evaluate_checkpoints(
     number, shards = shard
     if not 1 <= number <= shards:
         raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
-    settled = settled_options({**options, **(about or {}), "weights": weights})
+    kinds = KINDS if effects is True else tuple(effects or ())
+    if initial is not None and "reinit" not in kinds:
+        raise ValueError(
+            "initial weights are given, but the effect of going back to them is not asked for"
+        )
+    predicted = {"effects": kinds, "initial": initial and os.fspath(initial)} if kinds else {}
+    settled = settled_options({**options, **(about or {}), **predicted, "weights": weights})
     entries, failures = list_entries(checkpoints, shard, trust_checkpoint, settled, known)
     new = [entry for entry in entries if entry.known is None]
-    if iter(batches) is batches and len(new) > 1:
+    if iter(batches) is batches and (kinds or len(new) > 1):
         batches = list(batches)
     if on_known is not None:
         on_known(len(entries) - len(new), len(entries))
     reports = {id(entry): entry.known for entry in entries if entry.known is not None}
-    measure = functools.partial(_measure, trust=trust_checkpoint, weights=weights, options=options)
+    start = None if initial is None else load_checkpoint(initial, trust=trust_checkpoint).state_dict
+    measure = functools.partial(
+        _measure,
+        trust=trust_checkpoint,
+        weights=weights,
+        options=options,
+        kinds=kinds,
+        initial=start,
+    )
     count = min(workers, len(new))
     if count > 1:
         build = build or functools.partial(_given, model, batches)
@@ -157,6 +179,8 @@ def _measure(
     trust: bool,
     weights: Weights,
     options: Mapping[str, Any],
+    kinds: Sequence[Kind],
+    initial: Mapping[str, Tensor] | None,
 ) -> CreditReport | CheckpointError:
     """Give the report of one checkpoint, or what is wrong with the file."""
     model, batches = given
@@ -165,6 +189,9 @@ def _measure(
     except CheckpointError as error:
         return error
     report = credit_report(model, batches, step=entry.step, **options)
+    if kinds:
+        how = {name: options[name] for name in ("forward_fn", "seed") if name in options}
+        report = predict_effects(model, batches, report, kinds, initial=initial, **how)
     return replace(report, run=entry.run, source=entry.source)
 
 

@@ -51,6 +51,35 @@ def credit_table(report: CreditReport) -> Table:
     return table
 
 
+def effects_table(report: CreditReport) -> Table:
+    """Lay out the predicted effects of a report that has them, one row a component.
+
+    Args:
+        report: The report.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: If the report predicts no effects.
+    """
+    effects = report.effects
+    if effects is None:
+        raise ValueError("the report predicts no effects; predict_effects fills them in")
+    table = Table(
+        title=f"Predicted effects of altering a component, {effects.n_samples} samples: {effects.unit}",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("component", overflow="fold", min_width=9)
+    for name in (*effects.values, "influence"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, component in enumerate(report.components):
+        cells = [f"{values[i]:.2g}" for values in effects.values.values()]
+        table.add_row(escape(component), *cells, f"{report.influence[i]:.3f}")
+    return table
+
+
 def _with_error(report: CreditReport, name: str, i: int) -> str:
     return f"{getattr(report, name)[i]:.3f}±{report.stderr[name][i]:.3f}"
 

@@ -163,7 +163,6 @@ def fit_and_choose(
     batches = list(_validation(found, name))
     if len(batches) < 2:
         raise ValueError(
-            f"{name} gives {len(batches)} batch; linearize needs at least one to fit on and one to "
-            "choose on"
+            f"{name} gives {len(batches)} batch; at least one is needed to fit on, and another one"
         )
     return batches[::2], batches[1::2]

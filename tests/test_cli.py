@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +176,46 @@ def _scalars(path: Path) -> EventAccumulator:
     events = EventAccumulator(str(path), size_guidance={"scalars": 0})
     events.Reload()
     return events
+
+
+def test_intervene_shows_predicted_beside_measured(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy("step20.ckpt", "start.ckpt")
+    command = "intervene --model userproject:LitNet --data userproject:batches --ckpt step10.ckpt"
+    code = main([
+        *command.split(), "--initial-checkpoint", "start.ckpt", "--figure", "f.png", "--out", "r.json",
+        "--draws", "1",
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert code == 0
+    assert "KL in nats" in printed
+    report = CreditReport.from_json("r.json")
+    assert printed.count("predicted") == len(report.components)
+    assert report.step == 10
+    assert (report.effects.values["reinit"] > 0).any()
+    assert (project / "f.png").read_bytes()[:4] == b"\x89PNG"
+    assert main([*command.split(), "--kinds", "[skip]"]) == 0
+    printed = capsys.readouterr().out
+    assert "skip" in printed
+    assert "reinit" not in printed
+
+
+def test_evaluate_predicts_effects_on_demand(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "evaluate --model userproject:LitNet --data userproject:batches --ckpt step*.ckpt"
+    given = [*command.split(), "--out", "r.json", "--logdir", "tb"]
+    assert main([*given, "--effects", "[skip,output_noise]"]) == 0
+    assert "influence" in capsys.readouterr().out
+    first = [CreditReport.from_dict(part) for part in json.loads(Path("r.json").read_text())]
+    assert [list(report.effects.values) for report in first] == [["skip", "output_noise"]] * 2
+    events = EventAccumulator("tb").Reload()
+    tag = f"koopman/influence/{first[0].components[0]}"
+    assert [event.step for event in events.Scalars(tag)] == [10, 20]
+    assert main([*given, "--effects", "true", "--initial-checkpoint", "step20.ckpt"]) == 0
+    capsys.readouterr()
+    second = [CreditReport.from_dict(part) for part in json.loads(Path("r.json").read_text())]
+    # The weights of step 20 go back to themselves.
+    assert not second[1].effects.values["reinit"].any()
+    assert second[0].effects.values["reinit"].any()
+    assert main([*given, "--initial-checkpoint", "step20.ckpt"]) == 1
+    assert "initial weights are given" in capsys.readouterr().err

@@ -17,7 +17,8 @@ from test_metric import assert_same_report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import QUANTITIES, credit_report
+from lightning_koopman import credit_report
+from lightning_koopman.credit import QUANTITIES
 
 
 def samples(n: int = 300, width: int = 6, seed: int = 0) -> Tensor:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints
+from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints, predict_effects
 from lightning_koopman.cli import main
 from lightning_koopman.comparison import changes
-from lightning_koopman.formats import read_reports, write_reports
+from lightning_koopman.formats import read_reports, to_markdown, write_reports
 from lightning_koopman.html import to_html
 from lightning_koopman.schema import ReportFormatError
 
@@ -107,3 +107,23 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     with pytest.raises(EvaluationError, match="interrupted after 1 of 2 checkpoints") as caught:
         evaluate_checkpoints(net, tmp_path, [torch.randn(64, 4)], on_progress=stop)
     assert [found.step for found in caught.value.reports] == [1]
+
+
+def test_predicted_effects_are_in_every_kind_of_file(tmp_path):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(300, 4)
+    bare = credit_report(net, [x])
+    report = predict_effects(net, [x], bare, ["skip", "output_noise"], scale="kl")
+    write_reports([report, bare], tmp_path / "r.csv", "csv")
+    frame = pandas.read_csv(tmp_path / "r.csv")
+    np.testing.assert_allclose(frame["effect_skip"][:2], report.effects.values["skip"])
+    np.testing.assert_allclose(frame["influence"][:2], report.influence)
+    assert frame["effect_skip"][2:].isna().all()
+    page, text = to_html([report, bare]), to_markdown(report)
+    for cell in (f"{report.effects.values['skip'][0]:.2g}", f"{report.influence[1]:.3f}"):
+        assert cell in text
+    assert f'data-value="{report.effects.values["output_noise"][0]}"' in to_html([report])
+    assert "KL in nats" in text
+    assert "influence" not in page  # of one run, the newest report is shown, which predicts nothing

@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from lightning_koopman import CreditReport, credit_report, intervene
+from lightning_koopman.effects import KINDS
 from lightning_koopman.scoring import accuracy, kl_divergence
 from lightning_koopman.sites import Site, Sites, replace_first_tensor
 
@@ -366,3 +369,30 @@ def test_sites_read_and_replace_nested_outputs():
 def test_kl_of_impossible_classes_is_finite():
     impossible = torch.tensor([[0.0, float("-inf")]])
     assert not kl_divergence(impossible, impossible).any()
+
+
+def test_the_table_keeps_its_component_column_on_a_narrow_terminal():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    result = dataclasses.replace(
+        intervene(net, batched(x, y), report, draws=1),
+        components=("encoder.layers.0", "encoder.layers.1", "head"),
+    )
+    file = io.StringIO()
+    Console(file=file, width=80, color_system=None).print(result)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(line.startswith(f" {name} ") for line in lines) for name in result.components)
+    assert all(kind in file.getvalue() for kind in KINDS)
+
+
+def test_without_predicted_effects_only_sound_quantities_are_set_against_the_measured():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    result = intervene(net, batched(x, y), report, draws=1)
+    assert result.predictor == {"linear": "nonlinearity", "output_noise": "sensitivity"}
+    np.testing.assert_array_equal(result.predicted["linear"], report.nonlinearity)
+    assert np.isnan(result.spearman("skip"))
+    titles = [axis.get_title() for axis in result.plot().axes]
+    assert titles[4] == "skip"
+    assert "nothing" in str(result)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
-from lightning_koopman import QUANTITIES, CreditReport, KoopmanCredit
+from lightning_koopman import CreditReport, KoopmanCredit
+from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.states import sample_keys
 
 NAMES = ("stem", "body", "head")

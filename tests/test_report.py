@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_koopman import QUANTITIES, CreditReport, KoopmanCredit
-from lightning_koopman.credit import compute_credits
+from lightning_koopman import CreditReport, KoopmanCredit
+from lightning_koopman.credit import QUANTITIES, compute_credits
 from lightning_koopman.moments import Layout, accumulate
 from lightning_koopman.report import MIN_R2, build_report, check_quantities
 from lightning_koopman.schema import ReportFormatError
@@ -180,7 +180,11 @@ def test_every_field_is_checked(name: str, value: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
+<<<<<<< HEAD
     [n for n in make().to_dict() if n not in ("step", "parts", "folds", "delay", "run", "source")],
+=======
+    [n for n in make().to_dict() if n not in ("step", "parts", "folds", "run", "source", "effects")],
+>>>>>>> 1e0d007 (Predicted effects of altering a component, beside the measured ones: predict_effects, influence, evaluate --effects, command intervene; the interventions table keeps its component column)
 )
 def test_every_field_is_needed(name: str) -> None:
     given = make().to_dict()

@@ -15,7 +15,13 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import CreditReport, KoopmanCreditMonitor, credit_report, evaluate_checkpoints
+from lightning_koopman import (
+    CreditReport,
+    KoopmanCreditMonitor,
+    credit_report,
+    evaluate_checkpoints,
+    predict_effects,
+)
 from lightning_koopman.formats import to_markdown
 from lightning_koopman.writers import CreditWriter, EventFile
 
@@ -296,3 +302,13 @@ def test_markdown_marks_doubted_rows():
     assert lines[4].startswith("| ⚠ block.0 |")
     assert lines[4].endswith("| r2 |")
     assert lines[5].startswith("| block.1 |")
+
+
+def test_influence_is_a_scalar_where_effects_are_predicted():
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)), torch.randn(100, 4)
+    report = credit_report(net, [x])
+    writer = CreditWriter()
+    assert not [key for key in writer.scalars(report) if "influence" in key]
+    scalars = writer.scalars(predict_effects(net, [x], report, ["skip"]))
+    assert scalars["koopman/influence/0"] + scalars["koopman/influence/1"] == pytest.approx(1)

@@ -1,0 +1,212 @@
+"""Predicts what altering a component does to the outputs, from local changes and backward passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.alterations import check_alterations
+from lightning_koopman.capture import undisturbed
+from lightning_koopman.displacements import Displacements, Shift, rows_by_sample
+from lightning_koopman.effects import KINDS, Effects, Kind, Scale
+from lightning_koopman.measurement import ForwardFn
+from lightning_koopman.report import CreditReport
+from lightning_koopman.report_sites import state_sites
+from lightning_koopman.runs import Runner
+from lightning_koopman.scoring import Outputs
+from lightning_koopman.sites import Alteration, Site
+
+_OTHER_DRAWS = 1_000_003
+"""Added to the seed, so that noise differs from that of the effects measured with the same seed."""
+
+
+def predict_effects(
+    model: nn.Module,
+    batches: Iterable[Any],
+    report: CreditReport,
+    kinds: Sequence[Kind] = KINDS,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    strength: float = 0.3,
+    draws: int = 20,
+    scale: Scale | None = None,
+    probes: int = 32,
+    forward_fn: ForwardFn | None = None,
+    seed: int = 0,
+) -> CreditReport:
+    """Predict what altering each component would do to the outputs, without altering the network.
+
+    An alteration displaces a component's own output, on the input that it receives in the network as
+    it is, by δ. The network's Jacobian J from that output to its outputs, at every sample and by
+    backward passes, turns this into z = Jδ, and the mean of zᵀ M z is the effect to second order: M is
+    half the softmax's Fisher information for ``"kl"``, and the identity over the outputs' variance for
+    ``"relative"``. This is the limit that Koopman operators have in a small neighbourhood of each
+    sample, not the chain of operators fitted to all samples; these give δ for ``linear`` only.
+
+    The kinds are those of :func:`lightning_koopman.intervene`. For ``linear``, δ is what the operator
+    leaves of a sample that it was not fitted to (leave-one-out, on ``batches``). For ``output_noise``
+    the mean over draws is exact. The weights of all components are altered in the same pass, with every
+    component's input held as it was, so the work is a few forward passes, and one backward pass for
+    every value that the network gives out.
+
+    Args:
+        model: The model that the report was measured on.
+        batches: Data to predict on, as for :func:`lightning_koopman.intervene`; those of the report will
+            do.
+        report: What was measured on the model.
+        kinds: Which alterations.
+        initial: ``state_dict`` of the network at its initialisation, for ``reinit``; without it weights
+            are drawn anew by ``reset_parameters``.
+        strength: Noise, as a share of the standard deviation.
+        draws: Least number of draws, for kinds that draw weights. They are spread over the batches,
+            at least one a batch, and over its samples.
+        scale: Unit of the effects; ``None`` takes ``"kl"`` where targets are class indices,
+            ``"relative"`` otherwise.
+        probes: Most backward passes a batch. Outputs of more values a sample are not taken one by
+            one, but in so many random combinations; the mean is the same, with noise.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+        seed: Seed of everything that is drawn.
+
+    Returns:
+        The report with its ``effects``. The model is left exactly as it was found, gradients included,
+        also when an exception flies.
+
+    Raises:
+        ValueError: If an argument is out of range, the report does not belong to the model, a component
+            cannot be re-initialised, or the outputs carry no gradient.
+
+    Example:
+        >>> from lightning_koopman import credit_report
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> x, y = torch.randn(300, 4), torch.randint(0, 3, (300,))
+        >>> report = predict_effects(net, [(x, y)], credit_report(net, [x]), ["skip"])
+        >>> report.effects.scale, len(report.effects.values["skip"])
+        ('kl', 2)
+    """
+    check_alterations(report, kinds, report.components, strength, draws)
+    if probes < 1:
+        raise ValueError(f"probes is {probes}; at least one backward pass is needed")
+    runner = Runner(model, batches, forward_fn)
+    local = Displacements(runner, report, kinds, initial, strength)
+    sites = state_sites(report)
+    with undisturbed(model):
+        given = runner.run(sites.values(), update=local.update)
+        outputs = Outputs.of(given, runner.batches, scale, metric=None)
+        local.solve()
+        torch.manual_seed(_OTHER_DRAWS + seed)
+        each = math.ceil(draws / len(runner.batches))
+        summed = torch.zeros(len(report.components), len(kinds), dtype=torch.float64)
+        reached = torch.zeros(len(report.components), dtype=torch.bool)
+        for batch in runner.batches:
+            output, values = runner.run_batch(batch, sites.values())
+            # Before the pass with gradients: weights that are altered in between spoil its graph.
+            shifts = local.shifts(batch, values, len(output), each)
+            output, handles = _tracked(runner, batch, report)
+            for gradients, share in _pulled_back(output, handles, outputs, probes):
+                summed += share * _changes(gradients, shifts, kinds, local, report, len(output))
+                reached |= torch.tensor([g is not None for g in gradients])
+    effect = torch.where(reached[:, None], summed / outputs.whole, torch.nan).numpy()
+    predicted = Effects(
+        values={kind: effect[:, column] for column, kind in enumerate(kinds)},
+        scale=outputs.scale,
+        strength=strength,
+        n_samples=outputs.n_samples,
+    )
+    unreached = [n for n, found in zip(report.components, reached, strict=True) if not found]
+    notes = (*report.notes, *_notes(unreached, given[0][0].numel(), probes))
+    return dataclasses.replace(report, effects=predicted, notes=notes)
+
+
+def _tracked(runner: Runner, batch: Any, report: CreditReport) -> tuple[Tensor, list[Tensor]]:
+    """Run with gradients: the output, and each component's output to ask gradients for."""
+    handles: dict[str, Tensor] = {}
+
+    def track(name: str) -> Alteration:
+        def alter(output: Tensor, _: Mapping[Site, Tensor]) -> Tensor:
+            handles[name] = output if output.requires_grad else output.detach().requires_grad_()
+            # What follows may change its input in place.
+            return handles[name].clone()
+
+        return alter
+
+    sites = state_sites(report)
+    alter = {sites[name].call: track(name) for name in report.components}
+    with torch.enable_grad():
+        output, _ = runner.run_batch(batch, alter=alter)
+    if not output.requires_grad:
+        raise ValueError(
+            "the outputs carry no gradient, so no effect can be predicted; give a forward_fn that "
+            "neither detaches them nor runs under torch.no_grad or torch.inference_mode"
+        )
+    return output, [handles[name] for name in report.components]
+
+
+def _pulled_back(
+    output: Tensor, handles: Sequence[Tensor], outputs: Outputs, probes: int
+) -> Iterator[tuple[tuple[Tensor | None, ...], float]]:
+    """Gradients of enough combinations of the outputs, and the share that each counts with."""
+    size = output[0].numel()
+    exact = size <= probes
+    number = size if exact else probes
+    for k in range(number):
+        if exact:
+            vectors = torch.zeros_like(output).flatten(1)
+            vectors[:, k] = 1.0
+        else:
+            vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
+        weights = outputs.metric_root(output, vectors.reshape(output.shape))
+        found = torch.autograd.grad(
+            output, handles, weights, retain_graph=k + 1 < number, allow_unused=True
+        )
+        yield found, 1.0 if exact else 1.0 / number
+
+
+def _changes(
+    gradients: Sequence[Tensor | None],
+    shifts: Sequence[Shift],
+    kinds: Sequence[Kind],
+    local: Displacements,
+    report: CreditReport,
+    n_samples: int,
+) -> Tensor:
+    """Squared change of one combination of the outputs, shape ``(components, kinds)``."""
+    change = torch.zeros(len(gradients), len(kinds), dtype=torch.float64)
+    rows = [
+        None if gradient is None else rows_by_sample(gradient, n_samples, name)
+        for gradient, name in zip(gradients, report.components, strict=True)
+    ]
+    for shift in shifts:
+        moved = [
+            torch.einsum("nd,nd->n", row, delta.to(row))
+            for j, delta in shift.rows.items()
+            if (row := rows[j]) is not None
+        ]
+        if moved:
+            total = torch.stack(moved).sum(dim=0).double()
+            change[shift.component, kinds.index(shift.kind)] += total.square().sum().cpu()
+    if "output_noise" in kinds:
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                spread = local.spread(i).to(gradient.device)
+                change[i, kinds.index("output_noise")] += (gradient * spread).square().sum().cpu()
+    return change
+
+
+def _notes(unreached: Sequence[str], size: int, probes: int) -> list[str]:
+    notes = []
+    if unreached:
+        notes.append(
+            f"no gradient leads from the outputs to {', '.join(map(repr, unreached))}, so no effect is "
+            "predicted there"
+        )
+    if size > probes:
+        notes.append(
+            f"effects are predicted from {probes} random combinations of the {size} outputs a sample"
+        )
+    return notes

@@ -1,0 +1,116 @@
+"""Where the states of a report are read in the model, and maps between these tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lightning_koopman.capture import INPUT
+from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
+from lightning_koopman.report import CreditReport
+from lightning_koopman.runs import Runner
+from lightning_koopman.sites import Site
+
+
+def state_sites(report: CreditReport) -> dict[str, Site]:
+    """Tell where each state is read.
+
+    Args:
+        report: A report that knows its parts.
+
+    Returns:
+        Sites by state, x_0 first.
+    """
+    sites = {name: Site("out", calls[-1]) for name, calls in report.parts.items()}
+    first = next(iter(report.parts))
+    if first in report.components:
+        return {INPUT: Site("in", report.parts[first][0])} | sites
+    return sites
+
+
+def linear_maps(
+    report: CreditReport,
+    components: Sequence[str],
+    shapes: Mapping[Site, tuple[int, ...]],
+    fit_on: Runner | None,
+    *,
+    seed: int = 0,
+) -> dict[str, LinearMap]:
+    """Take the report's operators where they act on whole tensors, and fit maps where they do not.
+
+    Args:
+        report: Has the operators.
+        components: Which components.
+        shapes: Shape of one sample at every site.
+        fit_on: Runs the model on data to fit maps on, if there are any.
+        seed: Chooses the folds.
+
+    Returns:
+        A map a component, from the states its operator takes, the nearest first.
+
+    Raises:
+        ValueError: If a map must be fitted and there is no data for it.
+    """
+    sites = state_sites(report)
+    maps: dict[str, LinearMap] = {}
+    fits: dict[str, LinearFit] = {}
+    for name in components:
+        operator = report.operators.get(name)
+        sources = regressor_sites(report, name)
+        widths = (
+            sum(math.prod(shapes[site]) for site in sources),
+            math.prod(shapes[sites[name]]),
+        )
+        if operator is not None and tuple(operator.matrix.shape) == widths:
+            maps[name] = from_operator(operator, shapes[sites[name]], len(sources))
+        else:
+            fits[name] = LinearFit(seed=seed)
+    if not fits:
+        return maps
+    if fit_on is None:
+        raise ValueError(
+            f"the operators of {list(fits)} act on reduced states or are missing, so they give no whole "
+            "tensor; pass fit_batches with data to fit maps on, other than what effects are measured on"
+        )
+
+    def update(values: Mapping[Site, Tensor]) -> None:
+        for name, fit in fits.items():
+            fit.update([values[site] for site in regressor_sites(report, name)], values[sites[name]])
+
+    fit_on.run(sites.values(), update=update)
+    return maps | {name: fit.solve() for name, fit in fits.items()}
+
+
+def regressor_sites(report: CreditReport, name: str) -> list[Site]:
+    """Tell where the regressors of a component's operator are read.
+
+    Args:
+        report: A report that knows its parts.
+        name: The component.
+
+    Returns:
+        Sites, the nearest first; only the nearest where the report has no operators.
+
+    Raises:
+        ValueError: If the operator's width fits no number of states before it.
+    """
+    sites = state_sites(report)
+    order = list(sites)
+    earlier = order[: order.index(name)][::-1]
+    if name not in report.operators:
+        return [sites[earlier[0]]]
+    if name in report.reads:
+        return [sites[state] for state in report.reads[name]]
+    widths = dict(zip(report.components, report.widths, strict=True))
+    widths[order[0]] = report.operators[report.components[0]].matrix.shape[0]
+    needed, taken = report.operators[name].matrix.shape[0], 0
+    for delay, state in enumerate(earlier, start=1):
+        taken += widths[state]
+        if taken == needed:
+            return [sites[state] for state in earlier[:delay]]
+    raise ValueError(
+        f"the operator of {name!r} takes {needed} values; the states before it have "
+        f"{[widths[state] for state in earlier]}. Measure the report again."
+    )
