@@ -108,12 +108,6 @@ def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
     return {name: tuple(_checked_list(value, name, str)) for name in value}
 
 
-<<<<<<< HEAD
-def _checked_count(given: Mapping[str, Any], name: str, default: int, *, least: int) -> int:
-    value = given.get(name, default)
-    if type(value) is not int or not least <= value < 10**9:
-        raise ReportFormatError(f"{name} must be a whole number from {least} on, not {value!r}")
-=======
 def _checked_effects(value: Any, size: int) -> Effects | None:
     if value is None:
         return None
@@ -134,10 +128,10 @@ def _checked_effects(value: Any, size: int) -> Effects | None:
     )
 
 
-def _checked_folds(value: Any) -> int:
-    if type(value) is not int or not 2 <= value < 10**9:
-        raise ReportFormatError(f"folds must be a whole number from 2 on, not {value!r}")
->>>>>>> 1e0d007 (Predicted effects of altering a component, beside the measured ones: predict_effects, influence, evaluate --effects, command intervene; the interventions table keeps its component column)
+def _checked_count(given: Mapping[str, Any], name: str, default: int, *, least: int) -> int:
+    value = given.get(name, default)
+    if type(value) is not int or not least <= value < 10**9:
+        raise ReportFormatError(f"{name} must be a whole number from {least} on, not {value!r}")
     return value
 
 

@@ -25,11 +25,8 @@ CORE = [
     "chain",
     "alignment",
     "credit",
-<<<<<<< HEAD
     "delay",
-=======
     "effects",
->>>>>>> 1e0d007 (Predicted effects of altering a component, beside the measured ones: predict_effects, influence, evaluate --effects, command intervene; the interventions table keeps its component column)
     "schema",
     "tables",
     "report",

@@ -180,11 +180,11 @@ def test_every_field_is_checked(name: str, value: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-<<<<<<< HEAD
-    [n for n in make().to_dict() if n not in ("step", "parts", "folds", "delay", "run", "source")],
-=======
-    [n for n in make().to_dict() if n not in ("step", "parts", "folds", "run", "source", "effects")],
->>>>>>> 1e0d007 (Predicted effects of altering a component, beside the measured ones: predict_effects, influence, evaluate --effects, command intervene; the interventions table keeps its component column)
+    [
+        n
+        for n in make().to_dict()
+        if n not in ("step", "parts", "folds", "delay", "run", "source", "effects")
+    ],
 )
 def test_every_field_is_needed(name: str) -> None:
     given = make().to_dict()
