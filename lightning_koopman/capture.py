@@ -190,6 +190,7 @@ class Capture:
         self._transparent = [] if self._named else transparent_modules(model, self.components)
         self._keep = keep
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._input_handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
@@ -206,8 +207,11 @@ class Capture:
             ancestor = self._common_ancestor()
             if ancestor is not None:
                 self._handles.append(ancestor.register_forward_pre_hook(self._on_ancestor))
+            takes_input = {module for module, _ in self._inputs}
             for name, module in self.components.items():
-                self._handles.append(module.register_forward_pre_hook(self._on_input, with_kwargs=True))
+                if self._passes == 0 or id(module) in takes_input:
+                    handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+                    self._input_handles[id(module)] = handle
                 self._handles.append(
                     module.register_forward_hook(functools.partial(self._on_output, name))
                 )
@@ -234,9 +238,10 @@ class Capture:
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
         self._leave_flow()
-        for handle in self._handles:
+        for handle in (*self._handles, *self._input_handles.values()):
             handle.remove()
         self._handles.clear()
+        self._input_handles.clear()
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass.
@@ -274,10 +279,19 @@ class Capture:
             error = ValueError(self._unusable)
         self._passes += error is None
         self._leave_flow()
+        if self._passes == 1:
+            self._keep_input_hooks()
         self.start_pass()
         if error is not None:
             raise error
         return states
+
+    def _keep_input_hooks(self) -> None:
+        """Take the hooks off all inputs that the first pass showed not to be the network's."""
+        takes_input = {module for module, _ in self._inputs}
+        for module in list(self._input_handles):
+            if module not in takes_input:
+                self._input_handles.pop(module).remove()
 
     @property
     def silent(self) -> list[str]:

@@ -164,7 +164,7 @@ class Measurement:
             links = self.plan.links
             if any(read != (i,) for i, read in enumerate(links)):
                 self._options["links"] = links
-            kept = {name for group in self.plan.states for name in group}
+            kept = self.plan.recorded
             states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
         self._silent, self._skipped = silent, skipped
         rows = self.plan.join(states, self._passes)
@@ -245,7 +245,7 @@ class Measurement:
 
     def _rows(self, tensor: Tensor, recorded: Recorded) -> Tensor | None:
         assert self.plan is not None
-        if not any(recorded.name in group for group in self.plan.states):
+        if recorded.name not in self.plan.recorded:
             return None
         valid = self._valid
         if recorded.lengths is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -132,14 +133,12 @@ class KoopmanCredit(Metric):
             elif names != self.components:
                 raise ValueError(f"states are named {names}; expected x_0 and then {self.components}")
             states = list(states.values())
-        rows = self._checked([state.detach().double() for state in states])
+        rows = self._checked([state.detach() for state in states])
         if keys is None:
             keys = sample_keys(rows[0], self.seed)
-        if self.center is not None:
-            rows = [row - offset.to(row) for row, offset in zip(rows, self.center, strict=True)]
         assert self.layout is not None
         folds = keys.to(self.moments.device) % self.folds
-        accumulate(self.layout, self.moments, [row.to(self.moments) for row in rows], folds)
+        accumulate(self.layout, self.moments, rows, folds, self.center)
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the numbers of every component.
@@ -316,8 +315,9 @@ class KoopmanCredit(Metric):
         if self.center is not None and tuple(len(offset) for offset in self.center) != dims:
             raise ValueError(f"center must hold one offset a state, of widths {dims}")
         self.layout = layout
-        self._defaults["moments"] = layout.zeros().to(self.device)
         self.moments = layout.zeros().to(self.device)
+        # What reset() copies takes no memory of its own.
+        self._defaults["moments"] = self.moments.new_zeros(1, 1).expand_as(self.moments)
 
     def _checked(self, states: Sequence[Tensor]) -> list[Tensor]:
         rows = [state.flatten(1) if state.ndim > 1 else state[:, None] for state in states]
@@ -335,7 +335,9 @@ class KoopmanCredit(Metric):
                     f"state {name!r} has shape {tuple(row.shape)}; "
                     f"expected ({rows[0].shape[0]}, {width})"
                 )
-            # A finite sum has finite terms, and is found faster.
-            if not bool(torch.isfinite(row.sum())) and not bool(torch.isfinite(row).all()):
-                raise ValueError(f"state {name!r} holds NaN or infinity; leave that batch out")
+        # A finite sum has finite terms, and is found faster.
+        if not all(map(math.isfinite, torch.stack([row.sum().to(rows[0]) for row in rows]).tolist())):
+            for name, row in zip(names, rows, strict=True):
+                if not bool(torch.isfinite(row).all()):
+                    raise ValueError(f"state {name!r} holds NaN or infinity; leave that batch out")
         return rows

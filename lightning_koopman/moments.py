@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,10 @@ from torch import Tensor
 
 RESOLUTION = 1e-13
 """Units whose variance is below this share of their second moment are constant up to rounding."""
+
+_TILE = 64
+_MIRRORED_FROM = 200
+# Below this many rows, mirroring a block costs as much as computing both its halves.
 
 
 @dataclass(frozen=True)
@@ -183,28 +188,60 @@ def _read(row: Tensor, without: Tensor | None, place: slice) -> Tensor:
     return row[place] if without is None else row[place] - without[place]
 
 
-def accumulate(layout: Layout, moments: Tensor, states: Sequence[Tensor], fold_of: Tensor) -> None:
+def accumulate(
+    layout: Layout,
+    moments: Tensor,
+    states: Sequence[Tensor],
+    fold_of: Tensor,
+    center: Sequence[Tensor] | None = None,
+) -> None:
     """Add one batch to the moments, in place.
 
     Args:
         layout: What is kept and where.
         moments: Shape ``(folds, size)``, float64.
-        states: x_0 … x_L about a fixed offset, each ``(n_samples, d_i)``, float64.
+        states: x_0 … x_L, each ``(n_samples, d_i)``, of any floating-point type.
         fold_of: Fold of each sample, shape ``(n_samples,)``.
+        center: Fixed offsets, one ``(d_i,)`` a state, that are taken off first; ``None`` takes none.
     """
-    order = torch.argsort(fold_of)
+    offsets = None if center is None else [offset.to(moments) for offset in center]
     counts = torch.bincount(fold_of, minlength=layout.folds).tolist()
-    parts = [torch.split(state[order], counts) for state in states]
-    for fold, count in enumerate(counts):
-        if not count:
+    by_fold = torch.split(torch.argsort(fold_of), counts)
+    # One fold and one state after the other, so that the copies are small enough for the cache.
+    for row, chosen in zip(moments, by_fold, strict=True):
+        if not len(chosen):
             continue
-        row = moments[fold]
-        row[0] += count
-        for i, _ in enumerate(states):
-            row[layout.slices[i,]] += parts[i][fold].sum(dim=0)
-        for i, j in layout.pairs:
-            block = row[layout.slices[i, j]].view(layout.dims[i], layout.dims[j])
-            block.addmm_(parts[i][fold].T, parts[j][fold])
+        row[0] += len(chosen)
+        remaining = Counter(i for pair in layout.pairs for i in set(pair))
+        parts: dict[int, Tensor] = {}
+        for pair in layout.pairs:
+            for i in pair:
+                if i not in parts:
+                    part = states[i].index_select(0, chosen.to(states[i].device)).to(moments)
+                    parts[i] = part if offsets is None else part.sub_(offsets[i])
+            i, j = pair
+            block = row[layout.slices[pair]].view(layout.dims[i], layout.dims[j])
+            if i == j:
+                row[layout.slices[i,]] += parts[i].sum(dim=0)
+                _add_square(block, parts[i])
+            else:
+                block.addmm_(parts[i].T, parts[j])
+            for i in set(pair):
+                remaining[i] -= 1
+                if not remaining[i]:
+                    del parts[i]
+
+
+def _add_square(block: Tensor, part: Tensor) -> None:
+    """Add ``part.T @ part`` to a symmetric block, most of it computed once and mirrored."""
+    width = block.shape[0]
+    if width <= 2 * _TILE or len(part) < _MIRRORED_FROM:
+        block.addmm_(part.T, part)
+        return
+    for start in range(0, width, _TILE):
+        stop = min(start + _TILE, width)
+        block[start:stop, start:].addmm_(part[:, start:stop].T, part[:, start:])
+        block[stop:, start:stop] = block[start:stop, stop:].T
 
 
 def recentred(layout: Layout, moments: Tensor, shifts: Sequence[Tensor]) -> Tensor:

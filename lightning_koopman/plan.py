@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ class Plan:
     def names(self) -> tuple[str, ...]:
         """Names of the states; ``a+b`` where parallel components were joined."""
         return tuple("+".join(group) for group in self.states)
+
+    @cached_property
+    def recorded(self) -> frozenset[str]:
+        """Everything recorded that is part of a state."""
+        return frozenset(name for group in self.states for name in group)
 
     def join(self, rows: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
         """Put the rows of one pass into the states of the chain.

@@ -73,6 +73,8 @@ class RowForm:
             if not isinstance(values, Tensor) or values.ndim == 0:
                 raise ValueError(f"reduce gave {type(values).__name__}; it must give one row a sample")
             return values.detach().reshape(values.shape[0], -1).to(dtype, copy=True)
+        if tensor.ndim == 2 and self.batch_axis == 0 and self.group == 1:
+            return tensor.detach().to(dtype, copy=True)
         values = by_sample(tensor.detach(), self.batch_axis, self.group)
         if values.ndim <= 2 or self.reduce == "flatten":
             return values.reshape(values.shape[0], -1).to(dtype, copy=True)

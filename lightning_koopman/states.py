@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,17 @@ from lightning_koopman.pooling import RowForm, has_channels_first, pooled_grid
 
 __all__ = ["Snapshots", "StateReducer", "has_channels_first", "pod_basis", "pool", "sample_keys"]
 
+_MOST_ROWS = 4096
+_MOST_VALUES = 2**22
+# Rows are gathered until a fold's share of them makes products fast, within this many values in all.
+
 
 @dataclass(frozen=True)
 class Snapshots:
-    """State vectors of one batch.
+    """State vectors of some samples; they are overwritten when the next ones are asked for.
 
     Attributes:
-        states: x_0 … x_L, each of shape ``(n_samples, d_i)``, float64, same row order.
+        states: x_0 … x_L, each of shape ``(n_samples, d_i)``, same row order.
         keys: One integer a sample, shape ``(n_samples,)``; equal inputs have equal keys.
     """
 
@@ -67,9 +72,9 @@ def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
     # Adding zero turns -0.0 into 0.0.
-    bits = (rows.double() + 0.0).contiguous().view(torch.int64)
+    bits = rows.to(torch.float64, copy=True).add_(0.0).contiguous().view(torch.int64)
     # Round numbers differ in their leading bits only, which a product alone never carries downward.
-    keys = ((bits ^ (bits >> 32)) * odd.to(bits.device)).sum(dim=1)
+    keys = bits.bitwise_xor_(bits >> 32).mul_(odd.to(bits.device)).sum(dim=1)
     for shift, factor in ((32, -7046029288634856825), (29, -4417276706812531889)):
         keys = (keys ^ (keys >> shift)) * factor
     return (keys >> 16) & (2**40 - 1)
@@ -108,7 +113,8 @@ class StateReducer:
         self.kept_variance: tuple[float, ...] = ()
         self.center: list[Tensor] = []
         self._bases: list[Tensor | None] = []
-        self._buffer: list[list[Tensor]] = []
+        self._first: list[list[Tensor]] = []
+        self._block: list[Tensor] = []
         self._rows = 0
         self._batches = 0
         self._widths: dict[str, int] = {}
@@ -150,28 +156,57 @@ class StateReducer:
         self._check(states, batch)
         if most == 0:
             return
-        self._buffer.append([rows[:most] for rows in states.values()])
-        self._rows += self._buffer[-1][0].shape[0]
-        size = 2 * self.max_dim
-        if self._rows >= size and not self.waits:
-            columns = [torch.cat(rows) for rows in zip(*self._buffer, strict=True)]
-            whole = self._rows - self._rows % size
-            self._rows -= whole
-            self._buffer = [[rows[whole:] for rows in columns]] if self._rows else []
-            for start in range(0, whole, size):
-                yield self._reduce([rows[start : start + size] for rows in columns])
+        yield from self._gather([rows[:most] for rows in states.values()])
+
+    def _gather(self, rows: list[Tensor]) -> Iterator[Snapshots]:
+        """Add rows to those that wait for company."""
+        if not self.center:
+            self._first.append(rows)
+            self._rows += len(rows[0])
+            if self.waits or self._rows < 2 * self.max_dim:
+                return
+            first, rest = _split_rows(self._first, 2 * self.max_dim)
+            self._first, self._rows = [], 0
+            self.fix(self.fitted(first))
+            yield self._reduced([first[0], *_project(first, self._bases)])
+            for later in rest:
+                yield from self._gather(later)
+            return
+        # Wide rows do not wait: what is gathered are states, and the input that tells the folds.
+        rows = [rows[0], *_project(rows, self._bases)]
+        if not self._block:
+            most = max(2 * self.max_dim, min(_MOST_ROWS, _MOST_VALUES // sum(r.shape[1] for r in rows)))
+            self._block = [part.new_empty(most, part.shape[1]) for part in rows]
+        start, size = 0, len(self._block[0])
+        while start < len(rows[0]):
+            count = min(size - self._rows, len(rows[0]) - start)
+            for block, part in zip(self._block, rows, strict=True):
+                block[self._rows : self._rows + count] = part[start : start + count]
+            start, self._rows = start + count, self._rows + count
+            if self._rows == size:
+                self._rows = 0
+                yield self._reduced(self._block)
 
     def flush(self) -> Iterator[Snapshots]:
         """Hand over what is still gathered.
 
         Yields:
-            Snapshots of at most ``2 * max_dim`` samples each.
+            Snapshots of a bounded number of samples each.
         """
-        size = 2 * self.max_dim
-        held, self._buffer, self._rows = self._buffer, [], 0
-        while held:
-            rows, held = _split_rows(held, size)
-            yield self._reduce(rows)
+        held, self._first = self._first, []
+        if held:
+            self._rows = 0
+        if held and not self.center:
+            rows, held = _split_rows(held, 2 * self.max_dim)
+            self.fix(self.fitted(rows))
+            yield self._reduced([rows[0], *_project(rows, self._bases)])
+        # Held by processes that first agreed on a basis.
+        for later in held:
+            yield from self._gather(later)
+        count, self._rows = self._rows, 0
+        blocks, self._block = self._block, []
+        if count:
+            yield self._reduced([block[:count] for block in blocks])
 
     def first_rows(self, count: int) -> list[Tensor]:
         """Copy the first rows that are gathered and not yet handed over.
@@ -182,7 +217,7 @@ class StateReducer:
         Returns:
             One block of rows a state.
         """
-        return _split_rows(self._buffer, count)[0]
+        return _split_rows(self._first, count)[0]
 
     def expect(self, names: Sequence[str], widths: Sequence[int]) -> None:
         """Learn from elsewhere which states arrive, where no batch told.
@@ -226,8 +261,13 @@ class StateReducer:
                     f"component {name!r} gave {rows.shape[1]} values a sample in batch {batch}, but "
                     f"{self._widths[name]} before. Bring the samples to one size."
                 )
-            # A finite sum has finite terms, and is found faster.
-            if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
+        # A finite sum has finite terms, and is found faster.
+        first = next(iter(states.values()))
+        sums = torch.stack([rows.sum().to(first) for rows in states.values()])
+        if all(map(math.isfinite, sums.tolist())):
+            return
+        for name, rows in states.items():
+            if not bool(torch.isfinite(rows).all()):
                 kind = "NaN" if bool(torch.isnan(rows).any()) else "infinity"
                 raise ValueError(
                     f"component {name!r} gave {kind} in batch {batch}. Find the sample or the layer "
@@ -246,7 +286,7 @@ class StateReducer:
         basis = fit_basis(rows, self.max_dim)
         if self._observables is None:
             return basis
-        states = _project(rows, basis.vectors)
+        states = [state.double() for state in _project(rows, basis.vectors)]
         lifts: list[Lift | None] = [None] * len(states)
         if isinstance(self._observables, str):
             kind = self._observables
@@ -255,16 +295,17 @@ class StateReducer:
         return replace(basis, center=center, lifts=tuple(lifts))
 
     def _lifted(self, states: list[Tensor], lifts: Sequence[Lift | None]) -> list[Tensor]:
+        if self._observables is None:
+            return states
+        states = [state.double() for state in states]
         if callable(self._observables):
             return [*(lifted_by(self._observables, state) for state in states[:-1]), states[-1]]
-        pairs = zip(states, lifts, strict=True) if lifts else ((state, None) for state in states)
+        pairs = zip(states, lifts, strict=True)
         return [state if lift is None else lift(state) for state, lift in pairs]
 
-    def _reduce(self, rows: list[Tensor]) -> Snapshots:
+    def _reduced(self, rows: list[Tensor]) -> Snapshots:
         keys = sample_keys(rows[0], self._seed)
-        if not self.center:
-            self.fix(self.fitted(rows))
-        return Snapshots(self._lifted(_project(rows, self._bases), self._lifts), keys)
+        return Snapshots(self._lifted(rows[1:], self._lifts), keys)
 
 
 @dataclass(frozen=True)
@@ -296,13 +337,13 @@ def fit_basis(rows: Sequence[Tensor], max_dim: int) -> Basis:
     """
     fitted = [pod_basis(block, max_dim) for block in rows]
     vectors = tuple(basis for basis, _ in fitted)
-    center = tuple(state.mean(dim=0) for state in _project(rows, vectors))
+    center = tuple(state.mean(dim=0, dtype=torch.float64) for state in _project(rows, vectors))
     return Basis(vectors, tuple(share for _, share in fitted), center)
 
 
 def _project(rows: Sequence[Tensor], bases: Sequence[Tensor | None]) -> list[Tensor]:
     return [
-        (block if basis is None else block @ basis.to(block)).double()
+        block if basis is None else block @ basis.to(block)
         for block, basis in zip(rows, bases, strict=True)
     ]
 

@@ -62,7 +62,7 @@ def first_tensor(value: Any) -> Tensor | None:
         >>> first_tensor((torch.tensor([1, 2]), {"out": torch.ones(2, 3)})).shape
         torch.Size([2, 3])
     """
-    for tensor in all_tensors(value):
+    for tensor in (value,) if isinstance(value, Tensor) else all_tensors(value):
         if tensor.is_complex():
             raise ValueError(
                 f"a state of dtype {tensor.dtype} arrived; complex states are not supported. "

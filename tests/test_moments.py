@@ -46,6 +46,22 @@ def test_covariances_are_those_of_numpy(dims: tuple[int, ...], delay: int) -> No
         assert torch.allclose(mean, state.mean(0), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_states_many_rows_and_an_offset_agree_with_numpy(dtype: torch.dtype) -> None:
+    # So wide and long that symmetric products are computed in part and mirrored.
+    states = [state.to(dtype) for state in chain(900, (150, 201, 4), offset=2.0)]
+    center = [state.double().mean(0) + 0.01 for state in states]
+    layout, folds = Layout((150, 201, 4), 3), torch.arange(900) % 3
+    moments = layout.zeros()
+    accumulate(layout, moments, states, folds, center)
+    given = covariances(layout, moments.sum(dim=0))
+    joint = np.cov(torch.cat(states, dim=1).double().numpy(), rowvar=False, bias=True)
+    edges = np.cumsum([0, *layout.dims])
+    for i, j in layout.pairs:
+        expected = joint[edges[i] : edges[i + 1], edges[j] : edges[j + 1]]
+        assert np.allclose(given[i, j].numpy(), expected, rtol=0, atol=1e-12)
+
+
 def test_held_out_products_are_about_the_means_given() -> None:
     states = chain(50, (4, 3, 2))
     folds = torch.arange(50) % 5

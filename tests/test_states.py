@@ -179,16 +179,31 @@ def test_a_wide_state_that_never_moves_keeps_one_value() -> None:
     assert not given.states[1].any()
 
 
-def test_rows_are_handed_on_in_full_blocks_and_never_hoarded() -> None:
+def test_rows_are_handed_on_in_full_blocks_and_never_hoarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_koopman.states._MOST_ROWS", 32)
     reducer = StateReducer(8)
-    sizes = []
-    for _ in range(30):
-        sizes += [
-            len(s.keys) for s in reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 2)})
-        ]
-    assert sizes == [16] * 9
-    assert [len(s.keys) for s in reducer.flush()] == [6]
+    given = torch.randn(150, 3)
+    sizes, seen = [], []
+    for rows in given.split(5):
+        for snapshots in reducer.push({"input": rows, "a": rows[:, :2]}):
+            sizes.append(len(snapshots.keys))
+            seen.append(snapshots.states[0].clone())
+    # The basis takes 2 * max_dim rows; what follows is gathered into larger blocks.
+    assert sizes == [16, 32, 32, 32, 32]
+    for snapshots in reducer.flush():
+        assert len(snapshots.keys) == 6
+        seen.append(snapshots.states[0].clone())
+    assert torch.equal(torch.cat(seen), given)
     assert list(reducer.flush()) == []
+
+
+def test_blocks_of_wide_states_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_koopman.states._MOST_VALUES", 1000)
+    reducer = StateReducer(8)
+    states = {"input": torch.randn(40, 20), "a": torch.randn(40, 20)}
+    sizes = [len(s.keys) for _ in range(3) for s in reducer.push(states)]
+    # A row gathered is the input and two reduced states: 20 + 8 + 8 values.
+    assert sizes == [16] + 3 * [1000 // 36]
 
 
 @pytest.mark.parametrize(
