@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ RESOLUTION = 1e-13
 """Units whose variance is below this share of their second moment are constant up to rounding."""
 
 _TILE = 64
-_MIRRORED_FROM = 200
-# Below this many rows, mirroring a block costs as much as computing both its halves.
+"""Width of the strips that symmetric products are computed in; wide ones save nearly half."""
+
+_CACHED_VALUES = 2**17
+_LEAST_ROWS = 512
+# Rows that are copied at once: few enough for the cache, enough for a fast product.
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Layout:
         links: For each step i = 1 … L, further earlier states that it reads; empty means none.
         reach: Keep what every delay up to this one needs, so that :func:`dataclasses.replace` may change
             ``delay`` later on the same moments.
+        squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
     """
 
     dims: tuple[int, ...]
@@ -39,6 +44,7 @@ class Layout:
     delay: int = 1
     links: tuple[tuple[int, ...], ...] = ()
     reach: int = 1
+    squares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.dims) < 2:
@@ -101,9 +107,7 @@ class Layout:
         places: dict[tuple[int, ...], slice] = {}
         start = 1
         for key in [(i,) for i in range(len(self.dims))] + list(self.pairs):
-            size = 1
-            for i in key:
-                size *= self.dims[i]
+            size = math.prod(self.dims[i] for i in (key[:1] if key[0] in self.squares else key))
             places[key] = slice(start, start + size)
             start += size
         return places
@@ -206,41 +210,76 @@ def accumulate(
     """
     offsets = None if center is None else [offset.to(moments) for offset in center]
     counts = torch.bincount(fold_of, minlength=layout.folds).tolist()
-    by_fold = torch.split(torch.argsort(fold_of), counts)
-    # One fold and one state after the other, so that the copies are small enough for the cache.
-    for row, chosen in zip(moments, by_fold, strict=True):
-        if not len(chosen):
+    size = max(_LEAST_ROWS, _CACHED_VALUES // max(layout.dims))
+    start = 0
+    order = None if max(counts) == len(fold_of) else torch.argsort(fold_of)
+    for row, count in zip(moments, counts, strict=False):
+        if not count:
             continue
-        row[0] += len(chosen)
-        remaining = Counter(i for pair in layout.pairs for i in set(pair))
-        parts: dict[int, Tensor] = {}
-        for pair in layout.pairs:
-            for i in pair:
-                if i not in parts:
-                    part = states[i].index_select(0, chosen.to(states[i].device)).to(moments)
-                    parts[i] = part if offsets is None else part.sub_(offsets[i])
-            i, j = pair
-            block = row[layout.slices[pair]].view(layout.dims[i], layout.dims[j])
-            if i == j:
-                row[layout.slices[i,]] += parts[i].sum(dim=0)
-                _add_square(block, parts[i])
-            else:
-                block.addmm_(parts[i].T, parts[j])
-            for i in set(pair):
-                remaining[i] -= 1
-                if not remaining[i]:
-                    del parts[i]
+        row[0] += count
+        mirrored = [i for i, width in enumerate(layout.dims) if width > 2 * _TILE <= count // 2]
+        # A few rows of one fold, one state after the other: copies that fit into the cache.
+        for first in range(start, start + count, size):
+            chosen = slice(first, min(first + size, start + count))
+            _accumulate_rows(
+                layout, row, states, chosen if order is None else order[chosen], offsets, mirrored
+            )
+        for i in mirrored:
+            if i not in layout.squares:
+                _mirror(row[layout.slices[i, i]].view(layout.dims[i], layout.dims[i]))
+        start += count
 
 
-def _add_square(block: Tensor, part: Tensor) -> None:
-    """Add ``part.T @ part`` to a symmetric block, most of it computed once and mirrored."""
-    width = block.shape[0]
-    if width <= 2 * _TILE or len(part) < _MIRRORED_FROM:
+def _accumulate_rows(
+    layout: Layout,
+    row: Tensor,
+    states: Sequence[Tensor],
+    chosen: slice | Tensor,
+    offsets: Sequence[Tensor] | None,
+    mirrored: Sequence[int],
+) -> None:
+    """Add some samples of one fold; of the states ``mirrored``, blocks above the diagonal alone."""
+    remaining = Counter(i for pair in layout.pairs for i in set(pair))
+    parts: dict[int, Tensor] = {}
+    for pair in layout.pairs:
+        for i in pair:
+            if i not in parts:
+                if isinstance(chosen, slice):
+                    part = states[i][chosen]
+                else:
+                    part = states[i].index_select(0, chosen.to(states[i].device))
+                parts[i] = part.to(row) if offsets is None else part.to(row) - offsets[i]
+        i, j = pair
+        place = row[layout.slices[pair]]
+        if i == j:
+            row[layout.slices[i,]] += parts[i].sum(dim=0)
+        if i != j:
+            place.view(layout.dims[i], layout.dims[j]).addmm_(parts[i].T, parts[j])
+        elif i in layout.squares:
+            place += parts[i].square().sum(dim=0)
+        else:
+            _add_square(place.view(layout.dims[i], layout.dims[i]), parts[i], i in mirrored)
+        for i in set(pair):
+            # Copies of all states at once would make memory grow with their number.
+            remaining[i] -= 1
+            if not remaining[i]:
+                del parts[i]
+
+
+def _add_square(block: Tensor, part: Tensor, upper: bool) -> None:
+    """Add ``part.T @ part``, or no more of it than what is on and above the tiles of the diagonal."""
+    if not upper:
         block.addmm_(part.T, part)
         return
-    for start in range(0, width, _TILE):
-        stop = min(start + _TILE, width)
-        block[start:stop, start:].addmm_(part[:, start:stop].T, part[:, start:])
+    for start in range(0, len(block), _TILE):
+        columns = part[:, start : start + _TILE]
+        block[start : start + _TILE, start:].addmm_(columns.T, part[:, start:])
+
+
+def _mirror(block: Tensor) -> None:
+    """Copy what is above the tiles of the diagonal to below them."""
+    for start in range(0, len(block), _TILE):
+        stop = start + _TILE
         block[stop:, start:stop] = block[start:stop, stop:].T
 
 
@@ -298,7 +337,7 @@ def covariances(
     variances, varies = [], []
     for i, width in enumerate(layout.dims):
         place = layout.slices[i, i]
-        diagonal = slice(place.start, place.stop, width + 1)
+        diagonal = slice(place.start, place.stop, 1 if i in layout.squares else width + 1)
         square = _read(row, without, diagonal) * scale
         variance = square - own[i] * about[i]
         if about is not own:

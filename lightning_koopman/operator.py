@@ -20,6 +20,9 @@ RESOLUTION_GRID = (0.0, *(10 ** (-8 + step / 4) for step in range(25)))
 RCOND = 1e-12
 """Directions whose variance is below this share of the largest are taken as dead."""
 
+_SAFE_PIVOT = 1e-8
+"""Cholesky is left for ``eigh``, which drops dead directions, where a pivot is below this share."""
+
 
 @dataclass(frozen=True)
 class KoopmanOperator:
@@ -194,6 +197,35 @@ def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
     return Spectrum(values[:kept], vectors, vectors.T @ c_xy, mean_variance)
 
 
+def solve(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
+    """Solve for the operator under one ridge weight.
+
+    Args:
+        c_xx: Covariance of the regressors, shape ``(d_in, d_in)``; that of units which never vary is
+            exactly zero.
+        c_xy: Cross-covariance with the targets, shape ``(d_in, d_out)``.
+        tikhonov: In units of the regressors' mean variance.
+
+    Returns:
+        K of shape ``(d_in, d_out)``, by Cholesky, or in the eigenbasis where that is not safe.
+    """
+    variances = c_xx.diagonal()
+    varies = variances > 0
+    some_dead = not bool(varies.all())
+    system, targets = (c_xx[varies][:, varies], c_xy[varies]) if some_dead else (c_xx.clone(), c_xy)
+    system.diagonal().add_(tikhonov * float(variances.mean()))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    pivots = factor.diagonal().square()
+    if not len(pivots) or int(failed) or not bool(pivots.min() > _SAFE_PIVOT * pivots.max()):
+        return spectrum(c_xx, c_xy).matrix(tikhonov)
+    solved = torch.cholesky_solve(targets, factor)
+    if not some_dead:
+        return solved
+    matrix = torch.zeros_like(c_xy)
+    matrix[varies] = solved
+    return matrix
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The squared error a sample of one problem's operators, as a function of the ridge weight.
@@ -347,21 +379,22 @@ def fit_operator(
     *,
     tikhonov: float | None = None,
     rank: int | None = None,
-    folds: int = 5,
+    folds: int | None = 5,
     seed: int = 0,
 ) -> KoopmanOperator:
     """Fit the linear map that best carries snapshots ``x`` to snapshots ``y``.
 
     Minimises ‖XK - Y‖² / n + λ s ‖K‖² (Frobenius norms) over centred data, where s is the mean
-    variance of ``x``, from the Gram matrices by ``eigh`` with a relative
-    cut-off, so that dead and duplicate units do no harm.
+    variance of ``x``, from the Gram matrices: by Cholesky where they are well conditioned, else by
+    ``eigh`` with a relative cut-off, so that dead and duplicate units do no harm.
 
     Args:
         x: Snapshots before the component, shape ``(n_samples, d_in)``.
         y: Snapshots after it, shape ``(n_samples, d_out)``, same row order.
         tikhonov: Ridge weight λ, without unit; ``None`` picks the one with the best held-out R².
         rank: Largest rank of the matrix, by reduced-rank regression; ``None`` keeps all.
-        folds: Number of folds that R² is held out over. Equal rows share a fold.
+        folds: Number of folds that R² is held out over. Equal rows share a fold. ``None`` fits all rows
+            once, for a given ``tikhonov``, and leaves R² open.
         seed: Chooses the folds.
 
     Returns:
@@ -369,7 +402,7 @@ def fit_operator(
 
     Raises:
         ValueError: If shapes do not fit, fewer than two rows arrive, a value is not finite, or
-            ``tikhonov`` or ``rank`` is out of range.
+            ``tikhonov``, ``rank`` or ``folds`` is out of range.
 
     Example:
         >>> x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -383,6 +416,43 @@ def fit_operator(
         Williams, Kevrekidis & Rowley (2015), J. Nonlinear Sci. 25, 1307-1346.
     """
     check_tikhonov(tikhonov)
+    _check_pair(x, y, rank)
+    if tikhonov is None and folds is None:
+        raise ValueError(
+            "neither tikhonov nor folds is given; the ridge weight is picked by held-out R², so give one"
+        )
+    layout = Layout((x.shape[1], y.shape[1]), 2 if folds is None else folds, squares=(1,))
+    offsets = _offset("x", x), _offset("y", y)
+    if folds is None:
+        fold_of = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        moments = torch.zeros(1, layout.size, dtype=torch.float64, device=x.device)
+    else:
+        fold_of, moments = sample_keys(x, seed) % folds, layout.zeros().to(x.device)
+    accumulate(layout, moments, [x, y], fold_of, offsets)
+    summed = moments[0] if folds is None else moments.sum(dim=0)
+    grid = TIKHONOV_GRID if tikhonov is None else (tikhonov,)
+    errors, total = ([], 0.0) if folds is None else _fold_errors(layout, moments, summed, grid, rank)
+    tikhonov = choose_tikhonov(errors, grid) if errors else grid[0]
+    error = sum(row[grid.index(tikhonov)] for row in errors)
+    everything = covariances(layout, summed)
+    c_xx, c_xy = everything[0, 0], everything[0, 1]
+    values = torch.linalg.eigvalsh(c_xx).flip(0)
+    values = values[alive(values)]
+    matrix, kept = solve(c_xx, c_xy, tikhonov), len(values)
+    if rank is not None:
+        matrix, kept = _limit_rank(matrix, c_xy, rank), min(kept, rank)
+    return KoopmanOperator(
+        matrix=matrix,
+        x_mean=everything.means[0] + offsets[0],
+        y_mean=everything.means[1] + offsets[1],
+        r2=1 - error / total if total > 0 else float("nan"),
+        tikhonov=tikhonov,
+        rank=kept,
+        condition=float(values[0] / values[-1]) if len(values) else 1.0,
+    )
+
+
+def _check_pair(x: Tensor, y: Tensor, rank: int | None) -> None:
     if x.ndim != 2 or y.ndim != 2 or x.shape[0] != y.shape[0]:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; expected (n_samples, d_in) and "
@@ -395,50 +465,41 @@ def fit_operator(
             f"rank is {rank}; for a ({x.shape[1]}, {y.shape[1]}) operator it lies between 1 and "
             f"{min(x.shape[1], y.shape[1])}"
         )
-    for name, data in (("x", x), ("y", y)):
-        if not bool(torch.isfinite(data).all()):
-            raise ValueError(f"{name} holds NaN or infinity; remove those rows")
-    layout = Layout((x.shape[1], y.shape[1]), folds)
-    offsets = [x.double().mean(dim=0), y.double().mean(dim=0)]
-    moments = layout.zeros().to(x.device)
-    states = [x.double() - offsets[0], y.double() - offsets[1]]
-    accumulate(layout, moments, states, sample_keys(x, seed) % folds)
 
-    grid = TIKHONOV_GRID if tikhonov is None else (tikhonov,)
-    summed = moments.sum(dim=0)
-    everything = covariances(layout, summed)
+
+def _offset(name: str, data: Tensor) -> Tensor:
+    """Mean of the rows, ``(d,)``, float64."""
+    mean = data.mean(dim=0, dtype=torch.float64)
+    # A finite mean has finite terms, and is found in a pass that is needed anyway.
+    if not bool(torch.isfinite(mean).all()) and not bool(torch.isfinite(data).all()):
+        raise ValueError(f"{name} holds NaN or infinity; remove those rows")
+    return mean
+
+
+def _fold_errors(
+    layout: Layout, moments: Tensor, summed: Tensor, grid: Sequence[float], rank: int | None
+) -> tuple[list[list[float]], float]:
+    """Squared held-out errors, a row a fold and a column a ridge weight, and the squares they are of."""
     total, errors = 0.0, []
-    for fold in range(folds):
-        train = covariances(layout, summed, without=moments[fold])
-        test = covariances(layout, moments[fold], about=train.means)
+    for row in moments:
+        train = covariances(layout, summed, without=row)
+        test = covariances(layout, row, about=train.means)
         if train.count < 2 or test.count == 0:
             continue
-        problem = spectrum(train[0, 0], train[0, 1])
         trace = float(test.variances[1].sum())
         total += test.count * trace
-        if rank is None:
-            fold_errors = held_out_errors(problem, test[0, 0], test[0, 1], trace, grid)
+        test_xx, test_xy = test[0, 0], test[0, 1]
+        if rank is None and len(grid) > 1:
+            problem = spectrum(train[0, 0], train[0, 1])
+            found = held_out_errors(problem, test_xx, test_xy, trace, grid)
         else:
-            reduced = [_limit_rank(problem.matrix(t), train[0, 1], rank) for t in grid]
-            products = [(k * (test[0, 0] @ k - 2 * test[0, 1])).sum() for k in reduced]
-            fold_errors = [max(0.0, trace + float(product)) for product in products]
-        errors.append([test.count * error for error in fold_errors])
-    tikhonov = choose_tikhonov(errors, grid) if errors else grid[0]
-    error = sum(row[grid.index(tikhonov)] for row in errors)
-    problem = spectrum(everything[0, 0], everything[0, 1])
-    matrix = problem.matrix(tikhonov)
-    kept = len(problem.values)
-    if rank is not None:
-        matrix, kept = _limit_rank(matrix, everything[0, 1], rank), min(kept, rank)
-    return KoopmanOperator(
-        matrix=matrix,
-        x_mean=everything.means[0] + offsets[0],
-        y_mean=everything.means[1] + offsets[1],
-        r2=1 - error / total if total > 0 else float("nan"),
-        tikhonov=tikhonov,
-        rank=kept,
-        condition=problem.condition,
-    )
+            solved = [solve(train[0, 0], train[0, 1], weight) for weight in grid]
+            if rank is not None:
+                solved = [_limit_rank(matrix, train[0, 1], rank) for matrix in solved]
+            products = [(k * (test_xx @ k - 2 * test_xy)).sum() for k in solved]
+            found = [max(0.0, trace + float(product)) for product in products]
+        errors.append([test.count * error for error in found])
+    return errors, total
 
 
 def _limit_rank(matrix: Tensor, c_xy: Tensor, rank: int) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_koopman.operator import (
     choose_tikhonov,
     fit_operator,
     held_out_errors,
+    solve,
     spectrum,
 )
 from lightning_koopman.states import sample_keys
@@ -70,6 +71,63 @@ def test_on_rank_deficient_snapshots_it_is_the_minimum_norm_solution(seed: int) 
     # Duplicates share the weight evenly, dead and constant units get none.
     assert torch.allclose(operator.matrix[:2], operator.matrix[6:8], rtol=0, atol=1e-10)
     assert not operator.matrix[8:].any()
+
+
+@pytest.mark.parametrize("folds", [None, 5])
+@pytest.mark.parametrize("dead", [0, 20])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_wide_relu_snapshots_leave_the_residual_of_gelsd(
+    dead: int, seed: int, folds: int | None
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = np.maximum(rng.standard_normal((1500, 170)), 0)
+    y = np.maximum(x @ rng.standard_normal((170, 140)) / 13 - 0.5, 0)
+    if dead:
+        x[:, :dead], x[:, 100:110] = 0, x[:, 60:70]
+    operator = fit_operator(torch.from_numpy(x), torch.from_numpy(y), tikhonov=0.0, folds=folds)
+    centred = x - x.mean(0), y - y.mean(0)
+    expected = np.linalg.norm(centred[1] - centred[0] @ oracles.least_squares(x, y))
+    residual = np.linalg.norm(centred[1] - centred[0] @ operator.matrix.numpy())
+    assert residual == pytest.approx(expected, rel=1e-9)
+    assert operator.rank == (140 if dead else 170)
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_without_folds_the_operator_is_the_same_and_r2_is_open(
+    shape: tuple[int, int, int], tikhonov: float
+) -> None:
+    x, y = noisy_pair(*shape, 0)
+    held = fit_operator(x, y, tikhonov=tikhonov)
+    alone = fit_operator(x, y, tikhonov=tikhonov, folds=None)
+    assert torch.allclose(alone.matrix, held.matrix, rtol=0, atol=1e-11)
+    assert torch.allclose(alone.predict(x), held.predict(x), rtol=0, atol=1e-11)
+    assert (alone.rank, alone.tikhonov) == (held.rank, held.tikhonov)
+    assert np.isnan(alone.r2)
+    assert not np.isnan(held.r2)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6, 1e9, 1e11])
+def test_cholesky_and_the_eigenbasis_give_one_solution(condition: float) -> None:
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
+    c_xx = turn @ torch.diag(torch.logspace(0, -np.log10(condition), 8).double()) @ turn.T
+    expected = torch.randn(8, 3, dtype=torch.float64)
+    for tikhonov in (0.0, 1e-3):
+        c_xy = c_xx @ expected + tikhonov * c_xx.diagonal().mean() * expected
+        given = solve(c_xx, c_xy, tikhonov)
+        assert torch.allclose(given, expected, rtol=0, atol=1e-14 * condition)
+        assert torch.allclose(
+            given, spectrum(c_xx, c_xy).matrix(tikhonov), rtol=0, atol=1e-14 * condition
+        )
+
+
+def test_units_without_variance_get_no_weight() -> None:
+    c_xx = torch.diag(torch.tensor([2.0, 0.0, 1.0], dtype=torch.float64))
+    c_xy = torch.tensor([[1.0], [0.0], [3.0]], dtype=torch.float64)
+    given = solve(c_xx, c_xy, 0.0)
+    assert torch.allclose(given, torch.tensor([[0.5], [0.0], [3.0]]).double(), rtol=1e-15, atol=0)
+    assert given[1] == 0
+    assert not solve(torch.zeros(3, 3).double(), torch.zeros(3, 1).double(), 0.0).any()
 
 
 @pytest.mark.parametrize("tikhonov", [1e-6, 1e-2, 1.0])
@@ -321,6 +379,8 @@ def test_bad_input_is_refused_with_what_arrived() -> None:
         fit_operator(x, y, rank=0)
     with pytest.raises(ValueError, match="folds is 1; held-out R² needs at least 2"):
         fit_operator(x, y, folds=1)
+    with pytest.raises(ValueError, match="neither tikhonov nor folds is given; the ridge weight is"):
+        fit_operator(x, y, folds=None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
