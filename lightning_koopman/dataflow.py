@@ -78,6 +78,12 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.error = error
         return _NOTHING
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Keeping the compiler out of the bookkeeping imports all of it, which takes seconds; compiled
+        # modules run eagerly while they are captured.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

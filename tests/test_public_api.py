@@ -62,3 +62,15 @@ def test_importing_the_package_imports_no_lightning() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_report_imports_no_compiler() -> None:
+    # It would cost the first report of a process seconds.
+    code = (
+        "import sys, torch; from lightning_koopman import credit_report\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))\n"
+        "credit_report(net, [torch.randn(60, 4)])\n"
+        "print([name for name in sys.modules if name.startswith('torch._dynamo.symbolic')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -40,6 +40,24 @@ def test_pooling_averages_blocks_of_pixels() -> None:
     assert np.allclose(pool(image, 8, channels_first=True).numpy(), expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 8, 28, 28), (2, 16, 7, 9), (2, 5, 4, 6, 6)], ids=str)
+def test_cells_of_images_and_volumes_are_those_of_adaptive_pooling(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    values = torch.randn(shape).to(dtype)
+    rows = pool(values, 32, channels_first=True)
+    side = round((rows.shape[1] / shape[1]) ** (1 / (len(shape) - 2)))
+    pools = {4: nn.functional.adaptive_avg_pool2d, 5: nn.functional.adaptive_avg_pool3d}
+    expected = pools[len(shape)](values.double(), [side] * (len(shape) - 2)).flatten(1)
+    assert rows.shape[1] < values[0].numel()
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    assert torch.allclose(rows.double(), expected, rtol=0, atol=tolerance)
+    # Also where the pass runs in autocast, whose products keep half the digits.
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pool(values, 32, channels_first=True), rows)
+
+
 def test_sequences_with_channels_last_are_pooled_over_time() -> None:
     sequence = torch.randn(3, 32, 5, dtype=torch.float64)
     rows = pool(sequence, 8, channels_first=False)
