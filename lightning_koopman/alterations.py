@@ -14,7 +14,7 @@ from lightning_koopman.components import clean_name
 from lightning_koopman.effects import KINDS
 from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.report import CreditReport
-from lightning_koopman.report_sites import regressor_sites, state_sites
+from lightning_koopman.report_sites import check_parts, regressor_sites, state_sites
 from lightning_koopman.runs import UnitMoments
 from lightning_koopman.sites import Alteration, Site, find_module
 
@@ -41,11 +41,7 @@ def check_alterations(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if isinstance(kinds, str) or unknown or not kinds:
         raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {KINDS}")
-    if not report.parts:
-        raise ValueError(
-            "the report does not say which modules its components are made of; measure it with "
-            "credit_report or the callback"
-        )
+    check_parts(report)
     strangers = [name for name in components or () if name not in report.components]
     if isinstance(components, str) or strangers:
         raise ValueError(

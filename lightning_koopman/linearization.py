@@ -20,6 +20,7 @@ from lightning_koopman.linear_component import LinearComponent, put_in_place
 from lightning_koopman.linear_map import LinearFit, LinearMap
 from lightning_koopman.measurement import ForwardFn
 from lightning_koopman.report import CreditReport
+from lightning_koopman.report_sites import check_parts
 from lightning_koopman.runs import Runner
 from lightning_koopman.scoring import Metric, Outputs
 from lightning_koopman.sites import Site, find_module
@@ -198,11 +199,7 @@ def as_component(linear_map: LinearMap, replaces: Sequence[str], variance: float
 def _check(model: nn.Module, report: CreditReport, components: Sequence[str], variance: float) -> None:
     if is_compiled(model):
         raise ValueError("the model went through torch.compile; linearize the module it was made from")
-    if not report.parts:
-        raise ValueError(
-            "the report does not say which modules its components are made of; measure it with "
-            "credit_report or the callback"
-        )
+    check_parts(report)
     strangers = [name for name in components if name not in report.components]
     if isinstance(components, str) or strangers:
         raise ValueError(

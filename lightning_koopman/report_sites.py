@@ -14,6 +14,30 @@ from lightning_koopman.runs import Runner
 from lightning_koopman.sites import Site
 
 
+def check_parts(report: CreditReport) -> None:
+    """Refuse a report whose states are not each given by one module call.
+
+    Args:
+        report: The report.
+
+    Raises:
+        ValueError: If components were joined into one state, or no module calls are known.
+    """
+    if report.parts:
+        return
+    read = (state for states in report.reads.values() for state in states)
+    joined = [state for state in dict.fromkeys((*read, *report.components)) if "+" in state]
+    if joined:
+        raise ValueError(
+            f"the states {joined} were joined from what runs side by side, so no module alone gives "
+            "them. Measure a report on components that run one after the other, with components=[...]."
+        )
+    raise ValueError(
+        "the report does not say which modules its components are made of; measure it with "
+        "credit_report or the callback"
+    )
+
+
 def state_sites(report: CreditReport) -> dict[str, Site]:
     """Tell where each state is read.
 

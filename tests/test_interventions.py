@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_koopman import CreditReport, credit_report, intervene
 from lightning_koopman.effects import KINDS
+from lightning_koopman.linearization import linearize
 from lightning_koopman.scoring import accuracy, kl_divergence
 from lightning_koopman.sites import Site, Sites, replace_first_tensor
 
@@ -396,3 +397,30 @@ def test_without_predicted_effects_only_sound_quantities_are_set_against_the_mea
     titles = [axis.get_title() for axis in result.plot().axes]
     assert titles[4] == "skip"
     assert "nothing" in str(result)
+
+
+class Branches(nn.Module):
+    """Two linear layers side by side, on one input or on two."""
+
+    def __init__(self, inputs: int = 1) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 2)
+        self.inputs = inputs
+
+    def forward(self, *x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.left(x[0]) + self.right(x[-1]))
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_states_joined_from_several_components_are_named(inputs: int) -> None:
+    torch.manual_seed(0)
+    net = Branches(inputs)
+    batches = [tuple(torch.randn(50, 3) for _ in range(inputs)) for _ in range(2)]
+    report = credit_report(net, batches, forward_fn=lambda model, batch: model(*batch))
+    named = r"'left\+right'" if inputs == 1 else r"'input\+input#1', 'left\+right'"
+    for alter in (
+        lambda: intervene(net, batches, report, forward_fn=lambda model, batch: model(*batch)),
+        lambda: linearize(net, report, ["head"], batches),
+    ):
+        with pytest.raises(ValueError, match=rf"the states \[{named}\] were joined from what runs side"):
+            alter()
