@@ -43,6 +43,7 @@ class Alignment:
         log_volumes: log|R_i[j, j]| by state and output direction, shape ``(L + 1, r)``, in nats.
         lost: Indices of the states behind which an output direction stops to matter; empty where
             all directions asked for are kept.
+        kept: Which columns of the outputs asked for are aligned, ascending, r of them.
     """
 
     bases: tuple[Tensor, ...]
@@ -50,6 +51,7 @@ class Alignment:
     factors: tuple[Tensor, ...]
     log_volumes: Tensor
     lost: tuple[int, ...]
+    kept: tuple[int, ...]
 
     @property
     def rank(self) -> int:
@@ -73,7 +75,8 @@ def align(
 ) -> Alignment:
     """Align a chain of operators of differing widths, backward from the outputs of interest.
 
-    Directions are dropped from the right of ``outputs`` until every J_i has full column rank.
+    Where J_i has not full column rank, each column of ``outputs`` is dropped that adds nothing to those
+    kept before it.
 
     Args:
         operators: Blocks of each step, in order of execution.
@@ -98,19 +101,21 @@ def align(
             )
         width = operators[step][0].shape[0]
     lost: list[int] = []
-    rank = outputs.shape[1]
+    kept = list(range(outputs.shape[1]))
     while True:
-        attempt, kept, state = _align(operators, outputs[:, :rank], parents)
-        if kept == rank:
-            return Alignment(*attempt, lost=tuple(lost))
+        attempt, independent, state = _align(operators, outputs[:, kept], parents)
+        if len(independent) == len(kept):
+            return Alignment(*attempt, lost=tuple(lost), kept=tuple(kept))
         lost.insert(0, state)
-        rank = kept
+        kept = [kept[column] for column in independent]
 
 
 def _align(
     operators: Operators, outputs: Tensor, parents: Sequence[Sequence[int]]
-) -> tuple[tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor], int, int]:
-    """Go backward once; stop at the first state whose Jacobian has lost rank."""
+) -> tuple[
+    tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor], Sequence[int], int
+]:
+    """Go backward once; stop, and tell the independent columns, where a Jacobian has lost rank."""
     rank = outputs.shape[1]
     identity = torch.eye(rank, dtype=outputs.dtype, device=outputs.device)
     bases, factors = [outputs], [identity]
@@ -130,14 +135,14 @@ def _align(
                 # The nearest state's ratio is the identity.
                 jacobian = jacobian + (step if child == state + 1 else step @ ratio)
         if min(jacobian.shape) < rank:
-            return ((), (), (), torch.empty(0)), _numerical_rank(jacobian), state
+            return ((), (), (), torch.empty(0)), _independent(jacobian), state
         basis, triangle = torch.linalg.qr(jacobian)
         inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
         # Singular values are computed only where norms leave it open whether any is below the cut-off.
         spread = float(torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse))
         if not spread * RANK_RTOL < _CLEARLY:
-            kept = _numerical_rank(jacobian)
-            if kept < rank:
+            kept = _independent(jacobian)
+            if len(kept) < rank:
                 return ((), (), (), torch.empty(0)), kept, state
         bases.insert(0, basis)
         aligned.insert(0, triangle)
@@ -145,11 +150,25 @@ def _align(
         volumes.insert(0, volumes[0] + triangle.diagonal().abs().log())
         needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
         relative = {state: identity} | {c: ratio @ inverse for c, ratio in needed.items()}
-    return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), rank, 0
+    return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), range(rank), 0
 
 
-def _numerical_rank(jacobian: Tensor) -> int:
+def _independent(jacobian: Tensor) -> Sequence[int]:
+    """Columns that each add to those before them, all of them where the rank is full."""
     if jacobian.numel() == 0:
-        return 0
+        return ()
     values = torch.linalg.svdvals(jacobian)
-    return int(((values > RANK_RTOL * values[0]) & (values > 0)).sum())
+    cutoff = float(RANK_RTOL * values[0])
+    rank = int((values > cutoff).sum())
+    if rank == jacobian.shape[1] or _clears(jacobian[:, :rank], cutoff):
+        return range(rank)
+    triangle = torch.linalg.qr(jacobian, mode="r").R
+    columns: list[int] = []
+    for column in range(jacobian.shape[1]):
+        if len(columns) < rank and _clears(triangle[:, [*columns, column]], cutoff):
+            columns.append(column)
+    return columns
+
+
+def _clears(columns: Tensor, cutoff: float) -> bool:
+    return columns.shape[1] == 0 or float(torch.linalg.svdvals(columns)[-1]) > cutoff

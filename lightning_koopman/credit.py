@@ -49,6 +49,8 @@ class Credits:
             side by side, the nearest first.
         alignment: The aligned chain over all samples.
         lost: Indices of the components behind which an output direction stops to matter.
+        dropped: The output directions that are lost there: units of ``targets`` where these were given,
+            else places among the leading POD directions, from 0.
     """
 
     values: dict[str, Tensor]
@@ -60,6 +62,7 @@ class Credits:
     operators: tuple[KoopmanOperator, ...]
     alignment: Alignment
     lost: tuple[int, ...]
+    dropped: tuple[int, ...]
 
 
 def compute_credits(
@@ -113,8 +116,8 @@ def compute_credits(
     behind = fit_chain(layout, whole, folds, chosen)
     asked = len(targets) if targets is not None else whole.output_rank
     asked = min(asked, rank) if rank is not None else asked
-    chain = _align(layout, whole, chosen, asked, targets)
-    kept = chain.rank
+    chain = _align(layout, whole, chosen, range(asked), targets)
+    kept = chain.kept
     values = _volumes(layout, whole, chain)
     values |= {
         "r2": step.r2,
@@ -126,7 +129,7 @@ def compute_credits(
     replicates = []
     for fold, split in enumerate(folds):
         without = _align(layout, split, chosen_without[fold], kept, targets)
-        replicate = _volumes(layout, split, without, kept)
+        replicate = _volumes(layout, split, without, len(kept))
         replicate |= {"r2": step.without[fold], "chain_r2": behind.without[fold]}
         replicate |= {"nonlinearity": 1 - replicate["r2"], "rank": state_ranks(layout, split)}
         replicates.append(replicate)
@@ -142,7 +145,7 @@ def compute_credits(
         for name, value in values.items()
     }
     moved = _align(layout, whole, [max(10 * t, RESOLUTION_GRID[1]) for t in chosen], kept, targets)
-    shift = (_volumes(layout, whole, moved, kept)["credit"] - values["credit"]).abs()
+    shift = (_volumes(layout, whole, moved, len(kept))["credit"] - values["credit"]).abs()
     return Credits(
         values={name: values[name] for name in QUANTITIES},
         stderr={name: stderr[name] for name in QUANTITIES},
@@ -159,6 +162,11 @@ def compute_credits(
         ),
         alignment=chain,
         lost=chain.lost,
+        dropped=tuple(
+            column if targets is None else targets[column]
+            for column in range(asked)
+            if column not in kept
+        ),
     )
 
 
@@ -234,14 +242,16 @@ def _align(
     layout: Layout,
     split: Split,
     chosen: Sequence[float],
-    rank: int,
+    columns: Sequence[int],
     targets: Sequence[int] | None,
 ) -> Alignment:
     directions = split.directions
     if targets is not None:
         directions = torch.eye(len(directions)).to(directions)[:, list(targets)]
     blocks = step_factors(layout, split, chosen)
-    return align(blocks, directions[:, :rank], layout.parents[1:])
+    # Whitened without a fold, an output may have fewer directions than over all samples.
+    present = [column for column in columns if column < directions.shape[1]]
+    return align(blocks, directions[:, present], layout.parents[1:])
 
 
 def _volumes(

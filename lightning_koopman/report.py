@@ -296,8 +296,9 @@ def build_report(
     lost = [components[i - 1] for i in credits.lost if i > 0]
     if credits.lost:
         notes.append(
-            f"{credits.alignment.rank} output directions reach back to the input; others are lost at "
-            f"{', '.join(map(repr, lost)) or 'the input'} and were dropped"
+            f"{credits.alignment.rank} output directions reach back to the input; others "
+            f"({_spans(credits.dropped)}) are lost at {', '.join(map(repr, lost)) or 'the input'} and "
+            "were dropped"
         )
     values: dict[str, Any] = {name: _numpy(tensor) for name, tensor in credits.values.items()}
     return CreditReport(
@@ -337,6 +338,17 @@ def check_quantities(quantities: Sequence[str]) -> None:
     unknown = [name for name in quantities if name not in known]
     if unknown:
         raise ValueError(f"unknown quantities {unknown}; choose from {known}")
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Write ascending runs short: 3, 5 to 9."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
 def _numpy(tensor: Tensor) -> NDArray[np.float64]:

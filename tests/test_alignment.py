@@ -162,6 +162,7 @@ def test_a_narrow_middle_drops_directions_and_says_where(seed: int) -> None:
     chain = align(as_operators(weights), torch.from_numpy(orthonormal(6, 6, seed)))
     assert chain.rank == 3
     assert chain.lost == (2,)
+    assert chain.kept == (0, 1, 2)
     for state in range(5):
         jacobian = dense_jacobian(weights, orthonormal(6, 6, seed)[:, :3], state)
         assert float(chain.log_volumes[state].sum()) == pytest.approx(log_volume(jacobian), abs=1e-8)
@@ -180,6 +181,50 @@ def test_a_dead_state_leaves_no_direction() -> None:
     chain = align(as_operators(weights), torch.eye(3, dtype=torch.float64))
     assert chain.rank == 0
     assert chain.log_volumes.shape == (3, 0)
+
+
+def leading_independent(matrix: np.ndarray) -> tuple[int, ...]:
+    """Columns that each raise the rank of those before them."""
+    ranks = [np.linalg.matrix_rank(matrix[:, : j + 1], rtol=1e-8) for j in range(matrix.shape[1])]
+    return tuple(j for j, rank in enumerate(ranks) if rank > (ranks[j - 1] if j else 0))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_only_directions_that_add_nothing_are_dropped_wherever_they_stand(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = random_weights((9, 7, int(rng.integers(3, 8)), 8, 7), seed)
+    dead, source, copy = rng.permutation(7)[:3]
+    weights[-1][:, dead] = 0
+    weights[-1][:, copy] = 3 * weights[-1][:, source]
+    outputs = np.eye(7)
+    chain = align(as_operators(weights), torch.from_numpy(outputs))
+    kept = leading_independent(dense_product(weights))
+    assert chain.kept == kept
+    assert dead not in kept
+    assert max(source, copy) not in kept
+    assert chain.lost[-1] == 3
+    for state in range(5):
+        jacobian = dense_jacobian(weights, outputs[:, kept], state)
+        scale = np.linalg.norm(jacobian)
+        assert np.linalg.norm(chain.jacobian(state).numpy() - jacobian) <= 1e-10 * scale
+        assert float(chain.log_volumes[state].sum()) == pytest.approx(log_volume(jacobian), abs=1e-8)
+    gains = sum(np.linalg.slogdet(operator.numpy())[1] for operator in chain.operators)
+    assert gains == pytest.approx(float(chain.log_volumes[0].sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_direction_far_below_the_others_is_the_one_that_is_dropped(place: int) -> None:
+    weights = random_weights((6, 5, 3), 0)
+    weights[-1][:, place] *= 1e-11
+    chain = align(as_operators(weights), torch.eye(3, dtype=torch.float64))
+    assert chain.kept == tuple(j for j in range(3) if j != place)
+    assert chain.lost == (1,)
+
+
+def test_all_directions_are_kept_where_none_is_lost() -> None:
+    _, _, chain = aligned((7, 4, 6, 5), 0)
+    assert chain.kept == (0, 1, 2, 3)
+    assert chain.lost == ()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e8, 1e30])

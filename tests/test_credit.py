@@ -280,6 +280,39 @@ def test_targets_credit_the_named_outputs() -> None:
     )
 
 
+@pytest.mark.parametrize("targets", [[1, 4], [4, 1], [4, 2, 1, 0]])
+def test_a_target_that_never_varies_is_dropped_and_the_others_are_kept(targets: list[int]) -> None:
+    _, states = linear_states((6, 6, 5))
+    states[-1][:, 4] = 2.5
+    alive = [t for t in targets if t != 4]
+    credits = run(states, targets=targets)
+    assert credits.dropped == (4,)
+    assert credits.lost == (1,)
+    assert credits.alignment.rank == len(alive)
+    assert_same(credits, run(states, targets=alive))
+
+
+def test_replicates_follow_the_directions_that_are_kept() -> None:
+    # Outputs 0 and 1 are copies; with 2 they span two directions, in every replicate the same two.
+    _, states = linear_states((6, 6, 5), n=200)
+    states[-1][:, 1] = states[-1][:, 0]
+    credits = run(states, targets=[0, 1, 2], folds=4, tikhonov=1e-4)
+    assert credits.dropped == (1,)
+    expected = run(states, targets=[0, 2], folds=4, tikhonov=1e-4)
+    assert_same(credits, expected)
+    for name in ("credit", "gain", "sensitivity"):
+        assert torch.isfinite(credits.stderr[name]).all()
+
+
+def test_whitened_outputs_that_narrow_without_a_fold_give_no_error_bar() -> None:
+    # The last output varies in one fold only, so one replicate whitens one direction less.
+    _, states = linear_states((6, 6, 3), n=120)
+    states[-1][:, 2] = np.where(np.arange(120) % 4 == 0, states[-1][:, 2], 1.0)
+    credits = run(states, folds=np.arange(120) % 4, normalize="whiten")
+    assert credits.alignment.rank == 3
+    assert torch.isnan(credits.stderr["credit"][0])
+
+
 # What the numbers must not depend on.
 
 

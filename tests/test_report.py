@@ -299,11 +299,12 @@ def test_lost_directions_are_named_in_a_note() -> None:
     accumulate(layout, moments, states, torch.arange(100) % 5)
     report = build_report(NAMES, compute_credits(layout, moments), n_samples=100)
     assert report.notes == (
-        "2 output directions reach back to the input; others are lost at 'body.0' and were dropped",
+        "2 output directions reach back to the input; others (2 to 5) are lost at 'body.0' and were "
+        "dropped",
     )
     states[0] = torch.zeros_like(states[0])
     moments = layout.zeros()
     accumulate(layout, moments, states, torch.arange(100) % 5)
     report = build_report(NAMES, compute_credits(layout, moments), n_samples=100)
-    assert report.notes[0].startswith("0 output directions reach back to the input; others are lost at ")
+    assert report.notes[0].startswith("0 output directions reach back to the input; others (0 to 5)")
     assert "lost" in report.doubts[0]
