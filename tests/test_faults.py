@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -208,7 +207,10 @@ def test_several_loaders() -> None:
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_averaged_weights(ours_first: bool) -> None:
-    check_alike(others=lambda: [EMAWeightAveraging(decay=0.9)], ours_first=ours_first)
+    averaging = pytest.importorskip(
+        "lightning.pytorch.callbacks.weight_averaging", reason="this Lightning has no WeightAveraging"
+    )
+    check_alike(others=lambda: [averaging.EMAWeightAveraging(decay=0.9)], ours_first=ours_first)
 
 
 def test_two_monitors() -> None:
