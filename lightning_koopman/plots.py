@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from lightning_koopman.credit import QUANTITIES
@@ -118,12 +119,21 @@ def plot_interventions(result: Interventions) -> Figure:
 
 def _against(axis: Any, names: Any, predicted: Any, effect: Any, name: str | None) -> None:
     axis.plot(predicted, effect, "o", color=_BELIEVED)
-    for component, x, y in zip(names, predicted, effect, strict=True):
-        axis.annotate(component, (x, y), fontsize="x-small", xytext=(3, 3), textcoords="offset points")
+    for place, i in enumerate(np.argsort(predicted)):
+        # Neighbours are named above and below in turn, for they often lie close together.
+        offset = (3, -9 if place % 2 else 3)
+        at = (predicted[i], effect[i])
+        axis.annotate(names[i], at, fontsize="x-small", xytext=offset, textcoords="offset points")
     if name == "effect":
         ends = [min(predicted.min(), effect.min()) / 1.5, max(predicted.max(), effect.max()) * 1.5]
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", yscale="log")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(
+                LogLocator(subs=(1, 3) if ends[1] < 100 * ends[0] else (1,), numticks=5)
+            )
+            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.set_minor_formatter(NullFormatter())
     elif (effect > 0).all():
         axis.set_yscale("log")
 
