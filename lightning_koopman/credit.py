@@ -20,6 +20,7 @@ from lightning_koopman.chain import (
     split_folds,
     state_ranks,
     step_factors,
+    unseen_shifts,
 )
 from lightning_koopman.moments import Layout
 from lightning_koopman.operator import RESOLUTION_GRID, KoopmanOperator, check_tikhonov
@@ -31,6 +32,10 @@ MAX_RIDGE_SHIFT = 0.5
 """Nats a direction that a stable credit may move, or its standard error if that is more, when the ridge
 weight moves tenfold."""
 
+LINEAR = 1e-6
+"""Share of the variance that a step may leave unexplained and count as linear: rounding, and a unit that
+wakes in one sample, whose weights no other sample tells."""
+
 
 @dataclass(frozen=True)
 class Credits:
@@ -39,7 +44,8 @@ class Credits:
     Attributes:
         values: By quantity, shape ``(L,)`` each.
         stderr: Standard errors, the same names and shapes: the delete-one-fold jackknife, with the ridge
-            weight chosen anew in every replicate, and the bias of a finite sample in quadrature.
+            weight chosen anew in every replicate, and in quadrature the bias of a finite sample and what
+            directions never seen could do.
         volumes: log|R_i[j, j]| behind each component, by output direction, shape ``(L, r)``.
         total: Log-volume of the whole network, in nats a direction.
         total_stderr: Its standard error.
@@ -144,6 +150,13 @@ def compute_credits(
         name: _stderr(value, [r[name] for r in replicates], whole.count, held_out, gaps.get(name))
         for name, value in values.items()
     }
+    unseen = unseen_shifts(layout, whole, [r2 >= 1 - LINEAR for r2 in step.r2.tolist()], chosen)
+    for name, extra in (
+        ("credit", unseen[1:]),
+        ("gain", (unseen[1:].square() + unseen[:-1].square()).sqrt()),
+        ("total", unseen[0]),
+    ):
+        stderr[name] = (stderr[name].square() + extra.square()).sqrt()
     moved = _align(layout, whole, [max(10 * t, RESOLUTION_GRID[1]) for t in chosen], kept, targets)
     shift = (_volumes(layout, whole, moved, len(kept))["credit"] - values["credit"]).abs()
     return Credits(

@@ -43,7 +43,8 @@ class CreditReport:
         sensitivity: Log of how far independent noise on the component's output moves the outputs.
         r2: Held-out R² of the component's operator.
         chain_r2: Held-out R² of the output predicted from the component's output.
-        rank: Numerical rank of the component's output.
+        rank: Directions of the component's output that vary: above 1e-4 of their mean variance, those
+            near it in part.
         stderr: Standard errors (jackknife, and the bias of a finite sample in quadrature), by the names
             of the seven arrays above.
         directions: Number r of aligned output directions.

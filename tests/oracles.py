@@ -26,6 +26,14 @@ def log_gram_volume(matrix: Array) -> float:
     return 0.5 * float(np.linalg.slogdet(matrix.T @ matrix)[1])
 
 
+def effective_rank(x: Array) -> float:
+    """Directions that vary; those with a ten-thousandth of the mean variance count by half."""
+    variances = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+    variances = variances[variances > 1e-12 * variances.max()]
+    ratio = variances / (1e-4 * variances.mean())
+    return float((ratio**2 / (1 + ratio**2)).sum())
+
+
 def pod(x: Array, rank: int) -> Array:
     """Leading principal directions, by SVD of the data itself."""
     return np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:rank].T
