@@ -155,6 +155,9 @@ class Capture:
             none.
         follow: Whether to follow the data through the first pass, so that :attr:`Recorded.sources`
             is known there.
+        on_call: Called before each component runs, with the module, the number of its calls before in
+            this pass, its arguments, and what tells the states that a value came from, where that is
+            followed.
 
     Attributes:
         components: The chosen modules by name.
@@ -176,6 +179,7 @@ class Capture:
         keep: Callable[[Tensor, Any], Any] = lambda tensor, _: detached_copy(tensor),
         output: str | None = None,
         follow: bool = False,
+        on_call: Callable[..., None] | None = None,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError(
@@ -198,6 +202,7 @@ class Capture:
         self._inputs: dict[tuple[int, int], str] = {}
         self._passes = 0
         self._follow = follow
+        self._on_call = on_call
         self.flow: DataFlow | None = None
         self.untraced: Exception | None = None
         self.start_pass()
@@ -209,7 +214,7 @@ class Capture:
                 self._handles.append(ancestor.register_forward_pre_hook(self._on_ancestor))
             takes_input = {module for module, _ in self._inputs}
             for name, module in self.components.items():
-                if self._passes == 0 or id(module) in takes_input:
+                if self._passes == 0 or self._on_call is not None or id(module) in takes_input:
                     handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
                     self._input_handles[id(module)] = handle
                 self._handles.append(
@@ -279,7 +284,7 @@ class Capture:
             error = ValueError(self._unusable)
         self._passes += error is None
         self._leave_flow()
-        if self._passes == 1:
+        if self._passes == 1 and self._on_call is None:
             self._keep_input_hooks()
         self.start_pass()
         if error is not None:
@@ -378,9 +383,12 @@ class Capture:
                 name = self._inputs[key]
                 recorded = self._recorded(name, module, (args, kwargs), tensor, _NO_LABELS)
                 self._states[name] = self._keep(recorded.tensor, recorded)
-        sources = None
-        if self.flow is not None:
-            sources = self._sources(self.flow.labels((args, kwargs)))
+        flow, sources = self.flow, None
+        if flow is not None:
+            sources = self._sources(flow.labels((args, kwargs)))
+        if self._on_call is not None:
+            followed = None if flow is None else lambda value: self._sources(flow.labels(value))
+            self._on_call(module, key[1], args, kwargs, followed)
         self._pending[id(module)] = (sources, tensor is not None)
 
     def _is_input(self, tensor: Tensor) -> bool:

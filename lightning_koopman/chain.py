@@ -68,14 +68,11 @@ def split_chain(
     total = moments.sum(dim=0) if total is None else total
     train = covariances(layout, total, without=None if fold is None else moments[fold])
     test = None if fold is None else covariances(layout, moments[fold], about=train.means)
-    scales = _scales(train, len(layout.dims), normalize)
+    scales = _scales(train, layout, normalize)
     if scales is not None:
         train = _rescaled(train, scales)
         test = None if test is None else _rescaled(test, scales)
-    problems = tuple(
-        spectrum(_regressors(train, layout, i), _targets(train, layout, i))
-        for i in range(1, len(layout.dims))
-    )
+    problems = tuple(spectrum(*_fitted_to(train, layout, i)) for i in range(1, len(layout.dims)))
     output = train[len(layout.dims) - 1, len(layout.dims) - 1]
     if normalize == "whiten":
         # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
@@ -98,12 +95,12 @@ def split_folds(layout: Layout, moments: Tensor, normalize: Normalize) -> tuple[
     return split_chain(layout, moments, None, normalize, total), folds
 
 
-def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Tensor] | None:
+def _scales(train: Covariances, layout: Layout, normalize: Normalize) -> list[Tensor] | None:
     """Give T_i for the coordinates x_i T_i, or ``None`` for the coordinates as they are."""
     if normalize == "none":
         return None
     scales = []
-    for i in range(n_states):
+    for i in range(len(layout.dims)):
         if normalize == "rms":
             variance = train.variances[i]
             scales.append(torch.diag(torch.where(alive(variance), variance, torch.inf).rsqrt()))
@@ -111,7 +108,7 @@ def _scales(train: Covariances, n_states: int, normalize: Normalize) -> list[Ten
             values, vectors = torch.linalg.eigh(train[i, i])
             kept = alive(values)
             scales.append(vectors[:, kept] * values[kept].rsqrt())
-    return scales
+    return [scales[state] for state in layout.origins]
 
 
 def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
@@ -124,8 +121,24 @@ def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
     )
 
 
+def _fitted_to(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
+    """Covariances that a step is fitted to: the data's, or their mean with those under noise."""
+    c_xx, c_xy = _regressors(given, layout, i), _targets(given, layout, i)
+    if i not in layout.excited:
+        return c_xx, c_xy
+    # Each set is about its own mean, so that noise moves no intercept.
+    noisy, answer = layout.noisy(i)
+    read = [noisy if p == i - 1 else p for p in layout.parents[i]]
+    return (c_xx + _side_by_side(given, read)) / 2, (
+        c_xy + torch.cat([given[p, answer] for p in read])
+    ) / 2
+
+
 def _regressors(given: Covariances, layout: Layout, i: int) -> Tensor:
-    read = layout.parents[i]
+    return _side_by_side(given, layout.parents[i])
+
+
+def _side_by_side(given: Covariances, read: Sequence[int]) -> Tensor:
     if len(read) == 1:
         return given[read[0], read[0]]
     return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])
@@ -176,7 +189,10 @@ def fit_steps(
         for fold, form in enumerate(forms):
             errors[fold, i - 1] = counts[fold] * float(form.errors([ridge]))
             totals[fold, i - 1] = counts[fold] * form.variance
-        own = in_sample(whole.problems[i - 1], float(whole.train.variances[i].sum()))
+        if i in layout.excited:
+            own = _held_out(layout, _on_itself(whole), i)
+        else:
+            own = in_sample(whole.problems[i - 1], float(whole.train.variances[i].sum()))
         within[0, 0, i - 1], within[1, 0, i - 1] = float(own.errors([ridge])), own.variance
     return Fit(*_pooled_r2(errors, totals), in_sample=_pooled_r2(*within)[0]), chosen, without
 
@@ -275,7 +291,8 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
     # units that wake in one sample of a million do not count.
     ranks = []
     for i in range(1, len(layout.dims)):
-        if i < len(split.problems) and layout.parents[i + 1] == (i,):
+        at_hand = i < len(split.problems) and i + 1 not in layout.excited
+        if at_hand and layout.parents[i + 1] == (i,):
             # This state is the regressor of the next step, whose spectrum is at hand.
             values = split.problems[i].values
         else:

@@ -335,7 +335,7 @@ def _operators(
     center: Sequence[Tensor] | None,
 ) -> tuple[KoopmanOperator, ...]:
     """Give each component's operator in the coordinates of the states themselves."""
-    means = list(split.train.means)
+    means = list(split.train.means[: len(layout.dims)])
     if center is not None:
         means = [mean + offset.to(mean) for mean, offset in zip(means, center, strict=True)]
     return tuple(

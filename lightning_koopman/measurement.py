@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_koopman.capture import INPUT, OUTPUT, Capture, Recorded, undisturbed
 from lightning_koopman.components import Components
+from lightning_koopman.excitation import Excitation, check_excitation
 from lightning_koopman.lifts import Observables, check_observables
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.moments import recentred
@@ -21,7 +22,7 @@ from lightning_koopman.plan import Plan, ReduceOption, check_reduce, in_a_row, m
 from lightning_koopman.pooling import valid_positions
 from lightning_koopman.processes import Share, agree_on_basis, agreed, exchange, sum_moments
 from lightning_koopman.report import CreditReport
-from lightning_koopman.states import StateReducer
+from lightning_koopman.states import StateReducer, sample_keys
 from lightning_koopman.tensors import detached_copy
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -39,6 +40,7 @@ class Measurement:
         reduce: How spatial and sequence axes become part of a row, as in :func:`credit_report`.
         output: What the chain ends with, as in :func:`credit_report`.
         observables: Lift of every state but the last, as in :func:`credit_report`.
+        excitation: Share of noise on a second call of every component, as in :func:`credit_report`.
         seed: Chooses the folds.
         options: Passed on to :class:`KoopmanCredit`.
 
@@ -63,6 +65,7 @@ class Measurement:
         reduce: ReduceOption = "pool",
         output: str | Callable[[Any], Any] | None = None,
         observables: Observables = None,
+        excitation: float = 0.0,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -71,8 +74,15 @@ class Measurement:
         self.n_seen = 0
         check_reduce(reduce)
         check_observables(observables)
+        check_excitation(excitation)
+        self._excitation = Excitation(model, excitation) if excitation else None
         self.capture = Capture(
-            model, components, keep=self._keep, output=None if callable(output) else output, follow=True
+            model,
+            components,
+            keep=self._keep,
+            output=None if callable(output) else output,
+            follow=True,
+            on_call=None if self._excitation is None else self._excitation.see,
         )
         self.plan: Plan | None = None
         self._reduce = reduce
@@ -121,6 +131,8 @@ class Measurement:
         """
         self._batch, self._valid = batch, valid_positions(batch)
         self.capture.start_pass(batch)
+        if self._excitation is not None:
+            self._excitation.start_pass()
 
     def record_output(self, given: Any) -> None:
         """Record what the whole pass gave, where that is the output of interest.
@@ -164,6 +176,11 @@ class Measurement:
             links = self.plan.links
             if any(read != (i,) for i, read in enumerate(links)):
                 self._options["links"] = links
+            if self._excitation is not None:
+                self._excitation.settle(
+                    self.plan, states, self.capture.parts, followed=self._untraced is None
+                )
+                self._excite(self._excitation.steps)
             kept = self.plan.recorded
             states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
         self._silent, self._skipped = silent, skipped
@@ -172,9 +189,35 @@ class Measurement:
         self.seconds += time.perf_counter() - start
         arrived = next(iter(rows.values())).shape[0]
         most = arrived if self._max_samples is None else max(0, self._max_samples - self.n_samples)
-        self._take(self._reducer.push(rows, most))
+        self._take(self._reducer.push(rows, most, self._answers(rows) if most else ()))
         self.n_seen += arrived
         self.n_samples += min(arrived, most)
+
+    def _excite(self, steps: tuple[int, ...]) -> None:
+        self._options["excited"] = steps
+        self._reducer.like = tuple(state for i in steps for state in (i - 1, i))
+
+    def _answers(self, rows: Mapping[str, Tensor]) -> list[Tensor]:
+        """Rows of every excited component's noisy input and of its answer, one after the other."""
+        if self._excitation is None:
+            return []
+        start = time.perf_counter()
+        assert self.plan is not None
+        names, more = self.plan.names, []
+        # Noise that depends on nothing but the samples is the same in whichever process they are.
+        seed = int(sample_keys(rows[names[0]], self._options["seed"]).sum())
+        for i, *pair in self._excitation.pairs(seed):
+            for name, tensor in zip(names[i - 1 : i + 1], pair, strict=True):
+                block = self.plan.forms[name].rows(tensor, self._valid)
+                if not bool(torch.isfinite(block).all()):
+                    raise ValueError(
+                        f"component {names[i]!r} gave NaN or infinity on its input with noise of "
+                        f"{self._excitation.share} times its spread; take less"
+                    )
+                more.append(block)
+        self._excitation.start_pass()
+        self.seconds += time.perf_counter() - start
+        return more
 
     def share(self) -> Share:
         """Tell what the other processes must know of this one's samples.
@@ -185,8 +228,15 @@ class Measurement:
         if not self._reducer.waits:
             self._take(self._reducer.flush())
         center = tuple(offset.cpu() for offset in self._reducer.center)
-        links = self._options.get("links", ())
-        return Share(self._reducer.names, self._reducer.widths, self.n_samples, center, links=links)
+        links, excited = self._options.get("links", ()), self._options.get("excited", ())
+        return Share(
+            self._reducer.names,
+            self._reducer.widths,
+            self.n_samples,
+            center,
+            links=links,
+            excited=excited,
+        )
 
     def merge(self, shares: Sequence[Share], device: torch.device) -> None:
         """Add up the samples of all processes; collectives that each of them must join.
@@ -203,6 +253,8 @@ class Measurement:
         reducer.expect(common.names, common.widths)
         if common.links:
             self._options["links"] = common.links
+        if common.excited:
+            self._excite(common.excited)
         if not common.center:
             reducer.fix(agree_on_basis(reducer.first_rows, shares, reducer.max_dim, reducer.fitted))
             try:
@@ -277,6 +329,14 @@ class Measurement:
                 f"every state but the output was lifted by {called}, so credits, gains, sensitivities "
                 "and R² are about the lifted coordinates"
             )
+        if self._excitation is not None:
+            share, unfit = self._excitation.share, self._excitation.reasons
+            notes.append(
+                f"operators were fitted to answers to noise of {share} times each unit's spread too; R² "
+                "is about the data alone"
+            )
+            if unfit:
+                notes.append(f"fitted to the data alone, without noise: {unfit}")
         if self._untraced is not None:
             notes.append(self._untraced)
         if self._silent:
@@ -296,7 +356,8 @@ class Measurement:
         layout = dataclasses.replace(self._metric.layout, delay=report.delay)
         names, parents = self._reducer.names, layout.parents
         reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
-        return dataclasses.replace(report, parts=self._parts(), reads=reads)
+        share = 0.0 if self._excitation is None else self._excitation.share
+        return dataclasses.replace(report, parts=self._parts(), reads=reads, excitation=share)
 
     def _parts(self) -> dict[str, tuple[str, ...]]:
         """Module calls by state, where every state is one component's."""

@@ -50,6 +50,9 @@ class KoopmanCredit(Metric):
             one improves on by more than its error.
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
+        excited: Numbers i = 1 … L of components whose operators are fitted to their answers to noise as
+            well. ``update`` then takes, behind x_0 … x_L, for each of them a noisy version of x_{i-1}
+            and the component's answer to it. R² is about the data alone.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
             every component, the largest up to 1e-2 that at most doubles its held-out error.
@@ -89,6 +92,7 @@ class KoopmanCredit(Metric):
         folds: int = 5,
         delay: Delay = 1,
         links: Sequence[Sequence[int]] | None = None,
+        excited: Sequence[int] = (),
         rank: int | None = None,
         tikhonov: float | None = None,
         normalize: Normalize = "none",
@@ -106,6 +110,7 @@ class KoopmanCredit(Metric):
         self.center = None if center is None else [offset.detach().double() for offset in center]
         self.folds, self.delay, self.seed = folds, delay, seed
         self.links = () if links is None else tuple(tuple(read) for read in links)
+        self.excited = tuple(excited)
         self.rank, self.tikhonov, self.normalize, self.targets = rank, tikhonov, normalize, targets
         self.quantities = tuple(quantities)
         self.layout: Layout | None = None
@@ -119,7 +124,8 @@ class KoopmanCredit(Metric):
         """Add one batch.
 
         Args:
-            states: x_0 … x_L, each ``(n_samples, d_i)``, as a sequence or by name in order.
+            states: x_0 … x_L, each ``(n_samples, d_i)``, as a sequence or by name in order; then, for
+                each of ``excited``, its noisy input and the answer to it, as a sequence.
             keys: One integer a sample that decides its fold, shape ``(n_samples,)``; ``None`` hashes
                 the rows of x_0, so that equal samples share a fold in any batch and process.
 
@@ -138,7 +144,8 @@ class KoopmanCredit(Metric):
             keys = sample_keys(rows[0], self.seed)
         assert self.layout is not None
         folds = keys.to(self.moments.device) % self.folds
-        accumulate(self.layout, self.moments, rows, folds, self.center)
+        center = None if self.center is None else [self.center[i] for i in self.layout.origins]
+        accumulate(self.layout, self.moments, rows, folds, center)
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the numbers of every component.
@@ -304,10 +311,8 @@ class KoopmanCredit(Metric):
         )
 
     def _lay_out(self, dims: tuple[int, ...]) -> None:
-        if self.delay == "auto":
-            layout = Layout(dims, self.folds, 1, self.links, reach=min(MAX_DELAY, len(dims) - 1))
-        else:
-            layout = Layout(dims, self.folds, self.delay, self.links)
+        delay, reach = (1, min(MAX_DELAY, len(dims) - 1)) if self.delay == "auto" else (self.delay, 1)
+        layout = Layout(dims, self.folds, delay, self.links, reach, excited=self.excited)
         if self.components is not None and len(self.components) != len(dims) - 1:
             raise ValueError(
                 f"{len(dims)} states need {len(dims) - 1} components, not {self.components}"
@@ -324,12 +329,13 @@ class KoopmanCredit(Metric):
         if not rows or rows[0].shape[0] == 0:
             raise ValueError("no sample arrived; states must hold at least one row")
         if self.layout is None:
-            self._lay_out(tuple(row.shape[1] for row in rows))
+            self._lay_out(tuple(row.shape[1] for row in rows[: len(rows) - 2 * len(self.excited)]))
         assert self.layout is not None
         names = ("x_0", *self._names())
+        names += tuple(f"{names[state]} under noise" for state in self.layout.origins[len(names) :])
         if len(rows) != len(names):
             raise ValueError(f"{len(rows)} states arrived; expected {len(names)}: {names}")
-        for name, row, width in zip(names, rows, self.layout.dims, strict=True):
+        for name, row, width in zip(names, rows, self.layout.widths, strict=True):
             if row.shape != (rows[0].shape[0], width):
                 raise ValueError(
                     f"state {name!r} has shape {tuple(row.shape)}; "

@@ -37,6 +37,7 @@ class Layout:
         reach: Keep what every delay up to this one needs, so that :func:`dataclasses.replace` may change
             ``delay`` later on the same moments.
         squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
+        excited: Steps of which the answers to a noisy input are kept too, ascending.
     """
 
     dims: tuple[int, ...]
@@ -45,6 +46,7 @@ class Layout:
     links: tuple[tuple[int, ...], ...] = ()
     reach: int = 1
     squares: tuple[int, ...] = ()
+    excited: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.dims) < 2:
@@ -64,6 +66,36 @@ class Layout:
         for i, read in enumerate(self.links, start=1):
             if not all(0 <= p < i for p in read):
                 raise ValueError(f"links of step {i} are {read}; a step reads states 0 … {i - 1} only")
+        if list(self.excited) != sorted({i for i in self.excited if 1 <= i < len(self.dims)}):
+            raise ValueError(
+                f"excited is {self.excited}; name steps from 1 to {len(self.dims) - 1}, in ascending "
+                "order"
+            )
+
+    @cached_property
+    def origins(self) -> tuple[int, ...]:
+        """For each block of rows that is kept, the state that it is a copy of, or a noisy version of.
+
+        These are x_0 … x_L, and then, for each excited step, its noisy input and the answer to it.
+        """
+        return (*range(len(self.dims)), *(state for i in self.excited for state in (i - 1, i)))
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each block of rows that is kept."""
+        return tuple(self.dims[state] for state in self.origins)
+
+    def noisy(self, step: int) -> tuple[int, int]:
+        """Find the places of an excited step's noisy input and of the answer to it.
+
+        Args:
+            step: One of ``excited``.
+
+        Returns:
+            Their indices among the blocks that are kept.
+        """
+        place = len(self.dims) + 2 * self.excited.index(step)
+        return place, place + 1
 
     @cached_property
     def parents(self) -> tuple[tuple[int, ...], ...]:
@@ -99,6 +131,10 @@ class Layout:
         kept = {(i, i) for i in range(last + 1)} | {(i, last) for i in range(last + 1)}
         kept |= {(p, i) for i, read in enumerate(self._most_read) for p in read}
         kept |= {(p, q) for states in self.live for p in states for q in states if p <= q}
+        for step in self.excited:
+            given, answer = self.noisy(step)
+            kept |= {(given, given), (given, answer), (answer, answer)}
+            kept |= {(p, q) for p in self._most_read[step] if p != step - 1 for q in (given, answer)}
         return tuple(sorted(kept))
 
     @cached_property
@@ -106,8 +142,8 @@ class Layout:
         """Place of the sum of state i, under ``(i,)``, and of a product, under ``(i, j)``."""
         places: dict[tuple[int, ...], slice] = {}
         start = 1
-        for key in [(i,) for i in range(len(self.dims))] + list(self.pairs):
-            size = math.prod(self.dims[i] for i in (key[:1] if key[0] in self.squares else key))
+        for key in [(i,) for i in range(len(self.widths))] + list(self.pairs):
+            size = math.prod(self.widths[i] for i in (key[:1] if key[0] in self.squares else key))
             places[key] = slice(start, start + size)
             start += size
         return places
@@ -173,7 +209,7 @@ class _Blocks(Mapping[tuple[int, int], Tensor]):
     def __getitem__(self, pair: tuple[int, int]) -> Tensor:
         i, j = pair
         raw = _read(self.row, self.without, self.layout.slices[pair])
-        raw = raw.view(self.layout.dims[i], self.layout.dims[j])
+        raw = raw.view(self.layout.widths[i], self.layout.widths[j])
         if not self.scale:
             return torch.zeros_like(raw)
         # E[(x - a)(y - b)ᵀ] = E[xyᵀ] - m_x bᵀ - a (m_y - b)ᵀ
@@ -204,7 +240,8 @@ def accumulate(
     Args:
         layout: What is kept and where.
         moments: Shape ``(folds, size)``, float64.
-        states: x_0 … x_L, each ``(n_samples, d_i)``, of any floating-point type.
+        states: x_0 … x_L, each ``(n_samples, d_i)``, of any floating-point type; then the noisy input of
+            each excited step and the answer to it.
         fold_of: Fold of each sample, shape ``(n_samples,)``.
         center: Fixed offsets, one ``(d_i,)`` a state, that are taken off first; ``None`` takes none.
     """
@@ -217,7 +254,7 @@ def accumulate(
         if not count:
             continue
         row[0] += count
-        mirrored = [i for i, width in enumerate(layout.dims) if width > 2 * _TILE <= count // 2]
+        mirrored = [i for i, width in enumerate(layout.widths) if width > 2 * _TILE <= count // 2]
         # A few rows of one fold, one state after the other: copies that fit into the cache.
         for first in range(start, start + count, size):
             chosen = slice(first, min(first + size, start + count))
@@ -226,7 +263,7 @@ def accumulate(
             )
         for i in mirrored:
             if i not in layout.squares:
-                _mirror(row[layout.slices[i, i]].view(layout.dims[i], layout.dims[i]))
+                _mirror(row[layout.slices[i, i]].view(layout.widths[i], layout.widths[i]))
         start += count
 
 
@@ -254,11 +291,11 @@ def _accumulate_rows(
         if i == j:
             row[layout.slices[i,]] += parts[i].sum(dim=0)
         if i != j:
-            place.view(layout.dims[i], layout.dims[j]).addmm_(parts[i].T, parts[j])
+            place.view(layout.widths[i], layout.widths[j]).addmm_(parts[i].T, parts[j])
         elif i in layout.squares:
             place += parts[i].square().sum(dim=0)
         else:
-            _add_square(place.view(layout.dims[i], layout.dims[i]), parts[i], i in mirrored)
+            _add_square(place.view(layout.widths[i], layout.widths[i]), parts[i], i in mirrored)
         for i in set(pair):
             # Copies of all states at once would make memory grow with their number.
             remaining[i] -= 1
@@ -295,11 +332,12 @@ def recentred(layout: Layout, moments: Tensor, shifts: Sequence[Tensor]) -> Tens
         New moments.
     """
     moved = moments.clone()
+    shifts = [shifts[state] for state in layout.origins]
     for row in moved:
         count = row[0].clone()
-        sums = [row[layout.slices[i,]].clone() for i in range(len(layout.dims))]
+        sums = [row[layout.slices[i,]].clone() for i in range(len(layout.widths))]
         for i, j in layout.pairs:
-            block = row[layout.slices[i, j]].view(layout.dims[i], layout.dims[j])
+            block = row[layout.slices[i, j]].view(layout.widths[i], layout.widths[j])
             # Σ(x + a)(y + b)ᵀ = Σxyᵀ + (Σx) bᵀ + a (Σy + n b)ᵀ
             block += torch.outer(sums[i], shifts[j]) + torch.outer(
                 shifts[i], sums[j] + count * shifts[j]
@@ -331,11 +369,11 @@ def covariances(
     """
     count = float(_read(row, without, slice(0, 1)))
     scale = 1.0 / count if count else 0.0
-    states = range(len(layout.dims))
+    states = range(len(layout.widths))
     own = tuple(_read(row, without, layout.slices[i,]) * scale for i in states)
     about = own if about is None else tuple(about)
     variances, varies = [], []
-    for i, width in enumerate(layout.dims):
+    for i, width in enumerate(layout.widths):
         place = layout.slices[i, i]
         diagonal = slice(place.start, place.stop, 1 if i in layout.squares else width + 1)
         square = _read(row, without, diagonal) * scale

@@ -34,6 +34,7 @@ class Share:
         center: Offsets that its moments are summed about; empty while rows wait for a basis.
         error: What went wrong, if anything did.
         links: For each step, the states it reads, where they are not just the ones before.
+        excited: Steps that are fitted to answers to noise too.
     """
 
     names: tuple[str, ...] = ()
@@ -42,6 +43,7 @@ class Share:
     center: tuple[Tensor, ...] = ()
     error: str | None = None
     links: tuple[tuple[int, ...], ...] = ()
+    excited: tuple[int, ...] = ()
 
 
 def exchange(share: Share) -> list[Share]:
@@ -84,8 +86,8 @@ def agreed(shares: Sequence[Share]) -> Share:
         return Share()
     first_rank, first = next(iter(seen.items()))
     for rank, share in seen.items():
-        alike = (share.names, share.widths, share.links) == (first.names, first.widths, first.links)
-        if not alike:
+        chain, expected = ((s.names, s.widths, s.links, s.excited) for s in (share, first))
+        if chain != expected:
             raise ProcessError(
                 f"process {rank} ran the components {share.names} of widths {share.widths}, process "
                 f"{first_rank} {first.names} of {first.widths}. Choose components that run alike "

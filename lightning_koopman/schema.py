@@ -64,6 +64,7 @@ def checked_fields(given: Any) -> dict[str, Any]:
         parts=_checked_parts(given.get("parts", {})),
         folds=_checked_count(given, "folds", 5, least=2),
         delay=_checked_count(given, "delay", 1, least=1),
+        excitation=float(_array({"excitation": 0.0} | given, "excitation", ())),
         run=_checked_run(given.get("run", "")),
         source=_checked_source(given.get("source", {})),
         effects=_checked_effects(given.get("effects"), size),

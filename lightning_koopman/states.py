@@ -99,6 +99,9 @@ class StateReducer:
             for processes that must agree on one basis first. Memory then grows with the samples.
         observables: Lift of every state but the last, fixed with the basis.
 
+    Attributes:
+        like: For every block of rows that comes behind the states, the state whose coordinates it takes.
+
     Raises:
         ValueError: If ``max_dim`` is below 1.
     """
@@ -127,6 +130,7 @@ class StateReducer:
         self._hold = hold
         self._observables = observables
         self._lifts: list[Lift | None] = []
+        self.like: tuple[int, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -144,12 +148,15 @@ class StateReducer:
         """Widths of the state vectors, known once the bases are fixed."""
         return tuple(center.shape[0] for center in self.center)
 
-    def push(self, states: Mapping[str, Tensor], most: int | None = None) -> Iterator[Snapshots]:
+    def push(
+        self, states: Mapping[str, Tensor], most: int | None = None, more: Sequence[Tensor] = ()
+    ) -> Iterator[Snapshots]:
         """Take one batch of pooled states.
 
         Args:
             states: Rows by name, each ``(n_samples, D_i)``, in order of execution.
             most: Number of samples to take from the batch; ``None`` takes all.
+            more: Rows of the same samples behind them, one block for each of ``like``.
 
         Yields:
             Snapshots that are ready, if any.
@@ -161,7 +168,7 @@ class StateReducer:
         self._check(states, batch)
         if most == 0:
             return
-        yield from self._gather([rows[:most] for rows in states.values()])
+        yield from self._gather([rows[:most] for rows in (*states.values(), *more)])
 
     def _gather(self, rows: list[Tensor]) -> Iterator[Snapshots]:
         """Add rows to those that wait for company."""
@@ -222,7 +229,7 @@ class StateReducer:
         Returns:
             One block of rows a state.
         """
-        return _split_rows(self._first, count)[0]
+        return _split_rows(self._first, count)[0][: len(self.names)]
 
     def expect(self, names: Sequence[str], widths: Sequence[int]) -> None:
         """Learn from elsewhere which states arrive, where no batch told.
@@ -240,7 +247,8 @@ class StateReducer:
         Args:
             basis: What :func:`fit_basis` gave.
         """
-        self._bases, self._lifts = list(basis.vectors), list(basis.lifts)
+        self._bases = [*basis.vectors, *(basis.vectors[state] for state in self.like)]
+        self._lifts = list(basis.lifts)
         self.kept_variance, self.center = basis.kept_variance, list(basis.center)
 
     def _check(self, states: Mapping[str, Tensor], batch: int) -> None:
@@ -283,11 +291,12 @@ class StateReducer:
         """Fit bases, lifts and centres to some rows, without freezing them here.
 
         Args:
-            rows: One block of rows a state.
+            rows: One block of rows a state; what comes behind them does not count.
 
         Returns:
             What :meth:`fix` takes.
         """
+        rows = rows[: len(self.names)]
         basis = fit_basis(rows, self.max_dim)
         if self._observables is None:
             return basis
@@ -302,11 +311,14 @@ class StateReducer:
     def _lifted(self, states: list[Tensor], lifts: Sequence[Lift | None]) -> list[Tensor]:
         if self._observables is None:
             return states
-        states = [state.double() for state in states]
-        if callable(self._observables):
-            return [*(lifted_by(self._observables, state) for state in states[:-1]), states[-1]]
-        pairs = zip(states, lifts, strict=True)
-        return [state if lift is None else lift(state) for state, lift in pairs]
+        lifted, last = [], len(self.names) - 1
+        for state, origin in zip(states, (*range(last + 1), *self.like), strict=False):
+            if callable(self._observables) and origin < last:
+                lifted.append(lifted_by(self._observables, state.double()))
+            else:
+                lift = lifts[origin] if lifts else None
+                lifted.append(state.double() if lift is None else lift(state.double()))
+        return lifted
 
     def _reduced(self, rows: list[Tensor]) -> Snapshots:
         keys = sample_keys(rows[0], self._seed)

@@ -183,7 +183,7 @@ def test_every_field_is_checked(name: str, value: Any, message: str) -> None:
     [
         n
         for n in make().to_dict()
-        if n not in ("step", "parts", "folds", "delay", "run", "source", "effects")
+        if n not in ("step", "parts", "folds", "delay", "excitation", "run", "source", "effects")
     ],
 )
 def test_every_field_is_needed(name: str) -> None:
