@@ -20,13 +20,13 @@ from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
 from lightning_koopman.delay import Delay
 from lightning_koopman.excitation import check_excitation
+from lightning_koopman.isolation import random_states_kept
 from lightning_koopman.plan import ReduceOption, check_reduce
 from lightning_koopman.report import CreditReport
 from lightning_koopman.session import Session
 from lightning_koopman.trainer_facts import (
     batch_size,
     first_loader,
-    generators_restored,
     logged_hyper_parameters,
     logged_step,
     may_skip_validation,
@@ -366,7 +366,7 @@ class KoopmanCreditMonitor(Callback):
             self._extra_pass(trainer, pl_module, self._kept, first_loader(trainer.train_dataloader))
         else:
             loader = first_loader(trainer.val_dataloaders)
-            with generators_restored(loader):
+            with random_states_kept(loader):
                 self._extra_pass(trainer, pl_module, loader, loader)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

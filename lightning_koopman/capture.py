@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import functools
-import random
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +32,6 @@ __all__ = [  # the rest of the package and its users import first_tensor from he
     "Capture",
     "Recorded",
     "first_tensor",
-    "is_compiled",
-    "undisturbed",
 ]
 
 INPUT = "input"
@@ -47,58 +42,6 @@ OUTPUT = "output"
 
 _BATCH = "batch:"
 _NO_LABELS: frozenset[str] = frozenset()
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Generator[None, None, None]:
-    """Put a model in eval mode without gradients and leave no trace of it.
-
-    Each module's own mode and the random states of Python, NumPy, torch and CUDA are restored, also
-    when the body raises. Compiled modules run eagerly inside, because hooks that are added after
-    compilation never fire otherwise.
-
-    Args:
-        model: Any module.
-
-    Yields:
-        Nothing.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    cpu_state, python_state, numpy_state = (
-        torch.get_rng_state(),
-        random.getstate(),
-        np.random.get_state(),
-    )
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    # Asked for only where needed: the first use of set_stance imports the whole compiler.
-    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-    try:
-        model.eval()
-        with torch.inference_mode(False), torch.no_grad(), eager:
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        torch.set_rng_state(cpu_state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Tell whether a module or any part of it went through ``torch.compile``.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        True for ``torch.compile(module)`` and for ``module.compile()``.
-    """
-    return any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        for module in model.modules()
-    )
 
 
 @dataclass(frozen=True)
@@ -354,12 +297,12 @@ class Capture:
     def _enter_flow(self) -> None:
         self.flow = DataFlow()
         self._label_batch(self.flow)
-        self.flow.__enter__()  # type: ignore[no-untyped-call]
+        self.flow.__enter__()
 
     def _leave_flow(self) -> None:
         flow, self.flow = self.flow, None
         if flow is not None:
-            flow.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            flow.__exit__()
             self.untraced = flow.error
 
     def _label_batch(self, flow: DataFlow) -> None:

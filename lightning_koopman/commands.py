@@ -114,7 +114,7 @@ def evaluate(
 
     failure = None
     with Progress(*COLUMNS, console=console) as progress:
-        task = progress.add_task("checkpoints", total=None)
+        task = progress.add_task("checkpoints", total=None, visible=False)
         try:
             reports = evaluate_checkpoints(
                 network,
@@ -122,7 +122,9 @@ def evaluate(
                 batches,
                 logdir=logdir,
                 trust_checkpoint=trust_checkpoint,
-                on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+                on_progress=lambda done, total: progress.update(
+                    task, completed=done, total=total, visible=total > 0
+                ),
                 on_report=None
                 if out is None
                 else functools.partial(write_with_known, path=out, kind=format),

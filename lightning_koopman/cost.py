@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_koopman.capture import undisturbed
+from lightning_koopman.isolation import undisturbed
 from lightning_koopman.measurement import ForwardFn, default_forward, to_device
 
 

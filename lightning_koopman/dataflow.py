@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,13 +22,14 @@ _SHAPE_ONLY = frozenset({
 _NOTHING: frozenset[str] = frozenset()
 
 
-class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class DataFlow:
     """Labels that travel with the data, as long as the mode is entered.
 
     Every operator that torch runs passes on the labels of what it reads to what it writes. Tensors that
     share memory share labels. Values are never touched, gradients never needed, and what cannot be
     followed (a round trip through NumPy, a kernel that torch does not know of) only loses its labels.
-    An error of the bookkeeping itself never reaches the pass.
+    An error of the bookkeeping itself never reaches the pass. Several may be entered at a time, and left
+    in any order.
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
@@ -42,11 +44,17 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.error: Exception | None = None
         self._labels: dict[int, frozenset[str]] = {}
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
+
+    def __enter__(self) -> DataFlow:
+        _WATCH.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _WATCH.remove(self)
 
     def label(self, value: Any, name: str) -> None:
         """Replace the labels of all tensors in a value by one.
@@ -78,23 +86,20 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.error = error
         return _NOTHING
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Keeping the compiler out of the bookkeeping imports all of it, which takes seconds; compiled
-        # modules run eagerly while they are captured.
-        return False
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        """Pass labels on from what an operator read to what it wrote.
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        Args:
+            func: The operator.
+            args: What it was given.
+            kwargs: What it was given by name.
+            out: What it returned.
+        """
         if self.error is None:
             try:
                 self._follow(func, args, kwargs, out)
             except Exception as error:  # the user's own pass must not end because of ours
                 self.error = error
-        return out
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         reads = list(_flat((*args, *kwargs.values())))
@@ -123,6 +128,53 @@ class DataFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._labels[address] = labels
             if address not in self._alive:
                 self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows what runs in one thread to every flow entered there.
+
+    Dispatch modes must be left in the reverse order of being entered, which two monitors of one training
+    do not do. So there is one mode for all, entered with the first flow and left with the last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flows: list[DataFlow] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Keeping the compiler out of the bookkeeping imports all of it, which takes seconds; compiled
+        # modules run eagerly while they are captured.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for flow in self.flows:
+            flow.follow(func, args, kwargs, out)
+        return out
+
+
+class _WatchOfThread(threading.local):
+    """The watch of each thread: torch keeps a stack of modes for each, too."""
+
+    def __init__(self) -> None:
+        self.watch = _Watch()
+
+    def add(self, flow: DataFlow) -> None:
+        if not self.watch.flows:
+            self.watch.__enter__()  # type: ignore[no-untyped-call]
+        self.watch.flows.append(flow)
+
+    def remove(self, flow: DataFlow) -> None:
+        self.watch.flows.remove(flow)
+        if not self.watch.flows:
+            self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+_WATCH = _WatchOfThread()
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Tensor]:

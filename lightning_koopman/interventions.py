@@ -21,8 +21,8 @@ from lightning_koopman.alterations import (
     altered_weights,
     check_alterations,
 )
-from lightning_koopman.capture import undisturbed
 from lightning_koopman.effects import KINDS, UNITS, Kind, Scale
+from lightning_koopman.isolation import undisturbed
 from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.measurement import ForwardFn
 from lightning_koopman.report import CreditReport

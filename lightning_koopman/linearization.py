@@ -14,8 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_koopman.capture import is_compiled, undisturbed
 from lightning_koopman.cost import Cost, measure_costs
+from lightning_koopman.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.linear_component import LinearComponent, put_in_place
 from lightning_koopman.linear_map import LinearFit, LinearMap
 from lightning_koopman.measurement import ForwardFn
@@ -76,9 +76,10 @@ def linearize(
         _try(model, report, [call for group in groups for call in group], runner)
         maps = _fitted(runner, groups, max_dim, seed)
     new = copy.deepcopy(model)
-    for group, linear_map in zip(groups, maps, strict=True):
-        like = next(find_module(model, group[0])[0].parameters(), torch.empty(0))
-        put_in_place(new, as_component(linear_map, group, variance).to(like))
+    with random_states_kept():  # new layers draw weights before they are given theirs
+        for group, linear_map in zip(groups, maps, strict=True):
+            like = next(find_module(model, group[0])[0].parameters(), torch.empty(0))
+            put_in_place(new, as_component(linear_map, group, variance).to(like))
     return new
 
 
@@ -154,7 +155,8 @@ def linearize_within(
     """
     if not max_drop >= 0:
         raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
-    fit_on = list(fit_batches)
+    with random_states_kept(fit_batches):
+        fit_on = list(fit_batches)
     runner = Runner(model, choose_batches, forward_fn)
     with undisturbed(model):
         before = Outputs.of(runner.run(), runner.batches, None, metric)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_koopman.capture import INPUT, OUTPUT, Capture, Recorded, undisturbed
+from lightning_koopman.capture import INPUT, OUTPUT, Capture, Recorded
 from lightning_koopman.components import Components
 from lightning_koopman.excitation import Excitation, check_excitation
+from lightning_koopman.isolation import undisturbed
 from lightning_koopman.lifts import Observables, check_observables
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.moments import recentred
@@ -116,7 +117,7 @@ class Measurement:
         """
         forward = default_forward if forward_fn is None else forward_fn
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        with undisturbed(model), self.capture:
+        with undisturbed(model, batches), self.capture:
             for batch in batches:
                 given = to_device(batch, device)
                 self.start_pass(given)

@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_koopman.capture import Capture, Recorded, undisturbed
+from lightning_koopman.capture import Capture, Recorded
 from lightning_koopman.components import Components, named_components
+from lightning_koopman.isolation import random_states_kept, undisturbed
 from lightning_koopman.measurement import ForwardFn, default_forward, to_device
 from lightning_koopman.plan import Plan, in_a_row, make_plan
 from lightning_koopman.pooling import valid_positions
@@ -127,7 +128,8 @@ def describe_components(
         chosen = named_components(model, components)
         rows = tuple(ComponentRow(n, type(m).__name__, _parameters(m)) for n, m in chosen.items())
         return Overview(rows, (), total, max_dim, run=False)
-    batch = next(iter(batches), None)
+    with random_states_kept(batches):
+        batch = next(iter(batches), None)
     if batch is None:
         raise ValueError("batches is empty; the shapes need one batch")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.isolation import random_states_kept
 from lightning_koopman.measurement import ForwardFn, default_forward, to_device
 from lightning_koopman.sites import Alteration, Site, Sites
 from lightning_koopman.tensors import first_tensor
@@ -25,7 +26,8 @@ class Runner:
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None
     ) -> None:
-        self.model, self.batches = model, list(batches)
+        with random_states_kept(batches):
+            self.model, self.batches = model, list(batches)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 

@@ -157,25 +157,3 @@ def first_loader(loaders: Any) -> Any:
     while isinstance(loaders, dict | list | tuple):
         loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), ())
     return () if loaders is None else loaders
-
-
-@contextmanager
-def generators_restored(loader: Any) -> Generator[None, None, None]:
-    """Give a loader's own random generators back the state they had.
-
-    Args:
-        loader: Any iterable.
-
-    Yields:
-        Nothing.
-    """
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    generators = [
-        g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
-    ]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)

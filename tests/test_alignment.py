@@ -212,6 +212,16 @@ def test_only_directions_that_add_nothing_are_dropped_wherever_they_stand(seed: 
     assert gains == pytest.approx(float(chain.log_volumes[0].sum()), abs=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_rank_is_judged_against_the_largest_direction_at_any_scale(scale: float) -> None:
+    weights = random_weights((6, 5, 3), 0)
+    weights[-1] *= scale * np.array([1e-4, 1.0, 1e-12])
+    chain = align(as_operators(weights), torch.eye(3, dtype=torch.float64))
+    assert chain.kept == (0, 1)
+    weights[-1][:, 2] *= 1e6
+    assert align(as_operators(weights), torch.eye(3, dtype=torch.float64)).kept == (0, 1, 2)
+
+
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_direction_far_below_the_others_is_the_one_that_is_dropped(place: int) -> None:
     weights = random_weights((6, 5, 3), 0)
@@ -277,6 +287,29 @@ def test_delayed_chains_have_the_dense_total_derivative(
         assert float(chain.log_volumes[state].sum()) == pytest.approx(log_volume(jacobian), abs=1e-8)
     gains = sum(np.linalg.slogdet(operator.numpy())[1] for operator in chain.operators)
     assert gains == pytest.approx(float(chain.log_volumes[0].sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_chain_whose_steps_read_states_far_back_has_the_dense_total_derivative(seed: int) -> None:
+    widths, parents = (4, 5, 6, 4, 5, 3), [(0,), (1,), (2, 0), (3,), (4, 1)]
+    rng = np.random.default_rng(seed)
+    blocks = [
+        [rng.standard_normal((widths[p], widths[i])) for p in read]
+        for i, read in enumerate(parents, start=1)
+    ]
+    outputs = orthonormal(3, 3, seed)
+    chain = align(
+        [[torch.from_numpy(b) for b in step] for step in blocks], torch.from_numpy(outputs), parents
+    )
+    answers = {5: outputs}
+    for state in range(4, -1, -1):
+        answers[state] = sum(
+            block @ answers[i]
+            for i, (read, step) in enumerate(zip(parents, blocks, strict=True), start=1)
+            for p, block in zip(read, step, strict=True)
+            if p == state
+        )
+        assert np.allclose(chain.jacobian(state).numpy(), answers[state], rtol=1e-9, atol=1e-9)
 
 
 def test_operators_that_do_not_fit_together_are_refused() -> None:

@@ -14,6 +14,7 @@ PACKAGE = Path(lightning_koopman.__file__).parent
 CORE = [
     "tensors",
     "dataflow",
+    "isolation",
     "components",
     "capture",
     "pooling",

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.capture import INPUT, Capture, first_tensor, is_compiled, undisturbed
+from lightning_koopman.capture import INPUT, Capture, first_tensor
+from lightning_koopman.isolation import is_compiled, undisturbed
 
 
 def hooks_on(model: nn.Module) -> int:

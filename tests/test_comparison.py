@@ -109,6 +109,46 @@ def test_compare_measures_checkpoints(
     assert float(difference.split("±")[0]) == pytest.approx(math.log(3), abs=2e-3)
 
 
+def test_compare_takes_the_weights_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "compared_weights.py").write_text(USER_CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    averaged = {name: value.clone() for name, value in net.state_dict().items()}
+    with torch.no_grad():
+        net[4].weight.mul_(3.0)
+    # As Lightning's WeightAveraging saves them: the average as state_dict, current weights beside it.
+    content = {
+        "state_dict": averaged,
+        "current_model_state": net.state_dict(),
+        "averaging_state": {},
+        "callbacks": {"EMAWeightAveraging": {"latest_update_step": 3}},
+    }
+    torch.save({**content, "global_step": 1}, "a.ckpt")
+    torch.save({"state_dict": averaged, "global_step": 2}, "b.ckpt")
+    options = [
+        "--model",
+        "compared_weights:net",
+        "--data",
+        "compared_weights:data",
+        "--quantity",
+        "gain",
+    ]
+    changed = {}
+    for weights in ("saved", "averaged", "current"):
+        assert main(["compare", "a.ckpt", "a.ckpt", *options, "--weights", weights]) == 0
+        capsys.readouterr()
+        code = main(["compare", "a.ckpt", "b.ckpt", *options, "--weights", weights])
+        told = capsys.readouterr()
+        rows = [line.split() for line in told.out.splitlines()]
+        changed[weights] = (code, [row[0] for row in rows if row[4:5] == ["yes"]])
+    # The second file holds no average: asking for it by name is an error, and its own are the current.
+    assert changed == {"saved": (0, []), "averaged": (1, []), "current": (0, ["4"])}
+
+
 def test_compare_of_a_file_that_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_second_run_measures_only_what_is_new(
     save(project / "ckpt" / "0.ckpt", 0)
     assert evaluate("--out=r.json", "--logdir=tb") == 0
     printed = capsys.readouterr()
+    assert "2/2" in printed.err
     assert "3 of 5 reports taken over from r.json" in printed.err
     assert printed.out.index("at step 0") < printed.out.index("at step 1")
     found = read_reports("r.json")
@@ -102,7 +103,9 @@ def test_a_second_run_measures_only_what_is_new(
 
     monkeypatch.setattr("lightning_koopman.series.credit_report", never)
     assert evaluate("--out=r.json", "--logdir=fresh") == 0
-    assert "5 of 5 reports taken over" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "5 of 5 reports taken over" in told
+    assert "checkpoints" not in told, "there is no progress to show"
     assert scalars(project / "fresh") == [0, 1, 2, 3, 4]
 
 

@@ -1,0 +1,82 @@
+"""Runs a user's model and loaders and leaves no trace of it: modes, gradients, random states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, None]:
+    """Put a model in eval mode without gradients and leave no trace of it.
+
+    Each module's own mode and all random states are restored, also when the body raises. Compiled
+    modules run eagerly inside, because hooks that are added after compilation never fire otherwise.
+
+    Args:
+        model: Any module.
+        batches: What is iterated over inside.
+
+    Yields:
+        Nothing.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    # Asked for only where needed: the first use of set_stance imports the whole compiler.
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+    with random_states_kept(batches):
+        try:
+            model.eval()
+            with torch.inference_mode(False), torch.no_grad(), eager:
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def random_states_kept(batches: Any = ()) -> Generator[None, None, None]:
+    """Give all random generators back the state they had, also when the body raises.
+
+    Args:
+        batches: Any iterable; those that a DataLoader and its samplers own are among them.
+
+    Yields:
+        Nothing.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cpu_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    owners = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
+    own = [g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)]
+    own_states = [generator.get_state() for generator in own]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        for generator, state in zip(own, own_states, strict=True):
+            generator.set_state(state)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether a module or any part of it went through ``torch.compile``.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        True for ``torch.compile(module)`` and for ``module.compile()``.
+    """
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
