@@ -185,7 +185,8 @@ def test_a_dead_state_leaves_no_direction() -> None:
 
 def leading_independent(matrix: np.ndarray) -> tuple[int, ...]:
     """Columns that each raise the rank of those before them."""
-    ranks = [np.linalg.matrix_rank(matrix[:, : j + 1], rtol=1e-8) for j in range(matrix.shape[1])]
+    cut = 1e-8 * np.linalg.norm(matrix, 2)
+    ranks = [np.linalg.matrix_rank(matrix[:, : j + 1], tol=cut) for j in range(matrix.shape[1])]
     return tuple(j for j, rank in enumerate(ranks) if rank > (ranks[j - 1] if j else 0))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_the_printed_config_can_be_used(project: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (yaml.safe_dump(OPTIONS | {"sed": 3}), "does not accept option 'sed'"),
+        (yaml.safe_dump(OPTIONS | {"sed": 3}), "'sed'"),
         (yaml.safe_dump(OPTIONS | {"folds": "many"}), "folds"),
         (None, "does not exist"),
     ],
@@ -76,6 +77,8 @@ def test_a_bad_config_exits_with_2_and_says_why(
 
 def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("shtab", reason="shtab is not installed")
+    if tuple(map(int, version("jsonargparse").split(".")[:2])) < (4, 53):
+        pytest.skip("the extra `completion` asks for jsonargparse 4.53")
     if shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     with pytest.raises(SystemExit) as caught:
