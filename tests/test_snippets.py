@@ -106,6 +106,11 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_every_python_snippet_runs(page: str, prepared: dict[str, Any]) -> None:
     found = [s.text for s in snippets(page) if s.language == "python"]
     assert len(found) >= 3
+    if any("EMAWeightAveraging" in text for text in found):
+        pytest.importorskip(
+            "lightning.pytorch.callbacks.weight_averaging",
+            reason="this Lightning has no WeightAveraging",
+        )
     for text in found:
         # Two processes would each run this test; test_distributed.py has its own.
         if "devices=2" in text:
