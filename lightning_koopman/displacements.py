@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lightning_koopman.alterations import altered_output, altered_weights
 from lightning_koopman.effects import Kind
-from lightning_koopman.linear_map import LinearFit, LinearMap
-from lightning_koopman.pooling import by_sample
+from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
 from lightning_koopman.report import CreditReport
-from lightning_koopman.report_sites import regressor_sites, state_sites
+from lightning_koopman.report_sites import regressor_sites, state_sites, whole_operator
 from lightning_koopman.runs import Runner, UnitMoments
 from lightning_koopman.sites import Alteration, Site, find_module
 
@@ -61,6 +60,9 @@ class Displacements:
         self._moments = UnitMoments()
         self._fits: dict[str, LinearFit] = {}
         self._maps: dict[str, LinearMap] = {}
+        self._fitted: dict[str, LinearMap] = {}
+        self._operators: dict[str, LinearMap] = {}
+        self._ridges: dict[str, float] = {}
         self._groups = _sharing_weights(runner, report)
 
     def update(self, values: Mapping[Site, Tensor]) -> None:
@@ -69,6 +71,9 @@ class Displacements:
         Args:
             values: Tensors by site.
         """
+        n_samples = len(values[self._sites[self._report.components[-1]]])
+        for name in self._report.components:
+            rows_by_sample(values[self._sites[name]], n_samples, name)
         self._moments.update(values)
         if "linear" not in self._kinds:
             return
@@ -76,25 +81,20 @@ class Displacements:
             sources = [values[site] for site in regressor_sites(self._report, name)]
             target = values[self._sites[name]]
             if name not in self._fits:
-                whole = self._ridge(name, sources, target) is not None
-                width = max(x[0].numel() for x in sources)
-                self._fits[name] = LinearFit(max(256, width) if whole else 256)
+                shapes = [x.shape[1:] for x in sources]
+                operator = whole_operator(self._report, name, shapes, target.shape[1:])
+                width = 0 if operator is None else max(x[0].numel() for x in sources)
+                self._fits[name] = LinearFit(max(256, width))
+                if operator is not None:
+                    self._operators[name] = from_operator(operator, target.shape[1:], len(sources))
+                    self._ridges[name] = operator.tikhonov
             self._fits[name].update(sources, target)
 
     def solve(self) -> None:
-        """Fit the linear maps."""
-        shapes = self._moments.shapes
+        """Take the report's operators as maps, or fit them; fit the leverages of the samples."""
         for name, fit in self._fits.items():
-            sources = [torch.empty(1, *shapes[s]) for s in regressor_sites(self._report, name)]
-            target = torch.empty(1, *shapes[self._sites[name]])
-            self._maps[name] = fit.solve(self._ridge(name, sources, target))
-
-    def _ridge(self, name: str, sources: Sequence[Tensor], target: Tensor) -> float | None:
-        """The report's ridge weight, where its operator is one between whole tensors."""
-        operator = self._report.operators.get(name)
-        widths = (sum(x[0].numel() for x in sources), target[0].numel())
-        whole = operator is not None and tuple(operator.matrix.shape) == widths
-        return operator.tikhonov if whole and operator is not None else None
+            self._fitted[name] = fit.solve(self._ridges.get(name))
+        self._maps = self._fitted | self._operators
 
     def spread(self, component: int) -> Tensor:
         """Give the standard deviation of output noise.
@@ -146,7 +146,7 @@ class Displacements:
         if kind == "linear":
             sources = [values[site] for site in regressor_sites(self._report, name)]
             # A sample that decides its own prediction wholly says nothing about any other.
-            own = (1 - self._maps[name].leverage(sources)).clamp_min(1e-6)
+            own = (1 - self._fitted[name].leverage(sources)).clamp_min(1e-6)
             moved = moved / own.reshape(-1, *[1] * (moved.ndim - 1))
         return moved
 
@@ -206,16 +206,14 @@ def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
         ValueError: If the tensor does not hold an equal number of entries for each sample.
     """
     shape = tensor.shape
-    if len(shape) > 1 and shape[1] == n_samples != shape[0]:
-        rows = by_sample(tensor, 1, 1)
-    elif shape and n_samples and shape[0] % n_samples == 0:
-        rows = by_sample(tensor, 0, shape[0] // n_samples)
-    else:
+    second = len(shape) > 1 and shape[1] == n_samples != shape[0]
+    if second or not shape or not n_samples or shape[0] % n_samples:
         raise ValueError(
             f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
-            "effects cannot be told apart by sample; choose components with one row a sample"
+            "effects cannot be told apart by sample; choose components with the samples along their "
+            "first axis"
         )
-    rows = rows.flatten(1)
+    rows = tensor.reshape(n_samples, -1)
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 

@@ -138,13 +138,24 @@ def _tracked(runner: Runner, batch: Any, report: CreditReport) -> tuple[Tensor, 
     sites = state_sites(report)
     alter = {sites[name].call: track(name) for name in report.components}
     with torch.enable_grad():
-        output, _ = runner.run_batch(batch, alter=alter)
+        output, _ = runner.run_batch(_ordinary(batch), alter=alter)
     if not output.requires_grad:
         raise ValueError(
             "the outputs carry no gradient, so no effect can be predicted; give a forward_fn that "
             "neither detaches them nor runs under torch.no_grad or torch.inference_mode"
         )
     return output, [handles[name] for name in report.components]
+
+
+def _ordinary(value: Any) -> Any:
+    """Copy tensors that were made under inference mode, of which autograd would save none."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {name: _ordinary(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_ordinary(part) for part in value)
+    return value
 
 
 def _pulled_back(
@@ -156,7 +167,7 @@ def _pulled_back(
     number = size if exact else probes
     for k in range(number):
         if exact:
-            vectors = torch.zeros_like(output).flatten(1)
+            vectors = torch.zeros_like(output).reshape(len(output), -1)
             vectors[:, k] = 1.0
         else:
             vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1

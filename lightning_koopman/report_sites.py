@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_koopman.capture import INPUT
 from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
+from lightning_koopman.operator import KoopmanOperator
 from lightning_koopman.report import CreditReport
 from lightning_koopman.runs import Runner
 from lightning_koopman.sites import Site
@@ -81,22 +82,19 @@ def linear_maps(
     maps: dict[str, LinearMap] = {}
     fits: dict[str, LinearFit] = {}
     for name in components:
-        operator = report.operators.get(name)
-        sources = regressor_sites(report, name)
-        widths = (
-            sum(math.prod(shapes[site]) for site in sources),
-            math.prod(shapes[sites[name]]),
-        )
-        if operator is not None and tuple(operator.matrix.shape) == widths:
-            maps[name] = from_operator(operator, shapes[sites[name]], len(sources))
-        else:
+        sources = [shapes[site] for site in regressor_sites(report, name)]
+        operator = whole_operator(report, name, sources, shapes[sites[name]])
+        if operator is None:
             fits[name] = LinearFit(seed=seed)
+        else:
+            maps[name] = from_operator(operator, shapes[sites[name]], len(sources))
     if not fits:
         return maps
     if fit_on is None:
         raise ValueError(
-            f"the operators of {list(fits)} act on reduced states or are missing, so they give no whole "
-            "tensor; pass fit_batches with data to fit maps on, other than what effects are measured on"
+            f"the operators of {list(fits)} act on reduced states or tensors of several axes, or are "
+            "missing, so they give no whole tensor; pass fit_batches with data to fit maps on, other "
+            "than what effects are measured on"
         )
 
     def update(values: Mapping[Site, Tensor]) -> None:
@@ -105,6 +103,34 @@ def linear_maps(
 
     fit_on.run(sites.values(), update=update)
     return maps | {name: fit.solve() for name, fit in fits.items()}
+
+
+def whole_operator(
+    report: CreditReport,
+    name: str,
+    sources: Sequence[Sequence[int]],
+    target: Sequence[int],
+) -> KoopmanOperator | None:
+    """Give a component's operator where it acts on the tensors as they are.
+
+    The report does not tell in what order the axes of a tensor became a row, so only tensors of one
+    axis will do.
+
+    Args:
+        report: Has the operators.
+        name: The component.
+        sources: Shapes of one sample of what the operator takes.
+        target: That of what it gives.
+
+    Returns:
+        The operator, or ``None``.
+    """
+    operator = report.operators.get(name)
+    widths = (sum(map(math.prod, sources)), math.prod(target))
+    if operator is None or tuple(operator.matrix.shape) != widths:
+        return None
+    flat = all(sum(size > 1 for size in shape) <= 1 for shape in (*sources, target))
+    return operator if flat else None
 
 
 def regressor_sites(report: CreditReport, name: str) -> list[Site]:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_koopman import CreditReport, credit_report, intervene
+from lightning_koopman import CreditReport, credit_report, intervene, predict_effects
 from lightning_koopman.effects import KINDS
 from lightning_koopman.linearization import linearize
 from lightning_koopman.scoring import accuracy, kl_divergence
@@ -276,7 +276,7 @@ def test_tuple_outputs_and_integer_inputs():
         return model(batch["tokens"])
 
     report = credit_report(net, batches, forward_fn=forward, components=["embed", "attention", "head"])
-    result = intervene(net, batches, report, forward_fn=forward, draws=1)
+    result = intervene(net, batches, report, forward_fn=forward, draws=1, fit_batches=batches)
     assert result.components == ("attention", "head")
     assert np.isfinite(result.effect).all()
     assert result.scale == "kl"
@@ -424,3 +424,27 @@ def test_states_joined_from_several_components_are_named(inputs: int) -> None:
     ):
         with pytest.raises(ValueError, match=rf"the states \[{named}\] were joined from what runs side"):
             alter()
+
+
+class Sequences(nn.Module):
+    """Linear layers over the last axis: the report's rows have that axis first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x)).mean(1))
+
+
+def test_tensors_of_several_axes_are_not_read_in_the_order_of_the_reports_rows():
+    torch.manual_seed(0)
+    net, x = Sequences(), torch.randn(400, 5, 4)
+    report = credit_report(net, [x])
+    assert report.widths[:2] == (40, 30)
+    with pytest.raises(ValueError, match=r"operators of \['a', 'b', 'head'\] act on .* several axes"):
+        intervene(net, [x], report, ["linear"])
+    result = intervene(net, [x], report, ["linear"], fit_batches=[x])
+    np.testing.assert_allclose(result.effect, 0, atol=1e-9)
+    predicted = predict_effects(net, [x], report, ["linear"], scale="relative")
+    np.testing.assert_allclose(predicted.effects.values["linear"], 0, atol=1e-9)

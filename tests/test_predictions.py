@@ -300,6 +300,61 @@ def test_the_model_is_left_exactly_as_found(fails):
         assert (old is None and new is None) or torch.equal(old, new)
 
 
+def test_linear_predicts_the_reports_own_operator():
+    net, x = smooth(), normal(300, 5)
+    y = net(x).argmax(1)
+    report = credit_report(net, [x], components=["0", "1", "2"], excitation=1.0)
+    predicted = predict_effects(net, batched(x, y), report, ["linear"])
+    measured = intervene(net, batched(*(t for t in (normal(300, 5, seed=9), y))), report, ["linear"])
+    plain = predict_effects(net, batched(x, y), smooth_report(net, x), ["linear"])
+    ours, theirs, other = (
+        values[:2]
+        for values in (
+            predicted.effects.values["linear"],
+            measured.effect[:, 0],
+            plain.effects.values["linear"],
+        )
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0.25)
+    assert (np.abs(ours - other) > 1e-4 * other).all()
+
+
+def test_a_delay_gives_the_operator_its_earlier_states():
+    net, x = smooth(), normal(200, 5)
+    report = credit_report(net, [x], components=["0", "1", "2"], delay=2)
+    predicted = predict_effects(net, [x], report, ["linear"], scale="kl").effects.values["linear"]
+    with torch.no_grad():
+        states = [x, net[0](x), net[:2](x), net(x)]
+        sources = torch.cat([states[1], states[0]], dim=1)
+        residual = report.operators["1"].predict(sources) - states[2]
+        centred = sources - sources.mean(0)
+        c = centred.T @ centred / 200
+        ridge = report.tikhonov[1] * c.diagonal().mean() * torch.eye(len(c))
+        leverage = (1 + (centred @ torch.linalg.inv(c + ridge) * centred).sum(1)) / 200
+        z = torch.einsum(
+            "ncd,nd->nc", tail_jacobians(net[2:], states[2]), residual / (1 - leverage)[:, None]
+        )
+    expected = 0.5 * torch.einsum("na,nab,nb->", z, fisher(states[3]), z) / 200
+    assert predicted[1] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_outputs_of_one_value_and_tensors_of_inference_mode():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
+    with torch.inference_mode():
+        x = torch.randn(100, 5)
+    report = credit_report(net, [x], components=["0", "2"])
+    predicted = predict_effects(net, [x], report, ["output_noise"], strength=1e-2)
+    measured = intervene(net, [x], predicted, ["output_noise"], strength=1e-2, draws=200)
+    np.testing.assert_allclose(measured.effect[:, 0], predicted.effects.values["output_noise"], rtol=0.1)
+    mapping = predict_effects(
+        net, [{"input": x}], report, ["output_noise"], strength=1e-2, scale="relative"
+    )
+    np.testing.assert_array_equal(
+        mapping.effects.values["output_noise"], predicted.effects.values["output_noise"]
+    )
+
+
 def test_draws_are_seeded():
     net, (x, y) = mlp(), data()
     report = credit_report(net, batched(x, y))
@@ -402,7 +457,7 @@ def test_errors_say_what_arrived_and_what_to_do():
         predict_effects(net, batched(x, y), report, probes=0)
     with pytest.raises(ValueError, match="the outputs carry no gradient"):
         predict_effects(net, batched(x, y), report, forward_fn=lambda m, b: m(b[0]).detach())
-    with pytest.raises(ValueError, match=r"gave a tensor of shape \(100, 12\) for 30 samples"):
+    with pytest.raises(ValueError, match=r"gave a tensor of shape \(100, 12\) for 30 samples of"):
         predict_effects(net, batched(x, y), report, forward_fn=lambda m, b: m(b[0])[:30], scale="kl")
     fit = LinearFit()
     fit.update([x], x)
