@@ -3,25 +3,51 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.constrain import Constrain
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from lightning_koopman.report import CreditReport
 
 
-def credit_table(report: CreditReport) -> Table:
+@dataclass(frozen=True)
+class Captioned:
+    """A table with lines below it.
+
+    The caption of a table that is wider than the screen would lose the end of each line.
+
+    Attributes:
+        table: The table.
+        lines: The lines, in rich's markup.
+    """
+
+    table: Table
+    lines: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Wrap the lines to the table's width, or to the screen's if that is less."""
+        yield self.table
+        width = min(options.max_width, console.measure(self.table, options=options).maximum)
+        if self.lines:
+            yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
+
+
+def credit_table(report: CreditReport) -> Captioned:
     """Lay a report out, one row a component, dim where it carries a doubt.
 
     Args:
         report: The report.
 
     Returns:
-        The table, with the notes as its caption.
+        The table, with the notes below it.
     """
     table = Table(
         title=f"Koopman credit{escape(report.moment)}, {report.n_samples} samples\n"
@@ -29,8 +55,6 @@ def credit_table(report: CreditReport) -> Table:
         "nats a direction",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="\n".join(_caption(report)) or None,
-        caption_justify="left",
     )
     table.add_column("component", overflow="fold", min_width=9)
     for name in ("credit", "gain", "nonlin.", "R²", "chain R²", "rank"):
@@ -48,7 +72,7 @@ def credit_table(report: CreditReport) -> Table:
             ", ".join(report.doubts[i]),
             style="dim" if report.doubts[i] else None,
         )
-    return table
+    return Captioned(table, _caption(report))
 
 
 def effects_table(report: CreditReport) -> Table:

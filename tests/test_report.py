@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from lightning_koopman import CreditReport, KoopmanCredit
 from lightning_koopman.credit import QUANTITIES, compute_credits
@@ -308,3 +310,21 @@ def test_lost_directions_are_named_in_a_note() -> None:
     report = build_report(NAMES, compute_credits(layout, moments), n_samples=100)
     assert report.notes[0].startswith("0 output directions reach back to the input; others (0 to 5)")
     assert "lost" in report.doubts[0]
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_notes_are_whole_where_the_table_is_wider_than_the_screen(width: int) -> None:
+    words = [f"word{i}" for i in range(60)]
+    report = dataclasses.replace(
+        make(),
+        credit=np.array([-10.123, -20.123, -30.123]),
+        gain=np.array([-10.123, -20.123, -30.123]),
+        rank=np.array([128.0] * 3),
+        widths=(128,) * 3,
+        notes=(" ".join(words), "with [brackets]"),
+    )
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None).print(report)
+    shown = file.getvalue().split()
+    assert [word for word in shown if word.startswith("word")] == words
+    assert "[brackets]" in shown
