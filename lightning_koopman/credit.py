@@ -132,10 +132,14 @@ def compute_credits(
         "rank": state_ranks(layout, whole),
     }
 
+    held_out = torch.tensor([whole.count - split.count for split in folds], dtype=torch.float64)
     replicates = []
-    for fold, split in enumerate(folds):
+    for fold in range(len(folds)):
+        # Let go of each split behind its last use: all of them take as much memory as the moments.
+        split = folds.pop(0)
         without = _align(layout, split, chosen_without[fold], kept, targets)
         replicate = _volumes(layout, split, without, len(kept))
+        del without
         replicate |= {"r2": step.without[fold], "chain_r2": behind.without[fold]}
         replicate |= {"nonlinearity": 1 - replicate["r2"], "rank": state_ranks(layout, split)}
         replicates.append(replicate)
@@ -145,7 +149,6 @@ def compute_credits(
         name: (fit.in_sample - fit.r2).abs() / 4 for name, fit in (("r2", step), ("chain_r2", behind))
     }
     gaps["nonlinearity"] = gaps["r2"]
-    held_out = torch.tensor([whole.count - split.count for split in folds], dtype=torch.float64)
     stderr = {
         name: _stderr(value, [r[name] for r in replicates], whole.count, held_out, gaps.get(name))
         for name, value in values.items()

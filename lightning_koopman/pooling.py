@@ -82,7 +82,9 @@ class RowForm:
         if not self.channels_first:
             values = values.movedim(-1, 1)
         valid = valid if valid is not None and values.shape[2:] == valid.shape[1:] else None
-        return self._reduced(values, valid).to(dtype, copy=True).flatten(1)
+        reduced = self._reduced(values, valid)
+        own = reduced.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        return reduced.to(dtype, copy=not own).flatten(1)
 
     def _reduced(self, values: Tensor, valid: Tensor | None) -> Tensor:
         """Reduce the axes behind the channels: ``(n_samples, channels, …)``."""

@@ -172,32 +172,49 @@ class StateReducer:
 
     def _gather(self, rows: list[Tensor]) -> Iterator[Snapshots]:
         """Add rows to those that wait for company."""
-        if not self.center:
+        if self.waits:
             self._first.append(rows)
-            self._rows += len(rows[0])
-            if self.waits or self._rows < 2 * self.max_dim:
-                return
-            first, rest = _split_rows(self._first, 2 * self.max_dim)
-            self._first, self._rows = [], 0
-            self.fix(self.fitted(first))
-            yield self._reduced([first[0], *_project(first, self._bases)])
-            for later in rest:
-                yield from self._gather(later)
             return
-        # Wide rows do not wait: what is gathered are states, and the input that tells the folds.
-        rows = [rows[0], *_project(rows, self._bases)]
-        if not self._block:
-            most = max(2 * self.max_dim, min(_MOST_ROWS, _MOST_VALUES // sum(r.shape[1] for r in rows)))
-            self._block = [part.new_empty(most, part.shape[1]) for part in rows]
-        start, size = 0, len(self._block[0])
-        while start < len(rows[0]):
-            count = min(size - self._rows, len(rows[0]) - start)
-            for block, part in zip(self._block, rows, strict=True):
-                block[self._rows : self._rows + count] = part[start : start + count]
-            start, self._rows = start + count, self._rows + count
+        while len(rows[0]):
+            size = len(self._block[0]) if self._block else self._size
+            count = min(size - self._rows, len(rows[0]))
+            taken, rows = [part[:count] for part in rows], [part[count:] for part in rows]
+            if self.center:
+                if not self._block:
+                    # Once and for all in the type of the rows.
+                    self._bases = [
+                        basis if basis is None else basis.to(part)
+                        for basis, part in zip(self._bases, taken, strict=True)
+                    ]
+                # Wide rows do not wait: what is gathered are states, and the input that tells the folds.
+                taken = [taken[0], *_project(taken, self._bases)]
+            if not self._block:
+                self._block = [part.new_empty(size, part.shape[1]) for part in taken]
+            for block, part in zip(self._block, taken, strict=True):
+                block[self._rows : self._rows + count] = part
+            self._rows += count
             if self._rows == size:
-                self._rows = 0
-                yield self._reduced(self._block)
+                yield self._hand_over()
+
+    @property
+    def _size(self) -> int:
+        """Number of rows gathered before products over them are taken."""
+        first = 2 * self.max_dim
+        if not self.center:
+            return first
+        return max(first, min(_MOST_ROWS, _MOST_VALUES // (self.widths[0] + sum(self.dims))))
+
+    def _hand_over(self) -> Snapshots:
+        rows, self._rows = [block[: self._rows] for block in self._block], 0
+        if self.center:
+            return self._reduced(rows)
+        self._block = []
+        return self._reduced([rows[0], *self._start(rows)])
+
+    def _start(self, rows: list[Tensor]) -> list[Tensor]:
+        """Freeze the bases that fit the first rows, and give these rows in them."""
+        self.fix(self.fitted(rows))
+        return _project(rows, self._bases)
 
     def flush(self) -> Iterator[Snapshots]:
         """Hand over what is still gathered.
@@ -206,19 +223,15 @@ class StateReducer:
             Snapshots of a bounded number of samples each.
         """
         held, self._first = self._first, []
-        if held:
-            self._rows = 0
         if held and not self.center:
             rows, held = _split_rows(held, 2 * self.max_dim)
-            self.fix(self.fitted(rows))
-            yield self._reduced([rows[0], *_project(rows, self._bases)])
+            yield self._reduced([rows[0], *self._start(rows)])
         # Held by processes that first agreed on a basis.
         for later in held:
             yield from self._gather(later)
-        count, self._rows = self._rows, 0
-        blocks, self._block = self._block, []
-        if count:
-            yield self._reduced([block[:count] for block in blocks])
+        if self._rows:
+            yield self._hand_over()
+        self._block = []
 
     def first_rows(self, count: int) -> list[Tensor]:
         """Copy the first rows that are gathered and not yet handed over.
