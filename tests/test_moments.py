@@ -85,6 +85,25 @@ def test_pairs_kept_are_those_within_the_delay_and_with_the_output(delay: int) -
     assert layout.zeros().dtype == torch.float64
 
 
+@pytest.mark.parametrize("dims", [(4, 3, 5, 2), (7, 7), (256,) * 13], ids=str)
+@pytest.mark.parametrize("folds", [2, 5])
+def test_memory_follows_the_documented_formula(dims: tuple[int, ...], folds: int) -> None:
+    layout = Layout(dims, folds)
+    products = sum(a * b for a, b in itertools.pairwise(dims)) + sum(d * d for d in dims)
+    with_output = sum(d * dims[-1] for d in dims[:-2])
+    moments = layout.zeros()
+    assert moments.nbytes == 8 * folds * (1 + sum(dims) + products + with_output)
+    # Samples fill it, and never make it grow.
+    accumulate(layout, moments, [torch.ones(9, d) for d in dims], torch.arange(9) % folds)
+    assert moments.nbytes == 8 * folds * layout.size
+
+
+def test_memory_is_linear_in_components() -> None:
+    sizes = [Layout((64,) * (1 + n), 5).size for n in (3, 4, 5, 6, 40)]
+    step = sizes[1] - sizes[0]
+    assert [b - a for a, b in itertools.pairwise(sizes)] == [step, step, step, 34 * step]
+
+
 def test_links_add_to_the_states_that_a_step_reads() -> None:
     layout = Layout((1, 1, 1, 1, 1), 2, 1, ((), (), (0,), (3, 1)))
     assert layout.parents == ((), (0,), (1,), (2, 0), (3, 1))
