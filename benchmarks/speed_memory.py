@@ -16,7 +16,7 @@ from captum.attr import LayerConductance
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
-from lightning_koopman.moments import Layout
+from lightning_koopman.layout import Layout
 
 MIB = 2**20
 

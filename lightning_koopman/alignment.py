@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_koopman.operator import Factored
+from lightning_koopman.regression import Factored
 
 RANK_RTOL = 1e-8
 """Singular values of a backward step below this share of its largest count as lost directions."""

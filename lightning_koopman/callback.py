@@ -21,8 +21,8 @@ from lightning_koopman.credit import check_options
 from lightning_koopman.delay import Delay
 from lightning_koopman.excitation import check_excitation
 from lightning_koopman.isolation import random_states_kept
-from lightning_koopman.plan import ReduceOption, check_reduce
 from lightning_koopman.report import CreditReport
+from lightning_koopman.row_forms import ReduceOption, check_reduce
 from lightning_koopman.session import Session
 from lightning_koopman.trainer_facts import (
     batch_size,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning_koopman.components import (
     transparent_modules,
 )
 from lightning_koopman.dataflow import DataFlow
+from lightning_koopman.recorded import INPUT, OUTPUT, Recorded
 from lightning_koopman.tensors import (
     all_tensors,
     detached_copy,
@@ -26,43 +26,8 @@ from lightning_koopman.tensors import (
     unpacked,
 )
 
-__all__ = [  # the rest of the package and its users import first_tensor from here
-    "INPUT",
-    "OUTPUT",
-    "Capture",
-    "Recorded",
-    "first_tensor",
-]
-
-INPUT = "input"
-"""Name of the state before the first component."""
-
-OUTPUT = "output"
-"""Name of the last state where it is no component's."""
-
 _BATCH = "batch:"
 _NO_LABELS: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One state as a module gave it.
-
-    Attributes:
-        name: Of the component, or of the network input.
-        module: That gave the tensor, or that took it where it is an input.
-        tensor: The state; padded, with the batch axis first, where it was a packed sequence.
-        lengths: Valid length of each sequence where it was packed, else ``None``.
-        sources: The states it was computed from, directly; ``None`` where the data was not followed.
-        from_float: Whether the component took a floating-point tensor.
-    """
-
-    name: str
-    module: nn.Module
-    tensor: Tensor
-    lengths: Tensor | None = None
-    sources: frozenset[str] | None = None
-    from_float: bool = True
 
 
 def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:

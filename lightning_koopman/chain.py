@@ -11,18 +11,18 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from lightning_koopman.moments import Covariances, Layout, covariances
-from lightning_koopman.operator import (
-    RESOLUTION_GRID,
+from lightning_koopman.covariance import Covariances, covariances
+from lightning_koopman.layout import Layout
+from lightning_koopman.regression import (
     Factored,
     HeldOut,
     Spectrum,
     alive,
     held_out,
     in_sample,
-    resolved_tikhonov,
     spectrum,
 )
+from lightning_koopman.ridge import RESOLUTION_GRID, resolved_tikhonov
 
 Normalize = Literal["none", "rms", "whiten"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_koopman.forward import ForwardFn, default_forward, to_device
 from lightning_koopman.isolation import undisturbed
-from lightning_koopman.measurement import ForwardFn, default_forward, to_device
 
 
 @dataclass(frozen=True)

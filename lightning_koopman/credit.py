@@ -22,8 +22,9 @@ from lightning_koopman.chain import (
     step_factors,
     unseen_shifts,
 )
-from lightning_koopman.moments import Layout
-from lightning_koopman.operator import RESOLUTION_GRID, KoopmanOperator, check_tikhonov
+from lightning_koopman.layout import Layout
+from lightning_koopman.operator import KoopmanOperator
+from lightning_koopman.ridge import RESOLUTION_GRID, check_tikhonov
 
 QUANTITIES = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
 """Names of the numbers reported for every component."""

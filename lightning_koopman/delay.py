@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_koopman.chain import Normalize, fit_steps, split_folds
 from lightning_koopman.credit import jackknife
-from lightning_koopman.moments import Layout
+from lightning_koopman.layout import Layout
 
 Delay = int | Literal["auto"]
 

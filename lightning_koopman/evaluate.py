@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lightning_koopman.chain import Normalize
 from lightning_koopman.components import Components
 from lightning_koopman.delay import Delay
+from lightning_koopman.forward import ForwardFn
 from lightning_koopman.lifts import Observables
-from lightning_koopman.measurement import ForwardFn, Measurement
-from lightning_koopman.plan import ReduceOption
+from lightning_koopman.measurement import Measurement
 from lightning_koopman.report import CreditReport
+from lightning_koopman.row_forms import ReduceOption
 
 
 def credit_report(

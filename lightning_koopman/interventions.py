@@ -22,9 +22,9 @@ from lightning_koopman.alterations import (
     check_alterations,
 )
 from lightning_koopman.effects import KINDS, UNITS, Kind, Scale
+from lightning_koopman.forward import ForwardFn
 from lightning_koopman.isolation import undisturbed
 from lightning_koopman.linear_map import LinearMap
-from lightning_koopman.measurement import ForwardFn
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import linear_maps, state_sites
 from lightning_koopman.runs import Runner, UnitMoments

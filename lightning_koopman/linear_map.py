@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_koopman.operator import KoopmanOperator, fit_operator, spectrum
-from lightning_koopman.states import pod_basis
+from lightning_koopman.basis import pod_basis
+from lightning_koopman.operator import KoopmanOperator, fit_operator
+from lightning_koopman.regression import spectrum
 
 SEEN_FIRST = 2
 """POD bases are fixed by the first ``SEEN_FIRST * max_dim`` samples."""

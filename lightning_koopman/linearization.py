@@ -15,10 +15,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_koopman.cost import Cost, measure_costs
+from lightning_koopman.forward import ForwardFn
 from lightning_koopman.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.linear_component import LinearComponent, put_in_place
 from lightning_koopman.linear_map import LinearFit, LinearMap
-from lightning_koopman.measurement import ForwardFn
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import check_parts
 from lightning_koopman.runs import Runner

@@ -12,12 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_koopman.capture import Capture, Recorded
+from lightning_koopman.capture import Capture
 from lightning_koopman.components import Components, named_components
+from lightning_koopman.forward import ForwardFn, default_forward, to_device
 from lightning_koopman.isolation import random_states_kept, undisturbed
-from lightning_koopman.measurement import ForwardFn, default_forward, to_device
 from lightning_koopman.plan import Plan, in_a_row, make_plan
 from lightning_koopman.pooling import valid_positions
+from lightning_koopman.recorded import Recorded
 from lightning_koopman.sites import find_module
 from lightning_koopman.tensors import all_tensors, detached_copy, first_tensor
 

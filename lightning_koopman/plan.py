@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_koopman.capture import INPUT, Recorded
+from lightning_koopman.graph import leading_to, leave_out_unfit, listed, sources_of
 from lightning_koopman.pooling import (
-    REDUCTIONS,
-    Reduce,
     RowForm,
-    by_sample,
-    has_channels_first,
-    pooled_grid,
 )
-from lightning_koopman.tensors import all_tensors
+from lightning_koopman.recorded import INPUT, Recorded
+from lightning_koopman.row_forms import ReduceOption, row_forms
 
 _MOST_READ = 6
 """Most states that one step reads; further ones are left out and named."""
-
-ReduceOption = Reduce | Mapping[str, Reduce]
 
 
 @dataclass(frozen=True)
@@ -125,11 +117,11 @@ def make_plan(
             f"the output of interest {last!r} did not run in the forward pass; what ran is "
             f"{list(by_name)}"
         )
-    forms = _forms(records, batch, reduce, max_dim)
-    sources = _sources(records, notes)
+    forms = row_forms(records, batch, reduce, max_dim)
+    sources = sources_of(records, notes)
     if not named:
-        _leave_out_unfit(records, forms, sources, last, batch, notes)
-    sources = _leading_to(last, sources, notes)
+        leave_out_unfit(records, forms, sources, last, batch, notes)
+    sources = leading_to(last, sources, notes)
     depth: dict[str, int] = {}
     for name, read in sources.items():
         depth[name] = 1 + max((depth[source] for source in read), default=-1)
@@ -164,7 +156,7 @@ def _graph_notes(plan: Plan) -> list[str]:
     joined = [name for name, group in zip(plan.names, plan.states, strict=True) if len(group) > 1]
     if joined:
         notes.append(
-            f"components side by side were joined into one state: {_listed(joined)}; their credit is "
+            f"components side by side were joined into one state: {listed(joined)}; their credit is "
             "shared"
         )
     skips = []
@@ -179,156 +171,5 @@ def _graph_notes(plan: Plan) -> list[str]:
                 f"{len(further) - len(kept)} were left out"
             )
     if skips:
-        notes.append(f"the data skips components, and the operators follow it: {_listed(skips, '; ')}")
+        notes.append(f"the data skips components, and the operators follow it: {listed(skips, '; ')}")
     return notes
-
-
-def _listed(items: Sequence[str], separator: str = ", ") -> str:
-    shown = separator.join(items[:6])
-    return shown if len(items) <= 6 else f"{shown}{separator}and {len(items) - 6} more"
-
-
-def _sources(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[str]]:
-    """Which states each one was computed from; in order of execution where nobody followed the data."""
-    sources: dict[str, set[str]] = {}
-    previous: str | None = None
-    unknown = []
-    for record in records:
-        if record.sources is None:
-            sources[record.name] = set() if previous is None else {previous}
-        else:
-            sources[record.name] = set(record.sources) & set(sources)
-            lost = not sources[record.name] and record.from_float and previous is not None
-            if lost and not record.name.startswith(INPUT) and _varies(record):
-                unknown.append(record.name)
-                assert previous is not None
-                sources[record.name] = {previous}
-        previous = record.name
-    if unknown:
-        notes.append(
-            f"where the input of {_listed(unknown)} comes from could not be followed; each is taken to "
-            "read what ran right before it"
-        )
-    return sources
-
-
-def _varies(record: Recorded) -> bool:
-    tensor = record.tensor
-    return tensor.shape[0] > 1 and bool((tensor != tensor[:1]).any()) if tensor.ndim else False
-
-
-def _leave_out_unfit(
-    records: Sequence[Recorded],
-    forms: Mapping[str, RowForm],
-    sources: dict[str, set[str]],
-    last: str,
-    batch: Any,
-    notes: list[str],
-) -> None:
-    """Take out of the graph what holds no row a sample, or the same for every sample."""
-    n_samples, _ = _batch_size(records, batch)
-    constant, misfit = [], []
-    for record in records:
-        if record.name == last or callable(forms[record.name].reduce):
-            continue
-        rows = by_sample(record.tensor, forms[record.name].batch_axis, forms[record.name].group)
-        if not sources[record.name] and n_samples > 1 and (len(rows) == 1 or not _varies(record)):
-            constant.append(record.name)
-        elif len(rows) != n_samples:
-            misfit.append(f"{record.name} {tuple(record.tensor.shape)}")
-        else:
-            continue
-        own = sources.pop(record.name)
-        for read in sources.values():
-            if record.name in read:
-                read.remove(record.name)
-                read.update(own)
-    if constant:
-        notes.append(f"the same for every sample, so left out: {_listed(constant)}")
-    if misfit:
-        notes.append(f"without one row for each of {n_samples} samples, so left out: {_listed(misfit)}")
-
-
-def _leading_to(last: str, sources: dict[str, set[str]], notes: list[str]) -> dict[str, set[str]]:
-    reached, front = {last}, [last]
-    while front:
-        for name in sources[front.pop()]:
-            if name not in reached:
-                reached.add(name)
-                front.append(name)
-    aside = [name for name in sources if name not in reached]
-    if aside:
-        notes.append(
-            f"nothing leads from here to the output of {last!r}, so left out: {_listed(aside)}; choose "
-            "another output with output="
-        )
-    return {name: read for name, read in sources.items() if name in reached}
-
-
-def _forms(
-    records: Sequence[Recorded], batch: Any, reduce: ReduceOption, max_dim: int
-) -> dict[str, RowForm]:
-    n_samples, second = _batch_size(records, batch)
-    forms = {}
-    for record in records:
-        chosen = _reduction(record.name, reduce)
-        shape = record.tensor.shape
-        axis, group = 0, 1
-        if len(shape) > 1 and shape[1] == n_samples and record.lengths is None:
-            native = record.name in second
-            if shape[0] != n_samples or native or (second and len(shape) == 3):
-                axis = 1
-        if axis == 0 and shape and n_samples > 0 and shape[0] > n_samples and shape[0] % n_samples == 0:
-            group = shape[0] // n_samples if n_samples > 1 else 1
-        if callable(chosen) or not shape:
-            forms[record.name] = RowForm(reduce=chosen)
-            continue
-        values = by_sample(record.tensor, axis, group)
-        first = has_channels_first(values, record.module)
-        grid = pooled_grid(tuple(values.shape[1:]), max_dim, channels_first=first)
-        forms[record.name] = RowForm(axis, group, first, grid, chosen)
-    return forms
-
-
-def _reduction(name: str, reduce: ReduceOption) -> Reduce:
-    if not isinstance(reduce, Mapping):
-        return reduce
-    return next((way for glob, way in reduce.items() if fnmatchcase(name, glob)), "pool")
-
-
-def check_reduce(reduce: Any) -> None:
-    """Refuse reductions that do not exist.
-
-    Args:
-        reduce: A name, a callable, or a mapping of glob patterns to either.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    for way in reduce.values() if isinstance(reduce, Mapping) else [reduce]:
-        if way not in REDUCTIONS and not callable(way):
-            raise ValueError(f"reduce holds {way!r}; choose one of {REDUCTIONS} or give a callable")
-
-
-def _batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
-    """Number of samples of the first pass, and which states came from modules with the batch second."""
-    second = {
-        record.name: record.tensor.shape[1]
-        for record in records
-        if record.lengths is None
-        and record.tensor.ndim == 3
-        and type(record.module).__module__.startswith("torch.nn.")
-        and any(getattr(part, "batch_first", None) is False for part in record.module.modules())
-    }
-    if second:
-        return next(iter(second.values())), set(second)
-    sizes = [record.tensor.shape[0] for record in records if record.tensor.ndim]
-    given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
-
-    def fits(record: Recorded) -> bool:
-        shape = record.tensor.shape
-        return bool(shape) and (shape[0] % given == 0 or (len(shape) > 1 and shape[1] == given))
-
-    if given and all(fits(record) for record in records):
-        return given, set()
-    return (Counter(sizes).most_common(1)[0][0] if sizes else 0), set()

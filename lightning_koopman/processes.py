@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_koopman.states import Basis
+from lightning_koopman.basis import Basis
 
 
 class ProcessError(RuntimeError):

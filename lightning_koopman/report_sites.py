@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from lightning_koopman.capture import INPUT
 from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
 from lightning_koopman.operator import KoopmanOperator
+from lightning_koopman.recorded import INPUT
 from lightning_koopman.report import CreditReport
 from lightning_koopman.runs import Runner
 from lightning_koopman.sites import Site

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.forward import ForwardFn, default_forward, to_device
 from lightning_koopman.isolation import random_states_kept
-from lightning_koopman.measurement import ForwardFn, default_forward, to_device
 from lightning_koopman.sites import Alteration, Site, Sites
 from lightning_koopman.tensors import first_tensor
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from lightning_koopman.forward import ForwardFn, default_forward
 from lightning_koopman.isolation import is_compiled
-from lightning_koopman.measurement import ForwardFn, Measurement, default_forward, merge_processes
+from lightning_koopman.measurement import Measurement, merge_processes
 from lightning_koopman.report import CreditReport
 from lightning_koopman.trainer_facts import plain_numerics, share, unrepeated_samples
 

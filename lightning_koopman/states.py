@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_koopman.basis import Basis, fit_basis, projected
+from lightning_koopman.keys import sample_keys
 from lightning_koopman.lifts import Lift, Observables, fit_lift, lifted_by
-from lightning_koopman.pooling import RowForm, has_channels_first, pooled_grid
-
-__all__ = ["Snapshots", "StateReducer", "has_channels_first", "pod_basis", "pool", "sample_keys"]
+from lightning_koopman.pooling import RowForm, pooled_grid
 
 _MOST_ROWS = 4096
 _MOST_VALUES = 2**22
@@ -54,35 +54,6 @@ def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:
     shape = tuple(tensor.shape[1:])
     grid = pooled_grid(shape, max_dim, channels_first=channels_first)
     return RowForm(channels_first=channels_first, grid=grid).rows(tensor)
-
-
-def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
-    """Hash each row's bits, so that a sample's fold depends on nothing but its content.
-
-    Batch size, order and process do not matter then, and a sample that appears twice (augmentation,
-    padding of a distributed sampler) is never held out from its own copy.
-
-    Args:
-        rows: Shape ``(n_samples, d)``.
-        seed: Chooses the hash.
-
-    Returns:
-        Non-negative int64 keys, shape ``(n_samples,)``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
-    odd = odd.to(rows.device)
-    hashed = []
-    # Few enough rows at once for the cache.
-    for part in torch.split(rows, max(1, 2**16 // max(1, rows.shape[1]))):
-        # Adding zero turns -0.0 into 0.0.
-        bits = part.to(torch.float64, copy=True).add_(0.0).contiguous().view(torch.int64)
-        # Round numbers differ in their leading bits only, which a product alone never carries downward.
-        hashed.append(bits.bitwise_xor_(bits >> 32).mul_(odd).sum(dim=1))
-    keys = torch.cat(hashed)
-    for shift, factor in ((32, -7046029288634856825), (29, -4417276706812531889)):
-        keys = (keys ^ (keys >> shift)) * factor
-    return (keys >> 16) & (2**40 - 1)
 
 
 class StateReducer:
@@ -187,7 +158,7 @@ class StateReducer:
                         for basis, part in zip(self._bases, taken, strict=True)
                     ]
                 # Wide rows do not wait: what is gathered are states, and the input that tells the folds.
-                taken = [taken[0], *_project(taken, self._bases)]
+                taken = [taken[0], *projected(taken, self._bases)]
             if not self._block:
                 self._block = [part.new_empty(size, part.shape[1]) for part in taken]
             for block, part in zip(self._block, taken, strict=True):
@@ -214,7 +185,7 @@ class StateReducer:
     def _start(self, rows: list[Tensor]) -> list[Tensor]:
         """Freeze the bases that fit the first rows, and give these rows in them."""
         self.fix(self.fitted(rows))
-        return _project(rows, self._bases)
+        return projected(rows, self._bases)
 
     def flush(self) -> Iterator[Snapshots]:
         """Hand over what is still gathered.
@@ -313,7 +284,7 @@ class StateReducer:
         basis = fit_basis(rows, self.max_dim)
         if self._observables is None:
             return basis
-        states = [state.double() for state in _project(rows, basis.vectors)]
+        states = [state.double() for state in projected(rows, basis.vectors)]
         lifts: list[Lift | None] = [None] * len(states)
         if isinstance(self._observables, str):
             kind = self._observables
@@ -338,46 +309,6 @@ class StateReducer:
         return Snapshots(self._lifted(rows[1:], self._lifts), keys)
 
 
-@dataclass(frozen=True)
-class Basis:
-    """What freezes the coordinates of a chain's state vectors.
-
-    Attributes:
-        vectors: POD basis of each state, ``(D_i, d_i)``; ``None`` where the state is kept whole.
-        kept_variance: Share of each state's variance that its basis keeps.
-        center: Mean of each state in the new coordinates, ``(d_i,)``.
-        lifts: What each state is lifted by; empty where none is, or the user's function does it.
-    """
-
-    vectors: tuple[Tensor | None, ...]
-    kept_variance: tuple[float, ...]
-    center: tuple[Tensor, ...]
-    lifts: tuple[Lift | None, ...] = ()
-
-
-def fit_basis(rows: Sequence[Tensor], max_dim: int) -> Basis:
-    """Fit the coordinates of every state to some of its rows.
-
-    Args:
-        rows: One block of rows a state, each ``(n_samples, D_i)``.
-        max_dim: Largest state vector kept.
-
-    Returns:
-        Bases and centres.
-    """
-    fitted = [pod_basis(block, max_dim) for block in rows]
-    vectors = tuple(basis for basis, _ in fitted)
-    center = tuple(state.mean(dim=0, dtype=torch.float64) for state in _project(rows, vectors))
-    return Basis(vectors, tuple(share for _, share in fitted), center)
-
-
-def _project(rows: Sequence[Tensor], bases: Sequence[Tensor | None]) -> list[Tensor]:
-    return [
-        block if basis is None else block @ basis.to(block)
-        for block, basis in zip(rows, bases, strict=True)
-    ]
-
-
 def _split_rows(batches: list[list[Tensor]], count: int) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Cut the first ``count`` rows off a list of batches of states."""
     taken: list[list[Tensor]] = []
@@ -389,30 +320,3 @@ def _split_rows(batches: list[list[Tensor]], count: int) -> tuple[list[Tensor], 
         taken.append([rows[:count] for rows in batch])
         count -= taken[-1][0].shape[0]
     return [torch.cat(rows) for rows in zip(*taken, strict=True)], rest
-
-
-def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
-    """Find the leading principal directions and the share of variance they keep.
-
-    Args:
-        rows: Shape ``(n_samples, d)``.
-        max_dim: Most directions kept.
-
-    Returns:
-        Orthonormal columns, shape ``(d, k)``, or ``None`` where rows are no wider than ``max_dim``; and
-        the share.
-    """
-    n_samples, width = rows.shape
-    if width <= max_dim:
-        return None, 1.0
-    centred = rows.double() - rows.double().mean(dim=0)
-    # The smaller of the two Gram matrices has the same non-zero spectrum.
-    tall = n_samples >= width
-    gram = centred.T @ centred if tall else centred @ centred.T
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    kept = min(max_dim, int((values > 1e-12 * values[0]).sum()))
-    if kept == 0:
-        return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
-    basis = vectors[:, :kept] if tall else centred.T @ vectors[:, :kept] / values[:kept].sqrt()
-    return basis, float(values[:kept].sum() / values.sum())

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.capture import INPUT, Capture, first_tensor
+from lightning_koopman.capture import Capture
 from lightning_koopman.isolation import is_compiled, undisturbed
+from lightning_koopman.recorded import INPUT
+from lightning_koopman.tensors import first_tensor
 
 
 def hooks_on(model: nn.Module) -> int:

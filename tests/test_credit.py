@@ -23,8 +23,9 @@ from lightning_koopman.credit import (
     compute_credits,
     samples_needed,
 )
-from lightning_koopman.moments import Layout, accumulate
-from lightning_koopman.operator import RESOLUTION_GRID
+from lightning_koopman.layout import Layout
+from lightning_koopman.moments import accumulate
+from lightning_koopman.ridge import RESOLUTION_GRID
 
 WIDTHS = [(5, 5, 5), (7, 4, 6, 5), (3, 9, 12, 8), (12, 10, 3, 10, 8)]
 

@@ -20,7 +20,8 @@ from lightning_koopman import CreditReport, KoopmanCredit, KoopmanCreditMonitor,
 from lightning_koopman.cli import main
 from lightning_koopman.credit import compute_credits
 from lightning_koopman.delay import MAX_DELAY, choose_delay
-from lightning_koopman.moments import Layout, accumulate
+from lightning_koopman.layout import Layout
+from lightning_koopman.moments import accumulate
 from lightning_koopman.report_files import read_reports
 
 

@@ -58,7 +58,7 @@ def test_a_linear_network_is_read_off_exactly(
 
 
 def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp: Any) -> None:
-    from lightning_koopman.states import sample_keys
+    from lightning_koopman.keys import sample_keys
 
     x = samples()
     report = credit_report(mlp, x.split(50), tikhonov=0.0)

@@ -31,9 +31,9 @@ from lightning_koopman import (
 from lightning_koopman.cli import main
 from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.excitation import Excitation
-from lightning_koopman.moments import Layout
+from lightning_koopman.keys import sample_keys
+from lightning_koopman.layout import Layout
 from lightning_koopman.report_files import read_reports
-from lightning_koopman.states import sample_keys
 
 
 def samples(n: int = 400, width: int = 6, seed: int = 0) -> Tensor:

@@ -19,7 +19,7 @@ from torchmetrics.wrappers import MetricTracker
 
 from lightning_koopman import CreditReport, KoopmanCredit
 from lightning_koopman.credit import QUANTITIES
-from lightning_koopman.states import sample_keys
+from lightning_koopman.keys import sample_keys
 
 NAMES = ("stem", "body", "head")
 DIMS = (6, 8, 5, 4)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_koopman.moments import Layout, accumulate, covariances
+from lightning_koopman.covariance import covariances
+from lightning_koopman.layout import Layout
+from lightning_koopman.moments import accumulate
 
 
 def chain(n: int, dims: tuple[int, ...], seed: int = 0, offset: float = 0.0) -> list[Tensor]:

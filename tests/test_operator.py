@@ -10,16 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_koopman.operator import (
-    TIKHONOV_GRID,
-    check_tikhonov,
-    choose_tikhonov,
-    fit_operator,
-    held_out_errors,
-    solve,
-    spectrum,
-)
-from lightning_koopman.states import sample_keys
+from lightning_koopman.keys import sample_keys
+from lightning_koopman.operator import fit_operator
+from lightning_koopman.regression import held_out_errors, solve, spectrum
+from lightning_koopman.ridge import TIKHONOV_GRID, check_tikhonov, choose_tikhonov
 
 SHAPES = [(200, 5, 3), (200, 3, 8), (60, 12, 12), (40, 1, 1)]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_koopman.moments import Layout, accumulate, recentred
+from lightning_koopman.layout import Layout
+from lightning_koopman.moments import accumulate, recentred
 from lightning_koopman.processes import ProcessError, Share, agreed, exchange
 from lightning_koopman.trainer_facts import refuse_sharded_weights, share, unrepeated_samples
 

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from lightning_koopman import CreditReport, KoopmanCredit
 from lightning_koopman.credit import QUANTITIES, compute_credits
-from lightning_koopman.moments import Layout, accumulate
+from lightning_koopman.layout import Layout
+from lightning_koopman.moments import accumulate
 from lightning_koopman.report import MIN_R2, build_report, check_quantities
 from lightning_koopman.schema import ReportFormatError
 

@@ -8,7 +8,9 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
-from lightning_koopman.states import Snapshots, StateReducer, has_channels_first, pool, sample_keys
+from lightning_koopman.keys import sample_keys
+from lightning_koopman.pooling import has_channels_first
+from lightning_koopman.states import Snapshots, StateReducer, pool
 
 
 def pooled(shape: tuple[int, ...], max_dim: int, *, channels_first: bool = True) -> Tensor:

@@ -1,0 +1,241 @@
+"""Solves one least-squares problem from covariances for any ridge weight, and evaluates its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RCOND = 1e-12
+"""Directions whose variance is below this share of the largest are taken as dead."""
+
+_SAFE_PIVOT = 1e-8
+"""Cholesky is left for ``eigh``, which drops dead directions, where a pivot is below this share."""
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Rows of an operator as the product that solves for them; cheaper to apply than to multiply out.
+
+    Attributes:
+        vectors: Shape ``(d_in, k)``.
+        filters: Shape ``(k, 1)``.
+        projected: Shape ``(k, d_out)``.
+    """
+
+    vectors: Tensor
+    filters: Tensor
+    projected: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the rows."""
+        return self.vectors.shape[0], self.projected.shape[1]
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        product: Tensor = self.vectors @ (self.filters * (self.projected @ other))
+        return product
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """A regression problem in the eigenbasis of its regressors, ready for any ridge weight.
+
+    Attributes:
+        values: Kept eigenvalues of C_xx, descending, shape ``(k,)``.
+        vectors: Their eigenvectors, shape ``(d_in, k)``.
+        projected: ``vectors.T @ C_xy``, shape ``(k, d_out)``.
+        mean_variance: trace(C_xx) / d_in, the unit of the ridge weight.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    projected: Tensor
+    mean_variance: float
+
+    def filters(self, tikhonov: float) -> Tensor:
+        """Inverse eigenvalues under a ridge weight.
+
+        Args:
+            tikhonov: In units of the regressors' mean variance.
+
+        Returns:
+            Shape ``(k,)``.
+        """
+        return 1.0 / (self.values + tikhonov * self.mean_variance)
+
+    def matrix(self, tikhonov: float) -> Tensor:
+        """Solve for the operator.
+
+        Args:
+            tikhonov: In units of the regressors' mean variance.
+
+        Returns:
+            K of shape ``(d_in, d_out)``.
+        """
+        return self.vectors @ (self.filters(tikhonov)[:, None] * self.projected)
+
+    def parts(self, tikhonov: float, widths: Sequence[int]) -> list[Factored]:
+        """Solve for the operator, cut into one block a state that it reads, without multiplying it out.
+
+        Args:
+            tikhonov: In units of the regressors' mean variance.
+            widths: Widths of the states.
+
+        Returns:
+            Blocks of shape ``(width, d_out)``.
+        """
+        filters = self.filters(tikhonov)[:, None]
+        return [
+            Factored(vectors, filters, self.projected)
+            for vectors in torch.split(self.vectors, list(widths))
+        ]
+
+    @property
+    def condition(self) -> float:
+        """Ratio of the largest to the smallest kept eigenvalue; 1 where none is kept."""
+        return float(self.values[0] / self.values[-1]) if len(self.values) else 1.0
+
+
+def alive(variances: Tensor) -> Tensor:
+    """Tell which variances are more than rounding beside the largest one.
+
+    Args:
+        variances: Shape ``(d,)``; may be empty.
+
+    Returns:
+        Mask of shape ``(d,)``; all false where no variance is positive.
+    """
+    largest = torch.cat([variances, variances.new_zeros(1)]).max()
+    return variances > RCOND * largest
+
+
+def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
+    """Diagonalise the regressors' covariance and drop its dead directions.
+
+    Args:
+        c_xx: Covariance of the regressors, shape ``(d_in, d_in)``.
+        c_xy: Cross-covariance with the targets, shape ``(d_in, d_out)``.
+
+    Returns:
+        The problem in its eigenbasis.
+    """
+    values, vectors = torch.linalg.eigh(c_xx)
+    values, vectors = values.flip(0), vectors.flip(1)
+    kept = int(alive(values).sum())
+    vectors = vectors[:, :kept]
+    mean_variance = float(c_xx.diagonal().sum()) / max(1, len(c_xx))
+    return Spectrum(values[:kept], vectors, vectors.T @ c_xy, mean_variance)
+
+
+def solve(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
+    """Solve for the operator under one ridge weight.
+
+    Args:
+        c_xx: Covariance of the regressors, shape ``(d_in, d_in)``; that of units which never vary is
+            exactly zero.
+        c_xy: Cross-covariance with the targets, shape ``(d_in, d_out)``.
+        tikhonov: In units of the regressors' mean variance.
+
+    Returns:
+        K of shape ``(d_in, d_out)``, by Cholesky, or in the eigenbasis where that is not safe.
+    """
+    variances = c_xx.diagonal()
+    varies = variances > 0
+    some_dead = not bool(varies.all())
+    system, targets = (c_xx[varies][:, varies], c_xy[varies]) if some_dead else (c_xx.clone(), c_xy)
+    system.diagonal().add_(tikhonov * float(variances.mean()))
+    factor, failed = torch.linalg.cholesky_ex(system)
+    pivots = factor.diagonal().square()
+    if not len(pivots) or int(failed) or not bool(pivots.min() > _SAFE_PIVOT * pivots.max()):
+        return spectrum(c_xx, c_xy).matrix(tikhonov)
+    solved = torch.cholesky_solve(targets, factor)
+    if not some_dead:
+        return solved
+    matrix = torch.zeros_like(c_xy)
+    matrix[varies] = solved
+    return matrix
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The squared error a sample of one problem's operators, as a function of the ridge weight.
+
+    Attributes:
+        train: The problem.
+        variance: Squared deviation of the targets, a sample.
+        linear: Coefficients of the filters, shape ``(k,)``.
+        quadratic: Coefficients of their products, ``(k, k)``, or its diagonal alone, ``(k,)``.
+    """
+
+    train: Spectrum
+    variance: float
+    linear: Tensor
+    quadratic: Tensor
+
+    def errors(self, grid: Sequence[float]) -> Tensor:
+        """Evaluate.
+
+        Args:
+            grid: Ridge weights.
+
+        Returns:
+            One non-negative error a weight, shape ``(len(grid),)``.
+        """
+        weights = torch.tensor(grid, dtype=self.linear.dtype, device=self.linear.device)
+        f = 1.0 / (self.train.values + weights[:, None] * self.train.mean_variance)
+        twice = f * self.quadratic if self.quadratic.ndim == 1 else f @ self.quadratic
+        return (self.variance - 2 * f @ self.linear + (twice * f).sum(dim=1)).clamp_min(0)
+
+
+def held_out(train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float) -> HeldOut:
+    """Set up the squared error on held-out moments.
+
+    Args:
+        train: The problem fitted on the other folds.
+        c_xx: Held-out products of the regressors about the training means, ``(d_in, d_in)``.
+        c_xy: Held-out products with the targets, ``(d_in, d_out)``.
+        c_yy_trace: Held-out squared deviation of the targets from their training mean, a sample.
+
+    Returns:
+        The error, ready for any ridge weight.
+    """
+    # With K = U diag(f) W, W = UᵀC_xy: SSE = tr C_yy - 2 f·v + fᵀMf costs O(k²) a weight.
+    rotated = train.vectors.T @ (c_xx @ train.vectors)
+    linear = (train.projected * (train.vectors.T @ c_xy)).sum(dim=1)
+    return HeldOut(train, c_yy_trace, linear, rotated.mul_(train.projected @ train.projected.T))
+
+
+def in_sample(train: Spectrum, c_yy_trace: float) -> HeldOut:
+    """Set up the squared error on the moments that the problem was fitted to.
+
+    Args:
+        train: The problem.
+        c_yy_trace: Variance of the targets, summed over units.
+
+    Returns:
+        The error, ready for any ridge weight.
+    """
+    linear = train.projected.square().sum(dim=1)
+    return HeldOut(train, c_yy_trace, linear, train.values * linear)
+
+
+def held_out_errors(
+    train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float, grid: Sequence[float]
+) -> list[float]:
+    """Squared error a sample on held-out moments, for each ridge weight at once.
+
+    Args:
+        train: As in :func:`held_out`.
+        c_xx: As there.
+        c_xy: As there.
+        c_yy_trace: As there.
+        grid: Ridge weights.
+
+    Returns:
+        One non-negative error a weight.
+    """
+    errors: list[float] = held_out(train, c_xx, c_xy, c_yy_trace).errors(grid).tolist()
+    return errors
