@@ -16,17 +16,15 @@ from lightning_koopman.components import (
     named_components,
     transparent_modules,
 )
-from lightning_koopman.dataflow import DataFlow
+from lightning_koopman.origins import Origins
 from lightning_koopman.recorded import INPUT, OUTPUT, Recorded
 from lightning_koopman.tensors import (
-    all_tensors,
     detached_copy,
     first_packed,
     first_tensor,
     unpacked,
 )
 
-_BATCH = "batch:"
 _NO_LABELS: frozenset[str] = frozenset()
 
 
@@ -72,8 +70,6 @@ class Capture:
         skipped: Components that gave nothing to record in the current pass.
         parts: By state, in order of execution, the module calls that its component is made of; the last
             one gives the state. A second call of a module reads ``name#1``, as states do.
-        untraced: What kept the data from being followed, if anything did; :attr:`Recorded.sources` then
-            mean nothing.
 
     Raises:
         ValueError: If the components cannot be chosen, or the model is a TorchScript module.
@@ -111,8 +107,7 @@ class Capture:
         self._passes = 0
         self._follow = follow
         self._on_call = on_call
-        self.flow: DataFlow | None = None
-        self.untraced: Exception | None = None
+        self._origins = Origins()
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -134,7 +129,7 @@ class Capture:
                 end = dict(clean_modules(self._model))[self.end]
                 self._handles.append(end.register_forward_hook(lambda _m, _a, out: self.record_end(out)))
             if self._follow and self._passes == 0:
-                self._enter_flow()
+                self._origins.follow()
         except BaseException:
             self.remove()
             raise
@@ -150,7 +145,7 @@ class Capture:
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
-        self._leave_flow()
+        self._origins.leave()
         for handle in (*self._handles, *self._input_handles.values()):
             handle.remove()
         self._handles.clear()
@@ -169,13 +164,10 @@ class Capture:
         self._current: tuple[str, int, int] | None = None
         self._closed = False
         self._error: Exception | None = None
-        self._origins: dict[str, str] = {}
         self._sources_of: dict[str, tuple[frozenset[str] | None, bool]] = {}
-        self._batch = batch
         self.skipped: list[str] = []
         self._unusable: str | None = None
-        if self.flow is not None:
-            self._label_batch(self.flow)
+        self._origins.start_pass(batch)
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and hand over its states.
@@ -191,7 +183,7 @@ class Capture:
         if error is None and self._unusable is not None:
             error = ValueError(self._unusable)
         self._passes += error is None
-        self._leave_flow()
+        self._origins.leave()
         if self._passes == 1 and self._on_call is None:
             self._keep_input_hooks()
         self.start_pass()
@@ -205,6 +197,11 @@ class Capture:
         for module in list(self._input_handles):
             if module not in takes_input:
                 self._input_handles.pop(module).remove()
+
+    @property
+    def untraced(self) -> Exception | None:
+        """What kept the data from being followed, if anything did; sources then mean nothing."""
+        return self._origins.error
 
     @property
     def silent(self) -> list[str]:
@@ -223,7 +220,7 @@ class Capture:
         name = self.end or OUTPUT
         if self._closed or name in self._states:
             return
-        sources = None if self.flow is None else self._sources(self.flow.labels(value))
+        sources = self._origins.of(value)
         tensor = first_tensor(value)
         if tensor is None:
             raise ValueError(
@@ -259,21 +256,6 @@ class Capture:
                 ancestor = module
         return ancestor
 
-    def _enter_flow(self) -> None:
-        self.flow = DataFlow()
-        self._label_batch(self.flow)
-        self.flow.__enter__()
-
-    def _leave_flow(self) -> None:
-        flow, self.flow = self.flow, None
-        if flow is not None:
-            flow.__exit__()
-            self.untraced = flow.error
-
-    def _label_batch(self, flow: DataFlow) -> None:
-        for i, tensor in enumerate(all_tensors(self._batch)):
-            flow.label(tensor, f"{_BATCH}{i}")
-
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any) -> None:
         # A second call within one step (two views, a teacher) is another pass: the first one counts.
@@ -286,36 +268,20 @@ class Capture:
         if tensor is not None:
             if self._passes == 0 and self._is_input(tensor):
                 self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
-                self._claim(tensor, self._inputs[key])
+                self._origins.claim(tensor, self._inputs[key])
             if key in self._inputs:
                 name = self._inputs[key]
                 recorded = self._recorded(name, module, (args, kwargs), tensor, _NO_LABELS)
                 self._states[name] = self._keep(recorded.tensor, recorded)
-        flow, sources = self.flow, None
-        if flow is not None:
-            sources = self._sources(flow.labels((args, kwargs)))
         if self._on_call is not None:
-            followed = None if flow is None else lambda value: self._sources(flow.labels(value))
+            followed = self._origins.of if self._origins.following else None
             self._on_call(module, key[1], args, kwargs, followed)
-        self._pending[id(module)] = (sources, tensor is not None)
+        self._pending[id(module)] = (self._origins.of((args, kwargs)), tensor is not None)
 
     def _is_input(self, tensor: Tensor) -> bool:
         """Tell whether a component takes data of the batch that no component has taken before."""
-        labels = _NO_LABELS if self.flow is None else self.flow.labels(tensor)
-        if labels:
-            return all(name.startswith(_BATCH) and name not in self._origins for name in labels)
-        return not self._states
-
-    def _claim(self, tensor: Tensor, name: str) -> None:
-        """Let whatever the network input was made of count as that input from now on."""
-        if self.flow is not None:
-            if not self.flow.labels(tensor):
-                self.flow.label(tensor, name)
-            self._origins |= {label: name for label in self.flow.labels(tensor)}
-
-    def _sources(self, labels: frozenset[str]) -> frozenset[str]:
-        known = {self._origins.get(label, label) for label in labels}
-        return frozenset(name for name in known if not name.startswith(_BATCH))
+        fresh = self._origins.is_fresh(tensor)
+        return not self._states if fresh is None else fresh
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -342,10 +308,7 @@ class Capture:
         assert self._raw is not None
         if tensor is None or tensor.shape[:1] != self._raw.shape[:1]:
             return False
-        if self.flow is None:
-            return True
-        labels = self.flow.labels(tensor)
-        return self.flow.error is not None or name in labels
+        return self._origins.may_hold(tensor, name)
 
     def _count(self, module: nn.Module) -> int:
         call = self._calls.get(id(module), 0)
@@ -372,8 +335,7 @@ class Capture:
         if name in self._sources_of:
             sources, from_float = self._sources_of[name]
         self._sources_of[name] = (sources, from_float)
-        if self.flow is not None:
-            self.flow.label(output, name)
+        self._origins.mark(output, name)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
             recorded = self._recorded(name, module, output, tensor, sources, from_float)

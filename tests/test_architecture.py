@@ -17,6 +17,7 @@ CORE = [
     "isolation",
     "components",
     "recorded",
+    "origins",
     "capture",
     "pooling",
     "row_forms",
