@@ -16,6 +16,7 @@ from lightning_koopman.layout import Layout
 from lightning_koopman.regression import (
     Factored,
     HeldOut,
+    Solved,
     Spectrum,
     alive,
     held_out,
@@ -36,7 +37,8 @@ class Split:
     """The regression problems on some folds, and the moments of the fold left out.
 
     ``directions`` are the POD directions of the output, leading first, in its coordinates, and
-    ``output_rank`` is how many of them are alive.
+    ``output_rank`` is how many of them are alive. ``problems`` make way for ``solved`` once the ridge
+    weights are known.
     """
 
     count: float
@@ -45,6 +47,7 @@ class Split:
     problems: tuple[Spectrum, ...]
     directions: Tensor
     output_rank: int
+    solved: tuple[Solved, ...] = ()
 
     @property
     def widths(self) -> list[int]:
@@ -226,12 +229,24 @@ def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
     return r2(errors.sum(0), totals.sum(0)), without
 
 
-def step_factors(layout: Layout, split: Split, chosen: Sequence[float]) -> list[list[Factored]]:
-    """Solve every step, cut into one block a state it reads, without multiplying it out."""
-    return [
-        problem.parts(tikhonov, [split.widths[p] for p in layout.parents[i]])
-        for i, (problem, tikhonov) in enumerate(zip(split.problems, chosen, strict=True), start=1)
-    ]
+def solve_steps(split: Split, *chosen: Sequence[float]) -> Split:
+    """Solve every step for one or more choices of ridge weights, and let go of what takes memory."""
+    solved = tuple(
+        problem.solved(set(weights)) for problem, *weights in zip(split.problems, *chosen, strict=True)
+    )
+    return replace(split, problems=(), solved=solved)
+
+
+def step_factors(
+    layout: Layout, split: Split, chosen: Sequence[float]
+) -> Sequence[Sequence[Tensor | Factored]]:
+    """Give every step's operator, cut into one block a state it reads."""
+    widths = [[split.widths[p] for p in layout.parents[i]] for i in range(1, len(layout.dims))]
+    if split.solved:
+        solutions = zip(split.solved, chosen, widths, strict=True)
+        return [solved.parts(weight, sizes) for solved, weight, sizes in solutions]
+    problems = zip(split.problems, chosen, widths, strict=True)
+    return [problem.parts(weight, sizes) for problem, weight, sizes in problems]
 
 
 def step_blocks(
@@ -289,12 +304,12 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
     """Effective rank of the state behind each component: how many of its directions vary."""
     # A direction of variance v counts v² / (v² + t²). So the rank moves smoothly with the data, and
     # units that wake in one sample of a million do not count.
-    ranks = []
+    ranks, known = [], split.solved or split.problems
     for i in range(1, len(layout.dims)):
-        at_hand = i < len(split.problems) and i + 1 not in layout.excited
+        at_hand = i < len(known) and i + 1 not in layout.excited
         if at_hand and layout.parents[i + 1] == (i,):
             # This state is the regressor of the next step, whose spectrum is at hand.
-            values = split.problems[i].values
+            values = known[i].values
         else:
             values = torch.linalg.eigvalsh(split.train[i, i])
             values = values[alive(values)]

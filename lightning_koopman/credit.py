@@ -16,6 +16,7 @@ from lightning_koopman.chain import (
     Split,
     fit_chain,
     fit_steps,
+    solve_steps,
     split_chain,
     split_folds,
     state_ranks,
@@ -120,6 +121,8 @@ def compute_credits(
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )
     step, chosen, chosen_without = fit_steps(layout, whole, folds, tikhonov)
+    for fold, without_it in enumerate(chosen_without):
+        folds[fold] = solve_steps(folds[fold], chosen, without_it)
     behind = fit_chain(layout, whole, folds, chosen)
     asked = len(targets) if targets is not None else whole.output_rank
     asked = min(asked, rank) if rank is not None else asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,31 @@ class Factored:
     def __matmul__(self, other: Tensor) -> Tensor:
         product: Tensor = self.vectors @ (self.filters * (self.projected @ other))
         return product
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A regression problem's operators under the ridge weights that were asked for.
+
+    Attributes:
+        values: Kept eigenvalues of C_xx, descending, shape ``(k,)``.
+        matrices: K of shape ``(d_in, d_out)`` by ridge weight.
+    """
+
+    values: Tensor
+    matrices: Mapping[float, Tensor]
+
+    def parts(self, tikhonov: float, widths: Sequence[int]) -> list[Tensor]:
+        """Give an operator, cut into one block a state that it reads.
+
+        Args:
+            tikhonov: One of the ridge weights solved for.
+            widths: Widths of the states.
+
+        Returns:
+            Blocks of shape ``(width, d_out)``.
+        """
+        return list(torch.split(self.matrices[tikhonov], list(widths)))
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,17 @@ class Spectrum:
             Factored(vectors, filters, self.projected)
             for vectors in torch.split(self.vectors, list(widths))
         ]
+
+    def solved(self, weights: Collection[float]) -> Solved:
+        """Solve for some ridge weights, and let go of the eigenbasis.
+
+        Args:
+            weights: In units of the regressors' mean variance.
+
+        Returns:
+            The solutions, which take half the memory if there is one.
+        """
+        return Solved(self.values, {weight: self.matrix(weight) for weight in weights})
 
     @property
     def condition(self) -> float:
