@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lightning_koopman.alterations import altered_output, altered_weights
@@ -14,7 +13,7 @@ from lightning_koopman.effects import Kind
 from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import regressor_sites, state_sites, whole_operator
-from lightning_koopman.runs import Runner, UnitMoments
+from lightning_koopman.runs import Runner, UnitMoments, rows_by_sample
 from lightning_koopman.sites import Alteration, Site, find_module
 
 
@@ -189,32 +188,6 @@ class Displacements:
                 else:
                     moved[i][draw::draws] = rows[draw::draws]
         return moved
-
-
-def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
-    """Give each sample of a batch one row.
-
-    Args:
-        tensor: A state, or something of its shape.
-        n_samples: Samples of the batch, by the network's output.
-        name: The component, for errors.
-
-    Returns:
-        Shape ``(n_samples, D)``, at least float32.
-
-    Raises:
-        ValueError: If the tensor does not hold an equal number of entries for each sample.
-    """
-    shape = tensor.shape
-    second = len(shape) > 1 and shape[1] == n_samples != shape[0]
-    if second or not shape or not n_samples or shape[0] % n_samples:
-        raise ValueError(
-            f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
-            "effects cannot be told apart by sample; choose components with the samples along their "
-            "first axis"
-        )
-    rows = tensor.reshape(n_samples, -1)
-    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 
 def _sharing_weights(runner: Runner, report: CreditReport) -> list[list[int]]:

@@ -27,9 +27,9 @@ from lightning_koopman.isolation import undisturbed
 from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import linear_maps, state_sites
-from lightning_koopman.runs import Runner, UnitMoments
+from lightning_koopman.runs import Runner, UnitMoments, rows_by_sample
 from lightning_koopman.scoring import Metric, Outputs
-from lightning_koopman.sites import Alteration
+from lightning_koopman.sites import Alteration, Site
 from lightning_koopman.tables import as_text
 
 if TYPE_CHECKING:
@@ -171,7 +171,8 @@ def intervene(
 
     Raises:
         ValueError: If an argument is out of range, the report does not belong to the model, a linear
-            map must be fitted but ``fit_batches`` is missing, or a component cannot be re-initialised.
+            map must be fitted but ``fit_batches`` is missing, a component cannot be re-initialised, or
+            the samples are not along the first axis of its output.
     """
     check_alterations(report, kinds, components, strength, draws)
     scale = _agreed_scale(report, kinds, scale, strength)
@@ -179,10 +180,16 @@ def intervene(
     runner = Runner(model, batches, forward_fn)
     sites = state_sites(report)
     moments = UnitMoments()
+
+    def take(values: Mapping[Site, Tensor]) -> None:
+        if set(kinds) & {"linear", "output_noise", "skip"}:
+            n_samples = len(values[sites[report.components[-1]]])
+            for name in report.components:
+                rows_by_sample(values[sites[name]], n_samples, name)
+        moments.update(values)
+
     with undisturbed(model):
-        before = Outputs.of(
-            runner.run(sites.values(), update=moments.update), runner.batches, scale, metric
-        )
+        before = Outputs.of(runner.run(sites.values(), update=take), runner.batches, scale, metric)
         maps: Mapping[str, LinearMap] = {}
         if "linear" in kinds:
             fit_on = None if fit_batches is None else Runner(model, fit_batches, forward_fn)

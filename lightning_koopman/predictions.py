@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.alterations import check_alterations
-from lightning_koopman.displacements import Displacements, Shift, rows_by_sample
+from lightning_koopman.displacements import Displacements, Shift
 from lightning_koopman.effects import KINDS, Effects, Kind, Scale
 from lightning_koopman.forward import ForwardFn
 from lightning_koopman.isolation import undisturbed
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import state_sites
-from lightning_koopman.runs import Runner
+from lightning_koopman.runs import Runner, rows_by_sample
 from lightning_koopman.scoring import Outputs
 from lightning_koopman.sites import Alteration, Site
 

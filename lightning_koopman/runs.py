@@ -129,3 +129,29 @@ class UnitMoments:
         """Give each unit's standard deviation at a site."""
         first, second = (total / self._count[site] for total in self._sums[site])
         return (second - first.square()).clamp_min(0).sqrt()
+
+
+def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
+    """Give each sample of a batch one row.
+
+    Args:
+        tensor: A state, or something of its shape.
+        n_samples: Samples of the batch, by the network's output.
+        name: The component, for errors.
+
+    Returns:
+        Shape ``(n_samples, D)``, at least float32.
+
+    Raises:
+        ValueError: If the tensor does not hold an equal number of entries for each sample.
+    """
+    shape = tensor.shape
+    second = len(shape) > 1 and shape[1] == n_samples != shape[0]
+    if second or not shape or not n_samples or shape[0] % n_samples:
+        raise ValueError(
+            f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
+            "effects cannot be told apart by sample; choose components with the samples along their "
+            "first axis"
+        )
+    rows = tensor.reshape(n_samples, -1)
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

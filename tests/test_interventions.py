@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_koopman import CreditReport, credit_report, intervene, predict_effects
 from lightning_koopman.effects import KINDS
@@ -448,3 +448,23 @@ def test_tensors_of_several_axes_are_not_read_in_the_order_of_the_reports_rows()
     np.testing.assert_allclose(result.effect, 0, atol=1e-9)
     predicted = predict_effects(net, [x], report, ["linear"], scale="relative")
     np.testing.assert_allclose(predicted.effects.values["linear"], 0, atol=1e-9)
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.LSTM(4, 6), nn.LSTM(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)[0])[0][-1])
+
+
+def test_outputs_are_not_altered_where_the_samples_are_along_another_axis() -> None:
+    torch.manual_seed(0)
+    net = SequenceFirst()
+    batches = [torch.randn(5, 20, 4) for _ in range(5)]
+    report = credit_report(net, batches)
+    message = r"'first' gave a tensor of shape \(5, 20, 6\) for 20 samples of the output"
+    with pytest.raises(ValueError, match=message):
+        intervene(net, batches, report, ["output_noise"])
+    assert (intervene(net, batches, report, ["weight_noise"]).effect > 0).all()
