@@ -23,6 +23,7 @@ from lightning_koopman.tensors import (
     first_packed,
     first_tensor,
     unpacked,
+    whole,
 )
 
 _NO_LABELS: frozenset[str] = frozenset()
@@ -227,6 +228,7 @@ class Capture:
                 f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
                 "let output= give one"
             )
+        tensor = whole(tensor)
         self._states[name] = self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
 
     def _named_output(self, model: nn.Module, output: str) -> str:
@@ -354,4 +356,4 @@ class Capture:
         if packed is not None and packed.data is tensor:
             tensor, lengths = unpacked(packed)
             return Recorded(name, module, tensor, lengths, sources, from_float)
-        return Recorded(name, module, tensor, None, sources, from_float)
+        return Recorded(name, module, whole(tensor), None, sources, from_float)

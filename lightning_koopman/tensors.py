@@ -121,3 +121,17 @@ def detached_copy(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     return tensor.detach().clone()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor whose parts lie in several processes; a collective for those, else a no-op.
+
+    Args:
+        tensor: Any tensor; a ``DTensor``, as tensor parallelism makes them, is gathered.
+
+    Returns:
+        A tensor that this process holds all of.
+    """
+    gather = getattr(tensor, "full_tensor", None)
+    gathered: Tensor = tensor if gather is None else gather()
+    return gathered

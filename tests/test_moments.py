@@ -77,6 +77,54 @@ def test_held_out_products_are_about_the_means_given() -> None:
         assert np.allclose(test[i, j].numpy(), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("about", [None, 0, 2])
+def test_what_is_left_out_and_the_variances_are_those_of_the_samples(about: int | None) -> None:
+    states = chain(50, (4, 3, 2), offset=3.0)
+    folds = torch.arange(50) % 5
+    layout = Layout((4, 3, 2), 5)
+    moments = gathered(layout, states, folds)
+    means = None if about is None else [s[folds == about].mean(0) for s in states]
+    given = covariances(layout, moments.sum(0), without=moments[1], about=means)
+    rest = [s[folds != 1] for s in states]
+    means = [s.mean(0) for s in rest] if means is None else means
+    apart = [(s - mean).numpy() for s, mean in zip(rest, means, strict=True)]
+    assert given.count == 40
+    for i, j in layout.pairs:
+        assert np.allclose(given[i, j].numpy(), apart[i].T @ apart[j] / 40, rtol=0, atol=1e-11)
+    for i, variances in enumerate(given.variances):
+        assert np.allclose(variances.numpy(), (apart[i] ** 2).mean(0), rtol=0, atol=1e-11)
+        assert torch.equal(given.means[i], means[i]) or about is None
+
+
+def test_a_centre_is_taken_off_every_state() -> None:
+    states, folds = chain(40, (4, 3, 2), offset=5.0), torch.arange(40) % 3
+    layout = Layout((4, 3, 2), 3)
+    center = [torch.linspace(1, 2, s.shape[1], dtype=torch.float64) for s in states]
+    given = layout.zeros()
+    accumulate(layout, given, states, folds, center)
+    expected = gathered(layout, [s - c for s, c in zip(states, center, strict=True)], folds)
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-12)
+
+
+def test_of_a_state_that_no_step_reads_the_diagonal_is_enough() -> None:
+    states, folds = chain(40, (4, 3, 6)), torch.arange(40) % 4
+    whole, small = Layout((4, 3, 6), 4), Layout((4, 3, 6), 4, squares=(2,))
+    assert small.size == whole.size - 36 + 6
+    rows = [gathered(layout, states, folds) for layout in (whole, small)]
+    full = covariances(whole, rows[0].sum(0), without=rows[0][2])
+    part = covariances(small, rows[1].sum(0), without=rows[1][2])
+    assert torch.allclose(part.variances[2], full.variances[2], rtol=0, atol=1e-14)
+    assert torch.allclose(part[1, 2], full[1, 2], rtol=0, atol=1e-14)
+
+
+def test_no_sample_gives_zeros() -> None:
+    layout = Layout((3, 2), 2)
+    given = covariances(layout, layout.zeros()[0])
+    assert given.count == 0
+    assert not given[0, 1].any()
+    assert not given.variances[0].any()
+
+
 @pytest.mark.parametrize("delay", [1, 2])
 def test_pairs_kept_are_those_within_the_delay_and_with_the_output(delay: int) -> None:
     layout = Layout((1, 1, 1, 1), 2, delay)

@@ -394,3 +394,16 @@ def test_a_ridge_weight_must_be_finite_and_not_negative(tikhonov: float) -> None
         check_tikhonov(tikhonov)
     with pytest.raises(ValueError, match="tikhonov is"):
         fit_operator(torch.ones(3, 2), torch.ones(3, 2), tikhonov=tikhonov)
+
+
+@pytest.mark.parametrize(
+    ("folds", "mean", "chosen"), [(9, 0.3, 0.0), (9, 0.4, 1.0), (2, 0.6, 0.0), (2, 0.8, 1.0)]
+)
+def test_a_smaller_weight_must_be_within_one_standard_error(
+    folds: int, mean: float, chosen: float
+) -> None:
+    # Paired differences of this mean and a standard deviation of 1: their sum has the error √folds.
+    noise = np.random.default_rng(0).standard_normal(folds)
+    excess = (noise - noise.mean()) / noise.std(ddof=1) + mean
+    table = np.stack([5 + excess, np.full(folds, 5.0)], axis=1)
+    assert choose_tikhonov(table.tolist(), (0.0, 1.0)) == chosen

@@ -1,0 +1,106 @@
+"""Models whose weights are spread over processes, on two gloo processes."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from lightning_koopman import credit_report
+
+pytestmark = pytest.mark.slow
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(6, 8)
+        self.down = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+
+
+def batches() -> list[Tensor]:
+    return list(torch.randn(200, 6, generator=torch.Generator().manual_seed(1)).split(50))
+
+
+def fully_sharded() -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net, mesh = Net(), init_device_mesh("cpu", (2,))
+    for part in (net.up, net.down, net.head, net):
+        fully_shard(part, mesh=mesh)
+    return net
+
+
+def tensor_parallel(keeps_parts: bool) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    mesh = init_device_mesh("cpu", (2,))
+    plan = {
+        # States between the two layers stay spread over the processes, as DTensors.
+        "up": ColwiseParallel(use_local_output=not keeps_parts)
+        if keeps_parts
+        else ColwiseParallel(output_layouts=Replicate()),
+        "down": RowwiseParallel() if keeps_parts else ColwiseParallel(output_layouts=Replicate()),
+    }
+    return parallelize_module(Net(), mesh, plan)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def work(rank: int, kind: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    warnings.simplefilter("ignore")
+    model = fully_sharded() if kind == "fsdp" else tensor_parallel(kind == "dtensor")
+    # What the strategy itself hooks in is there before as well.
+    before, own_hooks = dict(model.named_parameters()), hooks(model)
+    given: Any
+    try:
+        report = credit_report(model, batches())
+        given = {"credit": report.credit, "r2": report.r2, "total": report.total}
+        given |= {"widths": report.widths, "notes": report.notes, "hooks": hooks(model) - own_hooks}
+        given["kept"] = all(p is before[name] for name, p in model.named_parameters())
+    except Exception as error:
+        given = f"{type(error).__name__}: {error}"
+    torch.save(given, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "replicated", "dtensor"])
+def test_sharded_weights_give_the_report_of_one_process(kind: str, tmp_path: Path) -> None:
+    mp.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
+    expected = credit_report(Net(), batches())
+    for rank in range(2):
+        given = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert isinstance(given, dict), given
+        assert given["widths"] == expected.widths
+        np.testing.assert_allclose(given["credit"], expected.credit, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(given["r2"], expected.r2, rtol=1e-4, atol=1e-5)
+        assert given["total"] == pytest.approx(expected.total, abs=1e-5)
+        assert given["kept"]
+        assert given["hooks"] == 0
+        # The collective that gathers a replicated output is not followed, and the report says so.
+        unfollowed = [note for note in given["notes"] if "could not be followed" in note]
+        assert len(unfollowed) == len(given["notes"]) == (kind == "replicated")
