@@ -295,3 +295,59 @@ def test_resume_in_mid_epoch(tmp_path: Any) -> None:
 
 def _rows(parts: list[tuple[Tensor]]) -> Tensor:
     return torch.stack([part[0] for part in parts])
+
+
+class Stops(L.Callback):
+    """Presses Ctrl-C, or breaks, in one hook; ``after`` hooks of that name were called."""
+
+    def __init__(self, hook: str, error: BaseException, after: int = 0) -> None:
+        self.left = after
+
+        def stop(*_: Any, **__: Any) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise error
+
+        setattr(self, hook, stop)
+
+
+PHASES = (
+    "setup",
+    "on_fit_start",
+    "on_sanity_check_start",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_train_epoch_end",
+    "on_train_end",
+    "teardown",
+)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("hook", PHASES)
+def test_ctrl_c_in_every_phase(hook: str, ours_first: bool) -> None:
+    check_alike(others=lambda: [Stops(hook, KeyboardInterrupt())], ours_first=ours_first)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Fault("late")], ids=repr)
+def test_what_was_measured_before_the_end_is_kept(error: BaseException, tmp_path: Any) -> None:
+    monitor, logger = KoopmanCreditMonitor(), CSVLogger(tmp_path)
+    _, trainer, end = fit(
+        [monitor],
+        logger=logger,
+        max_epochs=4,
+        others=lambda: [Stops("on_train_epoch_start", error, after=2)],
+    )
+    assert end is not None
+    assert [report.step for report in monitor.history] == [6, 12]
+    assert "koopman/total" in trainer.callback_metrics
+    assert len(monitor.state_dict()["history"]) == 2
+    logger.save()
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    place = rows[0].split(",").index("koopman/total")
+    assert sum(bool(row.split(",")[place]) for row in rows[1:]) == 2
