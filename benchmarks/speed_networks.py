@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman.layout import Layout
+from lightning_koopman.moments import accumulate
 
 
 def paired(base: Callable[[], object], other: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -122,6 +124,27 @@ def against_forward(model: nn.Module, batches: list[Tensor], repeats: int) -> di
             model(batch)
 
     return paired(forward, lambda: credit_report(model, batches), repeats)
+
+
+def products_alone() -> float:
+    """The products of the MLP's states, by themselves, over its forward pass."""
+    model, rows = mlp().eval(), torch.randn(4096, 64)
+    states = [rows]
+    with torch.no_grad():
+        for part in model:
+            states.append(part(states[-1]))
+    states = [states[i] for i in (0, 2, 4, 6, 7)]
+    layout = Layout(tuple(state.shape[1] for state in states), 5)
+    moments, folds = layout.zeros(), torch.randint(0, 5, (len(rows),))
+    center = [state.double().mean(0) for state in states]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for batch in rows.split(256):
+            model(batch)
+
+    found = paired(forward, lambda: accumulate(layout, moments, states, folds, center), 30)
+    return found["ratio"]
 
 
 def against_conductance() -> dict[str, float]:

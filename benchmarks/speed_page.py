@@ -6,40 +6,48 @@ Written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, wi
 `benchmarks` and `OMP_NUM_THREADS=1`; about half an hour). Two virtual cores of an Intel Xeon with
 AVX-512, no GPU, one thread, torch <torch>. Other work ran on the machine: seconds are processor
 seconds of the measuring process, both sides of a ratio were measured in turn in one run, and the
-median is taken over neighbours. Trust the ratios, not the seconds.
+median is taken over neighbours. Trust the ratios, not the seconds. Sections were measured one by one,
+while the machine was between half and four times overbooked.
 
 ## One report over all components against the plain forward pass
 
 The same batches run through the network alone, and through `credit_report` with its defaults: all
 components, all samples, 5 folds, error bars.
 
-<reports>
+<!-- reports -->
+<!-- end -->
 
 What a report costs has two parts. One does not depend on the number of samples: fitting the POD
 bases to the first 512 samples and, at the end, six eigendecompositions a component (one over all
 samples, five for the error bars), 30 ms together at 256 dimensions. The other is paid for each
 sample: pooling and projecting the states, and their products.
 
-The MLP's forward pass takes 116,000 floating-point operations a sample in float32. Its products
-take 235,000 in float64, symmetric ones counted once, at half the rate: on this machine 3.5 times
-the forward pass at full speed of the matrix unit, so that 4.5 is the floor of the ratio in float64.
-The rest is copies, hashes that tell the folds, hooks in Python, and the report itself, each of
-which is as long as half a forward pass of so small a network. Products in float32 would halve the
-largest part. They are not used: see below.
+The MLP's forward pass takes 116,000 floating-point operations a sample, in float32. Its products
+take 256,000, in float64, which the processor does at half the rate.
+
+<!-- floor -->
+<!-- end -->
+
+The rest is copies, hashes that tell the folds, hooks in Python and the report itself, and each of
+these takes a good part of the forward pass of so small a network. Products in float32 would halve
+the largest part; they are not used, for reasons given below. Networks that do more work a component
+than an MLP of this size pay little, from a few thousand samples on.
 
 ## Riding along validation
 
 `KoopmanCreditMonitor` watches the validation batches that Lightning runs anyway. Its hooks are
 taken off before training goes on.
 
-<riding>
+<!-- riding -->
+<!-- end -->
 
 ## Against Captum
 
 `LayerConductance` with 50 steps, for each linear layer, against one report; the same samples at
 once.
 
-<conductance>
+<!-- conductance -->
+<!-- end -->
 
 ## Operator fit
 
@@ -47,17 +55,20 @@ ReLU snapshots, float64. scikit-learn, kooplearn, gelsd and PyDMD fit once; `fit
 defaults also holds out R² over five folds, for which it fits five times more. `folds=None` leaves
 that out.
 
-<fits>
+<!-- fits -->
+<!-- end -->
 
 Residuals relative to that of gelsd (with a cut-off of 1e-10), at 10,000 samples:
 
-<residuals>
+<!-- residuals -->
+<!-- end -->
 
-Products of centred float32 blocks of 512 rows, summed in float64, are as good in the residual. In
-the eigenvalues they are not: rounding of 1e-8 of the largest hides every direction below it, so
-that dead and duplicate directions count towards the rank, a network that is linear to the last
-digit is no longer seen to be, and sums depend on how the samples were divided into batches and
-processes. Ranks and log-determinants decide here, so all products are float64.
+Products of centred float32 blocks of 512 rows, summed in float64, keep eleven digits of the
+residual, and the rank where units are dead or doubled exactly. They do not keep small eigenvalues:
+rounding of 1e-8 of the largest hides every direction below it, so that states confined to a
+subspace seem to fill the space. And sums then depend, in the seventh digit, on how the samples were
+divided into batches and processes, where a report promises nine. Therefore all products are
+float64, whatever the type of the states.
 
 ## Memory
 
@@ -68,15 +79,16 @@ itself, with the state before it and with the last one, in float64. With widths 
     8 F (1 + Σ d_i + Σ d_i² + Σ d_i d_{i+1} + Σ_{i < L-1} d_i d_L) bytes,
 
 whatever the number of samples; further delays and skip connections add the products of the states
-that they bring together. Beside it there are at most 2^22 gathered values, the POD bases, and while
-a report is made the eigenvectors and operators of all splits, about as much again. Networks of
-layers of one width with ReLUs, peak on top of a forward pass:
+that they bring together. Beside it there are at most 2^22 gathered values (or `2 * max_dim` rows),
+the POD bases, and, while a report is made, eigenvectors and operators of all splits: as much again.
+Networks of layers of one width with ReLUs, peak on top of a forward pass:
 
-<memory>
+<!-- memory -->
+<!-- end -->
 
-The cost grows linearly with components, and between the second and the third power of the width:
-products cost d² a sample, eigendecompositions d³ once. More folds cost nothing a sample, but fits
-at the end:
+The cost grows linearly with components and samples, and between the second and the third power of
+the width: products cost d² a sample, eigendecompositions d³ once. Each fold takes one more fit:
 
-<slopes>
+<!-- slopes -->
+<!-- end -->
 """
