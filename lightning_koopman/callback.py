@@ -25,8 +25,10 @@ from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
 from lightning_koopman.session import Session
 from lightning_koopman.trainer_facts import (
+    FREE_FOR_FIGURES,
     batch_size,
     first_loader,
+    free_bytes,
     logged_hyper_parameters,
     logged_step,
     may_skip_validation,
@@ -359,7 +361,7 @@ class KoopmanCreditMonitor(Callback):
         if self._measured_at != trainer.global_step:
             self._measure_final(trainer, pl_module)
         if self._logged_at is not None and trainer.is_global_zero:
-            self._writer.finish(trainer.loggers, self.history, self._logged_at)
+            self._writer.finish(self._with_room(trainer.loggers), self.history, self._logged_at)
 
     def _measure_final(self, trainer: Any, pl_module: Any) -> None:
         if self._from_training:
@@ -415,13 +417,23 @@ class KoopmanCreditMonitor(Callback):
         with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
             start = time.perf_counter()
             loggers = trainer.loggers if trainer.is_global_zero else []
-            self._writer.draw(loggers, self.history, step)
+            self._writer.draw(self._with_room(loggers), self.history, step)
             overhead = seconds + time.perf_counter() - start
             scalars = self._writer.scalars(report, overhead)
             for logger in loggers:
                 logger.log_metrics(scalars, step=step)
         every = {**report.to_scalars(self.prefix), **scalars}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in every.items()})
+
+    def _with_room(self, loggers: Sequence[Any]) -> list[Any]:
+        """Pick the loggers whose disk will not be filled by figures, which could end the training."""
+        roomy = [logger for logger in loggers if free_bytes(logger) >= FREE_FOR_FIGURES]
+        if len(roomy) < len(loggers):
+            self._warn_once(
+                f"less than {FREE_FOR_FIGURES // 2**20} MiB are free where a logger writes, so it gets "
+                "scalars only, and neither figures nor histograms"
+            )
+        return roomy
 
     def _warn_once(self, message: str, *, kind: str | None = None) -> None:
         if (kind or message) not in self._warned:

@@ -197,7 +197,9 @@ def _cell_means(values: Tensor, cells: int, valid: Tensor | None) -> Tensor:
     inside = (place >= cell * lengths // cells) & (place < -(-(cell + 1) * lengths // cells))
     weights = (inside & valid[:, None, :]).to(torch.promote_types(values.dtype, torch.float32))
     weights = weights / weights.sum(dim=2, keepdim=True).clamp_min(1)
-    means: Tensor = values.to(weights) @ weights.transpose(1, 2)
+    # Hooks run in the user's autocast, where a product would lose half its digits.
+    with torch.autocast(values.device.type, enabled=False):
+        means: Tensor = values.to(weights) @ weights.transpose(1, 2)
     return means
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import assert_untouched, fit
 from torch import nn
 
-from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman import KoopmanCreditMonitor, callback, credit_report
 from lightning_koopman.cli import main
 from lightning_koopman.report_files import read_reports, write_reports
+from lightning_koopman.trainer_facts import free_bytes
 
 USER_CODE = """
 import torch
@@ -99,11 +102,8 @@ class Own(L.Callback):
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 @pytest.mark.parametrize("spoil", [fill, read_only])
 def test_a_log_folder_that_fails(kind: Any, spoil: Any, epoch: int, tiny_disks: list[Path]) -> None:
-    """Training ends as it does without us, and what was measured until then is kept.
-
-    Without figures, which alone would fill these disks before the fault does.
-    """
-    ends, models, monitors = [], [], [[], [KoopmanCreditMonitor(figures=False)]]
+    """Training ends as it does without us, and what was measured until then is kept."""
+    ends, models, monitors = [], [], [[], [KoopmanCreditMonitor()]]
     for disk, given in zip(tiny_disks, monitors, strict=True):
         spoiler = Own(functools.partial(spoil, disk), epoch)
         model, _, end = fit(given, logger=kind(disk), others=lambda own=spoiler: [own])
@@ -171,3 +171,22 @@ def test_a_file_that_may_grow_no_further(project: Path) -> None:
     assert (project / "r.json").read_text() == before
     assert read_reports("r.json") == []
     assert not list(project.glob("*.tmp"))
+
+
+def test_figures_are_left_out_where_they_could_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
+    said: list[str] = []
+    monkeypatch.setattr(callback, "rank_zero_warn", lambda message, **_: said.append(message))
+    fit([KoopmanCreditMonitor()], logger=TensorBoardLogger(tmp_path))
+    assert [m for m in said if "less than 64 MiB are free where a logger writes" in m] == said[:1]
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
+    events.Reload()
+    assert events.Tags()["images"] == events.Tags()["histograms"] == []
+    assert "koopman/total" in events.Tags()["scalars"]
+
+
+def test_a_logger_that_tells_no_folder_has_room() -> None:
+    assert free_bytes(object()) == float("inf")

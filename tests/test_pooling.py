@@ -142,3 +142,13 @@ def test_what_holds_data_is_read_off_lengths(name: str) -> None:
 )
 def test_two_equal_axes_tell_where_the_channels_are(shape: tuple[int, ...], first: bool) -> None:
     assert has_channels_first(torch.zeros(shape), nn.Identity()) is first
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_means_over_positions_keep_their_digits_under_autocast(masked: bool) -> None:
+    x = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(7) < torch.tensor([[7], [3], [1], [5], [2]]) if masked else None
+    form = RowForm(reduce="mean")
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = form.rows(x, valid)
+    assert torch.equal(rows, form.rows(x, valid))
