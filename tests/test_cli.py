@@ -219,3 +219,27 @@ def test_evaluate_predicts_effects_on_demand(project: Path, capsys: pytest.Captu
     assert second[0].effects.values["reinit"].any()
     assert main([*given, "--initial-checkpoint", "step20.ckpt"]) == 1
     assert "initial weights are given" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_three_processes_side_by_side_share_the_checkpoints_and_merge(project: Path) -> None:
+    for step in range(30, 70, 10):
+        torch.manual_seed(step)
+        saved = {"state_dict": LitNet(width=9).state_dict(), "global_step": step}
+        torch.save(saved | {"hyper_parameters": {"width": 9}}, project / f"step{step}.ckpt")
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "lightning_koopman.cli"]
+    evaluate = [*command, "evaluate", "--model", "userproject:LitNet", "--data", "userproject:Data"]
+    evaluate += ["--ckpt", "*.ckpt"]
+    shards = [["--shard", f"{i}/3", "--out", f"{i}.json"] for i in (1, 2, 3)]
+    running = [
+        subprocess.Popen([*evaluate, *options], cwd=project, env={**os.environ, "PYTHONPATH": path})
+        for options in [*shards, ["--out", "single.json"]]
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0] * 4
+    files = [f"--reports+={i}.json" for i in (1, 2, 3)]
+    subprocess.run([*command, "merge", *files, "--out", "all.json"], cwd=project, check=True)
+    merged, single = (json.loads((project / name).read_text()) for name in ("all.json", "single.json"))
+    assert [report["step"] for report in merged] == [10, 20, 30, 40, 50, 60]
+    assert [len(json.loads((project / f"{i}.json").read_text())) for i in (1, 2, 3)] == [2, 2, 2]
+    assert merged == single

@@ -67,3 +67,51 @@ def test_a_common_scale_of_all_states_changes_no_credit(power: int, dtype: torch
     torch.testing.assert_close(
         values[1], values[0], rtol=1e-6, atol=1e-4 if dtype == torch.float32 else 1e-7
     )
+
+
+@SLOWLY
+@given(
+    widths=WIDTHS,
+    seed=st.integers(0, 99),
+    power=st.integers(-30, 30),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    size=st.integers(1, 150),
+)
+def test_a_network_of_any_type_and_scale_gives_finite_numbers_and_is_left_as_it_was(
+    widths: list[int], seed: int, power: int, dtype: torch.dtype, size: int
+) -> None:
+    model = chain(widths, seed, nn.LeakyReLU)
+    # The largest and smallest scales that the type itself holds, with room for the layers.
+    limits = torch.finfo(dtype)
+    scale = min(max(10.0**power, limits.tiny * 1e4), limits.max * 1e-4)
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.bias.mul_(scale)
+    model = model.to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = (scale * torch.randn(150, widths[0], dtype=torch.float64)).to(dtype)
+    report = credit_report(model, rows.split(size))
+    if report.directions:
+        for name in ("credit", "gain", "r2", "chain_r2", "sensitivity", "rank"):
+            assert np.isfinite(getattr(report, name)).all(), name
+        assert report.gain.sum() == pytest.approx(report.total, abs=1e-9)
+    assert (report.r2 <= 1).all()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@SLOWLY
+@given(widths=WIDTHS, seed=st.integers(0, 99), power=st.integers(-30, 30))
+def test_a_linear_network_at_any_scale_has_the_volume_of_its_matrix(
+    widths: list[int], seed: int, power: int
+) -> None:
+    widths = sorted(widths, reverse=True)
+    model = chain(widths, seed, nn.Identity)
+    rows = 10.0**power * torch.randn(150, widths[0], dtype=torch.float64)
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.bias.zero_()
+        matrix = model(torch.eye(widths[0], dtype=torch.float64))
+    report = credit_report(model, [rows])
+    volume = np.log(np.linalg.svd(matrix.numpy(), compute_uv=False)[: report.directions]).mean()
+    assert report.directions == widths[-1]
+    assert report.total == pytest.approx(volume, abs=1e-8)
