@@ -27,12 +27,16 @@ class Effects:
     Attributes:
         values: By kind of alteration, the predicted change of the outputs, shape ``(L,)``, not
             negative; NaN where no gradient leads from the outputs to the component.
+        stderr: Standard errors of the values, by kind; NaN where fewer than two folds hold samples.
+        influence_stderr: Standard errors of :attr:`influence`, shape ``(L,)``.
         scale: Unit of the values.
         strength: Standard deviation of noise, as a share of the parameters' or units' own.
         n_samples: Samples that the predictions rest on.
     """
 
     values: Mapping[Kind, NDArray[np.float64]]
+    stderr: Mapping[Kind, NDArray[np.float64]]
+    influence_stderr: NDArray[np.float64]
     scale: Scale
     strength: float
     n_samples: int
@@ -50,24 +54,52 @@ class Effects:
         over components, and the shares are averaged over kinds; a kind without any effect is left
         out. No scale is learned, so influences compare components of one network, and sum to 1.
         """
-        shares = []
-        for effect in self.values.values():
-            moved = np.sqrt(effect)
-            if np.nansum(moved) > 0:
-                shares.append(moved / np.nansum(moved))
-        if not shares:
-            return np.full(len(next(iter(self.values.values()))), np.nan)
-        mean: NDArray[np.float64] = np.mean(shares, axis=0)
-        return mean
+        return mean_share(np.stack(list(self.values.values()), axis=1))
+
+    def cells(self, component: int) -> list[str]:
+        """Give a component's effects and influence for people to read, with their errors.
+
+        Args:
+            component: Its index.
+
+        Returns:
+            One text a kind, with the error as a share of the effect, and one for the influence.
+        """
+        found = []
+        for kind, values in self.values.items():
+            value, error = values[component], self.stderr[kind][component]
+            share = f"±{error / value:.0%}" if value > 0 and np.isfinite(error) else ""
+            found.append(f"{value:.2g}{share}")
+        return [*found, f"{self.influence[component]:.3f}±{self.influence_stderr[component]:.3f}"]
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain Python values, with ``None`` for what is not finite."""
         return {
-            "values": {
-                kind: [float(v) if np.isfinite(v) else None for v in values]
-                for kind, values in self.values.items()
-            },
+            "values": {kind: _plain(values) for kind, values in self.values.items()},
+            "stderr": {kind: _plain(values) for kind, values in self.stderr.items()},
+            "influence_stderr": _plain(self.influence_stderr),
             "scale": self.scale,
             "strength": self.strength,
             "n_samples": self.n_samples,
         }
+
+
+def mean_share(effects: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Average over kinds each component's share of how far the outputs move.
+
+    Args:
+        effects: Shape ``(L, kinds)``, not negative or NaN.
+
+    Returns:
+        Shape ``(L,)``; NaN where no kind has any effect.
+    """
+    moved = np.sqrt(effects)
+    total = np.nansum(moved, axis=0)
+    if not (total > 0).any():
+        return np.full(len(effects), np.nan)
+    shares: NDArray[np.float64] = (moved[:, total > 0] / total[total > 0]).mean(axis=1)
+    return shares
+
+
+def _plain(values: NDArray[np.float64]) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]

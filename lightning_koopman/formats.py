@@ -36,8 +36,10 @@ def to_rows(report: CreditReport) -> list[dict[str, Any]]:
             row[f"{name}_stderr"] = float(report.stderr[name][i])
         if report.effects is not None:
             row["influence"] = float(report.influence[i])
+            row["influence_stderr"] = float(report.effects.influence_stderr[i])
             for kind, effect in report.effects.values.items():
                 row[f"effect_{kind}"] = float(effect[i])
+                row[f"effect_{kind}_stderr"] = float(report.effects.stderr[kind][i])
         row["width"] = report.widths[i]
         row["doubt"] = ", ".join(report.doubts[i])
         rows.append(row)
@@ -82,9 +84,8 @@ def to_markdown(report: CreditReport) -> str:
             "|---" + "|---:" * (len(kinds) + 1) + "|",
         ]
         for i, component in enumerate(report.components):
-            cells = [f"{values[i]:.2g}" for values in report.effects.values.values()]
             name = component.replace("|", "\\|")
-            lines.append(f"| {name} | {' | '.join(cells)} | {report.influence[i]:.3f} |")
+            lines.append(f"| {name} | {' | '.join(report.effects.cells(i))} |")
     lines += ["", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines).rstrip()
 

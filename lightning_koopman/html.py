@@ -116,7 +116,8 @@ def _effects(newest: Sequence[CreditReport]) -> str:
         head = "".join(f"<th>{name}</th>" for name in (*report.effects.values, "influence"))
         rows = []
         for i, component in enumerate(report.components):
-            cells = "".join(f'<td data-value="{v[i]}">{v[i]:.3g}</td>' for v in columns)
+            texts = zip(columns, report.effects.cells(i), strict=True)
+            cells = "".join(f'<td data-value="{v[i]}">{text}</td>' for v, text in texts)
             rows.append(f"<tr><td>{escape(component)}</td>{cells}</tr>")
         tables.append(
             f"<h2>Predicted effects of altering a component{run}</h2><p>{escape(report.effects.unit)}, "

@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_koopman.alterations import check_alterations
+from lightning_koopman.credit import jackknife
 from lightning_koopman.displacements import Displacements, Shift
-from lightning_koopman.effects import KINDS, Effects, Kind, Scale
+from lightning_koopman.effects import KINDS, Effects, Kind, Scale, mean_share
 from lightning_koopman.forward import ForwardFn
 from lightning_koopman.isolation import undisturbed
 from lightning_koopman.report import CreditReport
@@ -73,8 +76,9 @@ def predict_effects(
         seed: Seed of everything that is drawn.
 
     Returns:
-        The report with its ``effects``. The model is left exactly as it was found, gradients included,
-        also when an exception flies.
+        The report with its ``effects`` and their standard errors (delete-one-fold jackknife over samples
+        and draws; what ``linear`` was fitted to is taken as known). The model is left exactly as it was
+        found, gradients included, also when an exception flies.
 
     Raises:
         ValueError: If an argument is out of range, the report does not belong to the model, a component
@@ -101,19 +105,28 @@ def predict_effects(
         local.solve()
         torch.manual_seed(_OTHER_DRAWS + seed)
         each = math.ceil(draws / len(runner.batches))
-        summed = torch.zeros(len(report.components), len(kinds), dtype=torch.float64)
+        folds = report.folds
+        summed = torch.zeros(folds, len(report.components), len(kinds), dtype=torch.float64)
+        counts = torch.zeros(folds, dtype=torch.float64)
         reached = torch.zeros(len(report.components), dtype=torch.bool)
-        for batch in runner.batches:
+        for number, batch in enumerate(runner.batches):
             output, values = runner.run_batch(batch, sites.values())
             # Before the pass with gradients: weights that are altered in between spoil its graph.
             shifts = local.shifts(batch, values, len(output), each)
             output, handles = _tracked(runner, batch, report)
+            # Samples that share a draw share a fold, so that errors cover the draws too.
+            fold = (number * each + torch.arange(len(output)) % min(each, len(output))) % folds
+            counts.index_add_(0, fold, torch.ones(len(fold), dtype=torch.float64))
             for gradients, share in _pulled_back(output, handles, outputs, probes):
-                summed += share * _changes(gradients, shifts, kinds, local, report, len(output))
+                changes = _changes(gradients, shifts, kinds, local, report, len(output))
+                summed.index_add_(0, fold, changes, alpha=share)
                 reached |= torch.tensor([g is not None for g in gradients])
-    effect = torch.where(reached[:, None], summed / outputs.whole, torch.nan).numpy()
+    summed = torch.where(reached[:, None], summed / outputs.whole, torch.nan)
+    effect, stderr, influence_stderr = _with_errors(summed, counts)
     predicted = Effects(
         values={kind: effect[:, column] for column, kind in enumerate(kinds)},
+        stderr={kind: stderr[:, column] for column, kind in enumerate(kinds)},
+        influence_stderr=influence_stderr,
         scale=outputs.scale,
         strength=strength,
         n_samples=outputs.n_samples,
@@ -186,8 +199,8 @@ def _changes(
     report: CreditReport,
     n_samples: int,
 ) -> Tensor:
-    """Squared change of one combination of the outputs, shape ``(components, kinds)``."""
-    change = torch.zeros(len(gradients), len(kinds), dtype=torch.float64)
+    """Squared change of one combination of the outputs, shape ``(n_samples, components, kinds)``."""
+    change = torch.zeros(n_samples, len(gradients), len(kinds), dtype=torch.float64)
     rows = [
         None if gradient is None else rows_by_sample(gradient, n_samples, name)
         for gradient, name in zip(gradients, report.components, strict=True)
@@ -200,13 +213,33 @@ def _changes(
         ]
         if moved:
             total = torch.stack(moved).sum(dim=0).double()
-            change[shift.component, kinds.index(shift.kind)] += total.square().sum().cpu()
+            change[:, shift.component, kinds.index(shift.kind)] += total.square().cpu()
     if "output_noise" in kinds:
         for i, gradient in enumerate(gradients):
             if gradient is not None:
-                spread = local.spread(i).to(gradient.device)
-                change[i, kinds.index("output_noise")] += (gradient * spread).square().sum().cpu()
+                noise = gradient * local.spread(i).to(gradient.device)
+                squares = rows_by_sample(noise, n_samples, report.components[i]).square().sum(dim=1)
+                change[:, i, kinds.index("output_noise")] += squares.double().cpu()
     return change
+
+
+def _with_errors(
+    summed: Tensor, counts: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Effects, their delete-one-fold errors and those of the influence, from each fold's share."""
+    whole, count = summed.sum(dim=0), counts.sum()
+    held_out = counts > 0
+    # A fold's samples are left out of the outputs' variance, too, as if it were alike in all folds.
+    rest = [
+        (whole - part) * count / (count - size)
+        for part, size in zip(summed[held_out], counts[held_out], strict=True)
+        if size < count
+    ]
+    sizes = counts[held_out & (counts < count)]
+    shares = [torch.from_numpy(mean_share(effect.numpy())) for effect in (whole, *rest)]
+    stderr = jackknife(whole, rest, float(count), sizes)
+    influence_stderr = jackknife(shares[0], shares[1:], float(count), sizes)
+    return whole.numpy(), stderr.numpy(), influence_stderr.numpy()
 
 
 def _notes(unreached: Sequence[str], size: int, probes: int) -> list[str]:

@@ -115,6 +115,9 @@ def _checked_effects(value: Any, size: int) -> Effects | None:
     values = value.get("values") if isinstance(value, dict) else None
     if not isinstance(values, dict) or not values or not set(values) <= set(KINDS):
         raise ReportFormatError(f"effects must hold values of kinds out of {KINDS}, not {value!r}")
+    stderr = value.get("stderr")
+    if not isinstance(stderr, dict) or set(stderr) != set(values):
+        raise ReportFormatError("effects must hold a stderr for each kind")
     scale = value.get("scale")
     if scale not in get_args(Scale):
         raise ReportFormatError(f"effects have the scale {scale!r}; expected one of {get_args(Scale)}")
@@ -123,6 +126,8 @@ def _checked_effects(value: Any, size: int) -> Effects | None:
         raise ReportFormatError(f"effects have the strength {strength}; expected 0 or above")
     return Effects(
         values={kind: _array(values, kind, (size,)) for kind in values},
+        stderr={kind: _array(stderr, kind, (size,)) for kind in values},
+        influence_stderr=_array(value, "influence_stderr", (size,)),
         scale=scale,
         strength=strength,
         n_samples=_checked_int(value, "n_samples"),

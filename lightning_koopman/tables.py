@@ -99,8 +99,7 @@ def effects_table(report: CreditReport) -> Table:
     for name in (*effects.values, "influence"):
         table.add_column(name, justify="right", no_wrap=True)
     for i, component in enumerate(report.components):
-        cells = [f"{values[i]:.2g}" for values in effects.values.values()]
-        table.add_row(escape(component), *cells, f"{report.influence[i]:.3f}")
+        table.add_row(escape(component), *effects.cells(i))
     return table
 
 

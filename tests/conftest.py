@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -27,6 +28,12 @@ def seed() -> Iterator[int]:
         import matplotlib.pyplot as plt
 
         plt.close("all")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Take Ctrl-C even where a shell started the tests in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -121,6 +121,44 @@ def test_linear_takes_the_residual_of_a_fit_without_the_sample():
         assert predicted[i] == pytest.approx(expected, rel=1e-6, abs=1e-20)
 
 
+def test_errors_are_those_of_a_jackknife_over_samples_dealt_out_in_turn():
+    net, x = smooth(), normal(61, 5)
+    report = predict_effects(net, [x[:41], x[41:]], smooth_report(net, x), ["skip"], scale="kl")
+    with torch.no_grad():
+        states = [x, net[0](x), net[:2](x), net(x)]
+    # Two batches of 10 draws each, and samples that share a draw share a fold.
+    fold = np.concatenate([np.arange(n) % 10 % 5 for n in (41, 20)])
+    each = []
+    for i in range(3):
+        j = tail_jacobians(net[i + 1 :], states[i + 1])
+        given = states[i] if i == 1 else states[i + 1].mean(0)
+        z = torch.einsum("ncd,nd->nc", j, given - states[i + 1])
+        each.append((0.5 * torch.einsum("na,nab,nb->n", z, fisher(states[-1]), z)).numpy())
+    share = np.sqrt(np.mean(each, axis=1)) / np.sqrt(np.mean(each, axis=1)).sum()
+    for errors, whole, of in (
+        (report.effects.stderr["skip"], np.mean(each, axis=1), lambda rest: rest.mean(axis=1)),
+        (
+            report.effects.influence_stderr,
+            share,
+            lambda rest: np.sqrt(rest.mean(axis=1)) / np.sqrt(rest.mean(axis=1)).sum(),
+        ),
+    ):
+        h = np.array([61 / (fold == f).sum() for f in range(5)])[:, None]
+        left = np.stack([of(np.array(each)[:, fold != f]) for f in range(5)])
+        centre = 5 * whole - ((1 - 1 / h) * left).sum(0)
+        pseudo = h * whole - (h - 1) * left
+        expected = np.sqrt(((pseudo - centre) ** 2 / (h - 1)).mean(0))
+        np.testing.assert_allclose(errors, expected, rtol=1e-6)
+    np.testing.assert_allclose(report.influence, share, rtol=1e-9)
+
+
+def test_one_sample_gives_no_error_and_the_table_says_none():
+    net, x = smooth(), normal(40, 5)
+    report = predict_effects(net, [x[:1]], smooth_report(net, x), ["skip"], scale="kl")
+    assert np.isnan(report.effects.stderr["skip"]).all()
+    assert report.effects.cells(0)[0] == f"{report.effects.values['skip'][0]:.2g}"
+
+
 @pytest.mark.parametrize("kind", ["weight_noise", "output_noise"])
 def test_measured_over_predicted_is_one_for_small_noise(kind):
     net, x = smooth(), normal(300, 5)
@@ -422,7 +460,8 @@ def test_reports_with_effects_are_written_and_read_back(tmp_path):
         ({"values": {}}, "effects must hold values of kinds"),
         ({"scale": "mse"}, "effects have the scale 'mse'"),
         ({"strength": -1.0}, "effects have the strength -1.0"),
-        ({"values": {"skip": [1.0]}}, "skip has shape"),
+        ({"values": {"skip": [1.0]}, "stderr": {"skip": [1.0]}}, "skip has shape"),
+        ({"stderr": {}}, "effects must hold a stderr for each kind"),
     ):
         given = json.loads((tmp_path / "r.json").read_text())
         given["effects"] |= spoil
