@@ -77,8 +77,8 @@ def predict_effects(
 
     Returns:
         The report with its ``effects`` and their standard errors (delete-one-fold jackknife over samples
-        and draws; what ``linear`` was fitted to is taken as known). The model is left exactly as it was
-        found, gradients included, also when an exception flies.
+        and draws; operators, means and spreads that alterations are made with are taken as known). The
+        model is left exactly as it was found, gradients included, also when an exception flies.
 
     Raises:
         ValueError: If an argument is out of range, the report does not belong to the model, a component
