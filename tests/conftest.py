@@ -30,9 +30,9 @@ def seed() -> Iterator[int]:
         plt.close("all")
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def interruptible() -> None:
-    """Take Ctrl-C even where a shell started the tests in the background, which ignores it."""
+    """Take Ctrl-C: Lightning ignores it for good once a Trainer met it, and so do background shells."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
