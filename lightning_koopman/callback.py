@@ -427,6 +427,8 @@ class KoopmanCreditMonitor(Callback):
 
     def _with_room(self, loggers: Sequence[Any]) -> list[Any]:
         """Pick the loggers whose disk will not be filled by figures, which could end the training."""
+        if not self._writer.figures:
+            return list(loggers)
         roomy = [logger for logger in loggers if free_bytes(logger) >= FREE_FOR_FIGURES]
         if len(roomy) < len(loggers):
             self._warn_once(

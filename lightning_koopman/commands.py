@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import Progress
@@ -14,6 +14,11 @@ from lightning_koopman.effects import KINDS, Kind, Scale
 from lightning_koopman.progress import COLUMNS
 from lightning_koopman.report import CreditReport
 from lightning_koopman.user_code import build_batches, build_both, build_model, fit_and_choose
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lightning_koopman.checkpoints import Checkpoint, Weights
 
 __all__ = ["compare", "components", "demo", "evaluate", "intervene", "linearize", "merge", "report"]
 
@@ -251,23 +256,20 @@ def linearize(
         seed: Chooses the folds.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
     """
-    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
     from lightning_koopman.evaluate import credit_report
     from lightning_koopman.linear_component import save_linearized
     from lightning_koopman.linearization import linearize_within
 
-    checkpoint = load_checkpoint(ckpt, trust=trust_checkpoint)
-    own, of_data = dict(checkpoint.hyper_parameters), dict(checkpoint.data_hyper_parameters)
-    network = build_model(model, own)
-    apply_checkpoint(network, checkpoint)
-    fit_on, choose_on = fit_and_choose(data, of_data)
+    network, checkpoint = _trained(model, ckpt, trust_checkpoint)
+    fit_on, choose_on = fit_and_choose(data, checkpoint.data_hyper_parameters)
     report = credit_report(network, fit_on, components=components, max_dim=max_dim, seed=seed)
     result = linearize_within(
         network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
     )
     Console().print(result)
     more: dict[str, Any] = {} if checkpoint.step is None else {"global_step": checkpoint.step}
-    more |= {"hyper_parameters": own, "datamodule_hyper_parameters": of_data}
+    more["hyper_parameters"] = dict(checkpoint.hyper_parameters)
+    more["datamodule_hyper_parameters"] = dict(checkpoint.data_hyper_parameters)
     save_linearized(result.model, out, more=more)
     Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
 
@@ -308,14 +310,12 @@ def intervene(
         seed: Seed of everything that is drawn.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
     """
-    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+    from lightning_koopman.checkpoints import load_checkpoint
     from lightning_koopman.evaluate import credit_report
     from lightning_koopman.interventions import intervene
     from lightning_koopman.predictions import predict_effects
 
-    checkpoint = load_checkpoint(ckpt, trust=trust_checkpoint)
-    network = build_model(model, dict(checkpoint.hyper_parameters))
-    apply_checkpoint(network, checkpoint)
+    network, checkpoint = _trained(model, ckpt, trust_checkpoint)
     initial = (
         initial_checkpoint and load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
     )
@@ -384,7 +384,6 @@ def compare(
     Raises:
         ValueError: If checkpoints come without model and data.
     """
-    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
     from lightning_koopman.comparison import changes_table
     from lightning_koopman.evaluate import credit_report
     from lightning_koopman.formats import read_reports
@@ -396,12 +395,22 @@ def compare(
             continue
         if model is None or data is None:
             raise ValueError(f"{path} is no .json report, so it needs --model and --data to be measured")
-        checkpoint = load_checkpoint(path, trust=trust_checkpoint, weights=weights)
-        network = build_model(model, dict(checkpoint.hyper_parameters))
-        apply_checkpoint(network, checkpoint)
+        network, checkpoint = _trained(model, path, trust_checkpoint, weights)
         batches = build_batches(data, checkpoint.data_hyper_parameters)
         found.append(credit_report(network, batches, step=checkpoint.step))
     Console().print(changes_table(found[0], found[1], quantity))
+
+
+def _trained(
+    model: str, ckpt: str, trust: bool, weights: Weights = "saved"
+) -> tuple[nn.Module, Checkpoint]:
+    """Build a model as its checkpoint tells, with the checkpoint's weights."""
+    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+
+    checkpoint = load_checkpoint(ckpt, trust=trust, weights=weights)
+    network = build_model(model, checkpoint.hyper_parameters)
+    apply_checkpoint(network, checkpoint)
+    return network, checkpoint
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -12,7 +12,12 @@ from lightning_koopman.alterations import altered_output, altered_weights
 from lightning_koopman.effects import Kind
 from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
 from lightning_koopman.report import CreditReport
-from lightning_koopman.report_sites import regressor_sites, state_sites, whole_operator
+from lightning_koopman.report_sites import (
+    check_samples_first,
+    regressor_sites,
+    state_sites,
+    whole_operator,
+)
 from lightning_koopman.runs import Runner, UnitMoments, rows_by_sample
 from lightning_koopman.sites import Alteration, Site, find_module
 
@@ -70,9 +75,7 @@ class Displacements:
         Args:
             values: Tensors by site.
         """
-        n_samples = len(values[self._sites[self._report.components[-1]]])
-        for name in self._report.components:
-            rows_by_sample(values[self._sites[name]], n_samples, name)
+        check_samples_first(self._report, values)
         self._moments.update(values)
         if "linear" not in self._kinds:
             return

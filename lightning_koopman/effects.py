@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -75,9 +76,9 @@ class Effects:
     def to_dict(self) -> dict[str, Any]:
         """Give plain Python values, with ``None`` for what is not finite."""
         return {
-            "values": {kind: _plain(values) for kind, values in self.values.items()},
-            "stderr": {kind: _plain(values) for kind, values in self.stderr.items()},
-            "influence_stderr": _plain(self.influence_stderr),
+            "values": {kind: plain(values) for kind, values in self.values.items()},
+            "stderr": {kind: plain(values) for kind, values in self.stderr.items()},
+            "influence_stderr": plain(self.influence_stderr),
             "scale": self.scale,
             "strength": self.strength,
             "n_samples": self.n_samples,
@@ -101,5 +102,17 @@ def mean_share(effects: NDArray[np.float64]) -> NDArray[np.float64]:
     return shares
 
 
-def _plain(values: NDArray[np.float64]) -> list[float | None]:
-    return [float(v) if np.isfinite(v) else None for v in values]
+def plain(value: Any) -> Any:
+    """Give a number or an array as JSON can hold it.
+
+    Args:
+        value: A number, an array, or lists of them.
+
+    Returns:
+        Plain values, with ``None`` for what is not finite.
+    """
+    if isinstance(value, np.ndarray):
+        return [plain(v) for v in value.tolist()] if value.ndim else plain(value.item())
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value if isinstance(value, bool) or math.isfinite(value) else None

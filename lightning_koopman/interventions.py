@@ -26,8 +26,8 @@ from lightning_koopman.forward import ForwardFn
 from lightning_koopman.isolation import undisturbed
 from lightning_koopman.linear_map import LinearMap
 from lightning_koopman.report import CreditReport
-from lightning_koopman.report_sites import linear_maps, state_sites
-from lightning_koopman.runs import Runner, UnitMoments, rows_by_sample
+from lightning_koopman.report_sites import check_samples_first, linear_maps, state_sites
+from lightning_koopman.runs import Runner, UnitMoments
 from lightning_koopman.scoring import Metric, Outputs
 from lightning_koopman.sites import Alteration, Site
 from lightning_koopman.tables import as_text
@@ -183,9 +183,7 @@ def intervene(
 
     def take(values: Mapping[Site, Tensor]) -> None:
         if set(kinds) & {"linear", "output_noise", "skip"}:
-            n_samples = len(values[sites[report.components[-1]]])
-            for name in report.components:
-                rows_by_sample(values[sites[name]], n_samples, name)
+            check_samples_first(report, values)
         moments.update(values)
 
     with undisturbed(model):

@@ -116,7 +116,7 @@ def predict_effects(
             output, handles = _tracked(runner, batch, report)
             # Samples that share a draw share a fold, so that errors cover the draws too.
             fold = (number * each + torch.arange(len(output)) % min(each, len(output))) % folds
-            counts.index_add_(0, fold, torch.ones(len(fold), dtype=torch.float64))
+            counts += torch.bincount(fold, minlength=folds)
             for gradients, share in _pulled_back(output, handles, outputs, probes):
                 changes = _changes(gradients, shifts, kinds, local, report, len(output))
                 summed.index_add_(0, fold, changes, alpha=share)

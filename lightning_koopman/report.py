@@ -16,9 +16,9 @@ from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_koopman.credit import QUANTITIES, Credits
-from lightning_koopman.effects import Effects
+from lightning_koopman.effects import Effects, plain
 from lightning_koopman.operator import KoopmanOperator
-from lightning_koopman.schema import ARRAYS, FORMAT, ReportFormatError, checked_fields, plain
+from lightning_koopman.schema import ARRAYS, FORMAT, ReportFormatError, checked_fields
 from lightning_koopman.tables import as_text, credit_table, effects_table
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from lightning_koopman.linear_map import LinearFit, LinearMap, from_operator
 from lightning_koopman.operator import KoopmanOperator
 from lightning_koopman.recorded import INPUT
 from lightning_koopman.report import CreditReport
-from lightning_koopman.runs import Runner
+from lightning_koopman.runs import Runner, rows_by_sample
 from lightning_koopman.sites import Site
 
 
@@ -164,3 +164,19 @@ def regressor_sites(report: CreditReport, name: str) -> list[Site]:
         f"the operator of {name!r} takes {needed} values; the states before it have "
         f"{[widths[state] for state in earlier]}. Measure the report again."
     )
+
+
+def check_samples_first(report: CreditReport, values: Mapping[Site, Tensor]) -> None:
+    """Refuse states whose first axis does not hold an equal number of entries for each sample.
+
+    Args:
+        report: A report that knows its parts.
+        values: The states of one batch, by site.
+
+    Raises:
+        ValueError: If one does not.
+    """
+    sites = state_sites(report)
+    n_samples = len(values[sites[report.components[-1]]])
+    for name in report.components:
+        rows_by_sample(values[sites[name]], n_samples, name)

@@ -71,22 +71,6 @@ def checked_fields(given: Any) -> dict[str, Any]:
     )
 
 
-def plain(value: Any) -> Any:
-    """Give a number or an array as JSON can hold it.
-
-    Args:
-        value: A number, an array, or lists of them.
-
-    Returns:
-        Plain values, with ``None`` for what is not finite.
-    """
-    if isinstance(value, np.ndarray):
-        return [plain(v) for v in value.tolist()] if value.ndim else plain(value.item())
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return value if isinstance(value, bool) or math.isfinite(value) else None
-
-
 def _checked_int(given: Mapping[str, Any], name: str) -> int:
     value = given.get(name)
     if type(value) is not int or value < 0:

@@ -182,7 +182,9 @@ def test_figures_are_left_out_where_they_could_fill_the_disk(
     monkeypatch.setattr(callback, "rank_zero_warn", lambda message, **_: said.append(message))
     fit([KoopmanCreditMonitor()], logger=TensorBoardLogger(tmp_path))
     assert [m for m in said if "less than 64 MiB are free where a logger writes" in m] == said[:1]
-    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent))
+    fit([KoopmanCreditMonitor(figures=False)], logger=TensorBoardLogger(tmp_path / "unasked"))
+    assert [m for m in said if "less than" in m] == said[:1], "who asks for no figures needs no room"
+    events = EventAccumulator(str(next((tmp_path / "lightning_logs").rglob("events.*")).parent))
     events.Reload()
     assert events.Tags()["images"] == events.Tags()["histograms"] == []
     assert "koopman/total" in events.Tags()["scalars"]

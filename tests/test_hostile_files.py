@@ -12,23 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_disk_faults import USER_CODE
 from torch import nn
 
 from lightning_koopman import CreditReport, credit_report, predict_effects
 from lightning_koopman.html import to_html
 from lightning_koopman.report_files import read_reports, write_reports
-
-USER_CODE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-def data():
-    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20)
-"""
 
 # Tells every file that is opened for writing, made, moved or deleted, and every module imported late.
 AUDIT = """
