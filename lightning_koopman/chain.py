@@ -1,35 +1,19 @@
-"""Fits every step of a chain on all samples and with each fold left out."""
+"""Sets up the regressions of a chain's steps on all samples, and with each fold left out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_koopman.covariance import Covariances, covariances
 from lightning_koopman.layout import Layout
-from lightning_koopman.regression import (
-    Factored,
-    HeldOut,
-    Solved,
-    Spectrum,
-    alive,
-    held_out,
-    in_sample,
-    spectrum,
-)
-from lightning_koopman.ridge import RESOLUTION_GRID, resolved_tikhonov
+from lightning_koopman.regression import Solved, Spectrum, alive, spectrum
 
 Normalize = Literal["none", "rms", "whiten"]
-
-RANK_SHARE = 1e-4
-"""Share of the mean variance, of the directions that vary at all, at which one counts by half in a
-state's rank."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +82,34 @@ def split_folds(layout: Layout, moments: Tensor, normalize: Normalize) -> tuple[
     return split_chain(layout, moments, None, normalize, total), folds
 
 
+def regressors(given: Covariances, layout: Layout, i: int) -> Tensor:
+    """Give the covariance of what a step reads.
+
+    Args:
+        given: Covariances of the states.
+        layout: The chain.
+        i: The step, from 1.
+
+    Returns:
+        Shape ``(d_in, d_in)``.
+    """
+    return _side_by_side(given, layout.parents[i])
+
+
+def targets(given: Covariances, layout: Layout, i: int) -> Tensor:
+    """Give the covariances of what a step reads with what it gives.
+
+    Args:
+        given: Covariances of the states.
+        layout: The chain.
+        i: The step, from 1.
+
+    Returns:
+        Shape ``(d_in, d_i)``.
+    """
+    return torch.cat([given[p, i] for p in layout.parents[i]])
+
+
 def _scales(train: Covariances, layout: Layout, normalize: Normalize) -> list[Tensor] | None:
     """Give T_i for the coordinates x_i T_i, or ``None`` for the coordinates as they are."""
     if normalize == "none":
@@ -126,7 +138,7 @@ def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
 
 def _fitted_to(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
     """Covariances that a step is fitted to: the data's, or their mean with those under noise."""
-    c_xx, c_xy = _regressors(given, layout, i), _targets(given, layout, i)
+    c_xx, c_xy = regressors(given, layout, i), targets(given, layout, i)
     if i not in layout.excited:
         return c_xx, c_xy
     # Each set is about its own mean, so that noise moves no intercept.
@@ -137,215 +149,7 @@ def _fitted_to(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tens
     ) / 2
 
 
-def _regressors(given: Covariances, layout: Layout, i: int) -> Tensor:
-    return _side_by_side(given, layout.parents[i])
-
-
 def _side_by_side(given: Covariances, read: Sequence[int]) -> Tensor:
     if len(read) == 1:
         return given[read[0], read[0]]
     return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])
-
-
-def _targets(given: Covariances, layout: Layout, i: int) -> Tensor:
-    return torch.cat([given[p, i] for p in layout.parents[i]])
-
-
-@dataclass(frozen=True)
-class Fit:
-    """R² of every step (or of the chain behind it), with what its error bar needs.
-
-    ``r2`` is held out over all folds, ``without`` leaves one fold after the other out of it, and
-    ``in_sample`` is that of the fit to all samples.
-    """
-
-    r2: Tensor
-    without: list[Tensor]
-    in_sample: Tensor
-
-
-def fit_steps(
-    layout: Layout, whole: Split, folds: Sequence[Split], tikhonov: float | None
-) -> tuple[Fit, list[float], list[list[float]]]:
-    """Fit every step: R², and its ridge weight over all folds and once more without each of them."""
-    shape = (len(folds), len(layout.dims) - 1)
-    errors, totals = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    within = torch.zeros(2, 1, shape[1], dtype=torch.float64)
-    chosen: list[float] = []
-    without: list[list[float]] = [[] for _ in folds]
-    counts = torch.tensor([split.count_out for split in folds], dtype=torch.float64)
-    # One step after the other: the forms of all of them at once would fill the memory.
-    for i in range(1, len(layout.dims)):
-        forms = [_held_out(layout, split, i) for split in folds]
-        if tikhonov is None and folds:
-            rows = torch.stack([form.errors(RESOLUTION_GRID).cpu() for form in forms])
-            rows = counts[:, None] * rows
-            ridge = resolved_tikhonov(rows, RESOLUTION_GRID)
-            for fold, picked in enumerate(without):
-                rest = torch.cat([rows[:fold], rows[fold + 1 :]]) if len(folds) > 1 else rows
-                picked.append(resolved_tikhonov(rest, RESOLUTION_GRID))
-        else:
-            ridge = tikhonov or 0.0
-            for picked in without:
-                picked.append(ridge)
-        chosen.append(ridge)
-        for fold, form in enumerate(forms):
-            errors[fold, i - 1] = counts[fold] * float(form.errors([ridge]))
-            totals[fold, i - 1] = counts[fold] * form.variance
-        if i in layout.excited:
-            own = _held_out(layout, _on_itself(whole), i)
-        else:
-            own = in_sample(whole.problems[i - 1], float(whole.train.variances[i].sum()))
-        within[0, 0, i - 1], within[1, 0, i - 1] = float(own.errors([ridge])), own.variance
-    return Fit(*_pooled_r2(errors, totals), in_sample=_pooled_r2(*within)[0]), chosen, without
-
-
-def _held_out(layout: Layout, split: Split, i: int) -> HeldOut:
-    assert split.test is not None
-    return held_out(
-        split.problems[i - 1],
-        _regressors(split.test, layout, i),
-        _targets(split.test, layout, i),
-        _variance(split, i),
-    )
-
-
-def _on_itself(split: Split) -> Split:
-    return replace(split, test=split.train)
-
-
-def _variance(split: Split, i: int) -> float:
-    assert split.test is not None
-    return float(split.test.variances[i].sum())
-
-
-def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """R² over all folds, and over all but each one; NaN where the target never varies."""
-
-    def r2(error: Tensor, total: Tensor) -> Tensor:
-        return torch.where(total > 0, 1 - error / total, torch.nan)
-
-    without = [r2(errors.sum(0) - e, totals.sum(0) - t) for e, t in zip(errors, totals, strict=True)]
-    return r2(errors.sum(0), totals.sum(0)), without
-
-
-def solve_steps(split: Split, *chosen: Sequence[float]) -> Split:
-    """Solve every step for one or more choices of ridge weights, and let go of what takes memory."""
-    solved = tuple(
-        problem.solved(set(weights)) for problem, *weights in zip(split.problems, *chosen, strict=True)
-    )
-    return replace(split, problems=(), solved=solved)
-
-
-def step_factors(
-    layout: Layout, split: Split, chosen: Sequence[float]
-) -> Sequence[Sequence[Tensor | Factored]]:
-    """Give every step's operator, cut into one block a state it reads."""
-    widths = [[split.widths[p] for p in layout.parents[i]] for i in range(1, len(layout.dims))]
-    if split.solved:
-        solutions = zip(split.solved, chosen, widths, strict=True)
-        return [solved.parts(weight, sizes) for solved, weight, sizes in solutions]
-    problems = zip(split.problems, chosen, widths, strict=True)
-    return [problem.parts(weight, sizes) for problem, weight, sizes in problems]
-
-
-def step_blocks(
-    layout: Layout,
-    problems: Sequence[Spectrum],
-    chosen: Sequence[float],
-    widths: Sequence[int] | None = None,
-) -> list[list[Tensor]]:
-    """Solve every step and cut its matrix into one block a state it reads, of the given widths."""
-    widths = layout.dims if widths is None else widths
-    solved = []
-    for i, (problem, tikhonov) in enumerate(zip(problems, chosen, strict=True), start=1):
-        matrix = problem.matrix(tikhonov)
-        solved.append(list(torch.split(matrix, [widths[p] for p in layout.parents[i]])))
-    return solved
-
-
-def fit_chain(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequence[float]) -> Fit:
-    """R² of the output predicted from each state through all operators behind it."""
-
-    def table(splits: Sequence[Split]) -> tuple[Tensor, Tensor]:
-        errors = torch.zeros(len(splits), len(chosen), dtype=torch.float64)
-        totals = torch.zeros_like(errors)
-        for row, split in enumerate(splits):
-            totals[row] = split.count_out * _variance(split, len(chosen))
-            errors[row] = split.count_out * _chain_errors(layout, split, chosen)
-        return errors, totals
-
-    return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([_on_itself(whole)]))[0])
-
-
-def _chain_errors(layout: Layout, split: Split, chosen: Sequence[float]) -> Tensor:
-    test, last = split.test, len(chosen)
-    assert test is not None
-    operators = step_factors(layout, split, chosen)
-    errors = torch.zeros(last, dtype=torch.float64)
-    # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
-    width = test[last, last].shape[0]
-    blocks = {last: torch.eye(width, dtype=torch.float64, device=test.means[0].device)}
-    for i in range(last, 0, -1):
-        error = _variance(split, last)
-        for p, left in blocks.items():
-            error -= 2 * float((left * test[p, last]).sum())
-            for q, right in blocks.items():
-                error += float((left * (test[p, q] @ right)).sum())
-        errors[i - 1] = max(0.0, error)
-        replaced = blocks.pop(i)
-        for p, operator in zip(layout.parents[i], operators[i - 1], strict=True):
-            moved = operator @ replaced
-            blocks[p] = blocks[p] + moved if p in blocks else moved
-    return errors
-
-
-def state_ranks(layout: Layout, split: Split) -> Tensor:
-    """Effective rank of the state behind each component: how many of its directions vary."""
-    # A direction of variance v counts v² / (v² + t²). So the rank moves smoothly with the data, and
-    # units that wake in one sample of a million do not count.
-    ranks, known = [], split.solved or split.problems
-    for i in range(1, len(layout.dims)):
-        at_hand = i < len(known) and i + 1 not in layout.excited
-        if at_hand and layout.parents[i + 1] == (i,):
-            # This state is the regressor of the next step, whose spectrum is at hand.
-            values = known[i].values
-        else:
-            values = torch.linalg.eigvalsh(split.train[i, i])
-            values = values[alive(values)]
-        squares = (values / (RANK_SHARE * values.mean())).square()
-        ranks.append(float((squares / (1 + squares)).sum()))
-    return torch.tensor(ranks, dtype=torch.float64)
-
-
-def unseen_shifts(
-    layout: Layout, whole: Split, linear: Sequence[bool], chosen: Sequence[float]
-) -> Tensor:
-    """How far the log-volume behind each state may move when directions that never varied wake.
-
-    It concerns states read by a linear step, whose ridge weight is so small that directions too rare
-    to be seen in so many samples would count in full. Were u of them to join k with weights like
-    theirs, the log-volume would grow by log(1 + u / k) / 2 a direction; a 95 % interval just reaches
-    so far. What a linear step gives out has no directions but those it reads.
-
-    Args:
-        layout: The chain.
-        whole: All samples.
-        linear: Whether each step is linear.
-        chosen: Ridge weight of each step.
-
-    Returns:
-        Standard errors in nats a direction by state x_0 … x_L, shape ``(L + 1,)``.
-    """
-    shifts = torch.zeros(len(layout.dims), dtype=torch.float64)
-    unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
-    for i, problem in enumerate(whole.problems, start=1):
-        read = layout.parents[i]
-        # Not what a linear step cannot give anyway.
-        missing = sum(layout.dims[p] for p in read) - len(problem.values)
-        missing = min(missing, sum(unseen[p] for p in read))
-        if linear[i - 1] and chosen[i - 1] < 1 / whole.count and missing and len(problem.values):
-            for p in read:
-                shifts[p] = math.log1p(missing / len(problem.values)) / 2 / quantile
-        unseen.append(missing if linear[i - 1] else layout.dims[i])
-    return shifts

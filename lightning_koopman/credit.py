@@ -10,22 +10,15 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lightning_koopman.alignment import Alignment, align
-from lightning_koopman.chain import (
-    Normalize,
-    Split,
-    fit_chain,
-    fit_steps,
-    solve_steps,
-    split_chain,
-    split_folds,
-    state_ranks,
-    step_factors,
-    unseen_shifts,
-)
+from lightning_koopman.alignment import Alignment
+from lightning_koopman.chain import Normalize, Split, split_chain, split_folds
+from lightning_koopman.fits import fit_chain, fit_steps, solve_steps
+from lightning_koopman.jackknife import with_bias
 from lightning_koopman.layout import Layout
 from lightning_koopman.operator import KoopmanOperator
+from lightning_koopman.ranks import state_ranks, unseen_shifts
 from lightning_koopman.ridge import RESOLUTION_GRID, check_tikhonov
+from lightning_koopman.volumes import align_split, volumes
 
 QUANTITIES = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
 """Names of the numbers reported for every component."""
@@ -126,35 +119,22 @@ def compute_credits(
     behind = fit_chain(layout, whole, folds, chosen)
     asked = len(targets) if targets is not None else whole.output_rank
     asked = min(asked, rank) if rank is not None else asked
-    chain = _align(layout, whole, chosen, range(asked), targets)
+    chain = align_split(layout, whole, chosen, range(asked), targets)
     kept = chain.kept
-    values = _volumes(layout, whole, chain)
-    values |= {
-        "r2": step.r2,
-        "chain_r2": behind.r2,
-        "nonlinearity": 1 - step.r2,
-        "rank": state_ranks(layout, whole),
-    }
-
+    values = _values(layout, whole, chain, step.r2, behind.r2)
     held_out = torch.tensor([whole.count - split.count for split in folds], dtype=torch.float64)
     replicates = []
-    for fold in range(len(folds)):
+    for fold, without_it in enumerate(chosen_without):
         # Let go of each split behind its last use: all of them take as much memory as the moments.
         split = folds.pop(0)
-        without = _align(layout, split, chosen_without[fold], kept, targets)
-        replicate = _volumes(layout, split, without, len(kept))
+        without = align_split(layout, split, without_it, kept, targets)
+        replicates.append(
+            _values(layout, split, without, step.without[fold], behind.without[fold], len(kept))
+        )
         del without
-        replicate |= {"r2": step.without[fold], "chain_r2": behind.without[fold]}
-        replicate |= {"nonlinearity": 1 - replicate["r2"], "rank": state_ranks(layout, split)}
-        replicates.append(replicate)
-    # Held out, R² is too low by about as much as it is too high in sample: by half the gap between
-    # them. Half of that as a standard error makes 95 % intervals reach 1.4 times as far.
-    gaps = {
-        name: (fit.in_sample - fit.r2).abs() / 4 for name, fit in (("r2", step), ("chain_r2", behind))
-    }
-    gaps["nonlinearity"] = gaps["r2"]
+    gaps = {"r2": step.gap, "chain_r2": behind.gap, "nonlinearity": step.gap}
     stderr = {
-        name: _stderr(value, [r[name] for r in replicates], whole.count, held_out, gaps.get(name))
+        name: with_bias(value, [r[name] for r in replicates], whole.count, held_out, gaps.get(name))
         for name, value in values.items()
     }
     unseen = unseen_shifts(layout, whole, [r2 >= 1 - LINEAR for r2 in step.r2.tolist()], chosen)
@@ -164,8 +144,10 @@ def compute_credits(
         ("total", unseen[0]),
     ):
         stderr[name] = (stderr[name].square() + extra.square()).sqrt()
-    moved = _align(layout, whole, [max(10 * t, RESOLUTION_GRID[1]) for t in chosen], kept, targets)
-    shift = (_volumes(layout, whole, moved, len(kept))["credit"] - values["credit"]).abs()
+    smoothed = [max(10 * t, RESOLUTION_GRID[1]) for t in chosen]
+    moved = volumes(layout, whole, align_split(layout, whole, smoothed, kept, targets), len(kept))
+    shift = (moved["credit"] - values["credit"]).abs()
+    plain = whole if normalize == "none" else split_chain(layout, moments, None, "none")
     return Credits(
         values={name: values[name] for name in QUANTITIES},
         stderr={name: stderr[name] for name in QUANTITIES},
@@ -173,13 +155,7 @@ def compute_credits(
         total=float(values["total"]),
         total_stderr=float(stderr["total"]),
         stable=shift <= stderr["credit"].clamp_min(MAX_RIDGE_SHIFT),
-        operators=_operators(
-            layout,
-            whole if normalize == "none" else split_chain(layout, moments, None, "none"),
-            chosen,
-            step.r2,
-            center,
-        ),
+        operators=_operators(layout, plain, chosen, step.r2, center),
         alignment=chain,
         lost=chain.lost,
         dropped=tuple(
@@ -188,6 +164,23 @@ def compute_credits(
             if column not in kept
         ),
     )
+
+
+def _values(
+    layout: Layout,
+    split: Split,
+    chain: Alignment,
+    r2: Tensor,
+    chain_r2: Tensor,
+    expected: int | None = None,
+) -> dict[str, Tensor]:
+    """Give every quantity, and the total, of an aligned chain."""
+    return volumes(layout, split, chain, expected) | {
+        "r2": r2,
+        "chain_r2": chain_r2,
+        "nonlinearity": 1 - r2,
+        "rank": state_ranks(layout, split),
+    }
 
 
 def check_options(
@@ -256,82 +249,6 @@ def _check(layout: Layout, moments: Tensor, targets: Sequence[int] | None) -> No
                 f"targets is {list(targets)}; name each output at most once, from 0 to "
                 f"{layout.dims[-1] - 1}"
             )
-
-
-def _align(
-    layout: Layout,
-    split: Split,
-    chosen: Sequence[float],
-    columns: Sequence[int],
-    targets: Sequence[int] | None,
-) -> Alignment:
-    directions = split.directions
-    if targets is not None:
-        directions = torch.eye(len(directions)).to(directions)[:, list(targets)]
-    blocks = step_factors(layout, split, chosen)
-    # Whitened without a fold, an output may have fewer directions than over all samples.
-    present = [column for column in columns if column < directions.shape[1]]
-    return align(blocks, directions[:, present], layout.parents[1:])
-
-
-def _volumes(
-    layout: Layout, split: Split, chain: Alignment, expected: int | None = None
-) -> dict[str, Tensor]:
-    """Credit, gain, sensitivity and total; NaN where the chain lost the directions expected of it."""
-    n_steps = len(layout.dims) - 1
-    if chain.rank == 0 or (expected is not None and chain.rank != expected):
-        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
-        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
-    volumes = chain.log_volumes.mean(dim=1)
-    spread = [
-        split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
-        for i in range(1, n_steps + 1)
-    ]
-    return {
-        "credit": volumes[1:],
-        "gain": volumes[:-1] - volumes[1:],
-        "sensitivity": torch.stack([torch.linalg.matrix_norm(s).log() for s in spread]),
-        "total": volumes[0],
-    }
-
-
-def _stderr(
-    value: Tensor,
-    replicates: Sequence[Tensor],
-    count: float,
-    held_out: Tensor,
-    gap: Tensor | None = None,
-) -> Tensor:
-    """Jackknife error and bias, added in quadrature; a bias known otherwise takes the latter's place."""
-    spread = jackknife(value, replicates, count, held_out)
-    if gap is None and len(replicates) > 1:
-        # With folds of unequal size, each replicate's distance counts by how much was left out.
-        ratio = (count / held_out).view(-1, *[1] * value.ndim)
-        gap = ((1 - 1 / ratio) * (torch.stack(list(replicates)) - value)).sum(dim=0)
-    return spread if gap is None else (spread.square() + gap.square()).sqrt()
-
-
-def jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor) -> Tensor:
-    """Give the delete-one-fold standard error.
-
-    Args:
-        value: A number over all samples, or an array of them.
-        replicates: The same with one fold after the other left out.
-        count: Number of all samples.
-        held_out: Number of samples in each fold, shape ``(folds,)``.
-
-    Returns:
-        Errors of the same shape; NaN with fewer than two folds.
-    """
-    # Folds of unequal size: Busing, Meijer & van der Leeden (1999), Statistics and Computing 9, 3-8.
-    if len(replicates) < 2:
-        return torch.full_like(value, torch.nan)
-    ratio = (count / held_out).view(-1, *[1] * value.ndim)
-    stacked = torch.stack(list(replicates))
-    pseudo = ratio * value - (ratio - 1) * stacked
-    centre = len(replicates) * value - ((1 - 1 / ratio) * stacked).sum(dim=0)
-    variance = ((pseudo - centre) ** 2 / (ratio - 1)).mean(dim=0)
-    return variance.sqrt()
 
 
 def _operators(

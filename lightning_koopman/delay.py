@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_koopman.chain import Normalize, fit_steps, split_folds
-from lightning_koopman.credit import jackknife
+from lightning_koopman.chain import Normalize, split_folds
+from lightning_koopman.fits import fit_steps
+from lightning_koopman.jackknife import jackknife
 from lightning_koopman.layout import Layout
 
 Delay = int | Literal["auto"]

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_koopman.alterations import check_alterations
-from lightning_koopman.credit import jackknife
 from lightning_koopman.displacements import Displacements, Shift
 from lightning_koopman.effects import KINDS, Effects, Kind, Scale, mean_share
 from lightning_koopman.forward import ForwardFn
 from lightning_koopman.isolation import undisturbed
+from lightning_koopman.jackknife import jackknife
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import state_sites
 from lightning_koopman.runs import Runner, rows_by_sample
