@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import speed_fits
 import speed_memory
 import speed_networks
@@ -150,12 +151,28 @@ def memory() -> str:
 
 
 def slopes() -> str:
-    """Seconds on top of the forward pass against the number of folds."""
+    """How seconds and memory grow with one size at a time: least squares between logarithms."""
+    usual = {"components": 12, "width": 256, "samples": 2000, "folds": 5}
     rows = []
-    for folds in (2, 5, 10, 20):
-        _, seconds = speed_memory.measured("report", components=12, width=256, samples=2000, folds=folds)
-        rows.append([folds, f"{seconds:.2f}"])
-    return table("folds | 12 components of width 256, 2,000 samples, seconds on top", rows)
+    for name, sizes in (
+        ("components", (6, 12, 24, 48)),
+        ("width", (64, 128, 256)),
+        ("samples", (2000, 20000, 200000)),
+        ("folds", (2, 5, 10, 20)),
+    ):
+        found = [speed_memory.measured("report", **usual | {name: size}) for size in sizes]
+        x = np.log(sizes)
+        grown = [float(np.polyfit(x, np.log(values), 1)[0]) for values in zip(*found, strict=True)]
+        rows.append([
+            name,
+            ", ".join(f"{size:,}" if name == "samples" else str(size) for size in sizes),
+            ", ".join(f"{seconds:.2f}" for _, seconds in found),
+            f"{grown[1]:.2f}",
+            ", ".join(f"{memory:.0f}" for memory, _ in found),
+            f"{grown[0]:.2f}",
+        ])
+        print(rows[-1], flush=True)
+    return table("against | sizes | seconds on top | slope | peak, MiB | slope", rows)
 
 
 def main(target: Path, chosen: Sequence[str]) -> None:

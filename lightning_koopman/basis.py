@@ -40,7 +40,8 @@ def fit_basis(rows: Sequence[Tensor], max_dim: int) -> Basis:
     """
     fitted = [pod_basis(block, max_dim) for block in rows]
     vectors = tuple(basis for basis, _ in fitted)
-    center = tuple(state.mean(dim=0, dtype=torch.float64) for state in projected(rows, vectors))
+    means = (block.mean(dim=0, dtype=torch.float64) for block in rows)
+    center = tuple(m if v is None else m @ v for m, v in zip(means, vectors, strict=True))
     return Basis(vectors, tuple(share for _, share in fitted), center)
 
 
@@ -74,7 +75,8 @@ def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
     n_samples, width = rows.shape
     if width <= max_dim:
         return None, 1.0
-    centred = rows.double() - rows.double().mean(dim=0)
+    centred = rows.to(torch.float64, copy=True)
+    centred -= centred.mean(dim=0)
     # The smaller of the two Gram matrices has the same non-zero spectrum.
     tall = n_samples >= width
     gram = centred.T @ centred if tall else centred @ centred.T
@@ -83,5 +85,5 @@ def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
     kept = min(max_dim, int((values > 1e-12 * values[0]).sum()))
     if kept == 0:
         return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
-    basis = vectors[:, :kept] if tall else centred.T @ vectors[:, :kept] / values[:kept].sqrt()
+    basis = vectors[:, :kept] if tall else centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
     return basis, float(values[:kept].sum() / values.sum())

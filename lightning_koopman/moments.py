@@ -72,10 +72,10 @@ def _accumulate_rows(
         for i in pair:
             if i not in parts:
                 if isinstance(chosen, slice):
-                    part = states[i][chosen]
+                    part = states[i][chosen].to(row, copy=offsets is not None)
                 else:
-                    part = states[i].index_select(0, chosen.to(states[i].device))
-                parts[i] = part.to(row) if offsets is None else part.to(row) - offsets[i]
+                    part = states[i].index_select(0, chosen.to(states[i].device)).to(row)
+                parts[i] = part if offsets is None else part.sub_(offsets[i])
         i, j = pair
         place = row[layout.slices[pair]]
         if i == j:
