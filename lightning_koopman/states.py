@@ -1,4 +1,4 @@
-"""Turns recorded tensors into state vectors: pooling, a frozen POD basis, lifts."""
+"""Turns rows into state vectors: a frozen POD basis, lifts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_koopman.basis import Basis, fit_basis, projected
 from lightning_koopman.keys import sample_keys
 from lightning_koopman.lifts import Lift, Observables, fit_lift, lifted_by
-from lightning_koopman.pooling import RowForm, pooled_grid
 
 _MOST_ROWS = 4096
 _MOST_VALUES = 2**22
@@ -30,30 +29,6 @@ class Snapshots:
 
     states: list[Tensor]
     keys: Tensor
-
-
-def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:
-    """Flatten a tensor to one row a sample, average-pooling wide spatial and sequence axes first.
-
-    Args:
-        tensor: Shape ``(n_samples, ...)``.
-        max_dim: A sample of at most this many values is only flattened.
-        channels_first: Whether axis 1, not the last, holds the channels.
-
-    Returns:
-        Rows of shape ``(n_samples, d)``, a copy, at least float32. Wide grids are pooled to at most
-        16 cells and about ``16 * max_dim`` values, but to no fewer than ``4 * max_dim``.
-
-    Raises:
-        ValueError: If the tensor has no batch axis or no values.
-
-    Example:
-        >>> pool(torch.ones(2, 64, 28, 28), 256, channels_first=True).shape
-        torch.Size([2, 1024])
-    """
-    shape = tuple(tensor.shape[1:])
-    grid = pooled_grid(shape, max_dim, channels_first=channels_first)
-    return RowForm(channels_first=channels_first, grid=grid).rows(tensor)
 
 
 class StateReducer:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman.accumulator import Accumulator
 from lightning_koopman.measurement import Measurement
 
 warnings.simplefilter("ignore")
@@ -122,18 +123,19 @@ class Scribe(L.Callback):
 @contextmanager
 def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
     """Make our own numerics fail in one process only."""
-    kept = getattr(Measurement, place)
+    owner = Measurement if hasattr(Measurement, place) else Accumulator
+    kept = getattr(owner, place)
 
-    def broken(self: Measurement, *args: Any, **kwargs: Any) -> Any:
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.distributed.get_rank() == rank:
             raise ArithmeticError("broken numerics")
         return kept(self, *args, **kwargs)
 
-    setattr(Measurement, place, broken)
+    setattr(owner, place, broken)
     try:
         yield
     finally:
-        setattr(Measurement, place, kept)
+        setattr(owner, place, kept)
 
 
 def run(config: dict[str, Any], folder: str) -> L.Trainer:

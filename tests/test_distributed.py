@@ -117,7 +117,7 @@ def test_spawned_processes_give_the_report_of_one(processes: int, tmp_path: Path
 
 def test_an_error_of_ours_in_one_process_ends_the_measurement_in_all(tmp_path: Path) -> None:
     many = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2}
-    faults: list[tuple[int, str]] = [(1, "end_pass"), (0, "share"), (1, "_take"), (1, "report")]
+    faults: list[tuple[int, str]] = [(1, "end_pass"), (0, "share"), (1, "take"), (1, "report")]
     configs = [many | {"break_numerics": fault, "max_dim": 8} for fault in faults]
     for (broken, place), folder in zip(faults, fit(configs, tmp_path), strict=True):
         ranks = read(folder)

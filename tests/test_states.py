@@ -9,8 +9,13 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 
 from lightning_koopman.keys import sample_keys
-from lightning_koopman.pooling import has_channels_first
-from lightning_koopman.states import Snapshots, StateReducer, pool
+from lightning_koopman.pooling import RowForm, has_channels_first, pooled_grid
+from lightning_koopman.states import Snapshots, StateReducer
+
+
+def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:
+    grid = pooled_grid(tuple(tensor.shape[1:]), max_dim, channels_first=channels_first)
+    return RowForm(channels_first=channels_first, grid=grid).rows(tensor)
 
 
 def pooled(shape: tuple[int, ...], max_dim: int, *, channels_first: bool = True) -> Tensor:
