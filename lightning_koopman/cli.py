@@ -5,13 +5,27 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jsonargparse import auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_koopman import commands
+from lightning_koopman.altering_commands import intervene, linearize
+from lightning_koopman.measuring_commands import components, demo, evaluate
+from lightning_koopman.report_commands import compare, merge, report
+
+_COMMANDS: list[Callable[..., Any] | type] = [
+    compare,
+    components,
+    demo,
+    evaluate,
+    intervene,
+    linearize,
+    merge,
+    report,
+]
 
 _FILES = {"report": ["file"], "compare": ["before", "after"]}
 """Arguments that may stand without their option's name, as people type them."""
@@ -33,11 +47,10 @@ def main(args: Sequence[str] | None = None) -> int:
     for place, name in enumerate(_FILES.get(given[0] if given else "", []), start=1):
         if len(given) > 2 * place - 1 and not given[2 * place - 1].startswith("-"):
             given.insert(2 * place - 1, f"--{name}")
-    offered = {name: getattr(commands, name) for name in commands.__all__}
     try:
         if any(argument.startswith("--print_completion") for argument in given):
             _offer_completion()
-        auto_cli(offered, args=given, prog="lightning-koopman", as_positional=False)
+        auto_cli(_COMMANDS, args=given, prog="lightning-koopman", as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 130 if getattr(error, "interrupted", False) else 1

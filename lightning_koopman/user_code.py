@@ -7,9 +7,12 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from lightning_koopman.checkpoints import Checkpoint, Weights
 
 
 def named_object(name: str) -> Any:
@@ -66,6 +69,31 @@ def build_model(
     if not isinstance(found, nn.Module):
         raise ValueError(f"{name} gives a {type(found).__name__}, not a torch.nn.Module")
     return found
+
+
+def build_trained(
+    name: str, ckpt: str, trust: bool, weights: Weights = "saved"
+) -> tuple[nn.Module, Checkpoint]:
+    """Build a model as its checkpoint tells, with the checkpoint's weights.
+
+    Args:
+        name: As in :func:`build_model`.
+        ckpt: Path of the checkpoint.
+        trust: Whether to unpickle whatever it holds.
+        weights: Which weights of a training with weight averaging.
+
+    Returns:
+        The model and the checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    from lightning_koopman.checkpoints import apply_checkpoint, load_checkpoint
+
+    checkpoint = load_checkpoint(ckpt, trust=trust, weights=weights)
+    model = build_model(name, checkpoint.hyper_parameters)
+    apply_checkpoint(model, checkpoint)
+    return model, checkpoint
 
 
 def _accepted(found: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
