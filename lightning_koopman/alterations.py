@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.components import clean_name
 from lightning_koopman.effects import KINDS
 from lightning_koopman.linear_map import LinearMap
+from lightning_koopman.module_tree import clean_name
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import check_parts, regressor_sites, state_sites
 from lightning_koopman.runs import UnitMoments

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.components import (
-    clean_modules,
-    clean_name,
-    named_components,
-    transparent_modules,
-)
+from lightning_koopman.components import named_components, transparent_modules
+from lightning_koopman.module_tree import clean_modules, clean_name
 from lightning_koopman.origins import Origins
 from lightning_koopman.recorded import INPUT, OUTPUT, Recorded
 from lightning_koopman.tensors import (

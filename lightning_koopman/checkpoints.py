@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_koopman.averaging import CheckpointError as CheckpointError
 from lightning_koopman.averaging import Weights as Weights
 from lightning_koopman.averaging import chosen_weights
-from lightning_koopman.components import clean_name
+from lightning_koopman.module_tree import clean_name
 
 
 @dataclass(frozen=True)

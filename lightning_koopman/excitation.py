@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.components import clean_modules
 from lightning_koopman.isolation import undisturbed
+from lightning_koopman.module_tree import clean_modules
 from lightning_koopman.plan import Plan
 from lightning_koopman.recorded import Recorded
 from lightning_koopman.replay import Call, answer, copied_call

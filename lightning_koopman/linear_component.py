@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.checkpoints import CheckpointError, apply_checkpoint, load_checkpoint
-from lightning_koopman.components import clean_name
+from lightning_koopman.module_tree import clean_name
 
 
 class LinearComponent(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.components import clean_name
+from lightning_koopman.module_tree import clean_name
 from lightning_koopman.tensors import first_tensor
 
 

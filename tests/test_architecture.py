@@ -15,6 +15,8 @@ CORE = [
     "tensors",
     "dataflow",
     "isolation",
+    "module_tree",
+    "automatic",
     "components",
     "recorded",
     "origins",

@@ -8,13 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_koopman.components import (
-    clean_name,
-    has_parameters,
-    is_norm,
-    named_components,
-    transparent_modules,
-)
+from lightning_koopman.components import named_components, transparent_modules
+from lightning_koopman.module_tree import clean_name, has_parameters, is_norm
 
 
 class Block(nn.Module):
