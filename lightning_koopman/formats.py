@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from lightning_koopman import report_files
 from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.html import to_html
 from lightning_koopman.report import CreditReport
-from lightning_koopman.schema import ReportFormatError
+from lightning_koopman.schema import ReportFormatError, read_json
+from lightning_koopman.whole_files import whole_file
 
 Format = Literal["json", "csv", "parquet", "html"]
 
@@ -107,24 +107,21 @@ def write_reports(
     if kind == "json":
         report_files.write_reports(reports, path)
         return
-    temporary = Path(f"{os.fspath(path)}.tmp")
     if kind == "html":
-        temporary.write_text(to_html(reports), encoding="utf-8")
-    else:
-        try:
-            pandas = importlib.import_module("pandas")
-            if kind == "parquet":
-                importlib.import_module("pyarrow")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"--format {kind} needs {error.name}: pip install 'lightning-koopman[tables]'"
-            ) from None
-        frame = pandas.DataFrame([row for report in reports for row in to_rows(report)])
-        if kind == "csv":
-            frame.to_csv(temporary, index=False)
-        else:
-            frame.to_parquet(temporary, index=False)
-    temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text(to_html(reports), encoding="utf-8")
+        return
+    try:
+        pandas = importlib.import_module("pandas")
+        if kind == "parquet":
+            importlib.import_module("pyarrow")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"--format {kind} needs {error.name}: pip install 'lightning-koopman[tables]'"
+        ) from None
+    frame = pandas.DataFrame([row for report in reports for row in to_rows(report)])
+    with whole_file(path) as temporary:
+        (frame.to_csv if kind == "csv" else frame.to_parquet)(temporary, index=False)
 
 
 def write_with_known(
@@ -184,15 +181,12 @@ def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
         ReportFormatError: If the file does not exist or holds something else.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        reports = [
-            CreditReport.from_dict(part)
-            for part in (content if isinstance(content, list) else [content])
-        ]
+        content = read_json(path)
     except OSError as error:
         raise ReportFormatError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-        raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None
+    try:
+        parts = content if isinstance(content, list) else [content]
+        reports = [CreditReport.from_dict(part) for part in parts]
     except ReportFormatError as error:
         raise ReportFormatError(f"{os.fspath(path)} holds no report: {error}") from None
     if not reports:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_koopman.assembly import build_report
 from lightning_koopman.chain import Normalize
 from lightning_koopman.credit import QUANTITIES, Credits, check_options, compute_credits, samples_needed
 from lightning_koopman.delay import MAX_DELAY, Delay, DelayChoice, choose_delay
 from lightning_koopman.keys import sample_keys
 from lightning_koopman.layout import Layout
 from lightning_koopman.moments import accumulate
-from lightning_koopman.report import CreditReport, build_report, check_quantities
+from lightning_koopman.report import CreditReport, check_quantities
 
 _FORWARD_FLAGS = ("_to_sync", "_should_unsync", "compute_on_cpu", "_enable_grad", "_computed")
 

@@ -1,4 +1,4 @@
-"""The frozen result: a row a component, doubts, flat scalars, JSON."""
+"""The frozen result: a row a component, doubts, flat scalars."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
-from torch import Tensor
 
-from lightning_koopman.credit import QUANTITIES, Credits
-from lightning_koopman.effects import Effects, plain
+from lightning_koopman.credit import QUANTITIES
+from lightning_koopman.effects import Effects
 from lightning_koopman.operator import KoopmanOperator
-from lightning_koopman.schema import ARRAYS, FORMAT, ReportFormatError, checked_fields
+from lightning_koopman.schema import ReportFormatError, checked_fields, plain_fields, read_json
 from lightning_koopman.tables import as_text, credit_table, effects_table
+from lightning_koopman.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,27 +177,7 @@ class CreditReport:
         Returns:
             Everything but the operators.
         """
-        return {
-            "format": FORMAT,
-            "components": list(self.components),
-            "widths": list(self.widths),
-            **{name: plain(getattr(self, name)) for name in (*ARRAYS, "stable")},
-            "stderr": {name: plain(values) for name, values in self.stderr.items()},
-            "volumes": plain(self.volumes),
-            "directions": self.directions,
-            "n_samples": self.n_samples,
-            "total": plain(self.total),
-            "total_stderr": plain(self.total_stderr),
-            "notes": list(self.notes),
-            "step": self.step,
-            "parts": {name: list(calls) for name, calls in self.parts.items()},
-            "folds": self.folds,
-            "delay": self.delay,
-            "excitation": self.excitation,
-            "run": self.run,
-            "source": dict(self.source),
-            "effects": None if self.effects is None else self.effects.to_dict(),
-        }
+        return plain_fields(self)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the report as JSON; numbers that are not finite become ``null``.
@@ -211,9 +190,8 @@ class CreditReport:
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            temporary = Path(f"{os.fspath(path)}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with whole_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         return text
 
     @classmethod
@@ -229,13 +207,11 @@ class CreditReport:
         Raises:
             ReportFormatError: If the file is not such a report.
         """
+        content = read_json(source)
         try:
-            return cls.from_dict(json.loads(Path(source).read_text(encoding="utf-8")))
+            return cls.from_dict(content)
         except ReportFormatError as error:
             raise ReportFormatError(f"{os.fspath(source)} holds no report: {error}") from None
-        # A number of thousands of digits is a plain ValueError.
-        except (ValueError, RecursionError) as error:
-            raise ReportFormatError(f"{os.fspath(source)} is not JSON: {error}") from None
 
     @classmethod
     def from_dict(cls, given: Any) -> CreditReport:
@@ -270,63 +246,6 @@ class CreditReport:
         return as_text(self)
 
 
-def build_report(
-    components: Sequence[str],
-    credits: Credits,
-    *,
-    n_samples: int,
-    variance_kept: Sequence[float] | None = None,
-    notes: Sequence[str] = (),
-    step: int | None = None,
-    folds: int = 5,
-    delay: int = 1,
-) -> CreditReport:
-    """Give the numbers of a chain their names.
-
-    Args:
-        components: Names, in order of execution.
-        credits: The numbers.
-        n_samples: Number of samples they rest on.
-        variance_kept: Share of variance in each state vector; ``None`` means all.
-        notes: Sentences for the reader.
-        step: Training step the weights belong to.
-        folds: Number of folds that the error bars rest on.
-        delay: How many states before it each operator took at least.
-
-    Returns:
-        The report.
-    """
-    notes = list(notes)
-    lost = [components[i - 1] for i in credits.lost if i > 0]
-    if credits.lost:
-        notes.append(
-            f"{credits.alignment.rank} output directions reach back to the input; others "
-            f"({_spans(credits.dropped)}) are lost at {', '.join(map(repr, lost)) or 'the input'} and "
-            "were dropped"
-        )
-    values: dict[str, Any] = {name: _numpy(tensor) for name, tensor in credits.values.items()}
-    return CreditReport(
-        components=tuple(components),
-        **values,
-        stderr={name: _numpy(tensor) for name, tensor in credits.stderr.items()},
-        directions=credits.alignment.rank,
-        n_samples=n_samples,
-        total=credits.total,
-        total_stderr=credits.total_stderr,
-        volumes=_numpy(credits.volumes),
-        widths=tuple(operator.matrix.shape[1] for operator in credits.operators),
-        variance_kept=np.array(variance_kept or [1.0] * len(components), dtype=np.float64),
-        tikhonov=np.array([operator.tikhonov for operator in credits.operators]),
-        condition=np.array([operator.condition for operator in credits.operators]),
-        stable=credits.stable.cpu().numpy(),
-        notes=tuple(notes),
-        operators=dict(zip(components, credits.operators, strict=True)),
-        step=step,
-        folds=folds,
-        delay=delay,
-    )
-
-
 def check_quantities(quantities: Sequence[str]) -> None:
     """Refuse names that no report holds.
 
@@ -342,18 +261,3 @@ def check_quantities(quantities: Sequence[str]) -> None:
     unknown = [name for name in quantities if name not in known]
     if unknown:
         raise ValueError(f"unknown quantities {unknown}; choose from {known}")
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """Write ascending runs short: 3, 5 to 9."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ", ".join(" to ".join(map(str, run)) for run in runs)
-
-
-def _numpy(tensor: Tensor) -> NDArray[np.float64]:
-    return tensor.detach().cpu().numpy().astype(np.float64)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from lightning_koopman.report import CreditReport
-from lightning_koopman.schema import ReportFormatError
+from lightning_koopman.schema import ReportFormatError, read_json
+from lightning_koopman.whole_files import whole_file
 
 
 def write_reports(reports: Sequence[CreditReport], path: str | os.PathLike[str]) -> None:
@@ -22,13 +22,8 @@ def write_reports(reports: Sequence[CreditReport], path: str | os.PathLike[str])
         OSError: If the file cannot be written.
     """
     text = json.dumps([report.to_dict() for report in reports], indent=1, allow_nan=False)
-    temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
@@ -43,10 +38,7 @@ def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
     Raises:
         ReportFormatError: If the file holds anything else.
     """
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None
+    given = read_json(path)
     if not isinstance(given, list):
         raise ReportFormatError(f"{os.fspath(path)} holds no list of reports")
     try:

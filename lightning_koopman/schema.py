@@ -1,17 +1,22 @@
-"""Checks of a saved report, field by field: nothing that a file holds is believed unread."""
+"""The saved form of a report. Of what a file holds, no field is believed unread."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
-from typing import Any, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_koopman.credit import QUANTITIES
-from lightning_koopman.effects import KINDS, Effects, Scale
+from lightning_koopman.effects import KINDS, Effects, Scale, plain
+
+if TYPE_CHECKING:
+    from lightning_koopman.report import CreditReport
 
 FORMAT = 1
 """Version of the saved form."""
@@ -22,6 +27,57 @@ ARRAYS = (*QUANTITIES, "variance_kept", "tikhonov", "condition")
 
 class ReportFormatError(ValueError):
     """A file that should hold a report does not."""
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a file of JSON.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ReportFormatError: If that is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    # A number of thousands of digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
+        raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None
+
+
+def plain_fields(report: CreditReport) -> dict[str, Any]:
+    """Turn a report into plain Python values, with ``None`` for what is not finite.
+
+    Args:
+        report: The report.
+
+    Returns:
+        Everything but the operators.
+    """
+    return {
+        "format": FORMAT,
+        "components": list(report.components),
+        "widths": list(report.widths),
+        **{name: plain(getattr(report, name)) for name in (*ARRAYS, "stable")},
+        "stderr": {name: plain(values) for name, values in report.stderr.items()},
+        "volumes": plain(report.volumes),
+        "directions": report.directions,
+        "n_samples": report.n_samples,
+        "total": plain(report.total),
+        "total_stderr": plain(report.total_stderr),
+        "notes": list(report.notes),
+        "step": report.step,
+        "parts": {name: list(calls) for name, calls in report.parts.items()},
+        "folds": report.folds,
+        "delay": report.delay,
+        "excitation": report.excitation,
+        "run": report.run,
+        "source": dict(report.source),
+        "effects": None if report.effects is None else report.effects.to_dict(),
+    }
 
 
 def checked_fields(given: Any) -> dict[str, Any]:

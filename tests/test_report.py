@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 
 from lightning_koopman import CreditReport, KoopmanCredit
+from lightning_koopman.assembly import build_report
 from lightning_koopman.credit import QUANTITIES, compute_credits
 from lightning_koopman.layout import Layout
 from lightning_koopman.moments import accumulate
-from lightning_koopman.report import MIN_R2, build_report, check_quantities
+from lightning_koopman.report import MIN_R2, check_quantities
 from lightning_koopman.schema import ReportFormatError
 
 NAMES = ("stem", "body.0", "head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints
+from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, formats
 from lightning_koopman.cli import main
 from lightning_koopman.report_files import merge_reports, read_reports, write_reports
 from lightning_koopman.schema import ReportFormatError
@@ -102,12 +103,20 @@ def test_reports_so_far_are_saved_after_every_checkpoint(tmp_path: Path) -> None
     assert counts == [1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["one", "json", "html", "csv"])
 def test_a_disk_that_is_full_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = credit_report(network(), batches())
-    out = tmp_path / "out.json"
-    write_reports([report], out)
+    out = tmp_path / "out"
+
+    def write(reports: list[CreditReport]) -> None:
+        if kind == "one":
+            reports[-1].to_json(out)
+        else:
+            formats.write_reports(reports, out, kind)
+
+    write([report])
     before = out.read_text()
 
     def full(self: Path, target: Any) -> Any:
@@ -115,7 +124,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        write_reports([report, report], out)
+        write([report, dataclasses.replace(report, n_samples=7)])
     assert out.read_text() == before
     assert list(tmp_path.iterdir()) == [out]
 
