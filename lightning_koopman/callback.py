@@ -21,14 +21,13 @@ from lightning_koopman.credit import check_options
 from lightning_koopman.delay import Delay
 from lightning_koopman.excitation import check_excitation
 from lightning_koopman.isolation import random_states_kept
+from lightning_koopman.loggers import FREE_FOR_FIGURES, free_bytes
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
 from lightning_koopman.session import Session
 from lightning_koopman.trainer_facts import (
-    FREE_FOR_FIGURES,
     batch_size,
     first_loader,
-    free_bytes,
     logged_hyper_parameters,
     logged_step,
     may_skip_validation,

@@ -7,8 +7,9 @@ from collections import deque
 from pathlib import Path
 
 from lightning_koopman.entries import Entry
+from lightning_koopman.loggers import EventFile
 from lightning_koopman.report import CreditReport
-from lightning_koopman.writers import CreditWriter, EventFile
+from lightning_koopman.writers import CreditWriter
 
 
 class RunLogs:

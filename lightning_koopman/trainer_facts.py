@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DistributedSampler
-
-FREE_FOR_FIGURES = 64 * 2**20
-"""Bytes that must be free where a logger writes; figures and histograms of a long training take some."""
 
 
 @contextmanager
@@ -164,21 +157,3 @@ def first_loader(loaders: Any) -> Any:
     while isinstance(loaders, dict | list | tuple):
         loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), ())
     return () if loaders is None else loaders
-
-
-def free_bytes(logger: Any) -> float:
-    """Tell how much room there is where a logger writes.
-
-    Args:
-        logger: Any logger.
-
-    Returns:
-        Bytes; infinity where it does not tell a folder.
-    """
-    told = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
-    if not isinstance(told, str | os.PathLike):
-        return math.inf
-    folder = Path(told).absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

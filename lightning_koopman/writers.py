@@ -1,29 +1,20 @@
-"""Reports to loggers: scalars, layout, histograms, figures, table; nothing is computed here."""
+"""What of a growing series of reports loggers get, and when; nothing is computed here."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_koopman.formats import to_markdown, to_rows
+from lightning_koopman.loggers import BANDS, figure_sink, write_histograms, write_layout, write_table
 from lightning_koopman.report import CreditReport, check_quantities
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MOST_TAGS = 200
 """Most scalar tags that are written unless the user asks for more."""
 
-_BANDS = ("credit_low", "credit_high")
 _TOTALS = ("total", "doubts", "overhead_s")
-
-# A writer keeps only its last layout, so several monitors of one run must write theirs together.
-_layouts: WeakKeyDictionary[Any, dict[str, dict[str, list[Any]]]] = WeakKeyDictionary()
 
 
 class CreditWriter:
@@ -31,7 +22,7 @@ class CreditWriter:
 
     Scalars and hyperparameters go to every logger. Figures, tables and texts go where the logger takes
     them: TensorBoard, Weights & Biases and MLflow are recognised by their methods, so that both
-    Lightning namespaces and a bare ``SummaryWriter`` in an :class:`EventFile` work alike. Figures are
+    Lightning namespaces and an :class:`~lightning_koopman.loggers.EventFile` work alike. Figures are
     drawn at the 1st, 2nd, 4th, 8th … report and at the end: TensorBoard keeps ten images a tag, and
     drawing costs more than measuring a small network does.
 
@@ -82,9 +73,9 @@ class CreditWriter:
         self._newest_drawn = self._written & (self._written - 1) == 0
         for logger in loggers:
             if self.layout:
-                self._lay_out(logger)
+                write_layout(logger, self.prefix, self.quantities, self.shown)
             if self.figures:
-                self._write_histograms(logger, reports[-1], step)
+                write_histograms(logger, self.prefix, reports[-1], step)
         if self.figures and self._newest_drawn:
             self._draw(loggers, reports, step)
 
@@ -102,7 +93,7 @@ class CreditWriter:
         every = report.to_scalars(self.prefix, self.quantities)
         names = list(self.quantities)
         if "credit" in names:
-            names += _BANDS
+            names += BANDS
             edges = zip(report.components, report.credit, report.stderr["credit"], strict=True)
             for component, value, error in edges:
                 every[f"{self.prefix}/credit_low/{component}"] = float(value - error)
@@ -132,7 +123,7 @@ class CreditWriter:
         if not self._newest_drawn:
             self._draw(loggers, reports, step)
         for logger in loggers:
-            _write_table(logger, f"{self.prefix}/report", reports[-1], step)
+            write_table(logger, f"{self.prefix}/report", reports[-1], step)
 
     def log_options(
         self, loggers: Sequence[Any], options: Mapping[str, Any], known: Mapping[str, Any]
@@ -153,7 +144,7 @@ class CreditWriter:
         """Fix once which components get scalars, and say so where the limit leaves some out."""
         if self.shown and set(self.shown) <= set(report.components):
             return
-        each = len(self.quantities) + len(_BANDS) * ("credit" in self.quantities)
+        each = len(self.quantities) + len(BANDS) * ("credit" in self.quantities)
         each += report.effects is not None
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each) if self.top_k is None else self.top_k
         size = len(report.components)
@@ -167,43 +158,8 @@ class CreditWriter:
                 stacklevel=4,
             )
 
-    def _lay_out(self, logger: Any) -> None:
-        experiment: Any = getattr(logger, "experiment", None)
-        if not hasattr(experiment, "add_custom_scalars"):
-            return
-        layouts = _layouts.setdefault(experiment, {})
-        if self.prefix in layouts:
-            return
-        joined = getattr(logger, "_prefix", "") or ""
-        joined = f"{joined}{logger.LOGGER_JOIN_CHAR}{self.prefix}" if joined else self.prefix
-        charts = {
-            f"{name}, all components": ["Multiline", [f"{re.escape(joined)}/{re.escape(name)}/"]]
-            for name in self.quantities
-        }
-        layouts[self.prefix] = charts
-        if "credit" in self.quantities:
-            layouts[f"{self.prefix}: credit ± standard error"] = {
-                f"credit of {name}": [
-                    "Margin",
-                    [f"{joined}/{part}/{name}" for part in ("credit", *_BANDS)],
-                ]
-                for name in self.shown
-            }
-        experiment.add_custom_scalars(layouts)
-
-    def _write_histograms(self, logger: Any, report: CreditReport, step: int) -> None:
-        experiment: Any = getattr(logger, "experiment", None)
-        if not hasattr(experiment, "add_histogram"):
-            return
-        arrays = {name: getattr(report, name) for name in ("credit", "gain", "nonlinearity")}
-        arrays["credit by direction"] = report.volumes
-        for name, values in arrays.items():
-            finite = np.clip(values[np.isfinite(values)], -1e19, 1e19)  # the outermost bins
-            if finite.size:
-                experiment.add_histogram(f"{self.prefix}/{name}", finite, step)
-
     def _draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
-        accepted = [show for logger in loggers if (show := _figure_sink(logger)) is not None]
+        accepted = [show for logger in loggers if (show := figure_sink(logger)) is not None]
         if not accepted:
             return
         from lightning_koopman.plots import plot_directions, plot_evolution, plot_report, plot_spectra
@@ -218,61 +174,6 @@ class CreditWriter:
         for name, figure in figures.items():
             for show in accepted:
                 show(f"{self.prefix}/{name}", figure, step)
-
-
-class EventFile:
-    """A TensorBoard event file with the few methods of a Lightning logger that a writer calls.
-
-    Args:
-        logdir: Folder for the file.
-    """
-
-    def __init__(self, logdir: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.experiment = SummaryWriter(logdir)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write scalars.
-
-        Args:
-            metrics: Tag to number.
-            step: Where on the axis.
-        """
-        for name, value in metrics.items():
-            self.experiment.add_scalar(name, value, step)
-        self.experiment.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self.experiment.close()
-
-
-def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
-    """Find how a logger takes figures, if it does."""
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_figure"):
-        return lambda tag, figure, step: experiment.add_figure(tag, figure, step)
-    if hasattr(logger, "log_image"):
-        return lambda tag, figure, step: logger.log_image(tag, [figure], step=step)
-    if hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):
-        return lambda tag, figure, step: experiment.log_figure(
-            logger.run_id, figure, f"{tag}_{step:08d}.png"
-        )
-    return None
-
-
-def _write_table(logger: Any, tag: str, report: CreditReport, step: int) -> None:
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_text"):
-        experiment.add_text(tag, to_markdown(report), step)
-    elif hasattr(logger, "log_table"):
-        rows = to_rows(report)
-        logger.log_table(
-            tag, columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step
-        )
-    elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):
-        experiment.log_text(logger.run_id, to_markdown(report), f"{tag}.md")
 
 
 def _simple(value: Any) -> Any:

@@ -23,8 +23,8 @@ from torch import nn
 
 from lightning_koopman import KoopmanCreditMonitor, callback, credit_report
 from lightning_koopman.cli import main
+from lightning_koopman.loggers import free_bytes
 from lightning_koopman.report_files import read_reports, write_reports
-from lightning_koopman.trainer_facts import free_bytes
 
 USER_CODE = """
 import torch

@@ -23,7 +23,8 @@ from lightning_koopman import (
     predict_effects,
 )
 from lightning_koopman.formats import to_markdown
-from lightning_koopman.writers import CreditWriter, EventFile
+from lightning_koopman.loggers import EventFile
+from lightning_koopman.writers import CreditWriter
 
 
 class Net(L.LightningModule):
