@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_koopman.chain import Normalize
 from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
 from lightning_koopman.delay import Delay
 from lightning_koopman.excitation import check_excitation
+from lightning_koopman.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.isolation import random_states_kept
+from lightning_koopman.kept_batches import KeptBatches
 from lightning_koopman.loggers import FREE_FOR_FIGURES, free_bytes
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
 from lightning_koopman.session import Session
 from lightning_koopman.trainer_facts import (
-    batch_size,
     first_loader,
     logged_hyper_parameters,
     logged_step,
@@ -37,51 +34,10 @@ from lightning_koopman.trainer_facts import (
 )
 from lightning_koopman.writers import CreditWriter
 
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback
-else:
-    # One class for both namespaces: each Trainer and each LightningCLI asks for its own base.
-    _bases = []
-    for _name in ("lightning.pytorch", "pytorch_lightning"):
-        try:
-            _bases.append(importlib.import_module(_name).Callback)
-        except ImportError:
-            continue
-    if not _bases:
-        raise ModuleNotFoundError("the callback needs Lightning: pip install lightning")
-    Callback = type("Callback", tuple(_bases), {})
-
 _HISTORY_SAVED = 100
 
 
-def _never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
-    """Turn an error of ours into one warning, unless the user asked for the error itself."""
-
-    @functools.wraps(hook)
-    def safe(self: KoopmanCreditMonitor, *args: Any, **kwargs: Any) -> None:
-        try:
-            hook(self, *args, **kwargs)
-        except Exception as error:
-            if self._session.owes_exchange:
-                # The other processes wait for this one at the end of the epoch, and hear of it there.
-                self._session.fail(error)
-                return
-            self._session.forget()
-            if self.on_error == "raise":
-                raise
-            self._warn_once(
-                f"no Koopman credit this time: {error} (Said once; training goes on, and later "
-                "measurements are still tried.)",
-                kind="error",
-            )
-        except BaseException:
-            self._session.forget()
-            raise
-
-    return safe
-
-
-class KoopmanCreditMonitor(Callback):
+class KoopmanCreditMonitor(HarmlessCallback):
     """Watch the Koopman credit of every component while a network trains.
 
     Hooks ride along the validation batches that Lightning runs anyway, and come off after each of them,
@@ -170,7 +126,6 @@ class KoopmanCreditMonitor(Callback):
         on_error: Literal["warn", "raise"] = "warn",
         seed: int = 0,
     ) -> None:
-        super().__init__()
         check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
         check_reduce(reduce)
         check_excitation(excitation)
@@ -186,16 +141,7 @@ class KoopmanCreditMonitor(Callback):
         ):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"on_error is {on_error!r}; choose 'warn' or 'raise'")
-        self.components = components
-        self.every_n_epochs = every_n_epochs
-        self.max_samples = max_samples
-        self.forward_fn = forward_fn
-        self.prefix = prefix
-        self.on_error = on_error
-        self.history: list[CreditReport] = []
-        self._options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "max_dim": max_dim,
             "reduce": reduce,
             "output": output,
@@ -208,13 +154,17 @@ class KoopmanCreditMonitor(Callback):
             "targets": targets,
             "seed": seed,
         }
-        self._warned: set[str] = set()
-        self._session = Session(
-            components, max_samples=max_samples, forward_fn=forward_fn, options=self._options
-        )
+        session = Session(components, max_samples=max_samples, forward_fn=forward_fn, options=options)
+        super().__init__(session, on_error)
+        self._options = options
+        self.components = components
+        self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
+        self.forward_fn = forward_fn
+        self.prefix = prefix
+        self.history: list[CreditReport] = []
         self._from_training = False
-        self._kept: list[Any] = []
-        self._kept_samples = 0
+        self._kept = KeptBatches()
         self._measured_at: int | None = None
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
@@ -239,7 +189,7 @@ class KoopmanCreditMonitor(Callback):
         history = [json.dumps(r.to_dict()) for r in self.history[-_HISTORY_SAVED:]]
         return {"history": history, "shown": list(self._writer.shown)}
 
-    @_never_in_the_way
+    @never_in_the_way
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the history back when training resumes; evaluation leaves it alone.
 
@@ -253,7 +203,7 @@ class KoopmanCreditMonitor(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the previous run's bookkeeping."""
         self._session.forget()
-        self._kept = []
+        self._kept = KeptBatches()
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._resuming = stage == "fit"
 
@@ -280,7 +230,7 @@ class KoopmanCreditMonitor(Callback):
                 "the Trainer has no logger; Koopman credits are kept in monitor.history only"
             )
 
-    @_never_in_the_way
+    @never_in_the_way
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a measurement if one is due."""
         self._session.forget()
@@ -297,7 +247,7 @@ class KoopmanCreditMonitor(Callback):
             refuse_sharded_weights(trainer)
         self._session.begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
 
-    @_never_in_the_way
+    @never_in_the_way
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -305,7 +255,7 @@ class KoopmanCreditMonitor(Callback):
         if dataloader_idx == 0 and self._session.wants_more:
             self._session.start_batch(batch)
 
-    @_never_in_the_way
+    @never_in_the_way
     def on_validation_batch_end(
         self,
         trainer: Any,
@@ -319,40 +269,38 @@ class KoopmanCreditMonitor(Callback):
         if dataloader_idx == 0 and self._session.wants_more:
             self._session.end_batch(trainer, pl_module, batch)
 
-    @_never_in_the_way
+    @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute the report and log it."""
         if not (may_skip_validation(trainer, pl_module) or self._session.idle):
             self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
 
-    @_never_in_the_way
+    @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Keep the epoch's first batches where there is no validation loop."""
         if not self._from_training or not self._is_due(trainer):
             return
         if batch_idx == 0:
-            self._kept, self._kept_samples = [], 0
-        if self._kept_samples < share(self.max_samples, trainer.world_size):
-            self._kept.append(
-                apply_to_collection(batch, Tensor, lambda t: t.detach().to("cpu", copy=True))
-            )
-            self._kept_samples += batch_size(batch)
+            self._kept = KeptBatches()
+        self._kept.take(batch, most=share(self.max_samples, trainer.world_size))
 
-    @_never_in_the_way
+    @never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure on the kept training batches where there is no validation loop."""
         step = max(0, logged_step(trainer, None) - 1)
         if not self._is_due(trainer):
             return
-        if self._from_training and (self._kept or trainer.world_size > 1):
-            self._extra_pass(trainer, pl_module, self._kept, first_loader(trainer.train_dataloader))
+        if self._from_training and (self._kept.batches or trainer.world_size > 1):
+            self._extra_pass(
+                trainer, pl_module, self._kept.batches, first_loader(trainer.train_dataloader)
+            )
         elif not self._from_training and may_skip_validation(trainer, pl_module):
             # Here, unlike at the end of validation, every process arrives.
             if self._session.idle:
                 self._session.begin(trainer, pl_module, ())
             self._finish(trainer, pl_module, step=step)
 
-    @_never_in_the_way
+    @never_in_the_way
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """See that the newest report is about the final weights, and draw it."""
         if trainer.sanity_checking or trainer.global_step == 0:
@@ -364,7 +312,9 @@ class KoopmanCreditMonitor(Callback):
 
     def _measure_final(self, trainer: Any, pl_module: Any) -> None:
         if self._from_training:
-            self._extra_pass(trainer, pl_module, self._kept, first_loader(trainer.train_dataloader))
+            self._extra_pass(
+                trainer, pl_module, self._kept.batches, first_loader(trainer.train_dataloader)
+            )
         else:
             loader = first_loader(trainer.val_dataloaders)
             with random_states_kept(loader):
@@ -377,9 +327,9 @@ class KoopmanCreditMonitor(Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of kept batches."""
         self._session.forget()
-        self._kept = []
+        self._kept = KeptBatches()
 
-    @_never_in_the_way
+    @never_in_the_way
     def _log_options(self, trainer: Any) -> None:
         options = {"components": self.components, "max_samples": self.max_samples, **self._options}
         self._writer.log_options(trainer.loggers, options, known=logged_hyper_parameters(trainer))
@@ -435,8 +385,3 @@ class KoopmanCreditMonitor(Callback):
                 "scalars only, and neither figures nor histograms"
             )
         return roomy
-
-    def _warn_once(self, message: str, *, kind: str | None = None) -> None:
-        if (kind or message) not in self._warned:
-            self._warned.add(kind or message)
-            rank_zero_warn(message, stacklevel=4)

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 
@@ -129,20 +127,6 @@ def refuse_sharded_weights(trainer: Any) -> None:
             "every epoch, compile nothing and leave excitation out; or evaluate the saved checkpoints "
             "in one process"
         )
-
-
-def batch_size(batch: Any) -> int:
-    """Count the samples of a batch by its longest first axis.
-
-    Args:
-        batch: Tensors, nested as loaders give them.
-
-    Returns:
-        At least 1.
-    """
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0] if t.ndim else 1))
-    return max(sizes, default=1)
 
 
 def first_loader(loaders: Any) -> Any:
