@@ -1,28 +1,25 @@
-"""Records every component's state in one forward pass, through hooks that are always removed."""
+"""Hooks that record every component's state in one forward pass, and that always come off."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.components import named_components, transparent_modules
-from lightning_koopman.module_tree import clean_modules, clean_name
-from lightning_koopman.origins import Origins
-from lightning_koopman.recorded import INPUT, OUTPUT, Recorded
-from lightning_koopman.tensors import (
-    detached_copy,
-    first_packed,
-    first_tensor,
-    unpacked,
-    whole,
+from lightning_koopman.components import (
+    common_ancestor,
+    named_components,
+    transparent_modules,
+    with_output,
 )
-
-_NO_LABELS: frozenset[str] = frozenset()
+from lightning_koopman.module_tree import clean_modules, clean_name
+from lightning_koopman.recorded import OUTPUT
+from lightning_koopman.recorder import Recorder
+from lightning_koopman.tensors import detached_copy
 
 
 def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
@@ -64,9 +61,7 @@ class Capture:
 
     Attributes:
         components: The chosen modules by name.
-        skipped: Components that gave nothing to record in the current pass.
-        parts: By state, in order of execution, the module calls that its component is made of; the last
-            one gives the state. A second call of a module reads ``name#1``, as states do.
+        end: Name of the module whose output the chain ends with, if one was named.
 
     Raises:
         ValueError: If the components cannot be chosen, or the model is a TorchScript module.
@@ -88,64 +83,51 @@ class Capture:
                 "Pass the nn.Module that it was scripted from."
             )
         self.components = named_components(model, components)
-        self.end = None if output is None else self._named_output(model, output)
-        self._model = model
-        self._named = components is not None
+        self.end = output
         # Named components are taken to the letter; only an automatic choice merges activations.
-        self._transparent = [] if self._named else transparent_modules(model, self.components)
-        self._keep = keep
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._input_handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
-        self._superseded: set[tuple[int, int]] = set()
-        self._merged: set[tuple[int, int]] = set()
-        self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
-        self.parts: dict[str, tuple[str, ...]] = {}
-        self._inputs: dict[tuple[int, int], str] = {}
-        self._passes = 0
+        named = components is not None
+        if output is not None:
+            self.components = with_output(model, self.components, output)
+        self._transparent = [] if named else transparent_modules(model, self.components)
+        self._model = model
         self._follow = follow
-        self._on_call = on_call
-        self._origins = Origins()
-        self.start_pass()
+        names = {id(module): clean_name(name) for name, module in model.named_modules()}
+        self._recorder = Recorder(names, named, keep, on_call)
+        self._hooks = ExitStack()
+        self._input_handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._closed = False
+        self._error: Exception | None = None
 
     def __enter__(self) -> Capture:
-        try:
-            ancestor = self._common_ancestor()
+        with ExitStack() as hooks:
+            ancestor = common_ancestor(self._model, self.components.values())
             if ancestor is not None:
-                self._handles.append(ancestor.register_forward_pre_hook(self._on_ancestor))
-            takes_input = {module for module, _ in self._inputs}
+                hooks.callback(ancestor.register_forward_pre_hook(self._on_ancestor).remove)
             for name, module in self.components.items():
-                if self._passes == 0 or self._on_call is not None or id(module) in takes_input:
+                if self._recorder.takes_input(module):
                     handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
-                    self._input_handles[id(module)] = handle
-                self._handles.append(
-                    module.register_forward_hook(functools.partial(self._on_output, name))
-                )
+                    hooks.callback(handle.remove)
+                    self._input_handles[name] = handle
+                on_output = functools.partial(self._on_output, name)
+                hooks.callback(module.register_forward_hook(on_output).remove)
             for module in self._transparent:
-                self._handles.append(module.register_forward_hook(self._on_transparent))
+                hooks.callback(module.register_forward_hook(self._on_transparent).remove)
             if self.end is not None and self.end not in self.components:
                 end = dict(clean_modules(self._model))[self.end]
-                self._handles.append(end.register_forward_hook(lambda _m, _a, out: self.record_end(out)))
-            if self._follow and self._passes == 0:
-                self._origins.follow()
-        except BaseException:
-            self.remove()
-            raise
+                handle = end.register_forward_hook(lambda _m, _a, out: self.record_end(out))
+                hooks.callback(handle.remove)
+            if self._follow and self._recorder.passes == 0:
+                hooks.callback(self._recorder.origins.leave)
+                self._recorder.origins.follow()
+            self._hooks = hooks.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
-        self._origins.leave()
-        for handle in (*self._handles, *self._input_handles.values()):
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
         self._input_handles.clear()
 
     def start_pass(self, batch: Any = None) -> None:
@@ -154,17 +136,8 @@ class Capture:
         Args:
             batch: What the pass is about to run on; it tells several network inputs apart.
         """
-        self._states: dict[str, Any] = {}
-        self._calls: dict[int, int] = {}
-        self._pending: dict[int, tuple[frozenset[str] | None, bool]] = {}
-        self._raw: Tensor | None = None
-        self._current: tuple[str, int, int] | None = None
-        self._closed = False
-        self._error: Exception | None = None
-        self._sources_of: dict[str, tuple[frozenset[str] | None, bool]] = {}
-        self.skipped: list[str] = []
-        self._unusable: str | None = None
-        self._origins.start_pass(batch)
+        self._closed, self._error = False, None
+        self._recorder.start_pass(batch)
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and hand over its states.
@@ -176,34 +149,45 @@ class Capture:
         Raises:
             ValueError: If a component returned nothing that can be recorded.
         """
-        states, error = self._states, self._error
-        if error is None and self._unusable is not None:
-            error = ValueError(self._unusable)
-        self._passes += error is None
-        self._origins.leave()
-        if self._passes == 1 and self._on_call is None:
-            self._keep_input_hooks()
-        self.start_pass()
-        if error is not None:
-            raise error
-        return states
+        error = self._error
+        try:
+            if error is not None:
+                raise error
+            return self._recorder.end_pass()
+        finally:
+            self._recorder.origins.leave()
+            self._drop_input_hooks()
+            self.start_pass()
 
-    def _keep_input_hooks(self) -> None:
+    def _drop_input_hooks(self) -> None:
         """Take the hooks off all inputs that the first pass showed not to be the network's."""
-        takes_input = {module for module, _ in self._inputs}
-        for module in list(self._input_handles):
-            if module not in takes_input:
-                self._input_handles.pop(module).remove()
+        for name in list(self._input_handles):
+            if not self._recorder.takes_input(self.components[name]):
+                self._input_handles.pop(name).remove()
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """By state, in order of execution, the module calls that its component is made of.
+
+        The last one gives the state. A second call of a module reads ``name#1``, as states do.
+        """
+        return self._recorder.parts
+
+    @property
+    def skipped(self) -> list[str]:
+        """Components that gave nothing to record in the current pass."""
+        return self._recorder.skipped
 
     @property
     def untraced(self) -> Exception | None:
         """What kept the data from being followed, if anything did; sources then mean nothing."""
-        return self._origins.error
+        return self._recorder.origins.error
 
     @property
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
-        return [name for name, module in self.components.items() if id(module) not in self._calls]
+        ran = self._recorder.calls
+        return [name for name, module in self.components.items() if id(module) not in ran]
 
     def record_end(self, value: Any) -> None:
         """Record a state that no component gave, such as the network's own output, as the last one.
@@ -214,142 +198,22 @@ class Capture:
         Raises:
             ValueError: If there is no floating-point tensor in it.
         """
-        name = self.end or OUTPUT
-        if self._closed or name in self._states:
-            return
-        sources = self._origins.of(value)
-        tensor = first_tensor(value)
-        if tensor is None:
-            raise ValueError(
-                f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
-                "let output= give one"
-            )
-        tensor = whole(tensor)
-        self._states[name] = self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
-
-    def _named_output(self, model: nn.Module, output: str) -> str:
-        modules = dict(clean_modules(model))
-        if output not in modules:
-            raise ValueError(
-                f"output is {output!r}, which is no module of {type(model).__name__}. "
-                f"It has {', '.join(map(repr, list(modules)[:8]))}."
-            )
-        for name in self.components:
-            if output.startswith(name + "."):
-                raise ValueError(
-                    f"output {output!r} is part of component {name!r}. Name finer components with "
-                    "components=[...], or a later output."
-                )
-        if not any(name == output or name.startswith(output + ".") for name in self.components):
-            self.components[output] = modules[output]
-        return output
-
-    def _common_ancestor(self) -> nn.Module | None:
-        """Find the innermost module that holds all components, if it is one that can be called."""
-        wanted = {id(module) for module in self.components.values()}
-        ancestor = None
-        for module in self._model.modules():
-            inside = {id(part) for part in module.modules() if part is not module}
-            if wanted <= inside and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-                ancestor = module
-        return ancestor
+        if not self._closed:
+            self._recorder.end(self.end or OUTPUT, self._model, value)
 
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any) -> None:
         # A second call within one step (two views, a teacher) is another pass: the first one counts.
-        self._closed = bool(self._states)
+        self._closed = bool(self._recorder.states)
 
     @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensor = first_tensor((args, kwargs))
-        key = (id(module), self._calls.get(id(module), 0))
-        if tensor is not None:
-            if self._passes == 0 and self._is_input(tensor):
-                self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
-                self._origins.claim(tensor, self._inputs[key])
-            if key in self._inputs:
-                name = self._inputs[key]
-                recorded = self._recorded(name, module, (args, kwargs), tensor, _NO_LABELS)
-                self._states[name] = self._keep(recorded.tensor, recorded)
-        if self._on_call is not None:
-            followed = self._origins.of if self._origins.following else None
-            self._on_call(module, key[1], args, kwargs, followed)
-        self._pending[id(module)] = (self._origins.of((args, kwargs)), tensor is not None)
-
-    def _is_input(self, tensor: Tensor) -> bool:
-        """Tell whether a component takes data of the batch that no component has taken before."""
-        fresh = self._origins.is_fresh(tensor)
-        return not self._states if fresh is None else fresh
+        self._recorder.take(module, args, kwargs)
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        call = self._count(module)
-        self._record(name if call == 0 else f"{name}#{call}", module, call, output)
+        self._recorder.give(name, module, output)
 
     @_kept_out_of_the_forward
     def _on_transparent(self, module: nn.Module, args: Any, output: Any) -> None:
-        call = self._count(module)
-        if self._current is None or self._raw is None or first_tensor(args) is not self._raw:
-            return
-        name, *recorded_by = self._current
-        if self._passes == 0 and self._continues(output, name):
-            self._merged.add((id(module), call))
-            self._superseded.add((recorded_by[0], recorded_by[1]))
-        if (id(module), call) not in self._merged:
-            return
-        self._record(name, module, call, output)
-
-    def _continues(self, output: Any, name: str) -> bool:
-        """Tell whether an output still holds a component's state, one row a sample."""
-        # A module may look at a state for its type or length alone, as rotary embeddings do.
-        tensor = first_tensor(output)
-        assert self._raw is not None
-        if tensor is None or tensor.shape[:1] != self._raw.shape[:1]:
-            return False
-        return self._origins.may_hold(tensor, name)
-
-    def _count(self, module: nn.Module) -> int:
-        call = self._calls.get(id(module), 0)
-        self._calls[id(module)] = call + 1
-        return call
-
-    def _record(self, name: str, module: nn.Module, call: int, output: Any) -> None:
-        tensor = first_tensor(output)
-        if tensor is None:
-            self._unusable = (
-                f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "
-                "Leave it out with components=[...]."
-            )
-            if self._named:
-                raise ValueError(self._unusable)
-            self.skipped.append(name)
-            return
-        self._unusable = None
-        self._raw, self._current = tensor, (name, id(module), call)
-        if self._passes == 0:
-            called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
-            self.parts[name] = (*self.parts.get(name, ()), called)
-        sources, from_float = self._pending.get(id(module), (None, True))
-        if name in self._sources_of:
-            sources, from_float = self._sources_of[name]
-        self._sources_of[name] = (sources, from_float)
-        self._origins.mark(output, name)
-        # The first pass shows which modules are followed by one that speaks for the component.
-        if (id(module), call) not in self._superseded:
-            recorded = self._recorded(name, module, output, tensor, sources, from_float)
-            self._states[name] = self._keep(recorded.tensor, recorded)
-
-    def _recorded(
-        self,
-        name: str,
-        module: nn.Module,
-        value: Any,
-        tensor: Tensor,
-        sources: frozenset[str] | None,
-        from_float: bool = True,
-    ) -> Recorded:
-        packed = first_packed(value)
-        if packed is not None and packed.data is tensor:
-            tensor, lengths = unpacked(packed)
-            return Recorded(name, module, tensor, lengths, sources, from_float)
-        return Recorded(name, module, whole(tensor), None, sources, from_float)
+        self._recorder.pass_on(module, args, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -92,6 +92,55 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
         and not any(True for _ in module.children())
         and (is_norm(module) or not has_parameters(module))
     ]
+
+
+def with_output(model: nn.Module, chosen: Mapping[str, nn.Module], output: str) -> dict[str, nn.Module]:
+    """Add the module whose output a chain ends with, unless it is, or holds, a component.
+
+    Args:
+        model: The module that the components were chosen from.
+        chosen: The result of :func:`named_components`.
+        output: Name of the module.
+
+    Returns:
+        The components.
+
+    Raises:
+        ValueError: If there is no such module, or it is part of a component.
+    """
+    modules = dict(clean_modules(model))
+    if output not in modules:
+        raise ValueError(
+            f"output is {output!r}, which is no module of {type(model).__name__}. "
+            f"It has {', '.join(map(repr, list(modules)[:8]))}."
+        )
+    for name in chosen:
+        if output.startswith(name + "."):
+            raise ValueError(
+                f"output {output!r} is part of component {name!r}. Name finer components with "
+                "components=[...], or a later output."
+            )
+    covered = any(name == output or name.startswith(output + ".") for name in chosen)
+    return dict(chosen) if covered else {**chosen, output: modules[output]}
+
+
+def common_ancestor(model: nn.Module, chosen: Iterable[nn.Module]) -> nn.Module | None:
+    """Find the innermost module that holds all components, if it is one that can be called.
+
+    Args:
+        model: The module that the components were chosen from.
+        chosen: The components.
+
+    Returns:
+        The module.
+    """
+    wanted = {id(module) for module in chosen}
+    ancestor = None
+    for module in model.modules():
+        inside = {id(part) for part in module.modules() if part is not module}
+        if wanted <= inside and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            ancestor = module
+    return ancestor
 
 
 def _matching(modules: dict[str, nn.Module], wanted: Sequence[Components]) -> dict[str, nn.Module]:

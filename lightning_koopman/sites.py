@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lightning_koopman.module_tree import clean_name
@@ -55,7 +54,7 @@ def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
 
 
 def replace_first_tensor(value: Any, new: Tensor) -> Any:
-    """Put a tensor where :func:`~lightning_koopman.capture.first_tensor` found one.
+    """Put a tensor where :func:`~lightning_koopman.tensors.first_tensor` found one.
 
     Args:
         value: Tensor, or tensors nested in tuples, lists, mappings and dataclasses.
@@ -65,6 +64,7 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
         A copy of the containers around the new tensor; everything else is kept.
 
     Example:
+        >>> import torch
         >>> replace_first_tensor((torch.tensor([1, 2]), [torch.ones(1)]), torch.zeros(1))
         (tensor([1, 2]), [tensor([0.])])
     """
@@ -120,39 +120,25 @@ class Sites:
         for call in calls:
             module, number = find_module(model, call)
             self._watched.setdefault(id(module), (module, {}))[1][number] = call
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Sites:
-        try:
+        with ExitStack() as hooks:
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
                 after = functools.partial(self._after, calls)
-                self._handles += [
-                    module.register_forward_pre_hook(before, with_kwargs=True),
-                    module.register_forward_hook(after),
-                ]
-        except BaseException:
-            self._remove()
-            raise
+                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(after).remove)
+            self._hooks = hooks.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove()
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
 
     def start_pass(self) -> None:
         """Forget what was read and count calls anew."""
         self.values = {}
         self._counts = {}
-
-    def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _before(self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any) -> None:
         site = Site("in", calls.get(self._counts.get(id(module), 0), ""))

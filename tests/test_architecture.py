@@ -20,6 +20,7 @@ CORE = [
     "components",
     "recorded",
     "origins",
+    "recorder",
     "capture",
     "pooling",
     "row_forms",
