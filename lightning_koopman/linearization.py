@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from lightning_koopman.forward import ForwardFn
 from lightning_koopman.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.linear_component import LinearComponent, put_in_place
 from lightning_koopman.linear_map import LinearFit, LinearMap
+from lightning_koopman.replaceable import check_replaceable, groups_to_replace
 from lightning_koopman.report import CreditReport
 from lightning_koopman.report_sites import check_parts
 from lightning_koopman.runs import Runner
@@ -71,9 +71,9 @@ def linearize(
     runner = Runner(model, batches, forward_fn)
     if not runner.batches:
         raise ValueError("no sample arrived: the batches were empty")
-    groups = _groups(model, report, components, merge)
+    groups = groups_to_replace(model, report, components, merge)
     with undisturbed(model):
-        _try(model, report, [call for group in groups for call in group], runner)
+        check_replaceable([call for group in groups for call in group], runner)
         maps = _fitted(runner, groups, max_dim, seed)
     new = copy.deepcopy(model)
     with random_states_kept():  # new layers draw weights before they are given theirs
@@ -209,70 +209,6 @@ def _check(model: nn.Module, report: CreditReport, components: Sequence[str], va
         )
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
-
-
-def _groups(
-    model: nn.Module, report: CreditReport, components: Sequence[str], merge: bool
-) -> list[list[str]]:
-    """Modules that become one map each, in order of execution."""
-    groups: list[list[str]] = []
-    for name in report.components:
-        calls = list(report.parts[name])
-        if name not in components:
-            continue
-        if merge and groups and _follows(model, groups[-1][-1], calls[0]):
-            groups[-1] += calls
-        else:
-            groups.append(calls)
-    bare = [len(g) == 1 and type(find_module(model, g[0])[0]) is nn.Linear for g in groups]
-    return [group for group, already in zip(groups, bare, strict=True) if not already]
-
-
-def _follows(model: nn.Module, call: str, following: str) -> bool:
-    """Whether two modules are neighbours in one Sequential, so that nothing else sees between them."""
-    parent = call.rpartition(".")[0]
-    if parent != following.rpartition(".")[0] or not isinstance(
-        find_module(model, parent)[0], nn.Sequential
-    ):
-        return False
-    order = [child for child, _ in find_module(model, parent)[0].named_children()]
-    places = [order.index(name.rpartition(".")[2]) for name in (call, following) if "#" not in name]
-    return len(places) == 2 and places[1] - places[0] == 1
-
-
-def _try(model: nn.Module, report: CreditReport, calls: Sequence[str], runner: Runner) -> None:
-    """Run one batch to see that each module runs once, takes one tensor and gives one."""
-    seen: dict[str, int] = dict.fromkeys(calls, 0)
-
-    def look(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen[name] += 1
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if len(tensors) != 1 or not args or tensors[0] is not args[0] or not isinstance(output, Tensor):
-            raise ValueError(
-                f"{name!r} takes {len(tensors)} tensors and gives {type(output).__name__}; only a "
-                "module that takes one tensor first and gives one can become linear"
-            )
-
-    handles = []
-    try:
-        for call in calls:
-            module, number = find_module(model, call)
-            if number:
-                raise ValueError(
-                    f"{call!r} is a module's second call; only modules that run once can go"
-                )
-            hook = functools.partial(look, call)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        Runner(model, runner.batches[:1], runner.forward_fn).run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    repeated = [name for name, count in seen.items() if count != 1]
-    if repeated:
-        raise ValueError(
-            f"{repeated} run {[seen[name] for name in repeated]} times in one pass; only modules that "
-            "run once can become linear. Give each place a module of its own."
-        )
 
 
 def _fitted(runner: Runner, groups: Sequence[Sequence[str]], max_dim: int, seed: int) -> list[LinearMap]:
