@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_koopman.checkpoints import CheckpointError
 from lightning_koopman.evaluate import credit_report
-from lightning_koopman.interventions import intervene
 from lightning_koopman.linearization import linearize
+from lightning_koopman.measured_effects import intervene
 from lightning_koopman.metric import KoopmanCredit
 from lightning_koopman.operator import KoopmanOperator, fit_operator
 from lightning_koopman.predictions import predict_effects

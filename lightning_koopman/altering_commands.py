@@ -93,7 +93,7 @@ def intervene(
     """
     from lightning_koopman.checkpoints import load_checkpoint
     from lightning_koopman.evaluate import credit_report
-    from lightning_koopman.interventions import intervene
+    from lightning_koopman.measured_effects import intervene
     from lightning_koopman.predictions import predict_effects
 
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint)

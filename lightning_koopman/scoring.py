@@ -49,7 +49,7 @@ class Outputs:
         Args:
             outputs: One tensor a batch.
             batches: What gave them.
-            scale: As in :func:`~lightning_koopman.interventions.intervene`.
+            scale: As in :func:`~lightning_koopman.intervene`.
             metric: As there.
 
         Returns:
