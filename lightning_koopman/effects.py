@@ -68,9 +68,7 @@ class Effects:
         """
         found = []
         for kind, values in self.values.items():
-            value, error = values[component], self.stderr[kind][component]
-            share = f"±{error / value:.0%}" if value > 0 and np.isfinite(error) else ""
-            found.append(f"{value:.2g}{share}")
+            found.append(with_share(values[component], self.stderr[kind][component]))
         return [*found, f"{self.influence[component]:.3f}±{self.influence_stderr[component]:.3f}"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +81,20 @@ class Effects:
             "strength": self.strength,
             "n_samples": self.n_samples,
         }
+
+
+def with_share(value: float, error: float) -> str:
+    """Write an effect for people to read, with its standard error as a share of it.
+
+    Args:
+        value: The effect.
+        error: Its error; left out where it is not known.
+
+    Returns:
+        Such as ``0.12±9%``.
+    """
+    share = f"±{error / value:.0%}" if value > 0 and math.isfinite(error) else ""
+    return f"{value:.2g}{share}"
 
 
 def mean_share(effects: NDArray[np.float64]) -> NDArray[np.float64]:

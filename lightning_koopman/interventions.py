@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from lightning_koopman.effects import UNITS, Kind, Scale
+from lightning_koopman.effects import UNITS, Kind, Scale, with_share
 from lightning_koopman.tables import as_text
+from lightning_koopman.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +35,13 @@ class Interventions:
         components: Names, in order of execution.
         kinds: Kinds of intervention, the columns of the arrays.
         effect: Change of the outputs, shape ``(components, kinds)``; 0 where nothing changes.
+        effect_stderr: Standard errors of the effects, the same shape: over samples, which are taken as
+            independent, and in quadrature over draws where there are several; NaN for a single sample.
+            The operators that ``linear`` swaps in are taken as known, and so are the means and spreads
+            of ``skip`` and ``output_noise``.
         metric: Metric after the intervention, the same shape; NaN where there is none.
+        metric_stderr: Standard errors of the metric's difference from ``metric_before``, the same shape:
+            paired, over samples and draws as above; NaN where the metric is not the accuracy.
         metric_before: Metric of the network as it is.
         scale: What effects are measured in: ``"kl"`` is the mean KL divergence in nats from the
             original to the altered class distribution, ``"relative"`` the mean squared change over
@@ -41,17 +50,21 @@ class Interventions:
         predicted: By kind, what the report predicts, shape ``(components,)``: effects in the unit of
             those measured where :func:`lightning_koopman.predict_effects` filled them in, else the
             quantity of :data:`PREDICTORS`, if any.
+        predicted_stderr: Standard errors of what stands in ``predicted``, by kind.
         predictor: By kind, the name of what stands in ``predicted``: ``"effect"``, or a quantity.
     """
 
     components: tuple[str, ...]
     kinds: tuple[Kind, ...]
     effect: NDArray[np.float64]
+    effect_stderr: NDArray[np.float64]
     metric: NDArray[np.float64]
+    metric_stderr: NDArray[np.float64]
     metric_before: float
     scale: Scale
     n_samples: int
     predicted: Mapping[Kind, NDArray[np.float64]] = field(repr=False)
+    predicted_stderr: Mapping[Kind, NDArray[np.float64]] = field(repr=False)
     predictor: Mapping[Kind, str] = field(default_factory=dict, repr=False)
 
     def spearman(self, kind: Kind) -> float:
@@ -77,8 +90,47 @@ class Interventions:
             return float("nan")
         return float(spearmanr(effect[known], self.predicted[kind][known]).statistic)
 
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Give one flat row a component.
+
+        Returns:
+            Rows with the component, and for every kind the measured effect, the predicted one where that
+            is an effect too, and the change of the metric where there is one, each with its standard
+            error; then the scale, the number of samples and the metric before.
+        """
+        rows = []
+        for i, component in enumerate(self.components):
+            row: dict[str, Any] = {"component": component}
+            for column, kind in enumerate(self.kinds):
+                row[f"measured_{kind}"] = float(self.effect[i, column])
+                row[f"measured_{kind}_stderr"] = float(self.effect_stderr[i, column])
+                if self.predictor.get(kind) == "effect":
+                    row[f"predicted_{kind}"] = float(self.predicted[kind][i])
+                    row[f"predicted_{kind}_stderr"] = float(self.predicted_stderr[kind][i])
+                if math.isfinite(self.metric_before):
+                    row[f"metric_change_{kind}"] = float(self.metric[i, column] - self.metric_before)
+                    row[f"metric_change_{kind}_stderr"] = float(self.metric_stderr[i, column])
+            row |= {"scale": self.scale, "n_samples": self.n_samples}
+            if math.isfinite(self.metric_before):
+                row["metric_before"] = self.metric_before
+            rows.append(row)
+        return rows
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as CSV; cells of what is not a number are empty.
+
+        Args:
+            path: File to write, whole or not at all.
+        """
+        rows = self.to_rows()
+        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({name: "" if value != value else value for name, value in row.items()})
+
     def plot(self) -> Figure:
-        """Draw predicted against measured, a panel a kind.
+        """Draw predicted against measured with their standard errors, a panel a kind.
 
         Returns:
             A Matplotlib figure that no window manager knows of.
@@ -100,19 +152,22 @@ def _table(result: Interventions) -> Table:
     table = Table(
         title=f"Interventions, {result.n_samples} samples: {UNITS[result.scale]}{before}",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
-    table.add_column("component", overflow="fold", min_width=11)
+    table.add_column("component", overflow="fold", min_width=13)
     for kind in result.kinds:
         table.add_column(kind, justify="right", no_wrap=True)
     same = [kind for kind in result.kinds if result.predictor.get(kind) == "effect"]
     for i, component in enumerate(result.components):
-        table.add_row(escape(component), *(f"{value:.2g}" for value in result.effect[i]), style="bold")
+        table.add_row(
+            escape(component), *map(with_share, result.effect[i], result.effect_stderr[i]), style="bold"
+        )
         if same:
-            cells = [f"{result.predicted[k][i]:.2g}" if k in same else "" for k in result.kinds]
-            table.add_row("  predicted", *cells)
-        if np.isfinite(result.metric[i]).any():
-            table.add_row("  metric", *(f"{value:.3f}" for value in result.metric[i]), style="dim")
+            cells = {k: with_share(result.predicted[k][i], result.predicted_stderr[k][i]) for k in same}
+            table.add_row("  predicted", *(cells.get(kind, "") for kind in result.kinds))
+        for name, values in (("metric", result.metric[i]), ("± of change", result.metric_stderr[i])):
+            if np.isfinite(values).any():
+                table.add_row(f"  {name}", *(f"{value:.3f}" for value in values), style="dim")
     table.add_section()
     table.add_row("set against", *(result.predictor.get(kind, "nothing") for kind in result.kinds))
     ranks = [result.spearman(kind) for kind in result.kinds]

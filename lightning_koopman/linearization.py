@@ -166,10 +166,10 @@ def linearize_within(
         tried = [name for name in report.components if name in {*chosen, report.components[i]}]
         candidate = linearize(model, report, tried, fit_on, forward_fn=forward_fn, **options)
         with undisturbed(candidate):
-            moved, score = before.compare(Runner(candidate, runner.batches, forward_fn).run())
-        drop = moved if np.isnan(before.metric) else before.metric - score
+            moved = before.compare(Runner(candidate, runner.batches, forward_fn).run())
+        drop = moved.effect if np.isnan(before.metric) else before.metric - moved.metric
         if drop <= max_drop:
-            chosen, best, change, after = tried, candidate, moved, score
+            chosen, best, change, after = tried, candidate, moved.effect, moved.metric
     costs = measure_costs([model, best], runner.batches[0], forward_fn=forward_fn)
     return Linearized(best, tuple(chosen), (before.metric, after), change, *costs)
 

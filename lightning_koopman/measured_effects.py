@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_koopman.alterations import altered_output, altered_weights, check_alterations
+from lightning_koopman.changes import Measured, over_draws
 from lightning_koopman.effects import KINDS, Kind, Scale
 from lightning_koopman.forward import ForwardFn
 from lightning_koopman.interventions import PREDICTORS, Interventions
@@ -107,7 +108,7 @@ def intervene(
         if "linear" in kinds:
             fit_on = None if fit_batches is None else Runner(model, fit_batches, forward_fn)
             maps = linear_maps(report, chosen, moments.shapes, fit_on, seed=seed)
-        scores = np.empty((len(chosen), len(kinds), 2))
+        scores = np.empty((len(chosen), len(kinds), len(Measured._fields)))
         for i, name in enumerate(chosen):
             for column, kind in enumerate(kinds):
                 # The generator's state is the user's: undisturbed puts it back.
@@ -121,18 +122,18 @@ def intervene(
                 for _ in range(1 if once else draws):
                     with altered_weights(kind, model, report.parts[name], initial, strength):
                         drawn.append(before.compare(runner.run(sites.values(), alter)))
-                scores[i, column] = np.mean(drawn, axis=0)
-    predicted, predictor = _predictions(report, chosen, kinds)
+                scores[i, column] = over_draws(drawn)
     return Interventions(
         components=chosen,
         kinds=tuple(kinds),
         effect=scores[:, :, 0],
-        metric=scores[:, :, 1],
+        effect_stderr=scores[:, :, 1],
+        metric=scores[:, :, 2],
+        metric_stderr=scores[:, :, 3],
         metric_before=before.metric,
         scale=before.scale,
         n_samples=before.n_samples,
-        predicted=predicted,
-        predictor=predictor,
+        **_predictions(report, chosen, kinds),
     )
 
 
@@ -159,14 +160,19 @@ def _agreed_scale(
 
 def _predictions(
     report: CreditReport, components: Sequence[str], kinds: Sequence[Kind]
-) -> tuple[dict[Kind, NDArray[np.float64]], dict[Kind, str]]:
+) -> dict[str, dict[Kind, Any]]:
+    """What the report predicts, its errors and its name, as fields of :class:`Interventions`."""
     places = [report.components.index(name) for name in components]
     predicted: dict[Kind, NDArray[np.float64]] = {}
+    stderr: dict[Kind, NDArray[np.float64]] = {}
     predictor: dict[Kind, str] = {}
     for kind in kinds:
         if report.effects is not None and kind in report.effects.values:
-            predicted[kind], predictor[kind] = report.effects.values[kind][places], "effect"
-        elif kind in PREDICTORS:
-            predicted[kind] = getattr(report, PREDICTORS[kind])[places]
-            predictor[kind] = PREDICTORS[kind]
-    return predicted, predictor
+            predicted[kind] = report.effects.values[kind][places]
+            stderr[kind] = report.effects.stderr[kind][places]
+            predictor[kind] = "effect"
+        elif (name := PREDICTORS.get(kind)) is not None:
+            predicted[kind] = getattr(report, name)[places]
+            stderr[kind] = report.stderr[name][places]
+            predictor[kind] = name
+    return {"predicted": predicted, "predicted_stderr": stderr, "predictor": predictor}

@@ -97,7 +97,8 @@ def plot_interventions(result: Interventions) -> Figure:
 
     Returns:
         A figure; each title gives the rank correlation. Where effects are predicted in the same unit,
-        both axes are logarithmic and a line shows where they are equal; effects of 0 are left out.
+        both axes are logarithmic and a line shows where they are equal; effects of 0 are left out. Bars
+        reach one standard error.
     """
     figure = Figure(figsize=(3.2 * len(result.kinds), 3.2), layout="constrained")
     panels = figure.subplots(1, len(result.kinds), squeeze=False)[0]
@@ -105,11 +106,13 @@ def plot_interventions(result: Interventions) -> Figure:
     for column, (axis, kind) in enumerate(zip(panels, result.kinds, strict=True)):
         name, effect = result.predictor.get(kind), result.effect[:, column]
         predicted = result.predicted.get(kind, np.full(len(effect), np.nan))
+        errors = (result.predicted_stderr.get(kind, predicted), result.effect_stderr[:, column])
         shown = np.isfinite(predicted) & np.isfinite(effect)
         if name == "effect":
             shown &= (predicted > 0) & (effect > 0)
         if shown.any():
-            _against(axis, np.array(result.components)[shown], predicted[shown], effect[shown], name)
+            names = np.array(result.components)[shown]
+            _against(axis, names, predicted[shown], effect[shown], [e[shown] for e in errors], name)
         axis.set_xlabel("nothing predicted" if name is None else f"{name} (predicted)")
         rank = result.spearman(kind)
         axis.set_title(kind if np.isnan(rank) else f"{kind}: Spearman {rank:.2f}", fontsize="medium")
@@ -117,13 +120,17 @@ def plot_interventions(result: Interventions) -> Figure:
     return figure
 
 
-def _against(axis: Any, names: Any, predicted: Any, effect: Any, name: str | None) -> None:
-    axis.plot(predicted, effect, "o", color=_BELIEVED)
+def _against(axis: Any, names: Any, predicted: Any, effect: Any, errors: Any, name: str | None) -> None:
+    xerr, yerr = errors
+    axis.errorbar(predicted, effect, yerr, xerr, fmt="o", ms=4, color=_BELIEVED, lw=0.8, capsize=2)
     for place, i in enumerate(np.argsort(predicted)):
-        # Neighbours are named above and below in turn, for they often lie close together.
-        offset = (3, -9 if place % 2 else 3)
+        # Neighbours often lie close together: every second name stands to the right, below its point.
+        x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
         at = (predicted[i], effect[i])
-        axis.annotate(names[i], at, fontsize="x-small", xytext=offset, textcoords="offset points")
+        axis.annotate(
+            names[i], at, fontsize="x-small", xytext=(x, y), textcoords="offset points", ha=end
+        )
+    axis.margins(0.12)
     if name == "effect":
         ends = [min(predicted.min(), effect.min()) / 1.5, max(predicted.max(), effect.max()) * 1.5]
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.changes import Change
+from lightning_koopman.class_scores import (
+    TARGET_KEYS,
+    accuracy,
+    are_classes,
+    class_axis,
+    find_target,
+    kl_divergence,
+)
 from lightning_koopman.effects import Scale
 
 Metric = Callable[[Tensor, Tensor], Any]
-
-_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,9 @@ class Outputs:
         if metric is not None and targets is None:
             raise ValueError(
                 "a metric needs targets; give batches as (input, target) or as mappings with one of the "
-                f"keys {_TARGET_KEYS}"
+                f"keys {TARGET_KEYS}"
             )
-        classes = targets is not None and _are_classes(given[0], targets[0])
+        classes = targets is not None and are_classes(given[0], targets[0])
         scale = scale or ("kl" if classes else "relative")
         if scale == "kl" and not classes and given[0].ndim > 2:
             raise ValueError(
@@ -88,26 +95,30 @@ class Outputs:
         """Number of samples."""
         return sum(len(output) for output in self.outputs)
 
-    def compare(self, altered: Iterable[Tensor]) -> tuple[float, float]:
+    def compare(self, altered: Iterable[Tensor]) -> Change:
         """Measure how far altered outputs lie from these.
 
         Args:
             altered: One tensor a batch, in the same order.
 
         Returns:
-            The mean change, and the metric of the altered outputs.
+            The change by sample, and the metric of the altered outputs.
 
         Raises:
             ValueError: If the outputs never vary, so that no change is relative to anything.
         """
         others = tuple(altered)
-        score = self._score(others)
-        pairs = list(zip(self.outputs, others, strict=True))
+        metric = self._score(others)
+        gained = classes = None
+        if self.score is accuracy and self.targets is not None:
+            gained = _right(others, self.targets) - _right(self.outputs, self.targets)
+            classes = torch.cat([_by_sample(torch.ones_like(t)) for t in self.targets])
+        pairs = zip(self.outputs, others, strict=True)
         if self.scale == "kl":
-            total = sum(float(kl_divergence(a, b, self.axis).sum()) for a, b in pairs)
+            moved = [_by_sample(kl_divergence(a, b, self.axis)) for a, b in pairs]
         else:
-            total = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
-        return total / self.whole, score
+            moved = [_by_sample((b.double() - a.double()).square()) for a, b in pairs]
+        return Change(torch.cat(moved), self.shares, metric, gained, classes)
 
     @functools.cached_property
     def axis(self) -> int:
@@ -115,19 +126,24 @@ class Outputs:
         return class_axis(self.outputs[0], None if self.targets is None else self.targets[0])
 
     @functools.cached_property
-    def whole(self) -> float:
-        """What summed changes are divided by: the number of distributions, or the outputs' variance.
+    def shares(self) -> Tensor:
+        """What each sample adds to :attr:`whole`, shape ``(n_samples,)``, float64.
 
         Raises:
             ValueError: If the outputs never vary, so that no change is relative to anything.
         """
         if self.scale == "kl":
-            return float(sum(a.numel() // a.shape[self.axis] for a in self.outputs))
+            return torch.cat([_by_sample(torch.ones_like(a.select(self.axis, 0))) for a in self.outputs])
         mean = sum(a.double().sum(dim=0) for a in self.outputs) / self.n_samples
-        variance = sum(float((a.double() - mean).square().sum()) for a in self.outputs)
-        if variance == 0:
+        shares = torch.cat([_by_sample((a.double() - mean).square()) for a in self.outputs])
+        if not shares.any():
             raise ValueError("the outputs are constant, so no change is relative to anything")
-        return variance
+        return shares
+
+    @property
+    def whole(self) -> float:
+        """What summed changes are divided by: the number of distributions, or the outputs' variance."""
+        return float(self.shares.sum())
 
     def metric_root(self, output: Tensor, vectors: Tensor) -> Tensor:
         """Apply a root B of the quadratic form that small changes are measured by.
@@ -152,76 +168,16 @@ class Outputs:
     def _score(self, outputs: Sequence[Tensor]) -> float:
         if self.score is None or self.targets is None:
             return float("nan")
+        if self.score is accuracy:  # Batches of sequences may differ in length.
+            return float(_right(outputs, self.targets).sum() / sum(t.numel() for t in self.targets))
         return float(self.score(torch.cat(list(outputs)), torch.cat(list(self.targets))))
 
 
-def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
-    """KL divergence between the class distributions of two sets of logits.
-
-    Args:
-        original: Logits, classes along ``axis``.
-        altered: Logits, the same shape.
-        axis: The class axis.
-
-    Returns:
-        KL(original ‖ altered) in nats, float64, the shape without the class axis.
-
-    Example:
-        >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).tolist()
-        [0.0]
-    """
-    p, q = original.double().log_softmax(axis), altered.double().log_softmax(axis)
-    # xlogy-like: a class of probability 0 adds nothing, also where q is -inf.
-    terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
-    return terms.sum(axis)
+def _right(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor:
+    """Count the classes of every sample that are right, shape ``(n_samples,)``."""
+    pairs = zip(outputs, targets, strict=True)
+    return torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of samples (or positions) whose largest logit is the target's.
-
-    Args:
-        outputs: Logits.
-        targets: Class indices.
-
-    Returns:
-        Between 0 and 1.
-    """
-    return float((outputs.argmax(class_axis(outputs, targets)) == targets).double().mean())
-
-
-def class_axis(outputs: Tensor, targets: Tensor | None) -> int:
-    """Find the axis of the classes: 1, unless the targets' shape says it is the last.
-
-    Args:
-        outputs: Logits.
-        targets: Class indices, if known.
-
-    Returns:
-        The axis.
-    """
-    last = targets is not None and targets.shape == outputs.shape[:-1]
-    return outputs.ndim - 1 if last else 1
-
-
-def find_target(batch: Any) -> Tensor | None:
-    """Find the target in a batch as data loaders commonly give it.
-
-    Args:
-        batch: A tuple or list of input and target, or a mapping with a key such as ``labels``.
-
-    Returns:
-        The target, or ``None``.
-    """
-    target = None
-    if isinstance(batch, Mapping):
-        target = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
-    elif isinstance(batch, tuple | list) and len(batch) > 1:
-        target = batch[1]
-    return target if isinstance(target, Tensor) else None
-
-
-def _are_classes(output: Tensor, target: Tensor) -> bool:
-    if target.is_floating_point() or target.is_complex() or output.ndim < 2:
-        return False
-    without = (output.shape[0], *output.shape[2:])
-    return target.shape in (torch.Size(without), output.shape[:-1])
+def _by_sample(values: Tensor) -> Tensor:
+    return values.double().reshape(len(values), -1).sum(dim=1)

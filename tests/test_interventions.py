@@ -5,15 +5,17 @@ import dataclasses
 import io
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from rich.console import Console
+from scipy.stats import sem
 from torch import Tensor, nn
 
 from lightning_koopman import CreditReport, credit_report, intervene, predict_effects
+from lightning_koopman.class_scores import accuracy, kl_divergence
 from lightning_koopman.effects import KINDS
 from lightning_koopman.linearization import linearize
-from lightning_koopman.scoring import accuracy, kl_divergence
 from lightning_koopman.sites import Site, Sites, replace_first_tensor
 
 
@@ -298,6 +300,88 @@ def test_table_figure_and_rank_correlation():
     assert "weight_noise" in text
     assert "Spearman" in text
     assert len(result.plot().axes) == 5
+
+
+def test_measured_effects_carry_the_error_of_their_mean_over_samples():
+    net, (x, y) = mlp(), data()
+    result = intervene(net, batched(x, y), credit_report(net, batched(x, y)), ["skip"])
+    with torch.no_grad():
+        logits = net(x)
+        altered = net[5](net[:2](x))
+    by_sample = kl_divergence(logits, altered).numpy()
+    gained = (altered.argmax(1) == y).double() - (logits.argmax(1) == y).double()
+    assert result.effect_stderr[1, 0] == pytest.approx(sem(by_sample), rel=1e-5)
+    assert result.metric_stderr[1, 0] == pytest.approx(sem(gained.numpy()))
+    assert "± of change" in str(result)
+    assert f"{result.effect[1, 0]:.2g}±" in str(result)
+
+
+def test_measured_effects_of_kinds_that_draw_carry_the_error_of_their_draws_too():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    drawn = [
+        intervene(net, batched(x, y), report, ["reinit"], components=["2"], draws=1, seed=seed)
+        for seed in range(60)
+    ]
+    # Over the same samples, what differs from seed to seed is the draw alone.
+    spread = np.std([one.effect[0, 0] for one in drawn], ddof=1)
+    alone = np.mean([one.effect_stderr[0, 0] for one in drawn])
+    assert alone < 0.5 * spread
+    several = [
+        intervene(net, batched(x, y), report, ["reinit"], components=["2"], draws=8, seed=seed)
+        for seed in range(12)
+    ]
+    squares = [one.effect_stderr[0, 0] ** 2 for one in several]
+    assert np.sqrt(np.mean(squares)) == pytest.approx(spread / np.sqrt(8), rel=0.25)
+
+
+def test_rows_and_csv_hold_what_was_measured(tmp_path):
+    net, (x, y) = mlp(), data()
+    report = predict_effects(net, batched(x, y), credit_report(net, batched(x, y)))
+    result = intervene(net, batched(x, y), report, draws=2)
+    result = dataclasses.replace(result, components=("0", 'a, "b"', "5"))
+    result.to_csv(tmp_path / "effects.csv")
+    found = pandas.read_csv(tmp_path / "effects.csv", dtype={"component": str})
+    assert found["component"].tolist() == list(result.components)
+    for column, kind in enumerate(KINDS):
+        for name, values in (
+            (f"measured_{kind}", result.effect[:, column]),
+            (f"measured_{kind}_stderr", result.effect_stderr[:, column]),
+            (f"predicted_{kind}", report.effects.values[kind]),
+            (f"predicted_{kind}_stderr", report.effects.stderr[kind]),
+            (f"metric_change_{kind}", result.metric[:, column] - result.metric_before),
+            (f"metric_change_{kind}_stderr", result.metric_stderr[:, column]),
+        ):
+            np.testing.assert_allclose(found[name], values, rtol=1e-12, atol=0, err_msg=name)
+    assert set(found["n_samples"]) == {len(x)}
+    assert set(found["scale"]) == {"kl"}
+    assert found["metric_before"].tolist() == pytest.approx([accuracy(net(x), y)] * 3)
+    # As the package's other tables are written.
+    frame = pandas.DataFrame(result.to_rows())
+    assert (tmp_path / "effects.csv").read_text() == frame.to_csv(index=False)
+
+
+def test_what_is_not_a_number_is_an_empty_cell(tmp_path):
+    net, (x, _) = mlp(), data()
+    result = intervene(net, [x], credit_report(net, [x]), ["skip"], scale="relative")
+    assert list(result.to_rows()[0]) == [
+        "component", "measured_skip", "measured_skip_stderr", "scale", "n_samples",
+    ]  # fmt: skip
+    unknown = dataclasses.replace(result, effect_stderr=np.full_like(result.effect, np.nan))
+    unknown.to_csv(tmp_path / "effects.csv")
+    assert ",,relative," in (tmp_path / "effects.csv").read_text().splitlines()[1]
+
+
+def test_bars_of_the_figure_reach_one_standard_error():
+    net, (x, y) = mlp(), data()
+    report = predict_effects(net, batched(x, y), credit_report(net, batched(x, y)), ["weight_noise"])
+    result = intervene(net, batched(x, y), report, ["weight_noise"])
+    (container,) = result.plot().axes[0].containers
+    across, upright = (np.array(bars.get_segments()) for bars in container.lines[2])
+    value, error = result.predicted["weight_noise"], result.predicted_stderr["weight_noise"]
+    np.testing.assert_allclose(across[:, :, 0].T, [value - error, value + error])
+    value, error = result.effect[:, 0], result.effect_stderr[:, 0]
+    np.testing.assert_allclose(upright[:, :, 1].T, [value - error, value + error])
 
 
 class Bare(nn.Module):
