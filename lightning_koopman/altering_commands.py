@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lightning_koopman.effects import KINDS, Kind, Scale
@@ -34,7 +35,7 @@ def linearize(
             of the outputs.
         components: Names or glob patterns of components; chosen by default.
         max_dim: Most directions of a wide input that are kept.
-        seed: Chooses the folds.
+        seed: Chooses the folds, and the order of a loader that shuffles.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
     """
     from lightning_koopman.evaluate import credit_report
@@ -42,6 +43,7 @@ def linearize(
     from lightning_koopman.linearization import linearize_within
 
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
+    torch.manual_seed(seed)  # for loaders that shuffle
     fit_on, choose_on = fit_and_choose(data, checkpoint.data_hyper_parameters)
     report = credit_report(network, fit_on, components=components, max_dim=max_dim, seed=seed)
     result = linearize_within(
@@ -90,7 +92,7 @@ def intervene(
         out: JSON file for the report with its predicted effects; without a figure, the measured ones are
             written beside it, as OUT.csv.
         max_dim: Wider states are pooled and projected.
-        seed: Seed of everything that is drawn.
+        seed: Seed of everything that is drawn, the order of a loader that shuffles included.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
     """
     from lightning_koopman.checkpoints import load_checkpoint
@@ -102,6 +104,7 @@ def intervene(
     initial = (
         initial_checkpoint and load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
     )
+    torch.manual_seed(seed)  # for loaders that shuffle
     fit_on, measure_on = fit_and_choose(data, checkpoint.data_hyper_parameters)
     asked: dict[str, Any] = {
         "initial": initial or None,

@@ -33,6 +33,10 @@ class Sized(Data):
     def val_dataloader(self):
         return DataLoader(torch.utils.data.Subset(dataset(), range(self.size)), batch_size=50)
 
+class Shuffled(Data):
+    def train_dataloader(self):
+        return DataLoader(dataset(), batch_size=50, shuffle=True)
+
 def batches():
     return DataLoader(dataset(), batch_size=50)
 
@@ -211,6 +215,18 @@ def test_intervene_shows_predicted_beside_measured(
     assert "skip" in printed
     assert "reinit" not in printed
     assert "Measured effects in" not in printed
+
+
+def test_a_seed_fixes_the_order_of_a_loader_that_shuffles(project: Path) -> None:
+    command = "intervene --model userproject:LitNet --data userproject:Shuffled --ckpt step10.ckpt"
+    written = []
+    for seed in ("0", "0", "1"):
+        assert (
+            main([*command.split(), "--kinds", "[weight_noise]", "--seed", seed, "--out", "r.json"]) == 0
+        )
+        written.append(Path("r.json").read_text())
+    assert written[0] == written[1]
+    assert written[0] != written[2]
 
 
 def test_evaluate_predicts_effects_on_demand(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
