@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -15,6 +16,18 @@ import torch
 from torch import Tensor, nn
 
 mpl.use("Agg")
+
+NET_AND_DATA = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+
+def data():
+    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +47,20 @@ def seed() -> Iterator[int]:
 def interruptible() -> None:
     """Take Ctrl-C: Lightning ignores it for good once a Trainer met it, and so do background shells."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """What writes a module that a user might name on the command line, and goes to its folder."""
+
+    def write(name: str, code: str = NET_AND_DATA) -> Path:
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return tmp_path
+
+    return write
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,27 +16,15 @@ import yaml
 from lightning_koopman.cli import main
 from lightning_koopman.report_files import read_reports
 
-USER_CODE = """
-import torch
-from torch import nn
-
-def net():
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-def data():
-    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20)
-"""
 OPTIONS = {"model": "options_code:net", "data": "options_code:data", "ckpt": ["1.ckpt"], "seed": 3}
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "options_code.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def project(user_module: Callable[..., Path]) -> Path:
+    folder = user_module("options_code")
     weights = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     torch.save({"state_dict": weights.state_dict(), "global_step": 1}, "1.ckpt")
-    return tmp_path
+    return folder
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(project: Path) -> None:

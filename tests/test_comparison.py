@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +90,9 @@ def test_folds_are_read_back_and_checked(report: CreditReport) -> None:
 
 
 def test_compare_measures_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    user_module: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "compared.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    user_module("compared", USER_CODE)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     torch.save({"state_dict": net.state_dict(), "global_step": 1}, "a.ckpt")
@@ -110,11 +109,9 @@ def test_compare_measures_checkpoints(
 
 
 def test_compare_takes_the_weights_that_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    user_module: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "compared_weights.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    user_module("compared", USER_CODE)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     averaged = {name: value.clone() for name, value in net.state_dict().items()}
@@ -131,9 +128,9 @@ def test_compare_takes_the_weights_that_are_asked_for(
     torch.save({"state_dict": averaged, "global_step": 2}, "b.ckpt")
     options = [
         "--model",
-        "compared_weights:net",
+        "compared:net",
         "--data",
-        "compared_weights:data",
+        "compared:data",
         "--quantity",
         "gain",
     ]
@@ -150,11 +147,9 @@ def test_compare_takes_the_weights_that_are_asked_for(
 
 
 def test_compare_of_a_file_that_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    user_module: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "compared_again.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    options = ["--model", "compared_again:net", "--data", "compared_again:data"]
+    user_module("compared", USER_CODE)
+    options = ["--model", "compared:net", "--data", "compared:data"]
     assert main(["compare", "gone.ckpt", "b.ckpt", *options]) == 1
     assert "gone.ckpt does not exist" in capsys.readouterr().err

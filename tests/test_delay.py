@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -252,11 +252,9 @@ def data():
 
 
 def test_the_command_line_takes_a_number_or_auto(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    user_module: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "delay_code.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    user_module("delay_code", USER_CODE)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 2))
     torch.save({"state_dict": net.state_dict(), "global_step": 1}, "1.ckpt")
     command = "evaluate --model delay_code:net --data delay_code:data --ckpt 1.ckpt --out r.json --delay"

@@ -26,17 +26,6 @@ from lightning_koopman.cli import main
 from lightning_koopman.loggers import free_bytes
 from lightning_koopman.report_files import read_reports, write_reports
 
-USER_CODE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-def data():
-    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20)
-"""
 KILOBYTES = 48
 
 
@@ -119,14 +108,12 @@ def test_a_log_folder_that_fails(kind: Any, spoil: Any, epoch: int, tiny_disks: 
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "disk_user.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def project(user_module: Callable[..., Path]) -> Path:
+    folder = user_module("disk_user")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     torch.save({"state_dict": net.state_dict(), "global_step": 1}, "1.ckpt")
-    return tmp_path
+    return folder
 
 
 COMMAND = ["evaluate", "--model=disk_user:net", "--data=disk_user:data", "--ckpt=1.ckpt"]

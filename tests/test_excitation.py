@@ -756,22 +756,8 @@ def test_the_share_is_in_the_file_and_old_files_had_none(tmp_path: Path) -> None
     assert not CreditReport.from_dict(old).excitation
 
 
-USER_CODE = """
-import torch
-from torch import nn
-
-def net():
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-def data():
-    return torch.randn(90, 4, generator=torch.Generator().manual_seed(0)).split(30)
-"""
-
-
-def test_the_command_line_takes_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "excited_code.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_the_command_line_takes_a_share(user_module: Callable[..., Path]) -> None:
+    user_module("excited_code")
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     torch.save({"state_dict": net.state_dict(), "global_step": 1}, "1.ckpt")
     command = "evaluate --model excited_code:net --data excited_code:data --ckpt 1.ckpt --out r.json"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_disk_faults import USER_CODE
+from conftest import NET_AND_DATA
 from torch import nn
 
 from lightning_koopman import CreditReport, credit_report, predict_effects
@@ -59,7 +59,7 @@ def batches() -> list[torch.Tensor]:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    (tmp_path / "hostile_user.py").write_text(USER_CODE)
+    (tmp_path / "hostile_user.py").write_text(NET_AND_DATA)
     for name in ("evil", "bystander"):
         (tmp_path / f"{name}.py").write_text("net = None")
     (tmp_path / "audited.py").write_text(AUDIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,9 @@ def test_a_shard_out_of_range_is_refused(shard: tuple[int, int], tmp_path: Path)
 
 @pytest.mark.parametrize("shard", ["2", "a/b", "1/2/3", "-1/2", "3/2"])
 def test_a_shard_that_is_none_is_refused_by_the_command(
-    shard: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shard: str, user_module: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "sharded_mod.py").write_text(
-        "import torch\nfrom torch import nn\n"
-        "def net(): return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))\n"
-        "def data(): return [torch.randn(20, 4)]\n"
-    )
-    path = str(checkpoints(tmp_path, 1)[0])
+    path = str(checkpoints(user_module("sharded_mod"), 1)[0])
     given = ["--model=sharded_mod:net", "--data=sharded_mod:data", f"--ckpt={path}", f"--shard={shard}"]
     assert main(["evaluate", *given]) == 1
     assert "write i/n" in capsys.readouterr().err

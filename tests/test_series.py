@@ -6,12 +6,14 @@ import csv
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import NET_AND_DATA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -23,17 +25,7 @@ from lightning_koopman.html import to_html
 from lightning_koopman.report_files import read_reports, write_reports
 from lightning_koopman.schema import ReportFormatError
 
-USER_CODE = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-def data():
-    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20)
-
+MORE_DATA = """
 def more_data():
     return torch.randn(90, 4, generator=torch.Generator().manual_seed(0)).split(30)
 """
@@ -60,13 +52,11 @@ def save(path: Path, step: int | None, scale: float = 1.0) -> Path:
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "series_code.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def project(user_module: Callable[..., Path]) -> Path:
+    folder = user_module("series_code", NET_AND_DATA + MORE_DATA)
     for step in (1, 2, 3):
-        save(tmp_path / "ckpt" / f"{step}.ckpt", step, 1 + step / 10)
-    return tmp_path
+        save(folder / "ckpt" / f"{step}.ckpt", step, 1 + step / 10)
+    return folder
 
 
 def evaluate(*more: str, data: str = "data") -> int:

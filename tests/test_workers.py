@@ -14,23 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import NET_AND_DATA
 from torch import nn
 
 from lightning_koopman import EvaluationError, evaluate_checkpoints
 from lightning_koopman.report_files import read_reports
 from lightning_koopman.workers import WorkerError, run_in_processes
 
-USER_CODE = """
-import pathlib, time
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-def data():
-    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20)
+SLOW_DATA = """
+import time
 
 class Slow:
     def __iter__(self):
@@ -137,7 +129,7 @@ def test_too_few_workers_and_what_cannot_be_sent(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="signals to a process group are of POSIX")
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "slow_code.py").write_text(USER_CODE)
+    (tmp_path / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
     checkpoints(tmp_path / "ckpt", 40)
     command = [sys.executable, "-m", "lightning_koopman.cli", "evaluate", "--model=slow_code:net"]
     command += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json", f"--workers={workers}"]
