@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -354,25 +355,33 @@ class KoopmanCreditMonitor(HarmlessCallback):
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-            report, seconds = self._session.finish(
-                pl_module, step=trainer.global_step if weights_step is None else weights_step
+            measurement = self._session.finish(pl_module)
+            # An error from here on may be this process's own: it must not measure again alone.
+            self._measured_at = trainer.global_step
+            report = measurement.report(
+                step=trainer.global_step if weights_step is None else weights_step
             )
         if self.history:
             # A three-day training must not pile up operators; the numbers stay.
             self.history[-1] = replace(self.history[-1], operators={})
         self.history.append(report)
-        self._measured_at = trainer.global_step
         self._logged_at = step
         with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
-            start = time.perf_counter()
-            loggers = trainer.loggers if trainer.is_global_zero else []
+            self._log(trainer, report, measurement.seconds, step)
+
+    def _log(self, trainer: Any, report: CreditReport, seconds: float, step: int) -> None:
+        start = time.perf_counter()
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        try:
             self._writer.draw(self._with_room(loggers), self.history, step)
-            overhead = seconds + time.perf_counter() - start
-            scalars = self._writer.scalars(report, overhead)
-            for logger in loggers:
-                logger.log_metrics(scalars, step=step)
-        every = {**report.to_scalars(self.prefix), **scalars}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in every.items()})
+        finally:
+            scalars = self._writer.scalars(report, seconds + time.perf_counter() - start)
+            every = {**report.to_scalars(self.prefix), **scalars}
+            trainer.callback_metrics.update({name: torch.tensor(n) for name, n in every.items()})
+            # A logger that fails keeps no other from its numbers.
+            with ExitStack() as stack:
+                for logger in reversed(loggers):
+                    stack.callback(logger.log_metrics, scalars, step=step)
 
     def _with_room(self, loggers: Sequence[Any]) -> list[Any]:
         """Pick the loggers whose disk will not be filled by figures, which could end the training."""

@@ -10,7 +10,6 @@ from torch import nn
 from lightning_koopman.forward import ForwardFn, default_forward
 from lightning_koopman.isolation import is_compiled
 from lightning_koopman.measurement import Measurement, merge_processes
-from lightning_koopman.report import CreditReport
 from lightning_koopman.trainer_facts import plain_numerics, share, unrepeated_samples
 
 
@@ -131,15 +130,14 @@ class Session:
 
         self.measurement.run(pl_module, wanted(), forward)
 
-    def finish(self, pl_module: Any, *, step: int) -> tuple[CreditReport, float]:
+    def finish(self, pl_module: Any) -> Measurement:
         """End the measurement; every process of the run must call this.
 
         Args:
             pl_module: The Trainer's module.
-            step: Training step the weights belong to.
 
         Returns:
-            The report, and the seconds spent on all but forward passes.
+            The measurement, over the samples of all processes.
 
         Raises:
             Exception: What went wrong here or in another process, once all know of it.
@@ -149,8 +147,7 @@ class Session:
         if owes_exchange:
             merge_processes(measurement, pl_module.device, failure)
         assert measurement is not None
-        report = measurement.report(step=step)
-        return report, measurement.seconds
+        return measurement
 
     def fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of.

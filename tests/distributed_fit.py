@@ -8,19 +8,20 @@ import sys
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor
 from lightning_koopman.accumulator import Accumulator
 from lightning_koopman.measurement import Measurement
-
-warnings.simplefilter("ignore")
+from lightning_koopman.states import StateReducer
 
 
 def shard_sizes(shards: str, n_processes: int, n_samples: int) -> list[int]:
@@ -28,6 +29,8 @@ def shard_sizes(shards: str, n_processes: int, n_samples: int) -> list[int]:
     even = [n_samples // n_processes + (r < n_samples % n_processes) for r in range(n_processes)]
     if shards == "unequal":
         return [max(1, size // (r + 1)) for r, size in enumerate(even)]
+    if shards == "none":
+        return [0] * n_processes
     if shards in ("empty", "skipping"):
         return [0 if r == n_processes - 1 else size for r, size in enumerate(even)]
     return even
@@ -123,7 +126,7 @@ class Scribe(L.Callback):
 @contextmanager
 def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
     """Make our own numerics fail in one process only."""
-    owner = Measurement if hasattr(Measurement, place) else Accumulator
+    owner = next(o for o in (Measurement, Accumulator, StateReducer) if hasattr(o, place))
     kept = getattr(owner, place)
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -147,9 +150,12 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
         every_n_epochs=config.get("every_n_epochs", 1),
         on_error=config.get("on_error", "warn"),
     )
+    strategy = config.get("strategy", "auto")
+    if strategy == "ddp":
+        strategy = DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo")
     trainer = L.Trainer(
         accelerator="cpu",
-        strategy=config.get("strategy", "auto"),
+        strategy=strategy,
         devices=config["devices"],
         max_epochs=config.get("max_epochs", 1),
         precision="64-true",
@@ -165,10 +171,13 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
     fault = config.get("break_numerics")
     with broken_numerics(*fault) if fault else nullcontext():
         trainer.fit(Net(config), Data(config))
+    if config.get("validate"):
+        trainer.validate(Net(config), Data(config), verbose=False)
     return trainer
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     configs = json.loads(sys.argv[1])
     for place, config in enumerate(configs):

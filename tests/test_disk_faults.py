@@ -18,7 +18,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_faults import assert_untouched, fit
+from test_faults import assert_alike, fit, outcome
 from torch import nn
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report, harmless
@@ -92,15 +92,15 @@ class Own(L.Callback):
 @pytest.mark.parametrize("spoil", [fill, read_only])
 def test_a_log_folder_that_fails(kind: Any, spoil: Any, epoch: int, tiny_disks: list[Path]) -> None:
     """Training ends as it does without us, and what was measured until then is kept."""
-    ends, models, monitors = [], [], [[], [KoopmanCreditMonitor()]]
+    ends, outcomes, monitors = [], [], [[], [KoopmanCreditMonitor()]]
     for disk, given in zip(tiny_disks, monitors, strict=True):
         spoiler = Own(functools.partial(spoil, disk), epoch)
-        model, _, end = fit(given, logger=kind(disk), others=lambda own=spoiler: [own])
+        model, trainer, end = fit(given, logger=kind(disk), others=lambda own=spoiler: [own])
         ends.append(end)
-        models.append(model)
+        outcomes.append(outcome(model, trainer))
     assert type(ends[1]) is type(ends[0]), ends
     assert getattr(ends[1], "errno", None) == getattr(ends[0], "errno", None)
-    assert_untouched(models[1], models[0])
+    assert_alike(outcomes[1], outcomes[0])
     assert len(monitors[1][0].history) >= epoch
     if kind is CSVLogger and epoch == 1:
         rows = next(tiny_disks[1].rglob("metrics.csv")).read_text()

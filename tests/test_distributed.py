@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
+import torch
+from distributed_fit import Monitor, run
 
 from lightning_koopman import CreditReport
 
@@ -48,11 +55,55 @@ def assert_same(given: dict[str, Any], expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(left.variance_kept, right.variance_kept, rtol=1e-9)
 
 
+@contextmanager
+def second_process(configs: list[dict[str, Any]], folder: Path) -> Generator[None, None, None]:
+    """Make this process the first of two, as torchrun or a cluster would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": "1"}
+    environment = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(SCRIPT), json.dumps(configs), str(folder)]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as other,
+    ):
+        for name, value in (place | {"LOCAL_RANK": "0"}).items():
+            patch.setenv(name, value)
+        try:
+            yield
+            _, told = other.communicate(timeout=60)
+            assert other.returncode == 0, told[-3000:]
+        finally:
+            other.kill()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def fit_here(configs: list[dict[str, Any]], folder: Path) -> tuple[list[L.Trainer], list[Path]]:
+    """Train in this process, and in a second one where the strategy asks for it."""
+    folders = [folder / str(place) for place in range(len(configs))]
+    for path in folders:
+        path.mkdir(parents=True)
+    shared = configs[0]["devices"] > 1
+    with second_process(configs, folder) if shared else nullcontext():
+        trainers = [run(c, str(path)) for c, path in zip(configs, folders, strict=True)]
+        for trainer, path in zip(trainers, folders, strict=True):
+            parent = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            (path / "parent.json").write_text(json.dumps(parent))
+    return trainers, folders
+
+
 def check_against_one_process(configs: list[dict[str, Any]], tmp_path: Path) -> None:
-    singles = [c | {"devices": 1, "strategy": "auto"} for c in configs]
-    alone = fit(singles, tmp_path / "one")
-    together = fit(configs, tmp_path / "many")
-    for config, one, many in zip(configs, alone, together, strict=True):
+    check_alike(configs, fit(alone(configs), tmp_path / "one"), fit(configs, tmp_path / "many"))
+
+
+def alone(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [config | {"devices": 1, "strategy": "auto"} for config in configs]
+
+
+def check_alike(configs: list[dict[str, Any]], ones: list[Path], manys: list[Path]) -> None:
+    for config, one, many in zip(configs, ones, manys, strict=True):
         ranks = read(many)
         expected = read(one)[0]["history"]
         assert len(ranks) == config["devices"]
@@ -89,18 +140,81 @@ def cases(strategy: str, processes: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_two_forked_processes_give_the_report_of_one(tmp_path: Path) -> None:
-    configs = cases("ddp_fork", 2)
-    auto = configs[4] | {"delay": "auto"}
+def good() -> list[dict[str, Any]]:
+    given = cases("ddp", 2)
     # The noise of a batch depends on its samples, and here one process has the same batches as two.
-    excited = configs[7] | {"excitation": 0.3}
-    check_against_one_process([configs[0], configs[5], configs[7], auto, excited], tmp_path)
+    more = [given[4] | {"delay": "auto"}, given[7] | {"excitation": 0.3}]
+    return [*(given[i] for i in (0, 3, 5, 7, 8, 9, 10)), *more]
+
+
+# Process, method that fails there, and what the other process is told of it.
+FAULTS = [
+    (1, "end_pass", "process 1: ArithmeticError"),
+    (0, "share", "process 0: ArithmeticError"),
+    (1, "take", "process 1: ArithmeticError"),
+    (1, "flush", "1 of 2 processes could not add up their samples"),
+    (0, "flush", "1 of 2 processes could not add up their samples"),
+    (1, "first_rows", "process 1: ArithmeticError"),
+    (0, "fitted", "process 0: ArithmeticError"),
+    (0, "run", "process 0: ArithmeticError"),
+    (1, "report", None),
+]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What was left by trainings in two processes, of which this one is the first."""
+    folder = tmp_path_factory.mktemp("two")
+    many = BASE | {"strategy": "ddp", "devices": 2, "processes": 2}
+    faults = [many | {"max_dim": 8, "break_numerics": fault[:2]} for fault in FAULTS]
+    # Without a validation loop, the pass is ours.
+    faults[7] |= {"limit_val_batches": 0}
+    empty = [many | {"shards": "none"}, many | {"shards": "skipping", "validate": True}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, ones = fit_here(alone(good()), folder / "one")
+        trainers, folders = fit_here([*good(), *faults, *empty], folder / "many")
+    return {"ones": ones, "folders": folders, "trainers": trainers}
+
+
+def test_two_processes_give_the_report_of_one(two: dict[str, list[Any]]) -> None:
+    check_alike(good(), two["ones"], two["folders"][: len(good())])
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{r}-{place}" for r, place, _ in FAULTS])
+def test_an_error_of_ours_in_one_process_ends_the_measurement_in_all(
+    number: int, two: dict[str, list[Any]]
+) -> None:
+    rank, _, words = FAULTS[number]
+    ranks = read(two["folders"][len(good()) + number])
+    assert len(ranks) == 2
+    assert all(found["hooks"] == 0 for found in ranks)
+    assert any("broken numerics" in warning for warning in ranks[rank]["warned"])
+    if words is None:
+        # The samples were added up before: the other has its report, and nobody measures alone.
+        assert [len(found["history"]) for found in ranks] == [1, 0]
+        return
+    assert all(found["history"] == [] for found in ranks)
+    told = [w for w in ranks[1 - rank]["warned"] if "no Koopman credit this time" in w]
+    assert any(words in warning for warning in told), told
+
+
+def test_no_batch_in_any_process_and_a_validation_that_one_of_them_skips(
+    two: dict[str, list[Any]],
+) -> None:
+    for rank in read(two["folders"][-2]):
+        assert rank["history"] == []
+        assert any("the batches were empty in every process" in told for told in rank["warned"])
+    told = next(c for c in two["trainers"][-1].callbacks if isinstance(c, Monitor)).told
+    assert any("a process without a batch skips this validation" in message for message in told)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_forked_processes_give_the_report_of_one(processes: int, tmp_path: Path) -> None:
-    check_against_one_process(cases("ddp_fork", processes), tmp_path)
+    configs = cases("ddp_fork", processes)
+    configs.append(configs[4] | {"delay": "auto"})
+    check_against_one_process(configs, tmp_path)
 
 
 @pytest.mark.slow
@@ -113,20 +227,6 @@ def test_launched_processes_give_the_report_of_one(processes: int, tmp_path: Pat
 @pytest.mark.parametrize("processes", [2, 4])
 def test_spawned_processes_give_the_report_of_one(processes: int, tmp_path: Path) -> None:
     check_against_one_process([cases("ddp_spawn", processes)[3]], tmp_path)
-
-
-def test_an_error_of_ours_in_one_process_ends_the_measurement_in_all(tmp_path: Path) -> None:
-    many = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2}
-    faults: list[tuple[int, str]] = [(1, "end_pass"), (0, "share"), (1, "take"), (1, "report")]
-    configs = [many | {"break_numerics": fault, "max_dim": 8} for fault in faults]
-    for (broken, place), folder in zip(faults, fit(configs, tmp_path), strict=True):
-        ranks = read(folder)
-        assert len(ranks) == 2
-        assert all(rank["hooks"] == 0 for rank in ranks)
-        assert any("broken numerics" in warning for warning in ranks[broken]["warned"])
-        if place != "report":
-            assert all(rank["history"] == [] for rank in ranks)
-            assert any("no Koopman credit this time" in w for w in ranks[1 - broken]["warned"])
 
 
 @pytest.mark.slow

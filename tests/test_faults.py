@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import random
 import signal
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_koopman import KoopmanCreditMonitor
-from lightning_koopman.measurement import Measurement
-from lightning_koopman.metric import KoopmanCredit
 
 
 class Fault(Exception):
@@ -39,12 +41,24 @@ class Samples(Dataset):
         return self.rows[index]
 
 
+class Trap(nn.Module):
+    """Raises in the middle of a forward pass, once it is set."""
+
+    error: BaseException | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        return x
+
+
 class Net(L.LightningModule):
     def __init__(self, **faults: Any) -> None:
         super().__init__()
         self.faults = faults
+        inside = [Trap()] if "inside" in faults else []
         self.net = nn.Sequential(
-            nn.Linear(6, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 5), nn.Linear(5, 2)
+            nn.Linear(6, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 5), *inside, nn.Linear(5, 2)
         )
         if faults.get("compiled"):
             self.net = torch.compile(self.net, backend="eager")
@@ -54,16 +68,21 @@ class Net(L.LightningModule):
         return self.net(x)
 
     def _maybe_fail(self, phase: str, batch_idx: int) -> None:
+        phase = "sanity" if self.trainer.sanity_checking else phase
         fault = self.faults.get(phase)
-        if fault is not None and batch_idx == 1 and not self.trainer.sanity_checking:
-            if isinstance(fault, signal.Signals):
-                os.kill(os.getpid(), fault)
-            else:
-                raise fault
+        if fault is None or batch_idx != 1:
+            return
+        if "inside" in self.faults:
+            self.net[4].error = fault
+        elif isinstance(fault, signal.Signals):
+            os.kill(os.getpid(), fault)
+        else:
+            raise fault
 
     def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
         self._maybe_fail("train", batch_idx)
-        loss = self(batch).square().mean()
+        parts = batch.values() if isinstance(batch, dict) else [batch]
+        loss = torch.stack([self(part).square().mean() for part in parts]).sum()
         if self.faults.get("nan_from") is not None and self.global_step >= self.faults["nan_from"]:
             loss = loss * torch.nan
         if not self.faults.get("manual"):
@@ -97,10 +116,11 @@ def fit(
     **flags: Any,
 ) -> tuple[Net, L.Trainer, BaseException | None]:
     """Train once; return the model, the Trainer, and how training ended."""
-    torch.manual_seed(0)
+    L.seed_everything(0, verbose=False)
     model = Net(**(faults or {}))
     extra = others()
     given = {"max_epochs": 2, "logger": False, "num_sanity_val_steps": 1} | flags
+    given["logger"] = _made(given["logger"])
     trainer = L.Trainer(
         accelerator="cpu",
         callbacks=[*monitors, *extra] if ours_first else [*extra, *monitors],
@@ -109,7 +129,7 @@ def fit(
         **({"enable_checkpointing": False} | given),
     )
     training = DataLoader(Samples(24), batch_size=4, shuffle=True) if training is None else training
-    validation = DataLoader(Samples(40), batch_size=8) if validation is None else validation
+    validation = DataLoader(Samples(40), batch_size=8) if validation is None else _made(validation)
     ended: BaseException | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -120,34 +140,75 @@ def fit(
     return model, trainer, ended
 
 
-def check_alike(**case: Any) -> KoopmanCreditMonitor:
-    """Train without and with the monitor, and compare how both ended."""
-    monitor = KoopmanCreditMonitor()
+def _made(given: Any) -> Any:
+    """Call what makes an object of its own for every training."""
+    return given() if callable(given) else given
+
+
+def check_alike(
+    monitor: KoopmanCreditMonitor | None = None,
+    *more: KoopmanCreditMonitor,
+    ours: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    **case: Any,
+) -> KoopmanCreditMonitor:
+    """Train without and with the monitor, ``ours`` entered, and compare how both ended."""
+    monitor = KoopmanCreditMonitor() if monitor is None else monitor
     plain, plain_trainer, plain_end = fit([], **case)
-    watched, trainer, end = fit([monitor], **case)
+    expected = outcome(plain, plain_trainer)
+    with ours():
+        watched, trainer, end = fit([monitor, *more], **case)
     assert type(end) is type(plain_end), (end, plain_end)
     assert str(end) == str(plain_end)
-    assert trainer.global_step == plain_trainer.global_step
-    assert trainer.state.status == plain_trainer.state.status
-    assert_untouched(watched, plain)
+    assert_alike(outcome(watched, trainer), expected)
     return monitor
 
 
-def assert_untouched(watched: nn.Module, plain: nn.Module) -> None:
-    for (name, left), right in zip(
-        watched.state_dict().items(), plain.state_dict().values(), strict=True
-    ):
-        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True, msg=name)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in watched.modules())
+def outcome(model: Net, trainer: L.Trainer) -> dict[str, Any]:
+    """Everything that a training leaves behind, but what the monitor itself reports."""
+    metrics = trainer.callback_metrics
+    return {
+        "weights": model.state_dict(),
+        "gradients": [p.grad for p in model.parameters()],
+        "needs": [p.requires_grad for p in model.parameters()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "progress": trainer.fit_loop.state_dict(),
+        "state": (trainer.state.status, trainer.interrupted, trainer.should_stop),
+        "metrics": {k: v for k, v in metrics.items() if not k.startswith("koopman/")},
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+    }
+
+
+def assert_alike(left: Any, right: Any, where: str = "") -> None:
+    """Compare to the last bit."""
+    assert type(left) is type(right), where
+    if isinstance(left, Tensor):
+        torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=True, msg=where)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_alike(left[key], right[key], f"{where}/{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for place, pair in enumerate(zip(left, right, strict=True)):
+            assert_alike(*pair, f"{where}/{place}")
+    else:
+        assert left == right, where
 
 
 @pytest.mark.parametrize(
     "flags",
     [
         {"max_epochs": 0},
+        {"num_sanity_val_steps": 0},
+        {"num_sanity_val_steps": -1},
         {"fast_dev_run": True},
         {"overfit_batches": 2},
         {"limit_train_batches": 3},
+        {"limit_train_batches": 0},
         {"limit_val_batches": 1},
         {"limit_val_batches": 0},
         {"limit_val_batches": 0.5, "val_check_interval": 2},
@@ -156,7 +217,12 @@ def assert_untouched(watched: nn.Module, plain: nn.Module) -> None:
         {"max_steps": 3},
         {"check_val_every_n_epoch": 2},
         {"detect_anomaly": True},
+        {"precision": "bf16-mixed"},
         {"precision": "bf16-true"},
+        {"precision": "64-true"},
+        {"gradient_clip_val": 0.1},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"inference_mode": False},
     ],
     ids=str,
 )
@@ -164,20 +230,54 @@ def test_trainer_flags(flags: dict[str, Any]) -> None:
     check_alike(**flags)
 
 
-@pytest.mark.parametrize("phase", ["train", "validation"])
-@pytest.mark.parametrize("fault", [Fault("forward broke"), KeyboardInterrupt(), signal.SIGINT], ids=repr)
+RUNS = pytest.mark.parametrize("phase", ["sanity", "train", "validation"])
+
+
+@RUNS
+@pytest.mark.parametrize("fault", [Fault("step broke"), KeyboardInterrupt(), signal.SIGINT], ids=repr)
 def test_exceptions_and_interrupts(phase: str, fault: Any) -> None:
-    check_alike(faults={phase: fault})
+    check_alike(faults={phase: fault}, num_sanity_val_steps=2)
 
 
-@pytest.mark.parametrize("phase", ["train", "validation"])
+@RUNS
+@pytest.mark.parametrize("fault", [Fault("layer broke"), KeyboardInterrupt()], ids=repr)
+def test_a_forward_pass_that_breaks_between_two_components(phase: str, fault: BaseException) -> None:
+    check_alike(faults={phase: fault, "inside": True}, num_sanity_val_steps=2)
+
+
+@RUNS
 def test_termination(phase: str) -> None:
-    check_alike(faults={phase: signal.SIGTERM})
+    check_alike(faults={phase: signal.SIGTERM}, num_sanity_val_steps=2)
 
 
 @pytest.mark.parametrize("where", ["training", "validation"])
 def test_a_loader_that_fails(where: str) -> None:
     check_alike(**{where: DataLoader(Samples(24, fails_at=17), batch_size=4)})
+
+
+class FailsLater(Samples):
+    """Gives every sample a number of times, and fails then."""
+
+    def __init__(self, count: int, times: int) -> None:
+        super().__init__(count)
+        self.left = count * times
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise Fault("asked once too often")
+        return self.rows[index]
+
+
+def test_a_loader_that_fails_when_we_ask_once_more() -> None:
+    """Epochs 1 and 2 validate; the final weights, of epoch 3, are measured in a pass of our own."""
+    monitor = check_alike(
+        KoopmanCreditMonitor(every_n_epochs=2),
+        validation=lambda: DataLoader(FailsLater(40, times=3), batch_size=8),
+        max_epochs=3,
+        num_sanity_val_steps=0,
+    )
+    assert [report.step for report in monitor.history] == [12]
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -198,6 +298,19 @@ def test_one_validation_sample() -> None:
     assert check_alike(validation=DataLoader(Samples(1))).report is None
 
 
+def test_several_training_loaders_without_validation() -> None:
+    loaders = {
+        "a": DataLoader(Samples(24), batch_size=4, shuffle=True),
+        "b": DataLoader(Samples(12), batch_size=4, shuffle=True),
+    }
+    monitor = check_alike(
+        KoopmanCreditMonitor(forward_fn=lambda model, batch: model(batch["a"])),
+        training=loaders,
+        limit_val_batches=0,
+    )
+    assert [report.n_samples for report in monitor.history] == [24, 24]
+
+
 def test_several_loaders() -> None:
     loaders = [DataLoader(Samples(40), batch_size=8), DataLoader(Samples(16), batch_size=8)]
     monitor = check_alike(validation=loaders)
@@ -210,91 +323,83 @@ def test_averaged_weights(ours_first: bool) -> None:
     averaging = pytest.importorskip(
         "lightning.pytorch.callbacks.weight_averaging", reason="this Lightning has no WeightAveraging"
     )
-    check_alike(others=lambda: [averaging.EMAWeightAveraging(decay=0.9)], ours_first=ours_first)
+    monitor = check_alike(
+        others=lambda: [averaging.EMAWeightAveraging(decay=0.9)], ours_first=ours_first
+    )
+    assert [report.step for report in monitor.history] == [6, 12]
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_weights_averaged_over_the_last_epochs(ours_first: bool) -> None:
+    monitor = check_alike(
+        others=lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)],
+        ours_first=ours_first,
+        max_epochs=3,
+    )
+    assert monitor.report is not None
 
 
 def test_two_monitors() -> None:
-    plain, _, _ = fit([])
-    monitors = [KoopmanCreditMonitor(), KoopmanCreditMonitor(prefix="wide", rank=1)]
-    watched, _, end = fit(monitors)
-    assert end is None
+    monitors = [KoopmanCreditMonitor(), KoopmanCreditMonitor(prefix="koopman/wide", rank=1)]
+    check_alike(*monitors)
     assert [len(monitor.history) for monitor in monitors] == [2, 2]
-    assert_untouched(watched, plain)
 
 
-@pytest.mark.parametrize(
-    "place", [(Measurement, "end_pass"), (Measurement, "report"), (KoopmanCredit, "update")]
-)
-@pytest.mark.parametrize("error", [Fault("ours"), torch.linalg.LinAlgError("ours"), MemoryError("ours")])
-def test_our_own_numerics_fail(
-    place: tuple[Any, str], error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise error
-
-    plain, _, _ = fit([])
-    monkeypatch.setattr(*place, broken)
-    watched, _, end = fit([KoopmanCreditMonitor()])
-    assert end is None
-    assert_untouched(watched, plain)
-
-
-def test_ctrl_c_in_our_numerics_stops_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Measurement, "report", interrupted)
-    watched, trainer, end = fit([KoopmanCreditMonitor()])
-    assert isinstance(end, SystemExit | KeyboardInterrupt)
-    assert trainer.interrupted
-    assert not any(m._forward_hooks for m in watched.modules())
+def resume(path: Path, monitors: list[KoopmanCreditMonitor]) -> tuple[dict[str, Any], Any]:
+    """Train a fresh model from a checkpoint on."""
+    L.seed_everything(0, verbose=False)
+    model = Net()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        callbacks=list(monitors),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    loaders = [DataLoader(Samples(count), batch_size=size) for count, size in ((24, 4), (40, 8))]
+    ended = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trainer.fit(model, *loaders, ckpt_path=path)
+        except Exception as error:
+            ended = error
+    return outcome(model, trainer), ended
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_logger_that_cannot_write(code: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: CSVLogger, metrics: dict[str, float], step: int | None = None) -> None:
-        if any(key.startswith("koopman/") for key in metrics):
-            raise OSError(code, os.strerror(code))
+def broken_off(folder: Path, monitors: list[KoopmanCreditMonitor]) -> Path:
+    """Train until the third batch of the second epoch; give the checkpoint written there."""
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    stops = Stops("on_train_batch_start", Fault("power cut"), after=9)
+    fit(monitors, others=lambda: [saving, stops], enable_checkpointing=None)
+    return folder / "step=9.ckpt"
 
-    monkeypatch.setattr(CSVLogger, "log_metrics", full)
-    plain, _, _ = fit([], logger=CSVLogger(tmp_path / "plain"))
+
+def test_resume_in_mid_epoch(tmp_path: Path) -> None:
+    first, second = KoopmanCreditMonitor(), KoopmanCreditMonitor()
+    watched = resume(broken_off(tmp_path / "watched", [first]), [second])
+    plain = resume(broken_off(tmp_path / "plain", []), [])
+    assert_alike(watched, plain)
+    assert watched[0]["progress"]["epoch_progress"]["current"]["completed"] == 3
+    assert [report.step for report in first.history] == [6]
+    assert [report.step for report in second.history] == [6, 12, 18]
+    assert second.history[0].to_dict() == first.history[0].to_dict()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_resume_from_a_checkpoint_cut_short(share: float, tmp_path: Path) -> None:
+    path = broken_off(tmp_path, [KoopmanCreditMonitor()])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
     monitor = KoopmanCreditMonitor()
-    watched, _, end = fit([monitor], logger=CSVLogger(tmp_path / "watched"))
-    assert end is None
-    assert len(monitor.history) == 2
-    assert_untouched(watched, plain)
-
-
-def test_resume_in_mid_epoch(tmp_path: Any) -> None:
-    def resumed(monitor: list[KoopmanCreditMonitor], folder: str) -> Net:
-        path = tmp_path / f"{folder}.ckpt"
-        first = [] if not monitor else [KoopmanCreditMonitor()]
-        _, trainer, _ = fit(first, max_steps=9)
-        trainer.save_checkpoint(path)
-        torch.manual_seed(0)
-        model = Net()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            again = L.Trainer(
-                accelerator="cpu",
-                max_epochs=3,
-                logger=False,
-                callbacks=list(monitor),
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                enable_checkpointing=False,
-            )
-            loader = DataLoader(TensorDataset(Samples(24).rows), batch_size=4, collate_fn=_rows)
-            again.fit(model, loader, DataLoader(Samples(40), batch_size=8), ckpt_path=path)
-        return model
-
-    monitor = KoopmanCreditMonitor()
-    assert_untouched(resumed([monitor], "watched"), resumed([], "plain"))
-    assert monitor.history
-
-
-def _rows(parts: list[tuple[Tensor]]) -> Tensor:
-    return torch.stack([part[0] for part in parts])
+    watched, plain = resume(path, [monitor]), resume(path, [])
+    assert type(watched[1]) is type(plain[1])
+    assert watched[1] is not None
+    assert str(watched[1]) == str(plain[1])
+    assert_alike(watched[0], plain[0])
+    assert monitor.history == []
 
 
 class Stops(L.Callback):
@@ -315,13 +420,18 @@ PHASES = (
     "setup",
     "on_fit_start",
     "on_sanity_check_start",
+    "on_sanity_check_end",
     "on_train_start",
     "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_before_optimizer_step",
     "on_train_batch_end",
     "on_validation_start",
     "on_validation_batch_start",
     "on_validation_batch_end",
     "on_validation_epoch_end",
+    "on_validation_end",
     "on_train_epoch_end",
     "on_train_end",
     "teardown",
