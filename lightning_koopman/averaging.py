@@ -52,12 +52,13 @@ def chosen_weights(path: Path, content: Mapping[str, Any], weights: Weights) -> 
         raise CheckpointError(
             f"{path} holds no averaged weights, only a state_dict; leave out --weights (weights='saved')"
         )
-    if not swa.get("n_averaged"):
+    count = swa.get("n_averaged")
+    if not (isinstance(count, int) and count > 0):
         raise CheckpointError(
             f"{path} was saved before StochasticWeightAveraging began; ask for the current weights"
         )
     averaged = swa["average_model_state"]
-    if isinstance(averaged, Mapping) and any(str(name).endswith("running_var") for name in averaged):
+    if any(str(name).endswith("running_var") for name in averaged):
         raise CheckpointError(
             f"{path} holds averaged weights without their BatchNorm statistics, which "
             "StochasticWeightAveraging collects when the training ends; evaluate the last checkpoint as "
@@ -71,5 +72,5 @@ def _callback_states(content: Mapping[str, Any]) -> tuple[Mapping[str, Any] | No
     states = content.get("callbacks")
     found = list(states.values()) if isinstance(states, Mapping) else []
     states = [state for state in found if isinstance(state, Mapping)]
-    swa = next((s for s in states if s.get("average_model_state") is not None), None)
+    swa = next((s for s in states if isinstance(s.get("average_model_state"), Mapping)), None)
     return swa, any(set(state) == {"latest_update_step"} for state in states)

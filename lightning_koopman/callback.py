@@ -23,6 +23,7 @@ from lightning_koopman.kept_batches import KeptBatches
 from lightning_koopman.loggers import FREE_FOR_FIGURES, free_bytes
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
+from lightning_koopman.schema import ReportFormatError
 from lightning_koopman.session import Session
 from lightning_koopman.trainer_facts import (
     first_loader,
@@ -196,10 +197,20 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
         Args:
             state_dict: What :meth:`state_dict` gave.
+
+        Raises:
+            ReportFormatError: If it is anything else.
         """
-        if self._resuming:
-            self.history = [CreditReport.from_dict(json.loads(text)) for text in state_dict["history"]]
-            self._writer.shown = tuple(state_dict.get("shown", ()))
+        if not self._resuming:
+            return
+        try:
+            history = [CreditReport.from_dict(json.loads(text)) for text in state_dict["history"]]
+            shown = tuple(state_dict.get("shown", ()))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ReportFormatError(
+                f"the checkpoint holds no history of credits ({type(error).__name__}: {error})"
+            ) from None
+        self.history, self._writer.shown = history, shown
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the previous run's bookkeeping."""

@@ -114,8 +114,7 @@ class Capture:
                 hooks.callback(module.register_forward_hook(self._on_transparent).remove)
             if self.end is not None and self.end not in self.components:
                 end = dict(clean_modules(self._model))[self.end]
-                handle = end.register_forward_hook(lambda _m, _a, out: self.record_end(out))
-                hooks.callback(handle.remove)
+                hooks.callback(end.register_forward_hook(self._on_end).remove)
             if self._follow and self._recorder.passes == 0:
                 hooks.callback(self._recorder.origins.leave)
                 self._recorder.origins.follow()
@@ -217,3 +216,7 @@ class Capture:
     @_kept_out_of_the_forward
     def _on_transparent(self, module: nn.Module, args: Any, output: Any) -> None:
         self._recorder.pass_on(module, args, output)
+
+    @_kept_out_of_the_forward
+    def _on_end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.record_end(output)

@@ -134,7 +134,7 @@ def load_checkpoint(
     own, of_data = (entry if isinstance(entry, Mapping) else {} for entry in saved)
     return Checkpoint(
         path=path,
-        step=step if isinstance(step, int) else None,
+        step=step if type(step) is int and 0 <= step < 2**63 else None,
         state_dict={clean_name(str(name)): value for name, value in tensors.items()},
         hyper_parameters=own,
         data_hyper_parameters=of_data,
@@ -157,11 +157,11 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit {type(model).__name__}: it lacks {name!r}"
             )
-        shape = tuple(checkpoint.state_dict[name].shape)
-        if isinstance(value, Tensor) and shape != tuple(value.shape):
+        saved = _described(checkpoint.state_dict[name])
+        if isinstance(value, Tensor) and saved != (own := _described(value)):
             raise CheckpointError(
-                f"{checkpoint.path} does not fit {type(model).__name__}: {name!r} has shape {shape}, "
-                f"the model's {tuple(value.shape)}"
+                f"{checkpoint.path} does not fit {type(model).__name__}: {name!r} has {saved}, "
+                f"the model's {own}"
             )
     for name in checkpoint.state_dict:
         if name not in expected:
@@ -169,6 +169,20 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} does not fit {type(model).__name__}: the model has no {name!r}"
             )
     model.load_state_dict({expected[name][0]: value for name, value in checkpoint.state_dict.items()})
+
+
+def _described(tensor: Tensor) -> str:
+    """Tell a tensor's shape, and what else would keep it from being copied into another."""
+    if tensor.is_nested:
+        return "nested tensors"
+    kinds = {
+        "quantized": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "no values": tensor.is_meta,
+        str(tensor.layout): tensor.layout is not torch.strided,
+    }
+    more = [kind for kind, applies in kinds.items() if applies]
+    return f"shape {tuple(tensor.shape)}" + (f" ({', '.join(more)})" if more else "")
 
 
 def _is_sharded(path: Path) -> bool:

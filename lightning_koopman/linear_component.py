@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.checkpoints import CheckpointError, apply_checkpoint, load_checkpoint
 from lightning_koopman.module_tree import clean_name
+from lightning_koopman.whole_files import whole_file
 
 
 class LinearComponent(nn.Module):
@@ -91,7 +93,7 @@ def save_linearized(
 
     Args:
         model: A network that :func:`lightning_koopman.linearize` gave.
-        path: File to write.
+        path: File to write, whole or not at all.
         more: Further plain entries, such as ``hyper_parameters``.
     """
     swaps = [
@@ -103,7 +105,11 @@ def save_linearized(
         }
         for component in linear_components(model)
     ]
-    torch.save(dict(more or {}) | {"state_dict": model.state_dict(), "linearized": swaps}, path)
+    # torch.save destroys the file first, and tells of a full disk by an internal error.
+    content = io.BytesIO()
+    torch.save(dict(more or {}) | {"state_dict": model.state_dict(), "linearized": swaps}, content)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def load_linearized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -125,12 +131,23 @@ def load_linearized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
         raise CheckpointError(f"{os.fspath(path)} holds no linear components; load it as usual")
     new = copy.deepcopy(model)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     for swap in swaps:
         try:
-            put_in_place(new, LinearComponent(**swap).to(dtype))
-        except (KeyError, TypeError) as error:
+            put_in_place(new, _unfilled(swap, held).to(dtype))
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{os.fspath(path)} does not fit {type(model).__name__}: {error} is not in it"
+                f"{os.fspath(path)} does not fit {type(model).__name__}: a linear component cannot be "
+                f"put in its place ({type(error).__name__}: {error})"
             ) from None
     apply_checkpoint(new, checkpoint)
     return new
+
+
+def _unfilled(swap: Mapping[str, Any], most: int) -> LinearComponent:
+    """Make a component as a file tells, without believing what it says of widths."""
+    with torch.device("meta"):
+        component = LinearComponent(**swap)
+    if sum(p.numel() for p in component.parameters()) > most:
+        raise ValueError("it is larger than the file")
+    return component.to_empty(device="cpu")

@@ -141,29 +141,12 @@ def regressor_sites(report: CreditReport, name: str) -> list[Site]:
         name: The component.
 
     Returns:
-        Sites, the nearest first; only the nearest where the report has no operators.
-
-    Raises:
-        ValueError: If the operator's width fits no number of states before it.
+        Sites, the nearest first; only the nearest in a report read from JSON.
     """
     sites = state_sites(report)
     order = list(sites)
     earlier = order[: order.index(name)][::-1]
-    if name not in report.operators:
-        return [sites[earlier[0]]]
-    if name in report.reads:
-        return [sites[state] for state in report.reads[name]]
-    widths = dict(zip(report.components, report.widths, strict=True))
-    widths[order[0]] = report.operators[report.components[0]].matrix.shape[0]
-    needed, taken = report.operators[name].matrix.shape[0], 0
-    for delay, state in enumerate(earlier, start=1):
-        taken += widths[state]
-        if taken == needed:
-            return [sites[state] for state in earlier[:delay]]
-    raise ValueError(
-        f"the operator of {name!r} takes {needed} values; the states before it have "
-        f"{[widths[state] for state in earlier]}. Measure the report again."
-    )
+    return [sites[state] for state in report.reads.get(name, earlier[:1])]
 
 
 def check_samples_first(report: CreditReport, values: Mapping[Site, Tensor]) -> None:

@@ -319,3 +319,12 @@ def test_operators_that_do_not_fit_together_are_refused() -> None:
         align([[w] for w in weights], torch.eye(5))
     with pytest.raises(ValueError, match=r"operator 2 gives 5 values, but 6 were expected"):
         align([[w] for w in weights], torch.eye(6))
+
+
+def test_directions_that_nearly_coincide_but_are_told_apart_are_all_kept() -> None:
+    """A spread that norms leave open, and that singular values show to lie within the cut-off."""
+    smallest = 2e-8
+    weight = np.diag([1.0, 1.0, smallest])
+    chain = align(as_operators([weight]), torch.eye(3, dtype=torch.float64))
+    assert chain.rank == 3
+    assert float(chain.log_volumes[0].sum()) == pytest.approx(np.log(smallest), rel=1e-9)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import random
+import runpy
+import sys
 import warnings
 from typing import Any
 
@@ -193,11 +196,26 @@ def test_only_the_newest_report_keeps_its_operators(tmp_path: Any) -> None:
     assert [len(report.operators) for report in monitor.history] == [0, 0, 3]
 
 
-def test_a_history_that_cannot_be_read_does_not_stop_a_resume(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"history": ["{}"]},
+        {"history": ["{"]},
+        {"history": [3]},
+        {"history": ["[" * 100_000]},
+        {"history": 3},
+        {"history": [], "shown": 3},
+        {},
+        [],
+        None,
+    ],
+    ids=lambda saved: str(saved)[:30],
+)
+def test_a_history_that_cannot_be_read_does_not_stop_a_resume(saved: Any) -> None:
     monitor = KoopmanCreditMonitor()
     monitor.setup(None, None, "fit")
-    with pytest.warns(UserWarning, match="no Koopman credit this time: expected an object with format"):
-        monitor.load_state_dict({"history": ["{}"]})
+    with pytest.warns(UserWarning, match="credit this time: the checkpoint holds no history of credits"):
+        monitor.load_state_dict(saved)
     assert monitor.history == []
 
 
@@ -417,3 +435,26 @@ def test_reductions_and_the_output_are_passed_on(tmp_path: Any) -> None:
         ValueError, match=r"output is .*; a callback does not see what the model returns"
     ):
         KoopmanCreditMonitor(output=lambda out: out)
+
+
+def run_again(name: str, missing: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run a module's own lines anew, where some packages cannot be imported."""
+    for package in missing:
+        monkeypatch.setitem(sys.modules, package, None)
+    found = importlib.util.find_spec(name)
+    assert found is not None
+    return runpy.run_path(str(found.origin))
+
+
+@pytest.mark.parametrize("missing", ["lightning.pytorch", "pytorch_lightning"])
+def test_one_of_lightnings_namespaces_is_enough(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning": "lightning.pytorch"}[missing]
+    base = pytest.importorskip(other).Callback
+    found = run_again("lightning_koopman.harmless", [missing], monkeypatch)
+    assert found["Callback"].__bases__ == (base,)
+
+
+def test_without_lightning_the_callback_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ["lightning.pytorch", "pytorch_lightning"]
+    with pytest.raises(ModuleNotFoundError, match="the callback needs Lightning: pip install lightning"):
+        run_again("lightning_koopman.harmless", missing, monkeypatch)

@@ -384,3 +384,65 @@ def test_complex_states_are_refused() -> None:
         ValueError, match=r"a state of dtype torch\.complex64 arrived; complex states are not"
     ):
         first_tensor([torch.ones(2, dtype=torch.complex64)])
+
+
+class Bodied(nn.Module):
+    """A body of two layers, after which the body itself still does something."""
+
+    def __init__(self, gives: Callable[[Tensor], Any] = torch.tanh) -> None:
+        super().__init__()
+        self.body = Body(gives)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.body(x)
+        return self.head(given if isinstance(given, Tensor) else x[:, :3])
+
+
+class Body(nn.Module):
+    def __init__(self, gives: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.gives = nn.Linear(4, 5), nn.Linear(5, 3), gives
+
+    def forward(self, x: Tensor) -> Any:
+        return self.gives(self.second(self.first(x)))
+
+
+def test_the_output_of_interest_may_be_what_holds_the_components() -> None:
+    model, x = Bodied(), torch.randn(6, 4)
+    with Capture(model, ["body.first", "body.second"], output="body") as capture:
+        model(x)
+        capture.record_end(torch.zeros(6, 1))  # too late: the body gave it
+        states = capture.end_pass()
+    assert list(states) == [INPUT, "body.first", "body.second", "body"]
+    assert torch.equal(states["body"], model.body(x))
+
+
+def test_the_output_of_interest_may_lie_beside_the_components() -> None:
+    model, x = Bodied(), torch.randn(6, 4)
+    with Capture(model, ["body.first"], output="head") as capture:
+        model(x)
+        assert list(capture.end_pass()) == [INPUT, "body.first", "head"]
+    with pytest.raises(
+        ValueError, match=r"output 'body.second' is part of component 'body'. Name finer"
+    ):
+        Capture(model, ["body"], output="body.second")
+
+
+def test_an_output_without_numbers_is_told_behind_the_pass_and_not_in_it() -> None:
+    model, x = Bodied(gives=lambda given: "words"), torch.randn(6, 4)
+    with Capture(model, ["body.first", "body.second"], output="body") as capture:
+        assert model(x).shape == (6, 2), "the user's own pass ends as it does without us"
+        with pytest.raises(ValueError, match="the output of interest is a str without a floating-point"):
+            capture.end_pass()
+    assert hooks_on(model) == 0
+
+
+def test_a_named_component_that_gives_no_numbers_is_refused_behind_the_pass() -> None:
+    model, x = Bodied(gives=lambda given: given.argmax(1)), torch.randn(6, 4)
+    with Capture(model, ["body", "head"]) as capture:
+        model.body(x)
+        with pytest.raises(
+            ValueError, match=r"'body' returned Tensor with no floating-point tensor\. Leave"
+        ):
+            capture.end_pass()

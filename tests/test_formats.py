@@ -13,9 +13,10 @@ from torch import nn
 from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints, predict_effects
 from lightning_koopman.cli import main
 from lightning_koopman.comparison import changes
-from lightning_koopman.formats import read_reports, to_markdown, write_reports
+from lightning_koopman.formats import read_reports, to_markdown, write_reports, write_with_known
 from lightning_koopman.html import to_html
 from lightning_koopman.schema import ReportFormatError
+from lightning_koopman.tables import effects_table
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,37 @@ def test_predicted_effects_are_in_every_kind_of_file(tmp_path):
     assert f'data-value="{report.effects.values["output_noise"][0]}"' in to_html([report])
     assert "KL in nats" in text
     assert "influence" not in page  # of one run, the newest report is shown, which predicts nothing
+
+
+def test_a_report_without_directions_is_shown_without_their_figure(report):
+    lost = dataclasses.replace(
+        report,
+        directions=0,
+        volumes=np.zeros((2, 0)),
+        **{name: np.full(2, np.nan) for name in ("credit", "gain", "sensitivity")},
+    )
+    page = to_html([lost])
+    assert "Credit by output direction" not in page
+    assert "Credit by output direction" in to_html([report])
+    assert page.count('class="doubt"') == 2
+
+
+def test_parquet_comes_back(report, tmp_path):
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    write_reports([report], tmp_path / "r.parquet", "parquet")
+    np.testing.assert_array_equal(pandas.read_parquet(tmp_path / "r.parquet")["credit"], report.credit)
+
+
+def test_without_any_report_only_json_is_written(tmp_path):
+    write_with_known([], tmp_path / "r.html", "html")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html.json"]
+    with pytest.raises(ValueError, match="no report to show"):
+        write_reports([], tmp_path / "r.html", "html")
+
+
+def test_effects_that_were_not_predicted_cannot_be_shown(report):
+    with pytest.raises(
+        ValueError, match="the report predicts no effects; predict_effects fills them in"
+    ):
+        effects_table(report)

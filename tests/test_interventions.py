@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+from typing import NamedTuple
 
 import numpy as np
 import pandas
@@ -13,6 +14,7 @@ from scipy.stats import sem
 from torch import Tensor, nn
 
 from lightning_koopman import CreditReport, credit_report, intervene, predict_effects
+from lightning_koopman.alterations import noisy_weights
 from lightning_koopman.class_scores import accuracy, kl_divergence
 from lightning_koopman.effects import KINDS
 from lightning_koopman.linearization import linearize
@@ -552,3 +554,62 @@ def test_outputs_are_not_altered_where_the_samples_are_along_another_axis() -> N
     with pytest.raises(ValueError, match=message):
         intervene(net, batches, report, ["output_noise"])
     assert (intervene(net, batches, report, ["weight_noise"]).effect > 0).all()
+
+
+def test_noise_leaves_single_and_whole_numbers_alone():
+    model = nn.Sequential(nn.PReLU(), nn.Linear(3, 3))
+    model[0].register_parameter("count", nn.Parameter(torch.arange(4), requires_grad=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with noisy_weights(model, ["0", "1"], 0.5):
+        inside = {name: value.clone() for name, value in model.state_dict().items()}
+    assert {name for name in before if not torch.equal(before[name], inside[name])} == {
+        "1.weight",
+        "1.bias",
+    }
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_ranks_of_fewer_than_three_effects_are_not_told():
+    x, y = data()
+    report = credit_report(mlp(), [x], components=["0", "2"])
+    report = predict_effects(mlp(), [x], report, ["output_noise"])
+    result = intervene(mlp(), batched(x, y), report, ["output_noise"], draws=1)
+    assert np.isnan(result.spearman("output_noise"))
+
+
+def test_first_tensors_are_replaced_in_any_container():
+    new = torch.ones(2)
+
+    @dataclasses.dataclass
+    class Kept:
+        name: str
+        value: torch.Tensor
+
+    class Pair(NamedTuple):
+        a: torch.Tensor
+        b: str
+
+    class Both(dict):
+        pass
+
+    held = replace_first_tensor(Kept("x", torch.zeros(2)), new)
+    assert (held.name, held.value) == ("x", new)
+    assert type(held) is Kept
+    assert replace_first_tensor(Pair(torch.zeros(2), "b"), new) == Pair(new, "b")
+    assert replace_first_tensor({"n": 1, "x": torch.zeros(2)}, new) == {"n": 1, "x": new}
+    assert replace_first_tensor([torch.zeros(2)], new) == [new]
+
+
+def test_sites_without_a_tensor_are_named_and_no_hook_stays():
+    class Words(nn.Module):
+        def forward(self, x):
+            return "words"
+
+    model = nn.ModuleDict({"words": Words()})
+    for arguments, words in (
+        ({"read": [Site("out", "words")]}, "'words' has no floating-point tensor to read"),
+        ({"alter": {"words": lambda given, _: given}}, "'words' gave str with no tensor to replace"),
+    ):
+        with pytest.raises(ValueError, match=words), Sites(model, **arguments):
+            model["words"](torch.ones(1))
+    assert not model["words"]._forward_hooks

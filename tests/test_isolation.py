@@ -16,6 +16,7 @@ from lightning_koopman import credit_report, intervene, linearize, predict_effec
 from lightning_koopman.isolation import random_states_kept
 from lightning_koopman.linearization import linearize_within
 from lightning_koopman.overview import describe_components
+from lightning_koopman.tensors import detached_copy
 
 
 def network() -> nn.Sequential:
@@ -112,3 +113,10 @@ def test_the_comparison_of_states_sees_a_draw() -> None:
     with random_states_kept(loader):
         list(loader)
     assert same(states(generator), after)
+
+
+def test_a_sparse_tensor_is_copied_dense() -> None:
+    sparse = torch.eye(3).to_sparse()
+    copy = detached_copy(sparse)
+    assert copy.layout is torch.strided
+    assert torch.equal(copy, torch.eye(3))

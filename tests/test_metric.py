@@ -506,3 +506,15 @@ def test_forward_that_fails_first_leaves_an_empty_metric() -> None:
     x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     metric.update([x, x[:, :2]])
     assert metric.report().n_samples == 40
+
+
+def test_single_precision_sums_may_overflow_and_names_may_come_twice() -> None:
+    states = {name: state.float() * 1e37 for name, state in zip(("x_0", *NAMES), chain(), strict=True)}
+    metric = KoopmanCredit()
+    metric.update(states)
+    metric.update(states)
+    assert metric.components == NAMES
+    alone = KoopmanCredit()
+    alone.update({name: state / 1e37 for name, state in states.items()})
+    alone.update({name: state / 1e37 for name, state in states.items()})
+    np.testing.assert_allclose(metric.report().credit, alone.report().credit, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_koopman.cli import main
+from lightning_koopman.dataflow import DataFlow
 from lightning_koopman.overview import describe_components
 
 USER_CODE = """
@@ -123,3 +124,40 @@ def test_a_batch_and_a_component_that_runs_are_needed() -> None:
         describe_components(net, [])
     with pytest.raises(ValueError, match=r"no component ran in the forward pass; chosen were \['spare'"):
         describe_components(net, [torch.randn(8, 4)], components="spare")
+
+
+class Indexing(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+class WithIndices(nn.Module):
+    """A constant and a layer that gives indices, beside those that the data run through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.constant, self.head = nn.Linear(4, 3), nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x) + self.constant(torch.ones(len(x), 2)))
+
+
+def test_what_is_the_same_for_every_sample_is_shown_as_left_out() -> None:
+    found = describe_components(WithIndices(), [torch.randn(8, 4)])
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(found)
+    (line,) = [
+        text for text in console.export_text().splitlines() if text.strip().startswith("constant")
+    ]
+    assert line.rstrip().endswith("left out")
+
+
+def test_where_data_cannot_be_followed_components_stand_in_a_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(self: DataFlow, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(DataFlow, "_follow", broken)
+    found = describe_components(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), [torch.randn(8, 4)])
+    assert [row.state for row in found.rows] == ["0", "1"]

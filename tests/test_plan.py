@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -109,3 +110,75 @@ def test_an_error_of_the_model_under_the_tracer_stays_the_models() -> None:
     net = nn.Sequential(nn.Linear(5, 4), nn.Linear(3, 2))
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         credit_report(net, [torch.randn(10, 5)])
+
+
+class ThroughNumPy(nn.Module):
+    """Leaves torch between its layers, so that no data can be followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.from_numpy(np.tanh(self.first(x).detach().numpy()).copy()))
+
+
+def test_where_the_data_leave_torch_the_layer_before_is_taken_and_a_note_says_so() -> None:
+    report = credit_report(ThroughNumPy(), list(torch.randn(300, 4).split(100)))
+    assert report.reads["second"] == ("first",)
+    assert [note for note in report.notes if note.startswith("where the input of second comes from")]
+
+
+class Branches(nn.Module):
+    """Two layers side by side, of which the second is given fewer rows in a later batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        beside = self.b(x) if self.calls == 1 else self.b(x[:-1]).sum()
+        return self.head(self.a(x) + beside)
+
+
+def test_parallel_components_need_a_row_from_each_sample() -> None:
+    with pytest.raises(
+        ValueError, match=r"differing numbers of rows: \{.*'b': 49.*\}. Rows are samples"
+    ):
+        credit_report(Branches(), list(torch.randn(100, 4).split(50)))
+
+
+def test_an_output_of_interest_that_does_not_run_is_named() -> None:
+    net, batches = residual()
+    net.idle = nn.Linear(5, 5).double()
+    with pytest.raises(
+        ValueError, match="the output of interest 'idle' did not run in the forward pass"
+    ):
+        credit_report(net, batches, output="idle")
+
+
+class Windows(nn.Module):
+    """Folds the windows of an image into the batch axis, as shifted-window transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inside, self.head = nn.Linear(8, 8), nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inside(self.first(x).reshape(-1, 4)).reshape(-1, 8))
+
+
+def test_rows_of_several_windows_belong_to_one_sample() -> None:
+    x = torch.randn(200, 8)
+    net = Windows()
+    report = credit_report(net, list(x.split(50)), components=["first", "inside", "head"])
+    assert report.widths == (8, 8, 3)
+    # Nothing but a change of shape sets it apart from a plain chain.
+    inside = nn.Linear(8, 8)
+    with torch.no_grad():
+        inside.weight.copy_(torch.block_diag(net.inside.weight, net.inside.weight))
+        inside.bias.copy_(net.inside.bias.repeat(2))
+    plain = credit_report(nn.Sequential(net.first, inside, net.head), list(x.split(50)))
+    np.testing.assert_allclose(report.credit, plain.credit, atol=1e-5)

@@ -108,3 +108,26 @@ def test_reports_that_make_no_series_are_refused() -> None:
         plot_evolution([other, make()])
     with pytest.raises(ValueError, match="quantity is 'blame'; choose one of"):
         plot_evolution([make()], "blame")
+
+
+def test_what_a_report_lacks_cannot_be_drawn() -> None:
+    from lightning_koopman.plots import plot_directions, plot_spectra
+
+    with pytest.raises(
+        ValueError, match="no output direction reaches back to the input, so there is no"
+    ):
+        plot_directions(make(dead=True))
+    with pytest.raises(ValueError, match="holds no operators; a report read from JSON has none"):
+        plot_spectra(CreditReport.from_dict(make().to_dict()))
+
+
+def test_spectra_of_many_components_have_no_legend() -> None:
+    from lightning_koopman.plots import plot_spectra
+
+    report = make()
+    assert plot_spectra(report).axes[0].get_legend() is not None
+    operator = report.operators["stem"]
+    many = dataclasses.replace(report, operators={f"block.{i}": operator for i in range(60)})
+    (axis,) = plot_spectra(many).axes
+    assert axis.get_legend() is None
+    assert len(axis.lines) == 60

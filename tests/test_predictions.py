@@ -503,3 +503,22 @@ def test_errors_say_what_arrived_and_what_to_do():
     unknown = dataclasses.replace(fit.solve(), covariance=None)
     with pytest.raises(ValueError, match="does not know how its inputs vary"):
         unknown.leverage([x])
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = smooth()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_batches_made_under_inference_mode_are_of_any_kind():
+    x = normal(60, 5)
+    report = credit_report(ByName(), [x], components=["net.0", "net.1", "net.2"])
+    expected = predict_effects(ByName(), [x], report, ["output_noise"]).effects
+    with torch.inference_mode():
+        given = [{"x": x.clone(), "unused": "text"}]
+    found = predict_effects(ByName(), given, report, ["output_noise"]).effects
+    np.testing.assert_allclose(found.values["output_noise"], expected.values["output_noise"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from conftest import NET_AND_DATA
 from torch import nn
 
 from lightning_koopman import EvaluationError, evaluate_checkpoints
+from lightning_koopman import workers as module
 from lightning_koopman.report_files import read_reports
 from lightning_koopman.workers import WorkerError, run_in_processes
 
@@ -149,3 +151,31 @@ def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path, workers: 
     assert f"at step {len(kept) - 1}" in printed
     assert f"interrupted after {len(kept)} of 40 checkpoints" in " ".join(told.split())
     assert "Traceback" not in told
+
+
+def test_a_worker_keeps_its_context_and_gives_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker process does, in this one."""
+    threads, made = torch.get_num_threads(), []
+
+    def setup() -> str:
+        made.append(1)
+        return "context"
+
+    monkeypatch.setattr(module, "_held", {})
+    monkeypatch.setattr(module.pickle, "loads", lambda given: (setup, lambda c, i: f"{c} {i}"))
+    module._start(b"job", 1)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    found = [module._run(item) for item in (1, 2)]
+    monkeypatch.undo()
+    torch.set_num_threads(threads)
+    assert [pickle.loads(part) for part in found] == ["context 1", "context 2"]
+    assert made == [1]
+
+
+@pytest.mark.parametrize(("item", "kind"), [(-1, ValueError), (99, RuntimeError)])
+def test_errors_of_a_worker_travel_or_are_told_in_words(
+    item: int, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_held", {"context": None, "function": square})
+    with pytest.raises(kind, match=r"item is -1|Untransportable: cannot travel"):
+        module._run(item)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
@@ -23,7 +24,7 @@ from lightning_koopman import (
     predict_effects,
 )
 from lightning_koopman.formats import to_markdown
-from lightning_koopman.loggers import EventFile
+from lightning_koopman.loggers import EventFile, free_bytes
 from lightning_koopman.writers import CreditWriter
 
 
@@ -313,3 +314,60 @@ def test_influence_is_a_scalar_where_effects_are_predicted():
     assert not [key for key in writer.scalars(report) if "influence" in key]
     scalars = writer.scalars(predict_effects(net, [x], report, ["skip"]))
     assert scalars["koopman/influence/0"] + scalars["koopman/influence/1"] == pytest.approx(1)
+
+
+class Taking:
+    """What Weights & Biases and MLflow are known by: a few methods."""
+
+    def __init__(self, **attributes):
+        self.taken = []
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def noted(self, name):
+        return lambda *given, **more: self.taken.append((name, given, more))
+
+
+def test_figures_and_tables_go_where_a_logger_takes_them():
+    writer, report = CreditWriter(), many(3)
+    wandb, mlflow, plain = Taking(), Taking(run_id="7"), Taking(experiment=None)
+    wandb.log_image, wandb.log_table = wandb.noted("image"), wandb.noted("table")
+    mlflow.experiment = Taking()
+    mlflow.experiment.log_figure = mlflow.noted("figure")
+    mlflow.experiment.log_text = mlflow.noted("text")
+    loggers = [wandb, mlflow, plain]
+    writer.draw(loggers, [report], 4)
+    writer.finish(loggers, [report], 4)
+    figures = ["koopman/evolution", "koopman/credits", "koopman/directions"]
+    images = [given for name, given, _ in wandb.taken if name == "image"]
+    assert [tag for tag, _ in images] == figures
+    assert all(isinstance(shown, Figure) for _, (shown,) in images)
+    (table,) = [(given, more) for name, given, more in wandb.taken if name == "table"]
+    assert table[0] == ("koopman/report",)
+    assert [row[2] for row in table[1]["data"]] == list(report.components)
+    drawn = [given for name, given, _ in mlflow.taken if name == "figure"]
+    assert [(run, file) for run, _, file in drawn] == [("7", f"{tag}_00000004.png") for tag in figures]
+    assert mlflow.taken[-1] == ("text", ("7", to_markdown(report), "koopman/report.md"), {})
+    assert plain.taken == []
+
+
+def test_credits_that_are_not_written_have_no_band():
+    writer, file = CreditWriter(quantities=["gain"]), Taking(experiment=Taking())
+    file.experiment.add_custom_scalars = file.noted("layout")
+    writer.draw([file], [many(3)], 0)
+    ((_, (layouts,), _),) = file.taken
+    assert list(layouts) == ["koopman"]
+    assert not [key for key in writer.scalars(many(3)) if "credit" in key]
+
+
+def test_options_are_logged_as_plain_values():
+    logger = Taking()
+    logger.log_hyperparams = logger.noted("options")
+    CreditWriter().log_options([logger], {"targets": [1, 2], "reduce": len, "rank": 3}, {})
+    ((_, (given,), _),) = logger.taken
+    assert given == {"koopman/targets": "1, 2", "koopman/reduce": str(len), "koopman/rank": 3}
+
+
+def test_room_is_told_of_folders_that_are_not_there_yet(tmp_path):
+    assert free_bytes(Taking(log_dir=str(tmp_path / "not" / "yet"))) > 0
+    assert free_bytes(Taking(log_dir=None, save_dir=tmp_path)) > 0
