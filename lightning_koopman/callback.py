@@ -20,7 +20,6 @@ from lightning_koopman.excitation import check_excitation
 from lightning_koopman.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.isolation import random_states_kept
 from lightning_koopman.kept_batches import KeptBatches
-from lightning_koopman.loggers import FREE_FOR_FIGURES, free_bytes
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
 from lightning_koopman.schema import ReportFormatError
@@ -320,7 +319,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._measured_at != trainer.global_step:
             self._measure_final(trainer, pl_module)
         if self._logged_at is not None and trainer.is_global_zero:
-            self._writer.finish(self._with_room(trainer.loggers), self.history, self._logged_at)
+            self._writer.finish(trainer.loggers, self.history, self._logged_at)
 
     def _measure_final(self, trainer: Any, pl_module: Any) -> None:
         if self._from_training:
@@ -384,7 +383,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         start = time.perf_counter()
         loggers = trainer.loggers if trainer.is_global_zero else []
         try:
-            self._writer.draw(self._with_room(loggers), self.history, step)
+            self._writer.draw(loggers, self.history, step)
         finally:
             scalars = self._writer.scalars(report, seconds + time.perf_counter() - start)
             every = {**report.to_scalars(self.prefix), **scalars}
@@ -393,15 +392,3 @@ class KoopmanCreditMonitor(HarmlessCallback):
             with ExitStack() as stack:
                 for logger in reversed(loggers):
                     stack.callback(logger.log_metrics, scalars, step=step)
-
-    def _with_room(self, loggers: Sequence[Any]) -> list[Any]:
-        """Pick the loggers whose disk will not be filled by figures, which could end the training."""
-        if not self._writer.figures:
-            return list(loggers)
-        roomy = [logger for logger in loggers if free_bytes(logger) >= FREE_FOR_FIGURES]
-        if len(roomy) < len(loggers):
-            self._warn_once(
-                f"less than {FREE_FOR_FIGURES // 2**20} MiB are free where a logger writes, so it gets "
-                "scalars only, and neither figures nor histograms"
-            )
-        return roomy

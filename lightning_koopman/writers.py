@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_koopman.loggers import BANDS, figure_sink, write_histograms, write_layout, write_table
+from lightning_koopman.loggers import (
+    BANDS,
+    FREE_FOR_FIGURES,
+    figure_sink,
+    free_bytes,
+    write_histograms,
+    write_layout,
+    write_table,
+)
 from lightning_koopman.report import CreditReport, check_quantities
 
 MOST_TAGS = 200
@@ -59,6 +67,7 @@ class CreditWriter:
         self.shown: tuple[str, ...] = ()
         self._written = 0
         self._newest_drawn = False
+        self._told_of_room = False
 
     def draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
         """Write layout, histograms and, when due, figures of the newest report.
@@ -71,6 +80,7 @@ class CreditWriter:
         self._choose(reports[-1])
         self._written += 1
         self._newest_drawn = self._written & (self._written - 1) == 0
+        loggers = self._with_room(loggers)
         for logger in loggers:
             if self.layout:
                 write_layout(logger, self.prefix, self.quantities, self.shown)
@@ -120,6 +130,7 @@ class CreditWriter:
         """
         if not self.figures or not reports:
             return
+        loggers = self._with_room(loggers)
         if not self._newest_drawn:
             self._draw(loggers, reports, step)
         for logger in loggers:
@@ -139,6 +150,20 @@ class CreditWriter:
         ours = {f"{self.prefix}/{name}": _simple(value) for name, value in options.items()}
         for logger in loggers:
             logger.log_hyperparams({**known, **ours})
+
+    def _with_room(self, loggers: Sequence[Any]) -> list[Any]:
+        """Pick the loggers whose disk will not be filled by figures, which could end the training."""
+        if not self.figures:
+            return list(loggers)
+        roomy = [logger for logger in loggers if free_bytes(logger) >= FREE_FOR_FIGURES]
+        if len(roomy) < len(loggers) and not self._told_of_room:
+            self._told_of_room = True
+            rank_zero_warn(
+                f"less than {FREE_FOR_FIGURES // 2**20} MiB are free where a logger writes, so it gets "
+                "scalars only, and neither figures nor histograms",
+                stacklevel=4,
+            )
+        return roomy
 
     def _choose(self, report: CreditReport) -> None:
         """Fix once which components get scalars, and say so where the limit leaves some out."""

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_faults import assert_alike, fit, outcome
 from torch import nn
 
-from lightning_koopman import KoopmanCreditMonitor, credit_report, harmless
+from lightning_koopman import KoopmanCreditMonitor, credit_report, writers
 from lightning_koopman.cli import main
 from lightning_koopman.loggers import free_bytes
 from lightning_koopman.report_files import read_reports, write_reports
@@ -166,7 +166,7 @@ def test_figures_are_left_out_where_they_could_fill_the_disk(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     said: list[str] = []
-    monkeypatch.setattr(harmless, "rank_zero_warn", lambda message, **_: said.append(message))
+    monkeypatch.setattr(writers, "rank_zero_warn", lambda message, **_: said.append(message))
     fit([KoopmanCreditMonitor()], logger=TensorBoardLogger(tmp_path))
     assert [m for m in said if "less than 64 MiB are free where a logger writes" in m] == said[:1]
     fit([KoopmanCreditMonitor(figures=False)], logger=TensorBoardLogger(tmp_path / "unasked"))
