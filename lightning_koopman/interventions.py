@@ -37,8 +37,8 @@ class Interventions:
         effect: Change of the outputs, shape ``(components, kinds)``; 0 where nothing changes.
         effect_stderr: Standard errors of the effects, the same shape: over samples, which are taken as
             independent, and in quadrature over draws where there are several; NaN for a single sample.
-            The operators that ``linear`` swaps in are taken as known, and so are the means and spreads
-            of ``skip`` and ``output_noise``.
+            Alterations are taken as given: that other samples would have given ``linear`` another
+            operator, ``skip`` another mean or ``output_noise`` another spread is in none of them.
         metric: Metric after the intervention, the same shape; NaN where there is none.
         metric_stderr: Standard errors of the metric's difference from ``metric_before``, the same shape:
             paired, over samples and draws as above; NaN where the metric is not the accuracy.
