@@ -314,7 +314,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @never_in_the_way
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """See that the newest report is about the final weights, and draw it."""
-        if trainer.sanity_checking or trainer.global_step == 0:
+        if trainer.global_step == 0:
             return
         if self._measured_at != trainer.global_step:
             self._measure_final(trainer, pl_module)

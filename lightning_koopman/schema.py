@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -23,6 +25,9 @@ FORMAT = 1
 
 ARRAYS = (*QUANTITIES, "variance_kept", "tikhonov", "condition")
 """Fields of one number a component."""
+
+# What makes a terminal do something, changes the direction of text, or cannot be encoded.
+_UNSHOWABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ReportFormatError(ValueError):
@@ -109,12 +114,12 @@ def checked_fields(given: Any) -> dict[str, Any]:
         components=tuple(components),
         widths=tuple(_checked_list(given, "widths", int, size)),
         **arrays,
-        stderr={name: _array(stderr, name, (size,)) for name in QUANTITIES},
+        stderr={name: _errors(stderr, name, (size,)) for name in QUANTITIES},
         volumes=_array(given, "volumes", (size, directions)),
         directions=directions,
         n_samples=n_samples,
         total=float(_array(given, "total", ())),
-        total_stderr=float(_array(given, "total_stderr", ())),
+        total_stderr=float(_errors(given, "total_stderr", ())),
         notes=tuple(_checked_list(given, "notes", str)),
         step=None if step is None else _checked_int(given, "step"),
         parts=_checked_parts(given.get("parts", {})),
@@ -130,7 +135,7 @@ def checked_fields(given: Any) -> dict[str, Any]:
 def _checked_int(given: Mapping[str, Any], name: str) -> int:
     value = given.get(name)
     if type(value) is not int or value < 0:
-        raise ReportFormatError(f"{name} must be a whole number, not {value!r}")
+        raise ReportFormatError(f"{name} must be a whole number, not {short(value)}")
     return value
 
 
@@ -140,13 +145,17 @@ def _checked_list(given: Mapping[str, Any], name: str, kind: type, size: int | N
         raise ReportFormatError(f"{name} must be a list of {kind.__name__}")
     if size is not None and len(value) != size:
         raise ReportFormatError(f"{name} has {len(value)} entries for {size} components")
-    return value
+    return [_shown(v) for v in value] if kind is str else value
+
+
+def _shown(text: str) -> str:
+    return _UNSHOWABLE.sub("\ufffd", text)
 
 
 def _checked_parts(value: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, dict):
-        raise ReportFormatError(f"parts must name the module calls of each state, not {value!r}")
-    return {name: tuple(_checked_list(value, name, str)) for name in value}
+        raise ReportFormatError(f"parts must name the module calls of each state, not {short(value)}")
+    return {_shown(name): tuple(_checked_list(value, name, str)) for name in value}
 
 
 def _checked_effects(value: Any, size: int) -> Effects | None:
@@ -154,20 +163,22 @@ def _checked_effects(value: Any, size: int) -> Effects | None:
         return None
     values = value.get("values") if isinstance(value, dict) else None
     if not isinstance(values, dict) or not values or not set(values) <= set(KINDS):
-        raise ReportFormatError(f"effects must hold values of kinds out of {KINDS}, not {value!r}")
+        raise ReportFormatError(f"effects must hold values of kinds out of {KINDS}, not {short(value)}")
     stderr = value.get("stderr")
     if not isinstance(stderr, dict) or set(stderr) != set(values):
         raise ReportFormatError("effects must hold a stderr for each kind")
     scale = value.get("scale")
     if scale not in get_args(Scale):
-        raise ReportFormatError(f"effects have the scale {scale!r}; expected one of {get_args(Scale)}")
+        raise ReportFormatError(
+            f"effects have the scale {short(scale)}; expected one of {get_args(Scale)}"
+        )
     strength = float(_array(value, "strength", ()))
     if not 0 <= strength < math.inf:
         raise ReportFormatError(f"effects have the strength {strength}; expected 0 or above")
     return Effects(
         values={kind: _array(values, kind, (size,)) for kind in values},
-        stderr={kind: _array(stderr, kind, (size,)) for kind in values},
-        influence_stderr=_array(value, "influence_stderr", (size,)),
+        stderr={kind: _errors(stderr, kind, (size,)) for kind in values},
+        influence_stderr=_errors(value, "influence_stderr", (size,)),
         scale=scale,
         strength=strength,
         n_samples=_checked_int(value, "n_samples"),
@@ -177,14 +188,14 @@ def _checked_effects(value: Any, size: int) -> Effects | None:
 def _checked_count(given: Mapping[str, Any], name: str, default: int, *, least: int) -> int:
     value = given.get(name, default)
     if type(value) is not int or not least <= value < 10**9:
-        raise ReportFormatError(f"{name} must be a whole number from {least} on, not {value!r}")
+        raise ReportFormatError(f"{name} must be a whole number from {least} on, not {short(value)}")
     return value
 
 
 def _checked_run(value: Any) -> str:
     if not isinstance(value, str):
-        raise ReportFormatError(f"run must be a name, not {value!r}")
-    return value
+        raise ReportFormatError(f"run must be a name, not {short(value)}")
+    return _shown(value)
 
 
 def _checked_source(value: Any) -> dict[str, Any]:
@@ -193,15 +204,27 @@ def _checked_source(value: Any) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ReportFormatError(f"source cannot be written again: {error}") from None
     if not isinstance(value, dict):
-        raise ReportFormatError(f"source must tell a checkpoint and options, not {value!r}")
+        raise ReportFormatError(f"source must tell a checkpoint and options, not {short(value)}")
     return value
 
 
 def _numeric(value: Any) -> bool:
     """NumPy would also read strings as numbers."""
-    if isinstance(value, list):
-        return all(map(_numeric, value))
-    return value is None or type(value) in (int, float)
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif not (part is None or type(part) in (int, float)):
+            return False
+    return True
+
+
+def _errors(given: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    array = _array(given, name, shape)
+    if (array < 0).any():
+        raise ReportFormatError(f"{name} holds a standard error below 0")
+    return array
 
 
 def _array(given: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:

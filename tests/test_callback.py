@@ -219,6 +219,15 @@ def test_a_history_that_cannot_be_read_does_not_stop_a_resume(saved: Any) -> Non
     assert monitor.history == []
 
 
+def test_evaluation_leaves_the_history_alone(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    fit(tmp_path, [monitor], max_epochs=2)
+    kept = list(monitor.history)
+    monitor.setup(None, None, "validate")
+    monitor.load_state_dict({"history": []})
+    assert monitor.history == kept
+
+
 def test_no_logger_keeps_history_and_says_so(tmp_path: Any) -> None:
     monitor = KoopmanCreditMonitor(on_error="raise")
     with pytest.warns(UserWarning, match="no logger; Koopman credits are kept in monitor.history"):

@@ -81,6 +81,8 @@ class Net(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor | None:
         self._maybe_fail("train", batch_idx)
+        if "skips" in self.faults:
+            return None
         parts = batch.values() if isinstance(batch, dict) else [batch]
         loss = torch.stack([self(part).square().mean() for part in parts]).sum()
         if self.faults.get("nan_from") is not None and self.global_step >= self.faults["nan_from"]:
@@ -284,6 +286,11 @@ def test_a_loader_that_fails_when_we_ask_once_more() -> None:
 def test_a_loss_that_is_not_a_number(first: int) -> None:
     monitor = check_alike(faults={"nan_from": first})
     assert len(monitor.history) == 0
+
+
+def test_a_training_that_takes_no_step_measures_what_validation_shows() -> None:
+    monitor = check_alike(faults={"manual": True, "skips": True})
+    assert [report.step for report in monitor.history] == [0, 0]
 
 
 def test_manual_optimisation_with_two_optimizers() -> None:

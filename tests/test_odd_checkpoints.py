@@ -27,7 +27,7 @@ from lightning_koopman.linear_component import load_linearized, save_linearized
 from lightning_koopman.report_files import read_reports, write_reports
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-OFTEN = settings(max_examples=120, deadline=None, derandomize=True, database=None)
+OFTEN = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
 def network() -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -115,3 +116,30 @@ def test_a_linear_network_at_any_scale_has_the_volume_of_its_matrix(
     volume = np.log(np.linalg.svd(matrix.numpy(), compute_uv=False)[: report.directions]).mean()
     assert report.directions == widths[-1]
     assert report.total == pytest.approx(volume, abs=1e-8)
+
+
+@SLOWLY
+@given(
+    spatial=st.lists(st.integers(1, 6), max_size=3),
+    channels=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    size=st.integers(1, 90),
+    seed=st.integers(0, 99),
+)
+def test_images_and_sequences_of_any_shape_in_any_batches(
+    spatial: list[int], channels: int, dtype: torch.dtype, size: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    mixing = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(spatial)]
+    one = (1,) if spatial else ()
+    model = nn.Sequential(
+        mixing(channels, 3, *one), nn.Tanh(), nn.Flatten(), nn.Linear(3 * math.prod(spatial), 2)
+    ).to(dtype)
+    rows = torch.randn(90, channels, *spatial, dtype=dtype)
+    whole = credit_report(model, [rows], max_dim=32)
+    assert (whole.r2 <= 1).all()
+    if whole.directions:
+        assert np.isfinite(whole.credit).all()
+    # Wide states are projected on the directions of the first 64 samples, whatever the batches.
+    if dtype == torch.float64:
+        same(whole, credit_report(model, rows.split(size), max_dim=32))

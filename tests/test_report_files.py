@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, formats
+from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, formats, predict_effects
 from lightning_koopman.cli import main
+from lightning_koopman.comparison import changes_table
+from lightning_koopman.formats import to_markdown, to_rows
+from lightning_koopman.html import to_html
 from lightning_koopman.report_files import merge_reports, read_reports, write_reports
 from lightning_koopman.schema import ReportFormatError
+from lightning_koopman.tables import as_text
 
 QUIET = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -142,6 +147,9 @@ def test_a_file_that_holds_no_reports_is_refused(text: str, tmp_path: Path) -> N
 
 
 VALID = credit_report(network(), batches()).to_dict()
+WITH_EFFECTS = predict_effects(
+    network(), batches(), credit_report(network(), batches()), ["skip"]
+).to_dict()
 
 
 @QUIET
@@ -190,3 +198,76 @@ def test_any_bytes_may_stand_in_the_file(content: bytes, tmp_path_factory: Any) 
             read(path)
         except ReportFormatError:
             continue
+
+
+NUMBER = st.floats() | st.sampled_from([1e308, -1e308, 5e-324, 10**300, None, -1])
+
+
+@settings(QUIET, max_examples=25)
+@given(data=st.data())
+def test_what_passes_for_a_report_can_be_shown_in_every_form(data: st.DataObject) -> None:
+    def drawn(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: drawn(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [drawn(part) for part in value]
+        kept = isinstance(value, bool | str) or value is None
+        return value if kept or data.draw(st.booleans()) else data.draw(NUMBER)
+
+    shown = ("credit", "gain", "nonlinearity", "r2", "rank", "stderr", "total", "volumes", "effects")
+    altered = json.loads(json.dumps(WITH_EFFECTS))
+    altered |= {name: drawn(altered[name]) for name in data.draw(st.sets(st.sampled_from(shown)))}
+    altered |= {"notes": [data.draw(st.text())], "run": data.draw(st.text())}
+    try:
+        report = CreditReport.from_dict(altered)
+    except ReportFormatError:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # figures warn of numbers that overflow, and of letters they lack
+        for form in (str, to_rows, to_markdown, lambda one: to_html([one, one])):
+            form(report)
+        str(as_text(changes_table(report, report, "credit")))
+    assert json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "field", ["credit", "volumes", "notes", "parts", "step", "folds", "run", "effects"]
+)
+def test_lists_within_lists_without_end_are_refused(field: str) -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ReportFormatError):
+        CreditReport.from_dict({**VALID, field: deep})
+    while deep:  # or taking it apart would be a recursion of its own
+        deep = deep[0]
+
+
+@pytest.mark.parametrize("name", ["stderr", "total_stderr"])
+def test_errors_below_zero_are_refused(name: str) -> None:
+    errors = {**VALID["stderr"], "gain": [-1.0, 0.0]} if name == "stderr" else -1.0
+    with pytest.raises(ReportFormatError, match=r"(gain|total_stderr) holds a standard error below 0"):
+        CreditReport.from_dict({**VALID, name: errors})
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, out = credit_report(network(), batches()), tmp_path / "r.json"
+    write_reports([report], out)
+    before = out.read_bytes()
+
+    def interrupted(self: Path, text: str, **more: Any) -> None:
+        self.write_bytes(text[:100].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    for write in (write_reports, lambda reports, path: reports[0].to_json(path)):
+        with pytest.raises(KeyboardInterrupt):
+            write([report, report], out)
+    with pytest.raises(KeyboardInterrupt):
+        formats.write_reports([report], out, "html")
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
