@@ -39,9 +39,10 @@ class Split:
         return [len(mean) for mean in self.train.means]
 
     @property
-    def count_out(self) -> float:
-        """Number of samples that are held out."""
-        return 0.0 if self.test is None else self.test.count
+    def held_out(self) -> Covariances:
+        """Covariances of the fold left out, about the means of the others."""
+        assert self.test is not None
+        return self.test
 
 
 def split_chain(

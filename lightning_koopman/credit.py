@@ -98,14 +98,7 @@ def compute_credits(
         ValueError: If fewer than two samples were seen, the output is constant, or an argument is
             out of range.
     """
-    check_options(
-        folds=layout.folds,
-        delay=layout.delay,
-        rank=rank,
-        tikhonov=tikhonov,
-        normalize=normalize,
-        targets=targets,
-    )
+    check_options(rank=rank, tikhonov=tikhonov, normalize=normalize, targets=targets)
     _check(layout, moments, targets)
     whole, folds = split_folds(layout, moments, normalize)
     if whole.output_rank == 0:

@@ -43,7 +43,7 @@ def fit_steps(
     within = torch.zeros(2, 1, shape[1], dtype=torch.float64)
     chosen: list[float] = []
     without: list[list[float]] = [[] for _ in folds]
-    counts = torch.tensor([split.count_out for split in folds], dtype=torch.float64)
+    counts = torch.tensor([split.held_out.count for split in folds], dtype=torch.float64)
     # One step after the other: the forms of all of them at once would fill the memory.
     for i in range(1, len(layout.dims)):
         forms = [_held_out(layout, split, i) for split in folds]
@@ -52,7 +52,7 @@ def fit_steps(
             rows = counts[:, None] * rows
             ridge = resolved_tikhonov(rows, RESOLUTION_GRID)
             for fold, picked in enumerate(without):
-                rest = torch.cat([rows[:fold], rows[fold + 1 :]]) if len(folds) > 1 else rows
+                rest = torch.cat([rows[:fold], rows[fold + 1 :]])
                 picked.append(resolved_tikhonov(rest, RESOLUTION_GRID))
         else:
             ridge = tikhonov or 0.0
@@ -71,13 +71,9 @@ def fit_steps(
 
 
 def _held_out(layout: Layout, split: Split, i: int) -> HeldOut:
-    assert split.test is not None
-    return held_out(
-        split.problems[i - 1],
-        regressors(split.test, layout, i),
-        targets(split.test, layout, i),
-        _variance(split, i),
-    )
+    test = split.held_out
+    c_xx, c_xy = regressors(test, layout, i), targets(test, layout, i)
+    return held_out(split.problems[i - 1], c_xx, c_xy, _variance(split, i))
 
 
 def _on_itself(split: Split) -> Split:
@@ -85,8 +81,7 @@ def _on_itself(split: Split) -> Split:
 
 
 def _variance(split: Split, i: int) -> float:
-    assert split.test is not None
-    return float(split.test.variances[i].sum())
+    return float(split.held_out.variances[i].sum())
 
 
 def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -126,16 +121,15 @@ def fit_chain(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequ
         errors = torch.zeros(len(splits), len(chosen), dtype=torch.float64)
         totals = torch.zeros_like(errors)
         for row, split in enumerate(splits):
-            totals[row] = split.count_out * _variance(split, len(chosen))
-            errors[row] = split.count_out * _chain_errors(layout, split, chosen)
+            totals[row] = split.held_out.count * _variance(split, len(chosen))
+            errors[row] = split.held_out.count * _chain_errors(layout, split, chosen)
         return errors, totals
 
     return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([_on_itself(whole)]))[0])
 
 
 def _chain_errors(layout: Layout, split: Split, chosen: Sequence[float]) -> Tensor:
-    test, last = split.test, len(chosen)
-    assert test is not None
+    test, last = split.held_out, len(chosen)
     operators = step_factors(layout, split, chosen)
     errors = torch.zeros(last, dtype=torch.float64)
     # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.

@@ -51,7 +51,7 @@ def with_bias(
         Errors of the same shape; NaN with fewer than two folds.
     """
     spread = jackknife(value, replicates, count, held_out)
-    if gap is None and len(replicates) > 1:
+    if gap is None and replicates:
         # With folds of unequal size, each replicate's distance counts by how much was left out.
         ratio = (count / held_out).view(-1, *[1] * value.ndim)
         gap = ((1 - 1 / ratio) * (torch.stack(list(replicates)) - value)).sum(dim=0)

@@ -232,6 +232,19 @@ def test_a_direction_far_below_the_others_is_the_one_that_is_dropped(place: int)
     assert chain.lost == (1,)
 
 
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [((1.0, 1.5e-8), 2), ((1.0, 0.7e-8), 1), ((1.0, 1e-4, 1e-10), 2), ((0.0,), 0)],
+    ids=str,
+)
+def test_a_direction_is_lost_below_a_share_of_the_largest(values: tuple[float, ...], kept: int) -> None:
+    diagonal = torch.tensor(values, dtype=torch.float64)
+    chain = align([[torch.diag(diagonal)]], torch.eye(len(values), dtype=torch.float64))
+    assert chain.rank == kept
+    assert chain.kept == tuple(range(kept))
+    assert chain.log_volumes[0].tolist() == pytest.approx(np.log(values[:kept]).tolist(), abs=1e-12)
+
+
 def test_all_directions_are_kept_where_none_is_lost() -> None:
     _, _, chain = aligned((7, 4, 6, 5), 0)
     assert chain.kept == (0, 1, 2, 3)

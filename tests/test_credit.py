@@ -25,7 +25,8 @@ from lightning_koopman.credit import (
 )
 from lightning_koopman.layout import Layout
 from lightning_koopman.moments import accumulate
-from lightning_koopman.ridge import RESOLUTION_GRID
+from lightning_koopman.ranks import unseen_shifts
+from lightning_koopman.ridge import RESOLUTION_GRID, resolved_tikhonov
 
 WIDTHS = [(5, 5, 5), (7, 4, 6, 5), (3, 9, 12, 8), (12, 10, 3, 10, 8)]
 
@@ -178,12 +179,12 @@ def test_r2_and_chain_r2_are_held_out_fold_by_fold(folds: int | str, tikhonov: f
         assert float(credits.values["chain_r2"][i - 1]) == pytest.approx(chain_r2, abs=1e-10)
 
 
-@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("dealt", [2, 5, "uneven"])
 @pytest.mark.parametrize("tikhonov", [0.0, 1e-2])
-def test_error_bars_are_the_explicit_jackknife_and_bias(tikhonov: float, uneven: bool) -> None:
-    n, rank = 200, 3
+def test_error_bars_are_the_explicit_jackknife_and_bias(tikhonov: float, dealt: int | str) -> None:
+    n, rank, uneven = 200, 3, dealt == "uneven"
     states = tanh_states((6, 8, 5, 4), n=n, noise=0.2)
-    fold_of = np.arange(n) ** 2 % 7 % 4 if uneven else np.arange(n) % 5
+    fold_of = np.arange(n) % dealt if isinstance(dealt, int) else np.arange(n) ** 2 % 7 % 4
     folds = np.unique(fold_of)
     sizes = [int((fold_of == fold).sum()) for fold in folds]
     credits = run(states, folds=fold_of, tikhonov=tikhonov, rank=rank)
@@ -252,6 +253,72 @@ def test_a_nearly_linear_step_gets_the_ridge_weight_that_doubles_its_error() -> 
 
     assert 0 < chosen < RESOLUTION_GRID[-1]
     assert error(chosen) == pytest.approx(2 * min(map(error, RESOLUTION_GRID)), rel=0.1)
+
+
+def test_every_replicate_picks_its_own_ridge_weight() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((120, 6)) * np.logspace(0, -1.5, 6)
+    y = x @ rng.standard_normal((6, 4)) + 2e-2 * rng.standard_normal((120, 4))
+    fold_of = np.arange(120) ** 2 % 7 % 4
+    folds = np.unique(fold_of)
+    # An error a fold and weight, each from a fit to all other folds.
+    table = np.array([
+        oracles.fold_errors(x, y, fold_of, partial(oracles.ridge, tikhonov=t))[0]
+        for t in RESOLUTION_GRID
+    ]).T
+
+    def pick(errors: np.ndarray) -> float:
+        last = int(np.flatnonzero(errors <= 2 * errors.min())[-1])
+        share = (2 * errors.min() - errors[last]) / (errors[last + 1] - errors[last])
+        low, high = RESOLUTION_GRID[last : last + 2]
+        return low ** (1 - share) * high**share
+
+    def volume(rows: np.ndarray, tikhonov: float) -> float:
+        fit = partial(oracles.ridge, tikhonov=tikhonov)
+        return float(oracles.credits([x[rows], y[rows]], 4, fit)["total"])
+
+    credits = run([x, y], folds=fold_of)
+    weight = pick(table.sum(0))
+    assert credits.operators[0].tikhonov == pytest.approx(weight, rel=1e-6)
+    own = [pick(np.delete(table, place, axis=0).sum(0)) for place in range(len(folds))]
+    assert len({weight, *own}) == 1 + len(folds)
+    assert min(own) > 0
+    whole = volume(fold_of >= 0, weight)
+    without = [volume(fold_of != fold, t) for fold, t in zip(folds, own, strict=True)]
+    sizes = [int((fold_of == fold).sum()) for fold in folds]
+    expected = np.hypot(
+        oracles.jackknife(whole, without, sizes), oracles.jackknife_bias(whole, without, sizes)
+    )
+    assert credits.total == pytest.approx(whole, abs=1e-7)
+    assert credits.total_stderr == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_fold_without_samples_counts_as_absent() -> None:
+    states = tanh_states((6, 8, 5, 4), n=90, noise=0.1)
+    fold_of = np.arange(90) % 4
+    gap = np.array([0, 1, 3, 4])[fold_of]
+    given = run(states, folds=gap)
+    assert_same(given, run(states, folds=fold_of))
+    for name in QUANTITIES:
+        assert torch.isfinite(given.stderr[name]).all(), name
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([1, 1, 1.5, 3], 1e-6 * 100 ** (1 / 3)),  # 2 lies a third of the way from 1.5 to 3
+        ([1, 1, 1, 2], 1e-4),
+        ([1, 3, 4, 5], 0.0),
+        ([1e-9, 1e-9, 1e-9, 1], 0.0),  # rounding
+        ([0.0, 0.0, 0.0, 0.0], 0.0),
+        ([2e-9, 2e-9, 4e-9, 1], 1e-6),
+    ],
+)
+def test_a_ridge_weight_at_most_doubles_what_is_left_unexplained(
+    errors: list[float], expected: float
+) -> None:
+    folds = torch.tensor([[0.25 * e, 0.75 * e] for e in errors], dtype=torch.float64).T
+    assert resolved_tikhonov(folds, (0.0, 1e-8, 1e-6, 1e-4)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_linear_step_gets_no_ridge() -> None:
@@ -682,6 +749,33 @@ def test_what_linear_steps_cannot_give_is_not_taken_for_unseen() -> None:
     credits, unseen = run(dead), math.log(5 / 4) / 2 / student.ppf(0.975, 4)
     assert float(credits.stderr["credit"][0]) == pytest.approx(unseen, abs=1e-6)
     assert credits.total_stderr == pytest.approx(unseen, abs=1e-6)
+    _, narrow = linear_states((4, 3, 3))
+    narrow[0] = dead[0] * 1.0
+    narrow[1] = states[0] @ np.random.default_rng(1).standard_normal((4, 3))
+    narrow[2] = narrow[1] @ np.random.default_rng(2).standard_normal((3, 3))
+    credits = run(narrow)
+    assert float(credits.stderr["credit"].max()) < 1e-6
+    assert credits.total_stderr == pytest.approx(unseen, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "linear", "counts"), [(0.99, True, True), (1.01, True, False), (0.0, False, False)]
+)
+def test_unseen_directions_count_before_linear_steps_with_hardly_a_ridge(
+    share: float, linear: bool, counts: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    x = np.hstack([rng.standard_normal((50, 3)), np.zeros((50, 4))])
+    states = [x, x[:, :1], rng.standard_normal((50, 2))]
+    layout = Layout((7, 1, 2), 4)
+    moments = layout.zeros()
+    accumulate(layout, moments, [torch.from_numpy(s) for s in states], torch.arange(50) % 4)
+    whole = split_chain(layout, moments, None, "none")
+    shifts = unseen_shifts(layout, whole, [linear, True], [share / 50, 0.0])
+    assert shifts.dtype == torch.float64
+    # Three directions of the input are known, and four are not; the one of the next state is.
+    expected = math.log(7 / 3) / 2 / student.ppf(0.975, 3) if counts else 0.0
+    assert shifts.tolist() == pytest.approx([expected, 0, 0], rel=1e-14)
 
 
 # Degenerate states, each with a stated answer.
@@ -740,6 +834,7 @@ def test_behind_a_dead_middle_state_there_is_no_number(value: float, normalize: 
         assert np.isnan(credits.total)
         for name in ("credit", "gain", "sensitivity"):
             assert bool(torch.isnan(credits.values[name]).all())
+            assert credits.values[name].dtype == torch.float64
         assert float(credits.values["r2"][2]) == pytest.approx(0, abs=0.05)
         assert float(credits.values["r2"][2]) <= 1e-12
 
@@ -758,10 +853,12 @@ def test_a_constant_output_is_refused(value: float, normalize: Any) -> None:
 def test_a_constant_input_credits_the_rest_only() -> None:
     states = tanh_states((6, 8, 4), noise=0.05)
     states[0] = np.full_like(states[0], 0.1)
-    credits = run(states)
-    assert credits.alignment.rank == 0
-    assert np.isnan(credits.total)
-    assert float(credits.values["r2"][0]) <= 1e-12
+    for chain in (states, states[:2]):
+        credits = run(chain)
+        assert credits.alignment.rank == 0
+        assert np.isnan(credits.total)
+        assert float(credits.values["r2"][0]) <= 1e-12
+        assert credits.operators[0].condition == 1
 
 
 @pytest.mark.parametrize("n", [3, 6, 12])
@@ -834,8 +931,9 @@ def test_options_out_of_range_are_refused() -> None:
         ValueError, match=r"normalize is 'max'; choose one of \('none', 'rms', 'whiten'\)"
     ):
         check_options(normalize="max")
-    with pytest.raises(ValueError, match="normalize is 'max'"):
-        run(tanh_states((6, 8, 4), n=30), normalize="max")
+    for option, value in {"rank": 0, "tikhonov": -0.1, "normalize": "max"}.items():
+        with pytest.raises(ValueError, match=f"{option} is {value!r}"):
+            run(tanh_states((6, 8, 4), n=30), **{option: value})
 
 
 def test_samples_needed_are_twice_the_regressors_in_every_training_split() -> None:
@@ -852,6 +950,61 @@ def test_a_credit_that_hangs_on_the_ridge_weight_is_not_called_stable() -> None:
     assert not bool(run([x, hidden, y], tikhonov=1e-4).stable.all())
     _, states = linear_states((5, 5, 5))
     assert bool(run(states).stable.all())
+
+
+def spread_states(variances: Sequence[float], n: int = 200) -> list[np.ndarray]:
+    """Uncorrelated units of given variances, which two components hand on as they are."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((n, len(variances)))
+    basis = np.linalg.qr(noise - noise.mean(0))[0] * np.sqrt(n)
+    return [basis * np.sqrt(variances)] * 3
+
+
+@pytest.mark.parametrize(
+    ("variances", "tikhonov", "targets", "stable"),
+    [
+        # K = c / (c + t m), where m is the mean variance.
+        ([1.0], 0.0770, None, True),
+        ([1.0], 0.0785, None, False),
+        # No ridge at all is held against 1e-8.
+        ([1.0, 3.0e-9], 0.0, None, True),
+        ([1.0, 2.8e-9], 0.0, None, False),
+        # Only what is aligned counts.
+        ([1.0, 100.0], 0.0016, [0], False),
+        ([1.0, 100.0], 0.0016, [1], True),
+        # A direction of fifty gets lost, and the others stay where they are.
+        ([1.0] * 49 + [2e-11], 1e-3, None, False),
+    ],
+)
+def test_a_stable_credit_moves_by_half_a_nat_at_most(
+    variances: list[float], tikhonov: float, targets: list[int] | None, stable: bool
+) -> None:
+    credits = run(spread_states(variances), tikhonov=tikhonov, targets=targets)
+    assert credits.alignment.rank == len(targets or variances)
+    assert float(credits.stderr["credit"][0]) < 0.01
+    assert bool(credits.stable[0]) == stable
+
+
+@pytest.mark.parametrize("normalize", ["rms", "whiten"])
+def test_operators_are_in_the_coordinates_of_the_states_themselves(normalize: Any) -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.1)
+    given = run(states, normalize=normalize, tikhonov=0.0)
+    plain = run(states, normalize="none", tikhonov=0.0)
+    for one, other in zip(given.operators, plain.operators, strict=True):
+        assert torch.allclose(one.matrix, other.matrix, rtol=0, atol=1e-10)
+
+
+def test_operators_carry_their_r2_rank_and_condition() -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.1)
+    states[1][:, 3] = 0
+    credits = run(states, tikhonov=1e-4)
+    assert [operator.r2 for operator in credits.operators] == credits.values["r2"].tolist()
+    assert [operator.rank for operator in credits.operators] == [6, 7, 5]
+    for state, operator in zip(states, credits.operators, strict=False):
+        singular = np.linalg.svd(state - state.mean(0), compute_uv=False)
+        expected = (singular[0] / singular[operator.rank - 1]) ** 2
+        assert operator.condition == pytest.approx(expected, rel=1e-9)
+        assert operator.tikhonov == pytest.approx(1e-4)
 
 
 def tensors(credits: Credits) -> list[Tensor]:

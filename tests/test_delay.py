@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lightning_koopman import CreditReport, KoopmanCredit, KoopmanCreditMonitor, credit_report
 from lightning_koopman.cli import main
 from lightning_koopman.credit import compute_credits
-from lightning_koopman.delay import MAX_DELAY, choose_delay
+from lightning_koopman.delay import MAX_DELAY, DelayChoice, choose_delay
 from lightning_koopman.layout import Layout
 from lightning_koopman.moments import accumulate
 from lightning_koopman.report_files import read_reports
@@ -71,6 +71,14 @@ def test_the_choice_is_that_of_explicit_fits(lags: tuple[int, ...], seed: int) -
 
     expected = next(s for s in range(4) if not any(improved(s, t) for t in range(s + 1, 4)))
     assert found.delay == expected + 1
+
+
+@pytest.mark.parametrize(("n", "folds"), [(300, 2), (3, 3)])
+def test_two_folds_that_leave_two_samples_suffice_and_one_does_not(n: int, folds: int) -> None:
+    layout, moments = moments_of(noisy_states(0, (1, 2), n), 3, folds=folds)
+    assert len(choose_delay(layout, moments, tikhonov=1e-3).r2) == 3
+    moments[1:] = 0
+    assert choose_delay(layout, moments) == DelayChoice(1, ())
 
 
 @pytest.mark.parametrize("span", [1, 2, 3, 4])

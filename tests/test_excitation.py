@@ -164,19 +164,26 @@ def test_every_number_is_that_of_an_explicit_fit_to_both_sets(delay: int, normal
             outputs.append(target[train] / spread[step] - (target[train] / spread[step]).mean(0))
         return oracles.ridge(np.vstack(inputs), np.vstack(outputs), 1e-3)
 
-    for step in (1, 2, 3):
+    def squares(step: int, train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        """Squared errors on some samples of the fit to others, and the squares they are of."""
+        spread = [s[train].std(0) if normalize == "rms" else np.ones(s.shape[1]) for s in states]
         read = range(step - 1, max(0, step - delay) - 1, -1)
-        error = total = 0.0
-        for fold in range(5):
-            train, test = folds != fold, folds == fold
-            spread = [s[train].std(0) if normalize == "rms" else np.ones(s.shape[1]) for s in states]
-            block = np.hstack([(states[p] - states[p][train].mean(0)) / spread[p] for p in read])
-            target = (states[step] - states[step][train].mean(0)) / spread[step]
-            error += ((target[test] - block[test] @ fitted(step, train)) ** 2).sum()
-            total += (target[test] ** 2).sum()
+        block = np.hstack([(states[p] - states[p][train].mean(0)) / spread[p] for p in read])[test]
+        target = ((states[step] - states[step][train].mean(0)) / spread[step])[test]
+        return np.array([((target - block @ fitted(step, train)) ** 2).sum(), (target**2).sum()])
+
+    everything = np.ones(250, dtype=bool)
+    for step in (1, 2, 3):
+        table = np.array([squares(step, folds != fold, folds == fold) for fold in range(5)])
+        error, total = table.sum(0)
         assert report.r2[step - 1] == pytest.approx(1 - error / total, abs=1e-9)
+        without = table.sum(0) - table
+        error_bar = oracles.plain_jackknife(list(1 - without[:, 0] / without[:, 1]))
+        own, of = squares(step, everything, everything)
+        expected = np.hypot(error_bar, (error / total - own / of) / 4)
+        assert report.stderr["r2"][step - 1] == pytest.approx(expected, abs=1e-9)
     if delay == 1:
-        chain = [fitted(step, np.ones(250, dtype=bool)) for step in (1, 2, 3)]
+        chain = [fitted(step, everything) for step in (1, 2, 3)]
         outputs = oracles.pod(states[-1] / scales[-1], 3)
         for i, name in enumerate(("0", "1", "2"), start=1):
             jacobian = oracles.dense_product([*chain[i:], outputs])

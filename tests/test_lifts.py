@@ -125,7 +125,8 @@ def test_processes_wait_for_one_lift_but_not_for_a_function() -> None:
 def test_a_constant_state_can_be_lifted() -> None:
     rows = torch.ones(10, 3, dtype=torch.float64)
     for kind in ("polynomial", "rff", "rbf"):
-        assert bool(torch.isfinite(fit_lift(rows, kind, 5)(rows)).all())
+        for given in (rows, rows[:1]):
+            assert bool(torch.isfinite(fit_lift(given, kind, 5)(rows)).all())
 
 
 def test_a_polynomial_of_a_wide_state_is_refused() -> None:

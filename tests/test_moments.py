@@ -96,14 +96,37 @@ def test_what_is_left_out_and_the_variances_are_those_of_the_samples(about: int 
         assert torch.equal(given.means[i], means[i]) or about is None
 
 
-def test_a_centre_is_taken_off_every_state() -> None:
-    states, folds = chain(40, (4, 3, 2), offset=5.0), torch.arange(40) % 3
+@pytest.mark.parametrize("dealt", [1, 3])
+def test_a_centre_is_taken_off_every_state_and_the_states_stay(dealt: int) -> None:
+    states, folds = chain(40, (4, 3, 2), offset=5.0), torch.arange(40) % dealt
     layout = Layout((4, 3, 2), 3)
     center = [torch.linspace(1, 2, s.shape[1], dtype=torch.float64) for s in states]
-    given = layout.zeros()
+    given, before = layout.zeros(), [s.clone() for s in states]
     accumulate(layout, given, states, folds, center)
+    assert all(map(torch.equal, states, before))
     expected = gathered(layout, [s - c for s, c in zip(states, center, strict=True)], folds)
     torch.testing.assert_close(given, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dealt", [1, 3])
+def test_states_in_single_precision_are_summed_in_double(dealt: int, centred: bool) -> None:
+    states, folds = [s.float() for s in chain(40, (4, 3, 2))], torch.arange(40) % dealt
+    layout = Layout((4, 3, 2), 3)
+    center = [s.double().mean(dim=0) for s in states] if centred else None
+    given, expected = layout.zeros(), layout.zeros()
+    accumulate(layout, given, states, folds, center)
+    accumulate(layout, expected, [s.double() for s in states], folds, center)
+    assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize(("width", "n"), [(65, 300), (128, 300), (129, 100), (129, 300), (200, 300)])
+def test_products_of_a_wide_state_are_those_of_numpy_on_both_sides(width: int, n: int) -> None:
+    x = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layout = Layout((width, 1), 2)
+    given = gathered(layout, [x, x[:, :1]], torch.zeros(n, dtype=torch.int64))
+    products = given[0, layout.slices[0, 0]].view(width, width).numpy()
+    assert np.allclose(products, x.numpy().T @ x.numpy(), rtol=0, atol=1e-10)
 
 
 def test_of_a_state_that_no_step_reads_the_diagonal_is_enough() -> None:

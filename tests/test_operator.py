@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.keys import sample_keys
-from lightning_koopman.operator import fit_operator
+from lightning_koopman.operator import KoopmanOperator, fit_operator
 from lightning_koopman.regression import held_out_errors, solve, spectrum
 from lightning_koopman.ridge import TIKHONOV_GRID, check_tikhonov, choose_tikhonov
 
@@ -160,6 +160,14 @@ def test_r2_is_held_out_fold_by_fold(folds: int, tikhonov: float, rank: int | No
     assert operator.r2 == pytest.approx(expected, abs=1e-10)
 
 
+def test_a_fold_that_no_row_fell_into_is_passed_over() -> None:
+    x, y = noisy_pair(10, 1, 2, 1)
+    empty = min(set(range(5)) - set(fold_of(x).tolist()))
+    assert empty < fold_of(x).max()
+    expected = oracles.held_out_r2(x.numpy(), y.numpy(), fold_of(x), oracles.least_squares)
+    assert fit_operator(x, y, tikhonov=0.0).r2 == pytest.approx(expected, abs=1e-10)
+
+
 def test_r2_on_rank_deficient_snapshots_is_held_out_fold_by_fold() -> None:
     x, y = relu_pair(300, 0)
     operator = fit_operator(x, y, tikhonov=0.0)
@@ -257,6 +265,17 @@ def test_logabsdet_leaves_dropped_directions_out() -> None:
     operator = fit_operator(x, y, tikhonov=0.0, rank=2)
     values = np.linalg.svd(operator.matrix.numpy(), compute_uv=False)
     assert operator.logabsdet == pytest.approx(np.log(values[:2]).sum(), abs=1e-10)
+
+
+def test_singular_values_count_above_a_share_of_the_largest_alone() -> None:
+    def logabsdet(*values: float) -> float:
+        k = len(values)
+        return KoopmanOperator(
+            torch.diag(torch.tensor(values).double()), torch.zeros(k), torch.zeros(k), 1.0, 0.0, k, 1.0
+        ).logabsdet
+
+    assert logabsdet(10.0, 5.0, 1.2e-7) == pytest.approx(np.log(6e-6), rel=1e-6)
+    assert logabsdet(10.0, 5.0, 0.8e-7) == pytest.approx(np.log(50), rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e8 / 3])

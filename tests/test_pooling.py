@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,39 @@ def test_rows_are_copies_of_at_least_single_precision(
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("reduce", ["pool", "mean", "cls", "last", lambda x: x[:, :1]])
+def test_every_reduction_gives_copies_of_at_least_single_precision(
+    reduce: Any, dtype: torch.dtype
+) -> None:
+    x = torch.randn(4, 5, 6).to(dtype)
+    before = x.clone()
+    rows = RowForm(reduce=reduce, grid=(5,)).rows(x)
+    assert rows.dtype == torch.promote_types(dtype, torch.float32)
+    rows.zero_()
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("reduce", ["pool", "mean"])
+def test_flat_states_have_their_samples_brought_to_the_front_too(reduce: Any) -> None:
+    x = torch.randn(6, 4)
+    assert torch.equal(RowForm(batch_axis=1, reduce=reduce).rows(x), x.T)
+    grouped = RowForm(group=2, channels_first=True, grid=(4,)).rows(x)
+    assert torch.equal(grouped, x.reshape(3, 8))
+
+
+def test_a_reduction_may_give_one_value_a_sample() -> None:
+    x = torch.randn(4, 5, 6)
+    assert torch.equal(RowForm(reduce=lambda t: t.sum((1, 2))).rows(x), x.sum((1, 2))[:, None])
+
+
+def test_a_mask_of_another_length_than_the_state_is_not_its_own() -> None:
+    x, valid = torch.randn(4, 5, 6), torch.ones(4, 7, dtype=torch.bool)
+    valid[:, 2:] = False
+    form = RowForm(reduce="mean")
+    assert torch.equal(form.rows(x, valid), form.rows(x))
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 7])
 def test_sequences_are_averaged_over_equal_cells_of_their_valid_positions(length: int) -> None:
     cells, channels = 3, 2
@@ -84,6 +119,9 @@ def test_sequences_are_averaged_over_equal_cells_of_their_valid_positions(length
         ((64, 28, 28), 256, (4, 4)),
         ((512, 28, 28), 256, (2, 2)),
         ((5000, 7, 7), 256, (1, 1)),
+        ((5000, 7), 256, (1,)),
+        ((1024, 7, 7), 256, (2, 2)),
+        ((1025, 7, 7), 256, (1, 1)),  # 2 × 2 would be more than 16 * 256 values
         ((3, 2, 2, 2, 2), 256, (2, 2, 4)),
         ((64, 12, 10, 4, 3, 2), 256, (3, 3, 3)),  # 2 × 2 × 2 would be fewer than 4 * 256 values
     ],
@@ -94,6 +132,11 @@ def test_grids_hold_about_sixteen_times_max_dim(
     assert pooled_grid(shape, max_dim, channels_first=True) == grid
     channels_last = (*shape[1:], shape[0])
     assert pooled_grid(channels_last, max_dim, channels_first=False) == grid
+
+
+def test_a_layer_norm_tells_that_channels_are_last() -> None:
+    assert has_channels_first(torch.zeros(2, 5, 6, 7), nn.LayerNorm(7)) is False
+    assert has_channels_first(torch.zeros(2, 5, 6, 7), nn.LayerNorm(5)) is True
 
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -152,3 +195,4 @@ def test_means_over_positions_keep_their_digits_under_autocast(masked: bool) -> 
     with torch.autocast("cpu", torch.bfloat16):
         rows = form.rows(x, valid)
     assert torch.equal(rows, form.rows(x, valid))
+    assert torch.allclose(rows.double(), form.rows(x.double(), valid), rtol=0, atol=1e-6)

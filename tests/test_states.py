@@ -8,6 +8,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
+from lightning_koopman.basis import pod_basis
 from lightning_koopman.keys import sample_keys
 from lightning_koopman.pooling import RowForm, has_channels_first, pooled_grid
 from lightning_koopman.states import Snapshots, StateReducer
@@ -149,6 +150,8 @@ def test_keys_depend_on_content_and_seed_alone() -> None:
     )
     assert not torch.equal(sample_keys(rows, 1), keys)
     assert len(torch.unique(sample_keys(torch.tensor([[1.0, 2.0], [2.0, 1.0]])))) == 2
+    grid = torch.cartesian_prod(torch.arange(100.0), torch.arange(100.0))
+    assert len(torch.unique(sample_keys(grid))) == len(grid)
 
 
 def test_keys_leave_the_global_generator_alone() -> None:
@@ -262,3 +265,64 @@ def test_states_that_change_their_shape_or_name_are_refused() -> None:
 def test_a_width_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="max_dim is 0; a state vector needs at least one value"):
         StateReducer(0)
+
+
+def test_of_the_principal_directions_those_are_kept_that_vary_beside_the_largest() -> None:
+    noise = np.random.default_rng(0).standard_normal((40, 4))
+    turned = np.linalg.qr(noise - noise.mean(0))[0]
+    # Sums of squares 1e6, 1, 4e-6 and 2.5e-7, of which the last is below a 1e-12 of the first.
+    rows = torch.from_numpy(np.hstack([turned * [1e3, 1.0, 2e-3, 5e-4], np.zeros((40, 1))]))
+    basis, share = pod_basis(rows, 4)
+    assert basis is not None
+    assert torch.allclose(basis.abs(), torch.eye(5, 3, dtype=torch.float64), atol=1e-6)
+    assert share == pytest.approx(1)
+    assert pod_basis(rows, 5) == (None, 1.0)
+    constant, share = pod_basis(torch.ones(10, 5), 3)
+    assert constant is not None
+    assert (constant.shape, share) == ((5, 1), 1.0)
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_rows_that_were_held_until_a_basis_was_agreed_on_come_out_the_same(agreed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = {
+        name: torch.randn(50, width, generator=generator, dtype=torch.float64)
+        for name, width in (("input", 12), ("a", 9))
+    }
+    reducer = StateReducer(4, hold=True)
+    for first in range(0, 50, 7):
+        assert not list(reducer.push({name: x[first : first + 7] for name, x in states.items()}))
+    assert reducer.waits
+    for count in (5, 7, 8, 21, 100):
+        rows = reducer.first_rows(count)
+        assert all(map(torch.equal, rows, [x[:count] for x in states.values()]))
+    # The first 2 * max_dim rows fix the bases, here or elsewhere.
+    if agreed:
+        reducer.fix(reducer.fitted(reducer.first_rows(8)))
+    # What was handed over is overwritten by what comes next.
+    ready = [
+        Snapshots([state.clone() for state in snapshots.states], snapshots.keys)
+        for snapshots in reducer.flush()
+    ]
+    alone = reduced(StateReducer(4), states, 50)
+    assert torch.equal(torch.cat([snapshots.keys for snapshots in ready]), alone.keys)
+    assert torch.equal(alone.keys, sample_keys(states["input"]))
+    for place, expected in enumerate(alone.states):
+        found = torch.cat([snapshots.states[place] for snapshots in ready])
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+    assert not list(reducer.flush())
+    other = StateReducer(4, hold=True)
+    other.expect(["input", "a"], [12, 3])
+    assert (other.names, other.widths, other.waits) == (("input", "a"), (12, 3), True)
+
+
+def test_a_reducer_takes_no_more_than_it_is_told_and_hashes_by_its_seed() -> None:
+    x = torch.randn(9, 3, dtype=torch.float64)
+    for most in (0, 1, 5):
+        reducer = StateReducer(3, seed=7, hold=True)
+        ready = list(reducer.push({"input": x, "a": 2 * x}, most))
+        # No state is wider than max_dim, so there is nothing to wait for.
+        assert not reducer.waits
+        keys = [snapshots.keys for snapshots in (*ready, *reducer.flush())]
+        assert torch.equal(torch.cat([torch.empty(0).long(), *keys]), sample_keys(x[:most], 7))
+    assert StateReducer(1).max_dim == 1
