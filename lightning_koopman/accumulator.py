@@ -17,6 +17,9 @@ from lightning_koopman.processes import Share, agree_on_basis, agreed, sum_momen
 from lightning_koopman.report import CreditReport
 from lightning_koopman.states import Snapshots, StateReducer
 
+_MARKED = 16
+"""Rows by whose means processes see whether they hold the same states."""
+
 
 class Accumulator:
     """Rows of every state in, moments kept, a report out.
@@ -57,6 +60,8 @@ class Accumulator:
         self._reducer = StateReducer(max_dim, seed=seed, hold=hold, observables=observables)
         self._options = options | {"seed": seed}
         self._metric: KoopmanCredit | None = None
+        self._hold = hold
+        self._marks: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -101,6 +106,9 @@ class Accumulator:
         arrived = next(iter(rows.values())).shape[0]
         most = self.wanted(arrived)
         self.take(self._reducer.push(rows, most, more))
+        if self._hold and self._marks is None:
+            means = [block[:_MARKED].mean(dim=1) for block in rows.values()]
+            self._marks = torch.stack([mean.cpu().double() for mean in means])
         self.n_seen += arrived
         self.n_samples += most
 
@@ -141,6 +149,7 @@ class Accumulator:
             tuple(offset.cpu() for offset in self._reducer.center),
             links=self._options.get("links", ()),
             excited=self._options.get("excited", ()),
+            marks=self._marks,
         )
 
     def merge(self, shares: Sequence[Share], device: torch.device) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_koopman.module_tree import clean_name, has_parameters, is_norm
+from lightning_koopman.module_tree import clean_name, has_parameters, is_norm, unwrapped
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -44,7 +44,7 @@ def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     return [
-        (clean_name(f"{prefix}.{name}" if prefix else name), child)
+        (clean_name(f"{prefix}.{name}" if prefix else name), unwrapped(child))
         for name, child in module.named_children()
         if has_parameters(child)
     ]

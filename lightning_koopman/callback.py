@@ -18,13 +18,14 @@ from lightning_koopman.credit import check_options
 from lightning_koopman.delay import Delay
 from lightning_koopman.excitation import check_excitation
 from lightning_koopman.harmless import HarmlessCallback, never_in_the_way
-from lightning_koopman.isolation import random_states_kept
+from lightning_koopman.isolation import is_compiled, random_states_kept
 from lightning_koopman.kept_batches import KeptBatches
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
 from lightning_koopman.schema import ReportFormatError
 from lightning_koopman.session import Session
 from lightning_koopman.trainer_facts import (
+    data_part,
     first_loader,
     logged_hyper_parameters,
     logged_step,
@@ -61,8 +62,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     state is wider than ``max_dim``, each process keeps its share of ``max_samples`` rows until the end
     of the epoch. Under ``ddp_spawn`` and ``ddp_fork`` the parent process gets
     ``trainer.callback_metrics``, loggers and checkpoints, but neither :attr:`history` nor
-    :attr:`report`, which stay in the children. Strategies that shard weights (FSDP, DeepSpeed) are
-    measured while validation runs; they cannot run an extra pass.
+    :attr:`report`, which stay in the children. Strategies that shard weights (FSDP, model parallel) are
+    measured while validation runs; they cannot run an extra pass. The processes of a tensor-parallel
+    group run on the same samples, which count once.
 
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
@@ -254,7 +256,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 "set allow_zero_length_dataloader_with_multiple_devices to False"
             )
             return
-        if self._options["excitation"]:
+        if self._options["excitation"] or is_compiled(pl_module):
             refuse_sharded_weights(trainer)
         self._session.begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
 
@@ -293,7 +295,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if batch_idx == 0:
             self._kept = KeptBatches()
-        self._kept.take(batch, most=share(self.max_samples, trainer.world_size))
+        self._kept.take(batch, most=share(self.max_samples, data_part(trainer).count))
 
     @never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

@@ -24,7 +24,7 @@ from lightning_koopman.processes import Share, agreed, exchange
 from lightning_koopman.recorded import INPUT, OUTPUT, Recorded
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
-from lightning_koopman.tensors import detached_copy
+from lightning_koopman.tensors import detached_copy, is_spread, whole
 
 
 class Measurement:
@@ -98,6 +98,7 @@ class Measurement:
         self._skipped: list[str] = []
         self._untraced: str | None = None
         self._passes = 0
+        self._recorded: dict[str, Any] | None = None
         self._named = components is not None
         self._output = output
 
@@ -151,19 +152,32 @@ class Measurement:
         if callable(self._output):
             self.capture.record_end(self._output(given))
 
-    def end_pass(self) -> None:
-        """Take what the capture recorded in the pass that just ended.
+    def close_pass(self) -> None:
+        """End the recording of a pass, without waiting for any other process.
 
         Raises:
-            ValueError: If no component ran, or the states do not fit those before.
+            ValueError: If no component ran.
         """
-        silent, skipped = self.capture.silent, self.capture.skipped
+        self._silent, self._skipped = self.capture.silent, self.capture.skipped
         states = self.capture.end_pass()
         if len(states) < 2:
             raise ValueError(
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
+        self._recorded = states
+
+    def end_pass(self) -> None:
+        """Take what the capture recorded in the pass that just ended.
+
+        Raises:
+            ValueError: If no component ran, or the states do not fit those before.
+        """
+        if self._recorded is None:
+            self.close_pass()
+        assert self._recorded is not None
+        # Nothing between these collectives may fail in one process alone.
+        states, self._recorded = {n: _gathered(s) for n, s in self._recorded.items()}, None
         start = time.perf_counter()
         if self.plan is None:
             records = list(states.values())
@@ -190,8 +204,10 @@ class Measurement:
                 )
                 self.accumulator.settle(excited=self._excitation.steps)
             kept = self.plan.recorded
-            states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
-        self._silent, self._skipped = silent, skipped
+            states = {r.name: r for r in states.values() if r.name in kept}
+        for name, state in states.items():
+            if isinstance(state, Recorded):
+                states[name] = self._rows(state.tensor, state)
         rows = self.plan.join(states, self._passes)
         self._passes += 1
         self._seconds += time.perf_counter() - start
@@ -221,8 +237,9 @@ class Measurement:
         return more
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
-        if self.plan is None:
-            # Which form the rows take is settled once the whole first pass is known.
+        if self.plan is None or is_spread(tensor):
+            # Which form the rows take is settled once the whole first pass is known; and in a hook no
+            # process may wait for another, for the user's own pass would wait as well.
             return dataclasses.replace(recorded, tensor=detached_copy(tensor))
         start = time.perf_counter()
         rows = self._rows(tensor, recorded)
@@ -295,8 +312,18 @@ class Measurement:
         return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
 
 
+def _gathered(state: Any) -> Any:
+    """Give a state whose parts lie in several processes as one; a collective for those."""
+    if isinstance(state, Recorded) and is_spread(state.tensor):
+        return dataclasses.replace(state, tensor=whole(state.tensor))
+    return state
+
+
 def merge_processes(
-    measurement: Measurement | None, device: torch.device, error: Exception | None = None
+    measurement: Measurement | None,
+    device: torch.device,
+    error: Exception | None = None,
+    part: int | None = None,
 ) -> None:
     """Let each process's measurement hold the samples of all; collectives.
 
@@ -306,6 +333,7 @@ def merge_processes(
         measurement: This process's measurement; ``None`` where it failed.
         device: Where the collectives run.
         error: What kept this process from taking its samples, if anything did.
+        part: Which part of the data it ran on, where several processes run on the same.
 
     Raises:
         Exception: The error given, once all others know of it.
@@ -315,7 +343,7 @@ def merge_processes(
     share = Share()
     try:
         if measurement is not None:
-            share = measurement.accumulator.share()
+            share = dataclasses.replace(measurement.accumulator.share(), part=part)
     except Exception as failure:
         error = failure
     if error is not None:

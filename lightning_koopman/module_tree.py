@@ -15,8 +15,12 @@ _NORMS = (
 )
 
 
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What wrappers call the module they wrap."""
+
+
 def clean_name(name: str) -> str:
-    """Strip what ``torch.compile`` adds to a dotted module name.
+    """Strip what ``torch.compile``, FSDP and activation checkpointing add to a dotted module name.
 
     Args:
         name: Key of ``named_modules()``.
@@ -28,7 +32,7 @@ def clean_name(name: str) -> str:
         >>> clean_name("net._orig_mod.0")
         'net.0'
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -41,9 +45,22 @@ def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         Name and module, each module once, without the model itself.
     """
     for name, module in model.named_modules():
-        # A compiled submodule and the module it wraps share one name: the inner one speaks for both.
-        if clean_name(name) and not hasattr(module, "_orig_mod"):
+        # A wrapper and the module it wraps share one name: the inner one speaks for both.
+        if clean_name(name) and unwrapped(module) is module:
             yield clean_name(name), module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Find the module that the user wrote inside of wrappers.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        What ``torch.compile``, FSDP or activation checkpointing wrapped, else the module itself.
+    """
+    inner = next((part for name, part in module.named_children() if name in _WRAPPED), None)
+    return module if inner is None else unwrapped(inner)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.origins import Origins
 from lightning_koopman.recorded import INPUT, Recorded
-from lightning_koopman.tensors import first_packed, first_tensor, unpacked, whole
+from lightning_koopman.tensors import LET_IT_BE_WHOLE, first_packed, first_tensor, is_spread, unpacked
 
 _NO_LABELS: frozenset[str] = frozenset()
 
@@ -167,7 +167,6 @@ class Recorder:
                 f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
                 "let output= give one"
             )
-        tensor = whole(tensor)
         self.states[name] = self._keep(tensor, Recorded(name, module, tensor, None, sources))
 
     def _is_input(self, tensor: Tensor) -> bool:
@@ -200,6 +199,7 @@ class Recorder:
             self.skipped.append(name)
             return
         self._unusable = None
+        _refuse_part(name, module, tensor)
         self._raw, self._current = tensor, (name, id(module), call)
         if self.passes == 0:
             called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
@@ -215,6 +215,17 @@ class Recorder:
             self.states[name] = self._keep(recorded.tensor, recorded)
 
 
+def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:
+    """Refuse the units that one process holds of a layer that tensor parallelism spread."""
+    width = getattr(module, "out_features", getattr(module, "embedding_dim", None))
+    weight = getattr(module, "weight", None)
+    if width is not None and is_spread(weight) and tensor.shape[-1] != width:
+        raise ValueError(
+            f"component {name!r} gave {tensor.shape[-1]} of its {width} units, and other processes the "
+            f"rest. {LET_IT_BE_WHOLE}"
+        )
+
+
 def _recorded(
     name: str,
     module: nn.Module,
@@ -227,4 +238,4 @@ def _recorded(
     if packed is not None and packed.data is tensor:
         tensor, lengths = unpacked(packed)
         return Recorded(name, module, tensor, lengths, sources, from_float)
-    return Recorded(name, module, whole(tensor), None, sources, from_float)
+    return Recorded(name, module, tensor, None, sources, from_float)

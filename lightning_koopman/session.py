@@ -10,7 +10,14 @@ from torch import nn
 from lightning_koopman.forward import ForwardFn, default_forward
 from lightning_koopman.isolation import is_compiled
 from lightning_koopman.measurement import Measurement, merge_processes
-from lightning_koopman.trainer_facts import plain_numerics, share, unrepeated_samples
+from lightning_koopman.processes import in_step
+from lightning_koopman.trainer_facts import (
+    DataPart,
+    data_part,
+    plain_numerics,
+    share,
+    unrepeated_samples,
+)
 
 
 class Session:
@@ -45,6 +52,8 @@ class Session:
         self._options = options
         self._most_seen = 0
         self._failure: Exception | None = None
+        self._part = DataPart(0, 1)
+        self._untold = self._in_step = False
 
     @property
     def idle(self) -> bool:
@@ -53,8 +62,9 @@ class Session:
 
     @property
     def wants_more(self) -> bool:
-        """Whether a measurement is under way that has not seen its samples yet."""
-        return self.measurement is not None and self.measurement.n_seen < self._most_seen
+        """Whether a measurement is under way that has not seen its samples yet, or others think so."""
+        measuring = self.measurement is not None and self.measurement.n_seen < self._most_seen
+        return measuring or self._untold
 
     def begin(self, trainer: Any, pl_module: Any, loader: Any) -> None:
         """Start measuring this process's share of the samples that a loader gives.
@@ -64,18 +74,18 @@ class Session:
             pl_module: Its module.
             loader: Where the samples come from; it tells how many the sampler repeats.
         """
-        rank, n_processes = trainer.global_rank, trainer.world_size
-        self.owes_exchange = n_processes > 1
+        self.owes_exchange = trainer.world_size > 1
         self.rides_along = not is_compiled(pl_module)
+        self._part = part = data_part(trainer)
         # All stop at the same batch, or a model that talks to its other copies would wait forever.
-        self._most_seen = share(self._max_samples, n_processes)
-        own = min(share(self._max_samples, n_processes, rank), unrepeated_samples(loader))
+        self._most_seen = share(self._max_samples, part.count)
+        own = min(share(self._max_samples, part.count, part.index), unrepeated_samples(loader))
         with plain_numerics(pl_module):
             self.measurement = Measurement(
                 pl_module,
                 self._components,
-                max_samples=own,
-                hold=n_processes > 1,
+                max_samples=own if part.counts else 0,
+                hold=trainer.world_size > 1,
                 sync_on_compute=False,
                 **self._options,
             )
@@ -98,13 +108,28 @@ class Session:
             pl_module: Its module.
             batch: The batch.
         """
-        assert self.measurement is not None
         if not self.rides_along:
             self.run(trainer, pl_module, [batch])
             return
-        self.measurement.capture.remove()
+        # Gathering what lies in several processes takes all of them: first they tell that they are
+        # ready, and behind it that they may go on.
+        self._untold, self._in_step = False, True
+        if self.measurement is not None:
+            self.measurement.capture.remove()
         with plain_numerics(pl_module):
-            self.measurement.end_pass()
+            with in_step(self._part.group, pl_module.device):
+                self._close_pass()
+            with in_step(self._part.group, pl_module.device):
+                assert self.measurement is not None
+                self.measurement.end_pass()
+        self._in_step = False
+
+    def _close_pass(self) -> None:
+        measurement, failure = self.measurement, self._failure
+        if failure is not None:
+            raise failure
+        assert measurement is not None
+        measurement.close_pass()
 
     def run(self, trainer: Any, pl_module: Any, batches: Iterable[Any]) -> None:
         """Run batches once more, as Lightning would, but eagerly and in eval mode.
@@ -144,8 +169,9 @@ class Session:
         """
         measurement, failure, owes_exchange = self.measurement, self._failure, self.owes_exchange
         self.forget()
+        part = None if self._part.group is None else self._part.index
         if owes_exchange:
-            merge_processes(measurement, pl_module.device, failure)
+            merge_processes(measurement, pl_module.device, failure, part)
         assert measurement is not None
         return measurement
 
@@ -156,12 +182,14 @@ class Session:
             error: The error.
         """
         self._give_up()
+        self._untold = self._part.group is not None and not self._in_step
         self._failure = error
 
     def forget(self) -> None:
         """Give up the measurement under way, hooks first."""
         self._give_up()
         self.owes_exchange, self._failure = False, None
+        self._untold = self._in_step = False
 
     def _give_up(self) -> None:
         if self.measurement is not None:

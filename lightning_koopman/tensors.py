@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+LET_IT_BE_WHOLE = (
+    "Under tensor parallelism, let the module give a DTensor, which is gathered (use_local_output=False), "
+    "or a whole tensor (output_layouts=Replicate()); or name components that do with components=[...]."
+)
+"""What to do about a state of which each process holds a part."""
 
 
 def parts_of(value: Any) -> Iterator[Any]:
@@ -121,6 +128,47 @@ def detached_copy(tensor: Tensor) -> Tensor:
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
     return tensor.detach().clone()
+
+
+def is_spread(tensor: Any) -> bool:
+    """Tell whether a tensor's parts lie in several processes.
+
+    Args:
+        tensor: Any tensor, or something else.
+
+    Returns:
+        True for a ``DTensor``, as tensor parallelism makes them.
+    """
+    return hasattr(tensor, "full_tensor")
+
+
+@functools.cache
+def exact_device(device: torch.device) -> torch.device:
+    """Tell where the statistics of states on a device are made.
+
+    Args:
+        device: Where the states are.
+
+    Returns:
+        The device, or the CPU where it has no float64.
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add(1.0)
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return device
+
+
+def exactly(tensor: Tensor) -> Tensor:
+    """Move a tensor to where its statistics can be made; the tensor itself where they can be made there.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        The tensor, on a device that has float64.
+    """
+    return tensor.to(exact_device(tensor.device))
 
 
 def whole(tensor: Tensor) -> Tensor:

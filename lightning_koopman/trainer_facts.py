@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,6 +75,43 @@ def share(count: int, n_processes: int, rank: int = 0) -> int:
         Its number of samples.
     """
     return count // n_processes + (rank < count % n_processes)
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Which samples a process runs on.
+
+    Attributes:
+        index: Which part of the samples, counted from 0.
+        count: Number of parts.
+        counts: Whether they are counted in this process; of several that run on the same, one counts.
+        group: The processes that run on the same samples; ``None`` where each has its own.
+    """
+
+    index: int
+    count: int
+    counts: bool = True
+    group: Any = None
+
+
+def data_part(trainer: Any) -> DataPart:
+    """Find which samples this process runs on.
+
+    Args:
+        trainer: The Trainer, whose processes are started.
+
+    Returns:
+        One part a process, but for tensor parallelism, whose processes share one.
+    """
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    if "tensor_parallel" not in (getattr(mesh, "mesh_dim_names", None) or ()):
+        return DataPart(trainer.global_rank, trainer.world_size)
+    assert mesh is not None
+    parts, copies = mesh["data_parallel"], mesh["tensor_parallel"]
+    if copies.size() == 1:
+        return DataPart(trainer.global_rank, trainer.world_size)
+    first = copies.get_local_rank() == 0
+    return DataPart(parts.get_local_rank(), parts.size(), first, copies.get_group())
 
 
 def unrepeated_samples(loader: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import sys
@@ -12,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
@@ -21,7 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_koopman import KoopmanCreditMonitor
 from lightning_koopman.accumulator import Accumulator
 from lightning_koopman.measurement import Measurement
+from lightning_koopman.recorder import Recorder
 from lightning_koopman.states import StateReducer
+
+NAMESPACE = os.environ.get("LIGHTNING_NAMESPACE", "lightning.pytorch")
+L = importlib.import_module(NAMESPACE)
 
 
 def shard_sizes(shards: str, n_processes: int, n_samples: int) -> list[int]:
@@ -84,6 +89,12 @@ class Net(L.LightningModule):
         )
         self.double()
 
+    def configure_model(self) -> None:
+        if self.config.get("strategy", "auto")[0].isdigit():
+            from sharding import parallelise
+
+            parallelise(self.net, self.device_mesh, self.config["strategy"])
+
     def forward(self, x: Tensor) -> Tensor:
         if self.config.get("break_forward") == self.trainer.global_rank and not self.training:
             raise ArithmeticError("broken forward")
@@ -113,20 +124,54 @@ class Scribe(L.Callback):
         self.folder, self.monitor = folder, monitor
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pl_module.modules())
+        every = [h for m in pl_module.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+        # Strategies that spread weights leave hooks of their own.
+        hooks = sum(is_ours(hook) for hooks in every for hook in hooks.values())
         content = {
             "history": [report.to_dict() for report in self.monitor.history],
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
-            "warned": self.monitor.told,
+            "warned": getattr(self.monitor, "told", []),
             "hooks": hooks,
+            "weights": digest(pl_module),
         }
         Path(self.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
+
+
+def is_ours(hook: Any) -> bool:
+    return getattr(hook, "func", hook).__module__.startswith("lightning_koopman")
+
+
+def digest(model: nn.Module) -> str:
+    """Tell the weights that this process holds by their bits."""
+    summed = hashlib.sha256()
+    for parameter in model.parameters():
+        held = parameter.detach()
+        held = held.to_local() if hasattr(held, "to_local") else held
+        summed.update(held.contiguous().numpy().tobytes())
+    return summed.hexdigest()
+
+
+def spreads_weights(config: dict[str, Any]) -> bool:
+    name = config.get("strategy", "auto")
+    return name[0].isdigit() or name.startswith("fsdp")
+
+
+def strategy_of(config: dict[str, Any]) -> Any:
+    name = config.get("strategy", "auto")
+    if spreads_weights(config):
+        from sharding import strategy
+
+        return strategy(NAMESPACE, name)
+    if name == "ddp":
+        return DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo")
+    return name
 
 
 @contextmanager
 def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
     """Make our own numerics fail in one process only."""
-    owner = next(o for o in (Measurement, Accumulator, StateReducer) if hasattr(o, place))
+    kinds = (Measurement, Accumulator, StateReducer, Recorder)
+    owner = next(kind for kind in kinds if hasattr(kind, place))
     kept = getattr(owner, place)
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,17 +195,16 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
         every_n_epochs=config.get("every_n_epochs", 1),
         on_error=config.get("on_error", "warn"),
     )
-    strategy = config.get("strategy", "auto")
-    if strategy == "ddp":
-        strategy = DDPStrategy(timeout=timedelta(seconds=60), process_group_backend="gloo")
+    strategy = strategy_of(config)
     trainer = L.Trainer(
         accelerator="cpu",
         strategy=strategy,
         devices=config["devices"],
         max_epochs=config.get("max_epochs", 1),
-        precision="64-true",
+        # Some strategies take no precision but their own; the network is in float64 anyway.
+        precision=None if spreads_weights(config) else "64-true",
         logger=False,
-        callbacks=[monitor, Scribe(folder, monitor)],
+        callbacks=[monitor, Scribe(folder, monitor)][config.get("unwatched", False) :],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

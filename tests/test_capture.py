@@ -446,3 +446,25 @@ def test_a_named_component_that_gives_no_numbers_is_refused_behind_the_pass() ->
             ValueError, match=r"'body' returned Tensor with no floating-point tensor\. Leave"
         ):
             capture.end_pass()
+
+
+def test_units_of_which_other_processes_hold_the_rest_are_refused() -> None:
+    class Spread(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, : self.kept]
+
+    net = nn.Sequential(Spread(4, 6), nn.Tanh(), nn.Linear(3, 2)).double()
+    net[0].kept = 3
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def run() -> list[str]:
+        with Capture(net) as capture:
+            net(x)
+        return list(capture.end_pass())
+
+    assert run() == ["input", "0", "2"]  # a layer may well give fewer, if its weight is whole
+    net[0].weight.full_tensor = lambda: None
+    with pytest.raises(ValueError, match=r"'0' gave 3 of its 6 units.*use_local_output=False"):
+        run()
+    net[0].kept, net[2] = 6, nn.Linear(6, 2).double()
+    assert run() == ["input", "0", "2"]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_koopman.components import named_components, transparent_modules
-from lightning_koopman.module_tree import clean_name, has_parameters, is_norm
+from lightning_koopman.module_tree import clean_name, has_parameters, is_norm, unwrapped
 
 
 class Block(nn.Module):
@@ -283,3 +283,29 @@ def test_wrappers_within_wrappers_are_opened_to_their_blocks() -> None:
     ]
     single = Net(left=tower(nn.Linear(3, 4), nn.Linear(4, 4)), right=Net(deep=Net(last=Block())))
     assert list(named_components(single, None))[-1] == "right.deep.last"
+
+
+class Wrapper(nn.Module):
+    """What FSDP and activation checkpointing put around a module."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"])
+def test_wrapped_modules_are_chosen_as_if_they_were_not(name: str) -> None:
+    def net(wrap: Any) -> nn.Module:
+        blocks = [nn.Sequential(wrap(nn.Linear(4, 4)), nn.ReLU()) for _ in range(2)]
+        return Net(body=wrap(nn.Sequential(*map(wrap, blocks))), head=wrap(nn.Linear(4, 2)))
+
+    plain, wrapped = net(lambda m: m), net(lambda m: Wrapper(name, Wrapper("_orig_mod", m)))
+    for wanted in (None, "body.*.0", nn.Linear, 2):
+        expected, given = named_components(plain, wanted), named_components(wrapped, wanted)
+        assert list(given) == list(expected)
+        assert [type(m) for m in given.values()] == [type(m) for m in expected.values()]
+    head = wrapped.head  # type: ignore[attr-defined]
+    assert unwrapped(head) is head.get_submodule(f"{name}._orig_mod")

@@ -709,20 +709,22 @@ def test_the_monitor_excites_under_other_precisions_and_without_validation(
 
 
 @pytest.mark.filterwarnings("ignore:the Trainer has no logger", "ignore:.*GPU available.*")
-def test_sharded_weights_are_not_called_a_second_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_sharded_weights_are_not_called_a_second_time(tmp_path: Path, compiled: bool) -> None:
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     class FSDPStrategy(SingleDeviceStrategy):
         pass
 
-    monitor = KoopmanCreditMonitor(excitation=0.3, on_error="raise")
+    monitor = KoopmanCreditMonitor(excitation=0.0 if compiled else 0.3, on_error="raise")
     trainer = quiet_trainer(
         tmp_path, [monitor], strategy=FSDPStrategy(torch.device("cpu")), accelerator="auto"
     )
-    with pytest.raises(RuntimeError, match="leave excitation out"):
-        trainer.fit(LitNet(), DataLoader(dataset(), 40), DataLoader(dataset(), 50))
+    model = LitNet()
+    if compiled:
+        model.net = torch.compile(model.net, backend="eager")
+    with pytest.raises(RuntimeError, match="compile nothing and leave excitation out"):
+        trainer.fit(model, DataLoader(dataset(), 40), DataLoader(dataset(), 50))
 
 
 @pytest.mark.parametrize("share", [-0.1, float("nan"), float("inf")])
