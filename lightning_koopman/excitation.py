@@ -14,6 +14,7 @@ from lightning_koopman.module_tree import clean_modules
 from lightning_koopman.plan import Plan
 from lightning_koopman.recorded import Recorded
 from lightning_koopman.replay import Call, answer, copied_call
+from lightning_koopman.tensors import exactly
 
 _REPEATS = 1e-3
 """Largest distance of a component's second answer from its first, relative to that."""
@@ -215,10 +216,10 @@ class Excitation:
         spread = self._spreads.get(step.number)
         if spread is None or spread.mean.shape != samples.shape[1:]:
             # Sequences of another length: their positions are other units.
-            spread = self._spreads[step.number] = _Spread(torch.zeros_like(samples[0]).double())
-        spread.add(samples.double())
+            spread = self._spreads[step.number] = _Spread(torch.zeros_like(exactly(samples[0])).double())
+        spread.add(exactly(samples).double())
         noise = torch.randn(samples.shape, generator=generator, dtype=wide.dtype).to(wide.device)
-        noise *= self.share * spread.std.to(wide)
+        noise *= self.share * spread.std.to(wide.dtype).to(wide.device)
         if wide.ndim > 1:
             noise = noise.movedim(0, step.batch_axis)
         return (wide + noise).to(state.dtype)
@@ -246,8 +247,8 @@ class _Spread:
 def _alike(given: Tensor, expected: Tensor) -> bool:
     if given.shape != expected.shape:
         return False
-    off = (given.double() - expected.double()).norm()
-    return bool(off <= _REPEATS * expected.double().norm())
+    given, expected = exactly(given).double(), exactly(expected).double()
+    return bool((given - expected).norm() <= _REPEATS * expected.norm())
 
 
 def check_excitation(share: float) -> None:

@@ -24,7 +24,7 @@ from lightning_koopman.processes import Share, agreed, exchange
 from lightning_koopman.recorded import INPUT, OUTPUT, Recorded
 from lightning_koopman.report import CreditReport
 from lightning_koopman.row_forms import ReduceOption, check_reduce
-from lightning_koopman.tensors import detached_copy, is_spread, whole
+from lightning_koopman.tensors import detached_copy, exact_device, exactly, is_spread, whole
 
 
 class Measurement:
@@ -225,7 +225,7 @@ class Measurement:
         seed = int(sample_keys(rows[names[0]], self._seed).sum())
         for i, *pair in self._excitation.pairs(seed):
             for name, tensor in zip(names[i - 1 : i + 1], pair, strict=True):
-                block = self.plan.forms[name].rows(tensor, self._valid)
+                block = exactly(self.plan.forms[name].rows(tensor, self._valid))
                 if not bool(torch.isfinite(block).all()):
                     raise ValueError(
                         f"component {names[i]!r} gave NaN or infinity on its input with noise of "
@@ -254,7 +254,7 @@ class Measurement:
         if recorded.lengths is not None:
             places = torch.arange(tensor.shape[1])
             valid = (places < recorded.lengths[:, None]).to(tensor.device)
-        return self.plan.forms[recorded.name].rows(tensor, valid)
+        return exactly(self.plan.forms[recorded.name].rows(tensor, valid))
 
     def report(self, *, step: int | None = None) -> CreditReport:
         """Finish and compute the report.
@@ -354,4 +354,4 @@ def merge_processes(
     if not agreed(shares).count:
         raise ValueError("no sample arrived: the batches were empty in every process")
     assert measurement is not None
-    measurement.accumulator.merge(shares, device)
+    measurement.accumulator.merge(shares, exact_device(device))

@@ -14,6 +14,7 @@ from lightning_koopman.layout import Layout
 from lightning_koopman.moments import accumulate
 from lightning_koopman.regression import alive, held_out_errors, solve, spectrum
 from lightning_koopman.ridge import TIKHONOV_GRID, check_tikhonov, choose_tikhonov
+from lightning_koopman.tensors import exactly
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class KoopmanOperator:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (n_samples, {self.matrix.shape[0]})"
             )
-        return (x.double() - self.x_mean) @ self.matrix + self.y_mean
+        return (exactly(x).double() - self.x_mean) @ self.matrix + self.y_mean
 
 
 def fit_operator(
@@ -99,7 +100,8 @@ def fit_operator(
         seed: Chooses the folds.
 
     Returns:
-        Operator with ``matrix`` of shape ``(d_in, d_out)``, float64, on the device of ``x``.
+        Operator with ``matrix`` of shape ``(d_in, d_out)``, float64, on the device of ``x``,
+        or the CPU if that has no float64.
 
     Raises:
         ValueError: If shapes do not fit, fewer than two rows arrive, a value is not finite, or
@@ -122,6 +124,7 @@ def fit_operator(
         raise ValueError(
             "neither tikhonov nor folds is given; the ridge weight is picked by held-out R², so give one"
         )
+    x, y = exactly(x), exactly(y)
     layout = Layout((x.shape[1], y.shape[1]), 2 if folds is None else folds, squares=(1,))
     offsets = _offset("x", x), _offset("y", y)
     if folds is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_koopman.forward import ForwardFn, default_forward, to_device
 from lightning_koopman.isolation import random_states_kept
 from lightning_koopman.sites import Alteration, Site, Sites
-from lightning_koopman.tensors import first_tensor
+from lightning_koopman.tensors import exact_device, first_tensor
 
 
 class Runner:
@@ -21,6 +21,9 @@ class Runner:
         model: The model.
         batches: What ``forward_fn`` takes.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+
+    Raises:
+        ValueError: If the model's device has no float64.
     """
 
     def __init__(
@@ -30,6 +33,11 @@ class Runner:
             self.model, self.batches = model, list(batches)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if exact_device(self._device) != self._device:
+            raise ValueError(
+                f"the model is on {self._device}, which has no float64; reports are made on the CPU "
+                "then, but altering components needs the model there: call model.cpu() first"
+            )
 
     def run(
         self,

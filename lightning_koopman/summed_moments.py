@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_koopman.delay import MAX_DELAY, Delay
 from lightning_koopman.keys import sample_keys
 from lightning_koopman.layout import Layout
 from lightning_koopman.moments import accumulate
+from lightning_koopman.tensors import exact_device, exactly
 
 _FORWARD_FLAGS = ("_to_sync", "_should_unsync", "compute_on_cpu", "_enable_grad", "_computed")
 
@@ -83,7 +85,7 @@ class SummedMoments(Metric):
             elif names != self.components:
                 raise ValueError(f"states are named {names}; expected x_0 and then {self.components}")
             states = list(states.values())
-        rows = self._checked([state.detach() for state in states])
+        rows = self._checked([exactly(state.detach()) for state in states])
         if keys is None:
             keys = sample_keys(rows[0], self.seed)
         assert self.layout is not None
@@ -152,6 +154,14 @@ class SummedMoments(Metric):
         if self.components is not None:
             return self.components
         return () if self.layout is None else tuple(str(i) for i in range(len(self.layout.dims) - 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        @functools.wraps(fn)
+        def moved(tensor: Tensor) -> Tensor:
+            place = fn(torch.zeros(1, device=tensor.device)).device
+            return fn(tensor) if exact_device(place) == place else tensor.to(exact_device(place))
+
+        return super()._apply(moved, exclude_state)
 
     def _lay_out(self, dims: tuple[int, ...]) -> None:
         delay, reach = (1, min(MAX_DELAY, len(dims) - 1)) if self.delay == "auto" else (self.delay, 1)

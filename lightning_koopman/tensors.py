@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 LET_IT_BE_WHOLE = (
-    "Under tensor parallelism, let the module give a DTensor, which is gathered (use_local_output=False), "
+    "Under tensor parallelism, let it give a DTensor, which is gathered (use_local_output=False), "
     "or a whole tensor (output_layouts=Replicate()); or name components that do with components=[...]."
 )
 """What to do about a state of which each process holds a part."""
