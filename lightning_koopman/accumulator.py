@@ -188,10 +188,16 @@ class Accumulator:
         names, options = self._reducer.names[1:], self._options
         whole = KoopmanCredit(names, dims=dims, center=center, **options).to(device)
         assert whole.layout is not None
-        moments = whole.moments if self._metric is None else self._metric.moments.to(device)
-        if own and self._metric is not None:
-            shifts = [(a - b).to(moments) for a, b in zip(own, center, strict=True)]
-            moments = recentred(whole.layout, moments, shifts)
+        moments = whole.moments
+        try:
+            if self._metric is not None:
+                moments = self._metric.moments.to(device)
+            if own and self._metric is not None:
+                shifts = [(a - b).to(moments) for a, b in zip(own, center, strict=True)]
+                moments = recentred(whole.layout, moments, shifts)
+        except Exception as failure:
+            # The others wait in the sum, and hear of it there.
+            moments, error = whole.moments, error or failure
         whole.moments = sum_moments(moments, error)
         if not self._reducer.kept_variance:
             self._reducer.kept_variance = (1.0,) * len(dims)

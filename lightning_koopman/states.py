@@ -275,7 +275,7 @@ class StateReducer:
             if callable(self._observables) and origin < last:
                 lifted.append(lifted_by(self._observables, state.double()))
             else:
-                lift = lifts[origin] if lifts else None
+                lift = lifts[origin]
                 lifted.append(state.double() if lift is None else lift(state.double()))
         return lifted
 

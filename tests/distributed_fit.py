@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman import KoopmanCreditMonitor, accumulator
 from lightning_koopman.accumulator import Accumulator
 from lightning_koopman.measurement import Measurement
 from lightning_koopman.recorder import Recorder
@@ -170,7 +170,7 @@ def strategy_of(config: dict[str, Any]) -> Any:
 @contextmanager
 def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
     """Make our own numerics fail in one process only."""
-    kinds = (Measurement, Accumulator, StateReducer, Recorder)
+    kinds: tuple[Any, ...] = (Measurement, Accumulator, StateReducer, Recorder, accumulator)
     owner = next(kind for kind in kinds if hasattr(kind, place))
     kept = getattr(owner, place)
 

@@ -157,6 +157,7 @@ FAULTS = [
     (0, "first_rows", "process 0: ArithmeticError"),
     (0, "fitted", "process 0: ArithmeticError"),
     (0, "run", "process 0: ArithmeticError"),
+    (1, "recentred", "1 of 2 processes could not add up their samples"),
     (1, "report", None),
 ]
 
@@ -169,6 +170,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     faults = [many | {"max_dim": 8, "break_numerics": fault[:2]} for fault in FAULTS]
     # Without a validation loop, the pass is ours.
     faults[7] |= {"limit_val_batches": 0}
+    # Where no basis is needed, each process has a centre of its own.
+    faults[8] |= {"max_dim": BASE["max_dim"]}
     empty = [many | {"shards": "none"}, many | {"shards": "skipping", "validate": True}]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
