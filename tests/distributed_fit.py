@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor, accumulator
+from lightning_koopman import KoopmanCreditMonitor, accumulator, processes
 from lightning_koopman.accumulator import Accumulator
 from lightning_koopman.measurement import Measurement
 from lightning_koopman.recorder import Recorder
@@ -133,8 +133,23 @@ class Scribe(L.Callback):
             "warned": getattr(self.monitor, "told", []),
             "hooks": hooks,
             "weights": digest(pl_module),
+            "collectives": COLLECTIVES,
         }
         Path(self.folder, f"rank{trainer.global_rank}.json").write_text(json.dumps(content))
+
+
+COLLECTIVES: list[str] = []
+"""What this process exchanged with the others for the monitor in the training under way."""
+
+
+class CountedCollectives:
+    """Stands for ``torch.distributed`` and counts what is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch.distributed, name)
+        if name.startswith(("all_", "broadcast", "gather", "reduce", "scatter", "barrier")):
+            COLLECTIVES.append(name)
+        return found
 
 
 def is_ours(hook: Any) -> bool:
@@ -212,6 +227,8 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
         limit_val_batches=config.get("limit_val_batches"),
         use_distributed_sampler=config["shards"] == "sampler",
     )
+    COLLECTIVES.clear()
+    processes.dist = CountedCollectives()
     fault = config.get("break_numerics")
     with broken_numerics(*fault) if fault else nullcontext():
         trainer.fit(Net(config), Data(config))

@@ -184,6 +184,17 @@ def test_two_processes_give_the_report_of_one(two: dict[str, list[Any]]) -> None
     check_alike(good(), two["ones"], two["folders"][: len(good())])
 
 
+def test_a_measurement_takes_one_exchange_and_one_sum_however_many_batches(
+    two: dict[str, list[Any]],
+) -> None:
+    for config, folder in zip(good(), two["folders"], strict=False):
+        wide = ["all_gather_object", "broadcast_object_list"] if config["max_dim"] < 256 else []
+        for rank in read(folder):
+            once = ["all_gather_object", *wide, "all_reduce"]
+            assert rank["history"]
+            assert rank["collectives"] == once * len(rank["history"])
+
+
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{r}-{place}" for r, place, _ in FAULTS])
 def test_an_error_of_ours_in_one_process_ends_the_measurement_in_all(
     number: int, two: dict[str, list[Any]]
