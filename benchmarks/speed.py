@@ -73,8 +73,8 @@ def riding() -> str:
 
 
 def conductance() -> str:
-    ours = speed_memory.measured("report", components=12, width=256, samples=2000)
-    theirs = speed_memory.measured("conductance", components=12, width=256, samples=2000)
+    ours = speed_memory.measured("report", 3, components=12, width=256, samples=2000)
+    theirs = speed_memory.measured("conductance", 3, components=12, width=256, samples=2000)
     small = speed_networks.against_conductance()
     return table(
         "network | samples | Captum | report | ratio | target | ",
@@ -135,7 +135,7 @@ def memory() -> str:
         (100, 768, 2000),
     ):  # fmt: skip
         extra, seconds = speed_memory.measured(
-            "report", components=components, width=width, samples=samples
+            "report", 3, components=components, width=width, samples=samples
         )
         sums = speed_memory.moments_mib(components, width)
         rows.append([components, width, f"{samples:,}", f"{sums:.0f}", f"{extra:.0f}", f"{seconds:.2f}"])

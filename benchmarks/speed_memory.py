@@ -6,6 +6,7 @@ Run ``python benchmarks/speed_memory.py report components=12 width=256 samples=2
 from __future__ import annotations
 
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -62,15 +63,17 @@ def probe(kind: str, components: int, width: int, samples: int, folds: int = 5) 
     return peak() - before, time.process_time() - start - (forward if kind == "report" else 0)
 
 
-def measured(kind: str, **given: int) -> tuple[float, float]:
-    """The same in a new process."""
-    options = [f"{name}={value}" for name, value in given.items()]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, kind, *options],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    memory, seconds = done.stdout.split()[-2:]
-    return float(memory), float(seconds)
+def measured(kind: str, repeats: int = 1, **given: int) -> tuple[float, float]:
+    """The same in new processes: medians, for peaks differ by some 20 MiB from one to the next."""
+    options, found = [f"{name}={value}" for name, value in given.items()], []
+    for _ in range(repeats):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, kind, *options],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found.append([float(value) for value in done.stdout.split()[-2:]])
+    memory, seconds = (statistics.median(values) for values in zip(*found, strict=True))
+    return memory, seconds
 
 
 def moments_mib(components: int, width: int, folds: int = 5) -> float:
