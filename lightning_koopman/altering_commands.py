@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from lightning_koopman.effects import KINDS, Kind, Scale
 from lightning_koopman.user_code import build_trained, fit_and_choose
+
+if TYPE_CHECKING:
+    from lightning_koopman.checkpoints import Checkpoint
+    from lightning_koopman.report import CreditReport
 
 
 def linearize(
@@ -38,14 +43,11 @@ def linearize(
         seed: Chooses the folds, and the order of a loader that shuffles.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
     """
-    from lightning_koopman.evaluate import credit_report
     from lightning_koopman.linear_component import save_linearized
     from lightning_koopman.linearization import linearize_within
 
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
-    torch.manual_seed(seed)  # for loaders that shuffle
-    fit_on, choose_on = fit_and_choose(data, checkpoint.data_hyper_parameters)
-    report = credit_report(network, fit_on, components=components, max_dim=max_dim, seed=seed)
+    fit_on, choose_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
     result = linearize_within(
         network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
     )
@@ -96,7 +98,6 @@ def intervene(
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
     """
     from lightning_koopman.checkpoints import load_checkpoint
-    from lightning_koopman.evaluate import credit_report
     from lightning_koopman.measured_effects import intervene
     from lightning_koopman.predictions import predict_effects
 
@@ -104,17 +105,13 @@ def intervene(
     initial = (
         initial_checkpoint and load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
     )
-    torch.manual_seed(seed)  # for loaders that shuffle
-    fit_on, measure_on = fit_and_choose(data, checkpoint.data_hyper_parameters)
+    fit_on, measure_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
     asked: dict[str, Any] = {
         "initial": initial or None,
         "strength": strength,
         "scale": scale,
         "seed": seed,
     }
-    report = credit_report(
-        network, fit_on, components=components, max_dim=max_dim, seed=seed, step=checkpoint.step
-    )
     report = predict_effects(network, fit_on, report, kinds or KINDS, **asked)
     result = intervene(
         network, measure_on, report, kinds or KINDS, fit_batches=fit_on, draws=draws, **asked
@@ -128,3 +125,22 @@ def intervene(
         result.plot().savefig(figure)
     if out is not None:
         report.to_json(out)
+
+
+def _measured(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    data: str,
+    components: str | list[str] | None,
+    max_dim: int,
+    seed: int,
+) -> tuple[list[Any], list[Any], CreditReport]:
+    """Give batches to fit on, others, and a trained network's report on the former."""
+    from lightning_koopman.evaluate import credit_report
+
+    torch.manual_seed(seed)  # for loaders that shuffle
+    fit_on, others = fit_and_choose(data, checkpoint.data_hyper_parameters)
+    report = credit_report(
+        network, fit_on, components=components, max_dim=max_dim, seed=seed, step=checkpoint.step
+    )
+    return fit_on, others, report

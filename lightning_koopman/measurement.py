@@ -314,7 +314,7 @@ class Measurement:
 
 def _gathered(state: Any) -> Any:
     """Give a state whose parts lie in several processes as one; a collective for those."""
-    if isinstance(state, Recorded) and is_spread(state.tensor):
+    if isinstance(state, Recorded):
         return dataclasses.replace(state, tensor=whole(state.tensor))
     return state
 

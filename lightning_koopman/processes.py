@@ -139,14 +139,17 @@ def in_step(group: Any, device: torch.device) -> Generator[None, None, None]:
         Exception: What went wrong here.
         ProcessError: If it failed in another process.
     """
+    if group is None:
+        # Nobody to tell; on a GPU, reading the answer would wait for it in every batch.
+        yield
+        return
     error: Exception | None = None
     try:
         yield
     except Exception as failure:
         error = failure
     failed = torch.tensor(float(error is not None), device=device)
-    if group is not None:
-        dist.all_reduce(failed, group=group)
+    dist.all_reduce(failed, group=group)
     if error is not None:
         raise error
     if float(failed) > 0:

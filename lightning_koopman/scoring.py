@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,10 @@ class Outputs:
             )
         score = metric or (accuracy if classes else None)
         before = cls(given, targets, scale, score, float("nan"))
-        return cls(given, targets, scale, score, before._score(given))
+        if before.classes is None:
+            return replace(before, metric=before._score(given))
+        # Counted by sample, for batches of sequences may differ in length.
+        return replace(before, metric=float(before.right.sum() / before.classes.sum()))
 
     @property
     def n_samples(self) -> int:
@@ -108,17 +111,31 @@ class Outputs:
             ValueError: If the outputs never vary, so that no change is relative to anything.
         """
         others = tuple(altered)
-        metric = self._score(others)
-        gained = classes = None
-        if self.score is accuracy and self.targets is not None:
-            gained = _right(others, self.targets) - _right(self.outputs, self.targets)
-            classes = torch.cat([_by_sample(torch.ones_like(t)) for t in self.targets])
+        gained = None
+        if self.classes is None or self.targets is None:
+            metric = self._score(others)
+        else:
+            right = _right(others, self.targets)
+            metric, gained = float(right.sum() / self.classes.sum()), right - self.right
         pairs = zip(self.outputs, others, strict=True)
         if self.scale == "kl":
             moved = [_by_sample(kl_divergence(a, b, self.axis)) for a, b in pairs]
         else:
             moved = [_by_sample((b.double() - a.double()).square()) for a, b in pairs]
-        return Change(torch.cat(moved), self.shares, metric, gained, classes)
+        return Change(torch.cat(moved), self.shares, metric, gained, self.classes)
+
+    @functools.cached_property
+    def classes(self) -> Tensor | None:
+        """How many classes each sample has, float64; ``None`` where the metric is not the accuracy."""
+        if self.score is not accuracy or self.targets is None:
+            return None
+        return torch.cat([_by_sample(torch.ones_like(t)) for t in self.targets])
+
+    @functools.cached_property
+    def right(self) -> Tensor:
+        """How many of each sample's classes are right, float64, where the metric is the accuracy."""
+        assert self.targets is not None
+        return _right(self.outputs, self.targets)
 
     @functools.cached_property
     def axis(self) -> int:
@@ -168,8 +185,6 @@ class Outputs:
     def _score(self, outputs: Sequence[Tensor]) -> float:
         if self.score is None or self.targets is None:
             return float("nan")
-        if self.score is accuracy:  # Batches of sequences may differ in length.
-            return float(_right(outputs, self.targets).sum() / sum(t.numel() for t in self.targets))
         return float(self.score(torch.cat(list(outputs)), torch.cat(list(self.targets))))
 
 
