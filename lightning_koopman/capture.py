@@ -16,6 +16,7 @@ from lightning_koopman.components import (
     transparent_modules,
     with_output,
 )
+from lightning_koopman.hooks import attach
 from lightning_koopman.module_tree import clean_modules, clean_name
 from lightning_koopman.recorded import OUTPUT
 from lightning_koopman.recorder import Recorder
@@ -94,7 +95,7 @@ class Capture:
         names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._recorder = Recorder(names, named, keep, on_call)
         self._hooks = ExitStack()
-        self._input_handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._input_hooks: dict[str, ExitStack] = {}
         self._closed = False
         self._error: Exception | None = None
 
@@ -102,19 +103,17 @@ class Capture:
         with ExitStack() as hooks:
             ancestor = common_ancestor(self._model, self.components.values())
             if ancestor is not None:
-                hooks.callback(ancestor.register_forward_pre_hook(self._on_ancestor).remove)
+                hooks.enter_context(attach(ancestor, before=self._on_ancestor))
             for name, module in self.components.items():
                 if self._recorder.takes_input(module):
-                    handle = module.register_forward_pre_hook(self._on_input, with_kwargs=True)
-                    hooks.callback(handle.remove)
-                    self._input_handles[name] = handle
+                    self._input_hooks[name] = hooks.enter_context(attach(module, before=self._on_input))
                 on_output = functools.partial(self._on_output, name)
-                hooks.callback(module.register_forward_hook(on_output).remove)
+                hooks.enter_context(attach(module, after=on_output))
             for module in self._transparent:
-                hooks.callback(module.register_forward_hook(self._on_transparent).remove)
+                hooks.enter_context(attach(module, after=self._on_transparent))
             if self.end is not None and self.end not in self.components:
                 end = dict(clean_modules(self._model))[self.end]
-                hooks.callback(end.register_forward_hook(self._on_end).remove)
+                hooks.enter_context(attach(end, after=self._on_end))
             if self._follow and self._recorder.passes == 0:
                 hooks.callback(self._recorder.origins.leave)
                 self._recorder.origins.follow()
@@ -127,7 +126,7 @@ class Capture:
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
         self._hooks.close()
-        self._input_handles.clear()
+        self._input_hooks.clear()
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass.
@@ -160,9 +159,9 @@ class Capture:
 
     def _drop_input_hooks(self) -> None:
         """Take the hooks off all inputs that the first pass showed not to be the network's."""
-        for name in list(self._input_handles):
+        for name in list(self._input_hooks):
             if not self._recorder.takes_input(self.components[name]):
-                self._input_handles.pop(name).remove()
+                self._input_hooks.pop(name).close()
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
@@ -201,7 +200,7 @@ class Capture:
             self._recorder.end(self.end or OUTPUT, self._model, value)
 
     @_kept_out_of_the_forward
-    def _on_ancestor(self, module: nn.Module, args: Any) -> None:
+    def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # A second call within one step (two views, a teacher) is another pass: the first one counts.
         self._closed = bool(self._recorder.states)
 
@@ -210,13 +209,13 @@ class Capture:
         self._recorder.take(module, args, kwargs)
 
     @_kept_out_of_the_forward
-    def _on_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._recorder.give(name, module, output)
 
     @_kept_out_of_the_forward
-    def _on_transparent(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._recorder.pass_on(module, args, output)
 
     @_kept_out_of_the_forward
-    def _on_end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.record_end(output)

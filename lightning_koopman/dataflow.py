@@ -49,6 +49,10 @@ class DataFlow:
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied weak reference frees a storage twice, which ends the interpreter.
+        return DataFlow, ()
+
     def __enter__(self) -> DataFlow:
         _WATCH.add(self)
         return self

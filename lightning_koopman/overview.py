@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_koopman.capture import Capture
 from lightning_koopman.components import Components, named_components
 from lightning_koopman.forward import ForwardFn, default_forward, to_device
+from lightning_koopman.hooks import attach
 from lightning_koopman.isolation import random_states_kept, undisturbed
 from lightning_koopman.plan import Plan, in_a_row, make_plan
 from lightning_koopman.pooling import valid_positions
@@ -165,7 +167,7 @@ class _Inputs:
 
     def __init__(self, modules: dict[str, nn.Module], taken: dict[str, tuple[int, ...]]) -> None:
         self._modules, self._taken = modules, taken
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> None:
         for name, module in self._modules.items():
@@ -178,11 +180,10 @@ class _Inputs:
                 shape = () if tensor is None else tuple(tensor.shape)
                 self._taken[f"{name}#{count}" if count else name] = shape
 
-            self._handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            self._hooks.enter_context(attach(module, before=note))
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
 
 def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_koopman.hooks import attach
 from lightning_koopman.report import CreditReport
 from lightning_koopman.runs import Runner
 from lightning_koopman.sites import find_module
@@ -75,20 +77,15 @@ def check_replaceable(calls: Sequence[str], runner: Runner) -> None:
                 "module that takes one tensor first and gives one can become linear"
             )
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for call in calls:
             module, number = find_module(model, call)
             if number:
                 raise ValueError(
                     f"{call!r} is a module's second call; only modules that run once can go"
                 )
-            hook = functools.partial(look, call)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            hooks.enter_context(attach(module, after=functools.partial(look, call)))
         Runner(model, runner.batches[:1], runner.forward_fn).run()
-    finally:
-        for handle in handles:
-            handle.remove()
     repeated = [name for name, count in seen.items() if count != 1]
     if repeated:
         raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_koopman.hooks import attach
 from lightning_koopman.module_tree import clean_name
 from lightning_koopman.tensors import first_tensor
 
@@ -127,8 +128,7 @@ class Sites:
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
                 after = functools.partial(self._after, calls)
-                hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(after).remove)
+                hooks.enter_context(attach(module, before=before, after=after))
             self._hooks = hooks.pop_all()
         return self
 
@@ -145,7 +145,9 @@ class Sites:
         if site in self._read:
             self._keep(site, first_tensor((args, kwargs)))
 
-    def _after(self, calls: Mapping[int, str], module: nn.Module, args: Any, output: Any) -> Any:
+    def _after(
+        self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
         number = self._counts.get(id(module), 0)
         self._counts[id(module)] = number + 1
         call = calls.get(number)

@@ -176,6 +176,6 @@ def first_loader(loaders: Any) -> Any:
     Returns:
         The first loader; empty where there is none.
     """
-    while isinstance(loaders, dict | list | tuple):
-        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders), ())
-    return () if loaders is None else loaders
+    while isinstance(loaders, dict | list | tuple) and loaders:
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
+    return loaders or () if isinstance(loaders, dict | list | tuple | None) else loaders

@@ -15,6 +15,7 @@ CORE = [
     "tensors",
     "dataflow",
     "isolation",
+    "hooks",
     "module_tree",
     "automatic",
     "components",
