@@ -12,7 +12,7 @@ from rich.progress import Progress
 from lightning_koopman.effects import Kind
 from lightning_koopman.progress import COLUMNS
 from lightning_koopman.report_commands import show_reports
-from lightning_koopman.user_code import build_batches, build_both, build_model
+from lightning_koopman.user_code import build_batches, build_model
 
 
 def demo(
@@ -53,7 +53,6 @@ def evaluate(
     trust_checkpoint: bool = False,
     shard: str = "1/1",
     fresh: bool = False,
-    workers: int = 1,
     weights: Literal["saved", "averaged", "current"] = "saved",
     effects: bool | list[Kind] = False,
     initial_checkpoint: str | None = None,
@@ -85,7 +84,6 @@ def evaluate(
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
         fresh: Measure again what was measured before.
-        workers: Processes that measure side by side, with the torch threads split among them.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
         effects: Also predict what altering each component would do to the outputs: all kinds, or those
             of a list such as [linear,skip].
@@ -101,8 +99,7 @@ def evaluate(
     part = _shard(shard)
     known = [] if out is None or fresh else read_known(out, format)
     own, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
-    build = functools.partial(build_both, model, own, data, of_data)
-    network, batches = build()
+    network, batches = build_model(model, own), build_batches(data, of_data)
     console = Console(stderr=True)
 
     def tell_known(taken: int, total: int) -> None:
@@ -130,8 +127,6 @@ def evaluate(
                 known=known,
                 about={"model": model, "data": data},
                 weights=weights,
-                workers=workers,
-                build=build,
                 effects=effects,
                 initial=initial_checkpoint,
                 components=components,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,6 @@ from lightning_koopman.evaluate import credit_report
 from lightning_koopman.predictions import predict_effects
 from lightning_koopman.report import CreditReport
 from lightning_koopman.run_logs import RunLogs
-from lightning_koopman.workers import WorkerError, run_in_processes
 
 
 class EvaluationError(CheckpointError):
@@ -56,8 +54,6 @@ def evaluate_checkpoints(
     known: Sequence[CreditReport] = (),
     about: Mapping[str, Any] | None = None,
     weights: Weights = "saved",
-    workers: int = 1,
-    build: Callable[[], tuple[nn.Module, Iterable[Any]]] | None = None,
     effects: bool | Sequence[Kind] = False,
     initial: str | os.PathLike[str] | None = None,
     **options: Any,
@@ -83,9 +79,6 @@ def evaluate_checkpoints(
         about: Names of model and data, or whatever else must be equal for a known report to hold.
         weights: Which of the weights that a checkpoint holds: those in its ``state_dict`` (``"saved"``),
             or, of a training with averaging, the ``"averaged"`` or the ``"current"`` ones.
-        workers: Number of processes that measure side by side, with the torch threads split among them.
-            A script that asks for several needs the usual ``if __name__ == "__main__":``.
-        build: Called in every worker process for the model and the batches; ``None`` sends copies.
         effects: Whether to predict the effects of altering each component too, or of which kinds, see
             :func:`lightning_koopman.predict_effects`.
         initial: Checkpoint of the weights that training began with, for the effect of going back to
@@ -100,11 +93,8 @@ def evaluate_checkpoints(
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
             after all others were evaluated, and carries their reports. Ctrl-C raises it too, with what
             was measured until then.
-        ValueError: As :func:`credit_report`, or if the shard or the number of workers is out of range,
-            or model or batches cannot be sent to a worker.
+        ValueError: As :func:`credit_report`, or if the shard is out of range.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; at least one process must measure")
     number, shards = shard
     if not 1 <= number <= shards:
         raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
@@ -123,27 +113,23 @@ def evaluate_checkpoints(
         on_known(len(entries) - len(new), len(entries))
     reports = {id(entry): entry.known for entry in entries if entry.known is not None}
     start = None if initial is None else load_checkpoint(initial, trust=trust_checkpoint).state_dict
-    measure = functools.partial(
-        _measure,
-        trust=trust_checkpoint,
-        weights=weights,
-        options=options,
-        kinds=kinds,
-        initial=start,
-    )
-    count = min(workers, len(new))
-    if count > 1:
-        build = build or functools.partial(_given, model, batches)
-        measured = run_in_processes(build, measure, new, count)
-    else:
-        measured = ((entry, measure((model, batches), entry)) for entry in new)
     logs, waiting, done, interrupted = RunLogs(logdir), deque(entries), 0, False
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}
     try:
         try:
             if on_progress is not None:
                 on_progress(0, len(new))
-            for entry, result in measured:
+            for entry in new:
+                result = _measure(
+                    model,
+                    batches,
+                    entry,
+                    trust=trust_checkpoint,
+                    weights=weights,
+                    options=options,
+                    kinds=kinds,
+                    initial=start,
+                )
                 logs.add_known(waiting, before=entry)
                 if isinstance(result, CheckpointError):
                     failures.append(str(result))
@@ -158,12 +144,9 @@ def evaluate_checkpoints(
         except KeyboardInterrupt:
             interrupted = True
             failures.append(f"interrupted after {done} of {len(new)} checkpoints")
-        except WorkerError as error:
-            failures.append(str(error))
         logs.add_known(waiting)
         logs.finish()
     finally:
-        measured.close()
         model.load_state_dict(original)
         logs.close()
     found = _in_order(entries, reports)
@@ -173,7 +156,8 @@ def evaluate_checkpoints(
 
 
 def _measure(
-    given: tuple[nn.Module, Iterable[Any]],
+    model: nn.Module,
+    batches: Iterable[Any],
     entry: Entry,
     *,
     trust: bool,
@@ -183,7 +167,6 @@ def _measure(
     initial: Mapping[str, Tensor] | None,
 ) -> CreditReport | CheckpointError:
     """Give the report of one checkpoint, or what is wrong with the file."""
-    model, batches = given
     try:
         apply_checkpoint(model, load_checkpoint(entry.path, trust=trust, weights=weights))
     except CheckpointError as error:
@@ -193,10 +176,6 @@ def _measure(
         how = {name: options[name] for name in ("forward_fn", "seed") if name in options}
         report = predict_effects(model, batches, report, kinds, initial=initial, **how)
     return replace(report, run=entry.run, source=entry.source)
-
-
-def _given(model: nn.Module, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
-    return model, batches
 
 
 def _in_order(entries: Sequence[Entry], reports: Mapping[int, CreditReport]) -> list[CreditReport]:

@@ -147,26 +147,6 @@ def _validation(found: Any, name: str) -> Iterable[Any]:
     return found
 
 
-def build_both(
-    model: str,
-    hyper_parameters: Mapping[str, Any],
-    data: str,
-    data_hyper_parameters: Mapping[str, Any] | None = None,
-) -> tuple[nn.Module, Iterable[Any]]:
-    """Build model and data.
-
-    Args:
-        model: As in :func:`build_model`.
-        hyper_parameters: As in :func:`build_model`.
-        data: As in :func:`build_batches`.
-        data_hyper_parameters: As there.
-
-    Returns:
-        Model and batches.
-    """
-    return build_model(model, hyper_parameters), build_batches(data, data_hyper_parameters)
-
-
 def fit_and_choose(
     name: str, hyper_parameters: Mapping[str, Any] | None = None
 ) -> tuple[list[Any], list[Any]]:

@@ -10,15 +10,25 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import NET_AND_DATA
-from test_workers import SLOW_DATA, checkpoints
+from torch import nn
 
 from lightning_koopman.report_files import read_reports
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX"),
-]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX")
+SLOW_DATA = """
+import time
+
+class Slow:
+    def __iter__(self):
+        for batch in data():
+            time.sleep(0.3)
+            yield batch
+
+def slow_data():
+    return Slow()
+"""
 WRITER = """
 import torch
 from torch import nn
@@ -32,6 +42,14 @@ while True:
 """
 
 
+def checkpoints(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for step in range(count):
+        torch.manual_seed(step)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+        torch.save({"state_dict": model.state_dict(), "global_step": step}, folder / f"{step}.ckpt")
+
+
 def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 200
     while not path.exists() and run.poll() is None and time.monotonic() < until:
@@ -39,6 +57,27 @@ def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
     assert path.exists()
 
 
+def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
+    checkpoints(tmp_path / "ckpt", 40)
+    command = [sys.executable, "-m", "lightning_koopman.cli", "evaluate", "--model=slow_code:net"]
+    command += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as run:
+        appears(tmp_path / "r.json", run)
+        # As a terminal does it: to the whole group.
+        os.killpg(run.pid, signal.SIGINT)
+        printed, told = (text.decode() for text in run.communicate(timeout=100))
+    assert run.returncode == 130, told
+    kept = read_reports(tmp_path / "r.json")
+    assert 1 <= len(kept) < 40
+    assert f"at step {len(kept) - 1}" in printed
+    assert f"interrupted after {len(kept)} of 40 checkpoints" in " ".join(told.split())
+    assert "Traceback" not in told
+
+
+@pytest.mark.slow
 def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
     checkpoints(tmp_path / "ckpt", 4)
@@ -57,6 +96,7 @@ def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path: Path) -
     assert found[: len(kept)] == kept
 
 
+@pytest.mark.slow
 def test_a_file_is_whole_at_every_moment_until_its_writer_is_killed(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     with subprocess.Popen([sys.executable, "-c", WRITER], cwd=tmp_path) as run:

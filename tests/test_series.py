@@ -24,7 +24,6 @@ from lightning_koopman.comparison import runs_table
 from lightning_koopman.html import to_html
 from lightning_koopman.report_files import read_reports, write_reports
 from lightning_koopman.schema import ReportFormatError
-from lightning_koopman.workers import WorkerError
 
 MORE_DATA = """
 def more_data():
@@ -288,19 +287,3 @@ def test_runs_with_other_components_stand_side_by_side(tmp_path: Path) -> None:
         ["0", "0", "2", "x"],
         ["a", r"\[b]", "a", r"\[b]"],
     ]
-
-
-def test_a_worker_that_dies_leaves_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = [save(tmp_path / f"{step}.ckpt", step) for step in range(3)]
-
-    def dying(build: Any, measure: Any, entries: Any, count: int) -> Any:
-        yield entries[0], measure(build(), entries[0])
-        raise WorkerError("a worker process ended before 2 of 3 were done")
-
-    monkeypatch.setattr("lightning_koopman.series.run_in_processes", dying)
-    with pytest.raises(EvaluationError, match="a worker process ended before 2 of 3") as told:
-        evaluate_checkpoints(network(), paths, batches(), workers=2)
-    assert [report.step for report in told.value.reports] == [0]
-    assert not told.value.interrupted
