@@ -89,10 +89,8 @@ def intervene(
         strength: Noise, as a share of the standard deviation.
         draws: Number of draws that measured effects of kinds with a random part are averaged over.
         scale: kl, or relative; by default kl where targets are class indices.
-        figure: File for a figure of predicted against measured effects. The measured effects themselves,
-            with their standard errors, are written beside it, as FIGURE.csv.
-        out: JSON file for the report with its predicted effects; without a figure, the measured ones are
-            written beside it, as OUT.csv.
+        figure: File for a figure of predicted against measured effects.
+        out: JSON file for the report with its predicted effects.
         max_dim: Wider states are pooled and projected.
         seed: Seed of everything that is drawn, the order of a loader that shuffles included.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
@@ -117,10 +115,6 @@ def intervene(
         network, measure_on, report, kinds or KINDS, fit_batches=fit_on, draws=draws, **asked
     )
     Console().print(result)
-    beside = figure or out
-    if beside is not None:
-        result.to_csv(f"{beside}.csv")
-        Console().print(f"Measured effects in {beside}.csv", highlight=False, soft_wrap=True)
     if figure is not None:
         result.plot().savefig(figure)
     if out is not None:

@@ -1,49 +1,19 @@
-"""Reports as plain rows, Markdown and files, and back."""
+"""Reports as Markdown and files, and back."""
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lightning_koopman import report_files
-from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.html import to_html
 from lightning_koopman.report import CreditReport
 from lightning_koopman.schema import ReportFormatError, read_json
 from lightning_koopman.whole_files import whole_file
 
-Format = Literal["json", "csv", "parquet", "html"]
-
-
-def to_rows(report: CreditReport) -> list[dict[str, Any]]:
-    """Give one flat row a component.
-
-    Args:
-        report: The report.
-
-    Returns:
-        Rows with the run, the step, the component, every quantity and its standard error, the
-        influence and the predicted effects where there are any, and the doubts.
-    """
-    rows = []
-    for i, component in enumerate(report.components):
-        row: dict[str, Any] = {"run": report.run, "step": report.step, "component": component}
-        for name in QUANTITIES:
-            row[name] = float(getattr(report, name)[i])
-            row[f"{name}_stderr"] = float(report.stderr[name][i])
-        if report.effects is not None:
-            row["influence"] = float(report.influence[i])
-            row["influence_stderr"] = float(report.effects.influence_stderr[i])
-            for kind, effect in report.effects.values.items():
-                row[f"effect_{kind}"] = float(effect[i])
-                row[f"effect_{kind}_stderr"] = float(report.effects.stderr[kind][i])
-        row["width"] = report.widths[i]
-        row["doubt"] = ", ".join(report.doubts[i])
-        rows.append(row)
-    return rows
+Format = Literal["json", "csv", "html"]
 
 
 def to_markdown(report: CreditReport) -> str:
@@ -98,30 +68,19 @@ def write_reports(
     Args:
         reports: The reports.
         path: The file.
-        kind: ``"json"`` can be read back; ``"csv"`` and ``"parquet"`` hold one row a component and
-            report, and need pandas; ``"html"`` is a page to look at.
-
-    Raises:
-        ModuleNotFoundError: If pandas, or pyarrow for Parquet, is not installed.
+        kind: ``"json"`` can be read back; ``"csv"`` holds one row per component and report;
+            ``"html"`` is a page to look at.
     """
     if kind == "json":
         report_files.write_reports(reports, path)
         return
-    if kind == "html":
-        with whole_file(path) as temporary:
-            temporary.write_text(to_html(reports), encoding="utf-8")
-        return
-    try:
-        pandas = importlib.import_module("pandas")
-        if kind == "parquet":
-            importlib.import_module("pyarrow")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"--format {kind} needs {error.name}: pip install 'lightning-koopman[tables]'"
-        ) from None
-    frame = pandas.DataFrame([row for report in reports for row in to_rows(report)])
     with whole_file(path) as temporary:
-        (frame.to_csv if kind == "csv" else frame.to_parquet)(temporary, index=False)
+        if kind == "html":
+            temporary.write_text(to_html(reports), encoding="utf-8")
+        else:
+            import pandas
+
+            pandas.concat([report.to_frame() for report in reports]).to_csv(temporary, index=False)
 
 
 def write_with_known(

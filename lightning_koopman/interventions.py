@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,10 +16,10 @@ from scipy.stats import spearmanr
 
 from lightning_koopman.effects import UNITS, Kind, Scale, with_share
 from lightning_koopman.tables import as_text
-from lightning_koopman.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 PREDICTORS: Mapping[Kind, str] = {"linear": "nonlinearity", "output_noise": "sensitivity"}
 """The quantity that a kind is set against where the report predicts no effect of it."""
@@ -90,14 +88,16 @@ class Interventions:
             return float("nan")
         return float(spearmanr(effect[known], self.predicted[kind][known]).statistic)
 
-    def to_rows(self) -> list[dict[str, Any]]:
-        """Give one flat row a component.
+    def to_frame(self) -> DataFrame:
+        """Return what was measured as a pandas table, one row per component.
 
         Returns:
-            Rows with the component, and for every kind the measured effect, the predicted one where that
+            The component, and for every kind the measured effect, the predicted one where that
             is an effect too, and the change of the metric where there is one, each with its standard
             error; then the scale, the number of samples and the metric before.
         """
+        import pandas
+
         rows = []
         for i, component in enumerate(self.components):
             row: dict[str, Any] = {"component": component}
@@ -114,20 +114,7 @@ class Interventions:
             if math.isfinite(self.metric_before):
                 row["metric_before"] = self.metric_before
             rows.append(row)
-        return rows
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows as CSV; cells of what is not a number are empty.
-
-        Args:
-            path: File to write, whole or not at all.
-        """
-        rows = self.to_rows()
-        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow({name: "" if value != value else value for name, value in row.items()})
+        return pandas.DataFrame(rows)
 
     def plot(self) -> Figure:
         """Draw predicted against measured with their standard errors, a panel a kind.

@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from lightning_koopman.formats import to_markdown, to_rows
+from lightning_koopman.formats import to_markdown
 from lightning_koopman.report import CreditReport
+from lightning_koopman.tables import to_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

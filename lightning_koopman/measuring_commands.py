@@ -40,7 +40,7 @@ def evaluate(
     ckpt: str | list[str],
     logdir: str | None = None,
     out: str | None = None,
-    format: Literal["json", "csv", "parquet", "html"] = "json",
+    format: Literal["json", "csv", "html"] = "json",
     components: str | list[str] | None = None,
     rank: int | None = None,
     tikhonov: float | None = None,
@@ -69,7 +69,7 @@ def evaluate(
         out: File for the reports, kept complete after every checkpoint. A second run with the same file
             measures only checkpoints that are new or changed, or all if an option changed. It cannot see
             changes of the model's code or of the data: use fresh then.
-        format: Kind of that file. Beside csv, parquet and html, a .json file of the same name is kept
+        format: Kind of that file. Beside csv and html, a .json file of the same name is kept
             for the second run and the report command.
         components: Names or glob patterns of components; chosen by default.
         rank: Most output directions to align.

@@ -17,11 +17,12 @@ from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.effects import Effects
 from lightning_koopman.operator import KoopmanOperator
 from lightning_koopman.schema import ReportFormatError, checked_fields, plain_fields, read_json
-from lightning_koopman.tables import as_text, credit_table, effects_table
+from lightning_koopman.tables import as_text, credit_table, effects_table, to_rows
 from lightning_koopman.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 MIN_R2 = 0.5
 """Below this held-out R², of its own operator or of the chain behind it, a component is marked."""
@@ -170,6 +171,18 @@ class CreditReport:
             for component, value in zip(self.components, values, strict=True):
                 scalars[f"{prefix}/{name}/{component}"] = float(value)
         return scalars
+
+    def to_frame(self) -> DataFrame:
+        """Return the report as a pandas table; pandas writes it as CSV, Parquet and much else.
+
+        Returns:
+            One row per component: the run, the step, the component, every quantity and its standard
+            error, the influence and the predicted effects where there are any, the width of the state
+            and the doubts.
+        """
+        import pandas
+
+        return pandas.DataFrame(to_rows(self))
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain Python values, with ``None`` for what is not finite.

@@ -14,7 +14,7 @@ from lightning_koopman.user_code import build_batches, build_trained
 def report(
     file: str,
     out: str | None = None,
-    format: Literal["json", "csv", "parquet", "html"] = "html",
+    format: Literal["json", "csv", "html"] = "html",
 ) -> None:
     """Show saved reports again, without the model.
 

@@ -1,4 +1,4 @@
-"""A report as a table to read, and any table as plain text."""
+"""A report as rows and as a table to read, and any table as plain text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.constrain import Constrain
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from lightning_koopman.credit import QUANTITIES
 
 if TYPE_CHECKING:
     from lightning_koopman.report import CreditReport
@@ -38,6 +40,26 @@ class Captioned:
         width = min(options.max_width, console.measure(self.table, options=options).maximum)
         if self.lines:
             yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
+
+
+def to_rows(report: CreditReport) -> list[dict[str, Any]]:
+    """Return one flat row per component: quantities, predicted effects where there are any, doubts."""
+    rows = []
+    for i, component in enumerate(report.components):
+        row: dict[str, Any] = {"run": report.run, "step": report.step, "component": component}
+        for name in QUANTITIES:
+            row[name] = float(getattr(report, name)[i])
+            row[f"{name}_stderr"] = float(report.stderr[name][i])
+        if report.effects is not None:
+            row["influence"] = float(report.influence[i])
+            row["influence_stderr"] = float(report.effects.influence_stderr[i])
+            for kind, effect in report.effects.values.items():
+                row[f"effect_{kind}"] = float(effect[i])
+                row[f"effect_{kind}_stderr"] = float(report.effects.stderr[kind][i])
+        row["width"] = report.widths[i]
+        row["doubt"] = ", ".join(report.doubts[i])
+        rows.append(row)
+    return rows
 
 
 def credit_table(report: CreditReport) -> Captioned:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -201,21 +200,13 @@ def test_intervene_shows_predicted_beside_measured(
     assert report.step == 10
     assert (report.effects.values["reinit"] > 0).any()
     assert (project / "f.png").read_bytes()[:4] == b"\x89PNG"
-    assert "Measured effects in f.png.csv" in printed
-    with open("f.png.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["component"] for row in rows] == list(report.components)
-    assert all(float(row["measured_reinit"]) > 0 for row in rows)
-    assert all(float(row["measured_reinit_stderr"]) > 0 for row in rows)
-    assert not Path("r.json.csv").exists()
     assert main([*command.split(), "--kinds", "[skip]", "--out", "r.json"]) == 0
-    assert "Measured effects in r.json.csv" in capsys.readouterr().out
-    assert "measured_skip" in Path("r.json.csv").read_text()
+    assert list(CreditReport.from_json("r.json").effects.values) == ["skip"]
+    capsys.readouterr()
     assert main([*command.split(), "--kinds", "[skip]"]) == 0
     printed = capsys.readouterr().out
     assert "skip" in printed
     assert "reinit" not in printed
-    assert "Measured effects in" not in printed
 
 
 def test_a_seed_fixes_the_order_of_a_loader_that_shuffles(project: Path) -> None:

@@ -77,7 +77,7 @@ def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.Capt
     for words, expected in (
         (["eval"], "evaluate"),
         (["evaluate", "--max"], "--max_dim"),
-        (["evaluate", "--format", "par"], "parquet"),
+        (["evaluate", "--format", "ht"], "html"),
     ):
         assert expected in completed(tmp_path / "completion.bash", words)
 

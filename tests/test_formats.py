@@ -1,11 +1,11 @@
-"""Reports as files: JSON, CSV, Parquet, HTML, and what changed between two of them."""
+"""Reports as files: JSON, CSV, HTML, and what changed between two of them."""
 
 import csv
 import dataclasses
 import re
-import sys
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints, predict_effects
 from lightning_koopman.cli import main
 from lightning_koopman.comparison import changes
+from lightning_koopman.credit import QUANTITIES
 from lightning_koopman.formats import read_reports, to_markdown, write_reports, write_with_known
 from lightning_koopman.html import to_html
 from lightning_koopman.schema import ReportFormatError
@@ -46,22 +47,20 @@ def test_bad_files_are_named(tmp_path, content, message):
         read_reports(tmp_path / "r.json")
 
 
-def test_csv_and_parquet_hold_a_row_a_component(report, tmp_path):
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+def test_frame_and_csv_hold_a_row_per_component(report, tmp_path):
     write_reports([report, report], tmp_path / "r.csv", "csv")
     rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
     assert [row["component"] for row in rows] == ["0", "2", "0", "2"]
     assert float(rows[0]["credit"]) == pytest.approx(report.credit[0])
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    write_reports([report], tmp_path / "r.parquet", "parquet")
-    frame = pandas.read_parquet(tmp_path / "r.parquet")
-    np.testing.assert_array_equal(frame["gain"], report.gain)
-
-
-def test_missing_pandas_is_named(report, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ModuleNotFoundError, match=r"--format csv needs pandas: pip install"):
-        write_reports([report], tmp_path / "r.csv", "csv")
+    frame = report.to_frame()
+    assert list(frame) == list(rows[0])
+    assert list(frame["component"]) == ["0", "2"]
+    assert list(frame["step"]) == [7, 7]
+    for name in QUANTITIES:
+        np.testing.assert_array_equal(frame[name], getattr(report, name))
+        np.testing.assert_array_equal(frame[f"{name}_stderr"], report.stderr[name])
+    assert list(frame["width"]) == list(report.widths)
+    assert list(frame["doubt"]) == [", ".join(words) for words in report.doubts]
 
 
 def test_html_is_self_contained_and_escaped(report):
@@ -111,7 +110,6 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 
 
 def test_predicted_effects_are_in_every_kind_of_file(tmp_path):
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x = torch.randn(300, 4)
@@ -141,13 +139,6 @@ def test_a_report_without_directions_is_shown_without_their_figure(report):
     assert "Credit by output direction" not in page
     assert "Credit by output direction" in to_html([report])
     assert page.count('class="doubt"') == 2
-
-
-def test_parquet_comes_back(report, tmp_path):
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    write_reports([report], tmp_path / "r.parquet", "parquet")
-    np.testing.assert_array_equal(pandas.read_parquet(tmp_path / "r.parquet")["credit"], report.credit)
 
 
 def test_without_any_report_only_json_is_written(tmp_path):

@@ -6,7 +6,6 @@ import io
 from typing import NamedTuple
 
 import numpy as np
-import pandas
 import pytest
 import torch
 from rich.console import Console
@@ -337,13 +336,12 @@ def test_measured_effects_of_kinds_that_draw_carry_the_error_of_their_draws_too(
     assert np.sqrt(np.mean(squares)) == pytest.approx(spread / np.sqrt(8), rel=0.25)
 
 
-def test_rows_and_csv_hold_what_was_measured(tmp_path):
+def test_the_frame_holds_what_was_measured():
     net, (x, y) = mlp(), data()
     report = predict_effects(net, batched(x, y), credit_report(net, batched(x, y)))
     result = intervene(net, batched(x, y), report, draws=2)
     result = dataclasses.replace(result, components=("0", 'a, "b"', "5"))
-    result.to_csv(tmp_path / "effects.csv")
-    found = pandas.read_csv(tmp_path / "effects.csv", dtype={"component": str})
+    found = result.to_frame()
     assert found["component"].tolist() == list(result.components)
     for column, kind in enumerate(KINDS):
         for name, values in (
@@ -358,20 +356,14 @@ def test_rows_and_csv_hold_what_was_measured(tmp_path):
     assert set(found["n_samples"]) == {len(x)}
     assert set(found["scale"]) == {"kl"}
     assert found["metric_before"].tolist() == pytest.approx([accuracy(net(x), y)] * 3)
-    # As the package's other tables are written.
-    frame = pandas.DataFrame(result.to_rows())
-    assert (tmp_path / "effects.csv").read_text() == frame.to_csv(index=False)
 
 
-def test_what_is_not_a_number_is_an_empty_cell(tmp_path):
+def test_the_frame_has_no_columns_of_what_was_not_measured():
     net, (x, _) = mlp(), data()
     result = intervene(net, [x], credit_report(net, [x]), ["skip"], scale="relative")
-    assert list(result.to_rows()[0]) == [
+    assert list(result.to_frame()) == [
         "component", "measured_skip", "measured_skip_stderr", "scale", "n_samples",
     ]  # fmt: skip
-    unknown = dataclasses.replace(result, effect_stderr=np.full_like(result.effect, np.nan))
-    unknown.to_csv(tmp_path / "effects.csv")
-    assert ",,relative," in (tmp_path / "effects.csv").read_text().splitlines()[1]
 
 
 def test_bars_of_the_figure_reach_one_standard_error():

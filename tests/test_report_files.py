@@ -18,7 +18,7 @@ from torch import nn
 from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, formats, predict_effects
 from lightning_koopman.cli import main
 from lightning_koopman.comparison import changes_table
-from lightning_koopman.formats import to_markdown, to_rows
+from lightning_koopman.formats import to_markdown
 from lightning_koopman.html import to_html
 from lightning_koopman.report_files import merge_reports, read_reports, write_reports
 from lightning_koopman.schema import ReportFormatError
@@ -106,8 +106,6 @@ def test_reports_so_far_are_saved_after_every_checkpoint(tmp_path: Path) -> None
 def test_a_disk_that_is_full_leaves_the_old_file(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kind == "csv":
-        pytest.importorskip("pandas", reason="pandas is not installed")
     report = credit_report(network(), batches())
     out = tmp_path / "out"
 
@@ -228,7 +226,7 @@ def test_what_passes_for_a_report_can_be_shown_in_every_form(data: st.DataObject
         warnings.simplefilter(
             "ignore"
         )  # figures warn of numbers that overflow, and of letters they lack
-        for form in (str, to_rows, to_markdown, lambda one: to_html([one, one])):
+        for form in (str, CreditReport.to_frame, to_markdown, lambda one: to_html([one, one])):
             form(report)
         str(as_text(changes_table(report, report, "credit")))
     assert json.dumps(report.to_dict(), allow_nan=False)

@@ -143,8 +143,6 @@ def test_a_changed_file_is_measured_again(project: Path, capsys: pytest.CaptureF
 def test_other_formats_resume_from_the_json_beside_them(
     project: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    if kind == "csv":
-        pytest.importorskip("pandas", reason="pandas is not installed")
     for _ in range(2):
         assert evaluate(f"--out=r.{kind}", f"--format={kind}") == 0
     assert "3 of 3 reports taken over" in capsys.readouterr().err
@@ -238,7 +236,6 @@ def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
 
 
 def test_runs_stay_apart_everywhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pandas", reason="pandas is not installed")
     (project / "ckpt").rename(project / "old")
     for run, scale in (("b", 2.0), ("a", 1.0)):
         for step in (1, 2):
