@@ -72,7 +72,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             come ``credit_low`` and ``credit_high``, one standard error below and above.
         top_k: Log scalars of the ``k`` components with the largest credit in the first measurement
             only; ``None`` logs all, up to 200 tags, and says so where that leaves some out.
-        figures: Whether loggers that take them get figures, histograms and a closing table.
+        figures: Whether loggers that take them get figures and a closing table.
         layout: Whether TensorBoard gets a custom-scalars layout. It keeps only the last layout of a
             run, so switch this off if you write your own.
         every_n_epochs: Measure in every n-th epoch.

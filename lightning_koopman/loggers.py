@@ -1,4 +1,4 @@
-"""What each kind of logger takes: figures, histograms, a layout of charts, a table."""
+"""What each kind of logger takes: figures, a layout of charts, a table."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
-
 from lightning_koopman.formats import to_markdown
 from lightning_koopman.report import CreditReport
 from lightning_koopman.tables import to_rows
@@ -24,7 +22,7 @@ BANDS = ("credit_low", "credit_high")
 """Scalars at the edges of the credit's error band."""
 
 FREE_FOR_FIGURES = 64 * 2**20
-"""Bytes that must be free where a logger writes; figures and histograms of a long training take some."""
+"""Bytes that must be free where a logger writes; figures of a long training take some."""
 
 # A writer keeps only its last layout, so several monitors of one run must write theirs together.
 _layouts: WeakKeyDictionary[Any, dict[str, dict[str, list[Any]]]] = WeakKeyDictionary()
@@ -77,26 +75,6 @@ def figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
             logger.run_id, figure, f"{tag}_{step:08d}.png"
         )
     return None
-
-
-def write_histograms(logger: Any, prefix: str, report: CreditReport, step: int) -> None:
-    """Write how credits, gains and nonlinearities spread, where a logger takes histograms.
-
-    Args:
-        logger: Any logger.
-        prefix: First part of every tag.
-        report: The report.
-        step: Step on the logger's axis.
-    """
-    experiment: Any = getattr(logger, "experiment", None)
-    if not hasattr(experiment, "add_histogram"):
-        return
-    arrays = {name: getattr(report, name) for name in ("credit", "gain", "nonlinearity")}
-    arrays["credit by direction"] = report.volumes
-    for name, values in arrays.items():
-        finite = np.clip(values[np.isfinite(values)], -1e19, 1e19)  # the outermost bins
-        if finite.size:
-            experiment.add_histogram(f"{prefix}/{name}", finite, step)
 
 
 def write_layout(logger: Any, prefix: str, quantities: Sequence[str], components: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from lightning_koopman.loggers import (
     FREE_FOR_FIGURES,
     figure_sink,
     free_bytes,
-    write_histograms,
     write_layout,
     write_table,
 )
@@ -40,7 +39,7 @@ class CreditWriter:
             band.
         top_k: Write scalars of the ``k`` components with the largest credit in the first report;
             ``None`` writes all, up to :data:`MOST_TAGS` tags.
-        figures: Whether to draw figures, histograms and the closing table.
+        figures: Whether to draw figures and the closing table.
         layout: Whether to write TensorBoard's custom-scalars layout.
 
     Attributes:
@@ -70,7 +69,7 @@ class CreditWriter:
         self._told_of_room = False
 
     def draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
-        """Write layout, histograms and, when due, figures of the newest report.
+        """Write the layout and, when due, figures of the newest report.
 
         Args:
             loggers: Where to.
@@ -81,11 +80,9 @@ class CreditWriter:
         self._written += 1
         self._newest_drawn = self._written & (self._written - 1) == 0
         loggers = self._with_room(loggers)
-        for logger in loggers:
-            if self.layout:
+        if self.layout:
+            for logger in loggers:
                 write_layout(logger, self.prefix, self.quantities, self.shown)
-            if self.figures:
-                write_histograms(logger, self.prefix, reports[-1], step)
         if self.figures and self._newest_drawn:
             self._draw(loggers, reports, step)
 
@@ -160,7 +157,7 @@ class CreditWriter:
             self._told_of_room = True
             rank_zero_warn(
                 f"less than {FREE_FOR_FIGURES // 2**20} MiB are free where a logger writes, so it gets "
-                "scalars only, and neither figures nor histograms",
+                "scalars only, and no figures",
                 stacklevel=4,
             )
         return roomy

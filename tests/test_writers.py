@@ -24,7 +24,7 @@ from lightning_koopman import (
     predict_effects,
 )
 from lightning_koopman.formats import to_markdown
-from lightning_koopman.loggers import EventFile, free_bytes
+from lightning_koopman.loggers import free_bytes
 from lightning_koopman.writers import CreditWriter
 
 
@@ -71,9 +71,7 @@ def fit(logger, epochs=3, monitors=None, **options):
 
 
 def events(folder):
-    accumulator = EventAccumulator(
-        str(folder), size_guidance={"images": 0, "scalars": 0, "histograms": 0}
-    )
+    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
     accumulator.Reload()
     return accumulator
 
@@ -159,11 +157,10 @@ def test_layout_is_written_once_with_all_charts(run):
     )
 
 
-def test_closing_table_and_histograms(run):
+def test_closing_table(run):
     accumulator, _, monitor = run
     text = accumulator.Tensors("koopman/report/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == to_markdown(monitor.report)
-    assert len(accumulator.Histograms("koopman/credit by direction")) == 5
 
 
 def test_options_and_the_modules_own_hyperparameters_arrive_together(run):
@@ -181,7 +178,6 @@ def test_layout_and_figures_can_be_switched_off(tmp_path):
     fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, layout=False, figures=False)
     tags = events(tmp_path).Tags()
     assert not tags["images"]
-    assert not tags["histograms"]
     assert not [t for t in tags["tensors"] if "custom" in t or "report" in t]
 
 
@@ -230,20 +226,6 @@ def test_top_k_below_one_is_refused():
 def test_unknown_quantity_is_refused():
     with pytest.raises(ValueError, match=r"unknown quantities \['worth'\]"):
         KoopmanCreditMonitor(quantities=["worth"])
-
-
-def test_histograms_never_hold_what_is_not_finite(tmp_path):
-    writer, file = CreditWriter(), EventFile(str(tmp_path))
-    writer.draw([], [many(3)], 0)  # so that the next report is not due for a figure
-    writer.draw([], [many(3)], 1)
-    nothing = np.full(3, np.nan)
-    bad = np.array([np.nan, np.inf, 1e308])
-    report = many(3, credit=nothing, gain=bad)
-    writer.draw([file], [report], 2)
-    file.close()
-    accumulator = events(tmp_path)
-    assert "koopman/credit" not in accumulator.Tags()["histograms"]
-    assert accumulator.Histograms("koopman/gain")[0].histogram_value.num == 1
 
 
 def test_csv_gets_scalars(tmp_path):
