@@ -68,44 +68,28 @@ class Accumulator:
         """Names of the states, known from the first batch on."""
         return self._reducer.names
 
-    def settle(self, links: tuple[tuple[int, ...], ...] = (), excited: tuple[int, ...] = ()) -> None:
+    def settle(self, links: tuple[tuple[int, ...], ...]) -> None:
         """Learn how the states are linked, before the first batch.
 
         Args:
             links: States that each step reads; empty where each reads the one before it.
-            excited: Steps whose answers to noise arrive behind the states.
         """
         if links:
             self._options["links"] = links
-        if excited:
-            self._options["excited"] = excited
-            self._reducer.like = tuple(state for i in excited for state in (i - 1, i))
 
-    def wanted(self, arrived: int) -> int:
-        """Tell how many samples of a batch are still to be taken.
-
-        Args:
-            arrived: Samples of the batch.
-
-        Returns:
-            That number or less.
-        """
-        room = arrived if self._max_samples is None else self._max_samples - self.n_samples
-        return min(arrived, max(0, room))
-
-    def push(self, rows: Mapping[str, Tensor], more: Sequence[Tensor] = ()) -> None:
+    def push(self, rows: Mapping[str, Tensor]) -> None:
         """Add one batch.
 
         Args:
             rows: Rows by state, each ``(n_samples, D_i)``, in order of execution.
-            more: Rows of the noisy input and the answer of every excited step.
 
         Raises:
             ValueError: If names, widths or row counts differ from before, or a value is not finite.
         """
         arrived = next(iter(rows.values())).shape[0]
-        most = self.wanted(arrived)
-        self.take(self._reducer.push(rows, most, more))
+        room = arrived if self._max_samples is None else self._max_samples - self.n_samples
+        most = min(arrived, max(0, room))
+        self.take(self._reducer.push(rows, most))
         if self._hold and self._marks is None:
             means = [block[:_MARKED].mean(dim=1) for block in rows.values()]
             self._marks = torch.stack([mean.cpu().double() for mean in means])
@@ -148,7 +132,6 @@ class Accumulator:
             self.n_samples,
             tuple(offset.cpu() for offset in self._reducer.center),
             links=self._options.get("links", ()),
-            excited=self._options.get("excited", ()),
             marks=self._marks,
         )
 
@@ -165,7 +148,7 @@ class Accumulator:
         common, reducer, error = agreed(shares), self._reducer, None
         own = tuple(offset.cpu() for offset in reducer.center)
         reducer.expect(common.names, common.widths)
-        self.settle(common.links, common.excited)
+        self.settle(common.links)
         if not common.center:
             reducer.fix(agree_on_basis(reducer.first_rows, shares, reducer.max_dim, reducer.fitted))
             try:

@@ -16,7 +16,6 @@ from lightning_koopman.chain import Normalize
 from lightning_koopman.components import named_components
 from lightning_koopman.credit import check_options
 from lightning_koopman.delay import Delay
-from lightning_koopman.excitation import check_excitation
 from lightning_koopman.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.isolation import is_compiled, random_states_kept
 from lightning_koopman.kept_batches import KeptBatches
@@ -88,9 +87,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
             deviation (``"rms"``) or whitened (``"whiten"``).
         delay: Step delay: how many earlier states each operator sees, or ``"auto"``, as in
             :func:`lightning_koopman.credit_report`.
-        excitation: Share of noise on a second call of every component, as in
-            :func:`lightning_koopman.credit_report`. The second calls come right behind each validation
-            batch, in eval mode, and cost as much as one more forward pass.
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
             directions of the output.
         forward_fn: How to run the module on a batch where an extra pass is needed; ``None`` calls it on
@@ -122,7 +118,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         tikhonov: float | None = None,
         normalize: Normalize = "none",
         delay: Delay = 1,
-        excitation: float = 0.0,
         targets: Sequence[int] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         prefix: str = "koopman",
@@ -131,7 +126,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
     ) -> None:
         check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
         check_reduce(reduce)
-        check_excitation(excitation)
         if not (output is None or isinstance(output, str)):
             raise ValueError(
                 f"output is {output!r}; a callback does not see what the model returns, so name a module"
@@ -153,7 +147,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
             "tikhonov": tikhonov,
             "normalize": normalize,
             "delay": delay,
-            "excitation": excitation,
             "targets": targets,
             "seed": seed,
         }
@@ -256,7 +249,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 "set allow_zero_length_dataloader_with_multiple_devices to False"
             )
             return
-        if self._options["excitation"] or is_compiled(pl_module):
+        if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
         self._session.begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
 

@@ -56,9 +56,6 @@ class Capture:
             none.
         follow: Whether to follow the data through the first pass, so that :attr:`Recorded.sources`
             is known there.
-        on_call: Called before each component runs, with the module, the number of its calls before in
-            this pass, its arguments, and what tells the states that a value came from, where that is
-            followed.
 
     Attributes:
         components: The chosen modules by name.
@@ -76,7 +73,6 @@ class Capture:
         keep: Callable[[Tensor, Any], Any] = lambda tensor, _: detached_copy(tensor),
         output: str | None = None,
         follow: bool = False,
-        on_call: Callable[..., None] | None = None,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError(
@@ -93,7 +89,7 @@ class Capture:
         self._model = model
         self._follow = follow
         names = {id(module): clean_name(name) for name, module in model.named_modules()}
-        self._recorder = Recorder(names, named, keep, on_call)
+        self._recorder = Recorder(names, named, keep)
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
         self._closed = False

@@ -60,7 +60,10 @@ def split_chain(
     if scales is not None:
         train = _rescaled(train, scales)
         test = None if test is None else _rescaled(test, scales)
-    problems = tuple(spectrum(*_fitted_to(train, layout, i)) for i in range(1, len(layout.dims)))
+    problems = tuple(
+        spectrum(regressors(train, layout, i), targets(train, layout, i))
+        for i in range(1, len(layout.dims))
+    )
     output = train[len(layout.dims) - 1, len(layout.dims) - 1]
     if normalize == "whiten":
         # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
@@ -94,7 +97,10 @@ def regressors(given: Covariances, layout: Layout, i: int) -> Tensor:
     Returns:
         Shape ``(d_in, d_in)``.
     """
-    return _side_by_side(given, layout.parents[i])
+    read = layout.parents[i]
+    if len(read) == 1:
+        return given[read[0], read[0]]
+    return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])
 
 
 def targets(given: Covariances, layout: Layout, i: int) -> Tensor:
@@ -124,7 +130,7 @@ def _scales(train: Covariances, layout: Layout, normalize: Normalize) -> list[Te
             values, vectors = torch.linalg.eigh(train[i, i])
             kept = alive(values)
             scales.append(vectors[:, kept] * values[kept].rsqrt())
-    return [scales[state] for state in layout.origins]
+    return scales
 
 
 def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
@@ -135,22 +141,3 @@ def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
         tuple(blocks[i, i].diagonal() for i in range(len(scales))),
         blocks,
     )
-
-
-def _fitted_to(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
-    """Covariances that a step is fitted to: the data's, or their mean with those under noise."""
-    c_xx, c_xy = regressors(given, layout, i), targets(given, layout, i)
-    if i not in layout.excited:
-        return c_xx, c_xy
-    # Each set is about its own mean, so that noise moves no intercept.
-    noisy, answer = layout.noisy(i)
-    read = [noisy if p == i - 1 else p for p in layout.parents[i]]
-    return (c_xx + _side_by_side(given, read)) / 2, (
-        c_xy + torch.cat([given[p, answer] for p in read])
-    ) / 2
-
-
-def _side_by_side(given: Covariances, read: Sequence[int]) -> Tensor:
-    if len(read) == 1:
-        return given[read[0], read[0]]
-    return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])

@@ -61,7 +61,7 @@ class _Blocks(Mapping[tuple[int, int], Tensor]):
     def __getitem__(self, pair: tuple[int, int]) -> Tensor:
         i, j = pair
         raw = _read(self.row, self.without, self.layout.slices[pair])
-        raw = raw.view(self.layout.widths[i], self.layout.widths[j])
+        raw = raw.view(self.layout.dims[i], self.layout.dims[j])
         if not self.scale:
             return torch.zeros_like(raw)
         # E[(x - a)(y - b)ᵀ] = E[xyᵀ] - m_x bᵀ - a (m_y - b)ᵀ
@@ -102,11 +102,11 @@ def covariances(
     """
     count = float(_read(row, without, slice(0, 1)))
     scale = 1.0 / count if count else 0.0
-    states = range(len(layout.widths))
+    states = range(len(layout.dims))
     own = tuple(_read(row, without, layout.slices[i,]) * scale for i in states)
     about = own if about is None else tuple(about)
     variances, varies = [], []
-    for i, width in enumerate(layout.widths):
+    for i, width in enumerate(layout.dims):
         place = layout.slices[i, i]
         diagonal = slice(place.start, place.stop, 1 if i in layout.squares else width + 1)
         square = _read(row, without, diagonal) * scale

@@ -33,7 +33,6 @@ def credit_report(
     delay: Delay = 1,
     targets: Sequence[int] | None = None,
     observables: Observables = None,
-    excitation: float = 0.0,
     seed: int = 0,
     step: int | None = None,
 ) -> CreditReport:
@@ -73,12 +72,7 @@ def credit_report(
             random Fourier features) or ``"rbf"`` (as many Gaussian bumps), each beside the state
             itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
             ``(n_samples, d)`` to rows. Credits are then about these coordinates.
-        excitation: Calls every component a second time on its input with normal noise of this share of
-            each unit's standard deviation, and fits its operator to both, so that it is known off the
-            data's own manifold too. Costs one more forward pass. R², ``nonlinearity`` and the state's
-            statistics stay about the data alone. Components that do not take exactly the one state
-            before them are fitted to the data alone; a note names them.
-        seed: Chooses the folds, the random features and the noise.
+        seed: Chooses the folds and the random features.
         step: Training step the weights belong to, for the report.
 
     Returns:
@@ -120,7 +114,6 @@ def credit_report(
         delay=delay,
         targets=targets,
         observables=observables,
-        excitation=excitation,
     )
     measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)

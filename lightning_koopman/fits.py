@@ -62,10 +62,7 @@ def fit_steps(
         for fold, form in enumerate(forms):
             errors[fold, i - 1] = counts[fold] * float(form.errors([ridge]))
             totals[fold, i - 1] = counts[fold] * form.variance
-        if i in layout.excited:
-            own = _held_out(layout, _on_itself(whole), i)
-        else:
-            own = in_sample(whole.problems[i - 1], float(whole.train.variances[i].sum()))
+        own = in_sample(whole.problems[i - 1], float(whole.train.variances[i].sum()))
         within[0, 0, i - 1], within[1, 0, i - 1] = float(own.errors([ridge])), own.variance
     return Fit(*_pooled_r2(errors, totals), in_sample=_pooled_r2(*within)[0]), chosen, without
 

@@ -25,7 +25,6 @@ class Layout:
         reach: Keep what every delay up to this one needs, so that :func:`dataclasses.replace` may change
             ``delay`` later on the same moments.
         squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
-        excited: Steps of which the answers to a noisy input are kept too, ascending.
     """
 
     dims: tuple[int, ...]
@@ -34,7 +33,6 @@ class Layout:
     links: tuple[tuple[int, ...], ...] = ()
     reach: int = 1
     squares: tuple[int, ...] = ()
-    excited: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.dims) < 2:
@@ -54,36 +52,6 @@ class Layout:
         for i, read in enumerate(self.links, start=1):
             if not all(0 <= p < i for p in read):
                 raise ValueError(f"links of step {i} are {read}; a step reads states 0 … {i - 1} only")
-        if list(self.excited) != sorted({i for i in self.excited if 1 <= i < len(self.dims)}):
-            raise ValueError(
-                f"excited is {self.excited}; name steps from 1 to {len(self.dims) - 1}, in ascending "
-                "order"
-            )
-
-    @cached_property
-    def origins(self) -> tuple[int, ...]:
-        """For each block of rows that is kept, the state that it is a copy of, or a noisy version of.
-
-        These are x_0 … x_L, and then, for each excited step, its noisy input and the answer to it.
-        """
-        return (*range(len(self.dims)), *(state for i in self.excited for state in (i - 1, i)))
-
-    @cached_property
-    def widths(self) -> tuple[int, ...]:
-        """Width of each block of rows that is kept."""
-        return tuple(self.dims[state] for state in self.origins)
-
-    def noisy(self, step: int) -> tuple[int, int]:
-        """Find the places of an excited step's noisy input and of the answer to it.
-
-        Args:
-            step: One of ``excited``.
-
-        Returns:
-            Their indices among the blocks that are kept.
-        """
-        place = len(self.dims) + 2 * self.excited.index(step)
-        return place, place + 1
 
     @cached_property
     def parents(self) -> tuple[tuple[int, ...], ...]:
@@ -119,10 +87,6 @@ class Layout:
         kept = {(i, i) for i in range(last + 1)} | {(i, last) for i in range(last + 1)}
         kept |= {(p, i) for i, read in enumerate(self._most_read) for p in read}
         kept |= {(p, q) for states in self.live for p in states for q in states if p <= q}
-        for step in self.excited:
-            given, answer = self.noisy(step)
-            kept |= {(given, given), (given, answer), (answer, answer)}
-            kept |= {(p, q) for p in self._most_read[step] if p != step - 1 for q in (given, answer)}
         return tuple(sorted(kept))
 
     @cached_property
@@ -130,8 +94,8 @@ class Layout:
         """Place of the sum of state i, under ``(i,)``, and of a product, under ``(i, j)``."""
         places: dict[tuple[int, ...], slice] = {}
         start = 1
-        for key in [(i,) for i in range(len(self.widths))] + list(self.pairs):
-            size = math.prod(self.widths[i] for i in (key[:1] if key[0] in self.squares else key))
+        for key in [(i,) for i in range(len(self.dims))] + list(self.pairs):
+            size = math.prod(self.dims[i] for i in (key[:1] if key[0] in self.squares else key))
             places[key] = slice(start, start + size)
             start += size
         return places

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from lightning_koopman.accumulator import Accumulator
 from lightning_koopman.capture import Capture
 from lightning_koopman.components import Components
-from lightning_koopman.excitation import Excitation, check_excitation
 from lightning_koopman.forward import ForwardFn, default_forward, to_device
 from lightning_koopman.isolation import undisturbed
-from lightning_koopman.keys import sample_keys
 from lightning_koopman.lifts import Observables, check_observables
 from lightning_koopman.plan import Plan, in_a_row, make_plan
 from lightning_koopman.pooling import valid_positions
@@ -39,7 +37,6 @@ class Measurement:
         reduce: How spatial and sequence axes become part of a row, as in :func:`credit_report`.
         output: What the chain ends with, as in :func:`credit_report`.
         observables: Lift of every state but the last, as in :func:`credit_report`.
-        excitation: Share of noise on a second call of every component, as in :func:`credit_report`.
         seed: Chooses the folds.
         options: Passed on to :class:`KoopmanCredit`.
 
@@ -62,7 +59,6 @@ class Measurement:
         reduce: ReduceOption = "pool",
         output: str | Callable[[Any], Any] | None = None,
         observables: Observables = None,
-        excitation: float = 0.0,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -76,15 +72,12 @@ class Measurement:
         )
         check_reduce(reduce)
         check_observables(observables)
-        check_excitation(excitation)
-        self._excitation = Excitation(model, excitation) if excitation else None
         self.capture = Capture(
             model,
             components,
             keep=self._keep,
             output=None if callable(output) else output,
             follow=True,
-            on_call=None if self._excitation is None else self._excitation.see,
         )
         self.plan: Plan | None = None
         self._reduce = reduce
@@ -92,7 +85,6 @@ class Measurement:
         self._valid: Tensor | None = None
         self._batch: Any = None
         self._seconds = 0.0
-        self._seed = seed
         self._observables = observables
         self._silent: list[str] = []
         self._skipped: list[str] = []
@@ -140,8 +132,6 @@ class Measurement:
         """
         self._batch, self._valid = batch, valid_positions(batch)
         self.capture.start_pass(batch)
-        if self._excitation is not None:
-            self._excitation.start_pass()
 
     def record_output(self, given: Any) -> None:
         """Record what the whole pass gave, where that is the output of interest.
@@ -198,11 +188,6 @@ class Measurement:
             links = self.plan.links
             if any(read != (i,) for i, read in enumerate(links)):
                 self.accumulator.settle(links=links)
-            if self._excitation is not None:
-                self._excitation.settle(
-                    self.plan, states, self.capture.parts, followed=self._untraced is None
-                )
-                self.accumulator.settle(excited=self._excitation.steps)
             kept = self.plan.recorded
             states = {r.name: r for r in states.values() if r.name in kept}
         for name, state in states.items():
@@ -211,30 +196,7 @@ class Measurement:
         rows = self.plan.join(states, self._passes)
         self._passes += 1
         self._seconds += time.perf_counter() - start
-        arrived = next(iter(rows.values())).shape[0]
-        self.accumulator.push(rows, self._answers(rows) if self.accumulator.wanted(arrived) else ())
-
-    def _answers(self, rows: Mapping[str, Tensor]) -> list[Tensor]:
-        """Rows of every excited component's noisy input and of its answer, one after the other."""
-        if self._excitation is None:
-            return []
-        start = time.perf_counter()
-        assert self.plan is not None
-        names, more = self.plan.names, []
-        # Noise that depends on nothing but the samples is the same in whichever process they are.
-        seed = int(sample_keys(rows[names[0]], self._seed).sum())
-        for i, *pair in self._excitation.pairs(seed):
-            for name, tensor in zip(names[i - 1 : i + 1], pair, strict=True):
-                block = exactly(self.plan.forms[name].rows(tensor, self._valid))
-                if not bool(torch.isfinite(block).all()):
-                    raise ValueError(
-                        f"component {names[i]!r} gave NaN or infinity on its input with noise of "
-                        f"{self._excitation.share} times its spread; take less"
-                    )
-                more.append(block)
-        self._excitation.start_pass()
-        self._seconds += time.perf_counter() - start
-        return more
+        self.accumulator.push(rows)
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
         if self.plan is None or is_spread(tensor):
@@ -269,8 +231,7 @@ class Measurement:
             ValueError: If fewer than two samples were seen.
         """
         report = self.accumulator.report(self._notes(), step=step)
-        share = 0.0 if self._excitation is None else self._excitation.share
-        return dataclasses.replace(report, parts=self._parts(), excitation=share)
+        return dataclasses.replace(report, parts=self._parts())
 
     def _notes(self) -> list[str]:
         """What a reader must know of how the states were recorded."""
@@ -283,14 +244,6 @@ class Measurement:
                 f"every state but the output was lifted by {called}, so credits, gains, sensitivities "
                 "and R² are about the lifted coordinates"
             )
-        if self._excitation is not None:
-            share, unfit = self._excitation.share, self._excitation.reasons
-            notes.append(
-                f"operators were fitted to answers to noise of {share} times each unit's spread too; R² "
-                "is about the data alone"
-            )
-            if unfit:
-                notes.append(f"fitted to the data alone, without noise: {unfit}")
         if self._untraced is not None:
             notes.append(self._untraced)
         if self._silent:

@@ -48,7 +48,6 @@ def evaluate(
     folds: int = 5,
     normalize: Literal["none", "rms", "whiten"] = "none",
     delay: int | Literal["auto"] = 1,
-    excitation: float = 0.0,
     seed: int = 0,
     trust_checkpoint: bool = False,
     shard: str = "1/1",
@@ -78,8 +77,6 @@ def evaluate(
         folds: Number of folds for held-out R² and error bars.
         normalize: Coordinates of every state.
         delay: Step delay: earlier states that each operator sees. auto chooses by held-out R².
-        excitation: Call every component once more on its input with noise of this share of each unit's
-            spread, and fit its operator to both.
         seed: Chooses the folds.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
@@ -136,7 +133,6 @@ def evaluate(
                 folds=folds,
                 normalize=normalize,
                 delay=delay,
-                excitation=excitation,
                 seed=seed,
             )
         except EvaluationError as error:

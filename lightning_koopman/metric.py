@@ -46,9 +46,6 @@ class KoopmanCredit(SummedMoments):
             one improves on by more than its error.
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
-        excited: Numbers i = 1 … L of components whose operators are fitted to their answers to noise as
-            well. ``update`` then takes, behind x_0 … x_L, for each of them a noisy version of x_{i-1}
-            and the component's answer to it. R² is about the data alone.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
             every component, the largest up to 1e-2 that at most doubles its held-out error.
@@ -87,7 +84,6 @@ class KoopmanCredit(SummedMoments):
         folds: int = 5,
         delay: Delay = 1,
         links: Sequence[Sequence[int]] | None = None,
-        excited: Sequence[int] = (),
         rank: int | None = None,
         tikhonov: float | None = None,
         normalize: Normalize = "none",
@@ -107,7 +103,6 @@ class KoopmanCredit(SummedMoments):
             folds=folds,
             delay=delay,
             links=links,
-            excited=excited,
             seed=seed,
             **kwargs,
         )

@@ -30,8 +30,7 @@ def accumulate(
     Args:
         layout: What is kept and where.
         moments: Shape ``(folds, size)``, float64.
-        states: x_0 … x_L, each ``(n_samples, d_i)``, of any floating-point type; then the noisy input of
-            each excited step and the answer to it.
+        states: x_0 … x_L, each ``(n_samples, d_i)``, of any floating-point type.
         fold_of: Fold of each sample, shape ``(n_samples,)``.
         center: Fixed offsets, one ``(d_i,)`` a state, that are taken off first; ``None`` takes none.
     """
@@ -44,7 +43,7 @@ def accumulate(
         if not count:
             continue
         row[0] += count
-        mirrored = [i for i, width in enumerate(layout.widths) if width > 2 * _TILE <= count // 2]
+        mirrored = [i for i, width in enumerate(layout.dims) if width > 2 * _TILE <= count // 2]
         # A few rows of one fold, one state after the other: copies that fit into the cache.
         for first in range(start, start + count, size):
             chosen = slice(first, min(first + size, start + count))
@@ -53,7 +52,7 @@ def accumulate(
             )
         for i in mirrored:
             if i not in layout.squares:
-                _mirror(row[layout.slices[i, i]].view(layout.widths[i], layout.widths[i]))
+                _mirror(row[layout.slices[i, i]].view(layout.dims[i], layout.dims[i]))
         start += count
 
 
@@ -81,11 +80,11 @@ def _accumulate_rows(
         if i == j:
             row[layout.slices[i,]] += parts[i].sum(dim=0)
         if i != j:
-            place.view(layout.widths[i], layout.widths[j]).addmm_(parts[i].T, parts[j])
+            place.view(layout.dims[i], layout.dims[j]).addmm_(parts[i].T, parts[j])
         elif i in layout.squares:
             place += parts[i].square().sum(dim=0)
         else:
-            _add_square(place.view(layout.widths[i], layout.widths[i]), parts[i], i in mirrored)
+            _add_square(place.view(layout.dims[i], layout.dims[i]), parts[i], i in mirrored)
         for i in set(pair):
             # Copies of all states at once would make memory grow with their number.
             remaining[i] -= 1
@@ -122,12 +121,11 @@ def recentred(layout: Layout, moments: Tensor, shifts: Sequence[Tensor]) -> Tens
         New moments.
     """
     moved = moments.clone()
-    shifts = [shifts[state] for state in layout.origins]
     for row in moved:
         count = row[0].clone()
-        sums = [row[layout.slices[i,]].clone() for i in range(len(layout.widths))]
+        sums = [row[layout.slices[i,]].clone() for i in range(len(layout.dims))]
         for i, j in layout.pairs:
-            block = row[layout.slices[i, j]].view(layout.widths[i], layout.widths[j])
+            block = row[layout.slices[i, j]].view(layout.dims[i], layout.dims[j])
             # Σ(x + a)(y + b)ᵀ = Σxyᵀ + (Σx) bᵀ + a (Σy + n b)ᵀ
             block += torch.outer(sums[i], shifts[j]) + torch.outer(
                 shifts[i], sums[j] + count * shifts[j]

@@ -52,11 +52,6 @@ class Origins:
             for i, tensor in enumerate(all_tensors(self._batch)):
                 self._flow.label(tensor, f"{_BATCH}{i}")
 
-    @property
-    def following(self) -> bool:
-        """Whether the data is being followed."""
-        return self._flow is not None
-
     def of(self, value: Any) -> frozenset[str] | None:
         """Tell which states a value was computed from.
 

@@ -40,7 +40,6 @@ class Share:
         center: Offsets that its moments are summed about; empty while rows wait for a basis.
         error: What went wrong, if anything did.
         links: For each step, the states it reads, where they are not just the ones before.
-        excited: Steps that are fitted to answers to noise too.
         part: Which part of the data it ran on, where several processes run on the same.
         marks: Means over the units of the first rows of each state, ``(n_states, n_rows)``.
     """
@@ -51,7 +50,6 @@ class Share:
     center: tuple[Tensor, ...] = ()
     error: str | None = None
     links: tuple[tuple[int, ...], ...] = ()
-    excited: tuple[int, ...] = ()
     part: int | None = None
     marks: Tensor | None = None
 
@@ -98,7 +96,7 @@ def agreed(shares: Sequence[Share]) -> Share:
         return Share()
     first_rank, first = next(iter(seen.items()))
     for rank, share in seen.items():
-        chain, expected = ((s.names, s.widths, s.links, s.excited) for s in (share, first))
+        chain, expected = ((s.names, s.widths, s.links) for s in (share, first))
         if chain != expected:
             raise ProcessError(
                 f"process {rank} ran the components {share.names} of widths {share.widths}, process "

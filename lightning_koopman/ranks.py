@@ -24,8 +24,7 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
     # units that wake in one sample of a million do not count.
     ranks, known = [], split.solved or split.problems
     for i in range(1, len(layout.dims)):
-        at_hand = i < len(known) and i + 1 not in layout.excited
-        if at_hand and layout.parents[i + 1] == (i,):
+        if i < len(known) and layout.parents[i + 1] == (i,):
             # This state is the regressor of the next step, whose spectrum is at hand.
             values = known[i].values
         else:

@@ -21,7 +21,6 @@ class Recorder:
         names: Every module's name, by the module's id.
         named: Whether the user named the components; what they give must then be recordable.
         keep: As in :class:`~lightning_koopman.capture.Capture`.
-        on_call: As there.
 
     Attributes:
         origins: Where the values of the pass come from.
@@ -33,16 +32,12 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        names: Mapping[int, str],
-        named: bool,
-        keep: Callable[[Tensor, Any], Any],
-        on_call: Callable[..., None] | None,
+        self, names: Mapping[int, str], named: bool, keep: Callable[[Tensor, Any], Any]
     ) -> None:
         self.origins = Origins()
         self.passes = 0
         self.parts: dict[str, tuple[str, ...]] = {}
-        self._names, self._named, self._keep, self._on_call = names, named, keep, on_call
+        self._names, self._named, self._keep = names, named, keep
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
         self._inputs: dict[tuple[int, int], str] = {}
@@ -86,11 +81,10 @@ class Recorder:
             module: A component.
 
         Returns:
-            True in the first pass, for modules that took a network input there, and where somebody
-            asked to be called before each component.
+            True in the first pass, and for modules that took a network input there.
         """
         known = any(taker == id(module) for taker, _ in self._inputs)
-        return self.passes == 0 or self._on_call is not None or known
+        return self.passes == 0 or known
 
     def take(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """See what a component is about to run on.
@@ -110,9 +104,6 @@ class Recorder:
                 name = self._inputs[key]
                 recorded = _recorded(name, module, (args, kwargs), tensor, _NO_LABELS)
                 self.states[name] = self._keep(recorded.tensor, recorded)
-        if self._on_call is not None:
-            followed = self.origins.of if self.origins.following else None
-            self._on_call(module, key[1], args, kwargs, followed)
         self._pending[id(module)] = (self.origins.of((args, kwargs)), tensor is not None)
 
     def give(self, name: str, module: nn.Module, output: Any) -> None:

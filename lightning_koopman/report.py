@@ -69,7 +69,6 @@ class CreditReport:
             read from JSON.
         folds: Number of folds that the error bars rest on; their degrees of freedom are one less.
         delay: How many states before it each operator took at least.
-        excitation: Noise, as a share of each unit's spread, that operators were fitted to as well.
         run: Name of the training among several; empty where there is one.
         source: What was measured, and how: the checkpoint's path, size and time of modification, and the
             options. Empty where the weights came from no file.
@@ -103,7 +102,6 @@ class CreditReport:
     reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     folds: int = 5
     delay: int = 1
-    excitation: float = 0.0
     run: str = ""
     source: Mapping[str, Any] = field(default_factory=dict, repr=False)
     effects: Effects | None = field(default=None, repr=False)

@@ -78,7 +78,6 @@ def plain_fields(report: CreditReport) -> dict[str, Any]:
         "parts": {name: list(calls) for name, calls in report.parts.items()},
         "folds": report.folds,
         "delay": report.delay,
-        "excitation": report.excitation,
         "run": report.run,
         "source": dict(report.source),
         "effects": None if report.effects is None else report.effects.to_dict(),
@@ -99,6 +98,11 @@ def checked_fields(given: Any) -> dict[str, Any]:
     """
     if not isinstance(given, dict) or given.get("format") != FORMAT:
         raise ReportFormatError(f"expected an object with format {FORMAT}")
+    if given.get("excitation"):
+        raise ReportFormatError(
+            f"the report was measured with excitation={short(given['excitation'])}, which was removed "
+            "in 0.2; measure it again without"
+        )
     components = _checked_list(given, "components", str)
     size = len(components)
     if not size or len(set(components)) < size:
@@ -125,7 +129,6 @@ def checked_fields(given: Any) -> dict[str, Any]:
         parts=_checked_parts(given.get("parts", {})),
         folds=_checked_count(given, "folds", 5, least=2),
         delay=_checked_count(given, "delay", 1, least=1),
-        excitation=float(_array({"excitation": 0.0} | given, "excitation", ())),
         run=_checked_run(given.get("run", "")),
         source=_checked_source(given.get("source", {})),
         effects=_checked_effects(given.get("effects"), size),

@@ -45,9 +45,6 @@ class StateReducer:
             for processes that must agree on one basis first. Memory then grows with the samples.
         observables: Lift of every state but the last, fixed with the basis.
 
-    Attributes:
-        like: For every block of rows that comes behind the states, the state whose coordinates it takes.
-
     Raises:
         ValueError: If ``max_dim`` is below 1.
     """
@@ -76,7 +73,6 @@ class StateReducer:
         self._hold = hold
         self._observables = observables
         self._lifts: list[Lift | None] = []
-        self.like: tuple[int, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -94,15 +90,12 @@ class StateReducer:
         """Widths of the state vectors, known once the bases are fixed."""
         return tuple(center.shape[0] for center in self.center)
 
-    def push(
-        self, states: Mapping[str, Tensor], most: int | None = None, more: Sequence[Tensor] = ()
-    ) -> Iterator[Snapshots]:
+    def push(self, states: Mapping[str, Tensor], most: int | None = None) -> Iterator[Snapshots]:
         """Take one batch of pooled states.
 
         Args:
             states: Rows by name, each ``(n_samples, D_i)``, in order of execution.
             most: Number of samples to take from the batch; ``None`` takes all.
-            more: Rows of the same samples behind them, one block for each of ``like``.
 
         Yields:
             Snapshots that are ready, if any.
@@ -114,7 +107,7 @@ class StateReducer:
         self._check(states, batch)
         if most == 0:
             return
-        yield from self._gather([rows[:most] for rows in (*states.values(), *more)])
+        yield from self._gather([rows[:most] for rows in states.values()])
 
     def _gather(self, rows: list[Tensor]) -> Iterator[Snapshots]:
         """Add rows to those that wait for company."""
@@ -188,7 +181,7 @@ class StateReducer:
         Returns:
             One block of rows a state.
         """
-        return _split_rows(self._first, count)[0][: len(self.names)]
+        return _split_rows(self._first, count)[0]
 
     def expect(self, names: Sequence[str], widths: Sequence[int]) -> None:
         """Learn from elsewhere which states arrive, where no batch told.
@@ -206,7 +199,7 @@ class StateReducer:
         Args:
             basis: What :func:`fit_basis` gave.
         """
-        self._bases = [*basis.vectors, *(basis.vectors[state] for state in self.like)]
+        self._bases = list(basis.vectors)
         self._lifts = list(basis.lifts)
         self.kept_variance, self.center = basis.kept_variance, list(basis.center)
 
@@ -250,12 +243,11 @@ class StateReducer:
         """Fit bases, lifts and centres to some rows, without freezing them here.
 
         Args:
-            rows: One block of rows a state; what comes behind them does not count.
+            rows: One block of rows a state.
 
         Returns:
             What :meth:`fix` takes.
         """
-        rows = rows[: len(self.names)]
         basis = fit_basis(rows, self.max_dim)
         if self._observables is None:
             return basis
@@ -271,11 +263,11 @@ class StateReducer:
         if self._observables is None:
             return states
         lifted, last = [], len(self.names) - 1
-        for state, origin in zip(states, (*range(last + 1), *self.like), strict=False):
-            if callable(self._observables) and origin < last:
+        for i, state in enumerate(states):
+            if callable(self._observables) and i < last:
                 lifted.append(lifted_by(self._observables, state.double()))
             else:
-                lift = lifts[origin]
+                lift = lifts[i]
                 lifted.append(state.double() if lift is None else lift(state.double()))
         return lifted
 

@@ -30,7 +30,6 @@ class SummedMoments(Metric):
         folds: Number of folds.
         delay: Step delay.
         links: Further states that steps read.
-        excited: Steps fitted to their answers to noise as well.
         seed: Chooses the folds.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
 
@@ -49,7 +48,6 @@ class SummedMoments(Metric):
         folds: int,
         delay: Delay,
         links: Sequence[Sequence[int]] | None,
-        excited: Sequence[int],
         seed: int,
         **kwargs: Any,
     ) -> None:
@@ -58,7 +56,6 @@ class SummedMoments(Metric):
         self.center = None if center is None else [offset.detach().double() for offset in center]
         self.folds, self.delay, self.seed = folds, delay, seed
         self.links = () if links is None else tuple(tuple(read) for read in links)
-        self.excited = tuple(excited)
         self.layout: Layout | None = None
         self.add_state("moments", torch.zeros(folds, 0, dtype=torch.float64), dist_reduce_fx="sum")
         if dims is not None:
@@ -70,8 +67,7 @@ class SummedMoments(Metric):
         """Add one batch.
 
         Args:
-            states: x_0 … x_L, each ``(n_samples, d_i)``, as a sequence or by name in order; then, for
-                each of ``excited``, its noisy input and the answer to it, as a sequence.
+            states: x_0 … x_L, each ``(n_samples, d_i)``, as a sequence or by name in order.
             keys: One integer a sample that decides its fold, shape ``(n_samples,)``; ``None`` hashes
                 the rows of x_0, so that equal samples share a fold in any batch and process.
 
@@ -90,8 +86,7 @@ class SummedMoments(Metric):
             keys = sample_keys(rows[0], self.seed)
         assert self.layout is not None
         folds = keys.to(self.moments.device) % self.folds
-        center = None if self.center is None else [self.center[i] for i in self.layout.origins]
-        accumulate(self.layout, self.moments, rows, folds, center)
+        accumulate(self.layout, self.moments, rows, folds, self.center)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Add one batch and return the numbers of that batch alone.
@@ -165,7 +160,7 @@ class SummedMoments(Metric):
 
     def _lay_out(self, dims: tuple[int, ...]) -> None:
         delay, reach = (1, min(MAX_DELAY, len(dims) - 1)) if self.delay == "auto" else (self.delay, 1)
-        layout = Layout(dims, self.folds, delay, self.links, reach, excited=self.excited)
+        layout = Layout(dims, self.folds, delay, self.links, reach)
         if self.components is not None and len(self.components) != len(dims) - 1:
             raise ValueError(
                 f"{len(dims)} states need {len(dims) - 1} components, not {self.components}"
@@ -182,13 +177,12 @@ class SummedMoments(Metric):
         if not rows or rows[0].shape[0] == 0:
             raise ValueError("no sample arrived; states must hold at least one row")
         if self.layout is None:
-            self._lay_out(tuple(row.shape[1] for row in rows[: len(rows) - 2 * len(self.excited)]))
+            self._lay_out(tuple(row.shape[1] for row in rows))
         assert self.layout is not None
         names = ("x_0", *self._names())
-        names += tuple(f"{names[state]} under noise" for state in self.layout.origins[len(names) :])
         if len(rows) != len(names):
             raise ValueError(f"{len(rows)} states arrived; expected {len(names)}: {names}")
-        for name, row, width in zip(names, rows, self.layout.widths, strict=True):
+        for name, row, width in zip(names, rows, self.layout.dims, strict=True):
             if row.shape != (rows[0].shape[0], width):
                 raise ValueError(
                     f"state {name!r} has shape {tuple(row.shape)}; "

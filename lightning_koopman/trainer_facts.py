@@ -162,8 +162,7 @@ def refuse_sharded_weights(trainer: Any) -> None:
         raise RuntimeError(
             f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot gather. "
             "Koopman credit is measured while validation runs: give the Trainer a validation loop in "
-            "every epoch, compile nothing and leave excitation out; or evaluate the saved checkpoints "
-            "in one process"
+            "every epoch and compile nothing; or evaluate the saved checkpoints in one process"
         )
 
 

@@ -206,7 +206,6 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
         max_dim=config["max_dim"],
         max_samples=config.get("max_samples", 4096),
         delay=config.get("delay", 1),
-        excitation=config.get("excitation", 0.0),
         every_n_epochs=config.get("every_n_epochs", 1),
         on_error=config.get("on_error", "warn"),
     )

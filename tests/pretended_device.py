@@ -118,7 +118,6 @@ def interventions(model: nn.Module, batches: list[Tensor]) -> list[Any]:
 TRIALS: dict[str, Numbers] = {
     "report": report(),
     "POD": report(max_dim=5),
-    "excitation": report(excitation=0.3),
     "lift": report(observables="rff"),
     "delay": report(delay="auto"),
     "metric": metric,

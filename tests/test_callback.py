@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lit import LitNet, dataset, hooks_on, loaders, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -386,6 +387,18 @@ def test_compiled_network_is_run_eagerly_once_more(tmp_path: Any) -> None:
     assert_same(found, expected)
     assert monitor.report is not None
     assert monitor.report.components == COMPONENTS
+
+
+def test_compiled_parts_of_sharded_weights_are_not_called_a_second_time(tmp_path: Any) -> None:
+    class FSDPStrategy(SingleDeviceStrategy):
+        pass
+
+    model, monitor = LitNet(), KoopmanCreditMonitor(on_error="raise")
+    model.net = torch.compile(model.net, backend="eager")
+    strategy = FSDPStrategy(torch.device("cpu"))
+    trainer = quiet_trainer(tmp_path, [monitor], strategy=strategy, accelerator="auto")
+    with pytest.raises(RuntimeError, match=r"FSDPStrategy shards the weights.*compile nothing"):
+        trainer.fit(model, *loaders())
 
 
 def test_only_the_first_dataloader_counts(tmp_path: Any) -> None:

@@ -341,7 +341,7 @@ def test_the_model_is_left_exactly_as_found(fails):
 def test_linear_predicts_the_reports_own_operator():
     net, x = smooth(), normal(300, 5)
     y = net(x).argmax(1)
-    report = credit_report(net, [x], components=["0", "1", "2"], excitation=1.0)
+    report = credit_report(net, [x], components=["0", "1", "2"], tikhonov=0.3)
     predicted = predict_effects(net, batched(x, y), report, ["linear"])
     measured = intervene(net, batched(*(t for t in (normal(300, 5, seed=9), y))), report, ["linear"])
     plain = predict_effects(net, batched(x, y), smooth_report(net, x), ["linear"])

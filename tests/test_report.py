@@ -187,7 +187,7 @@ def test_every_field_is_checked(name: str, value: Any, message: str) -> None:
     [
         n
         for n in make().to_dict()
-        if n not in ("step", "parts", "folds", "delay", "excitation", "run", "source", "effects")
+        if n not in ("step", "parts", "folds", "delay", "run", "source", "effects")
     ],
 )
 def test_every_field_is_needed(name: str) -> None:
@@ -195,6 +195,13 @@ def test_every_field_is_needed(name: str) -> None:
     del given[name]
     with pytest.raises(ReportFormatError, match=name):
         CreditReport.from_dict(given)
+
+
+def test_excitation_of_an_old_file_must_be_off() -> None:
+    given = make().to_dict()
+    CreditReport.from_dict(given | {"excitation": 0.0})
+    with pytest.raises(ReportFormatError, match=r"excitation=0.3, which was removed in 0.2; measure it"):
+        CreditReport.from_dict(given | {"excitation": 0.3})
 
 
 def test_reading_leaves_the_dictionary_alone() -> None:
