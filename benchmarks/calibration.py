@@ -14,9 +14,8 @@ from scipy.stats import t as student
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from lightning_koopman.credit import Credits, compute_credits, samples_needed
-from lightning_koopman.layout import Layout
-from lightning_koopman.moments import accumulate
+from lightning_koopman.koopman.credit import Credits, compute_credits, samples_needed
+from lightning_koopman.koopman.moments import Layout, accumulate
 
 DOCS = Path(__file__).parent.parent / "docs"
 WIDTHS = (64, 128, 128, 64, 10)

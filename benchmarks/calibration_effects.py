@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_koopman import credit_report, predict_effects
-from lightning_koopman.effects import KINDS, Effects
+from lightning_koopman.report.effects import KINDS, Effects
 
 PAGE = Path(__file__).parent.parent / "docs" / "calibration-effects.md"
 RESAMPLINGS, SIZES, LARGE, QUANTILE = 200, (300, 1000), 50_000, 2.776

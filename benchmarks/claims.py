@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_koopman import KoopmanCredit, fit_operator
-from lightning_koopman.lifts import fit_lift
-from lightning_koopman.measurement import Measurement
+from lightning_koopman.koopman.lifts import fit_lift
+from lightning_koopman.measurement.measurement import Measurement
 
 SEEDS = (0, 1, 2)
 PAGE = Path(__file__).parent.parent / "docs" / "claims.md"

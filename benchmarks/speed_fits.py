@@ -16,10 +16,8 @@ from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from lightning_koopman import fit_operator
-from lightning_koopman.covariance import covariances
-from lightning_koopman.layout import Layout
-from lightning_koopman.moments import accumulate
-from lightning_koopman.regression import alive, solve
+from lightning_koopman.koopman.moments import Layout, accumulate, covariances
+from lightning_koopman.koopman.regression import alive, solve
 
 FULL, DEAD, LINEAR = "full rank", "an eighth dead, an eighth doubled", "linear, rank d / 4"
 

@@ -18,7 +18,7 @@ from captum.attr import LayerConductance
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
-from lightning_koopman.layout import Layout
+from lightning_koopman.koopman.moments import Layout
 
 MIB = 2**20
 

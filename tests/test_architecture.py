@@ -1,9 +1,9 @@
-"""The file list is the pipeline: a core module imports only from its left."""
+"""The folder list is the pipeline: a folder imports only from those above it; no file imports itself."""
 
 from __future__ import annotations
 
 import ast
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,54 +11,16 @@ import pytest
 import lightning_koopman
 
 PACKAGE = Path(lightning_koopman.__file__).parent
-CORE = [
-    "tensors",
-    "dataflow",
-    "isolation",
-    "hooks",
-    "module_tree",
-    "automatic",
-    "components",
-    "recorded",
-    "origins",
-    "recorder",
-    "capture",
-    "pooling",
-    "row_forms",
-    "graph",
-    "plan",
-    "lifts",
-    "keys",
-    "basis",
-    "states",
-    "layout",
-    "moments",
-    "covariance",
-    "ridge",
-    "regression",
-    "operator",
-    "chain",
-    "fits",
-    "ranks",
-    "alignment",
-    "volumes",
-    "jackknife",
-    "credit",
-    "delay",
-    "effects",
-    "whole_files",
-    "schema",
-    "tables",
-    "report",
-    "assembly",
-]
-SHELLS = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "tensorboard"}
+FOLDERS = ["network", "koopman", "report", "measurement", "effects", "callback", "checkpoints", "cli"]
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+SHELLS = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics"}
+CORE = {"torch", "numpy", "scipy", "lightning_koopman", "__future__"}
 
 
-def imported(nodes: list[ast.stmt]) -> set[str]:
-    """Dotted names of all modules that statements import, at any depth."""
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names of all that is imported, at any depth, for types alone too."""
     names = set()
-    for node in (inner for statement in nodes for inner in ast.walk(statement)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -67,64 +29,63 @@ def imported(nodes: list[ast.stmt]) -> set[str]:
     return names
 
 
-def own(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("lightning_koopman.")}
+def read(path: Path) -> set[str]:
+    return imported(ast.parse(path.read_text(encoding="utf-8")))
 
 
-def at_module_level(tree: ast.Module) -> list[ast.stmt]:
-    """Statements that run on import; an ``if TYPE_CHECKING`` body never does."""
-    return [
-        node
-        for node in tree.body
-        if not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
-        and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    ]
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_a_core_module_imports_only_from_its_left(name: str) -> None:
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    allowed = set(CORE[: CORE.index(name)])
-    assert own(imported(at_module_level(tree))) <= allowed
-    # A report is drawn only when it is asked to be; its table and its saved form know it by type alone.
-    later = own(imported(tree.body)) - allowed
-    assert later <= {"report": {"plots"}, "tables": {"report"}, "schema": {"report"}}.get(name, set())
+def files_read(path: Path) -> Iterator[Path]:
+    """Files of the package that a file imports."""
+    by_name = {name_of(other): other for other in FILES if other.name != "__init__.py"}
+    yield from (by_name[name] for name in read(path) if name in by_name)
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_the_core_knows_no_shell(name: str) -> None:
-    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-    assert not {module.split(".")[0] for module in imported(tree.body)} & SHELLS
+def folder_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_only_the_callback_side_imports_lightning() -> None:
-    users = {
-        path.stem
-        for path in PACKAGE.glob("*.py")
-        if {m.split(".")[0] for m in imported(ast.parse(path.read_text(encoding="utf-8")).body)}
-        & (SHELLS - {"torchmetrics"})
-    }
-    assert users <= {"harmless", "checkpoints", "evaluate", "cli", "demo"}
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_folder_imports_only_from_those_above_it(path: Path) -> None:
+    # The demo is a user, and a command.
+    order = [*FOLDERS[:-1], "demo", "cli"]
+    below = order.index(folder_of(path))
+    assert {folder_of(other) for other in files_read(path)} <= set(order[: below + 1])
 
 
-def test_the_reader_of_imports_sees_them() -> None:
-    tree = ast.parse(
-        "import lightning.pytorch as pl\n"
-        "from lightning_koopman.plots import x\n"
-        "def f():\n import torchmetrics"
-    )
-    assert imported(at_module_level(tree)) == {
-        "lightning.pytorch",
-        "lightning_koopman.plots",
-        "lightning_koopman.plots.x",
-    }
-    assert "torchmetrics" in imported(tree.body)
-    assert own(imported(tree.body)) == {"plots"}
+def test_no_file_imports_itself_however_far_around() -> None:
+    done: set[Path] = set()
+
+    def visit(path: Path, way: tuple[Path, ...]) -> None:
+        assert path not in way, " -> ".join(map(name_of, (*way[way.index(path) :], path)))
+        if path not in done:
+            for other in files_read(path):
+                visit(other, (*way, path))
+            done.add(path)
+
+    for path in FILES:
+        visit(path, ())
+    assert len(done) == len(FILES)
 
 
-def test_every_module_has_its_place_on_the_map() -> None:
-    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "`" in line]
-    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(named) == sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
-    assert [name for name in named if name in CORE] == CORE
+@pytest.mark.parametrize("folder", ["network", "koopman"])
+def test_the_core_imports_torch_numpy_and_scipy_only(folder: str) -> None:
+    import sys
+
+    for path in (PACKAGE / folder).glob("*.py"):
+        others = {name.split(".")[0] for name in read(path)} - CORE - sys.stdlib_module_names
+        assert not others, f"{path.name} imports {others}"
+
+
+@pytest.mark.parametrize("folder", ["network", "koopman", "report", "effects"])
+def test_only_the_shells_know_lightning_and_torchmetrics(folder: str) -> None:
+    for path in (PACKAGE / folder).glob("*.py"):
+        assert not {name.split(".")[0] for name in read(path)} & SHELLS, path.name
+
+
+def test_the_folder_list_can_be_taken_in_at_a_glance() -> None:
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
+    assert entries == {*FOLDERS, "__init__.py", "demo.py", "py.typed"}
+    assert len(entries) <= 12

@@ -57,7 +57,7 @@ def messages(path: Path) -> set[str]:
 
 
 def test_every_message_has_an_entry_in_the_page_of_errors_and_every_entry_a_message() -> None:
-    given = {text for path in PACKAGE.glob("*.py") for text in messages(path)} - {PYTHONS_OWN}
+    given = {text for path in PACKAGE.rglob("*.py") for text in messages(path)} - {PYTHONS_OWN}
     page = (DOCS / "errors.md").read_text(encoding="utf-8")
     entries = re.findall(r"^- (`+) ?(.+?) ?\1\n  \S", page, flags=re.MULTILINE)
     documented = {text for _, text in entries}

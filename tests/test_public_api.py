@@ -17,7 +17,29 @@ def test_a_dozen_public_names_none_equal_to_a_module() -> None:
     modules = {module.name for module in pkgutil.iter_modules(lightning_koopman.__path__)}
     assert len(names) == len(set(names)) <= 12
     assert not set(names) & modules
-    assert {"components", "capture", "credit", "report", "metric"} <= modules
+    assert {"network", "koopman", "report", "measurement"} <= modules
+
+
+def test_dir_shows_the_public_names_and_the_version_alone() -> None:
+    assert dir(lightning_koopman) == sorted([*lightning_koopman.__all__, "__version__"])
+
+
+@pytest.mark.parametrize("name", lightning_koopman.__all__)
+def test_what_a_user_calls_is_documented_argument_by_argument(name: str) -> None:
+    value = getattr(lightning_koopman, name)
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return
+    called = (
+        [value]
+        if inspect.isfunction(value)
+        else [f for n, f in vars(value).items() if inspect.isfunction(f) and not n.startswith("_")]
+    )
+    for function in called:
+        documented = inspect.getdoc(function) or ""
+        for parameter in list(inspect.signature(function).parameters)[inspect.isclass(value) :]:
+            if name == "KoopmanCreditMonitor" and parameter in {"trainer", "pl_module"}:
+                break  # a hook of Lightning's, which Lightning documents
+            assert f"{parameter}: " in documented, f"{function.__qualname__} says nothing of {parameter}"
 
 
 @pytest.mark.parametrize("name", lightning_koopman.__all__)

@@ -1,0 +1,70 @@
+"""A callback for both of Lightning's namespaces, whose errors do not end the training."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_koopman.callback.session import Session
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    # One class for both namespaces: each Trainer and each LightningCLI asks for its own base.
+    _bases = []
+    for _name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            _bases.append(importlib.import_module(_name).Callback)
+        except ImportError:
+            continue
+    if not _bases:
+        raise ModuleNotFoundError("the callback needs Lightning: pip install lightning")
+    Callback = type("Callback", tuple(_bases), {})
+
+
+class HarmlessCallback(Callback):
+    """Base of a callback whose hooks are wrapped in :func:`never_in_the_way`."""
+
+    def __init__(self, session: Session, on_error: Literal["warn", "raise"]) -> None:
+        super().__init__()
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error is {on_error!r}; choose 'warn' or 'raise'")
+        self.on_error = on_error
+        self._session = session
+        self._warned: set[str] = set()
+
+    def _warn_once(self, message: str, *, kind: str | None = None) -> None:
+        if (kind or message) not in self._warned:
+            self._warned.add(kind or message)
+            rank_zero_warn(message, stacklevel=4)
+
+
+def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
+    """Turn an error of ours into one warning, unless the user asked for the error itself."""
+
+    @functools.wraps(hook)
+    def safe(self: HarmlessCallback, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            if self._session.owes_exchange:
+                # The other processes wait for this one at the end of the epoch, and hear of it there.
+                self._session.fail(error)
+                return
+            self._session.forget()
+            if self.on_error == "raise":
+                raise
+            self._warn_once(
+                f"no Koopman credit this time: {error} (Said once; training goes on, and later "
+                "measurements are still tried.)",
+                kind="error",
+            )
+        except BaseException:
+            self._session.forget()
+            raise
+
+    return safe

@@ -1,0 +1,416 @@
+"""A Lightning shell: when to capture, where to log; nothing numerical."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
+from lightning_koopman.callback.loggers import CreditWriter
+from lightning_koopman.callback.session import Session
+from lightning_koopman.callback.trainer_facts import (
+    data_part,
+    first_loader,
+    logged_hyper_parameters,
+    logged_step,
+    may_skip_validation,
+    plain_numerics,
+    refuse_sharded_weights,
+    share,
+)
+from lightning_koopman.koopman.chain import Normalize
+from lightning_koopman.koopman.credit import check_options
+from lightning_koopman.koopman.delay import Delay
+from lightning_koopman.network.components import named_components
+from lightning_koopman.network.isolation import is_compiled, random_states_kept
+from lightning_koopman.network.rows import ReduceOption, check_reduce
+from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.saved import ReportFormatError
+
+
+class KeptBatches:
+    """Copies of an epoch's first batches.
+
+    Attributes:
+        batches: The copies, on the CPU.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self._n_samples = 0
+
+    def take(self, batch: Any, *, most: int) -> None:
+        """Copy a batch, unless those before it hold enough samples."""
+        if self._n_samples < most:
+            kept = apply_to_collection(batch, Tensor, lambda t: t.detach().to("cpu", copy=True))
+            self.batches.append(kept)
+            self._n_samples += batch_size(batch)
+
+
+def batch_size(batch: Any) -> int:
+    """Count the samples of a batch by its longest first axis."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0] if t.ndim else 1))
+    return max(sizes, default=1)
+
+
+_HISTORY_SAVED = 100
+
+
+class KoopmanCreditMonitor(HarmlessCallback):
+    """Watch the Koopman credit of every component while a network trains.
+
+    Hooks ride along the validation batches that Lightning runs anyway, and come off after each of them,
+    so no extra forward pass happens and training is bit-identical with the callback on. After every
+    validation epoch that is due, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total``,
+    ``<prefix>/doubts`` (how many components carry one) and ``<prefix>/overhead_s`` go to every logger at
+    Lightning's own step. ``trainer.callback_metrics`` gets every quantity of every component, so
+    ``EarlyStopping`` and ``ModelCheckpoint`` find whatever they monitor. Loggers that take figures get
+    heat maps, bars and spectra after the 1st, 2nd, 4th, 8th … measurement and at the end. At the end of
+    training :attr:`report` holds a report on the final weights.
+
+    Without a validation loop the first training batches of an epoch are kept and run once more, in
+    eval mode, at its end. Parts that went through ``torch.compile`` take no hooks; then each validation
+    batch is run once more, eagerly.
+
+    With several processes (``ddp``, ``ddp_fork``, ``ddp_spawn``) the samples of all of them count, each
+    once: the moments are summed over the processes, and every one of them gets the same report, which is
+    the one that a single process would give. What a ``DistributedSampler`` repeats to fill the last
+    batch is left out. The error of one process ends the measurement in all, and nothing waits. Where a
+    state is wider than ``max_dim``, each process keeps its share of ``max_samples`` rows until the end
+    of the epoch. Under ``ddp_spawn`` and ``ddp_fork`` the parent process gets
+    ``trainer.callback_metrics``, loggers and checkpoints, but neither :attr:`history` nor
+    :attr:`report`, which stay in the children. Strategies that shard weights (FSDP, model parallel) are
+    measured while validation runs; they cannot run an extra pass. The processes of a tensor-parallel
+    group run on the same samples, which count once.
+
+    Args:
+        components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
+        quantities: Which numbers are logged; ``<name>_stderr`` logs standard errors. With ``credit``
+            come ``credit_low`` and ``credit_high``, one standard error below and above.
+        top_k: Log scalars of the ``k`` components with the largest credit in the first measurement
+            only; ``None`` logs all, up to 200 tags, and says so where that leaves some out.
+        figures: Whether loggers that take them get figures and a closing table.
+        layout: Whether TensorBoard gets a custom-scalars layout. It keeps only the last layout of a
+            run, so switch this off if you write your own.
+        every_n_epochs: Measure in every n-th epoch.
+        max_samples: Most samples a measurement looks at, over all processes.
+        max_dim: States wider than this are pooled and projected on their leading POD directions.
+        reduce: What becomes of spatial and sequence axes, as in :func:`lightning_koopman.credit_report`.
+        output: Name of the module whose output the chain ends with; ``None`` takes the last component's.
+        folds: Number of folds for held-out R² and error bars.
+        rank: Most output directions to align; ``None`` takes all that reach back to the input.
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
+            every component, the largest up to 1e-2 that at most doubles its held-out error.
+        normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
+            deviation (``"rms"``) or whitened (``"whiten"``).
+        delay: Step delay: how many earlier states each operator sees, or ``"auto"``, as in
+            :func:`lightning_koopman.credit_report`.
+        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
+            directions of the output.
+        forward_fn: How to run the module on a batch where an extra pass is needed; ``None`` calls it on
+            the input.
+        prefix: First part of every logged key; give each of several monitors its own.
+        on_error: ``"warn"`` turns any error of the measurement into one warning; ``"raise"`` raises it.
+        seed: Chooses the folds.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when training starts, if a named component does
+            not exist.
+    """
+
+    def __init__(
+        self,
+        components: str | Sequence[str] | None = None,
+        *,
+        quantities: Sequence[str] = ("credit", "gain", "nonlinearity"),
+        top_k: int | None = None,
+        figures: bool = True,
+        layout: bool = True,
+        every_n_epochs: int = 1,
+        max_samples: int = 4096,
+        max_dim: int = 256,
+        reduce: ReduceOption = "pool",
+        output: str | None = None,
+        folds: int = 5,
+        rank: int | None = None,
+        tikhonov: float | None = None,
+        normalize: Normalize = "none",
+        delay: Delay = 1,
+        targets: Sequence[int] | None = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        prefix: str = "koopman",
+        on_error: Literal["warn", "raise"] = "warn",
+        seed: int = 0,
+    ) -> None:
+        check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
+        check_reduce(reduce)
+        if not (output is None or isinstance(output, str)):
+            raise ValueError(
+                f"output is {output!r}; a callback does not see what the model returns, so name a module"
+            )
+        self._writer = CreditWriter(prefix, quantities, top_k=top_k, figures=figures, layout=layout)
+        for name, value in (
+            ("every_n_epochs", every_n_epochs),
+            ("max_samples", max_samples),
+            ("max_dim", max_dim),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or above")
+        options: dict[str, Any] = {
+            "max_dim": max_dim,
+            "reduce": reduce,
+            "output": output,
+            "folds": folds,
+            "rank": rank,
+            "tikhonov": tikhonov,
+            "normalize": normalize,
+            "delay": delay,
+            "targets": targets,
+            "seed": seed,
+        }
+        session = Session(components, max_samples=max_samples, forward_fn=forward_fn, options=options)
+        super().__init__(session, on_error)
+        self._options = options
+        self.components = components
+        self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
+        self.forward_fn = forward_fn
+        self.prefix = prefix
+        self.history: list[CreditReport] = []
+        self._from_training = False
+        self._kept = KeptBatches()
+        self._measured_at: int | None = None
+        self._logged_at: int | None = None
+        self._checkpoint_step: int | None = None
+        self._resuming = False
+
+    @property
+    def report(self) -> CreditReport | None:
+        """The newest report, if there is one."""
+        return self.history[-1] if self.history else None
+
+    @property
+    def state_key(self) -> str:
+        """Tells several monitors of one Trainer apart in its checkpoints."""
+        return self._generate_state_key(prefix=self.prefix, components=self.components)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the newest reports in the plain types that a safe checkpoint may hold.
+
+        Returns:
+            The history, as JSON text, and the components whose scalars are logged.
+        """
+        history = [json.dumps(r.to_dict()) for r in self.history[-_HISTORY_SAVED:]]
+        return {"history": history, "shown": list(self._writer.shown)}
+
+    @never_in_the_way
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the history back when training resumes; evaluation leaves it alone.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave.
+
+        Raises:
+            ReportFormatError: If it is anything else.
+        """
+        if not self._resuming:
+            return
+        try:
+            history = [CreditReport.from_dict(json.loads(text)) for text in state_dict["history"]]
+            shown = tuple(state_dict.get("shown", ()))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ReportFormatError(
+                f"the checkpoint holds no history of credits ({type(error).__name__}: {error})"
+            ) from None
+        self.history, self._writer.shown = history, shown
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget the previous run's bookkeeping."""
+        self._session.forget()
+        self._kept = KeptBatches()
+        self._checkpoint_step = self._measured_at = self._logged_at = None
+        self._resuming = stage == "fit"
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Remember the step that a checkpoint's weights belong to."""
+        self._checkpoint_step = checkpoint.get("global_step")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a misspelt component before any work is done, and log the options."""
+        if self.components is not None:
+            named_components(pl_module, self.components)
+        self._log_options(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where there is no validation loop to ride along, or nowhere to log to."""
+        self._from_training = not trainer.enable_validation
+        if self._from_training:
+            self._warn_once(
+                "there is no validation loop, so Koopman credit is measured on training batches, run "
+                "once more in eval mode at the end of the epoch"
+            )
+        if not trainer.loggers:
+            self._warn_once(
+                "the Trainer has no logger; Koopman credits are kept in monitor.history only"
+            )
+
+    @never_in_the_way
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin a measurement if one is due."""
+        self._session.forget()
+        in_training = trainer.state.fn == "fit"
+        if trainer.sanity_checking or (in_training and not self._is_due(trainer)):
+            return
+        if may_skip_validation(trainer, pl_module) and not in_training:
+            self._warn_once(
+                "a process without a batch skips this validation, so Koopman credit cannot be measured: "
+                "set allow_zero_length_dataloader_with_multiple_devices to False"
+            )
+            return
+        if is_compiled(pl_module):
+            refuse_sharded_weights(trainer)
+        self._session.begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
+
+    @never_in_the_way
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Put the hooks on for one batch."""
+        if dataloader_idx == 0 and self._session.wants_more:
+            self._session.start_batch(batch)
+
+    @never_in_the_way
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the hooks off again and add up what they saw."""
+        if dataloader_idx == 0 and self._session.wants_more:
+            self._session.end_batch(trainer, pl_module, batch)
+
+    @never_in_the_way
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Compute the report and log it."""
+        if not (may_skip_validation(trainer, pl_module) or self._session.idle):
+            self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
+
+    @never_in_the_way
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the epoch's first batches where there is no validation loop."""
+        if not self._from_training or not self._is_due(trainer):
+            return
+        if batch_idx == 0:
+            self._kept = KeptBatches()
+        self._kept.take(batch, most=share(self.max_samples, data_part(trainer).count))
+
+    @never_in_the_way
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure on the kept training batches where there is no validation loop."""
+        step = max(0, logged_step(trainer, None) - 1)
+        if not self._is_due(trainer):
+            return
+        if self._from_training and (self._kept.batches or trainer.world_size > 1):
+            self._extra_pass(
+                trainer, pl_module, self._kept.batches, first_loader(trainer.train_dataloader)
+            )
+        elif not self._from_training and may_skip_validation(trainer, pl_module):
+            # Here, unlike at the end of validation, every process arrives.
+            if self._session.idle:
+                self._session.begin(trainer, pl_module, ())
+            self._finish(trainer, pl_module, step=step)
+
+    @never_in_the_way
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """See that the newest report is about the final weights, and draw it."""
+        if trainer.global_step == 0:
+            return
+        if self._measured_at != trainer.global_step:
+            self._measure_final(trainer, pl_module)
+        if self._logged_at is not None and trainer.is_global_zero:
+            self._writer.finish(trainer.loggers, self.history, self._logged_at)
+
+    def _measure_final(self, trainer: Any, pl_module: Any) -> None:
+        if self._from_training:
+            self._extra_pass(
+                trainer, pl_module, self._kept.batches, first_loader(trainer.train_dataloader)
+            )
+        else:
+            loader = first_loader(trainer.val_dataloaders)
+            with random_states_kept(loader):
+                self._extra_pass(trainer, pl_module, loader, loader)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take the hooks off whatever happened."""
+        self._session.forget()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the model and of kept batches."""
+        self._session.forget()
+        self._kept = KeptBatches()
+
+    @never_in_the_way
+    def _log_options(self, trainer: Any) -> None:
+        options = {"components": self.components, "max_samples": self.max_samples, **self._options}
+        self._writer.log_options(trainer.loggers, options, known=logged_hyper_parameters(trainer))
+
+    def _is_due(self, trainer: Any) -> bool:
+        return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
+
+    def _extra_pass(self, trainer: Any, pl_module: Any, batches: Iterable[Any], loader: Any) -> None:
+        refuse_sharded_weights(trainer)
+        try:
+            with plain_numerics(pl_module):
+                self._session.begin(trainer, pl_module, loader)
+                self._session.run(trainer, pl_module, batches)
+        except Exception as error:
+            if not self._session.owes_exchange:
+                raise
+            self._session.fail(error)
+        # Lightning has counted the last batch already, but logs what belongs to it under its index.
+        self._finish(trainer, pl_module, step=max(0, logged_step(trainer, None) - 1))
+
+    def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
+        validating = trainer.state.fn != "fit"
+        weights_step = self._checkpoint_step if validating else None
+        with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
+            measurement = self._session.finish(pl_module)
+            # An error from here on may be this process's own: it must not measure again alone.
+            self._measured_at = trainer.global_step
+            report = measurement.report(
+                step=trainer.global_step if weights_step is None else weights_step
+            )
+        if self.history:
+            # A three-day training must not pile up operators; the numbers stay.
+            self.history[-1] = replace(self.history[-1], operators={})
+        self.history.append(report)
+        self._logged_at = step
+        with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
+            self._log(trainer, report, measurement.seconds, step)
+
+    def _log(self, trainer: Any, report: CreditReport, seconds: float, step: int) -> None:
+        start = time.perf_counter()
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        try:
+            self._writer.draw(loggers, self.history, step)
+        finally:
+            scalars = self._writer.scalars(report, seconds + time.perf_counter() - start)
+            every = {**report.to_scalars(self.prefix), **scalars}
+            trainer.callback_metrics.update({name: torch.tensor(n) for name, n in every.items()})
+            # A logger that fails keeps no other from its numbers.
+            with ExitStack() as stack:
+                for logger in reversed(loggers):
+                    stack.callback(logger.log_metrics, scalars, step=step)

@@ -1,0 +1,113 @@
+"""What the callback must know of a Trainer, its strategy and its loaders."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DistributedSampler
+
+
+@contextmanager
+def plain_numerics(pl_module: Any) -> Generator[None, None, None]:
+    """Leave inference mode and autocast, which make statistics inexact or impossible."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(pl_module.device.type, enabled=False),
+    ):
+        yield
+
+
+def logged_hyper_parameters(trainer: Any) -> dict[str, Any]:
+    """Collect what Lightning itself will log of the module and the data module right after us."""
+    known: dict[str, Any] = {}
+    for owner in (trainer.lightning_module, trainer.datamodule):
+        if owner is not None and getattr(owner, "_log_hyperparams", False):
+            known.update(owner.hparams_initial)
+    known.pop("_class_path", None)
+    return known
+
+
+def logged_step(trainer: Any, checkpoint_step: int | None) -> int:
+    """Find the x-axis on which Lightning itself logs, or the step of the checkpoint being validated."""
+    if trainer.state.fn != "fit" and checkpoint_step is not None:
+        return checkpoint_step
+    counted = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", None)
+    return int(trainer.global_step if counted is None else counted)
+
+
+def share(count: int, n_processes: int, rank: int = 0) -> int:
+    """Count this process's part of samples that are dealt out in turn."""
+    return count // n_processes + (rank < count % n_processes)
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Which samples a process runs on.
+
+    Attributes:
+        index: Which part of the samples, counted from 0.
+        count: Number of parts.
+        counts: Whether they are counted in this process; of several that run on the same, one counts.
+        group: The processes that run on the same samples; ``None`` where each has its own.
+    """
+
+    index: int
+    count: int
+    counts: bool = True
+    group: Any = None
+
+
+def data_part(trainer: Any) -> DataPart:
+    """Find which samples this process runs on."""
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    if "tensor_parallel" not in (getattr(mesh, "mesh_dim_names", None) or ()):
+        return DataPart(trainer.global_rank, trainer.world_size)
+    assert mesh is not None
+    parts, copies = mesh["data_parallel"], mesh["tensor_parallel"]
+    if copies.size() == 1:
+        return DataPart(trainer.global_rank, trainer.world_size)
+    first = copies.get_local_rank() == 0
+    return DataPart(parts.get_local_rank(), parts.size(), first, copies.get_group())
+
+
+def unrepeated_samples(loader: Any) -> int:
+    """Count the samples that a loader gives in this process before a sampler begins to repeat some."""
+    sampler = getattr(loader, "sampler", None)
+    kind = type(sampler)
+    # Subclasses may deal samples out in another way; Lightning's wrapper does not.
+    if kind is not DistributedSampler and kind.__name__ != "DistributedSamplerWrapper":
+        return sys.maxsize
+    assert isinstance(sampler, DistributedSampler)
+    return share(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
+
+
+def may_skip_validation(trainer: Any, pl_module: Any) -> bool:
+    """Tell whether a process may have no validation batch, for which Lightning calls no hook at all."""
+    return trainer.world_size > 1 and any(
+        getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False)
+        for owner in (pl_module, trainer.datamodule)
+    )
+
+
+def refuse_sharded_weights(trainer: Any) -> None:
+    """Refuse an extra pass where no process holds all weights."""
+    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
+        raise RuntimeError(
+            f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot gather. "
+            "Koopman credit is measured while validation runs: give the Trainer a validation loop in "
+            "every epoch and compile nothing; or evaluate the saved checkpoints in one process"
+        )
+
+
+def first_loader(loaders: Any) -> Any:
+    """Find the first of several loaders."""
+    while isinstance(loaders, dict | list | tuple) and loaders:
+        loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
+    return loaders or () if isinstance(loaders, dict | list | tuple | None) else loaders

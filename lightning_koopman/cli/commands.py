@@ -1,0 +1,335 @@
+"""The commands."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from lightning_koopman.cli.progress import COLUMNS
+from lightning_koopman.cli.user_code import build_batches, build_model, build_trained, fit_and_choose
+from lightning_koopman.report.effects import KINDS, Kind, Scale
+from lightning_koopman.report.report import CreditReport
+
+if TYPE_CHECKING:
+    from lightning_koopman.network.weights import Checkpoint
+
+
+def report(
+    file: str,
+    out: str | None = None,
+    format: Literal["json", "csv", "html"] = "html",
+) -> None:
+    """Show saved reports again, without the model."""
+    from lightning_koopman.report.pages import read_reports, write_reports
+
+    reports = read_reports(file)
+    if out is None:
+        show_reports(reports)
+    else:
+        write_reports(reports, out, format)
+
+
+def compare(
+    before: str,
+    after: str,
+    model: str | None = None,
+    data: str | None = None,
+    quantity: Literal["credit", "gain", "nonlinearity", "sensitivity"] = "credit",
+    trust_checkpoint: bool = False,
+    weights: Literal["saved", "averaged", "current"] = "saved",
+) -> None:
+    """Show which components changed beyond error between two checkpoints or two saved reports."""
+    from lightning_koopman.measurement.evaluate import credit_report
+    from lightning_koopman.report.comparison import changes_table
+    from lightning_koopman.report.pages import read_reports
+
+    found = []
+    for path in (before, after):
+        if path.endswith(".json"):
+            found.append(read_reports(path)[-1])
+            continue
+        if model is None or data is None:
+            raise ValueError(f"{path} is no .json report, so it needs --model and --data to be measured")
+        network, checkpoint = build_trained(model, path, trust_checkpoint, weights)
+        batches = build_batches(data, checkpoint.data_hyper_parameters)
+        found.append(credit_report(network, batches, step=checkpoint.step))
+    Console().print(changes_table(found[0], found[1], quantity))
+
+
+def merge(reports: list[str], out: str) -> None:
+    """Put the reports of several shards of one evaluation in one file, sorted by step."""
+    from lightning_koopman.report.files import merge_reports, write_reports
+
+    merged = merge_reports(reports)
+    write_reports(merged, out)
+    Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
+
+
+def show_reports(reports: Sequence[CreditReport]) -> None:
+    """Print reports, and a table over all of them where they are of several runs."""
+    from lightning_koopman.report.comparison import runs_table
+
+    for shown in reports:
+        Console().print(shown)
+    if len({shown.run for shown in reports}) > 1:
+        Console().print(runs_table(reports))
+
+
+def demo(
+    logdir: str = "koopman_demo",
+    seed: int = 0,
+    epochs: int | None = None,
+    arch: Literal["mlp", "cnn"] = "mlp",
+) -> None:
+    """Train a small network on handwritten digits and watch its components' credits."""
+    from lightning_koopman.demo import run_demo
+
+    run_demo(logdir, seed=seed, epochs=epochs, arch=arch)
+
+
+def evaluate(
+    model: str,
+    data: str,
+    ckpt: str | list[str],
+    logdir: str | None = None,
+    out: str | None = None,
+    format: Literal["json", "csv", "html"] = "json",
+    components: str | list[str] | None = None,
+    rank: int | None = None,
+    tikhonov: float | None = None,
+    max_dim: int = 256,
+    folds: int = 5,
+    normalize: Literal["none", "rms", "whiten"] = "none",
+    delay: int | Literal["auto"] = 1,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+    shard: str = "1/1",
+    fresh: bool = False,
+    weights: Literal["saved", "averaged", "current"] = "saved",
+    effects: bool | list[Kind] = False,
+    initial_checkpoint: str | None = None,
+) -> None:
+    """Measure the credits of saved checkpoints, each at its own global step."""
+    from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
+    from lightning_koopman.report.pages import read_known, write_with_known
+
+    part = _shard(shard)
+    known = [] if out is None or fresh else read_known(out, format)
+    own, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
+    network, batches = build_model(model, own), build_batches(data, of_data)
+    console = Console(stderr=True)
+
+    def tell_known(taken: int, total: int) -> None:
+        if known:
+            console.print(f"{taken} of {total} reports taken over from {out}", highlight=False)
+
+    failure = None
+    with Progress(*COLUMNS, console=console) as progress:
+        task = progress.add_task("checkpoints", total=None, visible=False)
+        try:
+            reports = evaluate_checkpoints(
+                network,
+                ckpt,
+                batches,
+                logdir=logdir,
+                trust_checkpoint=trust_checkpoint,
+                on_progress=lambda done, total: progress.update(
+                    task, completed=done, total=total, visible=total > 0
+                ),
+                on_report=None
+                if out is None
+                else functools.partial(write_with_known, path=out, kind=format),
+                on_known=tell_known,
+                shard=part,
+                known=known,
+                about={"model": model, "data": data},
+                weights=weights,
+                effects=effects,
+                initial=initial_checkpoint,
+                components=components,
+                rank=rank,
+                tikhonov=tikhonov,
+                max_dim=max_dim,
+                folds=folds,
+                normalize=normalize,
+                delay=delay,
+                seed=seed,
+            )
+        except EvaluationError as error:
+            failure, reports = error, error.reports
+    show_reports(reports)
+    if out is not None:
+        write_with_known(reports, out, format)
+    if failure is not None:
+        raise failure
+
+
+def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give the arguments of model and DataModule that the first readable checkpoint saved."""
+    from lightning_koopman.network.weights import CheckpointError, find_checkpoints, load_checkpoint
+
+    for path in find_checkpoints(ckpt):
+        try:
+            checkpoint = load_checkpoint(path, trust=trust)
+        except CheckpointError:
+            continue
+        return dict(checkpoint.hyper_parameters), dict(checkpoint.data_hyper_parameters)
+    return {}, {}
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        raise ValueError(f"shard is {text!r}; write i/n with i from 1 to n")
+    return int(found[1]), int(found[2])
+
+
+def components(
+    model: str,
+    data: str | None = None,
+    components: str | list[str] | None = None,
+    depth: int | None = None,
+    max_dim: int = 256,
+) -> None:
+    """List what would be reported as components, without measuring it."""
+    from lightning_koopman.measurement.overview import describe_components
+
+    if components is not None and depth is not None:
+        raise ValueError(f"components is {components!r} and depth is {depth}; give one of the two")
+    found = describe_components(
+        build_model(model, {}, "without arguments"),
+        None if data is None else build_batches(data),
+        components=components if depth is None else depth,
+        max_dim=max_dim,
+    )
+    Console().print(found)
+
+
+def linearize(
+    model: str,
+    data: str,
+    ckpt: str,
+    out: str,
+    max_drop: float = 0.01,
+    components: str | list[str] | None = None,
+    max_dim: int = 256,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+) -> None:
+    """Replace as many components as possible by linear layers, and write the new checkpoint.
+
+    Args:
+        model: Model to build, as in evaluate.
+        data: Data, as pkg.mod:DataModule: linear layers are fitted on its training loader and chosen on
+            its validation loader. Of the batches that a function or object gives, those at even places
+            are fitted on, and the others chosen on.
+        ckpt: Checkpoint of the trained network.
+        out: Checkpoint to write; lightning_koopman.effects.linearization.load_linearized reads it.
+        max_drop: Largest drop of the accuracy; without class targets, largest relative squared change
+            of the outputs.
+        components: Names or glob patterns of components; chosen by default.
+        max_dim: Most directions of a wide input that are kept.
+        seed: Chooses the folds, and the order of a loader that shuffles.
+        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
+    """
+    from lightning_koopman.effects.linearization import linearize_within, save_linearized
+
+    network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
+    fit_on, choose_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
+    result = linearize_within(
+        network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
+    )
+    Console().print(result)
+    more: dict[str, Any] = {} if checkpoint.step is None else {"global_step": checkpoint.step}
+    more["hyper_parameters"] = dict(checkpoint.hyper_parameters)
+    more["datamodule_hyper_parameters"] = dict(checkpoint.data_hyper_parameters)
+    save_linearized(result.model, out, more=more)
+    Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
+
+
+def intervene(
+    model: str,
+    data: str,
+    ckpt: str,
+    kinds: list[Kind] | None = None,
+    components: str | list[str] | None = None,
+    initial_checkpoint: str | None = None,
+    strength: float = 0.3,
+    draws: int = 5,
+    scale: Scale | None = None,
+    figure: str | None = None,
+    out: str | None = None,
+    max_dim: int = 256,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+) -> None:
+    """Alter one component after the other: the predicted effect on the outputs beside the measured one.
+
+    Args:
+        model: Model to build, as in evaluate.
+        data: Data, as pkg.mod:DataModule: effects are predicted on its training loader and measured on
+            its validation loader. Of the batches that a function or object gives, those at even places
+            are for the prediction, and the others for the measurement.
+        ckpt: Checkpoint of the trained network.
+        kinds: Alterations out of linear, reinit, weight_noise, output_noise and skip; all by default.
+        components: Names or glob patterns of components; chosen by default.
+        initial_checkpoint: Weights that training began with, for reinit; drawn anew by default.
+        strength: Noise, as a share of the standard deviation.
+        draws: Number of draws that measured effects of kinds with a random part are averaged over.
+        scale: kl, or relative; by default kl where targets are class indices.
+        figure: File for a figure of predicted against measured effects.
+        out: JSON file for the report with its predicted effects.
+        max_dim: Wider states are pooled and projected.
+        seed: Seed of everything that is drawn, the order of a loader that shuffles included.
+        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+    """
+    from lightning_koopman.effects.interventions import intervene
+    from lightning_koopman.effects.predictions import predict_effects
+    from lightning_koopman.network.weights import load_checkpoint
+
+    network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
+    initial = (
+        initial_checkpoint and load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
+    )
+    fit_on, measure_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
+    asked: dict[str, Any] = {
+        "initial": initial or None,
+        "strength": strength,
+        "scale": scale,
+        "seed": seed,
+    }
+    report = predict_effects(network, fit_on, report, kinds or KINDS, **asked)
+    result = intervene(
+        network, measure_on, report, kinds or KINDS, fit_batches=fit_on, draws=draws, **asked
+    )
+    Console().print(result)
+    if figure is not None:
+        result.plot().savefig(figure)
+    if out is not None:
+        report.to_json(out)
+
+
+def _measured(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    data: str,
+    components: str | list[str] | None,
+    max_dim: int,
+    seed: int,
+) -> tuple[list[Any], list[Any], CreditReport]:
+    """Give batches to fit on, others, and a trained network's report on the former."""
+    from lightning_koopman.measurement.evaluate import credit_report
+
+    torch.manual_seed(seed)  # for loaders that shuffle
+    fit_on, others = fit_and_choose(data, checkpoint.data_hyper_parameters)
+    report = credit_report(
+        network, fit_on, components=components, max_dim=max_dim, seed=seed, step=checkpoint.step
+    )
+    return fit_on, others, report

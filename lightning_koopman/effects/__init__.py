@@ -1,0 +1,1 @@
+"""Altered components: what altering them does, predicted and measured, and linear networks."""

@@ -1,0 +1,281 @@
+"""Scores what altering a network does to its outputs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.report.effects import Scale
+
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+"""Where targets are looked for in a batch that is a mapping."""
+
+
+def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
+    """KL divergence between the class distributions of two sets of logits.
+
+    Example:
+        >>> import torch
+        >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).tolist()
+        [0.0]
+    """
+    p, q = original.double().log_softmax(axis), altered.double().log_softmax(axis)
+    # xlogy-like: a class of probability 0 adds nothing, also where q is -inf.
+    terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
+    return terms.sum(axis)
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Share of samples (or positions) whose largest logit is the target's."""
+    return float((outputs.argmax(class_axis(outputs, targets)) == targets).double().mean())
+
+
+def class_axis(outputs: Tensor, targets: Tensor | None) -> int:
+    """Find the axis of the classes: 1, unless the targets' shape says it is the last."""
+    last = targets is not None and targets.shape == outputs.shape[:-1]
+    return outputs.ndim - 1 if last else 1
+
+
+def find_target(batch: Any) -> Tensor | None:
+    """Find the target in a batch as data loaders commonly give it."""
+    target = None
+    if isinstance(batch, Mapping):
+        target = next((batch[key] for key in TARGET_KEYS if key in batch), None)
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        target = batch[1]
+    return target if isinstance(target, Tensor) else None
+
+
+def are_classes(output: Tensor, target: Tensor) -> bool:
+    """Tell whether targets are class indices of what a network gives."""
+    if target.is_floating_point() or target.is_complex() or output.ndim < 2:
+        return False
+    without = (output.shape[0], *output.shape[2:])
+    return target.shape in (torch.Size(without), output.shape[:-1])
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """How far a network's altered outputs lie from its own. Samples are rows of the outputs.
+
+    Attributes:
+        moved: What each sample adds to the change, shape ``(n_samples,)``, float64.
+        whole: What each sample adds to that which changes are divided by, the same shape.
+        metric: Metric of the altered outputs; NaN where there is none.
+        gained: How many more of a sample's classes are right, the same shape; ``None`` where the metric
+            is not the accuracy, so that nothing is known of it by sample.
+        classes: How many classes each sample has, the same shape; one, unless it has positions.
+    """
+
+    moved: Tensor
+    whole: Tensor
+    metric: float
+    gained: Tensor | None = None
+    classes: Tensor | None = None
+
+    @property
+    def effect(self) -> float:
+        """The change of the outputs: a mean over samples, or a share of their variance."""
+        return float(self.moved.sum() / self.whole.sum())
+
+
+class Measured(NamedTuple):
+    """An alteration's effect and the metric after it, with their standard errors.
+
+    Attributes:
+        effect: Mean over draws.
+        effect_stderr: Its error.
+        metric: Mean over draws; NaN where there is none.
+        metric_stderr: Error of its difference from the metric before; NaN where that is no accuracy.
+    """
+
+    effect: float
+    effect_stderr: float
+    metric: float
+    metric_stderr: float
+
+
+def over_draws(draws: Sequence[Change]) -> Measured:
+    r"""Average the changes that one alteration made in several draws.
+
+    Samples are taken as independent. With t the sum of ``whole``, and r what a sample's ``moved``,
+    averaged over draws, exceeds the effect times its ``whole`` by, the variance is
+    :math:`\tfrac{n}{n-1} \sum r^2 / t^2`. Where all samples weigh alike, that is the variance of a mean,
+    elsewhere that of a ratio of two sums. With several draws, the variance of their mean is added.
+
+    Example:
+        >>> moved = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+        >>> found = over_draws([Change(moved, torch.ones_like(moved), float("nan"))])
+        >>> found.effect, round(found.effect_stderr, 6) == round(float(moved.std()) / 2, 6)
+        (3.0, True)
+    """
+    whole = draws[0].whole
+    effect, effect_stderr = _ratio(torch.stack([draw.moved for draw in draws]), whole)
+    metric = sum(draw.metric for draw in draws) / len(draws)
+    gained = [draw.gained for draw in draws if draw.gained is not None]
+    metric_stderr = math.nan
+    if gained and draws[0].classes is not None:
+        metric_stderr = _ratio(torch.stack(gained), draws[0].classes)[1]
+    return Measured(effect, effect_stderr, metric, metric_stderr)
+
+
+def _ratio(parts: Tensor, whole: Tensor) -> tuple[float, float]:
+    """Sums of parts, shape ``(draws, n_samples)``, over the sum of the whole: mean and error."""
+    total, n_samples = whole.sum(), len(whole)
+    ratios = parts.sum(dim=1) / total
+    value = ratios.mean()
+    if n_samples < 2:
+        return float(value), math.nan
+    rest = parts.mean(dim=0) - value * whole
+    variance = rest.square().sum() * n_samples / (n_samples - 1) / total.square()
+    if len(ratios) > 1:
+        variance = variance + ratios.var() / len(ratios)
+    return float(value), float(variance.sqrt())
+
+
+Metric = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """A network's outputs, to set altered ones against.
+
+    Attributes:
+        outputs: One tensor a batch.
+        targets: One tensor a batch; ``None`` where batches hold none.
+        scale: What changes are measured in.
+        score: Gives the metric of outputs against targets; ``None`` where there is none.
+        metric: The metric of these outputs; NaN where there is none.
+    """
+
+    outputs: tuple[Tensor, ...]
+    targets: tuple[Tensor, ...] | None
+    scale: Scale
+    score: Metric | None
+    metric: float
+
+    @classmethod
+    def of(
+        cls,
+        outputs: Iterable[Tensor],
+        batches: Sequence[Any],
+        scale: Scale | None,
+        metric: Metric | None,
+    ) -> Outputs:
+        """Gather outputs and targets, and settle how they are compared."""
+        given = tuple(outputs)
+        if not given:
+            raise ValueError("no sample arrived: the batches were empty")
+        found = [find_target(batch) for batch in batches]
+        targets = (
+            None if any(t is None for t in found) else tuple(t.cpu() for t in found if t is not None)
+        )
+        if scale not in (None, "kl", "relative"):
+            raise ValueError(f"scale is {scale!r}; choose 'kl' or 'relative'")
+        if metric is not None and targets is None:
+            raise ValueError(
+                "a metric needs targets; give batches as (input, target) or as mappings with one of the "
+                f"keys {TARGET_KEYS}"
+            )
+        classes = targets is not None and are_classes(given[0], targets[0])
+        scale = scale or ("kl" if classes else "relative")
+        if scale == "kl" and not classes and given[0].ndim > 2:
+            raise ValueError(
+                f"outputs of shape {tuple(given[0].shape)} arrived with no class indices to tell their "
+                "class axis; give targets, or choose scale='relative'"
+            )
+        score = metric or (accuracy if classes else None)
+        before = cls(given, targets, scale, score, float("nan"))
+        if before.classes is None:
+            return replace(before, metric=before._score(given))
+        # Counted by sample, for batches of sequences may differ in length.
+        return replace(before, metric=float(before.right.sum() / before.classes.sum()))
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        return sum(len(output) for output in self.outputs)
+
+    def compare(self, altered: Iterable[Tensor]) -> Change:
+        """Measure how far altered outputs lie from these."""
+        others = tuple(altered)
+        gained = None
+        if self.classes is None or self.targets is None:
+            metric = self._score(others)
+        else:
+            right = _right(others, self.targets)
+            metric, gained = float(right.sum() / self.classes.sum()), right - self.right
+        pairs = zip(self.outputs, others, strict=True)
+        if self.scale == "kl":
+            moved = [_by_sample(kl_divergence(a, b, self.axis)) for a, b in pairs]
+        else:
+            moved = [_by_sample((b.double() - a.double()).square()) for a, b in pairs]
+        return Change(torch.cat(moved), self.shares, metric, gained, self.classes)
+
+    @functools.cached_property
+    def classes(self) -> Tensor | None:
+        """How many classes each sample has, float64; ``None`` where the metric is not the accuracy."""
+        if self.score is not accuracy or self.targets is None:
+            return None
+        return torch.cat([_by_sample(torch.ones_like(t)) for t in self.targets])
+
+    @functools.cached_property
+    def right(self) -> Tensor:
+        """How many of each sample's classes are right, float64, where the metric is the accuracy."""
+        assert self.targets is not None
+        return _right(self.outputs, self.targets)
+
+    @functools.cached_property
+    def axis(self) -> int:
+        """Axis of the classes, where the scale is ``"kl"``."""
+        return class_axis(self.outputs[0], None if self.targets is None else self.targets[0])
+
+    @functools.cached_property
+    def shares(self) -> Tensor:
+        """What each sample adds to :attr:`whole`, shape ``(n_samples,)``, float64."""
+        if self.scale == "kl":
+            return torch.cat([_by_sample(torch.ones_like(a.select(self.axis, 0))) for a in self.outputs])
+        mean = sum(a.double().sum(dim=0) for a in self.outputs) / self.n_samples
+        shares = torch.cat([_by_sample((a.double() - mean).square()) for a in self.outputs])
+        if not shares.any():
+            raise ValueError("the outputs are constant, so no change is relative to anything")
+        return shares
+
+    @property
+    def whole(self) -> float:
+        """What summed changes are divided by: the number of distributions, or the outputs' variance."""
+        return float(self.shares.sum())
+
+    def metric_root(self, output: Tensor, vectors: Tensor) -> Tensor:
+        """Apply a root B of the quadratic form that small changes are measured by.
+
+        The change by a small displacement z of the outputs is ``|Bᵀz|²``, summed over samples, over
+        :attr:`whole`. For the KL divergence ``B Bᵀ = (diag p - p pᵀ) / 2``, half the softmax's Fisher
+        information; for the relative change B is the identity.
+        """
+        if self.scale == "relative":
+            return vectors
+        p = output.detach().softmax(self.axis)
+        scaled = p.sqrt() * vectors
+        return (scaled - p * scaled.sum(self.axis, keepdim=True)) / math.sqrt(2)
+
+    def _score(self, outputs: Sequence[Tensor]) -> float:
+        if self.score is None or self.targets is None:
+            return float("nan")
+        return float(self.score(torch.cat(list(outputs)), torch.cat(list(self.targets))))
+
+
+def _right(outputs: Iterable[Tensor], targets: Iterable[Tensor]) -> Tensor:
+    """Count the classes of every sample that are right, shape ``(n_samples,)``."""
+    pairs = zip(outputs, targets, strict=True)
+    return torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
+
+
+def _by_sample(values: Tensor) -> Tensor:
+    return values.double().reshape(len(values), -1).sum(dim=1)

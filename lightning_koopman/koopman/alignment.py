@@ -1,0 +1,155 @@
+r"""Minimal linear dimension alignment: backward thin QR, aligned operators, log-volumes.
+
+Let J_L = Q_L hold the output directions of interest and J_{i-1} = K_i J_i. With the thin QR
+J_i = Q_i R_i, inserting the auxiliary layer Q_i Q_iᵀ behind component i
+
+* is lossless: Q_i Q_iᵀ J_i = J_i;
+* is minimal: a layer of rank below rank(J_i) cannot reproduce J_i;
+* gives square operators K̃_i with K_i Q_i = Q_{i-1} K̃_i, whose |det| and the volumes
+  sqrt det(J_iᵀ J_i) = |det R_i| do not depend on the bases chosen;
+* is multiplicative: log|det R_{i-1}| = log|det K̃_i| + log|det R_i|.
+
+Source: Liang et al. (2022), arXiv 2212.00998, names this stage; the construction is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.koopman.regression import Factored
+
+RANK_RTOL = 1e-8
+"""Singular values of a backward step below this share of its largest count as lost directions."""
+
+_CLEARLY = 0.5
+"""Bounds on singular values decide about a rank only this far from :data:`RANK_RTOL`."""
+
+Operators = Sequence[Sequence[Tensor | Factored]]
+"""For step i = 1 … L, one block of shape ``(d_p, d_i)`` a state p that it reads, the nearest first."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Aligned operators and volumes of a chain.
+
+    Attributes:
+        bases: Q_0 … Q_L, each ``(d_i, r)`` with orthonormal columns.
+        operators: K̃_1 … K̃_L, each ``(r, r)``, upper triangular.
+        factors: R_0 … R_L, each ``(r, r)``, with J_i = Q_i R_i.
+        log_volumes: log|R_i[j, j]| by state and output direction, shape ``(L + 1, r)``, in nats.
+        lost: Indices of the states behind which an output direction stops to matter; empty where
+            all directions asked for are kept.
+        kept: Which columns of the outputs asked for are aligned, ascending, r of them.
+    """
+
+    bases: tuple[Tensor, ...]
+    operators: tuple[Tensor, ...]
+    factors: tuple[Tensor, ...]
+    log_volumes: Tensor
+    lost: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """Number r of aligned directions."""
+        return self.bases[0].shape[1]
+
+    def jacobian(self, state: int) -> Tensor:
+        """Give J_i, how the chosen outputs answer to a state."""
+        return self.bases[state] @ self.factors[state]
+
+
+def align(
+    operators: Operators, outputs: Tensor, parents: Sequence[Sequence[int]] | None = None
+) -> Alignment:
+    """Align a chain of operators of differing widths, backward from the outputs of interest.
+
+    Where J_i has not full column rank, each column of ``outputs`` is dropped that adds nothing to those
+    kept before it.
+    """
+    if parents is None:
+        parents = [range(i, i - len(blocks), -1) for i, blocks in enumerate(operators)]
+    width = outputs.shape[0]
+    for step in range(len(operators) - 1, -1, -1):
+        if operators[step][0].shape[1] != width:
+            raise ValueError(
+                f"operator {step + 1} gives {operators[step][0].shape[1]} values, but {width} were "
+                "expected behind it"
+            )
+        width = operators[step][0].shape[0]
+    lost: list[int] = []
+    kept = list(range(outputs.shape[1]))
+    while True:
+        attempt, independent, state = _align(operators, outputs[:, kept], parents)
+        if len(independent) == len(kept):
+            return Alignment(*attempt, lost=tuple(lost), kept=tuple(kept))
+        lost.insert(0, state)
+        kept = [kept[column] for column in independent]
+
+
+def _align(
+    operators: Operators, outputs: Tensor, parents: Sequence[Sequence[int]]
+) -> tuple[
+    tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor], Sequence[int], int
+]:
+    """Go backward once; stop, and tell the independent columns, where a Jacobian has lost rank."""
+    rank = outputs.shape[1]
+    identity = torch.eye(rank, dtype=outputs.dtype, device=outputs.device)
+    bases, factors = [outputs], [identity]
+    aligned: list[Tensor] = []
+    volumes = [torch.zeros(rank, dtype=outputs.dtype, device=outputs.device)]
+    last = len(operators)
+    # relative[c] = R_c R_i^{-1}; forming J_{i-1} R_i^{-1} keeps every factor well scaled.
+    relative = {last: identity}
+    for state in range(last - 1, -1, -1):
+        jacobian = torch.zeros(
+            operators[state][0].shape[0], rank, dtype=outputs.dtype, device=outputs.device
+        )
+        for child, ratio in relative.items():
+            if state in parents[child - 1]:
+                block = operators[child - 1][list(parents[child - 1]).index(state)]
+                step = block @ bases[child - state - 1]
+                # The nearest state's ratio is the identity.
+                jacobian = jacobian + (step if child == state + 1 else step @ ratio)
+        if min(jacobian.shape) < rank:
+            return ((), (), (), torch.empty(0)), _independent(jacobian), state
+        basis, triangle = torch.linalg.qr(jacobian)
+        inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
+        # Singular values are computed only where norms leave it open whether any is below the cut-off.
+        spread = float(torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse))
+        if not spread * RANK_RTOL < _CLEARLY:
+            kept = _independent(jacobian)
+            if len(kept) < rank:
+                return ((), (), (), torch.empty(0)), kept, state
+        bases.insert(0, basis)
+        aligned.insert(0, triangle)
+        factors.insert(0, triangle @ factors[0])
+        volumes.insert(0, volumes[0] + triangle.diagonal().abs().log())
+        needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
+        relative = {state: identity} | {c: ratio @ inverse for c, ratio in needed.items()}
+    return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), range(rank), 0
+
+
+def _independent(jacobian: Tensor) -> Sequence[int]:
+    """Columns that each add to those before them, all of them where the rank is full."""
+    if jacobian.numel() == 0:
+        return ()
+    values = torch.linalg.svdvals(jacobian)
+    cutoff = float(RANK_RTOL * values[0])
+    rank = int((values > cutoff).sum())
+    if rank == jacobian.shape[1] or _clears(jacobian[:, :rank], cutoff):
+        return range(rank)
+    triangle = torch.linalg.qr(jacobian, mode="r").R
+    columns: list[int] = []
+    for column in range(jacobian.shape[1]):
+        if len(columns) < rank and _clears(triangle[:, [*columns, column]], cutoff):
+            columns.append(column)
+    return columns
+
+
+def _clears(columns: Tensor, cutoff: float) -> bool:
+    return columns.shape[1] == 0 or float(torch.linalg.svdvals(columns)[-1]) > cutoff

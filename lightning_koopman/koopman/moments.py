@@ -1,0 +1,321 @@
+"""Counts, means and covariances of a chain of states, one set per fold, in one matrix."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each moment of a chain of states lies in one flat row.
+
+    Kept are the sums of every state, the products of every state with itself, with the states that its
+    step reads and with the last one, and the products of all states that are read at the same time.
+
+    Attributes:
+        dims: Widths d_0 … d_L of the states.
+        folds: Number of folds, one row each.
+        delay: How many states before it each step reads at least.
+        links: For each step i = 1 … L, further earlier states that it reads; empty means none.
+        reach: Keep what every delay up to this one needs, so that :func:`dataclasses.replace` may change
+            ``delay`` later on the same moments.
+        squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
+    """
+
+    dims: tuple[int, ...]
+    folds: int
+    delay: int = 1
+    links: tuple[tuple[int, ...], ...] = ()
+    reach: int = 1
+    squares: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.dims) < 2:
+            raise ValueError(
+                f"{len(self.dims)} state arrived; an operator needs two, the state before a component "
+                "and the state after it"
+            )
+        if self.folds < 2:
+            raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
+        if not 1 <= self.delay < len(self.dims):
+            raise ValueError(
+                f"delay is {self.delay}; with {len(self.dims) - 1} components it must lie between 1 "
+                f"and {len(self.dims) - 1}"
+            )
+        if self.links and len(self.links) != len(self.dims) - 1:
+            raise ValueError(f"links has {len(self.links)} entries for {len(self.dims) - 1} steps")
+        for i, read in enumerate(self.links, start=1):
+            if not all(0 <= p < i for p in read):
+                raise ValueError(f"links of step {i} are {read}; a step reads states 0 … {i - 1} only")
+
+    @cached_property
+    def parents(self) -> tuple[tuple[int, ...], ...]:
+        """For each state 0 … L, the states that its step reads, the nearest first."""
+        return self._reading(self.delay)
+
+    def _reading(self, delay: int) -> tuple[tuple[int, ...], ...]:
+        read = [set(range(max(0, i - delay), i)) for i in range(len(self.dims))]
+        for i, links in enumerate(self.links, start=1):
+            read[i].update(links)
+        return tuple(tuple(sorted(states, reverse=True)) for states in read)
+
+    @cached_property
+    def _most_read(self) -> tuple[tuple[int, ...], ...]:
+        return self._reading(max(self.delay, self.reach))
+
+    @cached_property
+    def live(self) -> tuple[tuple[int, ...], ...]:
+        """For each state i, the states up to it that a step behind it may read, the nearest first."""
+        last = len(self.dims) - 1
+        return (
+            *(
+                tuple(sorted({p for c in self._most_read[i + 1 :] for p in c if p <= i}, reverse=True))
+                for i in range(last)
+            ),
+            (last,),
+        )
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Index pairs i ≤ j whose products are kept."""
+        last = len(self.dims) - 1
+        kept = {(i, i) for i in range(last + 1)} | {(i, last) for i in range(last + 1)}
+        kept |= {(p, i) for i, read in enumerate(self._most_read) for p in read}
+        kept |= {(p, q) for states in self.live for p in states for q in states if p <= q}
+        return tuple(sorted(kept))
+
+    @cached_property
+    def slices(self) -> dict[tuple[int, ...], slice]:
+        """Place of the sum of state i, under ``(i,)``, and of a product, under ``(i, j)``."""
+        places: dict[tuple[int, ...], slice] = {}
+        start = 1
+        for key in [(i,) for i in range(len(self.dims))] + list(self.pairs):
+            size = math.prod(self.dims[i] for i in (key[:1] if key[0] in self.squares else key))
+            places[key] = slice(start, start + size)
+            start += size
+        return places
+
+    @property
+    def size(self) -> int:
+        """Length of a row: one count, then sums, then products."""
+        return int(self.slices[self.pairs[-1]].stop)
+
+    def zeros(self) -> Tensor:
+        """Make empty moments."""
+        return torch.zeros(self.folds, self.size, dtype=torch.float64)
+
+
+_TILE = 64
+"""Width of the strips that symmetric products are computed in; wide ones save nearly half."""
+
+_CACHED_VALUES = 2**17
+_LEAST_ROWS = 512
+# Rows that are copied at once: few enough for the cache, enough for a fast product.
+
+
+def accumulate(
+    layout: Layout,
+    moments: Tensor,
+    states: Sequence[Tensor],
+    fold_of: Tensor,
+    center: Sequence[Tensor] | None = None,
+) -> None:
+    """Add one batch to the moments, in place."""
+    offsets = None if center is None else [offset.to(moments) for offset in center]
+    counts = torch.bincount(fold_of, minlength=layout.folds).tolist()
+    size = max(_LEAST_ROWS, _CACHED_VALUES // max(layout.dims))
+    start = 0
+    order = None if max(counts) == len(fold_of) else torch.argsort(fold_of)
+    for row, count in zip(moments, counts, strict=False):
+        if not count:
+            continue
+        row[0] += count
+        mirrored = [i for i, width in enumerate(layout.dims) if width > 2 * _TILE <= count // 2]
+        # A few rows of one fold, one state after the other: copies that fit into the cache.
+        for first in range(start, start + count, size):
+            chosen = slice(first, min(first + size, start + count))
+            _accumulate_rows(
+                layout, row, states, chosen if order is None else order[chosen], offsets, mirrored
+            )
+        for i in mirrored:
+            if i not in layout.squares:
+                _mirror(row[layout.slices[i, i]].view(layout.dims[i], layout.dims[i]))
+        start += count
+
+
+def _accumulate_rows(
+    layout: Layout,
+    row: Tensor,
+    states: Sequence[Tensor],
+    chosen: slice | Tensor,
+    offsets: Sequence[Tensor] | None,
+    mirrored: Sequence[int],
+) -> None:
+    """Add some samples of one fold; of the states ``mirrored``, blocks above the diagonal alone."""
+    remaining = Counter(i for pair in layout.pairs for i in set(pair))
+    parts: dict[int, Tensor] = {}
+    for pair in layout.pairs:
+        for i in pair:
+            if i not in parts:
+                if isinstance(chosen, slice):
+                    part = states[i][chosen].to(row, copy=offsets is not None)
+                else:
+                    part = states[i].index_select(0, chosen.to(states[i].device)).to(row)
+                parts[i] = part if offsets is None else part.sub_(offsets[i])
+        i, j = pair
+        place = row[layout.slices[pair]]
+        if i == j:
+            row[layout.slices[i,]] += parts[i].sum(dim=0)
+        if i != j:
+            place.view(layout.dims[i], layout.dims[j]).addmm_(parts[i].T, parts[j])
+        elif i in layout.squares:
+            place += parts[i].square().sum(dim=0)
+        else:
+            _add_square(place.view(layout.dims[i], layout.dims[i]), parts[i], i in mirrored)
+        for i in set(pair):
+            # Copies of all states at once would make memory grow with their number.
+            remaining[i] -= 1
+            if not remaining[i]:
+                del parts[i]
+
+
+def _add_square(block: Tensor, part: Tensor, upper: bool) -> None:
+    """Add ``part.T @ part``, or no more of it than what is on and above the tiles of the diagonal."""
+    if not upper:
+        block.addmm_(part.T, part)
+        return
+    for start in range(0, len(block), _TILE):
+        columns = part[:, start : start + _TILE]
+        block[start : start + _TILE, start:].addmm_(columns.T, part[:, start:])
+
+
+def _mirror(block: Tensor) -> None:
+    """Copy what is above the tiles of the diagonal to below them."""
+    for start in range(0, len(block), _TILE):
+        stop = start + _TILE
+        block[stop:, start:stop] = block[start:stop, stop:].T
+
+
+def recentred(layout: Layout, moments: Tensor, shifts: Sequence[Tensor]) -> Tensor:
+    """Give the moments that the same samples have about other offsets."""
+    moved = moments.clone()
+    for row in moved:
+        count = row[0].clone()
+        sums = [row[layout.slices[i,]].clone() for i in range(len(layout.dims))]
+        for i, j in layout.pairs:
+            block = row[layout.slices[i, j]].view(layout.dims[i], layout.dims[j])
+            # Σ(x + a)(y + b)ᵀ = Σxyᵀ + (Σx) bᵀ + a (Σy + n b)ᵀ
+            block += torch.outer(sums[i], shifts[j]) + torch.outer(
+                shifts[i], sums[j] + count * shifts[j]
+            )
+        for i, total in enumerate(sums):
+            row[layout.slices[i,]] = total + count * shifts[i]
+    return moved
+
+
+RESOLUTION = 1e-13
+"""Units whose variance is below this share of their second moment are constant up to rounding."""
+
+
+@dataclass(frozen=True)
+class Covariances:
+    """Means and covariances of a chain of states over some of the samples.
+
+    Attributes:
+        count: Number of samples.
+        means: Mean of each state, shape ``(d_i,)``.
+        variances: Diagonal of each state's own block, shape ``(d_i,)``.
+        blocks: Products about the means, divided by ``count``, shape ``(d_i, d_j)`` under ``(i, j)``;
+            those read off moments are computed whenever they are asked for.
+    """
+
+    count: float
+    means: tuple[Tensor, ...]
+    variances: tuple[Tensor, ...]
+    blocks: Mapping[tuple[int, int], Tensor]
+
+    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
+        i, j = pair
+        return self.blocks[pair] if i <= j else self.blocks[j, i].T
+
+
+@dataclass(frozen=True)
+class _Blocks(Mapping[tuple[int, int], Tensor]):
+    """Covariances as moments give them, none of them kept.
+
+    ``own`` are the samples' means, ``about`` what is centred about, and ``alive`` marks the units that
+    vary, where not all do.
+    """
+
+    layout: Layout
+    row: Tensor
+    without: Tensor | None
+    scale: float
+    own: tuple[Tensor, ...]
+    about: tuple[Tensor, ...]
+    alive: tuple[Tensor | None, ...]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.layout.pairs)
+
+    def __len__(self) -> int:
+        return len(self.layout.pairs)
+
+    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
+        i, j = pair
+        raw = _read(self.row, self.without, self.layout.slices[pair])
+        raw = raw.view(self.layout.dims[i], self.layout.dims[j])
+        if not self.scale:
+            return torch.zeros_like(raw)
+        # E[(x - a)(y - b)ᵀ] = E[xyᵀ] - m_x bᵀ - a (m_y - b)ᵀ
+        block = torch.addr(raw, self.own[i], self.about[j], beta=self.scale, alpha=-1)
+        if self.about is not self.own:
+            block.addr_(self.about[i], self.own[j] - self.about[j], alpha=-1)
+        rows, columns = self.alive[i], self.alive[j]
+        if rows is not None:
+            block *= rows[:, None]
+        if columns is not None:
+            block *= columns
+        return block
+
+
+def _read(row: Tensor, without: Tensor | None, place: slice) -> Tensor:
+    return row[place] if without is None else row[place] - without[place]
+
+
+def covariances(
+    layout: Layout,
+    row: Tensor,
+    *,
+    about: Sequence[Tensor] | None = None,
+    without: Tensor | None = None,
+) -> Covariances:
+    """Read means and covariances off one row of moments.
+
+    Units that rounding alone sets in motion are taken as constant: their covariances are exactly zero.
+    """
+    count = float(_read(row, without, slice(0, 1)))
+    scale = 1.0 / count if count else 0.0
+    states = range(len(layout.dims))
+    own = tuple(_read(row, without, layout.slices[i,]) * scale for i in states)
+    about = own if about is None else tuple(about)
+    variances, varies = [], []
+    for i, width in enumerate(layout.dims):
+        place = layout.slices[i, i]
+        diagonal = slice(place.start, place.stop, 1 if i in layout.squares else width + 1)
+        square = _read(row, without, diagonal) * scale
+        variance = square - own[i] * about[i]
+        if about is not own:
+            variance = variance - about[i] * (own[i] - about[i])
+        alive = variance > RESOLUTION * square
+        variances.append(variance * alive)
+        varies.append(None if bool(alive.all()) else alive)
+    blocks = _Blocks(layout, row, without, scale, own, about, tuple(varies))
+    return Covariances(count, about, tuple(variances), blocks)

@@ -1,0 +1,212 @@
+"""Lists what would be reported as components, with shapes and state widths where data is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.components import Components, named_components
+from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
+from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.isolation import random_states_kept, undisturbed
+from lightning_koopman.network.plan import Plan, in_a_row, make_plan
+from lightning_koopman.network.recorder import Recorded
+from lightning_koopman.network.rows import valid_positions
+from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
+
+
+@dataclass(frozen=True)
+class ComponentRow:
+    """One component as it would be reported.
+
+    Attributes:
+        name: Dotted name; the second call in a pass reads ``name#1``.
+        kind: Class of the module.
+        parameters: How many it has.
+        shape_in: Shape of the first tensor that it takes, with the batch axis; ``None`` without data.
+        shape_out: Shape of its state, with the batch axis.
+        width: Values in one row of its state before POD.
+        state: The state it belongs to: its own name, ``a+b`` where it is joined with others, or ``None``
+            where it is left out.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    shape_in: tuple[int, ...] | None = None
+    shape_out: tuple[int, ...] | None = None
+    width: int | None = None
+    state: str | None = None
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What would be measured, without measuring it.
+
+    Attributes:
+        rows: The components, in order of execution where data was given, else of registration.
+        notes: What the report's notes would say of the chain.
+        total: Number of parameters of the whole model.
+        max_dim: Widest state vector.
+        run: Whether a batch was run.
+    """
+
+    rows: tuple[ComponentRow, ...]
+    notes: tuple[str, ...]
+    total: int
+    max_dim: int
+    run: bool
+
+    def __rich__(self) -> Table:
+        inside = sum({row.name.partition("#")[0]: row.parameters for row in self.rows}.values())
+        table = Table(
+            title=f"{len(self.rows)} components with {inside:,} of {self.total:,} parameters",
+            caption="\n".join(map(escape, self.notes)) or None,
+            caption_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+        )
+        heads = ["component", "type", "parameters"]
+        for head in heads + (["input", "output", "state width"] if self.run else []):
+            left = head in ("component", "type")
+            table.add_column(head, justify="left" if left else "right", overflow="fold")
+        for row in self.rows:
+            cells = [escape(row.name), row.kind, f"{row.parameters:,}"]
+            if self.run:
+                cells += [_shape(row.shape_in), _shape(row.shape_out), self._width(row)]
+            table.add_row(*cells)
+        return table
+
+    def _width(self, row: ComponentRow) -> str:
+        if row.state is None or row.width is None:
+            return "left out"
+        width = f"{row.width}"
+        if row.state != row.name:
+            return escape(f"{width} in {row.state}")
+        return f"{width} → {self.max_dim}" if row.width > self.max_dim else width
+
+
+def describe_components(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    components: Components | Sequence[Components] | None = None,
+    forward_fn: ForwardFn | None = None,
+    max_dim: int = 256,
+) -> Overview:
+    """Tell which components a report would have.
+
+    Args:
+        model: Any module; it is left exactly as it was found.
+        batches: Data, of which the first batch is run; ``None`` runs nothing.
+        components: As in :func:`lightning_koopman.credit_report`.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+        max_dim: Widest state vector.
+
+    Returns:
+        The overview.
+
+    Raises:
+        ValueError: If the components cannot be chosen, there is no batch, or no component runs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> [(row.name, row.parameters) for row in describe_components(net).rows]
+        [('0', 15), ('2', 8)]
+        >>> describe_components(net, [torch.ones(5, 4)]).rows[0].shape_out
+        (5, 3)
+    """
+    total = sum(p.numel() for p in model.parameters())
+    if batches is None:
+        chosen = named_components(model, components)
+        rows = tuple(ComponentRow(n, type(m).__name__, _parameters(m)) for n, m in chosen.items())
+        return Overview(rows, (), total, max_dim, run=False)
+    with random_states_kept(batches):
+        batch = next(iter(batches), None)
+    if batch is None:
+        raise ValueError("batches is empty; the shapes need one batch")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batch = to_device(batch, device)
+    capture = Capture(model, components, keep=_kept, follow=True)
+    taken: dict[str, tuple[int, ...]] = {}
+    with undisturbed(model), capture, _Inputs(capture.components, taken):
+        capture.start_pass(batch)
+        (default_forward if forward_fn is None else forward_fn)(model, batch)
+        silent = capture.silent
+        records: list[Recorded] = list(capture.end_pass().values())
+    if len(records) < 2:
+        raise ValueError(
+            f"no component ran in the forward pass; chosen were {list(capture.components)}. "
+            "Name modules that the pass calls with components=[...]."
+        )
+    if capture.untraced is not None:
+        records = in_a_row(records)
+    plan = make_plan(records, batch=batch, named=components is not None, max_dim=max_dim)
+    notes = list(plan.notes)
+    if silent:
+        notes.append(f"never ran, so left out: {', '.join(map(repr, silent))}")
+    valid = valid_positions(batch)
+    rows = tuple(
+        _row(model, record, plan, taken, valid) for record in records if record.name in capture.parts
+    )
+    return Overview(rows, tuple(notes), total, max_dim, run=True)
+
+
+class _Inputs:
+    """Hooks that note the shape of the first tensor of every call, by state name."""
+
+    def __init__(self, modules: dict[str, nn.Module], taken: dict[str, tuple[int, ...]]) -> None:
+        self._modules, self._taken = modules, taken
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> None:
+        for name, module in self._modules.items():
+
+            def note(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                given = (args, kwargs)
+                tensor = first_tensor(given)
+                tensor = next(all_tensors(given), None) if tensor is None else tensor
+                count = sum(key.partition("#")[0] == name for key in self._taken)
+                shape = () if tensor is None else tuple(tensor.shape)
+                self._taken[f"{name}#{count}" if count else name] = shape
+
+            self._hooks.enter_context(attach(module, before=note))
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+
+def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:
+    return replace(recorded, tensor=detached_copy(tensor))
+
+
+def _row(
+    model: nn.Module,
+    record: Recorded,
+    plan: Plan,
+    taken: dict[str, tuple[int, ...]],
+    valid: Tensor | None,
+) -> ComponentRow:
+    module, _ = find_module(model, record.name)
+    state = next((n for n, g in zip(plan.names, plan.states, strict=True) if record.name in g), None)
+    shape = tuple(record.tensor.shape)
+    width = None if state is None else plan.forms[record.name].rows(record.tensor, valid).shape[1]
+    kind, size = type(module).__name__, _parameters(module)
+    return ComponentRow(record.name, kind, size, taken.get(record.name), shape, width, state)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "" if shape is None else "x".join(map(str, shape))

@@ -1,0 +1,188 @@
+"""Lets the processes of one training agree on names, bases and moments, and on what went wrong.
+
+Every process takes the same collectives in the same order, whatever happened to it: one small exchange
+of names, counts and errors, one of the rows that fix the POD bases (only where a state is wider than
+``max_dim``), and one sum of all moments. An error of one process travels in the next exchange, so that
+all of them give up together and none waits for another. Processes that run on the same samples, as under
+tensor parallelism, also gather what each holds of a state, and tell each other around it how it went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_koopman.koopman.states import Basis
+from lightning_koopman.network.tensors import LET_IT_BE_WHOLE
+
+_ALIKE = 1e-2
+"""Most that states of the same samples may differ by in two processes, relative to their size."""
+
+
+class ProcessError(RuntimeError):
+    """A measurement over several processes failed in another of them."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process tells the others about its part of the samples.
+
+    Attributes:
+        names: Names of the states; empty where no batch arrived.
+        widths: Their widths before reduction.
+        count: Number of samples.
+        center: Offsets that its moments are summed about; empty while rows wait for a basis.
+        error: What went wrong, if anything did.
+        links: For each step, the states it reads, where they are not just the ones before.
+        part: Which part of the data it ran on, where several processes run on the same.
+        marks: Means over the units of the first rows of each state, ``(n_states, n_rows)``.
+    """
+
+    names: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    count: int = 0
+    center: tuple[Tensor, ...] = ()
+    error: str | None = None
+    links: tuple[tuple[int, ...], ...] = ()
+    part: int | None = None
+    marks: Tensor | None = None
+
+
+def exchange(share: Share) -> list[Share]:
+    """Tell all processes of this one's share; a collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "several processes take part, but torch.distributed was not started, so their samples "
+            "cannot be added up. Use a strategy that starts it (ddp), or measure in one process."
+        )
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, share)
+    return shares
+
+
+def agreed(shares: Sequence[Share]) -> Share:
+    """Find what all processes have in common."""
+    _raise_for([share.error for share in shares])
+    _refuse_parts_of_states(shares)
+    seen = {rank: share for rank, share in enumerate(shares) if share.count}
+    if not seen:
+        return Share()
+    first_rank, first = next(iter(seen.items()))
+    for rank, share in seen.items():
+        chain, expected = ((s.names, s.widths, s.links) for s in (share, first))
+        if chain != expected:
+            raise ProcessError(
+                f"process {rank} ran the components {share.names} of widths {share.widths}, process "
+                f"{first_rank} {first.names} of {first.widths}. Choose components that run alike "
+                "everywhere with components=[...]."
+            )
+    return first
+
+
+def _refuse_parts_of_states(shares: Sequence[Share]) -> None:
+    """Refuse a state of which processes that run on the same samples hold a part each."""
+    first: dict[int, Share] = {}
+    for share in shares:
+        if share.part is None or share.marks is None:
+            continue
+        other = first.setdefault(share.part, share)
+        assert other.marks is not None
+        for name, mine, its in zip(share.names, share.marks, other.marks, strict=False):
+            if mine.shape != its.shape or bool((mine - its).norm() > _ALIKE * its.norm()):
+                raise ProcessError(
+                    f"{name!r} is not the same in processes that run on the same samples, so each holds "
+                    f"a part of it. {LET_IT_BE_WHOLE}"
+                )
+
+
+@contextmanager
+def in_step(group: Any, device: torch.device) -> Generator[None, None, None]:
+    """Run something in all processes of a group, and let it fail in all where it fails in one."""
+    if group is None:
+        # Nobody to tell; on a GPU, reading the answer would wait for it in every batch.
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as failure:
+        error = failure
+    failed = torch.tensor(float(error is not None), device=device)
+    dist.all_reduce(failed, group=group)
+    if error is not None:
+        raise error
+    if float(failed) > 0:
+        raise ProcessError(
+            "the measurement was given up, for it failed in a process that runs on the same samples"
+        )
+
+
+def agree_on_basis(
+    first_rows: Callable[[int], list[Tensor]],
+    shares: Sequence[Share],
+    max_dim: int,
+    fit: Callable[[list[Tensor]], Basis],
+) -> Basis:
+    """Fit one basis to the first ``2 * max_dim`` samples of all processes, taken in turn; a collective.
+
+    A ``DistributedSampler`` deals samples out in turn, so these are the samples that a single process
+    would see first.
+    """
+    size = 2 * max_dim
+    turns = sorted((i, rank) for rank, share in enumerate(shares) for i in range(min(share.count, size)))
+    turns = turns[:size]
+    mine = sum(rank == dist.get_rank() for _, rank in turns)
+    given: Any
+    try:
+        given = [rows.cpu() for rows in first_rows(mine)] if mine else []
+    except Exception as error:
+        given = f"{type(error).__name__}: {error}"
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, given)
+    _raise_for([rows if isinstance(rows, str) else None for rows in gathered])
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            blocks = [
+                torch.stack([gathered[rank][state][i] for i, rank in turns])
+                for state in range(len(agreed(shares).names))
+            ]
+            answer = [fit(blocks)]
+        except Exception as error:
+            answer = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(answer, src=0)
+    if not isinstance(answer[0], Basis):
+        _raise_for([answer[0]])
+    basis: Basis = answer[0]
+    return basis
+
+
+def sum_moments(moments: Tensor, error: BaseException | None) -> Tensor:
+    """Add up the moments of all processes; one collective, which carries errors too."""
+    failed = torch.full((1,), float(error is not None), dtype=moments.dtype, device=moments.device)
+    packed = torch.cat([
+        moments.flatten() if error is None else torch.zeros_like(moments).flatten(),
+        failed,
+    ])
+    dist.all_reduce(packed)
+    if error is not None:
+        raise error
+    if float(packed[-1]) > 0:
+        raise ProcessError(
+            f"{int(packed[-1])} of {dist.get_world_size()} processes could not add up their samples; "
+            "their own messages say why"
+        )
+    return packed[:-1].view_as(moments)
+
+
+def _raise_for(errors: Sequence[str | None]) -> None:
+    failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+    if failed:
+        told = "; ".join(f"process {rank}: {error}" for rank, error in failed.items())
+        raise ProcessError(f"the measurement was given up, for it failed in {told}")

@@ -1,0 +1,295 @@
+"""Chooses the network parts that count as components."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.RMSNorm,
+)
+
+
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What wrappers call the module they wrap."""
+
+
+def clean_name(name: str) -> str:
+    """Strip what ``torch.compile``, FSDP and activation checkpointing add to a dotted module name.
+
+    Example:
+        >>> clean_name("net._orig_mod.0")
+        'net.0'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through a model's submodules under the names that the user wrote."""
+    for name, module in model.named_modules():
+        # A wrapper and the module it wraps share one name: the inner one speaks for both.
+        if clean_name(name) and unwrapped(module) is module:
+            yield clean_name(name), module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Find the module that the user wrote inside of wrappers."""
+    inner = next((part for name, part in module.named_children() if name in _WRAPPED), None)
+    return module if inner is None else unwrapped(inner)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a normalisation layer."""
+    return isinstance(module, _NORMS)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether a module or any part of it has parameters."""
+    return next(module.parameters(), None) is not None
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Walk the module tree and choose, as :func:`named_components` tells."""
+    name, node = "", model
+    children = _children(node, name)
+    while len(children) == 1:
+        name, node = children[0]
+        children = _children(node, name)
+    if not children:
+        if has_parameters(node):
+            yield name or type(node).__name__, node
+        return
+    parts = list(_opened(children, towers=not isinstance(node, _CONTAINERS)))
+    # Two towers such as encoder and decoder say little: look one level into them.
+    if len(parts) < 3:
+        deeper = [inner for part in parts for inner in _open_wrapper(*part)]
+        parts = deeper if len(deeper) > len(parts) else parts
+    previous_is_leaf = False
+    for part_name, module in parts:
+        if is_norm(module) and previous_is_leaf:
+            continue
+        previous_is_leaf = not any(True for _ in module.children())
+        yield part_name, module
+
+
+def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    return [
+        (clean_name(f"{prefix}.{name}" if prefix else name), unwrapped(child))
+        for name, child in module.named_children()
+        if has_parameters(child)
+    ]
+
+
+def _open_wrapper(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    children = _children(module, name)
+    while len(children) == 1:
+        (name, module) = children[0]
+        if not _children(module, name):
+            return [(name, module)]
+        children = _children(module, name)
+    if isinstance(module, _CONTAINERS):
+        return list(_opened(children))
+    return [(name, module)]
+
+
+def _opened(
+    children: list[tuple[str, nn.Module]], *, towers: bool = False
+) -> Iterator[tuple[str, nn.Module]]:
+    kinds = [type(child) for _, child in children]
+    stages = {type(child) for _, child in children if _is_stage(child)}
+    for name, child in children:
+        # Members of a list are blocks; two attributes of one type are an encoder and a decoder.
+        repeats = kinds.count(type(child)) > (2 if towers else 1)
+        opens = type(child) in stages if repeats else _holds_blocks(child)
+        if isinstance(child, _CONTAINERS) or opens:
+            yield from _opened(_children(child, name))
+        else:
+            yield name, child
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    """Tell whether a list of at least two composite modules sits somewhere inside."""
+    for part in module.modules():
+        if isinstance(part, nn.Sequential | nn.ModuleList):
+            composite = [c for c in part.children() if has_parameters(c) and any(c.children())]
+            if len(composite) >= 2:
+                return True
+    return False
+
+
+def _is_stage(module: nn.Module) -> bool:
+    """Tell whether a module is little more than a list of blocks, as stages of vision networks are."""
+    # A block has weights in at least two places, unlike the convolutions of an inverted bottleneck; and
+    # the list is the module's own, unlike that of a mixture of experts further in.
+    everything = sum(p.numel() for p in module.parameters())
+    for part in module.children():
+        if not isinstance(part, nn.Sequential | nn.ModuleList):
+            continue
+        blocks = list(part.children())
+        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        if (
+            alike
+            and not isinstance(blocks[0], _CONTAINERS)
+            and all(_weighted_leaves(block) > 1 for block in blocks)
+            and 2 * sum(p.numel() for p in part.parameters()) > everything
+        ):
+            return True
+    return False
+
+
+def _weighted_leaves(module: nn.Module) -> int:
+    return sum(
+        has_parameters(part) and not is_norm(part) and not any(part.children())
+        for part in module.modules()
+    )
+
+
+Components = str | type[nn.Module] | int
+"""A name or glob pattern, a type, or a depth in the module tree."""
+
+
+def named_components(
+    model: nn.Module, components: Components | Sequence[Components] | None = None
+) -> dict[str, nn.Module]:
+    """Choose the modules that are reported as components.
+
+    Without ``components``, the module tree is walked as a person would draw it: wrappers around a single
+    child are unwrapped; ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened, as are modules
+    that hold a list of blocks; of modules that repeat, only stages (little more than a list of blocks)
+    are opened; modules without parameters belong to the component before them.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> list(named_components(net))
+        ['0', '2']
+        >>> list(named_components(net, nn.ReLU))
+        ['1']
+    """
+    modules = dict(clean_modules(model))
+    if components is None:
+        chosen = dict(automatic_components(model))
+    else:
+        single = isinstance(components, str | type | int)
+        chosen = _matching(modules, [components] if single else components)  # type: ignore[arg-type, list-item]
+    if components is not None and not chosen:
+        raise ValueError("components names nothing; leave it out to choose automatically")
+    if not chosen:
+        raise ValueError(
+            f"found no component in {type(model).__name__}: it has no submodule with parameters. "
+            "Name the modules to report with components=[...]."
+        )
+    for inner in chosen:
+        outer, dot, _ = inner.rpartition(".")
+        while dot and outer not in chosen:
+            outer, dot, _ = outer.rpartition(".")
+        if dot:
+            raise ValueError(
+                f"components overlap: {inner!r} is part of {outer!r}. Choose one of the two."
+            )
+    return chosen
+
+
+def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[nn.Module]:
+    """List the modules that belong to whichever component runs right before them.
+
+    These are leaves without parameters (activations, dropout, pooling, flatten) and normalisation
+    layers outside of every component.
+    """
+    inside = {id(part) for module in chosen.values() for part in module.modules()}
+    return [
+        module
+        for module in model.modules()
+        if id(module) not in inside
+        and module is not model
+        and not any(True for _ in module.children())
+        and (is_norm(module) or not has_parameters(module))
+    ]
+
+
+def with_output(model: nn.Module, chosen: Mapping[str, nn.Module], output: str) -> dict[str, nn.Module]:
+    """Add the module whose output a chain ends with, unless it is, or holds, a component."""
+    modules = dict(clean_modules(model))
+    if output not in modules:
+        raise ValueError(
+            f"output is {output!r}, which is no module of {type(model).__name__}. "
+            f"It has {', '.join(map(repr, list(modules)[:8]))}."
+        )
+    for name in chosen:
+        if output.startswith(name + "."):
+            raise ValueError(
+                f"output {output!r} is part of component {name!r}. Name finer components with "
+                "components=[...], or a later output."
+            )
+    covered = any(name == output or name.startswith(output + ".") for name in chosen)
+    return dict(chosen) if covered else {**chosen, output: modules[output]}
+
+
+def common_ancestor(model: nn.Module, chosen: Iterable[nn.Module]) -> nn.Module | None:
+    """Find the innermost module that holds all components, if it is one that can be called."""
+    wanted = {id(module) for module in chosen}
+    ancestor = None
+    for module in model.modules():
+        inside = {id(part) for part in module.modules() if part is not module}
+        if wanted <= inside and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            ancestor = module
+    return ancestor
+
+
+def _matching(modules: dict[str, nn.Module], wanted: Sequence[Components]) -> dict[str, nn.Module]:
+    found: set[str] = set()
+    for item in wanted:
+        if isinstance(item, str):
+            matches = {name for name in modules if name == item or fnmatchcase(name, item)}
+            trouble = f"no module is called {item!r}. {_hint(item, modules)}"
+        elif isinstance(item, type) and issubclass(item, nn.Module):
+            matches = {name for name, module in modules.items() if isinstance(module, item)}
+            kinds = sorted({type(module).__name__ for module in modules.values()})
+            trouble = f"no module is of type {item.__name__}. The model has {', '.join(kinds)}."
+        elif isinstance(item, int) and not isinstance(item, bool):
+            matches = _at_depth(modules, item)
+            trouble = f"depth is {item}; the model's own children are at depth 1."
+        else:
+            raise TypeError(
+                f"components holds {item!r}; give names, glob patterns, types of nn.Module, or a depth"
+            )
+        if not matches:
+            raise ValueError(trouble)
+        found |= matches
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def _at_depth(modules: dict[str, nn.Module], depth: int) -> set[str]:
+    """Choose the modules with parameters at a depth, and above it those that have no further parts."""
+    chosen = set()
+    for name, module in modules.items():
+        level = name.count(".") + 1
+        # Lists and dictionaries of modules are never called themselves.
+        called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        if has_parameters(module) and (
+            (level == depth and called)
+            or (level < depth and not any(True for _ in module.children()))
+            or (
+                level == depth + 1
+                and name.rpartition(".")[0] in modules
+                and isinstance(modules[name.rpartition(".")[0]], nn.ModuleList | nn.ModuleDict)
+            )
+        ):
+            chosen.add(name)
+    return chosen
+
+
+def _hint(pattern: str, modules: dict[str, nn.Module]) -> str:
+    close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)
+    if close:
+        return f"Close matches: {', '.join(map(repr, close))}."
+    return f"The model has {', '.join(map(repr, list(modules)[:8]))}."

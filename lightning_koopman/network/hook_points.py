@@ -1,0 +1,173 @@
+"""The one hook mechanism, and tensors read and replaced where chosen module calls begin and end."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.tensors import first_tensor
+
+
+class _Hook:
+    """What is hung on a module; a copy of it, or what is unpickled from it, does nothing.
+
+    A user who copies or saves the model while hooks are on must get the model alone. ``__exit__`` of a
+    null context takes any arguments, returns ``None``, and is unpickled without this package.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *given: Any) -> Any:
+        return self._function(*given)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def attach(
+    module: nn.Module,
+    *,
+    before: Callable[[nn.Module, Any, Any], Any] | None = None,
+    after: Callable[[nn.Module, Any, Any, Any], Any] | None = None,
+) -> ExitStack:
+    """Hang hooks on a module until the stack that comes back is closed."""
+    hooks = ExitStack()
+    if before is not None:
+        hooks.callback(module.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove)
+    if after is not None:
+        hooks.callback(module.register_forward_hook(_Hook(after), with_kwargs=True).remove)
+    return hooks
+
+
+class Site(NamedTuple):
+    """One end of one module call.
+
+    Attributes:
+        end: What the call takes in (its first tensor), or what it gives out.
+        call: Dotted module name; the second call in a pass reads ``name#1``.
+    """
+
+    end: Literal["in", "out"]
+    call: str
+
+
+Alteration = Callable[[Tensor, Mapping[Site, Tensor]], Tensor]
+"""Takes what a call gave out and what was read so far; gives what to put in its place."""
+
+
+def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
+    """Resolve a module call."""
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    name, _, number = call.partition("#")
+    if name not in modules:
+        raise ValueError(
+            f"{type(model).__name__} has no module {name!r}, which the report names. Pass the model "
+            "that the report was measured on."
+        )
+    return modules[name], int(number or 0)
+
+
+def replace_first_tensor(value: Any, new: Tensor) -> Any:
+    """Put a tensor where :func:`~lightning_koopman.network.tensors.first_tensor` found one.
+
+    Example:
+        >>> import torch
+        >>> replace_first_tensor((torch.tensor([1, 2]), [torch.ones(1)]), torch.zeros(1))
+        (tensor([1, 2]), [tensor([0.])])
+    """
+    if isinstance(value, Tensor):
+        return new
+    if isinstance(value, Mapping):
+        parts: Any = dict(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    else:
+        parts = dict(enumerate(value))
+    for key, part in parts.items():
+        if first_tensor(part) is not None:
+            parts[key] = replace_first_tensor(part, new)
+            break
+    if isinstance(value, dict):
+        # Outputs such as those of transformers are mappings and dataclasses at once.
+        return dataclasses.replace(value, **parts) if dataclasses.is_dataclass(value) else parts
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **parts)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*parts.values())
+    return parts if isinstance(value, Mapping) else type(value)(parts.values())
+
+
+class Sites:
+    """Hooks that read, and on demand replace, tensors at chosen module calls.
+
+    Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
+    hooks come off at the end, also when an exception flies.
+
+    Attributes:
+        values: Copies of the tensors read in the current pass. A replaced output reads as replaced.
+    """
+
+    def __init__(
+        self, model: nn.Module, read: Iterable[Site] = (), alter: Mapping[str, Alteration] | None = None
+    ) -> None:
+        self.values: dict[Site, Tensor] = {}
+        self._read = frozenset(read)
+        self._alter = dict(alter or {})
+        self._counts: dict[int, int] = {}
+        calls = {site.call for site in self._read} | set(self._alter)
+        self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
+        for call in calls:
+            module, number = find_module(model, call)
+            self._watched.setdefault(id(module), (module, {}))[1][number] = call
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Sites:
+        with ExitStack() as hooks:
+            for module, calls in self._watched.values():
+                before = functools.partial(self._before, calls)
+                after = functools.partial(self._after, calls)
+                hooks.enter_context(attach(module, before=before, after=after))
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+
+    def start_pass(self) -> None:
+        """Forget what was read and count calls anew."""
+        self.values = {}
+        self._counts = {}
+
+    def _before(self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any) -> None:
+        site = Site("in", calls.get(self._counts.get(id(module), 0), ""))
+        if site in self._read:
+            self._keep(site, first_tensor((args, kwargs)))
+
+    def _after(
+        self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        number = self._counts.get(id(module), 0)
+        self._counts[id(module)] = number + 1
+        call = calls.get(number)
+        if call is None:
+            return None
+        if call in self._alter:
+            tensor = first_tensor(output)
+            if tensor is None:
+                raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
+            output = replace_first_tensor(output, self._alter[call](tensor, self.values).to(tensor))
+        if Site("out", call) in self._read:
+            self._keep(Site("out", call), first_tensor(output))
+        return output if call in self._alter else None
+
+    def _keep(self, site: Site, tensor: Tensor | None) -> None:
+        if tensor is None:
+            raise ValueError(f"{site.call!r} has no floating-point tensor to read")
+        self.values[site] = tensor.detach().clone()

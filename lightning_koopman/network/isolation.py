@@ -1,0 +1,93 @@
+"""Runs a user's model and loaders and leaves no trace of it: modes, gradients, random states."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_TENSORS_AND_PARTS = ("_parameters", "_buffers", "_modules")
+
+
+@contextmanager
+def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, None]:
+    """Put a model in eval mode without gradients and leave no trace of it.
+
+    Each module's own mode, its weights, buffers and attributes and all random states are restored, also
+    when the body raises: a forward pass may write weights, and so may a change of mode (adapters that
+    merge). Compiled modules run eagerly inside, because hooks that are added after compilation never
+    fire otherwise.
+    """
+    # Asked for only where needed: the first use of set_stance imports the whole compiler.
+    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+    with random_states_kept(batches), _contents_kept(model):
+        model.eval()
+        with torch.inference_mode(False), torch.no_grad(), eager:
+            yield
+
+
+@contextmanager
+def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
+    """Give every module its mode, attributes, weights and buffers back, to the last bit."""
+    modes = [(module, module.training) for module in model.modules()]
+    kept = [
+        (values, dict(values))
+        for module in model.modules()
+        for values in (vars(module), *(vars(module).get(name) for name in _TENSORS_AND_PARTS))
+        if isinstance(values, dict)
+    ]
+    tensors = [
+        (tensor, data, data.clone())
+        for tensor in (*model.parameters(), *model.buffers())
+        for data in (tensor.data,)
+        if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
+    ]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)  # by the module's own method, which may do more than set a flag
+        for values, before in kept:
+            if values.keys() != before.keys() or any(values[k] is not v for k, v in before.items()):
+                values.clear()
+                values.update(before)
+        for tensor, data, copy in tensors:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
+            data.copy_(copy)
+
+
+@contextmanager
+def random_states_kept(batches: Any = ()) -> Generator[None, None, None]:
+    """Give all random generators back the state they had, also when the body raises."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    cpu_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    owners = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
+    own = [g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)]
+    own_states = [generator.get_state() for generator in own]
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        for generator, state in zip(own, own_states, strict=True):
+            generator.set_state(state)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Tell whether a module or any part of it went through ``torch.compile``."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )

@@ -1,0 +1,230 @@
+"""Settles, after the first pass, which states make the chain and what each of them reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.network.recorder import INPUT, Recorded
+from lightning_koopman.network.rows import (
+    ReduceOption,
+    RowForm,
+    batch_size,
+    by_sample,
+    row_forms,
+)
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """Name the first few of many things."""
+    shown = separator.join(items[:6])
+    return shown if len(items) <= 6 else f"{shown}{separator}and {len(items) - 6} more"
+
+
+def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[str]]:
+    """Tell which states each one was computed from."""
+    sources: dict[str, set[str]] = {}
+    previous: str | None = None
+    unknown = []
+    for record in records:
+        if record.sources is None:
+            sources[record.name] = set() if previous is None else {previous}
+        else:
+            sources[record.name] = set(record.sources) & set(sources)
+            lost = not sources[record.name] and record.from_float and previous is not None
+            if lost and not record.name.startswith(INPUT) and _varies(record):
+                unknown.append(record.name)
+                assert previous is not None
+                sources[record.name] = {previous}
+        previous = record.name
+    if unknown:
+        notes.append(
+            f"where the input of {listed(unknown)} comes from could not be followed; each is taken to "
+            "read what ran right before it"
+        )
+    return sources
+
+
+def _varies(record: Recorded) -> bool:
+    tensor = record.tensor
+    return tensor.shape[0] > 1 and bool((tensor != tensor[:1]).any()) if tensor.ndim else False
+
+
+def leave_out_unfit(
+    records: Sequence[Recorded],
+    forms: Mapping[str, RowForm],
+    sources: dict[str, set[str]],
+    last: str,
+    batch: Any,
+    notes: list[str],
+) -> None:
+    """Take out of the graph what holds no row a sample, or the same for every sample."""
+    n_samples, _ = batch_size(records, batch)
+    constant, misfit = [], []
+    for record in records:
+        if record.name == last or callable(forms[record.name].reduce):
+            continue
+        rows = by_sample(record.tensor, forms[record.name].batch_axis, forms[record.name].group)
+        if not sources[record.name] and n_samples > 1 and (len(rows) == 1 or not _varies(record)):
+            constant.append(record.name)
+        elif len(rows) != n_samples:
+            misfit.append(f"{record.name} {tuple(record.tensor.shape)}")
+        else:
+            continue
+        own = sources.pop(record.name)
+        for read in sources.values():
+            if record.name in read:
+                read.remove(record.name)
+                read.update(own)
+    if constant:
+        notes.append(f"the same for every sample, so left out: {listed(constant)}")
+    if misfit:
+        notes.append(f"without one row for each of {n_samples} samples, so left out: {listed(misfit)}")
+
+
+def leading_to(last: str, sources: dict[str, set[str]], notes: list[str]) -> dict[str, set[str]]:
+    """Keep what leads to the output."""
+    reached, front = {last}, [last]
+    while front:
+        for name in sources[front.pop()]:
+            if name not in reached:
+                reached.add(name)
+                front.append(name)
+    aside = [name for name in sources if name not in reached]
+    if aside:
+        notes.append(
+            f"nothing leads from here to the output of {last!r}, so left out: {listed(aside)}; choose "
+            "another output with output="
+        )
+    return {name: read for name, read in sources.items() if name in reached}
+
+
+_MOST_READ = 6
+"""Most states that one step reads; further ones are left out and named."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chain, frozen for all later passes.
+
+    Attributes:
+        states: Names recorded for each state x_0 … x_L; more than one are joined side by side.
+        links: For each step i = 1 … L, the states it reads.
+        forms: How each recorded tensor becomes rows.
+        notes: What a reader of the report must know.
+    """
+
+    states: tuple[tuple[str, ...], ...]
+    links: tuple[tuple[int, ...], ...]
+    forms: Mapping[str, RowForm]
+    notes: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the states; ``a+b`` where parallel components were joined."""
+        return tuple("+".join(group) for group in self.states)
+
+    @cached_property
+    def recorded(self) -> frozenset[str]:
+        """Everything recorded that is part of a state."""
+        return frozenset(name for group in self.states for name in group)
+
+    def join(self, rows: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
+        """Put the rows of one pass into the states of the chain."""
+        expected = [name for group in self.states for name in group]
+        missing = [name for name in expected if name not in rows]
+        if missing:
+            raise ValueError(
+                f"batch {batch} ran the components {tuple(rows)}, the batches before it "
+                f"{tuple(expected)} (difference: {missing}). Choose components that run in every pass "
+                "with components=[...]."
+            )
+        joined = {}
+        for name, group in zip(self.names, self.states, strict=True):
+            counts = {part: rows[part].shape[0] for part in group}
+            if len(set(counts.values())) > 1:
+                raise ValueError(
+                    f"parallel components gave differing numbers of rows: {counts}. Rows are samples; "
+                    "name other components with components=[...]."
+                )
+            blocks = [rows[part] for part in group]
+            joined[name] = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
+        return joined
+
+
+def make_plan(
+    records: Sequence[Recorded],
+    *,
+    batch: Any = None,
+    end: str | None = None,
+    named: bool = False,
+    reduce: ReduceOption = "pool",
+    max_dim: int = 256,
+) -> Plan:
+    """Settle the chain.
+
+    Components that do not depend on one another and are equally deep in the graph are joined into one
+    state; a state that is read further down than by the next step is linked to it.
+    """
+    notes: list[str] = []
+    by_name = {record.name: record for record in records}
+    last = end if end is not None else records[-1].name
+    if last not in by_name:
+        raise ValueError(
+            f"the output of interest {last!r} did not run in the forward pass; what ran is "
+            f"{list(by_name)}"
+        )
+    forms = row_forms(records, batch, reduce, max_dim)
+    sources = sources_of(records, notes)
+    if not named:
+        leave_out_unfit(records, forms, sources, last, batch, notes)
+    sources = leading_to(last, sources, notes)
+    depth: dict[str, int] = {}
+    for name, read in sources.items():
+        depth[name] = 1 + max((depth[source] for source in read), default=-1)
+    groups: list[list[str]] = [[] for _ in range(depth[last] + 1)]
+    for name, level in depth.items():
+        groups[level].append(name)
+    states = tuple(tuple(group) for group in groups)
+    links = tuple(
+        tuple(sorted({depth[source] for name in group for source in sources[name]}, reverse=True))
+        for group in states[1:]
+    )
+    plan = Plan(states, links, forms, ())
+    cut = tuple(read[:_MOST_READ] for read in links)
+    return replace(plan, links=cut, notes=(*notes, *_graph_notes(plan)))
+
+
+def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
+    """Make a plain chain of what ran, whatever is known of the data flow."""
+    inner = [r for i, r in enumerate(records) if i == 0 or not r.name.startswith(INPUT)]
+    return [replace(record, sources=None) for record in inner]
+
+
+def _graph_notes(plan: Plan) -> list[str]:
+    notes = []
+    joined = [name for name, group in zip(plan.names, plan.states, strict=True) if len(group) > 1]
+    if joined:
+        notes.append(
+            f"components side by side were joined into one state: {listed(joined)}; their credit is "
+            "shared"
+        )
+    skips = []
+    for i, read in enumerate(plan.links, start=1):
+        further = [plan.names[p] for p in read if p != i - 1]
+        kept = further[: _MOST_READ - 1]
+        if kept:
+            skips.append(f"{plan.names[i]} reads {', '.join(reversed(kept))} too")
+        if len(further) > len(kept):
+            notes.append(
+                f"{plan.names[i]!r} reads {len(further) + 1} states; the furthest "
+                f"{len(further) - len(kept)} were left out"
+            )
+    if skips:
+        notes.append(f"the data skips components, and the operators follow it: {listed(skips, '; ')}")
+    return notes

@@ -1,0 +1,250 @@
+"""Follows, through one pass, which states and which data each tensor was computed from."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_koopman.network.tensors import all_tensors
+
+# These read a tensor's shape, never its values.
+_SHAPE_ONLY = frozenset({
+    *(f"{kind}_like" for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")),
+    *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
+})
+
+_NOTHING: frozenset[str] = frozenset()
+
+
+class DataFlow:
+    """Labels that travel with the data, as long as the mode is entered.
+
+    Every operator that torch runs passes on the labels of what it reads to what it writes. Tensors that
+    share memory share labels. Values are never touched, gradients never needed, and what cannot be
+    followed (a round trip through NumPy, a kernel that torch does not know of) only loses its labels.
+    An error of the bookkeeping itself never reaches the pass. Several may be entered at a time, and left
+    in any order.
+
+    Attributes:
+        error: What went wrong in the bookkeeping; from then on nothing is labelled.
+
+    Example:
+        >>> flow, x = DataFlow(), torch.ones(3)
+        >>> flow.label([x], "input")
+        >>> with flow:
+        ...     y = (2 * x).relu()
+        >>> flow.labels([y, torch.ones(3)])
+        frozenset({'input'})
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self._labels: dict[int, frozenset[str]] = {}
+        # A weak reference keeps a storage's address from being given to another one.
+        self._alive: dict[int, Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied weak reference frees a storage twice, which ends the interpreter.
+        return DataFlow, ()
+
+    def __enter__(self) -> DataFlow:
+        _WATCH.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _WATCH.remove(self)
+
+    def label(self, value: Any, name: str) -> None:
+        """Replace the labels of all tensors in a value by one."""
+        if self.error is None:
+            try:
+                for tensor in all_tensors(value):
+                    self._set(tensor, frozenset({name}))
+            except Exception as error:
+                self.error = error
+
+    def labels(self, value: Any) -> frozenset[str]:
+        """Read the labels of all tensors in a value."""
+        if self.error is None:
+            try:
+                return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
+            except Exception as error:
+                self.error = error
+        return _NOTHING
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        """Pass labels on from what an operator read to what it wrote."""
+        if self.error is None:
+            try:
+                self._follow(func, args, kwargs, out)
+            except Exception as error:  # the user's own pass must not end because of ours
+                self.error = error
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        reads = list(_flat((*args, *kwargs.values())))
+        name = func._schema.name.rpartition("::")[2]
+        labels = _NOTHING if name in _SHAPE_ONLY else _NOTHING.union(*map(self._get, reads))
+        if func._schema.is_mutable:
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in _flat([given.get(argument.name)]):
+                        self._set(tensor, labels)
+        known = {_address(tensor) for tensor in reads}
+        for tensor in _flat([out]):
+            # A view keeps the labels of what it views.
+            if _address(tensor) not in known:
+                self._set(tensor, labels)
+
+    def _get(self, tensor: Tensor) -> frozenset[str]:
+        return self._labels.get(_address(tensor), _NOTHING)
+
+    def _set(self, tensor: Tensor, labels: frozenset[str]) -> None:
+        address = _address(tensor)
+        if address == 0:
+            return
+        if labels or address in self._labels:
+            self._labels[address] = labels
+            if address not in self._alive:
+                self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows what runs in one thread to every flow entered there.
+
+    Dispatch modes must be left in the reverse order of being entered, which two monitors of one training
+    do not do. So there is one mode for all, entered with the first flow and left with the last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flows: list[DataFlow] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Keeping the compiler out of the bookkeeping imports all of it, which takes seconds; compiled
+        # modules run eagerly while they are captured.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for flow in self.flows:
+            flow.follow(func, args, kwargs, out)
+        return out
+
+
+class _WatchOfThread(threading.local):
+    """The watch of each thread: torch keeps a stack of modes for each, too."""
+
+    def __init__(self) -> None:
+        self.watch = _Watch()
+
+    def add(self, flow: DataFlow) -> None:
+        if not self.watch.flows:
+            self.watch.__enter__()  # type: ignore[no-untyped-call]
+        self.watch.flows.append(flow)
+
+    def remove(self, flow: DataFlow) -> None:
+        self.watch.flows.remove(flow)
+        if not self.watch.flows:
+            self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+_WATCH = _WatchOfThread()
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _flat(value)
+
+
+def _address(tensor: Tensor) -> int:
+    """Identify a tensor's memory; 0 where it has none of its own, as sparse tensors."""
+    if tensor.layout is not torch.strided:
+        return 0
+    return int(tensor.untyped_storage()._cdata)
+
+
+_BATCH = "batch:"
+
+
+class Origins:
+    """Where the values of one pass come from, as long as the data is followed.
+
+    Attributes:
+        error: What kept the data from being followed, if anything did.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self._flow: DataFlow | None = None
+        self._batch: Any = None
+        self._claimed: dict[str, str] = {}
+
+    def start_pass(self, batch: Any) -> None:
+        """Forget the pass before."""
+        self._batch, self._claimed = batch, {}
+        self._label_batch()
+
+    def follow(self) -> None:
+        """Begin to follow the data."""
+        self._flow = DataFlow()
+        self._label_batch()
+        self._flow.__enter__()
+
+    def leave(self) -> None:
+        """Stop following the data; safe to call twice."""
+        flow, self._flow = self._flow, None
+        if flow is not None:
+            flow.__exit__()
+            self.error = flow.error
+
+    def _label_batch(self) -> None:
+        if self._flow is not None:
+            for i, tensor in enumerate(all_tensors(self._batch)):
+                self._flow.label(tensor, f"{_BATCH}{i}")
+
+    def of(self, value: Any) -> frozenset[str] | None:
+        """Tell which states a value was computed from."""
+        if self._flow is None:
+            return None
+        known = {self._claimed.get(label, label) for label in self._flow.labels(value)}
+        return frozenset(name for name in known if not name.startswith(_BATCH))
+
+    def is_fresh(self, tensor: Tensor) -> bool | None:
+        """Tell whether a tensor is data of the batch that was not claimed before."""
+        labels = None if self._flow is None else self._flow.labels(tensor)
+        if not labels:
+            return None
+        return all(name.startswith(_BATCH) and name not in self._claimed for name in labels)
+
+    def claim(self, tensor: Tensor, name: str) -> None:
+        """Let whatever a network input was made of count as that input from now on."""
+        if self._flow is not None:
+            if not self._flow.labels(tensor):
+                self._flow.label(tensor, name)
+            self._claimed |= {label: name for label in self._flow.labels(tensor)}
+
+    def mark(self, value: Any, name: str) -> None:
+        """Let a value count as a state."""
+        if self._flow is not None:
+            self._flow.label(value, name)
+
+    def may_hold(self, tensor: Tensor, name: str) -> bool:
+        """Tell whether a tensor may have been computed from a state."""
+        if self._flow is None:
+            return True
+        labels = self._flow.labels(tensor)
+        return self._flow.error is not None or name in labels

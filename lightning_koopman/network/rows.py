@@ -1,0 +1,277 @@
+"""Turns recorded tensors into rows: batch axis, layout, pooling."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_koopman.network.recorder import Recorded
+from lightning_koopman.network.tensors import all_tensors, parts_of
+
+Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Tensor]
+"""How the spatial or sequence axes of a state become part of one row a sample."""
+
+REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")
+
+_POOLED_CELLS = 16
+_FINEST = (
+    4  # values a kept direction: held-out R² of a small ResNet's blocks rose by .01 to .03 from 1 to 4
+)
+_CHANNEL_COUNTS: tuple[tuple[Any, str], ...] = (
+    (nn.modules.conv._ConvNd, "out_channels"),
+    (nn.modules.batchnorm._BatchNorm, "num_features"),
+    (nn.modules.instancenorm._InstanceNorm, "num_features"),
+    (nn.GroupNorm, "num_channels"),
+    (nn.Linear, "out_features"),
+    (nn.Embedding, "embedding_dim"),
+    (nn.LayerNorm, "normalized_shape"),
+)
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """How one state's tensor becomes rows, settled on the first pass.
+
+    Attributes:
+        batch_axis: Which axis holds the samples.
+        group: How many neighbouring entries of that axis belong to one sample.
+        channels_first: Whether the axis behind the batch, not the last, holds the channels.
+        grid: Cells that the spatial or sequence axes are pooled to.
+        reduce: What is done with these axes.
+    """
+
+    batch_axis: int = 0
+    group: int = 1
+    channels_first: bool = False
+    grid: tuple[int, ...] = ()
+    reduce: Reduce = "pool"
+
+    def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Apply the form."""
+        if tensor.ndim == 0 or tensor.numel() == 0:
+            raise ValueError(f"a state of shape {tuple(tensor.shape)} holds no sample; rows are samples")
+        # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if callable(self.reduce):
+            values = self.reduce(tensor.detach())
+            if not isinstance(values, Tensor) or values.ndim == 0:
+                raise ValueError(f"reduce gave {type(values).__name__}; it must give one row a sample")
+            return values.detach().reshape(values.shape[0], -1).to(dtype, copy=True)
+        if tensor.ndim == 2 and self.batch_axis == 0 and self.group == 1:
+            return tensor.detach().to(dtype, copy=True)
+        values = by_sample(tensor.detach(), self.batch_axis, self.group)
+        if values.ndim <= 2 or self.reduce == "flatten":
+            return values.reshape(values.shape[0], -1).to(dtype, copy=True)
+        if not self.channels_first:
+            values = values.movedim(-1, 1)
+        valid = valid if valid is not None and values.shape[2:] == valid.shape[1:] else None
+        reduced = self._reduced(values, valid)
+        own = reduced.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        return reduced.to(dtype, copy=not own).flatten(1)
+
+    def _reduced(self, values: Tensor, valid: Tensor | None) -> Tensor:
+        """Reduce the axes behind the channels: ``(n_samples, channels, …)``."""
+        if self.reduce == "mean":
+            return _cell_means(values.flatten(2), 1, valid)
+        if self.reduce == "pool":
+            # Rank above 5 only where axes are folded, which loses nothing that pooling would keep.
+            values = values.flatten(4) if values.ndim > 5 else values
+            if valid is not None:
+                return _cell_means(values, self.grid[0], valid)
+            if tuple(values.shape[2:]) == self.grid:
+                return values
+            wide = values.to(torch.promote_types(values.dtype, torch.float32))
+            if len(self.grid) == 1:
+                return F.adaptive_avg_pool1d(wide, list(self.grid))
+            weights = _cell_weights(tuple(values.shape[2:]), self.grid).to(wide)
+            # Hooks run in the user's autocast, where a product would lose half its digits.
+            with torch.autocast(wide.device.type, enabled=False):
+                return wide.flatten(2) @ weights
+        if values.ndim != 3:
+            raise ValueError(
+                f"reduce={self.reduce!r} takes sequences, but a state has {values.ndim - 2} axes beside "
+                "samples and channels; use 'mean', 'flatten' or a callable there"
+            )
+        if self.reduce == "cls":
+            return values[:, :, 0]
+        if valid is None:
+            return values[:, :, -1]
+        # The last position that holds data, wherever the padding is.
+        positions = torch.arange(valid.shape[1], device=valid.device)
+        last = (positions * valid).argmax(dim=1)
+        return values[torch.arange(len(values), device=values.device), :, last]
+
+
+def by_sample(tensor: Tensor, batch_axis: int, group: int) -> Tensor:
+    """Bring the samples to axis 0."""
+    values = tensor.movedim(batch_axis, 0) if tensor.ndim > 1 else tensor
+    if group > 1 and values.shape[0] % group == 0:
+        values = values.reshape(values.shape[0] // group, group, *values.shape[1:])
+    return values if values.ndim > 1 else values[:, None]
+
+
+def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -> tuple[int, ...]:
+    """Choose how far a state is pooled."""
+    if len(shape) < 2:
+        return ()
+    channels = shape[0] if channels_first else shape[-1]
+    axes = shape[1:] if channels_first else shape[:-1]
+    if len(axes) > 3:
+        folded = 1
+        for size in axes[2:]:
+            folded *= size
+        axes = (*axes[:2], folded)
+    values = channels
+    for size in axes:
+        values *= size
+    if values <= max_dim:
+        return tuple(axes)
+    cells = min(_POOLED_CELLS, max(1, 16 * max_dim // channels))
+    side = max(1, int(cells ** (1 / len(axes)) + 1e-9))
+    # Few channels leave room for a finer grid, of which POD can then keep what varies most.
+    side = max(side, math.ceil((_FINEST * max_dim / channels) ** (1 / len(axes)) - 1e-9))
+    return tuple(min(side, size) for size in axes)
+
+
+@functools.lru_cache(maxsize=64)
+def _cell_weights(sizes: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
+    """Averages over the cells of a grid as one product, which is far faster than adaptive pooling.
+
+    The cells are those of ``torch.nn.functional.adaptive_avg_pool2d``.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        weights = torch.ones(1, 1, dtype=torch.float64)
+        for size, cells in zip(sizes, grid, strict=True):
+            cell, place = torch.arange(cells)[:, None], torch.arange(size)
+            inside = (place >= cell * size // cells) & (place < -(-(cell + 1) * size // cells))
+            weights = torch.kron(weights, inside / inside.sum(dim=1, keepdim=True).double())
+        return weights.T.contiguous()
+
+
+def _cell_means(values: Tensor, cells: int, valid: Tensor | None) -> Tensor:
+    """Average sequences ``(n, channels, length)`` over equal cells of their valid positions."""
+    if valid is None:
+        valid = torch.ones(values.shape[0], values.shape[2], dtype=torch.bool, device=values.device)
+    lengths = valid.sum(dim=1).clamp_min(1)[:, None, None]
+    place = (valid.cumsum(dim=1) - 1)[:, None, :]
+    cell = torch.arange(cells, device=values.device)[None, :, None]
+    inside = (place >= cell * lengths // cells) & (place < -(-(cell + 1) * lengths // cells))
+    weights = (inside & valid[:, None, :]).to(torch.promote_types(values.dtype, torch.float32))
+    weights = weights / weights.sum(dim=2, keepdim=True).clamp_min(1)
+    # Hooks run in the user's autocast, where a product would lose half its digits.
+    with torch.autocast(values.device.type, enabled=False):
+        means: Tensor = values.to(weights) @ weights.transpose(1, 2)
+    return means
+
+
+def has_channels_first(tensor: Tensor, module: nn.Module) -> bool:
+    """Guess the layout of a module's output."""
+    if tensor.ndim < 3:
+        return False
+    for part in reversed(list(module.modules())):
+        for kind, attribute in _CHANNEL_COUNTS:
+            if isinstance(part, kind):
+                count = getattr(part, attribute)
+                count = count[-1] if isinstance(count, tuple) else count
+                if (tensor.shape[1] == count) != (tensor.shape[-1] == count):
+                    return bool(tensor.shape[1] == count)
+    if tensor.ndim == 4 and tensor.shape[1] == tensor.shape[2] != tensor.shape[3]:
+        return False
+    return tensor.ndim > 3
+
+
+def valid_positions(batch: Any) -> Tensor | None:
+    """Find which positions of padded sequences hold data.
+
+    Example:
+        >>> valid_positions({"ids": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])})
+        tensor([[ True,  True, False]])
+    """
+    if not isinstance(batch, Mapping):
+        inner = () if isinstance(batch, Tensor) else parts_of(batch)
+        return next((m for m in map(valid_positions, inner) if m is not None), None)
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            continue
+        word = name.lower()
+        if "mask" in word and value.ndim == 2 and bool(((value == 0) | (value == 1)).all()):
+            mask = value.bool()
+            return ~mask if "pad" in word else mask
+        if word in ("lengths", "length", "lens", "seq_lengths", "input_lengths") and value.ndim == 1:
+            return torch.arange(int(value.max()), device=value.device) < value[:, None]
+    return None
+
+
+ReduceOption = Reduce | Mapping[str, Reduce]
+
+
+def row_forms(
+    records: Sequence[Recorded], batch: Any, reduce: ReduceOption, max_dim: int
+) -> dict[str, RowForm]:
+    """Settle how each recorded tensor becomes rows."""
+    n_samples, second = batch_size(records, batch)
+    forms = {}
+    for record in records:
+        chosen = _reduction(record.name, reduce)
+        shape = record.tensor.shape
+        axis, group = 0, 1
+        if len(shape) > 1 and shape[1] == n_samples and record.lengths is None:
+            native = record.name in second
+            if shape[0] != n_samples or native or (second and len(shape) == 3):
+                axis = 1
+        if axis == 0 and shape and n_samples > 0 and shape[0] > n_samples and shape[0] % n_samples == 0:
+            group = shape[0] // n_samples if n_samples > 1 else 1
+        if callable(chosen) or not shape:
+            forms[record.name] = RowForm(reduce=chosen)
+            continue
+        values = by_sample(record.tensor, axis, group)
+        first = has_channels_first(values, record.module)
+        grid = pooled_grid(tuple(values.shape[1:]), max_dim, channels_first=first)
+        forms[record.name] = RowForm(axis, group, first, grid, chosen)
+    return forms
+
+
+def _reduction(name: str, reduce: ReduceOption) -> Reduce:
+    if not isinstance(reduce, Mapping):
+        return reduce
+    return next((way for glob, way in reduce.items() if fnmatchcase(name, glob)), "pool")
+
+
+def check_reduce(reduce: Any) -> None:
+    """Refuse reductions that do not exist."""
+    for way in reduce.values() if isinstance(reduce, Mapping) else [reduce]:
+        if way not in REDUCTIONS and not callable(way):
+            raise ValueError(f"reduce holds {way!r}; choose one of {REDUCTIONS} or give a callable")
+
+
+def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
+    """Tell the number of samples of the first pass, and which states have the batch on axis 1."""
+    second = {
+        record.name: record.tensor.shape[1]
+        for record in records
+        if record.lengths is None
+        and record.tensor.ndim == 3
+        and type(record.module).__module__.startswith("torch.nn.")
+        and any(getattr(part, "batch_first", None) is False for part in record.module.modules())
+    }
+    if second:
+        return next(iter(second.values())), set(second)
+    sizes = [record.tensor.shape[0] for record in records if record.tensor.ndim]
+    given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+
+    def fits(record: Recorded) -> bool:
+        shape = record.tensor.shape
+        return bool(shape) and (shape[0] % given == 0 or (len(shape) > 1 and shape[1] == given))
+
+    if given and all(fits(record) for record in records):
+        return given, set()
+    return (Counter(sizes).most_common(1)[0][0] if sizes else 0), set()

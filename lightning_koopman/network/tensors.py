@@ -1,0 +1,114 @@
+"""Finds the tensors in what modules take and give."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+LET_IT_BE_WHOLE = (
+    "Under tensor parallelism, let it give a DTensor, which is gathered (use_local_output=False), "
+    "or a whole tensor (output_layouts=Replicate()); or name components that do with components=[...]."
+)
+"""What to do about a state of which each process holds a part."""
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """Give what a container holds, one level down."""
+    if isinstance(value, PackedSequence):
+        yield value.data
+    elif isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, tuple | list):
+        yield from value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (getattr(value, field.name) for field in dataclasses.fields(value))
+
+
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """Find every tensor in a nested value."""
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for part in parts_of(value):
+            yield from all_tensors(part)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Find the first floating-point tensor in a module's input or output.
+
+    Example:
+        >>> first_tensor((torch.tensor([1, 2]), {"out": torch.ones(2, 3)})).shape
+        torch.Size([2, 3])
+    """
+    for tensor in (value,) if isinstance(value, Tensor) else all_tensors(value):
+        if tensor.is_complex():
+            raise ValueError(
+                f"a state of dtype {tensor.dtype} arrived; complex states are not supported. "
+                "Choose components whose outputs are real, or view them with torch.view_as_real."
+            )
+        if tensor.is_floating_point():
+            return tensor
+    return None
+
+
+def first_packed(value: Any) -> PackedSequence | None:
+    """Find a packed sequence in front of any other floating-point tensor."""
+    if isinstance(value, PackedSequence):
+        return value
+    if isinstance(value, Tensor):
+        return None
+    first = next(iter(parts_of(value)), None)
+    return None if first is None else first_packed(first)
+
+
+def unpacked(value: PackedSequence) -> tuple[Tensor, Tensor]:
+    """Undo the packing of sequences of several lengths.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> padded, lengths = unpacked(pack_sequence([torch.ones(3, 2), torch.ones(1, 2)]))
+        >>> padded.shape, lengths.tolist()
+        (torch.Size([2, 3, 2]), [3, 1])
+    """
+    padded, lengths = pad_packed_sequence(value, batch_first=True)
+    return padded, lengths
+
+
+def detached_copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor, for a later in-place module may overwrite it."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.detach().clone()
+
+
+def is_spread(tensor: Any) -> bool:
+    """Tell whether a tensor's parts lie in several processes."""
+    return hasattr(tensor, "full_tensor")
+
+
+@functools.cache
+def exact_device(device: torch.device) -> torch.device:
+    """Tell where the statistics of states on a device are made."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add(1.0)
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return device
+
+
+def exactly(tensor: Tensor) -> Tensor:
+    """Move a tensor to where its statistics can be made, if that is elsewhere."""
+    return tensor.to(exact_device(tensor.device))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor whose parts lie in several processes; a collective for those, else a no-op."""
+    gather = getattr(tensor, "full_tensor", None)
+    gathered: Tensor = tensor if gather is None else gather()
+    return gathered

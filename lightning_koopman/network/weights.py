@@ -1,0 +1,209 @@
+"""Reads weights from checkpoints safely, averaged ones among them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.network.components import clean_name
+
+Weights = Literal["saved", "averaged", "current"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used."""
+
+
+def chosen_weights(path: Path, content: Mapping[str, Any], weights: Weights) -> Any:
+    """Find the weights asked for.
+
+    Lightning's ``WeightAveraging`` and ``EMAWeightAveraging`` save the averaged weights as
+    ``state_dict`` and the others as ``current_model_state``; once the training has ended, only the
+    averaged ones. ``StochasticWeightAveraging`` saves the current weights as ``state_dict`` and the
+    averaged ones in the callback's state.
+    """
+    saved = content.get("state_dict", content)
+    swa, ended = _callback_states(content)
+    if weights == "saved":
+        return saved
+    if weights == "current":
+        if ended and "current_model_state" not in content:
+            raise CheckpointError(
+                f"{path} was saved after weight averaging had ended and holds only averaged weights; "
+                "ask for the saved or the averaged ones"
+            )
+        return content.get("current_model_state", saved)
+    if weights != "averaged":
+        raise ValueError(f"weights is {weights!r}; choose 'saved', 'averaged' or 'current'")
+    if "current_model_state" in content or ended:
+        return saved
+    if swa is None:
+        raise CheckpointError(
+            f"{path} holds no averaged weights, only a state_dict; leave out --weights (weights='saved')"
+        )
+    count = swa.get("n_averaged")
+    if not (isinstance(count, int) and count > 0):
+        raise CheckpointError(
+            f"{path} was saved before StochasticWeightAveraging began; ask for the current weights"
+        )
+    averaged = swa["average_model_state"]
+    if any(str(name).endswith("running_var") for name in averaged):
+        raise CheckpointError(
+            f"{path} holds averaged weights without their BatchNorm statistics, which "
+            "StochasticWeightAveraging collects when the training ends; evaluate the last checkpoint as "
+            "saved, or ask for the current weights"
+        )
+    return averaged
+
+
+def _callback_states(content: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
+    """Give the state of StochasticWeightAveraging, and whether there is one of WeightAveraging."""
+    states = content.get("callbacks")
+    found = list(states.values()) if isinstance(states, Mapping) else []
+    states = [state for state in found if isinstance(state, Mapping)]
+    swa = next((s for s in states if isinstance(s.get("average_model_state"), Mapping)), None)
+    return swa, any(set(state) == {"latest_update_step"} for state in states)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights of one moment of a training.
+
+    Attributes:
+        path: The file.
+        step: Number of optimiser steps taken; ``None`` where the file does not say.
+        state_dict: Tensors by name.
+        hyper_parameters: What a LightningModule saved of its arguments.
+        data_hyper_parameters: What a LightningDataModule saved of its own.
+    """
+
+    path: Path
+    step: int | None
+    state_dict: Mapping[str, Tensor]
+    hyper_parameters: Mapping[str, Any]
+    data_hyper_parameters: Mapping[str, Any]
+
+
+def find_checkpoints(
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[Path]:
+    """Resolve paths and glob patterns."""
+    given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    found: dict[Path, None] = {}
+    for pattern in (os.fspath(name) for name in given):
+        if os.path.isdir(pattern) and not _is_sharded(Path(pattern)):
+            pattern = os.path.join(pattern, "**", "*.ckpt")
+        names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        found |= dict.fromkeys(map(Path, names))
+    if not found:
+        raise CheckpointError(f"no checkpoint matches {given}")
+    return list(found)
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Name the training that each checkpoint belongs to."""
+    folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+    if len(set(folders)) < 2:
+        return [""] * len(folders)
+    stripped = [os.path.dirname(f) if os.path.basename(f) == "checkpoints" else f for f in folders]
+    if len(set(stripped)) == len(set(folders)):
+        folders = stripped
+    common = os.path.commonpath(folders)
+    return [Path(os.path.relpath(folder, common)).as_posix() for folder in folders]
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], *, trust: bool = False, weights: Weights = "saved"
+) -> Checkpoint:
+    """Read a checkpoint of Lightning, or a bare ``state_dict``, onto the CPU."""
+    path = Path(path)
+    if _is_sharded(path):
+        raise CheckpointError(
+            f"{path} is a sharded checkpoint; merge it into one file first: "
+            "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=not trust)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error):
+            raise CheckpointError(
+                f"{path} holds more than weights ({_refused(error)}), which could run code. If you "
+                "made the file yourself, allow it with --trust-checkpoint (trust_checkpoint=True)"
+            ) from None
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    except Exception as error:  # the unpickler raises anything at all on bytes that are no checkpoint
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read ({reason})") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    tensors = chosen_weights(path, content, weights)
+    if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
+        raise CheckpointError(f"{path} holds no state_dict of tensors")
+    step = content.get("global_step")
+    saved = [content.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters")]
+    own, of_data = (entry if isinstance(entry, Mapping) else {} for entry in saved)
+    return Checkpoint(
+        path=path,
+        step=step if type(step) is int and 0 <= step < 2**63 else None,
+        state_dict={clean_name(str(name)): value for name, value in tensors.items()},
+        hyper_parameters=own,
+        data_hyper_parameters=of_data,
+    )
+
+
+def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into a model."""
+    expected = {clean_name(name): (name, value) for name, value in model.state_dict().items()}
+    for name, (_, value) in expected.items():
+        if name not in checkpoint.state_dict:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {type(model).__name__}: it lacks {name!r}"
+            )
+        saved = _described(checkpoint.state_dict[name])
+        if isinstance(value, Tensor) and saved != (own := _described(value)):
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {type(model).__name__}: {name!r} has {saved}, "
+                f"the model's {own}"
+            )
+    for name in checkpoint.state_dict:
+        if name not in expected:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit {type(model).__name__}: the model has no {name!r}"
+            )
+    model.load_state_dict({expected[name][0]: value for name, value in checkpoint.state_dict.items()})
+
+
+def _described(tensor: Tensor) -> str:
+    """Tell a tensor's shape, and what else would keep it from being copied into another."""
+    if tensor.is_nested:
+        return "nested tensors"
+    kinds = {
+        "quantized": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "no values": tensor.is_meta,
+        str(tensor.layout): tensor.layout is not torch.strided,
+    }
+    more = [kind for kind, applies in kinds.items() if applies]
+    return f"shape {tuple(tensor.shape)}" + (f" ({', '.join(more)})" if more else "")
+
+
+def _is_sharded(path: Path) -> bool:
+    return path.is_dir() and (path / ".metadata").exists()
+
+
+def _refused(error: BaseException) -> str:
+    """Name what the safe unpickler refused, without its advice to switch safety off."""
+    for line in str(error).splitlines():
+        if "GLOBAL" in line or "Unsupported" in line:
+            return line.strip().split(". ")[0][:160]
+    return "an object of another kind"

@@ -1,0 +1,1 @@
+"""The frozen result, and everything that shows or saves it."""

@@ -1,0 +1,332 @@
+"""The frozen result of a measurement."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from torch import Tensor
+
+from lightning_koopman.koopman.credit import QUANTITIES, Credits
+from lightning_koopman.koopman.operator import KoopmanOperator
+from lightning_koopman.report.effects import Effects
+from lightning_koopman.report.saved import (
+    ReportFormatError,
+    checked_fields,
+    plain_fields,
+    read_json,
+    whole_file,
+)
+from lightning_koopman.report.tables import as_text, credit_table, effects_table, to_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+MIN_R2 = 0.5
+"""Below this held-out R², of its own operator or of the chain behind it, a component is marked."""
+
+
+@dataclass(frozen=True, eq=False)
+class CreditReport:
+    """Credits of every component of one network over one set of samples.
+
+    All arrays are float64 of shape ``(L,)``, one entry a component, in order of execution. Every log
+    is natural, so credits and gains are in nats a direction.
+
+    Attributes:
+        components: Names, in order of execution.
+        credit: How strongly the outputs answer to the component's output.
+        gain: What the component itself contributes; sums to ``total``.
+        nonlinearity: 1 - ``r2``: the share of variance lost if its operator replaced the component.
+        sensitivity: Log of how far independent noise on the component's output moves the outputs.
+        r2: Held-out R² of the component's operator.
+        chain_r2: Held-out R² of the output predicted from the component's output.
+        rank: Directions of the component's output that vary: above 1e-4 of their mean variance, those
+            near it in part.
+        stderr: Standard errors (jackknife, and the bias of a finite sample in quadrature), by the names
+            of the seven arrays above.
+        directions: Number r of aligned output directions.
+        n_samples: Number of samples seen.
+        total: Log-volume of the whole network, in nats a direction.
+        total_stderr: Standard error of ``total``.
+        volumes: log|R[j, j]| by component and output direction, shape ``(L, r)``; its row means are
+            the credits.
+        widths: Length of each component's state vector.
+        variance_kept: Share of the output's variance, after pooling, that the state vector keeps, over
+            the samples that fixed its basis.
+        tikhonov: Ridge weight of each operator, in units of its regressors' mean variance.
+        condition: Ratio of the largest to the smallest kept variance of each operator's regressors.
+        stable: Whether the credit moves by no more than half a nat, or its error, when every ridge
+            weight moves tenfold.
+        notes: What a reader must know: dropped directions, silent components, too few samples.
+        operators: Koopman operator of each component; empty in a report read from JSON.
+        step: Training step the weights belong to, if known.
+        parts: By state, in order of execution, the module calls that its component is made of, the last
+            of which gives the state. A first state that is no component is x_0.
+        reads: By component, the states that its operator takes, the nearest first; empty in a report
+            read from JSON.
+        folds: Number of folds that the error bars rest on; their degrees of freedom are one less.
+        delay: How many states before it each operator took at least.
+        run: Name of the training among several; empty where there is one.
+        source: What was measured, and how: the checkpoint's path, size and time of modification, and the
+            options. Empty where the weights came from no file.
+        effects: What altering each component is predicted to do to the outputs, once
+            :func:`lightning_koopman.predict_effects` has filled it in.
+    """
+
+    components: tuple[str, ...]
+    credit: NDArray[np.float64]
+    gain: NDArray[np.float64]
+    nonlinearity: NDArray[np.float64]
+    sensitivity: NDArray[np.float64]
+    r2: NDArray[np.float64]
+    chain_r2: NDArray[np.float64]
+    rank: NDArray[np.float64]
+    stderr: Mapping[str, NDArray[np.float64]]
+    directions: int
+    n_samples: int
+    total: float
+    total_stderr: float
+    volumes: NDArray[np.float64]
+    widths: tuple[int, ...]
+    variance_kept: NDArray[np.float64]
+    tikhonov: NDArray[np.float64]
+    condition: NDArray[np.float64]
+    stable: NDArray[np.bool_]
+    notes: tuple[str, ...] = ()
+    operators: Mapping[str, KoopmanOperator] = field(default_factory=dict, repr=False)
+    step: int | None = None
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    folds: int = 5
+    delay: int = 1
+    run: str = ""
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    effects: Effects | None = field(default=None, repr=False)
+
+    @property
+    def doubts(self) -> tuple[tuple[str, ...], ...]:
+        """Why not to believe a component's numbers; an empty tuple where nothing speaks against them.
+
+        The words are ``r2`` (its own operator fits badly), ``chain_r2`` (the chain behind it does),
+        ``ridge`` (the credit moves by more than half a nat, and its error, when the ridge weight moves
+        tenfold) and ``lost`` (no output direction can be followed back to it).
+        """
+        reasons = []
+        for i, _ in enumerate(self.components):
+            found = []
+            if not self.r2[i] >= MIN_R2:
+                found.append("r2")
+            if not self.chain_r2[i] >= MIN_R2:
+                found.append("chain_r2")
+            if not math.isfinite(self.credit[i]):
+                found.append("lost")
+            elif not self.stable[i]:
+                found.append("ridge")
+            reasons.append(tuple(found))
+        return tuple(reasons)
+
+    @property
+    def influence(self) -> NDArray[np.float64]:
+        """Share of all predicted effects, see :attr:`Effects.influence`; NaN where there are none."""
+        if self.effects is None:
+            return np.full(len(self.components), np.nan)
+        return self.effects.influence
+
+    @property
+    def moment(self) -> str:
+        """Run and step as words to follow a noun, such as ``" of run a at step 10"``."""
+        of_run = f" of run {self.run}" if self.run else ""
+        return of_run + ("" if self.step is None else f" at step {self.step}")
+
+    @property
+    def trusted(self) -> NDArray[np.bool_]:
+        """Whether nothing speaks against a component's numbers, shape ``(L,)``."""
+        return np.array([not reasons for reasons in self.doubts])
+
+    def to_scalars(
+        self, prefix: str = "koopman", quantities: Sequence[str] = QUANTITIES
+    ) -> dict[str, float]:
+        """Flatten to what loggers take.
+
+        Args:
+            prefix: First part of every key.
+            quantities: Which arrays; ``<name>_stderr`` gives an array's standard errors.
+
+        Returns:
+            ``{prefix}/{quantity}/{component}`` to number.
+
+        Raises:
+            ValueError: If a quantity is unknown.
+        """
+        check_quantities(quantities)
+        scalars = {}
+        for name in quantities:
+            base = name.removesuffix("_stderr")
+            values = self.stderr[base] if name != base else getattr(self, base)
+            for component, value in zip(self.components, values, strict=True):
+                scalars[f"{prefix}/{name}/{component}"] = float(value)
+        return scalars
+
+    def to_frame(self) -> DataFrame:
+        """Return the report as a pandas table; pandas writes it as CSV, Parquet and much else.
+
+        Returns:
+            One row per component: the run, the step, the component, every quantity and its standard
+            error, the influence and the predicted effects where there are any, the width of the state
+            and the doubts.
+        """
+        import pandas
+
+        return pandas.DataFrame(to_rows(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain Python values, with ``None`` for what is not finite.
+
+        Returns:
+            Everything but the operators.
+        """
+        return plain_fields(self)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Write the report as JSON; numbers that are not finite become ``null``.
+
+        Args:
+            path: File to write, whole or not at all; ``None`` only returns the text.
+
+        Returns:
+            The text.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        if path is not None:
+            with whole_file(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> CreditReport:
+        """Read a report back.
+
+        Args:
+            source: File written by :meth:`to_json`.
+
+        Returns:
+            The report, without operators.
+
+        Raises:
+            ReportFormatError: If the file is not such a report.
+        """
+        content = read_json(source)
+        try:
+            return cls.from_dict(content)
+        except ReportFormatError as error:
+            raise ReportFormatError(f"{os.fspath(source)} holds no report: {error}") from None
+
+    @classmethod
+    def from_dict(cls, given: Any) -> CreditReport:
+        """Rebuild a report from :meth:`to_dict`, checking every field.
+
+        Args:
+            given: The dictionary.
+
+        Returns:
+            The report, without operators.
+
+        Raises:
+            ReportFormatError: If a field is missing, of the wrong kind or of the wrong length.
+        """
+        return cls(**checked_fields(given))
+
+    def plot(self) -> Figure:
+        """Draw credits and gains with their error bars, and how far each row may be believed.
+
+        Returns:
+            A Matplotlib figure that no window manager knows of.
+        """
+        from lightning_koopman.report.plots import plot_report
+
+        return plot_report(self)
+
+    def __rich__(self) -> RenderableType:
+        table = credit_table(self)
+        return table if self.effects is None else Group(table, effects_table(self))
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def check_quantities(quantities: Sequence[str]) -> None:
+    """Refuse names that no report holds."""
+    known = [*QUANTITIES, *(f"{name}_stderr" for name in QUANTITIES)]
+    if isinstance(quantities, str):
+        raise ValueError(f"quantities is {quantities!r}; give a list, with names out of {known}")
+    unknown = [name for name in quantities if name not in known]
+    if unknown:
+        raise ValueError(f"unknown quantities {unknown}; choose from {known}")
+
+
+def build_report(
+    components: Sequence[str],
+    credits: Credits,
+    *,
+    n_samples: int,
+    variance_kept: Sequence[float] | None = None,
+    notes: Sequence[str] = (),
+    step: int | None = None,
+    folds: int = 5,
+    delay: int = 1,
+) -> CreditReport:
+    """Give the numbers of a chain their names."""
+    notes = list(notes)
+    lost = [components[i - 1] for i in credits.lost if i > 0]
+    if credits.lost:
+        notes.append(
+            f"{credits.alignment.rank} output directions reach back to the input; others "
+            f"({_spans(credits.dropped)}) are lost at {', '.join(map(repr, lost)) or 'the input'} and "
+            "were dropped"
+        )
+    values: dict[str, Any] = {name: _numpy(tensor) for name, tensor in credits.values.items()}
+    return CreditReport(
+        components=tuple(components),
+        **values,
+        stderr={name: _numpy(tensor) for name, tensor in credits.stderr.items()},
+        directions=credits.alignment.rank,
+        n_samples=n_samples,
+        total=credits.total,
+        total_stderr=credits.total_stderr,
+        volumes=_numpy(credits.volumes),
+        widths=tuple(operator.matrix.shape[1] for operator in credits.operators),
+        variance_kept=np.array(variance_kept or [1.0] * len(components), dtype=np.float64),
+        tikhonov=np.array([operator.tikhonov for operator in credits.operators]),
+        condition=np.array([operator.condition for operator in credits.operators]),
+        stable=credits.stable.cpu().numpy(),
+        notes=tuple(notes),
+        operators=dict(zip(components, credits.operators, strict=True)),
+        step=step,
+        folds=folds,
+        delay=delay,
+    )
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Write ascending runs short: 3, 5 to 9."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)
+
+
+def _numpy(tensor: Tensor) -> NDArray[np.float64]:
+    return tensor.detach().cpu().numpy().astype(np.float64)

@@ -1,0 +1,482 @@
+from __future__ import annotations
+
+import importlib.util
+import random
+import runpy
+import sys
+import warnings
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lit import LitNet, dataset, hooks_on, loaders, quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_koopman import KoopmanCreditMonitor, credit_report
+
+COMPONENTS = ("net.0", "net.4", "net.6")
+NO_LOGGER = "ignore:the Trainer has no logger"
+pytestmark = pytest.mark.filterwarnings(NO_LOGGER, "ignore:.*GPU available.*")
+
+
+class Recorder(Logger):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "recorder"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+
+def fit(
+    tmp_path: Any, callbacks: list[Any], *, freeze_norm: bool = False, val: bool = True, **options: Any
+) -> tuple[LitNet, L.Trainer]:
+    L.seed_everything(7, verbose=False)
+    model = LitNet(freeze_norm=freeze_norm)
+    train, validation = loaders()
+    if not val:
+        options["limit_val_batches"] = 0
+    trainer = quiet_trainer(tmp_path, callbacks, **options)
+    trainer.fit(model, train, validation)
+    return model, trainer
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "modes": [module.training for module in model.modules()],
+        "grad": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "needs": [p.requires_grad for p in model.parameters()],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+        "hooks": hooks_on(model),
+    }
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a["weights"].keys() == b["weights"].keys()
+    for name, value in a["weights"].items():
+        assert torch.equal(value, b["weights"][name]), name
+    for g, h in zip(a["grad"], b["grad"], strict=True):
+        assert (g is None) == (h is None)
+        assert g is None or torch.equal(g, h)
+    assert torch.equal(a["torch"], b["torch"])
+    for name in ("modes", "needs", "numpy", "python", "hooks"):
+        assert a[name] == b[name], name
+
+
+@pytest.mark.filterwarnings("ignore:there is no validation loop")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"freeze_norm": True},
+        {"val": False},
+        {"val_check_interval": 2},
+        {"max_steps": 6, "max_epochs": -1},
+        {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+        {"every": 2},
+    ],
+    ids=str,
+)
+def test_training_is_bit_identical_with_the_callback_on(tmp_path: Any, options: dict[str, Any]) -> None:
+    options = dict(options)
+    every = options.pop("every", 1)
+    without, _ = fit(tmp_path, [], **options)
+    expected = fingerprint(without)
+    monitor = KoopmanCreditMonitor(on_error="raise", every_n_epochs=every)
+    model, _ = fit(tmp_path, [monitor], **options)
+    assert_same(fingerprint(model), expected)
+    assert monitor.report is not None
+    assert monitor.report.components == COMPONENTS
+
+
+def test_report_equals_a_direct_report_on_the_final_weights(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    model, trainer = fit(tmp_path, [monitor])
+    direct = credit_report(model, loaders()[1])
+    assert monitor.report is not None
+    assert len(monitor.history) == 3
+    assert monitor.report.step == trainer.global_step
+    for name in ("credit", "gain", "r2", "chain_r2", "sensitivity"):
+        np.testing.assert_allclose(getattr(monitor.report, name), getattr(direct, name), rtol=1e-6)
+
+
+def test_rides_along_without_a_forward_pass_of_its_own(tmp_path: Any) -> None:
+    without, _ = fit(tmp_path, [])
+    with_monitor, _ = fit(tmp_path, [KoopmanCreditMonitor(on_error="raise")])
+    assert with_monitor.forward_calls == without.forward_calls
+
+
+def test_max_samples_bounds_what_is_looked_at(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(max_samples=100, on_error="raise")
+    fit(tmp_path, [monitor])
+    assert monitor.report is not None
+    assert monitor.report.n_samples == 100
+
+
+def test_logs_every_component_at_lightnings_own_step(tmp_path: Any) -> None:
+    recorder = Recorder()
+    monitor = KoopmanCreditMonitor(quantities=("credit", "r2_stderr"), on_error="raise")
+    _, trainer = fit(tmp_path, [monitor], logger=recorder)
+    ours = [(step, row) for step, row in recorder.rows if any(k.startswith("koopman/") for k in row)]
+    lightnings = [step for step, row in recorder.rows if "val_loss" in row]
+    assert [step for step, _ in ours] == lightnings == [3, 7, 11]
+    expected = {f"koopman/{q}/{c}" for q in ("credit", "r2_stderr") for c in COMPONENTS}
+    for (_, row), report in zip(ours, monitor.history, strict=True):
+        assert {k for k in row if k.startswith("koopman/")} >= expected | {"koopman/total"}
+        assert all(type(value) is float for value in row.values())
+        assert row["koopman/credit/net.0"] == report.credit[0]
+    assert float(trainer.callback_metrics["koopman/total"]) == pytest.approx(monitor.history[-1].total)
+
+
+def test_step_is_aligned_without_a_validation_loop_too(tmp_path: Any) -> None:
+    recorder = Recorder()
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    with pytest.warns(
+        UserWarning, match="no validation loop, so Koopman credit is measured on training"
+    ):
+        model, _ = fit(tmp_path, [monitor], val=False, logger=recorder)
+    assert [step for step, row in recorder.rows if "koopman/total" in row] == [3, 7, 11]
+    assert monitor.report is not None
+    assert monitor.report.n_samples == 160
+    direct = credit_report(model, [dataset().tensors[0]])
+    np.testing.assert_allclose(monitor.report.credit, direct.credit, rtol=1e-5)
+
+
+def test_sanity_check_leaves_no_trace(tmp_path: Any) -> None:
+    recorder = Recorder()
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    fit(tmp_path, [monitor], logger=recorder, max_epochs=1)
+    assert len(monitor.history) == 1
+    assert sum("koopman/total" in row for _, row in recorder.rows) == 1
+
+
+def test_every_n_epochs_still_ends_on_the_final_weights(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(every_n_epochs=2, on_error="raise")
+    model, _ = fit(tmp_path, [monitor])
+    assert [report.step for report in monitor.history] == [8, 12]
+    np.testing.assert_allclose(
+        monitor.history[-1].credit, credit_report(model, loaders()[1]).credit, rtol=1e-6
+    )
+
+
+def test_early_stopping_and_checkpoints_can_monitor_a_credit(tmp_path: Any) -> None:
+    stop = EarlyStopping("koopman/total", patience=0, mode="max", min_delta=1e9)
+    keep = ModelCheckpoint(tmp_path, monitor="koopman/credit/net.0", filename="best")
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    _, trainer = fit(tmp_path, [monitor, stop, keep], enable_checkpointing=True, max_epochs=9)
+    assert trainer.current_epoch == 2
+    assert keep.best_model_score is not None
+    assert float(keep.best_model_score) == pytest.approx(min(r.credit[0] for r in monitor.history))
+
+
+def test_only_the_newest_report_keeps_its_operators(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    fit(tmp_path, [monitor])
+    assert [len(report.operators) for report in monitor.history] == [0, 0, 3]
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"history": ["{}"]},
+        {"history": ["{"]},
+        {"history": [3]},
+        {"history": ["[" * 100_000]},
+        {"history": 3},
+        {"history": [], "shown": 3},
+        {},
+        [],
+        None,
+    ],
+    ids=lambda saved: str(saved)[:30],
+)
+def test_a_history_that_cannot_be_read_does_not_stop_a_resume(saved: Any) -> None:
+    monitor = KoopmanCreditMonitor()
+    monitor.setup(None, None, "fit")
+    with pytest.warns(UserWarning, match="credit this time: the checkpoint holds no history of credits"):
+        monitor.load_state_dict(saved)
+    assert monitor.history == []
+
+
+def test_evaluation_leaves_the_history_alone(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    fit(tmp_path, [monitor], max_epochs=2)
+    kept = list(monitor.history)
+    monitor.setup(None, None, "validate")
+    monitor.load_state_dict({"history": []})
+    assert monitor.history == kept
+
+
+def test_no_logger_keeps_history_and_says_so(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    with pytest.warns(UserWarning, match="no logger; Koopman credits are kept in monitor.history"):
+        fit(tmp_path, [monitor])
+    assert len(monitor.history) == 3
+
+
+def test_csv_logger_takes_the_scalars(tmp_path: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, [KoopmanCreditMonitor(on_error="raise")], logger=logger)
+    header = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert "koopman/credit/net.0" in header.split(",")
+
+
+def test_misspelt_component_is_refused_before_training(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=r"no module is called 'net.9'.*'net.6'"):
+        fit(tmp_path, [KoopmanCreditMonitor(["net.9"])])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantities": ["merit"]}, "unknown quantities"),
+        ({"every_n_epochs": 0}, "every_n_epochs is 0"),
+        ({"max_samples": 0}, "max_samples is 0"),
+        ({"max_dim": 0}, "max_dim is 0"),
+        ({"folds": 1}, "folds is 1"),
+        ({"rank": 0}, "rank is 0"),
+        ({"tikhonov": -1.0}, "tikhonov is -1.0"),
+        ({"normalize": "maybe"}, "normalize is 'maybe'"),
+        ({"on_error": "ignore"}, "on_error is 'ignore'"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KoopmanCreditMonitor(**options)
+
+
+class Failing(LitNet):
+    """Raises in the forward pass of one validation batch, deep inside the network."""
+
+    error: BaseException = RuntimeError("broken layer")
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if not self.trainer.sanity_checking and batch_idx == 1:
+            self.net[5].register_forward_pre_hook(self._fail)
+        super().validation_step(batch, batch_idx)
+
+    def _fail(self, *args: Any) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken layer"), KeyboardInterrupt()], ids=repr)
+def test_exception_in_the_model_leaves_no_hook(tmp_path: Any, error: BaseException) -> None:
+    L.seed_everything(0, verbose=False)
+    model = Failing()
+    model.error = error
+    trainer = quiet_trainer(tmp_path, [KoopmanCreditMonitor()])
+    with pytest.raises((RuntimeError, SystemExit)):
+        trainer.fit(model, *loaders())
+    assert hooks_on(model) == 1  # the user's own
+
+
+class Diverging(LitNet):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.current_epoch == 1 and batch_idx == 3:
+            with torch.no_grad():
+                self.net[4].weight.fill_(float("nan"))
+
+
+def test_nan_states_warn_once_and_training_goes_on(tmp_path: Any) -> None:
+    L.seed_everything(0, verbose=False)
+    monitor = KoopmanCreditMonitor()
+    model = Diverging()
+    trainer = quiet_trainer(tmp_path, [monitor], logger=Recorder())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(model, *loaders())
+    said = [str(w.message) for w in caught if "no Koopman credit" in str(w.message)]
+    assert len(said) == 1  # in epoch 2 every component gives NaN
+    assert "'net.4' gave NaN in batch 0" in said[0]
+    assert trainer.current_epoch == 3
+    assert len(monitor.history) == 1
+    assert hooks_on(model) == 0
+
+
+def test_on_error_raise_raises(tmp_path: Any) -> None:
+    trainer = quiet_trainer(tmp_path, [KoopmanCreditMonitor(on_error="raise")], logger=Recorder())
+    with pytest.raises(ValueError, match=r"'net.4' gave NaN"):
+        trainer.fit(Diverging(), *loaders())
+
+
+class BrokenLogger(Recorder):
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "koopman/total" in metrics:
+            raise OSError("disk full")
+
+
+def test_broken_logger_does_not_stop_training(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor()
+    with pytest.warns(UserWarning, match="disk full"):
+        _, trainer = fit(tmp_path, [monitor], logger=BrokenLogger())
+    assert trainer.current_epoch == 3
+    assert len(monitor.history) == 3
+
+
+def test_history_survives_a_resume_with_safe_loading(tmp_path: Any) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="last", save_top_k=1)
+    first = KoopmanCreditMonitor(on_error="raise")
+    fit(tmp_path, [first, keep], enable_checkpointing=True, max_epochs=2)
+    second = KoopmanCreditMonitor(on_error="raise")
+    L.seed_everything(7, verbose=False)
+    trainer = quiet_trainer(tmp_path, [second], max_epochs=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(LitNet(), *loaders(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert [report.step for report in second.history] == [4, 8, 12, 16]
+    np.testing.assert_array_equal(second.history[0].credit, first.history[0].credit)
+
+
+def test_validating_checkpoints_logs_at_their_own_steps(tmp_path: Any) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(tmp_path, [keep], enable_checkpointing=True)
+    recorder = Recorder()
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    trainer = quiet_trainer(tmp_path, [monitor], logger=recorder)
+    for path in sorted(tmp_path.glob("epoch=*.ckpt")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Lightning misses the ModelCheckpoint of the training
+            trainer.validate(LitNet(), loaders()[1], ckpt_path=str(path), verbose=False)
+    assert [step for step, row in recorder.rows if "koopman/total" in row] == [4, 8, 12]
+    assert [report.step for report in monitor.history] == [4, 8, 12]
+
+
+def test_two_monitors_side_by_side(tmp_path: Any) -> None:
+    monitors = [
+        KoopmanCreditMonitor(prefix="all", on_error="raise"),
+        KoopmanCreditMonitor("net.[06]", prefix="ends", on_error="raise"),
+    ]
+    _, trainer = fit(tmp_path, monitors)
+    assert "all/credit/net.4" in trainer.callback_metrics
+    assert "ends/credit/net.6" in trainer.callback_metrics
+    assert "ends/credit/net.4" not in trainer.callback_metrics
+
+
+def test_compiled_network_is_run_eagerly_once_more(tmp_path: Any) -> None:
+    def fit_compiled(callbacks: list[Any]) -> LitNet:
+        L.seed_everything(7, verbose=False)
+        model = LitNet()
+        model.net = torch.compile(model.net, backend="eager")
+        quiet_trainer(tmp_path, callbacks, max_epochs=1).fit(model, *loaders())
+        return model
+
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    expected, found = fingerprint(fit_compiled([])), fingerprint(fit_compiled([monitor]))
+    assert_same(found, expected)
+    assert monitor.report is not None
+    assert monitor.report.components == COMPONENTS
+
+
+def test_compiled_parts_of_sharded_weights_are_not_called_a_second_time(tmp_path: Any) -> None:
+    class FSDPStrategy(SingleDeviceStrategy):
+        pass
+
+    model, monitor = LitNet(), KoopmanCreditMonitor(on_error="raise")
+    model.net = torch.compile(model.net, backend="eager")
+    strategy = FSDPStrategy(torch.device("cpu"))
+    trainer = quiet_trainer(tmp_path, [monitor], strategy=strategy, accelerator="auto")
+    with pytest.raises(RuntimeError, match=r"FSDPStrategy shards the weights.*compile nothing"):
+        trainer.fit(model, *loaders())
+
+
+def test_only_the_first_dataloader_counts(tmp_path: Any) -> None:
+    L.seed_everything(7, verbose=False)
+    train, validation = loaders()
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    other = DataLoader(dataset(90, seed=5), batch_size=50)
+    quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(LitNet(), train, [validation, other])
+    assert monitor.report is not None
+    assert monitor.report.n_samples == 160
+
+
+def test_works_in_the_other_namespace(tmp_path: Any) -> None:
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Net(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.net(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    assert isinstance(monitor, pl.Callback)
+    assert isinstance(monitor, L.Callback)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[monitor],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(Net(), *loaders())
+    assert monitor.report is not None
+    assert monitor.report.components == ("net.0", "net.2")
+
+
+def test_reductions_and_the_output_are_passed_on(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(reduce="flatten", output="net.4", on_error="raise")
+    fit(tmp_path, [monitor])
+    assert monitor.report is not None
+    assert monitor.report.components == ("net.0", "net.4")
+    with pytest.raises(ValueError, match="reduce holds 'sum'; choose one of"):
+        KoopmanCreditMonitor(reduce="sum")
+    with pytest.raises(
+        ValueError, match=r"output is .*; a callback does not see what the model returns"
+    ):
+        KoopmanCreditMonitor(output=lambda out: out)
+
+
+def run_again(name: str, missing: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run a module's own lines anew, where some packages cannot be imported."""
+    for package in missing:
+        monkeypatch.setitem(sys.modules, package, None)
+    found = importlib.util.find_spec(name)
+    assert found is not None
+    return runpy.run_path(str(found.origin))
+
+
+@pytest.mark.parametrize("missing", ["lightning.pytorch", "pytorch_lightning"])
+def test_one_of_lightnings_namespaces_is_enough(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning": "lightning.pytorch"}[missing]
+    base = pytest.importorskip(other).Callback
+    found = run_again("lightning_koopman.callback.harmless", [missing], monkeypatch)
+    assert found["Callback"].__bases__ == (base,)
+
+
+def test_without_lightning_the_callback_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ["lightning.pytorch", "pytorch_lightning"]
+    with pytest.raises(ModuleNotFoundError, match="the callback needs Lightning: pip install lightning"):
+        run_again("lightning_koopman.callback.harmless", missing, monkeypatch)

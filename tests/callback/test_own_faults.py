@@ -1,0 +1,200 @@
+"""Whatever goes wrong in our own parts, training ends as it does without the monitor."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import functools
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from test_faults import Fault, check_alike, fit, outcome
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_koopman import CreditReport, KoopmanCreditMonitor
+from lightning_koopman.callback.loggers import CreditWriter
+from lightning_koopman.callback.session import Session
+from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.measurement.metric import KoopmanCredit
+from lightning_koopman.network.capture import Capture
+
+# Where one measurement passes, from the first hook to the last number.
+PLACES = [
+    (CreditWriter, "log_options"),
+    (Session, "begin"),
+    (Capture, "__enter__"),
+    (Measurement, "_keep"),
+    (Measurement, "end_pass"),
+    (KoopmanCredit, "update"),
+    (Measurement, "report"),
+    (CreditWriter, "draw"),
+    (CreditWriter, "scalars"),
+    (CreditReport, "to_scalars"),
+    (CreditWriter, "finish"),
+]
+NAMES = [f"{owner.__name__}.{name}" for owner, name in PLACES]
+
+
+# How states are recorded: along Lightning's own pass, in a pass of our own, or beside compiled code.
+WAYS = {
+    "along": {},
+    "no validation": {"limit_val_batches": 0},
+    "compiled": {"faults": {"compiled": True}},
+}
+
+
+class Armed(L.Callback):
+    """Tells whether an epoch has been reached."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch, self.now = epoch, False
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.now = trainer.current_epoch >= self.epoch
+
+
+@contextmanager
+def broken(
+    place: tuple[Any, str], error: BaseException, when: Callable[[], bool] = lambda: True
+) -> Generator[list[BaseException], None, None]:
+    """Let one of our methods raise; gives a list of what it raised."""
+    kept, raised = getattr(*place), []
+
+    @functools.wraps(kept)
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        if when():
+            raised.append(error)
+            raise error
+        return kept(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*place, breaks)
+        yield raised
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", PLACES, ids=NAMES)
+def test_an_error_of_ours_ends_nothing(place: tuple[Any, str], way: str, tmp_path: Path) -> None:
+    raised: list[Any] = []
+
+    @contextmanager
+    def ours() -> Generator[None, None, None]:
+        with broken(place, Fault("ours")) as found:
+            yield
+        raised.extend(found)
+
+    check_alike(ours=ours, logger=lambda: CSVLogger(tmp_path), **WAYS[way])
+    assert raised
+
+
+@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("ours"), MemoryError("ours")])
+@pytest.mark.parametrize("place", PLACES[4:7], ids=NAMES[4:7])
+def test_numerics_of_ours_that_fail_end_nothing(place: tuple[Any, str], error: Exception) -> None:
+    assert check_alike(ours=lambda: broken(place, error)).history == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_measurement_that_fails_once_is_tried_again(way: str) -> None:
+    third = Armed(2)
+    monitor = check_alike(
+        ours=lambda: broken((Measurement, "report"), Fault("ours"), lambda: not third.now),
+        others=lambda: [third],
+        max_epochs=4,
+        **WAYS[way],
+    )
+    assert [report.step for report in monitor.history] == [18, 24]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", PLACES[1:-1], ids=NAMES[1:-1])
+def test_ctrl_c_in_ours_stops_training_and_keeps_what_was_measured(
+    place: tuple[Any, str], way: str, tmp_path: Path
+) -> None:
+    second, monitor = Armed(1), KoopmanCreditMonitor()
+    with broken(place, KeyboardInterrupt(), lambda: second.now) as raised:
+        model, trainer, end = fit(
+            [monitor],
+            others=lambda: [second],
+            max_epochs=3,
+            logger=lambda: CSVLogger(tmp_path),
+            **WAYS[way],
+        )
+    assert raised
+    assert isinstance(end, SystemExit | KeyboardInterrupt)
+    assert trainer.interrupted
+    assert not any(outcome(model, trainer)["hooks"])
+    assert [report.step for report in monitor.history][:1] == [6]
+    assert trainer.current_epoch == 1
+
+
+class Refusing(CSVLogger):
+    """Takes everything but what is of one kind."""
+
+    def __init__(self, folder: Path, error: Exception, refused: str) -> None:
+        super().__init__(folder)
+        self.error, self.refused = error, refused
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self.refused == "metrics" and any(key.startswith("koopman/") for key in metrics):
+            raise self.error
+        super().log_metrics(metrics, step)
+
+
+def totals(folder: Path) -> int:
+    """Count the measurements that a CSVLogger wrote."""
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return sum(bool(row["koopman/total"]) for row in csv.DictReader(file))
+
+
+DISK = [OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EROFS)]
+
+
+@pytest.mark.parametrize("error", [*DISK, Fault("logger")], ids=repr)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_logger_that_cannot_write_keeps_no_other_from_it(
+    error: Exception, first: bool, tmp_path: Path
+) -> None:
+    def loggers() -> list[CSVLogger]:
+        both = [Refusing(tmp_path / "broken", error, "metrics"), CSVLogger(tmp_path / "whole")]
+        return both if first else both[::-1]
+
+    monitor = check_alike(logger=loggers)
+    assert len(monitor.history) == 2
+    assert totals(tmp_path / "whole") == 2
+    stop = EarlyStopping("koopman/total", patience=9)
+    _, trainer, end = fit([KoopmanCreditMonitor()], logger=loggers, others=lambda: [stop])
+    assert end is None
+    assert trainer.current_epoch == 2
+
+
+EXPERIMENT = ["add_custom_scalars", "add_figure", "add_text", "add_scalar"]
+
+
+@pytest.mark.parametrize("method", EXPERIMENT)
+def test_tensorboard_may_fail_in_any_part(method: str, tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    place = (SummaryWriter, method)
+    raised: list[Any] = []
+
+    @contextmanager
+    def ours() -> Generator[None, None, None]:
+        with broken(place, error) as found:
+            yield
+        raised.extend(found)
+
+    def loggers() -> list[Any]:
+        return [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
+
+    monitor = check_alike(ours=ours, logger=loggers)
+    assert raised
+    assert len(monitor.history) == 2
+    assert totals(tmp_path / "csv") == 2

@@ -1,0 +1,354 @@
+"""What loggers receive: tags, layout, figures, tables, and where the limits lie."""
+
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_koopman import (
+    CreditReport,
+    KoopmanCreditMonitor,
+    credit_report,
+    evaluate_checkpoints,
+    predict_effects,
+)
+from lightning_koopman.callback.loggers import CreditWriter, free_bytes
+from lightning_koopman.report.pages import to_markdown
+
+
+class Net(L.LightningModule):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def loader():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(128, 6, generator=generator)
+    return DataLoader(TensorDataset(x, x[:, :3].sin()), batch_size=32)
+
+
+def fit(logger, epochs=3, monitors=None, **options):
+    torch.manual_seed(0)
+    monitors = monitors or [KoopmanCreditMonitor(on_error="raise", **options)]
+    trainer = L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=monitors,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(Net(), loader(), loader())
+    return trainer, monitors[0]
+
+
+def events(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def layout_of(accumulator):
+    tensors = accumulator.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(tensors[-1].tensor_proto.string_val[0])
+    return len(tensors), {c.title: {chart.title: chart for chart in c.chart} for c in layout.category}
+
+
+def many(size: int, **changes) -> CreditReport:
+    """A report over ``size`` components, credits rising with depth."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    base = credit_report(net, torch.randn(60, 3).split(30), components=["0", "1"], tikhonov=1e-6)
+    names = tuple(f"block.{i}" for i in range(size))
+
+    def grown(values):
+        return np.resize(values, (size, *values.shape[1:]))
+
+    arrays = {
+        field.name: grown(value)
+        for field in dataclasses.fields(base)
+        if isinstance(value := getattr(base, field.name), np.ndarray)
+    }
+    arrays["credit"] = np.arange(size, dtype=float)
+    return dataclasses.replace(
+        base,
+        components=names,
+        **(arrays | changes),
+        stderr={name: np.full(size, 0.5) for name in base.stderr},
+        widths=(3,) * size,
+        operators={},
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tb")
+    trainer, monitor = fit(TensorBoardLogger(folder, name="", version=""), epochs=5)
+    return events(folder), trainer, monitor
+
+
+def test_default_tags_are_five_a_component(run):
+    accumulator, _, monitor = run
+    ours = {t for t in accumulator.Tags()["scalars"] if t.startswith("koopman/")}
+    numbers = ("credit", "credit_low", "credit_high", "gain", "nonlinearity")
+    expected = {f"koopman/{n}/{c}" for n in numbers for c in ("net.0", "net.2")}
+    assert ours == expected | {"koopman/total", "koopman/doubts", "koopman/overhead_s"}
+    last = accumulator.Scalars("koopman/credit_low/net.0")[-1].value
+    report = monitor.report
+    assert last == pytest.approx(report.credit[0] - report.stderr["credit"][0], rel=1e-5)
+
+
+def test_every_quantity_can_be_monitored(run):
+    _, trainer, _ = run
+    assert {"koopman/chain_r2/net.0", "koopman/rank/net.2", "koopman/total"} <= set(
+        trainer.callback_metrics
+    )
+
+
+def test_figures_come_at_powers_of_two_and_at_the_end(run):
+    accumulator, _, _ = run
+    steps = [s.step for s in accumulator.Scalars("koopman/total")]
+    assert len(steps) == 5
+    for name in ("evolution", "credits", "directions", "spectra"):
+        drawn = [image.step for image in accumulator.Images(f"koopman/{name}")]
+        assert drawn == [steps[0], steps[1], steps[3], steps[4]]
+
+
+def test_layout_is_written_once_with_all_charts(run):
+    accumulator, _, _ = run
+    written, layout = layout_of(accumulator)
+    assert written == 1
+    assert set(layout["koopman"]) == {f"{n}, all components" for n in ("credit", "gain", "nonlinearity")}
+    pattern = layout["koopman"]["credit, all components"].multiline.tag[0]
+    matching = [t for t in accumulator.Tags()["scalars"] if re.match(pattern, t)]
+    assert matching == ["koopman/credit/net.0", "koopman/credit/net.2"]
+    margin = layout["koopman: credit ± standard error"]["credit of net.2"].margin.series[0]
+    assert (margin.value, margin.lower, margin.upper) == tuple(
+        f"koopman/{part}/net.2" for part in ("credit", "credit_low", "credit_high")
+    )
+
+
+def test_closing_table(run):
+    accumulator, _, monitor = run
+    text = accumulator.Tensors("koopman/report/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == to_markdown(monitor.report)
+
+
+def test_options_and_the_modules_own_hyperparameters_arrive_together(run):
+    accumulator, _, _ = run
+    from tensorboard.plugins.hparams import metadata
+
+    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    given = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert given["width"].number_value == 8
+    assert given["koopman/max_dim"].number_value == 256
+    assert given["koopman/tikhonov"].string_value == "None"
+
+
+def test_layout_and_figures_can_be_switched_off(tmp_path):
+    fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, layout=False, figures=False)
+    tags = events(tmp_path).Tags()
+    assert not tags["images"]
+    assert not [t for t in tags["tensors"] if "custom" in t or "report" in t]
+
+
+def test_two_monitors_share_one_layout(tmp_path):
+    monitors = [KoopmanCreditMonitor(prefix=p, on_error="raise") for p in ("a", "b")]
+    fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, monitors=monitors)
+    _, layout = layout_of(events(tmp_path))
+    assert {"a", "b"} <= set(layout)
+
+
+def test_a_loggers_own_prefix_reaches_the_layout(tmp_path):
+    fit(TensorBoardLogger(tmp_path, name="", version="", prefix="try"), epochs=1)
+    accumulator = events(tmp_path)
+    _, layout = layout_of(accumulator)
+    pattern = layout["koopman"]["gain, all components"].multiline.tag[0]
+    assert [t for t in accumulator.Tags()["scalars"] if re.match(pattern, t)]
+    margin = next(iter(layout["koopman: credit ± standard error"].values())).margin.series[0]
+    assert margin.lower in accumulator.Tags()["scalars"]
+
+
+def test_too_many_components_are_cut_and_said_once():
+    writer, report = CreditWriter(), many(60)
+    with pytest.warns(UserWarning, match=r"60 components .* 300 tags, more than 200; .* top_k=60"):
+        scalars = writer.scalars(report, overhead_s=0.1)
+    assert len(scalars) <= 200
+    assert "koopman/credit/block.59" in scalars
+    assert "koopman/credit/block.0" not in scalars
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        writer.scalars(many(60, credit=-np.arange(60.0)))
+    assert "block.59" in writer.shown
+
+
+def test_top_k_is_taken_as_given():
+    assert CreditWriter(top_k=60).scalars(many(60)).keys() >= {"koopman/gain/block.0"}
+    writer = CreditWriter(top_k=2)
+    writer.scalars(many(5, credit=np.array([1.0, np.nan, 3.0, 2.0, 0.0])))
+    assert writer.shown == ("block.2", "block.3")
+
+
+def test_top_k_below_one_is_refused():
+    with pytest.raises(ValueError, match="top_k is 0; at least one component"):
+        CreditWriter(top_k=0)
+
+
+def test_unknown_quantity_is_refused():
+    with pytest.raises(ValueError, match=r"unknown quantities \['worth'\]"):
+        KoopmanCreditMonitor(quantities=["worth"])
+
+
+def test_csv_gets_scalars(tmp_path):
+    fit(CSVLogger(tmp_path, name="", version=""), epochs=2)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert "koopman/credit/net.0" in header
+    assert "koopman/max_dim: 256" in (tmp_path / "hparams.yaml").read_text()
+
+
+def test_no_logger_keeps_the_history(tmp_path):
+    with pytest.warns(UserWarning, match="no logger; Koopman credits are kept in monitor.history only"):
+        _, monitor = fit(False, epochs=2)
+    assert len(monitor.history) == 2
+
+
+@pytest.mark.slow
+def test_wandb_offline_gets_scalars_figures_and_table(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="koopman")
+    fit(logger, epochs=2)
+    keys = set(logger.experiment.summary.keys())
+    wandb.finish()
+    assert {"koopman/credit/net.0", "koopman/total", "koopman/evolution", "koopman/report"} <= keys
+    assert len(list(Path(tmp_path).rglob("koopman/evolution*.png"))) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_file_store_gets_scalars_figures_and_table(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="MLflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger(save_dir=str(tmp_path / "mlruns"))
+    fit(logger, epochs=2)
+    run = logger.experiment.get_run(logger.run_id)
+    assert "koopman/credit/net.0" in run.data.metrics
+    assert run.data.params["koopman/max_dim"] == "256"
+    stored = [f.path for f in logger.experiment.list_artifacts(logger.run_id, "koopman")]
+    assert "koopman/report.md" in stored
+    assert [path for path in stored if path.startswith("koopman/evolution")]
+
+
+def test_checkpoints_are_written_like_a_training(tmp_path):
+    net, batches = Net().net, [torch.randn(64, 6)]
+    for step in (1, 2, 3):
+        torch.save({"global_step": step, "state_dict": net.state_dict()}, tmp_path / f"{step}.ckpt")
+    evaluate_checkpoints(net, tmp_path, batches, logdir=tmp_path / "tb")
+    accumulator = events(tmp_path / "tb")
+    assert [s.step for s in accumulator.Scalars("koopman/credit_high/0")] == [1, 2, 3]
+    assert [i.step for i in accumulator.Images("koopman/evolution")] == [1, 2, 3]
+    assert layout_of(accumulator)[0] == 1
+
+
+def test_markdown_marks_doubted_rows():
+    report = many(2, r2=np.array([0.1, 0.9]), chain_r2=np.ones(2), stable=np.ones(2, dtype=bool))
+    lines = to_markdown(report).splitlines()
+    assert lines[4].startswith("| ⚠ block.0 |")
+    assert lines[4].endswith("| r2 |")
+    assert lines[5].startswith("| block.1 |")
+
+
+def test_influence_is_a_scalar_where_effects_are_predicted():
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)), torch.randn(100, 4)
+    report = credit_report(net, [x])
+    writer = CreditWriter()
+    assert not [key for key in writer.scalars(report) if "influence" in key]
+    scalars = writer.scalars(predict_effects(net, [x], report, ["skip"]))
+    assert scalars["koopman/influence/0"] + scalars["koopman/influence/1"] == pytest.approx(1)
+
+
+class Taking:
+    """What Weights & Biases and MLflow are known by: a few methods."""
+
+    def __init__(self, **attributes):
+        self.taken = []
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def noted(self, name):
+        return lambda *given, **more: self.taken.append((name, given, more))
+
+
+def test_figures_and_tables_go_where_a_logger_takes_them():
+    writer, report = CreditWriter(), many(3)
+    wandb, mlflow, plain = Taking(), Taking(run_id="7"), Taking(experiment=None)
+    wandb.log_image, wandb.log_table = wandb.noted("image"), wandb.noted("table")
+    mlflow.experiment = Taking()
+    mlflow.experiment.log_figure = mlflow.noted("figure")
+    mlflow.experiment.log_text = mlflow.noted("text")
+    loggers = [wandb, mlflow, plain]
+    writer.draw(loggers, [report], 4)
+    writer.finish(loggers, [report], 4)
+    figures = ["koopman/evolution", "koopman/credits", "koopman/directions"]
+    images = [given for name, given, _ in wandb.taken if name == "image"]
+    assert [tag for tag, _ in images] == figures
+    assert all(isinstance(shown, Figure) for _, (shown,) in images)
+    (table,) = [(given, more) for name, given, more in wandb.taken if name == "table"]
+    assert table[0] == ("koopman/report",)
+    assert [row[2] for row in table[1]["data"]] == list(report.components)
+    drawn = [given for name, given, _ in mlflow.taken if name == "figure"]
+    assert [(run, file) for run, _, file in drawn] == [("7", f"{tag}_00000004.png") for tag in figures]
+    assert mlflow.taken[-1] == ("text", ("7", to_markdown(report), "koopman/report.md"), {})
+    assert plain.taken == []
+
+
+def test_credits_that_are_not_written_have_no_band():
+    writer, file = CreditWriter(quantities=["gain"]), Taking(experiment=Taking())
+    file.experiment.add_custom_scalars = file.noted("layout")
+    writer.draw([file], [many(3)], 0)
+    ((_, (layouts,), _),) = file.taken
+    assert list(layouts) == ["koopman"]
+    assert not [key for key in writer.scalars(many(3)) if "credit" in key]
+
+
+def test_options_are_logged_as_plain_values():
+    logger = Taking()
+    logger.log_hyperparams = logger.noted("options")
+    CreditWriter().log_options([logger], {"targets": [1, 2], "reduce": len, "rank": 3}, {})
+    ((_, (given,), _),) = logger.taken
+    assert given == {"koopman/targets": "1, 2", "koopman/reduce": str(len), "koopman/rank": 3}
+
+
+def test_room_is_told_of_folders_that_are_not_there_yet(tmp_path):
+    assert free_bytes(Taking(log_dir=str(tmp_path / "not" / "yet"))) > 0
+    assert free_bytes(Taking(log_dir=None, save_dir=tmp_path)) > 0

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lit import LitNet
+from torch import nn
+
+from lightning_koopman.network.weights import (
+    CheckpointError,
+    apply_checkpoint,
+    find_checkpoints,
+    load_checkpoint,
+)
+
+
+def save(path: Path, model: nn.Module, step: int = 4, **more: Any) -> Path:
+    torch.save({"state_dict": model.state_dict(), "global_step": step, **more}, path)
+    return path
+
+
+def test_reads_weights_step_and_hyperparameters(tmp_path: Path) -> None:
+    model = LitNet()
+    path = save(tmp_path / "a.ckpt", model, 12, hyper_parameters={"width": 16})
+    checkpoint = load_checkpoint(path)
+    assert (checkpoint.step, dict(checkpoint.hyper_parameters)) == (12, {"width": 16})
+    assert checkpoint.state_dict.keys() == model.state_dict().keys()
+
+
+def test_reads_a_bare_state_dict_whose_step_is_unknown(tmp_path: Path) -> None:
+    torch.save(LitNet().state_dict(), tmp_path / "bare.pt")
+    assert load_checkpoint(tmp_path / "bare.pt").step is None
+
+
+def test_strips_what_compile_adds_to_names(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()}, tmp_path / "c.pt")
+    other = nn.Sequential(nn.Linear(2, 2))
+    apply_checkpoint(other, load_checkpoint(tmp_path / "c.pt"))
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("owned"),))
+
+
+def test_malicious_pickle_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "evil.ckpt", LitNet(), extra=Payload())
+    with pytest.raises(CheckpointError, match=r"evil.ckpt holds more than weights.*--trust-checkpoint"):
+        load_checkpoint("evil.ckpt")
+    assert not Path("owned").exists()
+    load_checkpoint("evil.ckpt", trust=True)
+    assert Path("owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read"),
+        (b"not a checkpoint at all", "holds more than weights|damaged|cannot be read"),
+        (pickle.dumps([1, 2]), "damaged|cannot be read|not a checkpoint|holds more"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "bad.ckpt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"bad\.ckpt.*({message})"):
+        load_checkpoint(tmp_path / "bad.ckpt")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_truncated_file_is_named(tmp_path: Path, share: float) -> None:
+    whole = save(tmp_path / "cut.ckpt", LitNet()).read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match=r"cut\.ckpt"):
+        load_checkpoint(tmp_path / "cut.ckpt")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.ckpt does not exist"):
+        load_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_folder_of_shards_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shards.ckpt").mkdir()
+    (tmp_path / "shards.ckpt" / ".metadata").touch()
+    with pytest.raises(CheckpointError, match="sharded checkpoint; merge it into one file"):
+        load_checkpoint(tmp_path / "shards.ckpt")
+
+
+@pytest.mark.parametrize("content", [torch.ones(2), {"state_dict": {"a": 1}}, {"a": "b"}])
+def test_files_without_weights_are_named(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt holds (a Tensor|no state_dict)"):
+        load_checkpoint(tmp_path / "odd.ckpt")
+
+
+def test_first_mismatching_key_is_named_and_the_model_left_alone(tmp_path: Path) -> None:
+    model = LitNet()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wide = load_checkpoint(save(tmp_path / "wide.ckpt", LitNet(width=20)))
+    with pytest.raises(
+        CheckpointError, match=r"wide.ckpt does not fit LitNet: 'net.0.weight' has shape"
+    ):
+        apply_checkpoint(model, wide)
+    short = load_checkpoint(save(tmp_path / "short.ckpt", nn.Sequential(nn.Linear(1, 1))))
+    with pytest.raises(
+        CheckpointError, match=r"short.ckpt does not fit LitNet: it lacks 'net.0.weight'"
+    ):
+        apply_checkpoint(model, short)
+    more = LitNet()
+    more.extra = nn.Linear(1, 1)
+    with pytest.raises(CheckpointError, match=r"the model has no 'extra.weight'"):
+        apply_checkpoint(model, load_checkpoint(save(tmp_path / "more.ckpt", more)))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_patterns_folders_and_plain_names_are_found_once(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("a.ckpt", "deep/b.ckpt", "c.txt"):
+        (tmp_path / name).touch()
+    expected = [tmp_path / "a.ckpt", tmp_path / "deep" / "b.ckpt"]
+    assert find_checkpoints(str(tmp_path / "**" / "*.ckpt")) == expected
+    assert find_checkpoints(tmp_path) == expected
+    assert find_checkpoints([tmp_path, tmp_path / "a.ckpt"]) == expected
+    assert find_checkpoints(tmp_path / "missing.ckpt") == [tmp_path / "missing.ckpt"]
+    with pytest.raises(CheckpointError, match=r"no checkpoint matches .*\*\.pt"):
+        find_checkpoints(str(tmp_path / "*.pt"))

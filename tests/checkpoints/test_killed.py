@@ -1,0 +1,109 @@
+"""A process that is ended from outside leaves whole files, and the next one goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NET_AND_DATA
+from torch import nn
+
+from lightning_koopman.report.files import read_reports
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are of POSIX")
+SLOW_DATA = """
+import time
+
+class Slow:
+    def __iter__(self):
+        for batch in data():
+            time.sleep(0.3)
+            yield batch
+
+def slow_data():
+    return Slow()
+"""
+WRITER = """
+import torch
+from torch import nn
+from lightning_koopman import credit_report
+from lightning_koopman.report.files import write_reports
+
+report = credit_report(nn.Linear(3, 2), [torch.randn(60, 3)])
+while True:
+    write_reports([report], "r.json")
+    write_reports([report] * 300, "r.json")
+"""
+
+
+def checkpoints(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for step in range(count):
+        torch.manual_seed(step)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+        torch.save({"state_dict": model.state_dict(), "global_step": step}, folder / f"{step}.ckpt")
+
+
+def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 200
+    while not path.exists() and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert path.exists()
+
+
+def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
+    checkpoints(tmp_path / "ckpt", 40)
+    command = [sys.executable, "-m", "lightning_koopman.cli.main", "evaluate", "--model=slow_code:net"]
+    command += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as run:
+        appears(tmp_path / "r.json", run)
+        # As a terminal does it: to the whole group.
+        os.killpg(run.pid, signal.SIGINT)
+        printed, told = (text.decode() for text in run.communicate(timeout=100))
+    assert run.returncode == 130, told
+    kept = read_reports(tmp_path / "r.json")
+    assert 1 <= len(kept) < 40
+    assert f"at step {len(kept) - 1}" in printed
+    assert f"interrupted after {len(kept)} of 40 checkpoints" in " ".join(told.split())
+    assert "Traceback" not in told
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path: Path) -> None:
+    (tmp_path / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
+    checkpoints(tmp_path / "ckpt", 4)
+    command = [sys.executable, "-m", "lightning_koopman.cli.main", "evaluate", "--model=slow_code:net"]
+    command += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
+        appears(tmp_path / "r.json", run)
+        run.terminate()
+    assert run.returncode == -signal.SIGTERM
+    kept = [report.to_dict() for report in read_reports(tmp_path / "r.json")]
+    assert 1 <= len(kept) < 4
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert f"{len(kept)} of 4 reports taken over from r.json" in done.stderr
+    found = [report.to_dict() for report in read_reports(tmp_path / "r.json")]
+    assert len(found) == 4
+    assert found[: len(kept)] == kept
+
+
+@pytest.mark.slow
+def test_a_file_is_whole_at_every_moment_until_its_writer_is_killed(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    with subprocess.Popen([sys.executable, "-c", WRITER], cwd=tmp_path) as run:
+        appears(path, run)
+        until, seen = time.monotonic() + 2, set()
+        while time.monotonic() < until:
+            seen.add(len(read_reports(path)))
+        run.kill()
+    assert seen == {1, 300}
+    assert len(read_reports(path)) in seen

@@ -1,0 +1,194 @@
+"""Whatever a checkpoint holds, reading it raises nothing but our own error."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_koopman import (
+    CheckpointError,
+    EvaluationError,
+    credit_report,
+    evaluate_checkpoints,
+    linearize,
+)
+from lightning_koopman.network.weights import Weights
+from lightning_koopman.network.weights import apply_checkpoint, load_checkpoint
+from lightning_koopman.effects.linearization import load_linearized, save_linearized
+from lightning_koopman.report.files import read_reports, write_reports
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OFTEN = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+WEIGHTS = network().state_dict()
+ODD: dict[str, Callable[[], Tensor]] = {
+    "scalar": lambda: torch.tensor(2.0),
+    "empty": lambda: torch.empty(0, 4),
+    "whole": lambda: torch.ones(3, 4, dtype=torch.int64),
+    "flags": lambda: torch.ones(3, 4, dtype=torch.bool),
+    "complex": lambda: torch.ones(3, 4, dtype=torch.complex64),
+    "sparse": lambda: torch.ones(3, 4).to_sparse(),
+    "rows": lambda: torch.ones(3, 4).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.quint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+    "meta": lambda: torch.ones(3, 4, device="meta"),
+}
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(sorted(ODD)).map(lambda name: ODD[name]())
+)
+NAMES = st.sampled_from([*WEIGHTS, "module.0.weight", "_orig_mod.0.weight", ""]) | st.text(max_size=3)
+ANYTHING = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.integers(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+STATES = (
+    st.dictionaries(NAMES, LEAVES, max_size=4).map(lambda more: {**WEIGHTS, **more})
+    | st.dictionaries(NAMES, LEAVES, max_size=4)
+    | ANYTHING
+)
+AVERAGING = st.fixed_dictionaries(
+    {}, optional={"average_model_state": STATES, "n_averaged": LEAVES, "latest_update_step": LEAVES}
+)
+CONTENTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "state_dict": STATES,
+        "global_step": LEAVES,
+        "hyper_parameters": ANYTHING,
+        "datamodule_hyper_parameters": ANYTHING,
+        "callbacks": st.dictionaries(st.text(max_size=3), AVERAGING | ANYTHING, max_size=2) | ANYTHING,
+        "current_model_state": STATES,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("odd") / "odd.ckpt"
+
+
+def unchanged(model: nn.Module) -> bool:
+    return all(torch.equal(value, WEIGHTS[name]) for name, value in model.state_dict().items())
+
+
+@OFTEN
+@given(content=CONTENTS | ANYTHING, weights=st.sampled_from(get_args(Weights)))
+def test_any_content_fits_or_is_refused(content: Any, weights: Weights, path: Path) -> None:
+    torch.save(content, path)
+    model = network()
+    try:
+        checkpoint = load_checkpoint(path, weights=weights)
+        assert checkpoint.step is None or checkpoint.step >= 0
+        apply_checkpoint(model, checkpoint)
+    except CheckpointError:
+        assert unchanged(model)
+
+
+@OFTEN
+@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), length=st.integers(1, 8))
+def test_any_bytes_may_be_damaged(place: float, value: int, length: int, path: Path) -> None:
+    torch.save({"state_dict": WEIGHTS, "global_step": 3}, path)
+    content = bytearray(path.read_bytes())
+    start = int(place * len(content))
+    content[start : start + length] = bytes([value]) * length
+    path.write_bytes(content)
+    model = network()
+    try:
+        apply_checkpoint(model, load_checkpoint(path))
+    except CheckpointError:
+        assert unchanged(model)
+
+
+@OFTEN
+@given(
+    swap=st.fixed_dictionaries(
+        {},
+        optional={
+            "in_features": st.integers() | LEAVES,
+            "shape": st.lists(st.integers(), max_size=3) | ANYTHING,
+            "rank": st.none() | st.integers() | LEAVES,
+            "replaces": st.lists(NAMES, max_size=2) | ANYTHING,
+        },
+    )
+    | ANYTHING
+)
+def test_any_linear_component_fits_or_is_refused(swap: Any, path: Path) -> None:
+    torch.save({"state_dict": WEIGHTS, "linearized": [swap]}, path)
+    model = network()
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt"):
+        load_linearized(model, path)
+    assert unchanged(model)
+
+
+def test_a_linear_component_may_not_claim_more_than_the_file_holds(tmp_path: Path) -> None:
+    net, x = network(), torch.randn(200, 4)
+    new = linearize(net, credit_report(net, [x]), ["0"], [x])
+    save_linearized(new, tmp_path / "a.ckpt")
+    back = load_linearized(net, tmp_path / "a.ckpt")
+    assert torch.equal(back(x), new(x))
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    content["linearized"][0]["in_features"] = 10**9
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"its place .*it is larger than the file"):
+        load_linearized(net, tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("sparse", r"shape \(3, 4\) \(torch.sparse_coo\)"),
+        ("quantized", r"shape \(3, 4\) \(quantized\)"),
+        ("complex", r"shape \(3, 4\) \(complex\)"),
+        ("meta", r"shape \(3, 4\) \(no values\)"),
+        ("nested", "nested tensors"),
+    ],
+)
+def test_tensors_that_cannot_be_copied_are_named_and_the_other_files_measured(
+    kind: str, words: str, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": WEIGHTS, "global_step": 1}, tmp_path / "a.ckpt")
+    odd = {**WEIGHTS, "0.weight": ODD[kind]()}
+    torch.save({"state_dict": odd, "global_step": 2}, tmp_path / "b.ckpt")
+    model = network()
+    with pytest.raises(
+        EvaluationError, match=rf"b\.ckpt does not fit Sequential: '0.weight' has {words}"
+    ) as told:
+        evaluate_checkpoints(model, tmp_path, [torch.randn(40, 4)])
+    assert [report.step for report in told.value.reports] == [1]
+    assert unchanged(model)
+
+
+@pytest.mark.parametrize(
+    "step", [-1, True, 2**70, 1.5, "7"], ids=["negative", "flag", "huge", "broken", "text"]
+)
+def test_a_step_that_is_none_counts_as_unknown(step: Any, tmp_path: Path) -> None:
+    content = {"state_dict": WEIGHTS}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save({**content, "global_step": step}, tmp_path / "a.ckpt")
+    reports = evaluate_checkpoints(copy.deepcopy(network()), tmp_path, [torch.randn(40, 4)])
+    write_reports(reports, tmp_path / "r.json")
+    assert [report.step for report in read_reports(tmp_path / "r.json")] == [0]

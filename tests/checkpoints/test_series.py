@@ -1,0 +1,286 @@
+"""A second evaluation measures what is new; several runs stay apart."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import NET_AND_DATA
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lightning_koopman import CreditReport, EvaluationError, evaluate_checkpoints
+from lightning_koopman.network.weights import run_names
+from lightning_koopman.cli.main import main
+from lightning_koopman.report.comparison import runs_table
+from lightning_koopman.report.pages import to_html
+from lightning_koopman.report.files import read_reports, write_reports
+from lightning_koopman.report.saved import ReportFormatError
+
+MORE_DATA = """
+def more_data():
+    return torch.randn(90, 4, generator=torch.Generator().manual_seed(0)).split(30)
+"""
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+
+
+def batches() -> list[torch.Tensor]:
+    return list(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20))
+
+
+def save(path: Path, step: int | None, scale: float = 1.0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = network()
+    with torch.no_grad():
+        model[0].weight.mul_(scale)
+    torch.save(
+        {"state_dict": model.state_dict()} | ({} if step is None else {"global_step": step}), path
+    )
+    return path
+
+
+@pytest.fixture
+def project(user_module: Callable[..., Path]) -> Path:
+    folder = user_module("series_code", NET_AND_DATA + MORE_DATA)
+    for step in (1, 2, 3):
+        save(folder / "ckpt" / f"{step}.ckpt", step, 1 + step / 10)
+    return folder
+
+
+def evaluate(*more: str, data: str = "data") -> int:
+    model = ["--model=series_code:net", f"--data=series_code:{data}"]
+    return main(["evaluate", *model, "--ckpt=ckpt", *more])
+
+
+def scalars(folder: Path) -> list[int]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars("koopman/total")]
+
+
+def test_a_second_run_measures_only_what_is_new(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate("--out=r.json", "--logdir=tb") == 0
+    first = (project / "r.json").read_text()
+    assert "taken over" not in capsys.readouterr().err
+    save(project / "ckpt" / "4.ckpt", 4)
+    save(project / "ckpt" / "0.ckpt", 0)
+    assert evaluate("--out=r.json", "--logdir=tb") == 0
+    printed = capsys.readouterr()
+    assert "2/2" in printed.err
+    assert "3 of 5 reports taken over from r.json" in printed.err
+    assert printed.out.index("at step 0") < printed.out.index("at step 1")
+    found = read_reports("r.json")
+    assert [report.step for report in found] == [0, 1, 2, 3, 4]
+    assert [report.to_dict() for report in found[1:4]] == json.loads(first)
+    assert sorted(scalars(project / "tb")) == [0, 1, 2, 3, 4]
+
+    def never(*given: Any, **options: Any) -> CreditReport:
+        pytest.fail("measured again")
+
+    monkeypatch.setattr("lightning_koopman.checkpoints.series.credit_report", never)
+    assert evaluate("--out=r.json", "--logdir=fresh") == 0
+    told = capsys.readouterr().err
+    assert "5 of 5 reports taken over" in told
+    assert "checkpoints" not in told, "there is no progress to show"
+    assert scalars(project / "fresh") == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "data", "expected"),
+    [
+        (["--seed=1"], "data", 0),
+        (["--tikhonov=0.01"], "data", 0),
+        (["--components=0"], "data", 0),
+        ([], "more_data", 0),
+        (["--fresh=true"], "data", None),
+        (["--trust-checkpoint=true"], "data", 3),
+    ],
+)
+def test_a_changed_option_is_measured_again(
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    data: str,
+    expected: int | None,
+) -> None:
+    evaluate("--out=r.json")
+    before = (project / "r.json").read_text()
+    capsys.readouterr()
+    assert evaluate("--out=r.json", *more, data=data) == 0
+    told = capsys.readouterr().err
+    assert ("taken over" not in told) if expected is None else f"{expected} of 3 reports" in told
+    assert ((project / "r.json").read_text() == before) == (expected != 0)
+
+
+def test_a_changed_file_is_measured_again(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("--out=r.json")
+    before = read_reports("r.json")
+    save(project / "ckpt" / "2.ckpt", 2, 3.0)
+    status = (project / "ckpt" / "3.ckpt").stat()
+    os.utime(project / "ckpt" / "3.ckpt", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    assert evaluate("--out=r.json") == 0
+    assert "1 of 3 reports taken over" in capsys.readouterr().err
+    after = read_reports("r.json")
+    assert not np.array_equal(after[1].gain, before[1].gain)
+    np.testing.assert_array_equal(after[2].credit, before[2].credit)
+
+
+@pytest.mark.parametrize("kind", ["csv", "html"])
+def test_other_formats_resume_from_the_json_beside_them(
+    project: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    for _ in range(2):
+        assert evaluate(f"--out=r.{kind}", f"--format={kind}") == 0
+    assert "3 of 3 reports taken over" in capsys.readouterr().err
+    assert main(["report", f"r.{kind}.json"]) == 0
+    assert "at step 3" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "notes.json").write_text('{"mine": 1}')
+    assert evaluate("--out=notes.json") == 1
+    assert "notes.json holds no list of reports. Name another --out, or pass --fresh" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert (project / "notes.json").read_text() == '{"mine": 1}'
+    assert evaluate("--out=notes.json", "--fresh=true") == 0
+
+
+def test_a_step_that_no_file_tells_moves_with_the_files(tmp_path: Path) -> None:
+    save(tmp_path / "b.ckpt", None)
+    first = evaluate_checkpoints(network(), tmp_path, batches())
+    save(tmp_path / "a.ckpt", None, 2.0)
+    second = evaluate_checkpoints(network(), tmp_path, batches(), known=first)
+    assert [report.step for report in second] == [0, 1]
+    np.testing.assert_array_equal(second[1].credit, first[0].credit)
+
+
+def test_an_interrupted_evaluation_keeps_known_reports_and_goes_on(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{step}.ckpt", step) for step in range(4)]
+    known = evaluate_checkpoints(network(), paths[3:], batches())
+
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(EvaluationError, match="interrupted after 1 of 3 checkpoints") as caught:
+        evaluate_checkpoints(
+            network(), paths, batches(), known=known, on_progress=stop, logdir=tmp_path / "tb"
+        )
+    assert caught.value.interrupted
+    assert [report.step for report in caught.value.reports] == [0, 3]
+    assert scalars(tmp_path / "tb") == [0, 3]
+    write_reports(caught.value.reports, tmp_path / "r.json")
+    counts: list[tuple[int, int]] = []
+    evaluate_checkpoints(
+        network(),
+        paths,
+        batches(),
+        known=read_reports(tmp_path / "r.json"),
+        on_known=lambda *told: counts.append(told),
+    )
+    assert counts == [(2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("run", 3, "run must be a name, not 3"),
+        ("source", [1], r"source must tell a checkpoint and options, not \[1\]"),
+        ("source", {"a": float("nan")}, "source cannot be written again"),
+    ],
+)
+def test_run_and_source_are_checked(tmp_path: Path, field: str, value: Any, message: str) -> None:
+    (report,) = evaluate_checkpoints(network(), save(tmp_path / "a.ckpt", 1), batches())
+    with pytest.raises(ReportFormatError, match=message):
+        CreditReport.from_dict(report.to_dict() | {field: value})
+
+
+def test_a_known_report_with_an_odd_source_is_measured_again(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.ckpt", 1)
+    (report,) = evaluate_checkpoints(network(), path, batches())
+    odd = report.to_dict() | {"source": {"path": ["unhashable"]}}
+    (again,) = evaluate_checkpoints(network(), path, batches(), known=[CreditReport.from_dict(odd)])
+    assert again.to_dict() == report.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/1.ckpt", "a/2.ckpt"], ["", ""]),
+        (["r/a/1.ckpt", "r/b/1.ckpt"], ["a", "b"]),
+        (["r/1.ckpt", "r/b/1.ckpt"], [".", "b"]),
+        (["v0/checkpoints/1.ckpt", "v1/checkpoints/1.ckpt"], ["v0", "v1"]),
+        (["v0/checkpoints/1.ckpt", "v0/1.ckpt"], ["checkpoints", "."]),
+        (["x/v0/seed1/1.ckpt", "x/v1/seed1/1.ckpt"], ["v0/seed1", "v1/seed1"]),
+    ],
+)
+def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
+    assert run_names([Path(path) for path in paths]) == names
+
+
+def test_runs_stay_apart_everywhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "ckpt").rename(project / "old")
+    for run, scale in (("b", 2.0), ("a", 1.0)):
+        for step in (1, 2):
+            save(project / "ckpt" / run / "checkpoints" / f"{step}.ckpt", step, scale * step)
+    assert evaluate("--out=r.csv", "--format=csv", "--logdir=tb") == 0
+    printed = capsys.readouterr().out
+    assert printed.index("of run a at step 2") < printed.index("of run b at step 1")
+    rows = list(csv.DictReader((project / "r.csv").read_text().splitlines()))
+    assert [(row["run"], row["step"]) for row in rows[::2]] == [
+        ("a", "1"), ("a", "2"), ("b", "1"), ("b", "2"),
+    ]  # fmt: skip
+    assert scalars(project / "tb" / "a") == scalars(project / "tb" / "b") == [1, 2]
+    assert "Newest of every run" in printed
+    assert main(["report", "r.csv.json", "--out=r.html"]) == 0
+    page = (project / "r.html").read_text()
+    assert "<th>run</th>" in page
+    for run in ("a", "b"):
+        assert f"<td>{run}</td>" in page
+        assert f"Credit over training, run {run}" in page
+
+
+def test_shards_of_several_runs_merge(tmp_path: Path) -> None:
+    for run in "ab":
+        for step in (1, 2):
+            save(tmp_path / run / f"{step}.ckpt", step, 2.0 if run == "a" else 1.0)
+    whole = evaluate_checkpoints(network(), tmp_path, batches())
+    write_reports(whole, tmp_path / "whole.json")
+    for number in (1, 2):
+        part = evaluate_checkpoints(network(), tmp_path, batches(), shard=(number, 2))
+        write_reports(part, tmp_path / f"{number}.json")
+    parts = [f"--reports+={tmp_path / name}" for name in ("1.json", "2.json")]
+    assert main(["merge", *parts, f"--out={tmp_path / 'all.json'}"]) == 0
+    assert (tmp_path / "all.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+def test_page_of_one_run_has_no_run_column(tmp_path: Path) -> None:
+    reports = evaluate_checkpoints(network(), save(tmp_path / "a.ckpt", 1), batches())
+    assert "<th>run</th>" not in to_html(reports)
+
+
+def test_runs_with_other_components_stand_side_by_side(tmp_path: Path) -> None:
+    (one,) = evaluate_checkpoints(network(), save(tmp_path / "a.ckpt", 1), batches())
+    other = dataclasses.replace(one, run="[b]", components=("0", "x"))
+    table = runs_table([dataclasses.replace(one, run="a"), other])
+    assert [list(column.cells) for column in table.columns[:2]] == [
+        ["0", "0", "2", "x"],
+        ["a", r"\[b]", "a", r"\[b]"],
+    ]

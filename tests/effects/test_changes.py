@@ -1,0 +1,133 @@
+"""Errors of measured effects: over samples, over draws, and of a paired difference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import sem
+from torch import Tensor
+
+from lightning_koopman.effects.scoring import Change, Outputs, accuracy, kl_divergence, over_draws
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def logits(n_samples: int = 90, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    targets = torch.arange(n_samples) % 3
+    before = normal(n_samples, 3, seed=seed) + 2 * torch.nn.functional.one_hot(targets, 3)
+    return before, before + normal(n_samples, 3, seed=seed + 1), targets
+
+
+def outputs(before: Tensor, targets: Tensor | None, scale: str, size: int = 40) -> Outputs:
+    parts = before.split(size)
+    labels = [None] * len(parts) if targets is None else targets.split(size)
+    return Outputs.of(parts, list(zip(parts, labels, strict=True)), scale, None)
+
+
+def test_the_error_of_a_mean_divergence_is_scipys() -> None:
+    before, after, targets = logits()
+    change = outputs(before, targets, "kl").compare(after.split(40))
+    found = over_draws([change])
+    by_sample = kl_divergence(before, after).numpy()
+    assert found.effect == pytest.approx(by_sample.mean(), rel=1e-12)
+    assert found.effect == change.effect
+    assert found.effect_stderr == pytest.approx(sem(by_sample), rel=1e-12)
+
+
+def test_the_error_of_a_relative_change_is_that_of_a_ratio() -> None:
+    # Both the change and the variance it is divided by vary from sample to sample.
+    before, after = normal(400, 2) ** 3, normal(400, 2) ** 3 + 0.3 * normal(400, 2, seed=1) ** 3
+    found = over_draws([outputs(before, None, "relative").compare(after.split(40))])
+    a, b = before.numpy(), after.numpy()
+
+    def relative(keep: np.ndarray) -> float:
+        return ((b - a)[keep] ** 2).sum() / ((a[keep] - a[keep].mean(axis=0)) ** 2).sum()
+
+    n = len(a)
+    assert found.effect == pytest.approx(relative(np.ones(n, bool)), rel=1e-12)
+    without = np.array([relative(np.arange(n) != i) for i in range(n)])
+    jackknife = math.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
+    assert found.effect_stderr == pytest.approx(jackknife, rel=0.03)
+    unlike = sem(((b - a) ** 2).sum(axis=1)) / ((a - a.mean(axis=0)) ** 2).sum() * n
+    assert abs(found.effect_stderr - unlike) > 0.1 * jackknife
+
+
+def test_the_error_of_a_change_of_accuracy_is_paired() -> None:
+    before, after, targets = logits(300)
+    found = over_draws([outputs(before, targets, "kl").compare(after.split(40))])
+    was, now = (before.argmax(1) == targets).numpy(), (after.argmax(1) == targets).numpy()
+    lost, won, n = int((was & ~now).sum()), int((now & ~was).sum()), len(was)
+    assert lost > won > 0
+    # The closed form of discordant pairs.
+    expected = math.sqrt((lost + won - (lost - won) ** 2 / n) / (n * (n - 1)))
+    assert found.metric == pytest.approx(accuracy(after, targets))
+    assert found.metric_stderr == pytest.approx(expected, rel=1e-12)
+    unpaired = math.hypot(sem(was), sem(now))
+    assert found.metric_stderr < 0.9 * unpaired
+
+
+def test_positions_of_one_sample_are_one_unit() -> None:
+    before, after, targets = logits()
+    alone = over_draws([outputs(before, targets, "kl").compare(after.split(40))])
+    b, a = (t[:, :, None].expand(-1, -1, 5) for t in (before, after))
+    together = over_draws([outputs(b, targets[:, None].expand(-1, 5), "kl").compare(a.split(40))])
+    np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+def test_samples_of_unequal_length_weigh_by_their_positions() -> None:
+    parts = [normal(20, 3, length, seed=length) for length in (2, 7)]
+    altered = [part + 0.5 * normal(*part.shape, seed=9) for part in parts]
+    targets = [torch.zeros(20, part.shape[2], dtype=torch.long) for part in parts]
+    given = Outputs.of(parts, list(zip(parts, targets, strict=True)), "kl", None)
+    found = over_draws([given.compare(altered)])
+    sums = np.concatenate([kl_divergence(p, a).sum(1) for p, a in zip(parts, altered, strict=True)])
+    lengths = np.repeat([2.0, 7.0], 20)
+    assert found.effect == pytest.approx(sums.sum() / lengths.sum(), rel=1e-12)
+    rest = sums - found.effect * lengths
+    assert found.effect_stderr == pytest.approx(math.sqrt(40 * rest.var(ddof=1)) / lengths.sum())
+    was, now = (np.concatenate([(p.argmax(1) == 0).sum(1) for p in each]) for each in (parts, altered))
+    assert (given.metric, found.metric) == (was.sum() / 180, pytest.approx(now.sum() / 180))
+    rest = now - was - (found.metric - given.metric) * lengths
+    assert found.metric_stderr == pytest.approx(math.sqrt(40 * rest.var(ddof=1)) / lengths.sum())
+
+
+def change(moved: Tensor) -> Change:
+    return Change(moved, torch.ones_like(moved), 0.5)
+
+
+def test_draws_add_the_error_of_their_mean_in_quadrature() -> None:
+    moved = normal(5, 60).exp() * normal(5, 1, seed=1).exp()
+    found = over_draws([change(row) for row in moved])
+    by_sample, by_draw = moved.mean(0).numpy(), moved.mean(1).numpy()
+    assert found.effect == pytest.approx(float(moved.mean()), rel=1e-12)
+    assert found.effect_stderr == pytest.approx(math.hypot(sem(by_sample), sem(by_draw)), rel=1e-12)
+    equal = over_draws([change(moved[0])] * 4)
+    assert equal.effect_stderr == pytest.approx(sem(moved[0].numpy()), rel=1e-12)
+
+
+def test_the_error_is_the_spread_over_fresh_samples_and_draws() -> None:
+    def fresh(seed: int) -> tuple[float, float]:
+        samples, draws = normal(1, 50, seed=seed), normal(6, 1, seed=1000 + seed)
+        moved = 3 + samples + draws + normal(6, 50, seed=2000 + seed)
+        found = over_draws([change(row) for row in moved])
+        return found.effect, found.effect_stderr
+
+    effects, errors = np.array([fresh(seed) for seed in range(400)]).T
+    # The variance that both factors share, 1/300 of 0.19, is counted twice.
+    assert np.sqrt((errors**2).mean()) == pytest.approx(effects.std(ddof=1), rel=0.1)
+
+
+def test_what_has_no_error_has_none() -> None:
+    before, after, targets = logits()
+    assert math.isnan(over_draws([change(normal(1))]).effect_stderr)
+    batches = list(zip([before], [targets], strict=True))
+    given = Outputs.of([before], batches, "kl", lambda outputs, targets: 7.0)
+    found = over_draws([given.compare([after])])
+    assert found.metric == pytest.approx(7)
+    assert math.isnan(found.metric_stderr)
+    assert over_draws([given.compare([before])]).effect_stderr == 0

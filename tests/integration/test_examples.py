@@ -1,0 +1,93 @@
+"""Runs every example as a user would, in a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def run(example: str, folder: Path, *options: str) -> str:
+    """Give what an example prints, having checked that it writes below the folder it was given only."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{example}.py", *options],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no Koopman credit this time" not in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+    return done.stdout
+
+
+def credits(printed: str, component: str) -> list[float]:
+    """Give the credits in every table that names the component."""
+    found = re.findall(rf"^ {re.escape(component)} +(-?\d+\.\d+)±\d", printed, flags=re.MULTILINE)
+    return [float(value) for value in found]
+
+
+def row(printed: str, title: str) -> list[float]:
+    """Give the first two numbers behind a title."""
+    found = re.search(rf"^{title} +(\S+) +(\S+)", printed, flags=re.MULTILINE)
+    assert found is not None, printed
+    return [float(value) for value in found.groups()]
+
+
+def test_every_example_is_run_here() -> None:
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
+
+
+def test_own_trainer(tmp_path: Path) -> None:
+    printed = run("own_trainer", tmp_path, "runs")
+    for component in ("net.0", "net.2", "net.4"):
+        assert len(credits(printed, component)) == 1
+    assert list((tmp_path / "runs").rglob("events.out.tfevents.*"))
+    code = (EXAMPLES / "own_trainer.py").read_text().split("\n")
+    assert sum(bool(line.strip()) for line in code) < 40
+
+
+def test_early_freezing(tmp_path: Path) -> None:
+    printed = run("early_freezing", tmp_path, "--out", "runs")
+    assert re.search(r"^net\.0 frozen after epoch \d+ of 45$", printed, flags=re.MULTILINE)
+    plain, freezing = row(printed, "millions of updates")
+    assert 0.5 * plain < freezing < plain
+    plain, freezing = row(printed, "test accuracy")
+    assert freezing > plain - 0.03 > 0.9
+
+
+def test_early_freezing_without_anything_settled(tmp_path: Path) -> None:
+    printed = run("early_freezing", tmp_path, "--out", "runs", "--epochs", "3")
+    assert "nothing settled, so nothing was frozen" in printed
+    plain, freezing = row(printed, "test accuracy")
+    assert plain == freezing
+
+
+def test_monitor_transformer(tmp_path: Path) -> None:
+    printed = run("monitor_transformer", tmp_path, "--out", "runs")
+    for component in ("embed", *(f"encoder.layers.{i}" for i in range(3)), "head"):
+        assert len(credits(printed, component)) == 2
+    accuracy = re.search(r"^val_accuracy (\S+)$", printed, flags=re.MULTILINE)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.9
+
+
+def test_evaluate_after_training(tmp_path: Path) -> None:
+    printed = run("evaluate_after_training", tmp_path, "--out", "runs")
+    assert re.search(r"^credit at step +34 +68 +102 +136 +170 +moved by$", printed, flags=re.MULTILINE)
+    moves = re.search(r"^net\.0 +(\S+ +){5}\+(\S+) ± (\S+)$", printed, flags=re.MULTILINE)
+    assert moves is not None
+    assert float(moves[2]) > 2 * float(moves[3])
+    assert list((tmp_path / "runs").rglob("credits/**/events.out.tfevents.*"))

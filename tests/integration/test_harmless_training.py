@@ -1,0 +1,192 @@
+"""Trainings that do odd things to their own modules end as they would without the callback."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lit import dataset, hooks_on, quiet_trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.isolation import undisturbed
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Trainer has no logger",
+    "ignore:.*no validation loop",
+    "ignore:.*samples are few",
+    "ignore:Total length of",
+    "ignore:You defined a .validation_step",
+)
+
+
+class Odd(L.LightningModule):
+    """Two layers, and whatever a step does to them behind the pass."""
+
+    def __init__(self, net: nn.Module, behind: Callable[[nn.Module], Any] = lambda _: None) -> None:
+        super().__init__()
+        self.net, self.behind = net, behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+        self.behind(self.net)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+class Masked(nn.Linear):
+    """Writes its own weights in every pass, as masked convolutions do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= torch.tril(torch.ones_like(self.weight))
+        return super().forward(x)
+
+
+class Adapter(nn.Linear):
+    """Merges a low-rank part into its weights in eval mode and takes it out again."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out)
+        self.low = nn.Parameter(torch.randn(d_out, d_in) * 0.1)
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Adapter:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += self.low.data * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (0 if self.merged else x @ self.low.T)
+
+
+def trained(
+    net: Callable[[], nn.Module], folder: Path, callbacks: list[Any], validate: bool, **odd: Any
+) -> Odd:
+    torch.manual_seed(0)
+    model = Odd(net(), **odd)
+    loaders = [DataLoader(dataset(), 40), DataLoader(dataset(seed=1), 40)]
+    quiet_trainer(folder, callbacks, max_epochs=2).fit(model, *(loaders if validate else loaders[:1]))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("net", "validate"),
+    [
+        (lambda: nn.Sequential(Masked(8, 6), nn.Tanh(), nn.Linear(6, 3)), False),
+        (lambda: nn.Sequential(Masked(8, 6), nn.Tanh(), nn.Linear(6, 3)), True),
+        (lambda: nn.Sequential(Adapter(8, 6), nn.Tanh(), Adapter(6, 3)), False),
+    ],
+    ids=["forward writes weights", "the same while validating", "a change of mode writes weights"],
+)
+def test_weights_written_in_passes_end_the_same(
+    net: Callable[[], nn.Module], validate: bool, tmp_path: Path
+) -> None:
+    monitor = KoopmanCreditMonitor(every_n_epochs=2, on_error="raise")
+    without = trained(net, tmp_path, [], validate)
+    watched = trained(net, tmp_path, [monitor], validate)
+    assert monitor.report is not None
+    for ours, theirs in zip(watched.state_dict().values(), without.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    states = [[getattr(m, "merged", None) for m in model.net.modules()] for model in (watched, without)]
+    assert states[0] == states[1]
+
+
+def copied(net: nn.Module) -> None:
+    twin = copy.deepcopy(net)
+    x = torch.ones(2, 8)
+    assert torch.equal(twin(x), net(x))
+
+
+def saved(net: nn.Module) -> None:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    torch.load(file, weights_only=False)(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("behind", [copied, saved])
+def test_a_model_is_copied_and_saved_while_hooks_are_on(
+    behind: Callable[[nn.Module], Any], tmp_path: Path
+) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    without = trained(plain, tmp_path, [], True, behind=behind)
+    watched = trained(plain, tmp_path, [monitor], True, behind=behind)
+    for ours, theirs in zip(watched.state_dict().values(), without.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    report = credit_report(watched.net, [b[0] for b in DataLoader(dataset(seed=1), 40)])
+    assert monitor.report is not None
+    assert monitor.report.credit == pytest.approx(report.credit, abs=1e-9)
+
+
+def test_a_copy_keeps_nothing_of_the_capture() -> None:
+    net = plain()
+    with Capture(net, follow=True) as capture:
+        net(torch.ones(4, 8))
+        copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    states = capture.end_pass()
+    for twin in copies:
+        held = [hook for m in twin.modules() for hook in m._forward_hooks.values()]
+        assert held
+        assert all(type(hook.__self__).__module__ == "contextlib" for hook in held)
+        twin(torch.ones(2, 8))
+    assert len(states) == 3
+    assert hooks_on(net) == 0
+
+
+@pytest.mark.parametrize("empty", [[], {}, [[]], ()])
+def test_a_validation_without_batches_does_not_hang(empty: Any, tmp_path: Path) -> None:
+    model = Odd(plain())
+    model.val_dataloader = lambda: empty  # type: ignore[method-assign]
+    trainer = quiet_trainer(tmp_path, [KoopmanCreditMonitor()], max_epochs=1)
+    with pytest.warns(UserWarning, match="no sample arrived"):
+        trainer.fit(model, DataLoader(dataset(), 40))
+    assert trainer.global_step == 4
+
+
+def test_what_a_pass_sets_on_a_module_is_put_back() -> None:
+    class Sets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("seen", torch.zeros(1))
+            self.last = "before"
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last, self.cache = "after", x
+            self.seen = self.seen + 1
+            self.layer.weight.data = torch.ones(2, 2)
+            return self.layer(x)
+
+    net = Sets()
+    weight, seen = net.layer.weight.detach().clone(), net.seen
+    with suppress(RuntimeError), undisturbed(net):
+        net(torch.ones(1, 2))
+        raise RuntimeError
+    assert net.last == "before"
+    assert not hasattr(net, "cache")
+    assert net.training
+    assert net.seen is seen
+    assert torch.equal(net.layer.weight, weight)

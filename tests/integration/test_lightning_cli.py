@@ -1,0 +1,205 @@
+"""The callback in a YAML file of LightningCLI, in both namespaces."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import inspect
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lit import loaders
+from torch import Tensor, nn
+
+from lightning_koopman import KoopmanCreditMonitor
+
+CLASS_PATH = "lightning_koopman.KoopmanCreditMonitor"
+
+CONFIG = """
+seed_everything: 0
+trainer:
+  max_epochs: 4
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  log_every_n_steps: 1
+  logger:
+    class_path: {namespace}.loggers.CSVLogger
+    init_args:
+      save_dir: {folder}
+  callbacks:
+    - class_path: lightning_koopman.KoopmanCreditMonitor
+      init_args:
+        components: [net.0, net.2]
+        quantities: [credit, r2_stderr]
+        every_n_epochs: 2
+        normalize: rms
+        tikhonov: 1e-3
+        targets: [0, 2]
+        forward_fn: test_lightning_cli.forward
+        prefix: {prefix}
+        on_error: raise
+model:
+  width: 9
+"""
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    return model.net(batch[0])
+
+
+def model_class(namespace: str) -> type:
+    class Net(importlib.import_module(namespace).LightningModule):
+        def __init__(self, width: int = 16) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.net(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+        def train_dataloader(self) -> Any:
+            return loaders()[0]
+
+        def val_dataloader(self) -> Any:
+            return loaders()[1]
+
+    return Net
+
+
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def namespace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    pytest.importorskip(request.param)
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # LightningCLI warns of arguments beside args=
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.chdir(tmp_path)
+    return str(request.param)
+
+
+def run(namespace: str, *args: str) -> Any:
+    cli = importlib.import_module(f"{namespace}.cli").LightningCLI
+    return cli(model_class(namespace), args=list(args))
+
+
+def monitor_of(cli: Any) -> KoopmanCreditMonitor:
+    (monitor,) = (c for c in cli.trainer.callbacks if isinstance(c, KoopmanCreditMonitor))
+    return monitor
+
+
+def write_config(folder: Path, namespace: str, **changes: str) -> str:
+    values = {"namespace": namespace, "folder": folder / "logs", "prefix": "own"} | changes
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(**values))
+    return str(path)
+
+
+def test_help_describes_every_argument(namespace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(namespace, "fit", f"--trainer.callbacks.help={CLASS_PATH}")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert "Watch the Koopman credit of every component while a network trains" in printed
+    described = inspect.getdoc(KoopmanCreditMonitor)
+    assert described is not None
+    described = described.split("Args:")[1].split("Raises:")[0]
+    for name in inspect.signature(KoopmanCreditMonitor).parameters:
+        assert f"--trainer.callbacks.{name} " in printed
+        sentence = " ".join(described.split(f"\n    {name}: ")[1].split("\n    ")[0].split())
+        assert sentence in printed
+
+
+def test_print_config_holds_every_argument(namespace: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            namespace,
+            "fit",
+            f"--trainer.callbacks={CLASS_PATH}",
+            "--trainer.callbacks.components=[net.*]",
+            "--trainer.callbacks.top_k=3",
+            "--print_config",
+        )
+    assert stopped.value.code == 0
+    (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert callback["class_path"] == CLASS_PATH
+    arguments = callback["init_args"]
+    assert list(arguments) == list(inspect.signature(KoopmanCreditMonitor).parameters)
+    assert arguments["components"] == ["net.*"]
+    assert arguments["top_k"] == 3
+    assert arguments["quantities"] == ["credit", "gain", "nonlinearity"]
+
+
+def test_fit_from_yaml_and_again_from_what_it_saved(namespace: str, tmp_path: Path) -> None:
+    cli = run(namespace, "fit", f"--config={write_config(tmp_path, namespace)}")
+    monitor = monitor_of(cli)
+    assert isinstance(monitor, importlib.import_module(namespace).Callback)
+    assert [report.step for report in monitor.history] == [8, 16]
+    assert monitor.report is not None
+    assert monitor.report.components == ("net.0", "net.2")
+    assert monitor.report.widths == (9, 3)
+    assert monitor.report.directions == 2
+    assert set(monitor.report.tikhonov) == {1e-3}
+    assert monitor.forward_fn is forward
+    log = Path(cli.trainer.log_dir)
+    with (log / "metrics.csv").open() as file:
+        logged = set(next(csv.reader(file)))
+    assert {"own/credit/net.0", "own/r2_stderr/net.2", "own/total"} <= logged
+
+    again = monitor_of(run(namespace, "fit", f"--config={log / 'config.yaml'}"))
+    assert again.report is not None
+    assert again.report.to_dict() == monitor.report.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("every_n_epoch=2", "every_n_epoch"),
+        ("normalize=zca", "normalize"),
+        ("max_samples=many", "max_samples"),
+    ],
+)
+def test_mistakes_are_named(
+    namespace: str, argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(
+            namespace,
+            "fit",
+            f"--trainer.callbacks={CLASS_PATH}",
+            f"--trainer.callbacks.{argument}",
+        )
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_values_out_of_range_are_named(namespace: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, namespace)
+    with pytest.raises(ValueError, match="every_n_epochs is 0; it must be 1 or above"):
+        run(namespace, "fit", f"--config={config}", "--trainer.callbacks.every_n_epochs=0")
+
+
+def test_the_snippet_of_the_readme(namespace: str, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "config.yaml").write_text(snippet)
+    cli = run(
+        namespace,
+        "fit",
+        f"--config={tmp_path / 'config.yaml'}",
+        "--seed_everything=0",
+        "--trainer.max_epochs=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=CSVLogger",
+        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.log_every_n_steps=1",
+    )
+    assert len(monitor_of(cli).history) == 1

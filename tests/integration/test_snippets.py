@@ -1,0 +1,119 @@
+"""The tutorial runs as it stands and prints what it says; the recipes and the README's snippets run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+NUMBER = r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?"
+# Told by the clock, or by the machine.
+UNSTEADY = ("ms a batch",)
+
+
+class Snippet(NamedTuple):
+    """One fenced block of a page."""
+
+    language: str
+    title: str | None
+    text: str
+
+
+def snippets(page: str) -> list[Snippet]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", text, flags=re.M | re.S)
+    return [Snippet(language, title or None, body) for language, title, body in found]
+
+
+def rows(printed: str) -> dict[str, list[float]]:
+    """Numbers of each line that begins with words, by these words."""
+    found = {}
+    for line in printed.splitlines():
+        parts = re.match(rf"\s*([A-Za-z][\w.]*(?: [a-z]\w*)*)\s+((?:.*?)({NUMBER}).*)$", line)
+        if parts is not None and not parts[1].startswith(UNSTEADY):
+            numbers = re.findall(NUMBER, parts[2].replace("±", " ").replace("→", " "))
+            found[parts[1]] = [float(number.replace(",", "")) for number in numbers]
+    return found
+
+
+def run(command: str, folder: Path) -> str:
+    path = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_as_it_stands_and_prints_what_it_says(tmp_path: Path) -> None:
+    printed, compared, file, tried = "", 0, None, False
+    for snippet in snippets("docs/tutorial.md"):
+        if snippet.language == "python":
+            # A block without a title is appended to the file before it.
+            file = tmp_path / (snippet.title or (file.name if file else ""))
+            previous = file.read_text() if snippet.title is None else ""
+            file.write_text(previous + snippet.text)
+            if file.name != "train.py":
+                printed = run(f"python {file.name}", tmp_path)
+                tried = True
+        elif snippet.language == "bash" and not re.match(r"pip |tensorboard ", snippet.text):
+            printed = run(snippet.text, tmp_path)
+            tried = True
+        elif snippet.language == "text":
+            assert tried
+            expected, given = rows(snippet.text), rows(printed)
+            for name, numbers in expected.items():
+                assert given.get(name) == pytest.approx(numbers, rel=0.02, abs=0.02), name
+                compared += len(numbers)
+    assert compared > 80
+
+
+def test_the_reader_of_printed_rows_tells_numbers_apart() -> None:
+    table = " body.0   0.791±0.010  60/64\n head     1.0 → 2,762\n ms a batch  3\n 4 of 4 reports\n\n"
+    assert rows(table) == {"body.0": [0.791, 0.01, 60, 64], "head": [1.0, 2762]}
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the recipes take for granted: the tutorial's classes, a network and its data."""
+    monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
+    names: dict[str, Any] = {"__name__": "snippets"}
+    exec(next(s.text for s in snippets("docs/tutorial.md") if s.title == "train.py"), names)
+    exec("from lightning_koopman import *\nfrom lightning_koopman import credit_report", names)
+    torch.manual_seed(0)
+    names["model"] = names["Net"]().eval()
+    data = names["datamodule"] = names["Data"]()
+    data.setup("fit")
+    names["loader"], names["batches"] = data.val_dataloader(), data.train_dataloader()
+    names["held_out"] = names["loader"]
+    return names
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", ["docs/how-to.md", "README.md"])
+def test_every_python_snippet_runs(page: str, prepared: dict[str, Any]) -> None:
+    found = [s.text for s in snippets(page) if s.language == "python"]
+    assert len(found) >= 3
+    if any("EMAWeightAveraging" in text for text in found):
+        pytest.importorskip(
+            "lightning.pytorch.callbacks.weight_averaging",
+            reason="this Lightning has no WeightAveraging",
+        )
+    for text in found:
+        # Two processes would each run this test; test_distributed.py has its own.
+        if "devices=2" in text:
+            continue
+        text = text.replace("max_epochs=50", "max_epochs=2, accelerator='cpu'")
+        exec(compile(text, page, "exec"), prepared)

@@ -1,0 +1,1016 @@
+"""Credits, their error bars and the fitted chain, against dense NumPy computations fold by fold."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from lightning_koopman.koopman.chain import split_chain
+from lightning_koopman.koopman.credit import (
+    QUANTITIES,
+    Credits,
+    check_options,
+    compute_credits,
+    samples_needed,
+    unseen_shifts,
+)
+from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.koopman.regression import RESOLUTION_GRID, resolved_tikhonov
+
+WIDTHS = [(5, 5, 5), (7, 4, 6, 5), (3, 9, 12, 8), (12, 10, 3, 10, 8)]
+
+
+def linear_states(
+    widths: Sequence[int], n: int = 400, seed: int = 0
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Weights of a linear chain and the states that flow through it."""
+    rng = np.random.default_rng(seed)
+    weights = [rng.standard_normal((a, b)) / np.sqrt(a) for a, b in itertools.pairwise(widths)]
+    biases = [rng.standard_normal(b) for b in widths[1:]]
+    states = [rng.standard_normal((n, widths[0])) + 1]
+    for weight, bias in zip(weights, biases, strict=True):
+        states.append(states[-1] @ weight + bias)
+    return weights, states
+
+
+def tanh_states(
+    widths: Sequence[int], n: int = 400, seed: int = 0, noise: float = 0.0
+) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    states = [rng.standard_normal((n, widths[0])) + 0.3]
+    for a, b in itertools.pairwise(widths):
+        states.append(np.tanh(states[-1] @ rng.standard_normal((a, b)) / np.sqrt(a)))
+        states[-1] += noise * rng.standard_normal(states[-1].shape)
+    return states
+
+
+def run(
+    states: Sequence[np.ndarray],
+    *,
+    folds: int | np.ndarray = 5,
+    delay: int = 1,
+    links: tuple[tuple[int, ...], ...] = (),
+    **options: Any,
+) -> Credits:
+    """Credits of all samples at once; folds by row number unless given."""
+    n = len(states[0])
+    fold_of = np.arange(n) % folds if isinstance(folds, int) else folds
+    layout = Layout(tuple(x.shape[1] for x in states), int(fold_of.max()) + 1, delay, links)
+    moments = layout.zeros()
+    accumulate(layout, moments, [torch.from_numpy(x) for x in states], torch.from_numpy(fold_of))
+    return compute_credits(layout, moments, **options)
+
+
+def assert_same(
+    given: Credits, other: Credits, names: Sequence[str] = QUANTITIES, atol: float = 1e-9
+) -> None:
+    for name in names:
+        assert torch.allclose(
+            given.values[name], other.values[name], rtol=0, atol=atol, equal_nan=True
+        ), name
+        assert torch.allclose(
+            given.stderr[name], other.stderr[name], rtol=0, atol=atol, equal_nan=True
+        ), name
+    assert given.total == pytest.approx(other.total, abs=atol, nan_ok=True)
+
+
+# Linear chains: everything is known.
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("widths", [(5, 5, 5), (6, 5, 4, 4), (8, 3, 2)], ids=str)
+def test_on_a_linear_chain_operators_are_the_weights(widths: tuple[int, ...], seed: int) -> None:
+    weights, states = linear_states(widths, seed=seed)
+    credits = run(states, tikhonov=0.0)
+    for weight, operator in zip(weights, credits.operators, strict=True):
+        assert np.allclose(operator.matrix.numpy(), weight, rtol=0, atol=1e-8)
+    for before, after, operator in zip(states, states[1:], credits.operators, strict=False):
+        assert np.allclose(operator.predict(torch.from_numpy(before)).numpy(), after, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_on_a_linear_chain_log_volumes_are_those_of_the_dense_product(
+    widths: tuple[int, ...], seed: int
+) -> None:
+    weights, states = linear_states(widths, seed=seed)
+    credits = run(states, tikhonov=0.0)
+    rank = min(widths)
+    outputs = oracles.pod(states[-1], rank)
+    assert credits.alignment.rank == rank
+    assert credits.total * rank == pytest.approx(
+        oracles.log_volume(oracles.dense_product([*weights, outputs])), abs=1e-8
+    )
+    if len(set(widths)) == 1:
+        expected = np.linalg.slogdet(oracles.dense_product(weights))[1]
+        assert credits.total * rank == pytest.approx(expected, abs=1e-8)
+    for i in range(1, len(widths)):
+        if min(widths[: i + 1]) == widths[i]:  # the state spans its space, so the weights are identified
+            jacobian = oracles.dense_product([*weights[i:], outputs])
+            volume = oracles.log_volume(jacobian)
+            assert float(credits.values["credit"][i - 1]) * rank == pytest.approx(volume, abs=1e-8)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_a_linear_chain_is_not_nonlinear(widths: tuple[int, ...], seed: int) -> None:
+    _, states = linear_states(widths, seed=seed)
+    credits = run(states)
+    assert float(credits.values["nonlinearity"].abs().max()) < 1e-9
+    assert float((1 - credits.values["chain_r2"]).abs().max()) < 1e-9
+    ranks = torch.tensor([min(widths[: i + 1]) for i in range(1, len(widths))])
+    assert bool((credits.values["rank"] <= ranks).all())
+    expected = [oracles.effective_rank(state) for state in states[1:]]
+    assert credits.values["rank"].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_gains_sum_to_the_total(widths: tuple[int, ...], seed: int, normalize: Any) -> None:
+    credits = run(tanh_states(widths, seed=seed), normalize=normalize)
+    assert float(credits.values["gain"].sum()) == pytest.approx(credits.total, abs=1e-9)
+    assert credits.alignment.rank == min(widths)
+    assert torch.allclose(credits.volumes.mean(1), credits.values["credit"], rtol=0, atol=1e-12)
+    gains = [torch.linalg.slogdet(k).logabsdet / len(k) for k in credits.alignment.operators]
+    assert torch.allclose(torch.stack(gains), credits.values["gain"], rtol=0, atol=1e-9)
+    assert not credits.values["credit"][-1:].any()
+
+
+# Every number against loops in NumPy.
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-2])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_credits_are_those_of_dense_jacobians(seed: int, rank: int, tikhonov: float) -> None:
+    states = tanh_states((6, 8, 5, 4), seed=seed, noise=0.1)
+    credits = run(states, tikhonov=tikhonov, rank=rank)
+    expected = oracles.credits(states, rank, partial(oracles.ridge, tikhonov=tikhonov))
+    for name in ("credit", "gain", "sensitivity"):
+        assert np.allclose(credits.values[name].numpy(), expected[name], rtol=0, atol=1e-9), name
+    assert credits.total == pytest.approx(float(expected["total"]), abs=1e-9)
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-2])
+@pytest.mark.parametrize("folds", [2, 5, "uneven"])
+def test_r2_and_chain_r2_are_held_out_fold_by_fold(folds: int | str, tikhonov: float) -> None:
+    states = tanh_states((6, 8, 5, 4), n=203, noise=0.1)
+    fold_of = np.arange(203) % folds if isinstance(folds, int) else np.arange(203) ** 2 % 7 % 4
+    credits = run(states, folds=fold_of, tikhonov=tikhonov)
+    fit = partial(oracles.ridge, tikhonov=tikhonov)
+    for i in range(1, 4):
+        r2 = oracles.held_out_r2(states[i - 1], states[i], fold_of, fit)
+        assert float(credits.values["r2"][i - 1]) == pytest.approx(r2, abs=1e-10)
+        assert float(credits.values["nonlinearity"][i - 1]) == pytest.approx(1 - r2, abs=1e-10)
+        errors, totals = oracles.chain_fold_errors(states, i, fold_of, fit)
+        chain_r2 = 1 - errors.sum() / totals.sum()
+        assert float(credits.values["chain_r2"][i - 1]) == pytest.approx(chain_r2, abs=1e-10)
+
+
+@pytest.mark.parametrize("dealt", [2, 5, "uneven"])
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-2])
+def test_error_bars_are_the_explicit_jackknife_and_bias(tikhonov: float, dealt: int | str) -> None:
+    n, rank, uneven = 200, 3, dealt == "uneven"
+    states = tanh_states((6, 8, 5, 4), n=n, noise=0.2)
+    fold_of = np.arange(n) % dealt if isinstance(dealt, int) else np.arange(n) ** 2 % 7 % 4
+    folds = np.unique(fold_of)
+    sizes = [int((fold_of == fold).sum()) for fold in folds]
+    credits = run(states, folds=fold_of, tikhonov=tikhonov, rank=rank)
+    fit = partial(oracles.ridge, tikhonov=tikhonov)
+
+    def spread(whole: float, without: list[float]) -> float:
+        return oracles.jackknife(whole, without, sizes) if uneven else oracles.plain_jackknife(without)
+
+    def bar(whole: float, without: list[float]) -> float:
+        return float(np.hypot(spread(whole, without), oracles.jackknife_bias(whole, without, sizes)))
+
+    whole = oracles.credits(states, rank, fit)
+    without = [oracles.credits([x[fold_of != fold] for x in states], rank, fit) for fold in folds]
+    for name in ("credit", "gain", "sensitivity"):
+        for i in range(3):
+            expected = bar(whole[name][i], [w[name][i] for w in without])
+            assert float(credits.stderr[name][i]) == pytest.approx(expected, abs=1e-9), name
+    assert credits.total_stderr == pytest.approx(
+        bar(whole["total"], [w["total"] for w in without]), abs=1e-9
+    )
+    for name, table in {
+        "r2": [oracles.fold_errors(states[i - 1], states[i], fold_of, fit) for i in range(1, 4)],
+        "chain_r2": [oracles.chain_fold_errors(states, i, fold_of, fit) for i in range(1, 4)],
+    }.items():
+        for i, (errors, totals) in enumerate(table):
+            left_out = [
+                1 - (errors.sum() - e) / (totals.sum() - t) for e, t in zip(errors, totals, strict=True)
+            ]
+            r2 = 1 - errors.sum() / totals.sum()
+            seen = states[i : i + 2] if name == "r2" else states[i + 1 :]
+            gap = (oracles.in_sample_r2(seen, 0, fit) - r2) / 4
+            expected = float(np.hypot(spread(r2, left_out), gap))
+            assert float(credits.stderr[name][i]) == pytest.approx(expected, abs=1e-9), name
+    assert torch.equal(
+        credits.stderr["nonlinearity"].round(decimals=12), credits.stderr["r2"].round(decimals=12)
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_ridge_weight_of_each_step_is_picked_by_its_own_folds(seed: int) -> None:
+    states = tanh_states((20, 25, 5), n=60, seed=seed, noise=1.0)
+    fold_of = np.arange(60) % 5
+    credits = run(states)
+    for i, operator in enumerate(credits.operators):
+        total = np.array([
+            oracles.fold_errors(states[i], states[i + 1], fold_of, partial(oracles.ridge, tikhonov=t))[
+                0
+            ].sum()
+            for t in RESOLUTION_GRID
+        ])
+        assert (total <= 2 * total.min()).all()
+        assert operator.tikhonov == RESOLUTION_GRID[-1]
+
+
+def test_a_nearly_linear_step_gets_the_ridge_weight_that_doubles_its_error() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, 6)) * np.logspace(0, -1, 6)
+    y = x @ rng.standard_normal((6, 4)) + 1e-3 * rng.standard_normal((500, 4))
+    fold_of = np.arange(500) % 5
+    chosen = run([x, y]).operators[0].tikhonov
+
+    def error(tikhonov: float) -> float:
+        return float(
+            oracles.fold_errors(x, y, fold_of, partial(oracles.ridge, tikhonov=tikhonov))[0].sum()
+        )
+
+    assert 0 < chosen < RESOLUTION_GRID[-1]
+    assert error(chosen) == pytest.approx(2 * min(map(error, RESOLUTION_GRID)), rel=0.1)
+
+
+def test_every_replicate_picks_its_own_ridge_weight() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((120, 6)) * np.logspace(0, -1.5, 6)
+    y = x @ rng.standard_normal((6, 4)) + 2e-2 * rng.standard_normal((120, 4))
+    fold_of = np.arange(120) ** 2 % 7 % 4
+    folds = np.unique(fold_of)
+    # An error a fold and weight, each from a fit to all other folds.
+    table = np.array([
+        oracles.fold_errors(x, y, fold_of, partial(oracles.ridge, tikhonov=t))[0]
+        for t in RESOLUTION_GRID
+    ]).T
+
+    def pick(errors: np.ndarray) -> float:
+        last = int(np.flatnonzero(errors <= 2 * errors.min())[-1])
+        share = (2 * errors.min() - errors[last]) / (errors[last + 1] - errors[last])
+        low, high = RESOLUTION_GRID[last : last + 2]
+        return low ** (1 - share) * high**share
+
+    def volume(rows: np.ndarray, tikhonov: float) -> float:
+        fit = partial(oracles.ridge, tikhonov=tikhonov)
+        return float(oracles.credits([x[rows], y[rows]], 4, fit)["total"])
+
+    credits = run([x, y], folds=fold_of)
+    weight = pick(table.sum(0))
+    assert credits.operators[0].tikhonov == pytest.approx(weight, rel=1e-6)
+    own = [pick(np.delete(table, place, axis=0).sum(0)) for place in range(len(folds))]
+    assert len({weight, *own}) == 1 + len(folds)
+    assert min(own) > 0
+    whole = volume(fold_of >= 0, weight)
+    without = [volume(fold_of != fold, t) for fold, t in zip(folds, own, strict=True)]
+    sizes = [int((fold_of == fold).sum()) for fold in folds]
+    expected = np.hypot(
+        oracles.jackknife(whole, without, sizes), oracles.jackknife_bias(whole, without, sizes)
+    )
+    assert credits.total == pytest.approx(whole, abs=1e-7)
+    assert credits.total_stderr == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_fold_without_samples_counts_as_absent() -> None:
+    states = tanh_states((6, 8, 5, 4), n=90, noise=0.1)
+    fold_of = np.arange(90) % 4
+    gap = np.array([0, 1, 3, 4])[fold_of]
+    given = run(states, folds=gap)
+    assert_same(given, run(states, folds=fold_of))
+    for name in QUANTITIES:
+        assert torch.isfinite(given.stderr[name]).all(), name
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([1, 1, 1.5, 3], 1e-6 * 100 ** (1 / 3)),  # 2 lies a third of the way from 1.5 to 3
+        ([1, 1, 1, 2], 1e-4),
+        ([1, 3, 4, 5], 0.0),
+        ([1e-9, 1e-9, 1e-9, 1], 0.0),  # rounding
+        ([0.0, 0.0, 0.0, 0.0], 0.0),
+        ([2e-9, 2e-9, 4e-9, 1], 1e-6),
+    ],
+)
+def test_a_ridge_weight_at_most_doubles_what_is_left_unexplained(
+    errors: list[float], expected: float
+) -> None:
+    folds = torch.tensor([[0.25 * e, 0.75 * e] for e in errors], dtype=torch.float64).T
+    assert resolved_tikhonov(folds, (0.0, 1e-8, 1e-6, 1e-4)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_linear_step_gets_no_ridge() -> None:
+    _, states = linear_states((5, 6, 4))
+    assert [operator.tikhonov for operator in run(states).operators] == [0, 0]
+
+
+def test_operators_carry_the_offsets_that_the_moments_were_summed_about() -> None:
+    _, states = linear_states((4, 4, 3))
+    center = [x[:7].mean(0) + 0.1 for x in states]
+    credits = run(
+        [x - c for x, c in zip(states, center, strict=True)],
+        center=[torch.from_numpy(c) for c in center],
+    )
+    for before, after, operator in zip(states, states[1:], credits.operators, strict=False):
+        assert np.allclose(operator.predict(torch.from_numpy(before)).numpy(), after, rtol=0, atol=1e-6)
+        assert np.allclose(operator.y_mean.numpy(), after.mean(0), rtol=0, atol=1e-12)
+
+
+def test_targets_credit_the_named_outputs() -> None:
+    weights, states = linear_states((6, 6, 5))
+    credits = run(states, targets=[3, 0], tikhonov=0.0)
+    columns = [weights[1][:, [3, 0]], oracles.dense_product(weights)[:, [3, 0]]]
+    assert float(credits.values["credit"][0]) == pytest.approx(
+        oracles.log_volume(columns[0]) / 2, abs=1e-8
+    )
+    assert credits.total == pytest.approx(oracles.log_volume(columns[1]) / 2, abs=1e-8)
+    # The first target's share is the norm of its own column.
+    assert float(credits.volumes[0, 0]) == pytest.approx(
+        np.log(np.linalg.norm(columns[0][:, 0])), abs=1e-8
+    )
+
+
+@pytest.mark.parametrize("targets", [[1, 4], [4, 1], [4, 2, 1, 0]])
+def test_a_target_that_never_varies_is_dropped_and_the_others_are_kept(targets: list[int]) -> None:
+    _, states = linear_states((6, 6, 5))
+    states[-1][:, 4] = 2.5
+    alive = [t for t in targets if t != 4]
+    credits = run(states, targets=targets)
+    assert credits.dropped == (4,)
+    assert credits.lost == (1,)
+    assert credits.alignment.rank == len(alive)
+    assert_same(credits, run(states, targets=alive))
+
+
+def test_replicates_follow_the_directions_that_are_kept() -> None:
+    # Outputs 0 and 1 are copies; with 2 they span two directions, in every replicate the same two.
+    _, states = linear_states((6, 6, 5), n=200)
+    states[-1][:, 1] = states[-1][:, 0]
+    credits = run(states, targets=[0, 1, 2], folds=4, tikhonov=1e-4)
+    assert credits.dropped == (1,)
+    expected = run(states, targets=[0, 2], folds=4, tikhonov=1e-4)
+    assert_same(credits, expected)
+    for name in ("credit", "gain", "sensitivity"):
+        assert torch.isfinite(credits.stderr[name]).all()
+
+
+def test_whitened_outputs_that_narrow_without_a_fold_give_no_error_bar() -> None:
+    # The last output varies in one fold only, so one replicate whitens one direction less.
+    _, states = linear_states((6, 6, 3), n=120)
+    states[-1][:, 2] = np.where(np.arange(120) % 4 == 0, states[-1][:, 2], 1.0)
+    credits = run(states, folds=np.arange(120) % 4, normalize="whiten")
+    assert credits.alignment.rank == 3
+    assert torch.isnan(credits.stderr["credit"][0])
+
+
+# What the numbers must not depend on.
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_permuting_hidden_units_changes_nothing(widths: tuple[int, ...], normalize: Any) -> None:
+    states = tanh_states(widths, noise=0.05)
+    rng = np.random.default_rng(1)
+    permuted = [x[:, rng.permutation(x.shape[1])] for x in states[:-1]] + [states[-1]]
+    assert_same(run(states, normalize=normalize), run(permuted, normalize=normalize))
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_rotating_hidden_states_changes_all_but_sensitivity_in_nothing(widths: tuple[int, ...]) -> None:
+    states = tanh_states(widths, noise=0.05)
+    rng = np.random.default_rng(1)
+    turned = [x @ np.linalg.qr(rng.standard_normal((x.shape[1],) * 2))[0] for x in states]
+    names = [name for name in QUANTITIES if name != "sensitivity"]
+    assert_same(run(states), run(turned), names)
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_whitened_numbers_ignore_any_invertible_change_of_hidden_coordinates(
+    widths: tuple[int, ...],
+) -> None:
+    states = tanh_states(widths, n=600, noise=0.05)
+    rng = np.random.default_rng(1)
+    changed = [
+        x @ (np.eye(x.shape[1]) + 0.3 * rng.standard_normal((x.shape[1],) * 2)) + 1 for x in states[:-1]
+    ]
+    given = run(states, normalize="whiten", tikhonov=0.0)
+    other = run([*changed, states[-1]], normalize="whiten", tikhonov=0.0)
+    assert_same(given, other, ["credit", "gain", "r2", "nonlinearity", "chain_r2", "rank"], atol=1e-8)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_whitened_output_directions_are_the_leading_principal_ones(rank: int) -> None:
+    _weights, states = linear_states((8, 7, 5), n=500)
+    credits = run(states, normalize="whiten", tikhonov=0.0, rank=rank)
+    leading = states[-1] @ oracles.pod(states[-1], rank)
+    expected = oracles.canonical_correlations(states[1], leading)
+    assert float(credits.values["credit"][0]) == pytest.approx(np.log(expected).mean(), abs=1e-8)
+    noisy = [x + 0.5 * np.random.default_rng(5).standard_normal(x.shape) for x in states]
+    credits = run(noisy, normalize="whiten", tikhonov=0.0, rank=rank)
+    leading = noisy[-1] @ oracles.pod(noisy[-1], rank)
+    expected = oracles.canonical_correlations(noisy[1], leading)
+    assert float(credits.values["credit"][0]) == pytest.approx(np.log(expected).mean(), abs=1e-8)
+    assert expected.max() < 0.99
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (7, 4), (4, 7)], ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whitened_operators_have_canonical_correlations(shape: tuple[int, int], seed: int) -> None:
+    states = tanh_states(shape, seed=seed, noise=0.3)
+    layout = Layout(shape, 5)
+    moments = layout.zeros()
+    accumulate(layout, moments, [torch.from_numpy(x) for x in states], torch.arange(400) % 5)
+    split = split_chain(layout, moments, None, "whiten")
+    values = torch.linalg.svdvals(split.problems[0].matrix(0.0)).numpy()
+    expected = oracles.canonical_correlations(*states)
+    assert np.allclose(values, expected, rtol=0, atol=1e-9)
+    credits = run(states, normalize="whiten", tikhonov=0.0)
+    assert credits.total == pytest.approx(
+        np.log(expected).mean() if shape[0] >= shape[1] else credits.total
+    )
+
+
+def test_canonical_correlations_are_those_of_scikit_learn() -> None:
+    from sklearn.cross_decomposition import CCA
+
+    x, y = tanh_states((6, 4), noise=0.5)
+    layout = Layout((6, 4), 5)
+    moments = layout.zeros()
+    accumulate(layout, moments, [torch.from_numpy(x), torch.from_numpy(y)], torch.arange(400) % 5)
+    split = split_chain(layout, moments, None, "whiten")
+    values = torch.linalg.svdvals(split.problems[0].matrix(0.0)).numpy()
+    scores = CCA(n_components=4, max_iter=20000, tol=1e-12).fit(x, y).transform(x, y)
+    expected = [abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(scores[0].T, scores[1].T, strict=True)]
+    assert np.allclose(np.sort(values), np.sort(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rms_numbers_ignore_the_rescaling_of_relu_units(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = [rng.standard_normal(shape) for shape in ((5, 8), (8, 7), (7, 4))]
+    x = rng.standard_normal((400, 5))
+
+    def flow(given: list[np.ndarray]) -> list[np.ndarray]:
+        first = np.maximum(x @ given[0], 0)
+        second = np.maximum(first @ given[1], 0)
+        return [x, first, second, second @ given[2]]
+
+    scales = [np.exp(rng.uniform(-3, 3, 8)), np.exp(rng.uniform(-3, 3, 7))]
+    rescaled = [
+        weights[0] * scales[0],
+        weights[1] / scales[0][:, None] * scales[1],
+        weights[2] / scales[1][:, None],
+    ]
+    given, other = run(flow(weights), normalize="rms"), run(flow(rescaled), normalize="rms")
+    assert_same(given, other)
+    assert np.allclose(flow(weights)[-1], flow(rescaled)[-1], rtol=0, atol=1e-9)
+    plain = [run(flow(w), normalize="none").values["credit"][0] for w in (weights, rescaled)]
+    assert abs(float(plain[0] - plain[1])) > 0.1
+
+
+@pytest.mark.parametrize("exponent", [-30, -10, 10, 30])
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+def test_the_scale_of_the_inputs_moves_only_the_first_gain(exponent: int, normalize: Any) -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.1)
+    scale = 10.0**exponent
+    shift = np.random.default_rng(3).standard_normal(6)
+    given = run(states, normalize=normalize)
+    other = run([scale * (states[0] + shift), *states[1:]], normalize=normalize)
+    assert_same_but_first = [name for name in QUANTITIES if name != "gain"]
+    for name in assert_same_but_first:
+        assert torch.allclose(given.values[name], other.values[name], rtol=0, atol=1e-9), name
+        assert torch.allclose(given.stderr[name], other.stderr[name], rtol=0, atol=1e-9), name
+    moved = np.log(scale) if normalize == "none" else 0.0
+    assert other.total + moved == pytest.approx(given.total, abs=1e-9)
+    assert torch.allclose(other.values["gain"][1:], given.values["gain"][1:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_the_scale_of_all_states_changes_nothing(exponent: int) -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.1)
+    names = [name for name in QUANTITIES if name != "sensitivity"]
+    given, other = run(states), run([10.0**exponent * x for x in states])
+    assert_same(given, other, names)
+    moved = other.values["sensitivity"] - given.values["sensitivity"]
+    assert torch.allclose(moved, torch.tensor(exponent * np.log(10)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 50, 203])
+@pytest.mark.parametrize("delay", [1, 2])
+def test_streaming_in_any_batches_and_order_changes_nothing(batch: int, delay: int) -> None:
+    states = [torch.from_numpy(x) for x in tanh_states((6, 8, 5, 4), n=203, noise=0.1)]
+    fold_of = torch.arange(203) % 5
+    layout = Layout((6, 8, 5, 4), 5, delay)
+    whole, streamed = layout.zeros(), layout.zeros()
+    accumulate(layout, whole, states, fold_of)
+    for rows in torch.randperm(203).split(batch):
+        accumulate(layout, streamed, [x[rows] for x in states], fold_of[rows])
+    assert_same(compute_credits(layout, whole), compute_credits(layout, streamed))
+
+
+# Error bars as statistics.
+
+
+def test_error_bars_shrink_as_one_over_the_root_of_the_samples() -> None:
+    sizes, bars = (500, 8000), {}
+    for n in sizes:
+        runs = [run(tanh_states((5, 6, 4), n=n, seed=7, noise=0.3), folds=10)]
+        for seed in range(12):
+            rng = np.random.default_rng(seed)
+            states = tanh_states((5, 6, 4), n=12 * n, seed=7, noise=0.3)
+            rows = rng.choice(12 * n, n, replace=False)
+            runs.append(run([x[rows] for x in states], folds=10))
+        bars[n] = {
+            name: torch.stack([c.stderr[name] for c in runs]).pow(2).mean(0).sqrt()
+            for name in ("credit", "gain", "r2", "sensitivity")
+        }
+    for name, small in bars[500].items():
+        ratio = (small[:1] / bars[8000][name][:1]).item()
+        assert 2.8 < ratio < 5.7, name  # 4 in theory
+
+
+@pytest.mark.parametrize("name", ["credit", "r2", "gain"])
+def test_error_bars_match_the_spread_over_repeated_samples(name: str) -> None:
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal((4, 5)) / 2, rng.standard_normal((5, 3))]
+
+    def sample() -> list[np.ndarray]:
+        x = rng.standard_normal((400, 4))
+        hidden = np.tanh(x @ weights[0]) + 0.3 * rng.standard_normal((400, 5))
+        return [x, hidden, hidden @ weights[1] + 0.5 * rng.standard_normal((400, 3))]
+
+    runs = [run(sample(), folds=10, tikhonov=0.0) for _ in range(60)]
+    spread = torch.stack([c.values[name][0] for c in runs]).std()
+    reported = torch.stack([c.stderr[name][0] for c in runs]).pow(2).mean().sqrt()
+    assert 0.7 < float(reported / spread) < 1.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_a_linear_gaussian_chain_has_the_r2_of_theory_within_its_error(noise: float, seed: int) -> None:
+    n = 5000
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((5, 4))
+    x = rng.standard_normal((n, 5))
+    y = x @ weight + noise * rng.standard_normal((n, 4))
+    theory = (weight**2).sum() / ((weight**2).sum() + 4 * noise**2)
+    credits = run([x, y], folds=10)
+    r2, error = float(credits.values["r2"][0]), float(credits.stderr["r2"][0])
+    assert abs(r2 - theory) < 4 * error
+    assert error < 0.02
+    assert float(credits.values["nonlinearity"][0]) == pytest.approx(1 - r2, abs=1e-15)
+
+
+# Step delay.
+
+
+def residual_states(n: int, seed: int, delay: int) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
+    """A linear chain with skips over up to ``delay`` steps, excited at every state.
+
+    The excitation is orthogonal, in the sample, to all states before it, so that least squares finds
+    the weights exactly.
+    """
+    rng = np.random.default_rng(seed)
+    widths = (4, 5, 4, 6, 3)
+    blocks = [
+        [rng.standard_normal((widths[i - lag], widths[i])) / 2 for lag in range(1, min(delay, i) + 1)]
+        for i in range(1, len(widths))
+    ]
+    states = [rng.standard_normal((n, widths[0]))]
+    states[0] -= states[0].mean(0)
+    for i, step in enumerate(blocks, start=1):
+        state = sum(states[i - lag] @ block for lag, block in enumerate(step, start=1))
+        noise = rng.standard_normal(state.shape) if i < len(widths) - 1 else np.zeros(state.shape)
+        before = np.hstack([np.ones((n, 1)), *states])
+        noise -= before @ np.linalg.lstsq(before, noise)[0]
+        states.append(state + noise)
+    return blocks, states
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("delay", [2, 3])
+def test_delayed_operators_and_jacobians_of_a_residual_chain_are_exact(delay: int, seed: int) -> None:
+    blocks, states = residual_states(300, seed, delay)
+    credits = run(states, delay=delay, tikhonov=0.0)
+    for step, operator in zip(blocks, credits.operators, strict=True):
+        assert np.allclose(operator.matrix.numpy(), np.vstack(step), rtol=0, atol=1e-8)
+    outputs = oracles.pod(states[-1], 3)
+    for start in range(len(states)):
+        width = states[start].shape[1]
+        unit = [np.zeros((width, x.shape[1])) for x in states[:start]] + [np.eye(width)]
+        for i in range(start, len(blocks)):
+            unit.append(sum(unit[i - lag] @ block for lag, block in enumerate(blocks[i])))
+        volume = oracles.log_volume(unit[-1] @ outputs)
+        assert float(credits.alignment.log_volumes[start].sum()) == pytest.approx(volume, abs=1e-8)
+    assert float(credits.values["gain"].sum()) == pytest.approx(credits.total, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_residual_chain_without_excitation_keeps_the_dense_product(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b, c = (rng.standard_normal((5, 5)) / 2 for _ in range(3))
+    x = rng.standard_normal((200, 5))
+    hidden = x @ a
+    middle = hidden @ b
+    states = [x, hidden, middle, middle @ c + hidden]
+    dense = a @ (b @ c + np.eye(5))
+    for delay in (2, 3):
+        credits = run(states, delay=delay, tikhonov=0.0)
+        assert credits.total * 5 == pytest.approx(np.linalg.slogdet(dense)[1], abs=1e-8)
+        assert float(credits.values["nonlinearity"].abs().max()) < 1e-9
+        assert float((1 - credits.values["chain_r2"]).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+def test_links_to_all_states_in_reach_are_a_delay(normalize: Any) -> None:
+    states = [x + 0.5 for x in residual_states(200, 0, 3)[1]]
+    rng = np.random.default_rng(2)
+    states = [x + 0.3 * rng.standard_normal(x.shape) for x in states]
+    given = run(states, delay=2, normalize=normalize)
+    other = run(states, links=((), (0,), (1,), (2,)), normalize=normalize)
+    assert_same(given, other)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_long_skip_that_is_linked_gives_the_dense_jacobians(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    shapes = ((5, 6), (6, 4), (4, 7), (7, 3))
+    weights = [rng.standard_normal(shape) / 2 for shape in shapes]
+    skip = rng.standard_normal((6, 3))
+    states = [rng.standard_normal((300, 5))]
+    for i, weight in enumerate(weights):
+        state = states[-1] @ weight + (states[1] @ skip if i == 3 else 0)
+        if i < 3:  # excited, so that the weights are identified
+            noise = rng.standard_normal(state.shape)
+            before = np.hstack([np.ones((300, 1)), *states])
+            state = state + noise - before @ np.linalg.lstsq(before, noise)[0]
+        states.append(state)
+    credits = run(states, links=((), (), (), (1,)), tikhonov=0.0)
+    assert np.allclose(credits.operators[3].matrix.numpy(), np.vstack([weights[3], skip]), atol=1e-8)
+    outputs = oracles.pod(states[-1], 3)
+    after_first = oracles.dense_product(weights[1:]) + skip
+    expected = [
+        weights[0] @ after_first,
+        after_first,
+        oracles.dense_product(weights[2:]),
+        weights[3],
+        np.eye(3),
+    ]
+    for state, jacobian in enumerate(expected):
+        given = float(credits.alignment.log_volumes[state].sum())
+        assert given == pytest.approx(oracles.log_volume(jacobian @ outputs), abs=1e-8)
+    unlinked = run(states, tikhonov=0.0)
+    assert float(unlinked.values["r2"][3]) < 0.999 < float(credits.values["r2"][3])
+
+
+def test_delayed_r2_is_held_out_over_all_regressors() -> None:
+    _blocks, states = residual_states(150, 0, 2)
+    states = [x + 0.5 * np.random.default_rng(i).standard_normal(x.shape) for i, x in enumerate(states)]
+    fold_of = np.arange(150) % 5
+    credits = run(states, delay=2, tikhonov=1e-3)
+    fit = partial(oracles.ridge, tikhonov=1e-3)
+    for i in range(1, 5):
+        regressors = np.hstack([states[i - lag] for lag in range(1, min(2, i) + 1)])
+        expected = oracles.held_out_r2(regressors, states[i], fold_of, fit)
+        assert float(credits.values["r2"][i - 1]) == pytest.approx(expected, abs=1e-10)
+    # From state 3 on: state 4 from (3, 2). From state 2 on: first 3 from (2, 1), then 4 from (3̂, 2).
+    errors = totals = 0.0
+    for fold in range(5):
+        train, test = fold_of != fold, fold_of == fold
+        means = [x[train].mean(0) for x in states]
+        centred = [x - m for x, m in zip(states, means, strict=True)]
+
+        solved = {
+            i: fit(np.hstack([centred[i - 1][train], centred[i - 2][train]]), centred[i][train])
+            for i in (3, 4)
+        }
+        third = np.hstack([centred[2][test], centred[1][test]]) @ solved[3]
+        fourth = np.hstack([third, centred[2][test]]) @ solved[4]
+        errors += ((centred[4][test] - fourth) ** 2).sum()
+        totals += (centred[4][test] ** 2).sum()
+    assert float(credits.values["chain_r2"][1]) == pytest.approx(1 - errors / totals, abs=1e-10)
+
+
+# Directions that never varied may wake.
+
+
+def relu_then_linear(n: int, awake: bool, seed: int = 0) -> list[np.ndarray]:
+    """A hidden state of 6 units, two of which never wake or hardly, and a linear head."""
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(n, 4))
+    hidden = np.maximum(x @ generator.normal(size=(4, 6)), 0)
+    hidden[:, 4:] = 0
+    if awake:
+        hidden[:20, 4], hidden[20:40, 5] = 2e-4, 2e-4
+    return [x, hidden, hidden @ np.linalg.qr(generator.normal(size=(6, 3)))[0]]
+
+
+def test_before_an_exactly_linear_step_the_error_tells_of_directions_never_seen() -> None:
+    asleep, awake = run(relu_then_linear(400, False)), run(relu_then_linear(400, True))
+    known = math.log(6 / 4) / 2 / student.ppf(0.975, 4)
+    assert float(asleep.stderr["credit"][0]) == pytest.approx(known, abs=1e-6)
+    assert float(asleep.stderr["gain"][1]) == pytest.approx(known, abs=1e-6)
+    assert float(asleep.stderr["gain"][0]) >= known
+    moved = float((awake.values["credit"] - asleep.values["credit"])[0])
+    assert moved == pytest.approx(math.log(6 / 4) / 2, rel=0.1)
+    # In the large-sample limit of this state the two units are awake, and nothing is left to wake.
+    everything = relu_then_linear(400, True)
+    everything[1][:, 4:] = np.abs(np.random.default_rng(1).normal(size=(400, 2)))
+    everything[2] = everything[1] @ np.random.default_rng(2).normal(size=(6, 3))
+    assert float(run(everything).stderr["credit"][0]) < 1e-6
+
+
+def test_what_linear_steps_cannot_give_is_not_taken_for_unseen() -> None:
+    _, states = linear_states((4, 9, 3))  # the 9 units span 4 directions, and never more
+    assert float(run(states).stderr["credit"].max()) < 1e-6
+    dead = [np.hstack([states[0], np.zeros((len(states[0]), 1))]), *states[1:]]
+    credits, unseen = run(dead), math.log(5 / 4) / 2 / student.ppf(0.975, 4)
+    assert float(credits.stderr["credit"][0]) == pytest.approx(unseen, abs=1e-6)
+    assert credits.total_stderr == pytest.approx(unseen, abs=1e-6)
+    _, narrow = linear_states((4, 3, 3))
+    narrow[0] = dead[0] * 1.0
+    narrow[1] = states[0] @ np.random.default_rng(1).standard_normal((4, 3))
+    narrow[2] = narrow[1] @ np.random.default_rng(2).standard_normal((3, 3))
+    credits = run(narrow)
+    assert float(credits.stderr["credit"].max()) < 1e-6
+    assert credits.total_stderr == pytest.approx(unseen, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "linear", "counts"), [(0.99, True, True), (1.01, True, False), (0.0, False, False)]
+)
+def test_unseen_directions_count_before_linear_steps_with_hardly_a_ridge(
+    share: float, linear: bool, counts: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    x = np.hstack([rng.standard_normal((50, 3)), np.zeros((50, 4))])
+    states = [x, x[:, :1], rng.standard_normal((50, 2))]
+    layout = Layout((7, 1, 2), 4)
+    moments = layout.zeros()
+    accumulate(layout, moments, [torch.from_numpy(s) for s in states], torch.arange(50) % 4)
+    whole = split_chain(layout, moments, None, "none")
+    shifts = unseen_shifts(layout, whole, [linear, True], [share / 50, 0.0])
+    assert shifts.dtype == torch.float64
+    # Three directions of the input are known, and four are not; the one of the next state is.
+    expected = math.log(7 / 3) / 2 / student.ppf(0.975, 3) if counts else 0.0
+    assert shifts.tolist() == pytest.approx([expected, 0, 0], rel=1e-14)
+
+
+# Degenerate states, each with a stated answer.
+
+
+def degenerate_states(kind: str, n: int = 300) -> list[np.ndarray]:
+    states = tanh_states((6, 8, 5, 4), n=n, noise=0.05)
+    hidden = states[1]
+    if kind == "dead":
+        hidden[:, [1, 4]] = 0
+    elif kind == "duplicate":
+        hidden[:, [1, 4]] = hidden[:, [0, 0]]
+    elif kind == "constant":
+        hidden[:, [1, 4]] = 1 / 3
+    return states
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+@pytest.mark.parametrize("delay", [1, 2])
+@pytest.mark.parametrize("kind", ["dead", "constant"])
+def test_units_that_never_move_count_as_absent(kind: str, delay: int, normalize: Any) -> None:
+    states = degenerate_states(kind)
+    absent = [states[0], np.delete(states[1], [1, 4], axis=1), *states[2:]]
+    # Ridge weights count in mean variances, which absent units do not lower: compare without one.
+    options = {"normalize": normalize, "delay": delay, "tikhonov": 0.0}
+    given, other = run(states, **options), run(absent, **options)
+    assert_same(given, other)
+    assert given.values["rank"].tolist() == pytest.approx([6, 5, 4], abs=0.01)
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+def test_duplicate_units_lower_the_rank_and_break_nothing(normalize: Any) -> None:
+    states = degenerate_states("duplicate")
+    once = [states[0], np.delete(states[1], [1, 4], axis=1), *states[2:]]
+    given, other = (run(s, normalize=normalize, tikhonov=0.0) for s in (states, once))
+    for found in (given, other):
+        assert found.values["rank"].tolist() == pytest.approx([6, 5, 4], abs=0.01)
+    # What flows from the input to the output is the same; how the copies share it is another matter.
+    assert given.total == pytest.approx(other.total, abs=1e-8)
+    for name in ("r2", "chain_r2"):
+        assert torch.allclose(given.values[name][1:], other.values[name][1:], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, 1e8 / 3])
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+@pytest.mark.parametrize("delay", [1, 2])
+def test_behind_a_dead_middle_state_there_is_no_number(value: float, normalize: Any, delay: int) -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.05)
+    states[2] = np.full_like(states[2], value)
+    credits = run(states, normalize=normalize, delay=delay)
+    assert credits.values["rank"].tolist() == pytest.approx([8, 0, 4], abs=0.01)
+    assert torch.isnan(credits.values["r2"][1])
+    if delay == 1:
+        assert credits.alignment.rank == 0
+        assert credits.lost == (2,)
+        assert np.isnan(credits.total)
+        for name in ("credit", "gain", "sensitivity"):
+            assert bool(torch.isnan(credits.values[name]).all())
+            assert credits.values[name].dtype == torch.float64
+        assert float(credits.values["r2"][2]) == pytest.approx(0, abs=0.05)
+        assert float(credits.values["r2"][2]) <= 1e-12
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+def test_a_constant_output_is_refused(value: float, normalize: Any) -> None:
+    states = tanh_states((6, 8, 4), n=300)
+    states[-1] = np.full_like(states[-1], value)
+    with pytest.raises(
+        ValueError, match=r"output of the last component is constant over all 300 samples"
+    ):
+        run(states, normalize=normalize)
+
+
+def test_a_constant_input_credits_the_rest_only() -> None:
+    states = tanh_states((6, 8, 4), noise=0.05)
+    states[0] = np.full_like(states[0], 0.1)
+    for chain in (states, states[:2]):
+        credits = run(chain)
+        assert credits.alignment.rank == 0
+        assert np.isnan(credits.total)
+        assert float(credits.values["r2"][0]) <= 1e-12
+        assert credits.operators[0].condition == 1
+
+
+@pytest.mark.parametrize("n", [3, 6, 12])
+def test_fewer_samples_than_units_leave_finite_numbers_or_none(n: int) -> None:
+    states = tanh_states((30, 40, 20), n=n)
+    credits = run(states, folds=3)
+    assert credits.values["rank"].tolist() == pytest.approx([n - 1, n - 1], abs=0.01)
+    assert credits.alignment.rank == n - 1
+    expected = oracles.credits(
+        states, n - 1, partial(oracles.ridge, tikhonov=credits.operators[0].tikhonov)
+    )
+    if credits.operators[0].tikhonov == credits.operators[1].tikhonov:
+        assert credits.total == pytest.approx(float(expected["total"]), abs=1e-6)
+    assert float(credits.values["r2"].max()) < 1
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+def test_two_samples_have_credits_but_neither_r2_nor_error_bars(normalize: Any) -> None:
+    credits = run(tanh_states((4, 5, 3), n=2), normalize=normalize)
+    assert credits.alignment.rank == 1
+    assert bool(torch.isfinite(credits.values["credit"]).all())
+    assert bool(torch.isnan(credits.values["r2"]).all())
+    for name in QUANTITIES:
+        assert bool(torch.isnan(credits.stderr[name]).all())
+
+
+def test_samples_in_one_fold_only_are_fitted_but_not_judged() -> None:
+    states = tanh_states((4, 5, 3), n=50)
+    credits = run(states, folds=np.r_[np.zeros(50, int)] + 1)
+    assert bool(torch.isnan(credits.values["r2"]).all())
+    assert bool(torch.isfinite(credits.values["credit"]).all())
+    assert not bool(credits.stable.any())
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_samples_are_refused(n: int) -> None:
+    layout = Layout((3, 2), 5)
+    moments = layout.zeros()
+    accumulate(
+        layout, moments, [torch.ones(n, 3).double(), torch.ones(n, 2).double()], torch.zeros(n).long()
+    )
+    with pytest.raises(ValueError, match=f"{n} sample arrived; credits need at least 2"):
+        compute_credits(layout, moments)
+
+
+@pytest.mark.parametrize("targets", [[4], [-1], [0, 0], []])
+def test_targets_must_be_distinct_outputs(targets: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"targets is .*; name each output at most once, from 0 to 3"):
+        run(tanh_states((6, 8, 4), n=30), targets=targets)
+
+
+def test_targets_and_whitening_exclude_each_other() -> None:
+    with pytest.raises(
+        ValueError, match=r"targets is \[1\], but normalize='whiten' mixes the output's units"
+    ):
+        run(tanh_states((6, 8, 4), n=30), targets=[1], normalize="whiten")
+
+
+def test_options_out_of_range_are_refused() -> None:
+    check_options()
+    with pytest.raises(ValueError, match="folds is 1; held-out R² needs at least 2"):
+        check_options(folds=1)
+    with pytest.raises(ValueError, match="delay is 0; each operator sees at least one earlier state"):
+        check_options(delay=0)
+    with pytest.raises(ValueError, match="rank is 0; at least one output direction must be aligned"):
+        check_options(rank=0)
+    with pytest.raises(ValueError, match=r"tikhonov is -0\.1; it must be a finite number"):
+        check_options(tikhonov=-0.1)
+    with pytest.raises(
+        ValueError, match=r"normalize is 'max'; choose one of \('none', 'rms', 'whiten'\)"
+    ):
+        check_options(normalize="max")
+    for option, value in {"rank": 0, "tikhonov": -0.1, "normalize": "max"}.items():
+        with pytest.raises(ValueError, match=f"{option} is {value!r}"):
+            run(tanh_states((6, 8, 4), n=30), **{option: value})
+
+
+def test_samples_needed_are_twice_the_regressors_in_every_training_split() -> None:
+    assert samples_needed(Layout((10, 20, 5), 5)) == 50  # 2 × 20 × 5/4
+    assert samples_needed(Layout((10, 20, 5), 5, 2)) == 75
+    assert samples_needed(Layout((3, 2), 2)) == 12
+
+
+def test_a_credit_that_hangs_on_the_ridge_weight_is_not_called_stable() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 6)) * 10.0 ** -np.arange(6.0)  # ill-conditioned regressors
+    hidden = x @ rng.standard_normal((6, 6))
+    y = hidden @ np.linalg.inv(np.vander(np.linspace(0.5, 1, 6)))
+    assert not bool(run([x, hidden, y], tikhonov=1e-4).stable.all())
+    _, states = linear_states((5, 5, 5))
+    assert bool(run(states).stable.all())
+
+
+def spread_states(variances: Sequence[float], n: int = 200) -> list[np.ndarray]:
+    """Uncorrelated units of given variances, which two components hand on as they are."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((n, len(variances)))
+    basis = np.linalg.qr(noise - noise.mean(0))[0] * np.sqrt(n)
+    return [basis * np.sqrt(variances)] * 3
+
+
+@pytest.mark.parametrize(
+    ("variances", "tikhonov", "targets", "stable"),
+    [
+        # K = c / (c + t m), where m is the mean variance.
+        ([1.0], 0.0770, None, True),
+        ([1.0], 0.0785, None, False),
+        # No ridge at all is held against 1e-8.
+        ([1.0, 3.0e-9], 0.0, None, True),
+        ([1.0, 2.8e-9], 0.0, None, False),
+        # Only what is aligned counts.
+        ([1.0, 100.0], 0.0016, [0], False),
+        ([1.0, 100.0], 0.0016, [1], True),
+        # A direction of fifty gets lost, and the others stay where they are.
+        ([1.0] * 49 + [2e-11], 1e-3, None, False),
+    ],
+)
+def test_a_stable_credit_moves_by_half_a_nat_at_most(
+    variances: list[float], tikhonov: float, targets: list[int] | None, stable: bool
+) -> None:
+    credits = run(spread_states(variances), tikhonov=tikhonov, targets=targets)
+    assert credits.alignment.rank == len(targets or variances)
+    assert float(credits.stderr["credit"][0]) < 0.01
+    assert bool(credits.stable[0]) == stable
+
+
+@pytest.mark.parametrize("normalize", ["rms", "whiten"])
+def test_operators_are_in_the_coordinates_of_the_states_themselves(normalize: Any) -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.1)
+    given = run(states, normalize=normalize, tikhonov=0.0)
+    plain = run(states, normalize="none", tikhonov=0.0)
+    for one, other in zip(given.operators, plain.operators, strict=True):
+        assert torch.allclose(one.matrix, other.matrix, rtol=0, atol=1e-10)
+
+
+def test_operators_carry_their_r2_rank_and_condition() -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.1)
+    states[1][:, 3] = 0
+    credits = run(states, tikhonov=1e-4)
+    assert [operator.r2 for operator in credits.operators] == credits.values["r2"].tolist()
+    assert [operator.rank for operator in credits.operators] == [6, 7, 5]
+    for state, operator in zip(states, credits.operators, strict=False):
+        singular = np.linalg.svd(state - state.mean(0), compute_uv=False)
+        expected = (singular[0] / singular[operator.rank - 1]) ** 2
+        assert operator.condition == pytest.approx(expected, rel=1e-9)
+        assert operator.tikhonov == pytest.approx(1e-4)
+
+
+def tensors(credits: Credits) -> list[Tensor]:
+    return [*credits.values.values(), *credits.stderr.values()]
+
+
+def test_all_numbers_are_double_precision_vectors() -> None:
+    for tensor in tensors(run(tanh_states((6, 8, 4)))):
+        assert tensor.dtype == torch.float64
+        assert tensor.shape == (2,)

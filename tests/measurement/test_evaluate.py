@@ -1,0 +1,543 @@
+"""credit_report: from a model and batches to a report, leaving nothing behind."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from lit import hooks_on
+from test_metric import assert_same_report
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_koopman import credit_report
+from lightning_koopman.koopman.credit import QUANTITIES
+
+
+def samples(n: int = 300, width: int = 6, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, width, generator=generator, dtype=torch.float64)
+
+
+def images(n: int = 120) -> Tensor:
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+# The truth on linear networks.
+
+
+@pytest.mark.parametrize("widths", [(5, 5, 5), (7, 4, 6, 5), (12, 10, 3, 10, 8)], ids=str)
+def test_a_linear_network_is_read_off_exactly(
+    linear_chain: Callable[..., nn.Sequential], widths: tuple[int, ...]
+) -> None:
+    net = linear_chain(*widths)
+    report = credit_report(net, samples(400, widths[0]).split(64), tikhonov=0.0)
+    weights = [layer.weight.detach().numpy().T for layer in net]
+    states = [samples(400, widths[0]).numpy()]
+    for layer in net:
+        states.append(layer(torch.from_numpy(states[-1])).detach().numpy())
+    rank = min(widths)
+    product = oracles.dense_product([*weights, oracles.pod(states[-1], rank)])
+    assert report.directions == rank
+    assert report.total * rank == pytest.approx(oracles.log_volume(product), abs=1e-8)
+    assert report.gain.sum() == pytest.approx(report.total, abs=1e-9)
+    assert np.abs(report.nonlinearity).max() < 1e-9
+    assert np.abs(1 - report.chain_r2).max() < 1e-9
+    for i, name in enumerate(report.components):
+        x, y = (torch.from_numpy(states[j]) for j in (i, i + 1))
+        assert torch.allclose(report.operators[name].predict(x), y, rtol=0, atol=1e-8)
+        if min(widths[: i + 1]) == widths[i]:
+            assert np.allclose(report.operators[name].matrix.numpy(), weights[i], rtol=0, atol=1e-8)
+
+
+def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp: Any) -> None:
+    from lightning_koopman.koopman.states import sample_keys
+
+    x = samples()
+    report = credit_report(mlp, x.split(50), tikhonov=0.0)
+    with torch.no_grad():
+        first = torch.relu(mlp.first(x))
+        second = mlp.second(first)
+        head = mlp.head(torch.relu(second))
+    states = [state.numpy() for state in (x, first, second, head)]
+    fold_of = (sample_keys(x) % 5).numpy()
+    for i in range(3):
+        expected = oracles.held_out_r2(states[i], states[i + 1], fold_of, oracles.least_squares)
+        assert report.r2[i] == pytest.approx(expected, abs=1e-9)
+    assert report.components == ("first", "second", "head")
+    assert report.r2[1] == pytest.approx(1, abs=1e-9)  # a linear layer whose input is recorded
+    assert report.r2[0] < 0.99
+
+
+# Streaming.
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 299])
+def test_batch_size_changes_no_number(mlp: Any, batch: int) -> None:
+    given = credit_report(mlp, [samples()])
+    assert_same_report(credit_report(mlp, samples().split(batch)), given)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_order_changes_no_number(mlp: Any, seed: int) -> None:
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+    given = credit_report(mlp, [samples()])
+    assert_same_report(credit_report(mlp, samples()[order].split(33)), given)
+
+
+@pytest.mark.parametrize("batch", [1, 9, 50])
+def test_batch_size_changes_no_number_of_reduced_states(conv_net: Any, batch: int) -> None:
+    given, other = (credit_report(conv_net, images().split(b), max_dim=12) for b in (120, batch))
+    assert_same_report(other, given, atol=1e-8)
+    assert given.widths == (12, 6, 3)
+    assert given.variance_kept[0] < 1
+
+
+def test_error_bars_shrink_with_samples(mlp: Any) -> None:
+    few, many = (credit_report(mlp, samples(n).split(500), folds=10) for n in (500, 8000))
+    for name in ("credit", "r2"):
+        ratio = np.linalg.norm(few.stderr[name]) / np.linalg.norm(many.stderr[name])
+        assert 2 < ratio < 8, name  # 4 in theory
+
+
+# What batches and models may be.
+
+
+def test_batches_may_be_tensors_tuples_mappings_or_a_loader(mlp: Any) -> None:
+    x, labels = samples(), torch.zeros(300).long()
+    expected = credit_report(mlp, x.split(50))
+    forms: dict[str, Any] = {
+        "generator": (part for part in x.split(50)),
+        "tuples": [(part, part.sum()) for part in x.split(50)],
+        "nested lists": [[[part], None] for part in x.split(50)],
+        "mappings": [{"x": part} for part in x.split(50)],
+        "loader": DataLoader(TensorDataset(x, labels), batch_size=50, shuffle=True),
+    }
+    for name, batches in forms.items():
+        assert_same_report(credit_report(mlp, batches), expected)
+        assert name
+
+
+def test_forward_fn_says_how_to_run_the_model(mlp: Any) -> None:
+    batches = [{"image": part, "label": None} for part in samples().split(50)]
+    given = credit_report(mlp, batches, forward_fn=lambda model, batch: model(batch["image"]))
+    assert_same_report(given, credit_report(mlp, samples().split(50)))
+
+
+def test_a_second_call_within_one_step_is_ignored(mlp: Any) -> None:
+    def twice(model: nn.Module, batch: Tensor) -> None:
+        model(batch)
+        model(2 * batch)
+
+    given = credit_report(mlp, samples().split(50), forward_fn=twice)
+    assert_same_report(given, credit_report(mlp, samples().split(50)))
+
+
+def test_calls_of_a_shared_module_are_told_apart_and_silent_ones_noted(shared_net: Any) -> None:
+    report = credit_report(shared_net, samples(200, 5).split(50))
+    assert report.components == ("shared", "shared#1", "head")
+    assert report.notes == ("never ran, so left out: 'unused'",)
+
+
+def test_tuples_and_sequences_are_reported(tuple_net: Any) -> None:
+    x = torch.randn(200, 6, 3, dtype=torch.float64)
+    report = credit_report(tuple_net, x.split(40))
+    assert report.components == ("embed", "gru", "head")
+    assert report.widths == (24, 30, 2)
+
+
+def test_a_first_component_of_tokens_has_no_credit_of_its_own() -> None:
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)).double()
+    tokens = torch.randint(0, 9, (300, 3), generator=torch.Generator().manual_seed(0))
+    report = credit_report(net, tokens.split(50))
+    assert report.components == ("2", "3")
+    assert report.notes[0].startswith("'0' takes no floating-point input, so its output is x_0")
+
+
+def test_compiled_models_give_the_same_report(mlp: Any) -> None:
+    plain = credit_report(mlp, samples().split(50))
+    compiled = torch.compile(mlp, backend="eager")
+    with torch.no_grad():
+        compiled(samples()[:50].clone())
+    assert_same_report(credit_report(compiled, samples().split(50)), plain)
+
+
+def test_single_precision_models_are_computed_in_double(mlp: Any) -> None:
+    double = credit_report(mlp, samples().split(50), tikhonov=0.0)
+    single = credit_report(mlp.float(), samples().float().split(50), tikhonov=0.0)
+    assert single.credit.dtype == np.float64
+    assert np.allclose(single.credit, double.credit, rtol=0, atol=1e-3)
+    assert np.abs(single.gain.sum() - single.total) < 1e-9
+
+
+def test_options_reach_the_computation(mlp: Any) -> None:
+    batches = samples().split(50)
+    assert credit_report(mlp, batches, rank=2).directions == 2
+    assert credit_report(mlp, batches, targets=[1, 3, 0]).directions == 3
+    assert credit_report(mlp, batches, tikhonov=0.25).tikhonov.tolist() == [0.25] * 3
+    assert credit_report(mlp, batches, step=7).step == 7
+    assert credit_report(mlp, batches, components=["second", "head"]).components == ("second", "head")
+    assert credit_report(mlp, batches, max_dim=3).widths == (3, 3, 3)
+    plain = credit_report(mlp, batches)
+    for changed in ({"folds": 10}, {"seed": 1}):
+        other = credit_report(mlp, batches, tikhonov=float(plain.tikhonov[0]), **changed)
+        assert other.r2[0] != pytest.approx(plain.r2[0], abs=1e-9)
+    for changed in ({"normalize": "rms"}, {"normalize": "whiten"}, {"delay": 2}):
+        other = credit_report(mlp, batches, **changed)
+        assert other.credit[0] != pytest.approx(plain.credit[0], abs=1e-6)
+
+
+# Nothing is left behind.
+
+
+class Snapshot:
+    """All that a measurement may not change."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.state = copy.deepcopy(model.state_dict())
+        self.modes = [module.training for module in model.modules()]
+        self.gradients = [
+            (p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()
+        ]
+        self.random = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self.hooks = hooks_on(model)
+
+    def assert_unchanged(self) -> None:
+        assert hooks_on(self.model) == self.hooks
+        assert [module.training for module in self.model.modules()] == self.modes
+        for name, value in self.model.state_dict().items():
+            assert torch.equal(value, self.state[name]), name
+        for parameter, (wanted, gradient) in zip(self.model.parameters(), self.gradients, strict=True):
+            assert parameter.requires_grad is wanted
+            assert (parameter.grad is None) is (gradient is None)
+            assert gradient is None or torch.equal(parameter.grad, gradient)
+        assert torch.equal(torch.get_rng_state(), self.random[0])
+        assert random.getstate() == self.random[1]
+        for a, b in zip(np.random.get_state(), self.random[2], strict=True):
+            assert np.array_equal(a, b)
+        assert torch.is_grad_enabled()
+
+
+def disturbing(batches: Any) -> Iterator[Any]:
+    """Draw random numbers while iterating, as a shuffling loader does."""
+    for batch in batches:
+        random.random(), np.random.rand(), torch.rand(2)
+        yield batch
+
+
+def test_modes_buffers_gradients_and_random_states_are_as_before(conv_net: Any) -> None:
+    conv_net.bn1.eval()  # frozen
+    conv_net.conv1.weight.requires_grad_(False)
+    conv_net(images()[:8]).sum().backward()
+    conv_net.fc.register_forward_hook(lambda *_: None)
+    before = Snapshot(conv_net)
+    credit_report(conv_net, disturbing(images().split(30)), max_dim=12)
+    before.assert_unchanged()
+    assert [m.training for m in (conv_net, conv_net.bn1, conv_net.bn2)] == [True, False, True]
+
+
+def test_all_is_as_before_when_the_model_raises(raising_net: Any) -> None:
+    raising_net.drop.eval()
+    before = Snapshot(raising_net)
+    with pytest.raises(RuntimeError, match="the model itself failed"):
+        credit_report(raising_net, disturbing([samples(20, 4)]))
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_all_is_as_before_when_the_data_raise(mlp: Any, at: int) -> None:
+    def failing() -> Iterator[Tensor]:
+        yield from samples().split(50)[:at]
+        raise OSError("disk gone")
+
+    before = Snapshot(mlp)
+    with pytest.raises(OSError, match="disk gone"):
+        credit_report(mlp, disturbing(failing()))
+    before.assert_unchanged()
+
+
+def test_training_goes_on_bit_for_bit_as_without_a_report(conv_net: Any) -> None:
+    other = copy.deepcopy(conv_net)
+    weights = []
+    for net, measured in ((conv_net, False), (other, True)):
+        torch.manual_seed(3)
+        optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+        loader = DataLoader(TensorDataset(images()), batch_size=30, shuffle=True)
+        for (batch,) in itertools.chain(loader, loader):
+            if measured:
+                credit_report(net, disturbing(images()[:60].split(30)), max_dim=6)
+            optimiser.zero_grad()
+            net(batch).square().mean().backward()
+            optimiser.step()
+        weights.append(net.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_hooks_of_others_fire_once_a_batch(mlp: Any) -> None:
+    seen: list[int] = []
+    mlp.act.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    credit_report(mlp, samples().split(100))
+    assert seen == [100, 100, 100]
+
+
+# Degenerate networks, each with a stated answer.
+
+
+def test_dead_and_duplicate_units_lower_the_rank_only(mlp: Any) -> None:
+    with torch.no_grad():
+        mlp.first.weight[0] = 0
+        mlp.first.bias[0] = -1  # dead
+        mlp.first.weight[1] = 0
+        mlp.first.bias[1] = 1 / 3  # constant
+        mlp.first.weight[2] = mlp.first.weight[3]
+        mlp.first.bias[2] = mlp.first.bias[3]  # duplicate
+    report = credit_report(mlp, samples().split(50))
+    np.testing.assert_allclose(report.rank, [6, 6, 4], atol=0.01)
+    assert report.widths == (9, 7, 4)
+    assert report.directions == 4
+    for name in QUANTITIES:
+        assert np.isfinite(getattr(report, name)).all()
+        assert np.isfinite(report.stderr[name]).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
+def test_a_dead_middle_state_leaves_no_credit_and_says_so(
+    linear_chain: Callable[..., nn.Sequential], value: float
+) -> None:
+    net = linear_chain(6, 5, 4, 3)
+    with torch.no_grad():
+        net[1].weight.zero_()
+        net[1].bias.fill_(value)
+        net[2].weight.normal_()
+    with pytest.raises(ValueError, match="last component is constant over all 300 samples"):
+        credit_report(net, samples().split(50))
+
+    class Late(nn.Module):
+        """The dead state is followed by one that moves again."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = net[0], net[1], net[2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)) + x[:, :4])
+
+    report = credit_report(Late(), samples().split(50))
+    np.testing.assert_allclose(report.rank, [5, 0, 3], atol=0.01)
+    assert np.isnan(report.credit).all()
+    assert np.isnan(report.total)
+    assert np.isnan(report.r2[1])
+    assert report.r2[2] > 1 - 1e-9  # its operator sees the input that reaches it around the dead state
+    assert report.directions == 0
+    assert all("lost" in reasons for reasons in report.doubts)
+    assert "0 output directions reach back" in report.notes[-1]
+    assert "others (0 to 2) are lost at 'b'" in report.notes[-1]
+
+
+def test_fewer_samples_than_units_are_warned_of(mlp: Any) -> None:
+    with pytest.warns(UserWarning, match="8 samples are few for states this wide; take 23 or more"):
+        report = credit_report(mlp, [samples(8)])
+    assert report.n_samples == 8
+    assert report.rank.max() <= 7
+    assert "take 23 or more" in report.notes[0]
+
+
+def test_one_sample_is_refused(mlp: Any) -> None:
+    with pytest.raises(ValueError, match="1 sample arrived; credits need at least 2"):
+        credit_report(mlp, [samples(1)])
+
+
+@pytest.mark.parametrize("batches", [[], iter(()), DataLoader(TensorDataset(torch.zeros(0, 6)))])
+def test_an_empty_loader_is_refused(mlp: Any, batches: Any) -> None:
+    with pytest.raises(ValueError, match="no sample arrived: the batches were empty"):
+        credit_report(mlp, batches)
+
+
+def test_a_batch_without_rows_is_refused(mlp: Any) -> None:
+    with pytest.raises(ValueError, match=r"a state of shape \(0, 6\) holds no sample"):
+        credit_report(mlp, [samples(10), samples(0)])
+
+
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_values_that_are_not_finite_name_component_and_batch(mlp: Any, value: float, kind: str) -> None:
+    batches = list(samples().split(50))
+    batches[3] = batches[3].clone()
+    batches[3][7, 2] = value
+    before = Snapshot(mlp)
+    with pytest.raises(ValueError, match=f"component 'input' gave {kind} in batch 3"):
+        credit_report(mlp, batches)
+    before.assert_unchanged()
+    with torch.no_grad():
+        mlp.second.bias[1] = value
+    with pytest.raises(ValueError, match=f"component 'second' gave {kind} in batch 0"):
+        credit_report(mlp, samples().split(50))
+
+
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_the_scale_of_the_inputs_changes_no_invariant_number(
+    linear_chain: Callable[..., nn.Sequential], exponent: int
+) -> None:
+    net = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4)).double()
+    scale = 2.0 ** round(exponent * np.log2(10))  # a power of two, so that the network sees the same
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].weight /= scale
+    given = credit_report(net, samples(2000).split(100), folds=2)
+    moved = credit_report(other, (samples(2000) * scale).split(100), folds=2)
+    # Folds follow the bits of x_0, so held-out numbers may differ within their errors.
+    assert np.allclose(moved.credit, given.credit, rtol=0, atol=1e-9)
+    assert np.allclose(moved.sensitivity, given.sensitivity, rtol=0, atol=1e-9)
+    assert np.allclose(moved.r2, given.r2, rtol=0, atol=0.02)
+    assert moved.rank.tolist() == given.rank.tolist()
+    assert moved.total + np.log(scale) == pytest.approx(given.total, abs=1e-9)
+
+
+# Bad input.
+
+
+def test_an_unknown_component_lists_close_matches(mlp: Any) -> None:
+    with pytest.raises(ValueError, match=r"no module is called 'secnd'\. Close matches: 'second'"):
+        credit_report(mlp, [samples()], components=["secnd"])
+
+
+def test_components_that_never_run_are_refused(shared_net: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"no component ran in the forward pass; chosen were \['unused'\]"
+    ):
+        credit_report(shared_net, [samples(20, 5)], components=["unused"])
+
+
+def test_components_that_run_in_some_batches_only_are_refused() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.b(self.a(x)) if len(x) > 20 else self.a(x))
+
+    with pytest.raises(ValueError, match=r"batch 1 ran the components .*difference: \['b'\]"):
+        credit_report(Sometimes(), [samples(50).float(), samples(10).float()])
+
+
+def test_a_state_that_is_no_batch_of_samples_is_refused() -> None:
+    class Summing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).sum(dim=0, keepdim=True))
+
+    with pytest.raises(ValueError, match="component 'b' gave 1 rows in batch 0, but 'input' has 10"):
+        credit_report(Summing(), [samples(10).float()])
+
+
+@pytest.mark.parametrize("batch", [3, "text", None, ()], ids=repr)
+def test_batches_of_another_type_are_refused(mlp: Any, batch: Any) -> None:
+    kind = type(batch).__name__
+    with pytest.raises(
+        ValueError, match=f"a batch of type {kind} arrived; pass tensors, tuples or mappings"
+    ):
+        credit_report(mlp, [batch])
+
+
+def test_one_tensor_in_place_of_batches_is_refused(mlp: Any) -> None:
+    with pytest.raises(ValueError, match=r"batches is one tensor of shape \(300, 6\)"):
+        credit_report(mlp, samples())
+
+
+def test_torchscript_is_refused(linear_chain: Callable[..., nn.Sequential]) -> None:
+    traced = torch.jit.trace(linear_chain(6, 4, 2), samples(3))
+    with pytest.raises(ValueError, match="is a TorchScript module"):
+        credit_report(traced, [samples()])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": 1}, "folds is 1"),
+        ({"rank": 0}, "rank is 0"),
+        ({"tikhonov": -1.0}, r"tikhonov is -1\.0"),
+        ({"normalize": "l2"}, "normalize is 'l2'"),
+        ({"delay": 0}, "delay is 0"),
+        ({"delay": 4}, "delay is 4; with 3 components it must lie between 1 and 3"),
+        ({"max_dim": 0}, "max_dim is 0"),
+        ({"targets": [9]}, r"targets is \[9\]; name each output at most once, from 0 to 3"),
+        ({"targets": [0], "normalize": "whiten"}, "mixes the output's units"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(mlp: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        credit_report(mlp, [samples()], **options)
+
+
+class Named(NamedTuple):
+    x: Tensor
+    label: str
+
+
+class AnyKeywords(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, **given: Tensor) -> Tensor:
+        return self.net(given["x"])
+
+
+def test_batches_may_be_named_tuples_and_models_may_take_any_keyword(mlp: Any) -> None:
+    x = torch.randn(60, 6, dtype=torch.float64)
+    expected = credit_report(mlp, [x])
+    named = [Named(part, "of no interest") for part in x.split(20)]
+    np.testing.assert_allclose(credit_report(mlp, named).credit, expected.credit, atol=1e-10)
+    wrapped = credit_report(AnyKeywords(mlp), [{"x": x, "more": x}])
+    np.testing.assert_allclose(wrapped.credit, expected.credit, atol=1e-10)
+
+
+class Indexing(nn.Module):
+    """A component with parameters that gives indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.body, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.pick = Picking()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pick(x)
+        return self.head(self.body(x))
+
+
+class Picking(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(1)
+
+
+def test_a_component_of_whole_numbers_is_left_out_with_a_note() -> None:
+    report = credit_report(Indexing(), list(torch.randn(90, 4).split(30)))
+    assert report.components == ("body", "head")
+    assert "gave no floating-point tensor, so left out: pick" in report.notes
+    assert "never ran, so left out: 'scores'" in report.notes
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e37])
+def test_sums_that_overflow_are_no_infinite_values(scale: float) -> None:
+    """Single precision holds every value, and not the sum of a batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    x = torch.randn(400, 4) + 3
+    expected = credit_report(model, [x])
+    found = credit_report(model, [x * scale])
+    np.testing.assert_allclose(found.credit, expected.credit, atol=1e-4)

@@ -1,0 +1,520 @@
+"""The torchmetrics shell: what a Metric must do, and that streaming changes no number."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.wrappers import MetricTracker
+
+from lightning_koopman import CreditReport, KoopmanCredit
+from lightning_koopman.koopman.credit import QUANTITIES
+from lightning_koopman.koopman.states import sample_keys
+
+NAMES = ("stem", "body", "head")
+DIMS = (6, 8, 5, 4)
+
+
+def chain(n: int = 203, seed: int = 0, noise: float = 0.1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    states = [torch.randn(n, DIMS[0], generator=generator, dtype=torch.float64) + 1]
+    for a, b in itertools.pairwise(DIMS):
+        weight = (
+            torch.randn(a, b, generator=torch.Generator().manual_seed(a), dtype=torch.float64) / a**0.5
+        )
+        states.append(torch.tanh(states[-1] @ weight))
+        states[-1] += noise * torch.randn(n, b, generator=generator, dtype=torch.float64)
+    return states
+
+
+def rows_of(states: Sequence[Tensor], rows: Any) -> list[Tensor]:
+    return [state[rows] for state in states]
+
+
+def metric(**options: Any) -> KoopmanCredit:
+    return KoopmanCredit(NAMES, **options)
+
+
+def fed(states: Sequence[Tensor], **options: Any) -> KoopmanCredit:
+    given = metric(**options)
+    given.update(states)
+    return given
+
+
+def assert_same(given: dict[str, Tensor], other: dict[str, Tensor], atol: float = 1e-9) -> None:
+    assert list(given) == list(other)
+    for name, value in given.items():
+        assert torch.allclose(value, other[name], rtol=0, atol=atol, equal_nan=True), name
+
+
+def assert_same_report(given: CreditReport, other: CreditReport, atol: float = 1e-9) -> None:
+    assert given.components == other.components
+    assert given.n_samples == other.n_samples
+    assert given.directions == other.directions
+    for name in (*QUANTITIES, "tikhonov", "variance_kept"):
+        np.testing.assert_allclose(
+            getattr(given, name), getattr(other, name), rtol=0, atol=atol, err_msg=name
+        )
+    for name in QUANTITIES:
+        np.testing.assert_allclose(
+            given.stderr[name], other.stderr[name], rtol=0, atol=atol, err_msg=name
+        )
+    np.testing.assert_allclose(given.condition, other.condition, rtol=1e-6)
+    np.testing.assert_allclose(given.volumes, other.volumes, rtol=0, atol=10 * atol)
+    np.testing.assert_array_equal(given.stable, other.stable)
+    assert given.total == pytest.approx(other.total, abs=atol)
+    assert given.total_stderr == pytest.approx(other.total_stderr, abs=atol)
+    for name, operator in given.operators.items():
+        assert torch.allclose(operator.matrix, other.operators[name].matrix, rtol=0, atol=10 * atol)
+
+
+ALL = (*QUANTITIES, *(f"{name}_stderr" for name in QUANTITIES))
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+@pytest.mark.parametrize("batch", [1, 2, 64, 202, 500])
+def test_any_batch_size_and_order_equal_everything_at_once(batch: int, normalize: Any) -> None:
+    states = chain()
+    whole = fed(states, normalize=normalize, quantities=ALL)
+    streamed = metric(normalize=normalize, quantities=ALL)
+    for rows in torch.randperm(203).split(batch):
+        streamed.update(rows_of(states, rows))
+    assert_same(streamed.compute(), whole.compute())
+    assert_same_report(streamed.report(), whole.report())
+
+
+@pytest.mark.parametrize("sizes", [(203,), (1, 202), (100, 3, 100), (50, 0, 153)], ids=str)
+def test_merged_shards_equal_everything_at_once(sizes: tuple[int, ...]) -> None:
+    states = chain()
+    whole = fed(states, quantities=ALL)
+    merged = metric(quantities=ALL)
+    shards = []
+    for rows in torch.randperm(203).split(sizes):
+        shards.append(metric(quantities=ALL))
+        if len(rows):
+            shards[-1].update(rows_of(states, rows))
+    merged = shards[0]
+    for shard in shards[1:]:
+        merged.merge_state(shard)
+    assert_same(merged.compute(), whole.compute())
+    assert_same_report(merged.report(), whole.report())
+
+
+def test_an_empty_metric_takes_over_what_it_merges() -> None:
+    states = chain()
+    whole = fed(states)
+    merged = KoopmanCredit()
+    merged.merge_state(whole)
+    merged.update(rows_of(states, slice(0, 50)))
+    twice = fed(states)
+    twice.update(rows_of(states, slice(0, 50)))
+    assert_same(merged.compute(), twice.compute())
+
+
+def test_merging_after_compute_changes_the_result() -> None:
+    states = chain()
+    given = fed(rows_of(states, slice(0, 100)))
+    given.compute()
+    given.merge_state(fed(rows_of(states, slice(100, None))))
+    assert_same(given.compute(), fed(states).compute())
+    assert given.report().n_samples == 203
+
+
+def test_a_metric_that_only_merged_computes_without_a_warning() -> None:
+    merged = KoopmanCredit()
+    merged.merge_state(fed(chain()))
+    assert_same(merged.compute(), fed(chain()).compute(), atol=0)
+
+
+def test_a_state_dictionary_can_be_merged() -> None:
+    states = chain()
+    given = fed(rows_of(states, slice(0, 100)))
+    given.merge_state(fed(rows_of(states, slice(100, None))).metric_state)
+    assert_same(given.compute(), fed(states).compute())
+
+
+def test_metrics_over_different_chains_are_not_merged() -> None:
+    states = chain()
+    other = KoopmanCredit(["a", "b", "c"])
+    other.update(states)
+    with pytest.raises(ValueError, match=r"cannot merge a metric over \('a', 'b', 'c'\)"):
+        fed(states).merge_state(other)
+    with pytest.raises(ValueError, match="cannot merge a metric over"):
+        fed(states).merge_state(fed(states, folds=4))
+    shorter = KoopmanCredit(NAMES[:2])
+    shorter.update(states[:3])
+    with pytest.raises(ValueError, match="cannot merge a metric over"):
+        fed(states).merge_state(shorter)
+
+
+def test_numbers_are_those_of_loops_over_the_hashed_folds() -> None:
+    states = chain()
+    given = fed(states, tikhonov=1e-3, quantities=ALL).compute()
+    fold_of = (sample_keys(states[0]) % 5).numpy()
+    arrays = [state.numpy() for state in states]
+    fit = partial(oracles.ridge, tikhonov=1e-3)
+    expected = oracles.credits(arrays, 4, fit)
+    sizes = np.bincount(fold_of).tolist()
+    without = [oracles.credits([x[fold_of != f] for x in arrays], 4, fit) for f in range(5)]
+    for i, name in enumerate(NAMES):
+        for quantity in ("credit", "gain", "sensitivity"):
+            assert float(given[f"{quantity}/{name}"]) == pytest.approx(expected[quantity][i], abs=1e-9)
+            left_out = [w[quantity][i] for w in without]
+            bar = np.hypot(
+                oracles.jackknife(expected[quantity][i], left_out, sizes),
+                oracles.jackknife_bias(expected[quantity][i], left_out, sizes),
+            )
+            assert float(given[f"{quantity}_stderr/{name}"]) == pytest.approx(bar, abs=1e-9)
+        r2 = oracles.held_out_r2(arrays[i], arrays[i + 1], fold_of, fit)
+        assert float(given[f"r2/{name}"]) == pytest.approx(r2, abs=1e-10)
+
+
+def test_given_keys_choose_the_folds() -> None:
+    states = chain()
+    keys = torch.arange(203) * 3
+    given = metric(tikhonov=0.0)
+    for rows in torch.randperm(203).split(20):
+        given.update(rows_of(states, rows), keys[rows])
+    expected = oracles.held_out_r2(
+        states[0].numpy(), states[1].numpy(), (keys % 5).numpy(), oracles.least_squares
+    )
+    assert float(given.compute()["r2/stem"]) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_a_fixed_offset_changes_no_number_and_saves_the_far_ones(offset: float) -> None:
+    states = chain()
+    center = [state.mean(0) + offset for state in states]
+    expected = fed(states, tikhonov=1e-6)
+    given = fed([state + offset for state in states], tikhonov=1e-6, center=center)
+    fold_of = sample_keys(states[0] + offset)
+    expected = metric(tikhonov=1e-6)
+    expected.update(states, fold_of)
+    assert_same(given.compute(), expected.compute(), atol=1e-9 if offset == 0 else 1e-7)
+    operator = given.report().operators["body"]
+    assert torch.allclose(operator.y_mean, states[2].mean(0) + offset, rtol=1e-12)
+
+
+def test_results_are_flat_dictionaries_of_scalars_in_order() -> None:
+    result = fed(chain()).compute()
+    assert list(result) == [f"{q}/{c}" for q in QUANTITIES for c in NAMES]
+    assert all(value.dtype == torch.float64 and value.ndim == 0 for value in result.values())
+    chosen = fed(chain(), quantities=["gain", "r2_stderr"]).compute()
+    assert list(chosen) == [f"{q}/{c}" for q in ("gain", "r2_stderr") for c in NAMES]
+
+
+def test_names_come_from_a_mapping_or_are_counted() -> None:
+    states = chain()
+    named = KoopmanCredit(quantities=["gain"])
+    named.update(dict(zip(("x", *NAMES), states, strict=True)))
+    assert list(named.compute()) == [f"gain/{name}" for name in NAMES]
+    counted = KoopmanCredit(quantities=["gain"])
+    counted.update(states)
+    assert list(counted.compute()) == ["gain/0", "gain/1", "gain/2"]
+
+
+def test_further_axes_are_flattened_and_single_ones_added() -> None:
+    states = chain()
+    shaped = [states[0].view(203, 2, 3), states[1].view(203, 2, 2, 2), *states[2:]]
+    assert_same(fed(shaped).compute(), fed(states).compute(), atol=0)
+    given = KoopmanCredit()
+    given.update([states[0], states[1][:, 0]])
+    assert given.report().widths == (1,)
+
+
+def test_memory_does_not_grow_with_samples() -> None:
+    given = fed(chain())
+    size = given.moments.numel()
+    for seed in range(5):
+        given.update(chain(seed=seed))
+    assert given.moments.numel() == size
+    assert [name for name, value in given.metric_state.items() if isinstance(value, list)] == []
+
+
+# What torchmetrics promises.
+
+
+def test_forward_gives_the_batch_and_accumulates_the_whole() -> None:
+    states = chain()
+    given = metric()
+    for rows in torch.arange(203).split(70):
+        batch = rows_of(states, rows)
+        assert_same(given(batch), fed(batch).compute())
+    assert_same(given.compute(), fed(states).compute())
+    assert given.report().n_samples == 203
+
+
+def test_reset_forgets_the_samples_only() -> None:
+    states = chain()
+    given = metric()
+    given.update(chain(seed=1))
+    given.reset()
+    assert not given.moments.any()
+    with pytest.raises(ValueError, match="0 sample arrived; credits need at least 2"):
+        given.report()
+    given.update(states)
+    assert_same(given.compute(), fed(states).compute())
+
+
+@pytest.mark.parametrize("copy", [lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.clone()])
+def test_copies_go_on_where_the_original_stopped(copy: Callable[[KoopmanCredit], KoopmanCredit]) -> None:
+    states = chain()
+    given = fed(rows_of(states, slice(0, 100)), center=[s.mean(0) for s in states])
+    other = copy(given)
+    for m in (given, other):
+        m.update(rows_of(states, slice(100, None)))
+    assert_same(other.compute(), given.compute(), atol=0)
+    other.update(states)
+    assert given.report().n_samples == 203
+    assert other.report().n_samples == 406
+
+
+def test_an_unused_metric_can_be_copied() -> None:
+    for other in (metric().clone(), pickle.loads(pickle.dumps(metric()))):
+        other.update(chain())
+        assert_same(other.compute(), fed(chain()).compute(), atol=0)
+
+
+def test_moving_keeps_double_precision() -> None:
+    given = fed(chain()).to("cpu").float().half()
+    assert given.moments.dtype == torch.float64
+    assert_same(given.compute(), fed(chain()).compute(), atol=0)
+
+
+def test_the_state_dict_is_empty_unless_asked_for() -> None:
+    given = fed(chain())
+    assert given.state_dict() == {}
+    given.persistent(True)
+    assert list(given.state_dict()) == ["moments"]
+    other = metric(dims=DIMS)
+    other.persistent(True)
+    other.load_state_dict(given.state_dict())
+    assert_same_report(other.report(), given.report())
+
+
+def test_metrics_are_hashable_and_distinct() -> None:
+    first, second = fed(chain()), fed(chain())
+    assert len({first, second}) == 2
+    assert hash(first) == hash(first)
+
+
+def test_collections_with_prefixes_keep_their_metrics_apart() -> None:
+    states = chain()
+    train, val = (
+        MetricCollection({"plain": metric(), "whitened": metric(normalize="whiten")}, prefix=prefix)
+        for prefix in ("train/", "val/")
+    )
+    for rows in torch.arange(203).split(50):
+        train.update(rows_of(states, rows))
+    val.update(chain(seed=1))
+    plain, whitened = fed(states).compute(), fed(states, normalize="whiten").compute()
+    result = train.compute()
+    assert all(key.startswith("train/") for key in result)
+    assert all(key.startswith("val/") for key in val.compute())
+    for name, value in plain.items():
+        assert torch.allclose(result[f"train/plain_{name}"], value, rtol=0, atol=1e-9)
+        assert torch.allclose(result[f"train/whitened_{name}"], whitened[name], rtol=0, atol=1e-9)
+    train.reset()
+    assert not train["plain"].moments.any()
+    assert val["plain"].moments.any()
+
+
+def test_a_tracker_keeps_every_epoch() -> None:
+    tracker = MetricTracker(metric(quantities=["credit"]), maximize=True)
+    expected = []
+    for seed in range(3):
+        tracker.increment()
+        tracker.update(chain(seed=seed))
+        expected.append(fed(chain(seed=seed)).compute()["credit/stem"])
+    history = tracker.compute_all()
+    assert torch.allclose(history["credit/stem"], torch.stack(expected), rtol=0, atol=1e-9)
+
+
+def test_a_tracked_collection_knows_the_best_epoch() -> None:
+    tracker = MetricTracker(MetricCollection([metric(quantities=["r2"])]), maximize=True)
+    for noise in (0.5, 0.1, 0.3):
+        tracker.increment()
+        tracker.update(chain(noise=noise))
+    best, step = tracker.best_metric(return_step=True)
+    assert set(step.values()) == {1}
+    assert best["r2/stem"] == pytest.approx(float(fed(chain(noise=0.1)).compute()["r2/stem"]), abs=1e-6)
+
+
+def test_results_can_be_plotted_alone_and_as_a_series() -> None:
+    given = fed(chain(), quantities=["credit"])
+    figure, axis = given.plot()
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == [f"credit/{name}" for name in NAMES]
+    assert figure is axis.figure
+    series = [fed(chain(seed=seed), quantities=["credit"]).compute() for seed in range(3)]
+    _, axis = given.plot(series)
+    drawn = {line.get_label(): line.get_ydata() for line in axis.get_lines()}
+    expected = [float(result["credit/body"]) for result in series]
+    assert np.allclose(drawn["credit/body"], expected)
+
+
+def worker(rank: int, folder: str, shards: list[list[Tensor]], dims: tuple[int, ...] | None) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        given = KoopmanCredit(NAMES, dims=dims, quantities=ALL)
+        for batch in zip(*(state.split(30) for state in shards[rank]), strict=True):
+            if len(batch[0]):
+                given.update(list(batch))
+        report, result = given.report(), given.compute()
+        local = int(given.moments[:, 0].sum())
+        torch.save((result, report, local), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [130, 203])
+def test_two_processes_equal_one(tmp_path: Path, cut: int) -> None:
+    states = chain()
+    shards = [rows_of(states, slice(0, cut)), rows_of(states, slice(cut, None))]
+    # A process without any batch cannot know the widths.
+    dims = DIMS if cut == 203 else None
+    torch.multiprocessing.spawn(worker, (str(tmp_path), shards, dims), nprocs=2)
+    whole = fed(states, quantities=ALL)
+    for rank in range(2):
+        result, report, local = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert local == len(shards[rank][0])  # un-synchronised again afterwards
+        assert_same(result, whole.compute())
+        assert_same_report(report, whole.report())
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_the_state_and_change_nothing(value: float) -> None:
+    given = fed(chain())
+    before = given.moments.clone()
+    states = chain(seed=1)
+    states[2][7, 3] = value
+    with pytest.raises(ValueError, match="state 'body' holds NaN or infinity; leave that batch out"):
+        given.update(states)
+    states = chain(seed=1)
+    states[0][7, 3] = value
+    with pytest.raises(ValueError, match="state 'x_0' holds NaN or infinity"):
+        given.update(states)
+    assert torch.equal(given.moments, before)
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    states = chain()
+    given = fed(states)
+    with pytest.raises(
+        ValueError, match=r"3 states arrived; expected 4: \('x_0', 'stem', 'body', 'head'\)"
+    ):
+        given.update(states[:3])
+    with pytest.raises(ValueError, match=r"state 'stem' has shape \(202, 8\); expected \(203, 8\)"):
+        given.update([states[0], states[1][1:], *states[2:]])
+    with pytest.raises(ValueError, match=r"state 'head' has shape \(203, 5\); expected \(203, 4\)"):
+        given.update([*states[:3], states[2]])
+    with pytest.raises(ValueError, match=r"states are named \('a', 'b', 'c'\); expected x_0 and then"):
+        given.update(dict(zip("xabc", states, strict=True)))
+    with pytest.raises(ValueError, match="no sample arrived; states must hold at least one row"):
+        given.update(rows_of(states, slice(0, 0)))
+    with pytest.raises(ValueError, match="no sample arrived; states must hold at least one row"):
+        given.update([])
+    with pytest.raises(ValueError, match=r"4 states need 3 components, not \('a',\)"):
+        KoopmanCredit(["a"]).update(states)
+    with pytest.raises(
+        ValueError, match=r"center must hold one offset a state, of widths \(6, 8, 5, 4\)"
+    ):
+        metric(center=[torch.zeros(6)]).update(states)
+    with pytest.raises(ValueError, match="1 state arrived; an operator needs two"):
+        KoopmanCredit().update(states[:1])
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric KoopmanCredit was called before")
+def test_without_a_sample_there_is_no_result() -> None:
+    with pytest.raises(
+        ValueError, match="no sample arrived; call update with the states of a batch first"
+    ):
+        metric().compute()
+    with pytest.raises(ValueError, match="no sample arrived"):
+        metric().report()
+    with pytest.raises(ValueError, match="0 sample arrived"):
+        metric(dims=DIMS).compute()
+    with pytest.raises(ValueError, match="1 sample arrived; credits need at least 2"):
+        fed(rows_of(chain(), slice(0, 1))).compute()
+
+
+def test_too_few_samples_are_warned_of_with_the_number_to_have() -> None:
+    given = fed(rows_of(chain(), slice(0, 19)))
+    with pytest.warns(UserWarning, match="19 samples are few for states this wide; take 20 or more"):
+        report = given.report(notes=["first"])
+    assert report.notes[0] == "first"
+    assert "take 20 or more" in report.notes[1]
+    assert fed(rows_of(chain(), slice(0, 20))).report().notes == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"folds": 1}, "folds is 1; held-out R² needs at least 2"),
+        ({"delay": 0}, "delay is 0"),
+        ({"rank": 0}, "rank is 0"),
+        ({"tikhonov": -1}, "tikhonov is -1"),
+        ({"normalize": "l2"}, "normalize is 'l2'"),
+        ({"targets": [0], "normalize": "whiten"}, "mixes the output's units"),
+        ({"quantities": ["credits"]}, r"unknown quantities \['credits'\]; choose from"),
+        ({"quantities": "credit"}, "quantities is 'credit'; give a list, with names out of"),
+        ({"dims": (3,)}, "1 state arrived"),
+        ({"dims": (3, 4), "delay": 2, "components": ["a"]}, "delay is 2; with 1 components"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KoopmanCredit(**options)
+
+
+def test_forward_on_a_batch_that_is_too_small_keeps_what_was_added() -> None:
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metric = KoopmanCredit()
+    metric.update([x, x @ torch.ones(3, 2, dtype=torch.float64).triu()])
+    expected = metric.compute()
+    with pytest.raises(ValueError, match="1 sample arrived"):
+        metric([x[:1], x[:1, :2]])
+    found = metric.compute()
+    assert metric.update_count == 1
+    assert {name: float(value) for name, value in found.items()} == {
+        name: float(value) for name, value in expected.items()
+    }
+
+
+def test_forward_that_fails_first_leaves_an_empty_metric() -> None:
+    metric = KoopmanCredit()
+    with pytest.raises(ValueError, match="1 sample arrived"):
+        metric([torch.ones(1, 3), torch.ones(1, 2)])
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    metric.update([x, x[:, :2]])
+    assert metric.report().n_samples == 40
+
+
+def test_single_precision_sums_may_overflow_and_names_may_come_twice() -> None:
+    states = {name: state.float() * 1e37 for name, state in zip(("x_0", *NAMES), chain(), strict=True)}
+    metric = KoopmanCredit()
+    metric.update(states)
+    metric.update(states)
+    assert metric.components == NAMES
+    alone = KoopmanCredit()
+    alone.update({name: state / 1e37 for name, state in states.items()})
+    alone.update({name: state / 1e37 for name, state in states.items()})
+    np.testing.assert_allclose(metric.report().credit, alone.report().credit, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,470 @@
+"""What hooks record, and that they leave nothing behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.isolation import is_compiled, undisturbed
+from lightning_koopman.network.recorder import INPUT
+from lightning_koopman.network.tensors import first_tensor
+
+
+def hooks_on(model: nn.Module) -> int:
+    return sum(
+        len(getattr(module, name))
+        for module in model.modules()
+        for name in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_pre_hooks_with_kwargs",
+            "_forward_hooks_always_called",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+def recorded(model: nn.Module, *args: Any, components: Any = None, passes: int = 1) -> dict[str, Tensor]:
+    """States of the last of some equal passes."""
+    with undisturbed(model), Capture(model, components) as capture:
+        for _ in range(passes):
+            capture.start_pass()
+            model(*args)
+            states = capture.end_pass()
+    return states
+
+
+def assert_states(given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(given) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.allclose(given[name], tensor, rtol=0, atol=1e-12), name
+
+
+# What is recorded.
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_in_place_activations_are_recorded_as_by_hand(mlp: Any, passes: int) -> None:
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        first = torch.relu(mlp.first(x))
+        second = mlp.second(first)  # its activation is a function, which no hook sees
+        head = mlp.head(torch.relu(second))
+    states = recorded(mlp, x, passes=passes)
+    assert_states(states, {INPUT: x, "first": first, "second": second, "head": head})
+    assert float(states["second"].min()) < 0 <= float(states["first"].min())
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_named_components_are_taken_before_an_in_place_activation(mlp: Any, passes: int) -> None:
+    x = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        first = mlp.first(x)
+        act = torch.relu(first)
+    states = recorded(mlp, x, components=["first", "act"], passes=passes)
+    assert_states(states, {INPUT: x, "first": first, "act": act})
+    assert float(states["first"].min()) < 0
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_norms_dropout_and_pooling_belong_to_the_layer_before(conv_net: Any, passes: int) -> None:
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    conv_net.eval()
+    with torch.no_grad():
+        first = torch.relu(conv_net.bn1(conv_net.conv1(x)))
+        second = torch.relu(conv_net.bn2(conv_net.conv2(first))).mean(dim=(2, 3), keepdim=True)
+        fc = conv_net.fc(second.flatten(1))
+    conv_net.train()
+    assert_states(
+        recorded(conv_net, x, passes=passes), {INPUT: x, "conv1": first, "conv2": second, "fc": fc}
+    )
+
+
+def test_a_shared_module_gives_one_state_a_call(shared_net: Any) -> None:
+    x = torch.randn(5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        first = shared_net.shared(x)
+        second = shared_net.shared(torch.tanh(first))
+        head = shared_net.head(torch.tanh(second))
+    assert_states(recorded(shared_net, x), {INPUT: x, "shared": first, "shared#1": second, "head": head})
+
+
+def test_a_shared_activation_speaks_for_the_layer_before_each_call() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(3, 3), nn.Linear(3, 3), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.b(self.act(self.a(x))))
+
+    net, x = Net(), torch.randn(4, 3)
+    with torch.no_grad():
+        a = torch.relu(net.a(x))
+        b = torch.relu(net.b(a))
+    assert_states(recorded(net, x, passes=2), {INPUT: x, "a": a, "b": b})
+
+
+def test_tuples_give_their_first_tensor(tuple_net: Any) -> None:
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    with torch.no_grad():
+        sequence, _ = tuple_net.gru(tuple_net.embed(x))
+    states = recorded(tuple_net, x)
+    assert list(states) == [INPUT, "embed", "gru", "head"]
+    assert torch.equal(states["gru"], sequence)
+
+
+def test_components_come_in_order_of_execution() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.first = nn.Linear(3, 2), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.first(x))
+
+    assert list(recorded(Backwards(), torch.ones(2, 3))) == [INPUT, "first", "last"]
+
+
+def test_an_input_of_whole_numbers_leaves_the_first_output_as_x_0() -> None:
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.Linear(3, 2))
+    states = recorded(net, torch.tensor([1, 2, 3]))
+    assert list(states) == ["0", "1", "2"]
+
+
+def test_keyword_inputs_are_recorded() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Bilinear(2, 3, 4), nn.Linear(4, 2)
+
+        def forward(self, left: Tensor, right: Tensor) -> Tensor:
+            return self.b(self.a(input1=left, input2=right))
+
+    left = torch.randn(5, 2)
+    with undisturbed(net := Net()), Capture(net) as capture:
+        net(left=left, right=torch.randn(5, 3))
+        assert torch.equal(capture.end_pass()[INPUT], left)
+
+
+def test_a_single_layer_is_a_network_of_one_component() -> None:
+    net = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    assert_states(recorded(net, x), {INPUT: x, "Linear": net(x).detach()})
+
+
+def test_recorded_states_are_copies() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.a(x)
+            out = self.b(hidden)
+            hidden.zero_()
+            x.zero_()
+            return out
+
+    net, x = Overwriting(), torch.randn(4, 3)
+    expected = x.clone()
+    states = recorded(net, x)
+    assert torch.equal(states[INPUT], expected)
+    assert bool(states["a"].all())
+
+
+def test_a_second_call_within_one_step_is_ignored(linear_chain: Callable[..., nn.Sequential]) -> None:
+    net = linear_chain(3, 4, 2)
+    first, second = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    with undisturbed(net), Capture(net) as capture:
+        net(first)
+        net(second)
+        states = capture.end_pass()
+        assert list(states) == [INPUT, "0", "1"]
+        assert torch.equal(states[INPUT], first)
+        assert torch.equal(states["1"], net(first))
+        capture.start_pass()
+        net(second)
+        assert torch.equal(capture.end_pass()[INPUT], second)
+
+
+def test_components_that_did_not_run_are_silent(shared_net: Any) -> None:
+    with undisturbed(shared_net), Capture(shared_net) as capture:
+        assert set(capture.silent) == {"shared", "unused", "head"}
+        shared_net(torch.randn(2, 5, dtype=torch.float64))
+        assert capture.silent == ["unused"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models_are_recorded_under_the_names_of_the_user(
+    linear_chain: Callable[..., nn.Sequential], whole: bool
+) -> None:
+    net = linear_chain(3, 4, 4, 2)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    plain = recorded(net, x)
+    if whole:
+        compiled: Any = torch.compile(net, backend="eager")
+    else:
+        compiled = nn.Sequential(*net)
+        compiled[1] = torch.compile(compiled[1], backend="eager")
+    with torch.no_grad():
+        compiled(x)  # compiled before the hooks are set
+        assert is_compiled(compiled)
+        assert_states(recorded(compiled, x), plain)
+        assert torch.equal(compiled(x), net(x))
+    assert not is_compiled(net)
+
+
+def test_a_module_compiled_in_place_is_recorded(linear_chain: Callable[..., nn.Sequential]) -> None:
+    net = linear_chain(3, 4, 2)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    plain = recorded(net, x)
+    net.compile(backend="eager")
+    with torch.no_grad():
+        net(x)
+    assert is_compiled(net)
+    assert_states(recorded(net, x), plain)
+
+
+# What is left behind: nothing.
+
+
+def test_no_hook_is_left_after_success(conv_net: Any) -> None:
+    with Capture(conv_net) as capture:
+        assert hooks_on(conv_net) > 0
+        conv_net(torch.randn(2, 1, 8, 8, dtype=torch.float64))
+        capture.end_pass()
+    assert hooks_on(conv_net) == 0
+    capture.remove()
+
+
+def test_no_hook_is_left_after_the_model_raised(raising_net: Any) -> None:
+    with pytest.raises(RuntimeError, match="the model itself failed"), Capture(raising_net):
+        raising_net(torch.randn(2, 4, dtype=torch.float64))
+    assert hooks_on(raising_net) == 0
+
+
+def test_no_hook_is_left_when_registering_fails(conv_net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no more hooks")
+
+    monkeypatch.setattr(conv_net.fc, "register_forward_hook", refuse)
+    with pytest.raises(RuntimeError, match="no more hooks"), Capture(conv_net):
+        pass
+    assert hooks_on(conv_net) == 0
+
+
+def test_hooks_of_others_still_fire_and_stay(mlp: Any) -> None:
+    seen: list[str] = []
+    for name in ("first", "act", "head"):
+        mlp.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    before = hooks_on(mlp)
+    recorded(mlp, torch.randn(2, 6, dtype=torch.float64))
+    assert seen == ["first", "act", "head"]
+    assert hooks_on(mlp) == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_random_states_and_gradients_are_as_before(raising_net: Any, fails: bool) -> None:
+    raising_net.armed = fails
+    raising_net.second.eval()
+    raising_net.second.weight.requires_grad_(False)
+    for parameter in raising_net.first.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    modes = [module.training for module in raising_net.modules()]
+    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    expected = pytest.raises(RuntimeError, match="the model itself failed") if fails else nullcontext()
+    with expected, undisturbed(raising_net):
+        assert not any(module.training for module in raising_net.modules())
+        assert not torch.is_grad_enabled()
+        random.random(), np.random.rand(), torch.rand(3)
+        raising_net(torch.randn(2, 4, dtype=torch.float64))
+    assert [module.training for module in raising_net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    assert all(
+        np.array_equal(a, b) for a, b in zip(np.random.get_state(), random_states[2], strict=True)
+    )
+    assert torch.is_grad_enabled()
+    assert bool((raising_net.first.weight.grad == 1).all())
+    assert not raising_net.second.weight.requires_grad
+    assert raising_net.first.weight.requires_grad
+
+
+def test_inside_inference_mode_states_can_still_be_differentiated() -> None:
+    net = nn.Linear(3, 2)
+    with torch.inference_mode(), undisturbed(net):
+        assert not torch.is_inference_mode_enabled()
+        assert not torch.ones(2).is_inference()
+
+
+# What goes wrong, and how it is told.
+
+
+def test_a_failing_hook_ends_only_the_capture_never_the_forward_pass() -> None:
+    def keep(tensor: Tensor, module: nn.Module) -> Tensor:
+        raise ValueError("cannot keep this")
+
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    with Capture(net, keep=keep) as capture:
+        assert net(torch.ones(2, 3)).shape == (2, 2)
+        with pytest.raises(ValueError, match="cannot keep this"):
+            capture.end_pass()
+        assert capture.end_pass() == {}
+
+
+def test_an_output_without_a_floating_point_tensor_is_refused() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argmax(dim=1)
+
+    net = nn.Sequential(nn.Linear(3, 3), Counting())
+    with Capture(net) as capture:
+        net(torch.ones(2, 3))
+        with pytest.raises(
+            ValueError, match="component '1' returned Tensor with no floating-point tensor"
+        ):
+            capture.end_pass()
+
+
+def test_torchscript_modules_are_refused() -> None:
+    net = torch.jit.trace(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="is a TorchScript module, whose parts take no forward hooks"):
+        Capture(net)
+
+
+class Pair(NamedTuple):
+    index: Tensor
+    value: Tensor
+
+
+@dataclass
+class Output:
+    loss: None
+    logits: Tensor
+
+
+VALUE = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (VALUE, VALUE),
+        ((None, [3, {"a": VALUE}]), VALUE),
+        (Pair(torch.ones(2).long(), VALUE), VALUE),
+        (Output(None, VALUE), VALUE),
+        (torch.ones(2).long(), None),
+        (("text", 1.0, {}), None),
+        (Output, None),
+    ],
+    ids=["tensor", "nested", "named tuple", "dataclass", "whole numbers", "no tensor", "a class"],
+)
+def test_the_first_floating_point_tensor_is_found(given: Any, expected: Tensor | None) -> None:
+    assert first_tensor(given) is expected
+
+
+def test_complex_states_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"a state of dtype torch\.complex64 arrived; complex states are not"
+    ):
+        first_tensor([torch.ones(2, dtype=torch.complex64)])
+
+
+class Bodied(nn.Module):
+    """A body of two layers, after which the body itself still does something."""
+
+    def __init__(self, gives: Callable[[Tensor], Any] = torch.tanh) -> None:
+        super().__init__()
+        self.body = Body(gives)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.body(x)
+        return self.head(given if isinstance(given, Tensor) else x[:, :3])
+
+
+class Body(nn.Module):
+    def __init__(self, gives: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.gives = nn.Linear(4, 5), nn.Linear(5, 3), gives
+
+    def forward(self, x: Tensor) -> Any:
+        return self.gives(self.second(self.first(x)))
+
+
+def test_the_output_of_interest_may_be_what_holds_the_components() -> None:
+    model, x = Bodied(), torch.randn(6, 4)
+    with Capture(model, ["body.first", "body.second"], output="body") as capture:
+        model(x)
+        capture.record_end(torch.zeros(6, 1))  # too late: the body gave it
+        states = capture.end_pass()
+    assert list(states) == [INPUT, "body.first", "body.second", "body"]
+    assert torch.equal(states["body"], model.body(x))
+
+
+def test_the_output_of_interest_may_lie_beside_the_components() -> None:
+    model, x = Bodied(), torch.randn(6, 4)
+    with Capture(model, ["body.first"], output="head") as capture:
+        model(x)
+        assert list(capture.end_pass()) == [INPUT, "body.first", "head"]
+    with pytest.raises(
+        ValueError, match=r"output 'body.second' is part of component 'body'. Name finer"
+    ):
+        Capture(model, ["body"], output="body.second")
+
+
+def test_an_output_without_numbers_is_told_behind_the_pass_and_not_in_it() -> None:
+    model, x = Bodied(gives=lambda given: "words"), torch.randn(6, 4)
+    with Capture(model, ["body.first", "body.second"], output="body") as capture:
+        assert model(x).shape == (6, 2), "the user's own pass ends as it does without us"
+        with pytest.raises(ValueError, match="the output of interest is a str without a floating-point"):
+            capture.end_pass()
+    assert hooks_on(model) == 0
+
+
+def test_a_named_component_that_gives_no_numbers_is_refused_behind_the_pass() -> None:
+    model, x = Bodied(gives=lambda given: given.argmax(1)), torch.randn(6, 4)
+    with Capture(model, ["body", "head"]) as capture:
+        model.body(x)
+        with pytest.raises(
+            ValueError, match=r"'body' returned Tensor with no floating-point tensor\. Leave"
+        ):
+            capture.end_pass()
+
+
+def test_units_of_which_other_processes_hold_the_rest_are_refused() -> None:
+    class Spread(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, : self.kept]
+
+    net = nn.Sequential(Spread(4, 6), nn.Tanh(), nn.Linear(3, 2)).double()
+    net[0].kept = 3
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def run() -> list[str]:
+        with Capture(net) as capture:
+            net(x)
+        return list(capture.end_pass())
+
+    assert run() == ["input", "0", "2"]  # a layer may well give fewer, if its weight is whole
+    net[0].weight.full_tensor = lambda: None
+    with pytest.raises(ValueError, match=r"'0' gave 3 of its 6 units.*use_local_output=False"):
+        run()
+    net[0].kept, net[2] = 6, nn.Linear(6, 2).double()
+    assert run() == ["input", "0", "2"]

@@ -1,0 +1,317 @@
+"""Which modules are taken for the network's components."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman.network.components import (
+    clean_name,
+    has_parameters,
+    is_norm,
+    named_components,
+    transparent_modules,
+    unwrapped,
+)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+
+
+class Net(nn.Module):
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.bn = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+
+class Stage(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.downsample = nn.Conv2d(4, 4, 1)
+        self.layers = nn.ModuleList(Residual() for _ in range(depth))
+
+
+class Bottleneck(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Block(), Block())
+
+
+class ExpertLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Linear(4, 4)
+        self.mixture = Net(gate=nn.Linear(4, 2), experts=nn.ModuleList(Residual() for _ in range(2)))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mlp() for _ in range(3))
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Dropout(), nn.Linear(3, 2))
+
+
+AUTOMATIC = {
+    "chain": (mlp, ["0", "3"]),
+    "wrapped": (lambda: Net(model=Net(net=mlp())), ["model.net.0", "model.net.3"]),
+    "single layer": (lambda: nn.Linear(3, 2), ["Linear"]),
+    "norm belongs to the layer before": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        ["0", "3"],
+    ),
+    "norm in front stands for itself": (
+        lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)),
+        ["0", "1", "2"],
+    ),
+    "blocks stay whole": (
+        lambda: Net(
+            stem=nn.Conv2d(1, 4, 3), layers=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2)
+        ),
+        ["stem", "layers.0", "layers.1", "head"],
+    ),
+    "stages of blocks are opened": (
+        lambda: Net(
+            stem=nn.Conv2d(1, 4, 3),
+            layer1=nn.Sequential(Block(), Block()),
+            layer2=nn.Sequential(Block(), Block()),
+            fc=nn.Linear(4, 2),
+        ),
+        ["stem", "layer1.0", "layer1.1", "layer2.0", "layer2.1", "fc"],
+    ),
+    "stages are opened, if one of them has a list of blocks": (
+        lambda: Net(stem=nn.Conv2d(1, 4, 3), stages=nn.ModuleList([Stage(2), Stage(1)])),
+        [
+            *("stem", "stages.0.downsample", "stages.0.layers.0", "stages.0.layers.1"),
+            *("stages.1.downsample", "stages.1.layers.0"),
+        ],
+    ),
+    "a list of single convolutions is no stage": (
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 1), Bottleneck(), Bottleneck()),
+        ["0", "1", "2"],
+    ),
+    "a mixture of experts is no stage": (
+        lambda: Net(stem=nn.Linear(4, 4), layers=nn.ModuleList([ExpertLayer(), ExpertLayer()])),
+        ["stem", "layers.0", "layers.1"],
+    ),
+    "branches side by side are no stage": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Branches(), Branches()),
+        ["0", "1", "2"],
+    ),
+    "two towers are looked into": (
+        lambda: Net(encoder=mlp(), decoder=mlp()),
+        ["encoder.0", "encoder.3", "decoder.0", "decoder.3"],
+    ),
+    "module dictionaries are opened": (
+        lambda: Net(
+            parts=nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}), head=nn.Linear(3, 2)
+        ),
+        ["parts.a", "parts.b", "head"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AUTOMATIC)
+def test_the_automatic_choice_is_what_a_person_would_draw(kind: str) -> None:
+    make, expected = AUTOMATIC[kind]
+    model = make()
+    chosen = named_components(model)
+    assert list(chosen) == expected
+    modules = dict(model.named_modules())
+    assert all(modules.get(name, model) is module for name, module in chosen.items())
+
+
+@pytest.mark.parametrize(
+    ("components", "expected"),
+    [
+        ("0", ["0"]),
+        (["3", "0"], ["0", "3"]),
+        (["*"], ["0", "1", "2", "3"]),
+        (["[03]", "0"], ["0", "3"]),
+    ],
+)
+def test_names_and_patterns_choose_in_order_of_registration(
+    components: object, expected: list[str]
+) -> None:
+    assert list(named_components(mlp(), components)) == expected
+
+
+def test_patterns_reach_into_blocks() -> None:
+    model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
+    assert list(named_components(model, ["stages.*.conv", "head"])) == [
+        "stages.0.conv",
+        "stages.1.conv",
+        "head",
+    ]
+
+
+def test_an_unknown_name_lists_close_matches() -> None:
+    model = Net(encoder=nn.Linear(3, 3), decoder=nn.Linear(3, 3))
+    with pytest.raises(
+        ValueError, match=r"no module is called 'encodr'\. Close matches: 'encoder', 'decoder'\."
+    ):
+        named_components(model, ["encodr"])
+    with pytest.raises(
+        ValueError, match=r"no module is called 'zzz'\. The model has 'encoder', 'decoder'\."
+    ):
+        named_components(model, "zzz")
+    with pytest.raises(ValueError, match=r"no module is called 'zzz\.\*'"):
+        named_components(model, ["encoder", "zzz.*"])
+
+
+def test_nested_components_are_refused() -> None:
+    model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
+    with pytest.raises(
+        ValueError, match=r"components overlap: 'stages\.0\.conv' is part of 'stages\.0'"
+    ):
+        named_components(model, ["stages.0", "stages.0.conv"])
+    with pytest.raises(ValueError, match=r"components overlap: .* is part of 'stages'"):
+        named_components(model, ["stages", "stages.*.bn"])
+
+
+def test_nested_components_are_found_whatever_sorts_between_them() -> None:
+    model = Net(**{"a": nn.Sequential(nn.Linear(2, 2)), "a-b": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"components overlap: 'a\.0' is part of 'a'"):
+        named_components(model, ["a", "a-b", "a.0"])
+
+
+@pytest.mark.parametrize("make", [lambda: nn.ReLU(), lambda: nn.Sequential(nn.ReLU(), nn.Flatten())])
+def test_a_model_without_parameters_has_no_components(make: object) -> None:
+    with pytest.raises(
+        ValueError, match=r"found no component in .* it has no submodule with parameters"
+    ):
+        named_components(make())
+
+
+def test_transparent_modules_are_leaves_outside_of_every_component() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Sequential(nn.ReLU()),
+        Block(),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    chosen = named_components(model)
+    assert transparent_modules(model, chosen) == [model[1], model[2][0], model[4]]
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.BatchNorm1d(2), True),
+        (nn.LayerNorm(2), True),
+        (nn.GroupNorm(1, 2), True),
+        (nn.InstanceNorm2d(2), True),
+        (nn.RMSNorm(2), True),
+        (nn.Linear(2, 2), False),
+        (nn.ReLU(), False),
+    ],
+)
+def test_normalisation_layers_are_recognised(module: nn.Module, expected: bool) -> None:
+    assert is_norm(module) is expected
+
+
+def test_parameters_are_found_at_any_depth() -> None:
+    assert has_parameters(nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
+    assert not has_parameters(nn.Sequential(nn.Sequential(nn.ReLU())))
+
+
+def test_names_are_those_the_user_wrote() -> None:
+    assert clean_name("_orig_mod.layers.0._orig_mod.fc") == "layers.0.fc"
+    assert clean_name("layers.0") == "layers.0"
+
+
+def test_an_empty_choice_is_refused() -> None:
+    with pytest.raises(ValueError, match="components names nothing; leave it out"):
+        named_components(nn.Sequential(nn.Linear(2, 2)), [])
+
+
+class Deep(nn.Module):
+    """Blocks in a list, a leaf beside them, and parts within the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2))
+        self.body = nn.ModuleDict({"a": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+
+
+@pytest.mark.parametrize(
+    ("depth", "expected"),
+    [
+        (1, ["stem", "blocks.0", "blocks.1", "body.a"]),  # lists are never called, so their members
+        (2, ["stem", "blocks.0", "blocks.1", "body.a"]),
+        (3, ["stem", "blocks.0.0", "blocks.1.0", "body.a.0", "body.a.1"]),
+        (9, ["stem", "blocks.0.0", "blocks.1.0", "body.a.0", "body.a.1"]),
+    ],
+)
+def test_a_depth_takes_what_is_called_there(depth: int, expected: list[str]) -> None:
+    assert list(named_components(Deep(), depth)) == expected
+
+
+def test_a_depth_is_one_or_more() -> None:
+    with pytest.raises(ValueError, match="depth is 0; the model's own children are at depth 1"):
+        named_components(Deep(), 0)
+
+
+@pytest.mark.parametrize("odd", [True, 1.5, None, torch.nn.functional.relu, dict])
+def test_what_chooses_no_component_is_refused(odd: Any) -> None:
+    with pytest.raises(TypeError, match=r"give names, glob patterns, types of nn\.Module, or a depth"):
+        named_components(Deep(), [odd])
+
+
+def test_wrappers_within_wrappers_are_opened_to_their_blocks() -> None:
+    def tower(*inner: nn.Module) -> nn.Module:
+        return Net(only=Net(layers=nn.Sequential(*inner)))
+
+    net = Net(left=tower(nn.Linear(3, 4), nn.Linear(4, 4)), right=tower(nn.Linear(4, 2)))
+    assert list(named_components(net, None)) == [
+        "left.only.layers.0",
+        "left.only.layers.1",
+        "right.only.layers.0",
+    ]
+    single = Net(left=tower(nn.Linear(3, 4), nn.Linear(4, 4)), right=Net(deep=Net(last=Block())))
+    assert list(named_components(single, None))[-1] == "right.deep.last"
+
+
+class Wrapper(nn.Module):
+    """What FSDP and activation checkpointing put around a module."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return next(self.children())(x)
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"])
+def test_wrapped_modules_are_chosen_as_if_they_were_not(name: str) -> None:
+    def net(wrap: Any) -> nn.Module:
+        blocks = [nn.Sequential(wrap(nn.Linear(4, 4)), nn.ReLU()) for _ in range(2)]
+        return Net(body=wrap(nn.Sequential(*map(wrap, blocks))), head=wrap(nn.Linear(4, 2)))
+
+    plain, wrapped = net(lambda m: m), net(lambda m: Wrapper(name, Wrapper("_orig_mod", m)))
+    for wanted in (None, "body.*.0", nn.Linear, 2):
+        expected, given = named_components(plain, wanted), named_components(wrapped, wanted)
+        assert list(given) == list(expected)
+        assert [type(m) for m in given.values()] == [type(m) for m in expected.values()]
+    head = wrapped.head  # type: ignore[attr-defined]
+    assert unwrapped(head) is head.get_submodule(f"{name}._orig_mod")

@@ -1,0 +1,148 @@
+"""Labels travel with the data, for several followers at once, and training never notices."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_koopman.network.provenance import DataFlow
+
+
+class Counting(TorchDispatchMode):
+    """What a user may have entered around everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("last_first", [True, False])
+def test_two_flows_may_be_left_in_any_order(last_first: bool) -> None:
+    flows = [DataFlow(), DataFlow()]
+    x, y = torch.ones(3), torch.ones(3)
+    flows[0].label(x, "x")
+    flows[1].label(y, "y")
+    with Counting() as outer:
+        for flow in flows:
+            flow.__enter__()
+        both = x + y
+        gone, left = flows[::-1] if last_first else flows
+        gone.__exit__()
+        later = x * y
+        left.__exit__()
+        before = outer.calls
+        x - y
+        assert outer.calls == before + 1
+    assert flows[0].labels(both) == {"x"}
+    assert flows[1].labels(both) == {"y"}
+    assert left.labels(later) != frozenset()
+    assert gone.labels(later) == frozenset()
+    assert left.labels(x - y) == frozenset()
+
+
+def test_a_flow_sees_its_own_thread_only() -> None:
+    flow, x, found = DataFlow(), torch.ones(3), []
+    flow.label(x, "x")
+
+    def elsewhere() -> None:
+        found.append(x + 1)
+
+    with flow:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        here = x + 1
+    assert flow.labels(here) == {"x"}
+    assert flow.labels(found[0]) == frozenset()
+
+
+def test_an_error_in_the_pass_is_the_passes_own_and_ends_the_watch() -> None:
+    flow = DataFlow()
+    with pytest.raises(RuntimeError, match="size of tensor"), flow:
+        torch.ones(3) + torch.ones(4)
+    assert flow.error is None
+    with Counting() as counting:
+        torch.ones(3) + 1
+    assert counting.calls == 2
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(144, 24),
+        nn.GELU(),
+        nn.Linear(24, 3),
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.attend = nn.MultiheadAttention(6, 2, dropout=0.2, batch_first=True)
+        self.recur = nn.GRU(6, 5, batch_first=True, num_layers=2, dropout=0.3)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0] + self.attend(x[:, 0], x[:, 0], x[:, 0], need_weights=False)[0]
+        return self.head(self.recur(x)[0][:, -1])
+
+
+def trained(make: Callable[[], nn.Module], followed: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Train with dropout; follow every second step, backward pass and optimiser included."""
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    torch.manual_seed(4)
+    losses = []
+    for step in range(6):
+        x, y = torch.randn(8, 1, 6, 6), torch.randint(0, 3, (8,))
+        flow = DataFlow()
+        if followed and step % 2 == 0:
+            flow.label(x, "x")
+            flow.__enter__()
+        output = model(x)
+        loss = nn.functional.cross_entropy(output, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if followed and step % 2 == 0:
+            flow.__exit__()
+            assert flow.error is None
+            assert flow.labels(output) == {"x"}
+        losses.append(loss.detach())
+    return model.state_dict(), [*losses, torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("make", [network, Attention])
+def test_training_under_the_tracer_is_bit_identical(make: Callable[[], nn.Module]) -> None:
+    plain_weights, plain = trained(make, followed=False)
+    weights, losses = trained(make, followed=True)
+    for name, value in plain_weights.items():
+        assert torch.equal(weights[name], value), name
+    assert all(torch.equal(a, b) for a, b in zip(losses, plain, strict=True))
+
+
+def test_data_are_followed_through_a_sparse_product() -> None:
+    """A graph layer: a sparse adjacency has no memory of its own kind to be followed by."""
+    flow, x = DataFlow(), torch.randn(3, 2)
+    edges = torch.eye(3).to_sparse()
+    flow.label(x, "x")
+    with flow:
+        scaled = edges * 2.0
+        given = torch.sparse.mm(scaled, x)
+    assert flow.labels(given) == {"x"}
+    assert flow.labels(scaled) == frozenset()

@@ -1,0 +1,122 @@
+"""Whatever runs a user's model over a user's loader leaves every random state as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from lightning_koopman import credit_report, intervene, linearize, predict_effects
+from lightning_koopman.effects.linearization import linearize_within
+from lightning_koopman.measurement.overview import describe_components
+from lightning_koopman.network.isolation import random_states_kept
+from lightning_koopman.network.tensors import detached_copy
+
+
+def network() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3)).double()
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) / 3
+    return net
+
+
+class Noisy(TensorDataset):
+    """Draws from every global generator for each sample, as augmentation does."""
+
+    def __getitem__(self, index: int) -> Any:
+        random.random(), np.random.rand(), torch.rand(1)
+        return super().__getitem__(index)
+
+
+def samples() -> Noisy:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    return Noisy(x, x[:, :3].argmax(1))
+
+
+def of_its_own() -> tuple[DataLoader, torch.Generator]:
+    generator = torch.Generator().manual_seed(2)
+    return DataLoader(samples(), batch_size=20, shuffle=True, generator=generator), generator
+
+
+def of_its_sampler() -> tuple[DataLoader, torch.Generator]:
+    data, generator = samples(), torch.Generator().manual_seed(2)
+    return DataLoader(data, batch_size=20, sampler=RandomSampler(data, generator=generator)), generator
+
+
+def globally() -> tuple[DataLoader, torch.Generator]:
+    return DataLoader(samples(), batch_size=20, shuffle=True), torch.Generator()
+
+
+NET = network()
+REPORT = credit_report(NET, [batch for batch, _ in DataLoader(samples(), batch_size=20)])
+USES: dict[str, Callable[[DataLoader], Any]] = {
+    "credit_report": lambda loader: credit_report(NET, loader),
+    "intervene": lambda loader: intervene(NET, loader, REPORT, draws=1, fit_batches=loader),
+    "predict_effects": lambda loader: predict_effects(NET, loader, REPORT, ["skip"]),
+    "linearize": lambda loader: linearize(NET, REPORT, ["0"], loader),
+    "linearize_within": lambda loader: linearize_within(NET, REPORT, loader, loader, max_drop=0.5),
+    "components": lambda loader: describe_components(NET, loader),
+}
+
+
+def states(generator: torch.Generator) -> list[Any]:
+    return [
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state(),
+        generator.get_state(),
+    ]
+
+
+def same(left: list[Any], right: list[Any]) -> bool:
+    return left[:2] == right[:2] and all(map(torch.equal, left[2:], right[2:]))
+
+
+@pytest.mark.parametrize("make", [of_its_own, of_its_sampler, globally])
+@pytest.mark.parametrize("use", USES)
+def test_random_states_are_left_as_they_were(
+    use: str, make: Callable[[], tuple[DataLoader, torch.Generator]]
+) -> None:
+    loader, generator = make()
+    before = states(generator)
+    USES[use](loader)
+    assert same(states(generator), before)
+
+
+def test_random_states_come_back_after_an_error() -> None:
+    loader, generator = of_its_own()
+    before = states(generator)
+
+    def broken(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        raise ArithmeticError("in the pass")
+
+    with pytest.raises(ArithmeticError, match="in the pass"):
+        credit_report(NET, loader, forward_fn=broken)
+    assert same(states(generator), before)
+
+
+def test_the_comparison_of_states_sees_a_draw() -> None:
+    loader, generator = of_its_own()
+    before = states(generator)
+    list(loader)
+    after = states(generator)
+    assert not torch.equal(after[3], before[3])
+    assert not same(after, before)
+    with random_states_kept(loader):
+        list(loader)
+    assert same(states(generator), after)
+
+
+def test_a_sparse_tensor_is_copied_dense() -> None:
+    sparse = torch.eye(3).to_sparse()
+    copy = detached_copy(sparse)
+    assert copy.layout is torch.strided
+    assert torch.equal(copy, torch.eye(3))

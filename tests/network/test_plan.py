@@ -1,0 +1,184 @@
+"""What the chain is made of: links, joins, the output of interest, reductions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman import credit_report
+from lightning_koopman.network.provenance import DataFlow
+
+
+class LinearResidual(nn.Module):
+    """x + b(a(x)) three times at leaf granularity, all of it linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(5, 5, bias=False) for _ in range(6)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for a, b in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = x + b(a(x))
+        return x
+
+
+def residual() -> tuple[LinearResidual, list[Tensor]]:
+    torch.manual_seed(0)
+    return LinearResidual(), list(torch.randn(400, 5, dtype=torch.float64).split(100))
+
+
+def test_a_linear_residual_chain_has_the_volume_of_its_dense_jacobian() -> None:
+    net, batches = residual()
+    report = credit_report(net, batches, output=lambda given: given, tikhonov=0.0)
+    assert report.components[-1] == "output"
+    dense = torch.eye(5, dtype=torch.float64)
+    for a, b in zip(net.layers[::2], net.layers[1::2], strict=True):
+        dense = (torch.eye(5, dtype=torch.float64) + b.weight @ a.weight) @ dense
+    expected = float(torch.linalg.slogdet(dense.detach())[1]) / 5
+    assert report.total == pytest.approx(expected, abs=1e-8)
+    assert float(report.r2.min()) > 1 - 1e-9
+
+
+def test_the_output_of_interest_may_be_a_module() -> None:
+    net, batches = residual()
+    assert credit_report(net, batches, output="layers.3").components[-1] == "layers.3"
+    with pytest.raises(ValueError, match="output is 'layer', which is no module of LinearResidual"):
+        credit_report(net, batches, output="layer")
+
+
+def test_an_unknown_reduction_is_refused() -> None:
+    net, batches = residual()
+    with pytest.raises(ValueError, match="reduce holds 'sum'; choose one of"):
+        credit_report(net, batches, reduce={"layers.*": "sum"})
+
+
+class Dense(nn.Module):
+    """Every layer reads all states before it."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2 * (i + 1), 2) for i in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [x]
+        for layer in self.layers:
+            states.append(torch.tanh(layer(torch.cat(states, 1))))
+        return states[-1]
+
+
+def test_a_step_reads_at_most_six_states_and_says_what_it_left_out() -> None:
+    report = credit_report(Dense(8), list(torch.randn(900, 2).split(300)))
+    assert report.reads["layers.5"] == (
+        "layers.4",
+        "layers.3",
+        "layers.2",
+        "layers.1",
+        "layers.0",
+        "input",
+    )
+    assert report.reads["layers.7"] == tuple(f"layers.{i}" for i in range(6, 0, -1))
+    assert "'layers.6' reads 7 states; the furthest 1 were left out" in report.notes
+    assert "'layers.7' reads 8 states; the furthest 2 were left out" in report.notes
+
+
+@pytest.mark.parametrize("where", ["_follow", "_set", "_get"])
+def test_an_error_of_the_tracer_leaves_a_plain_chain_and_a_note(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    batches = list(torch.randn(400, 5, dtype=torch.float64).split(100))
+    expected = credit_report(net, batches)
+
+    def fail(*_: object) -> None:
+        raise NotImplementedError("no storage here")
+
+    monkeypatch.setattr(DataFlow, where, fail)
+    given = credit_report(net, batches)
+    assert given.components == expected.components
+    assert given.credit == pytest.approx(expected.credit)
+    assert any(
+        "could not be followed" in note and "NotImplementedError: no storage here" in note
+        for note in given.notes
+    )
+    skipping, _ = residual()
+    assert credit_report(skipping, batches).reads["layers.3"] == ("layers.2",)
+
+
+def test_an_error_of_the_model_under_the_tracer_stays_the_models() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(3, 2))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        credit_report(net, [torch.randn(10, 5)])
+
+
+class ThroughNumPy(nn.Module):
+    """Leaves torch between its layers, so that no data can be followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.from_numpy(np.tanh(self.first(x).detach().numpy()).copy()))
+
+
+def test_where_the_data_leave_torch_the_layer_before_is_taken_and_a_note_says_so() -> None:
+    report = credit_report(ThroughNumPy(), list(torch.randn(300, 4).split(100)))
+    assert report.reads["second"] == ("first",)
+    assert [note for note in report.notes if note.startswith("where the input of second comes from")]
+
+
+class Branches(nn.Module):
+    """Two layers side by side, of which the second is given fewer rows in a later batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        beside = self.b(x) if self.calls == 1 else self.b(x[:-1]).sum()
+        return self.head(self.a(x) + beside)
+
+
+def test_parallel_components_need_a_row_from_each_sample() -> None:
+    with pytest.raises(
+        ValueError, match=r"differing numbers of rows: \{.*'b': 49.*\}. Rows are samples"
+    ):
+        credit_report(Branches(), list(torch.randn(100, 4).split(50)))
+
+
+def test_an_output_of_interest_that_does_not_run_is_named() -> None:
+    net, batches = residual()
+    net.idle = nn.Linear(5, 5).double()
+    with pytest.raises(
+        ValueError, match="the output of interest 'idle' did not run in the forward pass"
+    ):
+        credit_report(net, batches, output="idle")
+
+
+class Windows(nn.Module):
+    """Folds the windows of an image into the batch axis, as shifted-window transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inside, self.head = nn.Linear(8, 8), nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inside(self.first(x).reshape(-1, 4)).reshape(-1, 8))
+
+
+def test_rows_of_several_windows_belong_to_one_sample() -> None:
+    x = torch.randn(200, 8)
+    net = Windows()
+    report = credit_report(net, list(x.split(50)), components=["first", "inside", "head"])
+    assert report.widths == (8, 8, 3)
+    # Nothing but a change of shape sets it apart from a plain chain.
+    inside = nn.Linear(8, 8)
+    with torch.no_grad():
+        inside.weight.copy_(torch.block_diag(net.inside.weight, net.inside.weight))
+        inside.bias.copy_(net.inside.bias.repeat(2))
+    plain = credit_report(nn.Sequential(net.first, inside, net.head), list(x.split(50)))
+    np.testing.assert_allclose(report.credit, plain.credit, atol=1e-5)

@@ -1,0 +1,198 @@
+"""How tensors become rows, against what NumPy gives by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman.network.rows import (
+    RowForm,
+    by_sample,
+    has_channels_first,
+    pooled_grid,
+    valid_positions,
+)
+
+
+def test_samples_come_to_the_front() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    assert torch.equal(by_sample(x, 1, 1), x.transpose(0, 1))
+    assert torch.equal(by_sample(x[0], 0, 1), x[0])
+    assert torch.equal(by_sample(x[0, 0], 0, 1), x[0, 0][:, None])
+
+
+@pytest.mark.parametrize("group", [2, 3])
+def test_neighbouring_entries_of_one_sample_get_an_axis(group: int) -> None:
+    x = torch.arange(6.0 * 5).reshape(6, 5)
+    rows = by_sample(x, 0, group)
+    assert rows.shape == (6 // group, group, 5)
+    for sample, parts in enumerate(rows):
+        assert torch.equal(parts, x[sample * group : (sample + 1) * group])
+    # Entries that cannot be dealt out evenly are samples themselves.
+    assert torch.equal(by_sample(x[:5], 0, group), x[:5])
+    assert by_sample(torch.arange(6.0), 0, group).shape == (6 // group, group)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 3, 8, 8)])
+def test_rows_are_copies_of_at_least_single_precision(
+    shape: tuple[int, ...], dtype: torch.dtype, kept: torch.dtype
+) -> None:
+    x = torch.randn(shape).to(dtype)
+    before = x.clone()
+    rows = RowForm(reduce="flatten").rows(x)
+    assert rows.dtype == kept
+    assert torch.equal(rows, x.flatten(1).to(kept))
+    rows.zero_()
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("reduce", ["pool", "mean", "cls", "last", lambda x: x[:, :1]])
+def test_every_reduction_gives_copies_of_at_least_single_precision(
+    reduce: Any, dtype: torch.dtype
+) -> None:
+    x = torch.randn(4, 5, 6).to(dtype)
+    before = x.clone()
+    rows = RowForm(reduce=reduce, grid=(5,)).rows(x)
+    assert rows.dtype == torch.promote_types(dtype, torch.float32)
+    rows.zero_()
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("reduce", ["pool", "mean"])
+def test_flat_states_have_their_samples_brought_to_the_front_too(reduce: Any) -> None:
+    x = torch.randn(6, 4)
+    assert torch.equal(RowForm(batch_axis=1, reduce=reduce).rows(x), x.T)
+    grouped = RowForm(group=2, channels_first=True, grid=(4,)).rows(x)
+    assert torch.equal(grouped, x.reshape(3, 8))
+
+
+def test_a_reduction_may_give_one_value_a_sample() -> None:
+    x = torch.randn(4, 5, 6)
+    assert torch.equal(RowForm(reduce=lambda t: t.sum((1, 2))).rows(x), x.sum((1, 2))[:, None])
+
+
+def test_a_mask_of_another_length_than_the_state_is_not_its_own() -> None:
+    x, valid = torch.randn(4, 5, 6), torch.ones(4, 7, dtype=torch.bool)
+    valid[:, 2:] = False
+    form = RowForm(reduce="mean")
+    assert torch.equal(form.rows(x, valid), form.rows(x))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 7])
+def test_sequences_are_averaged_over_equal_cells_of_their_valid_positions(length: int) -> None:
+    cells, channels = 3, 2
+    x = torch.randn(3, channels, 7, dtype=torch.float64)
+    valid = torch.zeros(3, 7, dtype=torch.bool)
+    # The first is padded behind, the second before, the last one holds everything.
+    valid[0, :length], valid[1, 7 - length :], valid[2] = True, True, True
+    form = RowForm(channels_first=True, grid=(cells,))
+    rows = form.rows(x, valid).view(3, channels, cells)
+    for sample in range(3):
+        places = np.flatnonzero(valid[sample].numpy())
+        n = len(places)
+        for cell in range(cells):
+            first, last = cell * n // cells, -(-(cell + 1) * n // cells)
+            expected = x[sample].numpy()[:, places[first:last]].mean(axis=1)
+            assert np.allclose(rows[sample, :, cell].numpy(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_dim", "grid"),
+    [
+        ((300,), 256, ()),
+        ((4, 8, 8), 256, (8, 8)),  # 256 values: as they are
+        ((4, 8, 9), 256, (8, 9)),  # 288 values, but fewer than 4 * 256: no coarser than they are
+        ((64, 28, 28), 256, (4, 4)),
+        ((512, 28, 28), 256, (2, 2)),
+        ((5000, 7, 7), 256, (1, 1)),
+        ((5000, 7), 256, (1,)),
+        ((1024, 7, 7), 256, (2, 2)),
+        ((1025, 7, 7), 256, (1, 1)),  # 2 × 2 would be more than 16 * 256 values
+        ((3, 2, 2, 2, 2), 256, (2, 2, 4)),
+        ((64, 12, 10, 4, 3, 2), 256, (3, 3, 3)),  # 2 × 2 × 2 would be fewer than 4 * 256 values
+    ],
+)
+def test_grids_hold_about_sixteen_times_max_dim(
+    shape: tuple[int, ...], max_dim: int, grid: tuple[int, ...]
+) -> None:
+    assert pooled_grid(shape, max_dim, channels_first=True) == grid
+    channels_last = (*shape[1:], shape[0])
+    assert pooled_grid(channels_last, max_dim, channels_first=False) == grid
+
+
+def test_a_layer_norm_tells_that_channels_are_last() -> None:
+    assert has_channels_first(torch.zeros(2, 5, 6, 7), nn.LayerNorm(7)) is False
+    assert has_channels_first(torch.zeros(2, 5, 6, 7), nn.LayerNorm(5)) is True
+
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "held"),
+    [
+        ({"attention_mask": MASK}, True),
+        ({"Padding_Mask": MASK == 0}, True),
+        ({"key_padding_mask": (MASK == 0).float()}, True),
+        ({"src_pad_mask": MASK == 0}, True),
+        ({"a": 1, 3: MASK, "mask": MASK}, True),
+        ([torch.ones(2, 3), {"mask": MASK}], True),
+        ({"mask": MASK + 1}, False),  # no mask: other numbers than 0 and 1
+        ({"mask": MASK[:, :, None]}, False),
+        ({"marks": MASK}, False),
+        (MASK, False),
+        ({"lengths": MASK}, False),
+    ],
+)
+def test_what_holds_data_is_read_off_masks(batch: object, held: bool) -> None:
+    found = valid_positions(batch)
+    assert (found is not None) == held
+    if found is not None:
+        assert torch.equal(found, MASK.bool())
+
+
+@pytest.mark.parametrize("name", ["lengths", "Length", "lens", "seq_lengths", "input_lengths"])
+def test_what_holds_data_is_read_off_lengths(name: str) -> None:
+    found = valid_positions({"other": "text", name: torch.tensor([2, 1, 3])})
+    assert found is not None
+    assert found.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [
+        ((2, 7, 7, 3), False),
+        ((2, 3, 7, 7), True),
+        ((2, 7, 7, 7), True),
+        ((2, 5, 6, 7), True),
+        ((2, 5, 6), False),
+        ((2, 5, 5, 4, 4), True),
+    ],
+)
+def test_two_equal_axes_tell_where_the_channels_are(shape: tuple[int, ...], first: bool) -> None:
+    assert has_channels_first(torch.zeros(shape), nn.Identity()) is first
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_means_over_positions_keep_their_digits_under_autocast(masked: bool) -> None:
+    x = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(7) < torch.tensor([[7], [3], [1], [5], [2]]) if masked else None
+    form = RowForm(reduce="mean")
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = form.rows(x, valid)
+    assert torch.equal(rows, form.rows(x, valid))
+    assert torch.allclose(rows.double(), form.rows(x.double(), valid), rtol=0, atol=1e-6)

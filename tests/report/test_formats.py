@@ -1,0 +1,160 @@
+"""Reports as files: JSON, CSV, HTML, and what changed between two of them."""
+
+import csv
+import dataclasses
+import re
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints, predict_effects
+from lightning_koopman.cli.main import main
+from lightning_koopman.koopman.credit import QUANTITIES
+from lightning_koopman.report.comparison import changes
+from lightning_koopman.report.pages import (
+    read_reports,
+    to_html,
+    to_markdown,
+    write_reports,
+    write_with_known,
+)
+from lightning_koopman.report.saved import ReportFormatError
+from lightning_koopman.report.tables import effects_table
+
+
+@pytest.fixture(scope="module")
+def report():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    return credit_report(net, torch.randn(300, 4).split(100), step=7)
+
+
+def test_json_comes_back(report, tmp_path):
+    write_reports([report, report], tmp_path / "r.json")
+    back = read_reports(tmp_path / "r.json")
+    assert len(back) == 2
+    np.testing.assert_array_equal(back[1].credit, report.credit)
+    report.to_json(tmp_path / "one.json")
+    assert len(read_reports(tmp_path / "one.json")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "empty list"), ("{", "is not JSON"), ("[1]", "holds no report"), (None, "cannot be read")],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ReportFormatError, match=rf"r\.json.*{message}"):
+        read_reports(tmp_path / "r.json")
+
+
+def test_frame_and_csv_hold_a_row_per_component(report, tmp_path):
+    write_reports([report, report], tmp_path / "r.csv", "csv")
+    rows = list(csv.DictReader((tmp_path / "r.csv").read_text().splitlines()))
+    assert [row["component"] for row in rows] == ["0", "2", "0", "2"]
+    assert float(rows[0]["credit"]) == pytest.approx(report.credit[0])
+    frame = report.to_frame()
+    assert list(frame) == list(rows[0])
+    assert list(frame["component"]) == ["0", "2"]
+    assert list(frame["step"]) == [7, 7]
+    for name in QUANTITIES:
+        np.testing.assert_array_equal(frame[name], getattr(report, name))
+        np.testing.assert_array_equal(frame[f"{name}_stderr"], report.stderr[name])
+    assert list(frame["width"]) == list(report.widths)
+    assert list(frame["doubt"]) == [", ".join(words) for words in report.doubts]
+
+
+def test_html_is_self_contained_and_escaped(report):
+    named = dataclasses.replace(report, components=("<script>alert(1)</script>", "2"))
+    page = to_html([named, named])
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count('src="data:image/png;base64,') == 3
+    assert not re.search(r"https?://", page)
+    with pytest.raises(ValueError, match="no report to show"):
+        to_html([])
+
+
+def test_changes_beyond_error_are_told(report):
+    error = report.stderr["credit"]
+    moved = dataclasses.replace(report, credit=report.credit + np.array([1.0 + 9 * error[0], 0.0]))
+    assert [row["changed"] for row in changes(report, moved)] == [True, False]
+    with pytest.raises(ValueError, match="only equal components"):
+        changes(report, dataclasses.replace(report, components=("a", "b")))
+
+
+def test_report_and_compare_take_bare_file_names(report, tmp_path, capsys):
+    report.to_json(tmp_path / "r.json")
+    name = str(tmp_path / "r.json")
+    assert main(["report", name]) == 0
+    assert "Koopman credit at step 7" in capsys.readouterr().out
+    assert main(["report", name, "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+    assert main(["compare", name, name, "--quantity", "gain"]) == 0
+    assert "Change of gain" in capsys.readouterr().out
+    assert main(["compare", "a.ckpt", "b.ckpt"]) == 1
+    assert "needs --model and --data" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    for step in (1, 2):
+        torch.save({"global_step": step, "state_dict": net.state_dict()}, tmp_path / f"{step}.ckpt")
+
+    def stop(done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(EvaluationError, match="interrupted after 1 of 2 checkpoints") as caught:
+        evaluate_checkpoints(net, tmp_path, [torch.randn(64, 4)], on_progress=stop)
+    assert [found.step for found in caught.value.reports] == [1]
+
+
+def test_predicted_effects_are_in_every_kind_of_file(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    x = torch.randn(300, 4)
+    bare = credit_report(net, [x])
+    report = predict_effects(net, [x], bare, ["skip", "output_noise"], scale="kl")
+    write_reports([report, bare], tmp_path / "r.csv", "csv")
+    frame = pandas.read_csv(tmp_path / "r.csv")
+    np.testing.assert_allclose(frame["effect_skip"][:2], report.effects.values["skip"])
+    np.testing.assert_allclose(frame["influence"][:2], report.influence)
+    assert frame["effect_skip"][2:].isna().all()
+    page, text = to_html([report, bare]), to_markdown(report)
+    for cell in (f"{report.effects.values['skip'][0]:.2g}", f"{report.influence[1]:.3f}"):
+        assert cell in text
+    assert f'data-value="{report.effects.values["output_noise"][0]}"' in to_html([report])
+    assert "KL in nats" in text
+    assert "influence" not in page  # of one run, the newest report is shown, which predicts nothing
+
+
+def test_a_report_without_directions_is_shown_without_their_figure(report):
+    lost = dataclasses.replace(
+        report,
+        directions=0,
+        volumes=np.zeros((2, 0)),
+        **{name: np.full(2, np.nan) for name in ("credit", "gain", "sensitivity")},
+    )
+    page = to_html([lost])
+    assert "Credit by output direction" not in page
+    assert "Credit by output direction" in to_html([report])
+    assert page.count('class="doubt"') == 2
+
+
+def test_without_any_report_only_json_is_written(tmp_path):
+    write_with_known([], tmp_path / "r.html", "html")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.html.json"]
+    with pytest.raises(ValueError, match="no report to show"):
+        write_reports([], tmp_path / "r.html", "html")
+
+
+def test_effects_that_were_not_predicted_cannot_be_shown(report):
+    with pytest.raises(
+        ValueError, match="the report predicts no effects; predict_effects fills them in"
+    ):
+        effects_table(report)

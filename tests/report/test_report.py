@@ -1,0 +1,337 @@
+"""The frozen result: files, scalars and the table."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_koopman import CreditReport, KoopmanCredit
+from lightning_koopman.koopman.credit import QUANTITIES, compute_credits
+from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.report.report import MIN_R2, build_report, check_quantities
+from lightning_koopman.report.saved import ReportFormatError
+
+NAMES = ("stem", "body.0", "head")
+
+
+def make(names: tuple[str, ...] = NAMES, *, dead: bool = False, **options: Any) -> CreditReport:
+    metric = KoopmanCredit(names, **options)
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(200, 5, generator=generator, dtype=torch.float64)]
+    for _ in names:
+        weight = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+        states.append(torch.tanh(states[-1] @ weight))
+    if dead:
+        states[1] = torch.zeros_like(states[1])
+    metric.update(states)
+    return metric.report(variance_kept=[0.9, 1.0, 1.0][: len(names)], notes=["a note"], step=12)
+
+
+def assert_equal(given: CreditReport, other: CreditReport) -> None:
+    for field in dataclasses.fields(CreditReport):
+        if field.name == "operators":
+            continue
+        a, b = getattr(given, field.name), getattr(other, field.name)
+        if field.name == "stderr":
+            assert set(a) == set(b)
+            for name in a:
+                np.testing.assert_array_equal(a[name], b[name])
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=field.name)
+            assert type(a) is type(b), field.name
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path, dead: bool) -> None:
+    report = make(dead=dead)
+    path = tmp_path / "report.json"
+    text = report.to_json(path)
+    assert path.read_text(encoding="utf-8") == text == report.to_json()
+    assert list(tmp_path.iterdir()) == [path]
+    back = CreditReport.from_json(path)
+    assert_equal(back, report)
+    assert back.operators == {}
+    assert back.r2.dtype == np.float64
+    assert back.stable.dtype == np.bool_
+    assert str(back) == str(report)
+    assert back.doubts == report.doubts
+    assert dead == np.isnan(report.total)
+
+
+def test_numbers_that_are_not_finite_become_null() -> None:
+    text = make(dead=True).to_json()
+    assert "NaN" not in text
+    given = json.loads(text)
+    assert given["total"] is None
+    assert given["credit"] == [None] * 3
+    assert given["r2"][0] is None
+    infinite = dataclasses.replace(make(), total=float("inf")).to_json()
+    assert json.loads(infinite)["total"] is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    make().to_json(path)
+    before = path.read_text()
+    with pytest.raises(TypeError, match="must be real number"):
+        dataclasses.replace(make(), credit=None).to_json(path)
+    assert path.read_text() == before
+
+
+MALFORMED = {
+    "empty": b"",
+    "half": b'{"format": 1, "components": ["a"',
+    "text": b"hello",
+    "not utf-8": b"\xff\xfe{}",
+    "deeply nested": b"[" * 200_000,
+    "a huge number": b'{"format": ' + b"1" * 5000 + b"}",
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"3",
+    "another format": b'{"format": 2}',
+    "no format": b"{}",
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_files_that_hold_no_report_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(MALFORMED[kind])
+    with pytest.raises(ReportFormatError, match=r"bad\.json (is not JSON|holds no report)"):
+        CreditReport.from_json(path)
+
+
+def test_a_missing_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        CreditReport.from_json(tmp_path / "none.json")
+
+
+TABLE = "is missing or not a table of numbers"
+FIELDS = {
+    "components": [
+        ("x", "components must be a list of str"),
+        ([], "components must be distinct names, at least one"),
+        (["a", "a", "b"], "components must be distinct names"),
+        ([1, 2, 3], "components must be a list of str"),
+    ],
+    "widths": [
+        ([5, 5], "widths has 2 entries for 3 components"),
+        ([5.0, 5.0, 5.0], "widths must be a list of int"),
+        ([True, 1, 1], "widths must be a list of int"),
+    ],
+    "stderr": [
+        ({}, "stderr must hold credit, gain"),
+        ([], "stderr must hold credit, gain"),
+        ({key: [1.0] for key in QUANTITIES}, r"credit has shape \(1,\); expected \(3,\)"),
+    ],
+    "volumes": [
+        ([[1.0]] * 3, r"volumes has shape \(3, 1\); expected \(3, 5\)"),
+        ([[1.0], [1.0, 2.0], []], f"volumes {TABLE}"),
+        (None, r"volumes has shape \(\); expected \(3, 5\)"),
+    ],
+    "directions": [
+        (-1, "directions must be a whole number, not -1"),
+        (True, "directions must be a whole"),
+    ],
+    "n_samples": [
+        (1.5, r"n_samples must be a whole number, not 1\.5"),
+        ("7", "n_samples must be a whole"),
+    ],
+    "step": [(-3, "step must be a whole number, not -3"), ("3", "step must be a whole number")],
+    "total": [("abc", f"total {TABLE}"), ([1.0], r"total has shape \(1,\); expected \(\)")],
+    "total_stderr": [({}, f"total_stderr {TABLE}")],
+    "parts": [([], "parts must name the module calls"), ({"a": "b"}, "a must be a list of str")],
+    "notes": [("note", "notes must be a list of str"), ([1], "notes must be a list of str")],
+    **{
+        name: [
+            ([1.0, 2.0], rf"{name} has shape \(2,\); expected \(3,\)"),
+            (["a", "b", "c"], f"{name} {TABLE}"),
+            (["1.0", "2.0", "3.0"], f"{name} {TABLE}"),
+            ([{}, 1, 2], f"{name} {TABLE}"),
+            ([10**400, 1, 2], f"{name} {TABLE}"),
+        ]
+        for name in (*QUANTITIES, "variance_kept", "tikhonov", "condition")
+    },
+    "stable": [
+        ([True, False], "stable has 2 entries for 3 components"),
+        ([1, 0, 1], "stable must be a list of bool"),
+        ([None, True, True], "stable must be a list of bool"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [(name, value, message) for name, cases in FIELDS.items() for value, message in cases],
+)
+def test_every_field_is_checked(name: str, value: Any, message: str) -> None:
+    given = make().to_dict()
+    given[name] = value
+    with pytest.raises(ReportFormatError, match=message):
+        CreditReport.from_dict(given)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in make().to_dict()
+        if n not in ("step", "parts", "folds", "delay", "run", "source", "effects")
+    ],
+)
+def test_every_field_is_needed(name: str) -> None:
+    given = make().to_dict()
+    del given[name]
+    with pytest.raises(ReportFormatError, match=name):
+        CreditReport.from_dict(given)
+
+
+def test_excitation_of_an_old_file_must_be_off() -> None:
+    given = make().to_dict()
+    CreditReport.from_dict(given | {"excitation": 0.0})
+    with pytest.raises(ReportFormatError, match=r"excitation=0.3, which was removed in 0.2; measure it"):
+        CreditReport.from_dict(given | {"excitation": 0.3})
+
+
+def test_reading_leaves_the_dictionary_alone() -> None:
+    given = make().to_dict()
+    before = copy.deepcopy(given)
+    assert_equal(CreditReport.from_dict(given), make())
+    assert given == before
+
+
+def test_scalars_have_flat_keys_and_plain_values() -> None:
+    report = make()
+    scalars = report.to_scalars()
+    assert list(scalars) == [f"koopman/{q}/{c}" for q in QUANTITIES for c in NAMES]
+    assert all(type(value) is float for value in scalars.values())
+    assert [scalars[f"koopman/gain/{c}"] for c in NAMES] == report.gain.tolist()
+    chosen = report.to_scalars("k", ["credit", "credit_stderr"])
+    assert list(chosen) == [f"k/{q}/{c}" for q in ("credit", "credit_stderr") for c in NAMES]
+    assert [chosen[f"k/credit_stderr/{c}"] for c in NAMES] == report.stderr["credit"].tolist()
+
+
+def test_unknown_quantities_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown quantities \['blame'\]; choose from \['credit', 'gain'"
+    ):
+        make().to_scalars(quantities=["credit", "blame"])
+    with pytest.raises(ValueError, match="quantities is 'credit'; give a list"):
+        check_quantities("credit")
+    check_quantities([*QUANTITIES, "r2_stderr"])
+
+
+def test_a_row_carries_its_doubts() -> None:
+    report = dataclasses.replace(
+        make(),
+        r2=np.array([0.9, MIN_R2 - 0.01, np.nan]),
+        chain_r2=np.array([0.9, 0.9, -3.0]),
+        credit=np.array([1.0, np.nan, 0.0]),
+        stable=np.array([True, False, False]),
+    )
+    assert report.doubts == ((), ("r2", "lost"), ("r2", "chain_r2", "ridge"))
+    assert report.trusted.tolist() == [True, False, False]
+    text = str(report)
+    assert "2 of 3 rows carry a doubt" in text
+    rows = {
+        line.split()[0]: line
+        for line in text.splitlines()
+        if line.split()[:1] and line.split()[0] in NAMES
+    }
+    assert rows["body.0"].rstrip().endswith("r2, lost")
+    assert rows["stem"].rstrip().endswith("5/5")
+    assert "carry a doubt" not in str(
+        dataclasses.replace(
+            report,
+            **{
+                "r2": np.ones(3),
+                "chain_r2": np.ones(3),
+                "credit": np.ones(3),
+                "stable": np.ones(3, bool),
+            },
+        )
+    )
+
+
+def test_the_table_shows_numbers_with_errors_and_notes() -> None:
+    report = make()
+    text = str(report)
+    assert "at step 12, 200 samples" in text
+    assert f"total {report.total:.3f} ± {report.total_stderr:.3f} nats a direction" in text
+    assert f"{report.credit[0]:.3f}±{report.stderr['credit'][0]:.3f}" in text
+    assert "Note: a note" in text
+    for name in NAMES:
+        assert name in text
+    assert "at step" not in str(dataclasses.replace(report, step=None))
+
+
+def test_names_and_notes_with_brackets_are_shown_as_they_are() -> None:
+    report = dataclasses.replace(make(("a[relu]", "[bold]", "c")), notes=("see [red]",))
+    text = str(report)
+    for shown in ("a[relu]", "[bold]", "see [red]"):
+        assert shown in text
+
+
+def test_fields_cannot_be_set() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().total = 0.0  # type: ignore[misc]
+
+
+def test_numbers_are_double_precision_and_add_up() -> None:
+    report = make()
+    for name in QUANTITIES:
+        assert getattr(report, name).dtype == np.float64
+        assert getattr(report, name).shape == report.stderr[name].shape == (3,)
+    assert report.gain.sum() == pytest.approx(report.total, abs=1e-9)
+    assert report.volumes.shape == (3, report.directions)
+    assert np.allclose(report.volumes.mean(1), report.credit, rtol=0, atol=1e-12)
+    assert list(report.operators) == list(NAMES)
+    assert report.widths == (5, 5, 5)
+
+
+def test_lost_directions_are_named_in_a_note() -> None:
+    states = [torch.randn(100, 5, dtype=torch.float64)]
+    for shape in ((5, 4), (4, 2), (2, 6)):
+        states.append(states[-1] @ torch.randn(shape, dtype=torch.float64))
+    states[-1] = states[-1] + 0.1 * torch.randn(100, 6, dtype=torch.float64)
+    layout = Layout((5, 4, 2, 6), 5)
+    moments = layout.zeros()
+    accumulate(layout, moments, states, torch.arange(100) % 5)
+    report = build_report(NAMES, compute_credits(layout, moments), n_samples=100)
+    assert report.notes == (
+        "2 output directions reach back to the input; others (2 to 5) are lost at 'body.0' and were "
+        "dropped",
+    )
+    states[0] = torch.zeros_like(states[0])
+    moments = layout.zeros()
+    accumulate(layout, moments, states, torch.arange(100) % 5)
+    report = build_report(NAMES, compute_credits(layout, moments), n_samples=100)
+    assert report.notes[0].startswith("0 output directions reach back to the input; others (0 to 5)")
+    assert "lost" in report.doubts[0]
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_notes_are_whole_where_the_table_is_wider_than_the_screen(width: int) -> None:
+    words = [f"word{i}" for i in range(60)]
+    report = dataclasses.replace(
+        make(),
+        credit=np.array([-10.123, -20.123, -30.123]),
+        gain=np.array([-10.123, -20.123, -30.123]),
+        rank=np.array([128.0] * 3),
+        widths=(128,) * 3,
+        notes=(" ".join(words), "with [brackets]"),
+    )
+    file = io.StringIO()
+    Console(file=file, width=width, color_system=None).print(report)
+    shown = file.getvalue().split()
+    assert [word for word in shown if word.startswith("word")] == words
+    assert "[brackets]" in shown

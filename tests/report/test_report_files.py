@@ -1,0 +1,273 @@
+"""Files of reports: complete or untouched, and never believed unread."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, predict_effects
+from lightning_koopman.cli.main import main
+from lightning_koopman.report import pages as formats
+from lightning_koopman.report.comparison import changes_table
+from lightning_koopman.report.files import merge_reports, read_reports, write_reports
+from lightning_koopman.report.pages import to_html, to_markdown
+from lightning_koopman.report.saved import ReportFormatError
+from lightning_koopman.report.tables import as_text
+
+QUIET = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def batches() -> list[torch.Tensor]:
+    return list(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20))
+
+
+def checkpoints(folder: Path, count: int) -> list[Path]:
+    paths = []
+    for step in range(count):
+        model = network()
+        with torch.no_grad():
+            model[0].weight.mul_(1 + step / 10)
+        paths.append(folder / f"{step}.ckpt")
+        torch.save({"state_dict": model.state_dict(), "global_step": step}, paths[-1])
+    return paths
+
+
+def test_shards_merge_to_the_whole(tmp_path: Path) -> None:
+    paths = checkpoints(tmp_path, 5)
+    whole = evaluate_checkpoints(network(), paths, batches())
+    files = []
+    for number in (1, 2, 3):
+        part = evaluate_checkpoints(network(), paths, batches(), shard=(number, 3))
+        files.append(tmp_path / f"{number}.json")
+        write_reports(part, files[-1])
+    write_reports(whole, tmp_path / "whole.json")
+    arguments = [f"--reports+={path}" for path in files]
+    assert main(["merge", *arguments, "--out", str(tmp_path / "all.json")]) == 0
+    assert (tmp_path / "all.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_shard_without_a_checkpoint_gives_no_report(tmp_path: Path) -> None:
+    paths = checkpoints(tmp_path, 1)
+    given = evaluate_checkpoints(network(), paths, batches(), shard=(2, 2), logdir=tmp_path / "logs")
+    assert given == []
+
+
+@pytest.mark.parametrize("shard", [(0, 2), (3, 2), (1, 0)])
+def test_a_shard_out_of_range_is_refused(shard: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="write i/n with i from 1 to n"):
+        evaluate_checkpoints(network(), checkpoints(tmp_path, 1), batches(), shard=shard)
+
+
+@pytest.mark.parametrize("shard", ["2", "a/b", "1/2/3", "-1/2", "3/2"])
+def test_a_shard_that_is_none_is_refused_by_the_command(
+    shard: str, user_module: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(checkpoints(user_module("sharded_mod"), 1)[0])
+    given = ["--model=sharded_mod:net", "--data=sharded_mod:data", f"--ckpt={path}", f"--shard={shard}"]
+    assert main(["evaluate", *given]) == 1
+    assert "write i/n" in capsys.readouterr().err
+
+
+def test_reports_so_far_are_saved_after_every_checkpoint(tmp_path: Path) -> None:
+    out, counts = tmp_path / "out.json", []
+
+    def save(reports: list[CreditReport]) -> None:
+        write_reports(reports, out)
+        counts.append(len(read_reports(out)))
+
+    evaluate_checkpoints(network(), checkpoints(tmp_path, 3), batches(), on_report=save)
+    assert counts == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["one", "json", "html", "csv"])
+def test_a_disk_that_is_full_leaves_the_old_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = credit_report(network(), batches())
+    out = tmp_path / "out"
+
+    def write(reports: list[CreditReport]) -> None:
+        if kind == "one":
+            reports[-1].to_json(out)
+        else:
+            formats.write_reports(reports, out, kind)
+
+    write([report])
+    before = out.read_text()
+
+    def full(self: Path, target: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write([report, dataclasses.replace(report, n_samples=7)])
+    assert out.read_text() == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    one = credit_report(network(), batches(), step=3)
+    other = credit_report(network(), batches()[:2], step=3)
+    write_reports([one], tmp_path / "a.json")
+    write_reports([other], tmp_path / "b.json")
+    assert len(merge_reports([tmp_path / "a.json", tmp_path / "a.json"])) == 1
+    with pytest.raises(ReportFormatError, match=r"different reports at step 3; merge shards"):
+        merge_reports([tmp_path / "a.json", tmp_path / "b.json"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[1]", "[" * 100_000, '[{"format": 1}]', "\ud800"])
+def test_a_file_that_holds_no_reports_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ReportFormatError, match=r"bad\.json"):
+        read_reports(path)
+
+
+VALID = credit_report(network(), batches()).to_dict()
+WITH_EFFECTS = predict_effects(
+    network(), batches(), credit_report(network(), batches()), ["skip"]
+).to_dict()
+
+
+@QUIET
+@given(field=st.sampled_from(sorted(VALID)), value=JSON)
+def test_any_field_may_hold_anything(field: str, value: Any) -> None:
+    altered = json.loads(json.dumps(VALID)) | {field: value}
+    try:
+        report = CreditReport.from_dict(altered)
+    except ReportFormatError:
+        return
+    str(report)
+    report.to_scalars()
+
+
+@QUIET
+@given(value=JSON)
+def test_anything_may_stand_for_a_report(value: Any) -> None:
+    try:
+        CreditReport.from_dict(value)
+    except ReportFormatError:
+        return
+    pytest.fail("a report was made of nothing")
+
+
+@QUIET
+@given(name=st.sampled_from(sorted(VALID["stderr"])), value=JSON, drop=st.booleans())
+def test_any_error_bar_may_hold_anything(name: str, value: Any, drop: bool) -> None:
+    altered = json.loads(json.dumps(VALID))
+    if drop:
+        del altered["stderr"][name]
+    else:
+        altered["stderr"][name] = value
+    try:
+        CreditReport.from_dict(altered)
+    except ReportFormatError:
+        return
+
+
+@QUIET
+@given(content=st.binary(max_size=60))
+def test_any_bytes_may_stand_in_the_file(content: bytes, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "file.json"
+    path.write_bytes(content)
+    for read in (read_reports, CreditReport.from_json):
+        try:
+            read(path)
+        except ReportFormatError:
+            continue
+
+
+NUMBER = st.floats() | st.sampled_from([1e308, -1e308, 5e-324, 10**300, None, -1])
+
+
+@settings(QUIET, max_examples=25)
+@given(data=st.data())
+def test_what_passes_for_a_report_can_be_shown_in_every_form(data: st.DataObject) -> None:
+    def drawn(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: drawn(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [drawn(part) for part in value]
+        kept = isinstance(value, bool | str) or value is None
+        return value if kept or data.draw(st.booleans()) else data.draw(NUMBER)
+
+    shown = ("credit", "gain", "nonlinearity", "r2", "rank", "stderr", "total", "volumes", "effects")
+    altered = json.loads(json.dumps(WITH_EFFECTS))
+    altered |= {name: drawn(altered[name]) for name in data.draw(st.sets(st.sampled_from(shown)))}
+    altered |= {"notes": [data.draw(st.text())], "run": data.draw(st.text())}
+    try:
+        report = CreditReport.from_dict(altered)
+    except ReportFormatError:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # figures warn of numbers that overflow, and of letters they lack
+        for form in (str, CreditReport.to_frame, to_markdown, lambda one: to_html([one, one])):
+            form(report)
+        str(as_text(changes_table(report, report, "credit")))
+    assert json.dumps(report.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "field", ["credit", "volumes", "notes", "parts", "step", "folds", "run", "effects"]
+)
+def test_lists_within_lists_without_end_are_refused(field: str) -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ReportFormatError):
+        CreditReport.from_dict({**VALID, field: deep})
+    while deep:  # or taking it apart would be a recursion of its own
+        deep = deep[0]
+
+
+@pytest.mark.parametrize("name", ["stderr", "total_stderr"])
+def test_errors_below_zero_are_refused(name: str) -> None:
+    errors = {**VALID["stderr"], "gain": [-1.0, 0.0]} if name == "stderr" else -1.0
+    with pytest.raises(ReportFormatError, match=r"(gain|total_stderr) holds a standard error below 0"):
+        CreditReport.from_dict({**VALID, name: errors})
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, out = credit_report(network(), batches()), tmp_path / "r.json"
+    write_reports([report], out)
+    before = out.read_bytes()
+
+    def interrupted(self: Path, text: str, **more: Any) -> None:
+        self.write_bytes(text[:100].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    for write in (write_reports, lambda reports, path: reports[0].to_json(path)):
+        with pytest.raises(KeyboardInterrupt):
+            write([report, report], out)
+    with pytest.raises(KeyboardInterrupt):
+        formats.write_reports([report], out, "html")
+    assert out.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [out]
