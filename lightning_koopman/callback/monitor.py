@@ -28,7 +28,6 @@ from lightning_koopman.callback.trainer_facts import (
 )
 from lightning_koopman.koopman.chain import Normalize
 from lightning_koopman.koopman.credit import check_options
-from lightning_koopman.koopman.delay import Delay
 from lightning_koopman.network.components import named_components
 from lightning_koopman.network.isolation import is_compiled, random_states_kept
 from lightning_koopman.network.rows import ReduceOption, check_reduce
@@ -90,7 +89,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     ``trainer.callback_metrics``, loggers and checkpoints, but neither :attr:`history` nor
     :attr:`report`, which stay in the children. Strategies that shard weights (FSDP, model parallel) are
     measured while validation runs; they cannot run an extra pass. The processes of a tensor-parallel
-    group run on the same samples, which count once.
+    group run on the same samples, which count once; components whose outputs are spread over them are
+    refused.
 
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
@@ -112,8 +112,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             every component, the largest up to 1e-2 that at most doubles its held-out error.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
-        delay: Step delay: how many earlier states each operator sees, or ``"auto"``, as in
-            :func:`lightning_koopman.credit_report`.
+        delay: Step delay: how many earlier states each operator sees, beside those that the data flow
+            links.
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
             directions of the output.
         forward_fn: How to run the module on a batch where an extra pass is needed; ``None`` calls it on
@@ -144,7 +144,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         rank: int | None = None,
         tikhonov: float | None = None,
         normalize: Normalize = "none",
-        delay: Delay = 1,
+        delay: int = 1,
         targets: Sequence[int] | None = None,
         forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         prefix: str = "koopman",

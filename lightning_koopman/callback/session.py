@@ -7,15 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_koopman.callback.trainer_facts import (
-    DataPart,
-    data_part,
-    plain_numerics,
-    share,
-    unrepeated_samples,
-)
+from lightning_koopman.callback.trainer_facts import data_part, plain_numerics, share, unrepeated_samples
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
-from lightning_koopman.measurement.processes import in_step
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward
 from lightning_koopman.network.isolation import is_compiled
 
@@ -46,8 +39,6 @@ class Session:
         self._options = options
         self._most_seen = 0
         self._failure: Exception | None = None
-        self._part = DataPart(0, 1)
-        self._untold = self._in_step = False
 
     @property
     def idle(self) -> bool:
@@ -56,15 +47,14 @@ class Session:
 
     @property
     def wants_more(self) -> bool:
-        """Whether a measurement is under way that has not seen its samples yet, or others think so."""
-        measuring = self.measurement is not None and self.measurement.n_seen < self._most_seen
-        return measuring or self._untold
+        """Whether a measurement is under way that has not seen its samples yet."""
+        return self.measurement is not None and self.measurement.n_seen < self._most_seen
 
     def begin(self, trainer: Any, pl_module: Any, loader: Any) -> None:
         """Start measuring this process's share of the samples that a loader gives."""
         self.owes_exchange = trainer.world_size > 1
         self.rides_along = not is_compiled(pl_module)
-        self._part = part = data_part(trainer)
+        part = data_part(trainer)
         # All stop at the same batch, or a model that talks to its other copies would wait forever.
         self._most_seen = share(self._max_samples, part.count)
         own = min(share(self._max_samples, part.count, part.index), unrepeated_samples(loader))
@@ -89,25 +79,10 @@ class Session:
         if not self.rides_along:
             self.run(trainer, pl_module, [batch])
             return
-        # Gathering what lies in several processes takes all of them: first they tell that they are
-        # ready, and behind it that they may go on.
-        self._untold, self._in_step = False, True
-        if self.measurement is not None:
-            self.measurement.capture.remove()
+        assert self.measurement is not None
+        self.measurement.capture.remove()
         with plain_numerics(pl_module):
-            with in_step(self._part.group, pl_module.device):
-                self._close_pass()
-            with in_step(self._part.group, pl_module.device):
-                assert self.measurement is not None
-                self.measurement.end_pass()
-        self._in_step = False
-
-    def _close_pass(self) -> None:
-        measurement, failure = self.measurement, self._failure
-        if failure is not None:
-            raise failure
-        assert measurement is not None
-        measurement.close_pass()
+            self.measurement.end_pass()
 
     def run(self, trainer: Any, pl_module: Any, batches: Iterable[Any]) -> None:
         """Run batches once more, as Lightning would, but eagerly and in eval mode."""
@@ -131,23 +106,20 @@ class Session:
         """End the measurement; every process of the run must call this."""
         measurement, failure, owes_exchange = self.measurement, self._failure, self.owes_exchange
         self.forget()
-        part = None if self._part.group is None else self._part.index
         if owes_exchange:
-            merge_processes(measurement, pl_module.device, failure, part)
+            merge_processes(measurement, pl_module.device, failure)
         assert measurement is not None
         return measurement
 
     def fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of."""
         self._give_up()
-        self._untold = self._part.group is not None and not self._in_step
         self._failure = error
 
     def forget(self) -> None:
         """Give up the measurement under way, hooks first."""
         self._give_up()
         self.owes_exchange, self._failure = False, None
-        self._untold = self._in_step = False
 
     def _give_up(self) -> None:
         if self.measurement is not None:

@@ -54,13 +54,11 @@ class DataPart:
         index: Which part of the samples, counted from 0.
         count: Number of parts.
         counts: Whether they are counted in this process; of several that run on the same, one counts.
-        group: The processes that run on the same samples; ``None`` where each has its own.
     """
 
     index: int
     count: int
     counts: bool = True
-    group: Any = None
 
 
 def data_part(trainer: Any) -> DataPart:
@@ -72,8 +70,7 @@ def data_part(trainer: Any) -> DataPart:
     parts, copies = mesh["data_parallel"], mesh["tensor_parallel"]
     if copies.size() == 1:
         return DataPart(trainer.global_rank, trainer.world_size)
-    first = copies.get_local_rank() == 0
-    return DataPart(parts.get_local_rank(), parts.size(), first, copies.get_group())
+    return DataPart(parts.get_local_rank(), parts.size(), copies.get_local_rank() == 0)
 
 
 def unrepeated_samples(loader: Any) -> int:

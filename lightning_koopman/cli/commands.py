@@ -107,7 +107,7 @@ def evaluate(
     max_dim: int = 256,
     folds: int = 5,
     normalize: Literal["none", "rms", "whiten"] = "none",
-    delay: int | Literal["auto"] = 1,
+    delay: int = 1,
     seed: int = 0,
     trust_checkpoint: bool = False,
     shard: str = "1/1",

@@ -250,7 +250,7 @@ def _values(
 def check_options(
     *,
     folds: int = 5,
-    delay: int | str = 1,
+    delay: int = 1,
     rank: int | None = None,
     tikhonov: float | None = None,
     normalize: str = "none",
@@ -259,11 +259,8 @@ def check_options(
     """Refuse options that no chain can be computed with, before any work is done."""
     if folds < 2:
         raise ValueError(f"folds is {folds}; held-out R² needs at least 2")
-    if delay != "auto" and (isinstance(delay, str) or delay < 1):
-        raise ValueError(
-            f"delay is {delay!r}; each operator sees at least one earlier state: give 1 or more, or "
-            "'auto'"
-        )
+    if not isinstance(delay, int) or delay < 1:
+        raise ValueError(f"delay is {delay!r}; it must be an integer of 1 or above")
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}; at least one output direction must be aligned")
     check_tikhonov(tikhonov)

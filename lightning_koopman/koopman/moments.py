@@ -24,8 +24,6 @@ class Layout:
         folds: Number of folds, one row each.
         delay: How many states before it each step reads at least.
         links: For each step i = 1 … L, further earlier states that it reads; empty means none.
-        reach: Keep what every delay up to this one needs, so that :func:`dataclasses.replace` may change
-            ``delay`` later on the same moments.
         squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
     """
 
@@ -33,7 +31,6 @@ class Layout:
     folds: int
     delay: int = 1
     links: tuple[tuple[int, ...], ...] = ()
-    reach: int = 1
     squares: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,17 +55,10 @@ class Layout:
     @cached_property
     def parents(self) -> tuple[tuple[int, ...], ...]:
         """For each state 0 … L, the states that its step reads, the nearest first."""
-        return self._reading(self.delay)
-
-    def _reading(self, delay: int) -> tuple[tuple[int, ...], ...]:
-        read = [set(range(max(0, i - delay), i)) for i in range(len(self.dims))]
+        read = [set(range(max(0, i - self.delay), i)) for i in range(len(self.dims))]
         for i, links in enumerate(self.links, start=1):
             read[i].update(links)
         return tuple(tuple(sorted(states, reverse=True)) for states in read)
-
-    @cached_property
-    def _most_read(self) -> tuple[tuple[int, ...], ...]:
-        return self._reading(max(self.delay, self.reach))
 
     @cached_property
     def live(self) -> tuple[tuple[int, ...], ...]:
@@ -76,7 +66,7 @@ class Layout:
         last = len(self.dims) - 1
         return (
             *(
-                tuple(sorted({p for c in self._most_read[i + 1 :] for p in c if p <= i}, reverse=True))
+                tuple(sorted({p for c in self.parents[i + 1 :] for p in c if p <= i}, reverse=True))
                 for i in range(last)
             ),
             (last,),
@@ -87,7 +77,7 @@ class Layout:
         """Index pairs i ≤ j whose products are kept."""
         last = len(self.dims) - 1
         kept = {(i, i) for i in range(last + 1)} | {(i, last) for i in range(last + 1)}
-        kept |= {(p, i) for i, read in enumerate(self._most_read) for p in read}
+        kept |= {(p, i) for i, read in enumerate(self.parents) for p in read}
         kept |= {(p, q) for states in self.live for p in states for q in states if p <= q}
         return tuple(sorted(kept))
 

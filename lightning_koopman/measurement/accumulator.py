@@ -17,9 +17,6 @@ from lightning_koopman.measurement.metric import KoopmanCredit
 from lightning_koopman.measurement.processes import Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.report.report import CreditReport
 
-_MARKED = 16
-"""Rows by whose means processes see whether they hold the same states."""
-
 
 class Accumulator:
     """Rows of every state in, moments kept, a report out.
@@ -49,8 +46,6 @@ class Accumulator:
         self._reducer = StateReducer(max_dim, seed=seed, hold=hold, observables=observables)
         self._options = options | {"seed": seed}
         self._metric: KoopmanCredit | None = None
-        self._hold = hold
-        self._marks: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,9 +63,6 @@ class Accumulator:
         room = arrived if self._max_samples is None else self._max_samples - self.n_samples
         most = min(arrived, max(0, room))
         self.take(self._reducer.push(rows, most))
-        if self._hold and self._marks is None:
-            means = [block[:_MARKED].mean(dim=1) for block in rows.values()]
-            self._marks = torch.stack([mean.cpu().double() for mean in means])
         self.n_seen += arrived
         self.n_samples += most
 
@@ -102,7 +94,6 @@ class Accumulator:
             self.n_samples,
             tuple(offset.cpu() for offset in self._reducer.center),
             links=self._options.get("links", ()),
-            marks=self._marks,
         )
 
     def merge(self, shares: Sequence[Share], device: torch.device) -> None:
@@ -158,7 +149,7 @@ class Accumulator:
         report = self._metric.report(variance_kept=kept, notes=notes, step=step)
         self.seconds += time.perf_counter() - start
         assert self._metric.layout is not None
-        parents = replace(self._metric.layout, delay=report.delay).parents
+        parents = self._metric.layout.parents
         names = self._reducer.names
         reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
         return replace(report, reads=reads)

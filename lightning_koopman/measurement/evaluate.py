@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_koopman.koopman.chain import Normalize
-from lightning_koopman.koopman.delay import Delay
 from lightning_koopman.koopman.lifts import Observables
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
@@ -30,7 +29,7 @@ def credit_report(
     output: str | Callable[[Any], Any] | None = None,
     folds: int = 5,
     normalize: Normalize = "none",
-    delay: Delay = 1,
+    delay: int = 1,
     targets: Sequence[int] | None = None,
     observables: Observables = None,
     seed: int = 0,
@@ -63,8 +62,7 @@ def credit_report(
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
         delay: Step delay: how many earlier states each operator sees, beside those that the data flow
-            links; ``"auto"`` takes the smallest, up to 4, whose mean held-out R² no larger one improves
-            on by more than its error.
+            links.
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
             directions of the output.
         observables: Lifts every state but the output into further coordinates, in which an operator can

@@ -20,7 +20,7 @@ from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
 from lightning_koopman.network.recorder import INPUT, OUTPUT, Recorded
 from lightning_koopman.network.rows import ReduceOption, check_reduce, valid_positions
-from lightning_koopman.network.tensors import detached_copy, exact_device, exactly, is_spread, whole
+from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
 from lightning_koopman.report.report import CreditReport
 
 
@@ -74,7 +74,6 @@ class Measurement:
         self._skipped: list[str] = []
         self._untraced: str | None = None
         self._passes = 0
-        self._recorded: dict[str, Any] | None = None
         self._named = components is not None
         self._output = output
 
@@ -109,8 +108,8 @@ class Measurement:
         if callable(self._output):
             self.capture.record_end(self._output(given))
 
-    def close_pass(self) -> None:
-        """End the recording of a pass, without waiting for any other process."""
+    def end_pass(self) -> None:
+        """Take what the capture recorded in the pass that just ended."""
         self._silent, self._skipped = self.capture.silent, self.capture.skipped
         states = self.capture.end_pass()
         if len(states) < 2:
@@ -118,15 +117,6 @@ class Measurement:
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
-        self._recorded = states
-
-    def end_pass(self) -> None:
-        """Take what the capture recorded in the pass that just ended."""
-        if self._recorded is None:
-            self.close_pass()
-        assert self._recorded is not None
-        # Nothing between these collectives may fail in one process alone.
-        states, self._recorded = {n: _gathered(s) for n, s in self._recorded.items()}, None
         start = time.perf_counter()
         if self.plan is None:
             records = list(states.values())
@@ -148,19 +138,15 @@ class Measurement:
             if any(read != (i,) for i, read in enumerate(links)):
                 self.accumulator.settle(links=links)
             kept = self.plan.recorded
-            states = {r.name: r for r in states.values() if r.name in kept}
-        for name, state in states.items():
-            if isinstance(state, Recorded):
-                states[name] = self._rows(state.tensor, state)
+            states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
         rows = self.plan.join(states, self._passes)
         self._passes += 1
         self._seconds += time.perf_counter() - start
         self.accumulator.push(rows)
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
-        if self.plan is None or is_spread(tensor):
-            # Which form the rows take is settled once the whole first pass is known; and in a hook no
-            # process may wait for another, for the user's own pass would wait as well.
+        if self.plan is None:
+            # Which form the rows take is settled once the whole first pass is known.
             return dataclasses.replace(recorded, tensor=detached_copy(tensor))
         start = time.perf_counter()
         rows = self._rows(tensor, recorded)
@@ -214,18 +200,8 @@ class Measurement:
         return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
 
 
-def _gathered(state: Any) -> Any:
-    """Give a state whose parts lie in several processes as one; a collective for those."""
-    if isinstance(state, Recorded):
-        return dataclasses.replace(state, tensor=whole(state.tensor))
-    return state
-
-
 def merge_processes(
-    measurement: Measurement | None,
-    device: torch.device,
-    error: Exception | None = None,
-    part: int | None = None,
+    measurement: Measurement | None, device: torch.device, error: Exception | None = None
 ) -> None:
     """Let each process's measurement hold the samples of all; collectives.
 
@@ -234,7 +210,7 @@ def merge_processes(
     share = Share()
     try:
         if measurement is not None:
-            share = dataclasses.replace(measurement.accumulator.share(), part=part)
+            share = measurement.accumulator.share()
     except Exception as failure:
         error = failure
     if error is not None:

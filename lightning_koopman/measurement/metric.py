@@ -6,7 +6,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from lightning_koopman.koopman.credit import (
     compute_credits,
     samples_needed,
 )
-from lightning_koopman.koopman.delay import MAX_DELAY, Delay, DelayChoice, choose_delay
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.koopman.states import sample_keys
 from lightning_koopman.network.tensors import exact_device, exactly
@@ -46,7 +44,7 @@ class SummedMoments(Metric):
         dims: Sequence[int] | None,
         center: Sequence[Tensor] | None,
         folds: int,
-        delay: Delay,
+        delay: int,
         links: Sequence[Sequence[int]] | None,
         seed: int,
         **kwargs: Any,
@@ -132,8 +130,7 @@ class SummedMoments(Metric):
         return super()._apply(moved, exclude_state)
 
     def _lay_out(self, dims: tuple[int, ...]) -> None:
-        delay, reach = (1, min(MAX_DELAY, len(dims) - 1)) if self.delay == "auto" else (self.delay, 1)
-        layout = Layout(dims, self.folds, delay, self.links, reach)
+        layout = Layout(dims, self.folds, self.delay, self.links)
         if self.components is not None and len(self.components) != len(dims) - 1:
             raise ValueError(
                 f"{len(dims)} states need {len(dims) - 1} components, not {self.components}"
@@ -192,9 +189,7 @@ class KoopmanCredit(SummedMoments):
         center: Fixed offsets, one ``(d_i,)`` a state, equal in all processes, about which moments are
             summed. States whose mean is far larger than their spread need them.
         folds: Number of folds for held-out R² and error bars.
-        delay: Step delay: how many earlier states each operator sees at least; ``"auto"`` takes the
-            smallest, up to 4, whose mean held-out R² no larger
-            one improves on by more than its error.
+        delay: Step delay: how many earlier states each operator sees at least.
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
@@ -233,7 +228,7 @@ class KoopmanCredit(SummedMoments):
         dims: Sequence[int] | None = None,
         center: Sequence[Tensor] | None = None,
         folds: int = 5,
-        delay: Delay = 1,
+        delay: int = 1,
         links: Sequence[Sequence[int]] | None = None,
         rank: int | None = None,
         tikhonov: float | None = None,
@@ -269,7 +264,7 @@ class KoopmanCredit(SummedMoments):
         Raises:
             ValueError: If fewer than two samples were seen.
         """
-        credits = self._credits(self._settled()[0])
+        credits = self._credits()
         scalars = {}
         for name in self.quantities:
             base = name.removesuffix("_stderr")
@@ -299,19 +294,11 @@ class KoopmanCredit(SummedMoments):
             ValueError: If fewer than two samples were seen.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-            layout, choice = self._settled()
-            credits = self._credits(layout)
+            credits = self._credits()
             n_samples = int(self.moments[:, 0].sum())
         notes = list(notes)
-        if choice is not None and not choice.r2:
-            notes.append("delay 1 was taken, for too few folds hold samples to choose one")
-        elif choice is not None:
-            tried = ", ".join(f"{r2:.4f} with {s}" for s, r2 in enumerate(choice.r2, start=1))
-            notes.append(
-                f"delay {choice.delay} was chosen: mean held-out R² is {tried}, and no larger delay "
-                "improves on it by more than its error"
-            )
-        needed = samples_needed(layout)
+        assert self.layout is not None
+        needed = samples_needed(self.layout)
         if n_samples < needed:
             note = f"{n_samples} samples are few for states this wide; take {needed} or more"
             warnings.warn(note, stacklevel=2)
@@ -324,7 +311,7 @@ class KoopmanCredit(SummedMoments):
             notes=notes,
             step=step,
             folds=self.folds,
-            delay=layout.delay,
+            delay=self.delay,
         )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -339,20 +326,11 @@ class KoopmanCredit(SummedMoments):
         """
         return self._plot(val, ax)
 
-    def _settled(self) -> tuple[Layout, DelayChoice | None]:
-        """Give the layout with the delay given or chosen, and the choice if there was one."""
+    def _credits(self) -> Credits:
         if self.layout is None:
             raise ValueError("no sample arrived; call update with the states of a batch first")
-        if self.delay != "auto":
-            return self.layout, None
-        choice = choose_delay(
-            self.layout, self.moments.double(), tikhonov=self.tikhonov, normalize=self.normalize
-        )
-        return replace(self.layout, delay=choice.delay), choice
-
-    def _credits(self, layout: Layout) -> Credits:
         return compute_credits(
-            layout,
+            self.layout,
             self.moments.double(),
             rank=self.rank,
             tikhonov=self.tikhonov,

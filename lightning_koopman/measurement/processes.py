@@ -3,14 +3,12 @@
 Every process takes the same collectives in the same order, whatever happened to it: one small exchange
 of names, counts and errors, one of the rows that fix the POD bases (only where a state is wider than
 ``max_dim``), and one sum of all moments. An error of one process travels in the next exchange, so that
-all of them give up together and none waits for another. Processes that run on the same samples, as under
-tensor parallelism, also gather what each holds of a state, and tell each other around it how it went.
+all of them give up together and none waits for another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_koopman.koopman.states import Basis
-from lightning_koopman.network.tensors import LET_IT_BE_WHOLE
-
-_ALIKE = 1e-2
-"""Most that states of the same samples may differ by in two processes, relative to their size."""
 
 
 class ProcessError(RuntimeError):
@@ -40,8 +34,6 @@ class Share:
         center: Offsets that its moments are summed about; empty while rows wait for a basis.
         error: What went wrong, if anything did.
         links: For each step, the states it reads, where they are not just the ones before.
-        part: Which part of the data it ran on, where several processes run on the same.
-        marks: Means over the units of the first rows of each state, ``(n_states, n_rows)``.
     """
 
     names: tuple[str, ...] = ()
@@ -50,8 +42,6 @@ class Share:
     center: tuple[Tensor, ...] = ()
     error: str | None = None
     links: tuple[tuple[int, ...], ...] = ()
-    part: int | None = None
-    marks: Tensor | None = None
 
 
 def exchange(share: Share) -> list[Share]:
@@ -69,7 +59,6 @@ def exchange(share: Share) -> list[Share]:
 def agreed(shares: Sequence[Share]) -> Share:
     """Find what all processes have in common."""
     _raise_for([share.error for share in shares])
-    _refuse_parts_of_states(shares)
     seen = {rank: share for rank, share in enumerate(shares) if share.count}
     if not seen:
         return Share()
@@ -83,44 +72,6 @@ def agreed(shares: Sequence[Share]) -> Share:
                 "everywhere with components=[...]."
             )
     return first
-
-
-def _refuse_parts_of_states(shares: Sequence[Share]) -> None:
-    """Refuse a state of which processes that run on the same samples hold a part each."""
-    first: dict[int, Share] = {}
-    for share in shares:
-        if share.part is None or share.marks is None:
-            continue
-        other = first.setdefault(share.part, share)
-        assert other.marks is not None
-        for name, mine, its in zip(share.names, share.marks, other.marks, strict=False):
-            if mine.shape != its.shape or bool((mine - its).norm() > _ALIKE * its.norm()):
-                raise ProcessError(
-                    f"{name!r} is not the same in processes that run on the same samples, so each holds "
-                    f"a part of it. {LET_IT_BE_WHOLE}"
-                )
-
-
-@contextmanager
-def in_step(group: Any, device: torch.device) -> Generator[None, None, None]:
-    """Run something in all processes of a group, and let it fail in all where it fails in one."""
-    if group is None:
-        # Nobody to tell; on a GPU, reading the answer would wait for it in every batch.
-        yield
-        return
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as failure:
-        error = failure
-    failed = torch.tensor(float(error is not None), device=device)
-    dist.all_reduce(failed, group=group)
-    if error is not None:
-        raise error
-    if float(failed) > 0:
-        raise ProcessError(
-            "the measurement was given up, for it failed in a process that runs on the same samples"
-        )
 
 
 def agree_on_basis(

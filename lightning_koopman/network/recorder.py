@@ -15,6 +15,7 @@ from lightning_koopman.network.tensors import (
     first_tensor,
     is_spread,
     unpacked,
+    whole_here,
 )
 
 INPUT = "input"
@@ -139,7 +140,8 @@ class Recorder:
                 f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
                 "let output= give one"
             )
-        self.states[name] = self._keep(tensor, Recorded(name, module, tensor, None, sources))
+        recorded = _recorded(name, module, value, tensor, sources)
+        self.states[name] = self._keep(recorded.tensor, recorded)
 
     def _is_input(self, tensor: Tensor) -> bool:
         """Tell whether a component takes data of the batch that no component has taken before."""
@@ -210,4 +212,9 @@ def _recorded(
     if packed is not None and packed.data is tensor:
         tensor, lengths = unpacked(packed)
         return Recorded(name, module, tensor, lengths, sources, from_float)
-    return Recorded(name, module, tensor, None, sources, from_float)
+    held = whole_here(tensor)
+    if held is None:
+        raise ValueError(
+            f"the state of {name!r} is a DTensor of which each process holds a part. {LET_IT_BE_WHOLE}"
+        )
+    return Recorded(name, module, held, None, sources, from_float)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 LET_IT_BE_WHOLE = (
-    "Under tensor parallelism, let it give a DTensor, which is gathered (use_local_output=False), "
-    "or a whole tensor (output_layouts=Replicate()); or name components that do with components=[...]."
+    "Under tensor parallelism, let it give whole outputs (output_layouts=Replicate()), or name "
+    "components that do with components=[...]."
 )
 """What to do about a state of which each process holds a part."""
 
@@ -88,8 +88,19 @@ def detached_copy(tensor: Tensor) -> Tensor:
 
 
 def is_spread(tensor: Any) -> bool:
-    """Tell whether a tensor's parts lie in several processes."""
+    """Tell whether a tensor is one over several processes."""
     return hasattr(tensor, "full_tensor")
+
+
+def whole_here(tensor: Any) -> Tensor | None:
+    """Take a tensor that this process holds all of, without asking another process."""
+    if not is_spread(tensor):
+        return tensor  # type: ignore[no-any-return]
+    held = [
+        placement.is_replicate() or tensor.device_mesh.size(axis) == 1
+        for axis, placement in enumerate(tensor.placements)
+    ]
+    return tensor.to_local() if all(held) else None
 
 
 @functools.cache
@@ -105,10 +116,3 @@ def exact_device(device: torch.device) -> torch.device:
 def exactly(tensor: Tensor) -> Tensor:
     """Move a tensor to where its statistics can be made, if that is elsewhere."""
     return tensor.to(exact_device(tensor.device))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Gather a tensor whose parts lie in several processes; a collective for those, else a no-op."""
-    gather = getattr(tensor, "full_tensor", None)
-    gathered: Tensor = tensor if gather is None else gather()
-    return gathered

@@ -54,10 +54,12 @@ def parallelise(net: nn.Sequential, mesh: Any, name: str) -> None:
 
     if mesh["tensor_parallel"].size() > 1:
         whole = {"output_layouts": Replicate()}
+        kept = whole | {"use_local_output": False}
         plans = {
-            # What lies between the two layers stays spread, as a DTensor, as parts, or does not.
+            # What lies between the two layers is in parts, as a DTensor or not, or whole.
             "dtensor": {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()},
             "parts": {"0": ColwiseParallel(), "2": RowwiseParallel()},
+            "replicated": {"0": ColwiseParallel(**kept), "2": ColwiseParallel(**whole)},
             "whole": {"0": ColwiseParallel(**whole), "2": ColwiseParallel(**whole)},
         }
         parallelize_module(net, mesh["tensor_parallel"], plans[name.partition(" ")[2]])

@@ -142,7 +142,7 @@ def cases(strategy: str, processes: int) -> list[dict[str, Any]]:
 
 def good() -> list[dict[str, Any]]:
     given = cases("ddp", 2)
-    more = [given[4] | {"delay": "auto"}]
+    more = [given[4] | {"delay": 2}]
     return [*(given[i] for i in (0, 3, 5, 7, 8, 9, 10)), *more]
 
 
@@ -226,7 +226,7 @@ def test_no_batch_in_any_process_and_a_validation_that_one_of_them_skips(
 @pytest.mark.parametrize("processes", [2, 4])
 def test_forked_processes_give_the_report_of_one(processes: int, tmp_path: Path) -> None:
     configs = cases("ddp_fork", processes)
-    configs.append(configs[4] | {"delay": "auto"})
+    configs.append(configs[4] | {"delay": 2})
     check_against_one_process(configs, tmp_path)
 
 

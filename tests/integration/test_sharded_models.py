@@ -44,7 +44,7 @@ def fully_sharded() -> nn.Module:
     return net
 
 
-def tensor_parallel(keeps_parts: bool) -> nn.Module:
+def tensor_parallel(kind: str) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import (
@@ -54,14 +54,17 @@ def tensor_parallel(keeps_parts: bool) -> nn.Module:
     )
 
     mesh = init_device_mesh("cpu", (2,))
-    plan = {
-        # States between the two layers stay spread over the processes, as DTensors.
-        "up": ColwiseParallel(use_local_output=not keeps_parts)
-        if keeps_parts
-        else ColwiseParallel(output_layouts=Replicate()),
-        "down": RowwiseParallel() if keeps_parts else ColwiseParallel(output_layouts=Replicate()),
+    whole = ColwiseParallel(output_layouts=Replicate())
+    plans = {
+        "replicated": {"up": whole, "down": whole},
+        "replicated dtensor": {
+            "up": ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
+            "down": whole,
+        },
+        "dtensor": {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()},
+        "parts": {"up": ColwiseParallel(), "down": RowwiseParallel()},
     }
-    return parallelize_module(Net(), mesh, plan)
+    return parallelize_module(Net(), mesh, plans[kind])
 
 
 def hooks(model: nn.Module) -> int:
@@ -72,7 +75,7 @@ def work(rank: int, kind: str, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     warnings.simplefilter("ignore")
-    model = fully_sharded() if kind == "fsdp" else tensor_parallel(kind == "dtensor")
+    model = fully_sharded() if kind == "fsdp" else tensor_parallel(kind)
     # What the strategy itself hooks in is there before as well.
     before, own_hooks = dict(model.named_parameters()), hooks(model)
     given: Any
@@ -88,7 +91,7 @@ def work(rank: int, kind: str, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "replicated", "dtensor"])
+@pytest.mark.parametrize("kind", ["fsdp", "replicated", "replicated dtensor"])
 def test_sharded_weights_give_the_report_of_one_process(kind: str, tmp_path: Path) -> None:
     mp.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
     expected = credit_report(Net(), batches())
@@ -104,3 +107,20 @@ def test_sharded_weights_give_the_report_of_one_process(kind: str, tmp_path: Pat
         # The collective that gathers a replicated output is not followed, and the report says so.
         unfollowed = [note for note in given["notes"] if "could not be followed" in note]
         assert len(unfollowed) == len(given["notes"]) == (kind == "replicated")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("dtensor", "the state of 'up' is a DTensor of which each process holds a part"),
+        ("parts", "component 'up' gave 4 of its 8 units, and other processes the rest"),
+    ],
+)
+def test_states_of_which_each_process_holds_a_part_are_refused(
+    kind: str, message: str, tmp_path: Path
+) -> None:
+    mp.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        given = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert given.startswith(f"ValueError: {message}. Under tensor parallelism")
+        assert "output_layouts=Replicate()" in given

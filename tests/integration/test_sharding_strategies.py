@@ -19,14 +19,14 @@ def cases(*strategies: str, **options: Any) -> list[dict[str, Any]]:
 
 def test_spread_weights_give_the_report_of_one_process(tmp_path: Path) -> None:
     # Tensor-parallel processes run on the same samples, which count once.
-    configs = cases("fsdp", "fsdp linear", "fsdp block", "2x1", "1x2 whole", "1x2 dtensor")
-    configs += cases("2x1", "fsdp block", "1x2 dtensor", max_dim=8, max_samples=51)
+    configs = cases("fsdp", "fsdp linear", "fsdp block", "2x1", "1x2 whole", "1x2 replicated")
+    configs += cases("2x1", "fsdp block", "1x2 whole", max_dim=8, max_samples=51)
     check_against_one_process(configs, tmp_path)
 
 
 def test_both_kinds_at_once_give_the_report_of_one_process(tmp_path: Path) -> None:
     four = {"devices": 4, "processes": 4}
-    check_against_one_process(cases("2x2 dtensor", max_dim=8, max_samples=51, **four), tmp_path)
+    check_against_one_process(cases("2x2 whole", max_dim=8, max_samples=51, **four), tmp_path)
 
 
 FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_count"), (0, "_rows"), (1, "take")]
@@ -34,29 +34,37 @@ FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_count"), (0, "_rows"), (1, "
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """Four runs, the same without the monitor, one that leaves the end out, one for each fault."""
-    configs = cases("fsdp linear", "2x1", "1x2 dtensor", "1x2 parts", frozen=False, max_epochs=2)
+    """Five runs, the same without the monitor, one that leaves the end out, one for each fault."""
+    configs = cases(
+        "fsdp linear", "2x1", "1x2 whole", "1x2 parts", "1x2 dtensor", frozen=False, max_epochs=2
+    )
     configs += [config | {"unwatched": True} for config in configs]
     configs += cases("2x1", every_n_epochs=2, max_epochs=3)
-    configs += [c for f in FAULTS for c in cases("1x2 dtensor", break_numerics=f, max_dim=8)]
+    configs += [c for f in FAULTS for c in cases("1x2 whole", break_numerics=f, max_dim=8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_NAMESPACE", "pytorch_lightning")
         return [read(folder) for folder in fit(configs, tmp_path_factory.mktemp("runs"))]
 
 
 def test_training_is_bit_identical_with_the_monitor_on(runs: list[list[dict[str, Any]]]) -> None:
-    for watched, unwatched in zip(runs[:4], runs[4:8], strict=True):
+    for watched, unwatched in zip(runs[:5], runs[5:10], strict=True):
         assert [r["weights"] for r in watched] == [r["weights"] for r in unwatched]
         assert all(r["history"] == [] for r in unwatched)
-    for told in (rank["warned"] for rank in runs[3]):
-        assert any("gave 12 of its 24 units" in w and "use_local_output=False" in w for w in told)
-    assert [len(ranks[0]["history"]) for ranks in runs[:4]] == [2, 2, 2, 0]
+    assert [len(ranks[0]["history"]) for ranks in runs[:5]] == [2, 2, 2, 0, 0]
+    refused = {
+        3: "component 'net.0' gave 12 of its 24 units",
+        4: "the state of 'net.0' is a DTensor of which each",
+    }
+    for number, words in refused.items():
+        for rank in runs[number]:
+            assert rank["hooks"] == 0
+            assert any(words in w and "output_layouts=Replicate()" in w for w in rank["warned"])
 
 
 def test_weights_stay_unmeasured_where_that_takes_an_extra_pass(
     runs: list[list[dict[str, Any]]],
 ) -> None:
-    for rank in runs[8]:
+    for rank in runs[10]:
         assert len(rank["history"]) == 1
         assert any("ModelParallelStrategy shards the weights" in w for w in rank["warned"])
 
@@ -65,7 +73,7 @@ def test_weights_stay_unmeasured_where_that_takes_an_extra_pass(
 def test_an_error_of_ours_in_one_process_keeps_no_other_waiting(
     number: int, runs: list[list[dict[str, Any]]]
 ) -> None:
-    ranks, broken = runs[9 + number], FAULTS[number][0]
+    ranks, broken = runs[11 + number], FAULTS[number][0]
     assert [(rank["history"], rank["hooks"]) for rank in ranks] == [([], 0)] * 2
     assert any("broken numerics" in warning for warning in ranks[broken]["warned"])
     assert any("no Koopman credit this time" in w for w in ranks[1 - broken]["warned"])

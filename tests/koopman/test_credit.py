@@ -920,7 +920,7 @@ def test_options_out_of_range_are_refused() -> None:
     check_options()
     with pytest.raises(ValueError, match="folds is 1; held-out R² needs at least 2"):
         check_options(folds=1)
-    with pytest.raises(ValueError, match="delay is 0; each operator sees at least one earlier state"):
+    with pytest.raises(ValueError, match="delay is 0; it must be an integer of 1 or above"):
         check_options(delay=0)
     with pytest.raises(ValueError, match="rank is 0; at least one output direction must be aligned"):
         check_options(rank=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from lightning_koopman.callback.trainer_facts import (
     unrepeated_samples,
 )
 from lightning_koopman.koopman.moments import Layout, accumulate, recentred
-from lightning_koopman.measurement.processes import ProcessError, Share, agreed, exchange, in_step
+from lightning_koopman.measurement.processes import ProcessError, Share, agreed, exchange
 
 
 def test_recentred_moments_are_those_about_the_new_offset() -> None:
@@ -43,32 +42,10 @@ def test_the_error_of_one_process_is_told_in_all() -> None:
         agreed([Share(), Share(error="ValueError: too wide")])
 
 
-def test_processes_that_run_on_the_same_samples_must_hold_the_same_states() -> None:
-    marks = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    seen = Share(("input", "a"), (2, 3), 4, part=0, marks=marks)
-    copies = [replace(seen, count=0), replace(seen, count=0, marks=1.0001 * marks)]
-    assert agreed([seen, *copies]) is seen
-    other = replace(seen, marks=marks + torch.tensor([[0.0], [1.0]]))
-    with pytest.raises(ProcessError, match=r"'a' is not the same .*use_local_output=False.*components="):
-        agreed([seen, other])
-    for apart in (replace(other, part=1), replace(other, part=None), Share(part=0)):
-        assert agreed([seen, apart]) is seen
-    fewer = replace(seen, marks=marks[:, :1])
-    with pytest.raises(ProcessError, match="'input' is not the same"):
-        agreed([seen, fewer])
-
-
-def test_nobody_waits_where_no_other_process_runs_on_the_same_samples() -> None:
-    with in_step(None, torch.device("cpu")):
-        pass
-    with pytest.raises(ArithmeticError), in_step(None, torch.device("cpu")):
-        raise ArithmeticError
-
-
 @pytest.mark.parametrize(("data", "tensor"), [(1, 1), (4, 1), (1, 4), (2, 2)])
 def test_tensor_parallel_processes_share_a_part_of_the_data(data: int, tensor: int) -> None:
     def axis(size: int, rank: int) -> SimpleNamespace:
-        return SimpleNamespace(size=lambda: size, get_local_rank=lambda: rank, get_group=lambda: "group")
+        return SimpleNamespace(size=lambda: size, get_local_rank=lambda: rank)
 
     parts = []
     for rank in range(data * tensor):
@@ -83,7 +60,6 @@ def test_tensor_parallel_processes_share_a_part_of_the_data(data: int, tensor: i
     assert [p.index for p in parts if p.counts] == list(range(data))
     assert [p.index for p in parts] == [rank // tensor for rank in range(data * tensor)]
     assert {p.count for p in parts} == {data}
-    assert {p.group for p in parts} == {"group" if tensor > 1 else None}
 
 
 def test_several_processes_without_torch_distributed_are_refused() -> None:

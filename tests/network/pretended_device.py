@@ -119,7 +119,7 @@ TRIALS: dict[str, Numbers] = {
     "report": report(),
     "POD": report(max_dim=5),
     "lift": report(observables="rff"),
-    "delay": report(delay="auto"),
+    "delay": report(delay=2),
     "metric": metric,
     "operator": operator,
     "bfloat16": report(),

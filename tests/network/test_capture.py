@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -464,7 +465,36 @@ def test_units_of_which_other_processes_hold_the_rest_are_refused() -> None:
 
     assert run() == ["input", "0", "2"]  # a layer may well give fewer, if its weight is whole
     net[0].weight.full_tensor = lambda: None
-    with pytest.raises(ValueError, match=r"'0' gave 3 of its 6 units.*use_local_output=False"):
+    with pytest.raises(ValueError, match=r"'0' gave 3 of its 6 units.*output_layouts=Replicate\(\)"):
         run()
     net[0].kept, net[2] = 6, nn.Linear(6, 2).double()
     assert run() == ["input", "0", "2"]
+
+
+@pytest.mark.parametrize("end", [None, "1"])
+def test_a_state_that_lies_in_parts_in_several_processes_is_refused(end: str | None) -> None:
+    class Spread(nn.Module):
+        """Gives a tensor that passes for one over four processes."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            given = x.clone()
+            given.full_tensor = given.to_local = lambda: x  # type: ignore[attr-defined]
+            given.device_mesh = SimpleNamespace(size=self.sizes.__getitem__)  # type: ignore[attr-defined]
+            given.placements = [  # type: ignore[attr-defined]
+                SimpleNamespace(is_replicate=lambda held=held: held) for held in self.replicated
+            ]
+            return given
+
+    net = nn.Sequential(nn.Linear(4, 3), Spread())
+    net[1].sizes, net[1].replicated = (2, 1), (True, False)
+    x = torch.randn(5, 4)
+
+    def run() -> dict[str, Tensor]:
+        with Capture(net, ["0"] if end else ["0", "1"], output=end) as capture:
+            net(x)
+        return capture.end_pass()
+
+    assert torch.equal(run()["1"], net[0](x))  # every process holds the whole
+    net[1].sizes = (2, 2)
+    with pytest.raises(ValueError, match=r"the state of '1' is a DTensor.*output_layouts=Replicate\(\)"):
+        run()
