@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_koopman.callback.session import Session
-
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 else:
@@ -27,20 +25,30 @@ else:
 
 
 class HarmlessCallback(Callback):
-    """Base of a callback whose hooks are wrapped in :func:`never_in_the_way`."""
+    """Base of a callback whose hooks are wrapped in :func:`never_in_the_way`.
 
-    def __init__(self, session: Session, on_error: Literal["warn", "raise"]) -> None:
+    Attributes:
+        sync_pending: Whether the other processes wait for this one at the end of the epoch.
+    """
+
+    def __init__(self, on_error: Literal["warn", "raise"]) -> None:
         super().__init__()
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is {on_error!r}; choose 'warn' or 'raise'")
         self.on_error = on_error
-        self._session = session
+        self.sync_pending = False
         self._warned: set[str] = set()
 
     def _warn_once(self, message: str, *, kind: str | None = None) -> None:
         if (kind or message) not in self._warned:
             self._warned.add(kind or message)
             rank_zero_warn(message, stacklevel=4)
+
+    def fail(self, error: Exception) -> None:
+        """Take the hooks off and remember an error that the other processes must hear of."""
+
+    def forget(self) -> None:
+        """Give up the measurement under way, hooks first."""
 
 
 def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
@@ -51,20 +59,20 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
         try:
             hook(self, *args, **kwargs)
         except Exception as error:
-            if self._session.owes_exchange:
+            if self.sync_pending:
                 # The other processes wait for this one at the end of the epoch, and hear of it there.
-                self._session.fail(error)
+                self.fail(error)
                 return
-            self._session.forget()
+            self.forget()
             if self.on_error == "raise":
                 raise
             self._warn_once(
-                f"no Koopman credit this time: {error} (Said once; training goes on, and later "
-                "measurements are still tried.)",
+                f"Koopman credit skipped: {error}. Training continues; later measurements are retried "
+                "(shown once).",
                 kind="error",
             )
         except BaseException:
-            self._session.forget()
+            self.forget()
             raise
 
     return safe

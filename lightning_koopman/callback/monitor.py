@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.callback.loggers import CreditWriter
-from lightning_koopman.callback.session import Session
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
@@ -24,13 +24,15 @@ from lightning_koopman.callback.trainer_facts import (
     may_skip_validation,
     plain_numerics,
     refuse_sharded_weights,
-    share,
+    samples_for_rank,
+    unrepeated_samples,
 )
-from lightning_koopman.koopman.chain import Normalize
-from lightning_koopman.koopman.credit import check_options
+from lightning_koopman.koopman.options import Normalize, Options
+from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.network.components import named_components
+from lightning_koopman.network.forward_runner import default_forward
 from lightning_koopman.network.isolation import is_compiled, random_states_kept
-from lightning_koopman.network.rows import ReduceOption, check_reduce
+from lightning_koopman.network.rows import ReduceOption
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -151,41 +153,37 @@ class KoopmanCreditMonitor(HarmlessCallback):
         on_error: Literal["warn", "raise"] = "warn",
         seed: int = 0,
     ) -> None:
-        check_options(folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize)
-        check_reduce(reduce)
+        super().__init__(on_error)
         if not (output is None or isinstance(output, str)):
             raise ValueError(
                 f"output is {output!r}; a callback does not see what the model returns, so name a module"
             )
         self._writer = CreditWriter(prefix, quantities, top_k=top_k, figures=figures, layout=layout)
-        for name, value in (
-            ("every_n_epochs", every_n_epochs),
-            ("max_samples", max_samples),
-            ("max_dim", max_dim),
-        ):
+        for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
-        options: dict[str, Any] = {
-            "max_dim": max_dim,
-            "reduce": reduce,
-            "output": output,
-            "folds": folds,
-            "rank": rank,
-            "tikhonov": tikhonov,
-            "normalize": normalize,
-            "delay": delay,
-            "targets": targets,
-            "seed": seed,
-        }
-        session = Session(components, max_samples=max_samples, forward_fn=forward_fn, options=options)
-        super().__init__(session, on_error)
-        self._options = options
+        self.options = Options(
+            max_dim=max_dim,
+            reduce=reduce,
+            output=output,
+            folds=folds,
+            rank=rank,
+            tikhonov=tikhonov,
+            normalize=normalize,
+            delay=delay,
+            targets=targets,
+            seed=seed,
+        )
         self.components = components
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.forward_fn = forward_fn
         self.prefix = prefix
         self.history: list[CreditReport] = []
+        self._measurement: Measurement | None = None
+        self._failure: Exception | None = None
+        self._most_seen = 0
+        self._rides_along = True
         self._from_training = False
         self._kept = KeptBatches()
         self._measured_at: int | None = None
@@ -235,7 +233,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the previous run's bookkeeping."""
-        self._session.forget()
+        self.forget()
         self._kept = KeptBatches()
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._resuming = stage == "fit"
@@ -266,7 +264,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @never_in_the_way
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a measurement if one is due."""
-        self._session.forget()
+        self.forget()
         in_training = trainer.state.fn == "fit"
         if trainer.sanity_checking or (in_training and not self._is_due(trainer)):
             return
@@ -278,15 +276,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
-        self._session.begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
+        self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
 
     @never_in_the_way
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on for one batch."""
-        if dataloader_idx == 0 and self._session.wants_more:
-            self._session.start_batch(batch)
+        if dataloader_idx == 0 and self._wants_more and self._rides_along:
+            assert self._measurement is not None
+            self._measurement.start_pass(batch)
+            self._measurement.capture.__enter__()
 
     @never_in_the_way
     def on_validation_batch_end(
@@ -299,13 +299,19 @@ class KoopmanCreditMonitor(HarmlessCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the hooks off again and add up what they saw."""
-        if dataloader_idx == 0 and self._session.wants_more:
-            self._session.end_batch(trainer, pl_module, batch)
+        if dataloader_idx == 0 and self._wants_more:
+            if not self._rides_along:
+                self._run(trainer, pl_module, [batch])
+                return
+            assert self._measurement is not None
+            self._measurement.capture.remove()
+            with plain_numerics(pl_module):
+                self._measurement.end_pass()
 
     @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute the report and log it."""
-        if not (may_skip_validation(trainer, pl_module) or self._session.idle):
+        if not (may_skip_validation(trainer, pl_module) or self._idle):
             self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
 
     @never_in_the_way
@@ -315,7 +321,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if batch_idx == 0:
             self._kept = KeptBatches()
-        self._kept.take(batch, most=share(self.max_samples, data_part(trainer).count))
+        self._kept.take(batch, most=samples_for_rank(self.max_samples, data_part(trainer).count))
 
     @never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -329,8 +335,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             )
         elif not self._from_training and may_skip_validation(trainer, pl_module):
             # Here, unlike at the end of validation, every process arrives.
-            if self._session.idle:
-                self._session.begin(trainer, pl_module, ())
+            if self._idle:
+                self._begin(trainer, pl_module, ())
             self._finish(trainer, pl_module, step=step)
 
     @never_in_the_way
@@ -355,17 +361,82 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
-        self._session.forget()
+        self.forget()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of kept batches."""
-        self._session.forget()
+        self.forget()
         self._kept = KeptBatches()
 
     @never_in_the_way
     def _log_options(self, trainer: Any) -> None:
-        options = {"components": self.components, "max_samples": self.max_samples, **self._options}
+        options = {"components": self.components, "max_samples": self.max_samples, **vars(self.options)}
+        del options["observables"]
         self._writer.log_options(trainer.loggers, options, known=logged_hyper_parameters(trainer))
+
+    @property
+    def _idle(self) -> bool:
+        """Whether nothing is under way and nobody waits."""
+        return self._measurement is None and not self.sync_pending
+
+    @property
+    def _wants_more(self) -> bool:
+        """Whether a measurement is under way that has not seen its samples yet."""
+        return self._measurement is not None and self._measurement.n_seen < self._most_seen
+
+    def _begin(self, trainer: Any, pl_module: Any, loader: Any) -> None:
+        """Start measuring this process's share of the samples that a loader gives."""
+        self.sync_pending = trainer.world_size > 1
+        self._rides_along = not is_compiled(pl_module)
+        part = data_part(trainer)
+        # All stop at the same batch, or a model that talks to its other copies would wait forever.
+        self._most_seen = samples_for_rank(self.max_samples, part.count)
+        own = samples_for_rank(self.max_samples, part.count, part.index)
+        with plain_numerics(pl_module):
+            self._measurement = Measurement(
+                pl_module,
+                self.components,
+                self.options,
+                max_samples=min(own, unrepeated_samples(loader)) if part.counts else 0,
+                shared=self.sync_pending,
+            )
+
+    def _run(self, trainer: Any, pl_module: Any, batches: Iterable[Any]) -> None:
+        """Run batches once more, as Lightning would, but eagerly and in eval mode."""
+        assert self._measurement is not None
+        precision = trainer.precision_plugin
+
+        def forward(model: nn.Module, batch: Any) -> None:
+            batch = precision.convert_input(trainer.strategy.batch_to_device(batch, pl_module.device))
+            with precision.forward_context():
+                (self.forward_fn or default_forward)(model, batch)
+
+        wanted = itertools.takewhile(lambda _: self._wants_more, batches)
+        self._measurement.run(pl_module, wanted, forward)
+
+    def _merged(self, pl_module: Any) -> Measurement:
+        """End the measurement, over the samples of all processes; every one of them must call this."""
+        measurement, failure, sync_pending = self._measurement, self._failure, self.sync_pending
+        self.forget()
+        if sync_pending:
+            merge_processes(measurement, pl_module.device, failure)
+        assert measurement is not None
+        return measurement
+
+    def fail(self, error: Exception) -> None:
+        """Take the hooks off and remember an error that the other processes must hear of."""
+        self._give_up()
+        self._failure = error
+
+    def forget(self) -> None:
+        """Give up the measurement under way, hooks first."""
+        self._give_up()
+        self.sync_pending, self._failure = False, None
+
+    def _give_up(self) -> None:
+        if self._measurement is not None:
+            self._measurement.capture.remove()
+            self._measurement = None
 
     def _is_due(self, trainer: Any) -> bool:
         return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
@@ -374,12 +445,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         refuse_sharded_weights(trainer)
         try:
             with plain_numerics(pl_module):
-                self._session.begin(trainer, pl_module, loader)
-                self._session.run(trainer, pl_module, batches)
+                self._begin(trainer, pl_module, loader)
+                self._run(trainer, pl_module, batches)
         except Exception as error:
-            if not self._session.owes_exchange:
+            if not self.sync_pending:
                 raise
-            self._session.fail(error)
+            self.fail(error)
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
         self._finish(trainer, pl_module, step=max(0, logged_step(trainer, None) - 1))
 
@@ -387,7 +458,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-            measurement = self._session.finish(pl_module)
+            measurement = self._merged(pl_module)
             # An error from here on may be this process's own: it must not measure again alone.
             self._measured_at = trainer.global_step
             report = measurement.report(

@@ -41,7 +41,7 @@ def logged_step(trainer: Any, checkpoint_step: int | None) -> int:
     return int(trainer.global_step if counted is None else counted)
 
 
-def share(count: int, n_processes: int, rank: int = 0) -> int:
+def samples_for_rank(count: int, n_processes: int, rank: int = 0) -> int:
     """Count this process's part of samples that are dealt out in turn."""
     return count // n_processes + (rank < count % n_processes)
 
@@ -81,7 +81,7 @@ def unrepeated_samples(loader: Any) -> int:
     if kind is not DistributedSampler and kind.__name__ != "DistributedSamplerWrapper":
         return sys.maxsize
     assert isinstance(sampler, DistributedSampler)
-    return share(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
+    return samples_for_rank(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
 
 
 def may_skip_validation(trainer: Any, pl_module: Any) -> bool:

@@ -16,7 +16,7 @@ from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.forward_runner import Runner, UnitMoments, rows_by_sample
 from lightning_koopman.network.hook_points import Alteration, Site, find_module
-from lightning_koopman.network.recorder import INPUT
+from lightning_koopman.network.rows import INPUT
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
 

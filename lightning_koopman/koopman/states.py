@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,22 +49,48 @@ class Basis:
     center: tuple[Tensor, ...]
     lifts: tuple[Lift | None, ...] = ()
 
+    def like(self, rows: Sequence[Tensor]) -> Basis:
+        """Convert the vectors once and for all to the types and places of the rows to come."""
+        pairs = zip(self.vectors, rows, strict=True)
+        return replace(self, vectors=tuple(v if v is None else v.to(block) for v, block in pairs))
 
-def fit_basis(rows: Sequence[Tensor], max_dim: int) -> Basis:
-    """Fit the coordinates of every state to some of its rows."""
+    def project(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Return rows in the coordinates of the basis, themselves where a state is kept whole."""
+        return [
+            block if vectors is None else block @ vectors.to(block)
+            for block, vectors in zip(rows, self.vectors, strict=True)
+        ]
+
+    def lift(self, states: list[Tensor], observables: Observables) -> list[Tensor]:
+        """Return state vectors in the lifted coordinates; the last one is never lifted."""
+        if observables is None:
+            return states
+        lifted = [state.double() for state in states]
+        if callable(observables):
+            return [*(lifted_by(observables, state) for state in lifted[:-1]), lifted[-1]]
+        return [
+            state if lift is None else lift(state)
+            for state, lift in zip(lifted, self.lifts, strict=True)
+        ]
+
+
+def fit_basis(
+    rows: Sequence[Tensor], max_dim: int, observables: Observables = None, seed: int = 0
+) -> Basis:
+    """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows."""
     fitted = [pod_basis(block, max_dim) for block in rows]
     vectors = tuple(basis for basis, _ in fitted)
     means = (block.mean(dim=0, dtype=torch.float64) for block in rows)
     center = tuple(m if v is None else m @ v for m, v in zip(means, vectors, strict=True))
-    return Basis(vectors, tuple(share for _, share in fitted), center)
-
-
-def projected(rows: Sequence[Tensor], bases: Sequence[Tensor | None]) -> list[Tensor]:
-    """Give rows in the coordinates of their bases."""
-    return [
-        block if basis is None else block @ basis.to(block)
-        for block, basis in zip(rows, bases, strict=True)
-    ]
+    basis = Basis(vectors, tuple(share for _, share in fitted), center)
+    if observables is None:
+        return basis
+    states = [state.double() for state in basis.project(rows)]
+    if isinstance(observables, str):
+        lifts = [fit_lift(state, observables, max_dim, seed=seed) for state in states[:-1]]
+        basis = replace(basis, lifts=(*lifts, None))
+    lifted = basis.lift(states, observables)
+    return replace(basis, center=tuple(state.mean(dim=0) for state in lifted))
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
@@ -87,222 +112,7 @@ def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
     return basis, float(values[:kept].sum() / values.sum())
 
 
-_MOST_ROWS = 4096
-_MOST_VALUES = 2**22
-# Rows are gathered until a fold's share of them makes products fast, within this many values in all.
-
-
-@dataclass(frozen=True)
-class Snapshots:
-    """State vectors of some samples; they are overwritten when the next ones are asked for.
-
-    Attributes:
-        states: x_0 … x_L, each of shape ``(n_samples, d_i)``, same row order.
-        keys: One integer a sample, shape ``(n_samples,)``; equal inputs have equal keys.
-    """
-
-    states: list[Tensor]
-    keys: Tensor
-
-
-class StateReducer:
-    """Streams recorded states into snapshots of at most ``max_dim`` values.
-
-    The first ``2 * max_dim`` samples fix, for every wider state, an orthonormal POD basis that stays
-    frozen; all later samples are projected on it. Rows are gathered until the products over them
-    are large enough to be fast, so memory is bounded by a fixed number of samples.
-    """
-
-    def __init__(
-        self,
-        max_dim: int = 256,
-        *,
-        seed: int = 0,
-        hold: bool = False,
-        observables: Observables = None,
-    ) -> None:
-        if max_dim < 1:
-            raise ValueError(f"max_dim is {max_dim}; a state vector needs at least one value")
-        self.max_dim = max_dim
-        self.names: tuple[str, ...] = ()
-        self.kept_variance: tuple[float, ...] = ()
-        self.center: list[Tensor] = []
-        self._bases: list[Tensor | None] = []
-        self._first: list[list[Tensor]] = []
-        self._block: list[Tensor] = []
-        self._rows = 0
-        self._batches = 0
-        self._widths: dict[str, int] = {}
-        self._seed = seed
-        self._hold = hold
-        self._observables = observables
-        self._lifts: list[Lift | None] = []
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths of the states before reduction, known from the first batch on."""
-        return tuple(self._widths.values())
-
-    @property
-    def waits(self) -> bool:
-        """Whether rows are held until a basis is agreed on."""
-        fitted = isinstance(self._observables, str) or any(w > self.max_dim for w in self.widths)
-        return self._hold and not self.center and fitted
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Widths of the state vectors, known once the bases are fixed."""
-        return tuple(center.shape[0] for center in self.center)
-
-    def push(self, states: Mapping[str, Tensor], most: int | None = None) -> Iterator[Snapshots]:
-        """Take one batch of pooled states."""
-        batch, self._batches = self._batches, self._batches + 1
-        self._check(states, batch)
-        if most == 0:
-            return
-        yield from self._gather([rows[:most] for rows in states.values()])
-
-    def _gather(self, rows: list[Tensor]) -> Iterator[Snapshots]:
-        """Add rows to those that wait for company."""
-        if self.waits:
-            self._first.append(rows)
-            return
-        while len(rows[0]):
-            size = len(self._block[0]) if self._block else self._size
-            count = min(size - self._rows, len(rows[0]))
-            taken, rows = [part[:count] for part in rows], [part[count:] for part in rows]
-            if self.center:
-                if not self._block:
-                    # Once and for all in the type of the rows.
-                    self._bases = [
-                        basis if basis is None else basis.to(part)
-                        for basis, part in zip(self._bases, taken, strict=True)
-                    ]
-                # Wide rows do not wait: what is gathered are states, and the input that tells the folds.
-                taken = [taken[0], *projected(taken, self._bases)]
-            if not self._block:
-                self._block = [part.new_empty(size, part.shape[1]) for part in taken]
-            for block, part in zip(self._block, taken, strict=True):
-                block[self._rows : self._rows + count] = part
-            self._rows += count
-            if self._rows == size:
-                yield self._hand_over()
-
-    @property
-    def _size(self) -> int:
-        """Number of rows gathered before products over them are taken."""
-        first = 2 * self.max_dim
-        if not self.center:
-            return first
-        return max(first, min(_MOST_ROWS, _MOST_VALUES // (self.widths[0] + sum(self.dims))))
-
-    def _hand_over(self) -> Snapshots:
-        rows, self._rows = [block[: self._rows] for block in self._block], 0
-        if self.center:
-            return self._reduced(rows)
-        self._block = []
-        return self._reduced([rows[0], *self._start(rows)])
-
-    def _start(self, rows: list[Tensor]) -> list[Tensor]:
-        """Freeze the bases that fit the first rows, and give these rows in them."""
-        self.fix(self.fitted(rows))
-        return projected(rows, self._bases)
-
-    def flush(self) -> Iterator[Snapshots]:
-        """Hand over what is still gathered."""
-        held, self._first = self._first, []
-        if held and not self.center:
-            rows, held = _split_rows(held, 2 * self.max_dim)
-            yield self._reduced([rows[0], *self._start(rows)])
-        # Held by processes that first agreed on a basis.
-        for later in held:
-            yield from self._gather(later)
-        if self._rows:
-            yield self._hand_over()
-        self._block = []
-
-    def first_rows(self, count: int) -> list[Tensor]:
-        """Copy the first rows that are gathered and not yet handed over."""
-        return _split_rows(self._first, count)[0]
-
-    def expect(self, names: Sequence[str], widths: Sequence[int]) -> None:
-        """Learn from elsewhere which states arrive, where no batch told."""
-        self.names = tuple(names)
-        self._widths = dict(zip(names, widths, strict=True))
-
-    def fix(self, basis: Basis) -> None:
-        """Freeze bases and centres that were fitted elsewhere."""
-        self._bases = list(basis.vectors)
-        self._lifts = list(basis.lifts)
-        self.kept_variance, self.center = basis.kept_variance, list(basis.center)
-
-    def _check(self, states: Mapping[str, Tensor], batch: int) -> None:
-        names = tuple(states)
-        if not self.names:
-            self.names = names
-            self._widths = {name: rows.shape[1] for name, rows in states.items()}
-        if names != self.names:
-            odd = sorted(set(names) ^ set(self.names)) or list(names)
-            raise ValueError(
-                f"batch {batch} ran the components {names}, the batches before it {self.names} "
-                f"(difference: {odd}). Choose components that run in every pass with components=[...]."
-            )
-        n_samples = next(iter(states.values())).shape[0]
-        for name, rows in states.items():
-            if rows.shape[0] != n_samples:
-                raise ValueError(
-                    f"component {name!r} gave {rows.shape[0]} rows in batch {batch}, but {names[0]!r} "
-                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis."
-                )
-            if rows.shape[1] != self._widths[name]:
-                raise ValueError(
-                    f"component {name!r} gave {rows.shape[1]} values a sample in batch {batch}, but "
-                    f"{self._widths[name]} before. Bring the samples to one size."
-                )
-        # A finite sum has finite terms, and is found faster.
-        first = next(iter(states.values()))
-        sums = torch.stack([rows.sum().to(first) for rows in states.values()])
-        if all(map(math.isfinite, sums.tolist())):
-            return
-        for name, rows in states.items():
-            if not bool(torch.isfinite(rows).all()):
-                kind = "NaN" if bool(torch.isnan(rows).any()) else "infinity"
-                raise ValueError(
-                    f"component {name!r} gave {kind} in batch {batch}. Find the sample or the layer "
-                    "with torch.autograd.set_detect_anomaly(True), or leave the batch out."
-                )
-
-    def fitted(self, rows: Sequence[Tensor]) -> Basis:
-        """Fit bases, lifts and centres to some rows, without freezing them here."""
-        basis = fit_basis(rows, self.max_dim)
-        if self._observables is None:
-            return basis
-        states = [state.double() for state in projected(rows, basis.vectors)]
-        lifts: list[Lift | None] = [None] * len(states)
-        if isinstance(self._observables, str):
-            kind = self._observables
-            lifts[:-1] = [fit_lift(s, kind, self.max_dim, seed=self._seed) for s in states[:-1]]
-        center = tuple(state.mean(dim=0) for state in self._lifted(states, lifts))
-        return replace(basis, center=center, lifts=tuple(lifts))
-
-    def _lifted(self, states: list[Tensor], lifts: Sequence[Lift | None]) -> list[Tensor]:
-        if self._observables is None:
-            return states
-        lifted, last = [], len(self.names) - 1
-        for i, state in enumerate(states):
-            if callable(self._observables) and i < last:
-                lifted.append(lifted_by(self._observables, state.double()))
-            else:
-                lift = lifts[i]
-                lifted.append(state.double() if lift is None else lift(state.double()))
-        return lifted
-
-    def _reduced(self, rows: list[Tensor]) -> Snapshots:
-        keys = sample_keys(rows[0], self._seed)
-        return Snapshots(self._lifted(rows[1:], self._lifts), keys)
-
-
-def _split_rows(batches: list[list[Tensor]], count: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+def split_rows(batches: list[list[Tensor]], count: int) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Cut the first ``count`` rows off a list of batches of states."""
     taken: list[list[Tensor]] = []
     rest = list(batches)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_koopman.koopman.chain import Normalize
 from lightning_koopman.koopman.lifts import Observables
+from lightning_koopman.koopman.options import Normalize, Options
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn
@@ -98,9 +98,7 @@ def credit_report(
             f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
             "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
         )
-    measurement = Measurement(
-        model,
-        components,
+    options = Options(
         max_dim=max_dim,
         reduce=reduce,
         output=output,
@@ -113,5 +111,6 @@ def credit_report(
         targets=targets,
         observables=observables,
     )
+    measurement = Measurement(model, components, options)
     measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.koopman.lifts import Observables, check_observables
+from lightning_koopman.koopman.options import Options
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
@@ -18,74 +19,41 @@ from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.recorder import INPUT, OUTPUT, Recorded
-from lightning_koopman.network.rows import ReduceOption, check_reduce, valid_positions
+from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
 from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
 from lightning_koopman.report.report import CreditReport
 
 
-class Measurement:
-    """One report in the making: forward passes in, rows of states passed on, a report out.
+class Measurement(Accumulator):
+    """One report in the making: forward passes in, their rows added up, a report out.
 
     Attributes:
         capture: The hooks; enter it around a forward pass, then call :meth:`end_pass`.
-        accumulator: What the rows of all passes are added up in.
+        plan: The chain, frozen by the first pass.
+        seconds: Time spent so far on everything but the forward passes themselves.
     """
 
     def __init__(
         self,
         model: nn.Module,
         components: Components | Sequence[Components] | None = None,
+        options: Options | None = None,
         *,
-        max_dim: int = 256,
         max_samples: int | None = None,
-        hold: bool = False,
-        reduce: ReduceOption = "pool",
-        output: str | Callable[[Any], Any] | None = None,
-        observables: Observables = None,
-        seed: int = 0,
-        **options: Any,
+        shared: bool = False,
     ) -> None:
-        self.accumulator = Accumulator(
-            max_dim=max_dim,
-            max_samples=max_samples,
-            hold=hold,
-            observables=observables,
-            seed=seed,
-            **options,
-        )
-        check_reduce(reduce)
-        check_observables(observables)
-        self.capture = Capture(
-            model,
-            components,
-            keep=self._keep,
-            output=None if callable(output) else output,
-            follow=True,
-        )
+        super().__init__(options or Options(), max_samples=max_samples, shared=shared)
+        output = self.options.output
+        named = None if callable(output) else output
+        self.capture = Capture(model, components, keep=self._keep, output=named, follow=True)
         self.plan: Plan | None = None
-        self._reduce = reduce
-        self._max_dim = max_dim
-        self._valid: Tensor | None = None
+        self.seconds = 0.0
+        self._named = components is not None
         self._batch: Any = None
-        self._seconds = 0.0
-        self._observables = observables
+        self._valid: Tensor | None = None
         self._silent: list[str] = []
         self._skipped: list[str] = []
         self._untraced: str | None = None
-        self._passes = 0
-        self._named = components is not None
-        self._output = output
-
-    @property
-    def n_seen(self) -> int:
-        """Samples that arrived so far."""
-        return self.accumulator.n_seen
-
-    @property
-    def seconds(self) -> float:
-        """Time spent so far on everything but the forward passes themselves."""
-        return self._seconds + self.accumulator.seconds
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches through a model that is left exactly as it was found."""
@@ -95,21 +63,18 @@ class Measurement:
             for batch in batches:
                 given = to_device(batch, device)
                 self.start_pass(given)
-                self.record_output(forward(model, given))
+                returned = forward(model, given)
+                if callable(self.options.output):
+                    self.capture.record_end(self.options.output(returned))
                 self.end_pass()
 
     def start_pass(self, batch: Any = None) -> None:
-        """Get ready for a forward pass."""
+        """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         self._batch, self._valid = batch, valid_positions(batch)
         self.capture.start_pass(batch)
 
-    def record_output(self, given: Any) -> None:
-        """Record what the whole pass gave, where that is the output of interest."""
-        if callable(self._output):
-            self.capture.record_end(self._output(given))
-
     def end_pass(self) -> None:
-        """Take what the capture recorded in the pass that just ended."""
+        """Add up what the capture recorded in the pass that just ended."""
         self._silent, self._skipped = self.capture.silent, self.capture.skipped
         states = self.capture.end_pass()
         if len(states) < 2:
@@ -117,41 +82,52 @@ class Measurement:
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
+        with self._timed():
+            if self.plan is None:
+                states = self._make_plan(list(states.values()))
+            assert self.plan is not None
+            self.push(self.plan.join(states, self._batches))
+
+    def report(self, *, step: int | None = None) -> CreditReport:
+        """Finish and compute the report."""
+        with self._timed():
+            report = self.credits(self._notes(), step=step)
+        return dataclasses.replace(report, parts=self._parts())
+
+    @contextmanager
+    def _timed(self) -> Generator[None, None, None]:
         start = time.perf_counter()
-        if self.plan is None:
-            records = list(states.values())
-            if (error := self.capture.untraced) is not None:
-                records = in_a_row(records)
-                self._untraced = (
-                    f"the data could not be followed ({type(error).__name__}: {error}), so each is "
-                    "taken to read what ran right before it"
-                )
-            self.plan = make_plan(
-                records,
-                batch=self._batch,
-                end=OUTPUT if callable(self._output) else self.capture.end,
-                named=self._named,
-                reduce=self._reduce,
-                max_dim=self._max_dim,
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
+        """Freeze the chain that the first pass showed, and return the rows of that pass."""
+        if (error := self.capture.untraced) is not None:
+            records = in_a_row(records)
+            self._untraced = (
+                f"the data could not be followed ({type(error).__name__}: {error}), so each is "
+                "taken to read what ran right before it"
             )
-            links = self.plan.links
-            if any(read != (i,) for i, read in enumerate(links)):
-                self.accumulator.settle(links=links)
-            kept = self.plan.recorded
-            states = {r.name: self._rows(r.tensor, r) for r in states.values() if r.name in kept}
-        rows = self.plan.join(states, self._passes)
-        self._passes += 1
-        self._seconds += time.perf_counter() - start
-        self.accumulator.push(rows)
+        self.plan = make_plan(
+            records,
+            batch=self._batch,
+            end=OUTPUT if callable(self.options.output) else self.capture.end,
+            named=self._named,
+            reduce=self.options.reduce,
+            max_dim=self.options.max_dim,
+        )
+        if any(read != (i,) for i, read in enumerate(self.plan.links)):
+            self.links = self.plan.links
+        return {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
         if self.plan is None:
-            # Which form the rows take is settled once the whole first pass is known.
+            # Which form the rows take is known once the whole first pass is.
             return dataclasses.replace(recorded, tensor=detached_copy(tensor))
-        start = time.perf_counter()
-        rows = self._rows(tensor, recorded)
-        self._seconds += time.perf_counter() - start
-        return rows
+        with self._timed():
+            return self._rows(tensor, recorded)
 
     def _rows(self, tensor: Tensor, recorded: Recorded) -> Tensor | None:
         assert self.plan is not None
@@ -163,18 +139,12 @@ class Measurement:
             valid = (places < recorded.lengths[:, None]).to(tensor.device)
         return exactly(self.plan.forms[recorded.name].rows(tensor, valid))
 
-    def report(self, *, step: int | None = None) -> CreditReport:
-        """Finish and compute the report."""
-        report = self.accumulator.report(self._notes(), step=step)
-        return dataclasses.replace(report, parts=self._parts())
-
     def _notes(self) -> list[str]:
-        """What a reader must know of how the states were recorded."""
-        # A process that saw no batch settled no plan; its report is not the one that is logged.
+        """Collect what a reader must know of how the states were recorded."""
+        # A process that saw no batch made no plan; its report is not the one that is logged.
         notes = [] if self.plan is None else list(self.plan.notes)
-        if self._observables is not None:
-            given = self._observables
-            called = given if isinstance(given, str) else getattr(given, "__name__", "a function")
+        if (lift := self.options.observables) is not None:
+            called = lift if isinstance(lift, str) else getattr(lift, "__name__", "a function")
             notes.append(
                 f"every state but the output was lifted by {called}, so credits, gains, sensitivities "
                 "and R² are about the lifted coordinates"
@@ -185,11 +155,10 @@ class Measurement:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
-        names = self.accumulator.names
-        if names and not names[0].startswith(INPUT):
+        if self.names and not self.names[0].startswith(INPUT):
             notes.append(
-                f"{names[0]!r} takes no floating-point input, so its output is x_0 and it has no credit "
-                "of its own"
+                f"{self.names[0]!r} takes no floating-point input, so its output is x_0 and it has no "
+                "credit of its own"
             )
         return notes
 
@@ -210,7 +179,7 @@ def merge_processes(
     share = Share()
     try:
         if measurement is not None:
-            share = measurement.accumulator.share()
+            share = measurement.share()
     except Exception as failure:
         error = failure
     if error is not None:
@@ -221,4 +190,4 @@ def merge_processes(
     if not agreed(shares).count:
         raise ValueError("no sample arrived: the batches were empty in every process")
     assert measurement is not None
-    measurement.accumulator.merge(shares, exact_device(device))
+    measurement.merge(shares, exact_device(device))

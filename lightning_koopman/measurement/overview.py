@@ -19,8 +19,7 @@ from lightning_koopman.network.forward_runner import ForwardFn, default_forward,
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.recorder import Recorded
-from lightning_koopman.network.rows import valid_positions
+from lightning_koopman.network.rows import Recorded, valid_positions
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 
 

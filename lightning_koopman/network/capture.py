@@ -19,8 +19,17 @@ from lightning_koopman.network.components import (
     with_output,
 )
 from lightning_koopman.network.hook_points import attach
-from lightning_koopman.network.recorder import OUTPUT, Recorder
-from lightning_koopman.network.tensors import detached_copy
+from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded
+from lightning_koopman.network.tensors import (
+    LET_IT_BE_WHOLE,
+    detached_copy,
+    first_packed,
+    first_tensor,
+    is_spread,
+    unpacked,
+    whole_here,
+)
 
 
 def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
@@ -45,11 +54,15 @@ class Capture:
     :meth:`start_pass`, or where the components' common ancestor is called again; :meth:`end_pass`
     returns what was recorded, or raises what went wrong in a hook. Components are named in order of
     execution; one that runs several times appears as ``name``, ``name#1``, …. The output of a
-    parameter-free module that directly consumes a component's output belongs to that component.
+    parameter-free module that directly consumes a component's output belongs to that component. The
+    first pass shows which inputs are the network's, and what speaks for a component; later ones follow.
 
     Attributes:
         components: The chosen modules by name.
         end: Name of the module whose output the chain ends with, if one was named.
+        parts: By state, in order of execution, the module calls that its component is made of. The last
+            one gives the state. A second call of a module reads ``name#1``, as states do.
+        skipped: Components that gave nothing to record in the current pass.
     """
 
     def __init__(
@@ -57,7 +70,7 @@ class Capture:
         model: nn.Module,
         components: Any = None,
         *,
-        keep: Callable[[Tensor, Any], Any] = lambda tensor, _: detached_copy(tensor),
+        keep: Callable[[Tensor, Recorded], Any] = lambda tensor, _: detached_copy(tensor),
         output: str | None = None,
         follow: bool = False,
     ) -> None:
@@ -69,18 +82,21 @@ class Capture:
         self.components = named_components(model, components)
         self.end = output
         # Named components are taken to the letter; only an automatic choice merges activations.
-        named = components is not None
+        self._named = components is not None
         if output is not None:
             self.components = with_output(model, self.components, output)
-        self._transparent = [] if named else transparent_modules(model, self.components)
-        self._model = model
-        self._follow = follow
-        names = {id(module): clean_name(name) for name, module in model.named_modules()}
-        self._recorder = Recorder(names, named, keep)
+        self._transparent = [] if self._named else transparent_modules(model, self.components)
+        self._model, self._keep, self._follow = model, keep, follow
+        self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
-        self._closed = False
-        self._error: Exception | None = None
+        self._passes = 0
+        self.parts: dict[str, tuple[str, ...]] = {}
+        self._superseded: set[tuple[int, int]] = set()
+        self._merged: set[tuple[int, int]] = set()
+        self._inputs: dict[tuple[int, int], str] = {}
+        self._provenance = Provenance()
+        self.start_pass()
 
     def __enter__(self) -> Capture:
         with ExitStack() as hooks:
@@ -88,7 +104,7 @@ class Capture:
             if ancestor is not None:
                 hooks.enter_context(attach(ancestor, before=self._on_ancestor))
             for name, module in self.components.items():
-                if self._recorder.takes_input(module):
+                if self._takes_input(module):
                     self._input_hooks[name] = hooks.enter_context(attach(module, before=self._on_input))
                 on_output = functools.partial(self._on_output, name)
                 hooks.enter_context(attach(module, after=on_output))
@@ -97,9 +113,9 @@ class Capture:
             if self.end is not None and self.end not in self.components:
                 end = dict(clean_modules(self._model))[self.end]
                 hooks.enter_context(attach(end, after=self._on_end))
-            if self._follow and self._recorder.passes == 0:
-                hooks.callback(self._recorder.origins.leave)
-                self._recorder.origins.follow()
+            if self._follow and self._passes == 0:
+                hooks.callback(self._provenance.leave)
+                self._provenance.follow()
             self._hooks = hooks.pop_all()
         return self
 
@@ -113,73 +129,175 @@ class Capture:
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass."""
-        self._closed, self._error = False, None
-        self._recorder.start_pass(batch)
+        self._closed = False
+        self._error: Exception | None = None
+        self._states: dict[str, Any] = {}
+        self._calls: dict[int, int] = {}
+        self.skipped: list[str] = []
+        self._pending: dict[int, tuple[frozenset[str] | None, bool]] = {}
+        self._sources_of: dict[str, tuple[frozenset[str] | None, bool]] = {}
+        self._raw: Tensor | None = None
+        self._current: tuple[str, int, int] | None = None
+        self._unusable: str | None = None
+        self._provenance.start_pass(batch)
 
     def end_pass(self) -> dict[str, Any]:
-        """End the pass and hand over its states."""
+        """End the pass and return its states by name, in order of execution."""
+        self._provenance.leave()
         error = self._error
         try:
             if error is not None:
                 raise error
-            return self._recorder.end_pass()
+            if self._unusable is not None:
+                raise ValueError(self._unusable)
+            self._passes += 1
+            return self._states
         finally:
-            self._recorder.origins.leave()
-            self._drop_input_hooks()
+            for name in list(self._input_hooks):
+                if not self._takes_input(self.components[name]):
+                    self._input_hooks.pop(name).close()
             self.start_pass()
-
-    def _drop_input_hooks(self) -> None:
-        """Take the hooks off all inputs that the first pass showed not to be the network's."""
-        for name in list(self._input_hooks):
-            if not self._recorder.takes_input(self.components[name]):
-                self._input_hooks.pop(name).close()
-
-    @property
-    def parts(self) -> dict[str, tuple[str, ...]]:
-        """By state, in order of execution, the module calls that its component is made of.
-
-        The last one gives the state. A second call of a module reads ``name#1``, as states do.
-        """
-        return self._recorder.parts
-
-    @property
-    def skipped(self) -> list[str]:
-        """Components that gave nothing to record in the current pass."""
-        return self._recorder.skipped
 
     @property
     def untraced(self) -> Exception | None:
         """What kept the data from being followed, if anything did; sources then mean nothing."""
-        return self._recorder.origins.error
+        return self._provenance.error
 
     @property
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
-        ran = self._recorder.calls
-        return [name for name, module in self.components.items() if id(module) not in ran]
+        return [name for name, module in self.components.items() if id(module) not in self._calls]
 
     def record_end(self, value: Any) -> None:
         """Record a state that no component gave, such as the network's own output, as the last one."""
-        if not self._closed:
-            self._recorder.end(self.end or OUTPUT, self._model, value)
+        name = self.end or OUTPUT
+        if self._closed or name in self._states:
+            return
+        sources, tensor = self._provenance.of(value), first_tensor(value)
+        if tensor is None:
+            raise ValueError(
+                f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
+                "let output= give one"
+            )
+        self._states[name] = self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
 
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # A second call within one step (two views, a teacher) is another pass: the first one counts.
-        self._closed = bool(self._recorder.states)
+        self._closed = bool(self._states)
 
     @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._recorder.take(module, args, kwargs)
+        tensor = first_tensor((args, kwargs))
+        key = (id(module), self._calls.get(id(module), 0))
+        if tensor is not None:
+            if self._passes == 0 and self._is_input(tensor):
+                self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
+                self._provenance.claim(tensor, self._inputs[key])
+            if key in self._inputs:
+                name = self._inputs[key]
+                recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
+                self._states[name] = self._keep(recorded.tensor, recorded)
+        self._pending[id(module)] = (self._provenance.of((args, kwargs)), tensor is not None)
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._recorder.give(name, module, output)
+        call = self._count(module)
+        self._record(name if call == 0 else f"{name}#{call}", module, call, output)
 
     @_kept_out_of_the_forward
     def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._recorder.pass_on(module, args, output)
+        """Let what a parameter-free module made of a component's output count as that component's."""
+        call = self._count(module)
+        if self._current is None or self._raw is None or first_tensor(args) is not self._raw:
+            return
+        name, *recorded_by = self._current
+        if self._passes == 0 and self._continues(output, name, self._raw):
+            self._merged.add((id(module), call))
+            self._superseded.add((recorded_by[0], recorded_by[1]))
+        if (id(module), call) in self._merged:
+            self._record(name, module, call, output)
 
     @_kept_out_of_the_forward
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.record_end(output)
+
+    def _takes_input(self, module: nn.Module) -> bool:
+        """Check whether the module's input must be seen in the next pass."""
+        return self._passes == 0 or any(taker == id(module) for taker, _ in self._inputs)
+
+    def _is_input(self, tensor: Tensor) -> bool:
+        """Check whether a component takes data of the batch that no component has taken before."""
+        fresh = self._provenance.is_fresh(tensor)
+        return not self._states if fresh is None else fresh
+
+    def _continues(self, output: Any, name: str, raw: Tensor) -> bool:
+        """Check whether an output still holds a component's state, one row per sample."""
+        # A module may look at a state for its type or length alone, as rotary embeddings do.
+        tensor = first_tensor(output)
+        if tensor is None or tensor.shape[:1] != raw.shape[:1]:
+            return False
+        return self._provenance.may_hold(tensor, name)
+
+    def _count(self, module: nn.Module) -> int:
+        call = self._calls.get(id(module), 0)
+        self._calls[id(module)] = call + 1
+        return call
+
+    def _record(self, name: str, module: nn.Module, call: int, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is None:
+            self._unusable = (
+                f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "
+                "Leave it out with components=[...]."
+            )
+            if self._named:
+                raise ValueError(self._unusable)
+            self.skipped.append(name)
+            return
+        self._unusable = None
+        _refuse_part(name, module, tensor)
+        self._raw, self._current = tensor, (name, id(module), call)
+        if self._passes == 0:
+            called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
+            self.parts[name] = (*self.parts.get(name, ()), called)
+        sources, from_float = self._pending.get(id(module), (None, True))
+        if name in self._sources_of:
+            sources, from_float = self._sources_of[name]
+        self._sources_of[name] = (sources, from_float)
+        self._provenance.mark(output, name)
+        # The first pass shows which modules are followed by one that speaks for the component.
+        if (id(module), call) not in self._superseded:
+            recorded = _recorded(name, module, output, tensor, sources, from_float)
+            self._states[name] = self._keep(recorded.tensor, recorded)
+
+
+def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:
+    """Refuse the units that one process holds of a layer that tensor parallelism spread."""
+    width = getattr(module, "out_features", getattr(module, "embedding_dim", None))
+    weight = getattr(module, "weight", None)
+    if width is not None and is_spread(weight) and tensor.shape[-1] != width:
+        raise ValueError(
+            f"component {name!r} gave {tensor.shape[-1]} of its {width} units, and other processes the "
+            f"rest. {LET_IT_BE_WHOLE}"
+        )
+
+
+def _recorded(
+    name: str,
+    module: nn.Module,
+    value: Any,
+    tensor: Tensor,
+    sources: frozenset[str] | None,
+    from_float: bool = True,
+) -> Recorded:
+    packed = first_packed(value)
+    if packed is not None and packed.data is tensor:
+        tensor, lengths = unpacked(packed)
+        return Recorded(name, module, tensor, lengths, sources, from_float)
+    held = whole_here(tensor)
+    if held is None:
+        raise ValueError(
+            f"the state of {name!r} is a DTensor of which each process holds a part. {LET_IT_BE_WHOLE}"
+        )
+    return Recorded(name, module, held, None, sources, from_float)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.recorder import INPUT, Recorded
 from lightning_koopman.network.rows import (
+    INPUT,
+    Recorded,
     ReduceOption,
     RowForm,
     batch_size,

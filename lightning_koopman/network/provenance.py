@@ -180,7 +180,7 @@ def _address(tensor: Tensor) -> int:
 _BATCH = "batch:"
 
 
-class Origins:
+class Provenance:
     """Where the values of one pass come from, as long as the data is followed.
 
     Attributes:

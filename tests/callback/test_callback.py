@@ -215,7 +215,7 @@ def test_only_the_newest_report_keeps_its_operators(tmp_path: Any) -> None:
 def test_a_history_that_cannot_be_read_does_not_stop_a_resume(saved: Any) -> None:
     monitor = KoopmanCreditMonitor()
     monitor.setup(None, None, "fit")
-    with pytest.warns(UserWarning, match="credit this time: the checkpoint holds no history of credits"):
+    with pytest.warns(UserWarning, match="credit skipped: the checkpoint holds no history of credits"):
         monitor.load_state_dict(saved)
     assert monitor.history == []
 
@@ -307,7 +307,7 @@ def test_nan_states_warn_once_and_training_goes_on(tmp_path: Any) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(model, *loaders())
-    said = [str(w.message) for w in caught if "no Koopman credit" in str(w.message)]
+    said = [str(w.message) for w in caught if "Koopman credit skipped" in str(w.message)]
     assert len(said) == 1  # in epoch 2 every component gives NaN
     assert "'net.4' gave NaN in batch 0" in said[0]
     assert trainer.current_epoch == 3

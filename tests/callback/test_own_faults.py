@@ -21,7 +21,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor
 from lightning_koopman.callback.loggers import CreditWriter
-from lightning_koopman.callback.session import Session
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.measurement.metric import KoopmanCredit
 from lightning_koopman.network.capture import Capture
@@ -29,7 +28,7 @@ from lightning_koopman.network.capture import Capture
 # Where one measurement passes, from the first hook to the last number.
 PLACES = [
     (CreditWriter, "log_options"),
-    (Session, "begin"),
+    (KoopmanCreditMonitor, "_begin"),
     (Capture, "__enter__"),
     (Measurement, "_keep"),
     (Measurement, "end_pass"),

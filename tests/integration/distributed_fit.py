@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor
-from lightning_koopman.koopman.states import StateReducer
 from lightning_koopman.measurement import accumulator, processes
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network.recorder import Recorder
+from lightning_koopman.network.capture import Capture
 
 NAMESPACE = os.environ.get("LIGHTNING_NAMESPACE", "lightning.pytorch")
 L = importlib.import_module(NAMESPACE)
@@ -186,7 +185,7 @@ def strategy_of(config: dict[str, Any]) -> Any:
 @contextmanager
 def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
     """Make our own numerics fail in one process only."""
-    kinds: tuple[Any, ...] = (Measurement, Accumulator, StateReducer, Recorder, accumulator)
+    kinds: tuple[Any, ...] = (Measurement, Accumulator, Capture, accumulator)
     owner = next(kind for kind in kinds if hasattr(kind, place))
     kept = getattr(owner, place)
 

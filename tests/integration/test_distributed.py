@@ -150,11 +150,11 @@ def good() -> list[dict[str, Any]]:
 FAULTS = [
     (0, "end_pass", "process 0: ArithmeticError"),
     (0, "share", "process 0: ArithmeticError"),
-    (1, "take", "process 1: ArithmeticError"),
+    (1, "push", "process 1: ArithmeticError"),
     (1, "flush", "1 of 2 processes could not add up their samples"),
     (0, "flush", "1 of 2 processes could not add up their samples"),
     (0, "first_rows", "process 0: ArithmeticError"),
-    (0, "fitted", "process 0: ArithmeticError"),
+    (0, "_fit_basis", "process 0: ArithmeticError"),
     (0, "run", "process 0: ArithmeticError"),
     (1, "recentred", "1 of 2 processes could not add up their samples"),
     (1, "report", None),
@@ -208,7 +208,7 @@ def test_an_error_of_ours_in_one_process_ends_the_measurement_in_all(
         assert [len(found["history"]) for found in ranks] == [1, 0]
         return
     assert all(found["history"] == [] for found in ranks)
-    told = [w for w in ranks[1 - rank]["warned"] if "no Koopman credit this time" in w]
+    told = [w for w in ranks[1 - rank]["warned"] if "Koopman credit skipped" in w]
     assert any(words in warning for warning in told), told
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lightning_koopman import credit_report
 from lightning_koopman.koopman.lifts import fit_lift
-from lightning_koopman.koopman.states import StateReducer
 
 Array = NDArray[np.float64]
 
@@ -112,14 +111,6 @@ def test_lifts_do_not_depend_on_the_batches() -> None:
     net, x = network(), torch.randn(600, 3, dtype=torch.float64)
     given = [credit_report(net, x.split(n), observables="rff", max_dim=30).credit for n in (600, 7)]
     np.testing.assert_allclose(given[0], given[1], atol=1e-9)
-
-
-def test_processes_wait_for_one_lift_but_not_for_a_function() -> None:
-    for observables, waits in (("rff", True), (squares, False), (None, False)):
-        reducer = StateReducer(8, hold=True, observables=observables)
-        ready = list(reducer.push({"input": torch.randn(40, 3), "a": torch.randn(40, 2)}))
-        assert reducer.waits is waits
-        assert bool(ready) is not waits
 
 
 def test_a_constant_state_can_be_lifted() -> None:

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
-from lightning_koopman.koopman.states import Snapshots, StateReducer, pod_basis, sample_keys
+from lightning_koopman.koopman.states import pod_basis, sample_keys
 from lightning_koopman.network.rows import RowForm, has_channels_first, pooled_grid
 
 
@@ -158,113 +158,6 @@ def test_keys_leave_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def reduced(reducer: StateReducer, states: dict[str, Tensor], batch: int) -> Snapshots:
-    """Stream in batches and gather what comes out."""
-    ready: list[Snapshots] = []
-    for parts in zip(*(rows.split(batch) for rows in states.values()), strict=True):
-        ready += list(reducer.push(dict(zip(states, parts, strict=True))))
-    ready += list(reducer.flush())
-    columns = zip(*(snapshots.states for snapshots in ready), strict=True)
-    return Snapshots([torch.cat(c) for c in columns], torch.cat([s.keys for s in ready]))
-
-
-@pytest.mark.parametrize("batch", [1, 5, 16, 37, 100])
-def test_batch_size_changes_neither_basis_nor_rows(batch: int) -> None:
-    states = {"input": torch.randn(100, 6).double(), "wide": torch.randn(100, 20).double()}
-    given, other = (reduced(StateReducer(8), states, size) for size in (100, batch))
-    assert torch.equal(given.keys, other.keys)
-    for a, b in zip(given.states, other.states, strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("n_first", [10, 64])
-def test_wide_states_are_projected_on_their_principal_directions(n_first: int) -> None:
-    max_dim = n_first // 2
-    scales = torch.logspace(0, -3, 40, dtype=torch.float64)
-    rows = torch.randn(200, 40, dtype=torch.float64) * scales + 3
-    reducer = StateReducer(max_dim)
-    given = reduced(reducer, {"input": torch.randn(200, 3), "wide": rows}, 7).states[1].numpy()
-    first = rows[:n_first].numpy()
-    _, values, vh = np.linalg.svd(first - first.mean(0), full_matrices=False)
-    kept = min(max_dim, n_first - 1)
-    projected = rows.numpy() @ vh[:kept].T
-    assert given.shape == (200, kept)
-    # Directions are defined up to sign.
-    assert np.allclose(np.abs(given), np.abs(projected), rtol=0, atol=1e-7)
-    share = (values[:kept] ** 2).sum() / (values**2).sum()
-    assert reducer.kept_variance[1] == pytest.approx(share, abs=1e-10)
-    assert reducer.kept_variance[0] == 1
-    assert reducer.dims == (3, kept)
-    assert torch.allclose(reducer.center[1], torch.from_numpy(given[:n_first].mean(0)), atol=1e-9)
-
-
-def test_a_wide_state_that_never_moves_keeps_one_value() -> None:
-    states = {"input": torch.randn(50, 3), "dead": torch.zeros(50, 30)}
-    given = reduced(StateReducer(8), states, 10)
-    assert given.states[1].shape == (50, 1)
-    assert not given.states[1].any()
-
-
-def test_rows_are_handed_on_in_full_blocks_and_never_hoarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_koopman.koopman.states._MOST_ROWS", 32)
-    reducer = StateReducer(8)
-    given = torch.randn(150, 3)
-    sizes, seen = [], []
-    for rows in given.split(5):
-        for snapshots in reducer.push({"input": rows, "a": rows[:, :2]}):
-            sizes.append(len(snapshots.keys))
-            seen.append(snapshots.states[0].clone())
-    # The basis takes 2 * max_dim rows; what follows is gathered into larger blocks.
-    assert sizes == [16, 32, 32, 32, 32]
-    for snapshots in reducer.flush():
-        assert len(snapshots.keys) == 6
-        seen.append(snapshots.states[0].clone())
-    assert torch.equal(torch.cat(seen), given)
-    assert list(reducer.flush()) == []
-
-
-def test_blocks_of_wide_states_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_koopman.koopman.states._MOST_VALUES", 1000)
-    reducer = StateReducer(8)
-    states = {"input": torch.randn(40, 20), "a": torch.randn(40, 20)}
-    sizes = [len(s.keys) for _ in range(3) for s in reducer.push(states)]
-    # A row gathered is the input and two reduced states: 20 + 8 + 8 values.
-    assert sizes == [16] + 3 * [1000 // 36]
-
-
-@pytest.mark.parametrize(
-    ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")]
-)
-def test_values_that_are_not_finite_name_component_and_batch(value: float, kind: str) -> None:
-    reducer = StateReducer(8)
-    states = {"input": torch.randn(5, 3), "block.2": torch.randn(5, 2), "head": torch.randn(5, 2)}
-    for _ in range(3):
-        list(reducer.push(states))
-    states["block.2"][4, 1] = value
-    with pytest.raises(ValueError, match=f"component 'block.2' gave {kind} in batch 3. Find the sample"):
-        list(reducer.push(states))
-
-
-def test_states_that_change_their_shape_or_name_are_refused() -> None:
-    reducer = StateReducer(8)
-    list(reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 2)}))
-    with pytest.raises(ValueError, match=r"batch 1 ran the components .*difference: \['b'\]"):
-        list(reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 2), "b": torch.randn(5, 2)}))
-    with pytest.raises(ValueError, match=r"batch 2 ran the components \('a', 'input'\)"):
-        list(reducer.push({"a": torch.randn(5, 2), "input": torch.randn(5, 3)}))
-    with pytest.raises(ValueError, match="component 'a' gave 4 rows in batch 3, but 'input' has 5"):
-        list(reducer.push({"input": torch.randn(5, 3), "a": torch.randn(4, 2)}))
-    with pytest.raises(
-        ValueError, match="component 'a' gave 7 values a sample in batch 4, but 2 before"
-    ):
-        list(reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 7)}))
-
-
-def test_a_width_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_dim is 0; a state vector needs at least one value"):
-        StateReducer(0)
-
-
 def test_of_the_principal_directions_those_are_kept_that_vary_beside_the_largest() -> None:
     noise = np.random.default_rng(0).standard_normal((40, 4))
     turned = np.linalg.qr(noise - noise.mean(0))[0]
@@ -278,49 +171,3 @@ def test_of_the_principal_directions_those_are_kept_that_vary_beside_the_largest
     constant, share = pod_basis(torch.ones(10, 5), 3)
     assert constant is not None
     assert (constant.shape, share) == ((5, 1), 1.0)
-
-
-@pytest.mark.parametrize("agreed", [True, False])
-def test_rows_that_were_held_until_a_basis_was_agreed_on_come_out_the_same(agreed: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    states = {
-        name: torch.randn(50, width, generator=generator, dtype=torch.float64)
-        for name, width in (("input", 12), ("a", 9))
-    }
-    reducer = StateReducer(4, hold=True)
-    for first in range(0, 50, 7):
-        assert not list(reducer.push({name: x[first : first + 7] for name, x in states.items()}))
-    assert reducer.waits
-    for count in (5, 7, 8, 21, 100):
-        rows = reducer.first_rows(count)
-        assert all(map(torch.equal, rows, [x[:count] for x in states.values()]))
-    # The first 2 * max_dim rows fix the bases, here or elsewhere.
-    if agreed:
-        reducer.fix(reducer.fitted(reducer.first_rows(8)))
-    # What was handed over is overwritten by what comes next.
-    ready = [
-        Snapshots([state.clone() for state in snapshots.states], snapshots.keys)
-        for snapshots in reducer.flush()
-    ]
-    alone = reduced(StateReducer(4), states, 50)
-    assert torch.equal(torch.cat([snapshots.keys for snapshots in ready]), alone.keys)
-    assert torch.equal(alone.keys, sample_keys(states["input"]))
-    for place, expected in enumerate(alone.states):
-        found = torch.cat([snapshots.states[place] for snapshots in ready])
-        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
-    assert not list(reducer.flush())
-    other = StateReducer(4, hold=True)
-    other.expect(["input", "a"], [12, 3])
-    assert (other.names, other.widths, other.waits) == (("input", "a"), (12, 3), True)
-
-
-def test_a_reducer_takes_no_more_than_it_is_told_and_hashes_by_its_seed() -> None:
-    x = torch.randn(9, 3, dtype=torch.float64)
-    for most in (0, 1, 5):
-        reducer = StateReducer(3, seed=7, hold=True)
-        ready = list(reducer.push({"input": x, "a": 2 * x}, most))
-        # No state is wider than max_dim, so there is nothing to wait for.
-        assert not reducer.waits
-        keys = [snapshots.keys for snapshots in (*ready, *reducer.flush())]
-        assert torch.equal(torch.cat([torch.empty(0).long(), *keys]), sample_keys(x[:most], 7))
-    assert StateReducer(1).max_dim == 1

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     refuse_sharded_weights,
-    share,
+    samples_for_rank,
     unrepeated_samples,
 )
 from lightning_koopman.koopman.moments import Layout, accumulate, recentred
@@ -70,7 +70,7 @@ def test_several_processes_without_torch_distributed_are_refused() -> None:
 @pytest.mark.parametrize("n_processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", [0, 1, 5, 12])
 def test_shares_add_up(n_processes: int, count: int) -> None:
-    assert sum(share(count, n_processes, rank) for rank in range(n_processes)) == count
+    assert sum(samples_for_rank(count, n_processes, rank) for rank in range(n_processes)) == count
 
 
 def test_repeated_samples_of_a_distributed_sampler_do_not_count() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.isolation import is_compiled, undisturbed
-from lightning_koopman.network.recorder import INPUT
+from lightning_koopman.network.rows import INPUT
 from lightning_koopman.network.tensors import first_tensor
 
 

@@ -1,0 +1,187 @@
+"""Rows are gathered, reduced and added up: one basis, whatever the batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.states import fit_basis, sample_keys
+from lightning_koopman.measurement.accumulator import Accumulator
+
+
+class Gathered(Accumulator):
+    """Keeps the state vectors, in place of their moments."""
+
+    def __init__(self, max_dim: int, seed: int = 0, observables: Any = None, **how: Any) -> None:
+        super().__init__(Options(max_dim=max_dim, seed=seed, observables=observables), **how)
+        self.blocks: list[tuple[list[Tensor], Tensor]] = []
+
+    def add(self, states: list[Tensor], keys: Tensor) -> None:
+        # What is handed over is overwritten by what comes next.
+        self.blocks.append(([state.clone() for state in states], keys))
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(keys) for _, keys in self.blocks]
+
+    @property
+    def states(self) -> list[Tensor]:
+        return [torch.cat(column) for column in zip(*(states for states, _ in self.blocks), strict=True)]
+
+    @property
+    def keys(self) -> Tensor:
+        return torch.cat([torch.empty(0).long(), *(keys for _, keys in self.blocks)])
+
+
+def reduced(gathered: Gathered, states: dict[str, Tensor], batch: int) -> Gathered:
+    """Stream in batches and gather what comes out."""
+    for parts in zip(*(rows.split(batch) for rows in states.values()), strict=True):
+        gathered.push(dict(zip(states, parts, strict=True)))
+    gathered.flush()
+    return gathered
+
+
+@pytest.mark.parametrize("batch", [1, 5, 16, 37, 100])
+def test_batch_size_changes_neither_basis_nor_rows(batch: int) -> None:
+    states = {"input": torch.randn(100, 6).double(), "wide": torch.randn(100, 20).double()}
+    given, other = (reduced(Gathered(8), states, size) for size in (100, batch))
+    assert torch.equal(given.keys, other.keys)
+    for a, b in zip(given.states, other.states, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_first", [10, 64])
+def test_wide_states_are_projected_on_their_principal_directions(n_first: int) -> None:
+    max_dim = n_first // 2
+    scales = torch.logspace(0, -3, 40, dtype=torch.float64)
+    rows = torch.randn(200, 40, dtype=torch.float64) * scales + 3
+    reducer = Gathered(max_dim)
+    given = reduced(reducer, {"input": torch.randn(200, 3), "wide": rows}, 7).states[1].numpy()
+    first = rows[:n_first].numpy()
+    _, values, vh = np.linalg.svd(first - first.mean(0), full_matrices=False)
+    kept = min(max_dim, n_first - 1)
+    projected = rows.numpy() @ vh[:kept].T
+    assert given.shape == (200, kept)
+    # Directions are defined up to sign.
+    assert np.allclose(np.abs(given), np.abs(projected), rtol=0, atol=1e-7)
+    share = (values[:kept] ** 2).sum() / (values**2).sum()
+    assert reducer.basis.kept_variance[1] == pytest.approx(share, abs=1e-10)
+    assert reducer.basis.kept_variance[0] == 1
+    assert reducer.basis is not None
+    assert [len(center) for center in reducer.basis.center] == [3, kept]
+    assert torch.allclose(reducer.basis.center[1], torch.from_numpy(given[:n_first].mean(0)), atol=1e-9)
+
+
+def test_a_wide_state_that_never_moves_keeps_one_value() -> None:
+    states = {"input": torch.randn(50, 3), "dead": torch.zeros(50, 30)}
+    given = reduced(Gathered(8), states, 10)
+    assert given.states[1].shape == (50, 1)
+    assert not given.states[1].any()
+
+
+def test_rows_are_handed_on_in_full_blocks_and_never_hoarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_koopman.measurement.accumulator._MOST_ROWS", 32)
+    reducer = Gathered(8)
+    given = torch.randn(150, 3)
+    for rows in given.split(5):
+        reducer.push({"input": rows, "a": rows[:, :2]})
+    # The basis takes 2 * max_dim rows; what follows is gathered into larger blocks.
+    assert reducer.sizes == [16, 32, 32, 32, 32]
+    reducer.flush()
+    reducer.flush()
+    assert reducer.sizes[5:] == [6]
+    assert torch.equal(reducer.states[0], given)
+
+
+def test_blocks_of_wide_states_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_koopman.measurement.accumulator._MOST_VALUES", 1000)
+    reducer = Gathered(8)
+    states = {"input": torch.randn(40, 20), "a": torch.randn(40, 20)}
+    for _ in range(3):
+        reducer.push(states)
+    # A row gathered is the input and two reduced states: 20 + 8 + 8 values.
+    assert reducer.sizes == [16] + 3 * [1000 // 36]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity"), (-float("inf"), "infinity")]
+)
+def test_values_that_are_not_finite_name_component_and_batch(value: float, kind: str) -> None:
+    reducer = Gathered(8)
+    states = {"input": torch.randn(5, 3), "block.2": torch.randn(5, 2), "head": torch.randn(5, 2)}
+    for _ in range(3):
+        reducer.push(states)
+    states["block.2"][4, 1] = value
+    with pytest.raises(ValueError, match=f"component 'block.2' gave {kind} in batch 3. Find the sample"):
+        reducer.push(states)
+
+
+def test_states_that_change_their_shape_or_name_are_refused() -> None:
+    reducer = Gathered(8)
+    reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 2)})
+    with pytest.raises(ValueError, match=r"batch 1 ran the components .*difference: \['b'\]"):
+        reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 2), "b": torch.randn(5, 2)})
+    with pytest.raises(ValueError, match=r"batch 2 ran the components \('a', 'input'\)"):
+        reducer.push({"a": torch.randn(5, 2), "input": torch.randn(5, 3)})
+    with pytest.raises(ValueError, match="component 'a' gave 4 rows in batch 3, but 'input' has 5"):
+        reducer.push({"input": torch.randn(5, 3), "a": torch.randn(4, 2)})
+    with pytest.raises(
+        ValueError, match="component 'a' gave 7 values per sample in batch 4, but 2 before"
+    ):
+        reducer.push({"input": torch.randn(5, 3), "a": torch.randn(5, 7)})
+
+
+def test_a_width_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_dim is 0; a state vector needs at least one value"):
+        Options(max_dim=0)
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_rows_that_were_held_until_a_basis_was_agreed_on_come_out_the_same(agreed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = {
+        name: torch.randn(50, width, generator=generator, dtype=torch.float64)
+        for name, width in (("input", 12), ("a", 9))
+    }
+    reducer = Gathered(4, shared=True)
+    for first in range(0, 50, 7):
+        reducer.push({name: x[first : first + 7] for name, x in states.items()})
+    assert reducer.waits
+    assert not reducer.blocks
+    for count in (5, 7, 8, 21, 100):
+        rows = reducer.first_rows(count)
+        assert all(map(torch.equal, rows, [x[:count] for x in states.values()]))
+    # The first 2 * max_dim rows fix the bases, here or elsewhere.
+    if agreed:
+        reducer.basis = fit_basis(reducer.first_rows(8), 4)
+    reducer.flush()
+    alone = reduced(Gathered(4), states, 50)
+    assert torch.equal(reducer.keys, alone.keys)
+    assert torch.equal(alone.keys, sample_keys(states["input"]))
+    for found, expected in zip(reducer.states, alone.states, strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_no_more_is_taken_than_told_and_samples_are_hashed_by_the_seed() -> None:
+    x = torch.randn(9, 3, dtype=torch.float64)
+    for most in (0, 1, 5):
+        reducer = Gathered(3, seed=7, shared=True, max_samples=most)
+        reducer.push({"input": x, "a": 2 * x})
+        # No state is wider than max_dim, so there is nothing to wait for.
+        assert not reducer.waits
+        reducer.flush()
+        assert (reducer.n_seen, reducer.n_samples) == (9, most)
+        assert torch.equal(reducer.keys, sample_keys(x[:most], 7))
+
+
+def test_processes_wait_for_one_lift_but_not_for_a_function() -> None:
+    for observables, waits in (("rff", True), (lambda x: x.square(), False), (None, False)):
+        reducer = Gathered(8, shared=True, observables=observables)
+        reducer.push({"input": torch.randn(40, 3), "a": torch.randn(40, 2)})
+        assert reducer.waits is waits
+        assert bool(reducer.blocks) is not waits
