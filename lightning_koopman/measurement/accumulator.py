@@ -77,20 +77,13 @@ class Accumulator:
         held, self._held = self._held, []
         if held and self.basis is None:
             rows, held = split_rows(held, 2 * self.options.max_dim)
-            self._start(rows)
+            self._add(rows)
         # Held by processes that first agreed on a basis.
         for later in held:
             self._gather(later)
         if self._filled:
-            self._hand_over()
-        self._block = []
-
-    def add(self, states: list[Tensor], keys: Tensor) -> None:
-        """Add state vectors and the keys of their samples to the moments."""
-        if self._metric is None:
-            assert self.basis is not None
-            self._metric = self._new_metric(self.basis.center).to(keys.device)
-        self._metric.update(states, keys)
+            self._add([block[: self._filled] for block in self._block])
+        self._block, self._filled = [], 0
 
     def _new_metric(self, center: Sequence[Tensor]) -> KoopmanCredit:
         options = self.options
@@ -129,7 +122,10 @@ class Accumulator:
                 block[self._filled : self._filled + count] = part
             self._filled += count
             if self._filled == size:
-                self._hand_over()
+                full, self._filled = self._block, 0
+                if self.basis is None:
+                    self._block = []
+                self._add(full)
 
     @property
     def _block_size(self) -> int:
@@ -140,27 +136,19 @@ class Accumulator:
         values = self.widths[0] + sum(len(offset) for offset in self.basis.center)
         return max(first, min(_MOST_ROWS, _MOST_VALUES // values))
 
-    def _hand_over(self) -> None:
-        rows, self._filled = [block[: self._filled] for block in self._block], 0
-        if self.basis is None:
-            self._block = []
-            self._start(rows)
-        else:
-            self._reduce(rows)
-
-    def _start(self, rows: list[Tensor]) -> None:
-        """Freeze the basis that fits the first rows, and add these."""
-        self.basis = self._fit_basis(rows)
-        self._reduce([rows[0], *self.basis.project(rows)])
-
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
         options = self.options
         return fit_basis(rows, options.max_dim, options.observables, options.seed)
 
-    def _reduce(self, rows: list[Tensor]) -> None:
-        assert self.basis is not None
+    def _add(self, rows: list[Tensor]) -> None:
+        """Add up rows as state vectors; the first rows freeze the basis, later ones are in it already."""
+        if self.basis is None:
+            self.basis = self._fit_basis(rows)
+            rows = [rows[0], *self.basis.project(rows)]
         keys = sample_keys(rows[0], self.options.seed)
-        self.add(self.basis.lift(rows[1:], self.options.observables), keys)
+        if self._metric is None:
+            self._metric = self._new_metric(self.basis.center).to(keys.device)
+        self._metric.update(self.basis.lift(rows[1:], self.options.observables), keys)
 
     def _check(self, rows: Mapping[str, Tensor], batch: int) -> None:
         names = tuple(rows)
