@@ -141,7 +141,7 @@ class Accumulator:
         return fit_basis(rows, options.max_dim, options.observables, options.seed)
 
     def _add(self, rows: list[Tensor]) -> None:
-        """Add up rows as state vectors; the first rows freeze the basis, later ones are in it already."""
+        """Add up rows as state vectors; the first freeze the basis, later ones are in it already."""
         if self.basis is None:
             self.basis = self._fit_basis(rows)
             rows = [rows[0], *self.basis.project(rows)]
