@@ -145,6 +145,10 @@ class CreditWriter:
             raise ValueError(f"top_k is {top_k}; at least one component must be written")
         self.prefix, self.quantities, self.top_k = prefix, tuple(quantities), top_k
         self.figures, self.layout = figures, layout
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new run, with figures of its own."""
         self.shown: tuple[str, ...] = ()
         self._written = 0
         self._newest_drawn = False

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.callback.loggers import CreditWriter
@@ -21,7 +20,9 @@ from lightning_koopman.callback.trainer_facts import (
     first_loader,
     logged_hyper_parameters,
     logged_step,
+    may_be_last,
     may_skip_validation,
+    monitored_keys,
     plain_numerics,
     refuse_sharded_weights,
     samples_for_rank,
@@ -30,38 +31,11 @@ from lightning_koopman.callback.trainer_facts import (
 from lightning_koopman.koopman.options import Normalize, Options
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.network.components import named_components
-from lightning_koopman.network.forward_runner import default_forward
-from lightning_koopman.network.isolation import is_compiled, random_states_kept
-from lightning_koopman.network.rows import ReduceOption
+from lightning_koopman.network.isolation import is_compiled, undisturbed
+from lightning_koopman.network.replay import Recording
+from lightning_koopman.network.rows import ReduceOption, valid_positions
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
-
-
-class KeptBatches:
-    """Copies of an epoch's first batches.
-
-    Attributes:
-        batches: The copies, on the CPU.
-    """
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self._n_samples = 0
-
-    def take(self, batch: Any, *, most: int) -> None:
-        """Copy a batch, unless those before it hold enough samples."""
-        if self._n_samples < most:
-            kept = apply_to_collection(batch, Tensor, lambda t: t.detach().to("cpu", copy=True))
-            self.batches.append(kept)
-            self._n_samples += batch_size(batch)
-
-
-def batch_size(batch: Any) -> int:
-    """Count the samples of a batch by its longest first axis."""
-    sizes: list[int] = []
-    apply_to_collection(batch, Tensor, lambda t: sizes.append(t.shape[0] if t.ndim else 1))
-    return max(sizes, default=1)
-
 
 _HISTORY_SAVED = 100
 
@@ -118,8 +92,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
             links.
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
             directions of the output.
-        forward_fn: How to run the module on a batch where an extra pass is needed; ``None`` calls it on
-            the input.
         prefix: First part of every logged key; give each of several monitors its own.
         on_error: ``"warn"`` turns any error of the measurement into one warning; ``"raise"`` raises it.
         seed: Chooses the folds.
@@ -148,7 +120,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         normalize: Normalize = "none",
         delay: int = 1,
         targets: Sequence[int] | None = None,
-        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
         prefix: str = "koopman",
         on_error: Literal["warn", "raise"] = "warn",
         seed: int = 0,
@@ -177,7 +148,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.components = components
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
-        self.forward_fn = forward_fn
         self.prefix = prefix
         self.history: list[CreditReport] = []
         self._measurement: Measurement | None = None
@@ -185,7 +155,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._most_seen = 0
         self._rides_along = True
         self._from_training = False
-        self._kept = KeptBatches()
+        self._recording: Recording | None = None
+        self._watched: Measurement | None = None
+        self._n_recorded = 0
+        self._checked = False
+        self._differs: str | None = None
         self._measured_at: int | None = None
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
@@ -232,11 +206,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.history, self._writer.shown = history, shown
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget the previous run's bookkeeping."""
-        self.forget()
-        self._kept = KeptBatches()
-        self._checkpoint_step = self._measured_at = self._logged_at = None
+        """Forget the previous run: each has reports and figures of its own."""
+        self._forget_run()
         self._resuming = stage == "fit"
+        if self._resuming:
+            self.history = []
+            self._writer.reset()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Remember the step that a checkpoint's weights belong to."""
@@ -249,17 +224,20 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._log_options(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Say so where there is no validation loop to ride along, or nowhere to log to."""
-        self._from_training = not trainer.enable_validation
-        if self._from_training:
-            self._warn_once(
-                "there is no validation loop, so Koopman credit is measured on training batches, run "
-                "once more in eval mode at the end of the epoch"
-            )
+        """Say so where there is no validation loop to watch, or nowhere to log to."""
+        if not trainer.enable_validation:
+            self._watch_training("there is no validation loop")
         if not trainer.loggers:
             self._warn_once(
                 "the Trainer has no logger; Koopman credits are kept in monitor.history only"
             )
+
+    def _watch_training(self, why: str) -> None:
+        self._from_training = True
+        self._warn_once(
+            f"{why}, so Koopman credit is about training steps: their calls are run once more, in eval "
+            "mode, at the end of the epoch"
+        )
 
     @never_in_the_way
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -277,16 +255,21 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
         self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
+        assert self._measurement is not None
+        self._recording = Recording(pl_module, self._measurement.capture.components.values())
 
     @never_in_the_way
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on for one batch."""
-        if dataloader_idx == 0 and self._wants_more and self._rides_along:
+        if dataloader_idx == 0 and self._wants_more:
             assert self._measurement is not None
-            self._measurement.start_pass(batch)
-            self._measurement.capture.__enter__()
+            if self._recording is not None:
+                self._recording.__enter__()
+            if self._rides_along:
+                self._measurement.start_pass(batch)
+                self._measurement.capture.__enter__()
 
     @never_in_the_way
     def on_validation_batch_end(
@@ -299,41 +282,81 @@ class KoopmanCreditMonitor(HarmlessCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the hooks off again and add up what they saw."""
-        if dataloader_idx == 0 and self._wants_more:
-            if not self._rides_along:
-                self._run(trainer, pl_module, [batch])
+        measurement, recording = self._measurement, self._recording
+        if dataloader_idx != 0 or not self._wants_more or measurement is None:
+            return
+        measurement.capture.remove()
+        step = None if recording is None else recording.end_step(valid_positions(batch))
+        idle = self._rides_along and not measurement.capture.ran
+        if idle and trainer.state.fn == "fit" and not self.sync_pending:
+            self.forget()
+            self._watch_training("validation runs no component")
+            return
+        with plain_numerics(pl_module):
+            if self._rides_along:
+                measurement.end_pass()
                 return
-            assert self._measurement is not None
-            self._measurement.capture.remove()
-            with plain_numerics(pl_module):
-                self._measurement.end_pass()
+            assert step is not None
+            assert recording is not None
+            if recording.reason is not None or not step.calls:
+                raise RuntimeError(
+                    "compiled parts take no hooks, and their calls cannot be run again eagerly: "
+                    f"{recording.reason or 'none was seen'}"
+                )
+            measurement.replay(pl_module, [step], trainer.precision_plugin.forward_context)
 
     @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute the report and log it."""
         if not (may_skip_validation(trainer, pl_module) or self._idle):
             self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
+            self._check_replay(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """See that every key that somebody monitors exists, whatever became of the measurement."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            for key in monitored_keys(trainer, self.prefix):
+                trainer.callback_metrics.setdefault(key, torch.tensor(0.0))
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the epoch's first batches where there is no validation loop."""
-        if not self._from_training or not self._is_due(trainer):
+        """Record the calls of an epoch's first steps where no validation was watched yet."""
+        if self.history and not self._from_training:
             return
-        if batch_idx == 0:
-            self._kept = KeptBatches()
-        self._kept.take(batch, most=samples_for_rank(self.max_samples, data_part(trainer).count))
+        if batch_idx == 0 and self._is_due(trainer):
+            parts = named_components(pl_module, self.components).values()
+            self._recording, self._n_recorded = Recording(pl_module, parts), 0
+        wanted = samples_for_rank(self.max_samples, data_part(trainer).count)
+        recording = self._recording
+        if recording is not None and not recording.full and self._n_recorded < wanted:
+            recording.__enter__()
+
+    @never_in_the_way
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        """Stop recording before a backward pass computes activations again."""
+        self._end_training_step(())
+
+    @never_in_the_way
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop recording where no backward pass did."""
+        self._end_training_step(batch)
+
+    def _end_training_step(self, batch: Any) -> None:
+        if self._recording is not None and self._recording.recording:
+            self._n_recorded += self._recording.end_step(valid_positions(batch)).n_rows
 
     @never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure on the kept training batches where there is no validation loop."""
+        """Measure on the recorded training steps where there is no validation to watch."""
         step = max(0, logged_step(trainer, None) - 1)
         if not self._is_due(trainer):
             return
-        if self._from_training and (self._kept.batches or trainer.world_size > 1):
-            self._extra_pass(
-                trainer, pl_module, self._kept.batches, first_loader(trainer.train_dataloader)
-            )
-        elif not self._from_training and may_skip_validation(trainer, pl_module):
+        if self._from_training:
+            if self._recording is not None and (self._recording.steps or trainer.world_size > 1):
+                self._replay(trainer, pl_module, first_loader(trainer.train_dataloader))
+        elif may_skip_validation(trainer, pl_module):
             # Here, unlike at the end of validation, every process arrives.
             if self._idle:
                 self._begin(trainer, pl_module, ())
@@ -344,29 +367,27 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """See that the newest report is about the final weights, and draw it."""
         if trainer.global_step == 0:
             return
-        if self._measured_at != trainer.global_step:
-            self._measure_final(trainer, pl_module)
+        if self._measured_at != trainer.global_step and self._recording is not None:
+            if not self.history and not self._from_training:
+                self._watch_training("no validation was watched")
+            loader = trainer.train_dataloader if self._from_training else trainer.val_dataloaders
+            self._replay(trainer, pl_module, first_loader(loader))
         if self._logged_at is not None and trainer.is_global_zero:
             self._writer.finish(trainer.loggers, self.history, self._logged_at)
-
-    def _measure_final(self, trainer: Any, pl_module: Any) -> None:
-        if self._from_training:
-            self._extra_pass(
-                trainer, pl_module, self._kept.batches, first_loader(trainer.train_dataloader)
-            )
-        else:
-            loader = first_loader(trainer.val_dataloaders)
-            with random_states_kept(loader):
-                self._extra_pass(trainer, pl_module, loader, loader)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
         self.forget()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the model and of kept batches."""
+        """Let go of the model and of recorded calls."""
+        self._forget_run()
+
+    def _forget_run(self) -> None:
         self.forget()
-        self._kept = KeptBatches()
+        self._recording = self._watched = self._differs = None
+        self._from_training = self._checked = False
+        self._checkpoint_step = self._measured_at = self._logged_at = None
 
     @never_in_the_way
     def _log_options(self, trainer: Any) -> None:
@@ -384,7 +405,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Whether a measurement is under way that has not seen its samples yet."""
         return self._measurement is not None and self._measurement.n_seen < self._most_seen
 
-    def _begin(self, trainer: Any, pl_module: Any, loader: Any) -> None:
+    def _begin(self, trainer: Any, pl_module: Any, loader: Any, like: Measurement | None = None) -> None:
         """Start measuring this process's share of the samples that a loader gives."""
         self.sync_pending = trainer.world_size > 1
         self._rides_along = not is_compiled(pl_module)
@@ -399,20 +420,56 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self.options,
                 max_samples=min(own, unrepeated_samples(loader)) if part.counts else 0,
                 shared=self.sync_pending,
+                like=like,
             )
 
-    def _run(self, trainer: Any, pl_module: Any, batches: Iterable[Any]) -> None:
-        """Run batches once more, as Lightning would, but eagerly and in eval mode."""
-        assert self._measurement is not None
-        precision = trainer.precision_plugin
+    def _check_replay(self, trainer: Any, pl_module: Any) -> None:
+        """Find out, while the weights are those of validation, whether its calls can be run again."""
+        recording = self._recording
+        if self._checked or trainer.state.fn != "fit" or recording is None:
+            return
+        self._checked = True
+        with (
+            plain_numerics(pl_module),
+            undisturbed(pl_module),
+            trainer.precision_plugin.forward_context(),
+        ):
+            self._differs = recording.differs()
 
-        def forward(model: nn.Module, batch: Any) -> None:
-            batch = precision.convert_input(trainer.strategy.batch_to_device(batch, pl_module.device))
-            with precision.forward_context():
-                (self.forward_fn or default_forward)(model, batch)
+    def _replay(self, trainer: Any, pl_module: Any, loader: Any) -> None:
+        """Measure once more, by running recorded calls again; no guess where they cannot be."""
+        recording, like = self._recording, None if self._from_training else self._watched
+        assert recording is not None
+        reason = recording.reason or (None if self._from_training else self._differs)
+        if reason is not None and trainer.world_size == 1 and self.history:
+            self._keep_watched(trainer, reason)
+            return
+        refuse_sharded_weights(trainer)
+        try:
+            with plain_numerics(pl_module):
+                self._begin(trainer, pl_module, loader, like)
+                assert self._measurement is not None
+                if reason is not None:
+                    raise RuntimeError(f"the recorded calls cannot be run again: {reason}")
+                wanted = itertools.takewhile(lambda _: self._wants_more, recording.steps)
+                around = trainer.precision_plugin.forward_context
+                self._measurement.replay(pl_module, wanted, around)
+        except Exception as error:
+            if not self.sync_pending:
+                raise
+            self.fail(error)
+        # Lightning has counted the last batch already, but logs what belongs to it under its index.
+        self._finish(trainer, pl_module, step=max(0, logged_step(trainer, None) - 1))
 
-        wanted = itertools.takewhile(lambda _: self._wants_more, batches)
-        self._measurement.run(pl_module, wanted, forward)
+    def _keep_watched(self, trainer: Any, reason: str) -> None:
+        """Let the watched report stand, and say which weights it is about."""
+        report = self.history[-1]
+        note = (
+            f"about step {report.step}, not the final weights of step {trainer.global_step}, for what "
+            f"was watched cannot be run again: {reason}"
+        )
+        self.history[-1] = replace(report, notes=(*report.notes, note))
+        self._warn_once(f"the newest Koopman credit is {note}")
 
     def _merged(self, pl_module: Any) -> Measurement:
         """End the measurement, over the samples of all processes; every one of them must call this."""
@@ -434,31 +491,22 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.sync_pending, self._failure = False, None
 
     def _give_up(self) -> None:
+        if self._recording is not None:
+            self._recording.close()
         if self._measurement is not None:
             self._measurement.capture.remove()
             self._measurement = None
 
     def _is_due(self, trainer: Any) -> bool:
-        return bool((trainer.current_epoch + 1) % self.every_n_epochs == 0)
-
-    def _extra_pass(self, trainer: Any, pl_module: Any, batches: Iterable[Any], loader: Any) -> None:
-        refuse_sharded_weights(trainer)
-        try:
-            with plain_numerics(pl_module):
-                self._begin(trainer, pl_module, loader)
-                self._run(trainer, pl_module, batches)
-        except Exception as error:
-            if not self.sync_pending:
-                raise
-            self.fail(error)
-        # Lightning has counted the last batch already, but logs what belongs to it under its index.
-        self._finish(trainer, pl_module, step=max(0, logged_step(trainer, None) - 1))
+        """Check whether this epoch is measured: every n-th, and always the first and the last."""
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return bool(due or not self.history or may_be_last(trainer))
 
     def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-            measurement = self._merged(pl_module)
+            measurement = self._watched = self._merged(pl_module)
             # An error from here on may be this process's own: it must not measure again alone.
             self._measured_at = trainer.global_step
             report = measurement.report(

@@ -108,3 +108,21 @@ def first_loader(loaders: Any) -> Any:
     while isinstance(loaders, dict | list | tuple) and loaders:
         loaders = next(iter(loaders.values() if isinstance(loaders, dict) else loaders))
     return loaders or () if isinstance(loaders, dict | list | tuple | None) else loaders
+
+
+def may_be_last(trainer: Any) -> bool:
+    """Check whether the epoch under way may be the training's last with a validation."""
+    every = trainer.check_val_every_n_epoch or 1
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    return bool(
+        trainer.should_stop
+        or (epochs not in (None, -1) and trainer.current_epoch + 1 + every > epochs)
+        or (steps not in (None, -1) and trainer.global_step >= steps)
+    )
+
+
+def monitored_keys(trainer: Any, prefix: str) -> set[str]:
+    """Collect the keys of ours that a callback or a scheduler monitors."""
+    keys = {getattr(callback, "monitor", None) for callback in trainer.callbacks}
+    keys |= {getattr(config, "monitor", None) for config in trainer.lr_scheduler_configs}
+    return {key for key in keys if isinstance(key, str) and key.startswith(f"{prefix}/")}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
+from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
 from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
 from lightning_koopman.report.report import CreditReport
@@ -41,6 +42,7 @@ class Measurement(Accumulator):
         *,
         max_samples: int | None = None,
         shared: bool = False,
+        like: Measurement | None = None,
     ) -> None:
         super().__init__(options or Options(), max_samples=max_samples, shared=shared)
         output = self.options.output
@@ -54,6 +56,10 @@ class Measurement(Accumulator):
         self._silent: list[str] = []
         self._skipped: list[str] = []
         self._untraced: str | None = None
+        if like is not None:
+            # The same chain of the same calls, so that equal weights give equal numbers.
+            self.capture, self.plan, self.links = like.capture, like.plan, like.links
+            self.capture.keep, self._untraced = self._keep, like._untraced
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches through a model that is left exactly as it was found."""
@@ -66,6 +72,22 @@ class Measurement(Accumulator):
                 returned = forward(model, given)
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
+                self.end_pass()
+
+    def replay(
+        self,
+        model: nn.Module,
+        steps: Iterable[Step],
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        """Run recorded steps again, on a model that is left exactly as it was found."""
+        with undisturbed(model), self.capture:
+            for step in steps:
+                given = step.revive()
+                self.start_pass(given)
+                self._valid = step.valid
+                with around():
+                    step.run(given)
                 self.end_pass()
 
     def start_pass(self, batch: Any = None) -> None:

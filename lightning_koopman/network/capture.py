@@ -63,6 +63,8 @@ class Capture:
         parts: By state, in order of execution, the module calls that its component is made of. The last
             one gives the state. A second call of a module reads ``name#1``, as states do.
         skipped: Components that gave nothing to record in the current pass.
+        keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
+            a later in-place module may overwrite the tensor.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Capture:
         if output is not None:
             self.components = with_output(model, self.components, output)
         self._transparent = [] if self._named else transparent_modules(model, self.components)
-        self._model, self._keep, self._follow = model, keep, follow
+        self._model, self.keep, self._follow = model, keep, follow
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
@@ -164,6 +166,11 @@ class Capture:
         return self._provenance.error
 
     @property
+    def ran(self) -> bool:
+        """Whether any component ran in the current pass."""
+        return bool(self._calls)
+
+    @property
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
         return [name for name, module in self.components.items() if id(module) not in self._calls]
@@ -179,7 +186,7 @@ class Capture:
                 f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
                 "let output= give one"
             )
-        self._states[name] = self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
+        self._states[name] = self.keep(tensor, Recorded(name, self._model, tensor, None, sources))
 
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -197,7 +204,7 @@ class Capture:
             if key in self._inputs:
                 name = self._inputs[key]
                 recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
-                self._states[name] = self._keep(recorded.tensor, recorded)
+                self._states[name] = self.keep(recorded.tensor, recorded)
         self._pending[id(module)] = (self._provenance.of((args, kwargs)), tensor is not None)
 
     @_kept_out_of_the_forward
@@ -269,7 +276,7 @@ class Capture:
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
             recorded = _recorded(name, module, output, tensor, sources, from_float)
-            self._states[name] = self._keep(recorded.tensor, recorded)
+            self._states[name] = self.keep(recorded.tensor, recorded)
 
 
 def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:

@@ -36,11 +36,13 @@ def attach(
     *,
     before: Callable[[nn.Module, Any, Any], Any] | None = None,
     after: Callable[[nn.Module, Any, Any, Any], Any] | None = None,
+    first: bool = False,
 ) -> ExitStack:
-    """Hang hooks on a module until the stack that comes back is closed."""
+    """Hang hooks on a module, before all others if ``first``, until the stack returned is closed."""
     hooks = ExitStack()
     if before is not None:
-        hooks.callback(module.register_forward_pre_hook(_Hook(before), with_kwargs=True).remove)
+        handle = module.register_forward_pre_hook(_Hook(before), with_kwargs=True, prepend=first)
+        hooks.callback(handle.remove)
     if after is not None:
         hooks.callback(module.register_forward_hook(_Hook(after), with_kwargs=True).remove)
     return hooks

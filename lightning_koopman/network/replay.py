@@ -1,0 +1,355 @@
+"""Records the outermost calls that a step makes of the network's parts, and runs them again.
+
+What runs again is exactly what the user ran: the same modules with the same arguments, in the same
+order, where later calls are fed with what earlier ones give now. Nothing is guessed: where the user's
+own code stands between two calls, or a pass does not give again what it gave, nothing is run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.network.components import clean_name, common_ancestor
+from lightning_koopman.network.hook_points import attach
+from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.tensors import all_tensors, first_tensor
+
+BYTES_KEPT = 256 * 2**20
+"""Most bytes of arguments that are kept to be run again."""
+
+_NOT_COPIED = (
+    *(bool, int, float, complex, str, bytes, type(None), slice, torch.dtype, torch.device, torch.Size),
+    *(nn.Module, FunctionType, type),
+)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A copy of a tensor, on the CPU, and where it was."""
+
+    copy: Tensor
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """A tensor that an earlier call of the step gave, or a view of its memory."""
+
+    call: int
+    place: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass
+class _Call:
+    """One outermost call, copied before it ran.
+
+    Attributes:
+        direct: Whether ``forward`` itself was called, which fires no hook.
+    """
+
+    module: nn.Module
+    direct: bool
+    args: Any
+    kwargs: Any
+
+
+@dataclass
+class Step:
+    """The outermost calls of one step of the user's.
+
+    Attributes:
+        valid: Which positions of padded sequences held data in the step's batch.
+        outputs: First tensor of what each call gave, where it was kept to be compared.
+    """
+
+    calls: list[_Call] = field(default_factory=list)
+    valid: Tensor | None = None
+    outputs: list[Tensor | None] = field(default_factory=list)
+    n_bytes: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the longest tensor that the first call takes."""
+        sizes: list[int] = []
+
+        def look(part: Any) -> None:
+            if isinstance(part, _Kept):
+                sizes.append(part.copy.shape[0] if part.copy.ndim else 1)
+
+        for call in self.calls[:1]:
+            _mapped((call.args, call.kwargs), look)
+        return max(sizes, default=1)
+
+    def revive(self) -> list[Any]:
+        """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
+        return [_revived((call.args, call.kwargs)) for call in self.calls]
+
+    def run(self, given: list[Any] | None = None) -> list[Any]:
+        """Call the modules again on what :meth:`revive` gave, and return what each of them gives."""
+        returned: list[Any] = []
+        for call, taken in zip(self.calls, given or self.revive(), strict=True):
+            args, kwargs = _fed(taken, returned)
+            returned.append((call.module.forward if call.direct else call.module)(*args, **kwargs))
+        return returned
+
+
+class Recording:
+    """The outermost calls of some steps, within a budget of bytes.
+
+    Use as a context manager around each step; :meth:`end_step` keeps what it recorded.
+
+    Attributes:
+        steps: What was recorded.
+        reason: Why nothing may be run again, if so.
+        full: Whether the budget ended the recording.
+        recording: Whether a step is being recorded.
+    """
+
+    def __init__(
+        self, model: nn.Module, components: Iterable[nn.Module], *, budget: int = BYTES_KEPT
+    ) -> None:
+        self.steps: list[Step] = []
+        self.reason: str | None = None
+        self.full = False
+        self._model, self._budget = model, budget
+        parts = {id(module) for module in components}
+        self._names = {id(m): clean_name(n) or type(m).__name__ for n, m in model.named_modules()}
+        self._carriers = [m for m in model.modules() if any(id(part) in parts for part in m.modules())]
+        self._ancestor = common_ancestor(model, components)
+        self._hooks = ExitStack()
+        self._flow: DataFlow | None = None
+        self._step = Step()
+        self.recording = False
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all that is kept."""
+        return sum(step.n_bytes for step in self.steps)
+
+    def __enter__(self) -> Recording:
+        self.close()
+        self._step, self._depth, self.recording = Step(), 0, True
+        self._returned: list[list[Tensor]] = []
+        with ExitStack() as hooks:
+            # Only where there are several calls can the user's own code stand between them.
+            if len(self.steps) < 2 and not (self.steps and len(self.steps[0].calls) == 1):
+                self._flow = hooks.enter_context(DataFlow())
+            for module in self._carriers:
+                hooks.enter_context(attach(module, before=self._before, after=self._after, first=True))
+            if self._ancestor is not None and not isinstance(self._ancestor, torch.jit.ScriptModule):
+                around = functools.partial(self._around, self._ancestor)
+                hooks.enter_context(wrap(self._ancestor, "forward", around))
+            for module in self._carriers:
+                if module._compiled_call_impl is not None:  # takes no hooks that come after compilation
+                    around = functools.partial(self._around, module)
+                    hooks.enter_context(wrap(module, "_compiled_call_impl", around))
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take all hooks off; safe to call twice."""
+        self._hooks.close()
+        self.recording = False
+        self._flow, self._returned = None, []
+
+    def end_step(self, valid: Tensor | None = None) -> Step:
+        """Return the calls of the step that just ended, and keep them if they fit into the budget."""
+        self.close()
+        step, self._step = self._step, Step()
+        step.valid = valid
+        self.full = self.full or self.n_bytes + step.n_bytes > self._budget
+        if step.calls and not self.full:
+            self.steps.append(step)
+        return step
+
+    def differs(self) -> str | None:
+        """Run the first step again and say what it does not give again, if anything.
+
+        The weights must be those it was recorded with.
+        """
+        if self.reason is not None or not self.steps:
+            return self.reason
+        step = self.steps[0]
+        for call, old, new in zip(step.calls, step.outputs, step.run(), strict=True):
+            tensor = first_tensor(new)
+            if old is None or tensor is None:
+                continue
+            tensor = tensor.detach().to("cpu")
+            scale = float(old.abs().max()) if old.numel() else 0.0
+            if tensor.shape != old.shape or not torch.allclose(
+                tensor.double(), old.double(), rtol=1e-3, atol=1e-5 * scale, equal_nan=True
+            ):
+                name = self._names[id(call.module)]
+                return f"{name!r} does not give again what it gave (it samples, or keeps state)"
+        return None
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._depth == 0:
+            self._begin(module, args, kwargs, direct=False)
+        self._depth += 1
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._end(output)
+
+    def _around(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._depth > 0:
+            return forward(*args, **kwargs)
+        self._begin(module, args, kwargs, direct=module._compiled_call_impl is None)
+        self._depth += 1
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self._depth -= 1
+        self._end(output)
+        return output
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any, *, direct: bool) -> None:
+        try:
+            name = self._names[id(module)]
+            args, kwargs = self._kept(args, name), self._kept(kwargs, name)
+            self._step.calls.append(_Call(module, direct, args, kwargs))
+        except Exception as error:  # the user's own step must not end because of ours
+            self.reason = self.reason or f"a call could not be copied ({type(error).__name__}: {error})"
+
+    def _end(self, output: Any) -> None:
+        try:
+            number = len(self._returned)
+            self._returned.append(list(all_tensors(output)))
+            if self._flow is not None:
+                self._flow.label(output, f"{number}")
+            tensor = None if self.steps else first_tensor(output)
+            self._step.outputs.append(None if tensor is None else tensor.detach().to("cpu", copy=True))
+        except Exception as error:
+            self.reason = self.reason or f"a call could not be copied ({type(error).__name__}: {error})"
+
+    def _kept(self, value: Any, name: str) -> Any:
+        """Copy arguments, but for tensors that an earlier call of the step gave."""
+
+        def keep(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return self._kept_tensor(part, name)
+            if isinstance(part, _NOT_COPIED):
+                return part
+            self._step.n_bytes += sum(t.nbytes for t in all_tensors(part))
+            return _Object(copy.deepcopy(part))
+
+        return _mapped(value, keep)
+
+    def _kept_tensor(self, tensor: Tensor, name: str) -> _Kept | _Fed:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()._cdata
+            for call, tensors in enumerate(self._returned):
+                for place, given in enumerate(tensors):
+                    if given.layout is torch.strided and given.untyped_storage()._cdata == storage:
+                        offset = int(tensor.storage_offset() - given.storage_offset())
+                        return _Fed(call, place, tensor.size(), tensor.stride(), offset)
+        if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
+            self.reason = self.reason or f"the step runs code of its own before {name!r}"
+        self._step.n_bytes += tensor.nbytes
+        return _Kept(tensor.detach().to("cpu", copy=True), tensor.device)
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A copy of an argument that is neither a tensor nor a plain value."""
+
+    copy: Any
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Rebuild tuples, lists and dictionaries around changed parts."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(part, change) for part in value))
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(part, change) for part in value)
+    if type(value) is dict:
+        return {key: _mapped(part, change) for key, part in value.items()}
+    return change(value)
+
+
+def _revived(value: Any) -> Any:
+    def revive(part: Any) -> Any:
+        if isinstance(part, _Kept):
+            return part.copy.to(part.device, copy=True)
+        return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
+
+    return _mapped(value, revive)
+
+
+def _fed(value: Any, returned: list[Any]) -> Any:
+    def feed(part: Any) -> Any:
+        if not isinstance(part, _Fed):
+            return part
+        given = list(all_tensors(returned[part.call]))[part.place]
+        if part.offset == 0 and given.size() == part.size and given.stride() == part.stride:
+            return given
+        return given.as_strided(part.size, part.stride, given.storage_offset() + part.offset)
+
+    return _mapped(value, feed)
+
+
+class _Around:
+    """Stands in for a module's ``forward`` while somebody listens; a copy is the copy's own."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.own = name in vars(module)
+        self.inner = getattr(module, name)
+        self.listeners: list[Callable[..., Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        called = self.inner
+        for listener in self.listeners:
+            called = functools.partial(_listened, listener, called)
+        return called(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, self.name)
+
+
+def _listened(
+    listener: Callable[..., Any], called: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return listener(called, args, kwargs)
+
+
+def wrap(module: nn.Module, name: str, listener: Callable[..., Any]) -> ExitStack:
+    """Let a listener call what a module calls by ``name``, until the stack that comes back is closed.
+
+    It is called with what it stands in for, the arguments and the keyword arguments. Several may listen
+    and leave in any order.
+    """
+    values = vars(module)
+    if not isinstance(values.get(name), _Around):
+        values[name] = _Around(module, name)
+    around: _Around = values[name]
+    around.listeners.append(listener)
+
+    def leave() -> None:
+        around.listeners.remove(listener)
+        if not around.listeners and values.get(name) is around:
+            if around.own:
+                values[name] = around.inner
+            else:
+                del values[name]
+
+    hooks = ExitStack()
+    hooks.callback(leave)
+    return hooks
