@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_koopman.koopman.moments import Covariances, Layout, covariances
+from lightning_koopman.koopman.options import Normalize as Normalize
 from lightning_koopman.koopman.regression import (
     RESOLUTION_GRID,
     Factored,
@@ -51,9 +51,6 @@ def with_bias(
         ratio = (count / held_out).view(-1, *[1] * value.ndim)
         gap = ((1 - 1 / ratio) * (torch.stack(list(replicates)) - value)).sum(dim=0)
     return spread if gap is None else (spread.square() + gap.square()).sqrt()
-
-
-Normalize = Literal["none", "rms", "whiten"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from scipy.special import stdtrit
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lightning_koopman.koopman.alignment import Alignment, align
 from lightning_koopman.koopman.chain import (
-    Normalize,
     Split,
     fit_chain,
     fit_steps,
@@ -25,7 +23,10 @@ from lightning_koopman.koopman.chain import (
 )
 from lightning_koopman.koopman.moments import Layout
 from lightning_koopman.koopman.operator import KoopmanOperator
-from lightning_koopman.koopman.regression import RESOLUTION_GRID, alive, check_tikhonov
+from lightning_koopman.koopman.options import DEFAULTS, Options
+from lightning_koopman.koopman.regression import RESOLUTION_GRID, alive
+
+check_options = Options  # For the callback, until it builds its Options itself.
 
 
 def align_split(
@@ -161,15 +162,12 @@ class Credits:
 def compute_credits(
     layout: Layout,
     moments: Tensor,
+    options: Options = DEFAULTS,
     *,
-    rank: int | None = None,
-    tikhonov: float | None = None,
-    normalize: Normalize = "none",
-    targets: Sequence[int] | None = None,
     center: Sequence[Tensor] | None = None,
 ) -> Credits:
     """Compute all numbers of a chain from its moments."""
-    check_options(rank=rank, tikhonov=tikhonov, normalize=normalize, targets=targets)
+    targets, rank, normalize = options.targets, options.rank, options.normalize
     _check(layout, moments, targets)
     whole, folds = split_folds(layout, moments, normalize)
     if whole.output_rank == 0:
@@ -177,7 +175,7 @@ def compute_credits(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )
-    step, chosen, chosen_without = fit_steps(layout, whole, folds, tikhonov)
+    step, chosen, chosen_without = fit_steps(layout, whole, folds, options.tikhonov)
     for fold, without_it in enumerate(chosen_without):
         folds[fold] = solve_steps(folds[fold], chosen, without_it)
     behind = fit_chain(layout, whole, folds, chosen)
@@ -245,32 +243,6 @@ def _values(
         "nonlinearity": 1 - r2,
         "rank": state_ranks(layout, split),
     }
-
-
-def check_options(
-    *,
-    folds: int = 5,
-    delay: int = 1,
-    rank: int | None = None,
-    tikhonov: float | None = None,
-    normalize: str = "none",
-    targets: Sequence[int] | None = None,
-) -> None:
-    """Refuse options that no chain can be computed with, before any work is done."""
-    if folds < 2:
-        raise ValueError(f"folds is {folds}; held-out R² needs at least 2")
-    if not isinstance(delay, int) or delay < 1:
-        raise ValueError(f"delay is {delay!r}; it must be an integer of 1 or above")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is {rank}; at least one output direction must be aligned")
-    check_tikhonov(tikhonov)
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize is {normalize!r}; choose one of {get_args(Normalize)}")
-    if targets is not None and normalize == "whiten":
-        raise ValueError(
-            f"targets is {list(targets)}, but normalize='whiten' mixes the output's units; choose "
-            "'none' or 'rms'"
-        )
 
 
 def samples_needed(layout: Layout) -> int:

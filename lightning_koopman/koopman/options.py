@@ -20,7 +20,7 @@ class Options:
 
     Attributes:
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks it per component.
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one per step.
         normalize: Coordinates of every state.
         targets: Output units of interest; ``None`` takes the leading POD directions of the output.
         delay: How many earlier states each operator sees at least.
@@ -48,7 +48,7 @@ class Options:
         if self.folds < 2:
             raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
         if isinstance(self.delay, bool) or not isinstance(self.delay, int) or self.delay < 1:
-            raise ValueError(f"delay is {self.delay!r}; it counts earlier states: give 1 or more")
+            raise ValueError(f"delay is {self.delay!r}; it must be an integer of 1 or above")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank is {self.rank}; at least one output direction must be aligned")
         if self.max_dim < 1:
@@ -63,3 +63,6 @@ class Options:
             )
         check_reduce(self.reduce)
         check_observables(self.observables)
+
+
+DEFAULTS = Options()
