@@ -54,6 +54,20 @@ def tanh_states(
     return states
 
 
+def summed(
+    states: Sequence[np.ndarray],
+    folds: int | np.ndarray = 5,
+    delay: int = 1,
+    links: tuple[tuple[int, ...], ...] = (),
+) -> tuple[Layout, Tensor]:
+    """Moments of all samples."""
+    fold_of = np.arange(len(states[0])) % folds if isinstance(folds, int) else folds
+    layout = Layout(tuple(x.shape[1] for x in states), int(fold_of.max()) + 1, delay, links)
+    moments = layout.zeros()
+    accumulate(layout, moments, [torch.from_numpy(x) for x in states], torch.from_numpy(fold_of))
+    return layout, moments
+
+
 def run(
     states: Sequence[np.ndarray],
     *,
@@ -64,11 +78,7 @@ def run(
     **options: Any,
 ) -> Credits:
     """Credits of all samples at once; folds by row number unless given."""
-    n = len(states[0])
-    fold_of = np.arange(n) % folds if isinstance(folds, int) else folds
-    layout = Layout(tuple(x.shape[1] for x in states), int(fold_of.max()) + 1, delay, links)
-    moments = layout.zeros()
-    accumulate(layout, moments, [torch.from_numpy(x) for x in states], torch.from_numpy(fold_of))
+    layout, moments = summed(states, folds, delay, links)
     return compute_credits(layout, moments, Options(**options), center=center)
 
 
@@ -437,10 +447,7 @@ def test_whitened_output_directions_are_the_leading_principal_ones(rank: int) ->
 @pytest.mark.parametrize("seed", [0, 1])
 def test_whitened_operators_have_canonical_correlations(shape: tuple[int, int], seed: int) -> None:
     states = tanh_states(shape, seed=seed, noise=0.3)
-    layout = Layout(shape, 5)
-    moments = layout.zeros()
-    accumulate(layout, moments, [torch.from_numpy(x) for x in states], torch.arange(400) % 5)
-    split = split_chain(layout, moments, None, "whiten")
+    split = split_chain(*summed(states), None, "whiten")
     values = torch.linalg.svdvals(split.problems[0].matrix(0.0)).numpy()
     expected = oracles.canonical_correlations(*states)
     assert np.allclose(values, expected, rtol=0, atol=1e-9)
@@ -454,10 +461,7 @@ def test_canonical_correlations_are_those_of_scikit_learn() -> None:
     from sklearn.cross_decomposition import CCA
 
     x, y = tanh_states((6, 4), noise=0.5)
-    layout = Layout((6, 4), 5)
-    moments = layout.zeros()
-    accumulate(layout, moments, [torch.from_numpy(x), torch.from_numpy(y)], torch.arange(400) % 5)
-    split = split_chain(layout, moments, None, "whiten")
+    split = split_chain(*summed([x, y]), None, "whiten")
     values = torch.linalg.svdvals(split.problems[0].matrix(0.0)).numpy()
     scores = CCA(n_components=4, max_iter=20000, tol=1e-12).fit(x, y).transform(x, y)
     expected = [abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(scores[0].T, scores[1].T, strict=True)]
@@ -765,9 +769,7 @@ def test_unseen_directions_count_before_linear_steps_with_hardly_a_ridge(
     rng = np.random.default_rng(0)
     x = np.hstack([rng.standard_normal((50, 3)), np.zeros((50, 4))])
     states = [x, x[:, :1], rng.standard_normal((50, 2))]
-    layout = Layout((7, 1, 2), 4)
-    moments = layout.zeros()
-    accumulate(layout, moments, [torch.from_numpy(s) for s in states], torch.arange(50) % 4)
+    layout, moments = summed(states, 4)
     whole = split_chain(layout, moments, None, "none")
     shifts = unseen_shifts(layout, whole, [linear, True], [share / 50, 0.0])
     assert shifts.dtype == torch.float64
