@@ -59,7 +59,7 @@ class Alignment:
         return self.bases[0].shape[1]
 
     def jacobian(self, state: int) -> Tensor:
-        """Give J_i, how the chosen outputs answer to a state."""
+        """Return J_i, how the chosen outputs answer to a state."""
         return self.bases[state] @ self.factors[state]
 
 

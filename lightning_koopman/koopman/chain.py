@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_koopman.koopman.moments import Covariances, Layout, covariances
+from lightning_koopman.koopman.options import Normalize
 from lightning_koopman.koopman.regression import (
     RESOLUTION_GRID,
     Factored,
-    HeldOut,
-    Solved,
     Spectrum,
     alive,
     held_out,
@@ -25,7 +23,7 @@ from lightning_koopman.koopman.regression import (
 
 
 def jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor) -> Tensor:
-    """Give the delete-one-fold standard error."""
+    """Compute the delete-one-fold standard error."""
     # Folds of unequal size: Busing, Meijer & van der Leeden (1999), Statistics and Computing 9, 3-8.
     if len(replicates) < 2:
         return torch.full_like(value, torch.nan)
@@ -38,13 +36,9 @@ def jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_ou
 
 
 def with_bias(
-    value: Tensor,
-    replicates: Sequence[Tensor],
-    count: float,
-    held_out: Tensor,
-    gap: Tensor | None = None,
+    value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor, gap: Tensor | None
 ) -> Tensor:
-    """Give the jackknife error and the bias of a finite sample, added in quadrature."""
+    """Compute the jackknife error and the bias of a finite sample, added in quadrature."""
     spread = jackknife(value, replicates, count, held_out)
     if gap is None and replicates:
         # With folds of unequal size, each replicate's distance counts by how much was left out.
@@ -53,57 +47,38 @@ def with_bias(
     return spread if gap is None else (spread.square() + gap.square()).sqrt()
 
 
-Normalize = Literal["none", "rms", "whiten"]
-
-
 @dataclass(frozen=True)
 class Split:
-    """The regression problems on some folds, and the moments of the fold left out.
+    """The regression problems on some folds, and the moments they are tested on.
 
-    ``directions`` are the POD directions of the output, leading first, in its coordinates, and
-    ``output_rank`` is how many of them are alive. ``problems`` make way for ``solved`` once the ridge
-    weights are known.
+    ``test`` is the fold left out, about the means of the others, or ``train`` where none is.
+    ``directions`` are the POD directions of the output, leading first, ``output_rank`` of them alive.
     """
 
     count: float
     train: Covariances
-    test: Covariances | None
+    test: Covariances
     problems: tuple[Spectrum, ...]
     directions: Tensor
     output_rank: int
-    solved: tuple[Solved, ...] = ()
 
-    @property
-    def widths(self) -> list[int]:
-        """Width of every state in the coordinates chosen."""
-        return [len(mean) for mean in self.train.means]
-
-    @property
-    def held_out(self) -> Covariances:
-        """Covariances of the fold left out, about the means of the others."""
-        assert self.test is not None
-        return self.test
+    def variance(self, i: int) -> float:
+        """Squared deviation of a state, per sample that is tested on."""
+        return float(self.test.variances[i].sum())
 
 
 def split_chain(
-    layout: Layout,
-    moments: Tensor,
-    fold: int | None,
-    normalize: Normalize,
-    total: Tensor | None = None,
+    layout: Layout, moments: Tensor, fold: int | None, normalize: Normalize, total: Tensor | None = None
 ) -> Split:
     """Set up every step's regression on all folds, or on all but one; ``total`` sums all folds."""
     total = moments.sum(dim=0) if total is None else total
     train = covariances(layout, total, without=None if fold is None else moments[fold])
-    test = None if fold is None else covariances(layout, moments[fold], about=train.means)
+    test = train if fold is None else covariances(layout, moments[fold], about=train.means)
     scales = _scales(train, layout, normalize)
     if scales is not None:
-        train = _rescaled(train, scales)
-        test = None if test is None else _rescaled(test, scales)
-    problems = tuple(
-        spectrum(regressors(train, layout, i), targets(train, layout, i))
-        for i in range(1, len(layout.dims))
-    )
+        test = _rescaled(test, scales)
+        train = test if fold is None else _rescaled(train, scales)
+    problems = tuple(spectrum(*_normal_equations(train, layout, i)) for i in range(1, len(layout.dims)))
     output = train[len(layout.dims) - 1, len(layout.dims) - 1]
     if normalize == "whiten":
         # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
@@ -126,21 +101,17 @@ def split_folds(layout: Layout, moments: Tensor, normalize: Normalize) -> tuple[
     return split_chain(layout, moments, None, normalize, total), folds
 
 
-def regressors(given: Covariances, layout: Layout, i: int) -> Tensor:
-    """Give the covariance of what a step reads."""
+def _normal_equations(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
+    """Return the covariance of what a step reads, and its cross-covariance with what the step gives."""
     read = layout.parents[i]
+    c_xy = torch.cat([given[p, i] for p in read])
     if len(read) == 1:
-        return given[read[0], read[0]]
-    return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])
-
-
-def targets(given: Covariances, layout: Layout, i: int) -> Tensor:
-    """Give the covariances of what a step reads with what it gives."""
-    return torch.cat([given[p, i] for p in layout.parents[i]])
+        return given[read[0], read[0]], c_xy
+    return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read]), c_xy
 
 
 def _scales(train: Covariances, layout: Layout, normalize: Normalize) -> list[Tensor] | None:
-    """Give T_i for the coordinates x_i T_i, or ``None`` for the coordinates as they are."""
+    """Return T_i for the coordinates x_i T_i, or ``None`` for the coordinates as they are."""
     if normalize == "none":
         return None
     scales = []
@@ -194,42 +165,30 @@ def fit_steps(
     within = torch.zeros(2, 1, shape[1], dtype=torch.float64)
     chosen: list[float] = []
     without: list[list[float]] = [[] for _ in folds]
-    counts = torch.tensor([split.held_out.count for split in folds], dtype=torch.float64)
+    counts = torch.tensor([split.test.count for split in folds], dtype=torch.float64)
     # One step after the other: the forms of all of them at once would fill the memory.
     for i in range(1, len(layout.dims)):
-        forms = [_held_out(layout, split, i) for split in folds]
+        forms = [
+            held_out(split.problems[i - 1], *_normal_equations(split.test, layout, i), split.variance(i))
+            for split in folds
+        ]
         if tikhonov is None and folds:
             rows = torch.stack([form.errors(RESOLUTION_GRID).cpu() for form in forms])
             rows = counts[:, None] * rows
             ridge = resolved_tikhonov(rows, RESOLUTION_GRID)
-            for fold, picked in enumerate(without):
-                rest = torch.cat([rows[:fold], rows[fold + 1 :]])
-                picked.append(resolved_tikhonov(rest, RESOLUTION_GRID))
+            rests = (torch.cat([rows[:fold], rows[fold + 1 :]]) for fold in range(len(folds)))
+            ridges = [resolved_tikhonov(rest, RESOLUTION_GRID) for rest in rests]
         else:
             ridge = tikhonov or 0.0
-            for picked in without:
-                picked.append(ridge)
+            ridges = [ridge] * len(folds)
         chosen.append(ridge)
         for fold, form in enumerate(forms):
+            without[fold].append(ridges[fold])
             errors[fold, i - 1] = counts[fold] * float(form.errors([ridge]))
             totals[fold, i - 1] = counts[fold] * form.variance
-        own = in_sample(whole.problems[i - 1], float(whole.train.variances[i].sum()))
+        own = in_sample(whole.problems[i - 1], whole.variance(i))
         within[0, 0, i - 1], within[1, 0, i - 1] = float(own.errors([ridge])), own.variance
     return Fit(*_pooled_r2(errors, totals), in_sample=_pooled_r2(*within)[0]), chosen, without
-
-
-def _held_out(layout: Layout, split: Split, i: int) -> HeldOut:
-    test = split.held_out
-    c_xx, c_xy = regressors(test, layout, i), targets(test, layout, i)
-    return held_out(split.problems[i - 1], c_xx, c_xy, _variance(split, i))
-
-
-def _on_itself(split: Split) -> Split:
-    return replace(split, test=split.train)
-
-
-def _variance(split: Split, i: int) -> float:
-    return float(split.held_out.variances[i].sum())
 
 
 def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -244,22 +203,19 @@ def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 def solve_steps(split: Split, *chosen: Sequence[float]) -> Split:
     """Solve every step for one or more choices of ridge weights, and let go of what takes memory."""
-    solved = tuple(
+    problems = tuple(
         problem.solved(set(weights)) for problem, *weights in zip(split.problems, *chosen, strict=True)
     )
-    return replace(split, problems=(), solved=solved)
+    return replace(split, problems=problems)
 
 
 def step_factors(
     layout: Layout, split: Split, chosen: Sequence[float]
 ) -> Sequence[Sequence[Tensor | Factored]]:
-    """Give every step's operator, cut into one block a state it reads."""
-    widths = [[split.widths[p] for p in layout.parents[i]] for i in range(1, len(layout.dims))]
-    if split.solved:
-        solutions = zip(split.solved, chosen, widths, strict=True)
-        return [solved.parts(weight, sizes) for solved, weight, sizes in solutions]
-    problems = zip(split.problems, chosen, widths, strict=True)
-    return [problem.parts(weight, sizes) for problem, weight, sizes in problems]
+    """Return every step's operator, cut into one block per state it reads."""
+    widths = [len(mean) for mean in split.train.means]
+    steps = zip(split.problems, chosen, layout.parents[1:], strict=True)
+    return [problem.parts(weight, [widths[p] for p in read]) for problem, weight, read in steps]
 
 
 def fit_chain(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequence[float]) -> Fit:
@@ -269,22 +225,22 @@ def fit_chain(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequ
         errors = torch.zeros(len(splits), len(chosen), dtype=torch.float64)
         totals = torch.zeros_like(errors)
         for row, split in enumerate(splits):
-            totals[row] = split.held_out.count * _variance(split, len(chosen))
-            errors[row] = split.held_out.count * _chain_errors(layout, split, chosen)
+            totals[row] = split.test.count * split.variance(len(chosen))
+            errors[row] = split.test.count * _chain_errors(layout, split, chosen)
         return errors, totals
 
-    return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([_on_itself(whole)]))[0])
+    return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([whole]))[0])
 
 
 def _chain_errors(layout: Layout, split: Split, chosen: Sequence[float]) -> Tensor:
-    test, last = split.held_out, len(chosen)
+    test, last = split.test, len(chosen)
     operators = step_factors(layout, split, chosen)
     errors = torch.zeros(last, dtype=torch.float64)
     # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
     width = test[last, last].shape[0]
     blocks = {last: torch.eye(width, dtype=torch.float64, device=test.means[0].device)}
     for i in range(last, 0, -1):
-        error = _variance(split, last)
+        error = split.variance(last)
         for p, left in blocks.items():
             error -= 2 * float((left * test[p, last]).sum())
             for q, right in blocks.items():

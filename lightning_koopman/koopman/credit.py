@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from scipy.special import stdtrit
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lightning_koopman.koopman.alignment import Alignment, align
 from lightning_koopman.koopman.chain import (
-    Normalize,
     Split,
     fit_chain,
     fit_steps,
@@ -25,7 +23,8 @@ from lightning_koopman.koopman.chain import (
 )
 from lightning_koopman.koopman.moments import Layout
 from lightning_koopman.koopman.operator import KoopmanOperator
-from lightning_koopman.koopman.regression import RESOLUTION_GRID, alive, check_tikhonov
+from lightning_koopman.koopman.options import DEFAULTS, Options
+from lightning_koopman.koopman.regression import RESOLUTION_GRID, alive
 
 
 def align_split(
@@ -49,14 +48,13 @@ def volumes(
     layout: Layout, split: Split, chain: Alignment, expected: int | None = None
 ) -> dict[str, Tensor]:
     """Read credit, gain, sensitivity and total off an alignment."""
-    n_steps = len(layout.dims) - 1
     if chain.rank == 0 or (expected is not None and chain.rank != expected):
-        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
+        nan = torch.full((len(layout.dims) - 1,), torch.nan, dtype=torch.float64)
         return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
     means = chain.log_volumes.mean(dim=1)
     spread = [
         split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
-        for i in range(1, n_steps + 1)
+        for i in range(1, len(layout.dims))
     ]
     return {
         "credit": means[1:],
@@ -75,7 +73,7 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
     """Effective rank of the state behind each component: how many of its directions vary."""
     # A direction of variance v counts v² / (v² + t²). So the rank moves smoothly with the data, and
     # units that wake in one sample of a million do not count.
-    ranks, known = [], split.solved or split.problems
+    ranks, known = [], split.problems
     for i in range(1, len(layout.dims)):
         if i < len(known) and layout.parents[i + 1] == (i,):
             # This state is the regressor of the next step, whose spectrum is at hand.
@@ -91,13 +89,11 @@ def state_ranks(layout: Layout, split: Split) -> Tensor:
 def unseen_shifts(
     layout: Layout, whole: Split, linear: Sequence[bool], chosen: Sequence[float]
 ) -> Tensor:
-    """How far the log-volume behind each state may move when directions that never varied wake.
-
-    It concerns states read by a linear step, whose ridge weight is so small that directions too rare
-    to be seen in so many samples would count in full. Were u of them to join k with weights like
-    theirs, the log-volume would grow by log(1 + u / k) / 2 a direction; a 95 % interval just reaches
-    so far. What a linear step gives out has no directions but those it reads.
-    """
+    """Compute how far the log-volume behind each state may move if directions that never varied wake."""
+    # It concerns states read by a linear step, whose ridge weight is so small that directions too rare
+    # to be seen in so many samples would count in full. Were u of them to join k with weights like
+    # theirs, the log-volume would grow by log(1 + u / k) / 2 per direction; a 95 % interval just reaches
+    # so far. What a linear step gives out has no directions but those it reads.
     shifts = torch.zeros(len(layout.dims), dtype=torch.float64)
     unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
     for i, problem in enumerate(whole.problems, start=1):
@@ -138,7 +134,7 @@ class Credits:
         total_stderr: Its standard error.
         stable: Whether the credit moves by no more than :data:`MAX_RIDGE_SHIFT`, or its error, when
             every ridge weight moves tenfold.
-        operators: One a component; where it reads several states, its regressors are these states
+        operators: One per component; where it reads several states, its regressors are these states
             side by side, the nearest first.
         alignment: The aligned chain over all samples.
         lost: Indices of the components behind which an output direction stops to matter.
@@ -161,15 +157,12 @@ class Credits:
 def compute_credits(
     layout: Layout,
     moments: Tensor,
+    options: Options = DEFAULTS,
     *,
-    rank: int | None = None,
-    tikhonov: float | None = None,
-    normalize: Normalize = "none",
-    targets: Sequence[int] | None = None,
     center: Sequence[Tensor] | None = None,
 ) -> Credits:
     """Compute all numbers of a chain from its moments."""
-    check_options(rank=rank, tikhonov=tikhonov, normalize=normalize, targets=targets)
+    targets, rank, normalize = options.targets, options.rank, options.normalize
     _check(layout, moments, targets)
     whole, folds = split_folds(layout, moments, normalize)
     if whole.output_rank == 0:
@@ -177,24 +170,22 @@ def compute_credits(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )
-    step, chosen, chosen_without = fit_steps(layout, whole, folds, tikhonov)
+    step, chosen, chosen_without = fit_steps(layout, whole, folds, options.tikhonov)
     for fold, without_it in enumerate(chosen_without):
         folds[fold] = solve_steps(folds[fold], chosen, without_it)
     behind = fit_chain(layout, whole, folds, chosen)
-    asked = len(targets) if targets is not None else whole.output_rank
-    asked = min(asked, rank) if rank is not None else asked
+    asked = whole.output_rank if targets is None else len(targets)
+    asked = asked if rank is None else min(asked, rank)
     chain = align_split(layout, whole, chosen, range(asked), targets)
     kept = chain.kept
     values = _values(layout, whole, chain, step.r2, behind.r2)
     held_out = torch.tensor([whole.count - split.count for split in folds], dtype=torch.float64)
     replicates = []
-    for fold, without_it in enumerate(chosen_without):
+    for without_it, r2, chain_r2 in zip(chosen_without, step.without, behind.without, strict=True):
         # Let go of each split behind its last use: all of them take as much memory as the moments.
         split = folds.pop(0)
         without = align_split(layout, split, without_it, kept, targets)
-        replicates.append(
-            _values(layout, split, without, step.without[fold], behind.without[fold], len(kept))
-        )
+        replicates.append(_values(layout, split, without, r2, chain_r2, len(kept)))
         del without
     gaps = {"r2": step.gap, "chain_r2": behind.gap, "nonlinearity": step.gap}
     stderr = {
@@ -222,11 +213,7 @@ def compute_credits(
         operators=_operators(layout, plain, chosen, step.r2, center),
         alignment=chain,
         lost=chain.lost,
-        dropped=tuple(
-            column if targets is None else targets[column]
-            for column in range(asked)
-            if column not in kept
-        ),
+        dropped=tuple((targets or range(asked))[c] for c in range(asked) if c not in kept),
     )
 
 
@@ -238,7 +225,7 @@ def _values(
     chain_r2: Tensor,
     expected: int | None = None,
 ) -> dict[str, Tensor]:
-    """Give every quantity, and the total, of an aligned chain."""
+    """Compute every quantity, and the total, of an aligned chain."""
     return volumes(layout, split, chain, expected) | {
         "r2": r2,
         "chain_r2": chain_r2,
@@ -247,34 +234,8 @@ def _values(
     }
 
 
-def check_options(
-    *,
-    folds: int = 5,
-    delay: int = 1,
-    rank: int | None = None,
-    tikhonov: float | None = None,
-    normalize: str = "none",
-    targets: Sequence[int] | None = None,
-) -> None:
-    """Refuse options that no chain can be computed with, before any work is done."""
-    if folds < 2:
-        raise ValueError(f"folds is {folds}; held-out R² needs at least 2")
-    if not isinstance(delay, int) or delay < 1:
-        raise ValueError(f"delay is {delay!r}; it must be an integer of 1 or above")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank is {rank}; at least one output direction must be aligned")
-    check_tikhonov(tikhonov)
-    if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize is {normalize!r}; choose one of {get_args(Normalize)}")
-    if targets is not None and normalize == "whiten":
-        raise ValueError(
-            f"targets is {list(targets)}, but normalize='whiten' mixes the output's units; choose "
-            "'none' or 'rms'"
-        )
-
-
 def samples_needed(layout: Layout) -> int:
-    """Give the number of samples below which the operators are not worth reading."""
+    """Return the number of samples below which the operators are not worth reading."""
     widest = max(sum(layout.dims[p] for p in read) for read in layout.parents[1:])
     return math.ceil(2 * widest * layout.folds / (layout.folds - 1))
 
@@ -299,7 +260,7 @@ def _operators(
     r2: Tensor,
     center: Sequence[Tensor] | None,
 ) -> tuple[KoopmanOperator, ...]:
-    """Give each component's operator in the coordinates of the states themselves."""
+    """Return each component's operator in the coordinates of the states themselves."""
     means = list(split.train.means[: len(layout.dims)])
     if center is not None:
         means = [mean + offset.to(mean) for mean, offset in zip(means, center, strict=True)]

@@ -194,7 +194,7 @@ def _mirror(block: Tensor) -> None:
 
 
 def recentred(layout: Layout, moments: Tensor, shifts: Sequence[Tensor]) -> Tensor:
-    """Give the moments that the same samples have about other offsets."""
+    """Compute the moments that the same samples have about other offsets."""
     moved = moments.clone()
     for row in moved:
         count = row[0].clone()
@@ -238,11 +238,7 @@ class Covariances:
 
 @dataclass(frozen=True)
 class _Blocks(Mapping[tuple[int, int], Tensor]):
-    """Covariances as moments give them, none of them kept.
-
-    ``own`` are the samples' means, ``about`` what is centred about, and ``alive`` marks the units that
-    vary, where not all do.
-    """
+    """Covariances of samples of means ``own``, taken ``about`` others; only ``alive`` units vary."""
 
     layout: Layout
     row: Tensor
@@ -287,10 +283,7 @@ def covariances(
     about: Sequence[Tensor] | None = None,
     without: Tensor | None = None,
 ) -> Covariances:
-    """Read means and covariances off one row of moments.
-
-    Units that rounding alone sets in motion are taken as constant: their covariances are exactly zero.
-    """
+    """Read means and covariances off one row; exactly zero for units that only rounding moves."""
     count = float(_read(row, without, slice(0, 1)))
     scale = 1.0 / count if count else 0.0
     states = range(len(layout.dims))

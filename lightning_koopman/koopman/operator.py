@@ -14,7 +14,7 @@ from lightning_koopman.koopman.regression import (
     alive,
     check_tikhonov,
     choose_tikhonov,
-    held_out_errors,
+    held_out,
     solve,
     spectrum,
 )
@@ -188,7 +188,7 @@ def _offset(name: str, data: Tensor) -> Tensor:
 def _fold_errors(
     layout: Layout, moments: Tensor, summed: Tensor, grid: Sequence[float], rank: int | None
 ) -> tuple[list[list[float]], float]:
-    """Squared held-out errors, a row a fold and a column a ridge weight, and the squares they are of."""
+    """Squared held-out errors, by fold and ridge weight, and the squares they are of."""
     total, errors = 0.0, []
     for row in moments:
         train = covariances(layout, summed, without=row)
@@ -200,7 +200,7 @@ def _fold_errors(
         test_xx, test_xy = test[0, 0], test[0, 1]
         if rank is None and len(grid) > 1:
             problem = spectrum(train[0, 0], train[0, 1])
-            found = held_out_errors(problem, test_xx, test_xy, trace, grid)
+            found = held_out(problem, test_xx, test_xy, trace).errors(grid).tolist()
         else:
             solved = [solve(train[0, 0], train[0, 1], weight) for weight in grid]
             if rank is not None:

@@ -20,7 +20,7 @@ class Options:
 
     Attributes:
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one.
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one per step.
         normalize: Coordinates of every state.
         targets: Output units of interest; ``None`` takes the leading POD directions of the output.
         delay: How many earlier states each operator sees at least.
@@ -63,3 +63,6 @@ class Options:
             )
         check_reduce(self.reduce)
         check_observables(self.observables)
+
+
+DEFAULTS = Options()

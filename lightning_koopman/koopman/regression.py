@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,13 +67,7 @@ _SAFE_PIVOT = 1e-8
 
 @dataclass(frozen=True)
 class Factored:
-    """Rows of an operator as the product that solves for them; cheaper to apply than to multiply out.
-
-    Attributes:
-        vectors: Shape ``(d_in, k)``.
-        filters: Shape ``(k, 1)``.
-        projected: Shape ``(k, d_out)``.
-    """
+    """Rows of ``vectors @ (filters * projected)``; cheaper to apply than to multiply out."""
 
     vectors: Tensor
     filters: Tensor
@@ -90,23 +84,6 @@ class Factored:
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A regression problem's operators under the ridge weights that were asked for.
-
-    Attributes:
-        values: Kept eigenvalues of C_xx, descending, shape ``(k,)``.
-        matrices: K of shape ``(d_in, d_out)`` by ridge weight.
-    """
-
-    values: Tensor
-    matrices: Mapping[float, Tensor]
-
-    def parts(self, tikhonov: float, widths: Sequence[int]) -> list[Tensor]:
-        """Give an operator, cut into one block a state that it reads."""
-        return list(torch.split(self.matrices[tikhonov], list(widths)))
-
-
-@dataclass(frozen=True)
 class Spectrum:
     """A regression problem in the eigenbasis of its regressors, ready for any ridge weight.
 
@@ -115,12 +92,14 @@ class Spectrum:
         vectors: Their eigenvectors, shape ``(d_in, k)``.
         projected: ``vectors.T @ C_xy``, shape ``(k, d_out)``.
         mean_variance: trace(C_xx) / d_in, the unit of the ridge weight.
+        matrices: K by ridge weight, once they are solved for and the eigenbasis has made way.
     """
 
     values: Tensor
     vectors: Tensor
     projected: Tensor
     mean_variance: float
+    matrices: Mapping[float, Tensor] = field(default_factory=dict)
 
     def filters(self, tikhonov: float) -> Tensor:
         """Inverse eigenvalues under a ridge weight."""
@@ -130,17 +109,21 @@ class Spectrum:
         """Solve for the operator."""
         return self.vectors @ (self.filters(tikhonov)[:, None] * self.projected)
 
-    def parts(self, tikhonov: float, widths: Sequence[int]) -> list[Factored]:
-        """Solve for the operator, one block per state that it reads, without multiplying it out."""
+    def parts(self, tikhonov: float, widths: Sequence[int]) -> Sequence[Tensor | Factored]:
+        """Return the operator, one block per state that it reads."""
+        if self.matrices:
+            return torch.split(self.matrices[tikhonov], list(widths))
         filters = self.filters(tikhonov)[:, None]
         return [
             Factored(vectors, filters, self.projected)
             for vectors in torch.split(self.vectors, list(widths))
         ]
 
-    def solved(self, weights: Collection[float]) -> Solved:
+    def solved(self, weights: Collection[float]) -> Spectrum:
         """Solve for some ridge weights, and let go of the eigenbasis."""
-        return Solved(self.values, {weight: self.matrix(weight) for weight in weights})
+        matrices = {weight: self.matrix(weight) for weight in weights}
+        empty = self.vectors.new_empty(0)
+        return replace(self, vectors=empty, projected=empty, matrices=matrices)
 
     @property
     def condition(self) -> float:
@@ -149,7 +132,7 @@ class Spectrum:
 
 
 def alive(variances: Tensor) -> Tensor:
-    """Tell which variances are more than rounding beside the largest one."""
+    """Return which variances are more than rounding beside the largest one."""
     largest = torch.cat([variances, variances.new_zeros(1)]).max()
     return variances > RCOND * largest
 
@@ -185,11 +168,11 @@ def solve(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The squared error a sample of one problem's operators, as a function of the ridge weight.
+    """The squared error per sample of one problem's operators, as a function of the ridge weight.
 
     Attributes:
         train: The problem.
-        variance: Squared deviation of the targets, a sample.
+        variance: Squared deviation of the targets, per sample.
         linear: Coefficients of the filters, shape ``(k,)``.
         quadratic: Coefficients of their products, ``(k, k)``, or its diagonal alone, ``(k,)``.
     """
@@ -200,7 +183,7 @@ class HeldOut:
     quadratic: Tensor
 
     def errors(self, grid: Sequence[float]) -> Tensor:
-        """Evaluate."""
+        """Compute the error of each ridge weight."""
         weights = torch.tensor(grid, dtype=self.linear.dtype, device=self.linear.device)
         f = 1.0 / (self.train.values + weights[:, None] * self.train.mean_variance)
         twice = f * self.quadratic if self.quadratic.ndim == 1 else f @ self.quadratic
@@ -219,11 +202,3 @@ def in_sample(train: Spectrum, c_yy_trace: float) -> HeldOut:
     """Set up the squared error on the moments that the problem was fitted to."""
     linear = train.projected.square().sum(dim=1)
     return HeldOut(train, c_yy_trace, linear, train.values * linear)
-
-
-def held_out_errors(
-    train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float, grid: Sequence[float]
-) -> list[float]:
-    """Squared error a sample on held-out moments, for each ridge weight at once."""
-    errors: list[float] = held_out(train, c_xx, c_xy, c_yy_trace).errors(grid).tolist()
-    return errors

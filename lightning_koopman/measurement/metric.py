@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_koopman.koopman.chain import Normalize
 from lightning_koopman.koopman.credit import (
     QUANTITIES,
     Credits,
-    check_options,
     compute_credits,
     samples_needed,
 )
 from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.koopman.options import Normalize, Options
 from lightning_koopman.koopman.states import sample_keys
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport, build_report, check_quantities
@@ -238,8 +237,14 @@ class KoopmanCredit(SummedMoments):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_options(
-            folds=folds, delay=delay, rank=rank, tikhonov=tikhonov, normalize=normalize, targets=targets
+        options = Options(
+            rank=rank,
+            tikhonov=tikhonov,
+            normalize=normalize,
+            targets=targets,
+            delay=delay,
+            folds=folds,
+            seed=seed,
         )
         check_quantities(quantities)
         super().__init__(
@@ -252,7 +257,7 @@ class KoopmanCredit(SummedMoments):
             seed=seed,
             **kwargs,
         )
-        self.rank, self.tikhonov, self.normalize, self.targets = rank, tikhonov, normalize, targets
+        self.options = options
         self.quantities = tuple(quantities)
 
     def compute(self) -> dict[str, Tensor]:
@@ -329,12 +334,4 @@ class KoopmanCredit(SummedMoments):
     def _credits(self) -> Credits:
         if self.layout is None:
             raise ValueError("no sample arrived; call update with the states of a batch first")
-        return compute_credits(
-            self.layout,
-            self.moments.double(),
-            rank=self.rank,
-            tikhonov=self.tikhonov,
-            normalize=self.normalize,
-            targets=self.targets,
-            center=self.center,
-        )
+        return compute_credits(self.layout, self.moments.double(), self.options, center=self.center)

@@ -15,7 +15,7 @@ from lightning_koopman.koopman.regression import (
     TIKHONOV_GRID,
     check_tikhonov,
     choose_tikhonov,
-    held_out_errors,
+    held_out,
     solve,
     spectrum,
 )
@@ -355,14 +355,13 @@ def test_held_out_errors_equal_the_explicit_sum() -> None:
     x, y = x - x[:40].mean(0), y - y[:40].mean(0)
     problem = spectrum(x[:40].T @ x[:40] / 40, x[:40].T @ y[:40] / 40)
     test_x, test_y = x[40:], y[40:]
-    given = held_out_errors(
+    given = held_out(
         problem,
         test_x.T @ test_x / 20,
         test_x.T @ test_y / 20,
         float((test_y**2).sum() / 20),
-        [0.0, 0.3],
-    )
-    for tikhonov, error in zip([0.0, 0.3], given, strict=True):
+    ).errors([0.0, 0.3])
+    for tikhonov, error in zip([0.0, 0.3], given.tolist(), strict=True):
         residual = test_y - test_x @ problem.matrix(tikhonov)
         assert error == pytest.approx(float((residual**2).sum() / 20), rel=1e-10)
 
