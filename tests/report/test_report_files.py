@@ -17,7 +17,6 @@ from torch import nn
 
 from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, predict_effects
 from lightning_koopman.cli.main import main
-from lightning_koopman.report import pages as formats
 from lightning_koopman.report.comparison import changes_table
 from lightning_koopman.report.files import merge_reports, read_reports, write_reports
 from lightning_koopman.report.pages import to_html, to_markdown
@@ -113,7 +112,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(
         if kind == "one":
             reports[-1].to_json(out)
         else:
-            formats.write_reports(reports, out, kind)
+            write_reports(reports, out, kind)
 
     write([report])
     before = out.read_text()
@@ -268,6 +267,6 @@ def test_ctrl_c_while_a_file_is_written_leaves_the_old_one(
         with pytest.raises(KeyboardInterrupt):
             write([report, report], out)
     with pytest.raises(KeyboardInterrupt):
-        formats.write_reports([report], out, "html")
+        write_reports([report], out, "html")
     assert out.read_bytes() == before
     assert list(tmp_path.iterdir()) == [out]
