@@ -247,7 +247,7 @@ def test_lists_within_lists_without_end_are_refused(field: str) -> None:
 @pytest.mark.parametrize("name", ["stderr", "total_stderr"])
 def test_errors_below_zero_are_refused(name: str) -> None:
     errors = {**VALID["stderr"], "gain": [-1.0, 0.0]} if name == "stderr" else -1.0
-    with pytest.raises(ReportFormatError, match=r"(gain|total_stderr) holds a standard error below 0"):
+    with pytest.raises(ReportFormatError, match=r"(gain|total_stderr): holds a standard error below 0"):
         CreditReport.from_dict({**VALID, name: errors})
 
 
@@ -270,3 +270,33 @@ def test_ctrl_c_while_a_file_is_written_leaves_the_old_one(
         write_reports([report], out, "html")
     assert out.read_bytes() == before
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_report_stored_by_0_1_is_read() -> None:
+    columns = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
+    stored = {
+        "format": 1,
+        "components": ["stem", "head"],
+        "widths": [3, 2],
+        **{name: [0.5, None] for name in (*columns, "variance_kept", "tikhonov", "condition")},
+        "stable": [True, False],
+        "stderr": {name: [0.25, None] for name in columns},
+        "volumes": [[0.5], [None]],
+        "directions": 1,
+        "n_samples": 100,
+        "total": -0.5,
+        "total_stderr": None,
+        "notes": ["a note"],
+        "step": 3,
+        "excitation": 0.0,
+        "a key of another version": [],
+    }
+    report = CreditReport.from_dict(json.loads(json.dumps(stored)))
+    assert (report.label, report.widths, report.total) == (" at step 3", (3, 2), -0.5)
+    assert (report.folds, report.delay, report.run, report.effects) == (5, 1, "", None)
+    assert report.doubts == ((), ("r2", "chain_r2", "lost"))
+    assert report.stderr["gain"].tolist()[:1] == [0.25]
+    # Before there was `stable`, nothing said whether a credit may be believed.
+    del stored["stable"]
+    with pytest.raises(ReportFormatError, match="field stable: Field required"):
+        CreditReport.from_dict(stored)
