@@ -23,6 +23,10 @@ def _showable(text: str) -> str:
     return _UNSHOWABLE.sub("\ufffd", text)
 
 
+def _array(values: list[Any]) -> Any:
+    return np.array(values)  # by itself, pydantic 2.7 would hand it a second argument
+
+
 def _one_each(values: list[Any], info: ValidationInfo) -> list[Any]:
     if len(values) != info.context:
         raise ValueError(f"has {len(values)} entries for {info.context} components")
@@ -47,8 +51,8 @@ Text = Annotated[str, AfterValidator(_showable)]
 Texts = Annotated[list[Text], AfterValidator(tuple)]
 Count = Annotated[int, Field(ge=0)]
 Number = Annotated[float | None, AfterValidator(lambda value: math.nan if value is None else value)]
-Row = Annotated[list[Number], AfterValidator(np.array)]
-Column = Annotated[list[Number], AfterValidator(_one_each), AfterValidator(np.array)]
+Row = Annotated[list[Number], AfterValidator(_array)]
+Column = Annotated[list[Number], AfterValidator(_one_each), AfterValidator(_array)]
 Errors = Annotated[Column, AfterValidator(_not_below_zero)]
 
 
@@ -80,7 +84,7 @@ class _Report(BaseModel, strict=True):
     variance_kept: Column
     tikhonov: Column
     condition: Column
-    stable: Annotated[list[bool], AfterValidator(_one_each), AfterValidator(np.array)]
+    stable: Annotated[list[bool], AfterValidator(_one_each), AfterValidator(_array)]
     notes: Texts
     step: Count | None = None
     parts: dict[Text, Texts] = {}
