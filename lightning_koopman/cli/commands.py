@@ -27,9 +27,9 @@ def report(
     format: Literal["json", "csv", "html"] = "html",
 ) -> None:
     """Show saved reports again, without the model."""
-    from lightning_koopman.report.pages import read_reports, write_reports
+    from lightning_koopman.report.files import read_reports, write_reports
 
-    reports = read_reports(file)
+    reports = read_reports(file, may_be_empty=False)
     if out is None:
         show_reports(reports)
     else:
@@ -48,12 +48,12 @@ def compare(
     """Show which components changed beyond error between two checkpoints or two saved reports."""
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.report.comparison import changes_table
-    from lightning_koopman.report.pages import read_reports
+    from lightning_koopman.report.files import read_reports
 
     found = []
     for path in (before, after):
         if path.endswith(".json"):
-            found.append(read_reports(path)[-1])
+            found.append(read_reports(path, may_be_empty=False)[-1])
             continue
         if model is None or data is None:
             raise ValueError(f"{path} is no .json report, so it needs --model and --data to be measured")
@@ -118,7 +118,7 @@ def evaluate(
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step."""
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
-    from lightning_koopman.report.pages import read_known, write_with_known
+    from lightning_koopman.report.files import read_known, write_with_known
 
     part = _shard(shard)
     known = [] if out is None or fresh else read_known(out, format)

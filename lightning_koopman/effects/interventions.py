@@ -139,9 +139,24 @@ class Interventions:
         Returns:
             A Matplotlib figure that no window manager knows of.
         """
-        from lightning_koopman.report.plots import plot_interventions
+        from lightning_koopman.report.plots import Comparison, plot_comparisons
 
-        return plot_interventions(self)
+        unknown = np.full(len(self.components), np.nan)
+        panels = []
+        for column, kind in enumerate(self.kinds):
+            rank = self.spearman(kind)
+            title = kind if math.isnan(rank) else f"{kind}: Spearman {rank:.2f}"
+            panel = Comparison(
+                title,
+                self.predictor.get(kind),
+                self.predicted.get(kind, unknown),
+                self.predicted_stderr.get(kind, unknown),
+                self.effect[:, column],
+                self.effect_stderr[:, column],
+            )
+            panels.append(panel)
+        unit = "mean KL [nats]" if self.scale == "kl" else "relative squared change"
+        return plot_comparisons(panels, self.components, f"{unit} (measured)")
 
     def __str__(self) -> str:
         return as_text(self)

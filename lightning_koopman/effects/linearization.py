@@ -29,7 +29,7 @@ from lightning_koopman.network.hook_points import Site, attach, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.saved import whole_file
+from lightning_koopman.report.saved import write_atomically
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def save_linearized(
     # torch.save destroys the file first, and tells of a full disk by an internal error.
     content = io.BytesIO()
     torch.save(dict(more or {}) | {"state_dict": model.state_dict(), "linearized": swaps}, content)
-    with whole_file(path) as temporary:
+    with write_atomically(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
 

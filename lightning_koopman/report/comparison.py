@@ -11,40 +11,32 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
-from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.fields import ReportFields
+from lightning_koopman.report.tables import cells
 
 
-def newest_of_runs(reports: Sequence[CreditReport]) -> list[CreditReport]:
-    """Give the last report of every run."""
+def newest_of_runs(reports: Sequence[ReportFields]) -> list[ReportFields]:
+    """Return the last report of every run."""
     return list({report.run: report for report in reports}.values())
 
 
-def runs_table(reports: Sequence[CreditReport]) -> Table:
-    """Show several runs side by side, component by component."""
+def runs_table(reports: Sequence[ReportFields]) -> Table:
+    """Lay several runs out side by side, component by component."""
     table = Table(title="Newest of every run; dim rows carry a doubt", box=SIMPLE_HEAD)
     for name in ("component", "run", "step", "credit", "gain", "doubt"):
         table.add_column(name, justify="right" if name in {"step", "credit", "gain"} else "left")
     newest = newest_of_runs(reports)
     components = dict.fromkeys(name for report in newest for name in report.components)
     for component in components:
-        for report in newest:
-            if component not in report.components:
-                continue
-            i = report.components.index(component)
-            values = [(getattr(report, name)[i], report.stderr[name][i]) for name in ("credit", "gain")]
-            table.add_row(
-                escape(component),
-                escape(report.run),
-                str(report.step),
-                *(f"{value:.3f}±{error:.3f}" for value, error in values),
-                ", ".join(report.doubts[i]),
-                style="dim" if report.doubts[i] else None,
-            )
+        for report in (each for each in newest if component in each.components):
+            credit, gain, *_, doubt = cells(report, report.components.index(component))
+            names = (escape(component), escape(report.run), str(report.step))
+            table.add_row(*names, credit, gain, doubt, style="dim" if doubt else None)
     return table
 
 
-def changes(before: CreditReport, after: CreditReport, quantity: str = "credit") -> list[dict[str, Any]]:
-    """Tell which components changed beyond error, at the 95 % level.
+def changes(before: ReportFields, after: ReportFields, quantity: str = "credit") -> list[dict[str, Any]]:
+    """Compute which components changed beyond error, at the 95 % level.
 
     The two errors are added in quadrature, as for independent samples, and the difference over them is
     held against the quantile of Student's t with Welch's degrees of freedom: jackknife errors of few
@@ -78,27 +70,25 @@ def changes(before: CreditReport, after: CreditReport, quantity: str = "credit")
     return rows
 
 
-def changes_table(before: CreditReport, after: CreditReport, quantity: str = "credit") -> Table:
-    """Show :func:`changes`."""
+def changes_table(before: ReportFields, after: ReportFields, quantity: str = "credit") -> Table:
+    """Lay :func:`changes` out, one row per component."""
     table = Table(title=f"Change of {quantity}; changed: beyond error, at 95 %", box=SIMPLE_HEAD)
     for name in ("component", "before", "after", "difference", "changed", "doubt"):
         table.add_column(name, justify="left" if name in {"component", "doubt"} else "right")
     for row in changes(before, after, quantity):
-        style = "dim" if row["doubt"] else "bold" if row["changed"] else None
         table.add_row(
             escape(row["component"]),
-            f"{row['before']:.3f}",
-            f"{row['after']:.3f}",
+            *(f"{row[name]:.3f}" for name in ("before", "after")),
             f"{row['difference']:+.3f}±{row['stderr']:.3f}",
             "yes" if row["changed"] else "",
             row["doubt"],
-            style=style,
+            style="dim" if row["doubt"] else "bold" if row["changed"] else None,
         )
     return table
 
 
 def _quantile(errors: Sequence[tuple[float, int]]) -> float:
-    """Give the two-sided 95 % quantile for errors with their degrees of freedom."""
+    """Return the two-sided 95 % quantile for errors with their degrees of freedom."""
     largest = max(error for error, _ in errors)
     if not (math.isfinite(largest) and largest > 0):
         return float(stdtrit(min(freedom for _, freedom in errors), 0.975))

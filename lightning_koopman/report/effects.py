@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,33 +58,14 @@ class Effects:
         return mean_share(np.stack(list(self.values.values()), axis=1))
 
     def cells(self, component: int) -> list[str]:
-        """Give a component's effects and influence for people to read, with their errors.
-
-        Args:
-            component: Its index.
-
-        Returns:
-            One text a kind, with the error as a share of the effect, and one for the influence.
-        """
-        found = []
-        for kind, values in self.values.items():
-            found.append(with_share(values[component], self.stderr[kind][component]))
-        return [*found, f"{self.influence[component]:.3f}±{self.influence_stderr[component]:.3f}"]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain Python values, with ``None`` for what is not finite."""
-        return {
-            "values": {kind: plain(values) for kind, values in self.values.items()},
-            "stderr": {kind: plain(values) for kind, values in self.stderr.items()},
-            "influence_stderr": plain(self.influence_stderr),
-            "scale": self.scale,
-            "strength": self.strength,
-            "n_samples": self.n_samples,
-        }
+        """Return the effects and the influence of the component of that index, with errors, as texts."""
+        i = component
+        found = [with_share(values[i], self.stderr[kind][i]) for kind, values in self.values.items()]
+        return [*found, f"{self.influence[i]:.3f}±{self.influence_stderr[i]:.3f}"]
 
 
 def with_share(value: float, error: float) -> str:
-    """Write an effect for people to read, with its standard error as a share of it."""
+    """Return an effect as text, with its standard error as a share of it."""
     share = f"±{error / value:.0%}" if value > 0 and math.isfinite(error) else ""
     return f"{value:.2g}{share}"
 
@@ -97,12 +78,3 @@ def mean_share(effects: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.full(len(effects), np.nan)
     shares: NDArray[np.float64] = (moved[:, total > 0] / total[total > 0]).mean(axis=1)
     return shares
-
-
-def plain(value: Any) -> Any:
-    """Give a number or an array as JSON can hold it."""
-    if isinstance(value, np.ndarray):
-        return [plain(v) for v in value.tolist()] if value.ndim else plain(value.item())
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return value if isinstance(value, bool) or math.isfinite(value) else None

@@ -1,43 +1,83 @@
-"""Files of several reports: written whole or not at all, read with every field checked."""
+"""Files of reports: JSON to be read again, and tables and pages to look at."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
 
+from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.saved import ReportFormatError, read_json, whole_file
+from lightning_koopman.report.saved import ReportFormatError, read_json, write_atomically
+
+Format = Literal["json", "csv", "html"]
 
 
-def write_reports(reports: Sequence[CreditReport], path: str | os.PathLike[str]) -> None:
-    """Write reports as a JSON list, by a temporary file that is renamed when complete."""
-    text = json.dumps([report.to_dict() for report in reports], indent=1, allow_nan=False)
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+def write_reports(
+    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format = "json"
+) -> None:
+    """Write reports to one file, by a temporary one that is renamed when complete."""
+    with write_atomically(path) as temporary:
+        if kind == "csv":
+            import pandas
+
+            pandas.concat([report.to_frame() for report in reports]).to_csv(temporary, index=False)
+        elif kind == "html":
+            temporary.write_text(to_html(reports), encoding="utf-8")
+        else:
+            content = [report.to_dict() for report in reports]
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
 
 
-def read_reports(path: str | os.PathLike[str]) -> list[CreditReport]:
-    """Read what :func:`write_reports` wrote."""
-    given = read_json(path)
-    if not isinstance(given, list):
-        raise ReportFormatError(f"{os.fspath(path)} holds no list of reports")
+def read_reports(path: str | os.PathLike[str], *, may_be_empty: bool = True) -> list[CreditReport]:
+    """Read a JSON file of one report or of a list of them."""
     try:
-        return [CreditReport.from_dict(item) for item in given]
+        content = read_json(path)
+    except OSError as error:
+        raise ReportFormatError(f"{os.fspath(path)} cannot be read: {error.strerror}") from None
+    try:
+        parts = content if isinstance(content, list) else [content]
+        reports = [CreditReport.from_dict(part) for part in parts]
     except ReportFormatError as error:
-        raise ReportFormatError(f"{os.fspath(path)} holds no list of reports: {error}") from None
+        raise ReportFormatError(f"{os.fspath(path)} holds no report: {error}") from None
+    if not (reports or may_be_empty):
+        raise ReportFormatError(f"{os.fspath(path)} holds an empty list of reports")
+    return reports
 
 
 def merge_reports(paths: Iterable[str | os.PathLike[str]]) -> list[CreditReport]:
-    """Put the reports of several shards in one list."""
+    """Return the reports of several shards as one list, by run and step."""
     by_step: dict[tuple[str, int | None], tuple[str, CreditReport]] = {}
     for path in [os.fspath(name) for name in paths]:
         for report in read_reports(path):
-            other = by_step.setdefault((report.run, report.step), (path, report))
-            if {**other[1].to_dict(), "source": None} != {**report.to_dict(), "source": None}:
+            first, other = by_step.setdefault((report.run, report.step), (path, report))
+            if {**other.to_dict(), "source": None} != {**report.to_dict(), "source": None}:
                 raise ReportFormatError(
-                    f"{other[0]} and {path} hold different reports{report.moment}; merge shards of "
-                    "one evaluation only"
+                    f"{first} and {path} hold different reports{report.label}; merge shards of one "
+                    "evaluation only"
                 )
     order = sorted(by_step, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
     return [by_step[key][1] for key in order]
+
+
+def write_with_known(
+    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format = "json"
+) -> None:
+    """Write reports so that a second evaluation can take them over."""
+    if kind != "json":
+        write_reports(reports, f"{os.fspath(path)}.json")
+    if reports or kind == "json":
+        write_reports(reports, path, kind)
+
+
+def read_known(path: str | os.PathLike[str], kind: Format = "json") -> list[CreditReport]:
+    """Read what :func:`write_with_known` wrote."""
+    source = Path(path if kind == "json" else f"{os.fspath(path)}.json")
+    try:
+        return read_reports(source) if source.exists() else []
+    except ReportFormatError as error:
+        raise ReportFormatError(
+            f"{error}. Name another --out, or pass --fresh to replace the file"
+        ) from None

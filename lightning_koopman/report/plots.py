@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from lightning_koopman.koopman.credit import QUANTITIES
-from lightning_koopman.report.report import MIN_R2, CreditReport
-
-if TYPE_CHECKING:
-    from lightning_koopman.effects.interventions import Interventions
+from lightning_koopman.report.fields import MIN_R2, ReportFields
 
 _BELIEVED, _DOUBTED, _CHAIN = "#1f6f8b", "#c9c9c9", "#d1495b"
 _TALLEST = 22.0
 _MOST_LABELS = 60
 
 
-def plot_report(report: CreditReport) -> Figure:
+def plot_report(report: ReportFields) -> Figure:
     """Draw credits and gains with one standard error, and the R² that they rest on."""
     size = len(report.components)
     figure = Figure(figsize=(11, _height(size, 0.42, 1.4)), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     places = np.arange(size)
     colors = np.where(report.trusted, _BELIEVED, _DOUBTED)
-    for axis, name, unit in (
-        (axes[0], "credit", "nats a direction"),
-        (axes[1], "gain", "nats a direction"),
-    ):
+    for axis, name in ((axes[0], "credit"), (axes[1], "gain")):
         axis.barh(places, getattr(report, name), xerr=report.stderr[name], color=colors, capsize=3)
-        axis.set_xlabel(f"{name} [{unit}]")
+        axis.set_xlabel(f"{name} [nats per direction]")
         axis.axvline(0, color="black", linewidth=0.8)
     axes[2].plot(report.r2, places, "o", color=_BELIEVED, label="component")
     axes[2].plot(report.chain_r2, places, "s", color=_CHAIN, fillstyle="none", label="chain behind it")
     axes[2].axvline(MIN_R2, color="black", linewidth=0.8, linestyle=":")
-    axes[2].set_xlim(
-        min(0.0, *(v for v in (*report.r2, *report.chain_r2) if np.isfinite(v)), 0.0) - 0.05, 1.05
-    )
+    fits = np.concatenate([report.r2, report.chain_r2])
+    axes[2].set_xlim(fits.min(where=np.isfinite(fits), initial=0.0) - 0.05, 1.05)
     axes[2].set_xlabel("held-out R²")
     axes[2].legend(loc="lower left", fontsize="small")
     _name_rows(axes[0], report.components)
@@ -52,7 +46,7 @@ def plot_report(report: CreditReport) -> Figure:
     return figure
 
 
-def plot_evolution(reports: Sequence[CreditReport], quantity: str = "credit") -> Figure:
+def plot_evolution(reports: Sequence[ReportFields], quantity: str = "credit") -> Figure:
     """Draw one quantity as a heat map, component × measurement."""
     if not reports:
         raise ValueError("no report to draw")
@@ -71,41 +65,56 @@ def plot_evolution(reports: Sequence[CreditReport], quantity: str = "credit") ->
     return figure
 
 
-def plot_interventions(result: Interventions) -> Figure:
-    """Draw prediction against measured effect, a panel a kind of intervention."""
-    figure = Figure(figsize=(3.2 * len(result.kinds), 3.2), layout="constrained")
-    panels = figure.subplots(1, len(result.kinds), squeeze=False)[0]
-    unit = "mean KL [nats]" if result.scale == "kl" else "relative squared change"
-    for column, (axis, kind) in enumerate(zip(panels, result.kinds, strict=True)):
-        name, effect = result.predictor.get(kind), result.effect[:, column]
-        predicted = result.predicted.get(kind, np.full(len(effect), np.nan))
-        errors = (result.predicted_stderr.get(kind, predicted), result.effect_stderr[:, column])
-        shown = np.isfinite(predicted) & np.isfinite(effect)
+class Comparison(NamedTuple):
+    """What was predicted and what was measured, one number per component, with standard errors."""
+
+    title: str
+    predictor: str | None
+    predicted: NDArray[np.float64]
+    predicted_stderr: NDArray[np.float64]
+    measured: NDArray[np.float64]
+    measured_stderr: NDArray[np.float64]
+
+
+def plot_comparisons(panels: Sequence[Comparison], components: Sequence[str], ylabel: str) -> Figure:
+    """Draw what was measured against what was predicted; a predicted effect has the unit of both."""
+    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels, strict=True):
+        name, predicted, measured = panel.predictor, panel.predicted, panel.measured
+        shown = np.isfinite(predicted) & np.isfinite(measured)
         if name == "effect":
-            shown &= (predicted > 0) & (effect > 0)
+            shown &= (predicted > 0) & (measured > 0)
         if shown.any():
-            names = np.array(result.components)[shown]
-            _against(axis, names, predicted[shown], effect[shown], [e[shown] for e in errors], name)
+            _against(axis, np.array(components)[shown], np.stack(panel[2:])[:, shown], name)
         axis.set_xlabel("nothing predicted" if name is None else f"{name} (predicted)")
-        rank = result.spearman(kind)
-        axis.set_title(kind if np.isnan(rank) else f"{kind}: Spearman {rank:.2f}", fontsize="medium")
-    panels[0].set_ylabel(f"{unit} (measured)")
+        axis.set_title(panel.title, fontsize="medium")
+    axes[0].set_ylabel(ylabel)
     return figure
 
 
-def _against(axis: Any, names: Any, predicted: Any, effect: Any, errors: Any, name: str | None) -> None:
-    xerr, yerr = errors
-    axis.errorbar(predicted, effect, yerr, xerr, fmt="o", ms=4, color=_BELIEVED, lw=0.8, capsize=2)
+def _against(axis: Any, names: Any, numbers: NDArray[np.float64], predictor: str | None) -> None:
+    predicted, predicted_stderr, measured, measured_stderr = numbers
+    axis.errorbar(
+        predicted,
+        measured,
+        measured_stderr,
+        predicted_stderr,
+        "o",
+        ms=4,
+        color=_BELIEVED,
+        lw=0.8,
+        capsize=2,
+    )
     for place, i in enumerate(np.argsort(predicted)):
         # Neighbours often lie close together: every second name stands to the right, below its point.
         x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
-        at = (predicted[i], effect[i])
-        axis.annotate(
-            names[i], at, fontsize="x-small", xytext=(x, y), textcoords="offset points", ha=end
-        )
+        style = {"fontsize": "x-small", "textcoords": "offset points"}
+        axis.annotate(names[i], (predicted[i], measured[i]), xytext=(x, y), ha=end, **style)
     axis.margins(0.12)
-    if name == "effect":
-        ends = [min(predicted.min(), effect.min()) / 1.5, max(predicted.max(), effect.max()) * 1.5]
+    if predictor == "effect":
+        both = numbers[[0, 2]]
+        ends = [both.min() / 1.5, both.max() * 1.5]
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", yscale="log")
         for scale in (axis.xaxis, axis.yaxis):
@@ -114,11 +123,11 @@ def _against(axis: Any, names: Any, predicted: Any, effect: Any, errors: Any, na
             )
             scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             scale.set_minor_formatter(NullFormatter())
-    elif (effect > 0).all():
+    elif (measured > 0).all():
         axis.set_yscale("log")
 
 
-def plot_directions(report: CreditReport) -> Figure:
+def plot_directions(report: ReportFields) -> Figure:
     """Draw how each component's credit splits over the output directions, as a heat map."""
     if report.directions == 0:
         raise ValueError("no output direction reaches back to the input, so there is no split to draw")
@@ -134,17 +143,17 @@ def plot_directions(report: CreditReport) -> Figure:
     return figure
 
 
-def plot_spectra(report: CreditReport) -> Figure:
+def plot_spectra(report: ReportFields) -> Figure:
     """Draw the singular values of every component's operator."""
     if not report.operators:
         raise ValueError("the report holds no operators; a report read from JSON has none")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    shades = np.linspace(0.05, 0.9, len(report.operators))
+    shades = colormaps["viridis"](np.linspace(0.05, 0.9, len(report.operators)))
     for shade, (name, operator) in zip(shades, report.operators.items(), strict=True):
         values = torch.linalg.svdvals(operator.matrix.double()).cpu().numpy()
         values = values[values > 1e-12 * max(values[0], 1e-300)]
-        axis.semilogy(np.arange(1, len(values) + 1), values, color=_shade(shade), label=name)
+        axis.semilogy(np.arange(1, len(values) + 1), values, color=shade, label=name)
     if len(report.operators) <= _MOST_LABELS // 3:
         axis.legend(fontsize="small")
     axis.set_xlabel("index")
@@ -177,11 +186,5 @@ def _height(rows: int, each: float, rest: float) -> float:
     return min(_TALLEST, max(2.4, each * rows + rest))
 
 
-def _shade(share: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["viridis"](share)
-
-
-def _at_step(report: CreditReport) -> str:
+def _at_step(report: ReportFields) -> str:
     return "" if report.step is None else f" at step {report.step}"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +14,8 @@ from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_koopman.koopman.credit import QUANTITIES, Credits
-from lightning_koopman.koopman.operator import KoopmanOperator
-from lightning_koopman.report.effects import Effects
-from lightning_koopman.report.saved import (
-    ReportFormatError,
-    checked_fields,
-    plain_fields,
-    read_json,
-    whole_file,
-)
+from lightning_koopman.report.fields import ReportFields
+from lightning_koopman.report.saved import ReportFormatError, read_json, to_plain, write_atomically
 from lightning_koopman.report.tables import as_text, credit_table, effects_table, to_rows
 
 if TYPE_CHECKING:
@@ -31,16 +23,12 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-MIN_R2 = 0.5
-"""Below this held-out R², of its own operator or of the chain behind it, a component is marked."""
-
-
 @dataclass(frozen=True, eq=False)
-class CreditReport:
+class CreditReport(ReportFields):
     """Credits of every component of one network over one set of samples.
 
-    All arrays are float64 of shape ``(L,)``, one entry a component, in order of execution. Every log
-    is natural, so credits and gains are in nats a direction.
+    All arrays are float64 of shape ``(L,)``, one entry per component, in order of execution. Every log
+    is natural, so credits and gains are in nats per direction.
 
     Attributes:
         components: Names, in order of execution.
@@ -56,7 +44,7 @@ class CreditReport:
             of the seven arrays above.
         directions: Number r of aligned output directions.
         n_samples: Number of samples seen.
-        total: Log-volume of the whole network, in nats a direction.
+        total: Log-volume of the whole network, in nats per direction.
         total_stderr: Standard error of ``total``.
         volumes: log|R[j, j]| by component and output direction, shape ``(L, r)``; its row means are
             the credits.
@@ -82,76 +70,6 @@ class CreditReport:
         effects: What altering each component is predicted to do to the outputs, once
             :func:`lightning_koopman.predict_effects` has filled it in.
     """
-
-    components: tuple[str, ...]
-    credit: NDArray[np.float64]
-    gain: NDArray[np.float64]
-    nonlinearity: NDArray[np.float64]
-    sensitivity: NDArray[np.float64]
-    r2: NDArray[np.float64]
-    chain_r2: NDArray[np.float64]
-    rank: NDArray[np.float64]
-    stderr: Mapping[str, NDArray[np.float64]]
-    directions: int
-    n_samples: int
-    total: float
-    total_stderr: float
-    volumes: NDArray[np.float64]
-    widths: tuple[int, ...]
-    variance_kept: NDArray[np.float64]
-    tikhonov: NDArray[np.float64]
-    condition: NDArray[np.float64]
-    stable: NDArray[np.bool_]
-    notes: tuple[str, ...] = ()
-    operators: Mapping[str, KoopmanOperator] = field(default_factory=dict, repr=False)
-    step: int | None = None
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
-    folds: int = 5
-    delay: int = 1
-    run: str = ""
-    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    effects: Effects | None = field(default=None, repr=False)
-
-    @property
-    def doubts(self) -> tuple[tuple[str, ...], ...]:
-        """Why not to believe a component's numbers; an empty tuple where nothing speaks against them.
-
-        The words are ``r2`` (its own operator fits badly), ``chain_r2`` (the chain behind it does),
-        ``ridge`` (the credit moves by more than half a nat, and its error, when the ridge weight moves
-        tenfold) and ``lost`` (no output direction can be followed back to it).
-        """
-        reasons = []
-        for i, _ in enumerate(self.components):
-            found = []
-            if not self.r2[i] >= MIN_R2:
-                found.append("r2")
-            if not self.chain_r2[i] >= MIN_R2:
-                found.append("chain_r2")
-            if not math.isfinite(self.credit[i]):
-                found.append("lost")
-            elif not self.stable[i]:
-                found.append("ridge")
-            reasons.append(tuple(found))
-        return tuple(reasons)
-
-    @property
-    def influence(self) -> NDArray[np.float64]:
-        """Share of all predicted effects, see :attr:`Effects.influence`; NaN where there are none."""
-        if self.effects is None:
-            return np.full(len(self.components), np.nan)
-        return self.effects.influence
-
-    @property
-    def moment(self) -> str:
-        """Run and step as words to follow a noun, such as ``" of run a at step 10"``."""
-        of_run = f" of run {self.run}" if self.run else ""
-        return of_run + ("" if self.step is None else f" at step {self.step}")
-
-    @property
-    def trusted(self) -> NDArray[np.bool_]:
-        """Whether nothing speaks against a component's numbers, shape ``(L,)``."""
-        return np.array([not reasons for reasons in self.doubts])
 
     def to_scalars(
         self, prefix: str = "koopman", quantities: Sequence[str] = QUANTITIES
@@ -190,25 +108,25 @@ class CreditReport:
         return pandas.DataFrame(to_rows(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain Python values, with ``None`` for what is not finite.
+        """Return plain Python values, with ``None`` for what is not finite.
 
         Returns:
             Everything but the operators.
         """
-        return plain_fields(self)
+        return to_plain(self)
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the report as JSON; numbers that are not finite become ``null``.
 
         Args:
-            path: File to write, whole or not at all; ``None`` only returns the text.
+            path: File to write, completely or not at all; ``None`` only returns the text.
 
         Returns:
             The text.
         """
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            with whole_file(path) as temporary:
+            with write_atomically(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
         return text
 
@@ -244,6 +162,8 @@ class CreditReport:
         Raises:
             ReportFormatError: If a field is missing, of the wrong kind or of the wrong length.
         """
+        from lightning_koopman.report.schema import checked_fields
+
         return cls(**checked_fields(given))
 
     def plot(self) -> Figure:
@@ -265,7 +185,7 @@ class CreditReport:
 
 
 def check_quantities(quantities: Sequence[str]) -> None:
-    """Refuse names that no report holds."""
+    """Check that reports hold quantities of these names."""
     known = [*QUANTITIES, *(f"{name}_stderr" for name in QUANTITIES)]
     if isinstance(quantities, str):
         raise ValueError(f"quantities is {quantities!r}; give a list, with names out of {known}")
@@ -285,7 +205,7 @@ def build_report(
     folds: int = 5,
     delay: int = 1,
 ) -> CreditReport:
-    """Give the numbers of a chain their names."""
+    """Return the report that names the numbers of a chain."""
     notes = list(notes)
     lost = [components[i - 1] for i in credits.lost if i > 0]
     if credits.lost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -15,20 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_koopman.koopman.credit import QUANTITIES
+from lightning_koopman.report.fields import ReportFields
 
-if TYPE_CHECKING:
-    from lightning_koopman.report.report import CreditReport
+COLUMNS = ("credit", "gain", "nonlinearity", "R²", "chain R²", "rank", "doubt")
+"""Headings of :func:`cells`."""
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A table with lines below it.
+    """A table with lines of rich's markup below it.
 
     The caption of a table that is wider than the screen would lose the end of each line.
-
-    Attributes:
-        table: The table.
-        lines: The lines, in rich's markup.
     """
 
     table: Table
@@ -42,10 +39,10 @@ class Captioned:
             yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
 
 
-def to_rows(report: CreditReport) -> list[dict[str, Any]]:
+def to_rows(report: ReportFields) -> list[dict[str, Any]]:
     """Return one flat row per component: quantities, predicted effects where there are any, doubts."""
     rows = []
-    for i, component in enumerate(report.components):
+    for i, (component, doubts) in enumerate(zip(report.components, report.doubts, strict=True)):
         row: dict[str, Any] = {"run": report.run, "step": report.step, "component": component}
         for name in QUANTITIES:
             row[name] = float(getattr(report, name)[i])
@@ -56,70 +53,59 @@ def to_rows(report: CreditReport) -> list[dict[str, Any]]:
             for kind, effect in report.effects.values.items():
                 row[f"effect_{kind}"] = float(effect[i])
                 row[f"effect_{kind}_stderr"] = float(report.effects.stderr[kind][i])
-        row["width"] = report.widths[i]
-        row["doubt"] = ", ".join(report.doubts[i])
-        rows.append(row)
+        rows.append(row | {"width": report.widths[i], "doubt": ", ".join(doubts)})
     return rows
 
 
-def credit_table(report: CreditReport) -> Captioned:
-    """Lay a report out, one row a component, dim where it carries a doubt."""
-    table = Table(
-        title=f"Koopman credit{escape(report.moment)}, {report.n_samples} samples\n"
+def total_line(report: ReportFields) -> str:
+    """Return the number of directions and the total as words."""
+    return (
         f"{report.directions} output directions, total {report.total:.3f} ± {report.total_stderr:.3f} "
-        "nats a direction",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        "nats per direction"
     )
-    table.add_column("component", overflow="fold", min_width=9)
-    for name in ("credit", "gain", "nonlin.", "R²", "chain R²", "rank"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("doubt", min_width=5)
-    for i, component in enumerate(report.components):
-        table.add_row(
-            escape(component),
-            _with_error(report, "credit", i),
-            _with_error(report, "gain", i),
-            f"{report.nonlinearity[i]:.3f}",
-            f"{report.r2[i]:.3f}",
-            f"{report.chain_r2[i]:.3f}",
-            f"{report.rank[i]:.0f}/{report.widths[i]}",
-            ", ".join(report.doubts[i]),
-            style="dim" if report.doubts[i] else None,
-        )
-    return Captioned(table, _caption(report))
 
 
-def effects_table(report: CreditReport) -> Table:
-    """Lay out the predicted effects of a report that has them, one row a component."""
-    effects = report.effects
-    if effects is None:
-        raise ValueError("the report predicts no effects; predict_effects fills them in")
-    table = Table(
-        title=f"Predicted effects of altering a component, {effects.n_samples} samples: {effects.unit}",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+def cells(report: ReportFields, i: int, sign: str = "±") -> list[str]:
+    """Return what a reader sees of the component of that index, one text per heading."""
+    both = ((getattr(report, name)[i], report.stderr[name][i]) for name in ("credit", "gain"))
+    with_error = [f"{value:.3f}{sign}{error:.3f}" for value, error in both]
+    bare = [f"{values[i]:.3f}" for values in (report.nonlinearity, report.r2, report.chain_r2)]
+    return [*with_error, *bare, f"{report.rank[i]:.0f}/{report.widths[i]}", ", ".join(report.doubts[i])]
+
+
+def _new_table(title: str, numbers: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("component", overflow="fold", min_width=9)
-    for name in (*effects.values, "influence"):
+    for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
-    for i, component in enumerate(report.components):
-        table.add_row(escape(component), *effects.cells(i))
     return table
 
 
-def _with_error(report: CreditReport, name: str, i: int) -> str:
-    return f"{getattr(report, name)[i]:.3f}±{report.stderr[name][i]:.3f}"
+def credit_table(report: ReportFields) -> Captioned:
+    """Lay a report out, one row per component, dim where it carries a doubt."""
+    title = f"Koopman credit{escape(report.label)}, {report.n_samples} samples\n{total_line(report)}"
+    table = _new_table(title, [name.replace("nonlinearity", "nonlin.") for name in COLUMNS[:-1]])
+    table.add_column("doubt", min_width=5)
+    for i, component in enumerate(report.components):
+        texts = cells(report, i)
+        table.add_row(escape(component), *texts, style="dim" if texts[-1] else None)
+    lines = [f"Note: {escape(note)}" for note in report.notes]
+    if marked := int((~report.trusted).sum()):
+        doubt = f"{marked} of {len(report.components)} rows carry a doubt: do not act on them (README)."
+        lines.insert(0, doubt)
+    return Captioned(table, lines)
 
 
-def _caption(report: CreditReport) -> list[str]:
-    marked = int((~report.trusted).sum())
-    doubt = (
-        [f"{marked} of {len(report.components)} rows carry a doubt: do not act on them (README)."]
-        if marked
-        else []
-    )
-    return doubt + [f"Note: {escape(note)}" for note in report.notes]
+def effects_table(report: ReportFields) -> Table:
+    """Lay out the predicted effects of a report that has them, one row per component."""
+    effects = report.effects
+    if effects is None:
+        raise ValueError("the report predicts no effects; predict_effects fills them in")
+    title = f"Predicted effects of altering a component, {effects.n_samples} samples: {effects.unit}"
+    table = _new_table(title, [*effects.values, "influence"])
+    for i, component in enumerate(report.components):
+        table.add_row(escape(component), *effects.cells(i))
+    return table
 
 
 def as_text(table: Any) -> str:

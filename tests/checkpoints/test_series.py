@@ -155,7 +155,7 @@ def test_a_file_that_is_no_report_is_not_overwritten(
 ) -> None:
     (project / "notes.json").write_text('{"mine": 1}')
     assert evaluate("--out=notes.json") == 1
-    assert "notes.json holds no list of reports. Name another --out, or pass --fresh" in " ".join(
+    assert "not {'mine': 1}. Name another --out, or pass --fresh" in " ".join(
         capsys.readouterr().err.split()
     )
     assert (project / "notes.json").read_text() == '{"mine": 1}'
@@ -201,9 +201,9 @@ def test_an_interrupted_evaluation_keeps_known_reports_and_goes_on(tmp_path: Pat
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("run", 3, "run must be a name, not 3"),
-        ("source", [1], r"source must tell a checkpoint and options, not \[1\]"),
-        ("source", {"a": float("nan")}, "source cannot be written again"),
+        ("run", 3, "field run: Input should be a valid string, not 3"),
+        ("source", [1], r"field source: Input should be a valid dictionary, not \[1\]"),
+        ("source", {"a": float("nan")}, "field source: cannot be written again"),
     ],
 )
 def test_run_and_source_are_checked(tmp_path: Path, field: str, value: Any, message: str) -> None:

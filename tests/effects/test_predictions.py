@@ -457,11 +457,12 @@ def test_reports_with_effects_are_written_and_read_back(tmp_path):
     del older["effects"]
     assert CreditReport.from_dict(older).effects is None
     for spoil, message in (
-        ({"values": {}}, "effects must hold values of kinds"),
-        ({"scale": "mse"}, "effects have the scale 'mse'"),
-        ({"strength": -1.0}, "effects have the strength -1.0"),
-        ({"values": {"skip": [1.0]}, "stderr": {"skip": [1.0]}}, "skip has shape"),
-        ({"stderr": {}}, "effects must hold a stderr for each kind"),
+        ({"values": {}}, "effects must hold values and stderr of equal kinds"),
+        ({"values": {"swap": [1.0]}}, "field effects.values.swap.*: Input should be 'linear', "),
+        ({"scale": "mse"}, "field effects.scale: Input should be 'kl' or 'relative', not 'mse'"),
+        ({"strength": -1.0}, "effects.strength: Input should be greater than or equal to 0, not -1.0"),
+        ({"values": {"skip": [1.0]}, "stderr": {"skip": [1.0]}}, "skip: has 1 entries for"),
+        ({"stderr": {}}, "effects must hold values and stderr of equal kinds"),
     ):
         given = json.loads((tmp_path / "r.json").read_text())
         given["effects"] |= spoil

@@ -16,7 +16,6 @@ from torch import nn
 from lightning_koopman import CreditReport, credit_report
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.comparison import changes
-from lightning_koopman.report.saved import ReportFormatError
 
 USER_CODE = """
 import torch
@@ -80,13 +79,6 @@ def test_what_is_not_finite_did_not_change(report: CreditReport) -> None:
     for row in changes(report, lost):
         assert not row["changed"]
         assert "lost" in row["doubt"]
-
-
-def test_folds_are_read_back_and_checked(report: CreditReport) -> None:
-    given = report.to_dict()
-    assert CreditReport.from_dict(given | {"folds": 9}).folds == 9
-    with pytest.raises(ReportFormatError, match="folds must be a whole number from 2 on, not 1"):
-        CreditReport.from_dict(given | {"folds": 1})
 
 
 def test_compare_measures_checkpoints(

@@ -14,13 +14,8 @@ from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoin
 from lightning_koopman.cli.main import main
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.report.comparison import changes
-from lightning_koopman.report.pages import (
-    read_reports,
-    to_html,
-    to_markdown,
-    write_reports,
-    write_with_known,
-)
+from lightning_koopman.report.files import read_reports, write_reports, write_with_known
+from lightning_koopman.report.pages import to_html, to_markdown
 from lightning_koopman.report.saved import ReportFormatError
 from lightning_koopman.report.tables import effects_table
 
@@ -49,7 +44,7 @@ def test_bad_files_are_named(tmp_path, content, message):
     if content is not None:
         (tmp_path / "r.json").write_text(content)
     with pytest.raises(ReportFormatError, match=rf"r\.json.*{message}"):
-        read_reports(tmp_path / "r.json")
+        read_reports(tmp_path / "r.json", may_be_empty=False)
 
 
 def test_frame_and_csv_hold_a_row_per_component(report, tmp_path):

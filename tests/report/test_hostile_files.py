@@ -196,18 +196,24 @@ EVIL = [
 ]
 
 
-@pytest.mark.parametrize("evil", EVIL)
-def test_no_name_or_note_becomes_markup(evil: str) -> None:
-    x, y = torch.cat(batches()), torch.arange(60) % 2
-    report = predict_effects(network(), [(x, y)], credit_report(network(), batches()), ["skip"])
+@pytest.fixture(scope="module")
+def benign() -> tuple[CreditReport, CreditReport, Tags]:
+    """A report, another of the same numbers, and their page."""
+    report = predict_effects(network(), batches(), credit_report(network(), batches()), ["skip"])
     calls = {"plain": report.parts["0"], "2": report.parts["2"]}
-    benign = replace(report, components=("plain", "2"), notes=("plain",), run="plain", parts=calls)
-    calls = {evil: calls["plain"], "2": calls["2"]}
+    report = replace(report, components=("plain", "2"), notes=("plain",), run="plain", parts=calls)
+    other = replace(report, run="other")
+    return report, other, parsed(to_html([report, report, other]))
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_no_name_or_note_becomes_markup(
+    evil: str, benign: tuple[CreditReport, CreditReport, Tags]
+) -> None:
+    report, other, expected = benign
+    calls = {evil: report.parts["plain"], "2": report.parts["2"]}
     altered = replace(report, components=(evil, "2"), notes=(evil,), run=evil, parts=calls)
-    other = replace(benign, run="other")
-    expected = parsed(to_html([benign, benign, other]))
-    page = to_html([altered, altered, other])
-    found = parsed(page)
+    found = parsed(to_html([altered, altered, other]))
     assert found.tags == expected.tags
     assert found.scripts == expected.scripts
     assert evil in "".join(found.text)

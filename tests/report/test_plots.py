@@ -42,7 +42,7 @@ def test_bars_have_the_length_of_credits_and_gains() -> None:
     assert [bar.get_width() for bar in credit.patches] == pytest.approx(report.credit.tolist())
     assert [bar.get_width() for bar in gain.patches] == pytest.approx(report.gain.tolist())
     assert [label.get_text() for label in credit.get_yticklabels()] == ["stem", "body", "head"]
-    assert credit.get_xlabel() == "credit [nats a direction]"
+    assert credit.get_xlabel() == "credit [nats per direction]"
     drawn = {line.get_label(): line.get_xdata() for line in fit.get_lines()}
     assert np.allclose(drawn["component"], report.r2)
     assert np.allclose(drawn["chain behind it"], report.chain_r2)

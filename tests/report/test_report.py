@@ -17,7 +17,8 @@ from rich.console import Console
 from lightning_koopman import CreditReport, KoopmanCredit
 from lightning_koopman.koopman.credit import QUANTITIES, compute_credits
 from lightning_koopman.koopman.moments import Layout, accumulate
-from lightning_koopman.report.report import MIN_R2, build_report, check_quantities
+from lightning_koopman.report.fields import MIN_R2
+from lightning_koopman.report.report import build_report, check_quantities
 from lightning_koopman.report.saved import ReportFormatError
 
 NAMES = ("stem", "body.0", "head")
@@ -82,8 +83,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     make().to_json(path)
     before = path.read_text()
-    with pytest.raises(TypeError, match="must be real number"):
-        dataclasses.replace(make(), credit=None).to_json(path)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        dataclasses.replace(make(), source={"model": object()}).to_json(path)
     assert path.read_text() == before
 
 
@@ -115,56 +116,66 @@ def test_a_missing_file_is_missing(tmp_path: Path) -> None:
         CreditReport.from_json(tmp_path / "none.json")
 
 
-TABLE = "is missing or not a table of numbers"
+NUMBER, WHOLE = "Input should be a valid number, not", "Input should be a valid integer, not"
 FIELDS = {
     "components": [
-        ("x", "components must be a list of str"),
-        ([], "components must be distinct names, at least one"),
+        ("x", "field components: Input should be a valid list, not 'x'"),
+        ([], "has 3 entries for 0 components"),
         (["a", "a", "b"], "components must be distinct names"),
-        ([1, 2, 3], "components must be a list of str"),
+        ([1, 2, 3], r"field components\.0: Input should be a valid string, not 1"),
     ],
     "widths": [
-        ([5, 5], "widths has 2 entries for 3 components"),
-        ([5.0, 5.0, 5.0], "widths must be a list of int"),
-        ([True, 1, 1], "widths must be a list of int"),
+        ([5, 5], "field widths: has 2 entries for 3 components"),
+        ([5.0, 5.0, 5.0], rf"field widths\.0: {WHOLE} 5\.0"),
+        ([1, True, 1], rf"field widths\.1: {WHOLE} True"),
     ],
     "stderr": [
         ({}, "stderr must hold credit, gain"),
-        ([], "stderr must hold credit, gain"),
-        ({key: [1.0] for key in QUANTITIES}, r"credit has shape \(1,\); expected \(3,\)"),
+        ([], r"field stderr: Input should be a valid dictionary, not \[\]"),
+        ({key: [1.0] for key in QUANTITIES}, r"stderr\.credit: has 1 entries for 3 components"),
     ],
     "volumes": [
-        ([[1.0]] * 3, r"volumes has shape \(3, 1\); expected \(3, 5\)"),
-        ([[1.0], [1.0, 2.0], []], f"volumes {TABLE}"),
-        (None, r"volumes has shape \(\); expected \(3, 5\)"),
+        ([[1.0]] * 3, r"volumes has rows of \{1\} numbers; expected 5"),
+        ([[1.0], [1.0, 2.0], []], "volumes has rows of"),
+        ([], "field volumes: has 0 entries for 3 components"),
+        (None, "field volumes: Input should be a valid list, not None"),
     ],
     "directions": [
-        (-1, "directions must be a whole number, not -1"),
-        (True, "directions must be a whole"),
+        (-1, "field directions: Input should be greater than or equal to 0, not -1"),
+        (True, f"field directions: {WHOLE} True"),
     ],
-    "n_samples": [
-        (1.5, r"n_samples must be a whole number, not 1\.5"),
-        ("7", "n_samples must be a whole"),
+    "n_samples": [(1.5, rf"n_samples: {WHOLE} 1\.5"), ("7", f"n_samples: {WHOLE} '7'")],
+    "step": [(-3, "step: Input should be greater than or equal to 0"), ("3", f"step: {WHOLE} '3'")],
+    "total": [("abc", f"field total: {NUMBER} 'abc'"), ([1.0], rf"field total: {NUMBER} \[1\.0\]")],
+    "total_stderr": [({}, f"field total_stderr: {NUMBER} ")],
+    "parts": [
+        ([], "field parts: Input should be a valid dictionary"),
+        ({"a\r": "b"}, "field parts.a\ufffd: Input should be a valid list, not 'b'"),
     ],
-    "step": [(-3, "step must be a whole number, not -3"), ("3", "step must be a whole number")],
-    "total": [("abc", f"total {TABLE}"), ([1.0], r"total has shape \(1,\); expected \(\)")],
-    "total_stderr": [({}, f"total_stderr {TABLE}")],
-    "parts": [([], "parts must name the module calls"), ({"a": "b"}, "a must be a list of str")],
-    "notes": [("note", "notes must be a list of str"), ([1], "notes must be a list of str")],
+    "notes": [
+        ("note", "field notes: Input should be a valid list, not 'note'"),
+        ([1], r"field notes\.0: Input should be a valid string, not 1"),
+    ],
+    "run": [(7, "field run: Input should be a valid string, not 7")],
+    "folds": [(1, "field folds: Input should be greater than or equal to 2, not 1")],
+    "delay": [(0, "delay: .* equal to 1, not 0"), (10**9, "delay: Input should be less than")],
+    "source": [
+        ([], "field source: Input should be a valid dictionary"),
+        ({"a": float("nan")}, "field source: cannot be written again: Out of range"),
+    ],
     **{
         name: [
-            ([1.0, 2.0], rf"{name} has shape \(2,\); expected \(3,\)"),
-            (["a", "b", "c"], f"{name} {TABLE}"),
-            (["1.0", "2.0", "3.0"], f"{name} {TABLE}"),
-            ([{}, 1, 2], f"{name} {TABLE}"),
-            ([10**400, 1, 2], f"{name} {TABLE}"),
+            ([1.0, 2.0], f"field {name}: has 2 entries for 3 components"),
+            (["1.0", "2.0", "3.0"], rf"field {name}\.0: {NUMBER} '1\.0'"),
+            ([1, {}, 2], rf"field {name}\.1: {NUMBER} "),
+            ([10**400, 1, 2], rf"field {name}\.0: {NUMBER} 1000"),
         ]
         for name in (*QUANTITIES, "variance_kept", "tikhonov", "condition")
     },
     "stable": [
-        ([True, False], "stable has 2 entries for 3 components"),
-        ([1, 0, 1], "stable must be a list of bool"),
-        ([None, True, True], "stable must be a list of bool"),
+        ([True, False], "field stable: has 2 entries for 3 components"),
+        ([1, 0, 1], r"field stable\.0: Input should be a valid boolean, not 1"),
+        ([None, True, True], r"field stable\.0: Input should be a valid boolean, not None"),
     ],
 }
 
@@ -266,7 +277,7 @@ def test_the_table_shows_numbers_with_errors_and_notes() -> None:
     report = make()
     text = str(report)
     assert "at step 12, 200 samples" in text
-    assert f"total {report.total:.3f} ± {report.total_stderr:.3f} nats a direction" in text
+    assert f"total {report.total:.3f} ± {report.total_stderr:.3f} nats per direction" in text
     assert f"{report.credit[0]:.3f}±{report.stderr['credit'][0]:.3f}" in text
     assert "Note: a note" in text
     for name in NAMES:

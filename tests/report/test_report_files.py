@@ -17,7 +17,6 @@ from torch import nn
 
 from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, predict_effects
 from lightning_koopman.cli.main import main
-from lightning_koopman.report import pages as formats
 from lightning_koopman.report.comparison import changes_table
 from lightning_koopman.report.files import merge_reports, read_reports, write_reports
 from lightning_koopman.report.pages import to_html, to_markdown
@@ -113,7 +112,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(
         if kind == "one":
             reports[-1].to_json(out)
         else:
-            formats.write_reports(reports, out, kind)
+            write_reports(reports, out, kind)
 
     write([report])
     before = out.read_text()
@@ -248,7 +247,7 @@ def test_lists_within_lists_without_end_are_refused(field: str) -> None:
 @pytest.mark.parametrize("name", ["stderr", "total_stderr"])
 def test_errors_below_zero_are_refused(name: str) -> None:
     errors = {**VALID["stderr"], "gain": [-1.0, 0.0]} if name == "stderr" else -1.0
-    with pytest.raises(ReportFormatError, match=r"(gain|total_stderr) holds a standard error below 0"):
+    with pytest.raises(ReportFormatError, match=r"(gain|total_stderr): holds a standard error below 0"):
         CreditReport.from_dict({**VALID, name: errors})
 
 
@@ -268,6 +267,36 @@ def test_ctrl_c_while_a_file_is_written_leaves_the_old_one(
         with pytest.raises(KeyboardInterrupt):
             write([report, report], out)
     with pytest.raises(KeyboardInterrupt):
-        formats.write_reports([report], out, "html")
+        write_reports([report], out, "html")
     assert out.read_bytes() == before
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_report_stored_by_0_1_is_read() -> None:
+    columns = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
+    stored = {
+        "format": 1,
+        "components": ["stem", "head"],
+        "widths": [3, 2],
+        **{name: [0.5, None] for name in (*columns, "variance_kept", "tikhonov", "condition")},
+        "stable": [True, False],
+        "stderr": {name: [0.25, None] for name in columns},
+        "volumes": [[0.5], [None]],
+        "directions": 1,
+        "n_samples": 100,
+        "total": -0.5,
+        "total_stderr": None,
+        "notes": ["a note"],
+        "step": 3,
+        "excitation": 0.0,
+        "a key of another version": [],
+    }
+    report = CreditReport.from_dict(json.loads(json.dumps(stored)))
+    assert (report.label, report.widths, report.total) == (" at step 3", (3, 2), -0.5)
+    assert (report.folds, report.delay, report.run, report.effects) == (5, 1, "", None)
+    assert report.doubts == ((), ("r2", "chain_r2", "lost"))
+    assert report.stderr["gain"].tolist()[:1] == [0.25]
+    # Before there was `stable`, nothing said whether a credit may be believed.
+    del stored["stable"]
+    with pytest.raises(ReportFormatError, match="field stable: Field required"):
+        CreditReport.from_dict(stored)
