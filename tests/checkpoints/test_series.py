@@ -19,7 +19,6 @@ from torch import nn
 
 from lightning_koopman import CreditReport, EvaluationError, evaluate_checkpoints
 from lightning_koopman.cli.main import main
-from lightning_koopman.network.weights import run_names
 from lightning_koopman.report.comparison import runs_table
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
@@ -218,21 +217,6 @@ def test_a_known_report_with_an_odd_source_is_measured_again(tmp_path: Path) -> 
     odd = report.to_dict() | {"source": {"path": ["unhashable"]}}
     (again,) = evaluate_checkpoints(network(), path, batches(), known=[CreditReport.from_dict(odd)])
     assert again.to_dict() == report.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["a/1.ckpt", "a/2.ckpt"], ["", ""]),
-        (["r/a/1.ckpt", "r/b/1.ckpt"], ["a", "b"]),
-        (["r/1.ckpt", "r/b/1.ckpt"], [".", "b"]),
-        (["v0/checkpoints/1.ckpt", "v1/checkpoints/1.ckpt"], ["v0", "v1"]),
-        (["v0/checkpoints/1.ckpt", "v0/1.ckpt"], ["checkpoints", "."]),
-        (["x/v0/seed1/1.ckpt", "x/v1/seed1/1.ckpt"], ["v0/seed1", "v1/seed1"]),
-    ],
-)
-def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
-    assert run_names([Path(path) for path in paths]) == names
 
 
 def test_runs_stay_apart_everywhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
