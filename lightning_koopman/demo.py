@@ -28,12 +28,12 @@ class DigitClassifier(L.LightningModule):
         self.net = _mlp() if arch == "mlp" else _cnn()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits of images of shape ``(n_samples, 1, height, width)``."""
+        """Return the logits of images of shape ``(n_samples, 1, height, width)``."""
         logits: Tensor = self.net(x)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Give the loss of one batch."""
+        """Return the loss of one batch."""
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -47,7 +47,7 @@ class DigitClassifier(L.LightningModule):
         self.log("test_accuracy", _accuracy(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Give the optimiser."""
+        """Return the optimiser."""
         return torch.optim.Adam(self.parameters(), lr=1e-3 if self.hparams["arch"] == "mlp" else 3e-3)
 
 
@@ -60,21 +60,21 @@ class Digits(L.LightningDataModule):
         self.arch = arch
 
     def setup(self, stage: str) -> None:
-        """Split the digits, always alike: half to train, 3 in 10 to validate, the rest to test."""
+        """Split the digits, always alike: half to train, three in ten to validate, the rest to test."""
         images, labels = _images(self.arch)
         generator = torch.Generator().manual_seed(0)
         self.parts = random_split(TensorDataset(images, labels), [0.5, 0.3, 0.2], generator)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give the shuffled training batches."""
+        """Return the shuffled training batches."""
         return DataLoader(self.parts[0], batch_size=64, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give the validation batches, which the credits are measured on."""
+        """Return the validation batches, which the credits are measured on."""
         return DataLoader(self.parts[1], batch_size=128)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Give the test batches."""
+        """Return the test batches."""
         return DataLoader(self.parts[2], batch_size=128)
 
 
@@ -135,31 +135,15 @@ def _images(arch: Arch) -> tuple[Tensor, Tensor]:
 
 
 def _mlp() -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(64, 128),
-        nn.ReLU(),
-        nn.Linear(128, 128),
-        nn.ReLU(),
-        nn.Linear(128, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    layers: list[nn.Module] = [nn.Flatten()]
+    for before, after in ((64, 128), (128, 128), (128, 64)):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(64, 10))
 
 
 def _cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(128, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
+    layers: list[nn.Module] = []
+    for before, after in ((1, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    layers[-1] = nn.AdaptiveAvgPool2d(2)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))

@@ -28,12 +28,17 @@ BANDS = ("credit_low", "credit_high")
 FREE_FOR_FIGURES = 64 * 2**20
 """Bytes that must be free where a logger writes; figures of a long training take some."""
 
-# A writer keeps only its last layout, so several monitors of one run must write theirs together.
+MOST_TAGS = 200
+"""Most scalar tags that are written unless the user asks for more."""
+
+_TOTALS = ("total", "doubts", "overhead_s")
+
+# TensorBoard keeps a file's last layout only, so several monitors of one run must write theirs together.
 _layouts: WeakKeyDictionary[Any, dict[str, dict[str, list[Any]]]] = WeakKeyDictionary()
 
 
 class EventFile:
-    """A TensorBoard event file with the few methods of a Lightning logger that a writer calls."""
+    """A TensorBoard event file with what :class:`CreditWriter` needs of a Lightning logger."""
 
     def __init__(self, logdir: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -46,86 +51,15 @@ class EventFile:
             self.experiment.add_scalar(name, value, step)
         self.experiment.flush()
 
-    def close(self) -> None:
-        """Close the file."""
-        self.experiment.close()
-
-
-def figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
-    """Find how a logger takes figures, if it does."""
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_figure"):
-        return lambda tag, figure, step: experiment.add_figure(tag, figure, step)
-    if hasattr(logger, "log_image"):
-        return lambda tag, figure, step: logger.log_image(tag, [figure], step=step)
-    if hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):
-        return lambda tag, figure, step: experiment.log_figure(
-            logger.run_id, figure, f"{tag}_{step:08d}.png"
-        )
-    return None
-
-
-def write_layout(logger: Any, prefix: str, quantities: Sequence[str], components: Sequence[str]) -> None:
-    """Write TensorBoard's custom-scalars layout once, where a logger takes one."""
-    experiment: Any = getattr(logger, "experiment", None)
-    if not hasattr(experiment, "add_custom_scalars"):
-        return
-    layouts = _layouts.setdefault(experiment, {})
-    if prefix in layouts:
-        return
-    joined = getattr(logger, "_prefix", "") or ""
-    joined = f"{joined}{logger.LOGGER_JOIN_CHAR}{prefix}" if joined else prefix
-    layouts[prefix] = {
-        f"{name}, all components": ["Multiline", [f"{re.escape(joined)}/{re.escape(name)}/"]]
-        for name in quantities
-    }
-    if "credit" in quantities:
-        layouts[f"{prefix}: credit ± standard error"] = {
-            f"credit of {name}": ["Margin", [f"{joined}/{part}/{name}" for part in ("credit", *BANDS)]]
-            for name in components
-        }
-    experiment.add_custom_scalars(layouts)
-
-
-def write_table(logger: Any, tag: str, report: CreditReport, step: int) -> None:
-    """Write a report as a table, where a logger takes tables or texts."""
-    experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_text"):
-        experiment.add_text(tag, to_markdown(report), step)
-    elif hasattr(logger, "log_table"):
-        rows = to_rows(report)
-        logger.log_table(
-            tag, columns=list(rows[0]), data=[list(row.values()) for row in rows], step=step
-        )
-    elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):
-        experiment.log_text(logger.run_id, to_markdown(report), f"{tag}.md")
-
-
-def free_bytes(logger: Any) -> float:
-    """Tell how much room there is where a logger writes."""
-    told = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
-    if not isinstance(told, str | os.PathLike):
-        return math.inf
-    folder = Path(told).absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-MOST_TAGS = 200
-"""Most scalar tags that are written unless the user asks for more."""
-
-_TOTALS = ("total", "doubts", "overhead_s")
-
 
 class CreditWriter:
     """Writes a growing series of reports to any loggers, at steps that the caller chooses.
 
     Scalars and hyperparameters go to every logger. Figures, tables and texts go where the logger takes
     them: TensorBoard, Weights & Biases and MLflow are recognised by their methods, so that both
-    Lightning namespaces and an :class:`EventFile` work alike. Figures are
-    drawn at the 1st, 2nd, 4th, 8th … report and at the end: TensorBoard keeps ten images a tag, and
-    drawing costs more than measuring a small network does.
+    Lightning namespaces and an :class:`EventFile` work alike. Figures are drawn at the 1st, 2nd, 4th,
+    8th … report and at the end: TensorBoard keeps ten images per tag, and drawing costs more than
+    measuring a small network does.
 
     Attributes:
         shown: Components whose scalars are written; chosen at the first report, then fixed.
@@ -152,22 +86,18 @@ class CreditWriter:
         self.shown: tuple[str, ...] = ()
         self._written = 0
         self._newest_drawn = False
-        self._told_of_room = False
+        self._warned_of_room = False
 
-    def draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
-        """Write the layout and, when due, figures of the newest report."""
-        self._choose(reports[-1])
-        self._written += 1
-        self._newest_drawn = self._written & (self._written - 1) == 0
-        loggers = self._with_room(loggers)
-        if self.layout:
-            for logger in loggers:
-                write_layout(logger, self.prefix, self.quantities, self.shown)
-        if self.figures and self._newest_drawn:
-            self._draw(loggers, reports, step)
+    def log_options(
+        self, loggers: Sequence[Any], options: Mapping[str, Any], known: Mapping[str, Any]
+    ) -> None:
+        """Write the options of a measurement as hyperparameters."""
+        ours = {f"{self.prefix}/{name}": _simple(value) for name, value in options.items()}
+        for logger in loggers:
+            logger.log_hyperparams({**known, **ours})
 
     def scalars(self, report: CreditReport, overhead_s: float | None = None) -> dict[str, float]:
-        """Give the flat numbers that every logger takes."""
+        """Return the flat numbers that every logger takes."""
         self._choose(report)
         every = report.to_scalars(self.prefix, self.quantities)
         names = list(self.quantities)
@@ -180,14 +110,26 @@ class CreditWriter:
         wanted = [f"{self.prefix}/{name}/{component}" for name in names for component in self.shown]
         kept = {key: every[key] for key in wanted if key in every}
         if report.effects is not None:
-            for component, share in zip(report.components, report.influence, strict=True):
+            for component, influence in zip(report.components, report.influence, strict=True):
                 if component in self.shown:
-                    kept[f"{self.prefix}/influence/{component}"] = float(share)
+                    kept[f"{self.prefix}/influence/{component}"] = float(influence)
         kept[f"{self.prefix}/total"] = report.total
         kept[f"{self.prefix}/doubts"] = float((~report.trusted).sum())
         if overhead_s is not None:
             kept[f"{self.prefix}/overhead_s"] = overhead_s
         return kept
+
+    def draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
+        """Write the layout and, when due, figures of the newest report."""
+        self._choose(reports[-1])
+        self._written += 1
+        self._newest_drawn = self._written & (self._written - 1) == 0
+        loggers = self._with_room(loggers)
+        if self.layout:
+            for logger in loggers:
+                self._write_layout(logger)
+        if self.figures and self._newest_drawn:
+            self._draw(loggers, reports, step)
 
     def finish(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
         """Write the final figures and the closing table."""
@@ -197,32 +139,10 @@ class CreditWriter:
         if not self._newest_drawn:
             self._draw(loggers, reports, step)
         for logger in loggers:
-            write_table(logger, f"{self.prefix}/report", reports[-1], step)
-
-    def log_options(
-        self, loggers: Sequence[Any], options: Mapping[str, Any], known: Mapping[str, Any]
-    ) -> None:
-        """Log the options of a measurement as hyperparameters."""
-        ours = {f"{self.prefix}/{name}": _simple(value) for name, value in options.items()}
-        for logger in loggers:
-            logger.log_hyperparams({**known, **ours})
-
-    def _with_room(self, loggers: Sequence[Any]) -> list[Any]:
-        """Pick the loggers whose disk will not be filled by figures, which could end the training."""
-        if not self.figures:
-            return list(loggers)
-        roomy = [logger for logger in loggers if free_bytes(logger) >= FREE_FOR_FIGURES]
-        if len(roomy) < len(loggers) and not self._told_of_room:
-            self._told_of_room = True
-            rank_zero_warn(
-                f"less than {FREE_FOR_FIGURES // 2**20} MiB are free where a logger writes, so it gets "
-                "scalars only, and no figures",
-                stacklevel=4,
-            )
-        return roomy
+            _write_table(logger, f"{self.prefix}/report", reports[-1], step)
 
     def _choose(self, report: CreditReport) -> None:
-        """Fix once which components get scalars, and say so where the limit leaves some out."""
+        """Fix once which components get scalars, and warn where the limit leaves some out."""
         if self.shown and set(self.shown) <= set(report.components):
             return
         each = len(self.quantities) + len(BANDS) * ("credit" in self.quantities)
@@ -239,27 +159,98 @@ class CreditWriter:
                 stacklevel=4,
             )
 
+    def _with_room(self, loggers: Sequence[Any]) -> list[Any]:
+        """Return the loggers whose disk figures will not fill, which could end the training."""
+        if not self.figures:
+            return list(loggers)
+        roomy = [logger for logger in loggers if free_bytes(logger) >= FREE_FOR_FIGURES]
+        if len(roomy) < len(loggers) and not self._warned_of_room:
+            self._warned_of_room = True
+            rank_zero_warn(
+                f"less than {FREE_FOR_FIGURES // 2**20} MiB are free where a logger writes, so it gets "
+                "scalars only, and no figures",
+                stacklevel=4,
+            )
+        return roomy
+
+    def _write_layout(self, logger: Any) -> None:
+        """Write TensorBoard's custom-scalars layout once, where a logger takes one."""
+        experiment: Any = getattr(logger, "experiment", None)
+        if not hasattr(experiment, "add_custom_scalars"):
+            return
+        layouts = _layouts.setdefault(experiment, {})
+        if self.prefix in layouts:
+            return
+        joined = getattr(logger, "_prefix", "") or ""
+        joined = f"{joined}{logger.LOGGER_JOIN_CHAR}{self.prefix}" if joined else self.prefix
+        layouts[self.prefix] = {
+            f"{name}, all components": ["Multiline", [f"{re.escape(joined)}/{re.escape(name)}/"]]
+            for name in self.quantities
+        }
+        if "credit" in self.quantities:
+            layouts[f"{self.prefix}: credit ± standard error"] = {
+                f"credit of {name}": [
+                    "Margin",
+                    [f"{joined}/{line}/{name}" for line in ("credit", *BANDS)],
+                ]
+                for name in self.shown
+            }
+        experiment.add_custom_scalars(layouts)
+
     def _draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
-        accepted = [show for logger in loggers if (show := figure_sink(logger)) is not None]
+        accepted = [show for logger in loggers if (show := _figure_sink(logger)) is not None]
         if not accepted:
             return
-        from lightning_koopman.report.plots import (
-            plot_directions,
-            plot_evolution,
-            plot_report,
-            plot_spectra,
-        )
+        from lightning_koopman.report import plots
 
         newest = reports[-1]
         alike = [report for report in reports if report.components == newest.components]
-        figures = {"evolution": plot_evolution(alike), "credits": plot_report(newest)}
+        figures = {"evolution": plots.plot_evolution(alike), "credits": plots.plot_report(newest)}
         if newest.directions:
-            figures["directions"] = plot_directions(newest)
+            figures["directions"] = plots.plot_directions(newest)
         if newest.operators:
-            figures["spectra"] = plot_spectra(newest)
+            figures["spectra"] = plots.plot_spectra(newest)
         for name, figure in figures.items():
             for show in accepted:
                 show(f"{self.prefix}/{name}", figure, step)
+
+
+def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
+    """Return what takes figures to a logger, if it takes any."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_figure"):
+        return lambda tag, figure, step: experiment.add_figure(tag, figure, step)
+    if hasattr(logger, "log_image"):
+        return lambda tag, figure, step: logger.log_image(tag, [figure], step=step)
+    if hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):
+        return lambda tag, figure, step: experiment.log_figure(
+            logger.run_id, figure, f"{tag}_{step:08d}.png"
+        )
+    return None
+
+
+def _write_table(logger: Any, tag: str, report: CreditReport, step: int) -> None:
+    """Write a report as a table, where a logger takes tables or texts."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_text"):
+        experiment.add_text(tag, to_markdown(report), step)
+    elif hasattr(logger, "log_table"):
+        rows = to_rows(report)
+        data = [list(row.values()) for row in rows]
+        logger.log_table(tag, columns=list(rows[0]), data=data, step=step)
+    elif hasattr(experiment, "log_text") and hasattr(logger, "run_id"):
+        experiment.log_text(logger.run_id, to_markdown(report), f"{tag}.md")
+
+
+def free_bytes(logger: Any) -> float:
+    """Return how much room there is where a logger writes."""
+    told = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None)
+    if not isinstance(told, str | os.PathLike):
+        return math.inf
+    folder = Path(told).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _simple(value: Any) -> Any:

@@ -3,197 +3,28 @@
 from __future__ import annotations
 
 import json
-
 import os
-
-from collections.abc import Iterable, Mapping, Sequence
-
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
 from importlib.metadata import version
-
 from pathlib import Path
-
 from typing import Any
 
-from lightning_koopman.network.weights import (
-    CheckpointError,
-    find_checkpoints,
-    load_checkpoint,
-    run_names,
-)
+from torch import nn
 
-from lightning_koopman.report.report import CreditReport
-
-from collections import deque
-
-from lightning_koopman.callback.loggers import EventFile
-
-from lightning_koopman.callback.loggers import CreditWriter
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
-
-from dataclasses import replace
-
-from torch import Tensor, nn
-
+from lightning_koopman.callback.loggers import CreditWriter, EventFile
+from lightning_koopman.effects.predictions import predict_effects
+from lightning_koopman.measurement.evaluate import credit_report
 from lightning_koopman.network.weights import (
     CheckpointError,
     Weights,
     apply_checkpoint,
+    find_checkpoints,
     load_checkpoint,
+    run_names,
 )
-
 from lightning_koopman.report.effects import KINDS, Kind
-
-from lightning_koopman.measurement.evaluate import credit_report
-
-from lightning_koopman.effects.predictions import predict_effects
-
-
-
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One checkpoint of a series.
-
-    Attributes:
-        path: The file.
-        run: Name of its training.
-        step: Its step, or its place among the files of its run where it tells none.
-        source: What identifies the measurement.
-        known: Report of an earlier evaluation that still holds.
-    """
-
-    path: Path
-    run: str
-    step: int
-    source: Mapping[str, Any]
-    known: CreditReport | None = None
-
-
-def settled_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give options as JSON would give them back, with the version that measures."""
-    plain = {**options, "version": version("lightning-koopman")}
-    settled: dict[str, Any] = json.loads(json.dumps(plain, default=repr, sort_keys=True))
-    return settled
-
-
-def list_entries(
-    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    shard: tuple[int, int],
-    trust: bool,
-    settled: Mapping[str, Any],
-    known: Sequence[CreditReport],
-) -> tuple[list[Entry], list[str]]:
-    """List the checkpoints of a shard by run and step, and what is wrong with the others."""
-    paths = find_checkpoints(checkpoints)
-    runs = run_names(paths)
-    # The last one counts where an earlier evaluation met a file twice.
-    by_path = {str(report.source.get("path")): report for report in known}
-    entries, failures = [], []
-    for place, (path, run) in list(enumerate(zip(paths, runs, strict=True)))[shard[0] - 1 :: shard[1]]:
-        in_run = runs[:place].count(run)
-        try:
-            source = _source(path, settled)
-            old = by_path.get(source["path"])
-            if old is not None and {**old.source, "step": None} == source:
-                step = old.source.get("step")
-                step = step if type(step) is int else in_run
-                entries.append(Entry(path, run, step, old.source, replace(old, run=run, step=step)))
-                continue
-            # Only the step is needed for sorting: weights of many checkpoints need not fit in memory.
-            told = load_checkpoint(path, trust=trust).step
-        except CheckpointError as error:
-            failures.append(str(error))
-            continue
-        source["step"] = told
-        entries.append(Entry(path, run, in_run if told is None else told, source))
-    entries.sort(key=lambda entry: (entry.run, entry.step))
-    return entries, failures
-
-
-def _source(path: Path, settled: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
-    return {
-        "path": os.path.normpath(path),
-        "size": status.st_size,
-        "modified_ns": status.st_mtime_ns,
-        "step": None,
-        "options": dict(settled),
-    }
-
-
-
-
-class RunLogs:
-    """TensorBoard files of a series, a folder a run."""
-
-    def __init__(self, logdir: str | os.PathLike[str] | None) -> None:
-        self._logdir = logdir
-        self._logs: dict[str, _RunLog] = {}
-
-    def add(self, report: CreditReport, *, known: bool) -> None:
-        """Write one report."""
-        if self._logdir is None:
-            return
-        if report.run not in self._logs:
-            self._logs[report.run] = _RunLog(os.path.join(self._logdir, report.run))
-        self._logs[report.run].add(report, known=known)
-
-    def add_known(self, waiting: deque[Entry], before: Entry | None = None) -> None:
-        """Take entries off a queue until one is met, and write those known."""
-        while waiting and (entry := waiting.popleft()).path != getattr(before, "path", None):
-            if entry.known is not None:
-                self.add(entry.known, known=True)
-
-    def finish(self) -> None:
-        """Draw what is drawn at the end of a run."""
-        for log in self._logs.values():
-            log.finish()
-
-    def close(self) -> None:
-        """Close the files."""
-        for log in self._logs.values():
-            log.close()
-
-
-class _RunLog:
-    """Event file of one run; reports that an earlier evaluation wrote there are not repeated."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._started = any(Path(folder).glob("events.out.tfevents.*"))
-        self._writer = CreditWriter()
-        self._files: list[EventFile] = []
-        self._reports: list[CreditReport] = []
-
-    def add(self, report: CreditReport, *, known: bool) -> None:
-        self._reports.append(report)
-        scalars = self._writer.scalars(report)
-        if known and self._started:
-            return
-        if not self._files:
-            self._files = [EventFile(self._folder)]
-        step = report.step or 0
-        self._writer.draw(self._files, self._reports, step)
-        self._files[0].log_metrics(scalars, step)
-
-    def finish(self) -> None:
-        if self._files:
-            self._writer.finish(self._files, self._reports, self._reports[-1].step or 0)
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
-
+from lightning_koopman.report.report import CreditReport
 
 
 class EvaluationError(CheckpointError):
@@ -237,7 +68,7 @@ def evaluate_checkpoints(
     Args:
         model: A model of the architecture that was saved; its own weights are put back at the end.
         checkpoints: Paths or glob patterns of Lightning checkpoints or bare state dicts.
-        batches: As in :func:`credit_report`; iterated once a checkpoint.
+        batches: As in :func:`credit_report`; iterated once per checkpoint.
         logdir: Folder for TensorBoard, where each checkpoint appears at its own global step, each run in
             a folder of its own.
         trust_checkpoint: Unpickle whatever the files hold, which may run any code.
@@ -258,7 +89,7 @@ def evaluate_checkpoints(
         options: Passed on to :func:`credit_report`.
 
     Returns:
-        One report a checkpoint, sorted by run and step. A file that does not tell its step counts by its
+        One report per checkpoint, sorted by run and step. A file that holds no step counts by its
         place among the files of its run.
 
     Raises:
@@ -276,79 +107,145 @@ def evaluate_checkpoints(
             "initial weights are given, but the effect of going back to them is not asked for"
         )
     predicted = {"effects": kinds, "initial": initial and os.fspath(initial)} if kinds else {}
-    settled = settled_options({**options, **(about or {}), **predicted, "weights": weights})
-    entries, failures = list_entries(checkpoints, shard, trust_checkpoint, settled, known)
-    new = [entry for entry in entries if entry.known is None]
-    if iter(batches) is batches and (kinds or len(new) > 1):
+    asked = {**options, **(about or {}), **predicted, "weights": weights}
+    index, failures = _checkpoint_index(checkpoints, shard, trust_checkpoint, asked, known)
+    count = sum(item.known is None for item in index)
+    if iter(batches) is batches and (kinds or count > 1):
         batches = list(batches)
     if on_known is not None:
-        on_known(len(entries) - len(new), len(entries))
-    reports = {id(entry): entry.known for entry in entries if entry.known is not None}
+        on_known(len(index) - count, len(index))
     start = None if initial is None else load_checkpoint(initial, trust=trust_checkpoint).state_dict
-    logs, waiting, done, interrupted = RunLogs(logdir), deque(entries), 0, False
+    reports = [item.known for item in index]
+    logs: dict[str, _RunLog] = {}
+    done, interrupted = 0, False
+
+    def measure(item: _Indexed) -> CreditReport:
+        apply_checkpoint(model, load_checkpoint(item.path, trust=trust_checkpoint, weights=weights))
+        report = credit_report(model, batches, step=item.step, **options)
+        if kinds:
+            how = {name: options[name] for name in ("forward_fn", "seed") if name in options}
+            report = predict_effects(model, batches, report, kinds, initial=start, **how)
+        return replace(report, run=item.run, source=item.source)
+
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}
     try:
-        try:
-            if on_progress is not None:
-                on_progress(0, len(new))
-            for entry in new:
-                result = _measure(
-                    model,
-                    batches,
-                    entry,
-                    trust=trust_checkpoint,
-                    weights=weights,
-                    options=options,
-                    kinds=kinds,
-                    initial=start,
-                )
-                logs.add_known(waiting, before=entry)
-                if isinstance(result, CheckpointError):
-                    failures.append(str(result))
-                else:
-                    reports[id(entry)] = result
-                    if on_report is not None:
-                        on_report(_in_order(entries, reports))
-                    logs.add(result, known=False)
-                done += 1
-                if on_progress is not None:
-                    on_progress(done, len(new))
-        except KeyboardInterrupt:
-            interrupted = True
-            failures.append(f"interrupted after {done} of {len(new)} checkpoints")
-        logs.add_known(waiting)
-        logs.finish()
+        if on_progress is not None:
+            on_progress(0, count)
+        for place, item in enumerate(index):
+            if interrupted and item.known is None:
+                continue
+            try:
+                if item.known is None:
+                    try:
+                        reports[place] = measure(item)
+                    except CheckpointError as error:
+                        failures.append(str(error))
+                    else:
+                        if on_report is not None:
+                            on_report([report for report in reports if report is not None])
+                if logdir is not None and (report := reports[place]) is not None:
+                    if item.run not in logs:
+                        logs[item.run] = _RunLog(os.path.join(logdir, item.run))
+                    logs[item.run].add(report, known=item.known is not None)
+                if item.known is None:
+                    done += 1
+                    if on_progress is not None:
+                        on_progress(done, count)
+            except KeyboardInterrupt:
+                interrupted = True
+                failures.append(f"interrupted after {done} of {count} checkpoints")
+        for log in logs.values():
+            log.finish()
     finally:
         model.load_state_dict(original)
-        logs.close()
-    found = _in_order(entries, reports)
+        for log in logs.values():
+            log.close()
+    found = [report for report in reports if report is not None]
     if failures:
         raise EvaluationError(found, failures, interrupted=interrupted)
     return found
 
 
-def _measure(
-    model: nn.Module,
-    batches: Iterable[Any],
-    entry: Entry,
-    *,
+@dataclass(frozen=True)
+class _Indexed:
+    """One checkpoint of a series, what identifies its measurement, and a report that still holds."""
+
+    path: Path
+    run: str
+    step: int
+    source: Mapping[str, Any]
+    known: CreditReport | None
+
+
+def _checkpoint_index(
+    checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    shard: tuple[int, int],
     trust: bool,
-    weights: Weights,
-    options: Mapping[str, Any],
-    kinds: Sequence[Kind],
-    initial: Mapping[str, Tensor] | None,
-) -> CreditReport | CheckpointError:
-    """Give the report of one checkpoint, or what is wrong with the file."""
-    try:
-        apply_checkpoint(model, load_checkpoint(entry.path, trust=trust, weights=weights))
-    except CheckpointError as error:
-        return error
-    report = credit_report(model, batches, step=entry.step, **options)
-    if kinds:
-        how = {name: options[name] for name in ("forward_fn", "seed") if name in options}
-        report = predict_effects(model, batches, report, kinds, initial=initial, **how)
-    return replace(report, run=entry.run, source=entry.source)
+    asked: Mapping[str, Any],
+    known: Sequence[CreditReport],
+) -> tuple[list[_Indexed], list[str]]:
+    """List the checkpoints of a shard by run and step, and what is wrong with the others."""
+    # As JSON will return them; numbers of another version of this package would not compare.
+    plain = {**asked, "version": version("lightning-koopman")}
+    options = json.loads(json.dumps(plain, default=repr, sort_keys=True))
+    paths = find_checkpoints(checkpoints)
+    runs = run_names(paths)
+    # The last one counts where an earlier evaluation met a file twice.
+    by_path = {str(report.source.get("path")): report for report in known}
+    index, failures = [], []
+    for place, (path, run) in list(enumerate(zip(paths, runs, strict=True)))[shard[0] - 1 :: shard[1]]:
+        try:
+            status = path.stat()
+            source = {
+                "path": os.path.normpath(path),
+                "size": status.st_size,
+                "modified_ns": status.st_mtime_ns,
+                "step": None,
+                "options": options,
+            }
+            old = by_path.get(source["path"])
+            if old is not None and {**old.source, "step": None} != source:
+                old = None
+            # Only the step is needed for sorting: weights of many checkpoints need not fit in memory.
+            told = load_checkpoint(path, trust=trust).step if old is None else old.source.get("step")
+        except FileNotFoundError:
+            failures.append(f"{path} does not exist")
+        except OSError as error:
+            failures.append(f"{path} cannot be read ({error.strerror})")
+        except CheckpointError as error:
+            failures.append(str(error))
+        else:
+            step = told if type(told) is int else runs[:place].count(run)
+            old = old and replace(old, run=run, step=step)
+            index.append(_Indexed(path, run, step, {**source, "step": told}, old))
+    index.sort(key=lambda item: (item.run, item.step))
+    return index, failures
 
 
-def _in_order(entries: Sequence[Entry], reports: Mapping[int, CreditReport]) -> list[CreditReport]:
-    return [reports[id(entry)] for entry in entries if id(entry) in reports]
+class _RunLog:
+    """Event file of one run; reports that an earlier evaluation wrote there are not repeated."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._started = any(Path(folder).glob("events.out.tfevents.*"))
+        self._writer = CreditWriter()
+        self._files: list[EventFile] = []
+        self._reports: list[CreditReport] = []
+
+    def add(self, report: CreditReport, *, known: bool) -> None:
+        self._reports.append(report)
+        scalars = self._writer.scalars(report)
+        if known and self._started:
+            return
+        self._files = self._files or [EventFile(self._folder)]
+        step = report.step or 0
+        self._writer.draw(self._files, self._reports, step)
+        self._files[0].log_metrics(scalars, step)
+
+    def finish(self) -> None:
+        if self._files:
+            self._writer.finish(self._files, self._reports, self._reports[-1].step or 0)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.experiment.close()

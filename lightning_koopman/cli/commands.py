@@ -1,18 +1,17 @@
-"""The commands."""
+"""The commands: each parameter is an option, and its line here is what ``--help`` says of it."""
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from rich import progress
 from rich.console import Console
-from rich.progress import Progress
+from rich.text import Text
 from torch import nn
 
-from lightning_koopman.cli.progress import COLUMNS
 from lightning_koopman.cli.user_code import build_batches, build_model, build_trained, fit_and_choose
 from lightning_koopman.report.effects import KINDS, Kind, Scale
 from lightning_koopman.report.report import CreditReport
@@ -21,12 +20,25 @@ if TYPE_CHECKING:
     from lightning_koopman.network.weights import Checkpoint
 
 
+class _Rate(progress.ProgressColumn):
+    """How many are done per minute, as soon as the first is."""
+
+    def render(self, task: progress.Task) -> Text:
+        return Text(f"{60 * task.speed:.1f} a minute" if task.speed else "", "progress.data.speed")
+
+
 def report(
     file: str,
     out: str | None = None,
     format: Literal["json", "csv", "html"] = "html",
 ) -> None:
-    """Show saved reports again, without the model."""
+    """Show saved reports again, without the model.
+
+    Args:
+        file: JSON file that evaluate, demo or to_json wrote.
+        out: File to write; by default the reports are printed.
+        format: Kind of that file.
+    """
     from lightning_koopman.report.files import read_reports, write_reports
 
     reports = read_reports(file, may_be_empty=False)
@@ -45,7 +57,17 @@ def compare(
     trust_checkpoint: bool = False,
     weights: Literal["saved", "averaged", "current"] = "saved",
 ) -> None:
-    """Show which components changed beyond error between two checkpoints or two saved reports."""
+    """Show which components changed beyond error between two checkpoints or two saved reports.
+
+    Args:
+        before: A checkpoint, or a JSON file of reports, whose last one counts.
+        after: Another of the same kind.
+        model: Model to build, as in evaluate; needed for checkpoints.
+        data: Data to measure on, as in evaluate; needed for checkpoints.
+        quantity: Which number.
+        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+        weights: Which weights of a training with weight averaging: as saved, averaged or current.
+    """
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.report.comparison import changes_table
     from lightning_koopman.report.files import read_reports
@@ -64,7 +86,12 @@ def compare(
 
 
 def merge(reports: list[str], out: str) -> None:
-    """Put the reports of several shards of one evaluation in one file, sorted by step."""
+    """Put the reports of several shards of one evaluation in one file, sorted by step.
+
+    Args:
+        reports: JSON files that evaluate wrote with --shard.
+        out: JSON file for all of them.
+    """
     from lightning_koopman.report.files import merge_reports, write_reports
 
     merged = merge_reports(reports)
@@ -88,7 +115,14 @@ def demo(
     epochs: int | None = None,
     arch: Literal["mlp", "cnn"] = "mlp",
 ) -> None:
-    """Train a small network on handwritten digits and watch its components' credits."""
+    """Train a small network on handwritten digits and watch its components' credits.
+
+    Args:
+        logdir: Folder for event files, report.json and credits.png.
+        seed: Seed of weights and data order.
+        epochs: Passes over the training data; by default 30 for the MLP and 8 for the CNN.
+        arch: Network to train.
+    """
     from lightning_koopman.demo import run_demo
 
     run_demo(logdir, seed=seed, epochs=epochs, arch=arch)
@@ -116,23 +150,63 @@ def evaluate(
     effects: bool | list[Kind] = False,
     initial_checkpoint: str | None = None,
 ) -> None:
-    """Measure the credits of saved checkpoints, each at its own global step."""
+    """Measure the credits of saved checkpoints, each at its own global step.
+
+    Args:
+        model: Model to build, as pkg.mod:Class or pkg.mod:function. A LightningModule gets the
+            hyperparameters that its checkpoint saved.
+        data: Data to measure on, as pkg.mod:DataModule (its validation loader; it gets the
+            hyperparameters that the checkpoint saved), or a function or object that gives batches.
+        ckpt: Path or glob pattern of checkpoints, or a list of them.
+        logdir: Folder for TensorBoard event files.
+        out: File for the reports, kept complete after every checkpoint. A second run with the same file
+            measures only checkpoints that are new or changed, or all if an option changed. It cannot see
+            changes of the model's code or of the data: use fresh then.
+        format: Kind of that file. Beside csv and html, a .json file of the same name is kept for the
+            second run and the report command.
+        components: Names or glob patterns of components; chosen by default.
+        rank: Most output directions to align.
+        tikhonov: Ridge weight; chosen by held-out R² by default.
+        max_dim: Wider states are pooled and projected.
+        folds: Number of folds for held-out R² and error bars.
+        normalize: Coordinates of every state.
+        delay: Step delay: earlier states that each operator sees.
+        seed: Chooses the folds.
+        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
+        shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
+        fresh: Measure again what was measured before.
+        weights: Which weights of a training with weight averaging: as saved, averaged or current.
+        effects: Also predict what altering each component would do to the outputs: all kinds, or those
+            of a list such as [linear,skip].
+        initial_checkpoint: Weights that training began with, for the effect of going back to them; by
+            default they are drawn anew.
+    """
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.report.files import read_known, write_with_known
 
-    part = _shard(shard)
+    part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
+    if part is None:
+        raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n")
     known = [] if out is None or fresh else read_known(out, format)
-    own, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
-    network, batches = build_model(model, own), build_batches(data, of_data)
+    of_model, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
+    network, batches = build_model(model, of_model), build_batches(data, of_data)
     console = Console(stderr=True)
 
-    def tell_known(taken: int, total: int) -> None:
+    def show_known(taken: int, total: int) -> None:
         if known:
             console.print(f"{taken} of {total} reports taken over from {out}", highlight=False)
 
+    def save(reports: list[CreditReport]) -> None:
+        if out is not None:
+            write_with_known(reports, out, format)
+
     failure = None
-    with Progress(*COLUMNS, console=console) as progress:
-        task = progress.add_task("checkpoints", total=None, visible=False)
+    columns = progress.Progress.get_default_columns()[:2]
+    bar = progress.Progress(
+        *columns, progress.MofNCompleteColumn(), _Rate(), progress.TimeRemainingColumn(), console=console
+    )
+    with bar:
+        task = bar.add_task("checkpoints", total=None, visible=False)
         try:
             reports = evaluate_checkpoints(
                 network,
@@ -140,14 +214,12 @@ def evaluate(
                 batches,
                 logdir=logdir,
                 trust_checkpoint=trust_checkpoint,
-                on_progress=lambda done, total: progress.update(
+                on_progress=lambda done, total: bar.update(
                     task, completed=done, total=total, visible=total > 0
                 ),
-                on_report=None
-                if out is None
-                else functools.partial(write_with_known, path=out, kind=format),
-                on_known=tell_known,
-                shard=part,
+                on_report=save,
+                on_known=show_known,
+                shard=(int(part[1]), int(part[2])),
                 known=known,
                 about={"model": model, "data": data},
                 weights=weights,
@@ -165,14 +237,15 @@ def evaluate(
         except EvaluationError as error:
             failure, reports = error, error.reports
     show_reports(reports)
-    if out is not None:
-        write_with_known(reports, out, format)
+    save(reports)
     if failure is not None:
         raise failure
 
 
-def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give the arguments of model and DataModule that the first readable checkpoint saved."""
+def _first_hyper_parameters(
+    ckpt: str | list[str], trust: bool
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the arguments of model and DataModule that the first readable checkpoint saved."""
     from lightning_koopman.network.weights import CheckpointError, find_checkpoints, load_checkpoint
 
     for path in find_checkpoints(ckpt):
@@ -180,15 +253,8 @@ def _first_hyper_parameters(ckpt: str | list[str], trust: bool) -> tuple[dict[st
             checkpoint = load_checkpoint(path, trust=trust)
         except CheckpointError:
             continue
-        return dict(checkpoint.hyper_parameters), dict(checkpoint.data_hyper_parameters)
+        return checkpoint.hyper_parameters, checkpoint.data_hyper_parameters
     return {}, {}
-
-
-def _shard(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if found is None:
-        raise ValueError(f"shard is {text!r}; write i/n with i from 1 to n")
-    return int(found[1]), int(found[2])
 
 
 def components(
@@ -198,7 +264,15 @@ def components(
     depth: int | None = None,
     max_dim: int = 256,
 ) -> None:
-    """List what would be reported as components, without measuring it."""
+    """List what would be reported as components, without measuring it.
+
+    Args:
+        model: Model to build, as pkg.mod:Class or pkg.mod:function.
+        data: Data as in evaluate, whose first batch is run for shapes and state widths.
+        components: Names or glob patterns of components; chosen by default.
+        depth: Take the parts at this depth of the module tree instead.
+        max_dim: Wider states are pooled and projected.
+    """
     from lightning_koopman.measurement.overview import describe_components
 
     if components is not None and depth is not None:
@@ -295,20 +369,14 @@ def intervene(
     from lightning_koopman.network.weights import load_checkpoint
 
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
-    initial = (
-        initial_checkpoint and load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
-    )
+    initial = None
+    if initial_checkpoint:
+        initial = load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
     fit_on, measure_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
-    asked: dict[str, Any] = {
-        "initial": initial or None,
-        "strength": strength,
-        "scale": scale,
-        "seed": seed,
-    }
-    report = predict_effects(network, fit_on, report, kinds or KINDS, **asked)
-    result = intervene(
-        network, measure_on, report, kinds or KINDS, fit_batches=fit_on, draws=draws, **asked
-    )
+    chosen = kinds or KINDS
+    how: dict[str, Any] = {"initial": initial, "strength": strength, "scale": scale, "seed": seed}
+    report = predict_effects(network, fit_on, report, chosen, **how)
+    result = intervene(network, measure_on, report, chosen, fit_batches=fit_on, draws=draws, **how)
     Console().print(result)
     if figure is not None:
         result.plot().savefig(figure)
@@ -324,7 +392,7 @@ def _measured(
     max_dim: int,
     seed: int,
 ) -> tuple[list[Any], list[Any], CreditReport]:
-    """Give batches to fit on, others, and a trained network's report on the former."""
+    """Return batches to fit on, others, and a trained network's report on the former."""
     from lightning_koopman.measurement.evaluate import credit_report
 
     torch.manual_seed(seed)  # for loaders that shuffle

@@ -5,34 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jsonargparse import auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_koopman.cli.commands import (
-    compare,
-    components,
-    demo,
-    evaluate,
-    intervene,
-    linearize,
-    merge,
-    report,
-)
+from lightning_koopman.cli import commands
 
-_COMMANDS: list[Callable[..., Any] | type] = [
-    compare,
-    components,
-    demo,
-    evaluate,
-    intervene,
-    linearize,
-    merge,
-    report,
-]
+_COMMANDS = ["compare", "components", "demo", "evaluate", "intervene", "linearize", "merge", "report"]
 
 _FILES = {"report": ["file"], "compare": ["before", "after"]}
 """Arguments that may stand without their option's name, as people type them."""
@@ -48,8 +29,17 @@ def main(args: Sequence[str] | None = None) -> int:
             given.insert(2 * place - 1, f"--{name}")
     try:
         if any(argument.startswith("--print_completion") for argument in given):
-            _offer_completion()
-        auto_cli(_COMMANDS, args=given, prog="lightning-koopman", as_positional=False)
+            try:
+                if importlib.util.find_spec("shtab") is None:
+                    raise TypeError
+                set_parsing_settings(add_print_completion_argument=True)
+            except TypeError:  # an older jsonargparse knows no such setting
+                raise ValueError(
+                    "--print-completion needs shtab and a newer jsonargparse: "
+                    "pip install -U 'lightning-koopman[completion]'"
+                ) from None
+        offered = [getattr(commands, name) for name in _COMMANDS]
+        auto_cli(offered, args=given, prog="lightning-koopman", as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 130 if getattr(error, "interrupted", False) else 1
@@ -57,19 +47,6 @@ def main(args: Sequence[str] | None = None) -> int:
         Console(stderr=True).print("[bold red]error:[/] interrupted")
         return 130
     return 0
-
-
-def _offer_completion() -> None:
-    """Let jsonargparse print completions, which it does only when told to."""
-    try:
-        if importlib.util.find_spec("shtab") is None:
-            raise TypeError
-        set_parsing_settings(add_print_completion_argument=True)
-    except TypeError:  # an older jsonargparse knows no such setting
-        raise ValueError(
-            "--print-completion needs shtab and a newer jsonargparse: "
-            "pip install -U 'lightning-koopman[completion]'"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -7,27 +7,11 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from lightning_koopman.network.weights import Checkpoint, Weights
-
-
-def named_object(name: str) -> Any:
-    """Import what the user named as pkg.mod:attribute, and nothing else."""
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    found: Any = importlib.import_module(module_name)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ValueError(f"{module_name} has no {attribute!r}")
-        found = getattr(found, part)
-    return found
+from lightning_koopman.network.weights import Checkpoint, Weights, apply_checkpoint, load_checkpoint
 
 
 def build_model(
@@ -35,8 +19,8 @@ def build_model(
     hyper_parameters: Mapping[str, Any],
     origin: str = "from the hyperparameters in the checkpoint",
 ) -> nn.Module:
-    """Build a model, or take one that stands in the module."""
-    found = named_object(name)
+    """Build the model that the user named, or return it where it stands in the module already."""
+    found = _named_object(name)
     if not isinstance(found, nn.Module):
         try:
             found = found(**_accepted(found, hyper_parameters))
@@ -52,29 +36,35 @@ def build_model(
 def build_trained(
     name: str, ckpt: str, trust: bool, weights: Weights = "saved"
 ) -> tuple[nn.Module, Checkpoint]:
-    """Build a model as its checkpoint tells, with the checkpoint's weights."""
-    from lightning_koopman.network.weights import apply_checkpoint, load_checkpoint
-
+    """Build a model from its checkpoint's hyperparameters, with the checkpoint's weights."""
     checkpoint = load_checkpoint(ckpt, trust=trust, weights=weights)
     model = build_model(name, checkpoint.hyper_parameters)
     apply_checkpoint(model, checkpoint)
     return model, checkpoint
 
 
-def _accepted(found: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Pick the arguments that a class or function names, or all if it takes any."""
-    named = inspect.signature(found).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
-    return {k: v for k, v in arguments.items() if takes_all or k in named}
-
-
 def build_batches(name: str, hyper_parameters: Mapping[str, Any] | None = None) -> Iterable[Any]:
     """Build the data to measure on."""
-    return _validation(_data(name, hyper_parameters or {}), name)
+    return _validation_batches(_build_data(name, hyper_parameters or {}), name)
 
 
-def _data(name: str, hyper_parameters: Mapping[str, Any]) -> Any:
-    found = named_object(name)
+def fit_and_choose(name: str, hyper_parameters: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Build the batches to fit on, and others to choose on."""
+    found = _build_data(name, hyper_parameters)
+    if hasattr(found, "train_dataloader"):
+        found.prepare_data()
+        found.setup("fit")
+        return list(found.train_dataloader()), list(_validation_batches(found, name))
+    batches = list(_validation_batches(found, name))
+    if len(batches) < 2:
+        raise ValueError(
+            f"{name} gives {len(batches)} batch; at least one is needed to fit on, and another one"
+        )
+    return batches[::2], batches[1::2]
+
+
+def _build_data(name: str, hyper_parameters: Mapping[str, Any]) -> Any:
+    found = _named_object(name)
     if callable(found):
         saved = hyper_parameters if hasattr(found, "val_dataloader") else {}
         try:
@@ -84,35 +74,36 @@ def _data(name: str, hyper_parameters: Mapping[str, Any]) -> Any:
     return found
 
 
-def _validation(found: Any, name: str) -> Iterable[Any]:
+def _validation_batches(found: Any, name: str) -> Iterable[Any]:
     if hasattr(found, "val_dataloader"):
         found.prepare_data()
         found.setup("validate")
         found = found.val_dataloader()
-    if (
-        isinstance(found, list | tuple)
-        and found
-        and hasattr(found[0], "__iter__")
-        and hasattr(found[0], "dataset")
-    ):
-        found = found[0]
+    if isinstance(found, list | tuple) and found:
+        first = found[0]
+        found = first if hasattr(first, "__iter__") and hasattr(first, "dataset") else found
     if not isinstance(found, Iterable):
         raise ValueError(f"{name} gives a {type(found).__name__}, which holds no batches")
     return found
 
 
-def fit_and_choose(
-    name: str, hyper_parameters: Mapping[str, Any] | None = None
-) -> tuple[list[Any], list[Any]]:
-    """Give batches to fit on and others to choose on."""
-    found = _data(name, hyper_parameters or {})
-    if hasattr(found, "train_dataloader"):
-        found.prepare_data()
-        found.setup("fit")
-        return list(found.train_dataloader()), list(_validation(found, name))
-    batches = list(_validation(found, name))
-    if len(batches) < 2:
-        raise ValueError(
-            f"{name} gives {len(batches)} batch; at least one is needed to fit on, and another one"
-        )
-    return batches[::2], batches[1::2]
+def _named_object(name: str) -> Any:
+    """Import what the user named as pkg.mod:attribute, and nothing else."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found: Any = importlib.import_module(module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{module_name} has no {attribute!r}")
+        found = getattr(found, part)
+    return found
+
+
+def _accepted(found: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a class or function names, or all if it takes any."""
+    named = inspect.signature(found).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
+    return {k: v for k, v in arguments.items() if takes_all or k in named}

@@ -22,8 +22,8 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used."""
 
 
-def chosen_weights(path: Path, content: Mapping[str, Any], weights: Weights) -> Any:
-    """Find the weights asked for.
+def _chosen_weights(path: Path, content: Mapping[str, Any], weights: Weights) -> Any:
+    """Return the weights asked for.
 
     Lightning's ``WeightAveraging`` and ``EMAWeightAveraging`` save the averaged weights as
     ``state_dict`` and the others as ``current_model_state``; once the training has ended, only the
@@ -31,7 +31,11 @@ def chosen_weights(path: Path, content: Mapping[str, Any], weights: Weights) -> 
     averaged ones in the callback's state.
     """
     saved = content.get("state_dict", content)
-    swa, ended = _callback_states(content)
+    states = content.get("callbacks")
+    found = list(states.values()) if isinstance(states, Mapping) else []
+    states = [state for state in found if isinstance(state, Mapping)]
+    swa = next((s for s in states if isinstance(s.get("average_model_state"), Mapping)), None)
+    ended = any(set(state) == {"latest_update_step"} for state in states)
     if weights == "saved":
         return saved
     if weights == "current":
@@ -64,18 +68,9 @@ def chosen_weights(path: Path, content: Mapping[str, Any], weights: Weights) -> 
     return averaged
 
 
-def _callback_states(content: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
-    """Give the state of StochasticWeightAveraging, and whether there is one of WeightAveraging."""
-    states = content.get("callbacks")
-    found = list(states.values()) if isinstance(states, Mapping) else []
-    states = [state for state in found if isinstance(state, Mapping)]
-    swa = next((s for s in states if isinstance(s.get("average_model_state"), Mapping)), None)
-    return swa, any(set(state) == {"latest_update_step"} for state in states)
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of one moment of a training.
+    """Weights of one step of a training.
 
     Attributes:
         path: The file.
@@ -109,7 +104,7 @@ def find_checkpoints(
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Name the training that each checkpoint belongs to."""
+    """Return the name of the training that each checkpoint belongs to."""
     folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
     if len(set(folders)) < 2:
         return [""] * len(folders)
@@ -146,7 +141,7 @@ def load_checkpoint(
         raise CheckpointError(f"{path} cannot be read ({reason})") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    tensors = chosen_weights(path, content, weights)
+    tensors = _chosen_weights(path, content, weights)
     if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise CheckpointError(f"{path} holds no state_dict of tensors")
     step = content.get("global_step")
@@ -184,7 +179,7 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _described(tensor: Tensor) -> str:
-    """Tell a tensor's shape, and what else would keep it from being copied into another."""
+    """Return a tensor's shape, and what else would keep it from being copied into another."""
     if tensor.is_nested:
         return "nested tensors"
     kinds = {
@@ -202,7 +197,7 @@ def _is_sharded(path: Path) -> bool:
 
 
 def _refused(error: BaseException) -> str:
-    """Name what the safe unpickler refused, without its advice to switch safety off."""
+    """Return what the safe unpickler refused, without its advice to switch safety off."""
     for line in str(error).splitlines():
         if "GLOBAL" in line or "Unsupported" in line:
             return line.strip().split(". ")[0][:160]

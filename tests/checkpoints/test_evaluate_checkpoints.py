@@ -64,14 +64,9 @@ def test_bad_checkpoints_are_named_after_the_good_ones_were_measured(tmp_path: P
     with pytest.raises(EvaluationError) as caught:
         evaluate_checkpoints(LitNet(), [tmp_path, tmp_path / "gone.ckpt"], BATCHES)
     assert [report.step for report in caught.value.reports] == [10, 20]
-    text = str(caught.value)
     assert len(caught.value.failures) == 3
-    for part in (
-        "gone.ckpt does not exist",
-        "broken.ckpt",
-        "narrow.ckpt does not fit LitNet: 'net.0.weight'",
-    ):
-        assert part in text
+    for part in ("gone.ckpt does not exist", "broken.ckpt", "narrow.ckpt does not fit LitNet: 'net.0."):
+        assert part in str(caught.value)
 
 
 def test_the_model_gets_its_weights_back_when_measuring_fails(tmp_path: Path) -> None:

@@ -42,12 +42,19 @@ while True:
 """
 
 
+COMMAND = [sys.executable, "-m", "lightning_koopman.cli.main", "evaluate", "--model=slow_code:net"]
+COMMAND += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json"]
+
+
 def checkpoints(folder: Path, count: int) -> None:
-    folder.mkdir()
+    (folder / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
+    (folder / "ckpt").mkdir()
     for step in range(count):
         torch.manual_seed(step)
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-        torch.save({"state_dict": model.state_dict(), "global_step": step}, folder / f"{step}.ckpt")
+        torch.save(
+            {"state_dict": model.state_dict(), "global_step": step}, folder / "ckpt" / f"{step}.ckpt"
+        )
 
 
 def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
@@ -57,13 +64,11 @@ def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path) -> None:
-    (tmp_path / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
-    checkpoints(tmp_path / "ckpt", 40)
-    command = [sys.executable, "-m", "lightning_koopman.cli.main", "evaluate", "--model=slow_code:net"]
-    command += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json"]
+    checkpoints(tmp_path, 40)
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as run:
         appears(tmp_path / "r.json", run)
         # As a terminal does it: to the whole group.
@@ -79,17 +84,14 @@ def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path: Path) -> None:
-    (tmp_path / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
-    checkpoints(tmp_path / "ckpt", 4)
-    command = [sys.executable, "-m", "lightning_koopman.cli.main", "evaluate", "--model=slow_code:net"]
-    command += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
+    checkpoints(tmp_path, 4)
+    with subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
         appears(tmp_path / "r.json", run)
         run.terminate()
     assert run.returncode == -signal.SIGTERM
     kept = [report.to_dict() for report in read_reports(tmp_path / "r.json")]
     assert 1 <= len(kept) < 4
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert f"{len(kept)} of 4 reports taken over from r.json" in done.stderr
     found = [report.to_dict() for report in read_reports(tmp_path / "r.json")]
     assert len(found) == 4

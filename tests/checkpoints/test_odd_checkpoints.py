@@ -21,9 +21,8 @@ from lightning_koopman import (
     evaluate_checkpoints,
     linearize,
 )
-from lightning_koopman.network.weights import Weights
-from lightning_koopman.network.weights import apply_checkpoint, load_checkpoint
 from lightning_koopman.effects.linearization import load_linearized, save_linearized
+from lightning_koopman.network.weights import Weights, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.files import read_reports, write_reports
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,11 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_koopman import CreditReport, EvaluationError, evaluate_checkpoints
-from lightning_koopman.network.weights import run_names
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.comparison import runs_table
-from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.files import read_reports, write_reports
+from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.saved import ReportFormatError
 
 MORE_DATA = """
@@ -49,6 +48,14 @@ def save(path: Path, step: int | None, scale: float = 1.0) -> Path:
         {"state_dict": model.state_dict()} | ({} if step is None else {"global_step": step}), path
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> CreditReport:
+    """The report of a single checkpoint."""
+    folder = tmp_path_factory.mktemp("one")
+    (report,) = evaluate_checkpoints(network(), save(folder / "a.ckpt", 1), batches())
+    return report
 
 
 @pytest.fixture
@@ -188,12 +195,9 @@ def test_an_interrupted_evaluation_keeps_known_reports_and_goes_on(tmp_path: Pat
     assert scalars(tmp_path / "tb") == [0, 3]
     write_reports(caught.value.reports, tmp_path / "r.json")
     counts: list[tuple[int, int]] = []
+    kept = read_reports(tmp_path / "r.json")
     evaluate_checkpoints(
-        network(),
-        paths,
-        batches(),
-        known=read_reports(tmp_path / "r.json"),
-        on_known=lambda *told: counts.append(told),
+        network(), paths, batches(), known=kept, on_known=lambda *told: counts.append(told)
     )
     assert counts == [(2, 4)]
 
@@ -206,33 +210,15 @@ def test_an_interrupted_evaluation_keeps_known_reports_and_goes_on(tmp_path: Pat
         ("source", {"a": float("nan")}, "field source: cannot be written again"),
     ],
 )
-def test_run_and_source_are_checked(tmp_path: Path, field: str, value: Any, message: str) -> None:
-    (report,) = evaluate_checkpoints(network(), save(tmp_path / "a.ckpt", 1), batches())
+def test_run_and_source_are_checked(one: CreditReport, field: str, value: Any, message: str) -> None:
     with pytest.raises(ReportFormatError, match=message):
-        CreditReport.from_dict(report.to_dict() | {field: value})
+        CreditReport.from_dict(one.to_dict() | {field: value})
 
 
-def test_a_known_report_with_an_odd_source_is_measured_again(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.ckpt", 1)
-    (report,) = evaluate_checkpoints(network(), path, batches())
-    odd = report.to_dict() | {"source": {"path": ["unhashable"]}}
-    (again,) = evaluate_checkpoints(network(), path, batches(), known=[CreditReport.from_dict(odd)])
-    assert again.to_dict() == report.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("paths", "names"),
-    [
-        (["a/1.ckpt", "a/2.ckpt"], ["", ""]),
-        (["r/a/1.ckpt", "r/b/1.ckpt"], ["a", "b"]),
-        (["r/1.ckpt", "r/b/1.ckpt"], [".", "b"]),
-        (["v0/checkpoints/1.ckpt", "v1/checkpoints/1.ckpt"], ["v0", "v1"]),
-        (["v0/checkpoints/1.ckpt", "v0/1.ckpt"], ["checkpoints", "."]),
-        (["x/v0/seed1/1.ckpt", "x/v1/seed1/1.ckpt"], ["v0/seed1", "v1/seed1"]),
-    ],
-)
-def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
-    assert run_names([Path(path) for path in paths]) == names
+def test_a_known_report_with_an_odd_source_is_measured_again(one: CreditReport) -> None:
+    odd = CreditReport.from_dict(one.to_dict() | {"source": {"path": ["unhashable"]}})
+    (again,) = evaluate_checkpoints(network(), one.source["path"], batches(), known=[odd])
+    assert again.to_dict() == one.to_dict()
 
 
 def test_runs_stay_apart_everywhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,23 +247,20 @@ def test_shards_of_several_runs_merge(tmp_path: Path) -> None:
     for run in "ab":
         for step in (1, 2):
             save(tmp_path / run / f"{step}.ckpt", step, 2.0 if run == "a" else 1.0)
-    whole = evaluate_checkpoints(network(), tmp_path, batches())
-    write_reports(whole, tmp_path / "whole.json")
+    write_reports(evaluate_checkpoints(network(), tmp_path, batches()), tmp_path / "single.json")
     for number in (1, 2):
         part = evaluate_checkpoints(network(), tmp_path, batches(), shard=(number, 2))
         write_reports(part, tmp_path / f"{number}.json")
     parts = [f"--reports+={tmp_path / name}" for name in ("1.json", "2.json")]
     assert main(["merge", *parts, f"--out={tmp_path / 'all.json'}"]) == 0
-    assert (tmp_path / "all.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert (tmp_path / "all.json").read_text() == (tmp_path / "single.json").read_text()
 
 
-def test_page_of_one_run_has_no_run_column(tmp_path: Path) -> None:
-    reports = evaluate_checkpoints(network(), save(tmp_path / "a.ckpt", 1), batches())
-    assert "<th>run</th>" not in to_html(reports)
+def test_page_of_one_run_has_no_run_column(one: CreditReport) -> None:
+    assert "<th>run</th>" not in to_html([one])
 
 
-def test_runs_with_other_components_stand_side_by_side(tmp_path: Path) -> None:
-    (one,) = evaluate_checkpoints(network(), save(tmp_path / "a.ckpt", 1), batches())
+def test_runs_with_other_components_stand_side_by_side(one: CreditReport) -> None:
     other = dataclasses.replace(one, run="[b]", components=("0", "x"))
     table = runs_table([dataclasses.replace(one, run="a"), other])
     assert [list(column.cells) for column in table.columns[:2]] == [

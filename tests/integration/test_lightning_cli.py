@@ -171,12 +171,7 @@ def test_mistakes_are_named(
     namespace: str, argument: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run(
-            namespace,
-            "fit",
-            f"--trainer.callbacks={CLASS_PATH}",
-            f"--trainer.callbacks.{argument}",
-        )
+        run(namespace, "fit", f"--trainer.callbacks={CLASS_PATH}", f"--trainer.callbacks.{argument}")
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

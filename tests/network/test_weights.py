@@ -14,6 +14,7 @@ from lightning_koopman.network.weights import (
     apply_checkpoint,
     find_checkpoints,
     load_checkpoint,
+    run_names,
 )
 
 
@@ -76,8 +77,8 @@ def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_truncated_file_is_named(tmp_path: Path, share: float) -> None:
-    whole = save(tmp_path / "cut.ckpt", LitNet()).read_bytes()
-    (tmp_path / "cut.ckpt").write_bytes(whole[: int(len(whole) * share)])
+    content = save(tmp_path / "cut.ckpt", LitNet()).read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(CheckpointError, match=r"cut\.ckpt"):
         load_checkpoint(tmp_path / "cut.ckpt")
 
@@ -102,22 +103,17 @@ def test_files_without_weights_are_named(tmp_path: Path, content: Any) -> None:
 
 
 def test_first_mismatching_key_is_named_and_the_model_left_alone(tmp_path: Path) -> None:
-    model = LitNet()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    wide = load_checkpoint(save(tmp_path / "wide.ckpt", LitNet(width=20)))
-    with pytest.raises(
-        CheckpointError, match=r"wide.ckpt does not fit LitNet: 'net.0.weight' has shape"
-    ):
-        apply_checkpoint(model, wide)
-    short = load_checkpoint(save(tmp_path / "short.ckpt", nn.Sequential(nn.Linear(1, 1))))
-    with pytest.raises(
-        CheckpointError, match=r"short.ckpt does not fit LitNet: it lacks 'net.0.weight'"
-    ):
-        apply_checkpoint(model, short)
-    more = LitNet()
+    model, more = LitNet(), LitNet()
     more.extra = nn.Linear(1, 1)
-    with pytest.raises(CheckpointError, match=r"the model has no 'extra.weight'"):
-        apply_checkpoint(model, load_checkpoint(save(tmp_path / "more.ckpt", more)))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for name, other, message in (
+        ("wide", LitNet(width=20), "wide.ckpt does not fit LitNet: 'net.0.weight' has shape"),
+        ("short", nn.Linear(1, 1), "short.ckpt does not fit LitNet: it lacks 'net.0.weight'"),
+        ("more", more, "the model has no 'extra.weight'"),
+    ):
+        checkpoint = load_checkpoint(save(tmp_path / f"{name}.ckpt", other))
+        with pytest.raises(CheckpointError, match=message):
+            apply_checkpoint(model, checkpoint)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -132,3 +128,18 @@ def test_patterns_folders_and_plain_names_are_found_once(tmp_path: Path) -> None
     assert find_checkpoints(tmp_path / "missing.ckpt") == [tmp_path / "missing.ckpt"]
     with pytest.raises(CheckpointError, match=r"no checkpoint matches .*\*\.pt"):
         find_checkpoints(str(tmp_path / "*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/1.ckpt", "a/2.ckpt"], ["", ""]),
+        (["r/a/1.ckpt", "r/b/1.ckpt"], ["a", "b"]),
+        (["r/1.ckpt", "r/b/1.ckpt"], [".", "b"]),
+        (["v0/checkpoints/1.ckpt", "v1/checkpoints/1.ckpt"], ["v0", "v1"]),
+        (["v0/checkpoints/1.ckpt", "v0/1.ckpt"], ["checkpoints", "."]),
+        (["x/v0/seed1/1.ckpt", "x/v1/seed1/1.ckpt"], ["v0/seed1", "v1/seed1"]),
+    ],
+)
+def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
+    assert run_names([Path(path) for path in paths]) == names

@@ -136,6 +136,7 @@ def test_reports_that_cannot_be_written_leave_the_old_file_and_an_exit_code(
     assert not list(tiny_disk.glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_a_file_that_may_grow_no_further(project: Path) -> None:
     """EFBIG needs no right to mount: the operating system cuts the write short."""
     before = json.dumps([])
