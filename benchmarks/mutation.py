@@ -2,8 +2,8 @@
 
 ``python benchmarks/mutation.py RESULTS MODULE... -- TEST_FILE...`` with the ``benchmarks`` extra and
 ``OMP_NUM_THREADS=1``, on a system that forks; modules are named like ``koopman.chain``. The changes are
-mutmut's, of properties and of constants' numbers too. Everything is imported, and every test run once, in
-one process. Each change is made in a fork of it, which gives one function new code and runs the tests
+mutmut's, of properties and of constants' numbers too. Everything is imported, and every test run once,
+in one process. Each change is made in a fork of it, which gives one function new code and runs the tests
 that reached the changed lines: those that found other changes of the function first, then the others by
 their length. RESULTS gets one line of JSON per change; changes that it holds are not tried again. Behind
 ``--``, options of pytest are taken too, and two of this script: ``--again`` tries again what survived,
