@@ -1,6 +1,25 @@
-# The checks that a contributor and CI run. Tests and doctests: `pytest`; the long ones: `pytest -m slow`.
-.PHONY: check
-check:
+# What a contributor runs; `make help` lists it.
+.PHONY: help check test slow docs figures ci
+
+help: ## Print this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+check: ## Lint, formatting and types, as pre-commit and CI run them
 	ruff check .
 	ruff format --check .
 	mypy
+
+test: ## Quick tests and doctests
+	pytest
+
+slow: ## The long tests
+	pytest -m slow
+
+docs: ## The site, into site/
+	mkdocs build --strict
+
+figures: ## Draw the figure of the architecture page anew
+	python docs/draw_architecture.py
+
+ci: ## All of it, as CI does, in a fresh environment
+	.ci/run

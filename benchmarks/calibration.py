@@ -1,8 +1,8 @@
 """Do 95 % intervals hold the large-sample value? Writes docs/calibration.md and docs/calibration.png.
 
-A ReLU network is trained on samples of a known distribution: Gaussians, one a digit, with the means and
-covariances of scikit-learn's digits. New samples can then be drawn without end. Run from the repository:
-`python benchmarks/calibration.py` (a few minutes on one core).
+A ReLU network is trained on samples of a known distribution: Gaussians, one per digit, with the means
+and covariances of scikit-learn's digits. New samples can then be drawn without end. Run from the
+repository: `python benchmarks/calibration.py` (a few minutes on one core).
 """
 
 from itertools import pairwise
@@ -110,7 +110,7 @@ def draw(covered: dict, off: dict, error: dict) -> None:
     for i in range(3):
         right.plot(SAMPLES, [float(off[n][i]) for n in SAMPLES], "o-", label=f"component {i + 1}")
         right.plot(SAMPLES, [float(error[n][i]) for n in SAMPLES], ":", color=f"C{i}")
-    right.set(xscale="log", yscale="log", xlabel="samples", ylabel="credit, nats a direction")
+    right.set(xscale="log", yscale="log", xlabel="samples", ylabel="credit, nats per direction")
     right.set_title(
         "mean distance from the large-sample value; dotted: standard error", fontsize="medium"
     )
@@ -125,7 +125,7 @@ def write(covered: dict, off: dict, error: dict, truth: Credits) -> None:
         "# Do the error bars hold?",
         "",
         "Written by `benchmarks/calibration.py`. A 64-128-128-64-10 ReLU network, trained on Gaussian "
-        f"digits that can be drawn without end; {RESAMPLINGS} resamplings a size; large-sample values "
+        f"digits that can be drawn without end; {RESAMPLINGS} resamplings per size; large-sample values "
         f"from {LARGE:,} samples. An interval is the value ± 2.78 standard errors (Student's t, "
         f"{FOLDS - 1} degrees of freedom).",
         "",
@@ -141,7 +141,7 @@ def write(covered: dict, off: dict, error: dict, truth: Credits) -> None:
         "",
         "![coverage, and how far credits move with n](calibration.png)",
         "",
-        "How far the credit lies from its large-sample value, in nats a direction, mean over "
+        "How far the credit lies from its large-sample value, in nats per direction, mean over "
         "resamplings (in brackets the mean standard error):",
         "",
         "| n | " + " | ".join(f"component {i + 1}" for i in range(4)) + " |",

@@ -77,7 +77,7 @@ def main() -> None:
     text = f"""# Do the error bars of predicted effects hold?
 
 Written by `benchmarks/calibration_effects.py`. A {"-".join(map(str, WIDTHS))}-5 ReLU network on Gaussian
-data that can be drawn without end, {RESAMPLINGS} resamplings a size with 20 draws of altered weights;
+data that can be drawn without end, {RESAMPLINGS} resamplings per size with 20 draws of altered weights;
 large-sample values from {LARGE:,} samples and 1,200 draws. An interval is the value ± {QUANTILE}
 standard errors (Student's t, 4 degrees of freedom). Share of 95 % intervals that hold
 the large-sample value, components in order:

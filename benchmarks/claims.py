@@ -278,7 +278,7 @@ def main() -> None:
     blocks, detail = resnet_claims()
     leaf_by_leaf, leaf_table = leaf_claims()
     claims = [*blocks, *leaf_by_leaf, *lift_claims()]
-    goals = "| claim | target | measured, a seed each | met |\n|---|---|---|---|\n"
+    goals = "| claim | target | measured, one number per seed | met |\n|---|---|---|---|\n"
     goals += "".join(claim.row() for claim in claims)
     text = f"""# Claims
 

@@ -1,13 +1,13 @@
 """Changes the package one expression at a time and tells which changes no test notices.
 
 ``python benchmarks/mutation.py RESULTS MODULE... -- TEST_FILE...`` with the ``benchmarks`` extra and
-``OMP_NUM_THREADS=1``, on a system that forks. The changes are mutmut's, of properties and of constants'
-numbers too. Everything is imported, and every test run once, in one process. Each change is made in a
-fork of it, which gives one function new code and runs the tests that reached the changed lines: those
-that found other changes of the function first, then the others by their length. RESULTS gets a line of
-JSON a change; changes that it holds are not tried again. Behind ``--``, options of pytest are taken too,
-and two of this script: ``--again`` tries again what survived, and ``--few`` takes at most two
-parametrisations of a test, and no long one.
+``OMP_NUM_THREADS=1``, on a system that forks; modules are named like ``koopman.chain``. The changes are
+mutmut's, of properties and of constants' numbers too. Everything is imported, and every test run once,
+in one process. Each change is made in a fork of it, which gives one function new code and runs the tests
+that reached the changed lines: those that found other changes of the function first, then the others by
+their length. RESULTS gets one line of JSON per change; changes that it holds are not tried again. Behind
+``--``, options of pytest are taken too, and two of this script: ``--again`` tries again what survived,
+and ``--few`` takes at most two parametrisations of a test, and no long one.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ class Change:
     code: str
 
 
+def file_of(module: str) -> Path:
+    return (PACKAGE / module.replace(".", "/")).with_suffix(".py")
+
+
 KEY = ("module", "function", "before", "after", "nth")
 
 
@@ -118,7 +122,7 @@ def statements(tree: ast.Module) -> Iterator[tuple[ast.stmt, range, str]]:
 
 def changes(name: str) -> Iterator[Change]:
     """All changes of a module: in functions, methods and properties, and of its constants' numbers."""
-    text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
+    text = file_of(name).read_text(encoding="utf-8")
     visitor = Visitor()
     module = MetadataWrapper(cst.parse_module(text)).visit(visitor)
     tree = ast.parse(text)
@@ -184,7 +188,7 @@ def make(change: Change) -> None:
                 setattr(other, change.function, namespace[change.function])
         return
     function = function_of(module, change.function)
-    compiled = compile(change.code, str(PACKAGE / f"{change.module}.py"), "exec")
+    compiled = compile(change.code, str(file_of(change.module)), "exec")
     function.__code__ = dict(codes(compiled))[change.function]
     node = next(
         node for node, _, inside in statements(ast.parse(change.code)) if inside == change.function
@@ -251,7 +255,7 @@ class Runner:
 
     def run_once(self) -> None:
         """Run every test as it is, and note which lines it reaches and how long it takes."""
-        wanted = {str(PACKAGE / f"{name}.py"): name for name in self.modules}
+        wanted = {str(file_of(name)): name for name in self.modules}
 
         def line(frame: FrameType, event: str, arg: object) -> Any:
             self.reached[wanted[frame.f_code.co_filename], frame.f_lineno].add(place)
@@ -320,6 +324,8 @@ class Runner:
 
 
 def main() -> None:
+    if "--" not in sys.argv[3:]:
+        sys.exit(__doc__)
     split = sys.argv.index("--")
     results, *modules = sys.argv[1:split]
     flags = {"--again", "--few"} & set(sys.argv)

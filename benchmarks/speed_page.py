@@ -17,11 +17,11 @@ components, all samples, 5 folds, error bars.
 <!-- end -->
 
 What a report costs has two parts. One does not depend on the number of samples: fitting the POD
-bases to the first 512 samples and, at the end, six eigendecompositions a component (one over all
+bases to the first 512 samples and, at the end, six eigendecompositions per component (one over all
 samples, five for the error bars), 30 ms together at 256 dimensions. The other is paid for each
 sample: pooling and projecting the states, and their products.
 
-The MLP's forward pass takes 116,000 floating-point operations a sample, in float32. Its products
+The MLP's forward pass takes 116,000 floating-point operations per sample, in float32. Its products
 take 256,000, in float64, which the processor does at half the rate.
 
 <!-- floor -->
@@ -29,7 +29,7 @@ take 256,000, in float64, which the processor does at half the rate.
 
 The rest is copies, hashes that tell the folds, hooks in Python and the report itself, and each of
 these takes a good part of the forward pass of so small a network. Products in float32 would halve
-the largest part; they are not used, for reasons given below. Networks that do more work a component
+the largest part; they are not used, for reasons given below. Networks that do more work per component
 than an MLP of this size pay little, from a few thousand samples on.
 
 ## Riding along validation
@@ -91,7 +91,7 @@ without proof; from 2,000 to 200,000 samples the second table moves by 2 %.
 
 Seconds and memory against one size at a time, the others being 12 components of width 256, 2,000
 samples and 5 folds. A slope is the exponent of the power that fits best, by least squares between
-logarithms: 1 is linear. Products cost d² a sample and eigendecompositions d³ once, a report has parts
+logarithms: 1 is linear. Products cost d² per sample and eigendecompositions d³ once, a report has parts
 that do not depend on the samples, and each fold takes one more fit.
 
 <!-- slopes -->

@@ -100,7 +100,7 @@ def alterations(
     kind: str,
     seed: int,
 ) -> list[Alteration]:
-    """One function a draw, from a component's input and output to its altered output.
+    """One function per draw, from a component's input and output to its altered output.
 
     ``linear``: the operator fitted on probe data; ``reinit``: the component's own initial weights and
     buffers; ``weight_noise``: Gaussian, 0.3 of each parameter tensor's standard deviation;

@@ -1,4 +1,4 @@
-"""Everything that might predict an effect, one number a component, from probe data.
+"""Everything that might predict an effect, one number per component, from probe data.
 
 ``baselines``: what a user could compute instead. ``reported``: what this package's report holds.
 ``candidates``: second-order predictions written apart from it, with and without backward passes.

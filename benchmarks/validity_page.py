@@ -13,13 +13,13 @@ from validity_numbers import ADDED, CHAINS, CREDITS, LISTED, MATCHED, PREDICTED,
 CEILINGS = ("other half of eval, other draws", "probe data, other draws")
 BOUND = "best possible single ranking"
 GROUPS = {
-    "In the report (one number an intervention)": PREDICTED,
+    "In the report (one number per intervention)": PREDICTED,
     "In the report (one number for all five)": REPORTED,
     "Baselines listed in advance (one number for all five)": LISTED,
     "Baselines added (one number for all five)": ADDED,
     "Candidates, one number for all five": CREDITS,
-    "Candidates, one number an intervention, with backward passes": MATCHED,
-    "Candidates, one number an intervention, without backward passes": CHAINS,
+    "Candidates, one number per intervention, with backward passes": MATCHED,
+    "Candidates, one number per intervention, without backward passes": CHAINS,
     "Ceilings": (*CEILINGS, BOUND),
 }
 IN_REPORT = (*PREDICTED, *REPORTED)

@@ -1,4 +1,4 @@
-"""Turns the roles of docstrings, such as ``:func:`~pkg.name```, into links of the site."""
+"""Turns roles of docstrings, such as ``:func:`~pkg.name```, into links; adds where a name lives."""
 
 import re
 from typing import Any
@@ -17,10 +17,13 @@ class Roles(griffe.Extension):
     """Rewrites each docstring once it was read."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Replace the roles of one object.
+        """Replace the roles of one object, and add the file of a class or function.
 
         Args:
             obj: Module, class, function or attribute.
         """
         if obj.docstring is not None:
             obj.docstring.value = _ROLE.sub(_link, obj.docstring.value)
+            if (obj.is_class or obj.is_function) and obj.parent and obj.parent.is_module:
+                home = obj.parent.path.replace(".", "/")
+                obj.docstring.value += f"\n\n*Lives in `{home}.py`.*\n"

@@ -19,7 +19,7 @@ from lightning_koopman import KoopmanCreditMonitor
 
 
 class RowTransformer(L.LightningModule):
-    """Classifies images of shape ``(n_samples, 8, 8)``, a row a token."""
+    """Classifies images of shape ``(n_samples, 8, 8)``, one row per token."""
 
     def __init__(self, width=32, depth=3):
         super().__init__()
