@@ -127,7 +127,7 @@ class Interventions:
         return pandas.DataFrame(rows)
 
     def plot(self) -> Figure:
-        """Draw predicted against measured with their standard errors, a panel a kind.
+        """Draw predicted against measured with their standard errors, one panel per kind.
 
         Returns:
             A Matplotlib figure that no window manager knows of.

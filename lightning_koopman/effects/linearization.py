@@ -106,7 +106,7 @@ class LinearComponent(nn.Module):
         return flat.reshape(-1, *self.shape)
 
     def extra_repr(self) -> str:
-        """Say what it stands for."""
+        """Return what it stands for, as text."""
         return f"shape={self.shape}, replaces={self.replaces}"
 
 
@@ -265,7 +265,7 @@ def linearize(
 
     Args:
         model: The network that the report was measured on; it is left alone.
-        report: Says what the components are made of.
+        report: Names the modules that the components are made of.
         components: Which components.
         batches: Data to fit on.
         merge: Whether neighbours become one map.

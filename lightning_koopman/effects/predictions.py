@@ -207,10 +207,10 @@ def predict_effects(
             are drawn anew by ``reset_parameters``.
         strength: Noise, as a share of the standard deviation.
         draws: Least number of draws, for kinds that draw weights. They are spread over the batches,
-            at least one a batch, and over its samples.
+            at least one per batch, and over its samples.
         scale: Unit of the effects; ``None`` takes ``"kl"`` where targets are class indices,
             ``"relative"`` otherwise.
-        probes: Most backward passes a batch. Outputs of more values a sample are not taken one by
+        probes: Most backward passes per batch. Outputs of more values per sample are not taken one by
             one, but in so many random combinations; the mean is the same, with noise.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
         seed: Seed of everything that is drawn.

@@ -54,7 +54,7 @@ def find_target(batch: Any) -> Tensor | None:
 
 
 def are_classes(output: Tensor, target: Tensor) -> bool:
-    """Tell whether targets are class indices of what a network gives."""
+    """Return whether targets are class indices of what a network gives."""
     if target.is_floating_point() or target.is_complex() or output.ndim < 2:
         return False
     without = (output.shape[0], *output.shape[2:])

@@ -171,7 +171,7 @@ class MeanAndSpread:
 
 
 def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
-    """Give each sample of a batch one row."""
+    """Return one row per sample of a batch."""
     shape = tensor.shape
     second = len(shape) > 1 and shape[1] == n_samples != shape[0]
     if second or not shape or not n_samples or shape[0] % n_samples:
