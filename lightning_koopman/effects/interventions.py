@@ -16,18 +16,11 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import (
-    altered_output,
-    altered_weights,
-    check_alterations,
-    check_samples_first,
-    linear_maps,
-    state_sites,
-)
-from lightning_koopman.effects.linear_map import LinearMap
+from lightning_koopman.effects.alterations import Alterations
+from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
-from lightning_koopman.network.forward_runner import ForwardFn, Runner, UnitMoments
-from lightning_koopman.network.hook_points import Alteration, Site
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.hook_points import Alteration
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import KINDS, UNITS, Kind, Scale, with_share
 from lightning_koopman.report.report import CreditReport
@@ -134,7 +127,7 @@ class Interventions:
         return pandas.DataFrame(rows)
 
     def plot(self) -> Figure:
-        """Draw predicted against measured with their standard errors, a panel a kind.
+        """Draw predicted against measured with their standard errors, one panel per kind.
 
         Returns:
             A Matplotlib figure that no window manager knows of.
@@ -162,36 +155,30 @@ class Interventions:
         return as_text(self)
 
     def __rich__(self) -> Table:
-        return _table(self)
-
-
-def _table(result: Interventions) -> Table:
-    """Lay measured effects out beside predicted ones, one group of rows a component."""
-    before = "" if math.isnan(result.metric_before) else f", metric {result.metric_before:.4f} as it was"
-    table = Table(
-        title=f"Interventions, {result.n_samples} samples: {UNITS[result.scale]}{before}",
-        box=SIMPLE_HEAD,
-        padding=0,
-    )
-    table.add_column("component", overflow="fold", min_width=13)
-    for kind in result.kinds:
-        table.add_column(kind, justify="right", no_wrap=True)
-    same = [kind for kind in result.kinds if result.predictor.get(kind) == "effect"]
-    for i, component in enumerate(result.components):
-        table.add_row(
-            escape(component), *map(with_share, result.effect[i], result.effect_stderr[i]), style="bold"
+        before = "" if math.isnan(self.metric_before) else f", metric {self.metric_before:.4f} as it was"
+        table = Table(
+            title=f"Interventions, {self.n_samples} samples: {UNITS[self.scale]}{before}",
+            box=SIMPLE_HEAD,
+            padding=0,
         )
-        if same:
-            cells = {k: with_share(result.predicted[k][i], result.predicted_stderr[k][i]) for k in same}
-            table.add_row("  predicted", *(cells.get(kind, "") for kind in result.kinds))
-        for name, values in (("metric", result.metric[i]), ("± of change", result.metric_stderr[i])):
-            if np.isfinite(values).any():
-                table.add_row(f"  {name}", *(f"{value:.3f}" for value in values), style="dim")
-    table.add_section()
-    table.add_row("set against", *(result.predictor.get(kind, "nothing") for kind in result.kinds))
-    ranks = [result.spearman(kind) for kind in result.kinds]
-    table.add_row("Spearman", *("" if math.isnan(rank) else f"{rank:.2f}" for rank in ranks))
-    return table
+        table.add_column("component", overflow="fold", min_width=13)
+        for kind in self.kinds:
+            table.add_column(kind, justify="right", no_wrap=True)
+        same = [kind for kind in self.kinds if self.predictor.get(kind) == "effect"]
+        for i, component in enumerate(self.components):
+            effects = map(with_share, self.effect[i], self.effect_stderr[i])
+            table.add_row(escape(component), *effects, style="bold")
+            if same:
+                cells = {k: with_share(self.predicted[k][i], self.predicted_stderr[k][i]) for k in same}
+                table.add_row("  predicted", *(cells.get(kind, "") for kind in self.kinds))
+            for name, values in (("metric", self.metric[i]), ("± of change", self.metric_stderr[i])):
+                if np.isfinite(values).any():
+                    table.add_row(f"  {name}", *(f"{value:.3f}" for value in values), style="dim")
+        table.add_section()
+        table.add_row("set against", *(self.predictor.get(kind, "nothing") for kind in self.kinds))
+        ranks = [self.spearman(kind) for kind in self.kinds]
+        table.add_row("Spearman", *("" if math.isnan(rank) else f"{rank:.2f}" for rank in ranks))
+        return table
 
 
 def intervene(
@@ -260,39 +247,24 @@ def intervene(
             map must be fitted but ``fit_batches`` is missing, a component cannot be re-initialised, or
             the samples are not along the first axis of its output.
     """
-    check_alterations(report, kinds, components, strength, draws)
     scale = _agreed_scale(report, kinds, scale, strength)
+    alterations = Alterations(
+        model, batches, report, kinds,
+        components=components, initial=initial, strength=strength, draws=draws, forward_fn=forward_fn,
+    )  # fmt: skip
+    runner, points = alterations.runner, alterations.points.values()
     chosen = tuple(report.components if components is None else components)
-    runner = Runner(model, batches, forward_fn)
-    sites = state_sites(report)
-    moments = UnitMoments()
-
-    def take(values: Mapping[Site, Tensor]) -> None:
-        if set(kinds) & {"linear", "output_noise", "skip"}:
-            check_samples_first(report, values)
-        moments.update(values)
-
     with undisturbed(model):
-        before = Outputs.of(runner.run(sites.values(), update=take), runner.batches, scale, metric)
-        maps: Mapping[str, LinearMap] = {}
+        before = Outputs(runner.run(points, update=alterations.update), runner.batches, scale, metric)
         if "linear" in kinds:
-            fit_on = None if fit_batches is None else Runner(model, fit_batches, forward_fn)
-            maps = linear_maps(report, chosen, moments.shapes, fit_on, seed=seed)
+            fit_on = None if fit_batches is None else ForwardRunner(model, fit_batches, forward_fn)
+            _fit_maps(alterations, chosen, fit_on, seed)
         scores = np.empty((len(chosen), len(kinds), len(Measured._fields)))
         for i, name in enumerate(chosen):
             for column, kind in enumerate(kinds):
                 # The generator's state is the user's: undisturbed puts it back.
                 torch.manual_seed(seed + i)
-                once = kind in ("linear", "skip") or (kind == "reinit" and initial is not None)
-                alter: dict[str, Alteration] = {}
-                if kind in ("linear", "output_noise", "skip"):
-                    call = report.parts[name][-1]
-                    alter[call] = altered_output(kind, name, report, moments, maps, strength)
-                drawn = []
-                for _ in range(1 if once else draws):
-                    with altered_weights(kind, model, report.parts[name], initial, strength):
-                        drawn.append(before.compare(runner.run(sites.values(), alter)))
-                scores[i, column] = over_draws(drawn)
+                scores[i, column] = _measured(alterations, before, kind, name, draws)
     return Interventions(
         components=chosen,
         kinds=tuple(kinds),
@@ -305,6 +277,36 @@ def intervene(
         n_samples=before.n_samples,
         **_predictions(report, chosen, kinds),
     )
+
+
+def _fit_maps(
+    alterations: Alterations, components: Sequence[str], fit_on: ForwardRunner | None, seed: int
+) -> None:
+    """Fit linear maps where the report's operators do not act on whole tensors."""
+    fits = {name: LinearFit(seed=seed) for name in components if alterations.operator(name) is None}
+    if not fits:
+        return
+    if fit_on is None:
+        raise ValueError(
+            f"the operators of {list(fits)} act on reduced states or tensors of several axes, or are "
+            "missing, so they give no whole tensor; pass fit_batches with data to fit maps on, other "
+            "than what effects are measured on"
+        )
+    alterations.fits.update(fits)
+    fit_on.run(alterations.points.values(), update=alterations.update_fits)
+    alterations.maps.update({name: fit.solve() for name, fit in fits.items()})
+
+
+def _measured(alterations: Alterations, before: Outputs, kind: Kind, name: str, draws: int) -> Measured:
+    """Alter one component in one way, as often as it takes, and score the outputs."""
+    alter: dict[str, Alteration] = {}
+    if kind in ("linear", "output_noise", "skip"):
+        alter[alterations.points[name].call] = alterations.output(kind, name)
+    drawn = []
+    for _ in range(1 if alterations.draws_nothing(kind) else draws):
+        with alterations.weights(kind, [name]):
+            drawn.append(before.compare(alterations.runner.run(alterations.points.values(), alter)))
+    return over_draws(drawn)
 
 
 def _agreed_scale(

@@ -20,12 +20,18 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_koopman.effects.alterations import check_parts
+from lightning_koopman.effects.alterations import check_components
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Metric, Outputs
 from lightning_koopman.network.components import clean_name
-from lightning_koopman.network.forward_runner import ForwardFn, Runner, default_forward, to_device
-from lightning_koopman.network.hook_points import Site, attach, find_module
+from lightning_koopman.network.forward_runner import (
+    ForwardFn,
+    ForwardRunner,
+    default_forward,
+    device_of,
+    to_device,
+)
+from lightning_koopman.network.hook_points import HookPoint, attach, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.report import CreditReport
@@ -57,11 +63,11 @@ def measure_costs(
     flops = []
     for model in models:
         with undisturbed(model), FlopCounterMode(display=False) as counter:
-            forward(model, _placed(model, batch))
+            forward(model, to_device(batch, device_of(model)))
         flops.append(counter.get_total_flops())
     for _ in range(repeats):
         for model, taken in zip(models, seconds, strict=True):
-            given = _placed(model, batch)
+            given = to_device(batch, device_of(model))
             with undisturbed(model):
                 start = time.perf_counter()
                 forward(model, given)
@@ -72,10 +78,6 @@ def measure_costs(
         Cost(sum(p.numel() for p in model.parameters()), count, statistics.median(taken))
         for model, count, taken in zip(models, flops, seconds, strict=True)
     ]
-
-
-def _placed(model: nn.Module, batch: Any) -> Any:
-    return to_device(batch, next((p.device for p in model.parameters()), torch.device("cpu")))
 
 
 class LinearComponent(nn.Module):
@@ -104,7 +106,7 @@ class LinearComponent(nn.Module):
         return flat.reshape(-1, *self.shape)
 
     def extra_repr(self) -> str:
-        """Say what it stands for."""
+        """Return what it stands for, as text."""
         return f"shape={self.shape}, replaces={self.replaces}"
 
 
@@ -164,7 +166,12 @@ def load_linearized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     for swap in swaps:
         try:
-            put_in_place(new, _unfilled(swap, held).to(dtype))
+            with torch.device("meta"):
+                component = LinearComponent(**swap)
+            # A file may claim any width, so nothing is allocated before this.
+            if sum(p.numel() for p in component.parameters()) > held:
+                raise ValueError("it is larger than the file")
+            put_in_place(new, component.to_empty(device="cpu").to(dtype))
         except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{os.fspath(path)} does not fit {type(model).__name__}: a linear component cannot be "
@@ -172,15 +179,6 @@ def load_linearized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
             ) from None
     apply_checkpoint(new, checkpoint)
     return new
-
-
-def _unfilled(swap: Mapping[str, Any], most: int) -> LinearComponent:
-    """Make a component as a file tells, without believing what it says of widths."""
-    with torch.device("meta"):
-        component = LinearComponent(**swap)
-    if sum(p.numel() for p in component.parameters()) > most:
-        raise ValueError("it is larger than the file")
-    return component.to_empty(device="cpu")
 
 
 def groups_to_replace(
@@ -212,7 +210,7 @@ def _follows(model: nn.Module, call: str, following: str) -> bool:
     return len(places) == 2 and places[1] - places[0] == 1
 
 
-def check_replaceable(calls: Sequence[str], runner: Runner) -> None:
+def check_replaceable(calls: Sequence[str], runner: ForwardRunner) -> None:
     """Run one batch to see that each module runs once, takes one tensor and gives one."""
     model = runner.model
     seen: dict[str, int] = dict.fromkeys(calls, 0)
@@ -234,7 +232,7 @@ def check_replaceable(calls: Sequence[str], runner: Runner) -> None:
                     f"{call!r} is a module's second call; only modules that run once can go"
                 )
             hooks.enter_context(attach(module, after=functools.partial(look, call)))
-        Runner(model, runner.batches[:1], runner.forward_fn).run()
+        ForwardRunner(model, runner.batches[:1], runner.forward_fn).run()
     repeated = [name for name, count in seen.items() if count != 1]
     if repeated:
         raise ValueError(
@@ -267,7 +265,7 @@ def linearize(
 
     Args:
         model: The network that the report was measured on; it is left alone.
-        report: Says what the components are made of.
+        report: Names the modules that the components are made of.
         components: Which components.
         batches: Data to fit on.
         merge: Whether neighbours become one map.
@@ -284,19 +282,31 @@ def linearize(
         ValueError: If an argument is out of range, no sample arrives, or a component cannot be
             replaced: it runs several times, shares a module, takes several tensors or gives no tensor.
     """
-    _check(model, report, components, variance)
-    runner = Runner(model, batches, forward_fn)
+    if is_compiled(model):
+        raise ValueError("the model went through torch.compile; linearize the module it was made from")
+    check_components(report, components)
+    if not 0 < variance <= 1:
+        raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
+    runner = ForwardRunner(model, batches, forward_fn)
     if not runner.batches:
         raise ValueError("no sample arrived: the batches were empty")
     groups = groups_to_replace(model, report, components, merge)
+    ends = [(HookPoint("in", group[0]), HookPoint("out", group[-1])) for group in groups]
+    fits = [LinearFit(max_dim, seed=seed) for _ in groups]
+
+    def update(values: Mapping[HookPoint, Tensor]) -> None:
+        for (source, target), fit in zip(ends, fits, strict=True):
+            fit.update([values[source]], values[target])
+
     with undisturbed(model):
         check_replaceable([call for group in groups for call in group], runner)
-        maps = _fitted(runner, groups, max_dim, seed)
+        if groups:
+            runner.run([point for pair in ends for point in pair], update=update)
     new = copy.deepcopy(model)
     with random_states_kept():  # new layers draw weights before they are given theirs
-        for group, linear_map in zip(groups, maps, strict=True):
+        for group, fit in zip(groups, fits, strict=True):
             like = next(find_module(model, group[0])[0].parameters(), torch.empty(0))
-            put_in_place(new, as_component(linear_map, group, variance).to(like))
+            put_in_place(new, as_component(fit.solve(), group, variance).to(like))
     return new
 
 
@@ -357,16 +367,16 @@ def linearize_within(
         raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
     with random_states_kept(fit_batches):
         fit_on = list(fit_batches)
-    runner = Runner(model, choose_batches, forward_fn)
+    runner = ForwardRunner(model, choose_batches, forward_fn)
     with undisturbed(model):
-        before = Outputs.of(runner.run(), runner.batches, None, metric)
+        before = Outputs(runner.run(), runner.batches, None, metric)
     chosen: list[str] = []
     best, change, after = model, 0.0, before.metric
     for i in np.argsort(report.nonlinearity, kind="stable"):
         tried = [name for name in report.components if name in {*chosen, report.components[i]}]
         candidate = linearize(model, report, tried, fit_on, forward_fn=forward_fn, **options)
         with undisturbed(candidate):
-            moved = before.compare(Runner(candidate, runner.batches, forward_fn).run())
+            moved = before.compare(ForwardRunner(candidate, runner.batches, forward_fn).run())
         drop = moved.effect if np.isnan(before.metric) else before.metric - moved.metric
         if drop <= max_drop:
             chosen, best, change, after = tried, candidate, moved.effect, moved.metric
@@ -387,29 +397,3 @@ def as_component(linear_map: LinearMap, replaces: Sequence[str], variance: float
         weights = {"weight": matrix.T, "bias": bias}
     module.layers.load_state_dict(weights)
     return module
-
-
-def _check(model: nn.Module, report: CreditReport, components: Sequence[str], variance: float) -> None:
-    if is_compiled(model):
-        raise ValueError("the model went through torch.compile; linearize the module it was made from")
-    check_parts(report)
-    strangers = [name for name in components if name not in report.components]
-    if isinstance(components, str) or strangers:
-        raise ValueError(
-            f"the report has no components {strangers or components!r}; it has {report.components}"
-        )
-    if not 0 < variance <= 1:
-        raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
-
-
-def _fitted(runner: Runner, groups: Sequence[Sequence[str]], max_dim: int, seed: int) -> list[LinearMap]:
-    ends = [(Site("in", group[0]), Site("out", group[-1])) for group in groups]
-    fits = [LinearFit(max_dim, seed=seed) for _ in groups]
-
-    def update(values: Mapping[Site, Tensor]) -> None:
-        for (source, target), fit in zip(ends, fits, strict=True):
-            fit.update([values[source]], values[target])
-
-    if groups:
-        runner.run([site for pair in ends for site in pair], update=update)
-    return [fit.solve() for fit in fits]

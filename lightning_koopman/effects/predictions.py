@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,20 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import (
-    altered_output,
-    altered_weights,
-    check_alterations,
-    check_samples_first,
-    regressor_sites,
-    state_sites,
-    whole_operator,
-)
-from lightning_koopman.effects.linear_map import LinearFit, LinearMap, from_operator
+from lightning_koopman.effects.alterations import Alterations
+from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.effects.scoring import Outputs
 from lightning_koopman.koopman.chain import jackknife
-from lightning_koopman.network.forward_runner import ForwardFn, Runner, UnitMoments, rows_by_sample
-from lightning_koopman.network.hook_points import Alteration, Site, find_module
+from lightning_koopman.network.forward_runner import ForwardFn, rows_by_sample
+from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import KINDS, Effects, Kind, Scale, mean_share
 from lightning_koopman.report.report import CreditReport
@@ -47,63 +38,30 @@ class Shift(NamedTuple):
     rows: Mapping[int, Tensor]
 
 
-class Displacements:
+class Displacements(Alterations):
     """Displacements by alterations, a batch at a time.
 
     Call :meth:`update` with the states of a first run over all batches, then :meth:`solve`.
     """
 
-    def __init__(
-        self,
-        runner: Runner,
-        report: CreditReport,
-        kinds: Sequence[Kind],
-        initial: Mapping[str, Tensor] | None,
-        strength: float,
-    ) -> None:
-        self._runner, self._report, self._kinds = runner, report, kinds
-        self._initial, self._strength = initial, strength
-        self._sites = state_sites(report)
-        self._moments = UnitMoments()
-        self._fits: dict[str, LinearFit] = {}
-        self._maps: dict[str, LinearMap] = {}
-        self._fitted: dict[str, LinearMap] = {}
-        self._operators: dict[str, LinearMap] = {}
-        self._ridges: dict[str, float] = {}
-        self._groups = _sharing_weights(runner, report)
-
-    def update(self, values: Mapping[Site, Tensor]) -> None:
-        """Take the states of one batch."""
-        check_samples_first(self._report, values)
-        self._moments.update(values)
-        if "linear" not in self._kinds:
-            return
-        for name in self._report.components:
-            sources = [values[site] for site in regressor_sites(self._report, name)]
-            target = values[self._sites[name]]
-            if name not in self._fits:
-                shapes = [x.shape[1:] for x in sources]
-                operator = whole_operator(self._report, name, shapes, target.shape[1:])
-                width = 0 if operator is None else max(x[0].numel() for x in sources)
-                self._fits[name] = LinearFit(max(256, width))
-                if operator is not None:
-                    self._operators[name] = from_operator(operator, target.shape[1:], len(sources))
-                    self._ridges[name] = operator.tikhonov
-            self._fits[name].update(sources, target)
+    def update(self, values: Mapping[HookPoint, Tensor]) -> None:
+        """Take the states that one batch has in the network as it is."""
+        super().update(values)
+        if "linear" in self._kinds and not self.fits:
+            for name in self._report.components:
+                widths = [math.prod(self.shape(point)) for point in self.sources(name)]
+                self.fits[name] = LinearFit(max(256, *widths) if self.operator(name) else 256)
+        self.update_fits(values)
 
     def solve(self) -> None:
-        """Take the report's operators as maps, or fit them; fit the leverages of the samples."""
-        for name, fit in self._fits.items():
-            self._fitted[name] = fit.solve(self._ridges.get(name))
-        self._maps = self._fitted | self._operators
-
-    def spread(self, component: int) -> Tensor:
-        """Give the standard deviation of output noise."""
-        site = self._sites[self._report.components[component]]
-        return self._strength * self._moments.std(site)
+        """Fit the maps, with the ridge weights of the report's operators where these are used."""
+        for name, fit in self.fits.items():
+            operator = self.operator(name)
+            self.maps[name] = fit.solve(None if operator is None else operator.tikhonov)
+        self._groups = self._sharing_weights()
 
     def shifts(
-        self, batch: Any, values: Mapping[Site, Tensor], n_samples: int, draws: int
+        self, batch: Any, values: Mapping[HookPoint, Tensor], n_samples: int, draws: int
     ) -> list[Shift]:
         """Displace every component's output by every kind, but ``output_noise``."""
         found = []
@@ -113,24 +71,49 @@ class Displacements:
                     moved = self._moved(kind, name, values)
                     found.append(Shift(i, kind, {i: rows_by_sample(moved, n_samples, name)}))
             elif kind != "output_noise":
-                once = kind == "reinit" and self._initial is not None
-                each = 1 if once else min(draws, n_samples)
+                each = 1 if self.draws_nothing(kind) else min(draws, n_samples)
                 for turn in range(max(len(group) for group in self._groups)):
-                    altered = [group[turn] for group in self._groups if turn < len(group)]
+                    groups = [group for group in self._groups if turn < len(group)]
+                    altered = [group[turn] for group in groups]
                     rows = self._weights_altered(kind, altered, batch, values, n_samples, each)
-                    for group in self._groups:
-                        if turn < len(group):
-                            found.append(Shift(group[turn], kind, {j: rows[j] for j in group}))
+                    found += [Shift(g[turn], kind, {j: rows[j] for j in g}) for g in groups]
         return found
 
-    def _moved(self, kind: Kind, name: str, values: Mapping[Site, Tensor]) -> Tensor:
-        output = values[self._sites[name]]
-        alter = altered_output(kind, name, self._report, self._moments, self._maps, self._strength)
-        moved = alter(output, values).to(output.device) - output
+    def changes(
+        self, gradients: Sequence[Tensor | None], shifts: Sequence[Shift], n_samples: int
+    ) -> Tensor:
+        """Squared change of one combination of the outputs, shape ``(n_samples, components, kinds)``."""
+        names = self._report.components
+        change = torch.zeros(n_samples, len(names), len(self._kinds), dtype=torch.float64)
+        rows = {
+            i: rows_by_sample(gradient, n_samples, names[i])
+            for i, gradient in enumerate(gradients)
+            if gradient is not None
+        }
+        for shift in shifts:
+            moved = [
+                torch.einsum("nd,nd->n", rows[j], delta.to(rows[j]))
+                for j, delta in shift.rows.items()
+                if j in rows
+            ]
+            if moved:
+                total = torch.stack(moved).sum(dim=0).double()
+                change[:, shift.component, self._kinds.index(shift.kind)] += total.square().cpu()
+        if "output_noise" in self._kinds:
+            for i, gradient in enumerate(gradients):
+                if gradient is not None:
+                    noise = gradient * self.spread(names[i]).to(gradient.device)
+                    squares = rows_by_sample(noise, n_samples, names[i]).square().sum(dim=1)
+                    change[:, i, self._kinds.index("output_noise")] += squares.double().cpu()
+        return change
+
+    def _moved(self, kind: Kind, name: str, values: Mapping[HookPoint, Tensor]) -> Tensor:
+        output = values[self.points[name]]
+        moved = self.output(kind, name)(output, values).to(output.device) - output
         if kind == "linear":
-            sources = [values[site] for site in regressor_sites(self._report, name)]
+            sources = [values[point] for point in self.sources(name)]
             # A sample that decides its own prediction wholly says nothing about any other.
-            own = (1 - self._fitted[name].leverage(sources)).clamp_min(1e-6)
+            own = (1 - self.maps[name].leverage(sources)).clamp_min(1e-6)
             moved = moved / own.reshape(-1, *[1] * (moved.ndim - 1))
         return moved
 
@@ -139,53 +122,46 @@ class Displacements:
         kind: Kind,
         altered: Sequence[int],
         batch: Any,
-        values: Mapping[Site, Tensor],
+        values: Mapping[HookPoint, Tensor],
         n_samples: int,
         draws: int,
     ) -> list[Tensor]:
         """Alter components' weights in one pass, with what each of them takes in held as it was."""
-        names, parts = self._report.components, self._report.parts
-        given: dict[int, Tensor] = {}
+        names = self._report.components
+        given: dict[str, Tensor] = {}
 
-        def held(i: int, site: Site) -> Alteration:
-            def alter(output: Tensor, _: Mapping[Site, Tensor]) -> Tensor:
-                given[i] = output.detach().clone()
-                return values[site].clone()
+        def held(name: str) -> Alteration:
+            def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+                given[name] = output.detach().clone()
+                return values[self.points[name]].clone()
 
             return alter
 
-        sites = [self._sites[name] for name in names]
-        alters = {site.call: held(i, site) for i, site in enumerate(sites)}
+        alters = {self.points[name].call: held(name) for name in names}
         moved: list[Tensor] = []
         for draw in range(draws):
-            with ExitStack() as stack:
-                for i in altered:
-                    stack.enter_context(
-                        altered_weights(
-                            kind, self._runner.model, parts[names[i]], self._initial, self._strength
-                        )
-                    )
-                self._runner.run_batch(batch, alter=alters)
-            for i, (name, site) in enumerate(zip(names, sites, strict=True)):
-                rows = rows_by_sample(given[i] - values[site], n_samples, name)
+            with self.weights(kind, [names[i] for i in altered]):
+                self.runner.run_batch(batch, alter=alters)
+            for i, name in enumerate(names):
+                rows = rows_by_sample(given[name] - values[self.points[name]], n_samples, name)
                 if draw == 0:
                     moved.append(rows)
                 else:
                     moved[i][draw::draws] = rows[draw::draws]
         return moved
 
-
-def _sharing_weights(runner: Runner, report: CreditReport) -> list[list[int]]:
-    """Group components that hold weights in common, directly or through others."""
-    groups: list[tuple[set[int], list[int]]] = []
-    for i, name in enumerate(report.components):
-        modules = [find_module(runner.model, call)[0] for call in report.parts[name]]
-        own = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
-        apart = [group for group in groups if not group[0] & own]
-        joined = [group for group in groups if group[0] & own]
-        members = sorted([i, *(j for _, group in joined for j in group)])
-        groups = [*apart, (own.union(*(ids for ids, _ in joined)), members)]
-    return [members for _, members in groups]
+    def _sharing_weights(self) -> list[list[int]]:
+        """Group components that hold weights in common, directly or through others."""
+        groups: list[tuple[set[int], list[int]]] = []
+        for i, name in enumerate(self._report.components):
+            calls = self._report.parts[name]
+            modules = [find_module(self.runner.model, call)[0] for call in calls]
+            own = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+            apart = [group for group in groups if not group[0] & own]
+            joined = [group for group in groups if group[0] & own]
+            members = sorted([i, *(j for _, group in joined for j in group)])
+            groups = [*apart, (own.union(*(ids for ids, _ in joined)), members)]
+        return [members for _, members in groups]
 
 
 _OTHER_DRAWS = 1_000_003
@@ -231,10 +207,10 @@ def predict_effects(
             are drawn anew by ``reset_parameters``.
         strength: Noise, as a share of the standard deviation.
         draws: Least number of draws, for kinds that draw weights. They are spread over the batches,
-            at least one a batch, and over its samples.
+            at least one per batch, and over its samples.
         scale: Unit of the effects; ``None`` takes ``"kl"`` where targets are class indices,
             ``"relative"`` otherwise.
-        probes: Most backward passes a batch. Outputs of more values a sample are not taken one by
+        probes: Most backward passes per batch. Outputs of more values per sample are not taken one by
             one, but in so many random combinations; the mean is the same, with noise.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
         seed: Seed of everything that is drawn.
@@ -257,15 +233,16 @@ def predict_effects(
         >>> report.effects.scale, len(report.effects.values["skip"])
         ('kl', 2)
     """
-    check_alterations(report, kinds, report.components, strength, draws)
     if probes < 1:
         raise ValueError(f"probes is {probes}; at least one backward pass is needed")
-    runner = Runner(model, batches, forward_fn)
-    local = Displacements(runner, report, kinds, initial, strength)
-    sites = state_sites(report)
+    local = Displacements(
+        model, batches, report, kinds,
+        initial=initial, strength=strength, draws=draws, forward_fn=forward_fn,
+    )  # fmt: skip
+    runner = local.runner
     with undisturbed(model):
-        given = runner.run(sites.values(), update=local.update)
-        outputs = Outputs.of(given, runner.batches, scale, metric=None)
+        given = runner.run(local.points.values(), update=local.update)
+        outputs = Outputs(given, runner.batches, scale)
         local.solve()
         torch.manual_seed(_OTHER_DRAWS + seed)
         each = math.ceil(draws / len(runner.batches))
@@ -274,18 +251,18 @@ def predict_effects(
         counts = torch.zeros(folds, dtype=torch.float64)
         reached = torch.zeros(len(report.components), dtype=torch.bool)
         for number, batch in enumerate(runner.batches):
-            output, values = runner.run_batch(batch, sites.values())
+            output, values = runner.run_batch(batch, local.points.values())
             # Before the pass with gradients: weights that are altered in between spoil its graph.
             shifts = local.shifts(batch, values, len(output), each)
-            output, handles = _tracked(runner, batch, report)
+            output, handles = _tracked(local, batch, report.components)
             # Samples that share a draw share a fold, so that errors cover the draws too.
             fold = (number * each + torch.arange(len(output)) % min(each, len(output))) % folds
             counts += torch.bincount(fold, minlength=folds)
             for gradients, share in _pulled_back(output, handles, outputs, probes):
-                changes = _changes(gradients, shifts, kinds, local, report, len(output))
+                changes = local.changes(gradients, shifts, len(output))
                 summed.index_add_(0, fold, changes, alpha=share)
                 reached |= torch.tensor([g is not None for g in gradients])
-    summed = torch.where(reached[:, None], summed / outputs.whole, torch.nan)
+    summed = torch.where(reached[:, None], summed / outputs.shares.sum(), torch.nan)
     effect, stderr, influence_stderr = _with_errors(summed, counts)
     predicted = Effects(
         values={kind: effect[:, column] for column, kind in enumerate(kinds)},
@@ -295,33 +272,40 @@ def predict_effects(
         strength=strength,
         n_samples=outputs.n_samples,
     )
-    unreached = [n for n, found in zip(report.components, reached, strict=True) if not found]
-    notes = (*report.notes, *_notes(unreached, given[0][0].numel(), probes))
-    return dataclasses.replace(report, effects=predicted, notes=notes)
+    notes = list(report.notes)
+    if not reached.all():
+        names = (repr(n) for n, found in zip(report.components, reached, strict=True) if not found)
+        notes.append(
+            f"no gradient leads from the outputs to {', '.join(names)}, so no effect is predicted there"
+        )
+    if (size := given[0][0].numel()) > probes:
+        notes.append(
+            f"effects are predicted from {probes} random combinations of the {size} outputs a sample"
+        )
+    return dataclasses.replace(report, effects=predicted, notes=tuple(notes))
 
 
-def _tracked(runner: Runner, batch: Any, report: CreditReport) -> tuple[Tensor, list[Tensor]]:
+def _tracked(local: Displacements, batch: Any, components: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
     """Run with gradients: the output, and each component's output to ask gradients for."""
     handles: dict[str, Tensor] = {}
 
     def track(name: str) -> Alteration:
-        def alter(output: Tensor, _: Mapping[Site, Tensor]) -> Tensor:
+        def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
             handles[name] = output if output.requires_grad else output.detach().requires_grad_()
             # What follows may change its input in place.
             return handles[name].clone()
 
         return alter
 
-    sites = state_sites(report)
-    alter = {sites[name].call: track(name) for name in report.components}
+    alter = {local.points[name].call: track(name) for name in components}
     with torch.enable_grad():
-        output, _ = runner.run_batch(_ordinary(batch), alter=alter)
+        output, _ = local.runner.run_batch(_ordinary(batch), alter=alter)
     if not output.requires_grad:
         raise ValueError(
             "the outputs carry no gradient, so no effect can be predicted; give a forward_fn that "
             "neither detaches them nor runs under torch.no_grad or torch.inference_mode"
         )
-    return output, [handles[name] for name in report.components]
+    return output, [handles[name] for name in components]
 
 
 def _ordinary(value: Any) -> Any:
@@ -355,38 +339,6 @@ def _pulled_back(
         yield found, 1.0 if exact else 1.0 / number
 
 
-def _changes(
-    gradients: Sequence[Tensor | None],
-    shifts: Sequence[Shift],
-    kinds: Sequence[Kind],
-    local: Displacements,
-    report: CreditReport,
-    n_samples: int,
-) -> Tensor:
-    """Squared change of one combination of the outputs, shape ``(n_samples, components, kinds)``."""
-    change = torch.zeros(n_samples, len(gradients), len(kinds), dtype=torch.float64)
-    rows = [
-        None if gradient is None else rows_by_sample(gradient, n_samples, name)
-        for gradient, name in zip(gradients, report.components, strict=True)
-    ]
-    for shift in shifts:
-        moved = [
-            torch.einsum("nd,nd->n", row, delta.to(row))
-            for j, delta in shift.rows.items()
-            if (row := rows[j]) is not None
-        ]
-        if moved:
-            total = torch.stack(moved).sum(dim=0).double()
-            change[:, shift.component, kinds.index(shift.kind)] += total.square().cpu()
-    if "output_noise" in kinds:
-        for i, gradient in enumerate(gradients):
-            if gradient is not None:
-                noise = gradient * local.spread(i).to(gradient.device)
-                squares = rows_by_sample(noise, n_samples, report.components[i]).square().sum(dim=1)
-                change[:, i, kinds.index("output_noise")] += squares.double().cpu()
-    return change
-
-
 def _with_errors(
     summed: Tensor, counts: Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -404,17 +356,3 @@ def _with_errors(
     stderr = jackknife(whole, rest, float(count), sizes)
     influence_stderr = jackknife(shares[0], shares[1:], float(count), sizes)
     return whole.numpy(), stderr.numpy(), influence_stderr.numpy()
-
-
-def _notes(unreached: Sequence[str], size: int, probes: int) -> list[str]:
-    notes = []
-    if unreached:
-        notes.append(
-            f"no gradient leads from the outputs to {', '.join(map(repr, unreached))}, so no effect is "
-            "predicted there"
-        )
-    if size > probes:
-        notes.append(
-            f"effects are predicted from {probes} random combinations of the {size} outputs a sample"
-        )
-    return notes

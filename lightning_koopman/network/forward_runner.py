@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_koopman.network.hook_points import Alteration, Site, Sites
+from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.tensors import exact_device, first_tensor
 
@@ -72,7 +72,12 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-class Runner:
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+class ForwardRunner:
     """Runs a model over the same batches again and again."""
 
     def __init__(
@@ -81,7 +86,7 @@ class Runner:
         with random_states_kept(batches):
             self.model, self.batches = model, list(batches)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._device = device_of(model)
         if exact_device(self._device) != self._device:
             raise ValueError(
                 f"the model is on {self._device}, which has no float64; reports are made on the CPU "
@@ -90,9 +95,9 @@ class Runner:
 
     def run(
         self,
-        read: Iterable[Site] = (),
+        read: Iterable[HookPoint] = (),
         alter: Mapping[str, Alteration] | None = None,
-        update: Callable[[Mapping[Site, Tensor]], None] | None = None,
+        update: Callable[[Mapping[HookPoint, Tensor]], None] | None = None,
     ) -> list[Tensor]:
         """Run once over all batches."""
         read = list(read)
@@ -105,12 +110,12 @@ class Runner:
         return outputs
 
     def run_batch(
-        self, batch: Any, read: Iterable[Site] = (), alter: Mapping[str, Alteration] | None = None
-    ) -> tuple[Tensor, Mapping[Site, Tensor]]:
+        self, batch: Any, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
+    ) -> tuple[Tensor, Mapping[HookPoint, Tensor]]:
         """Run once over one batch."""
         read = list(read)
-        with Sites(self.model, read, alter) as sites:
-            sites.start_pass()
+        with HookPoints(self.model, read, alter) as points:
+            points.start_pass()
             given = self.forward_fn(self.model, to_device(batch, self._device))
         output = first_tensor(given)
         if output is None:
@@ -118,50 +123,55 @@ class Runner:
                 f"the model gave {type(given).__name__} with no floating-point tensor; return the "
                 "outputs from forward_fn"
             )
-        for site in read:
-            if site not in sites.values:
+        for point in read:
+            if point not in points.values:
                 raise ValueError(
-                    f"{site.call!r} did not run, though the report names it; pass the model and the "
+                    f"{point.call!r} did not run, though the report names it; pass the model and the "
                     "forward_fn that the report was measured with"
                 )
-        return output, sites.values
+        return output, points.values
 
 
-class UnitMoments:
-    """Mean, standard deviation and shape of what sites give, as it streams by."""
+class MeanAndSpread:
+    """Mean and standard deviation over the first axis of what streams by, in float64.
 
-    def __init__(self) -> None:
-        self.shapes: dict[Site, tuple[int, ...]] = {}
-        self._offset: dict[Site, Tensor] = {}
-        self._sums: dict[Site, tuple[Tensor, Tensor]] = {}
-        self._count: dict[Site, int] = {}
+    Sums are kept about the first part's mean, so that a large mean costs no digits.
 
-    def update(self, values: Mapping[Site, Tensor]) -> None:
-        """Take what was read in one pass."""
-        for site, value in values.items():
-            rows = value.double()
-            if site not in self._sums:
-                self.shapes[site] = tuple(rows.shape[1:])
-                self._offset[site] = rows.mean(dim=0)
-                self._sums[site] = (torch.zeros_like(rows[0]), torch.zeros_like(rows[0]))
-                self._count[site] = 0
-            rows = rows - self._offset[site]
-            self._sums[site][0].add_(rows.sum(dim=0))
-            self._sums[site][1].add_(rows.square().sum(dim=0))
-            self._count[site] += len(rows)
+    Attributes:
+        count: Rows so far.
+        offset: Mean of the first part.
+    """
 
-    def mean(self, site: Site) -> Tensor:
-        """Give each unit's mean at a site."""
-        return self._offset[site] + self._sums[site][0] / self._count[site]
+    def __init__(self, parts: Iterable[Tensor] = ()) -> None:
+        self.count = 0
+        for part in parts:
+            self.update(part)
 
-    def std(self, site: Site) -> Tensor:
-        """Give each unit's standard deviation at a site."""
-        first, second = (total / self._count[site] for total in self._sums[site])
-        return (second - first.square()).clamp_min(0).sqrt()
+    def update(self, part: Tensor) -> None:
+        """Add some rows."""
+        rows = part.double()
+        if not self.count:
+            self.offset = rows.mean(dim=0)
+            self._sum, self._squares = torch.zeros_like(self.offset), torch.zeros_like(self.offset)
+        rows = rows - self.offset
+        self._sum += rows.sum(dim=0)
+        self._squares += rows.square().sum(dim=0)
+        self.count += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each entry."""
+        return self.offset + self._sum / self.count
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each entry."""
+        variance = self._squares / self.count - (self._sum / self.count).square()
+        return variance.clamp_min(0).sqrt()
 
 
 def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
-    """Give each sample of a batch one row."""
+    """Return one row per sample of a batch."""
     shape = tensor.shape
     second = len(shape) > 1 and shape[1] == n_samples != shape[0]
     if second or not shape or not n_samples or shape[0] % n_samples:

@@ -48,7 +48,7 @@ def attach(
     return hooks
 
 
-class Site(NamedTuple):
+class HookPoint(NamedTuple):
     """One end of one module call.
 
     Attributes:
@@ -60,7 +60,7 @@ class Site(NamedTuple):
     call: str
 
 
-Alteration = Callable[[Tensor, Mapping[Site, Tensor]], Tensor]
+Alteration = Callable[[Tensor, Mapping[HookPoint, Tensor]], Tensor]
 """Takes what a call gave out and what was read so far; gives what to put in its place."""
 
 
@@ -106,7 +106,7 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
     return parts if isinstance(value, Mapping) else type(value)(parts.values())
 
 
-class Sites:
+class HookPoints:
     """Hooks that read, and on demand replace, tensors at chosen module calls.
 
     Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
@@ -117,20 +117,23 @@ class Sites:
     """
 
     def __init__(
-        self, model: nn.Module, read: Iterable[Site] = (), alter: Mapping[str, Alteration] | None = None
+        self,
+        model: nn.Module,
+        read: Iterable[HookPoint] = (),
+        alter: Mapping[str, Alteration] | None = None,
     ) -> None:
-        self.values: dict[Site, Tensor] = {}
+        self.values: dict[HookPoint, Tensor] = {}
         self._read = frozenset(read)
         self._alter = dict(alter or {})
         self._counts: dict[int, int] = {}
-        calls = {site.call for site in self._read} | set(self._alter)
+        calls = {point.call for point in self._read} | set(self._alter)
         self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
         for call in calls:
             module, number = find_module(model, call)
             self._watched.setdefault(id(module), (module, {}))[1][number] = call
         self._hooks = ExitStack()
 
-    def __enter__(self) -> Sites:
+    def __enter__(self) -> HookPoints:
         with ExitStack() as hooks:
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
@@ -148,9 +151,9 @@ class Sites:
         self._counts = {}
 
     def _before(self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any) -> None:
-        site = Site("in", calls.get(self._counts.get(id(module), 0), ""))
-        if site in self._read:
-            self._keep(site, first_tensor((args, kwargs)))
+        point = HookPoint("in", calls.get(self._counts.get(id(module), 0), ""))
+        if point in self._read:
+            self._keep(point, first_tensor((args, kwargs)))
 
     def _after(
         self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any, output: Any
@@ -165,11 +168,11 @@ class Sites:
             if tensor is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
             output = replace_first_tensor(output, self._alter[call](tensor, self.values).to(tensor))
-        if Site("out", call) in self._read:
-            self._keep(Site("out", call), first_tensor(output))
+        if HookPoint("out", call) in self._read:
+            self._keep(HookPoint("out", call), first_tensor(output))
         return output if call in self._alter else None
 
-    def _keep(self, site: Site, tensor: Tensor | None) -> None:
+    def _keep(self, point: HookPoint, tensor: Tensor | None) -> None:
         if tensor is None:
-            raise ValueError(f"{site.call!r} has no floating-point tensor to read")
-        self.values[site] = tensor.detach().clone()
+            raise ValueError(f"{point.call!r} has no floating-point tensor to read")
+        self.values[point] = tensor.detach().clone()

@@ -26,7 +26,7 @@ def logits(n_samples: int = 90, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def outputs(before: Tensor, targets: Tensor | None, scale: str, size: int = 40) -> Outputs:
     parts = before.split(size)
     labels = [None] * len(parts) if targets is None else targets.split(size)
-    return Outputs.of(parts, list(zip(parts, labels, strict=True)), scale, None)
+    return Outputs(parts, list(zip(parts, labels, strict=True)), scale, None)
 
 
 def test_the_error_of_a_mean_divergence_is_scipys() -> None:
@@ -83,7 +83,7 @@ def test_samples_of_unequal_length_weigh_by_their_positions() -> None:
     parts = [normal(20, 3, length, seed=length) for length in (2, 7)]
     altered = [part + 0.5 * normal(*part.shape, seed=9) for part in parts]
     targets = [torch.zeros(20, part.shape[2], dtype=torch.long) for part in parts]
-    given = Outputs.of(parts, list(zip(parts, targets, strict=True)), "kl", None)
+    given = Outputs(parts, list(zip(parts, targets, strict=True)), "kl", None)
     found = over_draws([given.compare(altered)])
     sums = np.concatenate([kl_divergence(p, a).sum(1) for p, a in zip(parts, altered, strict=True)])
     lengths = np.repeat([2.0, 7.0], 20)
@@ -126,7 +126,7 @@ def test_what_has_no_error_has_none() -> None:
     before, after, targets = logits()
     assert math.isnan(over_draws([change(normal(1))]).effect_stderr)
     batches = list(zip([before], [targets], strict=True))
-    given = Outputs.of([before], batches, "kl", lambda outputs, targets: 7.0)
+    given = Outputs([before], batches, "kl", lambda outputs, targets: 7.0)
     found = over_draws([given.compare([after])])
     assert found.metric == pytest.approx(7)
     assert math.isnan(found.metric_stderr)

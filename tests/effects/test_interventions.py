@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import io
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,10 +12,9 @@ from scipy.stats import sem
 from torch import Tensor, nn
 
 from lightning_koopman import CreditReport, credit_report, intervene, predict_effects
-from lightning_koopman.effects.alterations import noisy_weights
+from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.linearization import linearize
 from lightning_koopman.effects.scoring import accuracy, kl_divergence
-from lightning_koopman.network.hook_points import Site, Sites, replace_first_tensor
 from lightning_koopman.report.effects import KINDS
 
 
@@ -429,22 +427,6 @@ def test_errors_say_what_arrived_and_what_to_do():
         )
 
 
-def test_sites_read_and_replace_nested_outputs():
-    class Out(dict):
-        pass
-
-    value = {"a": torch.tensor([1]), "b": [torch.ones(2)]}
-    assert replace_first_tensor(value, torch.zeros(2))["b"][0].sum() == 0
-    assert value["b"][0].sum() == 2
-    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
-    with Sites(net, [Site("in", "1"), Site("out", "1")]) as sites:
-        sites.start_pass()
-        x = -torch.ones(1, 2)
-        net[1](x)
-    assert sites.values[Site("in", "1")].sum() == -2
-    assert sites.values[Site("out", "1")].sum() == 0
-
-
 def test_kl_of_impossible_classes_is_finite():
     impossible = torch.tensor([[0.0, float("-inf")]])
     assert not kl_divergence(impossible, impossible).any()
@@ -552,7 +534,10 @@ def test_noise_leaves_single_and_whole_numbers_alone():
     model = nn.Sequential(nn.PReLU(), nn.Linear(3, 3))
     model[0].register_parameter("count", nn.Parameter(torch.arange(4), requires_grad=False))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with noisy_weights(model, ["0", "1"], 0.5):
+    x = torch.randn(50, 3)
+    report = credit_report(model, [x], components=["0", "1"])
+    noise = Alterations(model, [x], report, ["weight_noise"], strength=0.5)
+    with noise.weights("weight_noise", ["0", "1"]):
         inside = {name: value.clone() for name, value in model.state_dict().items()}
     assert {name for name in before if not torch.equal(before[name], inside[name])} == {
         "1.weight",
@@ -567,41 +552,3 @@ def test_ranks_of_fewer_than_three_effects_are_not_told():
     report = predict_effects(mlp(), [x], report, ["output_noise"])
     result = intervene(mlp(), batched(x, y), report, ["output_noise"], draws=1)
     assert np.isnan(result.spearman("output_noise"))
-
-
-def test_first_tensors_are_replaced_in_any_container():
-    new = torch.ones(2)
-
-    @dataclasses.dataclass
-    class Kept:
-        name: str
-        value: torch.Tensor
-
-    class Pair(NamedTuple):
-        a: torch.Tensor
-        b: str
-
-    class Both(dict):
-        pass
-
-    held = replace_first_tensor(Kept("x", torch.zeros(2)), new)
-    assert (held.name, held.value) == ("x", new)
-    assert type(held) is Kept
-    assert replace_first_tensor(Pair(torch.zeros(2), "b"), new) == Pair(new, "b")
-    assert replace_first_tensor({"n": 1, "x": torch.zeros(2)}, new) == {"n": 1, "x": new}
-    assert replace_first_tensor([torch.zeros(2)], new) == [new]
-
-
-def test_sites_without_a_tensor_are_named_and_no_hook_stays():
-    class Words(nn.Module):
-        def forward(self, x):
-            return "words"
-
-    model = nn.ModuleDict({"words": Words()})
-    for arguments, words in (
-        ({"read": [Site("out", "words")]}, "'words' has no floating-point tensor to read"),
-        ({"alter": {"words": lambda given, _: given}}, "'words' gave str with no tensor to replace"),
-    ):
-        with pytest.raises(ValueError, match=words), Sites(model, **arguments):
-            model["words"](torch.ones(1))
-    assert not model["words"]._forward_hooks

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_koopman import CheckpointError, credit_report, linearize
 from lightning_koopman.cli import main as cli
-from lightning_koopman.effects.linear_map import LinearFit, LinearMap
+from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.effects.linearization import (
     LinearComponent,
     linear_components,
@@ -206,13 +206,6 @@ def test_a_second_call_cannot_become_linear_and_places_apart_are_no_neighbours()
     apart.forward = lambda given: apart["b"](apart["a"](given))
     new = linearize(apart, credit_report(apart, [x], components=["a", "b"]), ["a", "b"], [x])
     assert [component.replaces for component in linear_components(new)] == [("a",)]
-
-
-def test_a_map_from_an_operator_cannot_be_split():
-    with pytest.raises(
-        ValueError, match="this map does not know how its inputs vary; fit it on data first"
-    ):
-        LinearMap((None,), torch.zeros(3), torch.eye(3), torch.zeros(3), (3,), 1.0).factors(0.9)
 
 
 def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path, monkeypatch):

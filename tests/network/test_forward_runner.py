@@ -1,0 +1,76 @@
+"""What forward passes are run with: hook points that are read and replaced, and sums that stream."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman.network.forward_runner import MeanAndSpread
+from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_first_tensor
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("sizes", [(60,), (1, 17, 42), (0, 30, 0, 30)])
+def test_streamed_mean_and_spread_are_numpys(sizes: tuple[int, ...], offset: float) -> None:
+    rows = offset + torch.randn(60, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    streamed = MeanAndSpread(rows.split(sizes))
+    assert streamed.count == 60
+    np.testing.assert_allclose(streamed.mean, rows.numpy().mean(axis=0), rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(streamed.std, rows.numpy().std(axis=0), rtol=1e-12)
+
+
+def test_hook_points_read_and_replace_nested_outputs():
+    class Out(dict):
+        pass
+
+    value = {"a": torch.tensor([1]), "b": [torch.ones(2)]}
+    assert replace_first_tensor(value, torch.zeros(2))["b"][0].sum() == 0
+    assert value["b"][0].sum() == 2
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
+    with HookPoints(net, [HookPoint("in", "1"), HookPoint("out", "1")]) as points:
+        points.start_pass()
+        x = -torch.ones(1, 2)
+        net[1](x)
+    assert points.values[HookPoint("in", "1")].sum() == -2
+    assert points.values[HookPoint("out", "1")].sum() == 0
+
+
+def test_first_tensors_are_replaced_in_any_container():
+    new = torch.ones(2)
+
+    @dataclasses.dataclass
+    class Kept:
+        name: str
+        value: torch.Tensor
+
+    class Pair(NamedTuple):
+        a: torch.Tensor
+        b: str
+
+    class Both(dict):
+        pass
+
+    held = replace_first_tensor(Kept("x", torch.zeros(2)), new)
+    assert (held.name, held.value) == ("x", new)
+    assert type(held) is Kept
+    assert replace_first_tensor(Pair(torch.zeros(2), "b"), new) == Pair(new, "b")
+    assert replace_first_tensor({"n": 1, "x": torch.zeros(2)}, new) == {"n": 1, "x": new}
+    assert replace_first_tensor([torch.zeros(2)], new) == [new]
+
+
+def test_hook_points_without_a_tensor_are_named_and_no_hook_stays():
+    class Words(nn.Module):
+        def forward(self, x):
+            return "words"
+
+    model = nn.ModuleDict({"words": Words()})
+    for arguments, words in (
+        ({"read": [HookPoint("out", "words")]}, "'words' has no floating-point tensor to read"),
+        ({"alter": {"words": lambda given, _: given}}, "'words' gave str with no tensor to replace"),
+    ):
+        with pytest.raises(ValueError, match=words), HookPoints(model, **arguments):
+            model["words"](torch.ones(1))
+    assert not model["words"]._forward_hooks
