@@ -158,7 +158,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._recording: Recording | None = None
         self._watched: Measurement | None = None
         self._n_recorded = 0
-        self._checked = False
+        self._checked = self._recorded_training = False
         self._differs: str | None = None
         self._measured_at: int | None = None
         self._logged_at: int | None = None
@@ -257,6 +257,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
         assert self._measurement is not None
         self._recording = Recording(pl_module, self._measurement.capture.components.values())
+        self._recorded_training = False
 
     @never_in_the_way
     def on_validation_batch_start(
@@ -326,6 +327,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if batch_idx == 0 and self._is_due(trainer):
             parts = named_components(pl_module, self.components).values()
             self._recording, self._n_recorded = Recording(pl_module, parts), 0
+            self._recorded_training = True
         wanted = samples_for_rank(self.max_samples, data_part(trainer).count)
         recording = self._recording
         if recording is not None and not recording.full and self._n_recorded < wanted:
@@ -368,9 +370,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if trainer.global_step == 0:
             return
         if self._measured_at != trainer.global_step and self._recording is not None:
-            if not self.history and not self._from_training:
+            if self._recorded_training and not self._from_training:
                 self._watch_training("no validation was watched")
-            loader = trainer.train_dataloader if self._from_training else trainer.val_dataloaders
+            training = self._recorded_training
+            loader = trainer.train_dataloader if training else trainer.val_dataloaders
             self._replay(trainer, pl_module, first_loader(loader))
         if self._logged_at is not None and trainer.is_global_zero:
             self._writer.finish(trainer.loggers, self.history, self._logged_at)
@@ -386,7 +389,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _forget_run(self) -> None:
         self.forget()
         self._recording = self._watched = self._differs = None
-        self._from_training = self._checked = False
+        self._from_training = self._checked = self._recorded_training = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
 
     @never_in_the_way
@@ -438,9 +441,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _replay(self, trainer: Any, pl_module: Any, loader: Any) -> None:
         """Measure once more, by running recorded calls again; no guess where they cannot be."""
-        recording, like = self._recording, None if self._from_training else self._watched
+        recording = self._recording
         assert recording is not None
-        reason = recording.reason or (None if self._from_training else self._differs)
+        like = None if self._recorded_training else self._watched
+        reason = recording.reason or (None if self._recorded_training else self._differs)
         if reason is not None and trainer.world_size == 1 and self.history:
             self._keep_watched(trainer, reason)
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -126,8 +126,10 @@ class Recording:
         self._model, self._budget = model, budget
         parts = {id(module) for module in components}
         self._names = {id(m): clean_name(n) or type(m).__name__ for n, m in model.named_modules()}
-        self._carriers = [m for m in model.modules() if any(id(part) in parts for part in m.modules())]
+        self._carriers = list(_carriers(model, parts))
         self._ancestor = common_ancestor(model, components)
+        if getattr(model, "_compiler_ctx", None) is not None:
+            self.reason, self._carriers = "the whole module is compiled", []
         self._hooks = ExitStack()
         self._flow: DataFlow | None = None
         self._step = Step()
@@ -147,14 +149,17 @@ class Recording:
             if len(self.steps) < 2 and not (self.steps and len(self.steps[0].calls) == 1):
                 self._flow = hooks.enter_context(DataFlow())
             for module in self._carriers:
-                hooks.enter_context(attach(module, before=self._before, after=self._after, first=True))
-            if self._ancestor is not None and not isinstance(self._ancestor, torch.jit.ScriptModule):
-                around = functools.partial(self._around, self._ancestor)
-                hooks.enter_context(wrap(self._ancestor, "forward", around))
-            for module in self._carriers:
-                if module._compiled_call_impl is not None:  # takes no hooks that come after compilation
+                # A module compiled in place takes no hooks that come after compilation.
+                if module._compiled_call_impl is None:
+                    hooks.enter_context(
+                        attach(module, before=self._before, after=self._after, first=True)
+                    )
+                else:
                     around = functools.partial(self._around, module)
                     hooks.enter_context(wrap(module, "_compiled_call_impl", around))
+                if module is self._ancestor:
+                    around = functools.partial(self._around, module)
+                    hooks.enter_context(wrap(module, "forward", around))
             self._hooks = hooks.pop_all()
         return self
 
@@ -271,6 +276,16 @@ class _Object:
     """A copy of an argument that is neither a tensor nor a plain value."""
 
     copy: Any
+
+
+def _carriers(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:
+    """Find the modules that hold any part; nothing is hung inside compiled ones."""
+    if isinstance(module, torch.jit.ScriptModule) or not any(id(m) in parts for m in module.modules()):
+        return
+    yield module
+    if module._compiled_call_impl is None and not hasattr(module, "_orig_mod"):
+        for child in module.children():
+            yield from _carriers(child, parts)
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

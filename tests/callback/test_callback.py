@@ -154,7 +154,7 @@ def test_step_is_aligned_without_a_validation_loop_too(tmp_path: Any) -> None:
     recorder = Recorder()
     monitor = KoopmanCreditMonitor(on_error="raise")
     with pytest.warns(
-        UserWarning, match="no validation loop, so Koopman credit is measured on training"
+        UserWarning, match="no validation loop, so Koopman credit is about training steps"
     ):
         model, _ = fit(tmp_path, [monitor], val=False, logger=recorder)
     assert [step for step, row in recorder.rows if "koopman/total" in row] == [3, 7, 11]
@@ -175,7 +175,8 @@ def test_sanity_check_leaves_no_trace(tmp_path: Any) -> None:
 def test_every_n_epochs_still_ends_on_the_final_weights(tmp_path: Any) -> None:
     monitor = KoopmanCreditMonitor(every_n_epochs=2, on_error="raise")
     model, _ = fit(tmp_path, [monitor])
-    assert [report.step for report in monitor.history] == [8, 12]
+    # Every second epoch, and always the first and the last validation.
+    assert [report.step for report in monitor.history] == [4, 8, 12]
     np.testing.assert_allclose(
         monitor.history[-1].credit, credit_report(model, loaders()[1]).credit, rtol=1e-6
     )

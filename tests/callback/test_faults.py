@@ -271,15 +271,14 @@ class FailsLater(Samples):
         return self.rows[index]
 
 
-def test_a_loader_that_fails_when_we_ask_once_more() -> None:
-    """Epochs 1 and 2 validate; the final weights, of epoch 3, are measured in a pass of our own."""
+def test_a_loader_that_fails_when_asked_once_more_is_not_asked() -> None:
     monitor = check_alike(
         KoopmanCreditMonitor(every_n_epochs=2),
         validation=lambda: DataLoader(FailsLater(40, times=3), batch_size=8),
         max_epochs=3,
         num_sanity_val_steps=0,
     )
-    assert [report.step for report in monitor.history] == [12]
+    assert [report.step for report in monitor.history] == [6, 12, 18]
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -311,7 +310,7 @@ def test_several_training_loaders_without_validation() -> None:
         "b": DataLoader(Samples(12), batch_size=4, shuffle=True),
     }
     monitor = check_alike(
-        KoopmanCreditMonitor(forward_fn=lambda model, batch: model(batch["a"])),
+        KoopmanCreditMonitor(),
         training=loaders,
         limit_val_batches=0,
     )

@@ -41,16 +41,11 @@ trainer:
         normalize: rms
         tikhonov: 1e-3
         targets: [0, 2]
-        forward_fn: test_lightning_cli.forward
         prefix: {prefix}
         on_error: raise
 model:
   width: 9
 """
-
-
-def forward(model: nn.Module, batch: Any) -> Any:
-    return model.net(batch[0])
 
 
 def model_class(namespace: str) -> type:
@@ -142,13 +137,12 @@ def test_fit_from_yaml_and_again_from_what_it_saved(namespace: str, tmp_path: Pa
     cli = run(namespace, "fit", f"--config={write_config(tmp_path, namespace)}")
     monitor = monitor_of(cli)
     assert isinstance(monitor, importlib.import_module(namespace).Callback)
-    assert [report.step for report in monitor.history] == [8, 16]
+    assert [report.step for report in monitor.history] == [4, 8, 16]
     assert monitor.report is not None
     assert monitor.report.components == ("net.0", "net.2")
     assert monitor.report.widths == (9, 3)
     assert monitor.report.directions == 2
     assert set(monitor.report.tikhonov) == {1e-3}
-    assert monitor.forward_fn is forward
     log = Path(cli.trainer.log_dir)
     with (log / "metrics.csv").open() as file:
         logged = set(next(csv.reader(file)))
@@ -197,4 +191,4 @@ def test_the_snippet_of_the_readme(namespace: str, tmp_path: Path) -> None:
         f"--trainer.logger.save_dir={tmp_path}",
         "--trainer.log_every_n_steps=1",
     )
-    assert len(monitor_of(cli).history) == 1
+    assert len(monitor_of(cli).history) == 2

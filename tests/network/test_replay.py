@@ -1,0 +1,201 @@
+"""The outermost calls of a step are recorded as they are, and run again as they were."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from lit import hooks_on
+from torch import Tensor, nn
+
+from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.replay import Recording, wrap
+
+
+class Parts(nn.Module):
+    """An encoder and a decoder, which a step may call in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(4, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor | None = None) -> Tensor:
+        h = self.encoder(x * scale)
+        return self.decoder(h if shift is None else h + shift)
+
+
+def parts() -> Parts:
+    generator = torch.Generator().manual_seed(0)
+    model = Parts()
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator)
+    return model.eval()
+
+
+def recorded(model: Any, step: Callable[[Any, Tensor], Any], n_steps: int = 2, **how: Any) -> Recording:
+    recording, hooks = Recording(model, [model.encoder, model.decoder], **how), hooks_on(model)
+    for seed in range(n_steps):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad(), recording:
+            step(model, x)
+        recording.end_step()
+    assert hooks_on(model) == hooks
+    assert "forward" not in vars(model)
+    return recording
+
+
+WAYS: dict[str, Callable[[Parts, Tensor], Any]] = {
+    "a call": lambda m, x: m(x, 0.5, shift=torch.ones(3)),
+    "forward itself": lambda m, x: m.forward(x, scale=0.5, shift=torch.ones(3)),
+    "two calls": lambda m, x: m.decoder(m.encoder(x)),
+    "a view between them": lambda m, x: m.decoder(m.encoder(x)[1:4]),
+    "an argument changed in place": lambda m, x: (m(x), x.zero_()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_ran_runs_again(way: str) -> None:
+    model, given = parts(), []
+    handle = model.decoder.register_forward_hook(lambda m, a, output: given.append(output.clone()))
+    recording = recorded(model, WAYS[way])
+    assert recording.reason is None
+    assert recording.differs() is None
+    first, given[:] = given[:2], []
+    with torch.no_grad():
+        for step in recording.steps:
+            step.run()
+            step.run()
+    handle.remove()
+    # Each step twice, since a call may change its arguments in place.
+    for found, expected in zip(given, [first[0], first[0], first[1], first[1]], strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_later_calls_are_fed_with_what_earlier_ones_give_now() -> None:
+    model = parts()
+    recording = recorded(model, WAYS["two calls"], n_steps=1)
+    with torch.no_grad():
+        model.encoder.weight.mul_(2)
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(recording.steps[0].run()[-1], model.decoder(model.encoder(x)))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m, x: m.decoder(torch.tanh(m.encoder(x))),
+        lambda m, x: m.decoder(m.encoder(x) + 1),
+    ],
+)
+def test_code_of_the_users_between_two_calls_is_not_left_out(
+    step: Callable[[Parts, Tensor], Any],
+) -> None:
+    recording = recorded(parts(), step)
+    assert recording.reason == "the step runs code of its own before 'decoder'"
+    assert recording.differs() == recording.reason
+
+
+def test_a_pass_that_samples_is_found_out() -> None:
+    class Samples(Parts):
+        def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+            return self.decoder(self.encoder(x) + torch.randn(3))
+
+    recording = recorded(Samples().eval(), lambda m, x: m(x))
+    assert recording.reason is None
+    assert (
+        recording.differs() == "'Samples' does not give again what it gave (it samples, or keeps state)"
+    )
+
+
+@dataclass
+class Graph:
+    x: Tensor
+    name: str = "graph"
+
+
+class Locked:
+    """An argument that refuses to be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("locked")
+
+
+def test_objects_are_copied_and_what_cannot_be_copied_is_named() -> None:
+    class OfObject(Parts):
+        def forward(self, graph: Any, *_: Any, **__: Any) -> Tensor:
+            return self.decoder(self.encoder(graph.x))
+
+    recording = recorded(OfObject().eval(), lambda m, x: (m(g := Graph(x)), g.x.zero_()))
+    assert recording.differs() is None
+    lock = Locked()
+    lock.x = torch.ones(5, 4)  # type: ignore[attr-defined]
+    locked = recorded(OfObject().eval(), lambda m, x: m(lock))
+    assert locked.reason == "a call could not be copied (TypeError: locked)"
+
+
+def test_the_budget_of_bytes_ends_the_recording() -> None:
+    recording = recorded(parts(), lambda m, x: m(x), n_steps=5, budget=2 * 5 * 4 * 4)
+    assert len(recording.steps) == 2
+    assert recording.full
+    assert recording.n_bytes == 2 * 5 * 4 * 4
+    assert [step.n_rows for step in recording.steps] == [5, 5]
+
+
+def test_copies_made_while_recording_are_the_model_alone() -> None:
+    model = parts()
+    recording = Recording(model, [model.encoder, model.decoder])
+    x = torch.ones(2, 4)
+    with recording:
+        twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for twin in twins:
+            for p in twin.parameters():
+                p.data.zero_()
+            assert not twin(x).any()
+            assert not twin.forward(x).any()
+        assert model(x).any()
+    assert len(recording.end_step().calls) == 1
+
+
+def test_two_listeners_leave_in_any_order() -> None:
+    model, heard = parts(), []
+
+    def listener(name: str) -> Callable[..., Any]:
+        def listen(forward: Any, args: Any, kwargs: Any) -> Any:
+            heard.append(name)
+            return forward(*args, **kwargs)
+
+        return listen
+
+    first, second = wrap(model, "forward", listener("a")), wrap(model, "forward", listener("b"))
+    first.close()
+    model(torch.ones(1, 4))
+    second.close()
+    model(torch.ones(1, 4))
+    assert heard == ["b"]
+    assert "forward" not in vars(model)
+    own = vars(model)["forward"] = model.forward
+    wrap(model, "forward", listener("c")).close()
+    assert vars(model)["forward"] is own
+
+
+def test_a_replay_leaves_no_trace() -> None:
+    class Counts(Parts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+            self.passes += 1
+            return super().forward(x)
+
+    model = Counts()
+    recording = recorded(model, lambda m, x: m(x), n_steps=1)
+    with undisturbed(model):
+        recording.steps[0].run()
+    assert int(model.passes) == 1
+    assert model.training
