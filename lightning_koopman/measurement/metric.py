@@ -262,13 +262,16 @@ class KoopmanCredit(Metric):
         variance_kept: Sequence[float] | None = None,
         notes: Sequence[str] = (),
         step: int | None = None,
+        enough: int | None = None,
     ) -> CreditReport:
-        """Give the full report; synchronises processes as ``compute`` does.
+        """Compute the full report; synchronises processes as ``compute`` does.
 
         Args:
             variance_kept: Share of variance that each component's state vector keeps, if it was reduced.
             notes: Sentences to carry along.
             step: Training step the weights belong to.
+            enough: How many samples to advise where there are too few; ``None`` takes as many as states
+                of these widths need.
 
         Returns:
             The report.
@@ -282,7 +285,8 @@ class KoopmanCredit(Metric):
         assert layout is not None
         notes, needed = list(notes), samples_needed(layout)
         if n_samples < needed:
-            note = f"{n_samples} samples are few for states this wide; take {needed} or more"
+            enough = needed if enough is None else enough
+            note = f"{n_samples} samples are few for states this wide; take {enough} or more"
             warnings.warn(note, stacklevel=2)
             notes.append(note)
         return build_report(
