@@ -44,10 +44,10 @@ class HarmlessCallback(Callback):
             self._warned.add(kind or message)
             rank_zero_warn(message, stacklevel=4)
 
-    def fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of."""
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Give up the measurement under way, hooks first."""
 
 
@@ -61,9 +61,9 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if self.sync_pending:
                 # The other processes wait for this one at the end of the epoch, and hear of it there.
-                self.fail(error)
+                self._fail(error)
                 return
-            self.forget()
+            self._forget()
             if self.on_error == "raise":
                 raise
             self._warn_once(
@@ -72,7 +72,7 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
                 kind="error",
             )
         except BaseException:
-            self.forget()
+            self._forget()
             raise
 
     return safe

@@ -55,11 +55,11 @@ class EventFile:
 class CreditWriter:
     """Writes a growing series of reports to any loggers, at steps that the caller chooses.
 
-    Scalars and hyperparameters go to every logger. Figures, tables and texts go where the logger takes
-    them: TensorBoard, Weights & Biases and MLflow are recognised by their methods, so that both
-    Lightning namespaces and an :class:`EventFile` work alike. Figures are drawn at the 1st, 2nd, 4th,
-    8th … report and at the end: TensorBoard keeps ten images per tag, and drawing costs more than
-    measuring a small network does.
+    Scalars go to every logger, and options, as hyperparameters, where the user asks for it. Figures,
+    tables and texts go where the logger takes them: TensorBoard, Weights & Biases and MLflow are
+    recognised by their methods, so that both Lightning namespaces and an :class:`EventFile` work alike.
+    Figures are drawn at the 1st, 2nd, 4th, 8th … report and at the end: TensorBoard keeps ten images per
+    tag, and drawing costs more than measuring a small network does.
 
     Attributes:
         shown: Components whose scalars are written; chosen at the first report, then fixed.
@@ -73,12 +73,13 @@ class CreditWriter:
         top_k: int | None = None,
         figures: bool = True,
         layout: bool = True,
+        hyperparameters: bool = False,
     ) -> None:
         check_quantities(quantities)
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k is {top_k}; at least one component must be written")
         self.prefix, self.quantities, self.top_k = prefix, tuple(quantities), top_k
-        self.figures, self.layout = figures, layout
+        self.figures, self.layout, self.hyperparameters = figures, layout, hyperparameters
         self.reset()
 
     def reset(self) -> None:
@@ -91,7 +92,10 @@ class CreditWriter:
     def log_options(
         self, loggers: Sequence[Any], options: Mapping[str, Any], known: Mapping[str, Any]
     ) -> None:
-        """Write the options of a measurement as hyperparameters."""
+        """Write the options of a measurement as hyperparameters, where the user asked for it."""
+        # Loggers keep one file of them, from which Lightning builds the model again.
+        if not self.hyperparameters:
+            return
         ours = {f"{self.prefix}/{name}": _simple(value) for name, value in options.items()}
         for logger in loggers:
             logger.log_hyperparams({**known, **ours})

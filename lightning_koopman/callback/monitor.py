@@ -77,7 +77,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         figures: Whether loggers that take them get figures and a closing table.
         layout: Whether TensorBoard gets a custom-scalars layout. It keeps only the last layout of a
             run, so switch this off if you write your own.
-        every_n_epochs: Measure in every n-th epoch.
+        every_n_epochs: Measure in every n-th epoch, and always in the first and the last.
         max_samples: Most samples a measurement looks at, over all processes.
         max_dim: States wider than this are pooled and projected on their leading POD directions.
         reduce: What becomes of spatial and sequence axes, as in :func:`lightning_koopman.credit_report`.
@@ -92,6 +92,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             links.
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
             directions of the output.
+        hyperparameters: Whether the options above go to the loggers as hyperparameters of the run.
         prefix: First part of every logged key; give each of several monitors its own.
         on_error: ``"warn"`` turns any error of the measurement into one warning; ``"raise"`` raises it.
         seed: Chooses the folds.
@@ -120,6 +121,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         normalize: Normalize = "none",
         delay: int = 1,
         targets: Sequence[int] | None = None,
+        hyperparameters: bool = False,
         prefix: str = "koopman",
         on_error: Literal["warn", "raise"] = "warn",
         seed: int = 0,
@@ -129,7 +131,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
             raise ValueError(
                 f"output is {output!r}; a callback does not see what the model returns, so name a module"
             )
-        self._writer = CreditWriter(prefix, quantities, top_k=top_k, figures=figures, layout=layout)
+        self._writer = CreditWriter(
+            prefix,
+            quantities,
+            top_k=top_k,
+            figures=figures,
+            layout=layout,
+            hyperparameters=hyperparameters,
+        )
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
@@ -242,7 +251,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @never_in_the_way
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin a measurement if one is due."""
-        self.forget()
+        self._forget()
         in_training = trainer.state.fn == "fit"
         if trainer.sanity_checking or (in_training and not self._is_due(trainer)):
             return
@@ -290,7 +299,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         step = None if recording is None else recording.end_step(valid_positions(batch))
         idle = self._rides_along and not measurement.capture.ran
         if idle and trainer.state.fn == "fit" and not self.sync_pending:
-            self.forget()
+            self._forget()
             self._watch_training("validation runs no component")
             return
         with plain_numerics(pl_module):
@@ -380,14 +389,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
-        self.forget()
+        self._forget()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of recorded calls."""
         self._forget_run()
 
     def _forget_run(self) -> None:
-        self.forget()
+        self._forget()
         self._recording = self._watched = self._differs = None
         self._from_training = self._checked = self._recorded_training = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
@@ -461,7 +470,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         except Exception as error:
             if not self.sync_pending:
                 raise
-            self.fail(error)
+            self._fail(error)
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
         self._finish(trainer, pl_module, step=max(0, logged_step(trainer, None) - 1))
 
@@ -478,18 +487,18 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _merged(self, pl_module: Any) -> Measurement:
         """End the measurement, over the samples of all processes; every one of them must call this."""
         measurement, failure, sync_pending = self._measurement, self._failure, self.sync_pending
-        self.forget()
+        self._forget()
         if sync_pending:
             merge_processes(measurement, pl_module.device, failure)
         assert measurement is not None
         return measurement
 
-    def fail(self, error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of."""
         self._give_up()
         self._failure = error
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Give up the measurement under way, hooks first."""
         self._give_up()
         self.sync_pending, self._failure = False, None

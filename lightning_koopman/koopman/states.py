@@ -112,6 +112,26 @@ def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
     return basis, float(values[:kept].sum() / values.sum())
 
 
+def widest(
+    widths: Sequence[int], seen: Sequence[int], max_dim: int, observables: Observables
+) -> tuple[int, ...]:
+    """Return how wide state vectors may get with more samples, of those that are so wide with some."""
+
+    def lifted(width: int, now: int) -> int:
+        kept = min(width, max_dim)
+        if observables == "polynomial":
+            return kept * (kept + 3) // 2
+        if callable(observables) and kept == width:
+            return now
+        # Nobody knows what a function makes of more coordinates; most add as many.
+        return kept + max_dim
+
+    most = [min(width, max_dim) for width in widths]
+    if observables is not None:
+        most[:-1] = map(lifted, widths[:-1], seen[:-1])
+    return tuple(map(max, most, seen))
+
+
 def split_rows(batches: list[list[Tensor]], count: int) -> tuple[list[Tensor], list[list[Tensor]]]:
     """Cut the first ``count`` rows off a list of batches of states."""
     taken: list[list[Tensor]] = []

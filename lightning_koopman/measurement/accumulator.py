@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_koopman.koopman.credit import samples_needed
 from lightning_koopman.koopman.moments import recentred
 from lightning_koopman.koopman.options import Options
-from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows
+from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
 from lightning_koopman.measurement.metric import KoopmanCredit
 from lightning_koopman.measurement.processes import Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.report.report import CreditReport
@@ -231,10 +232,13 @@ class Accumulator:
         self.flush()
         if self._metric is None or self.basis is None:
             raise ValueError("no sample arrived: the batches were empty")
-        kept = self.basis.kept_variance[1:]
-        report = self._metric.report(variance_kept=kept, notes=notes, step=step)
-        assert self._metric.layout is not None
-        parents, names = self._metric.layout.parents, self.names
+        kept, layout, options = self.basis.kept_variance[1:], self._metric.layout, self.options
+        assert layout is not None
+        # Few samples make narrow states: as many as those need would be few again.
+        dims = widest(self.widths, layout.dims, options.max_dim, options.observables)
+        enough = samples_needed(replace(layout, dims=dims))
+        report = self._metric.report(variance_kept=kept, notes=notes, step=step, enough=enough)
+        parents, names = layout.parents, self.names
         reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
         return replace(report, reads=reads)
 

@@ -1,16 +1,19 @@
 """The torchmetrics metric: moments of a chain that add up, and the numbers made of them."""
 
-from __future__ import annotations
+# Annotations are not deferred here, because torch.jit.script reads those of a metric's class.
 
 import functools
+import json
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_koopman.koopman.credit import (
     QUANTITIES,
@@ -24,148 +27,30 @@ from lightning_koopman.koopman.states import sample_keys
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport, build_report, check_quantities
 
-_FORWARD_FLAGS = ("_to_sync", "_should_unsync", "compute_on_cpu", "_enable_grad", "_computed")
+_RESTORED = (
+    *("header", "moments", "_update_count"),
+    *("_to_sync", "_should_unsync", "compute_on_cpu", "_enable_grad", "_computed"),
+)
+"""What torchmetrics changes on the way of ``forward``, and an error would leave changed."""
 
 
-class SummedMoments(Metric):
-    """The part of :class:`~lightning_koopman.KoopmanCredit` that takes batches.
+def _first(headers: Tensor) -> Tensor:
+    return headers[0]
 
-    Attributes:
-        layout: What the moments hold; ``None`` before the first batch, unless ``dims`` are given.
-    """
 
-    moments: Tensor
-
-    def __init__(
-        self,
-        components: Sequence[str] | None,
-        *,
-        dims: Sequence[int] | None,
-        center: Sequence[Tensor] | None,
-        folds: int,
-        delay: int,
-        links: Sequence[Sequence[int]] | None,
-        seed: int,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.components = None if components is None else tuple(components)
-        self.center = None if center is None else [offset.detach().double() for offset in center]
-        self.folds, self.delay, self.seed = folds, delay, seed
-        self.links = () if links is None else tuple(tuple(read) for read in links)
-        self.layout: Layout | None = None
-        self.add_state("moments", torch.zeros(folds, 0, dtype=torch.float64), dist_reduce_fx="sum")
-        if dims is not None:
-            self._lay_out(tuple(dims))
-
-    def update(
-        self, states: Sequence[Tensor] | Mapping[str, Tensor], keys: Tensor | None = None
-    ) -> None:
-        """Add one batch."""
-        if isinstance(states, Mapping):
-            names = tuple(states)[1:]
-            if self.components is None:
-                self.components = names
-            elif names != self.components:
-                raise ValueError(f"states are named {names}; expected x_0 and then {self.components}")
-            states = list(states.values())
-        rows = self._checked([exactly(state.detach()) for state in states])
-        if keys is None:
-            keys = sample_keys(rows[0], self.seed)
-        assert self.layout is not None
-        folds = keys.to(self.moments.device) % self.folds
-        accumulate(self.layout, self.moments, rows, folds, self.center)
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Add one batch and return the numbers of that batch alone."""
-        # torchmetrics empties the metric first, and an error would leave it empty.
-        before = {name: self.__dict__[name] for name in ("_update_count", *_FORWARD_FLAGS)}
-        moments = self.moments
-        try:
-            batch_value: dict[str, Tensor] = super().forward(*args, **kwargs)
-        except Exception:
-            self.__dict__.update(before)
-            if self.layout is not None and moments.numel() == 0:
-                moments = self.layout.zeros().to(moments.device)
-            self.moments = moments
-            raise
-        return batch_value
-
-    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add what another metric has seen."""
-        if isinstance(incoming_state, SummedMoments):
-            if self.layout is None and incoming_state.layout is not None:
-                self.components = self.components or incoming_state.components
-                self._lay_out(incoming_state.layout.dims)
-            if incoming_state.layout not in (None, self.layout) or self.components != (
-                incoming_state.components or self.components
-            ):
-                raise ValueError(
-                    f"cannot merge a metric over {incoming_state.components} with widths and folds "
-                    f"{incoming_state.layout} into one over {self.components} with {self.layout}"
-                )
-        super().merge_state(incoming_state)
-        # torchmetrics would go on giving a result computed before, or warn that there was no update.
-        self._computed = None
-        self._update_count += incoming_state._update_count if isinstance(incoming_state, Metric) else 1
-
-    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
-        # Before its first batch a metric knows no widths, so its moments are empty: they add nothing.
-        if incoming_state["moments"].shape[1] == 0:
-            incoming_state = {"moments": torch.zeros_like(self.moments)}
-        super()._reduce_states(incoming_state)
-
-    def _names(self) -> tuple[str, ...]:
-        if self.components is not None:
-            return self.components
-        return () if self.layout is None else tuple(str(i) for i in range(len(self.layout.dims) - 1))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
-        @functools.wraps(fn)
-        def moved(tensor: Tensor) -> Tensor:
-            place = fn(torch.zeros(1, device=tensor.device)).device
-            return fn(tensor) if exact_device(place) == place else tensor.to(exact_device(place))
-
-        return super()._apply(moved, exclude_state)
-
-    def _lay_out(self, dims: tuple[int, ...]) -> None:
-        layout = Layout(dims, self.folds, self.delay, self.links)
-        if self.components is not None and len(self.components) != len(dims) - 1:
+def _agree(facts: dict[str, Any], header: Tensor) -> dict[str, Any]:
+    """Return facts with what a header adds to them, or refuse moments that do not add up."""
+    found = json.loads(bytes(header.to(torch.uint8).tolist()) or b"{}")
+    for name, value in found.items():
+        if value != facts[name] and None not in (value, facts[name]):
             raise ValueError(
-                f"{len(dims)} states need {len(dims) - 1} components, not {self.components}"
+                f"moments with {name} {value} cannot be added to moments with {name} {facts[name]}; "
+                "give both metrics the same"
             )
-        if self.center is not None and tuple(len(offset) for offset in self.center) != dims:
-            raise ValueError(f"center must hold one offset a state, of widths {dims}")
-        self.layout = layout
-        self.moments = layout.zeros().to(self.device)
-        # What reset() copies takes no memory of its own.
-        self._defaults["moments"] = self.moments.new_zeros(1, 1).expand_as(self.moments)
-
-    def _checked(self, states: Sequence[Tensor]) -> list[Tensor]:
-        rows = [state.flatten(1) if state.ndim > 1 else state[:, None] for state in states]
-        if not rows or rows[0].shape[0] == 0:
-            raise ValueError("no sample arrived; states must hold at least one row")
-        if self.layout is None:
-            self._lay_out(tuple(row.shape[1] for row in rows))
-        assert self.layout is not None
-        names = ("x_0", *self._names())
-        if len(rows) != len(names):
-            raise ValueError(f"{len(rows)} states arrived; expected {len(names)}: {names}")
-        for name, row, width in zip(names, rows, self.layout.dims, strict=True):
-            if row.shape != (rows[0].shape[0], width):
-                raise ValueError(
-                    f"state {name!r} has shape {tuple(row.shape)}; "
-                    f"expected ({rows[0].shape[0]}, {width})"
-                )
-        # A finite sum has finite terms, and is found faster.
-        if not all(map(math.isfinite, torch.stack([row.sum().to(rows[0]) for row in rows]).tolist())):
-            for name, row in zip(names, rows, strict=True):
-                if not bool(torch.isfinite(row).all()):
-                    raise ValueError(f"state {name!r} holds NaN or infinity; leave that batch out")
-        return rows
+    return {name: found.get(name) if own is None else own for name, own in facts.items()}
 
 
-class KoopmanCredit(SummedMoments):
+class KoopmanCredit(Metric):
     r"""Koopman credit of every component, from one batch's states at a time.
 
     As input to ``forward`` and ``update`` the metric accepts
@@ -178,13 +63,13 @@ class KoopmanCredit(SummedMoments):
 
     - a flat dictionary of scalar tensors, ``credit/<component>`` and so on.
 
-    The only state is a matrix of moments, ``(folds, size)`` in float64, that adds up over batches and
-    processes, so memory does not grow with samples and one collective synchronises everything.
+    The state is a matrix of moments, ``(folds, size)`` in float64, that adds up over batches and
+    processes, so memory does not grow with samples, and a line of text that says what it holds, so that
+    a saved or shared state needs nothing else to go on.
 
     Args:
         components: Names of the L components; ``None`` takes them from a mapping, or counts from ``0``.
-        dims: Widths d_0 … d_L. Needed only where a process may see no batch at all; otherwise the first
-            batch tells.
+        dims: Widths d_0 … d_L; ``None`` takes those of the first batch.
         center: Fixed offsets, one ``(d_i,)`` a state, equal in all processes, about which moments are
             summed. States whose mean is far larger than their spread need them.
         folds: Number of folds for held-out R² and error bars.
@@ -219,6 +104,10 @@ class KoopmanCredit(SummedMoments):
     higher_is_better = None
     full_state_update = False
     plot_legend_name = "Component"
+    __jit_unused_properties__: ClassVar = [*Metric.__jit_unused_properties__, "components", "layout"]
+
+    header: Tensor
+    moments: Tensor
 
     def __init__(
         self,
@@ -247,18 +136,112 @@ class KoopmanCredit(SummedMoments):
             seed=seed,
         )
         check_quantities(quantities)
-        super().__init__(
-            components,
-            dims=dims,
-            center=center,
-            folds=folds,
-            delay=delay,
-            links=links,
-            seed=seed,
-            **kwargs,
-        )
+        super().__init__(**kwargs)
+        self.center = None if center is None else [offset.detach().double() for offset in center]
+        self.folds, self.delay, self.seed = folds, delay, seed
+        self.links = () if links is None else tuple(tuple(map(int, read)) for read in links)
         self.options = options
         self.quantities = tuple(quantities)
+        self.add_state("header", torch.zeros(0, dtype=torch.uint8), dist_reduce_fx=_first)
+        self.add_state("moments", torch.zeros(folds, 0, dtype=torch.float64), dist_reduce_fx="sum")
+        offsets = [offset.cpu().numpy().tobytes() for offset in self.center or ()]
+        self._own = dict[str, Any](
+            components=None if components is None else list(components),
+            dims=None,
+            folds=folds,
+            delay=delay,
+            links=list(map(list, self.links)),
+            center=zlib.crc32(b"".join(offsets)),
+        )
+        # The header read last, and what it says.
+        self._read: tuple[Tensor | None, tuple[str, ...] | None, Layout | None] = (None, None, None)
+        if dims is not None:
+            self._lay_out(self.components, self._layout_of(dims, self.components))
+
+    @property
+    def components(self) -> tuple[str, ...] | None:
+        """Names of the components, as far as they are known."""
+        return self._known()[0]
+
+    @property
+    def layout(self) -> Layout | None:
+        """What the moments hold; ``None`` before the first batch, unless ``dims`` are given."""
+        return self._known()[1]
+
+    def update(
+        self, states: Sequence[Tensor] | Mapping[str, Tensor], keys: Tensor | None = None
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            states: States x_0 … x_L of the batch, or a mapping from names to them.
+            keys: A number per sample that chooses its fold; ``None`` hashes the rows of x_0.
+
+        Raises:
+            ValueError: If the states do not fit each other or earlier ones, or are not finite.
+        """
+        components = self.components
+        if isinstance(states, Mapping):
+            names = tuple(states)[1:]
+            if components not in (None, names):
+                raise ValueError(f"states are named {names}; expected x_0 and then {components}")
+            components, states = names, list(states.values())
+        rows = [exactly(state.detach()) for state in states]
+        rows = [row.flatten(1) if row.ndim > 1 else row[:, None] for row in rows]
+        if not rows or rows[0].shape[0] == 0:
+            raise ValueError("no sample arrived; states must hold at least one row")
+        layout = self.layout or self._layout_of([row.shape[1] for row in rows], components)
+        _check_rows(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
+        # A state that was made in inference mode could not be added to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self.layout is None or components != self.components:
+                self._lay_out(components, layout)
+            if self.moments.is_inference():
+                self.moments = self.moments.clone()
+            keys = sample_keys(rows[0], self.seed) if keys is None else keys
+            folds = keys.to(self.moments.device) % self.folds
+            accumulate(layout, self.moments, rows, folds, self.center)
+
+    @torch.jit.unused
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Add one batch and return the numbers of that batch alone.
+
+        Args:
+            args: As of :meth:`update`.
+            kwargs: As of :meth:`update`.
+
+        Returns:
+            What :meth:`compute` returns of the batch.
+        """
+        # torchmetrics empties the metric first, and an error would leave it empty.
+        before = {name: self.__dict__[name] for name in _RESTORED}
+        try:
+            batch_value: dict[str, Tensor] = super().forward(*args, **kwargs)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+        return batch_value
+
+    def reset(self) -> None:
+        """Forget the samples, but not the names and widths of the states."""
+        components, layout = self._known()
+        super().reset()
+        if layout is not None:
+            self._lay_out(components, layout)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric has seen.
+
+        Args:
+            incoming_state: The other metric, or its ``metric_state``.
+
+        Raises:
+            ValueError: If it is about other components, or was made with other options.
+        """
+        super().merge_state(incoming_state)
+        # torchmetrics would go on giving a result computed before, or warn that there was no update.
+        self._computed = None
+        self._update_count += incoming_state._update_count if isinstance(incoming_state, Metric) else 1
 
     def compute(self) -> dict[str, Tensor]:
         """Compute the numbers of every component.
@@ -284,13 +267,16 @@ class KoopmanCredit(SummedMoments):
         variance_kept: Sequence[float] | None = None,
         notes: Sequence[str] = (),
         step: int | None = None,
+        enough: int | None = None,
     ) -> CreditReport:
-        """Give the full report; synchronises processes as ``compute`` does.
+        """Compute the full report; synchronises processes as ``compute`` does.
 
         Args:
             variance_kept: Share of variance that each component's state vector keeps, if it was reduced.
             notes: Sentences to carry along.
             step: Training step the weights belong to.
+            enough: How many samples to advise where there are too few; ``None`` takes as many as states
+                of these widths need.
 
         Returns:
             The report.
@@ -299,17 +285,17 @@ class KoopmanCredit(SummedMoments):
             ValueError: If fewer than two samples were seen.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-            credits = self._credits()
+            credits, components, layout = self._credits(), self._names(), self.layout
             n_samples = int(self.moments[:, 0].sum())
-        notes = list(notes)
-        assert self.layout is not None
-        needed = samples_needed(self.layout)
+        assert layout is not None
+        notes, needed = list(notes), samples_needed(layout)
         if n_samples < needed:
-            note = f"{n_samples} samples are few for states this wide; take {needed} or more"
+            enough = needed if enough is None else enough
+            note = f"{n_samples} samples are few for states this wide; take {enough} or more"
             warnings.warn(note, stacklevel=2)
             notes.append(note)
         return build_report(
-            self._names(),
+            components,
             credits,
             n_samples=n_samples,
             variance_kept=variance_kept,
@@ -335,3 +321,74 @@ class KoopmanCredit(SummedMoments):
         if self.layout is None:
             raise ValueError("no sample arrived; call update with the states of a batch first")
         return compute_credits(self.layout, self.moments.double(), self.options, center=self.center)
+
+    def _names(self) -> tuple[str, ...]:
+        width = 0 if self.layout is None else len(self.layout.dims) - 1
+        return tuple(map(str, range(width))) if self.components is None else self.components
+
+    def _known(self) -> tuple[tuple[str, ...] | None, Layout | None]:
+        """Return what the header says: names of the components, and the layout."""
+        if self._read[0] is not self.header:
+            facts = _agree(self._own, self.header)
+            names = None if facts["components"] is None else tuple(facts["components"])
+            layout = None if facts["dims"] is None else self._layout_of(facts["dims"], names)
+            self._read = (self.header, names, layout)
+        return self._read[1:]
+
+    def _layout_of(self, dims: Sequence[int], components: tuple[str, ...] | None) -> Layout:
+        layout = Layout(tuple(map(int, dims)), self.folds, self.delay, self.links)
+        if components is not None and len(components) != len(dims) - 1:
+            raise ValueError(f"{len(dims)} states need {len(dims) - 1} components, not {components}")
+        if self.center is not None and tuple(map(len, self.center)) != layout.dims:
+            raise ValueError(f"center must hold one offset a state, of widths {layout.dims}")
+        return layout
+
+    def _lay_out(self, components: Sequence[str] | None, layout: Layout) -> None:
+        """Write what the moments hold, and make empty ones where none are."""
+        text = json.dumps({**self._own, "components": components, "dims": layout.dims}).encode()
+        self.header = torch.tensor(list(text), dtype=torch.uint8, device=self.moments.device)
+        if self.moments.shape[1] == 0:
+            self.moments = layout.zeros().to(self.moments.device)
+
+    def _take(self, *headers: Tensor) -> None:
+        """Lay out as other metrics are, before their moments are added."""
+        facts = functools.reduce(_agree, (self.header, *headers), self._own)
+        if facts["dims"] is not None:
+            self._lay_out(facts["components"], self._layout_of(facts["dims"], facts["components"]))
+
+    def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
+        # Before its first batch a metric has empty moments: they add nothing.
+        if incoming_state["header"].numel():
+            self._take(incoming_state["header"])
+            super()._reduce_states({**incoming_state, "header": self.header})
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
+    ) -> None:
+        # A process without a batch learns from the others how wide its moments are.
+        self._take(*dist_sync_fn(self.header, group=process_group or self.process_group))
+        super()._sync_dist(dist_sync_fn, process_group)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        @functools.wraps(fn)
+        def moved(tensor: Tensor) -> Tensor:
+            place = fn(torch.zeros(1, device=tensor.device)).device
+            return fn(tensor) if exact_device(place) == place else tensor.to(exact_device(place))
+
+        return super()._apply(moved, exclude_state)
+
+
+def _check_rows(rows: Sequence[Tensor], names: Sequence[str], layout: Layout) -> None:
+    """Refuse states that do not fit each other or the layout, or are not finite."""
+    if len(rows) != len(names):
+        raise ValueError(f"{len(rows)} states arrived; expected {len(names)}: {tuple(names)}")
+    for name, row, width in zip(names, rows, layout.dims, strict=True):
+        if row.shape != (rows[0].shape[0], width):
+            raise ValueError(
+                f"state {name!r} has shape {tuple(row.shape)}; expected ({rows[0].shape[0]}, {width})"
+            )
+    # A finite sum has finite terms, and is found faster.
+    if not all(map(math.isfinite, torch.stack([row.sum().to(rows[0]) for row in rows]).tolist())):
+        for name, row in zip(names, rows, strict=True):
+            if not bool(torch.isfinite(row).all()):
+                raise ValueError(f"state {name!r} holds NaN or infinity; leave that batch out")

@@ -52,9 +52,11 @@ def loader():
     return DataLoader(TensorDataset(x, x[:, :3].sin()), batch_size=32)
 
 
-def fit(logger, epochs=3, monitors=None, **options):
+def fit(logger, epochs=3, monitors=None, hyperparameters=False, **options):
     torch.manual_seed(0)
-    monitors = monitors or [KoopmanCreditMonitor(on_error="raise", **options)]
+    if monitors is None:
+        monitors = [KoopmanCreditMonitor(on_error="raise", **options)]
+        monitors[0]._writer.hyperparameters = hyperparameters
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -66,7 +68,7 @@ def fit(logger, epochs=3, monitors=None, **options):
         log_every_n_steps=1,
     )
     trainer.fit(Net(), loader(), loader())
-    return trainer, monitors[0]
+    return trainer, next(iter(monitors), None)
 
 
 def events(folder):
@@ -111,7 +113,9 @@ def many(size: int, **changes) -> CreditReport:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tb")
-    trainer, monitor = fit(TensorBoardLogger(folder, name="", version=""), epochs=5)
+    trainer, monitor = fit(
+        TensorBoardLogger(folder, name="", version=""), epochs=5, hyperparameters=True
+    )
     return events(folder), trainer, monitor
 
 
@@ -162,7 +166,20 @@ def test_closing_table(run):
     assert text == to_markdown(monitor.report)
 
 
-def test_options_and_the_modules_own_hyperparameters_arrive_together(run):
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_the_users_hyperparameters_are_as_without_the_callback(kind, tmp_path):
+    fit(kind(tmp_path, name="", version="with"), epochs=1)
+    fit(kind(tmp_path, name="", version="without"), epochs=1, monitors=[])
+    files = [tmp_path / version / "hparams.yaml" for version in ("with", "without")]
+    assert files[0].read_text() == files[1].read_text() == "width: 8\n"
+    saved = fit(kind(tmp_path, name="", version="asked"), epochs=1, hyperparameters=True)[0]
+    saved.save_checkpoint(tmp_path / "saved.ckpt")
+    assert "koopman/max_dim: 256" in (tmp_path / "asked" / "hparams.yaml").read_text()
+    loaded = Net.load_from_checkpoint(tmp_path / "saved.ckpt", hparams_file=files[0])
+    assert dict(loaded.hparams) == {"width": 8}
+
+
+def test_options_that_are_asked_for_and_the_modules_own_hyperparameters_arrive_together(run):
     accumulator, _, _ = run
     from tensorboard.plugins.hparams import metadata
 
@@ -231,7 +248,6 @@ def test_csv_gets_scalars(tmp_path):
     fit(CSVLogger(tmp_path, name="", version=""), epochs=2)
     header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert "koopman/credit/net.0" in header
-    assert "koopman/max_dim: 256" in (tmp_path / "hparams.yaml").read_text()
 
 
 def test_no_logger_keeps_the_history(tmp_path):
@@ -259,7 +275,7 @@ def test_mlflow_file_store_gets_scalars_figures_and_table(tmp_path, monkeypatch)
     pytest.importorskip("mlflow", reason="MLflow is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger(save_dir=str(tmp_path / "mlruns"))
-    fit(logger, epochs=2)
+    fit(logger, epochs=2, hyperparameters=True)
     run = logger.experiment.get_run(logger.run_id)
     assert "koopman/credit/net.0" in run.data.metrics
     assert run.data.params["koopman/max_dim"] == "256"
@@ -344,7 +360,10 @@ def test_credits_that_are_not_written_have_no_band():
 def test_options_are_logged_as_plain_values():
     logger = Taking()
     logger.log_hyperparams = logger.noted("options")
-    CreditWriter().log_options([logger], {"targets": [1, 2], "reduce": len, "rank": 3}, {})
+    options = {"targets": [1, 2], "reduce": len, "rank": 3}
+    CreditWriter().log_options([logger], options, {})
+    assert logger.taken == []
+    CreditWriter(hyperparameters=True).log_options([logger], options, {})
     ((_, (given,), _),) = logger.taken
     assert given == {"koopman/targets": "1, 2", "koopman/reduce": str(len), "koopman/rank": 3}
 

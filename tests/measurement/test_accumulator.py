@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_koopman import CreditReport
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.states import fit_basis, sample_keys
 from lightning_koopman.measurement.accumulator import Accumulator
@@ -186,3 +189,34 @@ def test_processes_wait_for_one_lift_but_not_for_a_function() -> None:
         reducer.push({"input": torch.randn(40, 3), "a": torch.randn(40, 2)})
         assert reducer.waits is waits
         assert bool(reducer.blocks) is not waits
+
+
+def wide_report(n_samples: int, observables: Any) -> tuple[CreditReport, list[str]]:
+    generator = torch.Generator().manual_seed(n_samples)
+    accumulator = Accumulator(Options(max_dim=8, observables=observables))
+    x = torch.randn(n_samples, 30, generator=generator, dtype=torch.float64)
+    accumulator.push({"x_0": x, "a": x.tanh(), "b": x[:, :9].sin(), "c": x[:, :3]})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = accumulator.credits(())
+    return report, [str(w.message) for w in caught if "samples are few" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("observables", "width"),
+    [(None, 8), ("polynomial", 44), ("rff", 16), ("rbf", 16), (lambda x: torch.cat([x, x * x], 1), 16)],
+    ids=["none", "polynomial", "rff", "rbf", "function"],
+)
+@pytest.mark.parametrize("n_samples", [4, 7])
+def test_the_number_of_samples_advised_is_enough_once_it_is_taken(
+    n_samples: int, observables: Any, width: int
+) -> None:
+    # Twice the widest regressors that more samples could give, in four folds of five.
+    enough = math.ceil(2 * width * 5 / 4)
+    report, warned = wide_report(n_samples, observables)
+    note = f"{n_samples} samples are few for states this wide; take {enough} or more"
+    assert warned == [note]
+    assert note in report.notes
+    report, warned = wide_report(enough, observables)
+    assert warned == []
+    assert "samples are few" not in "".join(report.notes)

@@ -13,7 +13,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
@@ -147,14 +147,20 @@ def test_metrics_over_different_chains_are_not_merged() -> None:
     states = chain()
     other = KoopmanCredit(["a", "b", "c"])
     other.update(states)
-    with pytest.raises(ValueError, match=r"cannot merge a metric over \('a', 'b', 'c'\)"):
+    with pytest.raises(
+        ValueError, match=r"moments with components \['a', 'b', 'c'\] cannot be added to"
+    ):
         fed(states).merge_state(other)
-    with pytest.raises(ValueError, match="cannot merge a metric over"):
+    with pytest.raises(ValueError, match="moments with folds 4 cannot be added to moments with folds 5"):
         fed(states).merge_state(fed(states, folds=4))
-    shorter = KoopmanCredit(NAMES[:2])
+    shorter = KoopmanCredit()
     shorter.update(states[:3])
-    with pytest.raises(ValueError, match="cannot merge a metric over"):
+    with pytest.raises(
+        ValueError, match=r"moments with dims \[6, 8, 5\] cannot be added to moments with"
+    ):
         fed(states).merge_state(shorter)
+    with pytest.raises(ValueError, match=r"moments with center .* cannot be added"):
+        fed(states).merge_state(fed(states, center=[state.mean(0) for state in states]))
 
 
 def test_numbers_are_those_of_loops_over_the_hashed_folds() -> None:
@@ -295,11 +301,108 @@ def test_the_state_dict_is_empty_unless_asked_for() -> None:
     given = fed(chain())
     assert given.state_dict() == {}
     given.persistent(True)
-    assert list(given.state_dict()) == ["moments"]
-    other = metric(dims=DIMS)
-    other.persistent(True)
-    other.load_state_dict(given.state_dict())
-    assert_same_report(other.report(), given.report())
+    assert list(given.state_dict()) == ["header", "moments"]
+
+
+def doubled(n: int = 60, seed: int = 0) -> dict[str, Tensor]:
+    """Two linear components whose numbers are known: the first doubles, the second halves."""
+    x = torch.randn(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return {"x_0": x, "double": 2 * x, "halve": x}
+
+
+DOUBLED = {"gain/double": np.log(2), "gain/halve": -np.log(2)}
+
+
+def assert_doubled(given: dict[str, Tensor]) -> None:
+    assert {name: float(value) for name, value in given.items()} == pytest.approx(DOUBLED, abs=1e-9)
+
+
+@pytest.mark.parametrize("dims", [None, (4, 4, 4)])
+def test_a_state_loaded_from_a_checkpoint_goes_on(dims: Any, tmp_path: Path) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = KoopmanCredit(dims=dims, quantities=["gain"])
+            self.metric.persistent(True)
+
+    saved, loaded = Holder(), Holder()
+    saved.metric.update(doubled())
+    torch.save(saved.state_dict(), tmp_path / "saved.ckpt")
+    loaded.load_state_dict(torch.load(tmp_path / "saved.ckpt", weights_only=True))
+    assert loaded.metric.components == ("double", "halve")
+    loaded.metric.update(list(doubled(seed=1).values()))
+    assert loaded.metric.report().n_samples == 120
+    assert_doubled(loaded.metric.compute())
+    loaded.metric(doubled(seed=2))
+    assert loaded.metric.report().n_samples == 180
+    loaded.metric.reset()
+    with pytest.raises(ValueError, match=r"state 'double' has shape \(60, 3\); expected \(60, 4\)"):
+        loaded.metric.update([
+            state[:, :3] if i == 1 else state for i, state in enumerate(doubled().values())
+        ])
+
+
+@pytest.mark.parametrize(
+    ("options", "differs"),
+    [({"folds": 4}, "folds"), ({"delay": 2}, "delay"), ({"links": [(), (0,)]}, "links")],
+)
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric KoopmanCredit was called before")
+def test_a_state_of_other_options_is_refused(options: dict[str, Any], differs: str) -> None:
+    saved, loaded = KoopmanCredit(), KoopmanCredit(**options)
+    saved.persistent(True)
+    saved.update(doubled())
+    loaded.load_state_dict(saved.state_dict())
+    with pytest.raises(
+        ValueError, match=f"moments with {differs} .* cannot be added to moments with {differs}"
+    ):
+        loaded.compute()
+
+
+def test_metrics_grouped_by_hand_share_one_state() -> None:
+    both = MetricCollection(
+        {"a": KoopmanCredit(quantities=["credit"]), "b": KoopmanCredit(quantities=["gain"])},
+        compute_groups=[["a", "b"]],
+    )
+    for epoch in range(2):
+        for seed in range(2):
+            both.update(doubled(seed=seed + 2 * epoch))
+        result = {name.removeprefix("b_"): v for name, v in both.compute().items() if "gain" in name}
+        assert_doubled(result)
+        assert both["a"].update_count == both["b"].update_count == 2
+        assert both["b"].report().n_samples == 120
+        assert both["b"].report().credit.tolist() == pytest.approx([-np.log(2), 0], abs=1e-9)
+        both.reset()
+
+
+@pytest.mark.parametrize("inside", [(0,), (1,), (0, 2), (1, 2)], ids=str)
+def test_batches_come_in_inference_mode_and_outside_of_it(inside: tuple[int, ...]) -> None:
+    given = KoopmanCredit(quantities=["gain"])
+    for epoch in range(2):
+        for seed in range(4):
+            with torch.inference_mode(seed in inside):
+                add = given.update if seed % 2 == 0 else given
+                add(doubled(seed=seed + 4 * epoch))
+        with torch.inference_mode(epoch == 0):
+            assert_doubled(given.compute())
+            given.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, and of torchmetrics there
+def test_a_module_that_holds_the_metric_can_be_scripted() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.metric = nn.Linear(4, 2), KoopmanCredit()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    holder, x = Holder(), torch.randn(3, 4)
+    for fresh in (True, False):
+        scripted = torch.jit.script(holder)
+        assert torch.equal(scripted(x), holder(x)), fresh
+        torch.jit.script(holder.metric)
+        holder.metric.update(doubled())
 
 
 def test_metrics_are_hashable_and_distinct() -> None:
@@ -374,19 +477,18 @@ def worker(rank: int, folder: str, shards: list[list[Tensor]], dims: tuple[int, 
             if len(batch[0]):
                 given.update(list(batch))
         report, result = given.report(), given.compute()
-        local = int(given.moments[:, 0].sum())
+        local = int(given.moments[:, :1].sum())
         torch.save((result, report, local), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut", [130, 203])
-def test_two_processes_equal_one(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize(("cut", "dims"), [(130, None), (203, None), (203, DIMS)])
+def test_two_processes_equal_one(tmp_path: Path, cut: int, dims: tuple[int, ...] | None) -> None:
     states = chain()
     shards = [rows_of(states, slice(0, cut)), rows_of(states, slice(cut, None))]
-    # A process without any batch cannot know the widths.
-    dims = DIMS if cut == 203 else None
+    # A process without any batch learns the widths from the other.
     torch.multiprocessing.spawn(worker, (str(tmp_path), shards, dims), nprocs=2)
     whole = fed(states, quantities=ALL)
     for rank in range(2):
