@@ -104,8 +104,9 @@ class Measurement(Accumulator):
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
         """Freeze the chain that the first pass showed, and return the rows of that pass."""
+        returned = self.capture.returned
         if (error := self.capture.untraced) is not None:
-            records = in_a_row(records)
+            records, returned = in_a_row([r for r in records if r.name not in returned]), {}
             self._untraced = (
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
@@ -117,6 +118,7 @@ class Measurement(Accumulator):
             named=self._named,
             reduce=self.options.reduce,
             max_dim=self.options.max_dim,
+            returned=returned,
         )
         if any(read != (i,) for i, read in enumerate(self.plan.links)):
             self.links = self.plan.links
