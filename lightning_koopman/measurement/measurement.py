@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.isolation import undisturbed
-from lightning_koopman.network.plan import Plan, in_a_row, make_plan
+from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
 from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
 from lightning_koopman.report.report import CreditReport
@@ -92,7 +93,14 @@ class Measurement(Accumulator):
         """Finish and compute the report."""
         with self._timed():
             report = self.credits(self._notes(), step=step)
-        return dataclasses.replace(report, parts=self._parts())
+        dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
+        notes = list(report.notes)
+        if dead and math.isfinite(report.total):
+            notes.append(
+                f"no output direction can be followed back to {listed(dead)} (a dead branch, or one "
+                "that is still zero), so its numbers are NaN; all others follow the data around it"
+            )
+        return dataclasses.replace(report, notes=tuple(notes), parts=self._parts())
 
     @contextmanager
     def _timed(self) -> Generator[None, None, None]:
