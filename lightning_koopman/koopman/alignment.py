@@ -37,10 +37,13 @@ class Alignment:
     """Aligned operators and volumes of a chain.
 
     Attributes:
-        bases: Q_0 … Q_L, each ``(d_i, r)`` with orthonormal columns.
-        operators: K̃_1 … K̃_L, each ``(r, r)``, upper triangular.
+        bases: Q_0 … Q_L, each ``(d_i, r)``, with orthonormal columns where a state carries all
+            directions.
+        operators: K̃_1 … K̃_L, each ``(r, r)``, upper triangular; from the nearest state behind that
+            carries all directions, and NaN where the state itself does not.
         factors: R_0 … R_L, each ``(r, r)``, with J_i = Q_i R_i.
-        log_volumes: log|R_i[j, j]| by state and output direction, shape ``(L + 1, r)``, in nats.
+        log_volumes: log|R_i[j, j]| by state and output direction, shape ``(L + 1, r)``, in nats; NaN
+            where a state beside others does not carry the direction.
         lost: Indices of the states behind which an output direction stops to matter; empty where
             all directions asked for are kept.
         kept: Which columns of the outputs asked for are aligned, ascending, r of them.
@@ -69,7 +72,7 @@ def align(
     """Align a chain of operators of differing widths, backward from the outputs of interest.
 
     Where J_i has not full column rank, each column of ``outputs`` is dropped that adds nothing to those
-    kept before it.
+    kept before it, unless other states lead around state i: then it is not followed through this one.
     """
     if parents is None:
         parents = [range(i, i - len(blocks), -1) for i, blocks in enumerate(operators)]
@@ -103,8 +106,9 @@ def _align(
     aligned: list[Tensor] = []
     volumes = [torch.zeros(rank, dtype=outputs.dtype, device=outputs.device)]
     last = len(operators)
-    # relative[c] = R_c R_i^{-1}; forming J_{i-1} R_i^{-1} keeps every factor well scaled.
-    relative = {last: identity}
+    # relative[c] = R_c R_i^{-1}, where i is the nearest state that carries all directions; forming
+    # J_{i-1} R_i^{-1} keeps every factor well scaled.
+    relative, carried = {last: identity}, volumes[0]
     for state in range(last - 1, -1, -1):
         jacobian = torch.zeros(
             operators[state][0].shape[0], rank, dtype=outputs.dtype, device=outputs.device
@@ -113,25 +117,50 @@ def _align(
             if state in parents[child - 1]:
                 block = operators[child - 1][list(parents[child - 1]).index(state)]
                 step = block @ bases[child - state - 1]
-                # The nearest state's ratio is the identity.
-                jacobian = jacobian + (step if child == state + 1 else step @ ratio)
-        if min(jacobian.shape) < rank:
+                jacobian = jacobian + (step if ratio is identity else step @ ratio)
+        needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
+        solved = _triangular(jacobian)
+        if solved is None and not needed:
             return ((), (), (), torch.empty(0)), _independent(jacobian), state
-        basis, triangle = torch.linalg.qr(jacobian)
-        inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
-        # Singular values are computed only where norms leave it open whether any is below the cut-off.
-        spread = float(torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse))
-        if not spread * RANK_RTOL < _CLEARLY:
-            kept = _independent(jacobian)
-            if len(kept) < rank:
-                return ((), (), (), torch.empty(0)), kept, state
+        if solved is None:
+            bases.insert(0, jacobian)
+            aligned.insert(0, torch.full_like(identity, torch.nan))
+            factors.insert(0, factors[0])
+            volumes.insert(0, carried + _volumes(jacobian))
+            relative = {state: identity} | needed
+            continue
+        basis, triangle, inverse = solved
         bases.insert(0, basis)
         aligned.insert(0, triangle)
         factors.insert(0, triangle @ factors[0])
-        volumes.insert(0, volumes[0] + triangle.diagonal().abs().log())
-        needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
+        carried = carried + triangle.diagonal().abs().log()
+        volumes.insert(0, carried)
         relative = {state: identity} | {c: ratio @ inverse for c, ratio in needed.items()}
     return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), range(rank), 0
+
+
+def _triangular(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Thin QR and the inverse of its triangle; ``None`` where the columns are not independent."""
+    rank = jacobian.shape[1]
+    if min(jacobian.shape) < rank:
+        return None
+    basis, triangle = torch.linalg.qr(jacobian)
+    identity = torch.eye(rank, dtype=jacobian.dtype, device=jacobian.device)
+    inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
+    # Singular values are computed only where norms leave it open whether any is below the cut-off.
+    spread = float(torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse))
+    if not spread * RANK_RTOL < _CLEARLY and len(_independent(jacobian)) < rank:
+        return None
+    return basis, triangle, inverse
+
+
+def _volumes(jacobian: Tensor) -> Tensor:
+    """What each column adds to those before it, in nats; NaN where it adds nothing."""
+    volumes = jacobian.new_full((jacobian.shape[1],), torch.nan)
+    if columns := list(_independent(jacobian)):
+        triangle = torch.linalg.qr(jacobian[:, columns], mode="r").R
+        volumes[columns] = triangle.diagonal().abs().log()
+    return volumes
 
 
 def _independent(jacobian: Tensor) -> Sequence[int]:

@@ -45,21 +45,32 @@ def align_split(
 
 
 def volumes(
-    layout: Layout, split: Split, chain: Alignment, expected: int | None = None
+    layout: Layout, split: Split, chain: Alignment, expected: Alignment | None = None
 ) -> dict[str, Tensor]:
-    """Read credit, gain, sensitivity and total off an alignment."""
-    if chain.rank == 0 or (expected is not None and chain.rank != expected):
-        nan = torch.full((len(layout.dims) - 1,), torch.nan, dtype=torch.float64)
+    """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
+    n_steps = len(layout.dims) - 1
+    if chain.rank == 0 or (expected is not None and chain.rank != expected.rank):
+        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
         return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
-    means = chain.log_volumes.mean(dim=1)
+    means = chain.log_volumes.nanmean(dim=1)
+    lost = means.isnan()
+    if expected is not None:
+        lost |= (chain.log_volumes.isnan() != expected.log_volumes.isnan()).any(dim=1)
     spread = [
         split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
         for i in range(1, len(layout.dims))
     ]
+    sensitivity = torch.stack([torch.linalg.matrix_norm(s).log() for s in spread])
+    # A dead branch has no gain; the gain of what stands behind it is that over what carries.
+    gain, before = torch.full_like(means[1:], torch.nan), means[0]
+    for i in range(1, n_steps + 1):
+        if not means[i].isnan():
+            gain[i - 1], before = before - means[i], means[i]
+    gone = torch.full_like(means, torch.nan)
     return {
-        "credit": means[1:],
-        "gain": means[:-1] - means[1:],
-        "sensitivity": torch.stack([torch.linalg.matrix_norm(s).log() for s in spread]),
+        "credit": torch.where(lost, gone, means)[1:],
+        "gain": torch.where(lost[1:] | lost[:-1] & ~means[:-1].isnan(), gone[1:], gain),
+        "sensitivity": torch.where(means[1:].isnan(), gone[1:], sensitivity),
         "total": means[0],
     }
 
@@ -185,7 +196,7 @@ def compute_credits(
         # Let go of each split behind its last use: all of them take as much memory as the moments.
         split = folds.pop(0)
         without = align_split(layout, split, without_it, kept, targets)
-        replicates.append(_values(layout, split, without, r2, chain_r2, len(kept)))
+        replicates.append(_values(layout, split, without, r2, chain_r2, chain))
         del without
     gaps = {"r2": step.gap, "chain_r2": behind.gap, "nonlinearity": step.gap}
     stderr = {
@@ -200,7 +211,7 @@ def compute_credits(
     ):
         stderr[name] = (stderr[name].square() + extra.square()).sqrt()
     smoothed = [max(10 * t, RESOLUTION_GRID[1]) for t in chosen]
-    moved = volumes(layout, whole, align_split(layout, whole, smoothed, kept, targets), len(kept))
+    moved = volumes(layout, whole, align_split(layout, whole, smoothed, kept, targets), chain)
     shift = (moved["credit"] - values["credit"]).abs()
     plain = whole if normalize == "none" else split_chain(layout, moments, None, "none")
     return Credits(
@@ -223,7 +234,7 @@ def _values(
     chain: Alignment,
     r2: Tensor,
     chain_r2: Tensor,
-    expected: int | None = None,
+    expected: Alignment | None = None,
 ) -> dict[str, Tensor]:
     """Compute every quantity, and the total, of an aligned chain."""
     return volumes(layout, split, chain, expected) | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +19,7 @@ from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.isolation import undisturbed
-from lightning_koopman.network.plan import Plan, in_a_row, make_plan
+from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
 from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
@@ -114,7 +115,14 @@ class Measurement(Accumulator):
         """Finish and compute the report."""
         with self._timed():
             report = self.credits(self._notes(), step=step)
-        return dataclasses.replace(report, parts=self._parts())
+        dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
+        notes = list(report.notes)
+        if dead and math.isfinite(report.total):
+            notes.append(
+                f"no output direction can be followed back to {listed(dead)} (a dead branch, or one "
+                "that is still zero), so its numbers are NaN; all others follow the data around it"
+            )
+        return dataclasses.replace(report, notes=tuple(notes), parts=self._parts())
 
     @contextmanager
     def _timed(self) -> Generator[None, None, None]:
@@ -126,8 +134,9 @@ class Measurement(Accumulator):
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
         """Freeze the chain that the first pass showed, and return the rows of that pass."""
+        returned = self.capture.returned
         if (error := self.capture.untraced) is not None:
-            records = in_a_row(records)
+            records, returned = in_a_row([r for r in records if r.name not in returned]), {}
             self._untraced = (
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
@@ -139,6 +148,7 @@ class Measurement(Accumulator):
             named=self._named,
             reduce=self.options.reduce,
             max_dim=self.options.max_dim,
+            returned=returned,
         )
         if any(read != (i,) for i, read in enumerate(self.plan.links)):
             self.links = self.plan.links

@@ -147,9 +147,10 @@ def describe_components(
             f"no component ran in the forward pass; chosen were {list(capture.components)}. "
             "Name modules that the pass calls with components=[...]."
         )
+    named, returned = components is not None, capture.returned
     if capture.untraced is not None:
-        records = in_a_row(records)
-    plan = make_plan(records, batch=batch, named=components is not None, max_dim=max_dim)
+        records, returned = in_a_row([r for r in records if r.name not in returned]), {}
+    plan = make_plan(records, batch=batch, named=named, max_dim=max_dim, returned=returned)
     notes = list(plan.notes)
     if silent:
         notes.append(f"never ran, so left out: {', '.join(map(repr, silent))}")

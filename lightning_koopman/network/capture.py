@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_koopman.network.components import (
     clean_modules,
     clean_name,
     common_ancestor,
+    is_frozen,
     named_components,
     transparent_modules,
     with_output,
@@ -26,7 +28,10 @@ from lightning_koopman.network.tensors import (
     detached_copy,
     first_packed,
     first_tensor,
+    is_real,
     is_spread,
+    padded,
+    tensors_inside,
     unpacked,
     whole_here,
 )
@@ -65,6 +70,9 @@ class Capture:
         skipped: Components that gave nothing to record in the current pass.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
+        returned: The states that reach each tensor with samples that the components' common ancestor
+            returned in the first pass; those of several states are recorded themselves, under the same
+            name. Empty where it was not called.
     """
 
     def __init__(
@@ -97,6 +105,8 @@ class Capture:
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
         self._inputs: dict[tuple[int, int], str] = {}
+        self.returned: dict[str, frozenset[str]] = {}
+        self._mixed: dict[int, str] = {}
         self._provenance = Provenance()
         self.start_pass()
 
@@ -104,7 +114,9 @@ class Capture:
         with ExitStack() as hooks:
             ancestor = common_ancestor(self._model, self.components.values())
             if ancestor is not None:
-                hooks.enter_context(attach(ancestor, before=self._on_ancestor))
+                wanted = self._follow and (self._passes == 0 or self._mixed)
+                after = self._on_returned if wanted else None
+                hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=after))
             for name, module in self.components.items():
                 if self._takes_input(module):
                     self._input_hooks[name] = hooks.enter_context(attach(module, before=self._on_input))
@@ -136,8 +148,8 @@ class Capture:
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
         self.skipped: list[str] = []
-        self._pending: dict[int, tuple[frozenset[str] | None, bool]] = {}
-        self._sources_of: dict[str, tuple[frozenset[str] | None, bool]] = {}
+        self._pending: dict[int, tuple[frozenset[str] | None, bool, bool]] = {}
+        self._sources_of: dict[str, tuple[frozenset[str] | None, bool, bool]] = {}
         self._raw: Tensor | None = None
         self._current: tuple[str, int, int] | None = None
         self._unusable: str | None = None
@@ -178,8 +190,9 @@ class Capture:
     def record_end(self, value: Any) -> None:
         """Record a state that no component gave, such as the network's own output, as the last one."""
         name = self.end or OUTPUT
-        if self._closed or name in self._states:
+        if self._closed or (name in self._states and name != OUTPUT):
             return
+        self._states.pop(name, None)
         sources, tensor = self._provenance.of(value), first_tensor(value)
         if tensor is None:
             raise ValueError(
@@ -194,6 +207,25 @@ class Capture:
         self._closed = bool(self._states)
 
     @_kept_out_of_the_forward
+    def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Tell what the returned tensors were made of, and record those that mix several states."""
+        first = self._passes == 0 and not self.returned
+        for place, tensor in enumerate(tensors_inside(output)):
+            if first and tensor.ndim and is_real(tensor):
+                name = OUTPUT if OUTPUT not in self.components else "returned"
+                name = f"{name}#{len(self.returned)}" if self.returned else name
+                sources = self._provenance.of(tensor)
+                if sources:
+                    self.returned[name] = sources
+                    if len(sources) > 1:
+                        self._mixed[place] = name
+            if place in self._mixed:
+                name = self._mixed[place]
+                sources = self.returned[name]
+                recorded = _recorded(name, module, tensor, tensor, sources)
+                self._states[name] = self.keep(recorded.tensor, recorded)
+
+    @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensor = first_tensor((args, kwargs))
         key = (id(module), self._calls.get(id(module), 0))
@@ -205,7 +237,10 @@ class Capture:
                 name = self._inputs[key]
                 recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
                 self._states[name] = self.keep(recorded.tensor, recorded)
-        self._pending[id(module)] = (self._provenance.of((args, kwargs)), tensor is not None)
+        sources = self._provenance.of((args, kwargs))
+        is_loss = bool(self._inner(sources) and self._provenance.others((args, kwargs)))
+        self._provenance.take((args, kwargs))
+        self._pending[id(module)] = (sources, tensor is not None, is_loss)
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -219,7 +254,11 @@ class Capture:
         if self._current is None or self._raw is None or first_tensor(args) is not self._raw:
             return
         name, *recorded_by = self._current
-        if self._passes == 0 and self._continues(output, name, self._raw):
+        if (
+            self._passes == 0
+            and self._continues(output, name, self._raw)
+            and not self._is_loss(module, (args, kwargs), output, self._raw)
+        ):
             self._merged.add((id(module), call))
             self._superseded.add((recorded_by[0], recorded_by[1]))
         if (id(module), call) in self._merged:
@@ -246,6 +285,21 @@ class Capture:
             return False
         return self._provenance.may_hold(tensor, name)
 
+    def _inner(self, sources: frozenset[str] | None) -> bool:
+        """Check whether a module reads what a component gave."""
+        return bool(sources and sources - set(self._inputs.values()))
+
+    def _is_loss(self, module: nn.Module, given: Any, output: Any, raw: Tensor) -> bool:
+        """Check whether a module compares a state with data that no component takes, such as targets."""
+        if isinstance(module, nn.modules.loss._Loss):
+            return True
+        tensor, others = first_tensor(output), self._provenance.others(given)
+        if tensor is None or not others:
+            return False
+        # Lengths or a mask of positions may say how to pool a sequence.
+        pools = raw.ndim > 2 and tensor.ndim > 1 and all(o.shape != tensor.shape for o in others)
+        return not pools
+
     def _count(self, module: nn.Module) -> int:
         call = self._calls.get(id(module), 0)
         self._calls[id(module)] = call + 1
@@ -268,14 +322,15 @@ class Capture:
         if self._passes == 0:
             called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
             self.parts[name] = (*self.parts.get(name, ()), called)
-        sources, from_float = self._pending.get(id(module), (None, True))
-        if name in self._sources_of:
-            sources, from_float = self._sources_of[name]
-        self._sources_of[name] = (sources, from_float)
+        origin = self._pending.get(id(module), (None, True, False))
+        origin = self._sources_of.setdefault(name, origin)
         self._provenance.mark(output, name)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
-            recorded = _recorded(name, module, output, tensor, sources, from_float)
+            recorded = _recorded(name, module, output, tensor, *origin)
+            if self._passes == 0:
+                component = self.components[name.partition("#")[0]]
+                recorded = replace(recorded, is_frozen=is_frozen(component))
             self._states[name] = self.keep(recorded.tensor, recorded)
 
 
@@ -297,14 +352,20 @@ def _recorded(
     tensor: Tensor,
     sources: frozenset[str] | None,
     from_float: bool = True,
+    is_loss: bool = False,
 ) -> Recorded:
+    lengths = None
     packed = first_packed(value)
     if packed is not None and packed.data is tensor:
-        tensor, lengths = unpacked(packed)
-        return Recorded(name, module, tensor, lengths, sources, from_float)
-    held = whole_here(tensor)
-    if held is None:
-        raise ValueError(
-            f"the state of {name!r} is a DTensor of which each process holds a part. {LET_IT_BE_WHOLE}"
-        )
-    return Recorded(name, module, held, None, sources, from_float)
+        held, lengths = unpacked(packed)
+    elif tensor.is_nested:
+        held, lengths = padded(tensor, name)
+    else:
+        whole = whole_here(tensor)
+        if whole is None:
+            raise ValueError(
+                f"the state of {name!r} is a DTensor of which each process holds a part. "
+                f"{LET_IT_BE_WHOLE}"
+            )
+        held = whole.dequantize() if whole.is_quantized else whole
+    return Recorded(name, module, held, lengths, sources, from_float, is_loss and held.ndim <= 1)

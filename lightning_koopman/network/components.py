@@ -55,6 +55,11 @@ def has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Check whether a module has parameters, of which none is trained."""
+    return has_parameters(module) and not any(p.requires_grad for p in module.parameters())
+
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 

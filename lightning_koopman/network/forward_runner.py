@@ -18,20 +18,35 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch as data loaders commonly give it."""
-    if isinstance(batch, Tensor | PackedSequence):
-        return model(batch)
+    """Call a model on a batch as data loaders give it; what cannot be mapped is handed over whole."""
     if isinstance(batch, Mapping):
         return _call_by_name(model, batch)
-    if isinstance(batch, tuple | list) and batch:
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) and batch:
         needed = _positional(model)
         if 1 < needed <= len(batch):
             return model(*batch[:needed])
-        return default_forward(model, batch[0])
-    raise ValueError(
-        f"a batch of type {type(batch).__name__} arrived; pass tensors, tuples or mappings, or say how "
-        "to run the model with forward_fn=lambda model, batch: ..."
-    )
+        first = batch[0]
+        # Inputs that come apart from their targets: ((a, b), y).
+        if isinstance(first, tuple | list) and 1 < needed == len(first):
+            return model(*first)
+        alone = type(first) in (tuple, list) and len(first) == 1
+        batch = first[0] if alone else first
+        if isinstance(batch, Mapping):
+            return _call_by_name(model, batch)
+    if isinstance(batch, Tensor | PackedSequence):
+        return model(batch)
+    return _call_whole(model, batch, f"a batch of type {type(batch).__name__} arrived")
+
+
+def _call_whole(model: nn.Module, batch: Any, arrived: str) -> Any:
+    try:
+        return model(batch)
+    except Exception as error:
+        raise ValueError(
+            f"{arrived} and was handed over whole, but {type(model).__name__} raised "
+            f"{type(error).__name__}: {error}; say how to run the model with "
+            "forward_fn=lambda model, batch: ..."
+        ) from error
 
 
 def _positional(model: nn.Module) -> int:
@@ -43,7 +58,8 @@ def _positional(model: nn.Module) -> int:
 
 def _call_by_name(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     parameters = inspect.signature(model.forward).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if takes_all and (_positional(model) != 1 or next(iter(parameters)) in batch):
         return model(**batch)
     given = {name: value for name, value in batch.items() if name in parameters}
     missing = [
@@ -51,6 +67,10 @@ def _call_by_name(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         for name, p in parameters.items()
         if p.default is p.empty and p.kind is not inspect.Parameter.VAR_POSITIONAL and name not in given
     ]
+    if (not given or takes_all) and _positional(model) == 1:
+        return _call_whole(
+            model, batch, f"a batch with the entries {list(batch)}, none of which forward takes, arrived"
+        )
     if not given or missing:
         raise ValueError(
             f"the batch has the entries {list(batch)}, but {type(model).__name__}.forward takes "

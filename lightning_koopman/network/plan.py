@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,57 +56,103 @@ def _varies(record: Recorded) -> bool:
     return tensor.shape[0] > 1 and bool((tensor != tensor[:1]).any()) if tensor.ndim else False
 
 
+def chain_ends(
+    records: Sequence[Recorded],
+    sources: Mapping[str, set[str]],
+    returned: Mapping[str, frozenset[str]],
+) -> list[str]:
+    """List the states that no component reads and that what the network returned is made of.
+
+    Where no single call returned, these are all that nothing reads. Where trained ones are among them,
+    frozen ones (teachers, perceptual losses, metric networks) do not count.
+    """
+    own = [r for r in records if not r.is_input and r.name not in returned]
+    frozen = {r.name for r in own if r.is_frozen}
+    read = {name for r in own for name in sources[r.name]}
+    unread = [r.name for r in own if r.name not in read]
+    reaching = frozenset().union(*returned.values())
+    if ends := [name for name in unread if name in reaching]:
+        ends = [name for name in ends if name not in frozen] or ends
+    else:
+        trained = [r.name for r in own if r.name not in frozen]
+        behind = _reached((source for name in trained for source in sources[name]), sources)
+        return [name for name in trained if name not in behind] or unread
+    # What a returned tensor is made of may be no state by itself: a sum of branches is not the branches.
+    alone = {name for made_of in returned.values() if len(made_of) == 1 for name in made_of}
+    mixed = {name: set(ends) & made_of - alone for name, made_of in returned.items()}
+    mixed = {name: parts for name, parts in mixed.items() if len(returned[name]) > 1 and len(parts) > 1}
+    covered = {part for parts in mixed.values() for part in parts}
+    return [*(name for name in ends if name not in covered), *mixed]
+
+
+def _reached(start: Iterable[str], sources: Mapping[str, set[str]]) -> set[str]:
+    """Follow what states were computed from, back to the inputs."""
+    reached, front = set(), list(start)
+    while front:
+        name = front.pop()
+        if name not in reached:
+            reached.add(name)
+            front.extend(sources[name])
+    return reached
+
+
 def leave_out_unfit(
     records: Sequence[Recorded],
     forms: Mapping[str, RowForm],
     sources: dict[str, set[str]],
-    last: str,
+    kept: Collection[str],
     batch: Any,
     notes: list[str],
 ) -> None:
-    """Take out of the graph what holds no row a sample, or the same for every sample."""
+    """Take out of the graph what holds no row per sample, or the same for every sample."""
     n_samples, _ = batch_size(records, batch)
     constant, misfit = [], []
     for record in records:
-        if record.name == last or callable(forms[record.name].reduce):
+        if record.name in kept or record.name not in sources or callable(forms[record.name].reduce):
             continue
+        shape = tuple(record.tensor.shape)
         rows = by_sample(record.tensor, forms[record.name].batch_axis, forms[record.name].group)
         if not sources[record.name] and n_samples > 1 and (len(rows) == 1 or not _varies(record)):
             constant.append(record.name)
         elif len(rows) != n_samples:
-            misfit.append(f"{record.name} {tuple(record.tensor.shape)}")
+            misfit.append(f"{record.name} {shape}")
         else:
             continue
-        own = sources.pop(record.name)
-        for read in sources.values():
-            if record.name in read:
-                read.remove(record.name)
-                read.update(own)
+        _bypass(record.name, sources)
     if constant:
         notes.append(f"the same for every sample, so left out: {listed(constant)}")
     if misfit:
         notes.append(f"without one row for each of {n_samples} samples, so left out: {listed(misfit)}")
 
 
-def leading_to(last: str, sources: dict[str, set[str]], notes: list[str]) -> dict[str, set[str]]:
-    """Keep what leads to the output."""
-    reached, front = {last}, [last]
-    while front:
-        for name in sources[front.pop()]:
-            if name not in reached:
-                reached.add(name)
-                front.append(name)
+def _bypass(name: str, sources: dict[str, set[str]]) -> None:
+    """Take a state out of the graph; what read it reads what it was computed from."""
+    own = sources.pop(name)
+    for read in sources.values():
+        if name in read:
+            read.remove(name)
+            read.update(own)
+
+
+def leading_to(
+    ends: Sequence[str], sources: dict[str, set[str]], notes: list[str]
+) -> dict[str, set[str]]:
+    """Keep what leads to the ends of the chain."""
+    reached = _reached(ends, sources)
     aside = [name for name in sources if name not in reached]
     if aside:
         notes.append(
-            f"nothing leads from here to the output of {last!r}, so left out: {listed(aside)}; choose "
-            "another output with output="
+            f"this report is about {listed(ends)}; left out, for nothing leads from there to it: "
+            f"{listed(aside)}; choose another output with output="
         )
     return {name: read for name, read in sources.items() if name in reached}
 
 
 _MOST_READ = 6
 """Most states that one step reads; further ones are left out and named."""
+
+_MOST_READ_BY_ENDS = 12
+"""The same for a last step that stands for several heads."""
 
 
 @dataclass(frozen=True)
@@ -166,29 +212,44 @@ def make_plan(
     named: bool = False,
     reduce: ReduceOption = "pool",
     max_dim: int = 256,
+    returned: Mapping[str, frozenset[str]] | None = None,
 ) -> Plan:
     """Settle the chain.
 
     Components that do not depend on one another and are equally deep in the graph are joined into one
-    state; a state that is read further down than by the next step is linked to it.
+    state, as are all that the chain ends with; a state that is read further down than by the next step
+    is linked to it.
     """
     notes: list[str] = []
     by_name = {record.name: record for record in records}
-    last = end if end is not None else records[-1].name
-    if last not in by_name:
+    if end is not None and end not in by_name:
         raise ValueError(
-            f"the output of interest {last!r} did not run in the forward pass; what ran is "
+            f"the output of interest {end!r} did not run in the forward pass; what ran is "
             f"{list(by_name)}"
         )
+    returned = {} if returned is None else returned
     forms = row_forms(records, batch, reduce, max_dim)
     sources = sources_of(records, notes)
+    losses = [r.name for r in records if r.is_loss and r.name != end and r.name not in returned]
+    if losses and not named:
+        for name in losses:
+            _bypass(name, sources)
+        notes.append(f"these compare what the network gives with targets, so left out: {listed(losses)}")
+        records = [r for r in records if r.name not in losses]
+    ends = [end] if end is not None else chain_ends(records, sources, returned)
+    for name in set(sources) & set(returned) - set(ends):
+        del sources[name]
     if not named:
-        leave_out_unfit(records, forms, sources, last, batch, notes)
-    sources = leading_to(last, sources, notes)
+        kept = [ends[-1]] if len(ends) == 1 else []
+        leave_out_unfit(records, forms, sources, kept, batch, notes)
+        ends = [name for name in ends if name in sources] or [list(sources)[-1]]
+    sources = leading_to(ends, sources, notes)
     depth: dict[str, int] = {}
     for name, read in sources.items():
         depth[name] = 1 + max((depth[source] for source in read), default=-1)
-    groups: list[list[str]] = [[] for _ in range(depth[last] + 1)]
+    deepest = max(depth[name] for name in ends)
+    depth |= dict.fromkeys(ends, deepest)
+    groups: list[list[str]] = [[] for _ in range(deepest + 1)]
     for name, level in depth.items():
         groups[level].append(name)
     states = tuple(tuple(group) for group in groups)
@@ -197,17 +258,18 @@ def make_plan(
         for group in states[1:]
     )
     plan = Plan(states, links, forms, ())
-    cut = tuple(read[:_MOST_READ] for read in links)
-    return replace(plan, links=cut, notes=(*notes, *_graph_notes(plan)))
+    limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
+    cut = tuple(read[:most] for read, most in zip(links, limits, strict=False))
+    return replace(plan, links=cut, notes=(*notes, *_graph_notes(plan, cut)))
 
 
 def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
     """Make a plain chain of what ran, whatever is known of the data flow."""
-    inner = [r for i, r in enumerate(records) if i == 0 or not r.name.startswith(INPUT)]
+    inner = [r for i, r in enumerate(records) if i == 0 or not r.is_input]
     return [replace(record, sources=None) for record in inner]
 
 
-def _graph_notes(plan: Plan) -> list[str]:
+def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]]) -> list[str]:
     notes = []
     joined = [name for name, group in zip(plan.names, plan.states, strict=True) if len(group) > 1]
     if joined:
@@ -216,9 +278,9 @@ def _graph_notes(plan: Plan) -> list[str]:
             "shared"
         )
     skips = []
-    for i, read in enumerate(plan.links, start=1):
+    for i, (read, left) in enumerate(zip(plan.links, cut, strict=True), start=1):
         further = [plan.names[p] for p in read if p != i - 1]
-        kept = further[: _MOST_READ - 1]
+        kept = [plan.names[p] for p in left if p != i - 1]
         if kept:
             skips.append(f"{plan.names[i]} reads {', '.join(reversed(kept))} too")
         if len(further) > len(kept):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_koopman.network.tensors import all_tensors
+from lightning_koopman.network.tensors import all_tensors, tensors_inside
 
 # These read a tensor's shape, never its values.
 _SHAPE_ONLY = frozenset({
@@ -192,10 +192,11 @@ class Provenance:
         self._flow: DataFlow | None = None
         self._batch: Any = None
         self._claimed: dict[str, str] = {}
+        self._taken: set[str] = set()
 
     def start_pass(self, batch: Any) -> None:
         """Forget the pass before."""
-        self._batch, self._claimed = batch, {}
+        self._batch, self._claimed, self._taken = batch, {}, set()
         self._label_batch()
 
     def follow(self) -> None:
@@ -213,7 +214,7 @@ class Provenance:
 
     def _label_batch(self) -> None:
         if self._flow is not None:
-            for i, tensor in enumerate(all_tensors(self._batch)):
+            for i, tensor in enumerate(tensors_inside(self._batch)):
                 self._flow.label(tensor, f"{_BATCH}{i}")
 
     def of(self, value: Any) -> frozenset[str] | None:
@@ -236,6 +237,26 @@ class Provenance:
             if not self._flow.labels(tensor):
                 self._flow.label(tensor, name)
             self._claimed |= {label: name for label in self._flow.labels(tensor)}
+
+    def others(self, value: Any) -> list[Tensor]:
+        """Find the tensors made of data of the batch that no component has taken, such as targets."""
+        if self._flow is None:
+            return []
+        return [
+            tensor
+            for tensor in all_tensors(value)
+            # What is true or false is a mask, not a target.
+            if tensor.dtype != torch.bool
+            and any(
+                label.startswith(_BATCH) and label not in self._claimed and label not in self._taken
+                for label in self._flow.labels(tensor)
+            )
+        ]
+
+    def take(self, value: Any) -> None:
+        """Remember which data of the batch a component has taken, in whatever place."""
+        if self._flow is not None:
+            self._taken |= {name for name in self._flow.labels(value) if name.startswith(_BATCH)}
 
     def mark(self, value: Any, name: str) -> None:
         """Let a value count as a state."""

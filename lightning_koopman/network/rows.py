@@ -34,6 +34,8 @@ class Recorded:
         lengths: Valid length of each sequence where it was packed, else ``None``.
         sources: The states it was computed from, directly; ``None`` where the data was not followed.
         from_float: Whether the component took a floating-point tensor.
+        is_loss: Whether it compares other states with data that no other component takes.
+        is_frozen: Whether its component has parameters, and none of them is trained.
     """
 
     name: str
@@ -42,6 +44,13 @@ class Recorded:
     lengths: Tensor | None = None
     sources: frozenset[str] | None = None
     from_float: bool = True
+    is_loss: bool = False
+    is_frozen: bool = False
+
+    @property
+    def is_input(self) -> bool:
+        """Whether it is what the network takes in."""
+        return self.name.partition("#")[0] == INPUT
 
 
 Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Tensor]

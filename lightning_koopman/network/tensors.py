@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 LET_IT_BE_WHOLE = (
@@ -39,6 +39,23 @@ def all_tensors(value: Any) -> Iterator[Tensor]:
             yield from all_tensors(part)
 
 
+_DEEPEST = 4
+"""How deep in objects of any class tensors are looked for, as in batches of graph libraries."""
+
+
+def tensors_inside(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Find every tensor in a nested value, also in the attributes of objects of any class."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    parts = list(parts_of(value))
+    known = parts or isinstance(value, Mapping | tuple | list | nn.Module | type)
+    if not known and depth < _DEEPEST:
+        parts = list(getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from tensors_inside(part, depth + (not known))
+
+
 def first_tensor(value: Any) -> Tensor | None:
     """Find the first floating-point tensor in a module's input or output.
 
@@ -52,9 +69,14 @@ def first_tensor(value: Any) -> Tensor | None:
                 f"a state of dtype {tensor.dtype} arrived; complex states are not supported. "
                 "Choose components whose outputs are real, or view them with torch.view_as_real."
             )
-        if tensor.is_floating_point():
+        if is_real(tensor):
             return tensor
     return None
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Check whether a tensor stands for real numbers; quantised ones do."""
+    return tensor.is_floating_point() or tensor.is_quantized
 
 
 def first_packed(value: Any) -> PackedSequence | None:
@@ -78,6 +100,20 @@ def unpacked(value: PackedSequence) -> tuple[Tensor, Tensor]:
     """
     padded, lengths = pad_packed_sequence(value, batch_first=True)
     return padded, lengths
+
+
+def padded(nested: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Pad a nested tensor of sequences; tell their lengths."""
+    parts = nested.unbind()
+    tails = {part.shape[1:] for part in parts}
+    if not parts or parts[0].ndim < 1 or len(tails) > 1:
+        shapes = sorted({tuple(part.shape) for part in parts})
+        raise ValueError(
+            f"the state of {name!r} is a nested tensor whose samples have the shapes {shapes[:4]}; only "
+            "their first axis, the positions, may differ. Leave it out with components=[...]."
+        )
+    lengths = torch.tensor([part.shape[0] for part in parts])
+    return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True), lengths
 
 
 def detached_copy(tensor: Tensor) -> Tensor:

@@ -442,12 +442,60 @@ def test_a_state_that_is_no_batch_of_samples_is_refused() -> None:
 
 
 @pytest.mark.parametrize("batch", [3, "text", None, ()], ids=repr)
-def test_batches_of_another_type_are_refused(mlp: Any, batch: Any) -> None:
+def test_batches_that_the_model_cannot_take_name_forward_fn(mlp: Any, batch: Any) -> None:
     kind = type(batch).__name__
     with pytest.raises(
-        ValueError, match=f"a batch of type {kind} arrived; pass tensors, tuples or mappings"
+        ValueError,
+        match=f"a batch of type {kind} arrived and was handed over whole, .* forward_fn=lambda",
     ):
         credit_report(mlp, [batch])
+
+
+class Given:
+    """A batch of a class of its own, as graph libraries make them."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.parts = x, {"y": -x}
+
+
+class TakesWhole(nn.Module):
+    """Takes apart by itself what it is given."""
+
+    def __init__(self, take: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.take, self.a, self.b = take, nn.Linear(6, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.b(self.a(self.take(batch)))
+
+
+WHOLE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "a tuple and targets": (lambda x: ((x, 2 * x, 3 * x), x[:, 0]), lambda xs: sum(xs) / 6),
+    "a list and targets": (lambda x: ([x, 3 * x], None), lambda xs: sum(xs) / 4),
+    "an object": (Given, lambda given: given.x),
+    "an object and targets": (lambda x: (Given(x), x[:, 0]), lambda given: -given.parts["y"]),
+    "a mapping of other names": (lambda x: {"image": x}, lambda batch: batch["image"]),
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_cannot_be_mapped_is_handed_over_whole(kind: str) -> None:
+    make, take = WHOLE[kind]
+    x = samples().split(50)
+    expected = credit_report(TakesWhole(lambda x: x), x)
+    given = credit_report(TakesWhole(take), [make(part) for part in x])
+    assert given.components == expected.components == ("a", "b")
+    np.testing.assert_allclose(given.credit, expected.credit, atol=1e-9)
+
+
+def test_a_mapping_that_fails_whole_names_forward_fn() -> None:
+    model = TakesWhole(lambda batch: batch["x"])
+    with pytest.raises(
+        ValueError,
+        match=r"the entries \['y'\], none of which forward takes, .* forward_fn=",
+    ):
+        credit_report(model, [{"y": samples()}])
 
 
 def test_one_tensor_in_place_of_batches_is_refused(mlp: Any) -> None:

@@ -113,8 +113,7 @@ def measured(model: nn.Module, batches: list[Any], **options: Any) -> CreditRepo
 
 def test_a_model_that_returns_a_dictionary() -> None:
     report = measured(Detector(), list(torch.randn(400, 3, 9, 9).split(100)))
-    assert report.components == ("backbone.0", "neck", "heads.classes")
-    assert any("left out: heads.boxes; choose another output" in note for note in report.notes)
+    assert report.components == ("backbone.0", "neck", "heads.boxes+heads.classes")
 
 
 def test_functional_activations_and_concatenation() -> None:
@@ -145,11 +144,17 @@ def test_one_encoder_on_two_tensors_in_one() -> None:
     assert report.components == ("encoder.0+encoder.0#1", "encoder.2+encoder.2#1", "head")
 
 
-@pytest.mark.parametrize("kind", [Auxiliary, QuietAuxiliary])
-def test_an_auxiliary_head_is_left_out_by_name(kind: type[Auxiliary]) -> None:
-    report = measured(kind(), list(torch.randn(600, 6).split(100)))
+def test_an_auxiliary_head_that_does_not_run_is_left_out_by_name() -> None:
+    report = measured(QuietAuxiliary(), list(torch.randn(600, 6).split(100)))
     assert report.components == ("low", "high", "main")
     assert any("aux" in note and "left out" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, AuxiliaryLast])
+def test_an_auxiliary_head_counts_wherever_it_runs(kind: type[Auxiliary]) -> None:
+    report = measured(kind(), list(torch.randn(600, 6).split(100)))
+    assert len(report.components) == 3
+    assert set(report.components[-1].split("+")) == {"main", "aux"}
 
 
 def test_an_auxiliary_head_that_runs_last_can_be_passed_over() -> None:
