@@ -27,10 +27,9 @@ FOLDERS = [
 # One validation batch, from Lightning's hook to the log. Each stop is imported by one before it.
 BATCH = {
     "callback.monitor": "called by Lightning's validation hooks",
-    "callback.session": "keeps the measurement under way",
     "measurement.measurement": "one report in the making",
     "network.capture": "hooks see what each component takes and gives",
-    "network.recorder": "states, and where their data came from",
+    "network.provenance": "where the data of each state came from",
     "network.rows": "one row per sample and state",
     "measurement.accumulator": "gathers the rows of all passes",
     "koopman.states": "wide states projected, skip links joined",

@@ -265,7 +265,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             refuse_sharded_weights(trainer)
         self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
         assert self._measurement is not None
-        self._recording = Recording(pl_module, self._measurement.capture.components.values())
+        self._recording = Recording(pl_module, self._measurement.capture.components)
         self._recorded_training = False
 
     @never_in_the_way
@@ -334,7 +334,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self.history and not self._from_training:
             return
         if batch_idx == 0 and self._is_due(trainer):
-            parts = named_components(pl_module, self.components).values()
+            parts = named_components(pl_module, self.components)
             self._recording, self._n_recorded = Recording(pl_module, parts), 0
             self._recorded_training = True
         wanted = samples_for_rank(self.max_samples, data_part(trainer).count)

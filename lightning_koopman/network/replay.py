@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.components import clean_name, common_ancestor
+from lightning_koopman.network.components import clean_name, common_ancestor, transparent_modules
 from lightning_koopman.network.hook_points import attach
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import all_tensors, first_tensor
@@ -118,16 +118,17 @@ class Recording:
     """
 
     def __init__(
-        self, model: nn.Module, components: Iterable[nn.Module], *, budget: int = BYTES_KEPT
+        self, model: nn.Module, components: dict[str, nn.Module], *, budget: int = BYTES_KEPT
     ) -> None:
         self.steps: list[Step] = []
         self.reason: str | None = None
         self.full = False
         self._model, self._budget = model, budget
-        parts = {id(module) for module in components}
+        between = [m for m in transparent_modules(model, components) if _is_pure(m)]
+        parts = {id(module) for module in (*components.values(), *between)}
         self._names = {id(m): clean_name(n) or type(m).__name__ for n, m in model.named_modules()}
         self._carriers = list(_carriers(model, parts))
-        self._ancestor = common_ancestor(model, components)
+        self._ancestor = common_ancestor(model, components.values())
         if getattr(model, "_compiler_ctx", None) is not None:
             self.reason, self._carriers = "the whole module is compiled", []
         self._hooks = ExitStack()
@@ -276,6 +277,12 @@ class _Object:
     """A copy of an argument that is neither a tensor nor a plain value."""
 
     copy: Any
+
+
+def _is_pure(module: nn.Module) -> bool:
+    """Check whether a module between components gives the same again, whatever else it ran on."""
+    kind = type(module)
+    return kind.__module__.startswith("torch.nn.") and not issubclass(kind, nn.modules.loss._Loss)
 
 
 def _carriers(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:

@@ -6,13 +6,14 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lit import dataset, hooks_on, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*samples are few",
     "ignore:Total length of",
     "ignore:You defined a .validation_step",
+    "ignore:.*there is no validation loop",
 )
 
 
@@ -160,10 +162,14 @@ def test_a_copy_keeps_nothing_of_the_capture() -> None:
 def test_a_validation_without_batches_does_not_hang(empty: Any, tmp_path: Path) -> None:
     model = Odd(plain())
     model.val_dataloader = lambda: empty  # type: ignore[method-assign]
-    trainer = quiet_trainer(tmp_path, [KoopmanCreditMonitor()], max_epochs=1)
-    with pytest.warns(UserWarning, match="no sample arrived"):
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=1)
+    with pytest.warns(UserWarning, match="no validation was watched, so Koopman credit"):
         trainer.fit(model, DataLoader(dataset(), 40))
     assert trainer.global_step == 4
+    assert monitor.report is not None
+    direct = credit_report(model.net, [dataset().tensors[0]])
+    assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
 
 
 def test_what_a_pass_sets_on_a_module_is_put_back() -> None:
@@ -190,3 +196,114 @@ def test_what_a_pass_sets_on_a_module_is_put_back() -> None:
     assert net.training
     assert net.seen is seen
     assert torch.equal(net.layer.weight, weight)
+
+
+class Ways(L.LightningModule):
+    """One function of the batch, run in the ways that people write their steps."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.net = way, plain()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.net(x * scale)
+
+    def run(self, batch: Any) -> Tensor:
+        x = batch[0]
+        if self.way == "no forward":
+            return self.net(x * 0.1)
+        if self.way == "forward itself":
+            return self.forward(x, scale=0.1)
+        if self.way == "two calls":
+            return self.net[2](self.net[1](self.net[0](x * 0.1)))
+        if self.way == "code between":
+            return self.net[2](torch.tanh(self.net[0](x * 0.1)))
+        return self(x=x, scale=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.run(batch), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self.run(batch), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+class Scaled(nn.Module):
+    """That function, as a module."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * 0.1)
+
+
+class StopsAt(L.Callback):
+    """Ends the training in an epoch that nobody expected to be the last."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch >= 2
+
+
+@pytest.mark.parametrize("loop", ["validation", "stopped early", "training alone"])
+@pytest.mark.parametrize("way", ["a call", "no forward", "forward itself", "two calls"])
+def test_the_report_is_about_the_function_that_was_run(way: str, loop: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, monitor = Ways(way), KoopmanCreditMonitor(every_n_epochs=5, on_error="raise")
+    callbacks = [monitor, StopsAt()] if loop == "stopped early" else [monitor]
+    train, validation = DataLoader(dataset(), 40), DataLoader(dataset(seed=1), 40)
+    how: dict[str, Any] = {"limit_val_batches": 0} if loop == "training alone" else {}
+    quiet_trainer(tmp_path, callbacks, max_epochs=4, **how).fit(model, train, validation)
+    data = dataset(seed=0 if loop == "training alone" else 1).tensors[0]
+    assert monitor.report is not None
+    assert monitor.report.step == (12 if loop == "stopped early" else 16)
+    assert monitor.report.n_samples == 160
+    direct = credit_report(Scaled(model.net), data.split(40))
+    assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-5)
+    assert monitor.report.total == pytest.approx(direct.total, abs=1e-5)
+    assert hooks_on(model) == 0
+
+
+def test_what_cannot_be_run_again_keeps_its_watched_report_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, monitor = Ways("code between"), KoopmanCreditMonitor(every_n_epochs=5, on_error="raise")
+    trainer = quiet_trainer(tmp_path, [monitor, StopsAt()], max_epochs=4)
+    with pytest.warns(UserWarning, match="the newest Koopman credit is about step 4, not the final"):
+        trainer.fit(model, DataLoader(dataset(), 40), DataLoader(dataset(seed=1), 40))
+    assert [report.step for report in monitor.history] == [4]
+    assert "runs code of its own before 'net.2'" in monitor.history[0].notes[-1]
+
+
+def test_one_monitor_in_two_trainings_keeps_their_reports_apart(tmp_path: Path) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    for _ in range(2):
+        trained(plain, tmp_path, [monitor], True)
+        assert [report.step for report in monitor.history] == [4, 8]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_monitored_key_is_there_from_the_first_validation_on(fails: bool, tmp_path: Path) -> None:
+    monitor = KoopmanCreditMonitor(every_n_epochs=3)
+    seen: list[float] = []
+
+    class Sees(L.Callback):
+        monitor = "koopman/total"
+
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            if not trainer.sanity_checking:
+                seen.append(float(trainer.callback_metrics["koopman/total"]))
+
+    stopping = EarlyStopping("koopman/total", patience=9)
+    model = Odd(plain())
+    data = dataset(seed=1)
+    if fails:
+        data.tensors[0][0, 0] = float("inf")
+    trainer = quiet_trainer(tmp_path, [monitor, stopping, Sees()], max_epochs=4)
+    context = pytest.warns(UserWarning, match="Koopman credit skipped") if fails else nullcontext()
+    with context:
+        trainer.fit(model, DataLoader(dataset(), 40), DataLoader(data, 40))
+    assert trainer.current_epoch == 4
+    assert seen[:2] == pytest.approx([0.0 if fails else monitor.history[0].total] * 2)

@@ -22,7 +22,7 @@ class Parts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder, self.decoder = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.encoder, self.between, self.decoder = nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)
 
     def forward(self, x: Tensor, scale: float = 1.0, *, shift: Tensor | None = None) -> Tensor:
         h = self.encoder(x * scale)
@@ -37,8 +37,12 @@ def parts() -> Parts:
     return model.eval()
 
 
+def parts_of(model: Any) -> dict[str, nn.Module]:
+    return {"encoder": model.encoder, "decoder": model.decoder}
+
+
 def recorded(model: Any, step: Callable[[Any, Tensor], Any], n_steps: int = 2, **how: Any) -> Recording:
-    recording, hooks = Recording(model, [model.encoder, model.decoder], **how), hooks_on(model)
+    recording, hooks = Recording(model, parts_of(model), **how), hooks_on(model)
     for seed in range(n_steps):
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
         with torch.no_grad(), recording:
@@ -53,6 +57,7 @@ WAYS: dict[str, Callable[[Parts, Tensor], Any]] = {
     "a call": lambda m, x: m(x, 0.5, shift=torch.ones(3)),
     "forward itself": lambda m, x: m.forward(x, scale=0.5, shift=torch.ones(3)),
     "two calls": lambda m, x: m.decoder(m.encoder(x)),
+    "a module of torch's between them": lambda m, x: m.decoder(m.between(m.encoder(x))),
     "a view between them": lambda m, x: m.decoder(m.encoder(x)[1:4]),
     "an argument changed in place": lambda m, x: (m(x), x.zero_()),
 }
@@ -148,7 +153,7 @@ def test_the_budget_of_bytes_ends_the_recording() -> None:
 
 def test_copies_made_while_recording_are_the_model_alone() -> None:
     model = parts()
-    recording = Recording(model, [model.encoder, model.decoder])
+    recording = Recording(model, parts_of(model))
     x = torch.ones(2, 4)
     with recording:
         twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
