@@ -128,7 +128,9 @@ class _Tree:
             for child in parent.children():
                 of_list = isinstance(parent, _CONTAINERS)
                 self._alike.setdefault(type(child), []).append((child, of_list))
-        self._stages = {type(module) for module in root.modules() if _is_stage(module)}
+        self._stages = {
+            type(module) for module in root.modules() if module is not root and _is_stage(module)
+        }
 
     def open_wrapper(self, name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """Look into a tower, through wrappers around a single child."""
@@ -290,6 +292,16 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
         and (isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()))
         and (is_norm(module) or not has_weights(module))
     ]
+
+
+def without_component(model: nn.Module, holders: Iterable[nn.Module]) -> dict[str, int]:
+    """Count the parameters that none of some modules holds, by name."""
+    held = {id(parameter) for module in holders for parameter in module.parameters()}
+    return {
+        clean_name(name): 0 if is_lazy(parameter) else parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in held
+    }
 
 
 def with_output(model: nn.Module, chosen: Mapping[str, nn.Module], output: str) -> dict[str, nn.Module]:
