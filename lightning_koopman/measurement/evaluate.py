@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.lifts import Observables
 from lightning_koopman.koopman.options import Normalize, Options
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import ForwardFn
+from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
+from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.rows import ReduceOption
 from lightning_koopman.report.report import CreditReport
 
@@ -111,6 +115,30 @@ def credit_report(
         targets=targets,
         observables=observables,
     )
+    batches = _with_weights(model, batches, forward_fn)
     measurement = Measurement(model, components, options)
     measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)
+
+
+def _with_weights(
+    model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None
+) -> Iterable[Any]:
+    """Run once over the first batch where lazy modules have no weights yet, so that they get them."""
+    if not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        return batches
+    with random_states_kept(batches):
+        rest = iter(batches)
+        first = list(itertools.islice(rest, 1))
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in first:
+                (default_forward if forward_fn is None else forward_fn)(model, to_device(batch, device))
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)
+    return itertools.chain(first, rest) if rest is batches else batches

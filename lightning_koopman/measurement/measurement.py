@@ -185,6 +185,8 @@ class Measurement(Accumulator):
             notes.append(self._untraced)
         if self._silent:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
+        if homeless := [f"{name} ({count:,})" for name, count in self.capture.homeless.items()]:
+            notes.append(f"parameters in no component: {listed(homeless)}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
         if self.names and not self.names[0].startswith(INPUT):

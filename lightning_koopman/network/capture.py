@@ -19,12 +19,14 @@ from lightning_koopman.network.components import (
     named_components,
     transparent_modules,
     with_output,
+    without_component,
 )
 from lightning_koopman.network.hook_points import attach
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
+    are_data,
     detached_copy,
     first_packed,
     first_tensor,
@@ -45,7 +47,8 @@ def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
         if self._closed:
             return
         try:
-            hook(self, *args, **kwargs)
+            if are_data(args, kwargs):
+                hook(self, *args, **kwargs)
         except Exception as error:
             self._error, self._closed = error, True
 
@@ -70,6 +73,7 @@ class Capture:
         skipped: Components that gave nothing to record in the current pass.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
+        homeless: Number of values of each parameter that is in no component, where these were not named.
         returned: The states that reach each tensor with samples that the components' common ancestor
             returned in the first pass; those of several states are recorded themselves, under the same
             name. Empty where it was not called.
@@ -96,6 +100,8 @@ class Capture:
         if output is not None:
             self.components = with_output(model, self.components, output)
         self._transparent = [] if self._named else transparent_modules(model, self.components)
+        holders = [*self.components.values(), *self._transparent]
+        self.homeless = {} if self._named else without_component(model, holders)
         self._model, self.keep, self._follow = model, keep, follow
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._hooks = ExitStack()

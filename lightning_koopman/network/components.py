@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -55,6 +58,23 @@ def has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
+def has_weights(module: nn.Module) -> bool:
+    """Check whether a module or any part of it has parameters, or packed weights in their place."""
+    return has_parameters(module) or any(map(_is_quantised, module.modules()))
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Check whether a module holds quantised weights, which are no parameters."""
+    return ".quantized." in f"{type(module).__module__}." and (
+        callable(getattr(module, "weight", None)) or hasattr(module, "_all_weight_values")
+    )
+
+
+def n_weights(module: nn.Module) -> int:
+    """Count a module's parameters; those of lazy modules do not exist yet."""
+    return sum(p.numel() for p in module.parameters() if not is_lazy(p))
+
+
 def is_frozen(module: nn.Module) -> bool:
     """Check whether a module has parameters, of which none is trained."""
     return has_parameters(module) and not any(p.requires_grad for p in module.parameters())
@@ -71,13 +91,14 @@ def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         name, node = children[0]
         children = _children(node, name)
     if not children:
-        if has_parameters(node):
+        if has_weights(node):
             yield name or type(node).__name__, node
         return
-    parts = list(_opened(children, towers=not isinstance(node, _CONTAINERS)))
+    tree = _Tree(node)
+    parts = list(tree.opened(children, towers=not isinstance(node, _CONTAINERS)))
     # Two towers such as encoder and decoder say little: look one level into them.
     if len(parts) < 3:
-        deeper = [inner for part in parts for inner in _open_wrapper(*part)]
+        deeper = [inner for part in parts for inner in tree.open_wrapper(*part)]
         parts = deeper if len(deeper) > len(parts) else parts
     previous_is_leaf = False
     for part_name, module in parts:
@@ -88,74 +109,124 @@ def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+    # The parts of a scripted module take no hooks.
+    if isinstance(module, torch.jit.ScriptModule):
+        return []
     return [
         (clean_name(f"{prefix}.{name}" if prefix else name), unwrapped(child))
         for name, child in module.named_children()
-        if has_parameters(child)
+        if has_weights(child)
     ]
 
 
-def _open_wrapper(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    children = _children(module, name)
-    while len(children) == 1:
-        (name, module) = children[0]
-        if not _children(module, name):
-            return [(name, module)]
+class _Tree:
+    """What repeats in a module tree, and how far its parts are opened."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._alike: dict[type, list[tuple[nn.Module, bool]]] = {}
+        for parent in root.modules():
+            for child in parent.children():
+                of_list = isinstance(parent, _CONTAINERS)
+                self._alike.setdefault(type(child), []).append((child, of_list))
+        self._stages = {
+            type(module) for module in root.modules() if module is not root and _is_stage(module)
+        }
+
+    def open_wrapper(self, name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Look into a tower, through wrappers around a single child."""
         children = _children(module, name)
-    if isinstance(module, _CONTAINERS):
-        return list(_opened(children))
-    return [(name, module)]
+        while len(children) == 1:
+            (name, module) = children[0]
+            if not _children(module, name):
+                return [(name, module)]
+            children = _children(module, name)
+        if isinstance(module, _CONTAINERS):
+            return list(self.opened(children))
+        return [(name, module)]
+
+    def opened(
+        self, children: list[tuple[str, nn.Module]], *, towers: bool = False
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Go through modules, and into those that are lists of what a person would name."""
+        kinds = [type(child) for _, child in children]
+        for name, child in children:
+            # Members of a list are blocks; two attributes of one type are an encoder and a decoder.
+            repeats = kinds.count(type(child)) > (2 if towers else 1) or self._is_block(child)
+            opens = type(child) in self._stages or (not repeats and _holds_blocks(child))
+            inner = _children(child, name)
+            if isinstance(child, torch.jit.ScriptModule):
+                yield name, child
+            elif _is_one_layer(child) and not isinstance(child, nn.Sequential):
+                # A list is never called itself: its layer stands for it.
+                yield inner[-1]
+            elif (isinstance(child, _CONTAINERS) and not _is_one_layer(child)) or opens:
+                yield from self.opened(inner)
+            else:
+                yield name, child
+
+    def _is_block(self, module: nn.Module) -> bool:
+        """Check whether modules of the same type stand elsewhere, in a list or at least twice."""
+        inside = {id(part) for part in module.modules()}
+        others = [of_list for other, of_list in self._alike[type(module)] if id(other) not in inside]
+        return any(others) or len(others) > 1
 
 
-def _opened(
-    children: list[tuple[str, nn.Module]], *, towers: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
-    kinds = [type(child) for _, child in children]
-    stages = {type(child) for _, child in children if _is_stage(child)}
-    for name, child in children:
-        # Members of a list are blocks; two attributes of one type are an encoder and a decoder.
-        repeats = kinds.count(type(child)) > (2 if towers else 1)
-        opens = type(child) in stages if repeats else _holds_blocks(child)
-        if isinstance(child, _CONTAINERS) or opens:
-            yield from _opened(_children(child, name))
-        else:
-            yield name, child
+def _is_one_layer(module: nn.Module) -> bool:
+    """Check whether a container holds one layer behind its norm, as downsampling and transitions do."""
+    parts = [part for part in module.children() if has_weights(part)]
+    return (
+        isinstance(module, nn.Sequential | nn.ModuleList)
+        and len(parts) > 1
+        and all(is_norm(part) for part in parts[:-1])
+        and not is_norm(parts[-1])
+        and not any(True for _ in parts[-1].children())
+    )
 
 
 def _holds_blocks(module: nn.Module) -> bool:
     """Tell whether a list of at least two composite modules sits somewhere inside."""
     for part in module.modules():
         if isinstance(part, nn.Sequential | nn.ModuleList):
-            composite = [c for c in part.children() if has_parameters(c) and any(c.children())]
+            composite = [c for c in part.children() if has_weights(c) and any(c.children())]
             if len(composite) >= 2:
                 return True
     return False
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Tell whether a module is little more than a list of blocks, as stages of vision networks are."""
-    # A block has weights in at least two places, unlike the convolutions of an inverted bottleneck; and
-    # the list is the module's own, unlike that of a mixture of experts further in.
-    everything = sum(p.numel() for p in module.parameters())
-    for part in module.children():
-        if not isinstance(part, nn.Sequential | nn.ModuleList):
-            continue
-        blocks = list(part.children())
-        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        if (
-            alike
-            and not isinstance(blocks[0], _CONTAINERS)
-            and all(_weighted_leaves(block) > 1 for block in blocks)
-            and 2 * sum(p.numel() for p in part.parameters()) > everything
-        ):
-            return True
-    return False
+    """Check whether a module is little more than blocks, as stages of vision networks are."""
+    if isinstance(module, _CONTAINERS):
+        return False
+    own = [part for part in module.children() if has_weights(part)]
+    if _are_blocks(own) and any(_shape(a) == _shape(b) for a, b in itertools.pairwise(own)):
+        return True
+    # The list is the module's own, unlike that of a mixture of experts further in.
+    return any(
+        isinstance(part, nn.Sequential | nn.ModuleList)
+        and _are_blocks(list(part.children()))
+        and 2 * n_weights(part) > n_weights(module)
+        for part in own
+    )
+
+
+def _are_blocks(modules: Sequence[nn.Module]) -> bool:
+    """Check whether modules are of one type and have weights in at least two places each."""
+    # Unlike the convolutions of an inverted bottleneck.
+    alike = len(modules) > 1 and len({type(module) for module in modules}) == 1
+    return (
+        alike
+        and not isinstance(modules[0], _CONTAINERS)
+        and all(_weighted_leaves(module) > 1 for module in modules)
+    )
+
+
+def _shape(module: nn.Module) -> list[type]:
+    return [type(part) for part in module.modules()]
 
 
 def _weighted_leaves(module: nn.Module) -> int:
     return sum(
-        has_parameters(part) and not is_norm(part) and not any(part.children())
-        for part in module.modules()
+        has_weights(part) and not is_norm(part) and not any(part.children()) for part in module.modules()
     )
 
 
@@ -185,7 +256,7 @@ def named_components(
         chosen = dict(automatic_components(model))
     else:
         single = isinstance(components, str | type | int)
-        chosen = _matching(modules, [components] if single else components)  # type: ignore[arg-type, list-item]
+        chosen = _matching(model, modules, [components] if single else components)  # type: ignore[arg-type, list-item]
     if components is not None and not chosen:
         raise ValueError("components names nothing; leave it out to choose automatically")
     if not chosen:
@@ -210,15 +281,27 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
     These are leaves without parameters (activations, dropout, pooling, flatten) and normalisation
     layers outside of every component.
     """
+    opaque = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     inside = {id(part) for module in chosen.values() for part in module.modules()}
+    inside |= {id(part) for module in opaque for part in module.modules() if part is not module}
     return [
         module
         for module in model.modules()
         if id(module) not in inside
         and module is not model
-        and not any(True for _ in module.children())
-        and (is_norm(module) or not has_parameters(module))
+        and (isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()))
+        and (is_norm(module) or not has_weights(module))
     ]
+
+
+def without_component(model: nn.Module, holders: Iterable[nn.Module]) -> dict[str, int]:
+    """Count the parameters that none of some modules holds, by name."""
+    held = {id(parameter) for module in holders for parameter in module.parameters()}
+    return {
+        clean_name(name): 0 if is_lazy(parameter) else parameter.numel()
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in held
+    }
 
 
 def with_output(model: nn.Module, chosen: Mapping[str, nn.Module], output: str) -> dict[str, nn.Module]:
@@ -250,7 +333,9 @@ def common_ancestor(model: nn.Module, chosen: Iterable[nn.Module]) -> nn.Module 
     return ancestor
 
 
-def _matching(modules: dict[str, nn.Module], wanted: Sequence[Components]) -> dict[str, nn.Module]:
+def _matching(
+    model: nn.Module, modules: dict[str, nn.Module], wanted: Sequence[Components]
+) -> dict[str, nn.Module]:
     found: set[str] = set()
     for item in wanted:
         if isinstance(item, str):
@@ -263,6 +348,12 @@ def _matching(modules: dict[str, nn.Module], wanted: Sequence[Components]) -> di
         elif isinstance(item, int) and not isinstance(item, bool):
             matches = _at_depth(modules, item)
             trouble = f"depth is {item}; the model's own children are at depth 1."
+            if item > 0 and not any(map(has_parameters, modules.values())):
+                trouble = (
+                    f"depth is {item}, but a depth takes modules with parameters, and "
+                    f"{type(model).__name__} has none, as quantised models. Name modules with "
+                    "components=[...]."
+                )
         else:
             raise TypeError(
                 f"components holds {item!r}; give names, glob patterns, types of nn.Module, or a depth"

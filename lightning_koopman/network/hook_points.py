@@ -9,6 +9,7 @@ from contextlib import ExitStack, nullcontext
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.tensors import first_tensor
@@ -40,11 +41,13 @@ def attach(
 ) -> ExitStack:
     """Hang hooks on a module, before all others if ``first``, until the stack returned is closed."""
     hooks = ExitStack()
+    # Scripted modules refuse hooks, but run those they have where code that is not scripted calls them.
+    taker: Any = super(ScriptModule, module) if isinstance(module, ScriptModule) else module
     if before is not None:
-        handle = module.register_forward_pre_hook(_Hook(before), with_kwargs=True, prepend=first)
+        handle = taker.register_forward_pre_hook(_Hook(before), with_kwargs=True, prepend=first)
         hooks.callback(handle.remove)
     if after is not None:
-        hooks.callback(module.register_forward_hook(_Hook(after), with_kwargs=True).remove)
+        hooks.callback(taker.register_forward_hook(_Hook(after), with_kwargs=True).remove)
     return hooks
 
 

@@ -172,7 +172,8 @@ def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
 
 def _address(tensor: Tensor) -> int:
     """Identify a tensor's memory; 0 where it has none of its own, as sparse tensors."""
-    if tensor.layout is not torch.strided:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if tensor.layout is not torch.strided or wrapped:
         return 0
     return int(tensor.untyped_storage()._cdata)
 

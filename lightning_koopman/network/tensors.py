@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 LET_IT_BE_WHOLE = (
@@ -77,6 +78,23 @@ def first_tensor(value: Any) -> Tensor | None:
 def is_real(tensor: Tensor) -> bool:
     """Check whether a tensor stands for real numbers; quantised ones do."""
     return tensor.is_floating_point() or tensor.is_quantized
+
+
+def are_data(*values: Any) -> bool:
+    """Check whether a call is a pass of the network on data, not one under a transform or a tracer.
+
+    Under ``torch.func`` transforms, tracing and export, and with fake or meta tensors, there is nothing
+    to record.
+    """
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        return False
+    return not any(
+        isinstance(tensor, FakeTensor)
+        or tensor.device.type == "meta"
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        for tensor in all_tensors(values)
+    )
 
 
 def first_packed(value: Any) -> PackedSequence | None:

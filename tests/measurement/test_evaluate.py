@@ -309,7 +309,7 @@ def test_dead_and_duplicate_units_lower_the_rank_only(mlp: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
-def test_a_dead_middle_state_leaves_no_credit_and_says_so(
+def test_a_dead_branch_is_nan_by_itself_and_the_report_says_so(
     linear_chain: Callable[..., nn.Sequential], value: float
 ) -> None:
     net = linear_chain(6, 5, 4, 3)
@@ -332,14 +332,16 @@ def test_a_dead_middle_state_leaves_no_credit_and_says_so(
 
     report = credit_report(Late(), samples().split(50))
     np.testing.assert_allclose(report.rank, [5, 0, 3], atol=0.01)
-    assert np.isnan(report.credit).all()
-    assert np.isnan(report.total)
+    np.testing.assert_array_equal(np.isnan(report.credit), [True, True, False])
+    jacobian = net[2].weight.detach()  # of the first four inputs, which go around the dead branch
+    volume = float(torch.linalg.slogdet(jacobian @ jacobian.T)[1]) / 2 / 3
+    assert report.total == pytest.approx(volume, abs=1e-9)
+    assert report.gain[2] == pytest.approx(volume, abs=1e-9)
     assert np.isnan(report.r2[1])
     assert report.r2[2] > 1 - 1e-9  # its operator sees the input that reaches it around the dead state
-    assert report.directions == 0
-    assert all("lost" in reasons for reasons in report.doubts)
-    assert "0 output directions reach back" in report.notes[-1]
-    assert "others (0 to 2) are lost at 'b'" in report.notes[-1]
+    assert report.directions == 3
+    assert ["lost" in reasons for reasons in report.doubts] == [True, True, False]
+    assert "no output direction can be followed back to a, b" in report.notes[-1]
 
 
 def test_fewer_samples_than_units_are_warned_of(mlp: Any) -> None:

@@ -51,6 +51,19 @@ class Bottleneck(nn.Module):
         self.layers = nn.Sequential(Block(), Block())
 
 
+class ListBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)])
+
+
+class AttributeStage(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        for i in range(depth):
+            self.add_module(f"b{i}", ListBlock())
+
+
 class ExpertLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -117,6 +130,54 @@ AUTOMATIC = {
     "two towers are looked into": (
         lambda: Net(encoder=mlp(), decoder=mlp()),
         ["encoder.0", "encoder.3", "decoder.0", "decoder.3"],
+    ),
+    "a block that stands alone stays whole, as its like do": (
+        lambda: nn.Sequential(
+            nn.Sequential(ListBlock()), nn.Sequential(ListBlock(), ListBlock()), nn.Linear(4, 2)
+        ),
+        ["0.0", "1.0", "1.1", "2"],
+    ),
+    "stages of one block each": (
+        lambda: nn.Sequential(nn.Sequential(ListBlock()), nn.Sequential(ListBlock()), nn.Linear(4, 2)),
+        ["0.0", "1.0", "2"],
+    ),
+    "blocks held as attributes, in two stages": (
+        lambda: Net(
+            stem=nn.Linear(4, 4), s1=AttributeStage(1), s2=AttributeStage(3), head=nn.Linear(4, 2)
+        ),
+        ["stem", "s1.b0", "s2.b0", "s2.b1", "s2.b2", "head"],
+    ),
+    "blocks held as attributes, in three stages": (
+        lambda: Net(
+            s1=AttributeStage(1), s2=AttributeStage(2), s3=AttributeStage(2), head=nn.Linear(4, 2)
+        ),
+        ["s1.b0", "s2.b0", "s2.b1", "s3.b0", "s3.b1", "head"],
+    ),
+    "two kinds of attention are no stage": (
+        lambda: Net(
+            stem=nn.Linear(4, 4),
+            layers=nn.ModuleList(
+                Net(own=Residual(), cross=Residual(), mlp=nn.Linear(64, 64)) for _ in range(2)
+            ),
+        ),
+        ["stem", "layers.0", "layers.1"],
+    ),
+    "a norm in front of one layer belongs to it": (
+        lambda: Net(
+            stem=nn.Conv2d(1, 4, 3),
+            stage1=nn.Sequential(Block(), Block()),
+            down=nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 2)),
+            stage2=nn.Sequential(Block(), Block()),
+        ),
+        ["stem", "stage1.0", "stage1.1", "down", "stage2.0", "stage2.1"],
+    ),
+    "a list of a norm and one layer is never called itself": (
+        lambda: Net(
+            stem=nn.Conv2d(1, 4, 3),
+            down=nn.ModuleList([nn.BatchNorm2d(4), nn.Conv2d(4, 4, 2)]),
+            stage=nn.Sequential(Block(), Block()),
+        ),
+        ["stem", "down.1", "stage.0", "stage.1"],
     ),
     "module dictionaries are opened": (
         lambda: Net(

@@ -1,0 +1,202 @@
+"""Scripted, quantised, lazy and nested parts, and calls that are no passes of the network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lightning_koopman import credit_report
+from lightning_koopman.network.components import named_components
+
+# Scripting and quantisation by torch.jit and torch.ao are on their way out, and say so.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def samples() -> list[Tensor]:
+    torch.manual_seed(1)
+    return list(torch.randn(400, 6).split(50))
+
+
+class Act(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.inner(x)
+
+
+def net(wrap: Callable[[nn.Module], Any]) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), wrap(Act()), wrap(Scaled()), nn.Linear(8, 3)).eval()
+
+
+def test_scripted_parts_are_measured_as_wholes() -> None:
+    scripted, plain = net(torch.jit.script), net(lambda module: module)
+    for names in (None, ["0", "2", "3"]):
+        given = credit_report(scripted, samples(), components=names)
+        expected = credit_report(plain, samples(), components=["0", "2", "3"] if names else None)
+        assert given.components == expected.components == ("0", "2", "3")
+        np.testing.assert_allclose(given.credit, expected.credit, atol=1e-6)
+
+
+def quantised(static: bool) -> tuple[nn.Module, nn.Module]:
+    """A network and what quantisation makes of it."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
+    ).eval()
+    if not static:
+        return layers, torch.ao.quantization.quantize_dynamic(layers, {nn.Linear}, dtype=torch.qint8)
+    stubs = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
+    ready = nn.Sequential(stubs[0], *copy.deepcopy(layers), stubs[1]).eval()
+    ready.qconfig = torch.ao.quantization.get_default_qconfig("x86")
+    torch.ao.quantization.prepare(ready, inplace=True)
+    ready(torch.cat(samples()))
+    return nn.Sequential(nn.Identity(), *layers, nn.Identity()).eval(), torch.ao.quantization.convert(
+        ready
+    )
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_quantised_parts_are_nearly_what_they_were(static: bool) -> None:
+    if static and "x86" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no engine for static quantisation here")
+    plain, small = quantised(static)
+    given, expected = credit_report(small, samples()), credit_report(plain, samples())
+    assert given.components == expected.components or static
+    assert len(given.components) >= 3
+    assert given.total == pytest.approx(expected.total, abs=0.1)
+
+
+def test_a_depth_of_a_quantised_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="depth is 1, but a depth takes modules with parameters"):
+        named_components(quantised(static=False)[1], 1)
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_lazy_modules_get_their_weights_from_the_first_batch(once: bool) -> None:
+    torch.manual_seed(0)
+    lazy = nn.Sequential(nn.LazyLinear(8), nn.Dropout(), nn.LazyLinear(3)).train()
+    batches = samples()
+    report = credit_report(lazy, iter(batches) if once else batches)
+    assert report.n_samples == 400
+    assert lazy.training
+    assert all(module.training for module in lazy)
+    assert [type(module) for module in lazy] == [nn.Linear, nn.Dropout, nn.Linear]
+    np.testing.assert_allclose(report.credit, credit_report(lazy, batches).credit, atol=1e-12)
+
+
+class Padded(nn.Module):
+    """A transformer encoder that takes the fast path of padded sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.encoder = nn.Linear(6, 8), nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x), src_key_padding_mask=padding).mean(1))
+
+
+def test_nested_tensors_become_padded_rows() -> None:
+    lengths = torch.randint(2, 8, (50,))
+    lengths[0] = 7
+    padding = torch.arange(7)[None] >= lengths[:, None]
+    batches = [(torch.randn(50, 7, 6), padding) for _ in range(4)]
+    report = credit_report(Padded(), batches)
+    assert report.components == ("embed", "encoder.layers.0", "encoder.layers.1", "head")
+    assert report.n_samples == 200
+    assert np.isfinite(report.credit).all()
+
+
+class Jagged(nn.Module):
+    """Makes nested tensors of which two axes differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.cut = Cutting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cut(x)
+        return self.head(self.first(x))
+
+
+class Cutting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = super().forward(x)
+        return torch.nested.nested_tensor([
+            row.view(2, 3) if i else row.view(3, 2) for i, row in enumerate(given)
+        ])
+
+
+def test_nested_tensors_with_two_axes_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="the state of 'cut' is a nested tensor whose samples have the"):
+        credit_report(Jagged(), samples())
+
+
+def fake(model: nn.Module, x: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(x))
+
+
+def meta(model: nn.Module, x: Tensor) -> None:
+    weights = {name: value.to("meta") for name, value in model.named_parameters()}
+    torch.func.functional_call(model, weights, (x.to("meta"),))
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+    "jacobians": lambda model, x: torch.func.vmap(torch.func.jacrev(model))(x[:4]),
+    "forward mode": lambda model, x: torch.func.jvp(model, (x,), (x,)),
+    "gradient": lambda model, x: torch.func.grad(lambda z: model(z).sum())(x),
+    "fake": fake,
+    "meta": meta,
+    "trace": lambda model, x: torch.jit.trace(model, x),
+    "graph": lambda model, x: make_fx(model)(x),
+    "export": lambda model, x: torch.export.export(model, (x,)),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_calls_under_a_transform_are_no_passes(kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    expected = credit_report(model, samples())
+
+    def step(model: nn.Module, x: Tensor) -> None:
+        if kind != "graph":
+            CALLS[kind](model, x)
+        model(x)
+        if kind == "graph":
+            CALLS[kind](model, x)
+
+    given = credit_report(model, samples(), forward_fn=step)
+    np.testing.assert_array_equal(given.credit, expected.credit)
+    assert given.notes == expected.notes
+
+
+def test_parameters_in_no_component_are_listed() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    assert not any("parameters in" in note for note in credit_report(model, samples()).notes)
+    model.shift = nn.Parameter(torch.zeros(1, 1234))
+    assert "parameters in no component: shift (1,234)" in credit_report(model, samples()).notes
