@@ -5,6 +5,7 @@ import random
 import runpy
 import subprocess
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -561,3 +562,27 @@ def test_the_callback_alone_imports_no_lightning() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_validation_in_which_nothing_is_due_costs_next_to_nothing(tmp_path: Any) -> None:
+    def milliseconds(callbacks: list[Any]) -> list[float]:
+        trainer, taken = quiet_trainer(tmp_path, callbacks, num_sanity_val_steps=0), []
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        run = loop.run
+
+        def timed() -> Any:
+            start = time.process_time()
+            result = run()
+            taken.append(1e3 * (time.process_time() - start))
+            return result
+
+        loop.run = timed
+        trainer.fit(LitNet(), *loaders())
+        return taken
+
+    runs = [
+        (milliseconds([]), milliseconds([KoopmanCreditMonitor(every_n_epochs=1000)])) for _ in range(10)
+    ]
+    without, with_monitor = (np.median(taken) for taken in zip(*runs, strict=True))
+    assert with_monitor - without < 5
