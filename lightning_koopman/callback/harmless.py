@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+_NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
 else:
-    # One class for both namespaces: each Trainer and each LightningCLI asks for its own base.
-    _bases = []
-    for _name in ("lightning.pytorch", "pytorch_lightning"):
-        try:
-            _bases.append(importlib.import_module(_name).Callback)
-        except ImportError:
-            continue
-    if not _bases:
+
+    class _NotImported:
+        """Stands for Lightning until it is imported; ``object`` as a base could not be replaced."""
+
+    # Importing the namespace that the user does not use would rebind loggers and warnings of the other.
+    Callback = type("Callback", (_NotImported,), {})
+
+
+def join_namespaces(*, required: bool = False) -> None:
+    """Let the Trainer and the LightningCLI of each namespace imported by now know the callback."""
+    imported = (getattr(sys.modules.get(name), "Callback", None) for name in _NAMESPACES)
+    bases = tuple(base for base in imported if base is not None)
+    for name in _NAMESPACES if required else ():
+        with suppress(ImportError):
+            bases = bases or (importlib.import_module(name).Callback,)
+    if required and not bases:
         raise ModuleNotFoundError("the callback needs Lightning: pip install lightning")
-    Callback = type("Callback", tuple(_bases), {})
+    if bases not in ((), Callback.__bases__):
+        Callback.__bases__ = bases
 
 
 class HarmlessCallback(Callback):
@@ -32,12 +45,18 @@ class HarmlessCallback(Callback):
     """
 
     def __init__(self, on_error: Literal["warn", "raise"]) -> None:
+        join_namespaces(required=True)
         super().__init__()
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is {on_error!r}; choose 'warn' or 'raise'")
         self.on_error = on_error
         self.sync_pending = False
         self._warned: set[str] = set()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # In a process that was spawned, nothing but this makes the callback.
+        join_namespaces(required=True)
+        self.__dict__.update(state)
 
     def _warn_once(self, message: str, *, kind: str | None = None) -> None:
         if (kind or message) not in self._warned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import pickle
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,28 @@ def find_checkpoints(
     return list(found)
 
 
+_METRIC = re.compile(r"(?!epoch=|step=)[\w.]+=([-+\d.]|nan|inf)")
+_COUNTED = re.compile(r"(^|[^A-Za-z])(epoch|step)=\d.*[^A-Za-z\d.=][A-Za-z]\w*$")
+# The end and the beginning of "epoch=1-val/loss=0.30.ckpt", one name to whoever logs "val/loss".
+
+
+def _folder_of_run(path: str, folders: set[str]) -> str:
+    """Return a checkpoint's folder, or the one above those that slashes in a metric's name have made."""
+    folder, name = os.path.split(path)
+    above = folder
+    while _METRIC.match(name) and above != os.path.dirname(above):
+        above, begun = os.path.split(above)
+        below = {other for other in folders if other.startswith(above + os.sep)}
+        alone = above in folders and len(below) == 1
+        if _COUNTED.search(begun) or os.path.basename(above) == "checkpoints" or alone:
+            return above
+    return folder
+
+
 def run_names(paths: Sequence[Path]) -> list[str]:
     """Return the name of the training that each checkpoint belongs to."""
-    folders = [os.path.dirname(os.path.abspath(path)) for path in paths]
+    files = [os.path.abspath(path) for path in paths]
+    folders = [_folder_of_run(file, set(map(os.path.dirname, files))) for file in files]
     if len(set(folders)) < 2:
         return [""] * len(folders)
     stripped = [os.path.dirname(f) if os.path.basename(f) == "checkpoints" else f for f in folders]

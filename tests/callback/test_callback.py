@@ -3,7 +3,9 @@ from __future__ import annotations
 import importlib.util
 import random
 import runpy
+import subprocess
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -474,10 +476,114 @@ def test_one_of_lightnings_namespaces_is_enough(missing: str, monkeypatch: pytes
     other = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning": "lightning.pytorch"}[missing]
     base = pytest.importorskip(other).Callback
     found = run_again("lightning_koopman.callback.harmless", [missing], monkeypatch)
+    found["join_namespaces"](required=True)
     assert found["Callback"].__bases__ == (base,)
 
 
 def test_without_lightning_the_callback_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = ["lightning.pytorch", "pytorch_lightning"]
+    found = run_again("lightning_koopman.callback.harmless", missing, monkeypatch)
     with pytest.raises(ModuleNotFoundError, match="the callback needs Lightning: pip install lightning"):
-        run_again("lightning_koopman.callback.harmless", missing, monkeypatch)
+        found["HarmlessCallback"]("warn")
+
+
+RUNS = """
+import importlib, logging, pickle, sys, warnings
+warnings.simplefilter("ignore")
+{before}
+from lightning_koopman import KoopmanCreditMonitor
+early = {early}
+{after}
+import torch
+from torch import nn
+monitor = early or KoopmanCreditMonitor(on_error="raise")
+assert {{"lightning.pytorch", "pytorch_lightning"}} & set(sys.modules) == {expected}
+monitor = pickle.loads(pickle.dumps(monitor))
+for name in {expected}:
+    pl = importlib.import_module(name)
+
+    class Net(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        def validation_step(self, batch, batch_idx):
+            self.net(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
+    trainer = pl.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[monitor], enable_model_summary=False, **quiet
+    )
+    loader = torch.utils.data.DataLoader(torch.randn(90, 8), batch_size=30)
+    trainer.fit(Net(), loader, loader)
+    assert monitor.report.n_samples == 90
+    assert isinstance(KoopmanCreditMonitor(), pl.Callback)
+    assert isinstance(monitor, KoopmanCreditMonitor)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "early", "after"),
+    [
+        (["lightning"], False, []),
+        (["pytorch_lightning"], False, []),
+        ([], False, ["lightning.pytorch"]),
+        ([], False, ["pytorch_lightning"]),
+        (["lightning"], True, ["pytorch_lightning"]),
+        (["pytorch_lightning"], True, ["lightning"]),
+        (["pytorch_lightning", "lightning"], False, []),
+    ],
+    ids=str,
+)
+def test_no_namespace_is_imported_but_the_users_and_each_of_them_runs_the_callback(
+    before: list[str], early: bool, after: list[str], tmp_path: Any
+) -> None:
+    for name in (*before, *after):
+        pytest.importorskip(name)
+    code = RUNS.format(
+        before="\n".join(f"import {name}" for name in before),
+        early='KoopmanCreditMonitor(on_error="raise")' if early else "None",
+        after="\n".join(f"import {name}" for name in after),
+        expected={"lightning.pytorch" if "lightning" in n[:9] else n for n in (*before, *after)},
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_the_callback_alone_imports_no_lightning() -> None:
+    code = (
+        "import sys; from lightning_koopman import KoopmanCreditMonitor;"
+        "print(sorted({'lightning', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_a_validation_in_which_nothing_is_due_costs_next_to_nothing(tmp_path: Any) -> None:
+    def milliseconds(callbacks: list[Any]) -> list[float]:
+        trainer, taken = quiet_trainer(tmp_path, callbacks, num_sanity_val_steps=0), []
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        run = loop.run
+
+        def timed() -> Any:
+            start = time.process_time()
+            result = run()
+            taken.append(1e3 * (time.process_time() - start))
+            return result
+
+        loop.run = timed
+        trainer.fit(LitNet(), *loaders())
+        return taken
+
+    runs = [
+        (milliseconds([]), milliseconds([KoopmanCreditMonitor(every_n_epochs=1000)])) for _ in range(10)
+    ]
+    without, with_monitor = (np.median(taken) for taken in zip(*runs, strict=True))
+    assert with_monitor - without < 5

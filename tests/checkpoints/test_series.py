@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NET_AND_DATA
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -219,6 +220,56 @@ def test_a_known_report_with_an_odd_source_is_measured_again(one: CreditReport) 
     odd = CreditReport.from_dict(one.to_dict() | {"source": {"path": ["unhashable"]}})
     (again,) = evaluate_checkpoints(network(), one.source["path"], batches(), known=[odd])
     assert again.to_dict() == one.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a/1.ckpt", "a/2.ckpt"], ["", ""]),
+        (["r/a/1.ckpt", "r/b/1.ckpt"], ["a", "b"]),
+        (["r/1.ckpt", "r/b/1.ckpt"], [".", "b"]),
+        (["v0/checkpoints/1.ckpt", "v1/checkpoints/1.ckpt"], ["v0", "v1"]),
+        (["v0/checkpoints/1.ckpt", "v0/1.ckpt"], ["checkpoints", "."]),
+        (["x/v0/seed1/1.ckpt", "x/v1/seed1/1.ckpt"], ["v0/seed1", "v1/seed1"]),
+        # Folders of a sweep, whose files are named by what Lightning counts or by one metric.
+        (["lr=0.1/epoch=1.ckpt", "lr=0.2/epoch=1.ckpt"], ["lr=0.1", "lr=0.2"]),
+        (["a/loss=0.1.ckpt", "b/loss=0.2.ckpt", "last.ckpt"], ["a", "b", "."]),
+        (["step=20/loss=0.1.ckpt", "step=30/loss=0.2.ckpt"], ["step=20", "step=30"]),
+    ],
+)
+def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
+    assert run_names([Path(path) for path in paths]) == names
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{epoch}-{val/loss:.2f}",
+        "{val/loss:.2f}-{epoch}",
+        "{step}_{val/acc}",
+        "{epoch}-{step}-{koopman/credit/net.0:.3f}",
+        "best-{epoch}-{train/loss:.2f}-{val/loss:.2f}",
+    ],
+)
+@pytest.mark.parametrize("folder", ["checkpoints", "kept"])
+@pytest.mark.parametrize("last", [True, False])
+def test_slashes_in_names_of_metrics_make_no_runs(template: str, folder: str, last: bool) -> None:
+    paths, expected = [], []
+    for version in ("v0", "v1"):
+        names = ModelCheckpoint(dirpath=f"{version}/{folder}", filename=template)
+        for epoch in range(3):
+            metrics = {"val/loss": epoch / 10, "train/loss": -epoch / 7, "val/acc": float("nan")}
+            counted = {"epoch": epoch, "step": 9 * epoch, "koopman/credit/net.0": -1.5 * epoch}
+            given = {name: torch.tensor(value) for name, value in (metrics | counted).items()}
+            paths.append(Path(names.format_checkpoint_name(given)))
+            expected.append(version)
+        if last:
+            paths.append(Path(f"{version}/{folder}/last.ckpt"))
+            expected.append(version)
+    found = run_names(paths)
+    assert len(set(found)) == 2
+    assert [name.split("/")[0] for name in found] == expected
+    assert run_names(paths[: 3 + last]) == [""] * (3 + last)
 
 
 def test_runs_stay_apart_everywhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
