@@ -308,6 +308,10 @@ def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
         shape = record.tensor.shape
         return bool(shape) and (shape[0] % given == 0 or (len(shape) > 1 and shape[1] == given))
 
+    least = min(sizes, default=0)
+    if given and least > given and all(size % least == 0 for size in sizes) and least % given == 0:
+        # Several views, crops or time steps of each sample all the way: each is a row of its own.
+        return least, set()
     if given and all(fits(record) for record in records):
         return given, set()
     return (Counter(sizes).most_common(1)[0][0] if sizes else 0), set()

@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_koopman import CreditReport, EvaluationError, evaluate_checkpoints
 from lightning_koopman.cli.main import main
+from lightning_koopman.network.weights import run_names
 from lightning_koopman.report.comparison import runs_table
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html

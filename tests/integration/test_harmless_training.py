@@ -267,6 +267,25 @@ def test_the_report_is_about_the_function_that_was_run(way: str, loop: str, tmp_
     assert hooks_on(model) == 0
 
 
+def test_all_views_of_a_sample_count(tmp_path: Path) -> None:
+    class Views(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(torch.cat([x, x + 0.1]))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self(batch[0]).pow(2).mean()
+
+    torch.manual_seed(0)
+    model, monitor = Views(plain()), KoopmanCreditMonitor(on_error="raise")
+    loader = DataLoader(dataset(), 40)
+    quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(model, loader, loader)
+    assert monitor.report is not None
+    assert monitor.report.n_samples == 320
+    x = dataset().tensors[0].split(40)
+    direct = credit_report(model.net, [torch.cat([part, part + 0.1]) for part in x])
+    assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
+
+
 def test_what_cannot_be_run_again_keeps_its_watched_report_and_says_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, monitor = Ways("code between"), KoopmanCreditMonitor(every_n_epochs=5, on_error="raise")
