@@ -46,8 +46,8 @@ def credit_report(
 
     Args:
         model: Any module; Lightning is not needed.
-        batches: Iterable of tensors, of tuples whose first entry is the input, or of mappings of keyword
-            arguments; a ``DataLoader`` is one.
+        batches: Iterable of tensors, of tuples whose first entry is the input, of mappings of keyword
+            arguments, or of whatever the model takes whole; a ``DataLoader`` is one.
         components: Names or glob patterns of ``model.named_modules()``, types of modules, or a depth in
             the module tree; ``None`` chooses.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
@@ -61,7 +61,7 @@ def credit_report(
             patterns of names to any of these. Padding that the batch marks (``attention_mask``,
             ``lengths``, …) is left out of pools and means.
         output: What the chain ends with: the name of a module, or a callable from what the model
-            returns to a tensor; ``None`` takes the last component's output.
+            returns to a tensor; ``None`` takes all that the network returns, several heads side by side.
         folds: Number of folds for held-out R² and error bars.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).

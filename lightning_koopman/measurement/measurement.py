@@ -200,6 +200,9 @@ class Measurement(Accumulator):
         """Module calls by state, where every state is one component's."""
         if self.plan is None or any(len(group) > 1 for group in self.plan.states):
             return {}
+        # Where branches are summed into what the network returns, no component gives the last state.
+        if self.plan.names[-1] in self.capture.returned:
+            return {}
         return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
 
 

@@ -79,8 +79,11 @@ def chain_ends(
         return [name for name in trained if name not in behind] or unread
     # What a returned tensor is made of may be no state by itself: a sum of branches is not the branches.
     alone = {name for made_of in returned.values() if len(made_of) == 1 for name in made_of}
-    mixed = {name: set(ends) & made_of - alone for name, made_of in returned.items()}
-    mixed = {name: parts for name, parts in mixed.items() if len(returned[name]) > 1 and len(parts) > 1}
+    mixed = {
+        name: made_of & set(ends)
+        for name, made_of in returned.items()
+        if len(made_of) > 1 and made_of & set(ends) and not made_of & set(ends) & alone
+    }
     covered = {part for parts in mixed.values() for part in parts}
     return [*(name for name in ends if name not in covered), *mixed]
 

@@ -73,6 +73,11 @@ ENDS: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, tuple[int, int]], 
         {"wide": (8, 3), "up": (8, 9), "down": (9, 3)},
         lambda m: m.w("up", "down") + m.w("wide"),
     ),
+    "a skip around the last layer": (
+        lambda m, x: (h := m.a(x)) + m.c(m.b(h)),
+        {"a": (8, 4), "b": (4, 5), "c": (5, 4)},
+        lambda m: m.w("a") + m.w("a", "b", "c"),
+    ),
     "a sum of branches and one of them": (
         lambda m, x: (m.a(x) + (b := m.b(x)), b),
         {"a": (8, 3), "b": (8, 3)},
