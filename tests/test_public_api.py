@@ -86,6 +86,7 @@ def test_importing_the_package_imports_no_lightning() -> None:
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_report_imports_no_compiler() -> None:
     # It would cost the first report of a process seconds.
     code = (

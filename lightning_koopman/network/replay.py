@@ -143,7 +143,9 @@ class Recording:
 
     def __enter__(self) -> Recording:
         self.close()
-        self._step, self._depth, self.recording = Step(), 0, True
+        self._step, self.recording = Step(), True
+        self._inside: list[bool] = []
+        self._own = {id(module): vars(module).get("forward") for module in self._carriers}
         self._returned: list[list[Tensor]] = []
         with ExitStack() as hooks:
             # Only where there are several calls can the user's own code stand between them.
@@ -205,24 +207,26 @@ class Recording:
         return None
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._depth == 0:
+        forward = vars(module).get("forward")
+        # Under ddp a step itself arrives as a call, with the step in place of the module's own forward.
+        counts = isinstance(forward, _Around) or forward is self._own.get(id(module))
+        if counts and not any(self._inside):
             self._begin(module, args, kwargs, direct=False)
-        self._depth += 1
+        self._inside.append(counts)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
+        if self._inside.pop() and not any(self._inside):
             self._end(output)
 
     def _around(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._depth > 0:
+        if any(self._inside):
             return forward(*args, **kwargs)
         self._begin(module, args, kwargs, direct=module._compiled_call_impl is None)
-        self._depth += 1
+        self._inside.append(True)
         try:
             output = forward(*args, **kwargs)
         finally:
-            self._depth -= 1
+            self._inside.pop()
         self._end(output)
         return output
 

@@ -556,6 +556,7 @@ def test_no_namespace_is_imported_but_the_users_and_each_of_them_runs_the_callba
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_callback_alone_imports_no_lightning() -> None:
     code = (
         "import sys; from lightning_koopman import KoopmanCreditMonitor;"

@@ -79,6 +79,7 @@ def scalars(folder: Path) -> list[int]:
     return [event.step for event in events.Scalars("koopman/total")]
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_only_what_is_new(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_changed_file_is_measured_again(project: Path, capsys: pytest.CaptureF
     np.testing.assert_array_equal(after[2].credit, before[2].credit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "html"])
 def test_other_formats_resume_from_the_json_beside_them(
     project: Path, capsys: pytest.CaptureFixture[str], kind: str
@@ -273,6 +275,7 @@ def test_slashes_in_names_of_metrics_make_no_runs(template: str, folder: str, la
     assert run_names(paths[: 3 + last]) == [""] * (3 + last)
 
 
+@pytest.mark.slow
 def test_runs_stay_apart_everywhere(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "ckpt").rename(project / "old")
     for run, scale in (("b", 2.0), ("a", 1.0)):

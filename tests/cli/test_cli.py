@@ -121,6 +121,7 @@ def test_unusable_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> N
     assert caught.value.code == 2
 
 
+@pytest.mark.slow
 def test_demo_writes_every_component_at_every_epoch(tmp_path: Path) -> None:
     """The main job, as a user runs it."""
     run = subprocess.run(
@@ -213,6 +214,7 @@ def test_a_seed_fixes_the_order_of_a_loader_that_shuffles(project: Path) -> None
     assert written[0] != written[2]
 
 
+@pytest.mark.slow
 def test_evaluate_predicts_effects_on_demand(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "evaluate --model userproject:LitNet --data userproject:batches --ckpt step*.ckpt"
     given = [*command.split(), "--out", "r.json"]
@@ -319,6 +321,7 @@ def test_data_to_fit_on_and_data_to_judge_by(
     assert (project / f"{command}.out").stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [True, False])
 def test_the_demos_images_come_with_a_package(missing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if missing:

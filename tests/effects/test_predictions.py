@@ -158,6 +158,7 @@ def test_one_sample_gives_no_error_and_the_table_says_none():
     assert report.effects.cells(0)[0] == f"{report.effects.values['skip'][0]:.2g}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weight_noise", "output_noise"])
 def test_measured_over_predicted_is_one_for_small_noise(kind):
     net, x = smooth(), normal(300, 5)
@@ -253,6 +254,7 @@ def test_shared_weights_count_in_every_call():
     assert effect[2] == 0
 
 
+@pytest.mark.slow
 def test_convolutions_are_reduced_but_their_effects_are_whole():
     net, x = cnn(), torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = net(x).argmax(1)

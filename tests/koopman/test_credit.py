@@ -553,6 +553,7 @@ def test_error_bars_shrink_as_one_over_the_root_of_the_samples() -> None:
         assert 2.8 < ratio < 5.7, name  # 4 in theory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["credit", "r2", "gain"])
 def test_error_bars_match_the_spread_over_repeated_samples(name: str) -> None:
     rng = np.random.default_rng(0)

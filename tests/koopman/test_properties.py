@@ -118,6 +118,7 @@ def test_a_linear_network_at_any_scale_has_the_volume_of_its_matrix(
     assert report.total == pytest.approx(volume, abs=1e-8)
 
 
+@pytest.mark.slow
 @SLOWLY
 @given(
     spatial=st.lists(st.integers(1, 6), max_size=3),

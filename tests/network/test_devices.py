@@ -14,6 +14,7 @@ from torch.utils import backend_registration
 SCRIPT = Path(__file__).with_name("pretended_device.py")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch lets nobody pretend a device",

@@ -206,6 +206,7 @@ def benign() -> tuple[CreditReport, CreditReport, Tags]:
     return report, other, parsed(to_html([report, report, other]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_name_or_note_becomes_markup(
     evil: str, benign: tuple[CreditReport, CreditReport, Tags]

@@ -202,6 +202,7 @@ def test_any_bytes_may_stand_in_the_file(content: bytes, tmp_path_factory: Any) 
 NUMBER = st.floats() | st.sampled_from([1e308, -1e308, 5e-324, 10**300, None, -1])
 
 
+@pytest.mark.slow
 @settings(QUIET, max_examples=25)
 @given(data=st.data())
 def test_what_passes_for_a_report_can_be_shown_in_every_form(data: st.DataObject) -> None:
