@@ -32,7 +32,7 @@ from lightning_koopman.koopman.options import Normalize, Options
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.network.components import named_components
 from lightning_koopman.network.isolation import is_compiled, undisturbed
-from lightning_koopman.network.replay import Recording
+from lightning_koopman.network.replay import BYTES_KEPT, Recording
 from lightning_koopman.network.rows import ReduceOption, valid_positions
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
@@ -43,18 +43,25 @@ _HISTORY_SAVED = 100
 class KoopmanCreditMonitor(HarmlessCallback):
     """Watch the Koopman credit of every component while a network trains.
 
-    Hooks ride along the validation batches that Lightning runs anyway, and come off after each of them,
-    so no extra forward pass happens and training is bit-identical with the callback on. After every
-    validation epoch that is due, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total``,
+    Hooks watch the validation batches that Lightning runs anyway, and come off after each of them, so
+    training is bit-identical with the callback on. After every validation epoch that is due, and always
+    after the first and the last, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total``,
     ``<prefix>/doubts`` (how many components carry one) and ``<prefix>/overhead_s`` go to every logger at
     Lightning's own step. ``trainer.callback_metrics`` gets every quantity of every component, so
-    ``EarlyStopping`` and ``ModelCheckpoint`` find whatever they monitor. Loggers that take figures get
-    heat maps, bars and spectra after the 1st, 2nd, 4th, 8th … measurement and at the end. At the end of
-    training :attr:`report` holds a report on the final weights.
+    ``EarlyStopping`` and ``ModelCheckpoint`` find whatever they monitor; a key that somebody monitors is
+    there from the first validation on, as 0 where the first measurement fails. Loggers that take figures
+    get heat maps, bars and spectra after the 1st, 2nd, 4th, 8th … measurement and at the end. At the end
+    of training :attr:`report` holds a report on the final weights.
 
-    Without a validation loop the first training batches of an epoch are kept and run once more, in
-    eval mode, at its end. Parts that went through ``torch.compile`` take no hooks; then each validation
-    batch is run once more, eagerly.
+    How the network is run is never guessed. The outermost calls that a step makes of the network's parts
+    are recorded with their arguments, up to 256 MiB, and run again in eval mode where more than the
+    watched pass is needed: at the end of a training that stopped between validations, at the end of each
+    epoch where there is no validation loop or it runs no component (then on training steps, which a
+    warning says), and behind each batch where parts went through ``torch.compile``, which take no hooks.
+    Where the step runs code of its own between two calls, or a call does not give again what it gave,
+    the watched report stands, and its note says why.
+
+    Each fit begins a new :attr:`history`.
 
     With several processes (``ddp``, ``ddp_fork``, ``ddp_spawn``) the samples of all of them count, each
     once: the moments are summed over the processes, and every one of them gets the same report, which is
@@ -462,6 +469,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
             with plain_numerics(pl_module):
                 self._begin(trainer, pl_module, loader, like)
                 assert self._measurement is not None
+                if recording.full:
+                    self._measurement.notes.append(
+                        f"only the calls of {len(recording.steps)} steps were kept to be run again, "
+                        f"within {BYTES_KEPT // 2**20} MiB"
+                    )
                 if reason is not None:
                     raise RuntimeError(f"the recorded calls cannot be run again: {reason}")
                 wanted = itertools.takewhile(lambda _: self._wants_more, recording.steps)

@@ -32,6 +32,7 @@ class Measurement(Accumulator):
     Attributes:
         capture: The hooks; enter it around a forward pass, then call :meth:`end_pass`.
         plan: The chain, frozen by the first pass.
+        notes: What to say in the report beside what the measurement itself finds.
         seconds: Time spent so far on everything but the forward passes themselves.
     """
 
@@ -51,6 +52,7 @@ class Measurement(Accumulator):
         self.capture = Capture(model, components, keep=self._keep, output=named, follow=True)
         self.plan: Plan | None = None
         self.seconds = 0.0
+        self.notes: list[str] = []
         self._named = components is not None
         self._batch: Any = None
         self._valid: Tensor | None = None
@@ -174,7 +176,7 @@ class Measurement(Accumulator):
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
         # A process that saw no batch made no plan; its report is not the one that is logged.
-        notes = [] if self.plan is None else list(self.plan.notes)
+        notes = [*self.notes, *(() if self.plan is None else self.plan.notes)]
         if (lift := self.options.observables) is not None:
             called = lift if isinstance(lift, str) else getattr(lift, "__name__", "a function")
             notes.append(
