@@ -188,11 +188,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     @property
     def state_key(self) -> str:
-        """Tells several monitors of one Trainer apart in its checkpoints."""
+        """Key that keeps several monitors of one Trainer apart in its checkpoints."""
         return self._generate_state_key(prefix=self.prefix, components=self.components)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the newest reports in the plain types that a safe checkpoint may hold.
+        """Return the newest reports in the plain types that a safe checkpoint may hold.
 
         Returns:
             The history, as JSON text, and the components whose scalars are logged.

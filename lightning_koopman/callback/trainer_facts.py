@@ -85,7 +85,7 @@ def unrepeated_samples(loader: Any) -> int:
 
 
 def may_skip_validation(trainer: Any, pl_module: Any) -> bool:
-    """Tell whether a process may have no validation batch, for which Lightning calls no hook at all."""
+    """Check whether a process may have no validation batch, for which Lightning calls no hook at all."""
     return trainer.world_size > 1 and any(
         getattr(owner, "allow_zero_length_dataloader_with_multiple_devices", False)
         for owner in (pl_module, trainer.datamodule)

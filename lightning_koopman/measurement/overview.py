@@ -102,7 +102,7 @@ def describe_components(
     forward_fn: ForwardFn | None = None,
     max_dim: int = 256,
 ) -> Overview:
-    """Tell which components a report would have.
+    """List the components that a report would have.
 
     Args:
         model: Any module; it is left exactly as it was found.

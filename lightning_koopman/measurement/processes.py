@@ -45,7 +45,7 @@ class Share:
 
 
 def exchange(share: Share) -> list[Share]:
-    """Tell all processes of this one's share; a collective."""
+    """Exchange the shares of all processes; a collective."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "several processes take part, but torch.distributed was not started, so their samples "

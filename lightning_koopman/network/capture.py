@@ -214,7 +214,7 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Tell what the returned tensors were made of, and record those that mix several states."""
+        """Find what the returned tensors were made of, and record those that mix several states."""
         first = self._passes == 0 and not self.returned
         for place, tensor in enumerate(tensors_inside(output)):
             if first and tensor.ndim and is_real(tensor):

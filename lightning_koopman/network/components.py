@@ -49,12 +49,12 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a normalisation layer."""
+    """Check whether a module is a normalisation layer."""
     return isinstance(module, _NORMS)
 
 
 def has_parameters(module: nn.Module) -> bool:
-    """Tell whether a module or any part of it has parameters."""
+    """Check whether a module or any part of it has parameters."""
     return next(module.parameters(), None) is not None
 
 
@@ -184,7 +184,7 @@ def _is_one_layer(module: nn.Module) -> bool:
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """Tell whether a list of at least two composite modules sits somewhere inside."""
+    """Check whether a list of at least two composite modules sits somewhere inside."""
     for part in module.modules():
         if isinstance(part, nn.Sequential | nn.ModuleList):
             composite = [c for c in part.children() if has_weights(c) and any(c.children())]

@@ -34,7 +34,7 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
 
 @contextmanager
 def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
-    """Give every module its mode, attributes, weights and buffers back, to the last bit."""
+    """Restore every module's mode, attributes, weights and buffers, to the last bit."""
     modes = [(module, module.training) for module in model.modules()]
     kept = [
         (values, dict(values))
@@ -66,7 +66,7 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
 
 @contextmanager
 def random_states_kept(batches: Any = ()) -> Generator[None, None, None]:
-    """Give all random generators back the state they had, also when the body raises."""
+    """Restore the states of all random generators, also when the body raises."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     cpu_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -86,7 +86,7 @@ def random_states_kept(batches: Any = ()) -> Generator[None, None, None]:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Tell whether a module or any part of it went through ``torch.compile``."""
+    """Check whether a module or any part of it went through ``torch.compile``."""
     return any(
         hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
         for module in model.modules()

@@ -28,7 +28,7 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
 
 
 def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[str]]:
-    """Tell which states each one was computed from."""
+    """Find which states each one was computed from."""
     sources: dict[str, set[str]] = {}
     previous: str | None = None
     unknown = []

@@ -219,14 +219,14 @@ class Provenance:
                 self._flow.label(tensor, f"{_BATCH}{i}")
 
     def of(self, value: Any) -> frozenset[str] | None:
-        """Tell which states a value was computed from."""
+        """Find which states a value was computed from."""
         if self._flow is None:
             return None
         known = {self._claimed.get(label, label) for label in self._flow.labels(value)}
         return frozenset(name for name in known if not name.startswith(_BATCH))
 
     def is_fresh(self, tensor: Tensor) -> bool | None:
-        """Tell whether a tensor is data of the batch that was not claimed before."""
+        """Check whether a tensor is data of the batch that was not claimed before."""
         labels = None if self._flow is None else self._flow.labels(tensor)
         if not labels:
             return None
@@ -265,7 +265,7 @@ class Provenance:
             self._flow.label(value, name)
 
     def may_hold(self, tensor: Tensor, name: str) -> bool:
-        """Tell whether a tensor may have been computed from a state."""
+        """Check whether a tensor may have been computed from a state."""
         if self._flow is None:
             return True
         labels = self._flow.labels(tensor)

@@ -290,7 +290,7 @@ def check_reduce(reduce: Any) -> None:
 
 
 def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
-    """Tell the number of samples of the first pass, and which states have the batch on axis 1."""
+    """Count the samples of the first pass, and which states have the batch on axis 1."""
     second = {
         record.name: record.tensor.shape[1]
         for record in records

@@ -20,7 +20,7 @@ LET_IT_BE_WHOLE = (
 
 
 def parts_of(value: Any) -> Iterator[Any]:
-    """Give what a container holds, one level down."""
+    """Return what a container holds, one level down."""
     if isinstance(value, PackedSequence):
         yield value.data
     elif isinstance(value, Mapping):
@@ -142,7 +142,7 @@ def detached_copy(tensor: Tensor) -> Tensor:
 
 
 def is_spread(tensor: Any) -> bool:
-    """Tell whether a tensor is one over several processes."""
+    """Check whether a tensor is one over several processes."""
     return hasattr(tensor, "full_tensor")
 
 
@@ -159,7 +159,7 @@ def whole_here(tensor: Any) -> Tensor | None:
 
 @functools.cache
 def exact_device(device: torch.device) -> torch.device:
-    """Tell where the statistics of states on a device are made."""
+    """Return where the statistics of states on a device are made."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device).add(1.0)
     except (TypeError, RuntimeError):
