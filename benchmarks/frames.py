@@ -80,13 +80,7 @@ def main() -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = L.Trainer(
-            max_epochs=2,
-            callbacks=[KoopmanCreditMonitor()],
-            enable_checkpointing=False,
-            accelerator="cpu",
-            **quiet,
-        )
+        trainer = L.Trainer(max_epochs=2, callbacks=[KoopmanCreditMonitor()], accelerator="cpu", **quiet)
         trainer.fit(Net(), loader, loader)
     for name, frames in ways.items():
         print(f"{name}: {len(frames)} frames: {' > '.join(frames)}")
