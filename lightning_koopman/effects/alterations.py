@@ -149,11 +149,13 @@ class Alterations:
 
             return linear
         if kind == "output_noise":
-            spread = self.spread(name)
+            spread, generator = self.spread(name), torch.Generator()
+            # Draws on its own from here on: what the network itself draws must stay what it was.
+            generator.set_state(torch.get_rng_state())
 
             def noisy(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-                noise = torch.randn(output.shape, dtype=torch.float64).to(output.device)
-                return output + spread.to(output.device) * noise
+                noise = torch.randn(output.shape, dtype=torch.float64, generator=generator)
+                return output + spread.to(output.device) * noise.to(output.device)
 
             return noisy
         before, here = self.points[self._before(name)], self.points[name]

@@ -61,7 +61,7 @@ class Displacements(Alterations):
         self._groups = self._sharing_weights()
 
     def shifts(
-        self, batch: Any, values: Mapping[HookPoint, Tensor], n_samples: int, draws: int
+        self, number: int, values: Mapping[HookPoint, Tensor], n_samples: int, draws: int
     ) -> list[Shift]:
         """Displace every component's output by every kind, but ``output_noise``."""
         found = []
@@ -75,7 +75,7 @@ class Displacements(Alterations):
                 for turn in range(max(len(group) for group in self._groups)):
                     groups = [group for group in self._groups if turn < len(group)]
                     altered = [group[turn] for group in groups]
-                    rows = self._weights_altered(kind, altered, batch, values, n_samples, each)
+                    rows = self._weights_altered(kind, altered, number, values, n_samples, each)
                     found += [Shift(g[turn], kind, {j: rows[j] for j in g}) for g in groups]
         return found
 
@@ -121,7 +121,7 @@ class Displacements(Alterations):
         self,
         kind: Kind,
         altered: Sequence[int],
-        batch: Any,
+        number: int,
         values: Mapping[HookPoint, Tensor],
         n_samples: int,
         draws: int,
@@ -141,7 +141,7 @@ class Displacements(Alterations):
         moved: list[Tensor] = []
         for draw in range(draws):
             with self.weights(kind, [names[i] for i in altered]):
-                self.runner.run_batch(batch, alter=alters)
+                self.runner.run_batch(number, alter=alters)
             for i, name in enumerate(names):
                 rows = rows_by_sample(given[name] - values[self.points[name]], n_samples, name)
                 if draw == 0:
@@ -250,11 +250,11 @@ def predict_effects(
         summed = torch.zeros(folds, len(report.components), len(kinds), dtype=torch.float64)
         counts = torch.zeros(folds, dtype=torch.float64)
         reached = torch.zeros(len(report.components), dtype=torch.bool)
-        for number, batch in enumerate(runner.batches):
-            output, values = runner.run_batch(batch, local.points.values())
+        for number in range(len(runner.batches)):
+            output, values = runner.run_batch(number, local.points.values())
             # Before the pass with gradients: weights that are altered in between spoil its graph.
-            shifts = local.shifts(batch, values, len(output), each)
-            output, handles = _tracked(local, batch, report.components)
+            shifts = local.shifts(number, values, len(output), each)
+            output, handles = _tracked(local, number, report.components)
             # Samples that share a draw share a fold, so that errors cover the draws too.
             fold = (number * each + torch.arange(len(output)) % min(each, len(output))) % folds
             counts += torch.bincount(fold, minlength=folds)
@@ -285,7 +285,9 @@ def predict_effects(
     return dataclasses.replace(report, effects=predicted, notes=tuple(notes))
 
 
-def _tracked(local: Displacements, batch: Any, components: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+def _tracked(
+    local: Displacements, number: int, components: Sequence[str]
+) -> tuple[Tensor, list[Tensor]]:
     """Run with gradients: the output, and each component's output to ask gradients for."""
     handles: dict[str, Tensor] = {}
 
@@ -299,24 +301,13 @@ def _tracked(local: Displacements, batch: Any, components: Sequence[str]) -> tup
 
     alter = {local.points[name].call: track(name) for name in components}
     with torch.enable_grad():
-        output, _ = local.runner.run_batch(_ordinary(batch), alter=alter)
+        output, _ = local.runner.run_batch(number, alter=alter)
     if not output.requires_grad:
         raise ValueError(
             "the outputs carry no gradient, so no effect can be predicted; give a forward_fn that "
             "neither detaches them nor runs under torch.no_grad or torch.inference_mode"
         )
     return output, [handles[name] for name in components]
-
-
-def _ordinary(value: Any) -> Any:
-    """Copy tensors that were made under inference mode, of which autograd would save none."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {name: _ordinary(part) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_ordinary(part) for part in value)
-    return value
 
 
 def _pulled_back(
