@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_koopman import credit_report, intervene, predict_effects
+from lightning_koopman import credit_report, intervene, linearize, predict_effects
+from lightning_koopman.effects.derived_weights import reset
 from lightning_koopman.network.forward_runner import ForwardRunner
 
 
@@ -54,3 +56,89 @@ def test_a_batch_has_its_own_random_numbers_in_every_run_and_the_users_go_on(sam
     assert torch.equal(torch.rand(5), expected)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.allclose(first[0], first[1])
+
+
+def old_weight_norm(layer, name="weight"):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(layer, name)
+
+
+@pytest.mark.parametrize("wrap", [old_weight_norm, parametrizations.weight_norm])
+def test_reinit_of_normed_weights_is_that_of_plain_ones(wrap):
+    def layers(wrapped):
+        torch.manual_seed(0)
+        made = [nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)]
+        a, b, c = [wrap(layer) for layer in made] if wrapped else made
+        return nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), c)
+
+    batches = torch.randn(300, 6, generator=torch.Generator().manual_seed(1)).split(100)
+    effects, copies = [], []
+    for wrapped in (True, False):
+        net = layers(wrapped)
+        net(batches[0])  # leaves a weight with a graph on the modules of the old kind
+        state = {key: value.clone() for key, value in net.state_dict().items()}
+        report = credit_report(net, batches)
+        measured = intervene(net, batches, report, ["reinit"], draws=2)
+        predicted = predict_effects(net, batches, report, ["reinit"])
+        effects.append((measured.effect[:, 0], predicted.effects.values["reinit"]))
+        copies.append(linearize(net, report, report.components[1:2], batches))
+        assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    np.testing.assert_allclose(effects[0], effects[1], rtol=1e-4)
+    torch.testing.assert_close(copies[0](batches[0]), copies[1](batches[0]), rtol=0, atol=1e-4)
+
+
+def drawn(make, wrap, seed=7):
+    """Reset a wrapped module, and return it with a plain one that is drawn with the same seed."""
+    torch.manual_seed(0)
+    module = wrap(make()).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        assert reset(module, "m")
+    torch.manual_seed(seed)
+    plain = make()
+    return module, plain
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.spectral_norm, parametrizations.spectral_norm], ids=["old", "parametrized"]
+)
+def test_a_spectral_norm_follows_the_weight_drawn_anew(wrap):
+    module, plain = drawn(lambda: nn.Linear(8, 8), lambda layer: wrap(layer, n_power_iterations=20))
+    x = torch.randn(50, 8)
+    weight = plain.weight / torch.linalg.matrix_norm(plain.weight, 2)
+    torch.testing.assert_close(module(x), x @ weight.T + plain.bias, rtol=0, atol=1e-3)
+    assert not any(part.training for part in module.modules())
+
+
+def test_pruned_entries_stay_zero_and_others_are_drawn_anew():
+    module, plain = drawn(lambda: nn.Conv1d(3, 4, 2), lambda m: prune.l1_unstructured(m, "weight", 5))
+    x = torch.randn(5, 3, 6)
+    expected = nn.functional.conv1d(x, plain.weight * module.weight_mask, plain.bias)
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_one_of_several_weights_may_be_derived():
+    module, _ = drawn(lambda: nn.LSTM(3, 4), lambda m: old_weight_norm(m, "weight_hh_l0"))
+    fresh = dict(module.named_parameters())
+    torch.manual_seed(0)
+    before = dict(nn.LSTM(3, 4).named_parameters())
+    assert not any(torch.equal(fresh[key], before[key]) for key in fresh.keys() & before.keys())
+    norms = fresh["weight_hh_l0_v"].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(fresh["weight_hh_l0_g"], norms)
+    assert not torch.allclose(fresh["weight_hh_l0_v"], before["weight_hh_l0"])
+
+
+def test_a_parametrization_without_a_way_back_is_named():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    parametrize.register_parametrization(net[0], "weight", Doubled())
+    batches = torch.randn(100, 4).split(50)
+    report = credit_report(net, batches)
+    words = "'0.weight' is derived by Doubled, which cannot be set to a weight drawn anew"
+    with pytest.raises(ValueError, match=words):
+        intervene(net, batches, report, ["reinit"])
+    initial = net.state_dict()
+    assert intervene(net, batches, report, ["reinit"], initial=initial).effect.max() == 0
