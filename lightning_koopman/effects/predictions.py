@@ -112,9 +112,7 @@ class Displacements(Alterations):
         moved = self.output(kind, name)(output, values).to(output.device) - output
         if kind == "linear":
             sources = [values[point] for point in self.sources(name)]
-            # A sample that decides its own prediction wholly says nothing about any other.
-            own = (1 - self.maps[name].leverage(sources)).clamp_min(1e-6)
-            moved = moved / own.reshape(-1, *[1] * (moved.ndim - 1))
+            moved = -self.maps[name].left_out(sources, -moved)
         return moved
 
     def _weights_altered(

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_koopman import credit_report, intervene, linearize, predict_effects
 from lightning_koopman.effects.derived_weights import reset
+from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.network.forward_runner import ForwardRunner
 
 
@@ -142,3 +143,50 @@ def test_a_parametrization_without_a_way_back_is_named():
         intervene(net, batches, report, ["reinit"])
     initial = net.state_dict()
     assert intervene(net, batches, report, ["reinit"], initial=initial).effect.max() == 0
+
+
+def left_out(x, y, ridge):
+    """Residual of every sample from the ridge regression of the others; of least norm at 0."""
+    found = torch.empty_like(y)
+    for i in range(len(x)):
+        rest = torch.arange(len(x)) != i
+        x_mean, y_mean = x[rest].mean(dim=0), y[rest].mean(dim=0)
+        u, s, v = torch.linalg.svd(x[rest] - x_mean, full_matrices=False)
+        u, s, v = u[:, :-1], s[:-1], v[:-1]  # centred, so that the last is 0
+        matrix = v.T @ ((s / (s.square() + ridge))[:, None] * (u.T @ (y[rest] - y_mean)))
+        found[i] = y[i] - y_mean - (x[i] - x_mean) @ matrix
+    return found
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-12, 1e-3])
+def test_samples_left_out_of_a_fit_are_those_of_fits_without_them(tikhonov):
+    torch.manual_seed(0)
+    x = torch.randn(12, 30, dtype=torch.float64)
+    y = (x @ torch.randn(30, 3, dtype=torch.float64)).tanh()
+    fit = LinearFit(64)
+    fit.update([x], y)
+    found = fit.solve(tikhonov)
+    # The ridge weight is in units of the mean variance of all samples.
+    ridge = 12 * tikhonov * float(x.var(dim=0, correction=0).mean())
+    torch.testing.assert_close(
+        found.left_out([x], y - found([x])), left_out(x, y, ridge), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_linear_effects_are_not_zero_with_fewer_samples_than_directions():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Linear(40, 40), nn.Tanh()), nn.Sequential(nn.Linear(40, 40), nn.Tanh()),
+        nn.Linear(40, 4),
+    ).double()  # fmt: skip
+    few, many = torch.randn(30, 40).double(), torch.randn(500, 40).double()
+    with pytest.warns(UserWarning, match="30 samples are few"):
+        report = credit_report(net, [few], components=["0", "1", "2"], tikhonov=0.0)
+    predicted = predict_effects(net, [few], report, ["linear"]).effects.values["linear"]
+    with torch.no_grad():
+        state, y = net[:2](few), net(few)
+    exact = left_out(state, y, 0.0).square().sum() / (y - y.mean(dim=0)).square().sum()
+    assert predicted[2] == pytest.approx(float(exact), rel=1e-6)
+    # What the operators leave of samples that they have not seen, with the noise of so few.
+    measured = intervene(net, many.split(100), report, ["linear"]).effect[:, 0]
+    np.testing.assert_allclose(np.log(predicted / measured), 0, atol=0.7)
