@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.linear_map import LinearFit
@@ -298,7 +300,7 @@ def _tracked(
         return alter
 
     alter = {local.points[name].call: track(name) for name in components}
-    with torch.enable_grad():
+    with torch.enable_grad(), _no_reentrant_checkpoints():
         output, _ = local.runner.run_batch(number, alter=alter)
     if not output.requires_grad:
         raise ValueError(
@@ -306,6 +308,26 @@ def _tracked(
             "neither detaches them nor runs under torch.no_grad or torch.inference_mode"
         )
     return output, [handles[name] for name in components]
+
+
+@contextmanager
+def _no_reentrant_checkpoints() -> Generator[None, None, None]:
+    """Call what ``torch.utils.checkpoint`` would run without a graph, and again in a backward pass.
+
+    Gradients of states in between cannot be asked for there. Those that are not reentrant can stay.
+    """
+
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    own = vars(CheckpointFunction).get("apply")
+    setattr(CheckpointFunction, "apply", staticmethod(apply))  # noqa: B010 - mypy takes it for a method
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+        if own is not None:
+            setattr(CheckpointFunction, "apply", own)  # noqa: B010
 
 
 def _pulled_back(
@@ -322,9 +344,17 @@ def _pulled_back(
         else:
             vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
         weights = outputs.metric_root(output, vectors.reshape(output.shape))
-        found = torch.autograd.grad(
-            output, handles, weights, retain_graph=k + 1 < number, allow_unused=True
-        )
+        try:
+            found = torch.autograd.grad(
+                output, handles, weights, retain_graph=k + 1 < number, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            raise ValueError(
+                "the network runs under activation checkpoints that let no gradients of states through "
+                f"({error}); switch them off, or use torch.utils.checkpoint with use_reentrant=False"
+            ) from error
         yield found, 1.0 if exact else 1.0 / number
 
 

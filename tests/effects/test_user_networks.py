@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_koopman import credit_report, intervene, linearize, predict_effects
 from lightning_koopman.effects.derived_weights import reset
@@ -190,3 +191,60 @@ def test_linear_effects_are_not_zero_with_fewer_samples_than_directions():
     # What the operators leave of samples that they have not seen, with the noise of so few.
     measured = intervene(net, many.split(100), report, ["linear"]).effect[:, 0]
     np.testing.assert_allclose(np.log(predicted / measured), 0, atol=0.7)
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """As libraries write it."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("Checkpointing is not compatible with .grad()")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, how, frozen=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.head, self.tail = nn.Linear(6, 8), nn.Linear(8, 3)
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks).requires_grad_(not frozen)
+        self.head.requires_grad_(not frozen)
+
+    def forward(self, x):
+        x = self.head(x)
+        for block in self.blocks:
+            if self.how == "own":
+                x = x + OwnCheckpoint.apply(block, x)
+            else:
+                given = block(x) if self.how is None else checkpoint(block, x, use_reentrant=self.how)
+                x = x + given
+        return self.tail(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("components", [None, ["head", "blocks.*.0", "blocks.*.2", "tail"]])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("how", [True, False])
+def test_effects_under_checkpoints_are_those_without(how, frozen, components):
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    found = []
+    for checkpoints in (None, how):
+        net = Checkpointed(checkpoints, frozen).eval()
+        report = credit_report(net, [x], components=components)
+        found.append(predict_effects(net, [x], report).effects.values)
+    for kind, values in found[0].items():
+        np.testing.assert_allclose(found[1][kind], values, rtol=1e-5, atol=1e-12, err_msg=kind)
+    assert "apply" not in vars(CheckpointFunction)
+
+
+def test_checkpoints_of_other_libraries_are_named():
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    net = Checkpointed("own").eval()
+    report = credit_report(net, [x])
+    with pytest.raises(ValueError, match="activation checkpoints that let no gradients of states"):
+        predict_effects(net, [x], report, ["skip"])
