@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_koopman.effects.derived_weights import reset
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.network.components import clean_name
@@ -149,11 +151,13 @@ class Alterations:
 
             return linear
         if kind == "output_noise":
-            spread = self.spread(name)
+            spread, generator = self.spread(name), torch.Generator()
+            # Draws on its own from here on: what the network itself draws must stay what it was.
+            generator.set_state(torch.get_rng_state())
 
             def noisy(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-                noise = torch.randn(output.shape, dtype=torch.float64).to(output.device)
-                return output + spread.to(output.device) * noise
+                noise = torch.randn(output.shape, dtype=torch.float64, generator=generator)
+                return output + spread.to(output.device) * noise.to(output.device)
 
             return noisy
         before, here = self.points[self._before(name)], self.points[name]
@@ -211,11 +215,13 @@ def _restored(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
 def _reinitialise(name: str, module: nn.Module, initial: Mapping[str, Tensor] | None) -> None:
     """Put weights and buffers back to their initialisation, or draw them anew."""
     if initial is None:
+        # Each is set by the module whose weights it derives.
+        lists = [part for part in module.modules() if isinstance(part, ParametrizationList)]
+        deriving = {id(part) for derived in lists for part in derived.modules()}
         for inner, part in module.named_modules(prefix=name):
-            reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif any(parameter is not None for parameter in part._parameters.values()):
+            if id(part) in deriving or reset(part, inner):
+                continue
+            if any(parameter is not None for parameter in part._parameters.values()):
                 raise ValueError(
                     f"{inner!r} ({type(part).__name__}) has parameters but no reset_parameters; pass "
                     "the weights it started from with initial=state_dict"

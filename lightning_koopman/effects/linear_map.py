@@ -16,6 +16,9 @@ from lightning_koopman.network.forward_runner import MeanAndSpread
 SEEN_FIRST = 2
 """POD bases are fixed by the first ``SEEN_FIRST * max_dim`` samples."""
 
+_DECIDED = 1e-6
+"""A sample whose leverage is nearer to 1 decides its own prediction wholly."""
+
 
 @dataclass(frozen=True)
 class LinearMap:
@@ -48,16 +51,27 @@ class LinearMap:
         flat = reduced @ self.matrix.to(reduced) + self.y_mean.to(reduced)
         return flat.reshape(-1, *self.shape)
 
-    def leverage(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return how much each sample that the map was fitted to decides its own prediction.
+    def left_out(self, inputs: Sequence[Tensor], residuals: Tensor) -> Tensor:
+        """Return what the residuals of samples that a map was fitted to are once each is left out of it.
 
-        A residual divided by one minus this is what the residual would be had the sample been left out
-        of the fit: exact for ridge regression on fixed projections.
+        That is the residual over one minus the leverage, the share of its own prediction that a sample
+        decides: exact for ridge regression on fixed projections. Where samples are fewer than directions
+        and no ridge keeps them apart, that is 0/0; both then come from this map, as multiples of the
+        ridge weight that cancel, which is the limit for small ones.
         """
-        problem = spectrum(self.covariance, self.covariance)
         reduced = _projected(inputs, self.x_mean, self.bases)
-        rotated = (reduced @ problem.vectors.to(reduced)).square()
-        return (1 + rotated @ problem.filters(self.tikhonov).to(reduced)) / self.n_samples
+        covariance = self.covariance.to(reduced)
+        problem = spectrum(covariance, covariance)
+        rotated = reduced @ problem.vectors
+        filters = problem.filters(self.tikhonov)
+        own = 1 - (1 + rotated.square() @ filters) / self.n_samples
+        flat = residuals.reshape(len(own), -1) / own[:, None]
+        decided = own < _DECIDED
+        if decided.any():
+            rotated = rotated[decided] / problem.values
+            weights = (rotated.square() * problem.values) @ filters / self.n_samples
+            flat[decided] = rotated @ (problem.vectors.T @ self.matrix.to(reduced)) / weights[:, None]
+        return flat.reshape(residuals.shape)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return the map of a single tensor as one matrix and an offset."""

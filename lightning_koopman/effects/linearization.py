@@ -119,6 +119,13 @@ def put_in_place(model: nn.Module, component: LinearComponent) -> None:
         model.set_submodule(raw[name], nn.Identity())
 
 
+def _copied(model: nn.Module) -> nn.Module:
+    """Copy a network, also where a module holds a tensor with a graph, as a weight that it derives."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    graphs = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in graphs})
+
+
 def linear_components(model: nn.Module) -> list[LinearComponent]:
     """List a network's linear components."""
     return [module for module in model.modules() if isinstance(module, LinearComponent)]
@@ -161,7 +168,7 @@ def load_linearized(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module
     swaps = torch.load(path, map_location="cpu", weights_only=True).get("linearized")
     if not isinstance(swaps, list):
         raise CheckpointError(f"{os.fspath(path)} holds no linear components; load it as usual")
-    new = copy.deepcopy(model)
+    new = _copied(model)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     for swap in swaps:
@@ -302,7 +309,7 @@ def linearize(
         check_replaceable([call for group in groups for call in group], runner)
         if groups:
             runner.run([point for pair in ends for point in pair], update=update)
-    new = copy.deepcopy(model)
+    new = _copied(model)
     with random_states_kept():  # new layers draw weights before they are given theirs
         for group, fit in zip(groups, fits, strict=True):
             like = next(find_module(model, group[0])[0].parameters(), torch.empty(0))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.linear_map import LinearFit
@@ -61,7 +63,7 @@ class Displacements(Alterations):
         self._groups = self._sharing_weights()
 
     def shifts(
-        self, batch: Any, values: Mapping[HookPoint, Tensor], n_samples: int, draws: int
+        self, number: int, values: Mapping[HookPoint, Tensor], n_samples: int, draws: int
     ) -> list[Shift]:
         """Displace every component's output by every kind, but ``output_noise``."""
         found = []
@@ -75,7 +77,7 @@ class Displacements(Alterations):
                 for turn in range(max(len(group) for group in self._groups)):
                     groups = [group for group in self._groups if turn < len(group)]
                     altered = [group[turn] for group in groups]
-                    rows = self._weights_altered(kind, altered, batch, values, n_samples, each)
+                    rows = self._weights_altered(kind, altered, number, values, n_samples, each)
                     found += [Shift(g[turn], kind, {j: rows[j] for j in g}) for g in groups]
         return found
 
@@ -112,16 +114,14 @@ class Displacements(Alterations):
         moved = self.output(kind, name)(output, values).to(output.device) - output
         if kind == "linear":
             sources = [values[point] for point in self.sources(name)]
-            # A sample that decides its own prediction wholly says nothing about any other.
-            own = (1 - self.maps[name].leverage(sources)).clamp_min(1e-6)
-            moved = moved / own.reshape(-1, *[1] * (moved.ndim - 1))
+            moved = -self.maps[name].left_out(sources, -moved)
         return moved
 
     def _weights_altered(
         self,
         kind: Kind,
         altered: Sequence[int],
-        batch: Any,
+        number: int,
         values: Mapping[HookPoint, Tensor],
         n_samples: int,
         draws: int,
@@ -141,7 +141,7 @@ class Displacements(Alterations):
         moved: list[Tensor] = []
         for draw in range(draws):
             with self.weights(kind, [names[i] for i in altered]):
-                self.runner.run_batch(batch, alter=alters)
+                self.runner.run_batch(number, alter=alters)
             for i, name in enumerate(names):
                 rows = rows_by_sample(given[name] - values[self.points[name]], n_samples, name)
                 if draw == 0:
@@ -250,11 +250,11 @@ def predict_effects(
         summed = torch.zeros(folds, len(report.components), len(kinds), dtype=torch.float64)
         counts = torch.zeros(folds, dtype=torch.float64)
         reached = torch.zeros(len(report.components), dtype=torch.bool)
-        for number, batch in enumerate(runner.batches):
-            output, values = runner.run_batch(batch, local.points.values())
+        for number in range(len(runner.batches)):
+            output, values = runner.run_batch(number, local.points.values())
             # Before the pass with gradients: weights that are altered in between spoil its graph.
-            shifts = local.shifts(batch, values, len(output), each)
-            output, handles = _tracked(local, batch, report.components)
+            shifts = local.shifts(number, values, len(output), each)
+            output, handles = _tracked(local, number, report.components)
             # Samples that share a draw share a fold, so that errors cover the draws too.
             fold = (number * each + torch.arange(len(output)) % min(each, len(output))) % folds
             counts += torch.bincount(fold, minlength=folds)
@@ -285,7 +285,9 @@ def predict_effects(
     return dataclasses.replace(report, effects=predicted, notes=tuple(notes))
 
 
-def _tracked(local: Displacements, batch: Any, components: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+def _tracked(
+    local: Displacements, number: int, components: Sequence[str]
+) -> tuple[Tensor, list[Tensor]]:
     """Run with gradients: the output, and each component's output to ask gradients for."""
     handles: dict[str, Tensor] = {}
 
@@ -298,8 +300,8 @@ def _tracked(local: Displacements, batch: Any, components: Sequence[str]) -> tup
         return alter
 
     alter = {local.points[name].call: track(name) for name in components}
-    with torch.enable_grad():
-        output, _ = local.runner.run_batch(_ordinary(batch), alter=alter)
+    with torch.enable_grad(), _no_reentrant_checkpoints():
+        output, _ = local.runner.run_batch(number, alter=alter)
     if not output.requires_grad:
         raise ValueError(
             "the outputs carry no gradient, so no effect can be predicted; give a forward_fn that "
@@ -308,15 +310,24 @@ def _tracked(local: Displacements, batch: Any, components: Sequence[str]) -> tup
     return output, [handles[name] for name in components]
 
 
-def _ordinary(value: Any) -> Any:
-    """Copy tensors that were made under inference mode, of which autograd would save none."""
-    if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
-    if isinstance(value, dict):
-        return {name: _ordinary(part) for name, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_ordinary(part) for part in value)
-    return value
+@contextmanager
+def _no_reentrant_checkpoints() -> Generator[None, None, None]:
+    """Call what ``torch.utils.checkpoint`` would run without a graph, and again in a backward pass.
+
+    Gradients of states in between cannot be asked for there. Those that are not reentrant can stay.
+    """
+
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    own = vars(CheckpointFunction).get("apply")
+    setattr(CheckpointFunction, "apply", staticmethod(apply))  # noqa: B010 - mypy takes it for a method
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+        if own is not None:
+            setattr(CheckpointFunction, "apply", own)  # noqa: B010
 
 
 def _pulled_back(
@@ -333,9 +344,17 @@ def _pulled_back(
         else:
             vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
         weights = outputs.metric_root(output, vectors.reshape(output.shape))
-        found = torch.autograd.grad(
-            output, handles, weights, retain_graph=k + 1 < number, allow_unused=True
-        )
+        try:
+            found = torch.autograd.grad(
+                output, handles, weights, retain_graph=k + 1 < number, allow_unused=True
+            )
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            raise ValueError(
+                "the network runs under activation checkpoints that let no gradients of states through "
+                f"({error}); switch them off, or use torch.utils.checkpoint with use_reentrant=False"
+            ) from error
         yield found, 1.0 if exact else 1.0 / number
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -92,6 +94,17 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
+def _ordinary(value: Any) -> Any:
+    """Copy tensors that were made under inference mode, of which autograd would save none."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {name: _ordinary(part) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_ordinary(part) for part in value)
+    return value
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model's first parameter is."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -122,21 +135,30 @@ class ForwardRunner:
         """Run once over all batches."""
         read = list(read)
         outputs = []
-        for batch in self.batches:
-            output, values = self.run_batch(batch, read, alter)
+        for number in range(len(self.batches)):
+            output, values = self.run_batch(number, read, alter)
             if update is not None:
                 update(values)
             outputs.append(output.detach().cpu())
         return outputs
 
     def run_batch(
-        self, batch: Any, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
+        self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
     ) -> tuple[Tensor, Mapping[HookPoint, Tensor]]:
-        """Run once over one batch."""
+        """Run once over one batch, with random numbers that are its own and alike in every run.
+
+        A network that draws in eval mode would otherwise differ from itself as much as by an alteration.
+        """
         read = list(read)
-        with HookPoints(self.model, read, alter) as points:
+        batch = to_device(self.batches[number], self._device)
+        if torch.is_grad_enabled():
+            batch = _ordinary(batch)
+        with random_states_kept(), HookPoints(self.model, read, alter) as points:
+            random.seed(number)
+            np.random.seed(number)
+            torch.manual_seed(number)
             points.start_pass()
-            given = self.forward_fn(self.model, to_device(batch, self._device))
+            given = self.forward_fn(self.model, batch)
         output = first_tensor(given)
         if output is None:
             raise ValueError(

@@ -1,0 +1,112 @@
+"""Draws weights anew where the weights that are used are derived from those that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+_POWER_ITERATIONS = 15
+"""As many as torch makes for a new spectral norm."""
+
+
+def _derived(part: nn.Module) -> dict[str, Any]:
+    """Return what derives weights of a module itself, by the weight's name."""
+    found: dict[str, Any] = {}
+    parametrizations = part._modules.get("parametrizations")
+    if parametrize.is_parametrized(part) and isinstance(parametrizations, nn.ModuleDict):
+        found.update(parametrizations.items())
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm):
+            found[hook.name] = hook
+        elif isinstance(hook, BasePruningMethod):
+            found[hook._tensor_name] = hook
+    return found
+
+
+def reset(part: nn.Module, name: str) -> bool:
+    """Draw a module's own weights anew by its ``reset_parameters``; return whether it has one.
+
+    Where weights are derived, a plain copy is drawn anew, and the weights that are trained are set so
+    that those of the copy result.
+    """
+    derived = _derived(part)
+    target = _plain(part, derived) if derived else part
+    drawn = getattr(target, "reset_parameters", None) or getattr(target, "_reset_parameters", None)
+    if not callable(drawn):
+        return False
+    drawn()
+    if derived:
+        for own, new in ((part._parameters, target._parameters), (part._buffers, target._buffers)):
+            for key, tensor in own.items():
+                if tensor is not None and (drawn_anew := new.get(key)) is not None:
+                    tensor.copy_(drawn_anew)
+        for key, source in derived.items():
+            _set(part, key, source, getattr(target, key).detach(), f"{name}.{key}")
+    return True
+
+
+def _plain(part: nn.Module, derived: Mapping[str, Any]) -> nn.Module:
+    """Copy a module's own tensors into one of its original class, without what derives weights."""
+    plain: nn.Module = object.__new__(parametrize.type_before_parametrizations(part))
+    plain.__dict__.update({key: value for key, value in vars(part).items() if key not in derived})
+    weights = {key: getattr(part, key) for key in derived}
+    own = {key: value for key, value in part._parameters.items() if value is not None}
+    originals = {f"{key}{end}" for key in derived for end in ("_g", "_v", "_orig")}
+    plain._parameters = {key: None for key in part._parameters if key not in own} | {
+        key: nn.Parameter(value.detach().clone(), requires_grad=False)
+        for key, value in {**weights, **own}.items()
+        if key not in originals
+    }
+    plain._buffers = {k: None if b is None else b.clone() for k, b in part._buffers.items()}
+    plain._modules = {key: child for key, child in part._modules.items() if key != "parametrizations"}
+    return plain
+
+
+def _set(part: nn.Module, key: str, source: Any, weight: Tensor, name: str) -> None:
+    """Set the weights that one is derived from so that it results."""
+    if isinstance(source, parametrize.ParametrizationList):
+        value: Any = weight
+        for step in reversed(list(source)):
+            try:
+                value = step.right_inverse(value)  # type: ignore[operator]
+            except Exception as error:  # other people's code, or none at all
+                raise ValueError(
+                    f"{name!r} is derived by {type(step).__name__}, which cannot be set to a weight "
+                    f"drawn anew ({type(error).__name__}: {error}); pass the weights it started from "
+                    "with initial=state_dict"
+                ) from error
+        if source.is_tensor:
+            source.original.copy_(value)
+        else:
+            for i, tensor in enumerate(value):
+                getattr(source, f"original{i}").copy_(tensor)
+        _follow(source, source)
+    elif isinstance(source, WeightNorm):
+        getattr(part, f"{key}_g").copy_(torch.norm_except_dim(weight, 2, source.dim))
+        getattr(part, f"{key}_v").copy_(weight)
+    else:
+        getattr(part, f"{key}_orig").copy_(weight)
+        if isinstance(source, SpectralNorm):
+            _follow(part, lambda: source(part, ()))
+
+
+def _follow(part: nn.Module, derive: Callable[[], Any]) -> None:
+    """Let running estimates, as of the largest singular value, follow a weight that was drawn anew."""
+    if not any(True for _ in part.buffers()):
+        return
+    training = [(module, module.training) for module in part.modules()]
+    try:
+        for module, _ in training:
+            module.training = True
+        for _ in range(_POWER_ITERATIONS):
+            derive()
+    finally:
+        for module, mode in training:
+            module.training = mode

@@ -1,0 +1,250 @@
+"""Effects in networks that draw in eval mode, derive their weights or run under checkpoints."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+from lightning_koopman import credit_report, intervene, linearize, predict_effects
+from lightning_koopman.effects.derived_weights import reset
+from lightning_koopman.effects.linear_map import LinearFit
+from lightning_koopman.network.forward_runner import ForwardRunner
+
+
+class Sampling(nn.Module):
+    """Draws from every global generator, also behind its last component but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x)) + torch.randn(len(x), 8)
+        x = torch.tanh(self.b(x)) + torch.from_numpy(np.random.randn(len(x), 8)).float()
+        return self.c(x) * (1 + torch.rand(len(x), 4)) + random.random()
+
+
+@pytest.fixture
+def sampling():
+    torch.manual_seed(0)
+    batches = torch.randn(400, 6).split(100)
+    model = Sampling().eval()
+    return model, batches, credit_report(model, batches)
+
+
+def test_weak_noise_changes_nothing_in_a_network_that_draws(sampling):
+    model, batches, report = sampling
+    kinds = ["output_noise", "weight_noise"]
+    measured = intervene(model, batches, report, kinds, strength=1e-6, draws=2)
+    predicted = predict_effects(model, batches, report, kinds, strength=1e-6)
+    assert 0 < measured.effect.min() <= measured.effect.max() < 1e-10
+    for column, kind in enumerate(kinds):
+        # Of the same size: what the network draws is the same in both.
+        np.testing.assert_allclose(predicted.effects.values[kind], measured.effect[:, column], rtol=2)
+
+
+def test_a_batch_has_its_own_random_numbers_in_every_run_and_the_users_go_on(sampling):
+    model, batches, _ = sampling
+    runner = ForwardRunner(model, [batches[0], batches[0]])
+    torch.manual_seed(3)
+    expected = torch.rand(5)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        first, second = runner.run(), runner.run()
+    assert torch.equal(torch.rand(5), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.allclose(first[0], first[1])
+
+
+def old_weight_norm(layer, name="weight"):
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.utils.weight_norm(layer, name)
+
+
+@pytest.mark.parametrize("wrap", [old_weight_norm, parametrizations.weight_norm])
+def test_reinit_of_normed_weights_is_that_of_plain_ones(wrap):
+    def layers(wrapped):
+        torch.manual_seed(0)
+        made = [nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)]
+        a, b, c = [wrap(layer) for layer in made] if wrapped else made
+        return nn.Sequential(a, nn.Tanh(), b, nn.Tanh(), c)
+
+    batches = torch.randn(300, 6, generator=torch.Generator().manual_seed(1)).split(100)
+    effects, copies = [], []
+    for wrapped in (True, False):
+        net = layers(wrapped)
+        net(batches[0])  # leaves a weight with a graph on the modules of the old kind
+        state = {key: value.clone() for key, value in net.state_dict().items()}
+        report = credit_report(net, batches)
+        measured = intervene(net, batches, report, ["reinit"], draws=2)
+        predicted = predict_effects(net, batches, report, ["reinit"])
+        effects.append((measured.effect[:, 0], predicted.effects.values["reinit"]))
+        copies.append(linearize(net, report, report.components[1:2], batches))
+        assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    np.testing.assert_allclose(effects[0], effects[1], rtol=1e-4)
+    torch.testing.assert_close(copies[0](batches[0]), copies[1](batches[0]), rtol=0, atol=1e-4)
+
+
+def drawn(make, wrap, seed=7):
+    """Reset a wrapped module, and return it with a plain one that is drawn with the same seed."""
+    torch.manual_seed(0)
+    module = wrap(make()).eval()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        assert reset(module, "m")
+    torch.manual_seed(seed)
+    plain = make()
+    return module, plain
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.spectral_norm, parametrizations.spectral_norm], ids=["old", "parametrized"]
+)
+def test_a_spectral_norm_follows_the_weight_drawn_anew(wrap):
+    module, plain = drawn(lambda: nn.Linear(8, 8), lambda layer: wrap(layer, n_power_iterations=20))
+    x = torch.randn(50, 8)
+    weight = plain.weight / torch.linalg.matrix_norm(plain.weight, 2)
+    torch.testing.assert_close(module(x), x @ weight.T + plain.bias, rtol=0, atol=1e-3)
+    assert not any(part.training for part in module.modules())
+
+
+def test_pruned_entries_stay_zero_and_others_are_drawn_anew():
+    module, plain = drawn(lambda: nn.Conv1d(3, 4, 2), lambda m: prune.l1_unstructured(m, "weight", 5))
+    x = torch.randn(5, 3, 6)
+    expected = nn.functional.conv1d(x, plain.weight * module.weight_mask, plain.bias)
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_one_of_several_weights_may_be_derived():
+    module, _ = drawn(lambda: nn.LSTM(3, 4), lambda m: old_weight_norm(m, "weight_hh_l0"))
+    fresh = dict(module.named_parameters())
+    torch.manual_seed(0)
+    before = dict(nn.LSTM(3, 4).named_parameters())
+    assert not any(torch.equal(fresh[key], before[key]) for key in fresh.keys() & before.keys())
+    norms = fresh["weight_hh_l0_v"].norm(dim=1, keepdim=True)
+    torch.testing.assert_close(fresh["weight_hh_l0_g"], norms)
+    assert not torch.allclose(fresh["weight_hh_l0_v"], before["weight_hh_l0"])
+
+
+def test_a_parametrization_without_a_way_back_is_named():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    parametrize.register_parametrization(net[0], "weight", Doubled())
+    batches = torch.randn(100, 4).split(50)
+    report = credit_report(net, batches)
+    words = "'0.weight' is derived by Doubled, which cannot be set to a weight drawn anew"
+    with pytest.raises(ValueError, match=words):
+        intervene(net, batches, report, ["reinit"])
+    initial = net.state_dict()
+    assert intervene(net, batches, report, ["reinit"], initial=initial).effect.max() == 0
+
+
+def left_out(x, y, ridge):
+    """Residual of every sample from the ridge regression of the others; of least norm at 0."""
+    found = torch.empty_like(y)
+    for i in range(len(x)):
+        rest = torch.arange(len(x)) != i
+        x_mean, y_mean = x[rest].mean(dim=0), y[rest].mean(dim=0)
+        u, s, v = torch.linalg.svd(x[rest] - x_mean, full_matrices=False)
+        u, s, v = u[:, :-1], s[:-1], v[:-1]  # centred, so that the last is 0
+        matrix = v.T @ ((s / (s.square() + ridge))[:, None] * (u.T @ (y[rest] - y_mean)))
+        found[i] = y[i] - y_mean - (x[i] - x_mean) @ matrix
+    return found
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-12, 1e-3])
+def test_samples_left_out_of_a_fit_are_those_of_fits_without_them(tikhonov):
+    torch.manual_seed(0)
+    x = torch.randn(12, 30, dtype=torch.float64)
+    y = (x @ torch.randn(30, 3, dtype=torch.float64)).tanh()
+    fit = LinearFit(64)
+    fit.update([x], y)
+    found = fit.solve(tikhonov)
+    # The ridge weight is in units of the mean variance of all samples.
+    ridge = 12 * tikhonov * float(x.var(dim=0, correction=0).mean())
+    torch.testing.assert_close(
+        found.left_out([x], y - found([x])), left_out(x, y, ridge), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_linear_effects_are_not_zero_with_fewer_samples_than_directions():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Linear(40, 40), nn.Tanh()), nn.Sequential(nn.Linear(40, 40), nn.Tanh()),
+        nn.Linear(40, 4),
+    ).double()  # fmt: skip
+    few, many = torch.randn(30, 40).double(), torch.randn(500, 40).double()
+    with pytest.warns(UserWarning, match="30 samples are few"):
+        report = credit_report(net, [few], components=["0", "1", "2"], tikhonov=0.0)
+    predicted = predict_effects(net, [few], report, ["linear"]).effects.values["linear"]
+    with torch.no_grad():
+        state, y = net[:2](few), net(few)
+    exact = left_out(state, y, 0.0).square().sum() / (y - y.mean(dim=0)).square().sum()
+    assert predicted[2] == pytest.approx(float(exact), rel=1e-6)
+    # What the operators leave of samples that they have not seen, with the noise of so few.
+    measured = intervene(net, many.split(100), report, ["linear"]).effect[:, 0]
+    np.testing.assert_allclose(np.log(predicted / measured), 0, atol=0.7)
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """As libraries write it."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("Checkpointing is not compatible with .grad()")
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, how, frozen=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.head, self.tail = nn.Linear(6, 8), nn.Linear(8, 3)
+        blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks).requires_grad_(not frozen)
+        self.head.requires_grad_(not frozen)
+
+    def forward(self, x):
+        x = self.head(x)
+        for block in self.blocks:
+            if self.how == "own":
+                x = x + OwnCheckpoint.apply(block, x)
+            else:
+                given = block(x) if self.how is None else checkpoint(block, x, use_reentrant=self.how)
+                x = x + given
+        return self.tail(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("components", [None, ["head", "blocks.*.0", "blocks.*.2", "tail"]])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("how", [True, False])
+def test_effects_under_checkpoints_are_those_without(how, frozen, components):
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    found = []
+    for checkpoints in (None, how):
+        net = Checkpointed(checkpoints, frozen).eval()
+        report = credit_report(net, [x], components=components)
+        found.append(predict_effects(net, [x], report).effects.values)
+    for kind, values in found[0].items():
+        np.testing.assert_allclose(found[1][kind], values, rtol=1e-5, atol=1e-12, err_msg=kind)
+    assert "apply" not in vars(CheckpointFunction)
+
+
+def test_checkpoints_of_other_libraries_are_named():
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
+    net = Checkpointed("own").eval()
+    report = credit_report(net, [x])
+    with pytest.raises(ValueError, match="activation checkpoints that let no gradients of states"):
+        predict_effects(net, [x], report, ["skip"])
