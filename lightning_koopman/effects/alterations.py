@@ -24,7 +24,7 @@ from lightning_koopman.network.forward_runner import (
     rows_by_sample,
 )
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
-from lightning_koopman.network.rows import INPUT
+from lightning_koopman.network.rows import INPUT, OUTPUT
 from lightning_koopman.report.effects import KINDS, Kind
 from lightning_koopman.report.report import CreditReport
 
@@ -38,7 +38,12 @@ def check_components(report: CreditReport, components: Sequence[str] | None) -> 
             raise ValueError(
                 f"the states {joined} were joined from what runs side by side, so no module alone gives "
                 "them. Measure a report on components that run one after the other, with "
-                "components=[...]."
+                "components=[...], or on one of several heads, with output=."
+            )
+        if report.components[-1] == OUTPUT:
+            raise ValueError(
+                "the report ends with what the network returns, which no module alone gives (a sum of "
+                "branches, a skip around the last layer). Let it end with a module, by output=."
             )
         raise ValueError(
             "the report does not say which modules its components are made of; measure it with "

@@ -321,13 +321,13 @@ def _no_reentrant_checkpoints() -> Generator[None, None, None]:
         return function(*args)
 
     own = vars(CheckpointFunction).get("apply")
-    setattr(CheckpointFunction, "apply", staticmethod(apply))  # noqa: B010 - mypy takes it for a method
+    setattr(CheckpointFunction, "apply", staticmethod(apply))  # ruff: ignore[set-attr-with-constant] - mypy takes it for a method
     try:
         yield
     finally:
         del CheckpointFunction.apply
         if own is not None:
-            setattr(CheckpointFunction, "apply", own)  # noqa: B010
+            setattr(CheckpointFunction, "apply", own)  # ruff: ignore[set-attr-with-constant]
 
 
 def _pulled_back(

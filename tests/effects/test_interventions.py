@@ -552,3 +552,24 @@ def test_ranks_of_fewer_than_three_effects_are_not_told():
     report = predict_effects(mlp(), [x], report, ["output_noise"])
     result = intervene(mlp(), batched(x, y), report, ["output_noise"], draws=1)
     assert np.isnan(result.spearman("output_noise"))
+
+
+def test_a_report_that_ends_in_a_sum_of_branches_names_output() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return h + self.b(h)
+
+    torch.manual_seed(0)
+    net, batches = Skips(), [torch.randn(60, 4)]
+    report = credit_report(net, batches)
+    assert report.components[-1] == "output"
+    with pytest.raises(ValueError, match=r"ends with what the network returns.*by output="):
+        intervene(net, batches, report)
+    assert intervene(
+        net, batches, credit_report(net, batches, output="b"), kinds=["skip"]
+    ).effect.shape == (2, 1)
