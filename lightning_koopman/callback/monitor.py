@@ -272,7 +272,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
             refuse_sharded_weights(trainer)
         self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
         assert self._measurement is not None
-        self._recording = Recording(pl_module, self._measurement.capture.components)
+        self._recording = Recording(
+            pl_module,
+            self._measurement.capture.components,
+            follow_from=0 if self._rides_along else None,
+        )
         self._recorded_training = False
 
     @never_in_the_way
@@ -342,7 +346,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if batch_idx == 0 and self._is_due(trainer):
             parts = named_components(pl_module, self.components)
-            self._recording, self._n_recorded = Recording(pl_module, parts), 0
+            # A training step is followed only where it makes several calls, which the first one shows.
+            follow_from = None if is_compiled(pl_module) else 1
+            self._recording = Recording(pl_module, parts, follow_from=follow_from)
+            self._n_recorded = 0
             self._recorded_training = True
         wanted = samples_for_rank(self.max_samples, data_part(trainer).count)
         recording = self._recording

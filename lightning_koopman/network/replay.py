@@ -108,20 +108,27 @@ class Step:
 class Recording:
     """The outermost calls of some steps, within a budget of bytes.
 
-    Use as a context manager around each step; :meth:`end_step` keeps what it recorded.
+    Use as a context manager around each step; :meth:`end_step` keeps what it recorded. Whether the
+    user's own code stands between the calls of a step is told by following the data through one step,
+    from number ``follow_from`` on; ``None`` never follows, for compiled code would be compiled anew.
 
     Attributes:
         steps: What was recorded.
-        reason: Why nothing may be run again, if so.
         full: Whether the budget ended the recording.
         recording: Whether a step is being recorded.
     """
 
     def __init__(
-        self, model: nn.Module, components: dict[str, nn.Module], *, budget: int = BYTES_KEPT
+        self,
+        model: nn.Module,
+        components: dict[str, nn.Module],
+        *,
+        budget: int = BYTES_KEPT,
+        follow_from: int | None = 0,
     ) -> None:
         self.steps: list[Step] = []
-        self.reason: str | None = None
+        self._reason: str | None = None
+        self._follow_from, self._followed = follow_from, False
         self.full = False
         self._model, self._budget = model, budget
         between = [m for m in transparent_modules(model, components) if _is_pure(m)]
@@ -130,11 +137,18 @@ class Recording:
         self._carriers = list(_carriers(model, parts))
         self._ancestor = common_ancestor(model, components.values())
         if getattr(model, "_compiler_ctx", None) is not None:
-            self.reason, self._carriers = "the whole module is compiled", []
+            self._reason, self._carriers = "the whole module is compiled", []
         self._hooks = ExitStack()
         self._flow: DataFlow | None = None
         self._step = Step()
         self.recording = False
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing may be run again, if so."""
+        if self._reason is None and not self._followed and any(len(s.calls) > 1 for s in self.steps):
+            return "nobody could follow whether the step runs code of its own between its calls"
+        return self._reason
 
     @property
     def n_bytes(self) -> int:
@@ -148,9 +162,8 @@ class Recording:
         self._own = {id(module): vars(module).get("forward") for module in self._carriers}
         self._returned: list[list[Tensor]] = []
         with ExitStack() as hooks:
-            # Only where there are several calls can the user's own code stand between them.
-            if len(self.steps) < 2 and not (self.steps and len(self.steps[0].calls) == 1):
-                self._flow = hooks.enter_context(DataFlow())
+            if self._is_followed():
+                self._flow, self._followed = hooks.enter_context(DataFlow()), True
             for module in self._carriers:
                 # A module compiled in place takes no hooks that come after compilation.
                 if module._compiled_call_impl is None:
@@ -165,6 +178,13 @@ class Recording:
                     hooks.enter_context(wrap(module, "forward", around))
             self._hooks = hooks.pop_all()
         return self
+
+    def _is_followed(self) -> bool:
+        """Check whether the data of the next step is followed: once, and where it can tell anything."""
+        if self._follow_from is None or self._followed or len(self.steps) < self._follow_from:
+            return False
+        # Only where there are several calls can the user's own code stand between them.
+        return not self.steps or len(self.steps[0].calls) > 1
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -215,7 +235,7 @@ class Recording:
         self._inside.append(counts)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._inside.pop() and not any(self._inside):
+        if self._inside and self._inside.pop() and not any(self._inside):
             self._end(output)
 
     def _around(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -236,7 +256,9 @@ class Recording:
             args, kwargs = self._kept(args, name), self._kept(kwargs, name)
             self._step.calls.append(_Call(module, direct, args, kwargs))
         except Exception as error:  # the user's own step must not end because of ours
-            self.reason = self.reason or f"a call could not be copied ({type(error).__name__}: {error})"
+            self._reason = (
+                self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
+            )
 
     def _end(self, output: Any) -> None:
         try:
@@ -247,7 +269,12 @@ class Recording:
             tensor = None if self.steps else first_tensor(output)
             self._step.outputs.append(None if tensor is None else tensor.detach().to("cpu", copy=True))
         except Exception as error:
-            self.reason = self.reason or f"a call could not be copied ({type(error).__name__}: {error})"
+            self._reason = (
+                self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
+            )
+
+    def _refuse(self, error: Exception) -> None:
+        self._reason = self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
 
     def _kept(self, value: Any, name: str) -> Any:
         """Copy arguments, but for tensors that an earlier call of the step gave."""
@@ -271,7 +298,7 @@ class Recording:
                         offset = int(tensor.storage_offset() - given.storage_offset())
                         return _Fed(call, place, tensor.size(), tensor.stride(), offset)
         if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
-            self.reason = self.reason or f"the step runs code of its own before {name!r}"
+            self._reason = self._reason or f"the step runs code of its own before {name!r}"
         self._step.n_bytes += tensor.nbytes
         return _Kept(tensor.detach().to("cpu", copy=True), tensor.device)
 

@@ -105,6 +105,23 @@ def test_code_of_the_users_between_two_calls_is_not_left_out(
     assert recording.differs() == recording.reason
 
 
+@pytest.mark.parametrize(
+    ("follow_from", "n_steps", "followed"), [(1, 2, True), (1, 1, False), (None, 3, False)]
+)
+def test_calls_that_nobody_followed_are_not_run_again(
+    follow_from: int | None, n_steps: int, followed: bool
+) -> None:
+    recording = recorded(parts(), WAYS["two calls"], n_steps, follow_from=follow_from)
+    said = "nobody could follow whether the step runs code of its own between its calls"
+    assert recording.reason == (None if followed else said)
+    between = recorded(
+        parts(), lambda m, x: m.decoder(m.encoder(x) + 1), n_steps, follow_from=follow_from
+    )
+    assert between.reason == ("the step runs code of its own before 'decoder'" if followed else said)
+    single = recorded(parts(), WAYS["a call"], n_steps, follow_from=follow_from)
+    assert single.reason is None
+
+
 def test_a_pass_that_samples_is_found_out() -> None:
     class Samples(Parts):
         def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
