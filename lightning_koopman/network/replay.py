@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +88,8 @@ class Step:
         def look(part: Any) -> None:
             if isinstance(part, _Kept):
                 sizes.append(part.copy.shape[0] if part.copy.ndim else 1)
+            elif isinstance(part, _Object):
+                sizes.append(part.n_rows)
 
         for call in self.calls[:1]:
             _mapped((call.args, call.kwargs), look)
@@ -284,8 +287,11 @@ class Recording:
                 return self._kept_tensor(part, name)
             if isinstance(part, _NOT_COPIED):
                 return part
-            self._step.n_bytes += sum(t.nbytes for t in all_tensors(part))
-            return _Object(copy.deepcopy(part))
+            made: dict[int, Any] = {}
+            twin = copy.deepcopy(part, made)
+            inside = [value for value in made.values() if isinstance(value, Tensor | np.ndarray)]
+            self._step.n_bytes += sum(value.nbytes for value in inside)
+            return _Object(twin, max((len(value) for value in inside if value.ndim), default=1))
 
         return _mapped(value, keep)
 
@@ -308,6 +314,7 @@ class _Object:
     """A copy of an argument that is neither a tensor nor a plain value."""
 
     copy: Any
+    n_rows: int
 
 
 def _is_pure(module: nn.Module) -> bool:

@@ -154,6 +154,7 @@ def test_objects_are_copied_and_what_cannot_be_copied_is_named() -> None:
 
     recording = recorded(OfObject().eval(), lambda m, x: (m(g := Graph(x)), g.x.zero_()))
     assert recording.differs() is None
+    assert [(step.n_rows, step.n_bytes) for step in recording.steps] == [(5, 5 * 4 * 4)] * 2
     lock = Locked()
     lock.x = torch.ones(5, 4)  # type: ignore[attr-defined]
     locked = recorded(OfObject().eval(), lambda m, x: m(lock))
