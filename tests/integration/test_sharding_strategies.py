@@ -34,12 +34,12 @@ FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_count"), (0, "_rows"), (1, "
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    """Five runs, the same without the monitor, one that leaves the end out, one for each fault."""
+    """Five runs, the same without the monitor, one that never validates, one for each fault."""
     configs = cases(
         "fsdp linear", "2x1", "1x2 whole", "1x2 parts", "1x2 dtensor", frozen=False, max_epochs=2
     )
     configs += [config | {"unwatched": True} for config in configs]
-    configs += cases("2x1", every_n_epochs=2, max_epochs=3)
+    configs += cases("2x1", limit_val_batches=0, max_epochs=2)
     configs += [c for f in FAULTS for c in cases("1x2 whole", break_numerics=f, max_dim=8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_NAMESPACE", "pytorch_lightning")
@@ -65,7 +65,7 @@ def test_weights_stay_unmeasured_where_that_takes_an_extra_pass(
     runs: list[list[dict[str, Any]]],
 ) -> None:
     for rank in runs[10]:
-        assert len(rank["history"]) == 1
+        assert rank["history"] == []
         assert any("ModelParallelStrategy shards the weights" in w for w in rank["warned"])
 
 

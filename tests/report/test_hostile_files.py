@@ -22,7 +22,7 @@ from lightning_koopman.report.pages import to_html
 
 # Tells every file that is opened for writing, made, moved or deleted, and every module imported late.
 AUDIT = """
-import os, sys
+import os, sys, tempfile
 touched, watching = [], False
 def hook(event, args):
     if not watching:
@@ -38,6 +38,7 @@ def hook(event, args):
 sys.addaudithook(hook)
 from lightning_koopman.cli.main import main
 import matplotlib.pyplot, tensorboard.summary, torch.utils.tensorboard
+tempfile.gettempdir()  # the standard library tries by a file of its own where temporary files may go
 watching = True
 commands = " ".join(sys.argv[1:]).split(" THEN ")
 code = max(main(command.split()) for command in commands)
