@@ -86,8 +86,11 @@ def are_data(*values: Any) -> bool:
     Under ``torch.func`` transforms, tracing and export, and with fake or meta tensors, there is nothing
     to record.
     """
+    # First of all, for the compiler cannot look into what follows.
+    if torch.compiler.is_compiling():
+        return False
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+    if transformed or torch._C._get_tracing_state() is not None:
         return False
     return not any(
         isinstance(tensor, FakeTensor)

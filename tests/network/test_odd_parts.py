@@ -179,6 +179,8 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_calls_under_a_transform_are_no_passes(kind: str) -> None:
+    if kind == "export" and torch.__version__ < "2.7":
+        pytest.skip("torch 2.6 exports no module that carries hooks, whosever they are")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
     expected = credit_report(model, samples())
