@@ -133,7 +133,7 @@ class Recording:
         self._reason: str | None = None
         self._follow_from, self._followed = follow_from, False
         self.full = False
-        self._model, self._budget = model, budget
+        self._budget = budget
         between = [m for m in transparent_modules(model, components) if _is_pure(m)]
         parts = {id(module) for module in (*components.values(), *between)}
         self._names = {id(m): clean_name(n) or type(m).__name__ for n, m in model.named_modules()}

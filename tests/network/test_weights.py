@@ -139,6 +139,10 @@ def test_patterns_folders_and_plain_names_are_found_once(tmp_path: Path) -> None
         (["v0/checkpoints/1.ckpt", "v1/checkpoints/1.ckpt"], ["v0", "v1"]),
         (["v0/checkpoints/1.ckpt", "v0/1.ckpt"], ["checkpoints", "."]),
         (["x/v0/seed1/1.ckpt", "x/v1/seed1/1.ckpt"], ["v0/seed1", "v1/seed1"]),
+        # Folders of a sweep, whose files are named by what Lightning counts or by one metric.
+        (["lr=0.1/epoch=1.ckpt", "lr=0.2/epoch=1.ckpt"], ["lr=0.1", "lr=0.2"]),
+        (["a/loss=0.1.ckpt", "b/loss=0.2.ckpt", "last.ckpt"], ["a", "b", "."]),
+        (["step=20/loss=0.1.ckpt", "step=30/loss=0.2.ckpt"], ["step=20", "step=30"]),
     ],
 )
 def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
