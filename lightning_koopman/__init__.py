@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_koopman.effects.linearization import linearize
     from lightning_koopman.effects.predictions import predict_effects
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
+    from lightning_koopman.measurement.drift import drift
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.measurement.metric import KoopmanCredit
     from lightning_koopman.network.weights import CheckpointError
@@ -24,6 +25,7 @@ __all__ = [
     "KoopmanCreditMonitor",
     "KoopmanOperator",
     "credit_report",
+    "drift",
     "evaluate_checkpoints",
     "fit_operator",
     "intervene",
@@ -40,6 +42,7 @@ _HOMES = {
     "KoopmanCreditMonitor": "callback.monitor",
     "KoopmanOperator": "koopman.operator",
     "credit_report": "measurement.evaluate",
+    "drift": "measurement.drift",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",
     "intervene": "effects.interventions",

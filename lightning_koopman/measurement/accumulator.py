@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.koopman.credit import samples_needed
-from lightning_koopman.koopman.moments import recentred
+from lightning_koopman.koopman.moments import Layout, recentred
 from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.reference import Reference, fold_operators
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
 from lightning_koopman.measurement.metric import KoopmanCredit
 from lightning_koopman.measurement.processes import Share, agree_on_basis, agreed, sum_moments
@@ -227,20 +228,37 @@ class Accumulator:
             self.basis = Basis((None,) * len(center), (1.0,) * len(center), center)
         self._metric = merged
 
-    def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
-        """Return the report, with the states that each component reads."""
+    def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
+        """Return all that was added up, what it holds and the offsets that it is about."""
         self.flush()
         if self._metric is None or self.basis is None:
             raise ValueError("no sample arrived: the batches were empty")
-        kept, layout, options = self.basis.kept_variance[1:], self._metric.layout, self.options
-        assert layout is not None
+        assert self._metric.layout is not None
+        return self._metric.layout, self._metric.moments, self.basis.center
+
+    def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
+        """Return the report, with the states that each component reads."""
+        layout, moments, center = self.moments()
+        assert self._metric is not None
+        assert self.basis is not None
+        kept, options = self.basis.kept_variance[1:], self.options
         # Few samples make narrow states: as many as those need would be few again.
         dims = widest(self.widths, layout.dims, options.max_dim, options.observables)
         enough = samples_needed(replace(layout, dims=dims))
         report = self._metric.report(variance_kept=kept, notes=notes, step=step, enough=enough)
         parents, names = layout.parents, self.names
         reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
-        return replace(report, reads=reads)
+        reference = Reference(
+            self.names,
+            self.widths,
+            parents[1:],
+            self.basis,
+            *fold_operators(layout, moments, center),
+            n_samples=report.n_samples,
+            options=options,
+            step=step,
+        )
+        return replace(report, reads=reads, reference=reference)
 
 
 def all_finite(blocks: Sequence[Tensor]) -> bool:
