@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_koopman.effects.linearization import linearize
     from lightning_koopman.effects.predictions import predict_effects
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
+    from lightning_koopman.koopman.options import Options
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.measurement.metric import KoopmanCredit
     from lightning_koopman.network.weights import CheckpointError
@@ -23,6 +24,7 @@ __all__ = [
     "KoopmanCredit",
     "KoopmanCreditMonitor",
     "KoopmanOperator",
+    "Options",
     "credit_report",
     "evaluate_checkpoints",
     "fit_operator",
@@ -39,6 +41,7 @@ _HOMES = {
     "KoopmanCredit": "measurement.metric",
     "KoopmanCreditMonitor": "callback.monitor",
     "KoopmanOperator": "koopman.operator",
+    "Options": "koopman.options",
     "credit_report": "measurement.evaluate",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",

@@ -23,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line."""
     given = list(sys.argv[1:] if args is None else args)
     # jsonargparse names options after parameters; dashes are what people type.
-    given = [re.sub(r"^--[a-z_-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
+    given = [re.sub(r"^--[a-z_.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
     for place, name in enumerate(_FILES.get(given[0] if given else "", []), start=1):
         if len(given) > 2 * place - 1 and not given[2 * place - 1].startswith("-"):
             given.insert(2 * place - 1, f"--{name}")

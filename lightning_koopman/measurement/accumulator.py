@@ -87,19 +87,12 @@ class Accumulator:
         self._block, self._filled = [], 0
 
     def _new_metric(self, center: Sequence[Tensor]) -> KoopmanCredit:
-        options = self.options
         return KoopmanCredit(
             self.names[1:],
             dims=[len(offset) for offset in center],
             center=center,
             links=self.links or None,
-            rank=options.rank,
-            tikhonov=options.tikhonov,
-            normalize=options.normalize,
-            targets=options.targets,
-            delay=options.delay,
-            folds=options.folds,
-            seed=options.seed,
+            options=self.options,
             sync_on_compute=False,
         )
 

@@ -27,7 +27,6 @@ from lightning_koopman.network.capture import Capture
 
 # Where one measurement passes, from the first hook to the last number.
 PLACES = [
-    (CreditWriter, "log_options"),
     (KoopmanCreditMonitor, "_begin"),
     (Capture, "__enter__"),
     (Measurement, "_keep"),

@@ -67,7 +67,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_evaluate_measures_every_checkpoint(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "evaluate --model userproject:LitNet --data userproject:Data --ckpt *.ckpt --logdir tb"
-    code = main([*command.split(), "--out", "report.json", "--max-dim", "64"])
+    code = main([*command.split(), "--out", "report.json", "--options.max-dim", "64"])
     printed = capsys.readouterr().out
     assert code == 0
     assert printed.index("at step 10") < printed.index("at step 20")
