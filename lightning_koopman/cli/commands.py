@@ -47,6 +47,7 @@ def report(
         show_reports(reports)
     else:
         write_reports(reports, out, format)
+        say_written(out)
 
 
 def compare(
@@ -98,6 +99,11 @@ def merge(reports: list[str], out: str) -> None:
     merged = merge_reports(reports)
     write_reports(merged, out)
     Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
+
+
+def say_written(path: str) -> None:
+    """Print where a result went."""
+    Console().print(f"Written to {path}", highlight=False, soft_wrap=True)
 
 
 def show_reports(reports: Sequence[CreditReport]) -> None:
@@ -221,6 +227,8 @@ def evaluate(
             failure, reports = error, error.reports
     show_reports(reports)
     save(reports)
+    if out is not None and reports:
+        say_written(out)
     if failure is not None:
         raise failure
 
@@ -308,7 +316,7 @@ def linearize(
     more["hyper_parameters"] = dict(checkpoint.hyper_parameters)
     more["datamodule_hyper_parameters"] = dict(checkpoint.data_hyper_parameters)
     save_linearized(result.model, out, more=more)
-    Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
+    say_written(out)
 
 
 def intervene(
@@ -363,8 +371,10 @@ def intervene(
     Console().print(result)
     if figure is not None:
         result.plot().savefig(figure)
+        say_written(figure)
     if out is not None:
         report.to_json(out)
+        say_written(out)
 
 
 def _measured(

@@ -15,6 +15,7 @@ from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
 from lightning_koopman.measurement.metric import KoopmanCredit
 from lightning_koopman.measurement.processes import Share, agree_on_basis, agreed, sum_moments
+from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.report.report import CreditReport
 
 _MOST_ROWS = 4096
@@ -224,7 +225,7 @@ class Accumulator:
         """Return the report, with the states that each component reads."""
         self.flush()
         if self._metric is None or self.basis is None:
-            raise ValueError("no sample arrived: the batches were empty")
+            raise ValueError(NO_SAMPLES)
         kept, layout, options = self.basis.kept_variance[1:], self._metric.layout, self.options
         assert layout is not None
         # Few samples make narrow states: as many as those need would be few again.

@@ -7,13 +7,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
+from lightning_koopman.network.forward_runner import (
+    ForwardFn,
+    check_arguments,
+    default_forward,
+    to_device,
+)
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.report.report import CreditReport
 
@@ -63,11 +68,7 @@ def credit_report(
     References:
         Liang et al. (2022), arXiv 2212.00998.
     """
-    if isinstance(batches, Tensor):
-        raise ValueError(
-            f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
-            "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
-        )
+    check_arguments(model, batches)
     batches = _with_weights(model, batches, forward_fn)
     measurement = Measurement(model, components, options)
     measurement.run(model, batches, forward_fn)

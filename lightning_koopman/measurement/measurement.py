@@ -196,6 +196,11 @@ class Measurement(Accumulator):
                 f"{self.names[0]!r} takes no floating-point input, so its output is x_0 and it has no "
                 "credit of its own"
             )
+        if len(self.names) == 2:
+            notes.append(
+                f"the network has one component, {self.names[1]!r}, whose credit is 0 by definition, as "
+                "of every last one; name smaller parts with components=[...]"
+            )
         return notes
 
     def _parts(self) -> dict[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import Options, credit_report
+from lightning_koopman.demo import Digits
 from lightning_koopman.koopman.credit import QUANTITIES
 
 
@@ -506,9 +507,29 @@ def test_a_mapping_that_fails_whole_names_forward_fn() -> None:
         credit_report(model, [{"y": samples()}])
 
 
-def test_one_tensor_in_place_of_batches_is_refused(mlp: Any) -> None:
-    with pytest.raises(ValueError, match=r"batches is one tensor of shape \(300, 6\)"):
-        credit_report(mlp, samples())
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        (nn.Linear, [samples()], r"model is the class Linear; pass an instance, Linear\(\.\.\.\)"),
+        (torch.relu, [samples()], "model is a builtin_function_or_method; it must be a torch.nn.Module"),
+        (None, samples(), r"batches is one tensor of shape \(300, 6\)"),
+        (None, TensorDataset(samples()), r"batches is a dataset \(TensorDataset\).*DataLoader\(dataset"),
+        (None, Digits(), r"batches is a DataModule \(Digits\).*then pass val_dataloader\(\)"),
+        (None, 3, "batches is a int; it must be an iterable of batches"),
+        (None, iter([]), r"no sample arrived: .*a generator gives its batches only once"),
+    ],
+)
+def test_what_is_no_model_and_what_gives_no_batches_is_refused(
+    mlp: Any, model: Any, batches: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        credit_report(mlp if model is None else model, batches)
+
+
+def test_a_network_of_one_component_is_told_that_its_credit_says_nothing() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
+    (note,) = [n for n in credit_report(net, [samples()]).notes if "one component" in n]
+    assert note.startswith("the network has one component, '1', whose credit is 0 by definition")
 
 
 def test_torchscript_is_refused(linear_chain: Callable[..., nn.Sequential]) -> None:
