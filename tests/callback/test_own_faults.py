@@ -21,8 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor
 from lightning_koopman.callback.loggers import CreditWriter
+from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.measurement.metric import KoopmanCredit
 from lightning_koopman.network.capture import Capture
 
 # Where one measurement passes, from the first hook to the last number.
@@ -31,7 +31,7 @@ PLACES = [
     (Capture, "__enter__"),
     (Measurement, "_keep"),
     (Measurement, "end_pass"),
-    (KoopmanCredit, "update"),
+    (Accumulator, "_sum"),
     (Measurement, "report"),
     (CreditWriter, "draw"),
     (CreditWriter, "scalars"),
