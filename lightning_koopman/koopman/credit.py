@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_koopman.koopman.alignment import Alignment, align
@@ -105,6 +104,8 @@ def unseen_shifts(
     # to be seen in so many samples would count in full. Were u of them to join k with weights like
     # theirs, the log-volume would grow by log(1 + u / k) / 2 per direction; a 95 % interval just reaches
     # so far. What a linear step gives out has no directions but those it reads.
+    from scipy.special import stdtrit  # most of a second to import, and torch has no such quantile
+
     shifts = torch.zeros(len(layout.dims), dtype=torch.float64)
     unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
     for i, problem in enumerate(whole.problems, start=1):

@@ -12,7 +12,7 @@ or many.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from scipy.special import stdtr
@@ -23,6 +23,7 @@ from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.koopman.regression import solve
 from lightning_koopman.koopman.states import Basis
+from lightning_koopman.network.plan import Plan
 
 RIDGE = 1e-1
 """Ridge weight of the operators that drift is read from, in units of the regressors' mean variance.
@@ -74,6 +75,15 @@ class Reference:
     def components(self) -> tuple[str, ...]:
         """Names of the components."""
         return self.states[1:]
+
+    def coordinates(self, plan: Plan) -> Plan:
+        """Return another network's plan, with what its states must share with the reference."""
+        self.check_names(plan.names, self.states)
+        forms = {
+            name: replace(form, grid=self.grids.get(name, form.grid))
+            for name, form in plan.forms.items()
+        }
+        return replace(plan, forms=forms, links=self.parents)
 
     def check_names(self, names: Sequence[str], expected: Sequence[str]) -> None:
         """Refuse components or states that are not those of the reference."""

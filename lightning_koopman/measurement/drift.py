@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference, beyond_error, unexplained
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import clean_modules
-from lightning_koopman.network.forward_runner import ForwardFn
-from lightning_koopman.network.rows import ReduceOption
+from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.report import CreditReport
 
@@ -25,10 +25,8 @@ def drift(
     *,
     forward_fn: ForwardFn | None = None,
     max_samples: int | None = None,
-    output: Callable[[Any], Any] | None = None,
-    reduce: ReduceOption | None = None,
-    observables: Callable[[Tensor], Tensor] | None = None,
     step: int | None = None,
+    options: Options | None = None,
 ) -> Drift:
     """Find the components that do something else than when a reference was measured.
 
@@ -44,11 +42,9 @@ def drift(
             :func:`lightning_koopman.credit_report`.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
         max_samples: Most samples to take; ``None`` takes all.
-        output: The function that the reference was measured with as ``output``, if it was one: a file
-            holds no functions.
-        reduce: The same for ``reduce``.
-        observables: The same for ``observables``.
         step: Training step the weights belong to, for the table.
+        options: Those of the reference, needed only where it comes from a file and they hold functions
+            (``reduce``, ``output``, ``observables``): a file holds none.
 
     Returns:
         The drift of every component, with errors and marks.
@@ -68,18 +64,14 @@ def drift(
         >>> lk.drift(report, net, torch.randn(2000, 6).split(500)).culprit
         '2'
     """
-    if isinstance(batches, Tensor):
-        raise ValueError(
-            f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
-            "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
-        )
+    check_arguments(model, batches)
     found = _reference_of(reference)
-    options = _options(found, output=output, reduce=reduce, observables=observables)
+    chosen = _with_functions(found, options)
     if found.named:
         known = dict(clean_modules(model))
         found.check_names([name for name in found.modules if name in known], found.modules)
     measurement = Measurement(
-        model, list(found.modules) if found.named else None, options, max_samples=max_samples
+        model, list(found.modules) if found.named else None, chosen, max_samples=max_samples
     )
     measurement.follow(found)
     measurement.run(model, batches, forward_fn)
@@ -123,12 +115,12 @@ def _reference_of(given: CreditReport | str | os.PathLike[str]) -> Reference:
     return given.reference
 
 
-def _options(reference: Reference, **functions: Any) -> Any:
+def _with_functions(reference: Reference, options: Options | None) -> Options:
     """Return the options of the reference, with the functions that a file could not hold."""
-    given = {name: value for name, value in functions.items() if value is not None}
-    if missing := [name for name in reference.functions if name not in given]:
+    given = {} if options is None else {name: getattr(options, name) for name in reference.functions}
+    if missing := [name for name in reference.functions if given.get(name) is None]:
         raise ValueError(
             f"the reference was measured with functions of yours for {missing}, which its file does not "
-            "hold; pass the same again"
+            "hold; pass the same again with options=Options(...)"
         )
     return dataclasses.replace(reference.options, **given)

@@ -23,7 +23,7 @@ from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
-from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
+from lightning_koopman.network.tensors import detached_copy, exact_device
 from lightning_koopman.report.report import CreditReport
 
 
@@ -62,7 +62,7 @@ class Measurement(Accumulator):
         self._untraced: str | None = None
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
-            self.capture, self.plan, self.links = like.capture, like.plan, like.links
+            self.capture, self.plan = like.capture, like.plan
             self.capture.keep, self._untraced = self._keep, like._untraced
         self._followed: Reference | None = None
 
@@ -71,7 +71,7 @@ class Measurement(Accumulator):
         # The order of modules is that of registration, or of naming, and says nothing.
         reference.check_names(sorted(self.capture.components), sorted(reference.modules))
         self._followed, self._named = reference, reference.named
-        self.basis, self.links = reference.basis, reference.parents
+        self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches through a model that is left exactly as it was found."""
@@ -121,9 +121,9 @@ class Measurement(Accumulator):
                 states = self._make_plan(list(states.values()))
             assert self.plan is not None
             rows = self.plan.join(states, self._batches)
-            if self._followed is not None and not self.names:
+            if self._followed is not None and not self.chain.names:
                 self._followed.check_widths([block.shape[1] for block in rows.values()])
-            self.push(rows)
+            self.push(rows, self.plan.links)
 
     def report(self, *, step: int | None = None) -> CreditReport:
         """Finish and compute the report."""
@@ -175,14 +175,7 @@ class Measurement(Accumulator):
             returned=returned,
         )
         if self._followed is not None:
-            self._followed.check_names(self.plan.names, self._followed.states)
-            forms = {
-                name: dataclasses.replace(form, grid=self._followed.grids.get(name, form.grid))
-                for name, form in self.plan.forms.items()
-            }
-            self.plan = dataclasses.replace(self.plan, forms=forms)
-        elif any(read != (i,) for i, read in enumerate(self.plan.links)):
-            self.links = self.plan.links
+            self.plan = self._followed.coordinates(self.plan)
         return {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
@@ -200,7 +193,7 @@ class Measurement(Accumulator):
         if recorded.lengths is not None:
             places = torch.arange(tensor.shape[1])
             valid = (places < recorded.lengths[:, None]).to(tensor.device)
-        return exactly(self.plan.forms[recorded.name].rows(tensor, valid))
+        return self.plan.forms[recorded.name].rows(tensor, valid)
 
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
@@ -220,10 +213,16 @@ class Measurement(Accumulator):
             notes.append(f"parameters in no component: {listed(homeless)}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
-        if self.names and not self.names[0].startswith(INPUT):
+        first = self.chain.names[0] if self.chain.names else INPUT
+        if not first.startswith(INPUT):
             notes.append(
-                f"{self.names[0]!r} takes no floating-point input, so its output is x_0 and it has no "
+                f"{first!r} takes no floating-point input, so its output is x_0 and it has no "
                 "credit of its own"
+            )
+        if len(self.chain.names) == 2:
+            notes.append(
+                f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by definition, as "
+                "of every last one; name smaller parts with components=[...]"
             )
         return notes
 

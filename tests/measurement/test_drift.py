@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import CreditReport, credit_report, drift
-from lightning_koopman.koopman.options import Options
+from lightning_koopman import CreditReport, Options, credit_report, drift
 from lightning_koopman.measurement.drift import drift_since
 from lightning_koopman.measurement.measurement import Measurement
 
@@ -82,7 +81,7 @@ def test_the_part_that_broke_moves_most(tmp_path: Path, name: str, from_file: bo
 @pytest.mark.parametrize("options", [{}, {"delay": 2}], ids=str)
 def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
     net = Skips()
-    report = credit_report(net, samples(), **options)
+    report = credit_report(net, samples(), options=Options(**options))
     assert report.reads["head"] == ("second.0", "first.0", "stem")
     assert drift(report, broken(net, "second"), samples(seed=1)).culprit == "second.0"
     assert np.abs(drift(report, net, samples(seed=1)).drift).max() < 0.01
@@ -90,7 +89,7 @@ def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
 
 def test_wide_states_meet_in_the_basis_of_the_reference(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 3))
-    report = credit_report(net, samples(), max_dim=16)
+    report = credit_report(net, samples(), options=Options(max_dim=16))
     path = tmp_path / "reference.safetensors"
     report.save_reference(path)
     assert drift(path, broken(net, "2"), samples(seed=1)).culprit == "2"
@@ -113,7 +112,7 @@ def test_sequences_of_another_length_are_pooled_to_the_same_cells() -> None:
         generator = torch.Generator().manual_seed(seed)
         return list(torch.randint(20, (1200, length), generator=generator).split(400))
 
-    report = credit_report(net, ids(40, 0), max_dim=32)
+    report = credit_report(net, ids(40, 0), options=Options(max_dim=32))
     broken = copy.deepcopy(net)
     with torch.no_grad():
         broken.rnn.weight_ih_l0[::2] *= -1
@@ -124,7 +123,7 @@ def test_sequences_of_another_length_are_pooled_to_the_same_cells() -> None:
 def test_lifted_states_are_lifted_as_the_reference_was(tmp_path: Path) -> None:
     net = mlp()
     for lift in ("rff", "rbf", "polynomial"):
-        report = credit_report(net, samples(), max_dim=24, observables=lift)
+        report = credit_report(net, samples(), options=Options(max_dim=24, observables=lift))
         path = tmp_path / f"{lift}.safetensors"
         report.save_reference(path)
         both = [drift(given, net, samples(seed=1)) for given in (report, path)]
@@ -145,11 +144,12 @@ def test_functions_are_handed_over_again_for_a_file_holds_none(tmp_path: Path) -
     def squares(rows: Tensor) -> Tensor:
         return torch.cat([rows, rows**2], dim=1)
 
-    report = credit_report(net, samples(), reduce=halves, output=doubled, observables=squares)
+    options = Options(reduce=halves, output=doubled, observables=squares)
+    report = credit_report(net, samples(), options=options)
     report.save_reference(path)
     with pytest.raises(ValueError, match=r"yours for \['reduce', 'output', 'observables'\]"):
         drift(path, net, samples())
-    found = drift(path, net, samples(seed=1), reduce=halves, output=doubled, observables=squares)
+    found = drift(path, net, samples(seed=1), options=options)
     assert np.allclose(found.drift, drift(report, net, samples(seed=1)).drift, rtol=0, atol=1e-9)
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report
+from lightning_koopman import Options, credit_report
 from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.report.reference_file import read_reference
 from lightning_koopman.report.saved import ReportFormatError
@@ -21,9 +21,10 @@ from lightning_koopman.report.saved import ReportFormatError
 KEY = "lightning_koopman_reference"
 
 
-def measured(**options: Any) -> Any:
+def measured(components: Any = None, **options: Any) -> Any:
     net = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 2))
-    return credit_report(net, torch.randn(700, 4).split(100), step=12, **options)
+    batches = torch.randn(700, 4).split(100)
+    return credit_report(net, batches, components=components, step=12, options=Options(**options))
 
 
 @pytest.fixture
