@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_koopman.callback.monitor import KoopmanCreditMonitor
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
+    from lightning_koopman.decisions.drop import drop_order
     from lightning_koopman.effects.interventions import intervene
     from lightning_koopman.effects.linearization import linearize
     from lightning_koopman.effects.predictions import predict_effects
@@ -26,6 +27,7 @@ __all__ = [
     "KoopmanOperator",
     "Options",
     "credit_report",
+    "drop_order",
     "evaluate_checkpoints",
     "fit_operator",
     "intervene",
@@ -43,6 +45,7 @@ _HOMES = {
     "KoopmanOperator": "koopman.operator",
     "Options": "koopman.options",
     "credit_report": "measurement.evaluate",
+    "drop_order": "decisions.drop",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",
     "intervene": "effects.interventions",
