@@ -30,6 +30,7 @@ class Options:
         output: What the chain ends with: a module's name, or a callable from what the model returns.
         observables: Lift of every state but the last.
         seed: Chooses the folds and the random features.
+        errors: Whether standard errors are computed; without them each is NaN.
     """
 
     rank: int | None = None
@@ -43,6 +44,7 @@ class Options:
     output: str | Callable[[Any], Any] | None = None
     observables: Observables = None
     seed: int = 0
+    errors: bool = True
 
     def __post_init__(self) -> None:
         if self.folds < 2:
