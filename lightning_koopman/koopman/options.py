@@ -45,6 +45,7 @@ class Options:
             itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
             ``(n_samples, d)`` to rows. Credits are then about these coordinates.
         seed: Chooses the folds and the random features.
+        errors: Whether standard errors are computed; without them each is NaN.
 
     Raises:
         ValueError: If a value is out of range.
@@ -65,6 +66,7 @@ class Options:
     output: str | Callable[[Any], Any] | None = None
     observables: Observables = None
     seed: int = 0
+    errors: bool = True
 
     def __post_init__(self) -> None:
         if self.folds < 2:

@@ -221,8 +221,8 @@ class Measurement(Accumulator):
             )
         if len(self.chain.names) == 2:
             notes.append(
-                f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by definition, as "
-                "of every last one; name smaller parts with components=[...]"
+                f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by "
+                "definition, as of every last one; name smaller parts with components=[...]"
             )
         return notes
 
