@@ -14,6 +14,7 @@ from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.measurement.sums import all_finite, report_on
+from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
 
@@ -249,7 +250,7 @@ class Accumulator:
         """Return the report, with the states that each component reads."""
         self.flush()
         if self._moments is None or self.basis is None:
-            raise ValueError("no sample arrived: the batches were empty")
+            raise ValueError(NO_SAMPLES)
         options, layout, names = self.options, self._laid_out(), self.chain.names
         # Few samples make narrow states: as many as those need would be few again.
         dims = widest(self.chain.widths, layout.dims, options.max_dim, options.observables)

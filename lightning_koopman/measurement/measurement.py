@@ -194,6 +194,11 @@ class Measurement(Accumulator):
                 f"{first!r} takes no floating-point input, so its output is x_0 and it has no "
                 "credit of its own"
             )
+        if len(self.chain.names) == 2:
+            notes.append(
+                f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by "
+                "definition, as of every last one; name smaller parts with components=[...]"
+            )
         return notes
 
     def _parts(self) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_koopman.koopman.credit import QUANTITIES, Credits, compute_credits
 from lightning_koopman.koopman.moments import Layout, accumulate
-from lightning_koopman.koopman.options import Normalize, Options
+from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.koopman.states import sample_keys
 from lightning_koopman.measurement.sums import check_states, report_on
 from lightning_koopman.network.tensors import exact_device, exactly
@@ -66,19 +66,11 @@ class KoopmanCredit(Metric):
         dims: Widths d_0 … d_L; ``None`` takes those of the first batch.
         center: Fixed offsets, one ``(d_i,)`` a state, equal in all processes, about which moments are
             summed. States whose mean is far larger than their spread need them.
-        folds: Number of folds for held-out R² and error bars.
-        delay: Step delay: how many earlier states each operator sees at least.
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
-        rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out error.
-        normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
-            deviation (``"rms"``) or whitened (``"whiten"``).
-        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
-            directions of the output.
         quantities: Which numbers ``compute`` returns; see :data:`lightning_koopman.QUANTITIES`.
-        seed: Chooses the folds.
+        options: How credits are computed; ``max_dim``, ``reduce``, ``output`` and ``observables`` are
+            of no consequence, for states are taken as they are given.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
 
     Raises:
@@ -103,36 +95,23 @@ class KoopmanCredit(Metric):
     header: Tensor
     moments: Tensor
 
+    @takes_options()
     def __init__(
         self,
         components: Sequence[str] | None = None,
         *,
         dims: Sequence[int] | None = None,
         center: Sequence[Tensor] | None = None,
-        folds: int = 5,
-        delay: int = 1,
         links: Sequence[Sequence[int]] | None = None,
-        rank: int | None = None,
-        tikhonov: float | None = None,
-        normalize: Normalize = "none",
-        targets: Sequence[int] | None = None,
         quantities: Sequence[str] = QUANTITIES,
-        seed: int = 0,
+        options: Options = DEFAULTS,
         **kwargs: Any,
     ) -> None:
-        options = Options(
-            rank=rank,
-            tikhonov=tikhonov,
-            normalize=normalize,
-            targets=targets,
-            delay=delay,
-            folds=folds,
-            seed=seed,
-        )
         check_quantities(quantities)
         super().__init__(**kwargs)
         self.center = None if center is None else [offset.detach().double() for offset in center]
-        self.folds, self.delay, self.seed = folds, delay, seed
+        folds, delay = self.folds, self.delay = options.folds, options.delay
+        self.seed = options.seed
         self.links = () if links is None else tuple(tuple(map(int, read)) for read in links)
         self.options = options
         self.quantities = tuple(quantities)
