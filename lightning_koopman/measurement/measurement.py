@@ -191,8 +191,7 @@ class Measurement(Accumulator):
             return None
         valid = self._valid
         if recorded.lengths is not None:
-            places = torch.arange(tensor.shape[1])
-            valid = (places < recorded.lengths[:, None]).to(tensor.device)
+            valid = to_device(recorded.lengths, tensor.device)
         return self.plan.forms[recorded.name].rows(tensor, valid)
 
     def _notes(self) -> list[str]:
