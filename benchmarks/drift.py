@@ -18,27 +18,36 @@ from drift_networks import FAMILIES, FAULTS, batches, break_part, networks
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_koopman import CreditReport, credit_report, drift
-from lightning_koopman.koopman.options import Options
+from lightning_koopman import CreditReport, Options
+from lightning_koopman.koopman.reference import Reference
+from lightning_koopman.measurement.drift import drift_since
 from lightning_koopman.measurement.measurement import Measurement
 
 Array = NDArray[np.float64]
 
 
-class States(Measurement):
-    """Keeps the rows of every state, in place of their moments."""
+OPTIONS = Options(max_dim=128)
+"""States wider than this are projected: it makes 200 reports cheap enough for two cores."""
 
-    def __init__(self, model: nn.Module, data: Sequence[Any]) -> None:
-        super().__init__(model, None, Options())
-        self.kept: list[Mapping[str, Tensor]] = []
+
+class Watched(Measurement):
+    """A measurement that also keeps the rows of every state."""
+
+    def __init__(
+        self, model: nn.Module, data: Sequence[Any], reference: Reference | None = None
+    ) -> None:
+        super().__init__(model, None, OPTIONS)
+        if reference is not None:
+            self.follow(reference)
+        self.kept: list[list[Tensor]] = []
         self.run(model, data)
 
-    def push(self, rows: Mapping[str, Tensor]) -> None:
-        self.kept.append(dict(rows))
+    def push(self, rows: Mapping[str, Tensor], links: tuple[tuple[int, ...], ...] = ()) -> None:
+        self.kept.append([block.clone() for block in rows.values()])
+        super().push(rows, links)
 
     def arrays(self) -> list[Array]:
-        names = list(self.kept[0])
-        return [torch.cat([part[name] for part in self.kept]).double().numpy() for name in names]
+        return [torch.cat(blocks).double().numpy() for blocks in zip(*self.kept, strict=True)]
 
 
 def cka(x: Array, y: Array) -> float:
@@ -56,39 +65,47 @@ def rise(values: Sequence[float]) -> Array:
     return np.diff(np.asarray(values))
 
 
+def moved(old: Array, new: Array) -> float:
+    """How far the means and standard deviations of units are from what they were, in mean square."""
+    floor = 1e-3 * old.std()
+    spread = old.std(0) + floor
+    means, spreads = (new.mean(0) - old.mean(0)) / spread, np.log((new.std(0) + floor) / spread)
+    return float((means**2 + spreads**2).mean())
+
+
 def scores(
-    report: CreditReport, before: nn.Module, found: nn.Module, old: list[Array], new_data: Sequence[Any]
-) -> tuple[dict[str, Array], Array]:
-    """How suspicious each component is to each method, and which of them drift marks."""
-    result = drift(report, found, new_data)
-    new = States(found, new_data).arrays()
-    beside = States(before, new_data).arrays()
-    after = credit_report(found, new_data)
-    apart = [1 - cka(a, b) for a, b in zip(beside, new, strict=True)]
-    moved = []
-    for a, b in zip(old, new, strict=True):
-        spread = a.std(0) + 1e-3 * a.std()
-        means, spreads = (b.mean(0) - a.mean(0)) / spread, np.log((b.std(0) + 1e-3 * a.std()) / spread)
-        moved.append(float((means**2 + spreads**2).mean()))
+    report: CreditReport, watched: Watched, before: list[Array], same: list[Array]
+) -> tuple[dict[str, Array], NDArray[np.bool_]]:
+    """How suspicious each component is to each method, and which of them drift marks.
+
+    ``before`` are the states of the network as it was over the samples of the reference, ``same`` those
+    over the new samples.
+    """
+    assert report.reference is not None
+    result, after, new = drift_since(report.reference, watched), watched.report(), watched.arrays()
+    apart = [1 - cka(a, b) for a, b in zip(same, new, strict=True)]
+    units = [moved(a, b) for a, b in zip(before, new, strict=True)]
     return {
         "drift": result.drift,
         "old operator's residual alone": result.old,
-        "CKA with the old model": np.array(apart[1:]),
-        "rise of 1 − CKA": rise(apart),
-        "unit statistics": np.array(moved[1:]),
-        "rise of unit statistics": rise(moved),
-        "Δcredit": np.abs(after.credit - report.credit),
-        "Δgain": np.abs(after.gain - report.gain),
-        "Δnonlinearity": np.abs(after.nonlinearity - report.nonlinearity),
+        "1 − CKA with the old model": np.array(apart[1:]),
+        "rise of 1 − CKA with the old model": rise(apart),
+        "unit statistics": np.array(units[1:]),
+        "rise of unit statistics": rise(units),
+        **{
+            f"Δ{name}": np.abs(getattr(after, name) - getattr(report, name))
+            for name in ("credit", "gain", "nonlinearity")
+        },
     }, result.changed
 
 
 def cases(family: str, seed: int, faults: int) -> pd.DataFrame:
     """Break ``faults`` components of one network, kinds and places in turn, and rank them."""
     before, after = networks(family, seed)
-    reference, new = batches(family, "reference"), batches(family, "new")
-    report = credit_report(before, reference)
-    old = States(before, reference).arrays()
+    new = batches(family, "new")
+    measured = Watched(before, batches(family, "reference"))
+    report, old, same = measured.report(), measured.arrays(), Watched(before, new).arrays()
+    assert report.reference is not None
     names = report.components
     rng = np.random.default_rng(seed)
     places = list(itertools.islice(itertools.cycle(rng.permutation(len(names))), faults))
@@ -96,7 +113,8 @@ def cases(family: str, seed: int, faults: int) -> pd.DataFrame:
     for number, place in enumerate(places):
         fault = FAULTS[number % len(FAULTS)]
         broken = break_part(after, names[place], fault, 1000 * seed + number)
-        found, changed = scores(report, before, broken, old, new)
+        watched = Watched(broken, new, report.reference)
+        found, changed = scores(report, watched, old, same)
         for method, values in found.items():
             order = np.argsort(-np.nan_to_num(values, nan=-np.inf))
             rank = int(np.flatnonzero(order == place)[0])
@@ -104,8 +122,8 @@ def cases(family: str, seed: int, faults: int) -> pd.DataFrame:
             rows.append(row | {"top1": rank == 0, "top3": rank < 3, "marked": changed[place]})
     # Without a fault: the same weights on other samples, and all weights a little further on.
     for method, network in (("none", before), ("trained on", after)):
-        found = drift(report, network, new)
-        for place, marked in enumerate(found.changed):
+        marks = drift_since(report.reference, Watched(network, new, report.reference)).changed
+        for place, marked in enumerate(marks):
             row = {"family": family, "seed": seed, "fault": method, "place": place, "method": "drift"}
             rows.append(row | {"marked": marked})
     return pd.DataFrame(rows)
