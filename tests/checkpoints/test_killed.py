@@ -26,6 +26,7 @@ def slow_data():
     return Slow()
 """
 WRITER = """
+import torch
 from torch import nn
 from lightning_koopman import credit_report
 from lightning_koopman.report.files import write_reports
