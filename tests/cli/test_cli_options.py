@@ -13,17 +13,12 @@ from small import save
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports
 
-OPTIONS = {
-    "model": "options_code:network",
-    "data": "options_code:batches",
-    "ckpt": ["1.ckpt"],
-    "seed": 3,
-}
+OPTIONS = {"model": "mine:network", "data": "mine:batches", "ckpt": ["1.ckpt"], "seed": 3}
 
 
 @pytest.fixture
 def project(user_module):
-    return save(user_module("options_code") / "1.ckpt").parent
+    return save(user_module("mine") / "1.ckpt").parent
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(project):
@@ -35,12 +30,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(project):
 
 
 def test_the_printed_config_can_be_used(project, capsys):
-    given = [
-        "--model=options_code:network",
-        "--data=options_code:batches",
-        "--ckpt=1.ckpt",
-        "--out=r.json",
-    ]
+    given = ["--model=mine:network", "--data=mine:batches", "--ckpt=1.ckpt", "--out=r.json"]
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", *given, "--print_config"])
     assert caught.value.code == 0
