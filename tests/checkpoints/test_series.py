@@ -95,7 +95,7 @@ def test_a_changed_option_is_measured_again(project, capsys):
         found = re.search(r"(\d) of 3 reports taken over", capsys.readouterr().err)
         return found and int(found[1]), (project / "r.json").read_text() == before
 
-    for option in ("--seed=1", "--tikhonov=0.01", "--components=0"):
+    for option in ("--options.seed=1", "--options.tikhonov=0.01", "--components=0"):
         assert known(option) == (0, False)
     assert known(data="more_batches") == (0, False)
     assert known("--fresh=true") == (None, True)

@@ -79,7 +79,7 @@ def read(path: str) -> list[CreditReport]:
 
 
 def test_evaluate_measures_every_checkpoint(project, capsys):
-    assert evaluate("--ckpt=*.ckpt", "--logdir=tb", "--out=report.json", "--max-dim=64") == 0
+    assert evaluate("--ckpt=*.ckpt", "--logdir=tb", "--out=report.json", "--options.max-dim=64") == 0
     printed = capsys.readouterr().out
     assert printed.index("at step 10") < printed.index("at step 20")
     assert [report.step for report in read("report.json")] == [10, 20]
@@ -110,6 +110,7 @@ def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, cap
     [
         ("userproject", "userproject:Data", "'userproject' names nothing; write pkg.mod:Name"),
         ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
+        ("userproject:LitNett", "userproject:Data", "has no 'LitNett'; did you mean 'LitNet'?"),
         ("no_such_module:Nope", "userproject:Data", "No module named 'no_such_module'"),
         ("userproject:forgetful", "userproject:Data", "gives a int, not a torch.nn.Module"),
         ("userproject:LitNet", "userproject:forgetful", "cannot be called without arguments"),
@@ -120,10 +121,32 @@ def test_wrong_names_are_explained(project, capsys, model, data, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_unusable_arguments_exit_with_2():
+UNUSABLE = {
+    "evaluate --nonsense 1": "unrecognized arguments: --nonsense 1",
+    "evaluate --model a --data b": "error: evaluate needs --ckpt See lightning-koopman evaluate --help",
+    "evaluate --trust-checkpoint": "error: evaluate needs --model, --data, --ckpt",
+    "evaluate --model a --data b --ckpt c --options.max-dim x": "error: --options.max-dim: Expected",
+    "evaluat": "error: there is no command 'evaluat'; did you mean 'evaluate'? See",
+    "xyz": "error: there is no command 'xyz'; choose one of compare,",
+    "": "error: name a command: compare,",
+}
+
+
+@pytest.mark.parametrize("typed", UNUSABLE)
+def test_unusable_arguments_exit_with_2(capsys, typed):
     with pytest.raises(SystemExit) as caught:
-        main(["evaluate", "--nonsense", "1"])
+        main(typed.split())
     assert caught.value.code == 2
+    assert UNUSABLE[typed] in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_switch_needs_no_value(project, capsys):
+    assert evaluate("--trust-checkpoint", "--fresh", "--ckpt=step10.ckpt", "--out=r.json") == 0
+    assert "Written to r.json" in capsys.readouterr().out
+    assert main(["report", "step10.ckpt"]) == 1
+    assert "step10.ckpt is no text file; a report is a JSON file" in capsys.readouterr().err
+    assert main(["report", "r.json", "--out", "r.html"]) == 0
+    assert "Written to r.html" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ MALFORMED = {
 def test_files_that_hold_no_report_are_refused_by_name(tmp_path, kind):
     path = tmp_path / "bad.json"
     path.write_bytes(MALFORMED[kind])
-    with pytest.raises(ReportFormatError, match=r"bad\.json (is not JSON|holds no report)"):
+    with pytest.raises(ReportFormatError, match=r"bad\.json (is no|holds no report)"):
         CreditReport.from_json(path)
     with pytest.raises(FileNotFoundError):
         CreditReport.from_json(tmp_path / "none.json")

@@ -111,7 +111,7 @@ NONE = {
     "": "is not JSON",
     "{": "is not JSON",
     "[" * 100_000: "is not JSON",
-    "\ud800": "is not JSON",
+    "\ud800": "is no text file",
     "{}": "holds no report",
     "[1]": "holds no report",
     '[{"format": 1}]': "holds no report",
