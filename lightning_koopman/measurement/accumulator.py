@@ -97,7 +97,8 @@ class Accumulator:
             tikhonov=options.tikhonov,
             normalize=options.normalize,
             targets=options.targets,
-            delay=options.delay,
+            # Links name all that a step reads: branches side by side do not read one another.
+            delay=0 if self.links and options.delay == 1 else options.delay,
             folds=options.folds,
             seed=options.seed,
             sync_on_compute=False,

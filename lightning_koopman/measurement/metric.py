@@ -73,7 +73,8 @@ class KoopmanCredit(Metric):
         center: Fixed offsets, one ``(d_i,)`` a state, equal in all processes, about which moments are
             summed. States whose mean is far larger than their spread need them.
         folds: Number of folds for held-out R² and error bars.
-        delay: Step delay: how many earlier states each operator sees at least.
+        delay: Step delay: how many earlier states each operator sees at least; 0 where ``links`` name
+            all that it sees.
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
@@ -131,7 +132,7 @@ class KoopmanCredit(Metric):
             tikhonov=tikhonov,
             normalize=normalize,
             targets=targets,
-            delay=delay,
+            delay=delay or int(links is not None),
             folds=folds,
             seed=seed,
         )
@@ -302,7 +303,7 @@ class KoopmanCredit(Metric):
             notes=notes,
             step=step,
             folds=self.folds,
-            delay=self.delay,
+            delay=self.delay or 1,
         )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
