@@ -94,21 +94,48 @@ def fit_basis(
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
-    """Find the leading principal directions and the share of variance they keep."""
-    n_samples, width = rows.shape
+    """Find the leading principal directions and the share of variance they keep.
+
+    Rows in single precision are factored in it where all directions kept stand clear of its rounding:
+    the space that they span then moves by less than states in single precision tell.
+    """
+    width = rows.shape[1]
     if width <= max_dim:
         return None, 1.0
-    centred = rows.to(torch.float64, copy=True)
-    centred -= centred.mean(dim=0)
+    found = None if rows.dtype == torch.float64 else _principal(rows, max_dim, _CLEAR_OF_ROUNDING)
+    found = found or _principal(rows.double(), max_dim, 1e-12)
+    if found is None:
+        return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
+    basis, share = found
+    return basis.double(), share
+
+
+_CLEAR_OF_ROUNDING = 1e-5
+"""Share of the largest variance above which single precision tells a direction from rounding."""
+
+
+def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float] | None:
+    """Factor the covariance of rows in their own precision; ``None`` if nothing stands out.
+
+    Kept are directions with more than the share ``least`` of the largest variance. Single precision
+    gives up where there are fewer than asked for, for the rest may vary too.
+    """
+    centred = rows - rows.mean(dim=0)
     # The smaller of the two Gram matrices has the same non-zero spectrum.
-    tall = n_samples >= width
+    tall = rows.shape[0] >= rows.shape[1]
     gram = centred.T @ centred if tall else centred @ centred.T
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    kept = min(max_dim, int((values > 1e-12 * values[0]).sum()))
-    if kept == 0:
-        return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
-    basis = vectors[:, :kept] if tall else centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
+    kept = min(max_dim, int((values > least * values[0]).sum()))
+    if kept == 0 or (rows.dtype != torch.float64 and kept < max_dim):
+        return None
+    if tall:
+        basis = vectors[:, :kept]
+    elif rows.dtype == torch.float64:
+        basis = centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
+    else:
+        # Small directions, divided by their size, would not be orthogonal to the others.
+        basis = torch.linalg.qr(centred.T @ vectors[:, :kept]).Q
     return basis, float(values[:kept].sum() / values.sum())
 
 

@@ -22,7 +22,7 @@ from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
-from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
+from lightning_koopman.network.tensors import detached_copy, exact_device
 from lightning_koopman.report.report import CreditReport
 
 
@@ -61,7 +61,7 @@ class Measurement(Accumulator):
         self._untraced: str | None = None
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
-            self.capture, self.plan, self.links = like.capture, like.plan, like.links
+            self.capture, self.plan = like.capture, like.plan
             self.capture.keep, self._untraced = self._keep, like._untraced
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
@@ -111,7 +111,7 @@ class Measurement(Accumulator):
             if self.plan is None:
                 states = self._make_plan(list(states.values()))
             assert self.plan is not None
-            self.push(self.plan.join(states, self._batches))
+            self.push(self.plan.join(states, self._batches), self.plan.links)
 
     def report(self, *, step: int | None = None) -> CreditReport:
         """Finish and compute the report."""
@@ -154,8 +154,6 @@ class Measurement(Accumulator):
             returned=returned,
             in_losses=in_losses,
         )
-        if any(read != (i,) for i, read in enumerate(self.plan.links)):
-            self.links = self.plan.links
         return {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
@@ -173,7 +171,7 @@ class Measurement(Accumulator):
         if recorded.lengths is not None:
             places = torch.arange(tensor.shape[1])
             valid = (places < recorded.lengths[:, None]).to(tensor.device)
-        return exactly(self.plan.forms[recorded.name].rows(tensor, valid))
+        return self.plan.forms[recorded.name].rows(tensor, valid)
 
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
@@ -193,10 +191,16 @@ class Measurement(Accumulator):
             notes.append(f"parameters in no component: {listed(homeless)}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
-        if self.names and not self.names[0].startswith(INPUT):
+        first = self.chain.names[0] if self.chain.names else INPUT
+        if not first.startswith(INPUT):
             notes.append(
-                f"{self.names[0]!r} takes no floating-point input, so its output is x_0 and it has no "
+                f"{first!r} takes no floating-point input, so its output is x_0 and it has no "
                 "credit of its own"
+            )
+        if len(self.chain.names) == 2:
+            notes.append(
+                f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by "
+                "definition, as of every last one; name smaller parts with components=[...]"
             )
         return notes
 

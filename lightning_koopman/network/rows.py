@@ -56,7 +56,7 @@ class Recorded:
         return self.name.partition("#")[0] == INPUT
 
 
-Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Tensor]
+Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Any]
 """How the spatial or sequence axes of a state become part of one row a sample."""
 
 REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")

@@ -142,6 +142,27 @@ def test_any_linear_component_fits_or_is_refused(swap: Any, path: Path) -> None:
     assert unchanged(model)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"odd\.ckpt is no checkpoint, or a damaged one; name a file that the Trainer"),
+        (b"(dp0\nI1\nI2\ns.", "is no checkpoint, or a damaged one"),
+        (b"PK\x03\x04" + bytes(60), r"is damaged \(.*\); name another checkpoint"),
+    ],
+)
+def test_a_foreign_file_is_not_recommended_for_trust(content: bytes, message: str, path: Path) -> None:
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(path)
+    assert "trust" not in str(caught.value)
+
+
+def test_a_checkpoint_without_weights_says_what_it_holds(path: Path) -> None:
+    torch.save({"optimizer": 1, "epoch": 2}, path)
+    with pytest.raises(CheckpointError, match="no state_dict of tensors but 'optimizer', 'epoch'; name"):
+        load_checkpoint(path)
+
+
 def test_a_linear_component_may_not_claim_more_than_the_file_holds(tmp_path: Path) -> None:
     net, x = network(), torch.randn(200, 4)
     new = linearize(net, credit_report(net, [x]), ["0"], [x])

@@ -112,8 +112,8 @@ def test_a_second_run_measures_only_what_is_new(
 @pytest.mark.parametrize(
     ("more", "data", "expected"),
     [
-        (["--seed=1"], "data", 0),
-        (["--tikhonov=0.01"], "data", 0),
+        (["--options.seed=1"], "data", 0),
+        (["--options.tikhonov=0.01"], "data", 0),
         (["--components=0"], "data", 0),
         ([], "more_data", 0),
         (["--fresh=true"], "data", None),

@@ -67,7 +67,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_evaluate_measures_every_checkpoint(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "evaluate --model userproject:LitNet --data userproject:Data --ckpt *.ckpt --logdir tb"
-    code = main([*command.split(), "--out", "report.json", "--max-dim", "64"])
+    code = main([*command.split(), "--out", "report.json", "--options.max-dim", "64"])
     printed = capsys.readouterr().out
     assert code == 0
     assert printed.index("at step 10") < printed.index("at step 20")
@@ -102,6 +102,7 @@ def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(
     [
         ("userproject", "userproject:Data", "'userproject' names nothing; write pkg.mod:Name"),
         ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
+        ("userproject:LitNett", "userproject:Data", "has no 'LitNett'; did you mean 'LitNet'?"),
         ("no_such_module:Nope", "userproject:Data", "No module named 'no_such_module'"),
         ("userproject:forgetful", "userproject:Data", "gives a int, not a torch.nn.Module"),
         ("userproject:LitNet", "userproject:forgetful", "cannot be called without arguments"),
@@ -115,10 +116,44 @@ def test_wrong_names_are_explained(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_unusable_arguments_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("evaluate --nonsense 1", "unrecognized arguments: --nonsense 1"),
+        (
+            "evaluate --model a --data b",
+            "error: evaluate needs --ckpt See lightning-koopman evaluate --help",
+        ),
+        ("evaluate --trust-checkpoint", "error: evaluate needs --model, --data, --ckpt"),
+        (
+            "evaluate --model a --data b --ckpt c --options.max-dim x",
+            "error: --options.max-dim: Expected",
+        ),
+        (
+            "evaluat",
+            "error: there is no command 'evaluat'; did you mean 'evaluate'? See",
+        ),
+        ("xyz", "error: there is no command 'xyz'; choose one of compare,"),
+        ("", "error: name a command: compare,"),
+    ],
+)
+def test_unusable_arguments_exit_with_2(
+    capsys: pytest.CaptureFixture[str], typed: str, message: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["evaluate", "--nonsense", "1"])
+        main(typed.split())
     assert caught.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_switch_needs_no_value(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "evaluate --trust-checkpoint --model userproject:LitNet --data userproject:Data --fresh"
+    assert main([*command.split(), "--ckpt", "step10.ckpt", "--out", "r.json"]) == 0
+    assert "Written to r.json" in capsys.readouterr().out
+    assert main(["report", "step10.ckpt"]) == 1
+    assert "step10.ckpt is no text file; a report is a JSON file" in capsys.readouterr().err
+    assert main(["report", "r.json", "--out", "r.html"]) == 0
+    assert "Written to r.html" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -16,7 +16,12 @@ import yaml
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports
 
-OPTIONS = {"model": "options_code:net", "data": "options_code:data", "ckpt": ["1.ckpt"], "seed": 3}
+OPTIONS = {
+    "model": "options_code:net",
+    "data": "options_code:data",
+    "ckpt": ["1.ckpt"],
+    "options": {"seed": 3},
+}
 
 
 @pytest.fixture
@@ -28,8 +33,10 @@ def project(user_module: Callable[..., Path]) -> Path:
 
 
 def test_options_come_from_a_file_and_the_command_line_wins(project: Path) -> None:
-    (project / "o.yaml").write_text(yaml.safe_dump(OPTIONS | {"out": "r.json", "max_dim": 64}))
-    assert main(["evaluate", "--config", "o.yaml", "--max-dim", "32"]) == 0
+    (project / "o.yaml").write_text(
+        yaml.safe_dump(OPTIONS | {"out": "r.json", "options": {"seed": 3, "max_dim": 64}})
+    )
+    assert main(["evaluate", "--config", "o.yaml", "--options.max-dim", "32"]) == 0
     (report,) = read_reports("r.json")
     options = report.source["options"]
     assert (options["seed"], options["max_dim"]) == (3, 32)
@@ -76,7 +83,7 @@ def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "completion.bash").write_text(capsys.readouterr().out)
     for words, expected in (
         (["eval"], "evaluate"),
-        (["evaluate", "--max"], "--max_dim"),
+        (["evaluate", "--options.max"], "--options.max_dim"),
         (["evaluate", "--format", "ht"], "html"),
     ):
         assert expected in completed(tmp_path / "completion.bash", words)

@@ -23,9 +23,8 @@ class Gathered(Accumulator):
     def __init__(self, max_dim: int, seed: int = 0, observables: Any = None, **how: Any) -> None:
         super().__init__(Options(max_dim=max_dim, seed=seed, observables=observables), **how)
         self.blocks: list[tuple[list[Tensor], Tensor]] = []
-        self._metric = self  # type: ignore[assignment]
 
-    def update(self, states: list[Tensor], keys: Tensor) -> None:
+    def _sum(self, states: list[Tensor], keys: Tensor) -> None:
         # What is handed over is overwritten by what comes next.
         self.blocks.append(([state.clone() for state in states], keys))
 

@@ -17,7 +17,8 @@ from test_metric import assert_same_report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import credit_report
+from lightning_koopman import Options, credit_report
+from lightning_koopman.demo import Digits
 from lightning_koopman.koopman.credit import QUANTITIES
 
 
@@ -38,7 +39,7 @@ def test_a_linear_network_is_read_off_exactly(
     linear_chain: Callable[..., nn.Sequential], widths: tuple[int, ...]
 ) -> None:
     net = linear_chain(*widths)
-    report = credit_report(net, samples(400, widths[0]).split(64), tikhonov=0.0)
+    report = credit_report(net, samples(400, widths[0]).split(64), options=Options(tikhonov=0.0))
     weights = [layer.weight.detach().numpy().T for layer in net]
     states = [samples(400, widths[0]).numpy()]
     for layer in net:
@@ -61,7 +62,7 @@ def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp: Any) -> None:
     from lightning_koopman.koopman.states import sample_keys
 
     x = samples()
-    report = credit_report(mlp, x.split(50), tikhonov=0.0)
+    report = credit_report(mlp, x.split(50), options=Options(tikhonov=0.0))
     with torch.no_grad():
         first = torch.relu(mlp.first(x))
         second = mlp.second(first)
@@ -94,14 +95,18 @@ def test_order_changes_no_number(mlp: Any, seed: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 9, 50])
 def test_batch_size_changes_no_number_of_reduced_states(conv_net: Any, batch: int) -> None:
-    given, other = (credit_report(conv_net, images().split(b), max_dim=12) for b in (120, batch))
+    given, other = (
+        credit_report(conv_net, images().split(b), options=Options(max_dim=12)) for b in (120, batch)
+    )
     assert_same_report(other, given, atol=1e-8)
     assert given.widths == (12, 6, 3)
     assert given.variance_kept[0] < 1
 
 
 def test_error_bars_shrink_with_samples(mlp: Any) -> None:
-    few, many = (credit_report(mlp, samples(n).split(500), folds=10) for n in (500, 8000))
+    few, many = (
+        credit_report(mlp, samples(n).split(500), options=Options(folds=10)) for n in (500, 8000)
+    )
     for name in ("credit", "r2"):
         ratio = np.linalg.norm(few.stderr[name]) / np.linalg.norm(many.stderr[name])
         assert 2 < ratio < 8, name  # 4 in theory
@@ -170,8 +175,8 @@ def test_compiled_models_give_the_same_report(mlp: Any) -> None:
 
 
 def test_single_precision_models_are_computed_in_double(mlp: Any) -> None:
-    double = credit_report(mlp, samples().split(50), tikhonov=0.0)
-    single = credit_report(mlp.float(), samples().float().split(50), tikhonov=0.0)
+    double = credit_report(mlp, samples().split(50), options=Options(tikhonov=0.0))
+    single = credit_report(mlp.float(), samples().float().split(50), options=Options(tikhonov=0.0))
     assert single.credit.dtype == np.float64
     assert np.allclose(single.credit, double.credit, rtol=0, atol=1e-3)
     assert np.abs(single.gain.sum() - single.total) < 1e-9
@@ -179,18 +184,20 @@ def test_single_precision_models_are_computed_in_double(mlp: Any) -> None:
 
 def test_options_reach_the_computation(mlp: Any) -> None:
     batches = samples().split(50)
-    assert credit_report(mlp, batches, rank=2).directions == 2
-    assert credit_report(mlp, batches, targets=[1, 3, 0]).directions == 3
-    assert credit_report(mlp, batches, tikhonov=0.25).tikhonov.tolist() == [0.25] * 3
+    assert credit_report(mlp, batches, options=Options(rank=2)).directions == 2
+    assert credit_report(mlp, batches, options=Options(targets=[1, 3, 0])).directions == 3
+    assert credit_report(mlp, batches, options=Options(tikhonov=0.25)).tikhonov.tolist() == [0.25] * 3
     assert credit_report(mlp, batches, step=7).step == 7
     assert credit_report(mlp, batches, components=["second", "head"]).components == ("second", "head")
-    assert credit_report(mlp, batches, max_dim=3).widths == (3, 3, 3)
+    assert credit_report(mlp, batches, options=Options(max_dim=3)).widths == (3, 3, 3)
     plain = credit_report(mlp, batches)
     for changed in ({"folds": 10}, {"seed": 1}):
-        other = credit_report(mlp, batches, tikhonov=float(plain.tikhonov[0]), **changed)
+        other = credit_report(
+            mlp, batches, options=Options(**changed, tikhonov=float(plain.tikhonov[0]))
+        )
         assert other.r2[0] != pytest.approx(plain.r2[0], abs=1e-9)
     for changed in ({"normalize": "rms"}, {"normalize": "whiten"}, {"delay": 2}):
-        other = credit_report(mlp, batches, **changed)
+        other = credit_report(mlp, batches, options=Options(**changed))
         assert other.credit[0] != pytest.approx(plain.credit[0], abs=1e-6)
 
 
@@ -239,7 +246,7 @@ def test_modes_buffers_gradients_and_random_states_are_as_before(conv_net: Any) 
     conv_net(images()[:8]).sum().backward()
     conv_net.fc.register_forward_hook(lambda *_: None)
     before = Snapshot(conv_net)
-    credit_report(conv_net, disturbing(images().split(30)), max_dim=12)
+    credit_report(conv_net, disturbing(images().split(30)), options=Options(max_dim=12))
     before.assert_unchanged()
     assert [m.training for m in (conv_net, conv_net.bn1, conv_net.bn2)] == [True, False, True]
 
@@ -273,7 +280,7 @@ def test_training_goes_on_bit_for_bit_as_without_a_report(conv_net: Any) -> None
         loader = DataLoader(TensorDataset(images()), batch_size=30, shuffle=True)
         for (batch,) in itertools.chain(loader, loader):
             if measured:
-                credit_report(net, disturbing(images()[:60].split(30)), max_dim=6)
+                credit_report(net, disturbing(images()[:60].split(30)), options=Options(max_dim=6))
             optimiser.zero_grad()
             net(batch).square().mean().backward()
             optimiser.step()
@@ -392,8 +399,8 @@ def test_the_scale_of_the_inputs_changes_no_invariant_number(
     other = copy.deepcopy(net)
     with torch.no_grad():
         other[0].weight /= scale
-    given = credit_report(net, samples(2000).split(100), folds=2)
-    moved = credit_report(other, (samples(2000) * scale).split(100), folds=2)
+    given = credit_report(net, samples(2000).split(100), options=Options(folds=2))
+    moved = credit_report(other, (samples(2000) * scale).split(100), options=Options(folds=2))
     # Folds follow the bits of x_0, so held-out numbers may differ within their errors.
     assert np.allclose(moved.credit, given.credit, rtol=0, atol=1e-9)
     assert np.allclose(moved.sensitivity, given.sensitivity, rtol=0, atol=1e-9)
@@ -500,9 +507,29 @@ def test_a_mapping_that_fails_whole_names_forward_fn() -> None:
         credit_report(model, [{"y": samples()}])
 
 
-def test_one_tensor_in_place_of_batches_is_refused(mlp: Any) -> None:
-    with pytest.raises(ValueError, match=r"batches is one tensor of shape \(300, 6\)"):
-        credit_report(mlp, samples())
+@pytest.mark.parametrize(
+    ("model", "batches", "message"),
+    [
+        (nn.Linear, [samples()], r"model is the class Linear; pass an instance, Linear\(\.\.\.\)"),
+        (torch.relu, [samples()], "model is a builtin_function_or_method; it must be a torch.nn.Module"),
+        (None, samples(), r"batches is one tensor of shape \(300, 6\)"),
+        (None, TensorDataset(samples()), r"batches is a dataset \(TensorDataset\).*DataLoader\(dataset"),
+        (None, Digits(), r"batches is a DataModule \(Digits\).*then pass val_dataloader\(\)"),
+        (None, 3, "batches is a int; it must be an iterable of batches"),
+        (None, iter([]), r"no sample arrived: .*a generator gives its batches only once"),
+    ],
+)
+def test_what_is_no_model_and_what_gives_no_batches_is_refused(
+    mlp: Any, model: Any, batches: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        credit_report(mlp if model is None else model, batches)
+
+
+def test_a_network_of_one_component_is_told_that_its_credit_says_nothing() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
+    (note,) = [n for n in credit_report(net, [samples()]).notes if "one component" in n]
+    assert note.startswith("the network has one component, '1', whose credit is 0 by definition")
 
 
 def test_torchscript_is_refused(linear_chain: Callable[..., nn.Sequential]) -> None:
@@ -528,7 +555,7 @@ def test_torchscript_is_refused(linear_chain: Callable[..., nn.Sequential]) -> N
 )
 def test_options_out_of_range_are_refused(mlp: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        credit_report(mlp, [samples()], **options)
+        credit_report(mlp, [samples()], options=Options(**options))
 
 
 class Named(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pickle
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
-from lightning_koopman import CreditReport, KoopmanCredit
+from lightning_koopman import CreditReport, KoopmanCredit, Options
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.koopman.states import sample_keys
 
@@ -41,8 +42,15 @@ def rows_of(states: Sequence[Tensor], rows: Any) -> list[Tensor]:
     return [state[rows] for state in states]
 
 
+def gathered(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with those of the options in one."""
+    own = {field.name for field in dataclasses.fields(Options)} & set(arguments)
+    rest = {name: value for name, value in arguments.items() if name not in own}
+    return {**rest, "options": Options(**{name: arguments[name] for name in own})}
+
+
 def metric(**options: Any) -> KoopmanCredit:
-    return KoopmanCredit(NAMES, **options)
+    return KoopmanCredit(NAMES, **gathered(options))
 
 
 def fed(states: Sequence[Tensor], **options: Any) -> KoopmanCredit:
@@ -348,7 +356,7 @@ def test_a_state_loaded_from_a_checkpoint_goes_on(dims: Any, tmp_path: Path) -> 
 )
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric KoopmanCredit was called before")
 def test_a_state_of_other_options_is_refused(options: dict[str, Any], differs: str) -> None:
-    saved, loaded = KoopmanCredit(), KoopmanCredit(**options)
+    saved, loaded = KoopmanCredit(), KoopmanCredit(**gathered(options))
     saved.persistent(True)
     saved.update(doubled())
     loaded.load_state_dict(saved.state_dict())
@@ -584,7 +592,7 @@ def test_too_few_samples_are_warned_of_with_the_number_to_have() -> None:
 )
 def test_options_out_of_range_are_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        KoopmanCredit(**options)
+        KoopmanCredit(**gathered(options))
 
 
 def test_forward_on_a_batch_that_is_too_small_keeps_what_was_added() -> None:

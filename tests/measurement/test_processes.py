@@ -15,7 +15,7 @@ from lightning_koopman.callback.trainer_facts import (
     unrepeated_samples,
 )
 from lightning_koopman.koopman.moments import Layout, accumulate, recentred
-from lightning_koopman.measurement.processes import ProcessError, Share, agreed, exchange
+from lightning_koopman.measurement.processes import Chain, ProcessError, Share, agreed, exchange
 
 
 def test_recentred_moments_are_those_about_the_new_offset() -> None:
@@ -30,7 +30,8 @@ def test_recentred_moments_are_those_about_the_new_offset() -> None:
 
 
 def test_processes_that_ran_other_components_are_told_apart() -> None:
-    shares = [Share(), Share(("input", "a"), (2, 3), 4), Share(("input", "b"), (2, 3), 4)]
+    chains = [Chain(("input", name), (2, 3)) for name in "ab"]
+    shares = [Share(), *(Share(chain, 4) for chain in chains)]
     with pytest.raises(ProcessError, match=r"process 2 ran .*'b'.* process 1 .*'a'"):
         agreed(shares)
     assert agreed(shares[:2]) is shares[1]

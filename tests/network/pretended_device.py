@@ -89,7 +89,7 @@ Numbers = Callable[[nn.Module, list[Tensor]], list[Any]]
 
 def report(**options: Any) -> Numbers:
     def measured(model: nn.Module, batches: list[Tensor]) -> list[Any]:
-        given = lk.credit_report(model, batches, **options)
+        given = lk.credit_report(model, batches, options=lk.Options(**options))
         return [*(getattr(given, n) for n in ("credit", "gain", "r2", "rank")), given.stderr["credit"]]
 
     return measured

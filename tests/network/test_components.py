@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report
+from lightning_koopman import Options, credit_report
 from lightning_koopman.network.components import (
     clean_name,
     has_parameters,
@@ -397,7 +397,7 @@ class Shared(nn.Module):
 
 def test_a_list_of_one_block_is_opened() -> None:
     assert list(named_components(Shared())) == ["body.inp", "body.blocks.0", "head"]
-    report = credit_report(Shared(), list(torch.randn(200, 4, 6).split(50)), max_dim=16)
+    report = credit_report(Shared(), list(torch.randn(200, 4, 6).split(50)), options=Options(max_dim=16))
     blocks = ("body.blocks.0", "body.blocks.0#1", "body.blocks.0#2")
     assert report.components == ("body.inp", *blocks, "head")
 

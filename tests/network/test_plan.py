@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report
+from lightning_koopman import Options, credit_report
 from lightning_koopman.network.provenance import DataFlow
 
 
@@ -31,7 +31,7 @@ def residual() -> tuple[LinearResidual, list[Tensor]]:
 
 def test_a_linear_residual_chain_has_the_volume_of_its_dense_jacobian() -> None:
     net, batches = residual()
-    report = credit_report(net, batches, output=lambda given: given, tikhonov=0.0)
+    report = credit_report(net, batches, options=Options(output=lambda given: given, tikhonov=0.0))
     assert report.components[-1] == "output"
     dense = torch.eye(5, dtype=torch.float64)
     for a, b in zip(net.layers[::2], net.layers[1::2], strict=True):
@@ -43,15 +43,15 @@ def test_a_linear_residual_chain_has_the_volume_of_its_dense_jacobian() -> None:
 
 def test_the_output_of_interest_may_be_a_module() -> None:
     net, batches = residual()
-    assert credit_report(net, batches, output="layers.3").components[-1] == "layers.3"
+    assert credit_report(net, batches, options=Options(output="layers.3")).components[-1] == "layers.3"
     with pytest.raises(ValueError, match="output is 'layer', which is no module of LinearResidual"):
-        credit_report(net, batches, output="layer")
+        credit_report(net, batches, options=Options(output="layer"))
 
 
 def test_an_unknown_reduction_is_refused() -> None:
     net, batches = residual()
     with pytest.raises(ValueError, match="reduce holds 'sum'; choose one of"):
-        credit_report(net, batches, reduce={"layers.*": "sum"})
+        credit_report(net, batches, options=Options(reduce={"layers.*": "sum"}))
 
 
 class Dense(nn.Module):
@@ -156,7 +156,7 @@ def test_an_output_of_interest_that_does_not_run_is_named() -> None:
     with pytest.raises(
         ValueError, match="the output of interest 'idle' did not run in the forward pass"
     ):
-        credit_report(net, batches, output="idle")
+        credit_report(net, batches, options=Options(output="idle"))
 
 
 class Windows(nn.Module):
@@ -208,7 +208,7 @@ def test_towers_run_one_after_the_other_and_only_what_is_read_together_is_joined
     torch.manual_seed(0)
     net = Towers()
     batches = list(torch.randn(400, 4, dtype=torch.float64).split(100))
-    report = credit_report(net, batches, tikhonov=0.0)
+    report = credit_report(net, batches, options=Options(tikhonov=0.0))
     towers = ("left.0", "left.1", "left.2", "right.0", "right.1")
     assert report.components == (*towers, "sides.*", "fuse", "head")
     assert report.reads["right.0"] == ("input",)

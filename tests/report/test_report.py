@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_koopman import CreditReport, KoopmanCredit
+from lightning_koopman import CreditReport, KoopmanCredit, Options
 from lightning_koopman.koopman.credit import QUANTITIES, compute_credits
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.report.fields import MIN_R2
@@ -25,7 +25,7 @@ NAMES = ("stem", "body.0", "head")
 
 
 def make(names: tuple[str, ...] = NAMES, *, dead: bool = False, **options: Any) -> CreditReport:
-    metric = KoopmanCredit(names, **options)
+    metric = KoopmanCredit(names, options=Options(**options))
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(200, 5, generator=generator, dtype=torch.float64)]
     for _ in names:
