@@ -96,7 +96,10 @@ class Accumulator:
         if self._layout is None:
             assert self.basis is not None
             dims = tuple(len(offset) for offset in self.basis.center)
-            self._layout = Layout(dims, self.options.folds, self.options.delay, self.chain.links)
+            links, delay = self.chain.links, self.options.delay
+            # Links name all that a step reads: branches side by side do not read one another.
+            delay = 0 if links and delay == 1 else delay
+            self._layout = Layout(dims, self.options.folds, delay, links)
         return self._layout
 
     def _gather(self, rows: list[Tensor]) -> None:
