@@ -25,6 +25,7 @@ from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Metric, Outputs
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.forward_runner import (
+    NO_SAMPLES,
     ForwardFn,
     ForwardRunner,
     default_forward,
@@ -296,7 +297,7 @@ def linearize(
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
     runner = ForwardRunner(model, batches, forward_fn)
     if not runner.batches:
-        raise ValueError("no sample arrived: the batches were empty")
+        raise ValueError(NO_SAMPLES)
     groups = groups_to_replace(model, report, components, merge)
     ends = [(HookPoint("in", group[0]), HookPoint("out", group[-1])) for group in groups]
     fits = [LinearFit(max_dim, seed=seed) for _ in groups]

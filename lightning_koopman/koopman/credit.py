@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_koopman.koopman.alignment import Alignment, align
@@ -116,6 +115,8 @@ def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -
     # to be seen in so many samples would count in full. Were u of them to join k with weights like
     # theirs, the log-volume would grow by log(1 + u / k) / 2 per direction; a 95 % interval just reaches
     # so far. What a linear step gives out has no directions but those it reads.
+    from scipy.special import stdtrit  # most of a second to import, and torch has no such quantile
+
     layout = whole.layout
     shifts = torch.zeros(len(layout.dims), dtype=torch.float64)
     unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
@@ -184,6 +185,9 @@ def compute_credits(
     center: Sequence[Tensor] | None = None,
 ) -> Credits:
     """Compute all numbers of a chain from its moments."""
+    # Many small factorisations follow, one after the other, in which a GPU would only wait.
+    moments = moments.cpu()
+    center = None if center is None else [offset.cpu() for offset in center]
     targets, rank, normalize = options.targets, options.rank, options.normalize
     _check(layout, moments, targets)
     whole = split_chain(layout, moments, None, normalize)
