@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_koopman.effects.predictions import predict_effects
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
     from lightning_koopman.koopman.options import Options
+    from lightning_koopman.measurement.drift import drift
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.measurement.metric import KoopmanCredit
     from lightning_koopman.network.weights import CheckpointError
@@ -27,6 +28,7 @@ __all__ = [
     "KoopmanOperator",
     "Options",
     "credit_report",
+    "drift",
     "drop_order",
     "evaluate_checkpoints",
     "fit_operator",
@@ -45,6 +47,7 @@ _HOMES = {
     "KoopmanOperator": "koopman.operator",
     "Options": "koopman.options",
     "credit_report": "measurement.evaluate",
+    "drift": "measurement.drift",
     "drop_order": "decisions.drop",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,12 +18,11 @@ def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
     Batch size, order and process do not matter then, and a sample that appears twice (augmentation,
     padding of a distributed sampler) is never held out from its own copy.
     """
-    generator = torch.Generator().manual_seed(seed)
-    odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
-    odd = odd.to(rows.device)
+    odd = _odd_numbers(rows.shape[1], seed, rows.device)
     hashed = []
-    # Few enough rows at once for the cache.
-    for part in torch.split(rows, max(1, 2**16 // max(1, rows.shape[1]))):
+    # Few enough rows at once for the cache of a CPU; many more make a device busy.
+    values = 2**16 if rows.device.type == "cpu" else 2**24
+    for part in torch.split(rows, max(1, values // max(1, rows.shape[1]))):
         # Adding zero turns -0.0 into 0.0.
         bits = part.to(torch.float64, copy=True).add_(0.0).contiguous().view(torch.int64)
         # Round numbers differ in their leading bits only, which a product alone never carries downward.
@@ -31,6 +31,14 @@ def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
     for shift, factor in ((32, -7046029288634856825), (29, -4417276706812531889)):
         keys = (keys ^ (keys >> shift)) * factor
     return (keys >> 16) & (2**40 - 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _odd_numbers(count: int, seed: int, device: torch.device) -> Tensor:
+    """Draw what the bits of each column are multiplied by."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device)
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Basis:
         """Convert the vectors once and for all to the types and places of the rows to come."""
         pairs = zip(self.vectors, rows, strict=True)
         return replace(self, vectors=tuple(v if v is None else v.to(block) for v, block in pairs))
+
+    def cpu(self) -> Basis:
+        """Return the basis on the CPU, to be kept beside a report."""
+        vectors = tuple(None if v is None else v.cpu() for v in self.vectors)
+        return replace(self, vectors=vectors, center=tuple(offset.cpu() for offset in self.center))
 
     def project(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Return rows in the coordinates of the basis, themselves where a state is kept whole."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_koopman.koopman.credit import samples_needed
 from lightning_koopman.koopman.moments import Layout, accumulate, recentred
 from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.reference import Reference, fold_operators
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.measurement.sums import all_finite, report_on
@@ -249,24 +250,41 @@ class Accumulator:
             moments, error = nothing, error or failure
         self._moments = sum_moments(moments, error)
 
-    def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
-        """Return the report, with the states that each component reads."""
+    def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
+        """Return all that was added up, what it holds and the offsets that it is about."""
         self.flush()
         if self._moments is None or self.basis is None:
             raise ValueError(NO_SAMPLES)
-        options, layout, names = self.options, self._laid_out(), self.chain.names
+        # On the CPU: see compute_credits.
+        return self._laid_out(), self._moments.cpu(), self.basis.cpu().center
+
+    def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
+        """Return the report, with the states that each component reads."""
+        layout, moments, center = self.moments()
+        assert self.basis is not None
+        options, names = self.options, self.chain.names
         # Few samples make narrow states: as many as those need would be few again.
         dims = widest(self.chain.widths, layout.dims, options.max_dim, options.observables)
         report = report_on(
             layout,
-            self._moments,
+            moments,
             options,
             names[1:],
-            center=self.basis.center,
+            center=center,
             variance_kept=self.basis.kept_variance[1:],
             notes=notes,
             step=step,
             enough=samples_needed(replace(layout, dims=dims)),
         )
         reads = {name: tuple(names[p] for p in layout.parents[i]) for i, name in enumerate(names) if i}
-        return replace(report, reads=reads)
+        reference = Reference(
+            names,
+            self.chain.widths,
+            layout.parents[1:],
+            self.basis.cpu(),
+            *fold_operators(layout, moments, center),
+            n_samples=report.n_samples,
+            options=options,
+            step=step,
+        )
+        return replace(report, reads=reads, reference=reference)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
@@ -63,6 +64,14 @@ class Measurement(Accumulator):
             # The same chain of the same calls, so that equal weights give equal numbers.
             self.capture, self.plan = like.capture, like.plan
             self.capture.keep, self._untraced = self._keep, like._untraced
+        self._followed: Reference | None = None
+
+    def follow(self, reference: Reference) -> None:
+        """Bring all states into the coordinates of a reference, and refuse other components."""
+        # The order of modules is that of registration, or of naming, and says nothing.
+        reference.check_names(sorted(self.capture.components), sorted(reference.modules))
+        self._followed, self._named = reference, reference.named
+        self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches through a model that is left exactly as it was found."""
@@ -111,7 +120,10 @@ class Measurement(Accumulator):
             if self.plan is None:
                 states = self._make_plan(list(states.values()))
             assert self.plan is not None
-            self.push(self.plan.join(states, self._batches), self.plan.links)
+            rows = self.plan.join(states, self._batches)
+            if self._followed is not None and not self.chain.names:
+                self._followed.check_widths([block.shape[1] for block in rows.values()])
+            self.push(rows, self.plan.links)
 
     def report(self, *, step: int | None = None) -> CreditReport:
         """Finish and compute the report."""
@@ -124,7 +136,17 @@ class Measurement(Accumulator):
                 f"no output direction can be followed back to {listed(dead)} (a dead branch, or one "
                 "that is still zero), so its numbers are NaN; all others follow the data around it"
             )
-        return dataclasses.replace(report, notes=tuple(notes), parts=self._parts())
+        parts, reference = self._parts(), report.reference
+        if self.plan is not None and reference is not None:
+            reference = dataclasses.replace(
+                reference,
+                modules=tuple(self.capture.components),
+                named=self._named,
+                calls=self.plan.states,
+                grids={name: form.grid for name, form in self.plan.forms.items() if form.grid},
+                parts=parts,
+            )
+        return dataclasses.replace(report, notes=tuple(notes), parts=parts, reference=reference)
 
     @contextmanager
     def _timed(self) -> Generator[None, None, None]:
@@ -154,6 +176,8 @@ class Measurement(Accumulator):
             returned=returned,
             in_losses=in_losses,
         )
+        if self._followed is not None:
+            self.plan = self._followed.coordinates(self.plan)
         return {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
@@ -169,8 +193,7 @@ class Measurement(Accumulator):
             return None
         valid = self._valid
         if recorded.lengths is not None:
-            places = torch.arange(tensor.shape[1])
-            valid = (places < recorded.lengths[:, None]).to(tensor.device)
+            valid = to_device(recorded.lengths, tensor.device)
         return self.plan.forms[recorded.name].rows(tensor, valid)
 
     def _notes(self) -> list[str]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept
-from lightning_koopman.network.tensors import exact_device, first_tensor
+from lightning_koopman.network.tensors import exact_device, first_tensor, need_not_wait
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -115,9 +115,10 @@ def _call_by_name(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested batch."""
+    """Move the tensors of a nested batch; nothing waits for what goes to a GPU."""
     if hasattr(value, "to") and callable(value.to):
-        return value.to(device)
+        ordered = isinstance(value, Tensor | PackedSequence) and need_not_wait(device)
+        return value.to(device, non_blocking=True) if ordered else value.to(device)
     if isinstance(value, Mapping):
         return {name: to_device(part, device) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_koopman.network.components import clean_name, common_ancestor, transparent_modules
 from lightning_koopman.network.hook_points import attach, is_wrapped, wrap
 from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.tensors import all_tensors, first_tensor
+from lightning_koopman.network.tensors import all_tensors, exactly, first_tensor, need_not_wait
 
 BYTES_KEPT = 256 * 2**20
 """Most bytes of arguments that are kept to be run again."""
@@ -220,10 +220,15 @@ class Recording:
             tensor = first_tensor(new)
             if old is None or tensor is None:
                 continue
-            tensor = tensor.detach().to("cpu")
+            # Compared where it is: only there, a copy that nobody waited for is complete.
+            tensor, old = tensor.detach(), old.to(tensor.device)
             scale = float(old.abs().max()) if old.numel() else 0.0
             if tensor.shape != old.shape or not torch.allclose(
-                tensor.double(), old.double(), rtol=1e-3, atol=1e-5 * scale, equal_nan=True
+                exactly(tensor).double(),
+                exactly(old).double(),
+                rtol=1e-3,
+                atol=1e-5 * scale,
+                equal_nan=True,
             ):
                 name = self._names[id(call.module)]
                 return f"{name!r} does not give again what it gave (it samples, or keeps state)"
@@ -270,7 +275,7 @@ class Recording:
             if self._flow is not None:
                 self._flow.label(output, f"{number}")
             tensor = None if self.steps else first_tensor(output)
-            self._step.outputs.append(None if tensor is None else tensor.detach().to("cpu", copy=True))
+            self._step.outputs.append(None if tensor is None else _copied(tensor))
         except Exception as error:
             self._reason = (
                 self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
@@ -306,7 +311,12 @@ class Recording:
         if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
             self._reason = self._reason or f"the step runs code of its own before {name!r}"
         self._step.n_bytes += tensor.nbytes
-        return _Kept(tensor.detach().to("cpu", copy=True), tensor.device)
+        return _Kept(_copied(tensor), tensor.device)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU without waiting for a GPU; what runs there later finds it complete."""
+    return tensor.detach().to("cpu", copy=True, non_blocking=need_not_wait(tensor.device))
 
 
 @dataclass(frozen=True)
@@ -347,7 +357,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 def _revived(value: Any) -> Any:
     def revive(part: Any) -> Any:
         if isinstance(part, _Kept):
-            return part.copy.to(part.device, copy=True)
+            return part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
         return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
 
     return _mapped(value, revive)

@@ -52,7 +52,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 def to_plain(report: ReportFields) -> dict[str, Any]:
     """Return all but what points into the network, as JSON can hold it."""
     names = [field.name for field in dataclasses.fields(ReportFields)]
-    kept = [name for name in names if name not in ("operators", "reads")]
+    kept = [name for name in names if name not in ("operators", "reads", "reference")]
     return {"format": FORMAT, **{name: _plain(getattr(report, name)) for name in kept}}
 
 
