@@ -70,11 +70,13 @@ def compare(
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
     """
+    from lightning_koopman.measurement.drift import drift
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.report.comparison import changes_table
     from lightning_koopman.report.files import read_reports
 
-    found = []
+    found: list[CreditReport] = []
+    last = None
     for path in (before, after):
         if path.endswith(".json"):
             found.append(read_reports(path, may_be_empty=False)[-1])
@@ -84,7 +86,17 @@ def compare(
         network, checkpoint = build_trained(model, path, trust_checkpoint, weights)
         batches = build_batches(data, checkpoint.data_hyper_parameters)
         found.append(credit_report(network, batches, step=checkpoint.step))
-    Console().print(changes_table(found[0], found[1], quantity))
+        last = network, build_batches(data, checkpoint.data_hyper_parameters)
+    console = Console()
+    console.print(changes_table(found[0], found[1], quantity))
+    if last is not None and found[0].reference is not None and not after.endswith(".json"):
+        console.print(drift(found[0], *last, step=found[1].step))
+    else:
+        console.print(
+            "A saved report holds no operators. To see which component does something else, run "
+            "lightning-koopman evaluate --reference FILE on one checkpoint and drift FILE on the other.",
+            soft_wrap=True,
+        )
 
 
 def merge(reports: list[str], out: str) -> None:
@@ -150,6 +162,7 @@ def evaluate(
     weights: Literal["saved", "averaged", "current"] = "saved",
     effects: bool | list[Kind] = False,
     initial_checkpoint: str | None = None,
+    reference: str | None = None,
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step.
 
@@ -175,6 +188,7 @@ def evaluate(
             of a list such as [linear,skip].
         initial_checkpoint: Weights that training began with, for the effect of going back to them; by
             default they are drawn anew.
+        reference: File for what the drift command needs of the last checkpoint.
     """
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.report.files import read_known, write_with_known
@@ -229,6 +243,14 @@ def evaluate(
     save(reports)
     if out is not None and reports:
         say_written(out)
+    if reference is not None and reports:
+        if reports[-1].reference is None:
+            raise ValueError(
+                f"the last report was taken over from {out}, which holds no reference; add --fresh to "
+                "measure it again"
+            )
+        reports[-1].save_reference(reference)
+        say_written(reference)
     if failure is not None:
         raise failure
 

@@ -185,6 +185,9 @@ def compute_credits(
     center: Sequence[Tensor] | None = None,
 ) -> Credits:
     """Compute all numbers of a chain from its moments."""
+    # Many small factorisations follow, one after the other, in which a GPU would only wait.
+    moments = moments.cpu()
+    center = None if center is None else [offset.cpu() for offset in center]
     targets, rank, normalize = options.targets, options.rank, options.normalize
     _check(layout, moments, targets)
     whole = split_chain(layout, moments, None, normalize)

@@ -96,7 +96,10 @@ class Accumulator:
         if self._layout is None:
             assert self.basis is not None
             dims = tuple(len(offset) for offset in self.basis.center)
-            self._layout = Layout(dims, self.options.folds, self.options.delay, self.chain.links)
+            links, delay = self.chain.links, self.options.delay
+            # Links name all that a step reads: branches side by side do not read one another.
+            delay = 0 if links and delay == 1 else delay
+            self._layout = Layout(dims, self.options.folds, delay, links)
         return self._layout
 
     def _gather(self, rows: list[Tensor]) -> None:
@@ -252,7 +255,8 @@ class Accumulator:
         self.flush()
         if self._moments is None or self.basis is None:
             raise ValueError(NO_SAMPLES)
-        return self._laid_out(), self._moments, self.basis.center
+        # On the CPU: see compute_credits.
+        return self._laid_out(), self._moments.cpu(), self.basis.cpu().center
 
     def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
@@ -277,7 +281,7 @@ class Accumulator:
             names,
             self.chain.widths,
             layout.parents[1:],
-            self.basis,
+            self.basis.cpu(),
             *fold_operators(layout, moments, center),
             n_samples=report.n_samples,
             options=options,
