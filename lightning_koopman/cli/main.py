@@ -11,9 +11,19 @@ from jsonargparse import auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_koopman.cli import commands
+from lightning_koopman.cli import commands, decide
 
-_COMMANDS = ["compare", "components", "demo", "evaluate", "intervene", "linearize", "merge", "report"]
+_COMMANDS = [
+    "compare",
+    "components",
+    "demo",
+    "drop",
+    "evaluate",
+    "intervene",
+    "linearize",
+    "merge",
+    "report",
+]
 
 _FILES = {"report": ["file"], "compare": ["before", "after"]}
 """Arguments that may stand without their option's name, as people type them."""
@@ -38,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
                     "--print-completion needs shtab and a newer jsonargparse: "
                     "pip install -U 'lightning-koopman[completion]'"
                 ) from None
-        offered = [getattr(commands, name) for name in _COMMANDS]
+        offered = [getattr(decide if hasattr(decide, name) else commands, name) for name in _COMMANDS]
         auto_cli(offered, args=given, prog="lightning-koopman", as_positional=False)
     except (ValueError, ImportError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
