@@ -34,10 +34,10 @@ BATCH = {
     "network.rows": "one row per sample and state",
     "measurement.accumulator": "gathers the rows of all passes",
     "koopman.states": "wide states projected, skip links joined",
-    "measurement.metric": "the torchmetrics metric: sums over all processes",
     "koopman.moments": "counts, means and products per fold",
 }
 END = {
+    "measurement.sums": "moments in, a report out",
     "koopman.credit": "credits and their standard errors",
     "koopman.chain": "one linear operator per component",
     "koopman.alignment": "output directions followed backward",

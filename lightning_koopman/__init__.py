@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lightning_koopman.effects.interventions import intervene
     from lightning_koopman.effects.predictions import predict_effects
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
+    from lightning_koopman.koopman.options import Options
+    from lightning_koopman.measurement.drift import drift
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.measurement.metric import KoopmanCredit
     from lightning_koopman.network.weights import CheckpointError
@@ -24,7 +26,9 @@ __all__ = [
     "KoopmanCredit",
     "KoopmanCreditMonitor",
     "KoopmanOperator",
+    "Options",
     "credit_report",
+    "drift",
     "drop_order",
     "evaluate_checkpoints",
     "fit_operator",
@@ -41,7 +45,9 @@ _HOMES = {
     "KoopmanCredit": "measurement.metric",
     "KoopmanCreditMonitor": "callback.monitor",
     "KoopmanOperator": "koopman.operator",
+    "Options": "koopman.options",
     "credit_report": "measurement.evaluate",
+    "drift": "measurement.drift",
     "drop_order": "decisions.drop",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_koopman.effects.alterations import check_components
 from lightning_koopman.effects.scoring import Measured, Outputs
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.forward_runner import NO_SAMPLES, ForwardRunner
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.tensors import all_tensors, first_tensor
@@ -212,7 +212,7 @@ def first_batches(batches: Iterable[Any], samples: int) -> list[Any]:
             if count >= samples:
                 break
     if not taken:
-        raise ValueError("no sample arrived: the batches were empty")
+        raise ValueError(NO_SAMPLES)
     return taken
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_koopman.koopman.operator import KoopmanOperator
+from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.report.effects import Effects
 
 MIN_R2 = 0.5
@@ -49,6 +50,7 @@ class ReportFields:
     run: str = ""
     source: Mapping[str, Any] = field(default_factory=dict, repr=False)
     effects: Effects | None = field(default=None, repr=False)
+    reference: Reference | None = field(default=None, repr=False)
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:

@@ -127,6 +127,27 @@ def _against(axis: Any, names: Any, numbers: NDArray[np.float64], predictor: str
         axis.set_yscale("log")
 
 
+def plot_marked(
+    components: Sequence[str],
+    values: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    marked: NDArray[np.bool_],
+    xlabel: str,
+    title: str,
+) -> Figure:
+    """Draw one number per component with two standard errors; those that are marked stand out."""
+    figure = Figure(figsize=(8, _height(len(components), 0.35, 1.4)), layout="constrained")
+    axis = figure.subplots()
+    colors = np.where(marked, _CHAIN, _DOUBTED)
+    axis.barh(np.arange(len(components)), values, xerr=2 * stderr, color=colors, capsize=3)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel(xlabel)
+    _name_rows(axis, components)
+    axis.invert_yaxis()
+    figure.suptitle(title)
+    return figure
+
+
 def plot_steps(
     names: Sequence[str],
     loss: NDArray[np.float64],

@@ -69,6 +69,8 @@ class CreditReport(ReportFields):
             options. Empty where the weights came from no file.
         effects: What altering each component is predicted to do to the outputs, once
             :func:`lightning_koopman.predict_effects` has filled it in.
+        reference: What :func:`lightning_koopman.drift` holds other weights or samples against; ``None``
+            in a report read from JSON.
     """
 
     def to_scalars(
@@ -165,6 +167,27 @@ class CreditReport(ReportFields):
         from lightning_koopman.report.schema import checked_fields
 
         return cls(**checked_fields(given))
+
+    def save_reference(self, path: str | os.PathLike[str]) -> None:
+        """Write what :func:`lightning_koopman.drift` needs of this network, in the safetensors format.
+
+        The file holds operators, means, bases and names, no weights, no samples and nothing that could
+        be run.
+
+        Args:
+            path: File to write, completely or not at all.
+
+        Raises:
+            ValueError: If the report holds no reference: one read from JSON has none.
+        """
+        from lightning_koopman.report.reference_file import write_reference
+
+        if self.reference is None:
+            raise ValueError(
+                "the report holds no reference, for JSON keeps none; save the reference of a report "
+                "that was just measured (credit_report, or evaluate --reference)"
+            )
+        write_reference(self.reference, path)
 
     def plot(self) -> Figure:
         """Draw credits and gains with their error bars, and how far each row may be believed.

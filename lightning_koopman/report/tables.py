@@ -73,7 +73,8 @@ def cells(report: ReportFields, i: int, sign: str = "±") -> list[str]:
     return [*with_error, *bare, f"{report.rank[i]:.0f}/{report.widths[i]}", ", ".join(report.doubts[i])]
 
 
-def _new_table(title: str, numbers: Sequence[str]) -> Table:
+def new_table(title: str, numbers: Sequence[str]) -> Table:
+    """Return an empty table with a column of names and others of numbers."""
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("component", overflow="fold", min_width=9)
     for name in numbers:
@@ -84,7 +85,7 @@ def _new_table(title: str, numbers: Sequence[str]) -> Table:
 def credit_table(report: ReportFields) -> Captioned:
     """Lay a report out, one row per component, dim where it carries a doubt."""
     title = f"Koopman credit{escape(report.label)}, {report.n_samples} samples\n{total_line(report)}"
-    table = _new_table(title, [name.replace("nonlinearity", "nonlin.") for name in COLUMNS[:-1]])
+    table = new_table(title, [name.replace("nonlinearity", "nonlin.") for name in COLUMNS[:-1]])
     table.add_column("doubt", min_width=5)
     for i, component in enumerate(report.components):
         texts = cells(report, i)
@@ -102,7 +103,7 @@ def effects_table(report: ReportFields) -> Table:
     if effects is None:
         raise ValueError("the report predicts no effects; predict_effects fills them in")
     title = f"Predicted effects of altering a component, {effects.n_samples} samples: {effects.unit}"
-    table = _new_table(title, [*effects.values, "influence"])
+    table = new_table(title, [*effects.values, "influence"])
     for i, component in enumerate(report.components):
         table.add_row(escape(component), *effects.cells(i))
     return table

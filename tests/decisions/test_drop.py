@@ -267,7 +267,7 @@ def test_errors_say_what_arrived_and_what_to_do():
         drop_order(net, [x], steps=0)
     with pytest.raises(ValueError, match="samples is 0; at least one is needed"):
         drop_order(net, [x], samples=0)
-    with pytest.raises(ValueError, match="the batches were empty"):
+    with pytest.raises(ValueError, match="no sample arrived"):
         drop_order(net, [])
     with pytest.raises(ValueError, match=r"no component is called \['9'\]; there are \('0', '1'"):
         drop_order(net, [x], credit_report(net, [x]), components=["9"])

@@ -11,7 +11,7 @@ from rich.console import Console
 from scipy.stats import sem
 from torch import Tensor, nn
 
-from lightning_koopman import CreditReport, credit_report, intervene, linearize, predict_effects
+from lightning_koopman import CreditReport, Options, credit_report, intervene, linearize, predict_effects
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import accuracy, kl_divergence
 from lightning_koopman.report.effects import KINDS
@@ -140,7 +140,7 @@ def test_linear_swap_equals_the_operator_applied_by_hand():
 
 def test_linear_swap_with_a_delay_sees_the_earlier_states():
     net, (x, y) = mlp(), data()
-    report = credit_report(net, batched(x, y), delay=2)
+    report = credit_report(net, batched(x, y), options=Options(delay=2))
     result = intervene(net, batched(x, y), report, ["linear"])
     with torch.no_grad():
         first = net[:2](x)
@@ -160,7 +160,7 @@ def cnn() -> nn.Sequential:
 def test_reduced_states_need_data_to_fit_and_then_give_whole_tensors():
     net = cnn()
     x = torch.randn(900, 1, 8, 8)
-    report = credit_report(net, [x], max_dim=64)
+    report = credit_report(net, [x], options=Options(max_dim=64))
     with pytest.raises(ValueError, match=r"act on reduced states .* pass fit_batches"):
         intervene(net, [x[:100]], report, ["linear"])
     result = intervene(net, [x[:100]], report, ["linear"], fit_batches=[x[100:400], x[400:]])
@@ -170,7 +170,7 @@ def test_reduced_states_need_data_to_fit_and_then_give_whole_tensors():
 
 def test_a_report_from_json_has_no_operators_but_its_parts(tmp_path):
     net, (x, y) = mlp(), data()
-    report = credit_report(net, batched(x, y), tikhonov=0.0)
+    report = credit_report(net, batched(x, y), options=Options(tikhonov=0.0))
     report.to_json(tmp_path / "r.json")
     back = CreditReport.from_json(tmp_path / "r.json")
     assert dict(back.parts) == dict(report.parts)
@@ -419,7 +419,7 @@ def test_errors_say_what_arrived_and_what_to_do():
     nn.init.zeros_(flat[1].weight)
     with pytest.raises(ValueError, match="the outputs are constant"):
         intervene(flat, [x], good, ["skip"])
-    image = credit_report(cnn(), [torch.randn(80, 1, 8, 8)], max_dim=8)
+    image = credit_report(cnn(), [torch.randn(80, 1, 8, 8)], options=Options(max_dim=8))
     with pytest.raises(ValueError, match="no class indices to tell their class axis"):
         intervene(
             cnn(), [torch.randn(8, 1, 8, 8)], image, scale="kl", forward_fn=lambda m, b: m(b)[:, :, None]
@@ -570,5 +570,5 @@ def test_a_report_that_ends_in_a_sum_of_branches_names_output() -> None:
     with pytest.raises(ValueError, match=r"ends with what the network returns.*by output="):
         intervene(net, batches, report)
     assert intervene(
-        net, batches, credit_report(net, batches, output="b"), kinds=["skip"]
+        net, batches, credit_report(net, batches, options=Options(output="b")), kinds=["skip"]
     ).effect.shape == (2, 1)

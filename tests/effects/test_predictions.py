@@ -20,7 +20,7 @@ from test_interventions import (
 )
 from torch import nn
 
-from lightning_koopman import CreditReport, credit_report, intervene, predict_effects
+from lightning_koopman import CreditReport, Options, credit_report, intervene, predict_effects
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -258,7 +258,7 @@ def test_shared_weights_count_in_every_call():
 def test_convolutions_are_reduced_but_their_effects_are_whole():
     net, x = cnn(), torch.randn(600, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = net(x).argmax(1)
-    report = credit_report(net, [x], max_dim=32)
+    report = credit_report(net, [x], options=Options(max_dim=32))
     kinds = ["linear", "output_noise"]
     predicted = predict_effects(net, batched(x, y), report, kinds)
     measured = intervene(net, batched(x, y), predicted, kinds, fit_batches=[x], draws=20)
@@ -342,7 +342,7 @@ def test_the_model_is_left_exactly_as_found(fails):
 def test_linear_predicts_the_reports_own_operator():
     net, x = smooth(), normal(300, 5)
     y = net(x).argmax(1)
-    report = credit_report(net, [x], components=["0", "1", "2"], tikhonov=0.3)
+    report = credit_report(net, [x], components=["0", "1", "2"], options=Options(tikhonov=0.3))
     predicted = predict_effects(net, batched(x, y), report, ["linear"])
     measured = intervene(net, batched(*(t for t in (normal(300, 5, seed=9), y))), report, ["linear"])
     plain = predict_effects(net, batched(x, y), smooth_report(net, x), ["linear"])
@@ -360,7 +360,7 @@ def test_linear_predicts_the_reports_own_operator():
 
 def test_a_delay_gives_the_operator_its_earlier_states():
     net, x = smooth(), normal(200, 5)
-    report = credit_report(net, [x], components=["0", "1", "2"], delay=2)
+    report = credit_report(net, [x], components=["0", "1", "2"], options=Options(delay=2))
     predicted = predict_effects(net, [x], report, ["linear"], scale="kl").effects.values["linear"]
     with torch.no_grad():
         states = [x, net[0](x), net[:2](x), net(x)]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from lightning_koopman import credit_report, intervene, linearize, predict_effects
+from lightning_koopman import Options, credit_report, intervene, linearize, predict_effects
 from lightning_koopman.effects.derived_weights import reset
 from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.network.forward_runner import ForwardRunner
@@ -184,7 +184,7 @@ def test_linear_effects_are_not_zero_with_fewer_samples_than_directions():
     ).double()  # fmt: skip
     few, many = torch.randn(30, 40).double(), torch.randn(500, 40).double()
     with pytest.warns(UserWarning, match="30 samples are few"):
-        report = credit_report(net, [few], components=["0", "1", "2"], tikhonov=0.0)
+        report = credit_report(net, [few], components=["0", "1", "2"], options=Options(tikhonov=0.0))
     predicted = predict_effects(net, [few], report, ["linear"]).effects.values["linear"]
     with torch.no_grad():
         state, y = net[:2](few), net(few)
