@@ -279,7 +279,7 @@ class Accumulator:
             enough=samples_needed(replace(layout, dims=dims)),
         )
         reads = {name: tuple(names[p] for p in layout.parents[i]) for i, name in enumerate(names) if i}
-        if not options.errors:
+        if options.errors is False:
             # Drift needs operators without each fold, as error bars do.
             return replace(report, reads=reads)
         reference = Reference(
