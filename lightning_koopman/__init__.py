@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_koopman.callback.monitor import KoopmanCreditMonitor
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
-    from lightning_koopman.effects.interventions import intervene
+    from lightning_koopman.effects.component_effects import component_effects
     from lightning_koopman.effects.linearization import linearize
-    from lightning_koopman.effects.predictions import predict_effects
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.measurement.metric import KoopmanCredit
@@ -23,12 +22,11 @@ __all__ = [
     "KoopmanCredit",
     "KoopmanCreditMonitor",
     "KoopmanOperator",
+    "component_effects",
     "credit_report",
     "evaluate_checkpoints",
     "fit_operator",
-    "intervene",
     "linearize",
-    "predict_effects",
 ]
 
 # Lightning and torchmetrics take seconds to import, and most names need neither.
@@ -39,18 +37,27 @@ _HOMES = {
     "KoopmanCredit": "measurement.metric",
     "KoopmanCreditMonitor": "callback.monitor",
     "KoopmanOperator": "koopman.operator",
+    "component_effects": "effects.component_effects",
     "credit_report": "measurement.evaluate",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",
-    "intervene": "effects.interventions",
     "linearize": "effects.linearization",
-    "predict_effects": "effects.predictions",
 }
+
+
+_GONE = {"intervene": "measured", "predict_effects": "predicted"}
+"""Functions of 0.2, and how the one that took their place is to be told to do what they did."""
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("lightning-koopman")
+    if name in _GONE:
+        # An AttributeError would reach nobody who writes "from lightning_koopman import ...".
+        raise ImportError(
+            f"{name} is now component_effects(model, batches, report, kinds, how={_GONE[name]!r}), "
+            "which returns the effects; see CHANGELOG.md"
+        )
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"{__name__}.{_HOMES[name]}")

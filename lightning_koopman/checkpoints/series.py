@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_koopman.callback.loggers import CreditWriter, EventFile
-from lightning_koopman.effects.predictions import predict_effects
+from lightning_koopman.effects.component_effects import component_effects
 from lightning_koopman.measurement.evaluate import credit_report
 from lightning_koopman.network.weights import (
     CheckpointError,
@@ -82,8 +82,8 @@ def evaluate_checkpoints(
         about: Names of model and data, or whatever else must be equal for a known report to hold.
         weights: Which of the weights that a checkpoint holds: those in its ``state_dict`` (``"saved"``),
             or, of a training with averaging, the ``"averaged"`` or the ``"current"`` ones.
-        effects: Whether to predict the effects of altering each component too, or of which kinds, see
-            :func:`lightning_koopman.predict_effects`.
+        effects: Whether to tell the effects of altering each component too, or of which kinds, see
+            :func:`lightning_koopman.component_effects`.
         initial: Checkpoint of the weights that training began with, for the effect of going back to
             them; without it, weights drawn anew take their place.
         options: Passed on to :func:`credit_report`.
@@ -124,7 +124,8 @@ def evaluate_checkpoints(
         report = credit_report(model, batches, step=item.step, **options)
         if kinds:
             how = {name: options[name] for name in ("forward_fn", "seed") if name in options}
-            report = predict_effects(model, batches, report, kinds, initial=start, **how)
+            found = component_effects(model, batches, report, kinds, initial=start, **how)
+            report = replace(report, effects=found)
         return replace(report, run=item.run, source=item.source)
 
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}

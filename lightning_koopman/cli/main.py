@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from lightning_koopman.cli import commands
 
-_COMMANDS = ["compare", "components", "demo", "evaluate", "intervene", "linearize", "merge", "report"]
+_COMMANDS = ["compare", "components", "demo", "effects", "evaluate", "linearize", "merge", "report"]
 
 _FILES = {"report": ["file"], "compare": ["before", "after"]}
 """Arguments that may stand without their option's name, as people type them."""

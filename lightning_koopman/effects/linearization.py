@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_koopman.effects.alterations import check_components
+from lightning_koopman.effects.alterations import check_single
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Metric, Outputs
 from lightning_koopman.network.components import clean_name
@@ -291,7 +291,7 @@ def linearize(
     """
     if is_compiled(model):
         raise ValueError("the model went through torch.compile; linearize the module it was made from")
-    check_components(report, components)
+    check_single(report, components)
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
     runner = ForwardRunner(model, batches, forward_fn)
@@ -326,7 +326,7 @@ class Linearized:
         components: The components that were replaced.
         metric: Metric before and after, on the data that the components were chosen on; NaN where
             there is none.
-        change: Effect on the outputs, as in :class:`Interventions`.
+        change: Effect on the outputs, as in :class:`lightning_koopman.report.effects.Effects`.
         before: Cost of the original network.
         after: Cost of the new one.
     """

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.measurement.accumulator import Accumulator
@@ -124,7 +125,7 @@ class Measurement(Accumulator):
                 f"no output direction can be followed back to {listed(dead)} (a dead branch, or one "
                 "that is still zero), so its numbers are NaN; all others follow the data around it"
             )
-        return dataclasses.replace(report, notes=tuple(notes), parts=self._parts())
+        return dataclasses.replace(report, notes=tuple(notes), parts=self.parts, **self._modules())
 
     @contextmanager
     def _timed(self) -> Generator[None, None, None]:
@@ -198,14 +199,25 @@ class Measurement(Accumulator):
             )
         return notes
 
-    def _parts(self) -> dict[str, tuple[str, ...]]:
-        """Module calls by state, where every state is one component's."""
-        if self.plan is None or any(len(group) > 1 for group in self.plan.states):
-            return {}
-        # Where branches are summed into what the network returns, no component gives the last state.
-        if self.plan.names[-1] in self.capture.returned:
-            return {}
-        return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Module calls by component, also of those that a state joins with others."""
+        recorded = self.plan.recorded if self.plan is not None else frozenset()
+        return {name: calls for name, calls in self.capture.parts.items() if name in recorded}
+
+    def _modules(self) -> dict[str, Any]:
+        """Class and number of parameters of each component's module, as fields of the report."""
+        parts = [name.split("+") for name in self.names[1:]]
+        found = [[self.capture.components.get(p.partition("#")[0]) for p in group] for group in parts]
+        return {
+            "types": tuple(
+                "+".join(type(m).__name__ for m in group if m is not None) for group in found
+            ),
+            "parameters": tuple(
+                sum(p.numel() for m in group if m is not None for p in m.parameters() if not is_lazy(p))
+                for group in found
+            ),
+        }
 
 
 def merge_processes(

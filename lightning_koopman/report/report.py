@@ -14,9 +14,17 @@ from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_koopman.koopman.credit import QUANTITIES, Credits
+from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.fields import ReportFields
-from lightning_koopman.report.saved import ReportFormatError, read_json, to_plain, write_atomically
-from lightning_koopman.report.tables import as_text, credit_table, effects_table, to_rows
+from lightning_koopman.report.saved import (
+    FORMAT,
+    ReportFormatError,
+    read_json,
+    to_plain,
+    write_atomically,
+)
+from lightning_koopman.report.tables import credit_table, has_more, to_rows
+from lightning_koopman.report.text import as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,8 +75,10 @@ class CreditReport(ReportFields):
         run: Name of the training among several; empty where there is one.
         source: What was measured, and how: the checkpoint's path, size and time of modification, and the
             options. Empty where the weights came from no file.
-        effects: What altering each component is predicted to do to the outputs, once
-            :func:`lightning_koopman.predict_effects` has filled it in.
+        effects: What altering each component does to the outputs, once
+            ``dataclasses.replace(report, effects=component_effects(...))`` has filled it in.
+        types: Class of the module of each component; empty where unknown.
+        parameters: Number of parameters of each component; empty where unknown.
     """
 
     def to_scalars(
@@ -100,8 +110,7 @@ class CreditReport(ReportFields):
 
         Returns:
             One row per component: the run, the step, the component, every quantity and its standard
-            error, the influence and the predicted effects where there are any, the width of the state
-            and the doubts.
+            error, the effects where there are any, the width of the state and the doubts.
         """
         import pandas
 
@@ -113,7 +122,7 @@ class CreditReport(ReportFields):
         Returns:
             Everything but the operators.
         """
-        return to_plain(self)
+        return {"format": FORMAT, **to_plain(self, leave_out=("operators", "reads"))}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the report as JSON; numbers that are not finite become ``null``.
@@ -164,7 +173,10 @@ class CreditReport(ReportFields):
         """
         from lightning_koopman.report.schema import checked_fields
 
-        return cls(**checked_fields(given))
+        fields = checked_fields(given)
+        if fields["effects"] is not None:
+            fields["effects"] = Effects(**fields["effects"])
+        return cls(**fields)
 
     def plot(self) -> Figure:
         """Draw credits and gains with their error bars, and how far each row may be believed.
@@ -178,7 +190,7 @@ class CreditReport(ReportFields):
 
     def __rich__(self) -> RenderableType:
         table = credit_table(self)
-        return table if self.effects is None else Group(table, effects_table(self))
+        return Group(self.effects, table) if self.effects and has_more(self) else table
 
     def __str__(self) -> str:
         return as_text(self)

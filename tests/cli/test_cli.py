@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lit import LitNet
@@ -176,34 +177,36 @@ def _scalars(path: Path) -> EventAccumulator:
     return events
 
 
-def test_intervene_shows_predicted_beside_measured(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_effects_stand_beside_the_credits(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy("step20.ckpt", "start.ckpt")
-    command = "intervene --model userproject:LitNet --data userproject:batches --ckpt step10.ckpt"
+    command = "effects --model userproject:LitNet --data userproject:batches --ckpt step10.ckpt"
     code = main([
-        *command.split(), "--initial-checkpoint", "start.ckpt", "--figure", "f.png", "--out", "r.json",
-        "--draws", "1",
+        *command.split(), "--kinds", "[skip,reinit]", "--how", "both", "--draws", "1",
+        "--initial-checkpoint", "start.ckpt", "--replacements", '{"later": "start.ckpt"}',
+        "--figure", "f.png", "--out", "r.json",
     ])  # fmt: skip
     printed = capsys.readouterr().out
     assert code == 0
     assert "KL in nats" in printed
     report = CreditReport.from_json("r.json")
-    assert printed.count("predicted") == len(report.components)
+    assert printed.count("predicted ") >= len(report.components)
     assert report.step == 10
+    assert list(report.effects.values) == ["skip", "reinit", "later"]
     assert (report.effects.values["reinit"] > 0).any()
+    np.testing.assert_array_equal(report.effects.values["reinit"], report.effects.values["later"])
     assert (project / "f.png").read_bytes()[:4] == b"\x89PNG"
     assert main([*command.split(), "--kinds", "[skip]", "--out", "r.json"]) == 0
     assert list(CreditReport.from_json("r.json").effects.values) == ["skip"]
     capsys.readouterr()
-    assert main([*command.split(), "--kinds", "[skip]"]) == 0
+    assert main(command.split()) == 0
     printed = capsys.readouterr().out
-    assert "skip" in printed
+    assert "linear" in printed
     assert "reinit" not in printed
+    assert printed.strip().splitlines()[-1].startswith("Next: ")
 
 
 def test_a_seed_fixes_the_order_of_a_loader_that_shuffles(project: Path) -> None:
-    command = "intervene --model userproject:LitNet --data userproject:Shuffled --ckpt step10.ckpt"
+    command = "effects --model userproject:LitNet --data userproject:Shuffled --ckpt step10.ckpt"
     written = []
     for seed in ("0", "0", "1"):
         assert (
@@ -219,11 +222,11 @@ def test_evaluate_predicts_effects_on_demand(project: Path, capsys: pytest.Captu
     command = "evaluate --model userproject:LitNet --data userproject:batches --ckpt step*.ckpt"
     given = [*command.split(), "--out", "r.json"]
     assert main([*given, "--logdir", "tb", "--effects", "[skip,output_noise]"]) == 0
-    assert "influence" in capsys.readouterr().out
+    assert "skip" in capsys.readouterr().out
     first = [CreditReport.from_dict(part) for part in json.loads(Path("r.json").read_text())]
     assert [list(report.effects.values) for report in first] == [["skip", "output_noise"]] * 2
     events = EventAccumulator("tb").Reload()
-    tag = f"koopman/influence/{first[0].components[0]}"
+    tag = f"koopman/effect_skip/{first[0].components[0]}"
     assert [event.step for event in events.Scalars(tag)] == [10, 20]
     assert main([*given, "--effects", "true", "--initial-checkpoint", "step20.ckpt"]) == 0
     capsys.readouterr()
@@ -305,20 +308,17 @@ def test_no_readable_checkpoint_leaves_the_models_own_defaults(
     assert "inside.ckpt cannot be read (Not a directory)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["linearize", "intervene"])
-def test_data_to_fit_on_and_data_to_judge_by(
-    command: str, project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_to_fit_on_and_data_to_judge_by(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "halves.py").write_text(
         "from userproject import Data\nfrom lit import loaders, dataset\n"
         "class Both(Data):\n    def train_dataloader(self): return loaders()[0]\n"
         "def one(): return [dataset()[:]]\n"
     )
-    given = [command, "--model=userproject:LitNet", "--ckpt=step10.ckpt", f"--out={command}.out"]
+    given = ["linearize", "--model=userproject:LitNet", "--ckpt=step10.ckpt", "--out=new.ckpt"]
     assert main([*given, "--data=halves:one"]) == 1
     assert "halves:one gives 1 batch; at least one is needed to fit on" in capsys.readouterr().err
     assert main([*given, "--data=halves:Both"]) == 0
-    assert (project / f"{command}.out").stat().st_size
+    assert (project / "new.ckpt").stat().st_size
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from effect_nets import Branches
 from torch import nn
 
 from lightning_koopman import CheckpointError, credit_report, linearize
@@ -119,6 +120,19 @@ def test_greedy_choice_keeps_the_drop_and_reports_costs():
     assert nothing.model is not None
     with pytest.raises(ValueError, match="max_drop is -1"):
         linearize_within(net, report, batches, batches, max_drop=-1)
+
+
+def test_states_that_no_single_module_gives_are_named():
+    torch.manual_seed(0)
+    net, x = Branches(), torch.randn(200, 3)
+    with pytest.raises(
+        ValueError, match=r"the states \['left\+right'\] were joined from what runs side"
+    ):
+        linearize(net, credit_report(net, [x]), ["head"], [x])
+    named = credit_report(net, [x], components=["left", "head"])
+    assert named.components[-1] == "output"
+    with pytest.raises(ValueError, match=r"ends with what the network returns.*by output="):
+        linearize(net, named, ["head"], [x])
 
 
 class Shared(nn.Module):

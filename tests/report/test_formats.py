@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_koopman import EvaluationError, credit_report, evaluate_checkpoints, predict_effects
+from lightning_koopman import EvaluationError, component_effects, credit_report, evaluate_checkpoints
 from lightning_koopman.cli.main import main
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.report.comparison import changes
 from lightning_koopman.report.files import read_reports, write_reports, write_with_known
 from lightning_koopman.report.pages import to_html, to_markdown
 from lightning_koopman.report.saved import ReportFormatError
-from lightning_koopman.report.tables import effects_table
 
 
 @pytest.fixture(scope="module")
@@ -109,23 +108,23 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert [found.step for found in caught.value.reports] == [1]
 
 
-def test_predicted_effects_are_in_every_kind_of_file(tmp_path):
+def test_effects_are_in_every_kind_of_file(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x = torch.randn(300, 4)
     bare = credit_report(net, [x])
-    report = predict_effects(net, [x], bare, ["skip", "output_noise"], scale="kl")
+    found = component_effects(net, [x], bare, ["skip", "output_noise"], scale="kl")
+    report = dataclasses.replace(bare, effects=found)
     write_reports([report, bare], tmp_path / "r.csv", "csv")
     frame = pandas.read_csv(tmp_path / "r.csv")
     np.testing.assert_allclose(frame["effect_skip"][:2], report.effects.values["skip"])
-    np.testing.assert_allclose(frame["influence"][:2], report.influence)
+    np.testing.assert_allclose(frame["effect_skip_stderr"][:2], found.stderr["skip"])
     assert frame["effect_skip"][2:].isna().all()
     page, text = to_html([report, bare]), to_markdown(report)
-    for cell in (f"{report.effects.values['skip'][0]:.2g}", f"{report.influence[1]:.3f}"):
-        assert cell in text
+    assert found.cell("skip", 0) in text
     assert f'data-value="{report.effects.values["output_noise"][0]}"' in to_html([report])
-    assert "KL in nats" in text
-    assert "influence" not in page  # of one run, the newest report is shown, which predicts nothing
+    assert "KL in nats" in to_html([report])
+    assert "Effects of altering" not in page  # of one run, the newest report is shown, which has none
 
 
 def test_a_report_without_directions_is_shown_without_their_figure(report):
@@ -146,10 +145,3 @@ def test_without_any_report_only_json_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r.html.json"]
     with pytest.raises(ValueError, match="no report to show"):
         write_reports([], tmp_path / "r.html", "html")
-
-
-def test_effects_that_were_not_predicted_cannot_be_shown(report):
-    with pytest.raises(
-        ValueError, match="the report predicts no effects; predict_effects fills them in"
-    ):
-        effects_table(report)

@@ -10,12 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import NET_AND_DATA
 from torch import nn
 
-from lightning_koopman import CreditReport, credit_report, predict_effects
+from lightning_koopman import CreditReport, component_effects, credit_report
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
@@ -200,7 +201,9 @@ EVIL = [
 @pytest.fixture(scope="module")
 def benign() -> tuple[CreditReport, CreditReport, Tags]:
     """A report, another of the same numbers, and their page."""
-    report = predict_effects(network(), batches(), credit_report(network(), batches()), ["skip"])
+    report = replace(
+        credit_report(network(), batches()), effects=component_effects(network(), batches())
+    )
     calls = {"plain": report.parts["0"], "2": report.parts["2"]}
     report = replace(report, components=("plain", "2"), notes=("plain",), run="plain", parts=calls)
     other = replace(report, run="other")
@@ -262,10 +265,14 @@ def test_what_a_file_says_does_nothing_to_a_terminal(
 
 @pytest.mark.parametrize("markup", ["[/bold]", "[red]x", "[link=http://x]y[/link]", "\\[x]"])
 def test_no_name_or_note_becomes_a_style(markup: str, capsys: pytest.CaptureFixture[str]) -> None:
-    report = predict_effects(network(), batches(), credit_report(network(), batches()), ["skip"])
-    named = replace(report, components=(markup, "2"), notes=(markup,), parts={}, operators={})
-    shown = str(named)
-    assert shown.count(markup) == 3, "a row of credits, one of effects, and the note"
+    report = replace(
+        credit_report(network(), batches()), effects=component_effects(network(), batches())
+    )
+    named = {"components": (markup, "2"), "notes": (markup,)}
+    report = replace(report, **named, parts={}, operators={}, effects=replace(report.effects, **named))
+    assert str(report).count(markup) >= 2, "a row and the note"
+    effects = replace(report.effects, values={markup: np.ones(2)}, stderr={markup: np.ones(2)})
+    assert str(replace(effects, how={markup: "measured"}, metric={}, doubts={})).count(markup) == 3
 
 
 @pytest.mark.slow
@@ -277,7 +284,7 @@ def test_other_commands_follow_no_path_either(project: Path) -> None:
         ["compare", "out/r.json", "out/r.json"],
         ["compare", "1.ckpt", "2.ckpt", *given],
         ["linearize", *given, "--ckpt=1.ckpt", "--out=out/linear.ckpt"],
-        ["intervene", *given, "--ckpt=1.ckpt", "--out=out/i.json", "--figure=out/i.png"],
+        ["effects", *given, "--ckpt=1.ckpt", "--out=out/i.json", "--figure=out/i.png"],
     )
     words = [word for command in commands for word in ("THEN", *command)]
     assert run(project, *words[1:]) == "CODE 0 OUTSIDE []"

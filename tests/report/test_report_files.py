@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, predict_effects
+from lightning_koopman import CreditReport, component_effects, credit_report, evaluate_checkpoints
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.comparison import changes_table
 from lightning_koopman.report.files import merge_reports, read_reports, write_reports
 from lightning_koopman.report.pages import to_html, to_markdown
 from lightning_koopman.report.saved import ReportFormatError
-from lightning_koopman.report.tables import as_text
+from lightning_koopman.report.text import as_text
 
 QUIET = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -146,8 +146,9 @@ def test_a_file_that_holds_no_reports_is_refused(text: str, tmp_path: Path) -> N
 
 
 VALID = credit_report(network(), batches()).to_dict()
-WITH_EFFECTS = predict_effects(
-    network(), batches(), credit_report(network(), batches()), ["skip"]
+WITH_EFFECTS = dataclasses.replace(
+    credit_report(network(), batches()),
+    effects=component_effects(network(), batches(), how="both", sets=[{"0", "2"}]),
 ).to_dict()
 
 
