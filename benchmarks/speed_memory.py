@@ -17,7 +17,7 @@ import torch
 from captum.attr import LayerConductance
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report
+from lightning_koopman import Options, credit_report
 from lightning_koopman.koopman.moments import Layout
 
 MIB = 2**20
@@ -54,7 +54,7 @@ def probe(kind: str, components: int, width: int, samples: int, folds: int = 5) 
     forward, before = time.process_time() - start, peak()
     start = time.process_time()
     if kind == "report":
-        credit_report(net, batches(), folds=folds)
+        credit_report(net, batches(), options=Options(folds=folds))
     else:
         rows = torch.cat(list(batches()))
         for layer in net:

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 from validity_effects import KINDS, NOISE, Linearised, alterations, principal, rest, solve
 
-from lightning_koopman import credit_report, predict_effects
+from lightning_koopman import Options, credit_report, predict_effects
 
 Numbers = dict[str, np.ndarray]
 LISTED = (
@@ -151,7 +151,9 @@ def reported(network: nn.Sequential, initial: dict[str, Tensor], x: Tensor, labe
     for mode in ("none", "whiten"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few samples, components in doubt
-            report = credit_report(network, x.split(200), components=names, normalize=mode)
+            report = credit_report(
+                network, x.split(200), components=names, options=Options(normalize=mode)
+            )
         if report.components != tuple(names):
             raise RuntimeError(f"the report holds components {report.components}, not {names}")
         for name in ("credit", "gain", "nonlinearity", "sensitivity"):

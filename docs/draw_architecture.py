@@ -21,7 +21,8 @@ PACKAGE = Path(__file__).parents[1] / "lightning_koopman"
 IMAGES = Path(__file__).parent / "images"
 DRAWN = IMAGES / "architecture.json"
 FOLDERS = [
-    "network", "koopman", "report", "measurement", "effects", "callback", "checkpoints", "demo", "cli",
+    "network", "koopman", "report", "measurement", "effects", "decisions", "callback", "checkpoints",
+    "demo", "cli",
 ]  # fmt: skip
 
 # One validation batch, from Lightning's hook to the log. Each stop is imported by one before it.
@@ -33,10 +34,10 @@ BATCH = {
     "network.rows": "one row per sample and state",
     "measurement.accumulator": "gathers the rows of all passes",
     "koopman.states": "wide states projected, skip links joined",
-    "measurement.metric": "the torchmetrics metric: sums over all processes",
     "koopman.moments": "counts, means and products per fold",
 }
 END = {
+    "measurement.sums": "moments in, a report out",
     "koopman.credit": "credits and their standard errors",
     "koopman.chain": "one linear operator per component",
     "koopman.alignment": "output directions followed backward",
@@ -94,7 +95,8 @@ PER_LINE, HEIGHT, GAP = 0.0027, 0.42, 0.16
 INSET = {"koopman": 0.75}  # so that the way up from the measurement passes beside
 RED, BLUE, INK, PALE = "#d1495b", "#2f5d9b", "#22313f", "#7d8995"
 TINTS = [
-    "#4e79a7", "#59a14f", "#b6992d", "#499894", "#b07aa1", "#f28e2b", "#9c755f", "#79706e", "#79706e",
+    "#4e79a7", "#59a14f", "#b6992d", "#499894", "#b07aa1", "#d37295", "#f28e2b", "#9c755f", "#79706e",
+    "#79706e",
 ]  # fmt: skip
 Box = tuple[float, float, float, float]
 

@@ -52,7 +52,7 @@ def main(out, epochs):
     images = torch.tensor(data.images / 16, dtype=torch.float32)
     digits = TensorDataset(images, torch.tensor(data.target))
     train, val = random_split(digits, [0.5, 0.5])
-    monitor = KoopmanCreditMonitor(every_n_epochs=4, quantities=("credit", "gain", "r2", "chain_r2"))
+    monitor = KoopmanCreditMonitor(every_n_epochs=4)
     trainer = L.Trainer(
         max_epochs=epochs, callbacks=[monitor], default_root_dir=out, log_every_n_steps=5
     )

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_koopman.callback.monitor import KoopmanCreditMonitor
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
+    from lightning_koopman.decisions.drop import drop_order
     from lightning_koopman.effects.component_effects import component_effects
     from lightning_koopman.effects.linearization import linearize
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
+    from lightning_koopman.koopman.options import Options
+    from lightning_koopman.measurement.drift import drift
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.measurement.metric import KoopmanCredit
     from lightning_koopman.network.weights import CheckpointError
@@ -22,8 +25,11 @@ __all__ = [
     "KoopmanCredit",
     "KoopmanCreditMonitor",
     "KoopmanOperator",
+    "Options",
     "component_effects",
     "credit_report",
+    "drift",
+    "drop_order",
     "evaluate_checkpoints",
     "fit_operator",
     "linearize",
@@ -37,8 +43,11 @@ _HOMES = {
     "KoopmanCredit": "measurement.metric",
     "KoopmanCreditMonitor": "callback.monitor",
     "KoopmanOperator": "koopman.operator",
+    "Options": "koopman.options",
     "component_effects": "effects.component_effects",
     "credit_report": "measurement.evaluate",
+    "drift": "measurement.drift",
+    "drop_order": "decisions.drop",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",
     "linearize": "effects.linearization",

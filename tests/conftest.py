@@ -12,22 +12,13 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+import small
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman import CreditReport, credit_report
+
 mpl.use("Agg")
-
-NET_AND_DATA = """
-import torch
-from torch import nn
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-def data():
-    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -53,14 +44,20 @@ def interruptible() -> None:
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """What writes a module that a user might name on the command line, and goes to its folder."""
 
-    def write(name: str, code: str = NET_AND_DATA) -> Path:
-        (tmp_path / f"{name}.py").write_text(code)
+    def write(name: str, more: str = "") -> Path:
+        code = Path(small.__file__).read_text()
+        (tmp_path / f"{name}.py").write_text(code + more)
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(sys.modules, name, raising=False)
         return tmp_path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def report() -> CreditReport:
+    return credit_report(small.network(), small.batches(), step=7)
 
 
 @pytest.fixture

@@ -11,7 +11,17 @@ import pytest
 import lightning_koopman
 
 PACKAGE = Path(lightning_koopman.__file__).parent
-FOLDERS = ["network", "koopman", "report", "measurement", "effects", "callback", "checkpoints", "cli"]
+FOLDERS = [
+    "network",
+    "koopman",
+    "report",
+    "measurement",
+    "effects",
+    "decisions",
+    "callback",
+    "checkpoints",
+    "cli",
+]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 SHELLS = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics"}
 CORE = {"torch", "numpy", "scipy", "lightning_koopman", "__future__"}
@@ -79,7 +89,7 @@ def test_the_core_imports_torch_numpy_and_scipy_only(folder: str) -> None:
         assert not others, f"{path.name} imports {others}"
 
 
-@pytest.mark.parametrize("folder", ["network", "koopman", "report", "effects"])
+@pytest.mark.parametrize("folder", ["network", "koopman", "report", "effects", "decisions"])
 def test_only_the_shells_know_lightning_and_torchmetrics(folder: str) -> None:
     for path in (PACKAGE / folder).glob("*.py"):
         assert not {name.split(".")[0] for name in read(path)} & SHELLS, path.name

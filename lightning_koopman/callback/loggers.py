@@ -29,7 +29,7 @@ FREE_FOR_FIGURES = 64 * 2**20
 """Bytes that must be free where a logger writes; figures of a long training take some."""
 
 MOST_TAGS = 200
-"""Most scalar tags that are written unless the user asks for more."""
+"""Most scalar tags that are written; TensorBoard grows slow with thousands."""
 
 _TOTALS = ("total", "doubts", "overhead_s")
 
@@ -55,9 +55,9 @@ class EventFile:
 class CreditWriter:
     """Writes a growing series of reports to any loggers, at steps that the caller chooses.
 
-    Scalars go to every logger, and options, as hyperparameters, where the user asks for it. Figures,
-    tables and texts go where the logger takes them: TensorBoard, Weights & Biases and MLflow are
-    recognised by their methods, so that both Lightning namespaces and an :class:`EventFile` work alike.
+    Scalars go to every logger. Figures, tables and texts go where the logger takes them: TensorBoard,
+    Weights & Biases and MLflow are recognised by their methods, so that both Lightning namespaces and an
+    :class:`EventFile` work alike.
     Figures are drawn at the 1st, 2nd, 4th, 8th … report and at the end: TensorBoard keeps ten images per
     tag, and drawing costs more than measuring a small network does.
 
@@ -70,16 +70,11 @@ class CreditWriter:
         prefix: str = "koopman",
         quantities: Sequence[str] = ("credit", "gain", "nonlinearity"),
         *,
-        top_k: int | None = None,
         figures: bool = True,
-        layout: bool = True,
-        hyperparameters: bool = False,
     ) -> None:
         check_quantities(quantities)
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k}; at least one component must be written")
-        self.prefix, self.quantities, self.top_k = prefix, tuple(quantities), top_k
-        self.figures, self.layout, self.hyperparameters = figures, layout, hyperparameters
+        self.prefix, self.quantities = prefix, tuple(quantities)
+        self.figures = figures
         self.reset()
 
     def reset(self) -> None:
@@ -88,17 +83,6 @@ class CreditWriter:
         self._written = 0
         self._newest_drawn = False
         self._warned_of_room = False
-
-    def log_options(
-        self, loggers: Sequence[Any], options: Mapping[str, Any], known: Mapping[str, Any]
-    ) -> None:
-        """Write the options of a measurement as hyperparameters, where the user asked for it."""
-        # Loggers keep one file of them, from which Lightning builds the model again.
-        if not self.hyperparameters:
-            return
-        ours = {f"{self.prefix}/{name}": _simple(value) for name, value in options.items()}
-        for logger in loggers:
-            logger.log_hyperparams({**known, **ours})
 
     def scalars(self, report: CreditReport, overhead_s: float | None = None) -> dict[str, float]:
         """Return the flat numbers that every logger takes."""
@@ -130,9 +114,8 @@ class CreditWriter:
         self._written += 1
         self._newest_drawn = self._written & (self._written - 1) == 0
         loggers = self._with_room(loggers)
-        if self.layout:
-            for logger in loggers:
-                self._write_layout(logger)
+        for logger in loggers if self.figures else ():
+            self._write_layout(logger)
         if self.figures and self._newest_drawn:
             self._draw(loggers, reports, step)
 
@@ -152,15 +135,15 @@ class CreditWriter:
             return
         each = len(self.quantities) + len(BANDS) * ("credit" in self.quantities)
         each += 0 if report.effects is None else len(report.effects.kinds)
-        limit = max(1, (MOST_TAGS - len(_TOTALS)) // each) if self.top_k is None else self.top_k
+        limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]
         self.shown = tuple(report.components[i] for i in sorted(order))
-        if self.top_k is None and limit < size:
+        if limit < size:
             rank_zero_warn(
                 f"{size} components with {each} numbers each would make {size * each} tags, more than "
                 f"{MOST_TAGS}; scalars are written of the {limit} with the largest credit now, figures "
-                f"and reports hold all. Set top_k={size} to write all, or name components.",
+                "and reports hold all. Name components to choose.",
                 stacklevel=4,
             )
 
@@ -256,9 +239,3 @@ def free_bytes(logger: Any) -> float:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def _simple(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -18,7 +18,6 @@ from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
-    logged_hyper_parameters,
     logged_step,
     may_be_last,
     may_skip_validation,
@@ -28,12 +27,12 @@ from lightning_koopman.callback.trainer_facts import (
     samples_for_rank,
     unrepeated_samples,
 )
-from lightning_koopman.koopman.options import Normalize, Options
+from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.network.components import named_components
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording
-from lightning_koopman.network.rows import ReduceOption, valid_positions
+from lightning_koopman.network.rows import valid_positions
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -77,90 +76,47 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
-        quantities: Which numbers are logged; ``<name>_stderr`` logs standard errors. With ``credit``
-            come ``credit_low`` and ``credit_high``, one standard error below and above.
-        top_k: Log scalars of the ``k`` components with the largest credit in the first measurement
-            only; ``None`` logs all, up to 200 tags, and says so where that leaves some out.
-        figures: Whether loggers that take them get figures and a closing table.
-        layout: Whether TensorBoard gets a custom-scalars layout. It keeps only the last layout of a
-            run, so switch this off if you write your own.
+        figures: Whether loggers that take them get figures, a closing table and, in
+            TensorBoard, a layout of the custom scalars, of which it keeps the last of a run.
         every_n_epochs: Measure in every n-th epoch, and always in the first and the last.
         max_samples: Most samples a measurement looks at, over all processes.
-        max_dim: States wider than this are pooled and projected on their leading POD directions.
-        reduce: What becomes of spatial and sequence axes, as in :func:`lightning_koopman.credit_report`.
-        output: Name of the module whose output the chain ends with; ``None`` takes the last component's.
-        folds: Number of folds for held-out R² and error bars.
-        rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out error.
-        normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
-            deviation (``"rms"``) or whitened (``"whiten"``).
-        delay: Step delay: how many earlier states each operator sees, beside those that the data flow
-            links.
-        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
-            directions of the output.
-        hyperparameters: Whether the options above go to the loggers as hyperparameters of the run.
         prefix: First part of every logged key; give each of several monitors its own.
         on_error: ``"warn"`` turns any error of the measurement into one warning; ``"raise"`` raises it.
-        seed: Chooses the folds.
+        options: How states become rows, and rows become credits.
 
     Raises:
         ValueError: If an argument is out of range, or, when training starts, if a named component does
             not exist.
     """
 
+    @takes_options(
+        quantities="trainer.callback_metrics and monitor.history hold every quantity",
+        top_k="name the components that are to be watched",
+        layout="figures=False leaves it out",
+        hyperparameters="logger.log_hyperparams(vars(monitor.options)) logs the options",
+    )
     def __init__(
         self,
         components: str | Sequence[str] | None = None,
         *,
-        quantities: Sequence[str] = ("credit", "gain", "nonlinearity"),
-        top_k: int | None = None,
         figures: bool = True,
-        layout: bool = True,
         every_n_epochs: int = 1,
         max_samples: int = 4096,
-        max_dim: int = 256,
-        reduce: ReduceOption = "pool",
-        output: str | None = None,
-        folds: int = 5,
-        rank: int | None = None,
-        tikhonov: float | None = None,
-        normalize: Normalize = "none",
-        delay: int = 1,
-        targets: Sequence[int] | None = None,
-        hyperparameters: bool = False,
         prefix: str = "koopman",
         on_error: Literal["warn", "raise"] = "warn",
-        seed: int = 0,
+        options: Options = DEFAULTS,
     ) -> None:
         super().__init__(on_error)
-        if not (output is None or isinstance(output, str)):
+        if not (options.output is None or isinstance(options.output, str)):
             raise ValueError(
-                f"output is {output!r}; a callback does not see what the model returns, so name a module"
+                f"output is {options.output!r}; a callback does not see what the model returns, so name "
+                "a module"
             )
-        self._writer = CreditWriter(
-            prefix,
-            quantities,
-            top_k=top_k,
-            figures=figures,
-            layout=layout,
-            hyperparameters=hyperparameters,
-        )
+        self._writer = CreditWriter(prefix, figures=figures)
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
-        self.options = Options(
-            max_dim=max_dim,
-            reduce=reduce,
-            output=output,
-            folds=folds,
-            rank=rank,
-            tikhonov=tikhonov,
-            normalize=normalize,
-            delay=delay,
-            targets=targets,
-            seed=seed,
-        )
+        self.options = options
         self.components = components
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
@@ -234,10 +190,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._checkpoint_step = checkpoint.get("global_step")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a misspelt component before any work is done, and log the options."""
+        """Refuse a misspelt component before any work is done."""
         if self.components is not None:
             named_components(pl_module, self.components)
-        self._log_options(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where there is no validation loop to watch, or nowhere to log to."""
@@ -414,12 +369,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._recording = self._watched = self._differs = None
         self._from_training = self._checked = self._recorded_training = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
-
-    @never_in_the_way
-    def _log_options(self, trainer: Any) -> None:
-        options = {"components": self.components, "max_samples": self.max_samples, **vars(self.options)}
-        del options["observables"]
-        self._writer.log_options(trainer.loggers, options, known=logged_hyper_parameters(trainer))
 
     @property
     def _idle(self) -> bool:

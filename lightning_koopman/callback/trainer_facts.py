@@ -23,16 +23,6 @@ def plain_numerics(pl_module: Any) -> Generator[None, None, None]:
         yield
 
 
-def logged_hyper_parameters(trainer: Any) -> dict[str, Any]:
-    """Collect what Lightning itself will log of the module and the data module right after us."""
-    known: dict[str, Any] = {}
-    for owner in (trainer.lightning_module, trainer.datamodule):
-        if owner is not None and getattr(owner, "_log_hyperparams", False):
-            known.update(owner.hparams_initial)
-    known.pop("_class_path", None)
-    return known
-
-
 def logged_step(trainer: Any, checkpoint_step: int | None) -> int:
     """Find the x-axis on which Lightning itself logs, or the step of the checkpoint being validated."""
     if trainer.state.fn != "fit" and checkpoint_step is not None:

@@ -14,7 +14,10 @@ from torch import nn
 
 from lightning_koopman.callback.loggers import CreditWriter, EventFile
 from lightning_koopman.effects.component_effects import component_effects
+from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.evaluate import credit_report
+from lightning_koopman.network.components import Components
+from lightning_koopman.network.forward_runner import ForwardFn
 from lightning_koopman.network.weights import (
     CheckpointError,
     Weights,
@@ -43,6 +46,7 @@ class EvaluationError(CheckpointError):
         self.reports, self.failures, self.interrupted = reports, failures, interrupted
 
 
+@takes_options()
 def evaluate_checkpoints(
     model: nn.Module,
     checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
@@ -59,7 +63,9 @@ def evaluate_checkpoints(
     weights: Weights = "saved",
     effects: bool | Sequence[Kind] = False,
     initial: str | os.PathLike[str] | None = None,
-    **options: Any,
+    components: Components | Sequence[Components] | None = None,
+    forward_fn: ForwardFn | None = None,
+    options: Options = DEFAULTS,
 ) -> list[CreditReport]:
     """Measure the credits of a training after it has ended, checkpoint by checkpoint.
 
@@ -86,11 +92,13 @@ def evaluate_checkpoints(
             :func:`lightning_koopman.component_effects`.
         initial: Checkpoint of the weights that training began with, for the effect of going back to
             them; without it, weights drawn anew take their place.
-        options: Passed on to :func:`credit_report`.
+        components: As in :func:`credit_report`.
+        forward_fn: As in :func:`credit_report`.
+        options: As in :func:`credit_report`.
 
     Returns:
-        One report per checkpoint, sorted by run and step. A file that holds no step counts by its
-        place among the files of its run.
+        One report per checkpoint, sorted by run and step; the last one can save its reference. A file
+        that holds no step counts by its place among the files of its run.
 
     Raises:
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
@@ -107,7 +115,8 @@ def evaluate_checkpoints(
             "initial weights are given, but the effect of going back to them is not asked for"
         )
     predicted = {"effects": kinds, "initial": initial and os.fspath(initial)} if kinds else {}
-    asked = {**options, **(about or {}), **predicted, "weights": weights}
+    chosen = {"components": components, "forward_fn": forward_fn, **vars(options)}
+    asked = {**chosen, **(about or {}), **predicted, "weights": weights}
     index, failures = _checkpoint_index(checkpoints, shard, trust_checkpoint, asked, known)
     count = sum(item.known is None for item in index)
     if iter(batches) is batches and (kinds or count > 1):
@@ -121,12 +130,28 @@ def evaluate_checkpoints(
 
     def measure(item: _Indexed) -> CreditReport:
         apply_checkpoint(model, load_checkpoint(item.path, trust=trust_checkpoint, weights=weights))
-        report = credit_report(model, batches, step=item.step, **options)
+        report = credit_report(
+            model,
+            batches,
+            components=components,
+            forward_fn=forward_fn,
+            step=item.step,
+            options=options,
+        )
         if kinds:
-            how = {name: options[name] for name in ("forward_fn", "seed") if name in options}
-            found = component_effects(model, batches, report, kinds, initial=start, **how)
+            found = component_effects(
+                model,
+                batches,
+                report,
+                kinds,
+                initial=start,
+                forward_fn=forward_fn,
+                seed=options.seed,
+            )
             report = replace(report, effects=found)
-        return replace(report, run=item.run, source=item.source)
+        # References of many checkpoints need not fit in memory: the last one's is kept.
+        kept = report.reference if item is index[-1] else None
+        return replace(report, run=item.run, source=item.source, reference=kept)
 
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}
     try:

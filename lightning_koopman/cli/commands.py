@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import nn
 
 from lightning_koopman.cli.user_code import build_batches, build_model, build_trained, fit_and_choose
+from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.report.effects import Kind, Scale
 from lightning_koopman.report.report import CreditReport
 
@@ -47,6 +48,7 @@ def report(
         show_reports(reports)
     else:
         write_reports(reports, out, format)
+        say_written(out)
 
 
 def compare(
@@ -69,11 +71,13 @@ def compare(
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
     """
+    from lightning_koopman.measurement.drift import drift
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.report.comparison import changes_table
     from lightning_koopman.report.files import read_reports
 
-    found = []
+    found: list[CreditReport] = []
+    last = None
     for path in (before, after):
         if path.endswith(".json"):
             found.append(read_reports(path, may_be_empty=False)[-1])
@@ -83,7 +87,17 @@ def compare(
         network, checkpoint = build_trained(model, path, trust_checkpoint, weights)
         batches = build_batches(data, checkpoint.data_hyper_parameters)
         found.append(credit_report(network, batches, step=checkpoint.step))
-    Console().print(changes_table(found[0], found[1], quantity))
+        last = network, build_batches(data, checkpoint.data_hyper_parameters)
+    console = Console()
+    console.print(changes_table(found[0], found[1], quantity))
+    if last is not None and found[0].reference is not None and not after.endswith(".json"):
+        console.print(drift(found[0], *last, step=found[1].step))
+    else:
+        console.print(
+            "A saved report holds no operators. To see which component does something else, run "
+            "lightning-koopman evaluate --reference FILE on one checkpoint and drift FILE on the other.",
+            soft_wrap=True,
+        )
 
 
 def merge(reports: list[str], out: str) -> None:
@@ -98,6 +112,11 @@ def merge(reports: list[str], out: str) -> None:
     merged = merge_reports(reports)
     write_reports(merged, out)
     Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
+
+
+def say_written(path: str) -> None:
+    """Print where a result went."""
+    Console().print(f"Written to {path}", highlight=False, soft_wrap=True)
 
 
 def show_reports(reports: Sequence[CreditReport]) -> None:
@@ -137,19 +156,14 @@ def evaluate(
     out: str | None = None,
     format: Literal["json", "csv", "html"] = "json",
     components: str | list[str] | None = None,
-    rank: int | None = None,
-    tikhonov: float | None = None,
-    max_dim: int = 256,
-    folds: int = 5,
-    normalize: Literal["none", "rms", "whiten"] = "none",
-    delay: int = 1,
-    seed: int = 0,
+    options: Options = DEFAULTS,
     trust_checkpoint: bool = False,
     shard: str = "1/1",
     fresh: bool = False,
     weights: Literal["saved", "averaged", "current"] = "saved",
     effects: bool | list[Kind] = False,
     initial_checkpoint: str | None = None,
+    reference: str | None = None,
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step.
 
@@ -166,13 +180,7 @@ def evaluate(
         format: Kind of that file. Beside csv and html, a .json file of the same name is kept for the
             second run and the report command.
         components: Names or glob patterns of components; chosen by default.
-        rank: Most output directions to align.
-        tikhonov: Ridge weight; chosen by held-out R² by default.
-        max_dim: Wider states are pooled and projected.
-        folds: Number of folds for held-out R² and error bars.
-        normalize: Coordinates of every state.
-        delay: Step delay: earlier states that each operator sees.
-        seed: Chooses the folds.
+        options: How states become rows, and rows become credits.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
         fresh: Measure again what was measured before.
@@ -181,6 +189,7 @@ def evaluate(
             of a list such as [linear,skip].
         initial_checkpoint: Weights that training began with, for the effect of going back to them; by
             default they are drawn anew.
+        reference: File for what the drift command needs of the last checkpoint.
     """
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.report.files import read_known, write_with_known
@@ -227,18 +236,22 @@ def evaluate(
                 effects=effects,
                 initial=initial_checkpoint,
                 components=components,
-                rank=rank,
-                tikhonov=tikhonov,
-                max_dim=max_dim,
-                folds=folds,
-                normalize=normalize,
-                delay=delay,
-                seed=seed,
+                options=options,
             )
         except EvaluationError as error:
             failure, reports = error, error.reports
     show_reports(reports)
     save(reports)
+    if out is not None and reports:
+        say_written(out)
+    if reference is not None and reports:
+        if reports[-1].reference is None:
+            raise ValueError(
+                f"the last report was taken over from {out}, which holds no reference; add --fresh to "
+                "measure it again"
+            )
+        reports[-1].save_reference(reference)
+        say_written(reference)
     if failure is not None:
         raise failure
 
@@ -326,7 +339,7 @@ def linearize(
     more["hyper_parameters"] = dict(checkpoint.hyper_parameters)
     more["datamodule_hyper_parameters"] = dict(checkpoint.data_hyper_parameters)
     save_linearized(result.model, out, more=more)
-    Console().print(f"Written to {out}", highlight=False, soft_wrap=True)
+    say_written(out)
 
 
 def effects(
@@ -386,7 +399,11 @@ def effects(
     torch.manual_seed(seed)  # for loaders that shuffle
     batches = list(build_batches(data, checkpoint.data_hyper_parameters))
     report = credit_report(
-        network, batches, components=components, max_dim=max_dim, seed=seed, step=checkpoint.step
+        network,
+        batches,
+        components=components,
+        step=checkpoint.step,
+        options=Options(max_dim=max_dim, seed=seed),
     )
     found = component_effects(
         network,
@@ -407,8 +424,10 @@ def effects(
     Console().print(report)
     if figure is not None:
         found.plot().savefig(figure)
+        say_written(figure)
     if out is not None:
         report.to_json(out)
+        say_written(out)
 
 
 def _measured(
@@ -425,6 +444,10 @@ def _measured(
     torch.manual_seed(seed)  # for loaders that shuffle
     fit_on, others = fit_and_choose(data, checkpoint.data_hyper_parameters)
     report = credit_report(
-        network, fit_on, components=components, max_dim=max_dim, seed=seed, step=checkpoint.step
+        network,
+        fit_on,
+        components=components,
+        step=checkpoint.step,
+        options=Options(max_dim=max_dim, seed=seed),
     )
     return fit_on, others, report

@@ -2,31 +2,81 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 
 from lightning_koopman.cli import commands
+from lightning_koopman.cli.drift import drift
 
-_COMMANDS = ["compare", "components", "demo", "effects", "evaluate", "linearize", "merge", "report"]
+_COMMANDS = {
+    command.__name__: command
+    for command in (
+        *(commands.compare, commands.components, commands.demo, drift, commands.effects),
+        *(commands.evaluate, commands.linearize, commands.merge, commands.report),
+    )
+}
 
-_FILES = {"report": ["file"], "compare": ["before", "after"]}
+_FILES = {"drift": ["reference"], "report": ["file"], "compare": ["before", "after"]}
 """Arguments that may stand without their option's name, as people type them."""
+
+
+class _Parser(ArgumentParser):
+    """A parser whose errors are one line, in the words that people type."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong, without a page of usage, and exit with 2."""
+        command = next((name for name in _COMMANDS if f" {name}" in self.prog), "")
+        if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+            names = [name.split(".") for name in missing[1].split(", ")]
+            command = names[0][0] if len(names[0]) > 1 else command
+            message = f"{command} needs {', '.join(_option(name[-1]) for name in names)}"
+        elif value := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
+            message = f"{_option(value[1])}: {value[2]}"
+        elif 'expected "subcommand"' in message:
+            message = f"name a command: {', '.join(_COMMANDS)}"
+        elif wrong := re.match(r"argument subcommand: invalid choice: '(.*?)'", message):
+            close = difflib.get_close_matches(wrong[1], _COMMANDS, n=1)
+            meant = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(_COMMANDS)}"
+            message = f"there is no command {wrong[1]!r}; {meant}"
+        console, asked = Console(stderr=True), f"{command} --help".strip()
+        console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+        console.print(f"See lightning-koopman {asked}", soft_wrap=True, highlight=False)
+        self.exit(2)
+
+
+def _option(name: str) -> str:
+    """Return an option as people type it."""
+    return "--" + name.replace("_", "-")
+
+
+def _as_parsed(given: Sequence[str]) -> list[str]:
+    """Return arguments as jsonargparse takes them: underscores, and a value behind every switch."""
+    args = [re.sub(r"^--[a-z_.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
+    command = args[0] if args else ""
+    for place, name in enumerate(_FILES.get(command, []), start=1):
+        if len(args) > 2 * place - 1 and not args[2 * place - 1].startswith("-"):
+            args.insert(2 * place - 1, f"--{name}")
+    if command in _COMMANDS:
+        parameters = inspect.signature(_COMMANDS[command]).parameters.values()
+        switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+        for i in range(len(args) - 1, 0, -1):
+            if args[i] in switches and (i + 1 == len(args) or args[i + 1].startswith("-")):
+                args.insert(i + 1, "true")
+    return args
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    given = list(sys.argv[1:] if args is None else args)
-    # jsonargparse names options after parameters; dashes are what people type.
-    given = [re.sub(r"^--[a-z_-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
-    for place, name in enumerate(_FILES.get(given[0] if given else "", []), start=1):
-        if len(given) > 2 * place - 1 and not given[2 * place - 1].startswith("-"):
-            given.insert(2 * place - 1, f"--{name}")
+    given = _as_parsed(sys.argv[1:] if args is None else args)
     try:
         if any(argument.startswith("--print_completion") for argument in given):
             try:
@@ -38,8 +88,13 @@ def main(args: Sequence[str] | None = None) -> int:
                     "--print-completion needs shtab and a newer jsonargparse: "
                     "pip install -U 'lightning-koopman[completion]'"
                 ) from None
-        offered = [getattr(commands, name) for name in _COMMANDS]
-        auto_cli(offered, args=given, prog="lightning-koopman", as_positional=False)
+        auto_cli(
+            list(_COMMANDS.values()),
+            args=given,
+            prog="lightning-koopman",
+            as_positional=False,
+            parser_class=_Parser,
+        )
     except (ValueError, ImportError, OSError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 130 if getattr(error, "interrupted", False) else 1

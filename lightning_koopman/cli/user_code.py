@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
@@ -97,7 +98,10 @@ def _named_object(name: str) -> Any:
     found: Any = importlib.import_module(module_name)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ValueError(f"{module_name} has no {attribute!r}")
+            public = [name for name in dir(found) if not name.startswith("_")]
+            close = difflib.get_close_matches(part, public)
+            meant = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(f"{module_name} has no {attribute!r}{meant}")
         found = getattr(found, part)
     return found
 

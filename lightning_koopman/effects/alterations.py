@@ -30,11 +30,12 @@ def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
             "the report does not say which modules its components are made of; measure it with "
             "credit_report or the callback"
         )
-    known = {name for joined in report.components for name in (joined, *joined.split("+"))}
-    return {name: calls for name, calls in report.parts.items() if name in known}
+    # What is joined into one state is altered one by one.
+    single = set(report.components) <= set(report.parts)
+    return {n: calls for n, calls in report.parts.items() if not single or n in report.components}
 
 
-def check_single(report: CreditReport, components: Sequence[str] | None) -> None:
+def check_components(report: CreditReport, components: Sequence[str] | None) -> None:
     """Refuse components that the report has not, and states that no single module call gives."""
     parts = altered_parts(report)
     if joined := [name for name in report.components if name not in parts and name != OUTPUT]:

@@ -19,7 +19,12 @@ from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.forward_runner import (
+    NO_SAMPLES,
+    ForwardFn,
+    ForwardRunner,
+    check_arguments,
+)
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
@@ -130,9 +135,10 @@ def component_effects(
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least one is needed")
+    check_arguments(model, batches)
     runner = ForwardRunner(model, batches, forward_fn, samples=samples)
     if not runner.batches:
-        raise ValueError("no sample arrived: the batches were empty")
+        raise ValueError(NO_SAMPLES)
     if report is not None:
         parts = _chosen(altered_parts(report), components)
     else:
@@ -251,9 +257,7 @@ def _found(
     measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
     if components is not None:
         return measurement.capture.parts
-    assert measurement.plan is not None
-    # The first state is what the others are computed from: nothing is before it.
-    return {name: c for name, c in measurement.parts.items() if name not in measurement.plan.states[0]}
+    return measurement.parts
 
 
 def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:

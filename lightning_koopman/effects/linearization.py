@@ -20,11 +20,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_koopman.effects.alterations import check_single
+from lightning_koopman.effects.alterations import check_components
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Metric, Outputs
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.forward_runner import (
+    NO_SAMPLES,
     ForwardFn,
     ForwardRunner,
     default_forward,
@@ -291,12 +292,12 @@ def linearize(
     """
     if is_compiled(model):
         raise ValueError("the model went through torch.compile; linearize the module it was made from")
-    check_single(report, components)
+    check_components(report, components)
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
     runner = ForwardRunner(model, batches, forward_fn)
     if not runner.batches:
-        raise ValueError("no sample arrived: the batches were empty")
+        raise ValueError(NO_SAMPLES)
     groups = groups_to_replace(model, report, components, merge)
     ends = [(HookPoint("in", group[0]), HookPoint("out", group[-1])) for group in groups]
     fits = [LinearFit(max_dim, seed=seed) for _ in groups]

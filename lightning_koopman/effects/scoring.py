@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.forward_runner import MeanAndSpread
+from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread
 from lightning_koopman.report.effects import Scale
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
@@ -163,7 +163,7 @@ class Outputs:
     ) -> None:
         self._outputs = tuple(outputs)
         if not self._outputs:
-            raise ValueError("no sample arrived: the batches were empty")
+            raise ValueError(NO_SAMPLES)
         found = [find_target(batch) for batch in batches] if targets is None else targets
         known = tuple(t.cpu() for t in found if t is not None)
         self._targets = known if len(known) == len(found) else None

@@ -20,15 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.regression import Factored
-
 RANK_RTOL = 1e-8
 """Singular values of a backward step below this share of its largest count as lost directions."""
 
 _CLEARLY = 0.5
 """Bounds on singular values decide about a rank only this far from :data:`RANK_RTOL`."""
 
-Operators = Sequence[Sequence[Tensor | Factored]]
+Operators = Sequence[Sequence[Tensor]]
 """For step i = 1 … L, one block of shape ``(d_p, d_i)`` a state p that it reads, the nearest first."""
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import Normalize
 from lightning_koopman.koopman.regression import (
-    RESOLUTION_GRID,
-    Factored,
+    RIDGE_GRID,
     Spectrum,
     alive,
-    held_out,
-    in_sample,
-    resolved_tikhonov,
+    choose_ridge,
+    held_out_error,
+    is_settled,
+    solve,
     spectrum,
 )
 
@@ -49,28 +49,42 @@ def with_bias(
 
 @dataclass(frozen=True)
 class Split:
-    """The regression problems on some folds, and the moments they are tested on.
+    """The moments that operators are fitted to, and those that they are tested on.
 
     ``test`` is the fold left out, about the means of the others, or ``train`` where none is.
     ``directions`` are the POD directions of the output, leading first, ``output_rank`` of them alive.
     """
 
-    count: float
+    layout: Layout
     train: Covariances
     test: Covariances
-    problems: tuple[Spectrum, ...]
     directions: Tensor
     output_rank: int
 
-    def variance(self, i: int) -> float:
-        """Squared deviation of a state, per sample that is tested on."""
-        return float(self.test.variances[i].sum())
+    @property
+    def count(self) -> float:
+        """Number of samples that operators are fitted to."""
+        return self.train.count
+
+    def problem(self, i: int) -> Spectrum:
+        """Diagonalise the regression problem of step i."""
+        return spectrum(*_normal_equations(self.train, self.layout, i))
+
+    def solve(self, i: int, tikhonov: float) -> Tensor:
+        """Solve for the operator of step i under one ridge weight."""
+        return solve(*_normal_equations(self.train, self.layout, i), tikhonov)
+
+    def blocks(self, operators: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Cut each step's operator into one block per state that it reads."""
+        widths = [len(mean) for mean in self.train.means]
+        pairs = zip(operators, self.layout.parents[1:], strict=True)
+        return [torch.split(operator, [widths[p] for p in read]) for operator, read in pairs]
 
 
 def split_chain(
     layout: Layout, moments: Tensor, fold: int | None, normalize: Normalize, total: Tensor | None = None
 ) -> Split:
-    """Set up every step's regression on all folds, or on all but one; ``total`` sums all folds."""
+    """Read what is fitted on all folds, or on all but one; ``total`` sums all folds."""
     total = moments.sum(dim=0) if total is None else total
     train = covariances(layout, total, without=None if fold is None else moments[fold])
     test = train if fold is None else covariances(layout, moments[fold], about=train.means)
@@ -78,7 +92,6 @@ def split_chain(
     if scales is not None:
         test = _rescaled(test, scales)
         train = test if fold is None else _rescaled(train, scales)
-    problems = tuple(spectrum(*_normal_equations(train, layout, i)) for i in range(1, len(layout.dims)))
     output = train[len(layout.dims) - 1, len(layout.dims) - 1]
     if normalize == "whiten":
         # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
@@ -86,19 +99,16 @@ def split_chain(
         directions = torch.eye(len(output), dtype=output.dtype, device=output.device)
     else:
         values, directions = torch.linalg.eigh(output)
-    return Split(train.count, train, test, problems, directions.flip(1), int(alive(values).sum()))
+    return Split(layout, train, test, directions.flip(1), int(alive(values).sum()))
 
 
-def split_folds(layout: Layout, moments: Tensor, normalize: Normalize) -> tuple[Split, list[Split]]:
-    """Set up the regressions on all folds, and without each fold that can be held out."""
+def held_out_splits(layout: Layout, moments: Tensor, normalize: Normalize) -> Iterator[Split]:
+    """Leave out one fold after the other, of those that can be held out."""
     total = moments.sum(dim=0)
-    folds = []
     for fold in range(layout.folds):
         # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
-        rest = float(total[0] - moments[fold, 0])
-        if moments[fold, 0] > 0 and rest >= 2:
-            folds.append(split_chain(layout, moments, fold, normalize, total))
-    return split_chain(layout, moments, None, normalize, total), folds
+        if moments[fold, 0] > 0 and float(total[0] - moments[fold, 0]) >= 2:
+            yield split_chain(layout, moments, fold, normalize, total)
 
 
 def _normal_equations(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
@@ -137,117 +147,121 @@ def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """R² of every step (or of the chain behind it), with what its error bar needs.
+class Step:
+    """The fit of one step to all samples.
 
-    ``r2`` is held out over all folds, ``without`` leaves one fold after the other out of it, and
-    ``in_sample`` is that of the fit to all samples.
+    Attributes:
+        tikhonov: Ridge weight.
+        settled: Whether any fold left out would pick the same.
+        matrix: The operator.
+        smoothed: The operator under ten times the ridge weight, or the smallest there is.
+        values: Kept variances of the regressors along their principal directions, descending.
+        condition: Ratio of the largest to the smallest of them.
     """
 
-    r2: Tensor
-    without: list[Tensor]
-    in_sample: Tensor
+    tikhonov: float
+    settled: bool
+    matrix: Tensor
+    smoothed: Tensor
+    values: Tensor
+    condition: float
 
-    @property
-    def gap(self) -> Tensor:
-        """Standard error for the bias of R² in a finite sample."""
+
+def fit_steps(whole: Split, tikhonov: float | None) -> list[Step]:
+    """Fit every step to all samples, by one eigendecomposition each."""
+    steps = []
+    # One step after the other: the eigenvectors of all of them at once would fill the memory.
+    for i in range(1, len(whole.layout.dims)):
+        problem, weight, settled = whole.problem(i), tikhonov, True
+        if weight is None:
+            errors = problem.expected_error(float(whole.train.variances[i].sum()), whole.count)
+            weight, settled = choose_ridge(errors), is_settled(errors)
+        smoothed = problem.matrix(max(10 * weight, RIDGE_GRID[1]))
+        matrix = problem.matrix(weight)
+        steps.append(Step(weight, settled, matrix, smoothed, problem.values, problem.condition))
+    return steps
+
+
+def refit_steps(split: Split, steps: Sequence[Step]) -> tuple[list[Tensor], list[Tensor]]:
+    """Fit every step without a fold: under the ridge weights over all samples, and under its own."""
+    operators, own = [], []
+    for i, step in enumerate(steps, start=1):
+        if step.settled:
+            operators.append(split.solve(i, step.tikhonov))
+            own.append(operators[-1])
+        else:
+            problem = split.problem(i)
+            errors = problem.expected_error(float(split.train.variances[i].sum()), split.count)
+            operators.append(problem.matrix(step.tikhonov))
+            own.append(problem.matrix(choose_ridge(errors)))
+    return operators, own
+
+
+class R2:
+    """R² of every step and of the chain behind every state, held out and in sample.
+
+    Attributes:
+        step: Of each step's own operator, over all folds held out.
+        chain: Of the output predicted from each state through all operators behind it.
+    """
+
+    def __init__(self, whole: Split, steps: Sequence[Step]) -> None:
+        self._in_sample = _r2(*_squares(whole, [step.matrix for step in steps]))
+        self._rows: list[tuple[Tensor, Tensor]] = []
+
+    def hold_out(self, split: Split, operators: Sequence[Tensor]) -> None:
+        """Add what operators leave unexplained of the fold that they were not fitted to."""
+        errors, totals = _squares(split, operators)
+        self._rows.append((split.test.count * errors, split.test.count * totals))
+
+    def values(self, without: int | None = None) -> dict[str, Tensor]:
+        """Compute the values over all folds, or over all but one."""
+        rows = [row for place, row in enumerate(self._rows) if place != without]
+        empty = torch.zeros_like(self._in_sample)
+        step, chain = _r2(
+            sum((errors for errors, _ in rows), empty), sum((totals for _, totals in rows), empty)
+        )
+        return {"r2": step, "chain_r2": chain, "nonlinearity": 1 - step}
+
+    def gaps(self) -> dict[str, Tensor]:
+        """Compute standard errors for the bias of R² in a finite sample."""
         # Held out, R² is too low by about as much as it is too high in sample: by half the gap between
         # them. Half of that as a standard error makes 95 % intervals reach 1.4 times as far.
-        return (self.in_sample - self.r2).abs() / 4
+        values = self.values()
+        step, chain = self._in_sample
+        step, chain = (step - values["r2"]).abs() / 4, (chain - values["chain_r2"]).abs() / 4
+        return {"r2": step, "chain_r2": chain, "nonlinearity": step}
 
 
-def fit_steps(
-    layout: Layout, whole: Split, folds: Sequence[Split], tikhonov: float | None
-) -> tuple[Fit, list[float], list[list[float]]]:
-    """Fit every step: R², and its ridge weight over all folds and once more without each of them."""
-    shape = (len(folds), len(layout.dims) - 1)
-    errors, totals = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    within = torch.zeros(2, 1, shape[1], dtype=torch.float64)
-    chosen: list[float] = []
-    without: list[list[float]] = [[] for _ in folds]
-    counts = torch.tensor([split.test.count for split in folds], dtype=torch.float64)
-    # One step after the other: the forms of all of them at once would fill the memory.
-    for i in range(1, len(layout.dims)):
-        forms = [
-            held_out(split.problems[i - 1], *_normal_equations(split.test, layout, i), split.variance(i))
-            for split in folds
-        ]
-        if tikhonov is None and folds:
-            rows = torch.stack([form.errors(RESOLUTION_GRID).cpu() for form in forms])
-            rows = counts[:, None] * rows
-            ridge = resolved_tikhonov(rows, RESOLUTION_GRID)
-            rests = (torch.cat([rows[:fold], rows[fold + 1 :]]) for fold in range(len(folds)))
-            ridges = [resolved_tikhonov(rest, RESOLUTION_GRID) for rest in rests]
-        else:
-            ridge = tikhonov or 0.0
-            ridges = [ridge] * len(folds)
-        chosen.append(ridge)
-        for fold, form in enumerate(forms):
-            without[fold].append(ridges[fold])
-            errors[fold, i - 1] = counts[fold] * float(form.errors([ridge]))
-            totals[fold, i - 1] = counts[fold] * form.variance
-        own = in_sample(whole.problems[i - 1], whole.variance(i))
-        within[0, 0, i - 1], within[1, 0, i - 1] = float(own.errors([ridge])), own.variance
-    return Fit(*_pooled_r2(errors, totals), in_sample=_pooled_r2(*within)[0]), chosen, without
+def _r2(errors: Tensor, totals: Tensor) -> Tensor:
+    """R², and NaN where the target never varies."""
+    return torch.where(totals > 0, 1 - errors / totals, torch.nan)
 
 
-def _pooled_r2(errors: Tensor, totals: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """R² over all folds, and over all but each one; NaN where the target never varies."""
-
-    def r2(error: Tensor, total: Tensor) -> Tensor:
-        return torch.where(total > 0, 1 - error / total, torch.nan)
-
-    without = [r2(errors.sum(0) - e, totals.sum(0) - t) for e, t in zip(errors, totals, strict=True)]
-    return r2(errors.sum(0), totals.sum(0)), without
-
-
-def solve_steps(split: Split, *chosen: Sequence[float]) -> Split:
-    """Solve every step for one or more choices of ridge weights, and let go of what takes memory."""
-    problems = tuple(
-        problem.solved(set(weights)) for problem, *weights in zip(split.problems, *chosen, strict=True)
-    )
-    return replace(split, problems=problems)
-
-
-def step_factors(
-    layout: Layout, split: Split, chosen: Sequence[float]
-) -> Sequence[Sequence[Tensor | Factored]]:
-    """Return every step's operator, cut into one block per state it reads."""
-    widths = [len(mean) for mean in split.train.means]
-    steps = zip(split.problems, chosen, layout.parents[1:], strict=True)
-    return [problem.parts(weight, [widths[p] for p in read]) for problem, weight, read in steps]
-
-
-def fit_chain(layout: Layout, whole: Split, folds: Sequence[Split], chosen: Sequence[float]) -> Fit:
-    """R² of the output predicted from each state through all operators behind it."""
-
-    def table(splits: Sequence[Split]) -> tuple[Tensor, Tensor]:
-        errors = torch.zeros(len(splits), len(chosen), dtype=torch.float64)
-        totals = torch.zeros_like(errors)
-        for row, split in enumerate(splits):
-            totals[row] = split.test.count * split.variance(len(chosen))
-            errors[row] = split.test.count * _chain_errors(layout, split, chosen)
-        return errors, totals
-
-    return Fit(*_pooled_r2(*table(folds)), in_sample=_pooled_r2(*table([whole]))[0])
-
-
-def _chain_errors(layout: Layout, split: Split, chosen: Sequence[float]) -> Tensor:
-    test, last = split.test, len(chosen)
-    operators = step_factors(layout, split, chosen)
-    errors = torch.zeros(last, dtype=torch.float64)
+def _squares(split: Split, operators: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Squared errors per sample of every step and of the chain behind it, shape (2, L); and totals."""
+    test, last = split.test, len(operators)
+    totals = torch.stack([variances.sum() for variances in test.variances[1:]]).tolist()
+    cut = split.blocks(operators)
+    steps, chain = [], [0.0]
     # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
-    width = test[last, last].shape[0]
-    blocks = {last: torch.eye(width, dtype=torch.float64, device=test.means[0].device)}
+    blocks: dict[int, Tensor] = {}
     for i in range(last, 0, -1):
-        error = split.variance(last)
-        for p, left in blocks.items():
-            error -= 2 * float((left * test[p, last]).sum())
-            for q, right in blocks.items():
-                error += float((left * (test[p, q] @ right)).sum())
-        errors[i - 1] = max(0.0, error)
-        replaced = blocks.pop(i)
-        for p, operator in zip(layout.parents[i], operators[i - 1], strict=True):
-            moved = operator @ replaced
+        given = _normal_equations(test, split.layout, i)
+        steps.append(held_out_error(operators[i - 1], *given, totals[i - 1]))
+        replaced = blocks.pop(i, None)
+        for p, operator in zip(split.layout.parents[i], cut[i - 1], strict=True):
+            moved = operator if replaced is None else operator @ replaced
             blocks[p] = blocks[p] + moved if p in blocks else moved
-    return errors
+        if i > 1:
+            chain.append(_chain_error(test, blocks, last, totals[-1]))
+    errors = torch.tensor([steps[::-1], chain[::-1]], dtype=torch.float64)
+    return errors, torch.tensor([totals, totals[-1:] * last], dtype=torch.float64)
+
+
+def _chain_error(test: Covariances, blocks: Mapping[int, Tensor], last: int, total: float) -> float:
+    """Squared error per sample of the last state predicted as Σ_p x_p B_p."""
+    states = list(blocks)
+    c_xx = torch.cat([torch.cat([test[p, q] for q in states], dim=1) for p in states])
+    c_xy = torch.cat([test[p, last] for p in states])
+    return held_out_error(torch.cat([blocks[p] for p in states]), c_xx, c_xy, total)

@@ -7,48 +7,40 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
 from lightning_koopman.koopman.alignment import Alignment, align
 from lightning_koopman.koopman.chain import (
+    R2,
     Split,
-    fit_chain,
+    Step,
     fit_steps,
-    solve_steps,
+    held_out_splits,
+    refit_steps,
     split_chain,
-    split_folds,
-    step_factors,
     with_bias,
 )
 from lightning_koopman.koopman.moments import Layout
 from lightning_koopman.koopman.operator import KoopmanOperator
-from lightning_koopman.koopman.options import DEFAULTS, Options
-from lightning_koopman.koopman.regression import RESOLUTION_GRID, alive
+from lightning_koopman.koopman.options import DEFAULTS, Normalize, Options
+from lightning_koopman.koopman.regression import alive
 
 
 def align_split(
-    layout: Layout,
-    split: Split,
-    chosen: Sequence[float],
-    columns: Sequence[int],
-    targets: Sequence[int] | None,
+    split: Split, operators: Sequence[Tensor], columns: Sequence[int], targets: Sequence[int] | None
 ) -> Alignment:
     """Align the operators of some folds."""
     directions = split.directions
     if targets is not None:
         directions = torch.eye(len(directions)).to(directions)[:, list(targets)]
-    blocks = step_factors(layout, split, chosen)
     # Whitened without a fold, an output may have fewer directions than over all samples.
     present = [column for column in columns if column < directions.shape[1]]
-    return align(blocks, directions[:, present], layout.parents[1:])
+    return align(split.blocks(operators), directions[:, present], split.layout.parents[1:])
 
 
-def volumes(
-    layout: Layout, split: Split, chain: Alignment, expected: Alignment | None = None
-) -> dict[str, Tensor]:
+def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -> dict[str, Tensor]:
     """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
-    n_steps = len(layout.dims) - 1
+    n_steps = len(split.layout.dims) - 1
     if chain.rank == 0 or (expected is not None and chain.rank != expected.rank):
         nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
         return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
@@ -58,7 +50,7 @@ def volumes(
         lost |= (chain.log_volumes.isnan() != expected.log_volumes.isnan()).any(dim=1)
     spread = [
         split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
-        for i in range(1, len(layout.dims))
+        for i in range(1, n_steps + 1)
     ]
     sensitivity = torch.stack([torch.linalg.matrix_norm(s).log() for s in spread])
     # A dead branch has no gain; the gain of what stands behind it is that over what carries.
@@ -80,41 +72,61 @@ RANK_SHARE = 1e-4
 state's rank."""
 
 
-def state_ranks(layout: Layout, split: Split) -> Tensor:
-    """Effective rank of the state behind each component: how many of its directions vary."""
+def state_ranks(whole: Split, steps: Sequence[Step]) -> tuple[Tensor, list[int]]:
+    """Count how many directions of the state behind each component vary: smoothly, and at all."""
     # A direction of variance v counts v² / (v² + t²). So the rank moves smoothly with the data, and
     # units that wake in one sample of a million do not count.
-    ranks, known = [], split.problems
+    ranks, known, layout = [], [], whole.layout
     for i in range(1, len(layout.dims)):
-        if i < len(known) and layout.parents[i + 1] == (i,):
+        if i < len(steps) and layout.parents[i + 1] == (i,):
             # This state is the regressor of the next step, whose spectrum is at hand.
-            values = known[i].values
+            values = steps[i].values
         else:
-            values = torch.linalg.eigvalsh(split.train[i, i])
+            values = torch.linalg.eigvalsh(whole.train[i, i])
             values = values[alive(values)]
         squares = (values / (RANK_SHARE * values.mean())).square()
         ranks.append(float((squares / (1 + squares)).sum()))
+        known.append(len(values))
+    return torch.tensor(ranks, dtype=torch.float64), known
+
+
+def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
+    """Count the same without a fold, where ``known`` directions vary at all."""
+    ranks = []
+    for i, count in enumerate(known, start=1):
+        variance = split.train.variances[i].sum()
+        if not count or not variance > 0:
+            ranks.append(0.0)
+            continue
+        # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
+        scaled = split.train[i, i] / (RANK_SHARE * variance / count)
+        system = scaled @ scaled
+        system.diagonal().add_(1.0)
+        factor = torch.linalg.cholesky(system)
+        identity = torch.eye(len(factor)).to(factor)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        ranks.append(len(factor) - float(inverse.square().sum()))
     return torch.tensor(ranks, dtype=torch.float64)
 
 
-def unseen_shifts(
-    layout: Layout, whole: Split, linear: Sequence[bool], chosen: Sequence[float]
-) -> Tensor:
+def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -> Tensor:
     """Compute how far the log-volume behind each state may move if directions that never varied wake."""
     # It concerns states read by a linear step, whose ridge weight is so small that directions too rare
     # to be seen in so many samples would count in full. Were u of them to join k with weights like
     # theirs, the log-volume would grow by log(1 + u / k) / 2 per direction; a 95 % interval just reaches
     # so far. What a linear step gives out has no directions but those it reads.
+    from scipy.special import stdtrit  # most of a second to import, and torch has no such quantile
+
+    layout = whole.layout
     shifts = torch.zeros(len(layout.dims), dtype=torch.float64)
     unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
-    for i, problem in enumerate(whole.problems, start=1):
-        read = layout.parents[i]
+    for i, step in enumerate(steps, start=1):
+        read, known = layout.parents[i], len(step.values)
         # Not what a linear step cannot give anyway.
-        missing = sum(layout.dims[p] for p in read) - len(problem.values)
-        missing = min(missing, sum(unseen[p] for p in read))
-        if linear[i - 1] and chosen[i - 1] < 1 / whole.count and missing and len(problem.values):
+        missing = min(sum(layout.dims[p] for p in read) - known, sum(unseen[p] for p in read))
+        if linear[i - 1] and step.tikhonov < 1 / whole.count and missing and known:
             for p in read:
-                shifts[p] = math.log1p(missing / len(problem.values)) / 2 / quantile
+                shifts[p] = math.log1p(missing / known) / 2 / quantile
         unseen.append(missing if linear[i - 1] else layout.dims[i])
     return shifts
 
@@ -175,74 +187,57 @@ def compute_credits(
     """Compute all numbers of a chain from its moments."""
     targets, rank, normalize = options.targets, options.rank, options.normalize
     _check(layout, moments, targets)
-    whole, folds = split_folds(layout, moments, normalize)
+    whole = split_chain(layout, moments, None, normalize)
     if whole.output_rank == 0:
         raise ValueError(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )
-    step, chosen, chosen_without = fit_steps(layout, whole, folds, options.tikhonov)
-    for fold, without_it in enumerate(chosen_without):
-        folds[fold] = solve_steps(folds[fold], chosen, without_it)
-    behind = fit_chain(layout, whole, folds, chosen)
+    steps = fit_steps(whole, options.tikhonov)
     asked = whole.output_rank if targets is None else len(targets)
     asked = asked if rank is None else min(asked, rank)
-    chain = align_split(layout, whole, chosen, range(asked), targets)
+    chain = align_split(whole, [step.matrix for step in steps], range(asked), targets)
     kept = chain.kept
-    values = _values(layout, whole, chain, step.r2, behind.r2)
-    held_out = torch.tensor([whole.count - split.count for split in folds], dtype=torch.float64)
-    replicates = []
-    for without_it, r2, chain_r2 in zip(chosen_without, step.without, behind.without, strict=True):
-        # Let go of each split behind its last use: all of them take as much memory as the moments.
-        split = folds.pop(0)
-        without = align_split(layout, split, without_it, kept, targets)
-        replicates.append(_values(layout, split, without, r2, chain_r2, chain))
-        del without
-    gaps = {"r2": step.gap, "chain_r2": behind.gap, "nonlinearity": step.gap}
-    stderr = {
-        name: with_bias(value, [r[name] for r in replicates], whole.count, held_out, gaps.get(name))
-        for name, value in values.items()
-    }
-    unseen = unseen_shifts(layout, whole, [r2 >= 1 - LINEAR for r2 in step.r2.tolist()], chosen)
-    for name, extra in (
-        ("credit", unseen[1:]),
-        ("gain", (unseen[1:].square() + unseen[:-1].square()).sqrt()),
-        ("total", unseen[0]),
-    ):
-        stderr[name] = (stderr[name].square() + extra.square()).sqrt()
-    smoothed = [max(10 * t, RESOLUTION_GRID[1]) for t in chosen]
-    moved = volumes(layout, whole, align_split(layout, whole, smoothed, kept, targets), chain)
-    shift = (moved["credit"] - values["credit"]).abs()
-    plain = whole if normalize == "none" else split_chain(layout, moments, None, "none")
+    smoothed = align_split(whole, [step.smoothed for step in steps], kept, targets)
+    shift = volumes(whole, smoothed, chain)["credit"]
+    ranks, known = state_ranks(whole, steps)
+    values = volumes(whole, chain) | {"rank": ranks}
+    r2, replicates, held_out = R2(whole, steps), [], []
+    for split in held_out_splits(layout, moments, normalize):
+        operators, own = refit_steps(split, steps)
+        r2.hold_out(split, operators)
+        held_out.append(split.test.count)
+        if options.errors:
+            without = align_split(split, own, kept, targets)
+            replicates.append(volumes(split, without, chain) | {"rank": refitted_ranks(split, known)})
+    values |= r2.values()
+    stderr = {name: torch.full_like(value, torch.nan) for name, value in values.items()}
+    if options.errors:
+        replicates = [found | r2.values(without=i) for i, found in enumerate(replicates)]
+        sizes, gaps = torch.tensor(held_out, dtype=torch.float64), r2.gaps()
+        for name, value in values.items():
+            found = [replicate[name] for replicate in replicates]
+            stderr[name] = with_bias(value, found, whole.count, sizes, gaps.get(name))
+        unseen = unseen_shifts(whole, [step >= 1 - LINEAR for step in values["r2"].tolist()], steps)
+        for name, extra in (
+            ("credit", unseen[1:]),
+            ("gain", (unseen[1:].square() + unseen[:-1].square()).sqrt()),
+            ("total", unseen[0]),
+        ):
+            stderr[name] = (stderr[name].square() + extra.square()).sqrt()
+    allowed = stderr["credit"].nan_to_num(0) if not options.errors else stderr["credit"]
     return Credits(
         values={name: values[name] for name in QUANTITIES},
         stderr={name: stderr[name] for name in QUANTITIES},
         volumes=chain.log_volumes[1:],
         total=float(values["total"]),
         total_stderr=float(stderr["total"]),
-        stable=shift <= stderr["credit"].clamp_min(MAX_RIDGE_SHIFT),
-        operators=_operators(layout, plain, chosen, step.r2, center),
+        stable=(shift - values["credit"]).abs() <= allowed.clamp_min(MAX_RIDGE_SHIFT),
+        operators=_operators(layout, moments, whole, steps, values["r2"], normalize, center),
         alignment=chain,
         lost=chain.lost,
         dropped=tuple((targets or range(asked))[c] for c in range(asked) if c not in kept),
     )
-
-
-def _values(
-    layout: Layout,
-    split: Split,
-    chain: Alignment,
-    r2: Tensor,
-    chain_r2: Tensor,
-    expected: Alignment | None = None,
-) -> dict[str, Tensor]:
-    """Compute every quantity, and the total, of an aligned chain."""
-    return volumes(layout, split, chain, expected) | {
-        "r2": r2,
-        "chain_r2": chain_r2,
-        "nonlinearity": 1 - r2,
-        "rank": state_ranks(layout, split),
-    }
 
 
 def samples_needed(layout: Layout) -> int:
@@ -266,24 +261,35 @@ def _check(layout: Layout, moments: Tensor, targets: Sequence[int] | None) -> No
 
 def _operators(
     layout: Layout,
-    split: Split,
-    chosen: Sequence[float],
+    moments: Tensor,
+    whole: Split,
+    steps: Sequence[Step],
     r2: Tensor,
+    normalize: Normalize,
     center: Sequence[Tensor] | None,
 ) -> tuple[KoopmanOperator, ...]:
     """Return each component's operator in the coordinates of the states themselves."""
-    means = list(split.train.means[: len(layout.dims)])
+    matrices = [step.matrix for step in steps]
+    conditions = [step.condition for step in steps]
+    ranks = [len(step.values) for step in steps]
+    means = list(whole.train.means)
+    if normalize != "none":
+        plain = split_chain(layout, moments, None, "none")
+        problems = [plain.problem(i) for i in range(1, len(layout.dims))]
+        matrices = [problem.matrix(step.tikhonov) for problem, step in zip(problems, steps, strict=True)]
+        conditions, ranks = [p.condition for p in problems], [len(p.values) for p in problems]
+        means = list(plain.train.means)
     if center is not None:
         means = [mean + offset.to(mean) for mean, offset in zip(means, center, strict=True)]
     return tuple(
         KoopmanOperator(
-            matrix=problem.matrix(tikhonov),
+            matrix=matrices[i - 1],
             x_mean=torch.cat([means[p] for p in layout.parents[i]]),
             y_mean=means[i],
             r2=float(r2[i - 1]),
-            tikhonov=tikhonov,
-            rank=len(problem.values),
-            condition=problem.condition,
+            tikhonov=step.tikhonov,
+            rank=ranks[i - 1],
+            condition=conditions[i - 1],
         )
-        for i, (problem, tikhonov) in enumerate(zip(split.problems, chosen, strict=True), start=1)
+        for i, step in enumerate(steps, start=1)
     )

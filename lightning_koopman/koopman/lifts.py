@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Observables = Literal["polynomial", "rff", "rbf"] | Callable[[Tensor], Tensor] | None
+Observables = Literal["polynomial", "rff", "rbf"] | Callable[[Tensor], Any] | None
 """Which functions of a state an operator acts on; ``None`` means the state's own coordinates."""
 
 LIFTS = ("polynomial", "rff", "rbf")

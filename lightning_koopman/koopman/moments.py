@@ -22,7 +22,7 @@ class Layout:
     Attributes:
         dims: Widths d_0 … d_L of the states.
         folds: Number of folds, one row each.
-        delay: How many states before it each step reads at least.
+        delay: How many states before it each step reads at least; 0 where links say it all.
         links: For each step i = 1 … L, further earlier states that it reads; empty means none.
         squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
     """
@@ -41,7 +41,7 @@ class Layout:
             )
         if self.folds < 2:
             raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
-        if not 1 <= self.delay < len(self.dims):
+        if not (0 if self.links and all(self.links) else 1) <= self.delay < len(self.dims):
             raise ValueError(
                 f"delay is {self.delay}; with {len(self.dims) - 1} components it must lie between 1 "
                 f"and {len(self.dims) - 1}"
@@ -119,15 +119,18 @@ def accumulate(
 ) -> None:
     """Add one batch to the moments, in place."""
     offsets = None if center is None else [offset.to(moments) for offset in center]
-    counts = torch.bincount(fold_of, minlength=layout.folds).tolist()
-    size = max(_LEAST_ROWS, _CACHED_VALUES // max(layout.dims))
+    # The one thing that a device is asked. It has no cache to keep copies in, and wants large products.
+    on_cpu = moments.device.type == "cpu"
+    counts = (fold_of == torch.arange(layout.folds, device=fold_of.device)[:, None]).sum(dim=1).tolist()
+    size = max(_LEAST_ROWS, _CACHED_VALUES // max(layout.dims)) if on_cpu else max(counts)
     start = 0
     order = None if max(counts) == len(fold_of) else torch.argsort(fold_of)
     for row, count in zip(moments, counts, strict=False):
         if not count:
             continue
         row[0] += count
-        mirrored = [i for i, width in enumerate(layout.dims) if width > 2 * _TILE <= count // 2]
+        tiled = on_cpu and count // 2 >= 2 * _TILE
+        mirrored = [i for i, width in enumerate(layout.dims) if tiled and width > 2 * _TILE]
         # A few rows of one fold, one state after the other: copies that fit into the cache.
         for first in range(start, start + count, size):
             chosen = slice(first, min(first + size, start + count))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +9,10 @@ from torch import Tensor
 
 from lightning_koopman.koopman.moments import Layout, accumulate, covariances
 from lightning_koopman.koopman.regression import (
-    TIKHONOV_GRID,
     alive,
     check_tikhonov,
-    choose_tikhonov,
-    held_out,
+    choose_ridge,
+    held_out_error,
     solve,
     spectrum,
 )
@@ -98,10 +96,11 @@ def fit_operator(
     Args:
         x: Snapshots before the component, shape ``(n_samples, d_in)``.
         y: Snapshots after it, shape ``(n_samples, d_out)``, same row order.
-        tikhonov: Ridge weight λ, without unit; ``None`` picks the one with the best held-out R².
+        tikhonov: Ridge weight λ, without unit; ``None`` picks, as for a chain, the largest up to 1e-2
+            that at most doubles the error expected on other data (generalised cross-validation).
         rank: Largest rank of the matrix, by reduced-rank regression; ``None`` keeps all.
-        folds: Number of folds that R² is held out over. Equal rows share a fold. ``None`` fits all rows
-            once, for a given ``tikhonov``, and leaves R² open.
+        folds: Number of folds that R² is held out over. Equal rows share a fold. ``None`` leaves R²
+            open.
         seed: Chooses the folds.
 
     Returns:
@@ -125,10 +124,6 @@ def fit_operator(
     """
     check_tikhonov(tikhonov)
     _check_pair(x, y, rank)
-    if tikhonov is None and folds is None:
-        raise ValueError(
-            "neither tikhonov nor folds is given; the ridge weight is picked by held-out R², so give one"
-        )
     x, y = exactly(x), exactly(y)
     layout = Layout((x.shape[1], y.shape[1]), 2 if folds is None else folds, squares=(1,))
     offsets = _offset("x", x), _offset("y", y)
@@ -139,22 +134,27 @@ def fit_operator(
         fold_of, moments = sample_keys(x, seed) % folds, layout.zeros().to(x.device)
     accumulate(layout, moments, [x, y], fold_of, offsets)
     summed = moments[0] if folds is None else moments.sum(dim=0)
-    grid = TIKHONOV_GRID if tikhonov is None else (tikhonov,)
-    errors, total = ([], 0.0) if folds is None else _fold_errors(layout, moments, summed, grid, rank)
-    tikhonov = choose_tikhonov(errors, grid) if errors else grid[0]
-    error = sum(row[grid.index(tikhonov)] for row in errors)
     everything = covariances(layout, summed)
     c_xx, c_xy = everything[0, 0], everything[0, 1]
-    values = torch.linalg.eigvalsh(c_xx).flip(0)
-    values = values[alive(values)]
-    matrix, kept = solve(c_xx, c_xy, tikhonov), len(values)
+    if tikhonov is None:
+        problem = spectrum(c_xx, c_xy)
+        values = problem.values
+        errors = problem.expected_error(float(everything.variances[1].sum()), everything.count)
+        tikhonov = choose_ridge(errors)
+        matrix = problem.matrix(tikhonov)
+    else:
+        # Eigenvalues alone cost a third of what eigenvectors do.
+        values = torch.linalg.eigvalsh(c_xx).flip(0)
+        values = values[alive(values)]
+        matrix = solve(c_xx, c_xy, tikhonov)
+    kept = len(values)
     if rank is not None:
         matrix, kept = _limit_rank(matrix, c_xy, rank), min(kept, rank)
     return KoopmanOperator(
         matrix=matrix,
         x_mean=everything.means[0] + offsets[0],
         y_mean=everything.means[1] + offsets[1],
-        r2=1 - error / total if total > 0 else float("nan"),
+        r2=float("nan") if folds is None else _held_out_r2(layout, moments, summed, tikhonov, rank),
         tikhonov=tikhonov,
         rank=kept,
         condition=float(values[0] / values[-1]) if len(values) else 1.0,
@@ -185,30 +185,23 @@ def _offset(name: str, data: Tensor) -> Tensor:
     return mean
 
 
-def _fold_errors(
-    layout: Layout, moments: Tensor, summed: Tensor, grid: Sequence[float], rank: int | None
-) -> tuple[list[list[float]], float]:
-    """Squared held-out errors, by fold and ridge weight, and the squares they are of."""
-    total, errors = 0.0, []
+def _held_out_r2(
+    layout: Layout, moments: Tensor, summed: Tensor, tikhonov: float, rank: int | None
+) -> float:
+    """R² over all folds, each predicted by a fit to the others; NaN where the target never varies."""
+    error = total = 0.0
     for row in moments:
         train = covariances(layout, summed, without=row)
         test = covariances(layout, row, about=train.means)
         if train.count < 2 or test.count == 0:
             continue
-        trace = float(test.variances[1].sum())
-        total += test.count * trace
-        test_xx, test_xy = test[0, 0], test[0, 1]
-        if rank is None and len(grid) > 1:
-            problem = spectrum(train[0, 0], train[0, 1])
-            found = held_out(problem, test_xx, test_xy, trace).errors(grid).tolist()
-        else:
-            solved = [solve(train[0, 0], train[0, 1], weight) for weight in grid]
-            if rank is not None:
-                solved = [_limit_rank(matrix, train[0, 1], rank) for matrix in solved]
-            products = [(k * (test_xx @ k - 2 * test_xy)).sum() for k in solved]
-            found = [max(0.0, trace + float(product)) for product in products]
-        errors.append([test.count * error for error in found])
-    return errors, total
+        c_xy, variance = train[0, 1], float(test.variances[1].sum())
+        matrix = solve(train[0, 0], c_xy, tikhonov)
+        if rank is not None:
+            matrix = _limit_rank(matrix, c_xy, rank)
+        total += test.count * variance
+        error += test.count * held_out_error(matrix, test[0, 0], test[0, 1], variance)
+    return 1 - error / total if total > 0 else float("nan")
 
 
 def _limit_rank(matrix: Tensor, c_xy: Tensor, rank: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from lightning_koopman.koopman.lifts import Observables, check_observables
 from lightning_koopman.koopman.regression import check_tikhonov
@@ -16,20 +17,42 @@ Normalize = Literal["none", "rms", "whiten"]
 
 @dataclass(frozen=True)
 class Options:
-    """How states become rows, and rows become credits.
+    """How states become rows, and rows become credits; the defaults suit most networks.
 
-    Attributes:
+    Args:
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks one per step.
-        normalize: Coordinates of every state.
-        targets: Output units of interest; ``None`` takes the leading POD directions of the output.
-        delay: How many earlier states each operator sees at least.
+        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
+            every component, the largest up to 1e-2 that at most doubles its held-out error.
+        normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
+            deviation (``"rms"``) or whitened (``"whiten"``).
+        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
+            directions of the output.
+        delay: Step delay: how many earlier states each operator sees, beside those that the data flow
+            links.
         folds: Number of folds for held-out R² and error bars.
         max_dim: States wider than this are pooled and projected on their leading POD directions.
-        reduce: What becomes of spatial and sequence axes.
-        output: What the chain ends with: a module's name, or a callable from what the model returns.
-        observables: Lift of every state but the last.
+        reduce: What becomes of spatial and sequence axes: ``"pool"`` (to a small grid where the state
+            is wide), ``"flatten"``, ``"mean"``, ``"last"`` (position that holds data), ``"cls"`` (the
+            first position), or a callable from the tensor to one row a sample; or a mapping from glob
+            patterns of names to any of these. Padding that the batch marks (``attention_mask``,
+            ``lengths``, …) is left out of pools and means.
+        output: What the chain ends with: the name of a module, or, outside a Trainer, a callable from
+            what the model returns to a tensor; ``None`` takes all that the network returns, several
+            heads side by side.
+        observables: Lifts every state but the output into further coordinates, in which an operator can
+            follow what is nonlinear (EDMD): ``"polynomial"`` (products of two), ``"rff"`` (``max_dim``
+            random Fourier features) or ``"rbf"`` (as many Gaussian bumps), each beside the state
+            itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
+            ``(n_samples, d)`` to rows. Credits are then about these coordinates.
         seed: Chooses the folds and the random features.
+        errors: Whether standard errors are computed; without them each is NaN.
+
+    Raises:
+        ValueError: If a value is out of range.
+
+    Example:
+        >>> Options(max_dim=64, normalize="rms").max_dim
+        64
     """
 
     rank: int | None = None
@@ -43,6 +66,7 @@ class Options:
     output: str | Callable[[Any], Any] | None = None
     observables: Observables = None
     seed: int = 0
+    errors: bool = True
 
     def __post_init__(self) -> None:
         if self.folds < 2:
@@ -66,3 +90,27 @@ class Options:
 
 
 DEFAULTS = Options()
+
+_NAMES = frozenset(field.name for field in fields(Options))
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def takes_options(**gone: str) -> Callable[[_Function], _Function]:
+    """Say where an argument went that is part of the options or gone, not only that it is unknown."""
+
+    def decorate(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if moved := [name for name in kwargs if name in _NAMES]:
+                given = ", ".join(f"{name}={kwargs[name]!r}" for name in moved)
+                raise TypeError(
+                    f"{', '.join(moved)} moved into options: write options=Options({given}), with "
+                    "Options from lightning_koopman"
+                )
+            for name in kwargs.keys() & gone:
+                raise TypeError(f"{name} is no argument any more: {gone[name]}")
+            return function(*args, **kwargs)
+
+        return cast(_Function, checked)
+
+    return decorate

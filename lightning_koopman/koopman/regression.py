@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-TIKHONOV_GRID = (0.0, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Ridge weights tried, in units of the mean variance of the regressors."""
-
-RESOLUTION_GRID = (0.0, *(10 ** (-8 + step / 4) for step in range(25)))
-"""Ridge weights tried for a chain; the last, 1e-2, is the most that a chain is smoothed by default."""
+RIDGE_GRID = (0.0, *(10 ** (-8 + step / 4) for step in range(25)))
+"""Ridge weights tried, in units of the mean variance of the regressors; at most 1e-2."""
 
 
 def check_tikhonov(tikhonov: float | None) -> None:
@@ -21,23 +18,7 @@ def check_tikhonov(tikhonov: float | None) -> None:
         raise ValueError(f"tikhonov is {tikhonov}; it must be a finite number, 0 or above")
 
 
-def choose_tikhonov(errors: Sequence[Sequence[float]], grid: Sequence[float]) -> float:
-    """Pick the smallest ridge weight whose held-out error is not clearly above the best.
-
-    Held-out R² is flat over decades of ridge weights, while every increase shrinks the operator and
-    its determinant. Of the weights within one standard error of the best, by the folds' paired
-    differences, the smallest is therefore taken.
-    """
-    table = torch.tensor(errors, dtype=torch.float64)
-    best = int(table.sum(dim=0).argmin())
-    excess = table - table[:, best : best + 1]
-    spread = excess.std(dim=0) * len(errors) ** 0.5 if len(errors) > 1 else torch.zeros(len(grid))
-    allowed = excess.sum(dim=0) <= spread
-    allowed[best] = True
-    return grid[int(allowed.nonzero()[0])]
-
-
-def resolved_tikhonov(errors: Tensor, grid: Sequence[float]) -> float:
+def choose_ridge(errors: Tensor, grid: Sequence[float] = RIDGE_GRID) -> float:
     """Pick the largest ridge weight that at most doubles what the operator leaves unexplained.
 
     Without a ridge, volumes are decided by directions in which the state hardly varies, and more samples
@@ -45,18 +26,32 @@ def resolved_tikhonov(errors: Tensor, grid: Sequence[float]) -> float:
     directions alone that carry more than a hundredth of the mean variance, and costs a network with
     nonlinearities little of its R². A step that is linear to the last digit gets none.
     """
-    total = errors.sum(dim=0)
+    known = errors[errors.isfinite()]
     # Below this, what is left unexplained is rounding.
-    if total.min() <= 1e-9 * total.max():
+    if not len(known) or known.min() <= _ROUNDING * known.max():
         return grid[0]
-    limit = 2 * float(total.min())
-    within = int((total <= limit).nonzero()[-1])
+    limit = 2 * float(known.min())
+    within = int((errors <= limit).nonzero()[-1])
     low = grid[within]
     if within == len(grid) - 1 or low == 0:
         return low
-    before, behind = float(total[within]), float(total[within + 1])
+    before, behind = float(errors[within]), float(errors[within + 1])
     return float(low * (grid[within + 1] / low) ** ((limit - before) / (behind - before)))
 
+
+def is_settled(errors: Tensor) -> bool:
+    """Check whether the errors of similar data would pick the same ridge weight, an end of the grid."""
+    known = errors[errors.isfinite()]
+    if not len(known) or known.min() <= _ROUNDING / 10 * known.max():
+        return True
+    return bool(errors[-1] <= _CLEAR * known.min())
+
+
+_ROUNDING = 1e-9
+"""Share of the largest error at which what is left unexplained is rounding."""
+
+_CLEAR = 1.5
+"""Ratio of errors that no fold left out lifts above 2."""
 
 RCOND = 1e-12
 """Directions whose variance is below this share of the largest are taken as dead."""
@@ -64,23 +59,8 @@ RCOND = 1e-12
 _SAFE_PIVOT = 1e-8
 """Cholesky is left for ``eigh``, which drops dead directions, where a pivot is below this share."""
 
-
-@dataclass(frozen=True)
-class Factored:
-    """Rows of ``vectors @ (filters * projected)``; cheaper to apply than to multiply out."""
-
-    vectors: Tensor
-    filters: Tensor
-    projected: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the rows."""
-        return self.vectors.shape[0], self.projected.shape[1]
-
-    def __matmul__(self, other: Tensor) -> Tensor:
-        product: Tensor = self.vectors @ (self.filters * (self.projected @ other))
-        return product
+_NO_FREEDOM = 1e-6
+"""Share of the samples that a fit must leave undecided for its errors to tell of other data."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +72,12 @@ class Spectrum:
         vectors: Their eigenvectors, shape ``(d_in, k)``.
         projected: ``vectors.T @ C_xy``, shape ``(k, d_out)``.
         mean_variance: trace(C_xx) / d_in, the unit of the ridge weight.
-        matrices: K by ridge weight, once they are solved for and the eigenbasis has made way.
     """
 
     values: Tensor
     vectors: Tensor
     projected: Tensor
     mean_variance: float
-    matrices: Mapping[float, Tensor] = field(default_factory=dict)
 
     def filters(self, tikhonov: float) -> Tensor:
         """Inverse eigenvalues under a ridge weight."""
@@ -109,21 +87,34 @@ class Spectrum:
         """Solve for the operator."""
         return self.vectors @ (self.filters(tikhonov)[:, None] * self.projected)
 
-    def parts(self, tikhonov: float, widths: Sequence[int]) -> Sequence[Tensor | Factored]:
-        """Return the operator, one block per state that it reads."""
-        if self.matrices:
-            return torch.split(self.matrices[tikhonov], list(widths))
-        filters = self.filters(tikhonov)[:, None]
-        return [
-            Factored(vectors, filters, self.projected)
-            for vectors in torch.split(self.vectors, list(widths))
-        ]
+    def residual(self, grid: Sequence[float], variance: float) -> Tensor:
+        """Compute the squared error per sample that each ridge weight leaves in sample.
 
-    def solved(self, weights: Collection[float]) -> Spectrum:
-        """Solve for some ridge weights, and let go of the eigenbasis."""
-        matrices = {weight: self.matrix(weight) for weight in weights}
-        empty = self.vectors.new_empty(0)
-        return replace(self, vectors=empty, projected=empty, matrices=matrices)
+        ``variance`` is the squared deviation of the targets per sample.
+        """
+        explained = self.projected.square().sum(dim=1) / self.values
+        # What the weight adds is summed for itself: as a difference it would be lost in rounding.
+        kept = (self._shrunk(grid).square() * explained).sum(dim=1)
+        return kept + (variance - explained.sum()).clamp_min(0)
+
+    def expected_error(
+        self, variance: float, count: float, grid: Sequence[float] = RIDGE_GRID
+    ) -> Tensor:
+        """Estimate the squared error per sample on other data, by generalised cross-validation.
+
+        Infinite where the fit has as many degrees of freedom as there are samples.
+
+        References:
+            Golub, Heath & Wahba (1979), Technometrics 21, 215-223.
+        """
+        left = (count - 1 - len(self.values) + self._shrunk(grid).sum(dim=1)) / count
+        return torch.where(left > _NO_FREEDOM, self.residual(grid, variance) / left.square(), torch.inf)
+
+    def _shrunk(self, grid: Sequence[float]) -> Tensor:
+        """Return the share of each direction that each ridge weight takes away."""
+        weights = self.mean_variance * torch.tensor(grid, dtype=self.values.dtype)[:, None]
+        weights = weights.to(self.values.device)
+        return weights / (self.values + weights)
 
     @property
     def condition(self) -> float:
@@ -166,39 +157,11 @@ def solve(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
     return matrix
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """The squared error per sample of one problem's operators, as a function of the ridge weight.
+def held_out_error(matrix: Tensor, test_xx: Tensor, test_xy: Tensor, variance: float) -> float:
+    """Compute the squared error per sample of an operator on moments about the means it was fitted with.
 
-    Attributes:
-        train: The problem.
-        variance: Squared deviation of the targets, per sample.
-        linear: Coefficients of the filters, shape ``(k,)``.
-        quadratic: Coefficients of their products, ``(k, k)``, or its diagonal alone, ``(k,)``.
+    ``variance`` is the squared deviation of the targets per sample.
     """
-
-    train: Spectrum
-    variance: float
-    linear: Tensor
-    quadratic: Tensor
-
-    def errors(self, grid: Sequence[float]) -> Tensor:
-        """Compute the error of each ridge weight."""
-        weights = torch.tensor(grid, dtype=self.linear.dtype, device=self.linear.device)
-        f = 1.0 / (self.train.values + weights[:, None] * self.train.mean_variance)
-        twice = f * self.quadratic if self.quadratic.ndim == 1 else f @ self.quadratic
-        return (self.variance - 2 * f @ self.linear + (twice * f).sum(dim=1)).clamp_min(0)
-
-
-def held_out(train: Spectrum, c_xx: Tensor, c_xy: Tensor, c_yy_trace: float) -> HeldOut:
-    """Set up the squared error on held-out moments."""
-    # With K = U diag(f) W, W = UᵀC_xy: SSE = tr C_yy - 2 f·v + fᵀMf costs O(k²) a weight.
-    rotated = train.vectors.T @ (c_xx @ train.vectors)
-    linear = (train.projected * (train.vectors.T @ c_xy)).sum(dim=1)
-    return HeldOut(train, c_yy_trace, linear, rotated.mul_(train.projected @ train.projected.T))
-
-
-def in_sample(train: Spectrum, c_yy_trace: float) -> HeldOut:
-    """Set up the squared error on the moments that the problem was fitted to."""
-    linear = train.projected.square().sum(dim=1)
-    return HeldOut(train, c_yy_trace, linear, train.values * linear)
+    # |y - xK|² = |y|² + Σ K ∘ (C_xx K - 2 C_xy)
+    rest = torch.addmm(test_xy, test_xx, matrix, beta=-2)
+    return max(0.0, variance + float(torch.dot(rest.reshape(-1), matrix.reshape(-1))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,12 +18,11 @@ def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
     Batch size, order and process do not matter then, and a sample that appears twice (augmentation,
     padding of a distributed sampler) is never held out from its own copy.
     """
-    generator = torch.Generator().manual_seed(seed)
-    odd = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator) * 2 + 1
-    odd = odd.to(rows.device)
+    odd = _odd_numbers(rows.shape[1], seed, rows.device)
     hashed = []
-    # Few enough rows at once for the cache.
-    for part in torch.split(rows, max(1, 2**16 // max(1, rows.shape[1]))):
+    # Few enough rows at once for the cache of a CPU; many more make a device busy.
+    values = 2**16 if rows.device.type == "cpu" else 2**24
+    for part in torch.split(rows, max(1, values // max(1, rows.shape[1]))):
         # Adding zero turns -0.0 into 0.0.
         bits = part.to(torch.float64, copy=True).add_(0.0).contiguous().view(torch.int64)
         # Round numbers differ in their leading bits only, which a product alone never carries downward.
@@ -31,6 +31,14 @@ def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
     for shift, factor in ((32, -7046029288634856825), (29, -4417276706812531889)):
         keys = (keys ^ (keys >> shift)) * factor
     return (keys >> 16) & (2**40 - 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _odd_numbers(count: int, seed: int, device: torch.device) -> Tensor:
+    """Draw what the bits of each column are multiplied by."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device)
 
 
 @dataclass(frozen=True)
@@ -94,21 +102,48 @@ def fit_basis(
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
-    """Find the leading principal directions and the share of variance they keep."""
-    n_samples, width = rows.shape
+    """Find the leading principal directions and the share of variance they keep.
+
+    Rows in single precision are factored in it where all directions kept stand clear of its rounding:
+    the space that they span then moves by less than states in single precision tell.
+    """
+    width = rows.shape[1]
     if width <= max_dim:
         return None, 1.0
-    centred = rows.to(torch.float64, copy=True)
-    centred -= centred.mean(dim=0)
+    found = None if rows.dtype == torch.float64 else _principal(rows, max_dim, _CLEAR_OF_ROUNDING)
+    found = found or _principal(rows.double(), max_dim, 1e-12)
+    if found is None:
+        return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
+    basis, share = found
+    return basis.double(), share
+
+
+_CLEAR_OF_ROUNDING = 1e-5
+"""Share of the largest variance above which single precision tells a direction from rounding."""
+
+
+def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float] | None:
+    """Factor the covariance of rows in their own precision; ``None`` if nothing stands out.
+
+    Kept are directions with more than the share ``least`` of the largest variance. Single precision
+    gives up where there are fewer than asked for, for the rest may vary too.
+    """
+    centred = rows - rows.mean(dim=0)
     # The smaller of the two Gram matrices has the same non-zero spectrum.
-    tall = n_samples >= width
+    tall = rows.shape[0] >= rows.shape[1]
     gram = centred.T @ centred if tall else centred @ centred.T
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    kept = min(max_dim, int((values > 1e-12 * values[0]).sum()))
-    if kept == 0:
-        return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
-    basis = vectors[:, :kept] if tall else centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
+    kept = min(max_dim, int((values > least * values[0]).sum()))
+    if kept == 0 or (rows.dtype != torch.float64 and kept < max_dim):
+        return None
+    if tall:
+        basis = vectors[:, :kept]
+    elif rows.dtype == torch.float64:
+        basis = centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
+    else:
+        # Small directions, divided by their size, would not be orthogonal to the others.
+        basis = torch.linalg.qr(centred.T @ vectors[:, :kept]).Q
     return basis, float(values[:kept].sum() / values.sum())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,11 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.koopman.credit import samples_needed
-from lightning_koopman.koopman.moments import recentred
+from lightning_koopman.koopman.moments import Layout, accumulate, recentred
 from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.reference import Reference, fold_operators
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
-from lightning_koopman.measurement.metric import KoopmanCredit
-from lightning_koopman.measurement.processes import Share, agree_on_basis, agreed, sum_moments
+from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
+from lightning_koopman.measurement.sums import all_finite, report_on
+from lightning_koopman.network.forward_runner import NO_SAMPLES
+from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
 
 _MOST_ROWS = 4096
@@ -31,9 +33,7 @@ class Accumulator:
     samples and must agree on one basis first, all rows are held until :meth:`merge`.
 
     Attributes:
-        names: Names of the states, known from the first batch on.
-        widths: Their widths before reduction.
-        links: For each step, the states it reads; empty where each reads the one before it.
+        chain: The states and what each step reads, known from the first batch on.
         basis: The frozen coordinates of the state vectors.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far, at most ``max_samples``.
@@ -43,13 +43,14 @@ class Accumulator:
         self, options: Options, *, max_samples: int | None = None, shared: bool = False
     ) -> None:
         self.options = options
-        self.names: tuple[str, ...] = ()
-        self.widths: tuple[int, ...] = ()
-        self.links: tuple[tuple[int, ...], ...] = ()
+        self.chain = Chain()
         self.basis: Basis | None = None
         self.n_seen = self.n_samples = 0
         self._max_samples, self._shared = max_samples, shared
-        self._metric: KoopmanCredit | None = None
+        self._layout: Layout | None = None
+        self._moments: Tensor | None = None
+        # Smallest and largest value of each state, by batch, which only the device knows yet.
+        self._extremes: list[tuple[int, Tensor]] = []
         self._held: list[list[Tensor]] = []
         self._block: list[Tensor] = []
         self._filled = self._batches = 0
@@ -58,13 +59,17 @@ class Accumulator:
     def waits(self) -> bool:
         """Whether rows are held until a basis is agreed on."""
         max_dim, lift = self.options.max_dim, self.options.observables
-        fitted = isinstance(lift, str) or any(width > max_dim for width in self.widths)
+        fitted = isinstance(lift, str) or any(width > max_dim for width in self.chain.widths)
         return self._shared and self.basis is None and fitted
 
-    def push(self, rows: Mapping[str, Tensor]) -> None:
-        """Add one batch of rows by state, each ``(n_samples, D_i)``, in the order of the chain."""
+    def push(self, rows: Mapping[str, Tensor], links: tuple[tuple[int, ...], ...] = ()) -> None:
+        """Add one batch of rows by state, each ``(n_samples, D_i)``, in the order of the chain.
+
+        The first batch says what each step reads. Values that are not finite are found at once on the
+        CPU, and once a block is full on a device, which would otherwise be waited for in every batch.
+        """
         batch, self._batches = self._batches, self._batches + 1
-        self._check(rows, batch)
+        self._check(rows, batch, links)
         arrived = next(iter(rows.values())).shape[0]
         room = arrived if self._max_samples is None else self._max_samples - self.n_samples
         taken = min(arrived, max(0, room))
@@ -86,22 +91,16 @@ class Accumulator:
             self._add([block[: self._filled] for block in self._block])
         self._block, self._filled = [], 0
 
-    def _new_metric(self, center: Sequence[Tensor]) -> KoopmanCredit:
-        options = self.options
-        return KoopmanCredit(
-            self.names[1:],
-            dims=[len(offset) for offset in center],
-            center=center,
-            links=self.links or None,
-            rank=options.rank,
-            tikhonov=options.tikhonov,
-            normalize=options.normalize,
-            targets=options.targets,
-            delay=options.delay,
-            folds=options.folds,
-            seed=options.seed,
-            sync_on_compute=False,
-        )
+    def _laid_out(self) -> Layout:
+        """Return what the moments hold; there must be a basis."""
+        if self._layout is None:
+            assert self.basis is not None
+            dims = tuple(len(offset) for offset in self.basis.center)
+            links, delay = self.chain.links, self.options.delay
+            # Links name all that a step reads: branches side by side do not read one another.
+            delay = 0 if links and delay == 1 else delay
+            self._layout = Layout(dims, self.options.folds, delay, links)
+        return self._layout
 
     def _gather(self, rows: list[Tensor]) -> None:
         """Add rows to those that wait for company."""
@@ -134,7 +133,7 @@ class Accumulator:
         first = 2 * self.options.max_dim
         if self.basis is None:
             return first
-        values = self.widths[0] + sum(len(offset) for offset in self.basis.center)
+        values = self.chain.widths[0] + sum(len(offset) for offset in self.basis.center)
         return max(first, min(_MOST_ROWS, _MOST_VALUES // values))
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
@@ -143,27 +142,36 @@ class Accumulator:
 
     def _add(self, rows: list[Tensor]) -> None:
         """Add up rows as state vectors; the first freeze the basis, later ones are in it already."""
+        self._refuse_odd()
+        rows = [exactly(block) for block in rows]
         if self.basis is None:
             self.basis = self._fit_basis(rows)
             rows = [rows[0], *self.basis.project(rows)]
         keys = sample_keys(rows[0], self.options.seed)
-        if self._metric is None:
-            self._metric = self._new_metric(self.basis.center).to(keys.device)
-        self._metric.update(self.basis.lift(rows[1:], self.options.observables), keys)
+        self._sum(self.basis.lift(rows[1:], self.options.observables), keys)
 
-    def _check(self, rows: Mapping[str, Tensor], batch: int) -> None:
+    def _sum(self, states: list[Tensor], keys: Tensor) -> None:
+        """Add state vectors to the moments, each sample to those of its fold."""
+        assert self.basis is not None
+        layout = self._laid_out()
+        # Moments made in inference mode could not be added to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._moments is None:
+                self._moments = layout.zeros().to(keys.device)
+            accumulate(layout, self._moments, states, keys % layout.folds, self.basis.center)
+
+    def _check(self, rows: Mapping[str, Tensor], batch: int, links: tuple[tuple[int, ...], ...]) -> None:
         names = tuple(rows)
-        if not self.names:
-            self.names = names
-            self.widths = tuple(block.shape[1] for block in rows.values())
-        if names != self.names:
-            odd = sorted(set(names) ^ set(self.names)) or list(names)
+        if not self.chain.names:
+            self.chain = Chain(names, tuple(block.shape[1] for block in rows.values()), links)
+        if names != self.chain.names:
+            odd = sorted(set(names) ^ set(self.chain.names)) or list(names)
             raise ValueError(
-                f"batch {batch} ran the components {names}, the batches before it {self.names} "
+                f"batch {batch} ran the components {names}, the batches before it {self.chain.names} "
                 f"(difference: {odd}). Choose components that run in every pass with components=[...]."
             )
         n_samples = next(iter(rows.values())).shape[0]
-        for (name, block), width in zip(rows.items(), self.widths, strict=True):
+        for (name, block), width in zip(rows.items(), self.chain.widths, strict=True):
             if block.shape[0] != n_samples:
                 raise ValueError(
                     f"component {name!r} gave {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
@@ -174,23 +182,39 @@ class Accumulator:
                     f"component {name!r} gave {block.shape[1]} values per sample in batch {batch}, but "
                     f"{width} before. Bring the samples to one size."
                 )
-        if all_finite(list(rows.values())):
+        blocks = list(rows.values())
+        at_once = all(block.device.type == "cpu" for block in blocks)
+        if n_samples == 0 or (at_once and all_finite(blocks)):
             return
-        for name, block in rows.items():
-            if not bool(torch.isfinite(block).all()):
-                kind = "NaN" if bool(torch.isnan(block).any()) else "infinity"
-                raise ValueError(
-                    f"component {name!r} gave {kind} in batch {batch}. Find the sample or the layer "
-                    "with torch.autograd.set_detect_anomaly(True), or leave the batch out."
-                )
+        dtype = torch.float32 if blocks[0].device != exact_device(blocks[0].device) else torch.float64
+        extremes = [end.to(blocks[0].device, dtype) for block in blocks for end in block.aminmax()]
+        self._extremes.append((batch, torch.stack(extremes)))
+        if at_once:
+            self._refuse_odd()
+
+    def _refuse_odd(self) -> None:
+        """Refuse values that are not finite, if any arrived since this was asked last."""
+        seen, self._extremes = self._extremes, []
+        table = torch.stack([extremes for _, extremes in seen]).cpu() if seen else torch.empty(0)
+        if bool(torch.isfinite(table).all()):
+            return
+        for (batch, _), row in zip(seen, table.view(len(seen), -1, 2), strict=True):
+            for name, ends in zip(self.chain.names, row, strict=True):
+                if not bool(torch.isfinite(ends).all()):
+                    kind = "NaN" if bool(torch.isnan(ends).any()) else "infinity"
+                    raise ValueError(
+                        f"component {name!r} gave {kind} in batch {batch}. Find the sample or the layer "
+                        "with torch.autograd.set_detect_anomaly(True), or leave the batch out."
+                    )
 
     def share(self) -> Share:
         """Return what the other processes must know of this one's samples."""
+        self._refuse_odd()
         if not self.waits:
             self.flush()
         center = () if self.basis is None else self.basis.center
         offsets = tuple(offset.cpu() for offset in center)
-        return Share(self.names, self.widths, self.n_samples, offsets, links=self.links)
+        return Share(self.chain, self.n_samples, offsets)
 
     def first_rows(self, count: int) -> list[Tensor]:
         """Copy the first rows that are held, at most ``count``, one block per state."""
@@ -200,7 +224,7 @@ class Accumulator:
         """Add up the samples of all processes; collectives that each of them must join."""
         common, error = agreed(shares), None
         own = None if self.basis is None else [offset.cpu() for offset in self.basis.center]
-        self.names, self.widths, self.links = common.names, common.widths, common.links
+        self.chain = common.chain
         center = common.center
         if not center:
             max_dim = self.options.max_dim
@@ -210,40 +234,56 @@ class Accumulator:
                 self.flush()
             except Exception as failure:
                 error = failure
-        merged = self._new_metric(center).to(device)
-        assert merged.layout is not None
-        moments = merged.moments
-        try:
-            if self._metric is not None:
-                moments = self._metric.moments.to(device)
-                if own is not None:
-                    shifts = [(a - b).to(moments) for a, b in zip(own, center, strict=True)]
-                    moments = recentred(merged.layout, moments, shifts)
-        except Exception as failure:
-            # The others wait in the sum, and hear of it there.
-            moments, error = merged.moments, error or failure
-        merged.moments = sum_moments(moments, error)
         if self.basis is None:
             self.basis = Basis((None,) * len(center), (1.0,) * len(center), center)
-        self._metric = merged
+        layout = self._laid_out()
+        moments = nothing = layout.zeros().to(device)
+        try:
+            if self._moments is not None:
+                moments = self._moments.to(device)
+                if own is not None:
+                    shifts = [(a - b).to(moments) for a, b in zip(own, center, strict=True)]
+                    moments = recentred(layout, moments, shifts)
+                    self.basis = replace(self.basis, center=center)
+        except Exception as failure:
+            # The others wait in the sum, and hear of it there.
+            moments, error = nothing, error or failure
+        self._moments = sum_moments(moments, error)
+
+    def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
+        """Return all that was added up, what it holds and the offsets that it is about."""
+        self.flush()
+        if self._moments is None or self.basis is None:
+            raise ValueError(NO_SAMPLES)
+        return self._laid_out(), self._moments, self.basis.center
 
     def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
-        self.flush()
-        if self._metric is None or self.basis is None:
-            raise ValueError("no sample arrived: the batches were empty")
-        kept, layout, options = self.basis.kept_variance[1:], self._metric.layout, self.options
-        assert layout is not None
+        layout, moments, center = self.moments()
+        assert self.basis is not None
+        options, names = self.options, self.chain.names
         # Few samples make narrow states: as many as those need would be few again.
-        dims = widest(self.widths, layout.dims, options.max_dim, options.observables)
-        enough = samples_needed(replace(layout, dims=dims))
-        report = self._metric.report(variance_kept=kept, notes=notes, step=step, enough=enough)
-        parents, names = layout.parents, self.names
-        reads = {name: tuple(names[p] for p in parents[i]) for i, name in enumerate(names) if i}
-        return replace(report, reads=reads)
-
-
-def all_finite(blocks: Sequence[Tensor]) -> bool:
-    """Check whether all values are finite; a finite sum has finite terms, and is found faster."""
-    sums = torch.stack([block.sum().to(blocks[0]) for block in blocks])
-    return all(map(math.isfinite, sums.tolist()))
+        dims = widest(self.chain.widths, layout.dims, options.max_dim, options.observables)
+        report = report_on(
+            layout,
+            moments,
+            options,
+            names[1:],
+            center=center,
+            variance_kept=self.basis.kept_variance[1:],
+            notes=notes,
+            step=step,
+            enough=samples_needed(replace(layout, dims=dims)),
+        )
+        reads = {name: tuple(names[p] for p in layout.parents[i]) for i, name in enumerate(names) if i}
+        reference = Reference(
+            names,
+            self.chain.widths,
+            layout.parents[1:],
+            self.basis,
+            *fold_operators(layout, moments, center),
+            n_samples=report.n_samples,
+            options=options,
+            step=step,
+        )
+        return replace(report, reads=reads, reference=reference)

@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_koopman.koopman.lifts import Observables
-from lightning_koopman.koopman.options import Normalize, Options
+from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
+from lightning_koopman.network.forward_runner import (
+    ForwardFn,
+    check_arguments,
+    default_forward,
+    to_device,
+)
 from lightning_koopman.network.isolation import random_states_kept
-from lightning_koopman.network.rows import ReduceOption
 from lightning_koopman.report.report import CreditReport
 
 
+@takes_options()
 def credit_report(
     model: nn.Module,
     batches: Iterable[Any],
     *,
     components: Components | Sequence[Components] | None = None,
     forward_fn: ForwardFn | None = None,
-    rank: int | None = None,
-    tikhonov: float | None = None,
-    max_dim: int = 256,
-    reduce: ReduceOption = "pool",
-    output: str | Callable[[Any], Any] | None = None,
-    folds: int = 5,
-    normalize: Normalize = "none",
-    delay: int = 1,
-    targets: Sequence[int] | None = None,
-    observables: Observables = None,
-    seed: int = 0,
     step: int | None = None,
+    options: Options = DEFAULTS,
 ) -> CreditReport:
     """Measure the Koopman credit of every component of a model.
 
@@ -51,31 +45,8 @@ def credit_report(
         components: Names or glob patterns of ``model.named_modules()``, types of modules, or a depth in
             the module tree; ``None`` chooses.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
-        rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out error.
-        max_dim: States wider than this are pooled and projected on their leading POD directions.
-        reduce: What becomes of spatial and sequence axes: ``"pool"`` (to a small grid where the state
-            is wide), ``"flatten"``, ``"mean"``, ``"last"`` (position that holds data), ``"cls"`` (the
-            first position), or a callable from the tensor to one row a sample; or a mapping from glob
-            patterns of names to any of these. Padding that the batch marks (``attention_mask``,
-            ``lengths``, …) is left out of pools and means.
-        output: What the chain ends with: the name of a module, or a callable from what the model
-            returns to a tensor; ``None`` takes all that the network returns, several heads side by side.
-        folds: Number of folds for held-out R² and error bars.
-        normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
-            deviation (``"rms"``) or whitened (``"whiten"``).
-        delay: Step delay: how many earlier states each operator sees, beside those that the data flow
-            links.
-        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
-            directions of the output.
-        observables: Lifts every state but the output into further coordinates, in which an operator can
-            follow what is nonlinear (EDMD): ``"polynomial"`` (products of two), ``"rff"`` (``max_dim``
-            random Fourier features) or ``"rbf"`` (as many Gaussian bumps), each beside the state
-            itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
-            ``(n_samples, d)`` to rows. Credits are then about these coordinates.
-        seed: Chooses the folds and the random features.
         step: Training step the weights belong to, for the report.
+        options: How states become rows, and rows become credits.
 
     Returns:
         The report.
@@ -97,24 +68,7 @@ def credit_report(
     References:
         Liang et al. (2022), arXiv 2212.00998.
     """
-    if isinstance(batches, Tensor):
-        raise ValueError(
-            f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
-            "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
-        )
-    options = Options(
-        max_dim=max_dim,
-        reduce=reduce,
-        output=output,
-        seed=seed,
-        rank=rank,
-        tikhonov=tikhonov,
-        folds=folds,
-        normalize=normalize,
-        delay=delay,
-        targets=targets,
-        observables=observables,
-    )
+    check_arguments(model, batches)
     batches = _with_weights(model, batches, forward_fn)
     measurement = Measurement(model, components, options)
     measurement.run(model, batches, forward_fn)

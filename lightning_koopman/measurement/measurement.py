@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
@@ -23,7 +24,7 @@ from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
-from lightning_koopman.network.tensors import detached_copy, exact_device, exactly
+from lightning_koopman.network.tensors import detached_copy, exact_device
 from lightning_koopman.report.report import CreditReport
 
 
@@ -62,8 +63,16 @@ class Measurement(Accumulator):
         self._untraced: str | None = None
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
-            self.capture, self.plan, self.links = like.capture, like.plan, like.links
+            self.capture, self.plan = like.capture, like.plan
             self.capture.keep, self._untraced = self._keep, like._untraced
+        self._followed: Reference | None = None
+
+    def follow(self, reference: Reference) -> None:
+        """Bring all states into the coordinates of a reference, and refuse other components."""
+        # The order of modules is that of registration, or of naming, and says nothing.
+        reference.check_names(sorted(self.capture.components), sorted(reference.modules))
+        self._followed, self._named = reference, reference.named
+        self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches through a model that is left exactly as it was found."""
@@ -112,7 +121,10 @@ class Measurement(Accumulator):
             if self.plan is None:
                 states = self._make_plan(list(states.values()))
             assert self.plan is not None
-            self.push(self.plan.join(states, self._batches))
+            rows = self.plan.join(states, self._batches)
+            if self._followed is not None and not self.chain.names:
+                self._followed.check_widths([block.shape[1] for block in rows.values()])
+            self.push(rows, self.plan.links)
 
     def report(self, *, step: int | None = None) -> CreditReport:
         """Finish and compute the report."""
@@ -125,7 +137,19 @@ class Measurement(Accumulator):
                 f"no output direction can be followed back to {listed(dead)} (a dead branch, or one "
                 "that is still zero), so its numbers are NaN; all others follow the data around it"
             )
-        return dataclasses.replace(report, notes=tuple(notes), parts=self.parts, **self._modules())
+        reference = report.reference
+        if self.plan is not None and reference is not None:
+            reference = dataclasses.replace(
+                reference,
+                modules=tuple(self.capture.components),
+                named=self._named,
+                calls=self.plan.states,
+                grids={name: form.grid for name, form in self.plan.forms.items() if form.grid},
+                parts=self.parts,
+            )
+        return dataclasses.replace(
+            report, notes=tuple(notes), parts=self.parts, reference=reference, **self._modules()
+        )
 
     @contextmanager
     def _timed(self) -> Generator[None, None, None]:
@@ -137,9 +161,10 @@ class Measurement(Accumulator):
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
         """Freeze the chain that the first pass showed, and return the rows of that pass."""
-        returned = self.capture.returned
+        returned, in_losses = self.capture.returned, self.capture.in_losses
         if (error := self.capture.untraced) is not None:
             records, returned = in_a_row([r for r in records if r.name not in returned]), {}
+            in_losses = frozenset()
             self._untraced = (
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
@@ -152,9 +177,10 @@ class Measurement(Accumulator):
             reduce=self.options.reduce,
             max_dim=self.options.max_dim,
             returned=returned,
+            in_losses=in_losses,
         )
-        if any(read != (i,) for i, read in enumerate(self.plan.links)):
-            self.links = self.plan.links
+        if self._followed is not None:
+            self.plan = self._followed.coordinates(self.plan)
         return {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
@@ -170,9 +196,8 @@ class Measurement(Accumulator):
             return None
         valid = self._valid
         if recorded.lengths is not None:
-            places = torch.arange(tensor.shape[1])
-            valid = (places < recorded.lengths[:, None]).to(tensor.device)
-        return exactly(self.plan.forms[recorded.name].rows(tensor, valid))
+            valid = to_device(recorded.lengths, tensor.device)
+        return self.plan.forms[recorded.name].rows(tensor, valid)
 
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
@@ -192,23 +217,30 @@ class Measurement(Accumulator):
             notes.append(f"parameters in no component: {listed(homeless)}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
-        if self.names and not self.names[0].startswith(INPUT):
+        first = self.chain.names[0] if self.chain.names else INPUT
+        if not first.startswith(INPUT):
             notes.append(
-                f"{self.names[0]!r} takes no floating-point input, so its output is x_0 and it has no "
+                f"{first!r} takes no floating-point input, so its output is x_0 and it has no "
                 "credit of its own"
+            )
+        if len(self.chain.names) == 2:
+            notes.append(
+                f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by "
+                "definition, as of every last one; name smaller parts with components=[...]"
             )
         return notes
 
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Module calls by component, also of those that a state joins with others."""
-        recorded = self.plan.recorded if self.plan is not None else frozenset()
-        return {name: calls for name, calls in self.capture.parts.items() if name in recorded}
+        # The first state is what all others are computed from.
+        inside = set() if self.plan is None else {name for g in self.plan.states[1:] for name in g}
+        return {name: calls for name, calls in self.capture.parts.items() if name in inside}
 
     def _modules(self) -> dict[str, Any]:
         """Class and number of parameters of each component's module, as fields of the report."""
-        parts = [name.split("+") for name in self.names[1:]]
-        found = [[self.capture.components.get(p.partition("#")[0]) for p in group] for group in parts]
+        states = () if self.plan is None else self.plan.states[1:]
+        found = [[self.capture.components.get(n.partition("#")[0]) for n in group] for group in states]
         return {
             "types": tuple(
                 "+".join(type(m).__name__ for m in group if m is not None) for group in found

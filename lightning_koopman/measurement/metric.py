@@ -4,8 +4,6 @@
 
 import functools
 import json
-import math
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,17 +13,13 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_koopman.koopman.credit import (
-    QUANTITIES,
-    Credits,
-    compute_credits,
-    samples_needed,
-)
+from lightning_koopman.koopman.credit import QUANTITIES, Credits, compute_credits
 from lightning_koopman.koopman.moments import Layout, accumulate
-from lightning_koopman.koopman.options import Normalize, Options
+from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.koopman.states import sample_keys
+from lightning_koopman.measurement.sums import check_states, report_on
 from lightning_koopman.network.tensors import exact_device, exactly
-from lightning_koopman.report.report import CreditReport, build_report, check_quantities
+from lightning_koopman.report.report import CreditReport, check_quantities
 
 _RESTORED = (
     *("header", "moments", "_update_count"),
@@ -72,19 +66,11 @@ class KoopmanCredit(Metric):
         dims: Widths d_0 … d_L; ``None`` takes those of the first batch.
         center: Fixed offsets, one ``(d_i,)`` a state, equal in all processes, about which moments are
             summed. States whose mean is far larger than their spread need them.
-        folds: Number of folds for held-out R² and error bars.
-        delay: Step delay: how many earlier states each operator sees at least.
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
-        rank: Most output directions to align; ``None`` takes all that reach back to the input.
-        tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out error.
-        normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
-            deviation (``"rms"``) or whitened (``"whiten"``).
-        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
-            directions of the output.
         quantities: Which numbers ``compute`` returns; see :data:`lightning_koopman.QUANTITIES`.
-        seed: Chooses the folds.
+        options: How credits are computed; ``max_dim``, ``reduce``, ``output`` and ``observables`` are
+            of no consequence, for states are taken as they are given.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
 
     Raises:
@@ -109,36 +95,23 @@ class KoopmanCredit(Metric):
     header: Tensor
     moments: Tensor
 
+    @takes_options()
     def __init__(
         self,
         components: Sequence[str] | None = None,
         *,
         dims: Sequence[int] | None = None,
         center: Sequence[Tensor] | None = None,
-        folds: int = 5,
-        delay: int = 1,
         links: Sequence[Sequence[int]] | None = None,
-        rank: int | None = None,
-        tikhonov: float | None = None,
-        normalize: Normalize = "none",
-        targets: Sequence[int] | None = None,
         quantities: Sequence[str] = QUANTITIES,
-        seed: int = 0,
+        options: Options = DEFAULTS,
         **kwargs: Any,
     ) -> None:
-        options = Options(
-            rank=rank,
-            tikhonov=tikhonov,
-            normalize=normalize,
-            targets=targets,
-            delay=delay,
-            folds=folds,
-            seed=seed,
-        )
         check_quantities(quantities)
         super().__init__(**kwargs)
         self.center = None if center is None else [offset.detach().double() for offset in center]
-        self.folds, self.delay, self.seed = folds, delay, seed
+        folds, delay = self.folds, self.delay = options.folds, options.delay
+        self.seed = options.seed
         self.links = () if links is None else tuple(tuple(map(int, read)) for read in links)
         self.options = options
         self.quantities = tuple(quantities)
@@ -191,7 +164,7 @@ class KoopmanCredit(Metric):
         if not rows or rows[0].shape[0] == 0:
             raise ValueError("no sample arrived; states must hold at least one row")
         layout = self.layout or self._layout_of([row.shape[1] for row in rows], components)
-        _check_rows(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
+        check_states(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
         # A state that was made in inference mode could not be added to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if self.layout is None or components != self.components:
@@ -285,25 +258,17 @@ class KoopmanCredit(Metric):
             ValueError: If fewer than two samples were seen.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-            credits, components, layout = self._credits(), self._names(), self.layout
-            n_samples = int(self.moments[:, 0].sum())
-        assert layout is not None
-        notes, needed = list(notes), samples_needed(layout)
-        if n_samples < needed:
-            enough = needed if enough is None else enough
-            note = f"{n_samples} samples are few for states this wide; take {enough} or more"
-            warnings.warn(note, stacklevel=2)
-            notes.append(note)
-        return build_report(
-            components,
-            credits,
-            n_samples=n_samples,
-            variance_kept=variance_kept,
-            notes=notes,
-            step=step,
-            folds=self.folds,
-            delay=self.delay,
-        )
+            return report_on(
+                self._laid_out(),
+                self.moments,
+                self.options,
+                self._names(),
+                center=self.center,
+                variance_kept=variance_kept,
+                notes=notes,
+                step=step,
+                enough=enough,
+            )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one or several results of ``compute``.
@@ -317,10 +282,14 @@ class KoopmanCredit(Metric):
         """
         return self._plot(val, ax)
 
-    def _credits(self) -> Credits:
+    def _laid_out(self) -> Layout:
         if self.layout is None:
             raise ValueError("no sample arrived; call update with the states of a batch first")
-        return compute_credits(self.layout, self.moments.double(), self.options, center=self.center)
+        return self.layout
+
+    def _credits(self) -> Credits:
+        layout = self._laid_out()
+        return compute_credits(layout, self.moments.double(), self.options, center=self.center)
 
     def _names(self) -> tuple[str, ...]:
         width = 0 if self.layout is None else len(self.layout.dims) - 1
@@ -376,19 +345,3 @@ class KoopmanCredit(Metric):
             return fn(tensor) if exact_device(place) == place else tensor.to(exact_device(place))
 
         return super()._apply(moved, exclude_state)
-
-
-def _check_rows(rows: Sequence[Tensor], names: Sequence[str], layout: Layout) -> None:
-    """Refuse states that do not fit each other or the layout, or are not finite."""
-    if len(rows) != len(names):
-        raise ValueError(f"{len(rows)} states arrived; expected {len(names)}: {tuple(names)}")
-    for name, row, width in zip(names, rows, layout.dims, strict=True):
-        if row.shape != (rows[0].shape[0], width):
-            raise ValueError(
-                f"state {name!r} has shape {tuple(row.shape)}; expected ({rows[0].shape[0]}, {width})"
-            )
-    # A finite sum has finite terms, and is found faster.
-    if not all(map(math.isfinite, torch.stack([row.sum().to(rows[0]) for row in rows]).tolist())):
-        for name, row in zip(names, rows, strict=True):
-            if not bool(torch.isfinite(row).all()):
-                raise ValueError(f"state {name!r} holds NaN or infinity; leave that batch out")

@@ -24,24 +24,35 @@ class ProcessError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one process tells the others about its part of the samples.
+class Chain:
+    """The states that batches are measured in, which must be the same in all batches and processes.
 
     Attributes:
         names: Names of the states; empty where no batch arrived.
         widths: Their widths before reduction.
-        count: Number of samples.
-        center: Offsets that its moments are summed about; empty while rows wait for a basis.
-        error: What went wrong, if anything did.
-        links: For each step, the states it reads, where they are not just the ones before.
+        links: For each step, the states it reads; empty where each reads the one before it.
     """
 
     names: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
+    links: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process tells the others about its part of the samples.
+
+    Attributes:
+        chain: The states.
+        count: Number of samples.
+        center: Offsets that its moments are summed about; empty while rows wait for a basis.
+        error: What went wrong, if anything did.
+    """
+
+    chain: Chain = Chain()
     count: int = 0
     center: tuple[Tensor, ...] = ()
     error: str | None = None
-    links: tuple[tuple[int, ...], ...] = ()
 
 
 def exchange(share: Share) -> list[Share]:
@@ -64,11 +75,11 @@ def agreed(shares: Sequence[Share]) -> Share:
         return Share()
     first_rank, first = next(iter(seen.items()))
     for rank, share in seen.items():
-        chain, expected = ((s.names, s.widths, s.links) for s in (share, first))
+        chain, expected = share.chain, first.chain
         if chain != expected:
             raise ProcessError(
-                f"process {rank} ran the components {share.names} of widths {share.widths}, process "
-                f"{first_rank} {first.names} of {first.widths}. Choose components that run alike "
+                f"process {rank} ran the components {chain.names} of widths {chain.widths}, process "
+                f"{first_rank} {expected.names} of {expected.widths}. Choose components that run alike "
                 "everywhere with components=[...]."
             )
     return first
@@ -102,7 +113,7 @@ def agree_on_basis(
         try:
             blocks = [
                 torch.stack([gathered[rank][state][i] for i, rank in turns])
-                for state in range(len(agreed(shares).names))
+                for state in range(len(agreed(shares).chain.names))
             ]
             answer = [fit(blocks)]
         except Exception as error:

@@ -9,12 +9,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset, IterableDataset
 
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
-from lightning_koopman.network.tensors import all_tensors, exact_device, first_tensor
+from lightning_koopman.network.tensors import (
+    all_tensors,
+    exact_device,
+    first_tensor,
+    need_not_wait,
+)
 
 ForwardFn = Callable[[nn.Module, Any], Any]
+
+
+NO_SAMPLES = (
+    "no sample arrived: the batches were empty (a generator gives its batches only once: pass a list or "
+    "a DataLoader)"
+)
+
+
+def check_arguments(model: object, batches: object) -> None:
+    """Refuse what is no model, and what would not give batches when iterated."""
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise ValueError(f"model is the class {model.__name__}; pass an instance, {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    kind = type(batches).__name__
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
+            "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise ValueError(
+            f"batches is a dataset ({kind}), whose samples would each be taken for a batch; pass "
+            "DataLoader(dataset, batch_size=256)"
+        )
+    if hasattr(batches, "val_dataloader"):
+        raise ValueError(
+            f"batches is a DataModule ({kind}); pass one of its loaders: call prepare_data() and "
+            'setup("validate"), then pass val_dataloader()'
+        )
+    if not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
+        raise ValueError(f"batches is a {kind}; it must be an iterable of batches, such as a DataLoader")
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
@@ -80,9 +118,10 @@ def _call_by_name(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a nested batch."""
+    """Move the tensors of a nested batch; nothing waits for what goes to a GPU."""
     if hasattr(value, "to") and callable(value.to):
-        return value.to(device)
+        ordered = isinstance(value, Tensor | PackedSequence) and need_not_wait(device)
+        return value.to(device, non_blocking=True) if ordered else value.to(device)
     if isinstance(value, Mapping):
         return {name: to_device(part, device) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.components import clean_name, common_ancestor, transparent_modules
-from lightning_koopman.network.hook_points import attach
+from lightning_koopman.network.hook_points import attach, is_wrapped, wrap
 from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.tensors import all_tensors, first_tensor
+from lightning_koopman.network.tensors import all_tensors, exactly, first_tensor, need_not_wait
 
 BYTES_KEPT = 256 * 2**20
 """Most bytes of arguments that are kept to be run again."""
@@ -220,10 +220,15 @@ class Recording:
             tensor = first_tensor(new)
             if old is None or tensor is None:
                 continue
-            tensor = tensor.detach().to("cpu")
+            # Compared where it is: only there, a copy that nobody waited for is complete.
+            tensor, old = tensor.detach(), old.to(tensor.device)
             scale = float(old.abs().max()) if old.numel() else 0.0
             if tensor.shape != old.shape or not torch.allclose(
-                tensor.double(), old.double(), rtol=1e-3, atol=1e-5 * scale, equal_nan=True
+                exactly(tensor).double(),
+                exactly(old).double(),
+                rtol=1e-3,
+                atol=1e-5 * scale,
+                equal_nan=True,
             ):
                 name = self._names[id(call.module)]
                 return f"{name!r} does not give again what it gave (it samples, or keeps state)"
@@ -232,7 +237,7 @@ class Recording:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         forward = vars(module).get("forward")
         # Under ddp a step itself arrives as a call, with the step in place of the module's own forward.
-        counts = isinstance(forward, _Around) or forward is self._own.get(id(module))
+        counts = is_wrapped(forward) or forward is self._own.get(id(module))
         if counts and not any(self._inside):
             self._begin(module, args, kwargs, direct=False)
         self._inside.append(counts)
@@ -270,7 +275,7 @@ class Recording:
             if self._flow is not None:
                 self._flow.label(output, f"{number}")
             tensor = None if self.steps else first_tensor(output)
-            self._step.outputs.append(None if tensor is None else tensor.detach().to("cpu", copy=True))
+            self._step.outputs.append(None if tensor is None else _copied(tensor))
         except Exception as error:
             self._reason = (
                 self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
@@ -306,7 +311,12 @@ class Recording:
         if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
             self._reason = self._reason or f"the step runs code of its own before {name!r}"
         self._step.n_bytes += tensor.nbytes
-        return _Kept(tensor.detach().to("cpu", copy=True), tensor.device)
+        return _Kept(_copied(tensor), tensor.device)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU without waiting for a GPU; what runs there later finds it complete."""
+    return tensor.detach().to("cpu", copy=True, non_blocking=need_not_wait(tensor.device))
 
 
 @dataclass(frozen=True)
@@ -347,7 +357,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 def _revived(value: Any) -> Any:
     def revive(part: Any) -> Any:
         if isinstance(part, _Kept):
-            return part.copy.to(part.device, copy=True)
+            return part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
         return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
 
     return _mapped(value, revive)
@@ -363,53 +373,3 @@ def _fed(value: Any, returned: list[Any]) -> Any:
         return given.as_strided(part.size, part.stride, given.storage_offset() + part.offset)
 
     return _mapped(value, feed)
-
-
-class _Around:
-    """Stands in for a module's ``forward`` while somebody listens; a copy is the copy's own."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
-        self.own = name in vars(module)
-        self.inner = getattr(module, name)
-        self.listeners: list[Callable[..., Any]] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        called = self.inner
-        for listener in self.listeners:
-            called = functools.partial(_listened, listener, called)
-        return called(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.module, self.name)
-
-
-def _listened(
-    listener: Callable[..., Any], called: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    return listener(called, args, kwargs)
-
-
-def wrap(module: nn.Module, name: str, listener: Callable[..., Any]) -> ExitStack:
-    """Let a listener call what a module calls by ``name``, until the stack that comes back is closed.
-
-    It is called with what it stands in for, the arguments and the keyword arguments. Several may listen
-    and leave in any order.
-    """
-    values = vars(module)
-    if not isinstance(values.get(name), _Around):
-        values[name] = _Around(module, name)
-    around: _Around = values[name]
-    around.listeners.append(listener)
-
-    def leave() -> None:
-        around.listeners.remove(listener)
-        if not around.listeners and values.get(name) is around:
-            if around.own:
-                values[name] = around.inner
-            else:
-                del values[name]
-
-    hooks = ExitStack()
-    hooks.callback(leave)
-    return hooks

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman.network.tensors import all_tensors, parts_of
+from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of
 
 INPUT = "input"
 """Name of the state before the first component."""
@@ -36,6 +36,8 @@ class Recorded:
         from_float: Whether the component took a floating-point tensor.
         is_loss: Whether it compares other states with data that no other component takes.
         is_frozen: Whether its component has parameters, and none of them is trained.
+        ignores_data: Whether no data of the batch reaches it, though its component was given some or
+            took no floating-point tensor: position embeddings, as a rule.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Recorded:
     from_float: bool = True
     is_loss: bool = False
     is_frozen: bool = False
+    ignores_data: bool = False
 
     @property
     def is_input(self) -> bool:
@@ -53,7 +56,7 @@ class Recorded:
         return self.name.partition("#")[0] == INPUT
 
 
-Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Tensor]
+Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Any]
 """How the spatial or sequence axes of a state become part of one row a sample."""
 
 REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")
@@ -92,7 +95,7 @@ class RowForm:
     reduce: Reduce = "pool"
 
     def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Apply the form."""
+        """Apply the form; of sequences, use what :func:`valid_positions` or lengths say holds data."""
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise ValueError(f"a state of shape {tuple(tensor.shape)} holds no sample; rows are samples")
         # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
@@ -109,9 +112,8 @@ class RowForm:
             return values.reshape(values.shape[0], -1).to(dtype, copy=True)
         if not self.channels_first:
             values = values.movedim(-1, 1)
-        valid = valid if valid is not None and values.shape[2:] == valid.shape[1:] else None
-        reduced = self._reduced(values, valid)
-        own = reduced.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        reduced = self._reduced(values, None if valid is None else _mask_of(values, valid))
+        own = reduced.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return reduced.to(dtype, copy=not own).flatten(1)
 
     def _reduced(self, values: Tensor, valid: Tensor | None) -> Tensor:
@@ -128,7 +130,7 @@ class RowForm:
             wide = values.to(torch.promote_types(values.dtype, torch.float32))
             if len(self.grid) == 1:
                 return F.adaptive_avg_pool1d(wide, list(self.grid))
-            weights = _cell_weights(tuple(values.shape[2:]), self.grid).to(wide)
+            weights = _cell_weights(tuple(values.shape[2:]), self.grid, wide.device, wide.dtype)
             # Hooks run in the user's autocast, where a product would lose half its digits.
             with torch.autocast(wide.device.type, enabled=False):
                 return wide.flatten(2) @ weights
@@ -179,8 +181,10 @@ def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -
 
 
 @functools.lru_cache(maxsize=64)
-def _cell_weights(sizes: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-    """Averages over the cells of a grid as one product, which is far faster than adaptive pooling.
+def _cell_weights(
+    sizes: tuple[int, ...], grid: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Return averages over the cells of a grid as one product, which is far faster than pooling.
 
     The cells are those of ``torch.nn.functional.adaptive_avg_pool2d``.
     """
@@ -190,7 +194,21 @@ def _cell_weights(sizes: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
             cell, place = torch.arange(cells)[:, None], torch.arange(size)
             inside = (place >= cell * size // cells) & (place < -(-(cell + 1) * size // cells))
             weights = torch.kron(weights, inside / inside.sum(dim=1, keepdim=True).double())
-        return weights.T.contiguous()
+        return weights.T.contiguous().to(device, dtype, non_blocking=need_not_wait(device))
+
+
+def _mask_of(values: Tensor, valid: Tensor) -> Tensor | None:
+    """Return which positions of ``(n, channels, length)`` hold data, where the marks are about these."""
+    if valid.ndim > 1:
+        return valid if values.shape[2:] == valid.shape[1:] else None
+    if values.ndim != 3:
+        return None
+    size = values.shape[2]
+    fits = valid.max() == size
+    # Asking a device would wait for it: there, a state of another length is used as a whole.
+    if valid.device.type == "cpu" and not bool(fits):
+        return None
+    return (torch.arange(size, device=valid.device) < valid[:, None]) | ~fits
 
 
 def _cell_means(values: Tensor, cells: int, valid: Tensor | None) -> Tensor:
@@ -226,7 +244,10 @@ def has_channels_first(tensor: Tensor, module: nn.Module) -> bool:
 
 
 def valid_positions(batch: Any) -> Tensor | None:
-    """Find which positions of padded sequences hold data.
+    """Find which positions of padded sequences hold data: a mask, or the length of each sequence.
+
+    On the CPU, what holds other numbers than 0 and 1 is no mask. A device is not asked, for that would
+    wait for it: there, such a mask leaves out nothing.
 
     Example:
         >>> valid_positions({"ids": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])})
@@ -239,11 +260,12 @@ def valid_positions(batch: Any) -> Tensor | None:
         if not isinstance(value, Tensor) or not isinstance(name, str):
             continue
         word = name.lower()
-        if "mask" in word and value.ndim == 2 and bool(((value == 0) | (value == 1)).all()):
-            mask = value.bool()
-            return ~mask if "pad" in word else mask
+        if "mask" in word and value.ndim == 2:
+            is_mask = ((value == 0) | (value == 1)).all()
+            if value.device.type != "cpu" or bool(is_mask):
+                return ((value == 0) if "pad" in word else (value != 0)) | ~is_mask
         if word in ("lengths", "length", "lens", "seq_lengths", "input_lengths") and value.ndim == 1:
-            return torch.arange(int(value.max()), device=value.device) < value[:, None]
+            return value
     return None
 
 

@@ -170,6 +170,17 @@ def exact_device(device: torch.device) -> torch.device:
     return device
 
 
+_ORDERED = {"cuda"}
+
+
+def need_not_wait(device: torch.device) -> bool:
+    """Check whether copies to and from a device are in order with what runs there.
+
+    Then nobody need wait for them, as long as what arrives on the CPU is used on the device alone.
+    """
+    return device.type in _ORDERED
+
+
 def exactly(tensor: Tensor) -> Tensor:
     """Move a tensor to where its statistics can be made, if that is elsewhere."""
     return tensor.to(exact_device(tensor.device))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import glob
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -149,21 +148,17 @@ def load_checkpoint(
         content = torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error):
-            raise CheckpointError(
-                f"{path} holds more than weights ({_refused(error)}), which could run code. If you "
-                "made the file yourself, allow it with --trust-checkpoint (trust_checkpoint=True)"
-            ) from None
-        raise CheckpointError(f"{path} is damaged: {error}") from None
     except Exception as error:  # the unpickler raises anything at all on bytes that are no checkpoint
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read ({reason})") from None
+        _refuse(path, error)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     tensors = _chosen_weights(path, content, weights)
     if not isinstance(tensors, Mapping) or not all(isinstance(v, Tensor) for v in tensors.values()):
-        raise CheckpointError(f"{path} holds no state_dict of tensors")
+        found = ", ".join(repr(str(name)) for name in list(content)[:5])
+        raise CheckpointError(
+            f"{path} holds no state_dict of tensors but {found or 'nothing'}; name a checkpoint that "
+            "the Trainer wrote, or a file of torch.save(model.state_dict(), ...)"
+        )
     step = content.get("global_step")
     saved = [content.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters")]
     own, of_data = (entry if isinstance(entry, Mapping) else {} for entry in saved)
@@ -216,9 +211,24 @@ def _is_sharded(path: Path) -> bool:
     return path.is_dir() and (path / ".metadata").exists()
 
 
-def _refused(error: BaseException) -> str:
-    """Return what the safe unpickler refused, without its advice to switch safety off."""
-    for line in str(error).splitlines():
-        if "GLOBAL" in line or "Unsupported" in line:
-            return line.strip().split(". ")[0][:160]
-    return "an object of another kind"
+def _refuse(path: Path, error: Exception) -> NoReturn:
+    """Raise why a file is not read, without the unpickler's advice to switch safety off."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, OSError):
+        raise CheckpointError(f"{path} cannot be read ({error.strerror or reason})") from None
+    with open(path, "rb") as file:
+        start = file.read(2)
+    # A zip file, or what torch wrote before 1.6. Advice to trust other bytes would be bad advice.
+    if start != b"PK" and start[:1] != b"\x80":
+        raise CheckpointError(
+            f"{path} is no checkpoint, or a damaged one; name a file that the Trainer or "
+            "torch.save wrote"
+        ) from None
+    if "Weights only load failed" not in str(error):
+        raise CheckpointError(f"{path} is damaged ({reason}); name another checkpoint") from None
+    lines = (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line)
+    refused = next(lines, "an object of another kind").strip().split(". ")[0][:160]
+    raise CheckpointError(
+        f"{path} holds more than weights ({refused}), which could run code. If you made the file "
+        "yourself, allow it with --trust-checkpoint (trust_checkpoint=True)"
+    ) from None

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_koopman.koopman.operator import KoopmanOperator
+from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.report.effects import Effects
 
 MIN_R2 = 0.5
@@ -51,6 +52,7 @@ class ReportFields:
     effects: Effects | None = field(default=None, repr=False)
     types: tuple[str, ...] = ()
     parameters: tuple[int, ...] = ()
+    reference: Reference | None = field(default=None, repr=False)
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:

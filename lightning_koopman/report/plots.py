@@ -64,6 +64,46 @@ def plot_evolution(reports: Sequence[ReportFields], quantity: str = "credit") ->
     return figure
 
 
+def plot_marked(
+    components: Sequence[str],
+    values: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    marked: NDArray[np.bool_],
+    xlabel: str,
+    title: str,
+) -> Figure:
+    """Draw one number per component with two standard errors; those that are marked stand out."""
+    figure = Figure(figsize=(8, _height(len(components), 0.35, 1.4)), layout="constrained")
+    axis = figure.subplots()
+    colors = np.where(marked, _CHAIN, _DOUBTED)
+    axis.barh(np.arange(len(components)), values, xerr=2 * stderr, color=colors, capsize=3)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel(xlabel)
+    _name_rows(axis, components)
+    axis.invert_yaxis()
+    figure.suptitle(title)
+    return figure
+
+
+def plot_steps(
+    names: Sequence[str],
+    loss: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    admitted: float,
+    label: str,
+) -> Figure:
+    """Draw a loss after each of several steps, with its standard error and the loss that is admitted."""
+    figure = Figure(figsize=(max(5.0, min(14.0, 0.6 * len(names) + 2)), 3.6), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(names))
+    axis.errorbar(places, loss, np.nan_to_num(stderr), fmt="o-", ms=4, color=_BELIEVED, capsize=2)
+    axis.axhline(admitted, color=_CHAIN, linewidth=0.8, linestyle=":")
+    axis.set_xticks(places, names, rotation=45, ha="right")
+    axis.set_xlabel("component, one after the other")
+    axis.set_ylabel(label)
+    return figure
+
+
 def plot_directions(report: ReportFields) -> Figure:
     """Draw how each component's credit splits over the output directions, as a heat map."""
     if report.directions == 0:

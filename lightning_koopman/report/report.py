@@ -66,8 +66,8 @@ class CreditReport(ReportFields):
         notes: What a reader must know: dropped directions, silent components, too few samples.
         operators: Koopman operator of each component; empty in a report read from JSON.
         step: Training step the weights belong to, if known.
-        parts: By state, in order of execution, the module calls that its component is made of, the last
-            of which gives the state. A first state that is no component is x_0.
+        parts: By component, in order of execution, the module calls that it is made of, the last of
+            which gives its output; also by those that one state joins.
         reads: By component, the states that its operator takes, the nearest first; empty in a report
             read from JSON.
         folds: Number of folds that the error bars rest on; their degrees of freedom are one less.
@@ -79,6 +79,8 @@ class CreditReport(ReportFields):
             ``dataclasses.replace(report, effects=component_effects(...))`` has filled it in.
         types: Class of the module of each component; empty where unknown.
         parameters: Number of parameters of each component; empty where unknown.
+        reference: What :func:`lightning_koopman.drift` holds other weights or samples against; ``None``
+            in a report read from JSON.
     """
 
     def to_scalars(
@@ -122,7 +124,7 @@ class CreditReport(ReportFields):
         Returns:
             Everything but the operators.
         """
-        return {"format": FORMAT, **to_plain(self, leave_out=("operators", "reads"))}
+        return {"format": FORMAT, **to_plain(self, leave_out=("operators", "reads", "reference"))}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the report as JSON; numbers that are not finite become ``null``.
@@ -177,6 +179,27 @@ class CreditReport(ReportFields):
         if fields["effects"] is not None:
             fields["effects"] = Effects(**fields["effects"])
         return cls(**fields)
+
+    def save_reference(self, path: str | os.PathLike[str]) -> None:
+        """Write what :func:`lightning_koopman.drift` needs of this network, in the safetensors format.
+
+        The file holds operators, means, bases and names, no weights, no samples and nothing that could
+        be run.
+
+        Args:
+            path: File to write, completely or not at all.
+
+        Raises:
+            ValueError: If the report holds no reference: one read from JSON has none.
+        """
+        from lightning_koopman.report.reference_file import write_reference
+
+        if self.reference is None:
+            raise ValueError(
+                "the report holds no reference, for JSON keeps none; save the reference of a report "
+                "that was just measured (credit_report, or evaluate --reference)"
+            )
+        write_reference(self.reference, path)
 
     def plot(self) -> Figure:
         """Draw credits and gains with their error bars, and how far each row may be believed.

@@ -37,6 +37,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a file of JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ReportFormatError(
+            f"{os.fspath(path)} is no text file; a report is a JSON file that evaluate or to_json wrote "
+            "(evaluate --ckpt measures a checkpoint)"
+        ) from None
     # A number of thousands of digits is a plain ValueError.
     except (ValueError, RecursionError) as error:
         raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None

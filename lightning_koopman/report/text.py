@@ -93,6 +93,33 @@ class Fitted:
         return table
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """A table with lines of rich's markup below it.
+
+    The caption of a table that is wider than the screen would lose the end of each line.
+    """
+
+    table: Table
+    lines: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Wrap the lines to the table's width, or to the screen's if that is less."""
+        yield self.table
+        width = min(options.max_width, console.measure(self.table, options=options).maximum)
+        if self.lines:
+            yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
+
+
+def new_table(title: str, numbers: Sequence[str]) -> Table:
+    """Return an empty table with a column of names and others of numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("component", overflow="fold", min_width=9)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def as_text(table: Any) -> str:
     """Render what rich can print as plain text."""
     file = io.StringIO()

@@ -20,7 +20,7 @@ from lit import LitNet, dataset, hooks_on, loaders, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman import KoopmanCreditMonitor, Options, credit_report
 
 COMPONENTS = ("net.0", "net.4", "net.6")
 NO_LOGGER = "ignore:the Trainer has no logger"
@@ -139,12 +139,12 @@ def test_max_samples_bounds_what_is_looked_at(tmp_path: Any) -> None:
 
 def test_logs_every_component_at_lightnings_own_step(tmp_path: Any) -> None:
     recorder = Recorder()
-    monitor = KoopmanCreditMonitor(quantities=("credit", "r2_stderr"), on_error="raise")
+    monitor = KoopmanCreditMonitor(on_error="raise")
     _, trainer = fit(tmp_path, [monitor], logger=recorder)
     ours = [(step, row) for step, row in recorder.rows if any(k.startswith("koopman/") for k in row)]
     lightnings = [step for step, row in recorder.rows if "val_loss" in row]
     assert [step for step, _ in ours] == lightnings == [3, 7, 11]
-    expected = {f"koopman/{q}/{c}" for q in ("credit", "r2_stderr") for c in COMPONENTS}
+    expected = {f"koopman/{q}/{c}" for q in ("credit", "gain") for c in COMPONENTS}
     for (_, row), report in zip(ours, monitor.history, strict=True):
         assert {k for k in row if k.startswith("koopman/")} >= expected | {"koopman/total"}
         assert all(type(value) is float for value in row.values())
@@ -254,7 +254,6 @@ def test_misspelt_component_is_refused_before_training(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantities": ["merit"]}, "unknown quantities"),
         ({"every_n_epochs": 0}, "every_n_epochs is 0"),
         ({"max_samples": 0}, "max_samples is 0"),
         ({"max_dim": 0}, "max_dim is 0"),
@@ -266,8 +265,25 @@ def test_misspelt_component_is_refused_before_training(tmp_path: Any) -> None:
     ],
 )
 def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    own = options.keys() & {"every_n_epochs", "max_samples", "on_error"}
     with pytest.raises(ValueError, match=message):
-        KoopmanCreditMonitor(**options)
+        KoopmanCreditMonitor(**options if own else {"options": Options(**options)})
+
+
+@pytest.mark.parametrize(
+    ("argument", "where"),
+    [
+        ("max_dim", r"max_dim moved into options: write options=Options\(max_dim=8\)"),
+        ("quantities", "trainer.callback_metrics and monitor.history hold every quantity"),
+        ("top_k", "top_k is no argument any more: name the components"),
+        ("layout", "figures=False leaves it out"),
+        ("hyperparameters", "logger.log_hyperparams"),
+        ("nonsense", "unexpected keyword argument 'nonsense'"),
+    ],
+)
+def test_earlier_arguments_say_where_they_went(argument: str, where: str) -> None:
+    with pytest.raises(TypeError, match=where):
+        KoopmanCreditMonitor(**{argument: 8})
 
 
 class Failing(LitNet):
@@ -450,16 +466,16 @@ def test_works_in_the_other_namespace(tmp_path: Any) -> None:
 
 
 def test_reductions_and_the_output_are_passed_on(tmp_path: Any) -> None:
-    monitor = KoopmanCreditMonitor(reduce="flatten", output="net.4", on_error="raise")
+    monitor = KoopmanCreditMonitor(on_error="raise", options=Options(reduce="flatten", output="net.4"))
     fit(tmp_path, [monitor])
     assert monitor.report is not None
     assert monitor.report.components == ("net.0", "net.4")
     with pytest.raises(ValueError, match="reduce holds 'sum'; choose one of"):
-        KoopmanCreditMonitor(reduce="sum")
+        KoopmanCreditMonitor(options=Options(reduce="sum"))
     with pytest.raises(
         ValueError, match=r"output is .*; a callback does not see what the model returns"
     ):
-        KoopmanCreditMonitor(output=lambda out: out)
+        KoopmanCreditMonitor(options=Options(output=lambda out: out))
 
 
 def run_again(name: str, missing: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def project(user_module: Callable[..., Path]) -> Path:
     return folder
 
 
-COMMAND = ["evaluate", "--model=disk_user:net", "--data=disk_user:data", "--ckpt=1.ckpt"]
+COMMAND = ["evaluate", "--model=disk_user:network", "--data=disk_user:batches", "--ckpt=1.ckpt"]
 
 
 @pytest.mark.parametrize(("spoil", "words"), [(fill, "No space left"), (read_only, "Read-only")])

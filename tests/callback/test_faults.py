@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman import KoopmanCreditMonitor, Options
 
 
 class Fault(Exception):
@@ -346,7 +346,10 @@ def test_weights_averaged_over_the_last_epochs(ours_first: bool) -> None:
 
 
 def test_two_monitors() -> None:
-    monitors = [KoopmanCreditMonitor(), KoopmanCreditMonitor(prefix="koopman/wide", rank=1)]
+    monitors = [
+        KoopmanCreditMonitor(),
+        KoopmanCreditMonitor(prefix="koopman/wide", options=Options(rank=1)),
+    ]
     check_alike(*monitors)
     assert [len(monitor.history) for monitor in monitors] == [2, 2]
 

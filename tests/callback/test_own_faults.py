@@ -21,18 +21,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor
 from lightning_koopman.callback.loggers import CreditWriter
+from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.measurement.metric import KoopmanCredit
 from lightning_koopman.network.capture import Capture
 
 # Where one measurement passes, from the first hook to the last number.
 PLACES = [
-    (CreditWriter, "log_options"),
     (KoopmanCreditMonitor, "_begin"),
     (Capture, "__enter__"),
     (Measurement, "_keep"),
     (Measurement, "end_pass"),
-    (KoopmanCredit, "update"),
+    (Accumulator, "_sum"),
     (Measurement, "report"),
     (CreditWriter, "draw"),
     (CreditWriter, "scalars"),
@@ -95,7 +94,7 @@ def test_an_error_of_ours_ends_nothing(place: tuple[Any, str], way: str, tmp_pat
 
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError("ours"), MemoryError("ours")])
-@pytest.mark.parametrize("place", PLACES[4:7], ids=NAMES[4:7])
+@pytest.mark.parametrize("place", PLACES[3:6], ids=NAMES[3:6])
 def test_numerics_of_ours_that_fail_end_nothing(place: tuple[Any, str], error: Exception) -> None:
     assert check_alike(ours=lambda: broken(place, error)).history == []
 

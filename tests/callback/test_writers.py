@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_koopman import (
     CreditReport,
     KoopmanCreditMonitor,
+    Options,
     component_effects,
     credit_report,
     evaluate_checkpoints,
@@ -52,11 +53,10 @@ def loader():
     return DataLoader(TensorDataset(x, x[:, :3].sin()), batch_size=32)
 
 
-def fit(logger, epochs=3, monitors=None, hyperparameters=False, **options):
+def fit(logger, epochs=3, monitors=None, **options):
     torch.manual_seed(0)
     if monitors is None:
         monitors = [KoopmanCreditMonitor(on_error="raise", **options)]
-        monitors[0]._writer.hyperparameters = hyperparameters
     trainer = L.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -88,7 +88,9 @@ def many(size: int, **changes) -> CreditReport:
     """A report over ``size`` components, credits rising with depth."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    base = credit_report(net, torch.randn(60, 3).split(30), components=["0", "1"], tikhonov=1e-6)
+    base = credit_report(
+        net, torch.randn(60, 3).split(30), components=["0", "1"], options=Options(tikhonov=1e-6)
+    )
     names = tuple(f"block.{i}" for i in range(size))
 
     def grown(values):
@@ -113,9 +115,7 @@ def many(size: int, **changes) -> CreditReport:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tb")
-    trainer, monitor = fit(
-        TensorBoardLogger(folder, name="", version=""), epochs=5, hyperparameters=True
-    )
+    trainer, monitor = fit(TensorBoardLogger(folder, name="", version=""), epochs=5)
     return events(folder), trainer, monitor
 
 
@@ -172,26 +172,10 @@ def test_the_users_hyperparameters_are_as_without_the_callback(kind, tmp_path):
     fit(kind(tmp_path, name="", version="without"), epochs=1, monitors=[])
     files = [tmp_path / version / "hparams.yaml" for version in ("with", "without")]
     assert files[0].read_text() == files[1].read_text() == "width: 8\n"
-    saved = fit(kind(tmp_path, name="", version="asked"), epochs=1, hyperparameters=True)[0]
-    saved.save_checkpoint(tmp_path / "saved.ckpt")
-    assert "koopman/max_dim: 256" in (tmp_path / "asked" / "hparams.yaml").read_text()
-    loaded = Net.load_from_checkpoint(tmp_path / "saved.ckpt", hparams_file=files[0])
-    assert dict(loaded.hparams) == {"width": 8}
-
-
-def test_options_that_are_asked_for_and_the_modules_own_hyperparameters_arrive_together(run):
-    accumulator, _, _ = run
-    from tensorboard.plugins.hparams import metadata
-
-    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    given = metadata.parse_session_start_info_plugin_data(content).hparams
-    assert given["width"].number_value == 8
-    assert given["koopman/max_dim"].number_value == 256
-    assert given["koopman/tikhonov"].string_value == "None"
 
 
 def test_layout_and_figures_can_be_switched_off(tmp_path):
-    fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, layout=False, figures=False)
+    fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, figures=False)
     tags = events(tmp_path).Tags()
     assert not tags["images"]
     assert not [t for t in tags["tensors"] if "custom" in t or "report" in t]
@@ -216,7 +200,9 @@ def test_a_loggers_own_prefix_reaches_the_layout(tmp_path):
 
 def test_too_many_components_are_cut_and_said_once():
     writer, report = CreditWriter(), many(60)
-    with pytest.warns(UserWarning, match=r"60 components .* 300 tags, more than 200; .* top_k=60"):
+    with pytest.warns(
+        UserWarning, match=r"60 components .* 300 tags, more than 200; .* Name components to choose"
+    ):
         scalars = writer.scalars(report, overhead_s=0.1)
     assert len(scalars) <= 200
     assert "koopman/credit/block.59" in scalars
@@ -225,23 +211,6 @@ def test_too_many_components_are_cut_and_said_once():
         warnings.simplefilter("error")
         writer.scalars(many(60, credit=-np.arange(60.0)))
     assert "block.59" in writer.shown
-
-
-def test_top_k_is_taken_as_given():
-    assert CreditWriter(top_k=60).scalars(many(60)).keys() >= {"koopman/gain/block.0"}
-    writer = CreditWriter(top_k=2)
-    writer.scalars(many(5, credit=np.array([1.0, np.nan, 3.0, 2.0, 0.0])))
-    assert writer.shown == ("block.2", "block.3")
-
-
-def test_top_k_below_one_is_refused():
-    with pytest.raises(ValueError, match="top_k is 0; at least one component"):
-        CreditWriter(top_k=0)
-
-
-def test_unknown_quantity_is_refused():
-    with pytest.raises(ValueError, match=r"unknown quantities \['worth'\]"):
-        KoopmanCreditMonitor(quantities=["worth"])
 
 
 def test_csv_gets_scalars(tmp_path):
@@ -275,10 +244,9 @@ def test_mlflow_file_store_gets_scalars_figures_and_table(tmp_path, monkeypatch)
     pytest.importorskip("mlflow", reason="MLflow is not installed")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger(save_dir=str(tmp_path / "mlruns"))
-    fit(logger, epochs=2, hyperparameters=True)
+    fit(logger, epochs=2)
     run = logger.experiment.get_run(logger.run_id)
     assert "koopman/credit/net.0" in run.data.metrics
-    assert run.data.params["koopman/max_dim"] == "256"
     stored = [f.path for f in logger.experiment.list_artifacts(logger.run_id, "koopman")]
     assert "koopman/report.md" in stored
     assert [path for path in stored if path.startswith("koopman/evolution")]
@@ -356,17 +324,6 @@ def test_credits_that_are_not_written_have_no_band():
     ((_, (layouts,), _),) = file.taken
     assert list(layouts) == ["koopman"]
     assert not [key for key in writer.scalars(many(3)) if "credit" in key]
-
-
-def test_options_are_logged_as_plain_values():
-    logger = Taking()
-    logger.log_hyperparams = logger.noted("options")
-    options = {"targets": [1, 2], "reduce": len, "rank": 3}
-    CreditWriter().log_options([logger], options, {})
-    assert logger.taken == []
-    CreditWriter(hyperparameters=True).log_options([logger], options, {})
-    ((_, (given,), _),) = logger.taken
-    assert given == {"koopman/targets": "1, 2", "koopman/reduce": str(len), "koopman/rank": 3}
 
 
 def test_room_is_told_of_folders_that_are_not_there_yet(tmp_path):

@@ -1,7 +1,5 @@
 """Checkpoints of trainings with weight averaging, as Lightning writes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +53,8 @@ def fit(folder: Path, callback: L.Callback, model: L.LightningModule, **options:
     torch.manual_seed(0)
     seen = Seen()
     saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = quiet_trainer(
-        folder, [callback, seen, saving], enable_checkpointing=True, limit_val_batches=0, **options
-    )
+    options |= {"enable_checkpointing": True, "limit_val_batches": 0}
+    trainer = quiet_trainer(folder, [callback, seen, saving], **options)
     trainer.fit(model, loaders()[0])
     trainer.save_checkpoint(folder / "end.ckpt")
     return seen
@@ -67,7 +64,7 @@ def first(path: Path, weights: Any) -> Tensor:
     return next(iter(load_checkpoint(path, weights=weights).state_dict.values()))
 
 
-def test_ema_checkpoints_hold_both(tmp_path: Path) -> None:
+def test_ema_checkpoints_hold_both(tmp_path):
     callback = averaging.EMAWeightAveraging(decay=0.5)
     seen = fit(tmp_path, callback, Plain(), max_epochs=2)
     path = tmp_path / "epoch=1.ckpt"
@@ -82,7 +79,7 @@ def test_ema_checkpoints_hold_both(tmp_path: Path) -> None:
     assert reports["averaged"].source["options"] != reports["current"].source["options"]
 
 
-def test_swa_checkpoints_hold_both_once_averaging_began(tmp_path: Path) -> None:
+def test_swa_checkpoints_hold_both_once_averaging_began(tmp_path):
     seen = fit(tmp_path, StochasticWeightAveraging(0.1, swa_epoch_start=2), Plain(), max_epochs=5)
     early, late = tmp_path / "epoch=0.ckpt", tmp_path / "epoch=3.ckpt"
     with pytest.raises(CheckpointError, match=r"epoch=0\.ckpt was saved before Stochastic.* began"):
@@ -93,14 +90,14 @@ def test_swa_checkpoints_hold_both_once_averaging_began(tmp_path: Path) -> None:
     torch.testing.assert_close(first(late, "averaged"), expected)
 
 
-def test_swa_with_batch_norm_has_no_statistics_for_the_average(tmp_path: Path) -> None:
+def test_swa_with_batch_norm_has_no_statistics_for_the_average(tmp_path):
     fit(tmp_path, StochasticWeightAveraging(0.1, swa_epoch_start=1), Normed(), max_epochs=3)
     with pytest.raises(CheckpointError, match=r"without their BatchNorm statistics.*current weights"):
         load_checkpoint(tmp_path / "epoch=1.ckpt", weights="averaged")
     assert load_checkpoint(tmp_path / "epoch=1.ckpt", weights="current")
 
 
-def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_weights_that_are_not_there_are_named(tmp_path):
     torch.save({"state_dict": Plain().state_dict(), "global_step": 1}, tmp_path / "a.ckpt")
     with pytest.raises(EvaluationError, match=r"a\.ckpt holds no averaged weights.*leave out --weights"):
         evaluate_checkpoints(Plain(), tmp_path, [torch.randn(90, 8)], weights="averaged")

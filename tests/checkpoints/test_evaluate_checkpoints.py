@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from lit import LitNet, dataset
+from small import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_koopman import CheckpointError, EvaluationError, credit_report, evaluate_checkpoints
@@ -19,13 +18,11 @@ def checkpoints(folder: Path, steps: tuple[int, ...] = (30, 10, 20)) -> dict[int
     for step in steps:
         torch.manual_seed(step)
         models[step] = LitNet()
-        torch.save(
-            {"state_dict": models[step].state_dict(), "global_step": step}, folder / f"{step}.ckpt"
-        )
+        save(folder / f"{step}.ckpt", step, state_dict=models[step].state_dict())
     return models
 
 
-def test_each_checkpoint_is_measured_at_its_own_step_in_order(tmp_path: Path) -> None:
+def test_each_checkpoint_is_measured_at_its_own_step_in_order(tmp_path):
     models = checkpoints(tmp_path)
     host = LitNet()
     before = {k: v.clone() for k, v in host.state_dict().items()}
@@ -36,30 +33,26 @@ def test_each_checkpoint_is_measured_at_its_own_step_in_order(tmp_path: Path) ->
         np.testing.assert_array_equal(report.credit, credit_report(models[report.step], BATCHES).credit)
     assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
 
-    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0})
-    events.Reload()
+    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0}).Reload()
     for i, component in enumerate(reports[0].components):
         logged = events.Scalars(f"koopman/credit/{component}")
         assert [event.step for event in logged] == [10, 20, 30]
-        np.testing.assert_allclose(
-            [event.value for event in logged], [r.credit[i] for r in reports], rtol=1e-6
-        )
+        values = [event.value for event in logged]
+        np.testing.assert_allclose(values, [report.credit[i] for report in reports], rtol=1e-6)
 
 
-def test_one_tensor_is_not_taken_for_batches() -> None:
-    with pytest.raises(ValueError, match=r"one tensor of shape \(160, 8\).*x\.split\(256\) or \[x\]"):
-        credit_report(LitNet(), dataset().tensors[0])
-
-
-def test_a_generator_of_batches_serves_every_checkpoint(tmp_path: Path) -> None:
+def test_a_generator_of_batches_serves_every_checkpoint_and_progress_is_told(tmp_path):
     checkpoints(tmp_path)
-    reports = evaluate_checkpoints(LitNet(), tmp_path, iter(BATCHES))
+    seen: list[tuple[int, int]] = []
+    count = {"on_progress": lambda *counts: seen.append(counts)}
+    reports = evaluate_checkpoints(LitNet(), tmp_path, iter(BATCHES), **count)
     assert [report.n_samples for report in reports] == [160, 160, 160]
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
-def test_bad_checkpoints_are_named_after_the_good_ones_were_measured(tmp_path: Path) -> None:
+def test_bad_checkpoints_are_named_after_the_good_ones_were_measured(tmp_path):
     checkpoints(tmp_path, (10, 20))
-    torch.save({"state_dict": LitNet(width=5).state_dict(), "global_step": 15}, tmp_path / "narrow.ckpt")
+    save(tmp_path / "narrow.ckpt", 15, state_dict=LitNet(width=5).state_dict())
     (tmp_path / "broken.ckpt").write_bytes(b"nothing")
     with pytest.raises(EvaluationError) as caught:
         evaluate_checkpoints(LitNet(), [tmp_path, tmp_path / "gone.ckpt"], BATCHES)
@@ -69,7 +62,7 @@ def test_bad_checkpoints_are_named_after_the_good_ones_were_measured(tmp_path: P
         assert part in str(caught.value)
 
 
-def test_the_model_gets_its_weights_back_when_measuring_fails(tmp_path: Path) -> None:
+def test_the_model_gets_its_weights_back_when_measuring_fails(tmp_path):
     checkpoints(tmp_path, (10,))
     host = LitNet()
     before = {k: v.clone() for k, v in host.state_dict().items()}
@@ -82,13 +75,6 @@ def test_the_model_gets_its_weights_back_when_measuring_fails(tmp_path: Path) ->
     assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
 
 
-def test_nothing_to_evaluate(tmp_path: Path) -> None:
+def test_nothing_to_evaluate(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint matches"):
         evaluate_checkpoints(LitNet(), str(tmp_path / "*.ckpt"), BATCHES)
-
-
-def test_progress_is_told(tmp_path: Path) -> None:
-    checkpoints(tmp_path)
-    seen: list[tuple[int, int]] = []
-    evaluate_checkpoints(LitNet(), tmp_path, BATCHES, on_progress=lambda *args: seen.append(args))
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]

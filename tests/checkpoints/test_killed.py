@@ -1,7 +1,5 @@
 """A process that is ended from outside leaves whole files, and the next one goes on from there."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -10,9 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import NET_AND_DATA
-from torch import nn
+import small
 
 from lightning_koopman.report.files import read_reports
 
@@ -22,7 +18,7 @@ import time
 
 class Slow:
     def __iter__(self):
-        for batch in data():
+        for batch in batches():
             time.sleep(0.3)
             yield batch
 
@@ -42,19 +38,14 @@ while True:
 """
 
 
-COMMAND = [sys.executable, "-m", "lightning_koopman.cli.main", "evaluate", "--model=slow_code:net"]
+COMMAND = [sys.executable, "-m", "lightning_koopman.cli.main", "evaluate", "--model=slow_code:network"]
 COMMAND += ["--data=slow_code:slow_data", "--ckpt=ckpt", "--out=r.json"]
 
 
 def checkpoints(folder: Path, count: int) -> None:
-    (folder / "slow_code.py").write_text(NET_AND_DATA + SLOW_DATA)
-    (folder / "ckpt").mkdir()
+    (folder / "slow_code.py").write_text(Path(small.__file__).read_text() + SLOW_DATA)
     for step in range(count):
-        torch.manual_seed(step)
-        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-        torch.save(
-            {"state_dict": model.state_dict(), "global_step": step}, folder / "ckpt" / f"{step}.ckpt"
-        )
+        small.save(folder / "ckpt" / f"{step}.ckpt", step, 1 + step)
 
 
 def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
@@ -65,7 +56,7 @@ def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path) -> None:
+def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path):
     checkpoints(tmp_path, 40)
     with subprocess.Popen(
         COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -83,7 +74,7 @@ def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path):
     checkpoints(tmp_path, 4)
     with subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
         appears(tmp_path / "r.json", run)
@@ -99,7 +90,7 @@ def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_file_is_whole_at_every_moment_until_its_writer_is_killed(tmp_path: Path) -> None:
+def test_a_file_is_whole_at_every_moment_until_its_writer_is_killed(tmp_path):
     path = tmp_path / "r.json"
     with subprocess.Popen([sys.executable, "-c", WRITER], cwd=tmp_path) as run:
         appears(path, run)

@@ -1,42 +1,38 @@
 """Options from a file, and shell completion."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 import subprocess
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from small import save
 
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports
 
-OPTIONS = {"model": "options_code:net", "data": "options_code:data", "ckpt": ["1.ckpt"], "seed": 3}
+OPTIONS = {"model": "mine:network", "data": "mine:batches", "ckpt": ["1.ckpt"]}
 
 
 @pytest.fixture
-def project(user_module: Callable[..., Path]) -> Path:
-    folder = user_module("options_code")
-    weights = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
-    torch.save({"state_dict": weights.state_dict(), "global_step": 1}, "1.ckpt")
-    return folder
+def project(user_module):
+    return save(user_module("mine") / "1.ckpt").parent
 
 
-def test_options_come_from_a_file_and_the_command_line_wins(project: Path) -> None:
-    (project / "o.yaml").write_text(yaml.safe_dump(OPTIONS | {"out": "r.json", "max_dim": 64}))
-    assert main(["evaluate", "--config", "o.yaml", "--max-dim", "32"]) == 0
+def test_options_come_from_a_file_and_the_command_line_wins(project):
+    (project / "o.yaml").write_text(
+        yaml.safe_dump(OPTIONS | {"out": "r.json", "options": {"seed": 3, "max_dim": 64}})
+    )
+    assert main(["evaluate", "--config", "o.yaml", "--options.max-dim", "32"]) == 0
     (report,) = read_reports("r.json")
     options = report.source["options"]
     assert (options["seed"], options["max_dim"]) == (3, 32)
 
 
-def test_the_printed_config_can_be_used(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--model=options_code:net", "--data=options_code:data", "--ckpt=1.ckpt", "--out=r.json"]
+def test_the_printed_config_can_be_used(project, capsys):
+    given = ["--model=mine:network", "--data=mine:batches", "--ckpt=1.ckpt", "--out=r.json"]
     with pytest.raises(SystemExit) as caught:
         main(["evaluate", *given, "--print_config"])
     assert caught.value.code == 0
@@ -53,9 +49,7 @@ def test_the_printed_config_can_be_used(project: Path, capsys: pytest.CaptureFix
         (None, "does not exist"),
     ],
 )
-def test_a_bad_config_exits_with_2_and_says_why(
-    project: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
-) -> None:
+def test_a_bad_config_exits_with_2_and_says_why(project, capsys, text, message):
     if text is not None:
         (project / "o.yaml").write_text(text)
     with pytest.raises(SystemExit) as caught:
@@ -64,7 +58,7 @@ def test_a_bad_config_exits_with_2_and_says_why(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bash_completes_commands_and_options(tmp_path, capsys):
     pytest.importorskip("shtab", reason="shtab is not installed")
     if tuple(map(int, version("jsonargparse").split(".")[:2])) < (4, 53):
         pytest.skip("the extra `completion` asks for jsonargparse 4.53")
@@ -76,7 +70,7 @@ def test_bash_completes_commands_and_options(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "completion.bash").write_text(capsys.readouterr().out)
     for words, expected in (
         (["eval"], "evaluate"),
-        (["evaluate", "--max"], "--max_dim"),
+        (["evaluate", "--options.max"], "--options.max_dim"),
         (["evaluate", "--format", "ht"], "html"),
     ):
         assert expected in completed(tmp_path / "completion.bash", words)
@@ -99,9 +93,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
     return [reply.strip() for reply in run.stdout.split("\n")]
 
 
-def test_missing_shtab_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_shtab_is_named(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["--print-completion=shtab-bash"]) == 1
     assert "needs shtab and a newer jsonargparse: pip install -U" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from effect_nets import Branches
 from torch import nn
 
-from lightning_koopman import CheckpointError, credit_report, linearize
+from lightning_koopman import CheckpointError, Options, credit_report, linearize
 from lightning_koopman.cli import main as cli
 from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.effects.linearization import (
@@ -99,7 +99,9 @@ def test_wide_images_become_thin_layers_that_give_whole_images():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)).eval()
     x = torch.randn(900, 1, 8, 8)
-    new = linearize(net, credit_report(net, [x], max_dim=64), ["1"], x.split(300), variance=1.0)
+    new = linearize(
+        net, credit_report(net, [x], options=Options(max_dim=64)), ["1"], x.split(300), variance=1.0
+    )
     assert new[1].shape == (4, 8, 8)
     assert new[1].rank == 64  # the 512 values in between depend on 64 pixels
     torch.testing.assert_close(new(x), net(x), rtol=1e-3, atol=1e-4)

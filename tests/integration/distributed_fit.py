@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman import KoopmanCreditMonitor, Options
 from lightning_koopman.measurement import accumulator, processes
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
@@ -203,9 +203,8 @@ def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
 
 def run(config: dict[str, Any], folder: str) -> L.Trainer:
     monitor = Monitor(
-        max_dim=config["max_dim"],
+        options=Options(max_dim=config["max_dim"], delay=config.get("delay", 1)),
         max_samples=config.get("max_samples", 4096),
-        delay=config.get("delay", 1),
         every_n_epochs=config.get("every_n_epochs", 1),
         on_error=config.get("on_error", "warn"),
     )

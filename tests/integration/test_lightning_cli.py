@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import inspect
 import re
@@ -16,7 +17,7 @@ import yaml
 from lit import loaders
 from torch import Tensor, nn
 
-from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman import KoopmanCreditMonitor, Options
 
 CLASS_PATH = "lightning_koopman.KoopmanCreditMonitor"
 
@@ -36,11 +37,11 @@ trainer:
     - class_path: lightning_koopman.KoopmanCreditMonitor
       init_args:
         components: [net.0, net.2]
-        quantities: [credit, r2_stderr]
         every_n_epochs: 2
-        normalize: rms
-        tikhonov: 1e-3
-        targets: [0, 2]
+        options:
+          normalize: rms
+          tikhonov: 1e-3
+          targets: [0, 2]
         prefix: {prefix}
         on_error: raise
 model:
@@ -107,10 +108,19 @@ def test_help_describes_every_argument(namespace: str, capsys: pytest.CaptureFix
     described = inspect.getdoc(KoopmanCreditMonitor)
     assert described is not None
     described = described.split("Args:")[1].split("Raises:")[0]
-    for name in inspect.signature(KoopmanCreditMonitor).parameters:
+    for name in {*inspect.signature(KoopmanCreditMonitor).parameters} - {"options"}:
         assert f"--trainer.callbacks.{name} " in printed
-        sentence = " ".join(described.split(f"\n    {name}: ")[1].split("\n    ")[0].split())
-        assert sentence in printed
+        assert sentence(described, name) in printed
+    options = inspect.getdoc(Options)
+    assert options is not None
+    for field in dataclasses.fields(Options):
+        assert f"--trainer.callbacks.options.{field.name} " in printed
+        assert sentence(options.split("Args:")[1].split("Raises:")[0], field.name) in printed
+
+
+def sentence(described: str, name: str) -> str:
+    """Find what a docstring says of an argument."""
+    return " ".join(described.split(f"\n    {name}: ")[1].split("\n    ")[0].split())
 
 
 def test_print_config_holds_every_argument(namespace: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +130,7 @@ def test_print_config_holds_every_argument(namespace: str, capsys: pytest.Captur
             "fit",
             f"--trainer.callbacks={CLASS_PATH}",
             "--trainer.callbacks.components=[net.*]",
-            "--trainer.callbacks.top_k=3",
+            "--trainer.callbacks.options.rank=3",
             "--print_config",
         )
     assert stopped.value.code == 0
@@ -129,8 +139,9 @@ def test_print_config_holds_every_argument(namespace: str, capsys: pytest.Captur
     arguments = callback["init_args"]
     assert list(arguments) == list(inspect.signature(KoopmanCreditMonitor).parameters)
     assert arguments["components"] == ["net.*"]
-    assert arguments["top_k"] == 3
-    assert arguments["quantities"] == ["credit", "gain", "nonlinearity"]
+    assert list(arguments["options"]) == [field.name for field in dataclasses.fields(Options)]
+    assert arguments["options"]["rank"] == 3
+    assert arguments["options"]["max_dim"] == 256
 
 
 def test_fit_from_yaml_and_again_from_what_it_saved(namespace: str, tmp_path: Path) -> None:
@@ -146,7 +157,7 @@ def test_fit_from_yaml_and_again_from_what_it_saved(namespace: str, tmp_path: Pa
     log = Path(cli.trainer.log_dir)
     with (log / "metrics.csv").open() as file:
         logged = set(next(csv.reader(file)))
-    assert {"own/credit/net.0", "own/r2_stderr/net.2", "own/total"} <= logged
+    assert {"own/credit/net.0", "own/gain/net.2", "own/total"} <= logged
 
     again = monitor_of(run(namespace, "fit", f"--config={log / 'config.yaml'}"))
     assert again.report is not None
@@ -157,7 +168,7 @@ def test_fit_from_yaml_and_again_from_what_it_saved(namespace: str, tmp_path: Pa
     ("argument", "message"),
     [
         ("every_n_epoch=2", "every_n_epoch"),
-        ("normalize=zca", "normalize"),
+        ("options.normalize=zca", "normalize"),
         ("max_samples=many", "max_samples"),
     ],
 )

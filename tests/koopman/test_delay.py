@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman import CreditReport, KoopmanCredit, KoopmanCreditMonitor, credit_report
+from lightning_koopman import CreditReport, KoopmanCredit, KoopmanCreditMonitor, Options, credit_report
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports
 
@@ -52,7 +52,7 @@ def test_every_leaf_of_a_residual_network_fits_at_least_as_well_as_without_a_del
     states = net.states(torch.randn(1500, 12, dtype=torch.float64))
     reports = {}
     for delay in (1, 3):
-        metric = KoopmanCredit(delay=delay)
+        metric = KoopmanCredit(options=Options(delay=delay))
         metric.update(states)
         reports[delay] = metric.report()
     # The first leaf of a block reads the block before it and, three states back, that one's input.
@@ -68,7 +68,9 @@ def test_links_are_read_whatever_the_delay_and_leave_nothing_for_it_to_gain() ->
             nn.init.normal_(layer.weight, std=0.3)
     # Linear blocks: with its links a step is exact, and a delay can add nothing.
     net.forward = lambda x: net.head(_linear_blocks(net, x))  # type: ignore[method-assign]
-    report = credit_report(net, torch.randn(600, 12, dtype=torch.float64).split(100), delay=2)
+    report = credit_report(
+        net, torch.randn(600, 12, dtype=torch.float64).split(100), options=Options(delay=2)
+    )
     assert report.reads["a.1"] == ("b.0", "a.0", "stem")
     assert np.abs(1 - report.r2).max() < 1e-9
     dense = np.eye(10)
@@ -86,7 +88,7 @@ def _linear_blocks(net: Residual, x: Tensor) -> Tensor:
 
 
 def test_the_delay_is_in_the_file_and_old_files_had_1(tmp_path: Path) -> None:
-    metric = KoopmanCredit(delay=2)
+    metric = KoopmanCredit(options=Options(delay=2))
     metric.update(list(torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))))
     report = metric.report()
     report.to_json(tmp_path / "r.json")
@@ -100,7 +102,7 @@ def test_the_delay_is_in_the_file_and_old_files_had_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [KoopmanCredit, KoopmanCreditMonitor])
 def test_other_delays_are_refused(kind: Any, delay: Any) -> None:
     with pytest.raises(ValueError, match=r"delay is .*; it must be an integer of 1 or above"):
-        kind(delay=delay)
+        kind(options=Options(delay=delay))
 
 
 USER_CODE = """
@@ -121,7 +123,8 @@ def test_the_command_line_takes_a_number(
     user_module("delay_code", USER_CODE)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Linear(4, 2))
     torch.save({"state_dict": net.state_dict(), "global_step": 1}, "1.ckpt")
-    command = "evaluate --model delay_code:net --data delay_code:data --ckpt 1.ckpt --out r.json --delay"
+    command = "evaluate --model delay_code:net --data delay_code:data --ckpt 1.ckpt --out r.json"
+    command += " --options.delay"
     assert main([*command.split(), "2"]) == 0
     (report,) = read_reports("r.json")
     assert report.delay == report.source["options"]["delay"] == 2

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report
+from lightning_koopman import Options, credit_report
 from lightning_koopman.koopman.lifts import fit_lift
 
 Array = NDArray[np.float64]
@@ -47,7 +47,7 @@ def squares(rows: Tensor) -> Tensor:
 
 def test_a_callable_lift_is_edmd() -> None:
     net, x = network(), torch.randn(500, 3, dtype=torch.float64)
-    report = credit_report(net, x.split(100), observables=squares, tikhonov=1e-6)
+    report = credit_report(net, x.split(100), options=Options(observables=squares, tikhonov=1e-6))
     *hidden, output = [state.numpy() for state in states(net, x)]
     expected = edmd([*(np.hstack([h, h**2]) for h in hidden), output], 1e-6)
     np.testing.assert_allclose([report.total, *report.credit], expected, atol=1e-8)
@@ -81,7 +81,9 @@ def kernel(rows: Array, first: Array, kind: str, size: int, seed: int) -> Array:
 @pytest.mark.parametrize("kind", ["polynomial", "rff", "rbf"])
 def test_each_lift_is_edmd_in_its_coordinates(kind: Any) -> None:
     net, x = network(), torch.randn(600, 3, dtype=torch.float64)
-    report = credit_report(net, x.split(100), observables=kind, tikhonov=1e-5, max_dim=20, seed=3)
+    report = credit_report(
+        net, x.split(100), options=Options(observables=kind, tikhonov=1e-5, max_dim=20, seed=3)
+    )
     lifted = []
     *hidden, output = [state.numpy() for state in states(net, x)]
     for state in hidden:
@@ -104,12 +106,18 @@ def test_a_lift_follows_what_a_plain_operator_cannot() -> None:
 
     net, batches = Square().double(), list(torch.randn(1000, 2, dtype=torch.float64).split(250))
     assert credit_report(net, batches).r2[-1] < 0.7
-    assert credit_report(net, batches, observables="polynomial", tikhonov=0.0).r2[-1] > 1 - 1e-9
+    assert (
+        credit_report(net, batches, options=Options(observables="polynomial", tikhonov=0.0)).r2[-1]
+        > 1 - 1e-9
+    )
 
 
 def test_lifts_do_not_depend_on_the_batches() -> None:
     net, x = network(), torch.randn(600, 3, dtype=torch.float64)
-    given = [credit_report(net, x.split(n), observables="rff", max_dim=30).credit for n in (600, 7)]
+    given = [
+        credit_report(net, x.split(n), options=Options(observables="rff", max_dim=30)).credit
+        for n in (600, 7)
+    ]
     np.testing.assert_allclose(given[0], given[1], atol=1e-9)
 
 
@@ -138,4 +146,8 @@ def test_a_polynomial_of_a_wide_state_is_refused() -> None:
 )
 def test_a_wrong_lift_is_explained(observables: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        credit_report(network(), [torch.randn(100, 3, dtype=torch.float64)], observables=observables)
+        credit_report(
+            network(),
+            [torch.randn(100, 3, dtype=torch.float64)],
+            options=Options(observables=observables),
+        )

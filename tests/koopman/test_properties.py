@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_koopman import CreditReport, KoopmanCredit, credit_report
+from lightning_koopman import CreditReport, KoopmanCredit, Options, credit_report
 
 SLOWLY = settings(max_examples=25, deadline=None, derandomize=True)
 WIDTHS = st.lists(st.integers(2, 9), min_size=3, max_size=5)
@@ -137,10 +137,10 @@ def test_images_and_sequences_of_any_shape_in_any_batches(
         mixing(channels, 3, *one), nn.Tanh(), nn.Flatten(), nn.Linear(3 * math.prod(spatial), 2)
     ).to(dtype)
     rows = torch.randn(90, channels, *spatial, dtype=dtype)
-    whole = credit_report(model, [rows], max_dim=32)
+    whole = credit_report(model, [rows], options=Options(max_dim=32))
     assert (whole.r2 <= 1).all()
     if whole.directions:
         assert np.isfinite(whole.credit).all()
     # Wide states are projected on the directions of the first 64 samples, whatever the batches.
     if dtype == torch.float64:
-        same(whole, credit_report(model, rows.split(size), max_dim=32))
+        same(whole, credit_report(model, rows.split(size), options=Options(max_dim=32)))

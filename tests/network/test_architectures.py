@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman import CreditReport, credit_report
+from lightning_koopman import CreditReport, Options, credit_report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -225,7 +225,7 @@ def table() -> Iterator[list[str]]:
 
 def check(name: str, model: nn.Module, batches: list[Any], table: list[str]) -> CreditReport:
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    report = credit_report(model, batches, max_dim=64)
+    report = credit_report(model, batches, options=Options(max_dim=64))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(report.components) >= 2
     for quantity in ("credit", "gain", "r2", "chain_r2", "sensitivity"):
@@ -269,7 +269,7 @@ def test_vision_networks_are_reported_by_block() -> None:
         embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"
     )
     report = credit_report(
-        transformers.ResNetForImageClassification(config), inputs("images"), max_dim=64
+        transformers.ResNetForImageClassification(config), inputs("images"), options=Options(max_dim=64)
     )
     stages = [f"resnet.encoder.stages.{i}.layers.{j}" for i in range(2) for j in range(2)]
     assert report.components == ("resnet.embedder", *stages, "classifier.1")

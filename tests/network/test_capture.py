@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman import credit_report, intervene
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.rows import INPUT
@@ -498,3 +499,32 @@ def test_a_state_that_lies_in_parts_in_several_processes_is_refused(end: str | N
     net[1].sizes = (2, 2)
     with pytest.raises(ValueError, match=r"the state of '1' is a DTensor.*output_layouts=Replicate\(\)"):
         run()
+
+
+class Direct(nn.Module):
+    """Calls ``forward`` of its layers, which fires no hook; all but the last, if ``mixed``."""
+
+    def __init__(self, mixed: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.mixed = mixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.b.forward(torch.tanh(self.a.forward(x))))
+        return self.c(x) if self.mixed else self.c.forward(x)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_layers_called_by_their_forward_are_seen_like_others(mixed: bool) -> None:
+    torch.manual_seed(0)
+    net = Direct(mixed)
+    batches = list(torch.randn(300, 4).split(100))
+    plain = nn.Sequential(net.a, nn.Tanh(), net.b, nn.Tanh(), net.c)
+    report = credit_report(net, batches)
+    expected = credit_report(plain, batches, components=["0", "2", "4"])
+    assert report.components == ("a", "b", "c")
+    assert report.total == pytest.approx(expected.total)
+    assert not any("forward" in vars(module) for module in net.modules())
+    # Altered outputs arrive too.
+    altered = intervene(net, batches, report, kinds=["output_noise"])
+    assert altered.effect.min() > 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import CreditReport, credit_report
+from lightning_koopman import CreditReport, Options, credit_report
 
 
 def samples(width: int = 8, count: int = 480) -> list[Tensor]:
@@ -105,7 +105,7 @@ ENDS: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, tuple[int, int]], 
 def test_the_chain_ends_at_all_that_the_network_returns(kind: str) -> None:
     run, widths, jacobian = ENDS[kind]
     net = Linears(run, **widths)
-    report = credit_report(net, samples(), tikhonov=0.0)
+    report = credit_report(net, samples(), options=Options(tikhonov=0.0))
     named = {part for name in report.components for part in name.split("+")}
     assert set(widths) <= named
     assert report.total == pytest.approx(volume(jacobian(net)), abs=1e-7)
@@ -119,7 +119,7 @@ def test_a_head_that_is_not_returned_is_left_out_and_the_report_says_what_it_is_
         return out
 
     net = Linears(run, a=(8, 8), head=(8, 3), probe=(8, 2))
-    report = credit_report(net, samples(), tikhonov=0.0)
+    report = credit_report(net, samples(), options=Options(tikhonov=0.0))
     assert report.total == pytest.approx(volume(net.w("a", "head")), abs=1e-7)
     assert (
         "this report is about head; left out, for nothing leads from there to it: probe; choose another "
@@ -134,7 +134,7 @@ def test_where_no_single_call_returns_all_that_is_not_read_counts() -> None:
         h = m.a(x)
         m.p(h), m.v(h)
 
-    report = credit_report(net, samples(), forward_fn=step, tikhonov=0.0)
+    report = credit_report(net, samples(), forward_fn=step, options=Options(tikhonov=0.0))
     expected = torch.cat([net.w("a", "p"), net.w("a", "v")], 1)
     assert report.total == pytest.approx(volume(expected), abs=1e-7)
 
@@ -153,7 +153,7 @@ def test_a_frozen_teacher_does_not_count(first: bool, returned: bool) -> None:
         return outputs if returned else None
 
     net = frozen(Linears(run, tt=(8, 8), t=(8, 3), ss=(8, 8), s=(8, 3)), "t", "tt")
-    report = credit_report(net, samples(), tikhonov=0.0)
+    report = credit_report(net, samples(), options=Options(tikhonov=0.0))
     assert report.components == ("ss", "s")
     assert report.total == pytest.approx(volume(net.w("ss", "s")), abs=1e-7)
     assert any(note.startswith("this report is about s; left out") for note in report.notes)
@@ -167,10 +167,10 @@ def test_a_frozen_network_behind_the_trained_one_counts_only_if_it_is_what_is_re
 
     net = frozen(Linears(lambda m, x: m.f(m.b(m.a(x))), **widths), "f")
     pairs = [(x, torch.randn(40, 4, dtype=torch.float64)) for x in samples()]
-    perceptual = credit_report(net, pairs, forward_fn=step, tikhonov=0.0)
+    perceptual = credit_report(net, pairs, forward_fn=step, options=Options(tikhonov=0.0))
     assert perceptual.components == ("a", "b")
     assert perceptual.total == pytest.approx(volume(net.w("a", "b")), abs=1e-7)
-    head = credit_report(net, samples(), tikhonov=0.0)
+    head = credit_report(net, samples(), options=Options(tikhonov=0.0))
     assert head.components == ("a", "b", "f")
     assert head.total == pytest.approx(volume(net.w("a", "b", "f")), abs=1e-7)
     everything = frozen(Linears(lambda m, x: m.f(m.b(m.a(x))), **widths), *widths)
@@ -213,8 +213,8 @@ def test_a_module_that_also_reads_targets_is_a_loss(kind: str, inside: bool) -> 
     report = credit_report(
         net,
         pairs,
-        tikhonov=0.0,
         forward_fn=lambda m, batch: m(*batch) if inside else run(m, *batch),
+        options=Options(tikhonov=0.0),
     )
     assert report.components == ("a", "head")
     assert report.total == pytest.approx(volume(net.w("a", "head")), abs=1e-7)
@@ -253,7 +253,7 @@ def by_name(report: CreditReport, quantity: str) -> dict[str, float]:
 
 def test_a_branch_that_is_still_zero_is_nan_by_itself() -> None:
     net = branch(zero=True)
-    report = credit_report(net, samples(), tikhonov=0.0)
+    report = credit_report(net, samples(), options=Options(tikhonov=0.0))
     assert report.components == ("a", "q", "z", "b", "head")
     credit, gain = by_name(report, "credit"), by_name(report, "gain")
     whole, behind_a = volume(net.w("a", "b", "head")), volume(net.w("b", "head"))
@@ -273,9 +273,21 @@ def test_a_branch_that_is_still_zero_is_nan_by_itself() -> None:
 
 def test_a_narrow_branch_takes_no_direction_from_the_others() -> None:
     net = branch(zero=False, width=2)
-    report = credit_report(net, samples(), tikhonov=0.0)
+    report = credit_report(net, samples(), options=Options(tikhonov=0.0))
     jacobian = net.w("a") @ (torch.eye(8) + net.w("q", "z")) @ net.w("b", "head")
     assert report.directions == 6
     assert report.total == pytest.approx(volume(jacobian), abs=1e-7)
     assert np.isfinite(report.credit).all()
     assert report.gain.sum() == pytest.approx(report.total)
+
+
+def test_a_head_that_only_the_loss_sees_counts() -> None:
+    def run(m: Linears, x: Tensor) -> dict[str, Tensor]:
+        logits, aux = m.head(m.b(h := m.a(x))), m.aux(h)
+        return {"loss": logits.square().mean() + aux.square().mean(), "logits": logits}
+
+    net = Linears(run, a=(8, 8), b=(8, 8), head=(8, 3), aux=(8, 2))
+    report = credit_report(net, samples(), options=Options(tikhonov=0.0))
+    expected = torch.cat([net.w("a", "b", "head"), net.w("a", "aux")], 1)
+    assert report.components == ("a", "b", "head+aux")
+    assert report.total == pytest.approx(volume(expected), abs=1e-7)

@@ -167,9 +167,14 @@ def test_what_holds_data_is_read_off_masks(batch: object, held: bool) -> None:
 
 @pytest.mark.parametrize("name", ["lengths", "Length", "lens", "seq_lengths", "input_lengths"])
 def test_what_holds_data_is_read_off_lengths(name: str) -> None:
-    found = valid_positions({"other": "text", name: torch.tensor([2, 1, 3])})
-    assert found is not None
-    assert found.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+    lengths = valid_positions({"other": "text", name: torch.tensor([2, 1, 3])})
+    assert lengths is not None
+    mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
+    x = torch.randn(3, 3, 4)
+    for form in (RowForm(reduce="mean"), RowForm(reduce="last"), RowForm(grid=(2,))):
+        assert torch.equal(form.rows(x, lengths), form.rows(x, mask))
+        # As with a mask, a state of another length is used as a whole.
+        assert torch.equal(form.rows(x[:, :2], lengths), form.rows(x[:, :2]))
 
 
 @pytest.mark.parametrize(

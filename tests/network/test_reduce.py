@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import CreditReport, KoopmanCredit, credit_report
+from lightning_koopman import CreditReport, KoopmanCredit, Options, credit_report
 
 
 class PerPosition(nn.Module):
@@ -57,13 +57,15 @@ def test_a_reduction_gives_the_rows_computed_by_hand(
     reduce: Any, row: Callable[[Tensor], Tensor]
 ) -> None:
     net, x = PerPosition().double(), torch.randn(300, 5, 3, dtype=torch.float64)
-    given = credit_report(net, x.split(50), reduce=reduce)
+    given = credit_report(net, x.split(50), options=Options(reduce=reduce))
     assert_same(given, by_hand([row(state) for state in net.states(x)]))
 
 
 def test_a_reduction_by_pattern_leaves_the_others_alone() -> None:
     net, x = PerPosition().double(), torch.randn(300, 5, 3, dtype=torch.float64)
-    given = credit_report(net, x.split(50), reduce={"a": "mean", "b*": lambda t: t[:, 2]})
+    given = credit_report(
+        net, x.split(50), options=Options(reduce={"a": "mean", "b*": lambda t: t[:, 2]})
+    )
     x0, a, b = net.states(x)
     assert_same(given, by_hand([x0.movedim(-1, 1).flatten(1), a.mean(1), b[:, 2]]))
 
@@ -84,7 +86,7 @@ def test_padding_is_left_out_at_any_padded_length(reduce: Any) -> None:
             valid = [sample[:n] for sample, n in zip(state, lengths.tolist(), strict=True)]
             rows.append(torch.stack([s.mean(0) if reduce == "mean" else s[-1] for s in valid]))
         states.append(rows)
-    given = credit_report(net, batches, reduce=reduce)
+    given = credit_report(net, batches, options=Options(reduce=reduce))
     assert_same(given, by_hand([torch.cat(rows) for rows in zip(*states, strict=True)]))
 
 
@@ -92,26 +94,28 @@ def test_batches_of_differing_length_pool_by_default_and_cannot_be_flattened() -
     net, batches = PerPosition(), [torch.randn(100, n, 3) for n in (6, 4, 9)]
     assert np.isfinite(credit_report(net, batches).credit).all()
     with pytest.raises(ValueError, match="'input' gave 12 values per sample in batch 1, but 18 before"):
-        credit_report(net, batches, reduce="flatten")
+        credit_report(net, batches, options=Options(reduce="flatten"))
 
 
 def test_a_reduction_that_needs_a_sequence_says_so() -> None:
     net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3))
     with pytest.raises(ValueError, match="reduce='last' takes sequences, but a state has 2 axes"):
-        credit_report(net, [torch.randn(20, 1, 8, 8)], reduce="last")
+        credit_report(net, [torch.randn(20, 1, 8, 8)], options=Options(reduce="last"))
 
 
 def test_a_callable_must_give_a_tensor() -> None:
     with pytest.raises(ValueError, match="reduce gave list; it must give one row a sample"):
-        credit_report(PerPosition(), [torch.randn(20, 5, 3)], reduce=lambda t: t.tolist())
+        credit_report(
+            PerPosition(), [torch.randn(20, 5, 3)], options=Options(reduce=lambda t: t.tolist())
+        )
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
 def test_half_precision_gives_about_the_same_report(dtype: torch.dtype, close: float) -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
     x = torch.randn(600, 6)
-    whole = credit_report(net, x.split(100), tikhonov=1e-6)
-    half = credit_report(net.to(dtype), x.to(dtype).split(100), tikhonov=1e-6)
+    whole = credit_report(net, x.split(100), options=Options(tikhonov=1e-6))
+    half = credit_report(net.to(dtype), x.to(dtype).split(100), options=Options(tikhonov=1e-6))
     assert half.components == whole.components
     np.testing.assert_allclose(half.credit, whole.credit, atol=close)
     np.testing.assert_allclose(half.r2, whole.r2, atol=close)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman import CreditReport, credit_report
+from lightning_koopman import CreditReport, Options, credit_report
 
 
 class Detector(nn.Module):
@@ -104,7 +104,7 @@ class AuxiliaryLast(Auxiliary):
 
 
 def measured(model: nn.Module, batches: list[Any], **options: Any) -> CreditReport:
-    report = credit_report(model, batches, max_dim=64, **options)
+    report = credit_report(model, batches, options=Options(max_dim=64, **options))
     for quantity in ("credit", "gain", "r2", "chain_r2", "sensitivity"):
         assert np.isfinite(getattr(report, quantity)).all(), quantity
     assert report.gain.sum() == pytest.approx(report.total)

@@ -1,4 +1,4 @@
-"""Reports as files: JSON, CSV, HTML, and what changed between two of them."""
+"""Reports as tables and pages: CSV, a data frame, HTML, Markdown."""
 
 import csv
 import dataclasses
@@ -7,43 +7,13 @@ import re
 import numpy as np
 import pandas
 import pytest
-import torch
-from torch import nn
+from small import batches, network
 
-from lightning_koopman import EvaluationError, component_effects, credit_report, evaluate_checkpoints
+from lightning_koopman import component_effects
 from lightning_koopman.cli.main import main
 from lightning_koopman.koopman.credit import QUANTITIES
-from lightning_koopman.report.comparison import changes
-from lightning_koopman.report.files import read_reports, write_reports, write_with_known
+from lightning_koopman.report.files import write_reports, write_with_known
 from lightning_koopman.report.pages import to_html, to_markdown
-from lightning_koopman.report.saved import ReportFormatError
-
-
-@pytest.fixture(scope="module")
-def report():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    return credit_report(net, torch.randn(300, 4).split(100), step=7)
-
-
-def test_json_comes_back(report, tmp_path):
-    write_reports([report, report], tmp_path / "r.json")
-    back = read_reports(tmp_path / "r.json")
-    assert len(back) == 2
-    np.testing.assert_array_equal(back[1].credit, report.credit)
-    report.to_json(tmp_path / "one.json")
-    assert len(read_reports(tmp_path / "one.json")) == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("[]", "empty list"), ("{", "is not JSON"), ("[1]", "holds no report"), (None, "cannot be read")],
-)
-def test_bad_files_are_named(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "r.json").write_text(content)
-    with pytest.raises(ReportFormatError, match=rf"r\.json.*{message}"):
-        read_reports(tmp_path / "r.json", may_be_empty=False)
 
 
 def test_frame_and_csv_hold_a_row_per_component(report, tmp_path):
@@ -69,16 +39,6 @@ def test_html_is_self_contained_and_escaped(report):
     assert "&lt;script&gt;alert(1)" in page
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r"https?://", page)
-    with pytest.raises(ValueError, match="no report to show"):
-        to_html([])
-
-
-def test_changes_beyond_error_are_told(report):
-    error = report.stderr["credit"]
-    moved = dataclasses.replace(report, credit=report.credit + np.array([1.0 + 9 * error[0], 0.0]))
-    assert [row["changed"] for row in changes(report, moved)] == [True, False]
-    with pytest.raises(ValueError, match="only equal components"):
-        changes(report, dataclasses.replace(report, components=("a", "b")))
 
 
 def test_report_and_compare_take_bare_file_names(report, tmp_path, capsys):
@@ -90,30 +50,11 @@ def test_report_and_compare_take_bare_file_names(report, tmp_path, capsys):
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
     assert main(["compare", name, name, "--quantity", "gain"]) == 0
     assert "Change of gain" in capsys.readouterr().out
-    assert main(["compare", "a.ckpt", "b.ckpt"]) == 1
-    assert "needs --model and --data" in capsys.readouterr().err
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    for step in (1, 2):
-        torch.save({"global_step": step, "state_dict": net.state_dict()}, tmp_path / f"{step}.ckpt")
-
-    def stop(done, total):
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(EvaluationError, match="interrupted after 1 of 2 checkpoints") as caught:
-        evaluate_checkpoints(net, tmp_path, [torch.randn(64, 4)], on_progress=stop)
-    assert [found.step for found in caught.value.reports] == [1]
-
-
-def test_effects_are_in_every_kind_of_file(tmp_path):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    x = torch.randn(300, 4)
-    bare = credit_report(net, [x])
-    found = component_effects(net, [x], bare, ["skip", "output_noise"], scale="kl")
+def test_effects_are_in_every_kind_of_file(report, tmp_path):
+    bare = report
+    found = component_effects(network(), batches(), bare, ["skip", "output_noise"], scale="kl")
     report = dataclasses.replace(bare, effects=found)
     write_reports([report, bare], tmp_path / "r.csv", "csv")
     frame = pandas.read_csv(tmp_path / "r.csv")
@@ -128,12 +69,8 @@ def test_effects_are_in_every_kind_of_file(tmp_path):
 
 
 def test_a_report_without_directions_is_shown_without_their_figure(report):
-    lost = dataclasses.replace(
-        report,
-        directions=0,
-        volumes=np.zeros((2, 0)),
-        **{name: np.full(2, np.nan) for name in ("credit", "gain", "sensitivity")},
-    )
+    nothing = {name: np.full(2, np.nan) for name in ("credit", "gain", "sensitivity")}
+    lost = dataclasses.replace(report, directions=0, volumes=np.zeros((2, 0)), **nothing)
     page = to_html([lost])
     assert "Credit by output direction" not in page
     assert "Credit by output direction" in to_html([report])

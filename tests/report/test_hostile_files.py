@@ -1,7 +1,5 @@
 """Reports and checkpoints by others: nothing they hold is run, opened or shown as markup."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -12,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import NET_AND_DATA
-from torch import nn
+import small
+from small import batches, network, save
 
-from lightning_koopman import CreditReport, component_effects, credit_report
+from lightning_koopman import component_effects
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
@@ -53,106 +50,87 @@ print("CODE", code, "OUTSIDE", sorted(set(outside)))
 """
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-
-
-def batches() -> list[torch.Tensor]:
-    return list(torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split(20))
-
-
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    (tmp_path / "hostile_user.py").write_text(NET_AND_DATA)
+def project(tmp_path):
+    (tmp_path / "hostile_user.py").write_text(Path(small.__file__).read_text())
     for name in ("evil", "bystander"):
-        (tmp_path / f"{name}.py").write_text("net = None")
+        (tmp_path / f"{name}.py").write_text("network = None")
     (tmp_path / "audited.py").write_text(AUDIT)
     (tmp_path / "out").mkdir()
     (tmp_path / "secret.txt").write_text("not to be read")
+    # A checkpoint may name any path or class; only tensors and the step are of use here.
+    named = {
+        "hyper_parameters": {"_class_path": "evil.Model", "data_dir": "../secret.txt"},
+        "datamodule_hyper_parameters": {"root": "secret.txt", "_instantiator": "evil"},
+        "callbacks": {"ModelCheckpoint": {"dirpath": "../elsewhere", "best_model_path": "secret.txt"}},
+    }
     for step in (1, 2):
-        # A checkpoint may name any path or class; only tensors and the step are of use here.
-        content = {
-            "state_dict": network().state_dict(),
-            "global_step": step,
-            "hyper_parameters": {"_class_path": "evil.Model", "data_dir": "../secret.txt"},
-            "datamodule_hyper_parameters": {"root": "secret.txt", "_instantiator": "evil"},
-            "callbacks": {
-                "ModelCheckpoint": {"dirpath": "../elsewhere", "best_model_path": "secret.txt"}
-            },
-        }
-        torch.save(content, tmp_path / f"{step}.ckpt")
+        save(tmp_path / f"{step}.ckpt", step, **named)
     return tmp_path
 
 
+GIVEN = ["--model=hostile_user:network", "--data=hostile_user:batches"]
+NOTHING = "CODE 0 OUTSIDE []"
+
+
 def run(project: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "audited.py", *arguments],
-        cwd=project,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "audited.py", *arguments]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
     assert "CODE" in done.stdout, done.stderr[-2000:]
     return done.stdout[done.stdout.index("CODE") :].strip()
 
 
-def hostile(report: CreditReport, **more: Any) -> dict[str, Any]:
-    source = {
-        "path": "../secret.txt",
-        "size": 3,
-        "modified_ns": 0,
-        "step": 1,
-        "options": {"model": "evil:Model", "data": "evil:data"},
-    }
-    return report.to_dict() | {"run": "../../elsewhere", "source": source} | more
+@pytest.fixture
+def hostile(report):
+    """A report that names paths and classes wherever it can."""
+    options = {"model": "evil:Model", "data": "evil:data"}
+    source = {"path": "../secret.txt", "size": 3, "modified_ns": 0, "step": 1, "options": options}
+    return report.to_dict() | {"run": "../../elsewhere", "source": source, "step": 1}
 
 
 @pytest.mark.slow
-def test_no_path_in_a_report_is_followed_outside_the_output_folder(project: Path) -> None:
-    report = credit_report(network(), batches(), step=1)
+def test_no_path_in_a_report_is_followed_outside_the_output_folder(project, hostile):
     names = {"components": ["../../a", "/etc/passwd"], "parts": {"../../a": ["/b"]}, "notes": ["../c"]}
-    first = hostile(report, **names)
     # The second claims to be a checkpoint that is really there, measured alike, in a run of its own.
-    (project / "out" / "r.json").write_text(json.dumps([first, hostile(report, step=2)]))
-    given = ["--model=hostile_user:net", "--data=hostile_user:data", "--ckpt=*.ckpt"]
-    assert run(project, "evaluate", *given, "--out=out/r.json", "--logdir=out/tb") == "CODE 0 OUTSIDE []"
+    (project / "out" / "r.json").write_text(json.dumps([hostile | names, hostile | {"step": 2}]))
+    given = [*GIVEN, "--ckpt=*.ckpt"]
+    assert run(project, "evaluate", *given, "--out=out/r.json", "--logdir=out/tb") == NOTHING
     known = json.loads((project / "out" / "r.json").read_text())
     assert [entry["run"] for entry in known] == ["", ""]
     # Known reports now, with the run of each altered: it is the files' own that counts.
     altered = [entry | {"run": "../../elsewhere"} for entry in known]
     (project / "out" / "r.json").write_text(json.dumps(altered))
-    assert run(project, "evaluate", *given, "--out=out/r.json", "--logdir=out/tc") == "CODE 0 OUTSIDE []"
+    assert run(project, "evaluate", *given, "--out=out/r.json", "--logdir=out/tc") == NOTHING
     assert len(list((project / "out" / "tc").glob("events*"))) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["html", "csv"])
-def test_showing_reports_writes_the_file_named_and_nothing_else(project: Path, kind: str) -> None:
-    report = credit_report(network(), batches(), step=1)
-    (project / "out" / "r.json").write_text(json.dumps([hostile(report), hostile(report, step=2)]))
-    given = ["out/r.json", f"--out=out/page.{kind}", f"--format={kind}"]
-    assert run(project, "report", *given) == "CODE 0 OUTSIDE []"
-    assert sorted(p.name for p in (project / "out").iterdir()) == [f"page.{kind}", "r.json"]
-    merged = ["--reports+=out/r.json", "--out=out/all.json"]
-    assert run(project, "merge", *merged) == "CODE 0 OUTSIDE []"
+def test_commands_write_the_file_named_and_nothing_else(project, hostile):
+    (project / "out" / "r.json").write_text(json.dumps([hostile, hostile | {"step": 2}]))
+    commands = (
+        ["report", "out/r.json", "--out=out/page.html", "--format=html"],
+        ["report", "out/r.json", "--out=out/page.csv", "--format=csv"],
+        ["merge", "--reports+=out/r.json", "--out=out/all.json"],
+        ["compare", "out/r.json", "out/r.json"],
+        ["compare", "1.ckpt", "2.ckpt", *GIVEN],
+        ["components", GIVEN[0]],
+        ["evaluate", *GIVEN, "--ckpt=1.ckpt"],
+        ["linearize", *GIVEN, "--ckpt=1.ckpt", "--out=out/linear.ckpt"],
+        ["effects", *GIVEN, "--ckpt=1.ckpt", "--out=out/i.json", "--figure=out/i.png"],
+    )
+    words = [word for command in commands for word in ("THEN", *command)]
+    assert run(project, *words[1:]) == NOTHING
+    written = {path.name for path in (project / "out").iterdir()} - {"r.json"}
+    assert written == {"page.html", "page.csv", "all.json", "linear.ckpt", "i.json", "i.png"}
 
 
 @pytest.mark.slow
-def test_the_audit_sees_what_it_must(project: Path) -> None:
-    report = credit_report(network(), batches(), step=1)
+def test_the_audit_sees_what_it_must(project, report):
     write_reports([report], project / "out" / "r.json")
     found = run(project, "report", "out/r.json", "--out=page.html")
     assert "'page.html'" in found
-    found = run(project, "components", "--model=bystander:net")
+    found = run(project, "components", "--model=bystander:network")
     assert "import bystander" in found
-
-
-@pytest.mark.slow
-def test_only_what_the_user_named_is_imported(project: Path) -> None:
-    assert run(project, "components", "--model=hostile_user:net") == "CODE 0 OUTSIDE []"
-    given = ["--model=hostile_user:net", "--data=hostile_user:data", "--ckpt=1.ckpt"]
-    assert run(project, "evaluate", *given) == "CODE 0 OUTSIDE []"
 
 
 class Tags(HTMLParser):
@@ -199,11 +177,14 @@ EVIL = [
 
 
 @pytest.fixture(scope="module")
-def benign() -> tuple[CreditReport, CreditReport, Tags]:
+def predicted(report):
+    return replace(report, effects=component_effects(network(), batches(), report))
+
+
+@pytest.fixture(scope="module")
+def benign(predicted):
     """A report, another of the same numbers, and their page."""
-    report = replace(
-        credit_report(network(), batches()), effects=component_effects(network(), batches())
-    )
+    report = predicted
     calls = {"plain": report.parts["0"], "2": report.parts["2"]}
     report = replace(report, components=("plain", "2"), notes=("plain",), run="plain", parts=calls)
     other = replace(report, run="other")
@@ -212,9 +193,7 @@ def benign() -> tuple[CreditReport, CreditReport, Tags]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("evil", EVIL)
-def test_no_name_or_note_becomes_markup(
-    evil: str, benign: tuple[CreditReport, CreditReport, Tags]
-) -> None:
+def test_no_name_or_note_becomes_markup(evil, benign):
     report, other, expected = benign
     calls = {evil: report.parts["plain"], "2": report.parts["2"]}
     altered = replace(report, components=(evil, "2"), notes=(evil,), run=evil, parts=calls)
@@ -224,8 +203,7 @@ def test_no_name_or_note_becomes_markup(
     assert evil in "".join(found.text)
 
 
-def test_a_report_with_evil_names_comes_back_as_it_was(tmp_path: Path) -> None:
-    report = credit_report(network(), batches())
+def test_a_report_with_evil_names_comes_back_as_it_was(tmp_path, report):
     report = replace(report, components=(EVIL[0], EVIL[1]), notes=tuple(EVIL), parts={}, operators={})
     write_reports([report], tmp_path / "r.json")
     found = read_reports(tmp_path / "r.json")[0]
@@ -245,10 +223,7 @@ UNSHOWABLE = [
 
 
 @pytest.mark.parametrize("evil", UNSHOWABLE, ids=ascii)
-def test_what_a_file_says_does_nothing_to_a_terminal(
-    evil: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    report = credit_report(network(), batches())
+def test_what_a_file_says_does_nothing_to_a_terminal(evil, report, tmp_path, capsys):
     names = {"components": [evil, "2"], "notes": [evil], "run": evil, "parts": {evil: [evil]}}
     (tmp_path / "r.json").write_text(json.dumps([report.to_dict() | names, report.to_dict()]))
     (read, _) = read_reports(tmp_path / "r.json")
@@ -264,27 +239,11 @@ def test_what_a_file_says_does_nothing_to_a_terminal(
 
 
 @pytest.mark.parametrize("markup", ["[/bold]", "[red]x", "[link=http://x]y[/link]", "\\[x]"])
-def test_no_name_or_note_becomes_a_style(markup: str, capsys: pytest.CaptureFixture[str]) -> None:
-    report = replace(
-        credit_report(network(), batches()), effects=component_effects(network(), batches())
-    )
+def test_no_name_or_note_becomes_a_style(markup, predicted):
     named = {"components": (markup, "2"), "notes": (markup,)}
-    report = replace(report, **named, parts={}, operators={}, effects=replace(report.effects, **named))
+    effects = replace(predicted.effects, **named)
+    report = replace(predicted, **named, parts={}, operators={}, effects=effects)
     assert str(report).count(markup) >= 2, "a row and the note"
-    effects = replace(report.effects, values={markup: np.ones(2)}, stderr={markup: np.ones(2)})
-    assert str(replace(effects, how={markup: "measured"}, metric={}, doubts={})).count(markup) == 3
-
-
-@pytest.mark.slow
-def test_other_commands_follow_no_path_either(project: Path) -> None:
-    report = credit_report(network(), batches(), step=1)
-    (project / "out" / "r.json").write_text(json.dumps([hostile(report), hostile(report, step=2)]))
-    given = ["--model=hostile_user:net", "--data=hostile_user:data"]
-    commands = (
-        ["compare", "out/r.json", "out/r.json"],
-        ["compare", "1.ckpt", "2.ckpt", *given],
-        ["linearize", *given, "--ckpt=1.ckpt", "--out=out/linear.ckpt"],
-        ["effects", *given, "--ckpt=1.ckpt", "--out=out/i.json", "--figure=out/i.png"],
-    )
-    words = [word for command in commands for word in ("THEN", *command)]
-    assert run(project, *words[1:]) == "CODE 0 OUTSIDE []"
+    kinds = {name: {markup: np.ones(2)} for name in ("values", "stderr")}
+    effects = replace(effects, how={markup: "measured"}, metric={}, doubts={}, **kinds)
+    assert str(effects).count(markup) == 3

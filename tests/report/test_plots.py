@@ -1,7 +1,5 @@
 """Figures show the numbers of the report."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import sys
@@ -9,24 +7,15 @@ import sys
 import matplotlib.figure
 import numpy as np
 import pytest
-import torch
+from test_report import NAMES, make
 
-from lightning_koopman import CreditReport, KoopmanCredit
-from lightning_koopman.report.plots import plot_evolution, plot_report
-
-
-def make(seed: int = 0, *, dead: bool = False, step: int | None = None) -> CreditReport:
-    generator = torch.Generator().manual_seed(seed)
-    states = [torch.randn(200, 4, generator=generator, dtype=torch.float64)]
-    for _ in range(3):
-        states.append(
-            torch.tanh(states[-1] @ torch.randn(4, 4, generator=generator, dtype=torch.float64))
-        )
-    if dead:
-        states[2] = torch.zeros_like(states[2])
-    metric = KoopmanCredit(["stem", "body", "head"])
-    metric.update(states)
-    return metric.report(step=step)
+from lightning_koopman import CreditReport
+from lightning_koopman.report.plots import (
+    plot_directions,
+    plot_evolution,
+    plot_report,
+    plot_spectra,
+)
 
 
 def png(figure: matplotlib.figure.Figure) -> bytes:
@@ -35,13 +24,13 @@ def png(figure: matplotlib.figure.Figure) -> bytes:
     return buffer.getvalue()
 
 
-def test_bars_have_the_length_of_credits_and_gains() -> None:
+def test_bars_have_the_length_of_credits_and_gains():
     report = make(step=3)
     figure = report.plot()
     credit, gain, fit = figure.axes
     assert [bar.get_width() for bar in credit.patches] == pytest.approx(report.credit.tolist())
     assert [bar.get_width() for bar in gain.patches] == pytest.approx(report.gain.tolist())
-    assert [label.get_text() for label in credit.get_yticklabels()] == ["stem", "body", "head"]
+    assert [label.get_text() for label in credit.get_yticklabels()] == list(NAMES)
     assert credit.get_xlabel() == "credit [nats per direction]"
     drawn = {line.get_label(): line.get_xdata() for line in fit.get_lines()}
     assert np.allclose(drawn["component"], report.r2)
@@ -52,27 +41,26 @@ def test_bars_have_the_length_of_credits_and_gains() -> None:
     assert png(figure).startswith(b"\x89PNG")
 
 
-def test_bars_with_a_doubt_are_grey() -> None:
-    report = dataclasses.replace(
-        make(), stable=np.array([True, False, True]), r2=np.ones(3), chain_r2=np.ones(3)
-    )
+def test_bars_with_a_doubt_are_grey():
+    stable, ones = np.array([True, False, True]), np.ones(3)
+    report = dataclasses.replace(make(), stable=stable, r2=ones, chain_r2=ones)
     bars = plot_report(report).axes[0].patches
     assert bars[0].get_facecolor() == bars[2].get_facecolor() != bars[1].get_facecolor()
 
 
-def test_a_report_without_numbers_can_be_drawn() -> None:
+def test_a_report_without_numbers_can_be_drawn():
     report = make(dead=True)
     assert np.isnan(report.credit).all()
     assert png(plot_report(report)).startswith(b"\x89PNG")
     assert png(plot_evolution([report, report])).startswith(b"\x89PNG")
 
 
-def test_a_very_low_r2_stays_in_sight() -> None:
+def test_a_very_low_r2_stays_in_sight():
     report = dataclasses.replace(make(), r2=np.array([0.9, -7.0, np.nan]))
     assert plot_report(report).axes[2].get_xlim()[0] < -7
 
 
-def test_no_window_manager_is_asked() -> None:
+def test_no_window_manager_is_asked():
     import matplotlib.pyplot as plt
 
     plot_report(make())
@@ -81,26 +69,24 @@ def test_no_window_manager_is_asked() -> None:
 
 
 @pytest.mark.parametrize("quantity", ["credit", "nonlinearity", "rank"])
-def test_evolution_is_a_map_of_components_over_steps(quantity: str) -> None:
+def test_evolution_is_a_map_of_components_over_steps(quantity):
     reports = [make(seed, step=10 * seed) for seed in range(4)]
     figure = plot_evolution(reports, quantity)
     axis = figure.axes[0]
     shown = axis.get_images()[0].get_array()
     assert np.allclose(shown, np.stack([getattr(report, quantity) for report in reports], axis=1))
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["stem", "body", "head"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == list(NAMES)
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "10", "20", "30"]
     assert png(figure).startswith(b"\x89PNG")
 
 
-def test_reports_without_a_step_are_counted() -> None:
-    axis = plot_evolution([make(seed) for seed in range(12)]).axes[0]
+def test_reports_without_a_step_are_counted():
+    axis = plot_evolution([make(seed, step=None) for seed in range(12)]).axes[0]
     labels = [label.get_text() for label in axis.get_xticklabels()]
-    assert labels[0] == "0"
-    assert labels[-1] == "11"
-    assert len(labels) == 8
+    assert (labels[0], labels[-1], len(labels)) == ("0", "11", 8)
 
 
-def test_reports_that_make_no_series_are_refused() -> None:
+def test_reports_that_make_no_series_are_refused():
     with pytest.raises(ValueError, match="no report to draw"):
         plot_evolution([])
     other = dataclasses.replace(make(), components=("a", "b", "c"))
@@ -110,20 +96,14 @@ def test_reports_that_make_no_series_are_refused() -> None:
         plot_evolution([make()], "blame")
 
 
-def test_what_a_report_lacks_cannot_be_drawn() -> None:
-    from lightning_koopman.report.plots import plot_directions, plot_spectra
-
-    with pytest.raises(
-        ValueError, match="no output direction reaches back to the input, so there is no"
-    ):
+def test_what_a_report_lacks_cannot_be_drawn():
+    with pytest.raises(ValueError, match="no output direction reaches back to the input, so there is"):
         plot_directions(make(dead=True))
     with pytest.raises(ValueError, match="holds no operators; a report read from JSON has none"):
         plot_spectra(CreditReport.from_dict(make().to_dict()))
 
 
-def test_spectra_of_many_components_have_no_legend() -> None:
-    from lightning_koopman.report.plots import plot_spectra
-
+def test_spectra_of_many_components_have_no_legend():
     report = make()
     assert plot_spectra(report).axes[0].get_legend() is not None
     operator = report.operators["stem"]

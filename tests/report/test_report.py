@@ -1,13 +1,9 @@
 """The frozen result: files, scalars and the table."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import io
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,17 +20,17 @@ from lightning_koopman.report.saved import ReportFormatError
 NAMES = ("stem", "body.0", "head")
 
 
-def make(names: tuple[str, ...] = NAMES, *, dead: bool = False, **options: Any) -> CreditReport:
-    metric = KoopmanCredit(names, **options)
-    generator = torch.Generator().manual_seed(0)
+def make(seed: int = 0, *, dead: bool = False, step: int | None = 12) -> CreditReport:
+    metric = KoopmanCredit(NAMES)
+    generator = torch.Generator().manual_seed(seed)
     states = [torch.randn(200, 5, generator=generator, dtype=torch.float64)]
-    for _ in names:
+    for _ in NAMES:
         weight = torch.randn(5, 5, generator=generator, dtype=torch.float64)
         states.append(torch.tanh(states[-1] @ weight))
     if dead:
         states[1] = torch.zeros_like(states[1])
     metric.update(states)
-    return metric.report(variance_kept=[0.9, 1.0, 1.0][: len(names)], notes=["a note"], step=12)
+    return metric.report(variance_kept=[0.9, 1.0, 1.0], notes=["a note"], step=step)
 
 
 def assert_equal(given: CreditReport, other: CreditReport) -> None:
@@ -52,7 +48,7 @@ def assert_equal(given: CreditReport, other: CreditReport) -> None:
 
 
 @pytest.mark.parametrize("dead", [False, True])
-def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path, dead: bool) -> None:
+def test_a_report_comes_back_from_json_as_it_was(tmp_path, dead):
     report = make(dead=dead)
     path = tmp_path / "report.json"
     text = report.to_json(path)
@@ -68,7 +64,7 @@ def test_a_report_comes_back_from_json_as_it_was(tmp_path: Path, dead: bool) -> 
     assert dead == np.isnan(report.total)
 
 
-def test_numbers_that_are_not_finite_become_null() -> None:
+def test_numbers_that_are_not_finite_become_null():
     text = make(dead=True).to_json()
     assert "NaN" not in text
     given = json.loads(text)
@@ -79,7 +75,7 @@ def test_numbers_that_are_not_finite_become_null() -> None:
     assert json.loads(infinite)["total"] is None
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "report.json"
     make().to_json(path)
     before = path.read_text()
@@ -104,14 +100,11 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_files_that_hold_no_report_are_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_files_that_hold_no_report_are_refused_by_name(tmp_path, kind):
     path = tmp_path / "bad.json"
     path.write_bytes(MALFORMED[kind])
-    with pytest.raises(ReportFormatError, match=r"bad\.json (is not JSON|holds no report)"):
+    with pytest.raises(ReportFormatError, match=r"bad\.json (is no|holds no report)"):
         CreditReport.from_json(path)
-
-
-def test_a_missing_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         CreditReport.from_json(tmp_path / "none.json")
 
@@ -184,51 +177,39 @@ FIELDS = {
     ("name", "value", "message"),
     [(name, value, message) for name, cases in FIELDS.items() for value, message in cases],
 )
-def test_every_field_is_checked(name: str, value: Any, message: str) -> None:
+def test_every_field_is_checked(name, value, message):
     given = make().to_dict()
     given[name] = value
     with pytest.raises(ReportFormatError, match=message):
         CreditReport.from_dict(given)
 
 
-@pytest.mark.parametrize(
-    "name",
-    sorted(
-        set(make().to_dict()).difference((
-            "step",
-            "parts",
-            "folds",
-            "delay",
-            "run",
-            "source",
-            "effects",
-            "types",
-            "parameters",
-        ))
-    ),
-)
-def test_every_field_is_needed(name: str) -> None:
+OPTIONAL = {"step", "parts", "folds", "delay", "run", "source", "effects", "types", "parameters"}
+
+
+@pytest.mark.parametrize("name", sorted(set(make().to_dict()) - OPTIONAL))
+def test_every_field_is_needed(name):
     given = make().to_dict()
     del given[name]
     with pytest.raises(ReportFormatError, match=name):
         CreditReport.from_dict(given)
 
 
-def test_excitation_of_an_old_file_must_be_off() -> None:
+def test_excitation_of_an_old_file_must_be_off():
     given = make().to_dict()
     CreditReport.from_dict(given | {"excitation": 0.0})
     with pytest.raises(ReportFormatError, match=r"excitation=0.3, which was removed in 0.2; measure it"):
         CreditReport.from_dict(given | {"excitation": 0.3})
 
 
-def test_reading_leaves_the_dictionary_alone() -> None:
+def test_reading_leaves_the_dictionary_alone():
     given = make().to_dict()
     before = copy.deepcopy(given)
     assert_equal(CreditReport.from_dict(given), make())
     assert given == before
 
 
-def test_scalars_have_flat_keys_and_plain_values() -> None:
+def test_scalars_have_flat_keys_and_plain_values():
     report = make()
     scalars = report.to_scalars()
     assert list(scalars) == [f"koopman/{q}/{c}" for q in QUANTITIES for c in NAMES]
@@ -239,9 +220,9 @@ def test_scalars_have_flat_keys_and_plain_values() -> None:
     assert [chosen[f"k/credit_stderr/{c}"] for c in NAMES] == report.stderr["credit"].tolist()
 
 
-def test_unknown_quantities_are_refused() -> None:
+def test_unknown_quantities_are_refused():
     with pytest.raises(
-        ValueError, match=r"unknown quantities \['blame'\]; choose from \['credit', 'gain'"
+        ValueError, match=r"unknown quantities \['blame'\]; choose from \['credit', 'gai"
     ):
         make().to_scalars(quantities=["credit", "blame"])
     with pytest.raises(ValueError, match="quantities is 'credit'; give a list"):
@@ -249,7 +230,7 @@ def test_unknown_quantities_are_refused() -> None:
     check_quantities([*QUANTITIES, "r2_stderr"])
 
 
-def test_a_row_carries_its_doubts() -> None:
+def test_a_row_carries_its_doubts():
     report = dataclasses.replace(
         make(),
         r2=np.array([0.9, MIN_R2 - 0.01, np.nan]),
@@ -261,27 +242,15 @@ def test_a_row_carries_its_doubts() -> None:
     assert report.trusted.tolist() == [True, False, False]
     text = str(report)
     assert "2 of 3 rows carry a doubt" in text
-    rows = {
-        line.split()[0]: line
-        for line in text.splitlines()
-        if line.split()[:1] and line.split()[0] in NAMES
-    }
-    assert rows["body.0"].rstrip().endswith("r2, lost")
-    assert rows["stem"].rstrip().endswith(f"{report.r2[0]:.3f}")
-    assert "carry a doubt" not in str(
-        dataclasses.replace(
-            report,
-            **{
-                "r2": np.ones(3),
-                "chain_r2": np.ones(3),
-                "credit": np.ones(3),
-                "stable": np.ones(3, bool),
-            },
-        )
-    )
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["body.0"][-2:] == ["r2,", "lost"]
+    assert rows["stem"][-1] == f"{report.r2[0]:.3f}"
+    ones = {name: np.ones(3) for name in ("r2", "chain_r2", "credit")}
+    sound = dataclasses.replace(report, stable=np.ones(3, bool), **ones)
+    assert "carry a doubt" not in str(sound)
 
 
-def test_the_table_shows_numbers_with_errors_and_notes() -> None:
+def test_the_table_shows_numbers_with_errors_and_notes():
     report = make()
     text = str(report)
     assert "at step 12, 200 samples" in text
@@ -293,19 +262,7 @@ def test_the_table_shows_numbers_with_errors_and_notes() -> None:
     assert "at step" not in str(dataclasses.replace(report, step=None))
 
 
-def test_names_and_notes_with_brackets_are_shown_as_they_are() -> None:
-    report = dataclasses.replace(make(("a[relu]", "[bold]", "c")), notes=("see [red]",))
-    text = str(report)
-    for shown in ("a[relu]", "[bold]", "see [red]"):
-        assert shown in text
-
-
-def test_fields_cannot_be_set() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        make().total = 0.0  # type: ignore[misc]
-
-
-def test_numbers_are_double_precision_and_add_up() -> None:
+def test_numbers_are_double_precision_and_add_up():
     report = make()
     for name in QUANTITIES:
         assert getattr(report, name).dtype == np.float64
@@ -315,40 +272,36 @@ def test_numbers_are_double_precision_and_add_up() -> None:
     assert np.allclose(report.volumes.mean(1), report.credit, rtol=0, atol=1e-12)
     assert list(report.operators) == list(NAMES)
     assert report.widths == (5, 5, 5)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.total = 0.0  # type: ignore[misc]
 
 
-def test_lost_directions_are_named_in_a_note() -> None:
+def of_states(states: list[torch.Tensor]) -> CreditReport:
+    layout = Layout((5, 4, 2, 6), 5)
+    moments = layout.zeros()
+    accumulate(layout, moments, states, torch.arange(100) % 5)
+    return build_report(NAMES, compute_credits(layout, moments), n_samples=100)
+
+
+def test_lost_directions_are_named_in_a_note():
     states = [torch.randn(100, 5, dtype=torch.float64)]
     for shape in ((5, 4), (4, 2), (2, 6)):
         states.append(states[-1] @ torch.randn(shape, dtype=torch.float64))
     states[-1] = states[-1] + 0.1 * torch.randn(100, 6, dtype=torch.float64)
-    layout = Layout((5, 4, 2, 6), 5)
-    moments = layout.zeros()
-    accumulate(layout, moments, states, torch.arange(100) % 5)
-    report = build_report(NAMES, compute_credits(layout, moments), n_samples=100)
-    assert report.notes == (
-        "2 output directions reach back to the input; others (2 to 5) are lost at 'body.0' and were "
-        "dropped",
-    )
+    lost = "others (2 to 5) are lost at 'body.0' and were dropped"
+    assert of_states(states).notes == (f"2 output directions reach back to the input; {lost}",)
     states[0] = torch.zeros_like(states[0])
-    moments = layout.zeros()
-    accumulate(layout, moments, states, torch.arange(100) % 5)
-    report = build_report(NAMES, compute_credits(layout, moments), n_samples=100)
+    report = of_states(states)
     assert report.notes[0].startswith("0 output directions reach back to the input; others (0 to 5)")
     assert "lost" in report.doubts[0]
 
 
 @pytest.mark.parametrize("width", [60, 80, 130])
-def test_notes_are_whole_where_the_table_is_wider_than_the_screen(width: int) -> None:
+def test_notes_are_whole_where_the_table_is_wider_than_the_screen(width):
     words = [f"word{i}" for i in range(60)]
-    report = dataclasses.replace(
-        make(),
-        credit=np.array([-10.123, -20.123, -30.123]),
-        gain=np.array([-10.123, -20.123, -30.123]),
-        rank=np.array([128.0] * 3),
-        widths=(128,) * 3,
-        notes=(" ".join(words), "with [brackets]"),
-    )
+    wide = {"credit": np.full(3, -10.123), "gain": np.full(3, -20.123), "rank": np.full(3, 128.0)}
+    notes = (" ".join(words), "with [brackets]")
+    report = dataclasses.replace(make(), widths=(128,) * 3, notes=notes, **wide)
     file = io.StringIO()
     Console(file=file, width=width, color_system=None).print(report)
     shown = file.getvalue().split()

@@ -1,0 +1,1 @@
+"""What may go: blocks dropped, components made linear, weights cut in precision."""

@@ -1,0 +1,259 @@
+"""Which components may be dropped, one after the other."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_koopman.decisions.steps import (
+    Step,
+    Steps,
+    as_fields,
+    check_max_drop,
+    component_calls,
+    cost_of,
+    first_batches,
+    loss_of,
+)
+from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
+from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.tensors import first_tensor
+from lightning_koopman.report.effects import Scale
+from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.text import Captioned
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DropOrder(Steps):
+    """Components in the order in which they may be dropped, and what was measured after each.
+
+    Attributes:
+        remaining: By step and candidate, the effect of dropping it beside those already gone, shape
+            ``(steps, len(candidates))``; NaN for those that are gone.
+        swaps: What is put in each candidate's place.
+    """
+
+    remaining: NDArray[np.float64]
+    swaps: Mapping[str, Skipped]
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The first components of the order, as many as keep the loss within ``max_drop``."""
+        return self.components[: self.within]
+
+    def apply(self, model: nn.Module, steps: int | None = None) -> nn.Module:
+        """Return a copy of the network without the components that go.
+
+        Args:
+            model: The network that the order was measured on, or one of the same architecture; it is
+                left alone.
+            steps: How many of ``components`` go; ``None`` drops those in ``dropped``.
+
+        Returns:
+            A new network, to be fine-tuned or saved with
+            :func:`lightning_koopman.decisions.swaps.save_shrunk`.
+
+        Raises:
+            ValueError: If the order has fewer steps.
+        """
+        count = self.within if steps is None else steps
+        if not 0 <= count <= len(self.components):
+            raise ValueError(f"steps is {steps}; the order has {len(self.components)}")
+        swaps = [self.swaps[name] for name in self.components[:count]]
+        return copied_with(model, [Skipped(**swap.options()) for swap in swaps])
+
+    @property
+    def verdict(self) -> str:
+        """What may go, and what to do next, in one line."""
+        if not self.candidates:
+            return "No component gives what it takes in shape, so none can be dropped; see linearize."
+        if not self.dropped:
+            return (
+                f"Nothing can go within {self.max_drop:g} {self._unit()}: the first costs "
+                f"{self.loss[0]:.3g}. Next: admit more with max_drop, or tune .apply(model, steps=1)."
+            )
+        gone = 1 - self.costs[self.within - 1].parameters / self.cost_before.parameters
+        return (
+            f"{self.within} of {len(self.candidates)} can go within {self.max_drop:g} {self._unit()} "
+            f"({gone:.0%} of the parameters): {', '.join(self.dropped)}. "
+            "Next: .apply(model) gives the network without them."
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"DropOrder({self.within} of {len(self.candidates)} within {self.max_drop:g}: "
+            f"{', '.join(self.dropped) or 'nothing'})"
+        )
+
+    def __rich__(self) -> Captioned:
+        return self._table("Dropped one after the other", self.verdict)
+
+
+def drop_order(
+    model: nn.Module,
+    batches: Iterable[Any],
+    report: CreditReport | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    max_drop: float = 0.01,
+    steps: int | None = None,
+    metric: Metric | None = None,
+    scale: Scale | None = None,
+    samples: int = 512,
+    forward_fn: ForwardFn | None = None,
+) -> DropOrder:
+    """Drop components of a trained network one after the other, the one that matters least first.
+
+    A component is dropped by giving on what it takes in, so only one whose output has its input's shape
+    can go; the others are named with the reason. Each step measures, for all components that are left,
+    how far the outputs move from those of the whole network if it went too, and drops the one that moves
+    them least. One pass over the samples per step and component that is left.
+
+    Args:
+        model: Any module; it is left exactly as it was found.
+        batches: Data to measure on: tensors, tuples of input and target, or mappings.
+        report: Names the components; ``None`` chooses them as :func:`lightning_koopman.credit_report`
+            does.
+        components: Names of those that may go; ``None`` tries all. Without a report, glob patterns too.
+        max_drop: Largest loss: drop of the metric, or where there is none, effect on the outputs. The
+            order ends with the first step that exceeds it.
+        steps: Number of steps, whatever the loss is; ``None`` goes by ``max_drop``.
+        metric: Called as ``metric(outputs, targets)``, larger is better; ``None`` takes the accuracy
+            where targets are class indices, and none otherwise.
+        scale: What effects are measured in: ``"kl"`` (mean KL divergence in nats from the original to
+            the altered class distribution) or ``"relative"`` (mean squared change over the outputs'
+            variance); ``None`` takes ``"kl"`` where targets are class indices.
+        samples: Batches are taken until they hold so many samples.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+
+    Returns:
+        The order, what was measured after each step, and the point where the loss is exceeded.
+
+    Raises:
+        ValueError: If an argument is out of range, no sample arrives, or a component is unknown.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2))
+        >>> _ = nn.init.eye_(net[1].weight), nn.init.zeros_(net[1].bias)
+        >>> x = torch.randn(200, 4)
+        >>> order = drop_order(net, [(x, net(x).argmax(1))])
+        >>> order.dropped[0], float(order.effect[0])
+        ('1', 0.0)
+    """
+    check_max_drop(max_drop)
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}; it must be 1 or above, or None to go by max_drop")
+    runner = ForwardRunner(model, first_batches(batches, samples), forward_fn)
+    with undisturbed(model):
+        swaps, refused = _droppable(runner, component_calls(runner, report, components))
+        outputs = Outputs(runner.run(), runner.batches, scale, metric)
+        order, remaining = _order(runner, outputs, swaps, max_drop, steps)
+        before = cost_of(runner)
+    return DropOrder(
+        **as_fields(order, outputs),
+        cost_before=before,
+        candidates=tuple(swaps),
+        refused=refused,
+        max_drop=max_drop,
+        remaining=np.reshape(remaining, (len(order), len(swaps))),
+        swaps=swaps,
+    )
+
+
+@dataclass
+class _Ends:
+    """What one pass showed of a component."""
+
+    taken: Tensor | None = None
+    given: Any = None
+
+
+def _droppable(
+    runner: ForwardRunner, components: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, Skipped], dict[str, str]]:
+    """Find out by one pass which components can be skipped, and why others cannot."""
+    ends = {name: _Ends() for name in components}
+    runs: dict[str, int] = dict.fromkeys(itertools.chain.from_iterable(components.values()), 0)
+
+    def look_in(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        ends[name].taken = first_tensor((args, kwargs))
+
+    def look_out(
+        name: str | None, call: str, module: nn.Module, args: Any, kwargs: Any, out: Any
+    ) -> None:
+        runs[call] += 1
+        if name is not None:
+            ends[name].given = out
+
+    with ExitStack() as hooks:
+        for name, calls in components.items():
+            first = find_module(runner.model, calls[0])[0]
+            hooks.enter_context(attach(first, before=functools.partial(look_in, name)))
+            for call in calls:
+                module = find_module(runner.model, call)[0]
+                after = functools.partial(look_out, name if call == calls[-1] else None, call)
+                hooks.enter_context(attach(module, after=after))
+        ForwardRunner(runner.model, runner.batches[:1], runner.forward_fn).run()
+    swaps, refused = {}, {}
+    for name, calls in components.items():
+        given = ends[name].given
+        in_tuple = isinstance(given, tuple) and len(given) == 1
+        why = _refusal(ends[name].taken, given[0] if in_tuple else given, max(runs[c] for c in calls))
+        if why:
+            refused[name] = why
+        else:
+            swaps[name] = Skipped(calls, in_tuple)
+    return swaps, refused
+
+
+def _refusal(taken: Tensor | None, given: Any, runs: int) -> str:
+    """Say why a component cannot be skipped, or nothing."""
+    if runs != 1:
+        return f"which runs {runs} times in one pass"
+    if taken is None:
+        return "which takes no floating-point tensor"
+    if not isinstance(given, Tensor):
+        return f"which gives {type(given).__name__} and not one tensor"
+    if taken.shape != given.shape:
+        return f"which turns {tuple(taken.shape[1:])} into {tuple(given.shape[1:])}"
+    return ""
+
+
+def _order(
+    runner: ForwardRunner,
+    outputs: Outputs,
+    swaps: Mapping[str, Skipped],
+    max_drop: float,
+    steps: int | None,
+) -> tuple[list[Step], list[list[float]]]:
+    """Drop the component whose loss moves the outputs least, again and again; return all effects."""
+    order: list[Step] = []
+    remaining: list[list[float]] = []
+    for _ in range(len(swaps) if steps is None else min(steps, len(swaps))):
+        gone = [swaps[step.name] for step in order]
+        tried: dict[str, Measured] = {}
+        for name, swap in swaps.items():
+            if swap not in gone:
+                with swapped(runner.model, [*gone, swap]):
+                    tried[name] = over_draws([outputs.compare(runner.run())])
+        best = min(tried, key=lambda name: tried[name].effect)
+        with swapped(runner.model, [*gone, swaps[best]]):
+            order.append(Step(best, tried[best], cost_of(runner)))
+        remaining.append([tried[name].effect if name in tried else math.nan for name in swaps])
+        if steps is None and loss_of(tried[best], outputs) > max_drop:
+            break
+    return order, remaining

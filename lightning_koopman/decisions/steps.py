@@ -1,0 +1,226 @@
+"""What decisions have in common: components that give way one after the other, each step measured."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_koopman.effects.alterations import check_components
+from lightning_koopman.effects.scoring import Measured, Outputs
+from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.isolation import random_states_kept
+from lightning_koopman.network.tensors import all_tensors
+from lightning_koopman.report.effects import UNITS, Scale
+from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.text import Captioned, as_text, with_share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network costs.
+
+    Attributes:
+        parameters: Number of parameters.
+        flops: Operations of one pass over the first batch, as ``torch.utils.flop_counter`` counts them:
+            those of matrix products and convolutions.
+    """
+
+    parameters: int
+    flops: int
+
+
+def cost_of(runner: ForwardRunner) -> Cost:
+    """Measure what a network costs."""
+    with FlopCounterMode(display=False) as counter:
+        runner.run_batch(0)
+    return Cost(sum(p.numel() for p in runner.model.parameters()), counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One component that gave way, with those before it, and what that did."""
+
+    name: str
+    measured: Measured
+    cost: Cost
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Steps:
+    """Components that gave way one after the other, and what was measured after each.
+
+    Entry ``k`` of an array is about the network in which the first ``k + 1`` of ``components`` gave way.
+
+    Attributes:
+        components: Names, in the order in which they gave way.
+        effect: Change of the outputs from those of the whole network, shape ``(steps,)``.
+        effect_stderr: Standard errors of the effects over samples.
+        metric: Metric after each step; NaN where there is none.
+        metric_stderr: Standard errors of its difference from ``metric_before``, paired over samples; NaN
+            where the metric is not the accuracy.
+        metric_before: Metric of the network as it is.
+        costs: Parameters and operations after each step.
+        cost_before: The same of the network as it is.
+        candidates: All components that could give way, in order of execution.
+        refused: By name, why a component cannot.
+        max_drop: Loss that was admitted: drop of the metric, or effect where there is none.
+        scale: Unit of effects, ``"kl"`` or ``"relative"``.
+        n_samples: Samples that effects and metrics were measured on.
+    """
+
+    components: tuple[str, ...]
+    effect: NDArray[np.float64]
+    effect_stderr: NDArray[np.float64]
+    metric: NDArray[np.float64]
+    metric_stderr: NDArray[np.float64]
+    metric_before: float
+    costs: tuple[Cost, ...]
+    cost_before: Cost
+    candidates: tuple[str, ...]
+    refused: Mapping[str, str]
+    max_drop: float
+    scale: Scale
+    n_samples: int
+
+    @property
+    def loss(self) -> NDArray[np.float64]:
+        """Drop of the metric after each step, or the effect where there is no metric."""
+        return self.effect if math.isnan(self.metric_before) else self.metric_before - self.metric
+
+    @property
+    def within(self) -> int:
+        """Number of steps, from the first on, that keep the loss within ``max_drop``."""
+        return sum(1 for _ in itertools.takewhile(lambda loss: loss <= self.max_drop, self.loss))
+
+    def to_frame(self) -> DataFrame:
+        """Return the steps as a pandas table.
+
+        Returns:
+            One row per step: the component that gave way, the effect and the metric from then on with
+            their standard errors, what the network then costs, and whether the loss is within
+            ``max_drop``.
+        """
+        import pandas
+
+        return pandas.DataFrame({
+            "step": range(1, len(self.components) + 1),
+            "component": self.components,
+            "effect": self.effect,
+            "effect_stderr": self.effect_stderr,
+            "metric": self.metric,
+            "metric_stderr": self.metric_stderr,
+            "parameters": [cost.parameters for cost in self.costs],
+            "flops": [cost.flops for cost in self.costs],
+            "within": [i < self.within for i in range(len(self.components))],
+        })
+
+    def plot(self) -> Figure:
+        """Draw the loss after each step, with its standard error and the loss that was admitted.
+
+        Returns:
+            A Matplotlib figure that no window manager knows of.
+        """
+        from lightning_koopman.report.plots import plot_steps
+
+        no_metric = math.isnan(self.metric_before)
+        label = f"effect [{UNITS[self.scale]}]" if no_metric else "drop of the metric"
+        stderr = self.effect_stderr if no_metric else self.metric_stderr
+        return plot_steps(self.components, self.loss, stderr, self.max_drop, label)
+
+    def _unit(self) -> str:
+        return UNITS[self.scale] if math.isnan(self.metric_before) else "of the metric"
+
+    def _table(self, title: str, verdict: str) -> Captioned:
+        """Lay the steps out, those beyond the loss that was admitted dim."""
+        before = "" if math.isnan(self.metric_before) else f", metric {self.metric_before:.4f} as it was"
+        title = f"{title}, {self.n_samples} samples{before}"
+        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("component", overflow="fold", min_width=9)
+        for name in (f"effect ({UNITS[self.scale]})", "metric", "parameters left", "FLOPs left"):
+            table.add_column(name, justify="right")
+        for i, (name, cost) in enumerate(zip(self.components, self.costs, strict=True)):
+            error = "" if math.isnan(self.metric_stderr[i]) else f"±{self.metric_stderr[i]:.4f}"
+            table.add_row(
+                escape(name),
+                with_share(self.effect[i], self.effect_stderr[i]),
+                "" if math.isnan(self.metric[i]) else f"{self.metric[i]:.4f}{error}",
+                f"{cost.parameters / self.cost_before.parameters:.0%}",
+                f"{cost.flops / max(1, self.cost_before.flops):.0%}",
+                style=None if i < self.within else "dim",
+            )
+        stays = [f"Stays: {escape(name)}, {escape(why)}" for name, why in self.refused.items()]
+        return Captioned(table, [*stays, escape(verdict)])
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def as_fields(steps: Sequence[Step], outputs: Outputs) -> dict[str, Any]:
+    """Return what was measured step by step as fields of :class:`Steps`."""
+    measured = np.array([step.measured for step in steps]).reshape(-1, len(Measured._fields))
+    names = ("effect", "effect_stderr", "metric", "metric_stderr")
+    return {
+        "components": tuple(step.name for step in steps),
+        **dict(zip(names, measured.T, strict=True)),
+        "metric_before": outputs.metric,
+        "costs": tuple(step.cost for step in steps),
+        "scale": outputs.scale,
+        "n_samples": outputs.n_samples,
+    }
+
+
+def loss_of(measured: Measured, outputs: Outputs) -> float:
+    """Return the drop of the metric, or the effect where there is no metric."""
+    return measured.effect if math.isnan(outputs.metric) else outputs.metric - measured.metric
+
+
+def check_max_drop(max_drop: float) -> None:
+    """Refuse a loss below 0."""
+    if not max_drop >= 0:
+        raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
+
+
+def first_batches(batches: Iterable[Any], samples: int) -> list[Any]:
+    """Take batches until they hold enough samples."""
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; at least one is needed")
+    taken, count = [], 0
+    with random_states_kept(batches):
+        for batch in batches:
+            taken.append(batch)
+            count += next((len(t) for t in all_tensors(batch) if t.ndim), 0)
+            if count >= samples:
+                break
+    if not taken:
+        raise ValueError("no sample arrived: the batches were empty")
+    return taken
+
+
+def component_calls(
+    runner: ForwardRunner, report: CreditReport | None, components: Sequence[str] | None
+) -> dict[str, tuple[str, ...]]:
+    """Find the module calls that each component is made of, in order of execution."""
+    if report is not None:
+        check_components(report, components)
+        return {n: report.parts[n] for n in report.components if components is None or n in components}
+    capture = Capture(runner.model, components, keep=lambda tensor, recorded: None, follow=True)
+    with capture:
+        capture.start_pass(runner.batches[0])
+        runner.run_batch(0)
+        capture.end_pass()
+    return capture.parts

@@ -1,0 +1,178 @@
+"""Modules that take the place of components, and networks that hold them, saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.tensors import first_tensor
+from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
+from lightning_koopman.report.saved import write_atomically
+
+
+class Skipped(nn.Module):
+    """Gives the first tensor that it takes, in place of a component that was dropped."""
+
+    def __init__(self, replaces: Sequence[str] = (), in_tuple: bool = False) -> None:
+        super().__init__()
+        self.replaces, self.in_tuple = tuple(replaces), in_tuple
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what came in."""
+        tensor = first_tensor((args, kwargs))
+        return (tensor,) if self.in_tuple else tensor
+
+    def options(self) -> dict[str, Any]:
+        """Return what it is built from, as plain values."""
+        return {"replaces": list(self.replaces), "in_tuple": self.in_tuple}
+
+    def extra_repr(self) -> str:
+        """Return what it stands for, as text."""
+        return f"replaces={self.replaces}"
+
+
+class LinearComponent(nn.Module):
+    """One ``nn.Linear``, or two with a narrow state between them, in place of a component."""
+
+    def __init__(
+        self,
+        in_features: int,
+        shape: Sequence[int],
+        rank: int | None = None,
+        replaces: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.in_features, self.shape, self.rank = in_features, tuple(shape), rank
+        self.replaces = tuple(replaces)
+        out_features = int(torch.Size(self.shape).numel())
+        self.layers: nn.Module = (
+            nn.Linear(in_features, out_features)
+            if rank is None
+            else nn.Sequential(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features))
+        )
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Apply the map."""
+        flat: Tensor = self.layers(x.flatten(1))
+        return flat.reshape(-1, *self.shape)
+
+    def options(self) -> dict[str, Any]:
+        """Return what it is built from, as plain values."""
+        return {
+            "in_features": self.in_features,
+            "shape": list(self.shape),
+            "rank": self.rank,
+            "replaces": list(self.replaces),
+        }
+
+    def extra_repr(self) -> str:
+        """Return what it stands for, as text."""
+        return f"shape={self.shape}, replaces={self.replaces}"
+
+
+Swap = Skipped | LinearComponent
+_KINDS: Mapping[str, type[Swap]] = {"skipped": Skipped, "linear": LinearComponent}
+
+
+def put_in_place(model: nn.Module, swap: Swap) -> None:
+    """Put a swap where the first module it replaces is, and nothing where the others are."""
+    raw = {clean_name(name): name for name, _ in model.named_modules()}
+    first, *others = swap.replaces
+    model.set_submodule(raw[first], swap)
+    for name in others:
+        model.set_submodule(raw[name], nn.Identity())
+
+
+@contextmanager
+def swapped(model: nn.Module, swaps: Iterable[Swap]) -> Generator[None, None, None]:
+    """Put swaps in place in the network itself while the context lasts."""
+    raw = {clean_name(name): name for name, _ in model.named_modules()}
+    swaps = list(swaps)
+    before = {raw[name]: model.get_submodule(raw[name]) for swap in swaps for name in swap.replaces}
+    try:
+        for swap in swaps:
+            put_in_place(model, swap)
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
+def copied_with(model: nn.Module, swaps: Iterable[Swap]) -> nn.Module:
+    """Copy a network, also where a module holds a tensor with a graph, and put swaps in place."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    graphs = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
+    new = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in graphs})
+    for swap in swaps:
+        put_in_place(new, swap)
+    return new
+
+
+def swaps_in(model: nn.Module) -> list[Swap]:
+    """List what stands in place of components."""
+    return [module for module in model.modules() if isinstance(module, Skipped | LinearComponent)]
+
+
+def save_shrunk(
+    model: nn.Module, path: str | os.PathLike[str], *, more: Mapping[str, Any] | None = None
+) -> None:
+    """Write a network with dropped or linear components as a checkpoint for :func:`load_shrunk`."""
+    swaps = [
+        {"kind": kind, **swap.options()}
+        for swap in swaps_in(model)
+        for kind, of_type in _KINDS.items()
+        if type(swap) is of_type
+    ]
+    # torch.save destroys the file first, and tells of a full disk by an internal error.
+    content = io.BytesIO()
+    torch.save(dict(more or {}) | {"state_dict": model.state_dict(), "swaps": swaps}, content)
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def load_shrunk(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Read a network with dropped or linear components.
+
+    Args:
+        model: A network of the architecture that was shrunk; it is left alone.
+        path: File written by :func:`save_shrunk`, or by the commands ``drop`` and ``linearize``.
+
+    Returns:
+        A new network, with the weights in the file.
+
+    Raises:
+        CheckpointError: If the file is no such checkpoint or does not fit the model.
+    """
+    checkpoint = load_checkpoint(path)
+    found = torch.load(path, map_location="cpu", weights_only=True).get("swaps")
+    if not isinstance(found, list):
+        raise CheckpointError(
+            f"{os.fspath(path)} holds no dropped or linear components; load it as usual"
+        )
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
+    new = copied_with(model, [])
+    for given in found:
+        try:
+            options = dict(given)
+            with torch.device("meta"):
+                swap = _KINDS[options.pop("kind")](**options)
+            # A file may claim any width, so nothing is allocated before this.
+            if sum(p.numel() for p in swap.parameters()) > held:
+                raise ValueError("it is larger than the file")
+            put_in_place(new, swap.to_empty(device="cpu").to(dtype))
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{os.fspath(path)} does not fit {type(model).__name__}: a component cannot be put in "
+                f"its place ({type(error).__name__}: {error})"
+            ) from None
+    apply_checkpoint(new, checkpoint)
+    return new

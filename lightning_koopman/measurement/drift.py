@@ -1,0 +1,126 @@
+"""Holds a network and data against a reference: which components do something else than they did."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.reference import Reference, beyond_error, unexplained
+from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network.components import clean_modules
+from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
+from lightning_koopman.report.drift import Drift
+from lightning_koopman.report.report import CreditReport
+
+
+def drift(
+    reference: CreditReport | str | os.PathLike[str],
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward_fn: ForwardFn | None = None,
+    max_samples: int | None = None,
+    step: int | None = None,
+    options: Options | None = None,
+) -> Drift:
+    """Find the components that do something else than when a reference was measured.
+
+    Per component, the share of its output's variance that the reference's linear operator leaves
+    unexplained is compared with the share that an operator fitted to the new states leaves: 0 where the
+    component does what it did. Neither the old weights nor the old samples are needed. The model runs
+    once over the batches, in eval mode and without gradients, and is left exactly as it was found.
+
+    Args:
+        reference: Report of the network as it was, or a file that its ``save_reference`` wrote.
+        model: Network of the same components, whatever its weights.
+        batches: Samples, the same as the reference's or others; as in
+            :func:`lightning_koopman.credit_report`.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+        max_samples: Most samples to take; ``None`` takes all.
+        step: Training step the weights belong to, for the table.
+        options: Those of the reference, needed only where it comes from a file and they hold functions
+            (``reduce``, ``output``, ``observables``): a file holds none.
+
+    Returns:
+        The drift of every component, with errors and marks.
+
+    Raises:
+        ValueError: If the report has no reference, the file is none, components or widths differ, or
+            too few samples arrive.
+
+    Example:
+        >>> import torch
+        >>> import lightning_koopman as lk
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> report = lk.credit_report(net, torch.randn(2000, 6).split(500))
+        >>> with torch.no_grad():
+        ...     _ = net[2].weight.mul_(-1)
+        >>> lk.drift(report, net, torch.randn(2000, 6).split(500)).culprit
+        '2'
+    """
+    check_arguments(model, batches)
+    found = _reference_of(reference)
+    chosen = _with_functions(found, options)
+    if found.named:
+        known = dict(clean_modules(model))
+        found.check_names([name for name in found.modules if name in known], found.modules)
+    measurement = Measurement(
+        model, list(found.modules) if found.named else None, chosen, max_samples=max_samples
+    )
+    measurement.follow(found)
+    measurement.run(model, batches, forward_fn)
+    return drift_since(found, measurement, step=step)
+
+
+def drift_since(reference: Reference, measurement: Measurement, *, step: int | None = None) -> Drift:
+    """Compute the drift since a reference from what a measurement has added up, without another pass."""
+    layout, moments, center = measurement.moments()
+    shares = unexplained(layout, moments, center, reference.operators, reference.means)
+    value = shares.old - shares.new
+    return Drift(
+        components=reference.components,
+        drift=value.numpy(),
+        stderr=shares.stderr.numpy(),
+        changed=beyond_error(value, shares.stderr, shares.freedom).numpy(),
+        old=shares.old.numpy(),
+        new=shares.new.numpy(),
+        n_samples=int(moments[:, 0].sum()),
+        step=step,
+        since=reference.step,
+        parts=reference.parts,
+    )
+
+
+def _reference_of(given: CreditReport | str | os.PathLike[str]) -> Reference:
+    if isinstance(given, str | os.PathLike):
+        from lightning_koopman.report.reference_file import read_reference
+
+        return read_reference(given)
+    if not isinstance(given, CreditReport):
+        raise ValueError(
+            f"reference is a {type(given).__name__}; give a report of credit_report, or a file that its "
+            "save_reference wrote"
+        )
+    if given.reference is None:
+        raise ValueError(
+            "the report holds no reference, for JSON keeps none; give a report that was just measured, "
+            "or a file that save_reference wrote"
+        )
+    return given.reference
+
+
+def _with_functions(reference: Reference, options: Options | None) -> Options:
+    """Return the options of the reference, with the functions that a file could not hold."""
+    given = {} if options is None else {name: getattr(options, name) for name in reference.functions}
+    if missing := [name for name in reference.functions if given.get(name) is None]:
+        raise ValueError(
+            f"the reference was measured with functions of yours for {missing}, which its file does not "
+            "hold; pass the same again with options=Options(...)"
+        )
+    return dataclasses.replace(reference.options, **given)

@@ -1,0 +1,132 @@
+"""Which components compute something else than a reference did; pure arithmetic and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.markup import escape
+
+from lightning_koopman.report.text import Captioned, as_text, new_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """How far each component is from what it computed when a reference was measured.
+
+    All arrays are of shape ``(L,)``, one entry per component, in order of execution.
+
+    Attributes:
+        components: Names, in order of execution.
+        drift: Share of the output's variance that the reference's operator leaves unexplained, less the
+            share that an operator fitted to the new states leaves.
+        stderr: Standard errors of the drift (paired jackknife).
+        changed: Whether the drift is above 0 beyond error. Where nothing changed, no component at all
+            is marked in 95 % of the networks.
+        old: Share of variance that the reference's operator leaves unexplained.
+        new: Share that an operator fitted to the new states leaves.
+        n_samples: Number of new samples.
+        step: Training step of the new weights, if known.
+        since: Training step of the reference, if known.
+        parts: By component, the module calls that it is made of.
+    """
+
+    components: tuple[str, ...]
+    drift: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    changed: NDArray[np.bool_]
+    old: NDArray[np.float64]
+    new: NDArray[np.float64]
+    n_samples: int
+    step: int | None = None
+    since: int | None = None
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def culprit(self) -> str | None:
+        """Name of the changed component of the largest drift; ``None`` where none changed."""
+        if not self.changed.any():
+            return None
+        return self.components[int(np.where(self.changed, self.drift, -np.inf).argmax())]
+
+    @property
+    def verdict(self) -> str:
+        """What was found and what to do next, in one sentence or two."""
+        count = int(self.changed.sum())
+        if (culprit := self.culprit) is None:
+            return (
+                f"No component changed beyond error on {self.n_samples} samples. If you expect that one "
+                "did, measure on more samples."
+            )
+        also = f", {count - 1} more changed too" if count > 1 else ""
+        modules = [name for name in self.parts.get(culprit, ()) if name != culprit]
+        made_of = f" (modules {', '.join(modules)})" if modules else ""
+        return (
+            f"{culprit}{made_of} moved most{also}. Compare its weights with the reference's checkpoint, "
+            "or put them back and measure again."
+        )
+
+    def to_frame(self) -> DataFrame:
+        """Return the drift as a pandas table.
+
+        Returns:
+            One row per component: the component, its drift with standard error, whether it changed, and
+            the shares of variance that the old and a new operator leave.
+        """
+        import pandas
+
+        names = ("drift", "stderr", "changed", "old", "new")
+        return pandas.DataFrame({
+            "component": list(self.components),
+            **{name: getattr(self, name) for name in names},
+        })
+
+    def plot(self) -> Figure:
+        """Draw the drift of every component with two standard errors.
+
+        Returns:
+            A Matplotlib figure that no window manager knows of.
+        """
+        from lightning_koopman.report.plots import plot_marked
+
+        return plot_marked(
+            self.components,
+            self.drift,
+            self.stderr,
+            self.changed,
+            "drift [share of the output's variance]",
+            f"Drift, {self.n_samples} samples; red: changed beyond error",
+        )
+
+    def __rich__(self) -> Captioned:
+        since = "" if self.since is None else f" since step {self.since}"
+        at = "" if self.step is None else f" at step {self.step}"
+        title = f"Drift{at}{since}, {self.n_samples} samples: share of the output's variance"
+        table = new_table(title, ["drift", "old operator leaves", "new one leaves"])
+        table.add_column("changed")
+        for i, component in enumerate(self.components):
+            marked = "" if not self.changed[i] else "most" if component == self.culprit else "yes"
+            table.add_row(
+                escape(component),
+                f"{self.drift[i]:.4f}±{self.stderr[i]:.4f}",
+                f"{self.old[i]:.4f}",
+                f"{self.new[i]:.4f}",
+                marked,
+                style="bold" if marked == "most" else None,
+            )
+        return Captioned(table, [escape(self.verdict)])
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def __repr__(self) -> str:
+        count, culprit = int(self.changed.sum()), self.culprit
+        most = "" if culprit is None else f", most {culprit!r}"
+        return f"Drift({len(self.components)} components, {count} changed{most})"

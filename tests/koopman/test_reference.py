@@ -1,0 +1,178 @@
+"""Old operators against new states: explicit regressions on explicit folds, in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from oracles import Array, ridge
+from scipy import stats
+from torch import Tensor
+
+from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.koopman.reference import (
+    RIDGE,
+    Shares,
+    beyond_error,
+    fold_operators,
+    unexplained,
+)
+
+FOLDS = 4
+
+
+def moments_of(
+    layout: Layout, states: Sequence[Array], folds: Array, center: Sequence[Tensor]
+) -> Tensor:
+    moments = layout.zeros()
+    tensors = [torch.from_numpy(state) for state in states]
+    accumulate(layout, moments, tensors, torch.from_numpy(folds), center)
+    return moments
+
+
+def shares_of(
+    layout: Layout, old: Sequence[Array], new: Sequence[Array], old_folds: Array, new_folds: Array
+) -> Shares:
+    center = [torch.from_numpy(state.mean(0)) + 0.3 for state in old]
+    reference = fold_operators(layout, moments_of(layout, old, old_folds, center), center)
+    return unexplained(layout, moments_of(layout, new, new_folds, center), center, *reference)
+
+
+def chain(
+    rng: np.random.Generator, n: int, widths: Sequence[int] = (4, 5, 3), shift: float = 0.0
+) -> list[Array]:
+    """States that each depend on those before, not quite linearly."""
+    weights = np.random.default_rng(1)
+    states = [rng.normal(size=(n, widths[0])) + shift]
+    for width in widths[1:]:
+        read = np.concatenate(states[-2:], axis=1)
+        made = np.tanh(read @ weights.normal(size=(read.shape[1], width)) / 2) + 2
+        states.append(made + 0.3 * rng.normal(size=made.shape))
+    return states
+
+
+class Affine:
+    """Ridge regression with an intercept."""
+
+    def __init__(self, x: Array, y: Array) -> None:
+        self.matrix, self.x, self.y = ridge(x, y, RIDGE), x.mean(0), y.mean(0)
+
+    def __call__(self, x: Array) -> Array:
+        return self.y + (x - self.x) @ self.matrix
+
+
+def excess(operators: Sequence[Affine], x: Array) -> float:
+    """Summed squared distance of the operators' predictions from their mean, per sample."""
+    predicted = np.stack([operator(x) for operator in operators])
+    return float(((predicted - predicted.mean(0)) ** 2).sum() / len(x))
+
+
+@pytest.mark.parametrize(("delay", "links"), [(1, ()), (2, ()), (1, ((0,), (1, 0)))])
+def test_shares_and_errors_are_those_of_explicit_regressions_on_explicit_folds(
+    rng: np.random.Generator, delay: int, links: tuple[tuple[int, ...], ...]
+) -> None:
+    old, new = chain(rng, 90), chain(rng, 120, shift=0.4)
+    new[1] += 0.5
+    old_folds, new_folds = np.arange(90) % FOLDS, rng.integers(0, FOLDS, 120)
+    layout = Layout((4, 5, 3), FOLDS, delay, links)
+    found = shares_of(layout, old, new, old_folds, new_folds)
+    for i, read in ((1, (0,)), (2, layout.parents[2])):
+        assert len(read) == (1 if layout.parents[2] == (1,) or i == 1 else 2)
+        x, y = np.concatenate([new[p] for p in read], axis=1), new[i]
+        old_x, old_y = np.concatenate([old[p] for p in read], axis=1), old[i]
+        before = [Affine(old_x[old_folds != f], old_y[old_folds != f]) for f in range(FOLDS)]
+        now = [Affine(x[new_folds != f], y[new_folds != f]) for f in range(FOLDS)]
+        squares = np.zeros((FOLDS, 3))
+        for f in range(FOLDS):
+            inside = new_folds == f
+            fits = (before[f](x[inside]), now[f](x[inside]), y[~inside].mean(0))
+            squares[f] = [((y[inside] - fit) ** 2).sum() for fit in fits]
+        more = np.array([excess(before, x), excess(now, x)])
+
+        def share(kept: Array, squares: Array = squares, more: Array = more) -> Array:
+            summed = squares[kept].sum(0)
+            return (summed[:2] - np.isin(new_folds, np.flatnonzero(kept)).sum() * more) / summed[2]
+
+        value = share(np.ones(FOLDS, bool))
+        rest = np.array([share(np.arange(FOLDS) != f) @ [1, -1] for f in range(FOLDS)])
+        # The jackknife of folds of unequal size (Busing et al. 1999).
+        h = 120 / np.bincount(new_folds)
+        drift = value @ [1, -1]
+        pseudo = h * drift - (h - 1) * rest
+        centre = FOLDS * drift - ((1 - 1 / h) * rest).sum()
+        jackknife = (((pseudo - centre) ** 2) / (h - 1)).mean()
+        correction = 120 * (more @ [1, -1]) / squares[:, 2].sum()
+        whole = np.array([[((y - fit(x)) ** 2).sum() for fit in fits] for fits in (before, now)])
+        apart = (whole[0] - whole[1]) / squares[:, 2].sum()
+        chance = (FOLDS - 1) / FOLDS * ((apart - apart.mean()) ** 2).sum()
+        assert [float(found.old[i - 1]), float(found.new[i - 1])] == pytest.approx(value, abs=1e-6)
+        stderr = (jackknife + chance + correction**2) ** 0.5
+        assert float(found.stderr[i - 1]) == pytest.approx(stderr, rel=1e-4)
+    assert found.freedom == FOLDS - 1
+
+
+def test_the_same_samples_of_the_same_network_drift_by_rounding_alone(rng: np.random.Generator) -> None:
+    states, folds = chain(rng, 200), rng.integers(0, FOLDS, 200)
+    found = shares_of(Layout((4, 5, 3), FOLDS), states, states, folds, folds)
+    assert (found.old - found.new).abs().max() < 1e-7
+    assert not beyond_error(found.old - found.new, found.stderr, found.freedom).any()
+
+
+@pytest.mark.parametrize(("n_old", "n_new"), [(60, 600), (600, 60), (200, 200)])
+def test_on_other_samples_drift_is_zero_in_the_mean_however_many_they_are(
+    n_old: int, n_new: int
+) -> None:
+    rng, drifts = np.random.default_rng(3), []
+    for _ in range(40):
+        folds = [np.arange(n) % FOLDS for n in (n_old, n_new)]
+        found = shares_of(Layout((4, 5, 3), FOLDS), chain(rng, n_old), chain(rng, n_new), *folds)
+        drifts.append((found.old - found.new).numpy())
+    mean, error = np.mean(drifts, 0), np.std(drifts, 0) / 40**0.5
+    assert (np.abs(mean) < 4 * error + 0.003).all()
+
+
+def test_a_component_that_only_moved_its_mean_has_drifted(rng: np.random.Generator) -> None:
+    old, new = chain(rng, 300), chain(rng, 300)
+    new[2] += 1.0
+    folds = np.arange(300) % FOLDS
+    found = shares_of(Layout((4, 5, 3), FOLDS), old, new, folds, folds)
+    drift = found.old - found.new
+    assert beyond_error(drift, found.stderr, found.freedom).tolist() == [False, True]
+    # A shift of 1 in each of three units, over their variance.
+    assert float(drift[1]) == pytest.approx(3 / new[2].var(0).sum(), rel=0.1)
+
+
+def test_a_constant_state_has_no_share_and_no_mark(rng: np.random.Generator) -> None:
+    states, folds = chain(rng, 100), np.arange(100) % FOLDS
+    constant = [states[0], np.ones_like(states[1]), states[2]]
+    found = shares_of(Layout((4, 5, 3), FOLDS), constant, constant, folds, folds)
+    assert np.isnan(found.old[0])
+    assert not beyond_error(found.old - found.new, found.stderr, found.freedom)[0]
+
+
+def test_samples_in_one_fold_alone_are_too_few(rng: np.random.Generator) -> None:
+    states = chain(rng, 100)
+    folds, alone = np.arange(100) % FOLDS, np.zeros(5, int)
+    few = [state[:5] for state in states]
+    with pytest.raises(ValueError, match="5 samples arrived, all in one fold; take more"):
+        shares_of(Layout((4, 5, 3), FOLDS), states, few, folds, alone)
+
+
+def test_marks_are_those_of_benjamini_and_hochberg(rng: np.random.Generator) -> None:
+    for _ in range(20):
+        drift, stderr = rng.normal(size=12) * 3, rng.uniform(0.2, 1.0, 12)
+        marks = beyond_error(torch.from_numpy(drift), torch.from_numpy(stderr), 4)
+        p = stats.false_discovery_control(stats.t.sf(drift / stderr, 4))
+        assert marks.tolist() == (p <= 0.05).tolist()
+    unknown = torch.tensor([torch.nan, 1.0], dtype=torch.float64)
+    assert beyond_error(unknown, torch.full((2,), 1e-3, dtype=torch.float64), 4).tolist() == [
+        False,
+        True,
+    ]
+
+
+def test_rounding_is_no_change() -> None:
+    drift = torch.tensor([1e-7, 1e-3], dtype=torch.float64)
+    assert beyond_error(drift, torch.full((2,), 1e-10, dtype=torch.float64), 4).tolist() == [False, True]

@@ -1,0 +1,265 @@
+"""Networks and data held against a reference, in memory and from a file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman import CreditReport, Options, credit_report, drift
+from lightning_koopman.measurement.drift import drift_since
+from lightning_koopman.measurement.measurement import Measurement
+
+
+def samples(n: int = 1500, seed: int = 0, width: int = 6) -> list[Tensor]:
+    return list(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)).split(300))
+
+
+def mlp(out: int = 3) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, out))
+
+
+class Skips(nn.Module):
+    """Two residual blocks between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 10), nn.Linear(10, 3)
+        self.first, self.second = (nn.Sequential(nn.Linear(10, 10), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.first(x)
+        return self.head(x + self.second(x))
+
+
+class Words(nn.Module):
+    """Word vectors, a recurrent layer and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.rnn = nn.Embedding(20, 8), nn.GRU(8, 16, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states, _ = self.rnn(self.words(ids))
+        return self.head(states.mean(dim=1))
+
+
+@torch.no_grad()
+def broken(model: nn.Module, name: str) -> nn.Module:
+    """A copy, all of whose weights have moved a little, and those of one part a lot."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
+    for parameter in model.get_submodule(name).parameters():
+        parameter.mul_(-1)
+    return model
+
+
+@pytest.mark.parametrize("name", ["0", "2", "4", "6"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_the_part_that_broke_moves_most(tmp_path: Path, name: str, from_file: bool) -> None:
+    net = mlp()
+    reference: Any = credit_report(net, samples())
+    if from_file:
+        reference.save_reference(tmp_path / "reference.safetensors")
+        reference = tmp_path / "reference.safetensors"
+    found = drift(reference, broken(net, name), samples(seed=1))
+    assert found.components == ("0", "2", "4", "6")
+    assert found.culprit == name
+    assert found.changed[found.components.index(name)]
+    assert np.allclose(found.drift, found.old - found.new)
+
+
+@pytest.mark.parametrize("options", [{}, {"delay": 2}], ids=str)
+def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
+    net = Skips()
+    report = credit_report(net, samples(), options=Options(**options))
+    assert report.reads["head"] == ("second.0", "first.0", "stem")
+    assert drift(report, broken(net, "second"), samples(seed=1)).culprit == "second.0"
+    assert np.abs(drift(report, net, samples(seed=1)).drift).max() < 0.01
+
+
+def test_wide_states_meet_in_the_basis_of_the_reference(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 3))
+    report = credit_report(net, samples(), options=Options(max_dim=16))
+    path = tmp_path / "reference.safetensors"
+    report.save_reference(path)
+    assert drift(path, broken(net, "2"), samples(seed=1)).culprit == "2"
+    again = [drift(given, net, samples(seed=3)) for given in (path, report)]
+    assert np.allclose(again[0].drift, again[1].drift, rtol=0, atol=1e-12)
+    assert np.abs(again[0].drift).max() < 0.01
+
+
+def test_the_same_samples_of_the_same_network_drift_by_rounding_alone() -> None:
+    net = mlp()
+    found = drift(credit_report(net, samples()), net, samples())
+    assert np.abs(found.drift).max() < 1e-6
+    assert found.culprit is None
+
+
+def test_sequences_of_another_length_are_pooled_to_the_same_cells() -> None:
+    net = Words()
+
+    def ids(length: int, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return list(torch.randint(20, (1200, length), generator=generator).split(400))
+
+    report = credit_report(net, ids(40, 0), options=Options(max_dim=32))
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        broken.rnn.weight_ih_l0[::2] *= -1
+    assert drift(report, broken, ids(48, 1)).culprit == "rnn"
+    assert np.abs(drift(report, net, ids(40, 1)).drift).max() < 0.02
+
+
+def test_lifted_states_are_lifted_as_the_reference_was(tmp_path: Path) -> None:
+    net = mlp()
+    for lift in ("rff", "rbf", "polynomial"):
+        report = credit_report(net, samples(), options=Options(max_dim=24, observables=lift))
+        path = tmp_path / f"{lift}.safetensors"
+        report.save_reference(path)
+        both = [drift(given, net, samples(seed=1)) for given in (report, path)]
+        assert np.allclose(both[0].drift, both[1].drift, rtol=0, atol=1e-9)
+        assert np.abs(both[0].drift).max() < 0.01
+        assert drift(path, broken(net, "2"), samples(seed=1)).culprit == "2"
+
+
+def test_functions_are_handed_over_again_for_a_file_holds_none(tmp_path: Path) -> None:
+    net, path = mlp(), tmp_path / "reference.safetensors"
+
+    def halves(rows: Tensor) -> Tensor:
+        return rows[:, : rows.shape[1] // 2 + 1]
+
+    def doubled(answer: Tensor) -> Tensor:
+        return 2 * answer
+
+    def squares(rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows**2], dim=1)
+
+    options = Options(reduce=halves, output=doubled, observables=squares)
+    report = credit_report(net, samples(), options=options)
+    report.save_reference(path)
+    with pytest.raises(ValueError, match=r"yours for \['reduce', 'output', 'observables'\]"):
+        drift(path, net, samples())
+    found = drift(path, net, samples(seed=1), options=options)
+    assert np.allclose(found.drift, drift(report, net, samples(seed=1)).drift, rtol=0, atol=1e-9)
+
+
+def test_a_measurement_that_follows_a_reference_gives_drift_without_another_pass() -> None:
+    net = mlp()
+    report = credit_report(net, samples())
+    assert report.reference is not None
+    moved = broken(net, "4")
+    measurement = Measurement(moved, None, Options())
+    measurement.follow(report.reference)
+    measurement.run(moved, samples(seed=1))
+    ran = measurement.report(step=7)
+    found = drift_since(report.reference, measurement, step=7)
+    assert (found.culprit, found.step) == ("4", 7)
+    assert np.array_equal(found.drift, drift(report, moved, samples(seed=1)).drift)
+    assert np.allclose(ran.credit, credit_report(moved, samples(seed=1)).credit)
+
+
+def test_only_so_many_samples_are_taken() -> None:
+    net = mlp()
+    assert drift(credit_report(net, samples()), net, samples(), max_samples=700).n_samples == 700
+
+
+class Renamed(nn.Module):
+    def __init__(self, net: nn.Sequential, second: str) -> None:
+        super().__init__()
+        self.first, self.names = net[0], ("first", second, "last")
+        setattr(self, second, net[2])
+        self.last = net[6]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self.names:
+            x = getattr(self, name)(x).relu()
+        return x
+
+
+def test_renamed_and_further_components_are_named() -> None:
+    net = mlp()
+    report = credit_report(Renamed(net, "second"), samples())
+    other = Renamed(net, "middle")
+    with pytest.raises(ValueError, match=r"missing \['second'\], not in the reference \['middle'\]"):
+        drift(report, other, samples())
+    more = Renamed(net, "second")
+    more.names, more.more = ("first", "second", "more", "last"), nn.Linear(12, 12)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"missing \[\], not in the reference \['more'\]"):
+        drift(report, more, samples())
+    named = credit_report(Renamed(net, "second"), samples(), components=["second", "last"])
+    assert drift(named, Renamed(net, "second"), samples(seed=1)).components == named.components
+    with pytest.raises(ValueError, match=r"missing \['second'\]"):
+        drift(named, other, samples())
+
+
+def test_another_order_of_the_same_components_is_refused() -> None:
+    net = Renamed(mlp(12), "second")
+    net.last = nn.Linear(12, 12)
+    report = credit_report(net, samples())
+    net.names = ("first", "last", "second")
+    with pytest.raises(ValueError, match=r"order \['input', 'first', 'last', 'second'\], the"):
+        drift(report, net, samples())
+
+
+def test_another_width_is_refused() -> None:
+    report = credit_report(mlp(), samples())
+    with pytest.raises(ValueError, match="component '6' gives 5 values per sample, in the reference 3"):
+        drift(report, mlp(5), samples())
+
+
+def test_a_report_from_json_has_no_reference(tmp_path: Path) -> None:
+    report = credit_report(mlp(), samples())
+    assert "reference" not in report.to_dict()
+    read = CreditReport.from_dict(report.to_dict())
+    with pytest.raises(ValueError, match="JSON keeps none; give a report that was just measured"):
+        drift(read, mlp(), samples())
+    with pytest.raises(ValueError, match="JSON keeps none; save the reference of a report"):
+        read.save_reference(tmp_path / "never")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_reference_or_no_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match="reference is a Sequential; give a report"):
+        drift(mlp(), mlp(), samples())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batches is one tensor"):
+        drift(credit_report(mlp(), samples()), mlp(), samples()[0])
+    with pytest.raises(ValueError, match="no sample arrived"):
+        drift(credit_report(mlp(), samples()), mlp(), [])
+
+
+def test_the_network_is_left_as_it_was_found() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    report = credit_report(net, samples())
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    drift(report, net, samples(seed=1))
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training and not module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_old", "n_new"), [(400, 400), (400, 2000), (2000, 400)])
+def test_false_alarms_are_few_however_many_samples(n_old: int, n_new: int) -> None:
+    rows = marked = networks = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        width = 6 + seed % 3
+        layers = [nn.Linear(width, 20), *(nn.Linear(20, 20) for _ in range(6)), nn.Linear(20, 4)]
+        act = (nn.ReLU(), nn.Tanh(), nn.GELU())[seed % 3]
+        net = nn.Sequential(*(part for layer in layers for part in (layer, act)))
+        report = credit_report(net, samples(n_old, 2 * seed, width))
+        found = drift(report, net, samples(n_new, 2 * seed + 1, width))
+        rows, marked = rows + len(found.changed), marked + int(found.changed.sum())
+        networks += bool(found.changed.any())
+    assert networks <= 0.1 * 60
+    assert marked <= 0.05 * rows
