@@ -57,7 +57,7 @@ def loaders(**options: Any) -> tuple[DataLoader, DataLoader]:
     return train, DataLoader(dataset(seed=1), batch_size=50)
 
 
-def quiet_trainer(folder: Any, callbacks: list[Any], **options: Any) -> L.Trainer:
+def quiet_trainer(folder: Any, callbacks: list[Any], kind: Any = L.Trainer, **options: Any) -> Any:
     defaults: dict[str, Any] = {
         "max_epochs": 3,
         "accelerator": "cpu",
@@ -69,7 +69,7 @@ def quiet_trainer(folder: Any, callbacks: list[Any], **options: Any) -> L.Traine
         "num_sanity_val_steps": 2,
         "default_root_dir": folder,
     }
-    return L.Trainer(callbacks=callbacks, **(defaults | options))
+    return kind(callbacks=callbacks, **(defaults | options))
 
 
 def hooks_on(model: nn.Module) -> int:

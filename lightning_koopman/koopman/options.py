@@ -45,7 +45,8 @@ class Options:
             itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
             ``(n_samples, d)`` to rows. Credits are then about these coordinates.
         seed: Chooses the folds and the random features.
-        errors: Whether standard errors are computed; without them each is NaN.
+        errors: Whether standard errors are computed; without them each is NaN. ``None`` computes them,
+            but of the reports of a training under way for the last one alone.
 
     Raises:
         ValueError: If a value is out of range.
@@ -66,7 +67,7 @@ class Options:
     output: str | Callable[[Any], Any] | None = None
     observables: Observables = None
     seed: int = 0
-    errors: bool = True
+    errors: bool | None = None
 
     def __post_init__(self) -> None:
         if self.folds < 2:

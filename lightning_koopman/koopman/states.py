@@ -62,6 +62,11 @@ class Basis:
         pairs = zip(self.vectors, rows, strict=True)
         return replace(self, vectors=tuple(v if v is None else v.to(block) for v, block in pairs))
 
+    def cpu(self) -> Basis:
+        """Return the basis on the CPU, to be kept beside a report."""
+        vectors = tuple(None if v is None else v.cpu() for v in self.vectors)
+        return replace(self, vectors=vectors, center=tuple(offset.cpu() for offset in self.center))
+
     def project(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Return rows in the coordinates of the basis, themselves where a state is kept whole."""
         return [

@@ -255,7 +255,8 @@ class Accumulator:
         self.flush()
         if self._moments is None or self.basis is None:
             raise ValueError(NO_SAMPLES)
-        return self._laid_out(), self._moments, self.basis.center
+        # On the CPU: see compute_credits.
+        return self._laid_out(), self._moments.cpu(), self.basis.cpu().center
 
     def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
@@ -280,7 +281,7 @@ class Accumulator:
             names,
             self.chain.widths,
             layout.parents[1:],
-            self.basis,
+            self.basis.cpu(),
             *fold_operators(layout, moments, center),
             n_samples=report.n_samples,
             options=options,

@@ -126,8 +126,10 @@ class Measurement(Accumulator):
                 self._followed.check_widths([block.shape[1] for block in rows.values()])
             self.push(rows, self.plan.links)
 
-    def report(self, *, step: int | None = None) -> CreditReport:
-        """Finish and compute the report."""
+    def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
+        """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
+        if errors is not None:
+            self.options = dataclasses.replace(self.options, errors=errors)
         with self._timed():
             report = self.credits(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]

@@ -157,7 +157,7 @@ def test_fit_from_yaml_and_again_from_what_it_saved(namespace: str, tmp_path: Pa
     log = Path(cli.trainer.log_dir)
     with (log / "metrics.csv").open() as file:
         logged = set(next(csv.reader(file)))
-    assert {"own/credit/net.0", "own/gain/net.2", "own/total"} <= logged
+    assert {"own/credit/net.0", "own/credit/net.2", "own/total"} <= logged
 
     again = monitor_of(run(namespace, "fit", f"--config={log / 'config.yaml'}"))
     assert again.report is not None
