@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from lightning_koopman.callback.monitor import KoopmanCreditMonitor
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.decisions.drop import drop_order
+    from lightning_koopman.decisions.linear import linearize
     from lightning_koopman.effects.component_effects import component_effects
-    from lightning_koopman.effects.linearization import linearize
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
     from lightning_koopman.koopman.options import Options
     from lightning_koopman.measurement.drift import drift
@@ -50,7 +50,7 @@ _HOMES = {
     "drop_order": "decisions.drop",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",
-    "linearize": "effects.linearization",
+    "linearize": "decisions.linear",
 }
 
 

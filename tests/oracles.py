@@ -1,7 +1,5 @@
 """Closed-form truths in NumPy and SciPy, from the definitions; they share no code with the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import reduce
 

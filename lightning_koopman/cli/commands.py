@@ -11,15 +11,14 @@ import torch
 from rich import progress
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
-from lightning_koopman.cli.user_code import build_batches, build_model, build_trained, fit_and_choose
+from lightning_koopman.cli.user_code import build_batches, build_model, build_trained
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.report.effects import Kind, Scale
 from lightning_koopman.report.report import CreditReport
 
 if TYPE_CHECKING:
-    from lightning_koopman.network.weights import Checkpoint
+    pass
 
 
 class _Rate(progress.ProgressColumn):
@@ -300,48 +299,6 @@ def components(
     Console().print(found)
 
 
-def linearize(
-    model: str,
-    data: str,
-    ckpt: str,
-    out: str,
-    max_drop: float = 0.01,
-    components: str | list[str] | None = None,
-    max_dim: int = 256,
-    seed: int = 0,
-    trust_checkpoint: bool = False,
-) -> None:
-    """Replace as many components as possible by linear layers, and write the new checkpoint.
-
-    Args:
-        model: Model to build, as in evaluate.
-        data: Data, as pkg.mod:DataModule: linear layers are fitted on its training loader and chosen on
-            its validation loader. Of the batches that a function or object gives, those at even places
-            are fitted on, and the others chosen on.
-        ckpt: Checkpoint of the trained network.
-        out: Checkpoint to write; lightning_koopman.effects.linearization.load_linearized reads it.
-        max_drop: Largest drop of the accuracy; without class targets, largest relative squared change
-            of the outputs.
-        components: Names or glob patterns of components; chosen by default.
-        max_dim: Most directions of a wide input that are kept.
-        seed: Chooses the folds, and the order of a loader that shuffles.
-        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
-    """
-    from lightning_koopman.effects.linearization import linearize_within, save_linearized
-
-    network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
-    fit_on, choose_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
-    result = linearize_within(
-        network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
-    )
-    Console().print(result)
-    more: dict[str, Any] = {} if checkpoint.step is None else {"global_step": checkpoint.step}
-    more["hyper_parameters"] = dict(checkpoint.hyper_parameters)
-    more["datamodule_hyper_parameters"] = dict(checkpoint.data_hyper_parameters)
-    save_linearized(result.model, out, more=more)
-    say_written(out)
-
-
 def effects(
     model: str,
     data: str,
@@ -428,26 +385,3 @@ def effects(
     if out is not None:
         report.to_json(out)
         say_written(out)
-
-
-def _measured(
-    network: nn.Module,
-    checkpoint: Checkpoint,
-    data: str,
-    components: str | list[str] | None,
-    max_dim: int,
-    seed: int,
-) -> tuple[list[Any], list[Any], CreditReport]:
-    """Return batches to fit on, others, and a trained network's report on the former."""
-    from lightning_koopman.measurement.evaluate import credit_report
-
-    torch.manual_seed(seed)  # for loaders that shuffle
-    fit_on, others = fit_and_choose(data, checkpoint.data_hyper_parameters)
-    report = credit_report(
-        network,
-        fit_on,
-        components=components,
-        step=checkpoint.step,
-        options=Options(max_dim=max_dim, seed=seed),
-    )
-    return fit_on, others, report

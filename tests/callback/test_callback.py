@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lit import LitNet, dataset, hooks_on, loaders, quiet_trainer
+from lit import LitNet, dataset, hooks_on, loaders, quiet_trainer, small_module
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -388,24 +388,12 @@ def test_only_the_first_dataloader_counts(tmp_path):
 def test_works_in_the_other_namespace(tmp_path):
     pl = pytest.importorskip("pytorch_lightning")
 
-    class Net(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.net(batch[0])
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
     monitor = KoopmanCreditMonitor(on_error="raise")
     assert isinstance(monitor, pl.Callback)
     assert isinstance(monitor, L.Callback)
-    quiet_trainer(tmp_path, [monitor], kind=pl.Trainer, max_epochs=1).fit(Net(), *loaders())
+    quiet_trainer(tmp_path, [monitor], kind=pl.Trainer, max_epochs=1).fit(
+        small_module("pytorch_lightning")()
+    )
     assert monitor.report.components == ("net.0", "net.2")
 
 

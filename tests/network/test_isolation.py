@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lightning_koopman import component_effects, credit_report, linearize
-from lightning_koopman.effects.linearization import linearize_within
+from lightning_koopman import component_effects, credit_report, drop_order, linearize
 from lightning_koopman.measurement.overview import describe_components
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.tensors import detached_copy
@@ -61,8 +60,11 @@ REPORT = credit_report(NET, [batch for batch, _ in DataLoader(samples(), batch_s
 USES: dict[str, Callable[[DataLoader], Any]] = {
     "credit_report": lambda loader: credit_report(NET, loader),
     "component_effects": lambda loader: component_effects(NET, loader, None, KINDS, how="both", draws=1),
-    "linearize": lambda loader: linearize(NET, REPORT, ["0"], loader),
-    "linearize_within": lambda loader: linearize_within(NET, REPORT, loader, loader, max_drop=0.5),
+    "linearize": lambda loader: linearize(NET, loader, allow_larger=True),
+    "linearize on other data": lambda loader: linearize(
+        NET, loader, REPORT, fit_batches=loader, max_drop=0.5, allow_larger=True
+    ),
+    "drop_order": lambda loader: drop_order(NET, loader, steps=2),
     "components": lambda loader: describe_components(NET, loader),
 }
 
