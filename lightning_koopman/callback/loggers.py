@@ -90,9 +90,10 @@ class CreditWriter:
         ]
         kept = {key: every[key] for key in wanted if key in every}
         if report.effects is not None:
-            for component, influence in zip(report.components, report.influence, strict=True):
-                if component in self.shown:
-                    kept[f"{self.prefix}/influence/{component}"] = float(influence)
+            for kind, values in report.effects.values.items():
+                for component, value in zip(report.effects.components, values, strict=True):
+                    if component in self.shown:
+                        kept[f"{self.prefix}/effect_{kind}/{component}"] = float(value)
         kept[f"{self.prefix}/total"] = report.total
         kept[f"{self.prefix}/doubts"] = float((~report.trusted).sum())
         if overhead is not None:
@@ -136,7 +137,7 @@ class CreditWriter:
         """Fix once which components get scalars, and warn where the limit leaves some out."""
         if self.shown and set(self.shown) <= set(report.components):
             return
-        each = len(self.quantities) + (report.effects is not None)
+        each = len(self.quantities) + (0 if report.effects is None else len(report.effects.kinds))
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]
