@@ -97,8 +97,8 @@ def evaluate_checkpoints(
         options: As in :func:`credit_report`.
 
     Returns:
-        One report per checkpoint, sorted by run and step. A file that holds no step counts by its
-        place among the files of its run.
+        One report per checkpoint, sorted by run and step; the last one can save its reference. A file
+        that holds no step counts by its place among the files of its run.
 
     Raises:
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
@@ -149,7 +149,9 @@ def evaluate_checkpoints(
                 forward_fn=forward_fn,
                 seed=options.seed,
             )
-        return replace(report, run=item.run, source=item.source)
+        # References of many checkpoints need not fit in memory: the last one's is kept.
+        kept = report.reference if item is index[-1] else None
+        return replace(report, run=item.run, source=item.source, reference=kept)
 
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}
     try:

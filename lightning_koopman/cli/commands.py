@@ -70,11 +70,13 @@ def compare(
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
     """
+    from lightning_koopman.measurement.drift import drift
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.report.comparison import changes_table
     from lightning_koopman.report.files import read_reports
 
-    found = []
+    found: list[CreditReport] = []
+    last = None
     for path in (before, after):
         if path.endswith(".json"):
             found.append(read_reports(path, may_be_empty=False)[-1])
@@ -84,7 +86,17 @@ def compare(
         network, checkpoint = build_trained(model, path, trust_checkpoint, weights)
         batches = build_batches(data, checkpoint.data_hyper_parameters)
         found.append(credit_report(network, batches, step=checkpoint.step))
-    Console().print(changes_table(found[0], found[1], quantity))
+        last = network, build_batches(data, checkpoint.data_hyper_parameters)
+    console = Console()
+    console.print(changes_table(found[0], found[1], quantity))
+    if last is not None and found[0].reference is not None and not after.endswith(".json"):
+        console.print(drift(found[0], *last, step=found[1].step))
+    else:
+        console.print(
+            "A saved report holds no operators. To see which component does something else, run "
+            "lightning-koopman evaluate --reference FILE on one checkpoint and drift FILE on the other.",
+            soft_wrap=True,
+        )
 
 
 def merge(reports: list[str], out: str) -> None:
@@ -150,6 +162,7 @@ def evaluate(
     weights: Literal["saved", "averaged", "current"] = "saved",
     effects: bool | list[Kind] = False,
     initial_checkpoint: str | None = None,
+    reference: str | None = None,
 ) -> None:
     """Measure the credits of saved checkpoints, each at its own global step.
 
@@ -175,6 +188,7 @@ def evaluate(
             of a list such as [linear,skip].
         initial_checkpoint: Weights that training began with, for the effect of going back to them; by
             default they are drawn anew.
+        reference: File for what the drift command needs of the last checkpoint.
     """
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.report.files import read_known, write_with_known
@@ -229,6 +243,14 @@ def evaluate(
     save(reports)
     if out is not None and reports:
         say_written(out)
+    if reference is not None and reports:
+        if reports[-1].reference is None:
+            raise ValueError(
+                f"the last report was taken over from {out}, which holds no reference; add --fresh to "
+                "measure it again"
+            )
+        reports[-1].save_reference(reference)
+        say_written(reference)
     if failure is not None:
         raise failure
 
@@ -275,48 +297,6 @@ def components(
         max_dim=max_dim,
     )
     Console().print(found)
-
-
-def linearize(
-    model: str,
-    data: str,
-    ckpt: str,
-    out: str,
-    max_drop: float = 0.01,
-    components: str | list[str] | None = None,
-    max_dim: int = 256,
-    seed: int = 0,
-    trust_checkpoint: bool = False,
-) -> None:
-    """Replace as many components as possible by linear layers, and write the new checkpoint.
-
-    Args:
-        model: Model to build, as in evaluate.
-        data: Data, as pkg.mod:DataModule: linear layers are fitted on its training loader and chosen on
-            its validation loader. Of the batches that a function or object gives, those at even places
-            are fitted on, and the others chosen on.
-        ckpt: Checkpoint of the trained network.
-        out: Checkpoint to write; lightning_koopman.effects.linearization.load_linearized reads it.
-        max_drop: Largest drop of the accuracy; without class targets, largest relative squared change
-            of the outputs.
-        components: Names or glob patterns of components; chosen by default.
-        max_dim: Most directions of a wide input that are kept.
-        seed: Chooses the folds, and the order of a loader that shuffles.
-        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
-    """
-    from lightning_koopman.effects.linearization import linearize_within, save_linearized
-
-    network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
-    fit_on, choose_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
-    result = linearize_within(
-        network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
-    )
-    Console().print(result)
-    more: dict[str, Any] = {} if checkpoint.step is None else {"global_step": checkpoint.step}
-    more["hyper_parameters"] = dict(checkpoint.hyper_parameters)
-    more["datamodule_hyper_parameters"] = dict(checkpoint.data_hyper_parameters)
-    save_linearized(result.model, out, more=more)
-    say_written(out)
 
 
 def intervene(

@@ -14,11 +14,18 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_koopman.cli import commands
+from lightning_koopman.cli import commands, decide
+from lightning_koopman.cli.drift import drift
 
-_COMMANDS = ["compare", "components", "demo", "evaluate", "intervene", "linearize", "merge", "report"]
+_COMMANDS = {
+    command.__name__: command
+    for command in (
+        *(commands.compare, commands.components, commands.demo, drift, decide.drop),
+        *(commands.evaluate, commands.intervene, decide.linearize, commands.merge, commands.report),
+    )
+}
 
-_FILES = {"report": ["file"], "compare": ["before", "after"]}
+_FILES = {"drift": ["reference"], "report": ["file"], "compare": ["before", "after"]}
 """Arguments that may stand without their option's name, as people type them."""
 
 
@@ -59,7 +66,7 @@ def _as_parsed(given: Sequence[str]) -> list[str]:
         if len(args) > 2 * place - 1 and not args[2 * place - 1].startswith("-"):
             args.insert(2 * place - 1, f"--{name}")
     if command in _COMMANDS:
-        parameters = inspect.signature(getattr(commands, command)).parameters.values()
+        parameters = inspect.signature(_COMMANDS[command]).parameters.values()
         switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
         for i in range(len(args) - 1, 0, -1):
             if args[i] in switches and (i + 1 == len(args) or args[i + 1].startswith("-")):
@@ -81,9 +88,8 @@ def main(args: Sequence[str] | None = None) -> int:
                     "--print-completion needs shtab and a newer jsonargparse: "
                     "pip install -U 'lightning-koopman[completion]'"
                 ) from None
-        offered = [getattr(commands, name) for name in _COMMANDS]
         auto_cli(
-            offered,
+            list(_COMMANDS.values()),
             args=given,
             prog="lightning-koopman",
             as_positional=False,

@@ -33,7 +33,7 @@ def check_components(report: CreditReport, components: Sequence[str] | None) -> 
     """Refuse components that the report has not, and states that no single module call gives."""
     if not report.parts:
         read = (state for states in report.reads.values() for state in states)
-        joined = [state for state in dict.fromkeys((*read, *report.components)) if "+" in state]
+        joined = [state for state in dict.fromkeys((*read, *report.components)) if _is_joined(state)]
         if joined:
             raise ValueError(
                 f"the states {joined} were joined from what runs side by side, so no module alone gives "
@@ -54,6 +54,11 @@ def check_components(report: CreditReport, components: Sequence[str] | None) -> 
         raise ValueError(
             f"the report has no components {strangers or components!r}; it has {report.components}"
         )
+
+
+def _is_joined(state: str) -> bool:
+    """Check whether a state's name says that several modules give it."""
+    return "+" in state or state.endswith(".*")
 
 
 class Alterations:

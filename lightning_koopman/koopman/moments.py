@@ -22,7 +22,7 @@ class Layout:
     Attributes:
         dims: Widths d_0 … d_L of the states.
         folds: Number of folds, one row each.
-        delay: How many states before it each step reads at least.
+        delay: How many states before it each step reads at least; 0 where links say it all.
         links: For each step i = 1 … L, further earlier states that it reads; empty means none.
         squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
     """
@@ -41,7 +41,7 @@ class Layout:
             )
         if self.folds < 2:
             raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
-        if not 1 <= self.delay < len(self.dims):
+        if not (0 if self.links and all(self.links) else 1) <= self.delay < len(self.dims):
             raise ValueError(
                 f"delay is {self.delay}; with {len(self.dims) - 1} components it must lie between 1 "
                 f"and {len(self.dims) - 1}"

@@ -42,6 +42,7 @@ class Accumulator:
     Attributes:
         chain: The states and what each step reads, known from the first batch on.
         basis: The frozen coordinates of the state vectors.
+        earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far.
         max_samples: Most that are taken; where that is ``"enough"``, known from the first batch on.
@@ -53,6 +54,7 @@ class Accumulator:
         self.options = options
         self.chain = Chain()
         self.basis: Basis | None = None
+        self.earlier: Basis | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
         self._may_stop, self._shared = max_samples == "enough", shared
@@ -108,7 +110,10 @@ class Accumulator:
         if self._layout is None:
             assert self.basis is not None
             dims = tuple(len(offset) for offset in self.basis.center)
-            self._layout = Layout(dims, self.options.folds, self.options.delay, self.chain.links)
+            links, delay = self.chain.links, self.options.delay
+            # Links name all that a step reads: branches side by side do not read one another.
+            delay = 0 if links and delay == 1 else delay
+            self._layout = Layout(dims, self.options.folds, delay, links)
         return self._layout
 
     def _gather(self, rows: list[Tensor]) -> None:
@@ -147,7 +152,7 @@ class Accumulator:
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
         options = self.options
-        return fit_basis(rows, options.max_dim, options.observables, options.seed)
+        return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier)
 
     def _add(self, rows: list[Tensor]) -> None:
         """Add up rows as state vectors; the first freeze the basis, later ones are in it already."""
@@ -264,7 +269,8 @@ class Accumulator:
         self.flush()
         if self._moments is None or self.basis is None:
             raise ValueError(NO_SAMPLES)
-        return self._laid_out(), self._moments, self.basis.center
+        # On the CPU: see compute_credits.
+        return self._laid_out(), self._moments.cpu(), self.basis.cpu().center
 
     def credits(self) -> Credits:
         """Compute all numbers of the samples so far."""
@@ -298,11 +304,14 @@ class Accumulator:
             enough=self.advised,
         )
         reads = {name: tuple(names[p] for p in layout.parents[i]) for i, name in enumerate(names) if i}
+        if options.errors is False:
+            # Drift needs operators without each fold, as error bars do.
+            return replace(report, reads=reads)
         reference = Reference(
             names,
             self.chain.widths,
             layout.parents[1:],
-            self.basis,
+            self.basis.cpu(),
             *fold_operators(layout, moments, center),
             n_samples=report.n_samples,
             options=options,

@@ -157,8 +157,10 @@ class Measurement(Accumulator):
                 self._followed.check_widths([block.shape[1] for block in rows.values()])
             self.push(rows, self.plan.links)
 
-    def report(self, *, step: int | None = None) -> CreditReport:
-        """Finish and compute the report."""
+    def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
+        """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
+        if errors is not None:
+            self.options = dataclasses.replace(self.options, errors=errors)
         with self._timed():
             report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
@@ -190,9 +192,10 @@ class Measurement(Accumulator):
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
         """Freeze the chain that the first pass showed, and return the rows of that pass."""
-        returned = self.capture.returned
+        returned, in_losses = self.capture.returned, self.capture.in_losses
         if (error := self.capture.untraced) is not None:
             records, returned = in_a_row([r for r in records if r.name not in returned]), {}
+            in_losses = frozenset()
             self._untraced = (
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
@@ -205,6 +208,7 @@ class Measurement(Accumulator):
             reduce=self.options.reduce,
             max_dim=self.options.max_dim,
             returned=returned,
+            in_losses=in_losses,
         )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)

@@ -147,10 +147,13 @@ def describe_components(
             f"no component ran in the forward pass; chosen were {list(capture.components)}. "
             "Name modules that the pass calls with components=[...]."
         )
-    named, returned = components is not None, capture.returned
+    named, returned, in_losses = components is not None, capture.returned, capture.in_losses
     if capture.untraced is not None:
         records, returned = in_a_row([r for r in records if r.name not in returned]), {}
-    plan = make_plan(records, batch=batch, named=named, max_dim=max_dim, returned=returned)
+        in_losses = frozenset()
+    plan = make_plan(
+        records, batch=batch, named=named, max_dim=max_dim, returned=returned, in_losses=in_losses
+    )
     notes = list(plan.notes)
     if silent:
         notes.append(f"never ran, so left out: {', '.join(map(repr, silent))}")

@@ -15,6 +15,7 @@ from lightning_koopman.network.components import (
     clean_modules,
     clean_name,
     common_ancestor,
+    has_parameters,
     is_frozen,
     named_components,
     transparent_modules,
@@ -77,6 +78,7 @@ class Capture:
         returned: The states that reach each tensor with samples that the components' common ancestor
             returned in the first pass; those of several states are recorded themselves, under the same
             name. Empty where it was not called.
+        in_losses: The states that reach single numbers which it returned then, as losses are.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Capture:
         self.homeless = {} if self._named else without_component(model, holders)
         self._model, self.keep, self._follow = model, keep, follow
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
+        self._direct: set[int] = set()
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
         self._passes = 0
@@ -112,6 +115,7 @@ class Capture:
         self._merged: set[tuple[int, int]] = set()
         self._inputs: dict[tuple[int, int], str] = {}
         self.returned: dict[str, frozenset[str]] = {}
+        self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
         self._provenance = Provenance()
         self.start_pass()
@@ -124,10 +128,12 @@ class Capture:
                 after = self._on_returned if wanted else None
                 hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=after))
             for name, module in self.components.items():
+                direct = self._direct if self._passes == 0 or id(module) in self._direct else None
                 if self._takes_input(module):
-                    self._input_hooks[name] = hooks.enter_context(attach(module, before=self._on_input))
+                    taken = attach(module, before=self._on_input, direct=direct)
+                    self._input_hooks[name] = hooks.enter_context(taken)
                 on_output = functools.partial(self._on_output, name)
-                hooks.enter_context(attach(module, after=on_output))
+                hooks.enter_context(attach(module, after=on_output, direct=direct))
             for module in self._transparent:
                 hooks.enter_context(attach(module, after=self._on_transparent))
             if self.end is not None and self.end not in self.components:
@@ -191,7 +197,15 @@ class Capture:
     @property
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
-        return [name for name, module in self.components.items() if id(module) not in self._calls]
+        ran = [module for module in self.components.values() if id(module) in self._calls]
+        held = {id(parameter) for module in ran for parameter in module.parameters()}
+        return [
+            name
+            for name, module in self.components.items()
+            if id(module) not in self._calls
+            # Its weights may be those of a component that ran, as of embeddings that others share.
+            and not (has_parameters(module) and {id(p) for p in module.parameters()} <= held)
+        ]
 
     def record_end(self, value: Any) -> None:
         """Record a state that no component gave, such as the network's own output, as the last one."""
@@ -217,6 +231,8 @@ class Capture:
         """Find what the returned tensors were made of, and record those that mix several states."""
         first = self._passes == 0 and not self.returned
         for place, tensor in enumerate(tensors_inside(output)):
+            if first and not tensor.ndim:
+                self.in_losses |= self._provenance.of(tensor) or frozenset()
             if first and tensor.ndim and is_real(tensor):
                 name = OUTPUT if OUTPUT not in self.components else "returned"
                 name = f"{name}#{len(self.returned)}" if self.returned else name
@@ -330,13 +346,15 @@ class Capture:
             self.parts[name] = (*self.parts.get(name, ()), called)
         origin = self._pending.get(id(module), (None, True, False))
         origin = self._sources_of.setdefault(name, origin)
+        given_data = bool(origin[0]) or not origin[1]
+        ignores_data = self._passes == 0 and given_data and self._provenance.is_untouched(tensor)
         self._provenance.mark(output, name)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
             recorded = _recorded(name, module, output, tensor, *origin)
             if self._passes == 0:
                 component = self.components[name.partition("#")[0]]
-                recorded = replace(recorded, is_frozen=is_frozen(component))
+                recorded = replace(recorded, is_frozen=is_frozen(component), ignores_data=ignores_data)
             self._states[name] = self.keep(recorded.tensor, recorded)
 
 

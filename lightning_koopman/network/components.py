@@ -156,6 +156,9 @@ class _Tree:
             inner = _children(child, name)
             if isinstance(child, torch.jit.ScriptModule):
                 yield name, child
+            elif isinstance(child, nn.ModuleList) and all(is_norm(part) for _, part in inner):
+                # Each belongs to a block in a list beside this one.
+                continue
             elif _is_one_layer(child) and not isinstance(child, nn.Sequential):
                 # A list is never called itself: its layer stands for it.
                 yield inner[-1]
@@ -184,11 +187,11 @@ def _is_one_layer(module: nn.Module) -> bool:
 
 
 def _holds_blocks(module: nn.Module) -> bool:
-    """Check whether a list of at least two composite modules sits somewhere inside."""
+    """Check whether a list of composite modules sits somewhere inside, or a sequence of at least two."""
     for part in module.modules():
         if isinstance(part, nn.Sequential | nn.ModuleList):
             composite = [c for c in part.children() if has_weights(c) and any(c.children())]
-            if len(composite) >= 2:
+            if len(composite) >= (1 if isinstance(part, nn.ModuleList) else 2):
                 return True
     return False
 

@@ -38,16 +38,109 @@ def attach(
     before: Callable[[nn.Module, Any, Any], Any] | None = None,
     after: Callable[[nn.Module, Any, Any, Any], Any] | None = None,
     first: bool = False,
+    direct: set[int] | None = None,
 ) -> ExitStack:
-    """Hang hooks on a module, before all others if ``first``, until the stack returned is closed."""
-    hooks = ExitStack()
+    """Hang hooks on a module, before all others if ``first``, until the stack returned is closed.
+
+    With ``direct``, they also see calls of ``module.forward`` itself, which fires no hook of torch's;
+    the set remembers such modules by their ``id``.
+    """
+    forward = vars(module).get("forward")
+    own = module._compiled_call_impl is None and (forward is None or is_wrapped(forward))
     # Scripted modules refuse hooks, but run those they have where code that is not scripted calls them.
     taker: Any = super(ScriptModule, module) if isinstance(module, ScriptModule) else module
-    if before is not None:
-        handle = taker.register_forward_pre_hook(_Hook(before), with_kwargs=True, prepend=first)
-        hooks.callback(handle.remove)
-    if after is not None:
-        hooks.callback(taker.register_forward_hook(_Hook(after), with_kwargs=True).remove)
+    with ExitStack() as hooks:
+        if before is not None:
+            handle = taker.register_forward_pre_hook(_Hook(before), with_kwargs=True, prepend=first)
+            hooks.callback(handle.remove)
+        if after is not None:
+            hooks.callback(taker.register_forward_hook(_Hook(after), with_kwargs=True).remove)
+        if direct is not None and own and taker is module:
+            hooks.enter_context(_watch_direct_calls(module, before, after, direct))
+        kept = hooks.pop_all()
+    return kept
+
+
+def _watch_direct_calls(
+    module: nn.Module,
+    before: Callable[..., Any] | None,
+    after: Callable[..., Any] | None,
+    seen: set[int],
+) -> ExitStack:
+    """Call hooks around a module's ``forward`` where it is not the module itself that calls it."""
+    hooked: list[None] = []
+
+    def begin(*_: Any) -> None:
+        hooked.append(None)
+
+    def around(forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if hooked:
+            hooked.pop()
+            return forward(*args, **kwargs)
+        seen.add(id(module))
+        if before is not None:
+            before(module, args, kwargs)
+        output = forward(*args, **kwargs)
+        changed = None if after is None else after(module, args, kwargs, output)
+        return output if changed is None else changed
+
+    hooks = wrap(module, "forward", around)
+    hooks.enter_context(attach(module, before=begin))
+    return hooks
+
+
+class _Around:
+    """Stands in for a module's ``forward`` while somebody listens; a copy is the copy's own."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.own = name in vars(module)
+        self.inner = getattr(module, name)
+        self.listeners: list[Callable[..., Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        called = self.inner
+        for listener in self.listeners:
+            called = functools.partial(_listened, listener, called)
+        return called(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, self.name)
+
+
+def is_wrapped(called: Any) -> bool:
+    """Check whether somebody listens to what a module calls."""
+    return isinstance(called, _Around)
+
+
+def _listened(
+    listener: Callable[..., Any], called: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    return listener(called, args, kwargs)
+
+
+def wrap(module: nn.Module, name: str, listener: Callable[..., Any]) -> ExitStack:
+    """Let a listener call what a module calls by ``name``, until the stack that comes back is closed.
+
+    It is called with what it stands in for, the arguments and the keyword arguments. Several may listen
+    and leave in any order.
+    """
+    values = vars(module)
+    if not isinstance(values.get(name), _Around):
+        values[name] = _Around(module, name)
+    around: _Around = values[name]
+    around.listeners.append(listener)
+
+    def leave() -> None:
+        around.listeners.remove(listener)
+        if not around.listeners and values.get(name) is around:
+            if around.own:
+                values[name] = around.inner
+            else:
+                del values[name]
+
+    hooks = ExitStack()
+    hooks.callback(leave)
     return hooks
 
 
@@ -141,7 +234,7 @@ class HookPoints:
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
                 after = functools.partial(self._after, calls)
-                hooks.enter_context(attach(module, before=before, after=after))
+                hooks.enter_context(attach(module, before=before, after=after, direct=set()))
             self._hooks = hooks.pop_all()
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -60,17 +61,19 @@ def chain_ends(
     records: Sequence[Recorded],
     sources: Mapping[str, set[str]],
     returned: Mapping[str, frozenset[str]],
+    in_losses: frozenset[str] = frozenset(),
 ) -> list[str]:
     """List the states that no component reads and that what the network returned is made of.
 
-    Where no single call returned, these are all that nothing reads. Where trained ones are among them,
-    frozen ones (teachers, perceptual losses, metric networks) do not count.
+    Losses count, which see heads that are not returned. Where no single call returned, these are all
+    that nothing reads. Where trained ones are among them, frozen ones (teachers, perceptual losses,
+    metric networks) do not count.
     """
     own = [r for r in records if not r.is_input and r.name not in returned]
     frozen = {r.name for r in own if r.is_frozen}
     read = {name for r in own for name in sources[r.name]}
     unread = [r.name for r in own if r.name not in read]
-    reaching = frozenset().union(*returned.values())
+    reaching = in_losses.union(*returned.values())
     if ends := [name for name in unread if name in reaching]:
         ends = [name for name in ends if name not in frozen] or ends
     else:
@@ -115,7 +118,11 @@ def leave_out_unfit(
             continue
         shape = tuple(record.tensor.shape)
         rows = by_sample(record.tensor, forms[record.name].batch_axis, forms[record.name].group)
-        if not sources[record.name] and n_samples > 1 and (len(rows) == 1 or not _varies(record)):
+        alike = len(rows) == 1 or not _varies(record)
+        if record.ignores_data and n_samples > 1 and (alike or shape[0] != n_samples):
+            sources[record.name] = set()
+            constant.append(record.name)
+        elif not sources[record.name] and n_samples > 1 and alike:
             constant.append(record.name)
         elif len(rows) != n_samples:
             misfit.append(f"{record.name} {shape}")
@@ -151,6 +158,63 @@ def leading_to(
     return {name: read for name, read in sources.items() if name in reached}
 
 
+def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Join states that are alike in the graph, and put them so that each reads earlier ones only."""
+    readers: dict[str, set[str]] = {name: set() for name in sources}
+    depth: dict[str, int] = {}
+    for name, read in sources.items():
+        depth[name] = 1 + max((depth[source] for source in read), default=-1)
+        for source in read:
+            readers[source].add(name)
+    calls = Counter(_module(name) for name in sources)
+
+    def joined(*, by_module: bool) -> list[list[str]]:
+        alike: dict[Any, list[str]] = {}
+        for name, read in sources.items():
+            kind: Any = frozenset(readers[name])
+            if by_module and calls[_module(name)] > 1:
+                kind = (_module(name), depth[name])
+            kind = "input" if not read else "end" if name in ends else kind
+            alike.setdefault(kind, []).append(name)
+        return list(alike.values())
+
+    order = _sorted(joined(by_module=True), sources) or _sorted(joined(by_module=False), sources)
+    assert order is not None, "what the same states read never reads itself"
+    return order
+
+
+def _module(name: str) -> str:
+    """Return the module of a call."""
+    return name.partition("#")[0]
+
+
+def _called(group: Sequence[str], ran: Iterable[str]) -> str:
+    """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module."""
+    prefix, dot, _ = group[0].rpartition(".")
+    while dot and len(group) > 2:
+        if {name for name in ran if name.startswith(f"{prefix}.")} == set(group):
+            return f"{prefix}.*"
+        prefix, dot, _ = prefix.rpartition(".")
+    return "+".join(group)
+
+
+def _sorted(
+    groups: list[list[str]], sources: Mapping[str, set[str]]
+) -> tuple[tuple[str, ...], ...] | None:
+    """Sort groups by execution, behind all that they read; nothing where they read one another."""
+    order: list[tuple[str, ...]] = []
+    known: set[str] = set()
+    while groups:
+        ready = (g for g in groups if all(sources[name] <= known for name in g))
+        group = next(ready, None)
+        if group is None:
+            return None
+        groups.remove(group)
+        order.append(tuple(group))
+        known.update(group)
+    return tuple(order)
+
+
 _MOST_READ = 6
 """Most states that one step reads; further ones are left out and named."""
 
@@ -164,20 +228,17 @@ class Plan:
 
     Attributes:
         states: Names recorded for each state x_0 … x_L; more than one are joined side by side.
+        names: Names of the states themselves.
         links: For each step i = 1 … L, the states it reads.
         forms: How each recorded tensor becomes rows.
         notes: What a reader of the report must know.
     """
 
     states: tuple[tuple[str, ...], ...]
+    names: tuple[str, ...]
     links: tuple[tuple[int, ...], ...]
     forms: Mapping[str, RowForm]
     notes: tuple[str, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the states; ``a+b`` where parallel components were joined."""
-        return tuple("+".join(group) for group in self.states)
 
     @cached_property
     def recorded(self) -> frozenset[str]:
@@ -216,12 +277,12 @@ def make_plan(
     reduce: ReduceOption = "pool",
     max_dim: int = 256,
     returned: Mapping[str, frozenset[str]] | None = None,
+    in_losses: frozenset[str] = frozenset(),
 ) -> Plan:
-    """Settle the chain.
+    """Settle the chain: states in order of execution, each step linked to what it reads.
 
-    Components that do not depend on one another and are equally deep in the graph are joined into one
-    state, as are all that the chain ends with; a state that is read further down than by the next step
-    is linked to it.
+    States are joined side by side where the same states read them, as are calls of one module that do
+    not depend on one another, all that has no source, and all that the chain ends with.
     """
     notes: list[str] = []
     by_name = {record.name: record for record in records}
@@ -239,7 +300,7 @@ def make_plan(
             _bypass(name, sources)
         notes.append(f"these compare what the network gives with targets, so left out: {listed(losses)}")
         records = [r for r in records if r.name not in losses]
-    ends = [end] if end is not None else chain_ends(records, sources, returned)
+    ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
     if not named:
@@ -247,20 +308,14 @@ def make_plan(
         leave_out_unfit(records, forms, sources, kept, batch, notes)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     sources = leading_to(ends, sources, notes)
-    depth: dict[str, int] = {}
-    for name, read in sources.items():
-        depth[name] = 1 + max((depth[source] for source in read), default=-1)
-    deepest = max(depth[name] for name in ends)
-    depth |= dict.fromkeys(ends, deepest)
-    groups: list[list[str]] = [[] for _ in range(deepest + 1)]
-    for name, level in depth.items():
-        groups[level].append(name)
-    states = tuple(tuple(group) for group in groups)
+    states = _in_order(sources, ends)
+    place = {name: i for i, group in enumerate(states) for name in group}
     links = tuple(
-        tuple(sorted({depth[source] for name in group for source in sources[name]}, reverse=True))
+        tuple(sorted({place[source] for name in group for source in sources[name]}, reverse=True))
         for group in states[1:]
     )
-    plan = Plan(states, links, forms, ())
+    names = tuple(_called(group, by_name) for group in states)
+    plan = Plan(states, names, links, forms, ())
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
     cut = tuple(read[:most] for read, most in zip(links, limits, strict=False))
     return replace(plan, links=cut, notes=(*notes, *_graph_notes(plan, cut)))

@@ -232,6 +232,11 @@ class Provenance:
             return None
         return all(name.startswith(_BATCH) and name not in self._claimed for name in labels)
 
+    def is_untouched(self, tensor: Tensor) -> bool:
+        """Check whether no data of the batch is known to have reached a tensor."""
+        flow = self._flow
+        return flow is not None and not flow.labels(tensor) and flow.error is None
+
     def claim(self, tensor: Tensor, name: str) -> None:
         """Let whatever a network input was made of count as that input from now on."""
         if self._flow is not None:

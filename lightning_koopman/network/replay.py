@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.components import clean_name, common_ancestor, transparent_modules
-from lightning_koopman.network.hook_points import attach
+from lightning_koopman.network.hook_points import attach, is_wrapped, wrap
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import all_tensors, exactly, first_tensor, need_not_wait
 
@@ -237,7 +237,7 @@ class Recording:
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         forward = vars(module).get("forward")
         # Under ddp a step itself arrives as a call, with the step in place of the module's own forward.
-        counts = isinstance(forward, _Around) or forward is self._own.get(id(module))
+        counts = is_wrapped(forward) or forward is self._own.get(id(module))
         if counts and not any(self._inside):
             self._begin(module, args, kwargs, direct=False)
         self._inside.append(counts)
@@ -373,53 +373,3 @@ def _fed(value: Any, returned: list[Any]) -> Any:
         return given.as_strided(part.size, part.stride, given.storage_offset() + part.offset)
 
     return _mapped(value, feed)
-
-
-class _Around:
-    """Stands in for a module's ``forward`` while somebody listens; a copy is the copy's own."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
-        self.own = name in vars(module)
-        self.inner = getattr(module, name)
-        self.listeners: list[Callable[..., Any]] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        called = self.inner
-        for listener in self.listeners:
-            called = functools.partial(_listened, listener, called)
-        return called(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self.module, self.name)
-
-
-def _listened(
-    listener: Callable[..., Any], called: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    return listener(called, args, kwargs)
-
-
-def wrap(module: nn.Module, name: str, listener: Callable[..., Any]) -> ExitStack:
-    """Let a listener call what a module calls by ``name``, until the stack that comes back is closed.
-
-    It is called with what it stands in for, the arguments and the keyword arguments. Several may listen
-    and leave in any order.
-    """
-    values = vars(module)
-    if not isinstance(values.get(name), _Around):
-        values[name] = _Around(module, name)
-    around: _Around = values[name]
-    around.listeners.append(listener)
-
-    def leave() -> None:
-        around.listeners.remove(listener)
-        if not around.listeners and values.get(name) is around:
-            if around.own:
-                values[name] = around.inner
-            else:
-                del values[name]
-
-    hooks = ExitStack()
-    hooks.callback(leave)
-    return hooks

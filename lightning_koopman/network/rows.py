@@ -36,6 +36,8 @@ class Recorded:
         from_float: Whether the component took a floating-point tensor.
         is_loss: Whether it compares other states with data that no other component takes.
         is_frozen: Whether its component has parameters, and none of them is trained.
+        ignores_data: Whether no data of the batch reaches it, though its component was given some or
+            took no floating-point tensor: position embeddings, as a rule.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Recorded:
     from_float: bool = True
     is_loss: bool = False
     is_frozen: bool = False
+    ignores_data: bool = False
 
     @property
     def is_input(self) -> bool:

@@ -1,7 +1,5 @@
 """credit_report: from a model and batches to a report, leaving nothing behind."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import random
@@ -17,7 +15,7 @@ from test_metric import assert_same_report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import Options, credit_report
+from lightning_koopman import CreditReport, Options, credit_report
 from lightning_koopman.demo import Digits
 from lightning_koopman.koopman.credit import QUANTITIES
 
@@ -35,9 +33,7 @@ def images(n: int = 120) -> Tensor:
 
 
 @pytest.mark.parametrize("widths", [(5, 5, 5), (7, 4, 6, 5), (12, 10, 3, 10, 8)], ids=str)
-def test_a_linear_network_is_read_off_exactly(
-    linear_chain: Callable[..., nn.Sequential], widths: tuple[int, ...]
-) -> None:
+def test_a_linear_network_is_read_off_exactly(linear_chain, widths):
     net = linear_chain(*widths)
     report = credit_report(net, samples(400, widths[0]).split(64), options=Options(tikhonov=0.0))
     weights = [layer.weight.detach().numpy().T for layer in net]
@@ -58,7 +54,7 @@ def test_a_linear_network_is_read_off_exactly(
             assert np.allclose(report.operators[name].matrix.numpy(), weights[i], rtol=0, atol=1e-8)
 
 
-def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp: Any) -> None:
+def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp):
     from lightning_koopman.koopman.states import sample_keys
 
     x = samples()
@@ -81,32 +77,25 @@ def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp: Any) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 299])
-def test_batch_size_changes_no_number(mlp: Any, batch: int) -> None:
+def test_neither_batch_size_nor_order_changes_a_number(mlp, batch):
     given = credit_report(mlp, [samples()])
     assert_same_report(credit_report(mlp, samples().split(batch)), given)
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_order_changes_no_number(mlp: Any, seed: int) -> None:
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
-    given = credit_report(mlp, [samples()])
-    assert_same_report(credit_report(mlp, samples()[order].split(33)), given)
+    order = torch.randperm(300)
+    assert_same_report(credit_report(mlp, samples()[order].split(batch)), given)
 
 
 @pytest.mark.parametrize("batch", [1, 9, 50])
-def test_batch_size_changes_no_number_of_reduced_states(conv_net: Any, batch: int) -> None:
-    given, other = (
-        credit_report(conv_net, images().split(b), options=Options(max_dim=12)) for b in (120, batch)
-    )
+def test_batch_size_changes_no_number_of_reduced_states(conv_net, batch):
+    options = Options(max_dim=12)
+    given, other = (credit_report(conv_net, images().split(b), options=options) for b in (120, batch))
     assert_same_report(other, given, atol=1e-8)
     assert given.widths == (12, 6, 3)
     assert given.variance_kept[0] < 1
 
 
-def test_error_bars_shrink_with_samples(mlp: Any) -> None:
-    few, many = (
-        credit_report(mlp, samples(n).split(500), options=Options(folds=10)) for n in (500, 8000)
-    )
+def test_error_bars_shrink_with_samples(mlp):
+    options = Options(folds=10)
+    few, many = (credit_report(mlp, samples(n).split(500), options=options) for n in (500, 8000))
     for name in ("credit", "r2"):
         ratio = np.linalg.norm(few.stderr[name]) / np.linalg.norm(many.stderr[name])
         assert 2 < ratio < 8, name  # 4 in theory
@@ -115,50 +104,45 @@ def test_error_bars_shrink_with_samples(mlp: Any) -> None:
 # What batches and models may be.
 
 
-def test_batches_may_be_tensors_tuples_mappings_or_a_loader(mlp: Any) -> None:
+class Named(NamedTuple):
+    x: Tensor
+    label: str
+
+
+def test_batches_may_be_tensors_tuples_mappings_or_a_loader(mlp):
     x, labels = samples(), torch.zeros(300).long()
-    expected = credit_report(mlp, x.split(50))
+    parts = x.split(50)
+    expected = credit_report(mlp, parts)
     forms: dict[str, Any] = {
-        "generator": (part for part in x.split(50)),
-        "tuples": [(part, part.sum()) for part in x.split(50)],
-        "nested lists": [[[part], None] for part in x.split(50)],
-        "mappings": [{"x": part} for part in x.split(50)],
+        "generator": (part for part in parts),
+        "tuples": [(part, part.sum()) for part in parts],
+        "named tuples": [Named(part, "of no interest") for part in parts],
+        "nested lists": [[[part], None] for part in parts],
+        "mappings": [{"x": part} for part in parts],
         "loader": DataLoader(TensorDataset(x, labels), batch_size=50, shuffle=True),
     }
-    for name, batches in forms.items():
+    for batches in forms.values():
         assert_same_report(credit_report(mlp, batches), expected)
-        assert name
 
 
-def test_forward_fn_says_how_to_run_the_model(mlp: Any) -> None:
+def test_forward_fn_says_how_to_run_the_model_and_its_first_call_counts(mlp):
+    def twice(model: nn.Module, batch: dict[str, Any]) -> None:
+        model(batch["image"])
+        model(2 * batch["image"])
+
+    expected = credit_report(mlp, samples().split(50))
     batches = [{"image": part, "label": None} for part in samples().split(50)]
-    given = credit_report(mlp, batches, forward_fn=lambda model, batch: model(batch["image"]))
-    assert_same_report(given, credit_report(mlp, samples().split(50)))
+    for forward_fn in (lambda model, batch: model(batch["image"]), twice):
+        assert_same_report(credit_report(mlp, batches, forward_fn=forward_fn), expected)
 
 
-def test_a_second_call_within_one_step_is_ignored(mlp: Any) -> None:
-    def twice(model: nn.Module, batch: Tensor) -> None:
-        model(batch)
-        model(2 * batch)
-
-    given = credit_report(mlp, samples().split(50), forward_fn=twice)
-    assert_same_report(given, credit_report(mlp, samples().split(50)))
-
-
-def test_calls_of_a_shared_module_are_told_apart_and_silent_ones_noted(shared_net: Any) -> None:
+def test_calls_of_a_shared_module_are_told_apart_and_silent_ones_noted(shared_net):
     report = credit_report(shared_net, samples(200, 5).split(50))
     assert report.components == ("shared", "shared#1", "head")
     assert report.notes == ("never ran, so left out: 'unused'",)
 
 
-def test_tuples_and_sequences_are_reported(tuple_net: Any) -> None:
-    x = torch.randn(200, 6, 3, dtype=torch.float64)
-    report = credit_report(tuple_net, x.split(40))
-    assert report.components == ("embed", "gru", "head")
-    assert report.widths == (24, 30, 2)
-
-
-def test_a_first_component_of_tokens_has_no_credit_of_its_own() -> None:
+def test_a_first_component_of_tokens_has_no_credit_of_its_own():
     net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)).double()
     tokens = torch.randint(0, 9, (300, 3), generator=torch.Generator().manual_seed(0))
     report = credit_report(net, tokens.split(50))
@@ -166,15 +150,7 @@ def test_a_first_component_of_tokens_has_no_credit_of_its_own() -> None:
     assert report.notes[0].startswith("'0' takes no floating-point input, so its output is x_0")
 
 
-def test_compiled_models_give_the_same_report(mlp: Any) -> None:
-    plain = credit_report(mlp, samples().split(50))
-    compiled = torch.compile(mlp, backend="eager")
-    with torch.no_grad():
-        compiled(samples()[:50].clone())
-    assert_same_report(credit_report(compiled, samples().split(50)), plain)
-
-
-def test_single_precision_models_are_computed_in_double(mlp: Any) -> None:
+def test_single_precision_models_are_computed_in_double(mlp):
     double = credit_report(mlp, samples().split(50), options=Options(tikhonov=0.0))
     single = credit_report(mlp.float(), samples().float().split(50), options=Options(tikhonov=0.0))
     assert single.credit.dtype == np.float64
@@ -182,22 +158,24 @@ def test_single_precision_models_are_computed_in_double(mlp: Any) -> None:
     assert np.abs(single.gain.sum() - single.total) < 1e-9
 
 
-def test_options_reach_the_computation(mlp: Any) -> None:
+def test_options_reach_the_computation(mlp):
     batches = samples().split(50)
-    assert credit_report(mlp, batches, options=Options(rank=2)).directions == 2
-    assert credit_report(mlp, batches, options=Options(targets=[1, 3, 0])).directions == 3
-    assert credit_report(mlp, batches, options=Options(tikhonov=0.25)).tikhonov.tolist() == [0.25] * 3
+
+    def measured(**options: Any) -> CreditReport:
+        return credit_report(mlp, batches, options=Options(**options))
+
+    assert measured(rank=2).directions == 2
+    assert measured(targets=[1, 3, 0]).directions == 3
+    assert measured(tikhonov=0.25).tikhonov.tolist() == [0.25] * 3
+    assert measured(max_dim=3).widths == (3, 3, 3)
     assert credit_report(mlp, batches, step=7).step == 7
     assert credit_report(mlp, batches, components=["second", "head"]).components == ("second", "head")
-    assert credit_report(mlp, batches, options=Options(max_dim=3)).widths == (3, 3, 3)
     plain = credit_report(mlp, batches)
     for changed in ({"folds": 10}, {"seed": 1}):
-        other = credit_report(
-            mlp, batches, options=Options(**changed, tikhonov=float(plain.tikhonov[0]))
-        )
+        other = measured(**changed, tikhonov=float(plain.tikhonov[0]))
         assert other.r2[0] != pytest.approx(plain.r2[0], abs=1e-9)
     for changed in ({"normalize": "rms"}, {"normalize": "whiten"}, {"delay": 2}):
-        other = credit_report(mlp, batches, options=Options(**changed))
+        other = measured(**changed)
         assert other.credit[0] != pytest.approx(plain.credit[0], abs=1e-6)
 
 
@@ -240,7 +218,7 @@ def disturbing(batches: Any) -> Iterator[Any]:
         yield batch
 
 
-def test_modes_buffers_gradients_and_random_states_are_as_before(conv_net: Any) -> None:
+def test_modes_buffers_gradients_and_random_states_are_as_before(conv_net):
     conv_net.bn1.eval()  # frozen
     conv_net.conv1.weight.requires_grad_(False)
     conv_net(images()[:8]).sum().backward()
@@ -251,7 +229,7 @@ def test_modes_buffers_gradients_and_random_states_are_as_before(conv_net: Any) 
     assert [m.training for m in (conv_net, conv_net.bn1, conv_net.bn2)] == [True, False, True]
 
 
-def test_all_is_as_before_when_the_model_raises(raising_net: Any) -> None:
+def test_all_is_as_before_when_the_model_raises(raising_net):
     raising_net.drop.eval()
     before = Snapshot(raising_net)
     with pytest.raises(RuntimeError, match="the model itself failed"):
@@ -259,10 +237,9 @@ def test_all_is_as_before_when_the_model_raises(raising_net: Any) -> None:
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("at", [0, 2])
-def test_all_is_as_before_when_the_data_raise(mlp: Any, at: int) -> None:
+def test_all_is_as_before_when_the_data_raise(mlp):
     def failing() -> Iterator[Tensor]:
-        yield from samples().split(50)[:at]
+        yield from samples().split(50)[:2]
         raise OSError("disk gone")
 
     before = Snapshot(mlp)
@@ -271,7 +248,7 @@ def test_all_is_as_before_when_the_data_raise(mlp: Any, at: int) -> None:
     before.assert_unchanged()
 
 
-def test_training_goes_on_bit_for_bit_as_without_a_report(conv_net: Any) -> None:
+def test_training_goes_on_bit_for_bit_as_without_a_report(conv_net):
     other = copy.deepcopy(conv_net)
     weights = []
     for net, measured in ((conv_net, False), (other, True)):
@@ -288,17 +265,10 @@ def test_training_goes_on_bit_for_bit_as_without_a_report(conv_net: Any) -> None
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_hooks_of_others_fire_once_a_batch(mlp: Any) -> None:
-    seen: list[int] = []
-    mlp.act.register_forward_hook(lambda module, args, output: seen.append(len(output)))
-    credit_report(mlp, samples().split(100))
-    assert seen == [100, 100, 100]
-
-
 # Degenerate networks, each with a stated answer.
 
 
-def test_dead_and_duplicate_units_lower_the_rank_only(mlp: Any) -> None:
+def test_dead_and_duplicate_units_lower_the_rank_only(mlp):
     with torch.no_grad():
         mlp.first.weight[0] = 0
         mlp.first.bias[0] = -1  # dead
@@ -310,15 +280,11 @@ def test_dead_and_duplicate_units_lower_the_rank_only(mlp: Any) -> None:
     np.testing.assert_allclose(report.rank, [6, 6, 4], atol=0.01)
     assert report.widths == (9, 7, 4)
     assert report.directions == 4
-    for name in QUANTITIES:
-        assert np.isfinite(getattr(report, name)).all()
-        assert np.isfinite(report.stderr[name]).all()
+    assert all(np.isfinite([getattr(report, name), report.stderr[name]]).all() for name in QUANTITIES)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3])
-def test_a_dead_branch_is_nan_by_itself_and_the_report_says_so(
-    linear_chain: Callable[..., nn.Sequential], value: float
-) -> None:
+def test_a_dead_branch_is_nan_by_itself_and_the_report_says_so(linear_chain, value):
     net = linear_chain(6, 5, 4, 3)
     with torch.no_grad():
         net[1].weight.zero_()
@@ -351,35 +317,22 @@ def test_a_dead_branch_is_nan_by_itself_and_the_report_says_so(
     assert "no output direction can be followed back to a, b" in report.notes[-1]
 
 
-def test_fewer_samples_than_units_are_warned_of(mlp: Any) -> None:
-    with pytest.warns(UserWarning, match="8 samples are few for states this wide; take 23 or more"):
-        report = credit_report(mlp, [samples(8)])
-    assert report.n_samples == 8
-    assert report.rank.max() <= 7
-    assert "take 23 or more" in report.notes[0]
-
-
-def test_one_sample_is_refused(mlp: Any) -> None:
-    with pytest.raises(ValueError, match="1 sample arrived; credits need at least 2"):
-        credit_report(mlp, [samples(1)])
-
-
 @pytest.mark.parametrize("batches", [[], iter(()), DataLoader(TensorDataset(torch.zeros(0, 6)))])
-def test_an_empty_loader_is_refused(mlp: Any, batches: Any) -> None:
+def test_an_empty_loader_is_refused(mlp, batches):
     with pytest.raises(ValueError, match="no sample arrived: the batches were empty"):
         credit_report(mlp, batches)
 
 
-def test_a_batch_without_rows_is_refused(mlp: Any) -> None:
+def test_a_batch_without_rows_is_refused(mlp):
     with pytest.raises(ValueError, match=r"a state of shape \(0, 6\) holds no sample"):
         credit_report(mlp, [samples(10), samples(0)])
 
 
-@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
-def test_values_that_are_not_finite_name_component_and_batch(mlp: Any, value: float, kind: str) -> None:
+@pytest.mark.parametrize(("value", "kind"), [("nan", "NaN"), ("inf", "infinity"), ("-inf", "infinity")])
+def test_values_that_are_not_finite_name_component_and_batch(mlp, value, kind):
     batches = list(samples().split(50))
     batches[3] = batches[3].clone()
-    batches[3][7, 2] = value
+    batches[3][7, 2] = value = float(value)
     before = Snapshot(mlp)
     with pytest.raises(ValueError, match=f"component 'input' gave {kind} in batch 3"):
         credit_report(mlp, batches)
@@ -391,9 +344,7 @@ def test_values_that_are_not_finite_name_component_and_batch(mlp: Any, value: fl
 
 
 @pytest.mark.parametrize("exponent", [-30, 30])
-def test_the_scale_of_the_inputs_changes_no_invariant_number(
-    linear_chain: Callable[..., nn.Sequential], exponent: int
-) -> None:
+def test_the_scale_of_the_inputs_changes_no_invariant_number(linear_chain, exponent):
     net = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4)).double()
     scale = 2.0 ** round(exponent * np.log2(10))  # a power of two, so that the network sees the same
     other = copy.deepcopy(net)
@@ -412,51 +363,17 @@ def test_the_scale_of_the_inputs_changes_no_invariant_number(
 # Bad input.
 
 
-def test_an_unknown_component_lists_close_matches(mlp: Any) -> None:
-    with pytest.raises(ValueError, match=r"no module is called 'secnd'\. Close matches: 'second'"):
-        credit_report(mlp, [samples()], components=["secnd"])
-
-
-def test_components_that_never_run_are_refused(shared_net: Any) -> None:
+def test_components_that_never_run_are_refused(shared_net):
     with pytest.raises(
-        ValueError, match=r"no component ran in the forward pass; chosen were \['unused'\]"
+        ValueError, match=r"no component ran in the forward pass; chosen were \['unused'"
     ):
         credit_report(shared_net, [samples(20, 5)], components=["unused"])
 
 
-def test_components_that_run_in_some_batches_only_are_refused() -> None:
-    class Sometimes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c(self.b(self.a(x)) if len(x) > 20 else self.a(x))
-
-    with pytest.raises(ValueError, match=r"batch 1 ran the components .*difference: \['b'\]"):
-        credit_report(Sometimes(), [samples(50).float(), samples(10).float()])
-
-
-def test_a_state_that_is_no_batch_of_samples_is_refused() -> None:
-    class Summing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x).sum(dim=0, keepdim=True))
-
-    with pytest.raises(ValueError, match="component 'b' gave 1 rows in batch 0, but 'input' has 10"):
-        credit_report(Summing(), [samples(10).float()])
-
-
 @pytest.mark.parametrize("batch", [3, "text", None, ()], ids=repr)
-def test_batches_that_the_model_cannot_take_name_forward_fn(mlp: Any, batch: Any) -> None:
-    kind = type(batch).__name__
-    with pytest.raises(
-        ValueError,
-        match=f"a batch of type {kind} arrived and was handed over whole, .* forward_fn=lambda",
-    ):
+def test_batches_that_the_model_cannot_take_name_forward_fn(mlp, batch):
+    kind = f"a batch of type {type(batch).__name__} arrived and was handed over whole"
+    with pytest.raises(ValueError, match=f"{kind}, .* forward_fn=lambda"):
         credit_report(mlp, [batch])
 
 
@@ -488,21 +405,27 @@ WHOLE: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 }
 
 
+class AnyKeywords(TakesWhole):
+    def forward(self, **given: Tensor) -> Tensor:
+        return self.b(self.a(given["x"]))
+
+
 @pytest.mark.parametrize("kind", WHOLE)
-def test_what_cannot_be_mapped_is_handed_over_whole(kind: str) -> None:
+def test_what_cannot_be_mapped_is_handed_over_whole(kind):
     make, take = WHOLE[kind]
     x = samples().split(50)
     expected = credit_report(TakesWhole(lambda x: x), x)
     given = credit_report(TakesWhole(take), [make(part) for part in x])
     assert given.components == expected.components == ("a", "b")
     np.testing.assert_allclose(given.credit, expected.credit, atol=1e-9)
+    named = credit_report(AnyKeywords(take), [{"x": part, "more": part} for part in x])
+    np.testing.assert_allclose(named.credit, expected.credit, atol=1e-9)
 
 
-def test_a_mapping_that_fails_whole_names_forward_fn() -> None:
+def test_a_mapping_that_fails_whole_names_forward_fn():
     model = TakesWhole(lambda batch: batch["x"])
     with pytest.raises(
-        ValueError,
-        match=r"the entries \['y'\], none of which forward takes, .* forward_fn=",
+        ValueError, match=r"the entries \['y'\], none of which forward takes, .* forward_fn="
     ):
         credit_report(model, [{"y": samples()}])
 
@@ -512,73 +435,35 @@ def test_a_mapping_that_fails_whole_names_forward_fn() -> None:
     [
         (nn.Linear, [samples()], r"model is the class Linear; pass an instance, Linear\(\.\.\.\)"),
         (torch.relu, [samples()], "model is a builtin_function_or_method; it must be a torch.nn.Module"),
-        (None, samples(), r"batches is one tensor of shape \(300, 6\)"),
+        (None, samples(), r"batches is one tensor of shape \(300, 6\).*x\.split\(256\) or \[x\]"),
         (None, TensorDataset(samples()), r"batches is a dataset \(TensorDataset\).*DataLoader\(dataset"),
         (None, Digits(), r"batches is a DataModule \(Digits\).*then pass val_dataloader\(\)"),
         (None, 3, "batches is a int; it must be an iterable of batches"),
         (None, iter([]), r"no sample arrived: .*a generator gives its batches only once"),
     ],
 )
-def test_what_is_no_model_and_what_gives_no_batches_is_refused(
-    mlp: Any, model: Any, batches: Any, message: str
-) -> None:
+def test_what_is_no_model_and_what_gives_no_batches_is_refused(mlp, model, batches, message):
     with pytest.raises(ValueError, match=message):
         credit_report(mlp if model is None else model, batches)
 
 
-def test_a_network_of_one_component_is_told_that_its_credit_says_nothing() -> None:
+def test_a_network_of_one_component_is_told_that_its_credit_says_nothing():
     net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
     (note,) = [n for n in credit_report(net, [samples()]).notes if "one component" in n]
     assert note.startswith("the network has one component, '1', whose credit is 0 by definition")
 
 
-def test_torchscript_is_refused(linear_chain: Callable[..., nn.Sequential]) -> None:
-    traced = torch.jit.trace(linear_chain(6, 4, 2), samples(3))
-    with pytest.raises(ValueError, match="is a TorchScript module"):
-        credit_report(traced, [samples()])
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"folds": 1}, "folds is 1"),
-        ({"rank": 0}, "rank is 0"),
-        ({"tikhonov": -1.0}, r"tikhonov is -1\.0"),
-        ({"normalize": "l2"}, "normalize is 'l2'"),
-        ({"delay": 0}, "delay is 0"),
         ({"delay": 4}, "delay is 4; with 3 components it must lie between 1 and 3"),
-        ({"max_dim": 0}, "max_dim is 0"),
         ({"targets": [9]}, r"targets is \[9\]; name each output at most once, from 0 to 3"),
-        ({"targets": [0], "normalize": "whiten"}, "mixes the output's units"),
     ],
     ids=str,
 )
-def test_options_out_of_range_are_refused(mlp: Any, options: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_fit_the_network_are_refused(mlp, options, message):
     with pytest.raises(ValueError, match=message):
         credit_report(mlp, [samples()], options=Options(**options))
-
-
-class Named(NamedTuple):
-    x: Tensor
-    label: str
-
-
-class AnyKeywords(nn.Module):
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, **given: Tensor) -> Tensor:
-        return self.net(given["x"])
-
-
-def test_batches_may_be_named_tuples_and_models_may_take_any_keyword(mlp: Any) -> None:
-    x = torch.randn(60, 6, dtype=torch.float64)
-    expected = credit_report(mlp, [x])
-    named = [Named(part, "of no interest") for part in x.split(20)]
-    np.testing.assert_allclose(credit_report(mlp, named).credit, expected.credit, atol=1e-10)
-    wrapped = credit_report(AnyKeywords(mlp), [{"x": x, "more": x}])
-    np.testing.assert_allclose(wrapped.credit, expected.credit, atol=1e-10)
 
 
 class Indexing(nn.Module):
@@ -602,7 +487,7 @@ class Picking(nn.Linear):
         return super().forward(x).argmax(1)
 
 
-def test_a_component_of_whole_numbers_is_left_out_with_a_note() -> None:
+def test_a_component_of_whole_numbers_is_left_out_with_a_note():
     report = credit_report(Indexing(), list(torch.randn(90, 4).split(30)))
     assert report.components == ("body", "head")
     assert "gave no floating-point tensor, so left out: pick" in report.notes
@@ -610,7 +495,7 @@ def test_a_component_of_whole_numbers_is_left_out_with_a_note() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e37])
-def test_sums_that_overflow_are_no_infinite_values(scale: float) -> None:
+def test_sums_that_overflow_are_no_infinite_values(scale):
     """Single precision holds every value, and not the sum of a batch."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))

@@ -1,14 +1,10 @@
 """What would be measured: components, shapes, widths, and the command that lists them."""
 
-from __future__ import annotations
-
 import io
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 from torch import Tensor, nn
 
 from lightning_koopman.cli.main import main
@@ -16,13 +12,10 @@ from lightning_koopman.measurement.overview import describe_components
 from lightning_koopman.network.provenance import DataFlow
 
 USER_CODE = """
-import torch
-from torch import nn
-
-def net():
+def images():
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
 
-def batches():
+def pictures():
     return [torch.randn(5, 1, 8, 8)] * 3
 
 class Wide(nn.Module):
@@ -32,58 +25,46 @@ class Wide(nn.Module):
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "listed.py").write_text(USER_CODE)
-    monkeypatch.chdir(tmp_path)
+def listed(user_module, monkeypatch, capsys):
+    """What the command prints, word by word in each line."""
+    user_module("listed", USER_CODE)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.delitem(sys.modules, "listed", raising=False)
+
+    def words(command: str, code: int = 0) -> list[list[str]]:
+        assert main(["components", *command.split()]) == code
+        told = capsys.readouterr()
+        return [line.split() for line in (told.err if code else told.out).splitlines()]
+
+    return words
 
 
-@pytest.mark.usefixtures("project")
-def test_the_command_lists_names_types_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["components", "--model", "listed:net"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+def test_the_command_lists_names_types_and_parameters_of_a_choice(listed):
+    lines = listed("--model listed:images")
     assert ["0", "Conv2d", "40"] in lines
     assert ["3", "Linear", "435"] in lines
     assert ["2", "components", "with", "475", "of", "475"] in lines
+    for more, shown in (("--components 3", ["3"]), ("--depth 1", ["0", "3"])):
+        lines = listed(f"--model listed:images {more}")
+        assert [line[0] for line in lines if line[1:2] in (["Conv2d"], ["Linear"])] == shown
 
 
-@pytest.mark.usefixtures("project")
-def test_with_data_it_lists_shapes_and_state_widths(capsys: pytest.CaptureFixture[str]) -> None:
-    command = "components --model listed:net --data listed:batches --max-dim 100"
-    assert main(command.split()) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+def test_with_data_it_lists_shapes_and_state_widths(listed):
+    lines = listed("--model listed:images --data listed:pictures --max-dim 100")
     # The flattened state belongs to the convolution, and is wider than a state vector may be.
     assert ["0", "Conv2d", "40", "5x1x8x8", "5x144", "144", "→", "100"] in lines
     assert ["3", "Linear", "435", "5x144", "5x3", "3"] in lines
 
 
-@pytest.mark.usefixtures("project")
-@pytest.mark.parametrize(
-    ("more", "shown"), [(["--components", "3"], ["3"]), (["--depth", "1"], ["0", "3"])]
-)
-def test_the_command_takes_a_choice(
-    capsys: pytest.CaptureFixture[str], more: list[str], shown: list[str]
-) -> None:
-    assert main(["components", "--model", "listed:net", *more]) == 0
-    words = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert [w[0] for w in words if w[1:] and w[1] in ("Conv2d", "Linear")] == shown
-
-
-@pytest.mark.usefixtures("project")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model listed:net --components x", "no module is called 'x'"),
-        ("--model listed:net --components 0 --depth 1", "components is '0' and depth is 1; give one"),
+        ("--model listed:images --components x", "no module is called 'x'"),
+        ("--model listed:images --components 0 --depth 1", "components is '0' and depth is 1; give one"),
         ("--model listed:Wide", "listed:Wide cannot be built without arguments"),
     ],
 )
-def test_wrong_arguments_are_explained(
-    capsys: pytest.CaptureFixture[str], arguments: str, message: str
-) -> None:
-    assert main(["components", *arguments.split()]) == 1
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_wrong_arguments_are_explained(listed, arguments, message):
+    assert message in " ".join(word for line in listed(arguments, code=1) for word in line)
 
 
 class Branches(nn.Module):
@@ -97,19 +78,23 @@ class Branches(nn.Module):
         return self.head(torch.cat([self.a(x), self.b(x)], 1))
 
 
-def test_joined_and_silent_components_are_named() -> None:
+def printed(found: RenderableType) -> str:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(found)
+    return console.export_text()
+
+
+def test_joined_and_silent_components_are_named():
     net = Branches()
     found = describe_components(net, [torch.randn(8, 4)])
     assert [row.state for row in found.rows] == ["stem", "a+b", "a+b", "head"]
     assert [row.width for row in found.rows] == [6, 3, 2, 2]
     assert any("'spare'" in note for note in found.notes)
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(found)
-    assert "3 in a+b" in console.export_text()
+    assert "3 in a+b" in printed(found)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
 
 
-def test_every_call_of_a_shared_module_is_a_row(shared_net: nn.Module) -> None:
+def test_every_call_of_a_shared_module_is_a_row(shared_net):
     found = describe_components(shared_net, [torch.randn(8, 5, dtype=torch.float64)])
     assert [row.name for row in found.rows] == ["shared", "shared#1", "head"]
     assert found.rows[1].shape_in == (8, 5)
@@ -118,7 +103,7 @@ def test_every_call_of_a_shared_module_is_a_row(shared_net: nn.Module) -> None:
     assert title.startswith("3 components with 48 of 78 parameters")
 
 
-def test_a_batch_and_a_component_that_runs_are_needed() -> None:
+def test_a_batch_and_a_component_that_runs_are_needed():
     net = Branches()
     with pytest.raises(ValueError, match="batches is empty; the shapes need one batch"):
         describe_components(net, [])
@@ -142,19 +127,13 @@ class WithIndices(nn.Module):
         return self.head(self.stem(x) + self.constant(torch.ones(len(x), 2)))
 
 
-def test_what_is_the_same_for_every_sample_is_shown_as_left_out() -> None:
+def test_what_is_the_same_for_every_sample_is_shown_as_left_out():
     found = describe_components(WithIndices(), [torch.randn(8, 4)])
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(found)
-    (line,) = [
-        text for text in console.export_text().splitlines() if text.strip().startswith("constant")
-    ]
+    (line,) = [text for text in printed(found).splitlines() if text.strip().startswith("constant")]
     assert line.rstrip().endswith("left out")
 
 
-def test_where_data_cannot_be_followed_components_stand_in_a_row(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_data_cannot_be_followed_components_stand_in_a_row(monkeypatch):
     def broken(self: DataFlow, *args: object, **kwargs: object) -> None:
         raise RuntimeError("no such operation")
 

@@ -1,7 +1,5 @@
 """What processes agree on, without starting any."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +16,7 @@ from lightning_koopman.koopman.moments import Layout, accumulate, recentred
 from lightning_koopman.measurement.processes import Chain, ProcessError, Share, agreed, exchange
 
 
-def test_recentred_moments_are_those_about_the_new_offset() -> None:
+def test_recentred_moments_are_those_about_the_new_offset():
     layout = Layout((3, 4, 2), 3)
     states = [torch.randn(30, d, dtype=torch.float64) for d in layout.dims]
     shifts = [torch.randn(d, dtype=torch.float64) for d in layout.dims]
@@ -29,7 +27,7 @@ def test_recentred_moments_are_those_about_the_new_offset() -> None:
     torch.testing.assert_close(recentred(layout, given, shifts), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_processes_that_ran_other_components_are_told_apart() -> None:
+def test_processes_that_ran_other_components_are_told_apart():
     chains = [Chain(("input", name), (2, 3)) for name in "ab"]
     shares = [Share(), *(Share(chain, 4) for chain in chains)]
     with pytest.raises(ProcessError, match=r"process 2 ran .*'b'.* process 1 .*'a'"):
@@ -38,13 +36,13 @@ def test_processes_that_ran_other_components_are_told_apart() -> None:
     assert agreed([Share()]).count == 0
 
 
-def test_the_error_of_one_process_is_told_in_all() -> None:
+def test_the_error_of_one_process_is_told_in_all():
     with pytest.raises(ProcessError, match="process 1: ValueError: too wide"):
         agreed([Share(), Share(error="ValueError: too wide")])
 
 
 @pytest.mark.parametrize(("data", "tensor"), [(1, 1), (4, 1), (1, 4), (2, 2)])
-def test_tensor_parallel_processes_share_a_part_of_the_data(data: int, tensor: int) -> None:
+def test_tensor_parallel_processes_share_a_part_of_the_data(data, tensor):
     def axis(size: int, rank: int) -> SimpleNamespace:
         return SimpleNamespace(size=lambda: size, get_local_rank=lambda: rank)
 
@@ -63,18 +61,18 @@ def test_tensor_parallel_processes_share_a_part_of_the_data(data: int, tensor: i
     assert {p.count for p in parts} == {data}
 
 
-def test_several_processes_without_torch_distributed_are_refused() -> None:
+def test_several_processes_without_torch_distributed_are_refused():
     with pytest.raises(RuntimeError, match=r"torch.distributed was not started.*ddp"):
         exchange(Share())
 
 
 @pytest.mark.parametrize("n_processes", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", [0, 1, 5, 12])
-def test_shares_add_up(n_processes: int, count: int) -> None:
+def test_shares_add_up(n_processes, count):
     assert sum(samples_for_rank(count, n_processes, rank) for rank in range(n_processes)) == count
 
 
-def test_repeated_samples_of_a_distributed_sampler_do_not_count() -> None:
+def test_repeated_samples_of_a_distributed_sampler_do_not_count():
     data = TensorDataset(torch.arange(11))
     seen: list[int] = []
     for rank in range(4):
@@ -86,7 +84,7 @@ def test_repeated_samples_of_a_distributed_sampler_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_an_extra_pass_over_sharded_weights_is_refused(name: str) -> None:
+def test_an_extra_pass_over_sharded_weights_is_refused(name):
     strategy = type("Mine", (type(name, (), {}),), {})()
     with pytest.raises(RuntimeError, match=r"Mine shards the weights.*validation loop"):
         refuse_sharded_weights(SimpleNamespace(strategy=strategy))

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_koopman import Options, credit_report
 from lightning_koopman.network.components import (
     clean_name,
     has_parameters,
@@ -376,3 +377,34 @@ def test_wrapped_modules_are_chosen_as_if_they_were_not(name: str) -> None:
         assert [type(m) for m in given.values()] == [type(m) for m in expected.values()]
     head = wrapped.head  # type: ignore[attr-defined]
     assert unwrapped(head) is head.get_submodule(f"{name}._orig_mod")
+
+
+class Shared(nn.Module):
+    """One block in a list that runs three times, as in ALBERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.body = nn.ModuleDict({"inp": nn.Linear(6, 8), "blocks": nn.ModuleList([block])})
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body["inp"](x)
+        for _ in range(3):
+            x = self.body["blocks"][0](x)
+        return self.head(x.mean(1))
+
+
+def test_a_list_of_one_block_is_opened() -> None:
+    assert list(named_components(Shared())) == ["body.inp", "body.blocks.0", "head"]
+    report = credit_report(Shared(), list(torch.randn(200, 4, 6).split(50)), options=Options(max_dim=16))
+    blocks = ("body.blocks.0", "body.blocks.0#1", "body.blocks.0#2")
+    assert report.components == ("body.inp", *blocks, "head")
+
+
+def test_norms_in_a_list_of_their_own_belong_to_the_blocks_beside_them() -> None:
+    net = nn.Module()
+    net.attentions = nn.ModuleList(nn.MultiheadAttention(8, 2) for _ in range(2))
+    net.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+    net.head = nn.Linear(8, 3)
+    assert list(named_components(net)) == ["attentions.0", "attentions.1", "head"]

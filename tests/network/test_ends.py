@@ -279,3 +279,15 @@ def test_a_narrow_branch_takes_no_direction_from_the_others() -> None:
     assert report.total == pytest.approx(volume(jacobian), abs=1e-7)
     assert np.isfinite(report.credit).all()
     assert report.gain.sum() == pytest.approx(report.total)
+
+
+def test_a_head_that_only_the_loss_sees_counts() -> None:
+    def run(m: Linears, x: Tensor) -> dict[str, Tensor]:
+        logits, aux = m.head(m.b(h := m.a(x))), m.aux(h)
+        return {"loss": logits.square().mean() + aux.square().mean(), "logits": logits}
+
+    net = Linears(run, a=(8, 8), b=(8, 8), head=(8, 3), aux=(8, 2))
+    report = credit_report(net, samples(), options=Options(tikhonov=0.0))
+    expected = torch.cat([net.w("a", "b", "head"), net.w("a", "aux")], 1)
+    assert report.components == ("a", "b", "head+aux")
+    assert report.total == pytest.approx(volume(expected), abs=1e-7)

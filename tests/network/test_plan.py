@@ -182,3 +182,90 @@ def test_rows_of_several_windows_belong_to_one_sample() -> None:
         inside.bias.copy_(net.inside.bias.repeat(2))
     plain = credit_report(nn.Sequential(net.first, inside, net.head), list(x.split(50)))
     np.testing.assert_allclose(report.credit, plain.credit, atol=1e-5)
+
+
+class Towers(nn.Module):
+    """Two towers of unequal depth, side branches into one layer, and a head behind both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.right = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.sides = nn.ModuleList(nn.Linear(4, 3) for _ in range(4))
+        self.fuse, self.head = nn.Linear(12, 4), nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [a := self.left[0](x)]
+        for layer in self.left[1:]:
+            states.append(a := layer(a))
+        b = self.right[1](self.right[0](x))
+        sides = [side(s) for side, s in zip(self.sides, [*states, b], strict=True)]
+        return self.head(torch.cat([self.fuse(torch.cat(sides, 1)), b], 1))
+
+
+def test_towers_run_one_after_the_other_and_only_what_is_read_together_is_joined() -> None:
+    torch.manual_seed(0)
+    net = Towers()
+    batches = list(torch.randn(400, 4, dtype=torch.float64).split(100))
+    report = credit_report(net, batches, options=Options(tikhonov=0.0))
+    towers = ("left.0", "left.1", "left.2", "right.0", "right.1")
+    assert report.components == (*towers, "sides.*", "fuse", "head")
+    assert report.reads["right.0"] == ("input",)
+    assert report.reads["left.1"] == ("left.0",)
+    assert report.reads["sides.*"] == ("right.1", "left.2", "left.1", "left.0")
+    dense = torch.autograd.functional.jacobian(net, batches[0][:1])[0, :, 0]
+    assert report.total == pytest.approx(float(torch.linalg.svdvals(dense).log().mean()), abs=1e-9)
+
+
+class Positions(nn.Module):
+    """Adds positions, looked up from the shape of the embedded tokens, and as wide as the batch."""
+
+    def __init__(self, called: str) -> None:
+        super().__init__()
+        self.called = called
+        self.tokens, self.places = nn.Embedding(20, 8), Places()
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x)
+        return self.head(torch.tanh(self.mix(h + self.places(getattr(self, self.called)(h, x)))))
+
+    def by_state(self, h: Tensor, x: Tensor) -> Tensor:
+        return h
+
+    def by_token(self, h: Tensor, x: Tensor) -> Tensor:
+        return x
+
+
+class Places(nn.Embedding):
+    def __init__(self) -> None:
+        super().__init__(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.arange(x.shape[1]))
+
+
+@pytest.mark.parametrize("called", ["by_state", "by_token"])
+def test_positions_that_no_data_reach_are_left_out_whatever_their_shape(called: str) -> None:
+    # Eight samples a batch: positions of shape (6, 8) could be taken for eight samples along axis 1.
+    report = credit_report(Positions(called), list(torch.randint(0, 20, (240, 6)).split(8)))
+    assert report.components == ("mix", "head")
+    assert "the same for every sample, so left out: places" in report.notes
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Embedding(20, 8)
+        self.encoder = nn.ModuleDict({"embed": nn.Embedding(20, 8), "mix": nn.Linear(8, 8)})
+        self.encoder["embed"].weight = self.shared.weight
+        self.head, self.idle = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder["mix"](self.encoder["embed"](x)).tanh())
+
+
+def test_a_module_whose_weights_ran_elsewhere_is_not_said_to_be_silent() -> None:
+    report = credit_report(Tied(), list(torch.randint(0, 20, (200, 4)).split(50)))
+    assert "never ran, so left out: 'idle'" in report.notes
