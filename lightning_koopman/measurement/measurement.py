@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference
-from lightning_koopman.measurement.accumulator import Accumulator
+from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components
@@ -26,6 +26,14 @@ from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
 from lightning_koopman.network.tensors import detached_copy, exact_device
 from lightning_koopman.report.report import CreditReport
+
+TOLERANCE = 0.05
+"""Nats per direction that the standard errors of all credits may reach for the samples to be enough."""
+
+_FIRST_CHECK = 512
+_CHECK_WORK = 1200
+# A check takes as long as 300 multiplications of a forward pass for each cubed width. It must not take
+# more than a quarter of the passes before it: small networks are through with all samples by then.
 
 
 class Measurement(Accumulator):
@@ -44,7 +52,7 @@ class Measurement(Accumulator):
         components: Components | Sequence[Components] | None = None,
         options: Options | None = None,
         *,
-        max_samples: int | None = None,
+        max_samples: MaxSamples = None,
         shared: bool = False,
         like: Measurement | None = None,
     ) -> None:
@@ -66,6 +74,7 @@ class Measurement(Accumulator):
             self.capture, self.plan = like.capture, like.plan
             self.capture.keep, self._untraced = self._keep, like._untraced
         self._followed: Reference | None = None
+        self._next_check, self._work = _FIRST_CHECK, 0.0
 
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
@@ -75,7 +84,7 @@ class Measurement(Accumulator):
         self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
-        """Send batches through a model that is left exactly as it was found."""
+        """Send batches, as many as are needed, through a model that is left exactly as it was found."""
         forward = default_forward if forward_fn is None else forward_fn
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with undisturbed(model, batches), self.capture:
@@ -86,6 +95,29 @@ class Measurement(Accumulator):
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
                 self.end_pass()
+                if self._needs_no_more():
+                    break
+
+    def _needs_no_more(self) -> bool:
+        """Check whether the samples are enough; after 512, 1024, 2048, … where that is cheap to know."""
+        if self.n_samples == self.max_samples:
+            return True
+        if not self._may_stop or self.n_samples < max(self._next_check, self.advised):
+            return False
+        while self._next_check <= self.n_samples:
+            self._next_check *= 2
+        layout, _, _ = self.moments()
+        widths = [sum(layout.dims[p] for p in read) for read in layout.parents[1:]]
+        if not self.options.errors or self.n_samples * self._work < _CHECK_WORK * sum(
+            w**3 for w in widths
+        ):
+            return False
+        try:
+            credits = self.credits()
+        except ValueError:  # more samples may be what is missing, and if not, the report will say so
+            return False
+        known = credits.values["credit"].isfinite()
+        return bool((credits.stderr["credit"][known] <= TOLERANCE).all())
 
     def replay(
         self,
@@ -131,7 +163,7 @@ class Measurement(Accumulator):
         if errors is not None:
             self.options = dataclasses.replace(self.options, errors=errors)
         with self._timed():
-            report = self.credits(self._notes(), step=step)
+            report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
         notes = list(report.notes)
         if dead and math.isfinite(report.total):
@@ -183,7 +215,24 @@ class Measurement(Accumulator):
         )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)
-        return {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
+        rows = {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
+        self._work = self._work_of(records) / max(
+            1, *(len(block) for block in rows.values() if block is not None)
+        )
+        return rows
+
+    def _work_of(self, records: Sequence[Recorded]) -> float:
+        """Estimate the multiplications of one pass: each weight once per position of its output."""
+        assert self.plan is not None
+        work = 0.0
+        for record in records:
+            component = self.capture.components.get(record.name.partition("#")[0])
+            if component is not None and record.tensor.ndim > 1:
+                first = self.plan.forms[record.name].channels_first
+                channels = record.tensor.shape[1 if first else -1]
+                weights = sum(parameter.numel() for parameter in component.parameters())
+                work += weights * record.tensor.numel() / max(1, channels)
+        return work
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
         if self.plan is None:
