@@ -98,9 +98,10 @@ class CreditWriter:
         wanted = [f"{self.prefix}/{name}/{component}" for name in names for component in self.shown]
         kept = {key: every[key] for key in wanted if key in every}
         if report.effects is not None:
-            for component, influence in zip(report.components, report.influence, strict=True):
-                if component in self.shown:
-                    kept[f"{self.prefix}/influence/{component}"] = float(influence)
+            for kind, values in report.effects.values.items():
+                for component, value in zip(report.effects.components, values, strict=True):
+                    if component in self.shown:
+                        kept[f"{self.prefix}/effect_{kind}/{component}"] = float(value)
         kept[f"{self.prefix}/total"] = report.total
         kept[f"{self.prefix}/doubts"] = float((~report.trusted).sum())
         if overhead_s is not None:
@@ -133,7 +134,7 @@ class CreditWriter:
         if self.shown and set(self.shown) <= set(report.components):
             return
         each = len(self.quantities) + len(BANDS) * ("credit" in self.quantities)
-        each += report.effects is not None
+        each += 0 if report.effects is None else len(report.effects.kinds)
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]
