@@ -50,12 +50,16 @@ class Basis:
         kept_variance: Share of each state's variance that its basis keeps.
         center: Mean of each state in the new coordinates, ``(d_i,)``.
         lifts: What each state is lifted by; empty where none is, or the user's function does it.
+        fitted: Share of variance that each basis kept of the rows that it was fitted to.
+        shared: Whether each state has the POD directions that it had in an earlier basis.
     """
 
     vectors: tuple[Tensor | None, ...]
     kept_variance: tuple[float, ...]
     center: tuple[Tensor, ...]
     lifts: tuple[Lift | None, ...] = ()
+    fitted: tuple[float, ...] = ()
+    shared: tuple[bool, ...] = ()
 
     def like(self, rows: Sequence[Tensor]) -> Basis:
         """Convert the vectors once and for all to the types and places of the rows to come."""
@@ -88,14 +92,31 @@ class Basis:
 
 
 def fit_basis(
-    rows: Sequence[Tensor], max_dim: int, observables: Observables = None, seed: int = 0
+    rows: Sequence[Tensor],
+    max_dim: int,
+    observables: Observables = None,
+    seed: int = 0,
+    earlier: Basis | None = None,
 ) -> Basis:
-    """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows."""
-    fitted = [pod_basis(block, max_dim) for block in rows]
-    vectors = tuple(basis for basis, _ in fitted)
+    """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows.
+
+    States keep the coordinates of an earlier basis where it still holds nearly as much of them.
+    """
+    usable = observables is None and earlier is not None and len(earlier.vectors) == len(rows)
+    known: list[tuple[Tensor | None, float]] = [(None, 0.0)] * len(rows)
+    if usable and earlier is not None:
+        known = list(zip(earlier.vectors, earlier.fitted, strict=True))
+    kept = [_still_kept(block, *was) for block, was in zip(rows, known, strict=True)]
+    fitted = [
+        pod_basis(block, max_dim) if share is None else (was, share)
+        for block, (was, _), share in zip(rows, known, kept, strict=True)
+    ]
+    vectors, shares = tuple(basis for basis, _ in fitted), tuple(share for _, share in fitted)
     means = (block.mean(dim=0, dtype=torch.float64) for block in rows)
-    center = tuple(m if v is None else m @ v for m, v in zip(means, vectors, strict=True))
-    basis = Basis(vectors, tuple(share for _, share in fitted), center)
+    center = tuple(m if v is None else m @ v.to(m) for m, v in zip(means, vectors, strict=True))
+    at_fit = (s if k is None else f for k, (_, f), s in zip(kept, known, shares, strict=True))
+    shared = tuple(share is not None for share in kept)
+    basis = Basis(vectors, shares, center, fitted=tuple(at_fit), shared=shared)
     if observables is None:
         return basis
     states = [state.double() for state in basis.project(rows)]
@@ -104,6 +125,20 @@ def fit_basis(
         basis = replace(basis, lifts=(*lifts, None))
     lifted = basis.lift(states, observables)
     return replace(basis, center=tuple(state.mean(dim=0) for state in lifted))
+
+
+_LOST = 0.02
+"""Share of a state's variance that a basis of earlier weights may keep less than it once did."""
+
+
+def _still_kept(rows: Tensor, vectors: Tensor | None, fitted: float) -> float | None:
+    """Return the share of variance that earlier vectors keep, if that is nearly what they kept once."""
+    if vectors is None or len(vectors) != rows.shape[1]:
+        return None
+    centred = rows - rows.mean(dim=0)
+    total = float(centred.square().sum())
+    share = float((centred @ vectors.to(centred)).square().sum()) / total if total else 0.0
+    return share if share >= fitted - _LOST else None
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:

@@ -35,6 +35,7 @@ class Accumulator:
     Attributes:
         chain: The states and what each step reads, known from the first batch on.
         basis: The frozen coordinates of the state vectors.
+        earlier: Coordinates that are kept for the states that they still fit.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far, at most ``max_samples``.
     """
@@ -45,6 +46,7 @@ class Accumulator:
         self.options = options
         self.chain = Chain()
         self.basis: Basis | None = None
+        self.earlier: Basis | None = None
         self.n_seen = self.n_samples = 0
         self._max_samples, self._shared = max_samples, shared
         self._layout: Layout | None = None
@@ -138,7 +140,7 @@ class Accumulator:
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
         options = self.options
-        return fit_basis(rows, options.max_dim, options.observables, options.seed)
+        return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier)
 
     def _add(self, rows: list[Tensor]) -> None:
         """Add up rows as state vectors; the first freeze the basis, later ones are in it already."""

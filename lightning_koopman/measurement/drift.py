@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lightning_koopman.koopman.options import Options
@@ -94,6 +95,48 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
         step=step,
         since=reference.step,
         parts=reference.parts,
+    )
+
+
+def drift_from(earlier: Reference, measurement: Measurement, *, step: int | None = None) -> Drift | None:
+    """Compute the drift since an earlier measurement of a training, where coordinates are the same.
+
+    It is NaN where a component reads or gives a state that has coordinates of its own by now.
+    """
+    layout, _, _ = measurement.moments()
+    basis = measurement.basis
+    assert basis is not None
+    if earlier.states != measurement.chain.names or earlier.parents != layout.parents[1:] or basis.lifts:
+        return None
+    kept = basis.shared or (False,) * len(layout.dims)
+    same = [
+        k or (now is was is None and dim == mean.shape[1])
+        for k, now, was, dim, mean in zip(
+            kept, basis.vectors, earlier.basis.vectors, layout.dims, earlier.means, strict=True
+        )
+    ]
+    read = layout.parents[1:]
+    fits = np.array([same[i] and all(same[p] for p in reads) for i, reads in enumerate(read, start=1)])
+    shapes = [
+        (sum(layout.dims[p] for p in reads), dim)
+        for reads, dim in zip(read, layout.dims[1:], strict=True)
+    ]
+    operators = tuple(
+        operator if fit else operator.new_zeros(len(operator), *shape)
+        for fit, operator, shape in zip(fits, earlier.operators, shapes, strict=True)
+    )
+    means = tuple(
+        mean if fit else mean.new_zeros(len(mean), dim)
+        for fit, mean, dim in zip(same, earlier.means, layout.dims, strict=True)
+    )
+    known = dataclasses.replace(earlier, operators=operators, means=means)
+    found = drift_since(known, measurement, step=step)
+    return dataclasses.replace(
+        found,
+        drift=np.where(fits, found.drift, np.nan),
+        stderr=np.where(fits, found.stderr, np.nan),
+        changed=found.changed & fits,
+        old=np.where(fits, found.old, np.nan),
     )
 
 
