@@ -567,7 +567,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-            measurement, earlier = self._merged(pl_module), self.report
+            before, measurement = self._watched, self._merged(pl_module)
             self._watched = measurement
         # An error from here on may be this process's own: it must not measure again alone.
         self._measured_at = trainer.global_step
@@ -577,7 +577,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     step=trainer.global_step if weights_step is None else weights_step,
                     errors=self._with_errors(),
                 )
-                self._find_drift(earlier, measurement, report.step)
+                if self.drift and before is not None and self.history:
+                    since = self.history[-1].step
+                    found = drift_from(before, measurement, since=since, step=report.step)
+                    self.drifts += [] if found is None else [found]
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.
                 self.history[-1] = replace(self.history[-1], operators={}, reference=None)
@@ -588,14 +591,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         finally:
             if not validating:
                 self._plan(trainer, pl_module)
-
-    def _find_drift(
-        self, earlier: CreditReport | None, measurement: Measurement, step: int | None
-    ) -> None:
-        """Hold a measurement against the one before it."""
-        if self.drift and earlier is not None and earlier.reference is not None:
-            found = drift_from(earlier.reference, measurement, step=step)
-            self.drifts += [] if found is None else [found]
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         """Find when the next measurement is due, alike in all processes."""

@@ -50,16 +50,12 @@ class Basis:
         kept_variance: Share of each state's variance that its basis keeps.
         center: Mean of each state in the new coordinates, ``(d_i,)``.
         lifts: What each state is lifted by; empty where none is, or the user's function does it.
-        fitted: Share of variance that each basis kept of the rows that it was fitted to.
-        shared: Whether each state has the POD directions that it had in an earlier basis.
     """
 
     vectors: tuple[Tensor | None, ...]
     kept_variance: tuple[float, ...]
     center: tuple[Tensor, ...]
     lifts: tuple[Lift | None, ...] = ()
-    fitted: tuple[float, ...] = ()
-    shared: tuple[bool, ...] = ()
 
     def like(self, rows: Sequence[Tensor]) -> Basis:
         """Convert the vectors once and for all to the types and places of the rows to come."""
@@ -100,23 +96,20 @@ def fit_basis(
 ) -> Basis:
     """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows.
 
-    States keep the coordinates of an earlier basis where it still holds nearly as much of them.
+    POD bases of an earlier measurement are kept where they fit: that spares the costliest part, and
+    numbers of one epoch and the next are then about the same coordinates.
     """
-    usable = observables is None and earlier is not None and len(earlier.vectors) == len(rows)
-    known: list[tuple[Tensor | None, float]] = [(None, 0.0)] * len(rows)
-    if usable and earlier is not None:
-        known = list(zip(earlier.vectors, earlier.fitted, strict=True))
-    kept = [_still_kept(block, *was) for block, was in zip(rows, known, strict=True)]
+    before: Sequence[tuple[Tensor | None, float]] = [(None, 0.0)] * len(rows)
+    if earlier is not None and len(earlier.vectors) == len(rows):
+        before = list(zip(earlier.vectors, earlier.kept_variance, strict=True))
     fitted = [
-        pod_basis(block, max_dim) if share is None else (was, share)
-        for block, (was, _), share in zip(rows, known, kept, strict=True)
+        (vectors, share) if _still_fits(block, max_dim, vectors, share) else pod_basis(block, max_dim)
+        for block, (vectors, share) in zip(rows, before, strict=True)
     ]
-    vectors, shares = tuple(basis for basis, _ in fitted), tuple(share for _, share in fitted)
+    vectors = tuple(basis for basis, _ in fitted)
     means = (block.mean(dim=0, dtype=torch.float64) for block in rows)
     center = tuple(m if v is None else m @ v.to(m) for m, v in zip(means, vectors, strict=True))
-    at_fit = (s if k is None else f for k, (_, f), s in zip(kept, known, shares, strict=True))
-    shared = tuple(share is not None for share in kept)
-    basis = Basis(vectors, shares, center, fitted=tuple(at_fit), shared=shared)
+    basis = Basis(vectors, tuple(share for _, share in fitted), center)
     if observables is None:
         return basis
     states = [state.double() for state in basis.project(rows)]
@@ -127,18 +120,17 @@ def fit_basis(
     return replace(basis, center=tuple(state.mean(dim=0) for state in lifted))
 
 
-_LOST = 0.02
-"""Share of a state's variance that a basis of earlier weights may keep less than it once did."""
+_LOST = 0.01
+"""Share of the variance that a basis may lose of other rows on top of what it lost of its own."""
 
 
-def _still_kept(rows: Tensor, vectors: Tensor | None, fitted: float) -> float | None:
-    """Return the share of variance that earlier vectors keep, if that is nearly what they kept once."""
-    if vectors is None or len(vectors) != rows.shape[1]:
-        return None
+def _still_fits(rows: Tensor, max_dim: int, vectors: Tensor | None, share: float) -> bool:
+    """Check whether an earlier basis keeps about as much variance as it kept when it was fitted."""
+    if vectors is None or len(vectors) != rows.shape[1] or max_dim >= len(vectors):
+        return False
     centred = rows - rows.mean(dim=0)
-    total = float(centred.square().sum())
-    share = float((centred @ vectors.to(centred)).square().sum()) / total if total else 0.0
-    return share if share >= fitted - _LOST else None
+    kept = (centred @ vectors.to(rows)).square().sum(dtype=torch.float64)
+    return bool(kept >= (share - _LOST) * centred.square().sum(dtype=torch.float64))
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:

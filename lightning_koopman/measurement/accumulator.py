@@ -35,7 +35,7 @@ class Accumulator:
     Attributes:
         chain: The states and what each step reads, known from the first batch on.
         basis: The frozen coordinates of the state vectors.
-        earlier: Coordinates that are kept for the states that they still fit.
+        earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far, at most ``max_samples``.
     """
@@ -279,14 +279,22 @@ class Accumulator:
             enough=samples_needed(replace(layout, dims=dims)),
         )
         reads = {name: tuple(names[p] for p in layout.parents[i]) for i, name in enumerate(names) if i}
-        reference = Reference(
-            names,
+        if options.errors is False:
+            # Drift needs operators without each fold, as error bars do.
+            return replace(report, reads=reads)
+        return replace(report, reads=reads, reference=self.reference(step))
+
+    def reference(self, step: int | None = None) -> Reference:
+        """Return what drift is measured against."""
+        layout, moments, center = self.moments()
+        assert self.basis is not None
+        return Reference(
+            self.chain.names,
             self.chain.widths,
             layout.parents[1:],
             self.basis.cpu(),
             *fold_operators(layout, moments, center),
-            n_samples=report.n_samples,
-            options=options,
+            n_samples=int(moments[:, 0].sum()),
+            options=self.options,
             step=step,
         )
-        return replace(report, reads=reads, reference=reference)

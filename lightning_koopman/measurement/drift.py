@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference, beyond_error, unexplained
@@ -98,21 +99,25 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     )
 
 
-def drift_from(earlier: Reference, measurement: Measurement, *, step: int | None = None) -> Drift | None:
+def drift_from(
+    before: Measurement, measurement: Measurement, *, since: int | None = None, step: int | None = None
+) -> Drift | None:
     """Compute the drift since an earlier measurement of a training, where coordinates are the same.
 
     It is NaN where a component reads or gives a state that has coordinates of its own by now.
     """
     layout, _, _ = measurement.moments()
-    basis = measurement.basis
+    basis, earlier = measurement.basis, before.reference(since)
     assert basis is not None
     if earlier.states != measurement.chain.names or earlier.parents != layout.parents[1:] or basis.lifts:
         return None
-    kept = basis.shared or (False,) * len(layout.dims)
     same = [
-        k or (now is was is None and dim == mean.shape[1])
-        for k, now, was, dim, mean in zip(
-            kept, basis.vectors, earlier.basis.vectors, layout.dims, earlier.means, strict=True
+        len(now) == was.shape[1] and _alike(*vectors)
+        for now, was, vectors in zip(
+            basis.center,
+            earlier.means,
+            zip(basis.vectors, earlier.basis.vectors, strict=True),
+            strict=True,
         )
     ]
     read = layout.parents[1:]
@@ -138,6 +143,13 @@ def drift_from(earlier: Reference, measurement: Measurement, *, step: int | None
         changed=found.changed & fits,
         old=np.where(fits, found.old, np.nan),
     )
+
+
+def _alike(now: Tensor | None, was: Tensor | None) -> bool:
+    """Check whether two states have the same POD directions, up to their precision."""
+    if now is None or was is None:
+        return now is was
+    return now.shape == was.shape and torch.equal(now.cpu().float(), was.cpu().float())
 
 
 def _reference_of(given: CreditReport | str | os.PathLike[str]) -> Reference:

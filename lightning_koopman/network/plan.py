@@ -191,7 +191,7 @@ def _module(name: str) -> str:
 def _called(group: Sequence[str], ran: Iterable[str]) -> str:
     """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module."""
     prefix, dot, _ = group[0].rpartition(".")
-    while dot and len(group) > 3:
+    while dot and len(group) > 2:
         if {name for name in ran if name.startswith(f"{prefix}.")} == set(group):
             return f"{prefix}.*"
         prefix, dot, _ = prefix.rpartition(".")
