@@ -298,6 +298,7 @@ class Accumulator:
             self.credits(),
             names[1:],
             n_samples=int(moments[:, 0].sum()),
+            delay=options.delay,
             variance_kept=self.basis.kept_variance[1:],
             notes=notes,
             step=step,
@@ -320,6 +321,7 @@ class Accumulator:
             self.basis.cpu(),
             *fold_operators(layout, moments, center),
             n_samples=int(moments[:, 0].sum()),
+            delay=options.delay,
             options=self.options,
             step=step,
         )
