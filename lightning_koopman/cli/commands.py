@@ -11,15 +11,14 @@ import torch
 from rich import progress
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
-from lightning_koopman.cli.user_code import build_batches, build_model, build_trained, fit_and_choose
+from lightning_koopman.cli.user_code import build_batches, build_model, build_trained
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.report.effects import Kind, Scale
 from lightning_koopman.report.report import CreditReport
 
 if TYPE_CHECKING:
-    from lightning_koopman.network.weights import Checkpoint
+    pass
 
 
 class _Rate(progress.ProgressColumn):
@@ -386,26 +385,3 @@ def effects(
     if out is not None:
         report.to_json(out)
         say_written(out)
-
-
-def _measured(
-    network: nn.Module,
-    checkpoint: Checkpoint,
-    data: str,
-    components: str | list[str] | None,
-    max_dim: int,
-    seed: int,
-) -> tuple[list[Any], list[Any], CreditReport]:
-    """Return batches to fit on, others, and a trained network's report on the former."""
-    from lightning_koopman.measurement.evaluate import credit_report
-
-    torch.manual_seed(seed)  # for loaders that shuffle
-    fit_on, others = fit_and_choose(data, checkpoint.data_hyper_parameters)
-    report = credit_report(
-        network,
-        fit_on,
-        components=components,
-        step=checkpoint.step,
-        options=Options(max_dim=max_dim, seed=seed),
-    )
-    return fit_on, others, report

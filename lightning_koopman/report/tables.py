@@ -110,10 +110,10 @@ def next_step(report: ReportFields) -> str:
     """Say what to do next."""
     kinds = () if report.effects is None else report.effects.kinds
     if "skip" not in kinds:
-        return "Next: component_effects(model, batches) or lightning-koopman effects: what may go"
+        return "Next: lightning-koopman effects, or component_effects: what may go"
     if "linear" not in kinds:
-        return "Next: lightning-koopman effects --kinds [skip,linear]: what may become linear"
-    return "Next: lightning-koopman linearize: what may become linear, swapped in together"
+        return "Next: lightning-koopman drop, or drop_order: how many may go together"
+    return "Next: lightning-koopman drop, or linearize: how many may give way together"
 
 
 def _verdict_of(effects: Effects, kind: str, can: str, nothing: str) -> str:
