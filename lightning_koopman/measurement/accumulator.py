@@ -321,7 +321,6 @@ class Accumulator:
             self.basis.cpu(),
             *fold_operators(layout, moments, center),
             n_samples=int(moments[:, 0].sum()),
-            delay=options.delay,
             options=self.options,
             step=step,
         )
