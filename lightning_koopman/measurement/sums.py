@@ -40,7 +40,7 @@ def report_on(
         notes=notes,
         step=step,
         folds=layout.folds,
-        delay=options.delay,
+        delay=max(1, layout.delay),
     )
 
 
