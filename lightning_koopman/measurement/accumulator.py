@@ -307,14 +307,19 @@ class Accumulator:
         if options.errors is False:
             # Drift needs operators without each fold, as error bars do.
             return replace(report, reads=reads)
-        reference = Reference(
-            names,
+        return replace(report, reads=reads, reference=self.reference(step))
+
+    def reference(self, step: int | None = None) -> Reference:
+        """Return what drift is measured against."""
+        layout, moments, center = self.moments()
+        assert self.basis is not None
+        return Reference(
+            self.chain.names,
             self.chain.widths,
             layout.parents[1:],
             self.basis.cpu(),
             *fold_operators(layout, moments, center),
-            n_samples=report.n_samples,
-            options=options,
+            n_samples=int(moments[:, 0].sum()),
+            options=self.options,
             step=step,
         )
-        return replace(report, reads=reads, reference=reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -66,6 +66,9 @@ class Measurement(Accumulator):
         self._named = components is not None
         self._batch: Any = None
         self._valid: Tensor | None = None
+        # Where a state behind others says which positions hold data, rows are made when all have run.
+        self._waits_for_lengths = False
+        self._earlier: list[Tensor] = []
         self._silent: list[str] = []
         self._skipped: list[str] = []
         self._untraced: str | None = None
@@ -138,6 +141,7 @@ class Measurement(Accumulator):
     def start_pass(self, batch: Any = None) -> None:
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         self._batch, self._valid = batch, valid_positions(batch)
+        self.capture.again, self._earlier = self._take_again, []
         self.capture.start_pass(batch)
 
     def end_pass(self) -> None:
@@ -149,14 +153,36 @@ class Measurement(Accumulator):
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
+        if not self._earlier or self._is_whole(states):
+            self._take(states)
+
+    def _is_whole(self, states: Mapping[str, Any]) -> bool:
+        """Check whether a call ran all of the chain; a step may ask for features alone in another one."""
+        return self.plan is None or self.plan.recorded <= states.keys()
+
+    def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
+        """Add up the states of one call of the network, in a step with others if ``again``."""
         with self._timed():
             if self.plan is None:
                 states = self._make_plan(list(states.values()))
+            elif self._waits_for_lengths:
+                states = self._all_rows([r for r in states.values() if r is not None])
             assert self.plan is not None
             rows = self.plan.join(states, self._batches)
+            first = next(iter(rows.values()))
+            # A step may call the network twice on the same data, for a loss and for a metric.
+            if any(torch.equal(first, other) for other in self._earlier):
+                return
             if self._followed is not None and not self.chain.names:
                 self._followed.check_widths([block.shape[1] for block in rows.values()])
             self.push(rows, self.plan.links)
+            if again:
+                self._earlier.append(first)
+
+    def _take_again(self, states: dict[str, Any]) -> None:
+        """Add up the states of a call that another one follows in the same step, if it is of the chain."""
+        if self._is_whole(states):
+            self._take(states, again=True)
 
     def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
         """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
@@ -215,7 +241,9 @@ class Measurement(Accumulator):
         )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)
-        rows = {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
+        known = {r.lengths is not None for r in records if r.name in self.plan.recorded}
+        self._waits_for_lengths = self._valid is None and known == {True, False}
+        rows = self._all_rows(records)
         self._work = self._work_of(records) / max(
             1, *(len(block) for block in rows.values() if block is not None)
         )
@@ -234,20 +262,28 @@ class Measurement(Accumulator):
                 work += weights * record.tensor.numel() / max(1, channels)
         return work
 
+    def _all_rows(self, records: Sequence[Recorded]) -> dict[str, Tensor | None]:
+        """Make rows of all states of one pass, padded ones as the lengths of any of them say."""
+        lengths = next((r.lengths for r in records if r.lengths is not None), None)
+        return {r.name: self._rows(r.tensor, r, lengths) for r in records}
+
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
-        if self.plan is None:
+        if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
             return dataclasses.replace(recorded, tensor=detached_copy(tensor))
         with self._timed():
             return self._rows(tensor, recorded)
 
-    def _rows(self, tensor: Tensor, recorded: Recorded) -> Tensor | None:
+    def _rows(self, tensor: Tensor, recorded: Recorded, lengths: Tensor | None = None) -> Tensor | None:
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
             return None
-        valid = self._valid
+        valid = valid_positions(self.capture.given) if self._valid is None else self._valid
         if recorded.lengths is not None:
             valid = to_device(recorded.lengths, tensor.device)
+        elif lengths is not None and tensor.ndim == 3 and len(lengths) == len(tensor):
+            places = torch.arange(tensor.shape[1])
+            valid = to_device(places < lengths[:, None], tensor.device)
         return self.plan.forms[recorded.name].rows(tensor, valid)
 
     def _notes(self) -> list[str]:

@@ -40,7 +40,7 @@ def report_on(
         notes=notes,
         step=step,
         folds=layout.folds,
-        delay=max(1, layout.delay),
+        delay=max(1, layout.delay),  # 0 where links say it all
     )
 
 

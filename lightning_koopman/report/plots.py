@@ -22,7 +22,7 @@ _MOST_LABELS = 60
 def plot_report(report: ReportFields) -> Figure:
     """Draw credits and gains with one standard error, and the R² that they rest on."""
     size = len(report.components)
-    figure = Figure(figsize=(11, _height(size, 0.42, 1.4)), layout="constrained")
+    figure = _figure(11, _height(size, 0.42, 1.4), report.components)
     axes = figure.subplots(1, 3, sharey=True)
     places = np.arange(size)
     colors = np.where(report.trusted, _BELIEVED, _DOUBTED)
@@ -124,7 +124,7 @@ def plot_spectra(report: ReportFields) -> Figure:
     """Draw the singular values of every component's operator."""
     if not report.operators:
         raise ValueError("the report holds no operators; a report read from JSON has none")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = _figure(7, 4.5, ["1e-10"])
     axis = figure.subplots()
     shades = colormaps["viridis"](np.linspace(0.05, 0.9, len(report.operators)))
     for shade, (name, operator) in zip(shades, report.operators.items(), strict=True):
@@ -142,16 +142,22 @@ def plot_spectra(report: ReportFields) -> Figure:
 def _heat_map(
     values: NDArray[np.float64], components: Sequence[str], title: str, label: str
 ) -> tuple[Figure, Any]:
-    figure = Figure(
-        figsize=(min(14, max(5, 0.3 * values.shape[1] + 3)), _height(len(components), 0.35, 1.6)),
-        layout="constrained",
-    )
+    width = min(14, max(5, 0.3 * values.shape[1] + 3))
+    figure = _figure(width, _height(len(components), 0.35, 1.6), components)
     axis = figure.subplots()
     image = axis.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
     _name_rows(axis, components)
     axis.set_title(title)
     figure.colorbar(image, label=label)
     return figure, axis
+
+
+def _figure(width: float, height: float, names: Sequence[str]) -> Figure:
+    """Make a figure with room for the names of its rows; constrained layout would draw it twice."""
+    left = min(0.4, (0.5 + 0.085 * max(map(len, names), default=0)) / width)
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(left, 0.62 / height, 1 - 0.25 / width, 1 - 0.5 / height, wspace=0.12)
+    return figure
 
 
 def _name_rows(axis: Any, components: Sequence[str]) -> None:

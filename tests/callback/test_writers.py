@@ -125,7 +125,7 @@ def run(tmp_path_factory):
 def test_default_tags_are_at_most_three_a_component(run):
     accumulator, _, monitor = run
     ours = {t for t in accumulator.Tags()["scalars"] if t.startswith("koopman/")}
-    expected = {f"koopman/credit/{c}" for c in ("net.0", "net.2")}
+    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift") for c in ("net.0", "net.2")}
     assert ours == expected | {"koopman/total", "koopman/doubts", "koopman/overhead"}
     last = accumulator.Scalars("koopman/credit/net.0")[-1].value
     assert last == pytest.approx(monitor.report.credit[0], rel=1e-5)

@@ -48,7 +48,7 @@ def test_drop_writes_a_checkpoint_a_figure_and_a_table(
 ) -> None:
     assert main(["drop", *given, "--max-drop=0.1", "--out=small.ckpt", "--figure=small.png"]) == 0
     printed = capsys.readouterr().out
-    assert "Dropped one after the other, 600 samples" in printed
+    assert "Dropped one after the other, 512 samples" in printed
     assert printed.rstrip().endswith("Next: load_shrunk(model, 'small.ckpt'), and a test on other data.")
     assert swaps_in(load_shrunk(toy_model(), "small.ckpt"))
     assert torch.load("small.ckpt", weights_only=True)["global_step"] == 3
