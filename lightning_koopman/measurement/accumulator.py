@@ -298,6 +298,7 @@ class Accumulator:
             self.credits(),
             names[1:],
             n_samples=int(moments[:, 0].sum()),
+            delay=options.delay,
             variance_kept=self.basis.kept_variance[1:],
             notes=notes,
             step=step,
