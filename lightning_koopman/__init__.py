@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from lightning_koopman.callback.monitor import KoopmanCreditMonitor
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.decisions.drop import drop_order
+    from lightning_koopman.decisions.linear import linearize
     from lightning_koopman.effects.interventions import intervene
-    from lightning_koopman.effects.linearization import linearize
     from lightning_koopman.effects.predictions import predict_effects
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
     from lightning_koopman.koopman.options import Options
@@ -52,7 +52,7 @@ _HOMES = {
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",
     "intervene": "effects.interventions",
-    "linearize": "effects.linearization",
+    "linearize": "decisions.linear",
     "predict_effects": "effects.predictions",
 }
 

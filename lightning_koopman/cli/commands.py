@@ -299,48 +299,6 @@ def components(
     Console().print(found)
 
 
-def linearize(
-    model: str,
-    data: str,
-    ckpt: str,
-    out: str,
-    max_drop: float = 0.01,
-    components: str | list[str] | None = None,
-    max_dim: int = 256,
-    seed: int = 0,
-    trust_checkpoint: bool = False,
-) -> None:
-    """Replace as many components as possible by linear layers, and write the new checkpoint.
-
-    Args:
-        model: Model to build, as in evaluate.
-        data: Data, as pkg.mod:DataModule: linear layers are fitted on its training loader and chosen on
-            its validation loader. Of the batches that a function or object gives, those at even places
-            are fitted on, and the others chosen on.
-        ckpt: Checkpoint of the trained network.
-        out: Checkpoint to write; lightning_koopman.effects.linearization.load_linearized reads it.
-        max_drop: Largest drop of the accuracy; without class targets, largest relative squared change
-            of the outputs.
-        components: Names or glob patterns of components; chosen by default.
-        max_dim: Most directions of a wide input that are kept.
-        seed: Chooses the folds, and the order of a loader that shuffles.
-        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
-    """
-    from lightning_koopman.effects.linearization import linearize_within, save_linearized
-
-    network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
-    fit_on, choose_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
-    result = linearize_within(
-        network, report, fit_on, choose_on, max_drop=max_drop, max_dim=max_dim, seed=seed
-    )
-    Console().print(result)
-    more: dict[str, Any] = {} if checkpoint.step is None else {"global_step": checkpoint.step}
-    more["hyper_parameters"] = dict(checkpoint.hyper_parameters)
-    more["datamodule_hyper_parameters"] = dict(checkpoint.data_hyper_parameters)
-    save_linearized(result.model, out, more=more)
-    say_written(out)
-
-
 def intervene(
     model: str,
     data: str,

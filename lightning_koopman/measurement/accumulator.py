@@ -35,6 +35,7 @@ class Accumulator:
     Attributes:
         chain: The states and what each step reads, known from the first batch on.
         basis: The frozen coordinates of the state vectors.
+        earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far, at most ``max_samples``.
     """
@@ -45,6 +46,7 @@ class Accumulator:
         self.options = options
         self.chain = Chain()
         self.basis: Basis | None = None
+        self.earlier: Basis | None = None
         self.n_seen = self.n_samples = 0
         self._max_samples, self._shared = max_samples, shared
         self._layout: Layout | None = None
@@ -138,7 +140,7 @@ class Accumulator:
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
         options = self.options
-        return fit_basis(rows, options.max_dim, options.observables, options.seed)
+        return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier)
 
     def _add(self, rows: list[Tensor]) -> None:
         """Add up rows as state vectors; the first freeze the basis, later ones are in it already."""
@@ -277,6 +279,9 @@ class Accumulator:
             enough=samples_needed(replace(layout, dims=dims)),
         )
         reads = {name: tuple(names[p] for p in layout.parents[i]) for i, name in enumerate(names) if i}
+        if not options.errors:
+            # Drift needs operators without each fold, as error bars do.
+            return replace(report, reads=reads)
         reference = Reference(
             names,
             self.chain.widths,

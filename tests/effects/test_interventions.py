@@ -11,9 +11,8 @@ from rich.console import Console
 from scipy.stats import sem
 from torch import Tensor, nn
 
-from lightning_koopman import CreditReport, Options, credit_report, intervene, predict_effects
+from lightning_koopman import CreditReport, Options, credit_report, intervene, linearize, predict_effects
 from lightning_koopman.effects.alterations import Alterations
-from lightning_koopman.effects.linearization import linearize
 from lightning_koopman.effects.scoring import accuracy, kl_divergence
 from lightning_koopman.report.effects import KINDS
 
@@ -480,7 +479,7 @@ def test_states_joined_from_several_components_are_named(inputs: int) -> None:
     named = r"'left\+right'" if inputs == 1 else r"'input\+input#1', 'left\+right'"
     for alter in (
         lambda: intervene(net, batches, report, forward_fn=lambda model, batch: model(*batch)),
-        lambda: linearize(net, report, ["head"], batches),
+        lambda: linearize(net, batches, report, components=["head"]),
     ):
         with pytest.raises(ValueError, match=rf"the states \[{named}\] were joined from what runs side"):
             alter()

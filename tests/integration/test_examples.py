@@ -89,3 +89,11 @@ def test_evaluate_after_training(tmp_path):
     assert moves is not None
     assert float(moves[2]) > 2 * float(moves[3])
     assert list((tmp_path / "runs").rglob("credits/**/events.out.tfevents.*"))
+
+
+def test_find_the_fault(tmp_path: Path) -> None:
+    printed = run("find_the_fault", tmp_path, "--out", "runs")
+    marked = re.search(r"^ (\S+) .* most *$", printed, flags=re.MULTILINE)
+    assert marked is not None, printed
+    assert marked[1] == "5"
+    assert (tmp_path / "runs" / "reference.safetensors").exists()
