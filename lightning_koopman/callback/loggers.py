@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
 
+from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.pages import to_markdown
 from lightning_koopman.report.report import CreditReport, check_quantities
 from lightning_koopman.report.tables import to_rows
@@ -81,18 +83,25 @@ class CreditWriter:
         self._newest_drawn = False
         self._warned_of_room = False
 
-    def scalars(self, report: CreditReport, overhead: float | None = None) -> dict[str, float]:
+    def scalars(
+        self, report: CreditReport, overhead: float | None = None, drift: Drift | None = None
+    ) -> dict[str, float]:
         """Return the flat numbers that every logger takes."""
-        self._choose(report)
+        self._choose(report, drift is not None)
         every = report.to_scalars(self.prefix, self.quantities)
         wanted = [
             f"{self.prefix}/{name}/{component}" for name in self.quantities for component in self.shown
         ]
         kept = {key: every[key] for key in wanted if key in every}
         if report.effects is not None:
-            for component, influence in zip(report.components, report.influence, strict=True):
-                if component in self.shown:
-                    kept[f"{self.prefix}/influence/{component}"] = float(influence)
+            for kind, values in report.effects.values.items():
+                for component, value in zip(report.effects.components, values, strict=True):
+                    if component in self.shown:
+                        kept[f"{self.prefix}/effect_{kind}/{component}"] = float(value)
+        if drift is not None:
+            for component, value in zip(drift.components, drift.drift, strict=True):
+                if component in self.shown and math.isfinite(value):
+                    kept[f"{self.prefix}/drift/{component}"] = float(value)
         kept[f"{self.prefix}/total"] = report.total
         kept[f"{self.prefix}/doubts"] = float((~report.trusted).sum())
         if overhead is not None:
@@ -132,11 +141,13 @@ class CreditWriter:
         for logger in loggers:
             _write_table(logger, f"{self.prefix}/report", reports[-1], step)
 
-    def _choose(self, report: CreditReport) -> None:
+    def _choose(self, report: CreditReport, drift: bool = True) -> None:
         """Fix once which components get scalars, and warn where the limit leaves some out."""
         if self.shown and set(self.shown) <= set(report.components):
             return
-        each = len(self.quantities) + (report.effects is not None)
+        each = (
+            len(self.quantities) + (0 if report.effects is None else len(report.effects.kinds)) + drift
+        )
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]
@@ -200,8 +211,10 @@ class CreditWriter:
 def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
     """Return what takes figures to a logger, if it takes any."""
     experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_figure"):
-        return lambda tag, figure, step: experiment.add_figure(tag, figure, step)
+    if hasattr(experiment, "add_image"):
+        return lambda tag, figure, step: experiment.add_image(
+            tag, _pixels(figure), step, dataformats="HWC"
+        )
     if hasattr(logger, "log_image"):
         return lambda tag, figure, step: logger.log_image(tag, [figure], step=step)
     if hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):
@@ -209,6 +222,15 @@ def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
             logger.run_id, figure, f"{tag}_{step:08d}.png"
         )
     return None
+
+
+def _pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Draw a figure, ``(height, width, 4)``; a writer's own way to do so takes longer than drawing."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def _write_table(logger: Any, tag: str, report: CreditReport, step: int) -> None:

@@ -30,12 +30,14 @@ from lightning_koopman.callback.trainer_facts import (
     unrepeated_samples,
 )
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
+from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.measurement.processes import agree_on_latest
 from lightning_koopman.network.components import named_components
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording
 from lightning_koopman.network.rows import valid_positions
+from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -84,6 +86,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
         figures: Whether loggers that take them get figures, a closing table and, in
             TensorBoard, a layout of the custom scalars, of which it keeps the last of a run.
+        drift: Whether each measurement is held against the one before, which tells the components that
+            still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
             without it, once it takes more than three seconds. Measurements are taken in even distances,
             and fewer where each takes long.
@@ -110,6 +114,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         components: str | Sequence[str] | None = None,
         *,
         figures: bool = True,
+        drift: bool = True,
         max_overhead: float = 0.05,
         every_n_epochs: int | None = None,
         max_samples: int = 4096,
@@ -128,16 +133,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
         self.options = options
-        self.components = components
+        self.components, self.drift = components, drift
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.prefix = prefix
         self.history: list[CreditReport] = []
+        self.drifts: list[Drift] = []
         self._measurement: Measurement | None = None
         self._failure: Exception | None = None
         self._most_seen = 0
         self._in_pass = 0.0
-        self._due_epoch = False
+        self._due_epoch = self._final = False
         self._newest: dict[str, Tensor] = {}
         self._rides_along = True
         self._from_training = False
@@ -196,7 +202,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._forget_run()
         self._resuming = stage == "fit"
         if self._resuming:
-            self.history = []
+            self.history, self.drifts = [], []
             self._writer.reset()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -245,7 +251,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
-        self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
+        loader = first_loader(trainer.val_dataloaders)
+        self._begin(trainer, pl_module, loader, final=in_training and may_be_last(trainer))
         assert self._measurement is not None
         self._recording = Recording(
             pl_module,
@@ -362,7 +369,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if not self._due_epoch:
                 return
             if self._recording is not None and (self._recording.steps or trainer.world_size > 1):
-                self._replay(trainer, pl_module, first_loader(trainer.train_dataloader), final=False)
+                self._replay(
+                    trainer,
+                    pl_module,
+                    first_loader(trainer.train_dataloader),
+                    final=may_be_last(trainer),
+                )
         elif may_skip_validation(trainer, pl_module):
             # Here, unlike at the end of validation, every process arrives.
             if not self._due_epoch:
@@ -414,7 +426,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Whether a measurement is under way that has not seen its samples yet."""
         return self._measurement is not None and self._measurement.n_seen < self._most_seen
 
-    def _begin(self, trainer: Any, pl_module: Any, loader: Any, like: Measurement | None = None) -> None:
+    def _begin(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        loader: Any,
+        like: Measurement | None = None,
+        *,
+        final: bool = False,
+    ) -> None:
         """Start measuring this process's share of the samples that a loader gives."""
         self.sync_pending = trainer.world_size > 1
         self._rides_along = not is_compiled(pl_module)
@@ -422,6 +442,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         # All stop at the same batch, or a model that talks to its other copies would wait forever.
         self._most_seen = samples_for_rank(self.max_samples, part.count)
         own = samples_for_rank(self.max_samples, part.count, part.index)
+        self._final = final or trainer.state.fn != "fit"
         with plain_numerics(pl_module):
             self._measurement = Measurement(
                 pl_module,
@@ -431,6 +452,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 shared=self.sync_pending,
                 like=like,
             )
+            # The last report is about the coordinates of its own weights.
+            if self.drift and self._watched is not None and not self._final:
+                self._measurement.earlier = self._watched.basis
 
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""
@@ -459,7 +483,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         refuse_sharded_weights(trainer)
         try:
             with plain_numerics(pl_module):
-                self._begin(trainer, pl_module, loader, like)
+                self._begin(trainer, pl_module, loader, like, final=final)
                 assert self._measurement is not None
                 if recording is not None and recording.full:
                     self._measurement.notes.append(
@@ -479,21 +503,21 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._fail(error)
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
         step = max(0, logged_step(trainer, None) - 1)
-        self._finish(trainer, pl_module, step=step, final=final)
+        self._finish(trainer, pl_module, step=step)
 
     def _complete(self, trainer: Any, pl_module: Any) -> None:
         """Compute the errors that the newest report was made without."""
-        if self._watched is None or not self.history or self._with_errors(final=False):
+        if self._watched is None or not self.history or self._final or self._with_errors():
             return
+        self._final = True
         with plain_numerics(pl_module):
-            errors = self._with_errors(final=True)
-            report = self._watched.report(step=self.history[-1].step, errors=errors)
+            report = self._watched.report(step=self.history[-1].step, errors=self._with_errors())
         self.history[-1] = report
         self._show(trainer, report)
 
-    def _with_errors(self, *, final: bool) -> bool:
-        """Check whether a report has errors: in a training under way only where that is asked for."""
-        return final if self.options.errors is None else self.options.errors
+    def _with_errors(self) -> bool:
+        """Check whether the report has errors: in a training under way only where that is asked for."""
+        return self._final if self.options.errors is None else self.options.errors
 
     def _keep_watched(self, trainer: Any, reason: str) -> None:
         """Let the watched report stand, and say which weights it is about."""
@@ -539,22 +563,27 @@ class KoopmanCreditMonitor(HarmlessCallback):
             due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return bool(due or not self.history or may_be_last(trainer))
 
-    def _finish(self, trainer: Any, pl_module: Any, *, step: int, final: bool = False) -> None:
+    def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-            measurement = self._watched = self._merged(pl_module)
+            before, measurement = self._watched, self._merged(pl_module)
+            self._watched = measurement
         # An error from here on may be this process's own: it must not measure again alone.
         self._measured_at = trainer.global_step
         try:
             with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
                 report = measurement.report(
                     step=trainer.global_step if weights_step is None else weights_step,
-                    errors=self._with_errors(final=final or validating),
+                    errors=self._with_errors(),
                 )
+                if self.drift and before is not None and self.history:
+                    since = self.history[-1].step
+                    found = drift_from(before, measurement, since=since, step=report.step)
+                    self.drifts += [] if found is None else [found]
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.
-                self.history[-1] = replace(self.history[-1], operators={})
+                self.history[-1] = replace(self.history[-1], operators={}, reference=None)
             self.history.append(report)
             self._logged_at = step
             with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
@@ -585,8 +614,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _show(self, trainer: Any, report: CreditReport) -> dict[str, float]:
         """Put all numbers of a report where callbacks look for them, and return those for loggers."""
         share = self.budget.overhead if trainer.state.fn == "fit" else None
-        scalars = self._writer.scalars(report, share)
+        newest = self.drifts[-1:] if self.drifts and self.drifts[-1].step == report.step else []
+        scalars = self._writer.scalars(report, share, *newest)
         every = {**report.to_scalars(self.prefix), **scalars}
-        self._newest = {name: torch.tensor(number) for name, number in every.items()}
+        self._newest |= {name: torch.tensor(number) for name, number in every.items()}
         trainer.callback_metrics.update(self._newest)
         return scalars

@@ -108,7 +108,7 @@ def fit_basis(
     ]
     vectors = tuple(basis for basis, _ in fitted)
     means = (block.mean(dim=0, dtype=torch.float64) for block in rows)
-    center = tuple(m if v is None else m @ v for m, v in zip(means, vectors, strict=True))
+    center = tuple(m if v is None else m @ v.to(m) for m, v in zip(means, vectors, strict=True))
     basis = Basis(vectors, tuple(share for _, share in fitted), center)
     if observables is None:
         return basis

@@ -162,7 +162,7 @@ def test_a_logger_that_cannot_write_keeps_no_other_from_it(error, first, tmp_pat
     assert trainer.current_epoch == 2
 
 
-EXPERIMENT = ["add_custom_scalars", "add_figure", "add_text", "add_scalar"]
+EXPERIMENT = ["add_custom_scalars", "add_image", "add_text", "add_scalar"]
 
 
 @pytest.mark.parametrize("method", EXPERIMENT)

@@ -18,9 +18,9 @@ from lightning_koopman import (
     CreditReport,
     KoopmanCreditMonitor,
     Options,
+    component_effects,
     credit_report,
     evaluate_checkpoints,
-    predict_effects,
 )
 from lightning_koopman.callback.loggers import CreditWriter, free_bytes
 from lightning_koopman.report.pages import to_markdown
@@ -77,7 +77,7 @@ def run(tmp_path_factory):
 def test_default_tags_are_at_most_three_a_component(run):
     accumulator, _, monitor = run
     ours = {t for t in accumulator.Tags()["scalars"] if t.startswith("koopman/")}
-    expected = {f"koopman/credit/{c}" for c in ("net.0", "net.2")}
+    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift") for c in ("net.0", "net.2")}
     assert ours == expected | {"koopman/total", "koopman/doubts", "koopman/overhead"}
     last = accumulator.Scalars("koopman/credit/net.0")[-1].value
     assert last == pytest.approx(monitor.report.credit[0], rel=1e-5)
@@ -217,11 +217,12 @@ def test_markdown_marks_doubted_rows():
     assert lines[5].startswith("| block.1 |")
 
 
-def test_influence_is_a_scalar_where_effects_are_predicted(report):
+def test_effects_are_scalars_where_there_are_any(report):
     writer = CreditWriter()
-    assert not [key for key in writer.scalars(report) if "influence" in key]
-    scalars = writer.scalars(predict_effects(network(), batches(), report, ["skip"]))
-    assert scalars["koopman/influence/0"] + scalars["koopman/influence/2"] == pytest.approx(1)
+    assert not [key for key in writer.scalars(report) if "effect" in key]
+    found = component_effects(network(), batches(), report, ["skip"])
+    scalars = writer.scalars(dataclasses.replace(report, effects=found))
+    assert [scalars[f"koopman/effect_skip/{i}"] for i in "02"] == pytest.approx(found.values["skip"])
 
 
 class Taking:
