@@ -190,7 +190,7 @@ class Towers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.left = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.right = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.right = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 4)])
         self.sides = nn.ModuleList(nn.Linear(4, 3) for _ in range(4))
         self.fuse, self.head = nn.Linear(12, 4), nn.Linear(8, 3)
         self.double()
