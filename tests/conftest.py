@@ -1,12 +1,9 @@
 """A fixed seed for every test, and the tiny models that the tests share."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,13 +13,13 @@ import small
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import CreditReport, credit_report
+from lightning_koopman import credit_report
 
 mpl.use("Agg")
 
 
 @pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
+def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -35,13 +32,13 @@ def seed() -> Iterator[int]:
 
 
 @pytest.fixture(autouse=True)
-def interruptible() -> None:
+def interruptible():
     """Take Ctrl-C: Lightning ignores it for good once a Trainer met it, and so do background shells."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
-def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def user_module(tmp_path, monkeypatch):
     """What writes a module that a user might name on the command line, and goes to its folder."""
 
     def write(name: str, more: str = "") -> Path:
@@ -56,17 +53,17 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 @pytest.fixture(scope="session")
-def report() -> CreditReport:
+def report():
     return credit_report(small.network(), small.batches(), step=7)
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
+def rng():
     return np.random.default_rng(0)
 
 
 @pytest.fixture
-def linear_chain() -> Callable[..., nn.Sequential]:
+def linear_chain():
     """Make a chain of linear layers of the given widths."""
 
     def make(*widths: int, bias: bool = True) -> nn.Sequential:
@@ -89,7 +86,7 @@ class InPlaceMLP(nn.Module):
 
 
 @pytest.fixture
-def mlp() -> InPlaceMLP:
+def mlp():
     return InPlaceMLP().double()
 
 
@@ -115,7 +112,7 @@ class ConvNet(nn.Module):
 
 
 @pytest.fixture
-def conv_net() -> ConvNet:
+def conv_net():
     return ConvNet().double()
 
 
@@ -133,7 +130,7 @@ class SharedNet(nn.Module):
 
 
 @pytest.fixture
-def shared_net() -> SharedNet:
+def shared_net():
     return SharedNet().double()
 
 
@@ -152,7 +149,7 @@ class TupleNet(nn.Module):
 
 
 @pytest.fixture
-def tuple_net() -> TupleNet:
+def tuple_net():
     return TupleNet().double()
 
 
@@ -175,5 +172,5 @@ class RaisingNet(nn.Module):
 
 
 @pytest.fixture
-def raising_net() -> RaisingNet:
+def raising_net():
     return RaisingNet().double()

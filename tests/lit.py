@@ -1,7 +1,6 @@
 """A small LightningModule, its data and a Trainer without noise, shared by the Lightning tests."""
 
-from __future__ import annotations
-
+import importlib
 from typing import Any
 
 import lightning as L
@@ -46,6 +45,35 @@ class LitNet(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
+def small_module(namespace: str = "lightning.pytorch") -> Any:
+    """Make a class of small LightningModules with their data, in either of Lightning's namespaces."""
+
+    class Small(importlib.import_module(namespace).LightningModule):
+        def __init__(self, width: int = 16) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+        def train_dataloader(self) -> DataLoader:
+            return loaders()[0]
+
+        def val_dataloader(self) -> DataLoader:
+            return loaders()[1]
+
+    return Small
+
+
 def dataset(n_samples: int = 160, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n_samples, 8, generator=generator)
@@ -57,7 +85,7 @@ def loaders(**options: Any) -> tuple[DataLoader, DataLoader]:
     return train, DataLoader(dataset(seed=1), batch_size=50)
 
 
-def quiet_trainer(folder: Any, callbacks: list[Any], **options: Any) -> L.Trainer:
+def quiet_trainer(folder: Any, callbacks: list[Any], kind: Any = L.Trainer, **options: Any) -> Any:
     defaults: dict[str, Any] = {
         "max_epochs": 3,
         "accelerator": "cpu",
@@ -69,7 +97,7 @@ def quiet_trainer(folder: Any, callbacks: list[Any], **options: Any) -> L.Traine
         "num_sanity_val_steps": 2,
         "default_root_dir": folder,
     }
-    return L.Trainer(callbacks=callbacks, **(defaults | options))
+    return kind(callbacks=callbacks, **(defaults | options))
 
 
 def hooks_on(model: nn.Module) -> int:

@@ -1,7 +1,5 @@
 """Closed-form truths in NumPy and SciPy, from the definitions; they share no code with the package."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import reduce
 
@@ -67,6 +65,28 @@ def reduced_rank(x: Array, y: Array, rank: int, tikhonov: float = 0.0) -> Array:
 
 
 Fit = Callable[[Array, Array], Array]
+
+
+def expected_error(x: Array, y: Array, tikhonov: float) -> float:
+    """Generalised cross-validation from the hat matrix of the samples themselves."""
+    n, centred = len(x), x - x.mean(0)
+    basis, values = np.linalg.svd(centred, full_matrices=False)[:2]
+    alive = values > 1e-6 * values.max()
+    basis, values = basis[:, alive], values[alive] ** 2
+    filters = values / (values + tikhonov * (centred**2).sum() / x.shape[1])
+    hat = np.full((n, n), 1 / n) + (basis * filters) @ basis.T
+    residual = ((y - hat @ y) ** 2).sum() / n
+    return float(residual / (1 - np.trace(hat) / n) ** 2)
+
+
+def doubling_ridge(x: Array, y: Array, grid: Sequence[float]) -> float:
+    """The largest weight of a grid at which that error is at most twice its least, interpolated."""
+    errors = np.array([expected_error(x, y, weight) for weight in grid])
+    last = int(np.flatnonzero(errors <= 2 * errors.min())[-1])
+    if last == len(grid) - 1:
+        return grid[last]
+    share = (2 * errors.min() - errors[last]) / (errors[last + 1] - errors[last])
+    return float(grid[last] ** (1 - share) * grid[last + 1] ** share)
 
 
 def fold_errors(x: Array, y: Array, folds: Array, fit: Fit) -> tuple[Array, Array]:

@@ -1,7 +1,5 @@
 """The folder list is the pipeline: a folder imports only from those above it; no file imports itself."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,14 +56,14 @@ def folder_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_folder_imports_only_from_those_above_it(path: Path) -> None:
+def test_a_folder_imports_only_from_those_above_it(path):
     # The demo is a user, and a command.
     order = [*FOLDERS[:-1], "demo", "cli"]
     below = order.index(folder_of(path))
     assert {folder_of(other) for other in files_read(path)} <= set(order[: below + 1])
 
 
-def test_no_file_imports_itself_however_far_around() -> None:
+def test_no_file_imports_itself_however_far_around():
     done: set[Path] = set()
 
     def visit(path: Path, way: tuple[Path, ...]) -> None:
@@ -81,7 +79,7 @@ def test_no_file_imports_itself_however_far_around() -> None:
 
 
 @pytest.mark.parametrize("folder", ["network", "koopman"])
-def test_the_core_imports_torch_numpy_and_scipy_only(folder: str) -> None:
+def test_the_core_imports_torch_numpy_and_scipy_only(folder):
     import sys
 
     for path in (PACKAGE / folder).glob("*.py"):
@@ -90,12 +88,12 @@ def test_the_core_imports_torch_numpy_and_scipy_only(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", ["network", "koopman", "report", "effects", "decisions"])
-def test_only_the_shells_know_lightning_and_torchmetrics(folder: str) -> None:
+def test_only_the_shells_know_lightning_and_torchmetrics(folder):
     for path in (PACKAGE / folder).glob("*.py"):
         assert not {name.split(".")[0] for name in read(path)} & SHELLS, path.name
 
 
-def test_the_folder_list_can_be_taken_in_at_a_glance() -> None:
+def test_the_folder_list_can_be_taken_in_at_a_glance():
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
     assert entries == {*FOLDERS, "__init__.py", "demo.py", "py.typed"}
     assert len(entries) <= 12

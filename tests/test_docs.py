@@ -61,7 +61,7 @@ def messages(tree: ast.Module, constants: dict[str, set[str]]) -> set[str]:
     return found
 
 
-def test_every_message_has_an_entry_in_the_page_of_errors_and_every_entry_a_message() -> None:
+def test_every_message_has_an_entry_in_the_page_of_errors_and_every_entry_a_message():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
     constants = {k: v for tree in trees for k, v in texts(tree).items() if k.isupper()}
     given = {text for tree in trees for text in messages(tree, constants)} - {PYTHONS_OWN}

@@ -1,7 +1,5 @@
 """The names a user may rely on."""
 
-from __future__ import annotations
-
 import inspect
 import pkgutil
 import subprocess
@@ -12,7 +10,7 @@ import pytest
 import lightning_koopman
 
 
-def test_few_public_names_none_equal_to_a_module() -> None:
+def test_few_public_names_none_equal_to_a_module():
     names = lightning_koopman.__all__
     modules = {module.name for module in pkgutil.iter_modules(lightning_koopman.__path__)}
     assert len(names) == len(set(names)) <= 16
@@ -20,12 +18,12 @@ def test_few_public_names_none_equal_to_a_module() -> None:
     assert {"network", "koopman", "report", "measurement"} <= modules
 
 
-def test_dir_shows_the_public_names_and_the_version_alone() -> None:
+def test_dir_shows_the_public_names_and_the_version_alone():
     assert dir(lightning_koopman) == sorted([*lightning_koopman.__all__, "__version__"])
 
 
 @pytest.mark.parametrize("name", lightning_koopman.__all__)
-def test_what_a_user_calls_is_documented_argument_by_argument(name: str) -> None:
+def test_what_a_user_calls_is_documented_argument_by_argument(name):
     value = getattr(lightning_koopman, name)
     if inspect.isclass(value) and issubclass(value, Exception):
         return
@@ -43,14 +41,14 @@ def test_what_a_user_calls_is_documented_argument_by_argument(name: str) -> None
 
 
 @pytest.mark.parametrize("name", lightning_koopman.__all__)
-def test_every_public_name_exists_and_is_explained(name: str) -> None:
+def test_every_public_name_exists_and_is_explained(name):
     value = getattr(lightning_koopman, name)
     if inspect.isclass(value) or inspect.isfunction(value):
         assert inspect.getdoc(value)
         assert value.__module__.startswith("lightning_koopman.")
 
 
-def test_signatures_are_those_agreed_upon() -> None:
+def test_signatures_are_those_agreed_upon():
     parameters = inspect.signature(lightning_koopman.credit_report).parameters
     agreed = {
         "components": None, "forward_fn": None, "step": None, "options": lightning_koopman.Options(),
@@ -69,16 +67,16 @@ def test_signatures_are_those_agreed_upon() -> None:
     ]
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'lightning_koopman' has no attribute 'blame'"):
         _ = lightning_koopman.blame
 
 
-def test_the_version_is_that_of_the_distribution() -> None:
+def test_the_version_is_that_of_the_distribution():
     assert lightning_koopman.__version__.split(".")[0].isdigit()
 
 
-def test_importing_the_package_imports_no_lightning() -> None:
+def test_importing_the_package_imports_no_lightning():
     code = (
         "import sys, lightning_koopman;"
         "print(sorted({'lightning', 'pytorch_lightning'} & set(sys.modules)))"
@@ -88,7 +86,7 @@ def test_importing_the_package_imports_no_lightning() -> None:
 
 
 @pytest.mark.slow
-def test_a_report_imports_no_compiler() -> None:
+def test_a_report_imports_no_compiler():
     # It would cost the first report of a process seconds.
     code = (
         "import sys, torch; from lightning_koopman import credit_report\n"

@@ -1,7 +1,5 @@
 """What pyproject.toml claims to run with is what constraints-oldest.txt lets CI run with."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_oldest_versions_claimed_are_the_ones_that_ci_runs() -> None:
+def test_the_oldest_versions_claimed_are_the_ones_that_ci_runs():
     tomllib = pytest.importorskip("tomllib", reason="Python below 3.11 reads no TOML")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     claimed = {

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_koopman.callback.budget import Budget
+
 _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 
 if TYPE_CHECKING:
@@ -41,15 +43,17 @@ class HarmlessCallback(Callback):
     """Base of a callback whose hooks are wrapped in :func:`never_in_the_way`.
 
     Attributes:
+        budget: Counts the time that these hooks take.
         sync_pending: Whether the other processes wait for this one at the end of the epoch.
     """
 
-    def __init__(self, on_error: Literal["warn", "raise"]) -> None:
+    def __init__(self, on_error: Literal["warn", "raise"], budget: Budget) -> None:
         join_namespaces(required=True)
         super().__init__()
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error is {on_error!r}; choose 'warn' or 'raise'")
         self.on_error = on_error
+        self.budget = budget
         self.sync_pending = False
         self._warned: set[str] = set()
 
@@ -76,7 +80,8 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(hook)
     def safe(self: HarmlessCallback, *args: Any, **kwargs: Any) -> None:
         try:
-            hook(self, *args, **kwargs)
+            with self.budget.watching():
+                hook(self, *args, **kwargs)
         except Exception as error:
             if self.sync_pending:
                 # The other processes wait for this one at the end of the epoch, and hear of it there.

@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from numpy.typing import NDArray
 
+from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.pages import to_markdown
 from lightning_koopman.report.report import CreditReport, check_quantities
 from lightning_koopman.report.tables import to_rows
@@ -22,16 +24,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-BANDS = ("credit_low", "credit_high")
-"""Scalars at the edges of the credit's error band."""
-
 FREE_FOR_FIGURES = 64 * 2**20
 """Bytes that must be free where a logger writes; figures of a long training take some."""
 
 MOST_TAGS = 200
 """Most scalar tags that are written; TensorBoard grows slow with thousands."""
 
-_TOTALS = ("total", "doubts", "overhead_s")
+_TOTALS = ("total", "doubts", "overhead")
 
 # TensorBoard keeps a file's last layout only, so several monitors of one run must write theirs together.
 _layouts: WeakKeyDictionary[Any, dict[str, dict[str, list[Any]]]] = WeakKeyDictionary()
@@ -68,7 +67,7 @@ class CreditWriter:
     def __init__(
         self,
         prefix: str = "koopman",
-        quantities: Sequence[str] = ("credit", "gain", "nonlinearity"),
+        quantities: Sequence[str] = ("credit",),
         *,
         figures: bool = True,
     ) -> None:
@@ -84,38 +83,52 @@ class CreditWriter:
         self._newest_drawn = False
         self._warned_of_room = False
 
-    def scalars(self, report: CreditReport, overhead_s: float | None = None) -> dict[str, float]:
+    def scalars(
+        self, report: CreditReport, overhead: float | None = None, drift: Drift | None = None
+    ) -> dict[str, float]:
         """Return the flat numbers that every logger takes."""
-        self._choose(report)
+        self._choose(report, drift is not None)
         every = report.to_scalars(self.prefix, self.quantities)
-        names = list(self.quantities)
-        if "credit" in names:
-            names += BANDS
-            edges = zip(report.components, report.credit, report.stderr["credit"], strict=True)
-            for component, value, error in edges:
-                every[f"{self.prefix}/credit_low/{component}"] = float(value - error)
-                every[f"{self.prefix}/credit_high/{component}"] = float(value + error)
-        wanted = [f"{self.prefix}/{name}/{component}" for name in names for component in self.shown]
+        wanted = [
+            f"{self.prefix}/{name}/{component}" for name in self.quantities for component in self.shown
+        ]
         kept = {key: every[key] for key in wanted if key in every}
         if report.effects is not None:
-            for component, influence in zip(report.components, report.influence, strict=True):
-                if component in self.shown:
-                    kept[f"{self.prefix}/influence/{component}"] = float(influence)
+            for kind, values in report.effects.values.items():
+                for component, value in zip(report.effects.components, values, strict=True):
+                    if component in self.shown:
+                        kept[f"{self.prefix}/effect_{kind}/{component}"] = float(value)
+        if drift is not None:
+            for component, value in zip(drift.components, drift.drift, strict=True):
+                if component in self.shown and math.isfinite(value):
+                    kept[f"{self.prefix}/drift/{component}"] = float(value)
         kept[f"{self.prefix}/total"] = report.total
         kept[f"{self.prefix}/doubts"] = float((~report.trusted).sum())
-        if overhead_s is not None:
-            kept[f"{self.prefix}/overhead_s"] = overhead_s
+        if overhead is not None:
+            kept[f"{self.prefix}/overhead"] = overhead
         return kept
 
-    def draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
-        """Write the layout and, when due, figures of the newest report."""
+    def draws_for(self, loggers: Sequence[Any]) -> bool:
+        """Check whether any logger gets figures."""
+        return self.figures and any(_figure_sink(logger) is not None for logger in loggers)
+
+    @property
+    def draws_next(self) -> bool:
+        """Whether the next report may be drawn."""
+        number = self._written + 1
+        return self.figures and number & (number - 1) == 0
+
+    def draw(
+        self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int, *, figures: bool = True
+    ) -> None:
+        """Write the layout and, when due and wanted, figures of the newest report."""
         self._choose(reports[-1])
+        self._newest_drawn = figures and self.draws_next
         self._written += 1
-        self._newest_drawn = self._written & (self._written - 1) == 0
         loggers = self._with_room(loggers)
         for logger in loggers if self.figures else ():
             self._write_layout(logger)
-        if self.figures and self._newest_drawn:
+        if self._newest_drawn:
             self._draw(loggers, reports, step)
 
     def finish(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
@@ -128,12 +141,13 @@ class CreditWriter:
         for logger in loggers:
             _write_table(logger, f"{self.prefix}/report", reports[-1], step)
 
-    def _choose(self, report: CreditReport) -> None:
+    def _choose(self, report: CreditReport, drift: bool = True) -> None:
         """Fix once which components get scalars, and warn where the limit leaves some out."""
         if self.shown and set(self.shown) <= set(report.components):
             return
-        each = len(self.quantities) + len(BANDS) * ("credit" in self.quantities)
-        each += report.effects is not None
+        each = (
+            len(self.quantities) + (0 if report.effects is None else len(report.effects.kinds)) + drift
+        )
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]
@@ -174,14 +188,6 @@ class CreditWriter:
             f"{name}, all components": ["Multiline", [f"{re.escape(joined)}/{re.escape(name)}/"]]
             for name in self.quantities
         }
-        if "credit" in self.quantities:
-            layouts[f"{self.prefix}: credit ± standard error"] = {
-                f"credit of {name}": [
-                    "Margin",
-                    [f"{joined}/{line}/{name}" for line in ("credit", *BANDS)],
-                ]
-                for name in self.shown
-            }
         experiment.add_custom_scalars(layouts)
 
     def _draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
@@ -205,8 +211,10 @@ class CreditWriter:
 def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
     """Return what takes figures to a logger, if it takes any."""
     experiment: Any = getattr(logger, "experiment", None)
-    if hasattr(experiment, "add_figure"):
-        return lambda tag, figure, step: experiment.add_figure(tag, figure, step)
+    if hasattr(experiment, "add_image"):
+        return lambda tag, figure, step: experiment.add_image(
+            tag, _pixels(figure), step, dataformats="HWC"
+        )
     if hasattr(logger, "log_image"):
         return lambda tag, figure, step: logger.log_image(tag, [figure], step=step)
     if hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):
@@ -214,6 +222,15 @@ def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
             logger.run_id, figure, f"{tag}_{step:08d}.png"
         )
     return None
+
+
+def _pixels(figure: Figure) -> NDArray[np.uint8]:
+    """Draw a figure, ``(height, width, 4)``; a writer's own way to do so takes longer than drawing."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def _write_table(logger: Any, tag: str, report: CreditReport, step: int) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
+    last_step,
     logged_step,
     may_be_last,
     may_skip_validation,
@@ -25,18 +26,25 @@ from lightning_koopman.callback.trainer_facts import (
     plain_numerics,
     refuse_sharded_weights,
     samples_for_rank,
+    steps_ahead,
     unrepeated_samples,
 )
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
+from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
+from lightning_koopman.measurement.processes import agree_on_latest
 from lightning_koopman.network.components import named_components
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording
 from lightning_koopman.network.rows import valid_positions
+from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
 _HISTORY_SAVED = 100
+
+_FIRST_FIGURES = 1.5
+"""Seconds that the figures of a report take, until they were drawn once: Matplotlib is imported then."""
 
 
 class KoopmanCreditMonitor(HarmlessCallback):
@@ -78,7 +86,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
         figures: Whether loggers that take them get figures, a closing table and, in
             TensorBoard, a layout of the custom scalars, of which it keeps the last of a run.
-        every_n_epochs: Measure in every n-th epoch, and always in the first and the last.
+        drift: Whether each measurement is held against the one before, which tells the components that
+            still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
+        max_overhead: Most time that watching may take, as a share of the time that the training takes
+            without it, once it takes more than three seconds. Measurements are taken in even distances,
+            and fewer where each takes long.
+        every_n_epochs: Measure in every n-th epoch whatever it takes, and always in the first and the
+            last.
         max_samples: Most samples a measurement looks at, over all processes.
         prefix: First part of every logged key; give each of several monitors its own.
         on_error: ``"warn"`` turns any error of the measurement into one warning; ``"raise"`` raises it.
@@ -100,13 +114,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
         components: str | Sequence[str] | None = None,
         *,
         figures: bool = True,
-        every_n_epochs: int = 1,
+        drift: bool = True,
+        max_overhead: float = 0.05,
+        every_n_epochs: int | None = None,
         max_samples: int = 4096,
         prefix: str = "koopman",
         on_error: Literal["warn", "raise"] = "warn",
         options: Options = DEFAULTS,
     ) -> None:
-        super().__init__(on_error)
+        super().__init__(on_error, Budget(max_overhead))
         if not (options.output is None or isinstance(options.output, str)):
             raise ValueError(
                 f"output is {options.output!r}; a callback does not see what the model returns, so name "
@@ -114,17 +130,21 @@ class KoopmanCreditMonitor(HarmlessCallback):
             )
         self._writer = CreditWriter(prefix, figures=figures)
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
         self.options = options
-        self.components = components
+        self.components, self.drift = components, drift
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.prefix = prefix
         self.history: list[CreditReport] = []
+        self.drifts: list[Drift] = []
         self._measurement: Measurement | None = None
         self._failure: Exception | None = None
         self._most_seen = 0
+        self._in_pass = 0.0
+        self._due_epoch = self._final = False
+        self._newest: dict[str, Tensor] = {}
         self._rides_along = True
         self._from_training = False
         self._recording: Recording | None = None
@@ -182,7 +202,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._forget_run()
         self._resuming = stage == "fit"
         if self._resuming:
-            self.history = []
+            self.history, self.drifts = [], []
             self._writer.reset()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -196,6 +216,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where there is no validation loop to watch, or nowhere to log to."""
+        self.budget.start(trainer.global_step)
+        if self._writer.draws_for(trainer.loggers):
+            self.budget.expect("draw", _FIRST_FIGURES)
         if not trainer.enable_validation:
             self._watch_training("there is no validation loop")
         if not trainer.loggers:
@@ -215,7 +238,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Begin a measurement if one is due."""
         self._forget()
         in_training = trainer.state.fn == "fit"
-        if trainer.sanity_checking or (in_training and not self._is_due(trainer)):
+        if trainer.sanity_checking:
+            return
+        due = self._due_epoch if may_skip_validation(trainer, pl_module) else self._is_due(trainer)
+        if in_training and not due:
             return
         if may_skip_validation(trainer, pl_module) and not in_training:
             self._warn_once(
@@ -225,7 +251,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
-        self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
+        loader = first_loader(trainer.val_dataloaders)
+        self._begin(trainer, pl_module, loader, final=in_training and may_be_last(trainer))
         assert self._measurement is not None
         self._recording = Recording(
             pl_module,
@@ -246,6 +273,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if self._rides_along:
                 self._measurement.start_pass(batch)
                 self._measurement.capture.__enter__()
+                self._in_pass = self._measurement.seconds
 
     @never_in_the_way
     def on_validation_batch_end(
@@ -262,6 +290,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if dataloader_idx != 0 or not self._wants_more or measurement is None:
             return
         measurement.capture.remove()
+        if self._rides_along:
+            self.budget.add(measurement.seconds - self._in_pass)
         step = None if recording is None else recording.end_step(valid_positions(batch))
         idle = self._rides_along and not measurement.capture.ran
         if idle and trainer.state.fn == "fit" and not self.sync_pending:
@@ -289,17 +319,21 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._check_replay(trainer, pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """See that every key that somebody monitors exists, whatever became of the measurement."""
+        """See that every key of ours exists, whatever was due, and became of it."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            for key, value in self._newest.items():
+                trainer.callback_metrics.setdefault(key, value)
             for key in monitored_keys(trainer, self.prefix):
                 trainer.callback_metrics.setdefault(key, torch.tensor(0.0))
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Record the calls of an epoch's first steps where no validation was watched yet."""
+        if batch_idx == 0:
+            self._due_epoch = self._is_due(trainer, steps_ahead(trainer))
         if self.history and not self._from_training:
             return
-        if batch_idx == 0 and self._is_due(trainer):
+        if batch_idx == 0 and self._due_epoch:
             parts = named_components(pl_module, self.components)
             # A training step is followed only where it makes several calls, which the first one shows.
             follow_from = None if is_compiled(pl_module) else 1
@@ -331,30 +365,41 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure on the recorded training steps where there is no validation to watch."""
         step = max(0, logged_step(trainer, None) - 1)
-        if not self._is_due(trainer):
-            return
         if self._from_training:
+            if not self._due_epoch:
+                return
             if self._recording is not None and (self._recording.steps or trainer.world_size > 1):
-                self._replay(trainer, pl_module, first_loader(trainer.train_dataloader))
+                self._replay(
+                    trainer,
+                    pl_module,
+                    first_loader(trainer.train_dataloader),
+                    final=may_be_last(trainer),
+                )
         elif may_skip_validation(trainer, pl_module):
             # Here, unlike at the end of validation, every process arrives.
+            if not self._due_epoch:
+                return
             if self._idle:
                 self._begin(trainer, pl_module, ())
             self._finish(trainer, pl_module, step=step)
 
     @never_in_the_way
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """See that the newest report is about the final weights, and draw it."""
+        """See that the newest report is about the final weights and has errors, and draw it."""
         if trainer.global_step == 0:
             return
-        if self._measured_at != trainer.global_step and self._recording is not None:
+        anybody = self._recording is not None or may_skip_validation(trainer, pl_module)
+        if self._measured_at == trainer.global_step or not anybody:
+            self._complete(trainer, pl_module)
+        else:
             if self._recorded_training and not self._from_training:
                 self._watch_training("no validation was watched")
             training = self._recorded_training
             loader = trainer.train_dataloader if training else trainer.val_dataloaders
-            self._replay(trainer, pl_module, first_loader(loader))
+            self._replay(trainer, pl_module, first_loader(loader), final=True)
         if self._logged_at is not None and trainer.is_global_zero:
-            self._writer.finish(trainer.loggers, self.history, self._logged_at)
+            with self.budget.apart("draw"):
+                self._writer.finish(trainer.loggers, self.history, self._logged_at)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
@@ -369,6 +414,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._recording = self._watched = self._differs = None
         self._from_training = self._checked = self._recorded_training = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
+        self._newest, self._due_epoch = {}, False
 
     @property
     def _idle(self) -> bool:
@@ -380,7 +426,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Whether a measurement is under way that has not seen its samples yet."""
         return self._measurement is not None and self._measurement.n_seen < self._most_seen
 
-    def _begin(self, trainer: Any, pl_module: Any, loader: Any, like: Measurement | None = None) -> None:
+    def _begin(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        loader: Any,
+        like: Measurement | None = None,
+        *,
+        final: bool = False,
+    ) -> None:
         """Start measuring this process's share of the samples that a loader gives."""
         self.sync_pending = trainer.world_size > 1
         self._rides_along = not is_compiled(pl_module)
@@ -388,6 +442,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         # All stop at the same batch, or a model that talks to its other copies would wait forever.
         self._most_seen = samples_for_rank(self.max_samples, part.count)
         own = samples_for_rank(self.max_samples, part.count, part.index)
+        self._final = final or trainer.state.fn != "fit"
         with plain_numerics(pl_module):
             self._measurement = Measurement(
                 pl_module,
@@ -397,6 +452,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 shared=self.sync_pending,
                 like=like,
             )
+            # The last report is about the coordinates of its own weights.
+            if self.drift and self._watched is not None and not self._final:
+                self._measurement.earlier = self._watched.basis
 
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""
@@ -411,28 +469,32 @@ class KoopmanCreditMonitor(HarmlessCallback):
         ):
             self._differs = recording.differs()
 
-    def _replay(self, trainer: Any, pl_module: Any, loader: Any) -> None:
+    def _replay(self, trainer: Any, pl_module: Any, loader: Any, *, final: bool) -> None:
         """Measure once more, by running recorded calls again; no guess where they cannot be."""
         recording = self._recording
-        assert recording is not None
         like = None if self._recorded_training else self._watched
-        reason = recording.reason or (None if self._recorded_training else self._differs)
+        reason = None if self._recorded_training else self._differs
+        if recording is not None:
+            reason = recording.reason or reason
         if reason is not None and trainer.world_size == 1 and self.history:
+            self._complete(trainer, pl_module)
             self._keep_watched(trainer, reason)
             return
         refuse_sharded_weights(trainer)
         try:
             with plain_numerics(pl_module):
-                self._begin(trainer, pl_module, loader, like)
+                self._begin(trainer, pl_module, loader, like, final=final)
                 assert self._measurement is not None
-                if recording.full:
+                if recording is not None and recording.full:
                     self._measurement.notes.append(
                         f"only the calls of {len(recording.steps)} steps were kept to be run again, "
                         f"within {BYTES_KEPT // 2**20} MiB"
                     )
                 if reason is not None:
                     raise RuntimeError(f"the recorded calls cannot be run again: {reason}")
-                wanted = itertools.takewhile(lambda _: self._wants_more, recording.steps)
+                # A process that never got a batch only waits for the others.
+                steps = () if recording is None else recording.steps
+                wanted = itertools.takewhile(lambda _: self._wants_more, steps)
                 around = trainer.precision_plugin.forward_context
                 self._measurement.replay(pl_module, wanted, around)
         except Exception as error:
@@ -440,7 +502,22 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 raise
             self._fail(error)
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
-        self._finish(trainer, pl_module, step=max(0, logged_step(trainer, None) - 1))
+        step = max(0, logged_step(trainer, None) - 1)
+        self._finish(trainer, pl_module, step=step)
+
+    def _complete(self, trainer: Any, pl_module: Any) -> None:
+        """Compute the errors that the newest report was made without."""
+        if self._watched is None or not self.history or self._final or self._with_errors():
+            return
+        self._final = True
+        with plain_numerics(pl_module):
+            report = self._watched.report(step=self.history[-1].step, errors=self._with_errors())
+        self.history[-1] = report
+        self._show(trainer, report)
+
+    def _with_errors(self) -> bool:
+        """Check whether the report has errors: in a training under way only where that is asked for."""
+        return self._final if self.options.errors is None else self.options.errors
 
     def _keep_watched(self, trainer: Any, reason: str) -> None:
         """Let the watched report stand, and say which weights it is about."""
@@ -478,39 +555,68 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._measurement.capture.remove()
             self._measurement = None
 
-    def _is_due(self, trainer: Any) -> bool:
-        """Check whether this epoch is measured: every n-th, and always the first and the last."""
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+    def _is_due(self, trainer: Any, ahead: int = 0) -> bool:
+        """Check whether something is measured now: always the first and the last time."""
+        if self.every_n_epochs is None:
+            due = trainer.global_step + ahead >= self.budget.due
+        else:
+            due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return bool(due or not self.history or may_be_last(trainer))
 
     def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-            measurement = self._watched = self._merged(pl_module)
-            # An error from here on may be this process's own: it must not measure again alone.
-            self._measured_at = trainer.global_step
-            report = measurement.report(
-                step=trainer.global_step if weights_step is None else weights_step
-            )
-        if self.history:
-            # A three-day training must not pile up operators; the numbers stay.
-            self.history[-1] = replace(self.history[-1], operators={})
-        self.history.append(report)
-        self._logged_at = step
-        with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
-            self._log(trainer, report, measurement.seconds, step)
+            before, measurement = self._watched, self._merged(pl_module)
+            self._watched = measurement
+        # An error from here on may be this process's own: it must not measure again alone.
+        self._measured_at = trainer.global_step
+        try:
+            with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
+                report = measurement.report(
+                    step=trainer.global_step if weights_step is None else weights_step,
+                    errors=self._with_errors(),
+                )
+                if self.drift and before is not None and self.history:
+                    since = self.history[-1].step
+                    found = drift_from(before, measurement, since=since, step=report.step)
+                    self.drifts += [] if found is None else [found]
+            if self.history:
+                # A three-day training must not pile up operators; the numbers stay.
+                self.history[-1] = replace(self.history[-1], operators={}, reference=None)
+            self.history.append(report)
+            self._logged_at = step
+            with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
+                self._log(trainer, report, step)
+        finally:
+            if not validating:
+                self._plan(trainer, pl_module)
 
-    def _log(self, trainer: Any, report: CreditReport, seconds: float, step: int) -> None:
-        start = time.perf_counter()
+    def _plan(self, trainer: Any, pl_module: Any) -> None:
+        """Find when the next measurement is due, alike in all processes."""
+        if self.every_n_epochs is None:
+            self.budget.plan(trainer.global_step, last_step(trainer))
+            if trainer.world_size > 1:
+                self.budget.due = agree_on_latest(self.budget.due, pl_module.device)
+
+    def _log(self, trainer: Any, report: CreditReport, step: int) -> None:
         loggers = trainer.loggers if trainer.is_global_zero else []
         try:
-            self._writer.draw(loggers, self.history, step)
+            with self.budget.apart("draw") if self._writer.draws_next else nullcontext():
+                self._writer.draw(loggers, self.history, step, figures=self.budget.has_room("draw"))
         finally:
-            scalars = self._writer.scalars(report, seconds + time.perf_counter() - start)
-            every = {**report.to_scalars(self.prefix), **scalars}
-            trainer.callback_metrics.update({name: torch.tensor(n) for name, n in every.items()})
+            scalars = self._show(trainer, report)
             # A logger that fails keeps no other from its numbers.
             with ExitStack() as stack:
                 for logger in reversed(loggers):
                     stack.callback(logger.log_metrics, scalars, step=step)
+
+    def _show(self, trainer: Any, report: CreditReport) -> dict[str, float]:
+        """Put all numbers of a report where callbacks look for them, and return those for loggers."""
+        share = self.budget.overhead if trainer.state.fn == "fit" else None
+        newest = self.drifts[-1:] if self.drifts and self.drifts[-1].step == report.step else []
+        scalars = self._writer.scalars(report, share, *newest)
+        every = {**report.to_scalars(self.prefix), **scalars}
+        self._newest |= {name: torch.tensor(number) for name, number in every.items()}
+        trainer.callback_metrics.update(self._newest)
+        return scalars

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -109,6 +110,18 @@ def may_be_last(trainer: Any) -> bool:
         or (epochs not in (None, -1) and trainer.current_epoch + 1 + every > epochs)
         or (steps not in (None, -1) and trainer.global_step >= steps)
     )
+
+
+def last_step(trainer: Any) -> int | None:
+    """Find the training's last step, as far as it is known."""
+    known = trainer.estimated_stepping_batches
+    return int(known) if 0 < known < math.inf else None
+
+
+def steps_ahead(trainer: Any) -> int:
+    """Return how many steps the epoch that begins will take at most, or 1 where nobody knows."""
+    batches = trainer.num_training_batches
+    return int(batches) if math.isfinite(batches) else 1
 
 
 def monitored_keys(trainer: Any, prefix: str) -> set[str]:

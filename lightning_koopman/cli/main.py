@@ -14,14 +14,21 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_koopman.cli import commands
+from lightning_koopman.cli import commands, decide
 from lightning_koopman.cli.drift import drift
 
 _COMMANDS = {
     command.__name__: command
     for command in (
-        *(commands.compare, commands.components, commands.demo, drift, commands.evaluate),
-        *(commands.intervene, commands.linearize, commands.merge, commands.report),
+        *(commands.compare, commands.components, commands.demo, drift, decide.bits),
+        *(
+            decide.drop,
+            commands.effects,
+            commands.evaluate,
+            decide.linearize,
+            commands.merge,
+            commands.report,
+        ),
     )
 }
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +12,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_koopman.decisions.steps import (
+    Seen,
     Step,
     Steps,
     as_fields,
     check_max_drop,
     component_calls,
     cost_of,
-    first_batches,
+    look_at,
     loss_of,
+    runner_on,
 )
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
-from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import undisturbed
-from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.tables import Captioned
+from lightning_koopman.report.text import Captioned
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,7 +123,7 @@ def drop_order(
         batches: Data to measure on: tensors, tuples of input and target, or mappings.
         report: Names the components; ``None`` chooses them as :func:`lightning_koopman.credit_report`
             does.
-        components: Names of those that may go; ``None`` tries all. Without a report, glob patterns too.
+        components: Names or glob patterns of those that may go; ``None`` tries all.
         max_drop: Largest loss: drop of the metric, or where there is none, effect on the outputs. The
             order ends with the first step that exceeds it.
         steps: Number of steps, whatever the loss is; ``None`` goes by ``max_drop``.
@@ -135,7 +132,7 @@ def drop_order(
         scale: What effects are measured in: ``"kl"`` (mean KL divergence in nats from the original to
             the altered class distribution) or ``"relative"`` (mean squared change over the outputs'
             variance); ``None`` takes ``"kl"`` where targets are class indices.
-        samples: Batches are taken until they hold so many samples.
+        samples: Most samples that are looked at, the first of ``batches``.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
 
     Returns:
@@ -157,7 +154,7 @@ def drop_order(
     check_max_drop(max_drop)
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; it must be 1 or above, or None to go by max_drop")
-    runner = ForwardRunner(model, first_batches(batches, samples), forward_fn)
+    runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
         swaps, refused = _droppable(runner, component_calls(runner, report, components))
         outputs = Outputs(runner.run(), runner.batches, scale, metric)
@@ -174,56 +171,31 @@ def drop_order(
     )
 
 
-@dataclass
-class _Ends:
-    """What one pass showed of a component."""
-
-    taken: Tensor | None = None
-    given: Any = None
-
-
 def _droppable(
     runner: ForwardRunner, components: Mapping[str, tuple[str, ...]]
 ) -> tuple[dict[str, Skipped], dict[str, str]]:
     """Find out by one pass which components can be skipped, and why others cannot."""
-    ends = {name: _Ends() for name in components}
-    runs: dict[str, int] = dict.fromkeys(itertools.chain.from_iterable(components.values()), 0)
-
-    def look_in(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        ends[name].taken = first_tensor((args, kwargs))
-
-    def look_out(
-        name: str | None, call: str, module: nn.Module, args: Any, kwargs: Any, out: Any
-    ) -> None:
-        runs[call] += 1
-        if name is not None:
-            ends[name].given = out
-
-    with ExitStack() as hooks:
-        for name, calls in components.items():
-            first = find_module(runner.model, calls[0])[0]
-            hooks.enter_context(attach(first, before=functools.partial(look_in, name)))
-            for call in calls:
-                module = find_module(runner.model, call)[0]
-                after = functools.partial(look_out, name if call == calls[-1] else None, call)
-                hooks.enter_context(attach(module, after=after))
-        ForwardRunner(runner.model, runner.batches[:1], runner.forward_fn).run()
+    seen = look_at(runner, components)
     swaps, refused = {}, {}
     for name, calls in components.items():
-        given = ends[name].given
-        in_tuple = isinstance(given, tuple) and len(given) == 1
-        why = _refusal(ends[name].taken, given[0] if in_tuple else given, max(runs[c] for c in calls))
-        if why:
-            refused[name] = why
+        # What follows a block and belongs to it, such as pooling, may change the shape: it then stays.
+        parts = [calls[:count] for count in range(len(calls), 0, -1)]
+        reasons = [_refusal([seen[call] for call in part]) for part in parts]
+        fitting = [part for part, reason in zip(parts, reasons, strict=True) if not reason]
+        if fitting:
+            swaps[name] = Skipped(fitting[0], isinstance(seen[fitting[0][-1]].given, tuple))
         else:
-            swaps[name] = Skipped(calls, in_tuple)
+            refused[name] = reasons[-1]
     return swaps, refused
 
 
-def _refusal(taken: Tensor | None, given: Any, runs: int) -> str:
-    """Say why a component cannot be skipped, or nothing."""
-    if runs != 1:
+def _refusal(calls: Sequence[Seen]) -> str:
+    """Say why modules that run one after the other cannot be skipped, or nothing."""
+    taken, given = calls[0].taken, calls[-1].given
+    if (runs := max(call.runs for call in calls)) != 1:
         return f"which runs {runs} times in one pass"
+    if isinstance(given, tuple) and len(given) == 1:
+        given = given[0]
     if taken is None:
         return "which takes no floating-point tensor"
     if not isinstance(given, Tensor):

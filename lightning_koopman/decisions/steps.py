@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,17 +16,23 @@ from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_koopman.effects.alterations import check_components
+from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.scoring import Measured, Outputs
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.forward_runner import ForwardRunner
-from lightning_koopman.network.isolation import random_states_kept
-from lightning_koopman.network.tensors import all_tensors
-from lightning_koopman.report.effects import UNITS, Scale, with_share
+from lightning_koopman.network.forward_runner import (
+    NO_SAMPLES,
+    ForwardFn,
+    ForwardRunner,
+    check_arguments,
+)
+from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.tensors import first_tensor
+from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.tables import Captioned, as_text
+from lightning_koopman.report.text import Captioned, as_text, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -195,20 +204,17 @@ def check_max_drop(max_drop: float) -> None:
         raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
 
 
-def first_batches(batches: Iterable[Any], samples: int) -> list[Any]:
-    """Take batches until they hold enough samples."""
+def runner_on(
+    model: nn.Module, batches: Iterable[Any], samples: int, forward_fn: ForwardFn | None
+) -> ForwardRunner:
+    """Return what runs a model on the first samples."""
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least one is needed")
-    taken, count = [], 0
-    with random_states_kept(batches):
-        for batch in batches:
-            taken.append(batch)
-            count += next((len(t) for t in all_tensors(batch) if t.ndim), 0)
-            if count >= samples:
-                break
-    if not taken:
-        raise ValueError("no sample arrived: the batches were empty")
-    return taken
+    check_arguments(model, batches)
+    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
+    if not runner.batches:
+        raise ValueError(NO_SAMPLES)
+    return runner
 
 
 def component_calls(
@@ -216,11 +222,58 @@ def component_calls(
 ) -> dict[str, tuple[str, ...]]:
     """Find the module calls that each component is made of, in order of execution."""
     if report is not None:
-        check_components(report, components)
-        return {n: report.parts[n] for n in report.components if components is None or n in components}
-    capture = Capture(runner.model, components, keep=lambda tensor, recorded: None, follow=True)
-    with capture:
-        capture.start_pass(runner.batches[0])
+        calls = altered_parts(report)
+    else:
+        capture = Capture(runner.model, keep=lambda tensor, recorded: None, follow=True)
+        with capture:
+            capture.start_pass(runner.batches[0])
+            runner.run_batch(0)
+            capture.end_pass()
+        calls = capture.parts
+    patterns = [*calls] if components is None else components
+    strangers = [p for p in patterns if not any(n == p or fnmatchcase(n, p) for n in calls)]
+    if isinstance(components, str) or strangers:
+        raise ValueError(
+            f"no component is called {strangers or components!r}; there are {tuple(calls)}. Others than "
+            "those chosen by default are named by a report on them"
+        )
+    return {n: c for n, c in calls.items() if any(n == p or fnmatchcase(n, p) for p in patterns)}
+
+
+@dataclass
+class Seen:
+    """What one pass showed of a module.
+
+    Attributes:
+        runs: How often it ran.
+        taken: The first floating-point tensor that it took, if any.
+        alone: Whether that was its first argument, and no other argument was a tensor.
+        given: What it gave.
+    """
+
+    runs: int = 0
+    taken: Tensor | None = None
+    alone: bool = False
+    given: Any = None
+
+
+def look_at(runner: ForwardRunner, components: Mapping[str, Sequence[str]]) -> dict[str, Seen]:
+    """Run one batch and see what the modules of components take and give, by module call."""
+    seen = {call: Seen() for calls in components.values() for call in calls}
+
+    def before(call: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        seen[call].taken = first_tensor((args, kwargs))
+        seen[call].alone = len(tensors) == 1 and bool(args) and args[0] is seen[call].taken
+
+    def after(call: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen[call].runs += 1
+        seen[call].given = output
+
+    with ExitStack() as hooks:
+        for call in seen:
+            module, _ = find_module(runner.model, call)
+            ends = (functools.partial(before, call), functools.partial(after, call))
+            hooks.enter_context(attach(module, before=ends[0], after=ends[1]))
         runner.run_batch(0)
-        capture.end_pass()
-    return capture.parts
+    return seen

@@ -40,7 +40,10 @@ class Skipped(nn.Module):
 
 
 class LinearComponent(nn.Module):
-    """One ``nn.Linear``, or two with a narrow state between them, in place of a component."""
+    """One ``nn.Linear``, or two with a narrow state between them, in place of a component.
+
+    It acts on whole tensors, or on one axis of theirs, alike at every position.
+    """
 
     def __init__(
         self,
@@ -48,10 +51,11 @@ class LinearComponent(nn.Module):
         shape: Sequence[int],
         rank: int | None = None,
         replaces: Sequence[str] = (),
+        axis: int | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.shape, self.rank = in_features, tuple(shape), rank
-        self.replaces = tuple(replaces)
+        self.replaces, self.axis = tuple(replaces), axis
         out_features = int(torch.Size(self.shape).numel())
         self.layers: nn.Module = (
             nn.Linear(in_features, out_features)
@@ -61,6 +65,9 @@ class LinearComponent(nn.Module):
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """Apply the map."""
+        if self.axis is not None:
+            along: Tensor = self.layers(x.movedim(self.axis, -1))
+            return along.movedim(-1, self.axis)
         flat: Tensor = self.layers(x.flatten(1))
         return flat.reshape(-1, *self.shape)
 
@@ -71,6 +78,7 @@ class LinearComponent(nn.Module):
             "shape": list(self.shape),
             "rank": self.rank,
             "replaces": list(self.replaces),
+            "axis": self.axis,
         }
 
     def extra_repr(self) -> str:

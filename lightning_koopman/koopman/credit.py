@@ -189,6 +189,7 @@ def compute_credits(
     moments = moments.cpu()
     center = None if center is None else [offset.cpu() for offset in center]
     targets, rank, normalize = options.targets, options.rank, options.normalize
+    errors = options.errors is not False
     _check(layout, moments, targets)
     whole = split_chain(layout, moments, None, normalize)
     if whole.output_rank == 0:
@@ -210,12 +211,12 @@ def compute_credits(
         operators, own = refit_steps(split, steps)
         r2.hold_out(split, operators)
         held_out.append(split.test.count)
-        if options.errors:
+        if errors:
             without = align_split(split, own, kept, targets)
             replicates.append(volumes(split, without, chain) | {"rank": refitted_ranks(split, known)})
     values |= r2.values()
     stderr = {name: torch.full_like(value, torch.nan) for name, value in values.items()}
-    if options.errors:
+    if errors:
         replicates = [found | r2.values(without=i) for i, found in enumerate(replicates)]
         sizes, gaps = torch.tensor(held_out, dtype=torch.float64), r2.gaps()
         for name, value in values.items():
@@ -228,7 +229,7 @@ def compute_credits(
             ("total", unseen[0]),
         ):
             stderr[name] = (stderr[name].square() + extra.square()).sqrt()
-    allowed = stderr["credit"].nan_to_num(0) if not options.errors else stderr["credit"]
+    allowed = stderr["credit"].nan_to_num(0) if not errors else stderr["credit"]
     return Credits(
         values={name: values[name] for name in QUANTITIES},
         stderr={name: stderr[name] for name in QUANTITIES},

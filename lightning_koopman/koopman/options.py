@@ -22,7 +22,8 @@ class Options:
     Args:
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
         tikhonov: Ridge weight in units of the regressors' mean variance; ``None`` picks, for
-            every component, the largest up to 1e-2 that at most doubles its held-out error.
+            every component, the largest up to 1e-2 that at most doubles the error expected on other
+            data.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
         targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
@@ -45,7 +46,9 @@ class Options:
             itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
             ``(n_samples, d)`` to rows. Credits are then about these coordinates.
         seed: Chooses the folds and the random features.
-        errors: Whether standard errors are computed; without them each is NaN.
+        errors: Whether standard errors are computed, and what a reference for drift needs; without
+            them each is NaN. ``None`` computes them, but of the reports of a training under way for
+            the last one alone.
 
     Raises:
         ValueError: If a value is out of range.
@@ -66,7 +69,7 @@ class Options:
     output: str | Callable[[Any], Any] | None = None
     observables: Observables = None
     seed: int = 0
-    errors: bool = True
+    errors: bool | None = None
 
     def __post_init__(self) -> None:
         if self.folds < 2:

@@ -88,13 +88,27 @@ class Basis:
 
 
 def fit_basis(
-    rows: Sequence[Tensor], max_dim: int, observables: Observables = None, seed: int = 0
+    rows: Sequence[Tensor],
+    max_dim: int,
+    observables: Observables = None,
+    seed: int = 0,
+    earlier: Basis | None = None,
 ) -> Basis:
-    """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows."""
-    fitted = [pod_basis(block, max_dim) for block in rows]
+    """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows.
+
+    POD bases of an earlier measurement are kept where they fit: that spares the costliest part, and
+    numbers of one epoch and the next are then about the same coordinates.
+    """
+    before: Sequence[tuple[Tensor | None, float]] = [(None, 0.0)] * len(rows)
+    if earlier is not None and len(earlier.vectors) == len(rows):
+        before = list(zip(earlier.vectors, earlier.kept_variance, strict=True))
+    fitted = [
+        (vectors, share) if _still_fits(block, max_dim, vectors, share) else pod_basis(block, max_dim)
+        for block, (vectors, share) in zip(rows, before, strict=True)
+    ]
     vectors = tuple(basis for basis, _ in fitted)
     means = (block.mean(dim=0, dtype=torch.float64) for block in rows)
-    center = tuple(m if v is None else m @ v for m, v in zip(means, vectors, strict=True))
+    center = tuple(m if v is None else m @ v.to(m) for m, v in zip(means, vectors, strict=True))
     basis = Basis(vectors, tuple(share for _, share in fitted), center)
     if observables is None:
         return basis
@@ -104,6 +118,19 @@ def fit_basis(
         basis = replace(basis, lifts=(*lifts, None))
     lifted = basis.lift(states, observables)
     return replace(basis, center=tuple(state.mean(dim=0) for state in lifted))
+
+
+_LOST = 0.01
+"""Share of the variance that a basis may lose of other rows on top of what it lost of its own."""
+
+
+def _still_fits(rows: Tensor, max_dim: int, vectors: Tensor | None, share: float) -> bool:
+    """Check whether an earlier basis keeps about as much variance as it kept when it was fitted."""
+    if vectors is None or len(vectors) != rows.shape[1] or max_dim >= len(vectors):
+        return False
+    centred = rows - rows.mean(dim=0)
+    kept = (centred @ vectors.to(rows)).square().sum(dtype=torch.float64)
+    return bool(kept >= (share - _LOST) * centred.square().sum(dtype=torch.float64))
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:

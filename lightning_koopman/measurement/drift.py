@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference, beyond_error, unexplained
@@ -95,6 +97,59 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
         since=reference.step,
         parts=reference.parts,
     )
+
+
+def drift_from(
+    before: Measurement, measurement: Measurement, *, since: int | None = None, step: int | None = None
+) -> Drift | None:
+    """Compute the drift since an earlier measurement of a training, where coordinates are the same.
+
+    It is NaN where a component reads or gives a state that has coordinates of its own by now.
+    """
+    layout, _, _ = measurement.moments()
+    basis, earlier = measurement.basis, before.reference(since)
+    assert basis is not None
+    if earlier.states != measurement.chain.names or earlier.parents != layout.parents[1:] or basis.lifts:
+        return None
+    same = [
+        len(now) == was.shape[1] and _alike(*vectors)
+        for now, was, vectors in zip(
+            basis.center,
+            earlier.means,
+            zip(basis.vectors, earlier.basis.vectors, strict=True),
+            strict=True,
+        )
+    ]
+    read = layout.parents[1:]
+    fits = np.array([same[i] and all(same[p] for p in reads) for i, reads in enumerate(read, start=1)])
+    shapes = [
+        (sum(layout.dims[p] for p in reads), dim)
+        for reads, dim in zip(read, layout.dims[1:], strict=True)
+    ]
+    operators = tuple(
+        operator if fit else operator.new_zeros(len(operator), *shape)
+        for fit, operator, shape in zip(fits, earlier.operators, shapes, strict=True)
+    )
+    means = tuple(
+        mean if fit else mean.new_zeros(len(mean), dim)
+        for fit, mean, dim in zip(same, earlier.means, layout.dims, strict=True)
+    )
+    known = dataclasses.replace(earlier, operators=operators, means=means)
+    found = drift_since(known, measurement, step=step)
+    return dataclasses.replace(
+        found,
+        drift=np.where(fits, found.drift, np.nan),
+        stderr=np.where(fits, found.stderr, np.nan),
+        changed=found.changed & fits,
+        old=np.where(fits, found.old, np.nan),
+    )
+
+
+def _alike(now: Tensor | None, was: Tensor | None) -> bool:
+    """Check whether two states have the same POD directions, up to their precision."""
+    if now is None or was is None:
+        return now is was
+    return now.shape == was.shape and torch.equal(now.cpu().float(), was.cpu().float())
 
 
 def _reference_of(given: CreditReport | str | os.PathLike[str]) -> Reference:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference
-from lightning_koopman.measurement.accumulator import Accumulator
+from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components
@@ -33,6 +34,14 @@ from lightning_koopman.network.rows import (
 from lightning_koopman.network.tensors import detached_copy, exact_device, tensors_inside
 from lightning_koopman.report.report import CreditReport
 
+TOLERANCE = 0.05
+"""Nats per direction that the standard errors of all credits may reach for the samples to be enough."""
+
+_FIRST_CHECK = 512
+_CHECK_WORK = 1200
+# A check takes as long as 300 multiplications of a forward pass for each cubed width. It must not take
+# more than a quarter of the passes before it: small networks are through with all samples by then.
+
 
 class Measurement(Accumulator):
     """One report in the making: forward passes in, their rows added up, a report out.
@@ -50,7 +59,7 @@ class Measurement(Accumulator):
         components: Components | Sequence[Components] | None = None,
         options: Options | None = None,
         *,
-        max_samples: int | None = None,
+        max_samples: MaxSamples = None,
         shared: bool = False,
         like: Measurement | None = None,
     ) -> None:
@@ -77,6 +86,7 @@ class Measurement(Accumulator):
             self.capture, self.plan = like.capture, like.plan
             self.capture.keep, self._untraced = self._keep, like._untraced
         self._followed: Reference | None = None
+        self._next_check, self._work = _FIRST_CHECK, 0.0
 
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
@@ -86,7 +96,7 @@ class Measurement(Accumulator):
         self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
-        """Send batches through a model that is left exactly as it was found."""
+        """Send batches, as many as are needed, through a model that is left exactly as it was found."""
         forward = default_forward if forward_fn is None else forward_fn
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with undisturbed(model, batches), self.capture:
@@ -97,6 +107,29 @@ class Measurement(Accumulator):
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
                 self.end_pass()
+                if self._needs_no_more():
+                    break
+
+    def _needs_no_more(self) -> bool:
+        """Check whether the samples are enough; after 512, 1024, 2048, … where that is cheap to know."""
+        if self.n_samples == self.max_samples:
+            return True
+        if not self._may_stop or self.n_samples < max(self._next_check, self.advised):
+            return False
+        while self._next_check <= self.n_samples:
+            self._next_check *= 2
+        layout, _, _ = self.moments()
+        widths = [sum(layout.dims[p] for p in read) for read in layout.parents[1:]]
+        if not self.options.errors or self.n_samples * self._work < _CHECK_WORK * sum(
+            w**3 for w in widths
+        ):
+            return False
+        try:
+            credits = self.credits()
+        except ValueError:  # more samples may be what is missing, and if not, the report will say so
+            return False
+        known = credits.values["credit"].isfinite()
+        return bool((credits.stderr["credit"][known] <= TOLERANCE).all())
 
     def replay(
         self,
@@ -160,10 +193,12 @@ class Measurement(Accumulator):
         if self._is_whole(states):
             self._take(states, again=True)
 
-    def report(self, *, step: int | None = None) -> CreditReport:
-        """Finish and compute the report."""
+    def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
+        """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
+        if errors is not None:
+            self.options = replace(self.options, errors=errors)
         with self._timed():
-            report = self.credits(self._notes(), step=step)
+            report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
         notes = list(report.notes)
         if dead and math.isfinite(report.total):
@@ -171,7 +206,7 @@ class Measurement(Accumulator):
                 f"no output direction can be followed back to {listed(dead)} (a dead branch, or one "
                 "that is still zero), so its numbers are NaN; all others follow the data around it"
             )
-        parts, reference = self._parts(), report.reference
+        reference = report.reference
         if self.plan is not None and reference is not None:
             reference = replace(
                 reference,
@@ -179,9 +214,11 @@ class Measurement(Accumulator):
                 named=self._named,
                 calls=self.plan.states,
                 grids={name: form.grid for name, form in self.plan.forms.items() if form.grid},
-                parts=parts,
+                parts=self.parts,
             )
-        return replace(report, notes=tuple(notes), parts=parts, reference=reference)
+        return replace(
+            report, notes=tuple(notes), parts=self.parts, reference=reference, **self._modules()
+        )
 
     @contextmanager
     def _timed(self) -> Generator[None, None, None]:
@@ -217,7 +254,24 @@ class Measurement(Accumulator):
             self.plan = self._followed.coordinates(self.plan)
         known = {r.lengths is not None for r in records if r.name in self.plan.recorded}
         self._waits_for_lengths = self._valid is None and known == {True, False}
-        return self._all_rows(records)
+        rows = self._all_rows(records)
+        self._work = self._work_of(records) / max(
+            1, *(len(block) for block in rows.values() if block is not None)
+        )
+        return rows
+
+    def _work_of(self, records: Sequence[Recorded]) -> float:
+        """Estimate the multiplications of one pass: each weight once per position of its output."""
+        assert self.plan is not None
+        work = 0.0
+        for record in records:
+            component = self.capture.components.get(record.name.partition("#")[0])
+            if component is not None and record.tensor.ndim > 1:
+                first = self.plan.forms[record.name].channels_first
+                channels = record.tensor.shape[1 if first else -1]
+                weights = sum(parameter.numel() for parameter in component.parameters())
+                work += weights * record.tensor.numel() / max(1, channels)
+        return work
 
     def _all_rows(self, records: Sequence[Recorded]) -> dict[str, Tensor | None]:
         """Make rows of all states of one pass, padded ones as the lengths of any of them say."""
@@ -285,14 +339,26 @@ class Measurement(Accumulator):
             )
         return notes
 
-    def _parts(self) -> dict[str, tuple[str, ...]]:
-        """Module calls by state, where every state is one component's."""
-        if self.plan is None or any(len(group) > 1 for group in self.plan.states):
-            return {}
-        # Where branches are summed into what the network returns, no component gives the last state.
-        if self.plan.names[-1] in self.capture.returned:
-            return {}
-        return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Module calls by component, also of those that a state joins with others."""
+        # The first state is what all others are computed from.
+        inside = set() if self.plan is None else {name for g in self.plan.states[1:] for name in g}
+        return {name: calls for name, calls in self.capture.parts.items() if name in inside}
+
+    def _modules(self) -> dict[str, Any]:
+        """Class and number of parameters of each component's module, as fields of the report."""
+        states = () if self.plan is None else self.plan.states[1:]
+        found = [[self.capture.components.get(n.partition("#")[0]) for n in group] for group in states]
+        return {
+            "types": tuple(
+                "+".join(type(m).__name__ for m in group if m is not None) for group in found
+            ),
+            "parameters": tuple(
+                sum(p.numel() for m in group if m is not None for p in m.parameters() if not is_lazy(p))
+                for group in found
+            ),
+        }
 
 
 def merge_processes(

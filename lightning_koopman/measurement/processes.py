@@ -143,6 +143,13 @@ def sum_moments(moments: Tensor, error: BaseException | None) -> Tensor:
     return packed[:-1].view_as(moments)
 
 
+def agree_on_latest(step: int, device: torch.device) -> int:
+    """Find the largest number that a process gives; a collective."""
+    latest = torch.tensor(step, device=device)
+    dist.all_reduce(latest, dist.ReduceOp.MAX)
+    return int(latest)
+
+
 def _raise_for(errors: Sequence[str | None]) -> None:
     failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if failed:

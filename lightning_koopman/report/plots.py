@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from lightning_koopman.koopman.credit import QUANTITIES
@@ -23,7 +22,7 @@ _MOST_LABELS = 60
 def plot_report(report: ReportFields) -> Figure:
     """Draw credits and gains with one standard error, and the R² that they rest on."""
     size = len(report.components)
-    figure = Figure(figsize=(11, _height(size, 0.42, 1.4)), layout="constrained")
+    figure = _figure(11, _height(size, 0.42, 1.4), report.components)
     axes = figure.subplots(1, 3, sharey=True)
     places = np.arange(size)
     colors = np.where(report.trusted, _BELIEVED, _DOUBTED)
@@ -63,68 +62,6 @@ def plot_evolution(reports: Sequence[ReportFields], quantity: str = "credit") ->
     axis.set_xticks(shown, [str(steps[i]) for i in shown])
     axis.set_xlabel("step")
     return figure
-
-
-class Comparison(NamedTuple):
-    """What was predicted and what was measured, one number per component, with standard errors."""
-
-    title: str
-    predictor: str | None
-    predicted: NDArray[np.float64]
-    predicted_stderr: NDArray[np.float64]
-    measured: NDArray[np.float64]
-    measured_stderr: NDArray[np.float64]
-
-
-def plot_comparisons(panels: Sequence[Comparison], components: Sequence[str], ylabel: str) -> Figure:
-    """Draw what was measured against what was predicted; a predicted effect has the unit of both."""
-    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        name, predicted, measured = panel.predictor, panel.predicted, panel.measured
-        shown = np.isfinite(predicted) & np.isfinite(measured)
-        if name == "effect":
-            shown &= (predicted > 0) & (measured > 0)
-        if shown.any():
-            _against(axis, np.array(components)[shown], np.stack(panel[2:])[:, shown], name)
-        axis.set_xlabel("nothing predicted" if name is None else f"{name} (predicted)")
-        axis.set_title(panel.title, fontsize="medium")
-    axes[0].set_ylabel(ylabel)
-    return figure
-
-
-def _against(axis: Any, names: Any, numbers: NDArray[np.float64], predictor: str | None) -> None:
-    predicted, predicted_stderr, measured, measured_stderr = numbers
-    axis.errorbar(
-        predicted,
-        measured,
-        measured_stderr,
-        predicted_stderr,
-        "o",
-        ms=4,
-        color=_BELIEVED,
-        lw=0.8,
-        capsize=2,
-    )
-    for place, i in enumerate(np.argsort(predicted)):
-        # Neighbours often lie close together: every second name stands to the right, below its point.
-        x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
-        style = {"fontsize": "x-small", "textcoords": "offset points"}
-        axis.annotate(names[i], (predicted[i], measured[i]), xytext=(x, y), ha=end, **style)
-    axis.margins(0.12)
-    if predictor == "effect":
-        both = numbers[[0, 2]]
-        ends = [both.min() / 1.5, both.max() * 1.5]
-        axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", yscale="log")
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_locator(
-                LogLocator(subs=(1, 3) if ends[1] < 100 * ends[0] else (1,), numticks=5)
-            )
-            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            scale.set_minor_formatter(NullFormatter())
-    elif (measured > 0).all():
-        axis.set_yscale("log")
 
 
 def plot_marked(
@@ -167,6 +104,34 @@ def plot_steps(
     return figure
 
 
+def plot_options(
+    names: Sequence[str],
+    options: Sequence[str],
+    values: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    chosen: Sequence[int],
+    label: str,
+) -> Figure:
+    """Draw what each option costs per component on a logarithmic axis, with the chosen ones filled."""
+    figure = Figure(figsize=(7, _height(len(names), 0.35, 1.6)), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(names))
+    shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(options)))
+    for column, (option, shade) in enumerate(zip(options, shades, strict=True)):
+        shown = values[:, column] > 0
+        at, points = places[shown], values[shown, column]
+        axis.errorbar(points, at, xerr=stderr[shown, column], fmt="none", ecolor=shade, lw=0.8)
+        axis.plot(points, at, "o", color=shade, fillstyle="none", label=option)
+        taken = shown & (np.array(chosen) == column)
+        axis.plot(values[taken, column], places[taken], "o", color=shade)
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
+    axis.legend(fontsize="small", title="filled: chosen")
+    _name_rows(axis, names)
+    axis.invert_yaxis()
+    return figure
+
+
 def plot_directions(report: ReportFields) -> Figure:
     """Draw how each component's credit splits over the output directions, as a heat map."""
     if report.directions == 0:
@@ -187,7 +152,7 @@ def plot_spectra(report: ReportFields) -> Figure:
     """Draw the singular values of every component's operator."""
     if not report.operators:
         raise ValueError("the report holds no operators; a report read from JSON has none")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = _figure(7, 4.5, ["1e-10"])
     axis = figure.subplots()
     shades = colormaps["viridis"](np.linspace(0.05, 0.9, len(report.operators)))
     for shade, (name, operator) in zip(shades, report.operators.items(), strict=True):
@@ -205,16 +170,22 @@ def plot_spectra(report: ReportFields) -> Figure:
 def _heat_map(
     values: NDArray[np.float64], components: Sequence[str], title: str, label: str
 ) -> tuple[Figure, Any]:
-    figure = Figure(
-        figsize=(min(14, max(5, 0.3 * values.shape[1] + 3)), _height(len(components), 0.35, 1.6)),
-        layout="constrained",
-    )
+    width = min(14, max(5, 0.3 * values.shape[1] + 3))
+    figure = _figure(width, _height(len(components), 0.35, 1.6), components)
     axis = figure.subplots()
     image = axis.imshow(np.ma.masked_invalid(values), aspect="auto", cmap="viridis")
     _name_rows(axis, components)
     axis.set_title(title)
     figure.colorbar(image, label=label)
     return figure, axis
+
+
+def _figure(width: float, height: float, names: Sequence[str]) -> Figure:
+    """Make a figure with room for the names of its rows; constrained layout would draw it twice."""
+    left = min(0.4, (0.5 + 0.085 * max(map(len, names), default=0)) / width)
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(left, 0.62 / height, 1 - 0.25 / width, 1 - 0.5 / height, wspace=0.12)
+    return figure
 
 
 def _name_rows(axis: Any, components: Sequence[str]) -> None:

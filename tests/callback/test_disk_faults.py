@@ -1,7 +1,5 @@
 """A disk that is really full, or really read-only, ends nothing that it does not end without us."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -9,19 +7,17 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from small import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import assert_alike, fit, outcome
-from torch import nn
 
-from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman import KoopmanCreditMonitor
 from lightning_koopman.callback import loggers as writers
 from lightning_koopman.callback.loggers import free_bytes
 from lightning_koopman.cli.main import main
@@ -31,7 +27,7 @@ KILOBYTES = 48
 
 
 @pytest.fixture
-def tiny_disks(tmp_path: Path) -> Iterator[list[Path]]:
+def tiny_disks(tmp_path):
     """Two file systems that hold no more than 48 KiB each."""
     folders = [tmp_path / "disk", tmp_path / "other"]
     size = f"size={KILOBYTES}k"
@@ -52,7 +48,7 @@ def tiny_disks(tmp_path: Path) -> Iterator[list[Path]]:
 
 
 @pytest.fixture
-def tiny_disk(tiny_disks: list[Path]) -> Path:
+def tiny_disk(tiny_disks):
     return tiny_disks[0]
 
 
@@ -91,7 +87,7 @@ class Own(L.Callback):
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 @pytest.mark.parametrize("spoil", [fill, read_only])
-def test_a_log_folder_that_fails(kind: Any, spoil: Any, epoch: int, tiny_disks: list[Path]) -> None:
+def test_a_log_folder_that_fails(kind, spoil, epoch, tiny_disks):
     """Training ends as it does without us, and what was measured until then is kept."""
     ends, outcomes, monitors = [], [], [[], [KoopmanCreditMonitor()]]
     for disk, given in zip(tiny_disks, monitors, strict=True):
@@ -109,12 +105,8 @@ def test_a_log_folder_that_fails(kind: Any, spoil: Any, epoch: int, tiny_disks: 
 
 
 @pytest.fixture
-def project(user_module: Callable[..., Path]) -> Path:
-    folder = user_module("disk_user")
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
-    torch.save({"state_dict": net.state_dict(), "global_step": 1}, "1.ckpt")
-    return folder
+def project(user_module):
+    return save(user_module("disk_user") / "1.ckpt").parent
 
 
 COMMAND = ["evaluate", "--model=disk_user:network", "--data=disk_user:batches", "--ckpt=1.ckpt"]
@@ -122,10 +114,10 @@ COMMAND = ["evaluate", "--model=disk_user:network", "--data=disk_user:batches", 
 
 @pytest.mark.parametrize(("spoil", "words"), [(fill, "No space left"), (read_only, "Read-only")])
 def test_reports_that_cannot_be_written_leave_the_old_file_and_an_exit_code(
-    spoil: Any, words: str, project: Path, tiny_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    spoil, words, project, tiny_disk, report, capsys
+):
     out = tiny_disk / "r.json"
-    write_reports([credit_report(nn.Linear(3, 2), [torch.randn(30, 3)])], out)
+    write_reports([report], out)
     before = out.read_bytes()
     spoil(tiny_disk)
     assert main([*COMMAND, f"--out={out}", "--fresh=true"]) == 1
@@ -137,7 +129,7 @@ def test_reports_that_cannot_be_written_leave_the_old_file_and_an_exit_code(
 
 
 @pytest.mark.slow
-def test_a_file_that_may_grow_no_further(project: Path) -> None:
+def test_a_file_that_may_grow_no_further(project):
     """EFBIG needs no right to mount: the operating system cuts the write short."""
     before = json.dumps([])
     (project / "r.json").write_text(before)
@@ -162,9 +154,7 @@ def test_a_file_that_may_grow_no_further(project: Path) -> None:
     assert not list(project.glob("*.tmp"))
 
 
-def test_figures_are_left_out_where_they_could_fill_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_are_left_out_where_they_could_fill_the_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**20))
     said: list[str] = []
@@ -179,5 +169,5 @@ def test_figures_are_left_out_where_they_could_fill_the_disk(
     assert "koopman/total" in events.Tags()["scalars"]
 
 
-def test_a_logger_that_tells_no_folder_has_room() -> None:
+def test_a_logger_that_tells_no_folder_has_room():
     assert free_bytes(object()) == float("inf")

@@ -1,7 +1,6 @@
 """Whatever goes wrong, training ends exactly as it does without the monitor, and no hook stays."""
 
-from __future__ import annotations
-
+import copy
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lit import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -123,13 +123,8 @@ def fit(
     extra = others()
     given = {"max_epochs": 2, "logger": False, "num_sanity_val_steps": 1} | flags
     given["logger"] = _made(given["logger"])
-    trainer = L.Trainer(
-        accelerator="cpu",
-        callbacks=[*monitors, *extra] if ours_first else [*extra, *monitors],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **({"enable_checkpointing": False} | given),
-    )
+    callbacks = [*monitors, *extra] if ours_first else [*extra, *monitors]
+    trainer = quiet_trainer(None, callbacks, log_every_n_steps=None, **given)
     training = DataLoader(Samples(24), batch_size=4, shuffle=True) if training is None else training
     validation = DataLoader(Samples(40), batch_size=8) if validation is None else _made(validation)
     ended: BaseException | None = None
@@ -147,16 +142,26 @@ def _made(given: Any) -> Any:
     return given() if callable(given) else given
 
 
+PLAIN: dict[str, Any] = {}
+
+
 def check_alike(
     monitor: KoopmanCreditMonitor | None = None,
     *more: KoopmanCreditMonitor,
     ours: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    case_of: str = "",
     **case: Any,
 ) -> KoopmanCreditMonitor:
-    """Train without and with the monitor, ``ours`` entered, and compare how both ended."""
+    """Train without and with the monitor, ``ours`` entered, and compare how both ended.
+
+    Cases of the same name share the training without.
+    """
     monitor = KoopmanCreditMonitor() if monitor is None else monitor
-    plain, plain_trainer, plain_end = fit([], **case)
-    expected = outcome(plain, plain_trainer)
+    if case_of not in PLAIN:
+        plain, plain_trainer, plain_end = fit([], **case)
+        kept = copy.deepcopy(outcome(plain, plain_trainer)), plain_end
+        PLAIN.update({case_of: kept} if case_of else {})
+    expected, plain_end = PLAIN[case_of] if case_of else kept
     with ours():
         watched, trainer, end = fit([monitor, *more], **case)
     assert type(end) is type(plain_end), (end, plain_end)
@@ -228,7 +233,7 @@ def assert_alike(left: Any, right: Any, where: str = "") -> None:
     ],
     ids=str,
 )
-def test_trainer_flags(flags: dict[str, Any]) -> None:
+def test_trainer_flags(flags):
     check_alike(**flags)
 
 
@@ -237,23 +242,23 @@ RUNS = pytest.mark.parametrize("phase", ["sanity", "train", "validation"])
 
 @RUNS
 @pytest.mark.parametrize("fault", [Fault("step broke"), KeyboardInterrupt(), signal.SIGINT], ids=repr)
-def test_exceptions_and_interrupts(phase: str, fault: Any) -> None:
+def test_exceptions_and_interrupts(phase, fault):
     check_alike(faults={phase: fault}, num_sanity_val_steps=2)
 
 
 @RUNS
 @pytest.mark.parametrize("fault", [Fault("layer broke"), KeyboardInterrupt()], ids=repr)
-def test_a_forward_pass_that_breaks_between_two_components(phase: str, fault: BaseException) -> None:
+def test_a_forward_pass_that_breaks_between_two_components(phase, fault):
     check_alike(faults={phase: fault, "inside": True}, num_sanity_val_steps=2)
 
 
 @RUNS
-def test_termination(phase: str) -> None:
+def test_termination(phase):
     check_alike(faults={phase: signal.SIGTERM}, num_sanity_val_steps=2)
 
 
 @pytest.mark.parametrize("where", ["training", "validation"])
-def test_a_loader_that_fails(where: str) -> None:
+def test_a_loader_that_fails(where):
     check_alike(**{where: DataLoader(Samples(24, fails_at=17), batch_size=4)})
 
 
@@ -271,7 +276,7 @@ class FailsLater(Samples):
         return self.rows[index]
 
 
-def test_a_loader_that_fails_when_asked_once_more_is_not_asked() -> None:
+def test_a_loader_that_fails_when_asked_once_more_is_not_asked():
     monitor = check_alike(
         KoopmanCreditMonitor(every_n_epochs=2),
         validation=lambda: DataLoader(FailsLater(40, times=3), batch_size=8),
@@ -282,43 +287,39 @@ def test_a_loader_that_fails_when_asked_once_more_is_not_asked() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 3])
-def test_a_loss_that_is_not_a_number(first: int) -> None:
+def test_a_loss_that_is_not_a_number(first):
     monitor = check_alike(faults={"nan_from": first})
     assert len(monitor.history) == 0
 
 
-def test_a_training_that_takes_no_step_measures_what_validation_shows() -> None:
+def test_a_training_that_takes_no_step_measures_what_validation_shows():
     monitor = check_alike(faults={"manual": True, "skips": True})
     assert [report.step for report in monitor.history] == [0, 0]
 
 
-def test_manual_optimisation_with_two_optimizers() -> None:
+def test_manual_optimisation_with_two_optimizers():
     assert len(check_alike(faults={"manual": True}).history) == 2
 
 
-def test_a_compiled_model() -> None:
+def test_a_compiled_model():
     assert len(check_alike(faults={"compiled": True}).history) == 2
 
 
-def test_one_validation_sample() -> None:
+def test_one_validation_sample():
     assert check_alike(validation=DataLoader(Samples(1))).report is None
 
 
-def test_several_training_loaders_without_validation() -> None:
+def test_several_training_loaders_without_validation():
     loaders = {
         "a": DataLoader(Samples(24), batch_size=4, shuffle=True),
         "b": DataLoader(Samples(12), batch_size=4, shuffle=True),
     }
-    monitor = check_alike(
-        KoopmanCreditMonitor(),
-        training=loaders,
-        limit_val_batches=0,
-    )
+    monitor = check_alike(training=loaders, limit_val_batches=0)
     # A step calls the network on the batch of each loader, of which the shorter one begins anew.
     assert [report.n_samples for report in monitor.history] == [48, 48]
 
 
-def test_several_loaders() -> None:
+def test_several_loaders():
     loaders = [DataLoader(Samples(40), batch_size=8), DataLoader(Samples(16), batch_size=8)]
     monitor = check_alike(validation=loaders)
     assert monitor.report is not None
@@ -326,7 +327,7 @@ def test_several_loaders() -> None:
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_averaged_weights(ours_first: bool) -> None:
+def test_averaged_weights(ours_first):
     averaging = pytest.importorskip(
         "lightning.pytorch.callbacks.weight_averaging", reason="this Lightning has no WeightAveraging"
     )
@@ -337,7 +338,7 @@ def test_averaged_weights(ours_first: bool) -> None:
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
-def test_weights_averaged_over_the_last_epochs(ours_first: bool) -> None:
+def test_weights_averaged_over_the_last_epochs(ours_first):
     monitor = check_alike(
         others=lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1)],
         ours_first=ours_first,
@@ -346,11 +347,9 @@ def test_weights_averaged_over_the_last_epochs(ours_first: bool) -> None:
     assert monitor.report is not None
 
 
-def test_two_monitors() -> None:
-    monitors = [
-        KoopmanCreditMonitor(),
-        KoopmanCreditMonitor(prefix="koopman/wide", options=Options(rank=1)),
-    ]
+def test_two_monitors():
+    wide = KoopmanCreditMonitor(prefix="koopman/wide", options=Options(rank=1))
+    monitors = [KoopmanCreditMonitor(), wide]
     check_alike(*monitors)
     assert [len(monitor.history) for monitor in monitors] == [2, 2]
 
@@ -359,15 +358,7 @@ def resume(path: Path, monitors: list[KoopmanCreditMonitor]) -> tuple[dict[str, 
     """Train a fresh model from a checkpoint on."""
     L.seed_everything(0, verbose=False)
     model = Net()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        logger=False,
-        callbacks=list(monitors),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    trainer = quiet_trainer(path.parent, list(monitors))
     loaders = [DataLoader(Samples(count), batch_size=size) for count, size in ((24, 4), (40, 8))]
     ended = None
     with warnings.catch_warnings():
@@ -387,7 +378,7 @@ def broken_off(folder: Path, monitors: list[KoopmanCreditMonitor]) -> Path:
     return folder / "step=9.ckpt"
 
 
-def test_resume_in_mid_epoch(tmp_path: Path) -> None:
+def test_resume_in_mid_epoch(tmp_path):
     first, second = KoopmanCreditMonitor(), KoopmanCreditMonitor()
     watched = resume(broken_off(tmp_path / "watched", [first]), [second])
     plain = resume(broken_off(tmp_path / "plain", []), [])
@@ -399,7 +390,7 @@ def test_resume_in_mid_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
-def test_resume_from_a_checkpoint_cut_short(share: float, tmp_path: Path) -> None:
+def test_resume_from_a_checkpoint_cut_short(share, tmp_path):
     path = broken_off(tmp_path, [KoopmanCreditMonitor()])
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
@@ -426,7 +417,7 @@ class Stops(L.Callback):
         setattr(self, hook, stop)
 
 
-PHASES = (
+PHASES = [
     "setup",
     "on_fit_start",
     "on_sanity_check_start",
@@ -445,17 +436,17 @@ PHASES = (
     "on_train_epoch_end",
     "on_train_end",
     "teardown",
-)
+]
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("hook", PHASES)
-def test_ctrl_c_in_every_phase(hook: str, ours_first: bool) -> None:
+def test_ctrl_c_in_every_phase(hook, ours_first):
     check_alike(others=lambda: [Stops(hook, KeyboardInterrupt())], ours_first=ours_first)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Fault("late")], ids=repr)
-def test_what_was_measured_before_the_end_is_kept(error: BaseException, tmp_path: Any) -> None:
+def test_what_was_measured_before_the_end_is_kept(error, tmp_path):
     monitor, logger = KoopmanCreditMonitor(), CSVLogger(tmp_path)
     _, trainer, end = fit(
         [monitor],

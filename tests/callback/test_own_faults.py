@@ -1,7 +1,5 @@
 """Whatever goes wrong in our own parts, training ends as it does without the monitor."""
 
-from __future__ import annotations
-
 import csv
 import errno
 import functools
@@ -61,10 +59,13 @@ class Armed(L.Callback):
 
 @contextmanager
 def broken(
-    place: tuple[Any, str], error: BaseException, when: Callable[[], bool] = lambda: True
-) -> Generator[list[BaseException], None, None]:
-    """Let one of our methods raise; gives a list of what it raised."""
-    kept, raised = getattr(*place), []
+    place: tuple[Any, str],
+    error: BaseException,
+    raised: list[BaseException],
+    when: Callable[[], bool] = lambda: True,
+) -> Generator[None, None, None]:
+    """Let one of our methods raise, and note what it raised."""
+    kept = getattr(*place)
 
     @functools.wraps(kept)
     def breaks(*args: Any, **kwargs: Any) -> Any:
@@ -75,35 +76,30 @@ def broken(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*place, breaks)
-        yield raised
+        yield
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", PLACES, ids=NAMES)
-def test_an_error_of_ours_ends_nothing(place: tuple[Any, str], way: str, tmp_path: Path) -> None:
-    raised: list[Any] = []
-
-    @contextmanager
-    def ours() -> Generator[None, None, None]:
-        with broken(place, Fault("ours")) as found:
-            yield
-        raised.extend(found)
-
-    check_alike(ours=ours, logger=lambda: CSVLogger(tmp_path), **WAYS[way])
+def test_an_error_of_ours_ends_nothing(place, way, tmp_path):
+    raised: list[BaseException] = []
+    ours = functools.partial(broken, place, Fault("ours"), raised)
+    check_alike(ours=ours, case_of=way, logger=lambda: CSVLogger(tmp_path), **WAYS[way])
     assert raised
 
 
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError("ours"), MemoryError("ours")])
 @pytest.mark.parametrize("place", PLACES[3:6], ids=NAMES[3:6])
-def test_numerics_of_ours_that_fail_end_nothing(place: tuple[Any, str], error: Exception) -> None:
-    assert check_alike(ours=lambda: broken(place, error)).history == []
+def test_numerics_of_ours_that_fail_end_nothing(place, error):
+    ours = functools.partial(broken, place, error, [])
+    assert check_alike(ours=ours, case_of="along without a logger").history == []
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_measurement_that_fails_once_is_tried_again(way: str) -> None:
+def test_a_measurement_that_fails_once_is_tried_again(way):
     third = Armed(2)
     monitor = check_alike(
-        ours=lambda: broken((Measurement, "report"), Fault("ours"), lambda: not third.now),
+        ours=lambda: broken((Measurement, "report"), Fault("ours"), [], lambda: not third.now),
         others=lambda: [third],
         max_epochs=4,
         **WAYS[way],
@@ -113,18 +109,12 @@ def test_a_measurement_that_fails_once_is_tried_again(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", PLACES[1:-1], ids=NAMES[1:-1])
-def test_ctrl_c_in_ours_stops_training_and_keeps_what_was_measured(
-    place: tuple[Any, str], way: str, tmp_path: Path
-) -> None:
+def test_ctrl_c_in_ours_stops_training_and_keeps_what_was_measured(place, way, tmp_path):
     second, monitor = Armed(1), KoopmanCreditMonitor()
-    with broken(place, KeyboardInterrupt(), lambda: second.now) as raised:
-        model, trainer, end = fit(
-            [monitor],
-            others=lambda: [second],
-            max_epochs=3,
-            logger=lambda: CSVLogger(tmp_path),
-            **WAYS[way],
-        )
+    raised: list[BaseException] = []
+    case = {"others": lambda: [second], "max_epochs": 3, "logger": lambda: CSVLogger(tmp_path)}
+    with broken(place, KeyboardInterrupt(), raised, lambda: second.now):
+        model, trainer, end = fit([monitor], **case, **WAYS[way])
     assert raised
     assert isinstance(end, SystemExit | KeyboardInterrupt)
     assert trainer.interrupted
@@ -158,14 +148,12 @@ DISK = [OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EROFS)
 
 @pytest.mark.parametrize("error", [*DISK, Fault("logger")], ids=repr)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_logger_that_cannot_write_keeps_no_other_from_it(
-    error: Exception, first: bool, tmp_path: Path
-) -> None:
+def test_a_logger_that_cannot_write_keeps_no_other_from_it(error, first, tmp_path):
     def loggers() -> list[CSVLogger]:
         both = [Refusing(tmp_path / "broken", error, "metrics"), CSVLogger(tmp_path / "whole")]
         return both if first else both[::-1]
 
-    monitor = check_alike(logger=loggers)
+    monitor = check_alike(logger=loggers, case_of="two loggers")
     assert len(monitor.history) == 2
     assert totals(tmp_path / "whole") == 2
     stop = EarlyStopping("koopman/total", patience=9)
@@ -174,25 +162,18 @@ def test_a_logger_that_cannot_write_keeps_no_other_from_it(
     assert trainer.current_epoch == 2
 
 
-EXPERIMENT = ["add_custom_scalars", "add_figure", "add_text", "add_scalar"]
+EXPERIMENT = ["add_custom_scalars", "add_image", "add_text", "add_scalar"]
 
 
 @pytest.mark.parametrize("method", EXPERIMENT)
-def test_tensorboard_may_fail_in_any_part(method: str, tmp_path: Path) -> None:
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    place = (SummaryWriter, method)
-    raised: list[Any] = []
-
-    @contextmanager
-    def ours() -> Generator[None, None, None]:
-        with broken(place, error) as found:
-            yield
-        raised.extend(found)
+def test_tensorboard_may_fail_in_any_part(method, tmp_path):
+    raised: list[BaseException] = []
+    ours = functools.partial(broken, (SummaryWriter, method), DISK[0], raised)
 
     def loggers() -> list[Any]:
         return [TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")]
 
-    monitor = check_alike(ours=ours, logger=loggers)
+    monitor = check_alike(ours=ours, case_of="two loggers", logger=loggers)
     assert raised
     assert len(monitor.history) == 2
     assert totals(tmp_path / "csv") == 2

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lit import loaders, quiet_trainer
+from lit import quiet_trainer, small_module
 from torch import Tensor, nn
 
 from lightning_koopman import EvaluationError, evaluate_checkpoints
@@ -18,25 +18,13 @@ averaging = pytest.importorskip(
 )
 
 
-class Plain(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
+Plain = small_module()
 
 
 class Normed(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.net.insert(1, nn.BatchNorm1d(6))
+        self.net.insert(1, nn.BatchNorm1d(16))
 
 
 class Seen(L.Callback):
@@ -55,7 +43,7 @@ def fit(folder: Path, callback: L.Callback, model: L.LightningModule, **options:
     saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
     options |= {"enable_checkpointing": True, "limit_val_batches": 0}
     trainer = quiet_trainer(folder, [callback, seen, saving], **options)
-    trainer.fit(model, loaders()[0])
+    trainer.fit(model)
     trainer.save_checkpoint(folder / "end.ckpt")
     return seen
 

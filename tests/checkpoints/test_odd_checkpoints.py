@@ -11,7 +11,7 @@ from small import batches, network, save
 from torch import Tensor, nn
 
 from lightning_koopman import CheckpointError, EvaluationError, evaluate_checkpoints, linearize
-from lightning_koopman.effects.linearization import load_linearized, save_linearized
+from lightning_koopman.decisions.swaps import load_shrunk, save_shrunk
 from lightning_koopman.network.weights import Weights, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.files import read_reports, write_reports
 
@@ -111,6 +111,7 @@ def test_any_bytes_may_be_damaged(place, value, length, path):
     swap=st.fixed_dictionaries(
         {},
         optional={
+            "kind": st.sampled_from(["skipped", "linear"]) | LEAVES,
             "in_features": st.integers() | LEAVES,
             "shape": st.lists(st.integers(), max_size=3) | ANYTHING,
             "rank": st.none() | st.integers() | LEAVES,
@@ -119,11 +120,11 @@ def test_any_bytes_may_be_damaged(place, value, length, path):
     )
     | ANYTHING
 )
-def test_any_linear_component_fits_or_is_refused(swap, path):
-    torch.save({"state_dict": WEIGHTS, "linearized": [swap]}, path)
+def test_any_swap_fits_or_is_refused(swap, path):
+    torch.save({"state_dict": WEIGHTS, "swaps": [swap]}, path)
     model = network()
     with pytest.raises(CheckpointError, match=r"odd\.ckpt"):
-        load_linearized(model, path)
+        load_shrunk(model, path)
     assert unchanged(model)
 
 
@@ -150,15 +151,15 @@ def test_a_checkpoint_without_weights_says_what_it_holds(path):
 
 def test_a_linear_component_may_not_claim_more_than_the_file_holds(tmp_path, report):
     net = network()
-    new = linearize(net, report, ["0"], batches())
-    save_linearized(new, tmp_path / "a.ckpt")
-    back = load_linearized(net, tmp_path / "a.ckpt")
+    new = linearize(net, batches(), report, components=["0"], max_drop=10.0, allow_larger=True).model
+    save_shrunk(new, tmp_path / "a.ckpt")
+    back = load_shrunk(net, tmp_path / "a.ckpt")
     assert torch.equal(back(batches()[0]), new(batches()[0]))
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    content["linearized"][0]["in_features"] = 10**9
+    content["swaps"][0]["in_features"] = 10**9
     torch.save(content, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"its place .*it is larger than the file"):
-        load_linearized(net, tmp_path / "a.ckpt")
+        load_shrunk(net, tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Trains under a strategy with the monitor on; every process leaves its reports in a folder."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import json

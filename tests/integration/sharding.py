@@ -1,7 +1,5 @@
 """Lightning's strategies that spread weights over processes, on CPUs, and the plans that they follow."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs every example as a user would, in a folder of its own."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -45,12 +43,12 @@ def row(printed: str, title: str) -> list[float]:
     return [float(value) for value in found.groups()]
 
 
-def test_every_example_is_run_here() -> None:
+def test_every_example_is_run_here():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
 
 
-def test_own_trainer(tmp_path: Path) -> None:
+def test_own_trainer(tmp_path):
     printed = run("own_trainer", tmp_path, "runs")
     for component in ("net.0", "net.2", "net.4"):
         assert len(credits(printed, component)) == 1
@@ -59,7 +57,7 @@ def test_own_trainer(tmp_path: Path) -> None:
     assert sum(bool(line.strip()) for line in code) < 40
 
 
-def test_early_freezing(tmp_path: Path) -> None:
+def test_early_freezing(tmp_path):
     printed = run("early_freezing", tmp_path, "--out", "runs")
     assert re.search(r"^net\.0 frozen after epoch \d+ of 45$", printed, flags=re.MULTILINE)
     plain, freezing = row(printed, "millions of updates")
@@ -68,14 +66,14 @@ def test_early_freezing(tmp_path: Path) -> None:
     assert freezing > plain - 0.03 > 0.9
 
 
-def test_early_freezing_without_anything_settled(tmp_path: Path) -> None:
+def test_early_freezing_without_anything_settled(tmp_path):
     printed = run("early_freezing", tmp_path, "--out", "runs", "--epochs", "3")
     assert "nothing settled, so nothing was frozen" in printed
     plain, freezing = row(printed, "test accuracy")
     assert plain == freezing
 
 
-def test_monitor_transformer(tmp_path: Path) -> None:
+def test_monitor_transformer(tmp_path):
     printed = run("monitor_transformer", tmp_path, "--out", "runs")
     for component in ("embed", *(f"encoder.layers.{i}" for i in range(3)), "head"):
         assert len(credits(printed, component)) == 2
@@ -84,10 +82,18 @@ def test_monitor_transformer(tmp_path: Path) -> None:
     assert float(accuracy[1]) > 0.9
 
 
-def test_evaluate_after_training(tmp_path: Path) -> None:
+def test_evaluate_after_training(tmp_path):
     printed = run("evaluate_after_training", tmp_path, "--out", "runs")
     assert re.search(r"^credit at step +34 +68 +102 +136 +170 +moved by$", printed, flags=re.MULTILINE)
     moves = re.search(r"^net\.0 +(\S+ +){5}\+(\S+) ± (\S+)$", printed, flags=re.MULTILINE)
     assert moves is not None
     assert float(moves[2]) > 2 * float(moves[3])
     assert list((tmp_path / "runs").rglob("credits/**/events.out.tfevents.*"))
+
+
+def test_find_the_fault(tmp_path: Path) -> None:
+    printed = run("find_the_fault", tmp_path, "--out", "runs")
+    marked = re.search(r"^ (\S+) .* first *$", printed, flags=re.MULTILINE)
+    assert marked is not None, printed
+    assert marked[1] == "5"
+    assert (tmp_path / "runs" / "reference.safetensors").exists()

@@ -14,7 +14,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lit import dataset, hooks_on, quiet_trainer
+from lit import dataset, hooks_on, quiet_trainer, small_module
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -32,25 +32,16 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Odd(L.LightningModule):
+class Odd(small_module()):
     """Two layers, and whatever a step does to them behind the pass."""
 
     def __init__(self, net: nn.Module, behind: Callable[[nn.Module], Any] = lambda _: None) -> None:
         super().__init__()
         self.net, self.behind = net, behind
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self(batch[0])
         self.behind(self.net)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.05)
 
 
 def plain() -> nn.Sequential:
@@ -103,13 +94,10 @@ def trained(
     ],
     ids=["forward writes weights", "the same while validating", "a change of mode writes weights"],
 )
-def test_weights_written_in_passes_end_the_same(
-    net: Callable[[], nn.Module], validate: bool, tmp_path: Path
-) -> None:
+def test_weights_written_in_passes_end_the_same(net, validate, tmp_path):
     monitor = KoopmanCreditMonitor(every_n_epochs=2, on_error="raise")
     without = trained(net, tmp_path, [], validate)
     watched = trained(net, tmp_path, [monitor], validate)
-    assert monitor.report is not None
     for ours, theirs in zip(watched.state_dict().values(), without.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     states = [[getattr(m, "merged", None) for m in model.net.modules()] for model in (watched, without)]
@@ -130,20 +118,17 @@ def saved(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("behind", [copied, saved])
-def test_a_model_is_copied_and_saved_while_hooks_are_on(
-    behind: Callable[[nn.Module], Any], tmp_path: Path
-) -> None:
+def test_a_model_is_copied_and_saved_while_hooks_are_on(behind, tmp_path):
     monitor = KoopmanCreditMonitor(on_error="raise")
     without = trained(plain, tmp_path, [], True, behind=behind)
     watched = trained(plain, tmp_path, [monitor], True, behind=behind)
     for ours, theirs in zip(watched.state_dict().values(), without.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
     report = credit_report(watched.net, [b[0] for b in DataLoader(dataset(seed=1), 40)])
-    assert monitor.report is not None
     assert monitor.report.credit == pytest.approx(report.credit, abs=1e-9)
 
 
-def test_a_copy_keeps_nothing_of_the_capture() -> None:
+def test_a_copy_keeps_nothing_of_the_capture():
     net = plain()
     with Capture(net, follow=True) as capture:
         net(torch.ones(4, 8))
@@ -159,20 +144,19 @@ def test_a_copy_keeps_nothing_of_the_capture() -> None:
 
 
 @pytest.mark.parametrize("empty", [[], {}, [[]], ()])
-def test_a_validation_without_batches_does_not_hang(empty: Any, tmp_path: Path) -> None:
+def test_a_validation_without_batches_does_not_hang(empty, tmp_path):
     model = Odd(plain())
-    model.val_dataloader = lambda: empty  # type: ignore[method-assign]
+    model.val_dataloader = lambda: empty
     monitor = KoopmanCreditMonitor(on_error="raise")
     trainer = quiet_trainer(tmp_path, [monitor], max_epochs=1)
     with pytest.warns(UserWarning, match="no validation was watched, so Koopman credit"):
         trainer.fit(model, DataLoader(dataset(), 40))
     assert trainer.global_step == 4
-    assert monitor.report is not None
     direct = credit_report(model.net, [dataset().tensors[0]])
     assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
 
 
-def test_what_a_pass_sets_on_a_module_is_put_back() -> None:
+def test_what_a_pass_sets_on_a_module_is_put_back():
     class Sets(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -198,7 +182,7 @@ def test_what_a_pass_sets_on_a_module_is_put_back() -> None:
     assert torch.equal(net.layer.weight, weight)
 
 
-class Ways(L.LightningModule):
+class Ways(small_module()):
     """One function of the batch, run in the ways that people write their steps."""
 
     def __init__(self, way: str) -> None:
@@ -226,9 +210,6 @@ class Ways(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", nn.functional.cross_entropy(self.run(batch), batch[1]))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.05)
-
 
 class Scaled(nn.Module):
     """That function, as a module."""
@@ -250,7 +231,7 @@ class StopsAt(L.Callback):
 
 @pytest.mark.parametrize("loop", ["validation", "stopped early", "training alone"])
 @pytest.mark.parametrize("way", ["a call", "no forward", "forward itself", "two calls"])
-def test_the_report_is_about_the_function_that_was_run(way: str, loop: str, tmp_path: Path) -> None:
+def test_the_report_is_about_the_function_that_was_run(way, loop, tmp_path):
     torch.manual_seed(0)
     model, monitor = Ways(way), KoopmanCreditMonitor(every_n_epochs=5, on_error="raise")
     callbacks = [monitor, StopsAt()] if loop == "stopped early" else [monitor]
@@ -258,7 +239,6 @@ def test_the_report_is_about_the_function_that_was_run(way: str, loop: str, tmp_
     how: dict[str, Any] = {"limit_val_batches": 0} if loop == "training alone" else {}
     quiet_trainer(tmp_path, callbacks, max_epochs=4, **how).fit(model, train, validation)
     data = dataset(seed=0 if loop == "training alone" else 1).tensors[0]
-    assert monitor.report is not None
     assert monitor.report.step == (12 if loop == "stopped early" else 16)
     assert monitor.report.n_samples == 160
     direct = credit_report(Scaled(model.net), data.split(40))
@@ -267,7 +247,7 @@ def test_the_report_is_about_the_function_that_was_run(way: str, loop: str, tmp_
     assert hooks_on(model) == 0
 
 
-def test_all_views_of_a_sample_count(tmp_path: Path) -> None:
+def test_all_views_of_a_sample_count(tmp_path):
     class Views(Odd):
         def forward(self, x: Tensor) -> Tensor:
             return self.net(torch.cat([x, x + 0.1]))
@@ -279,14 +259,13 @@ def test_all_views_of_a_sample_count(tmp_path: Path) -> None:
     model, monitor = Views(plain()), KoopmanCreditMonitor(on_error="raise")
     loader = DataLoader(dataset(), 40)
     quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(model, loader, loader)
-    assert monitor.report is not None
     assert monitor.report.n_samples == 320
     x = dataset().tensors[0].split(40)
     direct = credit_report(model.net, [torch.cat([part, part + 0.1]) for part in x])
     assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
 
 
-def test_what_cannot_be_run_again_keeps_its_watched_report_and_says_so(tmp_path: Path) -> None:
+def test_what_cannot_be_run_again_keeps_its_watched_report_and_says_so(tmp_path):
     torch.manual_seed(0)
     model, monitor = Ways("code between"), KoopmanCreditMonitor(every_n_epochs=5, on_error="raise")
     trainer = quiet_trainer(tmp_path, [monitor, StopsAt()], max_epochs=4)
@@ -296,7 +275,7 @@ def test_what_cannot_be_run_again_keeps_its_watched_report_and_says_so(tmp_path:
     assert "runs code of its own before 'net.2'" in monitor.history[0].notes[-1]
 
 
-def test_one_monitor_in_two_trainings_keeps_their_reports_apart(tmp_path: Path) -> None:
+def test_one_monitor_in_two_trainings_keeps_their_reports_apart(tmp_path):
     monitor = KoopmanCreditMonitor(on_error="raise")
     for _ in range(2):
         trained(plain, tmp_path, [monitor], True)
@@ -304,7 +283,7 @@ def test_one_monitor_in_two_trainings_keeps_their_reports_apart(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_monitored_key_is_there_from_the_first_validation_on(fails: bool, tmp_path: Path) -> None:
+def test_a_monitored_key_is_there_from_the_first_validation_on(fails, tmp_path):
     monitor = KoopmanCreditMonitor(every_n_epochs=3)
     seen: list[float] = []
 

@@ -1,9 +1,6 @@
 """Models whose weights are spread over processes, on two gloo processes."""
 
-from __future__ import annotations
-
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,7 +89,7 @@ def work(rank: int, kind: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "replicated", "replicated dtensor"])
-def test_sharded_weights_give_the_report_of_one_process(kind: str, tmp_path: Path) -> None:
+def test_sharded_weights_give_the_report_of_one_process(kind, tmp_path):
     mp.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
     expected = credit_report(Net(), batches())
     for rank in range(2):
@@ -116,9 +113,7 @@ def test_sharded_weights_give_the_report_of_one_process(kind: str, tmp_path: Pat
         ("parts", "component 'up' gave 4 of its 8 units, and other processes the rest"),
     ],
 )
-def test_states_of_which_each_process_holds_a_part_are_refused(
-    kind: str, message: str, tmp_path: Path
-) -> None:
+def test_states_of_which_each_process_holds_a_part_are_refused(kind, message, tmp_path):
     mp.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
     for rank in range(2):
         given = torch.load(tmp_path / f"{rank}.pt", weights_only=False)

@@ -1,8 +1,5 @@
 """The Trainer's strategies that spread weights over processes give the report of one process."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +14,14 @@ def cases(*strategies: str, **options: Any) -> list[dict[str, Any]]:
     return [SHARDING | {"strategy": strategy} | options for strategy in strategies]
 
 
-def test_spread_weights_give_the_report_of_one_process(tmp_path: Path) -> None:
+def test_spread_weights_give_the_report_of_one_process(tmp_path):
     # Tensor-parallel processes run on the same samples, which count once.
     configs = cases("fsdp", "fsdp linear", "fsdp block", "2x1", "1x2 whole", "1x2 replicated")
     configs += cases("2x1", "fsdp block", "1x2 whole", max_dim=8, max_samples=51)
     check_against_one_process(configs, tmp_path)
 
 
-def test_both_kinds_at_once_give_the_report_of_one_process(tmp_path: Path) -> None:
+def test_both_kinds_at_once_give_the_report_of_one_process(tmp_path):
     four = {"devices": 4, "processes": 4}
     check_against_one_process(cases("2x2 whole", max_dim=8, max_samples=51, **four), tmp_path)
 
@@ -33,7 +30,7 @@ FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_count"), (0, "_rows"), (1, "
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+def runs(tmp_path_factory):
     """Five runs, the same without the monitor, one that never validates, one for each fault."""
     configs = cases(
         "fsdp linear", "2x1", "1x2 whole", "1x2 parts", "1x2 dtensor", frozen=False, max_epochs=2
@@ -46,7 +43,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]
         return [read(folder) for folder in fit(configs, tmp_path_factory.mktemp("runs"))]
 
 
-def test_training_is_bit_identical_with_the_monitor_on(runs: list[list[dict[str, Any]]]) -> None:
+def test_training_is_bit_identical_with_the_monitor_on(runs):
     for watched, unwatched in zip(runs[:5], runs[5:10], strict=True):
         assert [r["weights"] for r in watched] == [r["weights"] for r in unwatched]
         assert all(r["history"] == [] for r in unwatched)
@@ -61,18 +58,14 @@ def test_training_is_bit_identical_with_the_monitor_on(runs: list[list[dict[str,
             assert any(words in w and "output_layouts=Replicate()" in w for w in rank["warned"])
 
 
-def test_weights_stay_unmeasured_where_that_takes_an_extra_pass(
-    runs: list[list[dict[str, Any]]],
-) -> None:
+def test_weights_stay_unmeasured_where_that_takes_an_extra_pass(runs):
     for rank in runs[10]:
         assert rank["history"] == []
         assert any("ModelParallelStrategy shards the weights" in w for w in rank["warned"])
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS)))
-def test_an_error_of_ours_in_one_process_keeps_no_other_waiting(
-    number: int, runs: list[list[dict[str, Any]]]
-) -> None:
+def test_an_error_of_ours_in_one_process_keeps_no_other_waiting(number, runs):
     ranks, broken = runs[11 + number], FAULTS[number][0]
     assert [(rank["history"], rank["hooks"]) for rank in ranks] == [([], 0)] * 2
     assert any("broken numerics" in warning for warning in ranks[broken]["warned"])

@@ -1,7 +1,5 @@
 """The tutorial runs as it stands and prints what it says; the recipes and the README's snippets run."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -56,7 +54,7 @@ def run(command: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_as_it_stands_and_prints_what_it_says(tmp_path: Path) -> None:
+def test_the_tutorial_runs_as_it_stands_and_prints_what_it_says(tmp_path):
     printed, compared, file, tried = "", 0, None, False
     for snippet in snippets("docs/tutorial.md"):
         if snippet.language == "python":
@@ -79,13 +77,13 @@ def test_the_tutorial_runs_as_it_stands_and_prints_what_it_says(tmp_path: Path) 
     assert compared > 80
 
 
-def test_the_reader_of_printed_rows_tells_numbers_apart() -> None:
+def test_the_reader_of_printed_rows_tells_numbers_apart():
     table = " body.0   0.791±0.010  60/64\n head     1.0 → 2,762\n ms a batch  3\n 4 of 4 reports\n\n"
     assert rows(table) == {"body.0": [0.791, 0.01, 60, 64], "head": [1.0, 2762]}
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def prepared(tmp_path, monkeypatch):
     """What the recipes take for granted: the tutorial's classes, a network and its data."""
     monkeypatch.chdir(tmp_path)
     mpl.use("Agg")
@@ -103,7 +101,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", ["docs/how-to.md", "README.md"])
-def test_every_python_snippet_runs(page: str, prepared: dict[str, Any]) -> None:
+def test_every_python_snippet_runs(page, prepared):
     found = [s.text for s in snippets(page) if s.language == "python"]
     assert len(found) >= 3
     if any("EMAWeightAveraging" in text for text in found):

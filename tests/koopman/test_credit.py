@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from lightning_koopman.koopman.chain import split_chain
+from lightning_koopman.koopman.chain import fit_steps, split_chain
 from lightning_koopman.koopman.credit import (
     QUANTITIES,
     Credits,
@@ -25,7 +26,7 @@ from lightning_koopman.koopman.credit import (
 )
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.koopman.options import Options
-from lightning_koopman.koopman.regression import RESOLUTION_GRID, resolved_tikhonov
+from lightning_koopman.koopman.regression import RIDGE_GRID, choose_ridge, is_settled
 
 WIDTHS = [(5, 5, 5), (7, 4, 6, 5), (3, 9, 12, 8), (12, 10, 3, 10, 8)]
 
@@ -232,65 +233,33 @@ def test_error_bars_are_the_explicit_jackknife_and_bias(tikhonov: float, dealt: 
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_ridge_weight_of_each_step_is_picked_by_its_own_folds(seed: int) -> None:
+def test_a_noisy_step_gets_the_largest_ridge_weight_there_is(seed: int) -> None:
     states = tanh_states((20, 25, 5), n=60, seed=seed, noise=1.0)
-    fold_of = np.arange(60) % 5
-    credits = run(states)
-    for i, operator in enumerate(credits.operators):
-        total = np.array([
-            oracles.fold_errors(states[i], states[i + 1], fold_of, partial(oracles.ridge, tikhonov=t))[
-                0
-            ].sum()
-            for t in RESOLUTION_GRID
-        ])
-        assert (total <= 2 * total.min()).all()
-        assert operator.tikhonov == RESOLUTION_GRID[-1]
+    for i, operator in enumerate(run(states).operators):
+        assert operator.tikhonov == RIDGE_GRID[-1]
+        assert operator.tikhonov == oracles.doubling_ridge(states[i], states[i + 1], RIDGE_GRID)
 
 
-def test_a_nearly_linear_step_gets_the_ridge_weight_that_doubles_its_error() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((500, 6)) * np.logspace(0, -1, 6)
-    y = x @ rng.standard_normal((6, 4)) + 1e-3 * rng.standard_normal((500, 4))
-    fold_of = np.arange(500) % 5
-    chosen = run([x, y]).operators[0].tikhonov
-
-    def error(tikhonov: float) -> float:
-        return float(
-            oracles.fold_errors(x, y, fold_of, partial(oracles.ridge, tikhonov=tikhonov))[0].sum()
-        )
-
-    assert 0 < chosen < RESOLUTION_GRID[-1]
-    assert error(chosen) == pytest.approx(2 * min(map(error, RESOLUTION_GRID)), rel=0.1)
-
-
-def test_every_replicate_picks_its_own_ridge_weight() -> None:
+def test_every_replicate_of_a_nearly_linear_step_picks_its_own_ridge_weight() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((120, 6)) * np.logspace(0, -1.5, 6)
     y = x @ rng.standard_normal((6, 4)) + 2e-2 * rng.standard_normal((120, 4))
     fold_of = np.arange(120) ** 2 % 7 % 4
     folds = np.unique(fold_of)
-    # An error a fold and weight, each from a fit to all other folds.
-    table = np.array([
-        oracles.fold_errors(x, y, fold_of, partial(oracles.ridge, tikhonov=t))[0]
-        for t in RESOLUTION_GRID
-    ]).T
 
-    def pick(errors: np.ndarray) -> float:
-        last = int(np.flatnonzero(errors <= 2 * errors.min())[-1])
-        share = (2 * errors.min() - errors[last]) / (errors[last + 1] - errors[last])
-        low, high = RESOLUTION_GRID[last : last + 2]
-        return low ** (1 - share) * high**share
+    def pick(rows: np.ndarray) -> float:
+        return oracles.doubling_ridge(x[rows], y[rows], RIDGE_GRID)
 
     def volume(rows: np.ndarray, tikhonov: float) -> float:
         fit = partial(oracles.ridge, tikhonov=tikhonov)
         return float(oracles.credits([x[rows], y[rows]], 4, fit)["total"])
 
     credits = run([x, y], folds=fold_of)
-    weight = pick(table.sum(0))
+    weight = pick(fold_of >= 0)
     assert credits.operators[0].tikhonov == pytest.approx(weight, rel=1e-6)
-    own = [pick(np.delete(table, place, axis=0).sum(0)) for place in range(len(folds))]
+    own = [pick(fold_of != fold) for fold in folds]
     assert len({weight, *own}) == 1 + len(folds)
-    assert min(own) > 0
+    assert 0 < min(own) < max(own) < RIDGE_GRID[-1]
     whole = volume(fold_of >= 0, weight)
     without = [volume(fold_of != fold, t) for fold, t in zip(folds, own, strict=True)]
     sizes = [int((fold_of == fold).sum()) for fold in folds]
@@ -299,6 +268,25 @@ def test_every_replicate_picks_its_own_ridge_weight() -> None:
     )
     assert credits.total == pytest.approx(whole, abs=1e-7)
     assert credits.total_stderr == pytest.approx(float(expected), rel=1e-5)
+    # R² is held out under the weight over all samples.
+    fit = partial(oracles.ridge, tikhonov=weight)
+    r2 = oracles.held_out_r2(x, y, fold_of, fit)
+    assert float(credits.values["r2"][0]) == pytest.approx(r2, abs=1e-10)
+
+
+@pytest.mark.parametrize("normalize", ["none", "whiten"])
+@pytest.mark.parametrize("tikhonov", [None, 1e-3])
+def test_without_errors_the_values_are_the_same_and_the_error_bars_are_open(
+    tikhonov: float | None, normalize: Any
+) -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.1)
+    given, bare = (run(states, tikhonov=tikhonov, normalize=normalize, errors=e) for e in (True, False))
+    for name in QUANTITIES:
+        assert torch.equal(given.values[name], bare.values[name]), name
+        assert bool(torch.isnan(bare.stderr[name]).all()), name
+        assert not bool(torch.isnan(given.stderr[name]).any()), name
+    assert (given.total, np.isnan(bare.total_stderr)) == (bare.total, True)
+    assert torch.equal(given.stable, bare.stable)
 
 
 def test_a_fold_without_samples_counts_as_absent() -> None:
@@ -312,21 +300,26 @@ def test_a_fold_without_samples_counts_as_absent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("errors", "expected"),
+    ("errors", "expected", "settled"),
     [
-        ([1, 1, 1.5, 3], 1e-6 * 100 ** (1 / 3)),  # 2 lies a third of the way from 1.5 to 3
-        ([1, 1, 1, 2], 1e-4),
-        ([1, 3, 4, 5], 0.0),
-        ([1e-9, 1e-9, 1e-9, 1], 0.0),  # rounding
-        ([0.0, 0.0, 0.0, 0.0], 0.0),
-        ([2e-9, 2e-9, 4e-9, 1], 1e-6),
+        ([1, 1, 1.5, 3], 1e-6 * 100 ** (1 / 3), False),  # 2 lies a third of the way from 1.5 to 3
+        ([math.inf, 1, 1.5, 3], 1e-6 * 100 ** (1 / 3), False),  # as many directions as samples
+        ([1, 1, 1, 2], 1e-4, False),
+        ([1, 1, 1, 1.4], 1e-4, True),
+        ([1, 3, 4, 5], 0.0, False),
+        ([1e-9, 1e-9, 1e-9, 1], 0.0, False),  # rounding
+        ([1e-11, 1e-11, 1e-11, 1], 0.0, True),
+        ([0.0, 0.0, 0.0, 0.0], 0.0, True),
+        ([math.inf] * 4, 0.0, True),
+        ([2e-9, 2e-9, 4e-9, 1], 1e-6, False),
     ],
 )
 def test_a_ridge_weight_at_most_doubles_what_is_left_unexplained(
-    errors: list[float], expected: float
+    errors: list[float], expected: float, settled: bool
 ) -> None:
-    folds = torch.tensor([[0.25 * e, 0.75 * e] for e in errors], dtype=torch.float64).T
-    assert resolved_tikhonov(folds, (0.0, 1e-8, 1e-6, 1e-4)) == pytest.approx(expected, rel=1e-12)
+    table = torch.tensor(errors, dtype=torch.float64)
+    assert choose_ridge(table, (0.0, 1e-8, 1e-6, 1e-4)) == pytest.approx(expected, rel=1e-12)
+    assert is_settled(table) == settled
 
 
 def test_a_linear_step_gets_no_ridge() -> None:
@@ -448,7 +441,7 @@ def test_whitened_output_directions_are_the_leading_principal_ones(rank: int) ->
 def test_whitened_operators_have_canonical_correlations(shape: tuple[int, int], seed: int) -> None:
     states = tanh_states(shape, seed=seed, noise=0.3)
     split = split_chain(*summed(states), None, "whiten")
-    values = torch.linalg.svdvals(split.problems[0].matrix(0.0)).numpy()
+    values = torch.linalg.svdvals(split.solve(1, 0.0)).numpy()
     expected = oracles.canonical_correlations(*states)
     assert np.allclose(values, expected, rtol=0, atol=1e-9)
     credits = run(states, normalize="whiten", tikhonov=0.0)
@@ -462,7 +455,7 @@ def test_canonical_correlations_are_those_of_scikit_learn() -> None:
 
     x, y = tanh_states((6, 4), noise=0.5)
     split = split_chain(*summed([x, y]), None, "whiten")
-    values = torch.linalg.svdvals(split.problems[0].matrix(0.0)).numpy()
+    values = torch.linalg.svdvals(split.solve(1, 0.0)).numpy()
     scores = CCA(n_components=4, max_iter=20000, tol=1e-12).fit(x, y).transform(x, y)
     expected = [abs(np.corrcoef(a, b)[0, 1]) for a, b in zip(scores[0].T, scores[1].T, strict=True)]
     assert np.allclose(np.sort(values), np.sort(expected), rtol=0, atol=1e-5)
@@ -772,7 +765,8 @@ def test_unseen_directions_count_before_linear_steps_with_hardly_a_ridge(
     states = [x, x[:, :1], rng.standard_normal((50, 2))]
     layout, moments = summed(states, 4)
     whole = split_chain(layout, moments, None, "none")
-    shifts = unseen_shifts(layout, whole, [linear, True], [share / 50, 0.0])
+    first, second = fit_steps(whole, 0.0)
+    shifts = unseen_shifts(whole, [linear, True], [replace(first, tikhonov=share / 50), second])
     assert shifts.dtype == torch.float64
     # Three directions of the input are known, and four are not; the one of the next state is.
     expected = math.log(7 / 3) / 2 / student.ppf(0.975, 3) if counts else 0.0

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
-from lightning_koopman.koopman.states import pod_basis, sample_keys
+from lightning_koopman.koopman.states import Basis, fit_basis, pod_basis, sample_keys
 from lightning_koopman.network.rows import RowForm, has_channels_first, pooled_grid
 
 
@@ -171,3 +171,74 @@ def test_of_the_principal_directions_those_are_kept_that_vary_beside_the_largest
     constant, share = pod_basis(torch.ones(10, 5), 3)
     assert constant is not None
     assert (constant.shape, share) == ((5, 1), 1.0)
+
+
+@pytest.mark.parametrize("n", [300, 900])
+def test_single_precision_spans_the_principal_space_up_to_its_rounding(n: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((n, 500)) * np.logspace(0, -1.5, 500) + 3
+    rows = rows.astype(np.float32)
+    expected = np.linalg.svd(rows.astype(float) - rows.astype(float).mean(0), full_matrices=False)
+    basis, share = pod_basis(torch.from_numpy(rows), 200)
+    assert basis is not None
+    assert torch.allclose(basis.T @ basis, torch.eye(200).double(), rtol=0, atol=1e-5)
+    # The sines of the angles to the exact space, each direction by the share of variance it carries.
+    outside = expected[2][:200] - (expected[2][:200] @ basis.numpy()) @ basis.numpy().T
+    weights = expected[1][:200] ** 2 / (expected[1] ** 2).sum()
+    assert (weights * (outside**2).sum(1)).sum() < 1e-9
+    assert share == pytest.approx(weights.sum(), abs=1e-5)
+
+
+def test_directions_below_the_rounding_of_single_precision_are_found_in_double() -> None:
+    rng = np.random.default_rng(0)
+    turned = np.linalg.qr(rng.standard_normal((60, 20)))[0]
+    rows = torch.from_numpy(turned * np.logspace(0, -4, 20)).float()
+    basis, _ = pod_basis(rows, 15)
+    assert basis is not None
+    assert torch.allclose(basis, pod_basis(rows.double(), 15)[0])
+
+
+@pytest.fixture(scope="module")
+def earlier() -> tuple[Basis, Tensor, Tensor]:
+    """A basis, the rows that it was fitted to, and as many others of the same distribution."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000, 40, generator=generator) * torch.logspace(0, -2, 40)
+    narrow = torch.randn(2000, 5, generator=generator)
+    return fit_basis([narrow[:1000], rows[:1000]], 10), narrow[1000:], rows[1000:]
+
+
+def test_a_basis_is_kept_while_it_keeps_the_variance_it_was_fitted_for(
+    earlier: tuple[Basis, Tensor, Tensor],
+) -> None:
+    basis, narrow, rows = earlier
+    for scale in (1.0, 1e-3):
+        found = fit_basis([narrow, scale * rows + 2], 10, earlier=basis)
+        assert found.vectors == basis.vectors
+        assert found.kept_variance == basis.kept_variance
+        states = found.project([narrow, scale * rows + 2])
+        for center, state in zip(found.center, states, strict=True):
+            assert torch.allclose(center, state.double().mean(dim=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("change", ["direction", "width", "number", "max_dim", "none"])
+def test_a_basis_that_does_not_fit_is_fitted_anew(
+    change: str, earlier: tuple[Basis, Tensor, Tensor]
+) -> None:
+    basis, narrow, rows = earlier
+    max_dim, given = 10, [narrow, rows]
+    if change == "direction":  # one direction of those dropped grows to a fiftieth of the variance
+        grown = (rows.var(dim=0).sum() / 50).sqrt() * torch.randn(1000, 1)
+        given = [narrow, rows + grown * torch.eye(40)[-1]]
+    elif change == "width":
+        given = [narrow, torch.randn(1000, 41)]
+    elif change == "number":
+        given = [narrow]
+    elif change == "max_dim":
+        max_dim = 40
+    found = fit_basis(given, max_dim, earlier=basis)
+    anew = fit_basis(given, max_dim)
+    kept = change == "none"
+    for one, other, old in zip(found.vectors[1:], anew.vectors[1:], basis.vectors[1:], strict=False):
+        assert (one is old) == kept
+        assert kept or one is other or torch.equal(one, other)
+    assert (found.kept_variance == basis.kept_variance) == kept

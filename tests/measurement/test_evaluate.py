@@ -168,27 +168,12 @@ def test_calls_of_a_shared_module_are_told_apart_and_silent_ones_noted(shared_ne
     assert report.notes == ("never ran, so left out: 'unused'",)
 
 
-def test_tuples_and_sequences_are_reported(tuple_net):
-    x = torch.randn(200, 6, 3, dtype=torch.float64)
-    report = credit_report(tuple_net, x.split(40))
-    assert report.components == ("embed", "gru", "head")
-    assert report.widths == (24, 30, 2)
-
-
 def test_a_first_component_of_tokens_has_no_credit_of_its_own():
     net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)).double()
     tokens = torch.randint(0, 9, (300, 3), generator=torch.Generator().manual_seed(0))
     report = credit_report(net, tokens.split(50))
     assert report.components == ("2", "3")
     assert report.notes[0].startswith("'0' takes no floating-point input, so its output is x_0")
-
-
-def test_compiled_models_give_the_same_report(mlp):
-    plain = credit_report(mlp, samples().split(50))
-    compiled = torch.compile(mlp, backend="eager")
-    with torch.no_grad():
-        compiled(samples()[:50].clone())
-    assert_same_report(credit_report(compiled, samples().split(50)), plain)
 
 
 def test_single_precision_models_are_computed_in_double(mlp):
@@ -306,13 +291,6 @@ def test_training_goes_on_bit_for_bit_as_without_a_report(conv_net):
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
-def test_hooks_of_others_fire_once_a_batch(mlp):
-    seen: list[int] = []
-    mlp.act.register_forward_hook(lambda module, args, output: seen.append(len(output)))
-    credit_report(mlp, samples().split(100))
-    assert seen == [100, 100, 100]
-
-
 # Degenerate networks, each with a stated answer.
 
 
@@ -365,19 +343,6 @@ def test_a_dead_branch_is_nan_by_itself_and_the_report_says_so(linear_chain, val
     assert "no output direction can be followed back to a, b" in report.notes[-1]
 
 
-def test_fewer_samples_than_units_are_warned_of(mlp):
-    with pytest.warns(UserWarning, match="8 samples are few for states this wide; take 23 or more"):
-        report = credit_report(mlp, [samples(8)])
-    assert report.n_samples == 8
-    assert report.rank.max() <= 7
-    assert "take 23 or more" in report.notes[0]
-
-
-def test_one_sample_is_refused(mlp):
-    with pytest.raises(ValueError, match="1 sample arrived; credits need at least 2"):
-        credit_report(mlp, [samples(1)])
-
-
 @pytest.mark.parametrize("batches", [[], iter(()), DataLoader(TensorDataset(torch.zeros(0, 6)))])
 def test_an_empty_loader_is_refused(mlp, batches):
     with pytest.raises(ValueError, match="no sample arrived: the batches were empty"):
@@ -389,11 +354,11 @@ def test_a_batch_without_rows_is_refused(mlp):
         credit_report(mlp, [samples(10), samples(0)])
 
 
-@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+@pytest.mark.parametrize(("value", "kind"), [("nan", "NaN"), ("inf", "infinity"), ("-inf", "infinity")])
 def test_values_that_are_not_finite_name_component_and_batch(mlp, value, kind):
     batches = list(samples().split(50))
     batches[3] = batches[3].clone()
-    batches[3][7, 2] = value
+    batches[3][7, 2] = value = float(value)
     before = Snapshot(mlp)
     with pytest.raises(ValueError, match=f"component 'input' gave {kind} in batch 3"):
         credit_report(mlp, batches)
@@ -424,42 +389,11 @@ def test_the_scale_of_the_inputs_changes_no_invariant_number(linear_chain, expon
 # Bad input.
 
 
-def test_an_unknown_component_lists_close_matches(mlp):
-    with pytest.raises(ValueError, match=r"no module is called 'secnd'\. Close matches: 'second'"):
-        credit_report(mlp, [samples()], components=["secnd"])
-
-
 def test_components_that_never_run_are_refused(shared_net):
     with pytest.raises(
         ValueError, match=r"no component ran in the forward pass; chosen were \['unused'"
     ):
         credit_report(shared_net, [samples(20, 5)], components=["unused"])
-
-
-def test_components_that_run_in_some_batches_only_are_refused():
-    class Sometimes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c(self.b(self.a(x)) if len(x) > 20 else self.a(x))
-
-    with pytest.raises(ValueError, match=r"batch 1 ran the components .*difference: \['b'\]"):
-        credit_report(Sometimes(), [samples(50).float(), samples(10).float()])
-
-
-def test_a_state_that_is_no_batch_of_samples_is_refused():
-    class Summing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x).sum(dim=0, keepdim=True))
-
-    with pytest.raises(ValueError, match="component 'b' gave 1 rows in batch 0, but 'input' has 10"):
-        credit_report(Summing(), [samples(10).float()])
 
 
 @pytest.mark.parametrize("batch", [3, "text", None, ()], ids=repr)
@@ -543,12 +477,6 @@ def test_a_network_of_one_component_is_told_that_its_credit_says_nothing():
     net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
     (note,) = [n for n in credit_report(net, [samples()]).notes if "one component" in n]
     assert note.startswith("the network has one component, '1', whose credit is 0 by definition")
-
-
-def test_torchscript_is_refused(linear_chain):
-    traced = torch.jit.trace(linear_chain(6, 4, 2), samples(3))
-    with pytest.raises(ValueError, match="is a TorchScript module"):
-        credit_report(traced, [samples()])
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lightning_koopman import credit_report, intervene, linearize, predict_effects
-from lightning_koopman.effects.linearization import linearize_within
+from lightning_koopman import component_effects, credit_report, drop_order, linearize
 from lightning_koopman.measurement.overview import describe_components
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.tensors import detached_copy
+from lightning_koopman.report.effects import KINDS
 
 
 def network() -> nn.Sequential:
@@ -59,10 +59,12 @@ NET = network()
 REPORT = credit_report(NET, [batch for batch, _ in DataLoader(samples(), batch_size=20)])
 USES: dict[str, Callable[[DataLoader], Any]] = {
     "credit_report": lambda loader: credit_report(NET, loader),
-    "intervene": lambda loader: intervene(NET, loader, REPORT, draws=1, fit_batches=loader),
-    "predict_effects": lambda loader: predict_effects(NET, loader, REPORT, ["skip"]),
-    "linearize": lambda loader: linearize(NET, REPORT, ["0"], loader),
-    "linearize_within": lambda loader: linearize_within(NET, REPORT, loader, loader, max_drop=0.5),
+    "component_effects": lambda loader: component_effects(NET, loader, None, KINDS, how="both", draws=1),
+    "linearize": lambda loader: linearize(NET, loader, allow_larger=True),
+    "linearize on other data": lambda loader: linearize(
+        NET, loader, REPORT, fit_batches=loader, max_drop=0.5, allow_larger=True
+    ),
+    "drop_order": lambda loader: drop_order(NET, loader, steps=2),
     "components": lambda loader: describe_components(NET, loader),
 }
 

@@ -1,0 +1,127 @@
+"""How much of a training's time watching it takes, and when it is measured next."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+ALLOWANCE = 3.0
+"""Seconds that watching a training may take, however short the training is."""
+
+NEVER = 2**62
+"""A step that no training reaches."""
+
+
+class Budget:
+    """Counts the seconds that watching a training takes, and plans its measurements in even distances.
+
+    All of watching may take a share of the time that the training takes without it, or ``ALLOWANCE`` if
+    that is more. The first and the last measurement are always taken. What the last one will take, with
+    all that is done at the end alone, is kept back; the rest pays for the measurements in between.
+
+    Attributes:
+        due: Step from which on the next measurement is due.
+    """
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        if not 0 <= share < math.inf:
+            raise ValueError(
+                f"max_overhead is {share!r}; give a share of the training's time, such as 0.05"
+            )
+        self.share, self._clock = share, clock
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Begin with a training, at its first step."""
+        self._began, self._first = self._clock(), step
+        self._spent = self._planned = self._apart = 0.0
+        self._entered: float | None = None
+        self._took: dict[str, float] = {}
+        self._measured = self.due = 0
+        self._cost = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Seconds spent on watching so far."""
+        return self._spent + (0.0 if self._entered is None else self._clock() - self._entered)
+
+    @property
+    def trained(self) -> float:
+        """Seconds that the training took so far without watching."""
+        return self._clock() - self._began - self.spent
+
+    @property
+    def overhead(self) -> float:
+        """Share of the training's time that watching took so far."""
+        return self.spent / max(self.trained, 1e-9)
+
+    @contextmanager
+    def watching(self) -> Generator[None, None, None]:
+        """Count the seconds spent inside."""
+        if self._entered is not None:
+            yield
+            return
+        self._entered = self._clock()
+        try:
+            yield
+        finally:
+            self._spent, self._entered = self.spent, None
+
+    def add(self, seconds: float) -> None:
+        """Count seconds of ours that were spent while the user's own code ran."""
+        self._spent += seconds
+
+    @contextmanager
+    def apart(self, kind: str) -> Generator[None, None, None]:
+        """Learn what something takes that is not done at every measurement."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._took[kind] = self._clock() - start
+            self._apart += self._took[kind]
+
+    def expect(self, kind: str, seconds: float) -> None:
+        """Say what something will take, until it is done once."""
+        self._took.setdefault(kind, seconds)
+
+    def has_room(self, kind: str) -> bool:
+        """Check whether something that is done at the end in any case may be done now too."""
+        allowed = max(ALLOWANCE, self.share * self.trained)
+        return self.spent + self._took.get(kind, 0.0) + self._kept_back() <= allowed
+
+    def plan(self, step: int, last: int | None) -> None:
+        """Find when the next measurement is due, at the end of one.
+
+        Args:
+            step: The step that was measured.
+            last: The training's last step, as far as it is known.
+        """
+        self._cost = max(self.spent - self._planned - self._apart, 1e-9)
+        self._planned, self._apart = self.spent, 0.0
+        self._measured += 1
+        per_step = self.trained / max(1, step - self._first)
+        self.due = step + (
+            self._wait(per_step) if last is None else self._even(max(0, last - step), per_step)
+        )
+
+    def _kept_back(self) -> float:
+        """Return the seconds that the end will take."""
+        return self._cost + sum(self._took.values())
+
+    def _even(self, rest: int, per_step: float) -> int:
+        """Spread what can be paid over the steps that are left."""
+        allowed = max(ALLOWANCE, self.share * (self.trained + rest * per_step))
+        count = int((allowed - self.spent - self._kept_back()) / self._cost)
+        if count < 1:
+            return NEVER
+        # The first measurement pays for imports and caches, so the second tells what one takes.
+        return 1 if self._measured == 1 else max(1, math.ceil(rest / (count + 1)))
+
+    def _wait(self, per_step: float) -> int:
+        """Wait until the next one can be paid, where nobody knows how long the training goes on."""
+        gained = self.share * per_step
+        missing = self.spent + self._cost + self._kept_back() - self.share * self.trained
+        return max(1, math.ceil(missing / gained)) if gained > 0 else NEVER

@@ -1,0 +1,461 @@
+"""Which components may become linear, so that the network gets smaller."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.decisions.steps import (
+    Cost,
+    Seen,
+    Step,
+    Steps,
+    as_fields,
+    check_max_drop,
+    component_calls,
+    cost_of,
+    look_at,
+    loss_of,
+    runner_on,
+)
+from lightning_koopman.decisions.swaps import LinearComponent, copied_with, swapped
+from lightning_koopman.effects.linear_map import LinearFit, LinearMap
+from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.hook_points import HookPoint, find_module
+from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
+from lightning_koopman.report.effects import Scale
+from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.text import Captioned
+
+CostName = Literal["flops", "parameters", "seconds"]
+_Measure = Callable[[ForwardRunner, Cost], float]
+_POSITIONS = 64
+"""Positions of a sample that a map of channels is fitted on, at most."""
+_SLOWER = 1.02
+"""A network counts as slower beyond this ratio, and beyond twice the error of what was measured."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Linearized(Steps):
+    """A network with linear components, and what that saved and lost.
+
+    Attributes:
+        model: The new network; all of ``components`` are linear in it.
+        seconds: Median time of one pass over the first batch, before and after.
+        slower: Whether it is slower beyond the error of that.
+    """
+
+    model: nn.Module = field(repr=False)
+    seconds: tuple[float, float]
+    slower: bool
+
+    @property
+    def larger(self) -> tuple[str, ...]:
+        """What the new network needs more of: ``"parameters"``, ``"FLOPs"``, ``"time"``."""
+        if not self.components:
+            return ()
+        after, before = self.costs[-1], self.cost_before
+        found = {
+            "parameters": after.parameters > before.parameters,
+            "FLOPs": after.flops > before.flops,
+            "time": self.slower,
+        }
+        return tuple(name for name, more in found.items() if more)
+
+    @property
+    def verdict(self) -> str:
+        """What became linear, and what to do next, in one line."""
+        if not self.components:
+            return (
+                f"Nothing became linear within {self.max_drop:g} {self._unit()} and made none larger. "
+                "Next: drop_order, which drops blocks whole, or a larger max_drop."
+            )
+        return (
+            f"{len(self.components)} of {len(self.candidates)} are linear within {self.max_drop:g} "
+            f"{self._unit()}: {', '.join(self.components)}. Next: measure .model on data that nothing "
+            "was chosen on, and write it with save_shrunk."
+        )
+
+    @property
+    def headline(self) -> str:
+        """The costs after as shares of those before; first of all, what became larger."""
+        warning = f"LARGER ({', '.join(self.larger)}): " if self.larger else ""
+        after = self.costs[-1] if self.costs else self.cost_before
+        return (
+            f"{warning}{after.parameters / self.cost_before.parameters:.0%} of the parameters, "
+            f"{after.flops / max(1, self.cost_before.flops):.0%} of the FLOPs, "
+            f"{1000 * self.seconds[1]:.3g} ms per batch after {1000 * self.seconds[0]:.3g} ms"
+        )
+
+    def __repr__(self) -> str:
+        return f"Linearized({self.headline}; linear: {', '.join(self.components) or 'nothing'})"
+
+    def __rich__(self) -> Captioned:
+        return self._table(f"{self.headline}\nMade linear one after the other", self.verdict)
+
+
+def linearize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    report: CreditReport | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    max_drop: float = 0.01,
+    cost: CostName = "flops",
+    budget: float = 0.0,
+    allow_larger: bool = False,
+    merge: bool = True,
+    fit_batches: Iterable[Any] | None = None,
+    metric: Metric | None = None,
+    scale: Scale | None = None,
+    samples: int = 512,
+    variance: float = 0.999,
+    max_dim: int = 256,
+    forward_fn: ForwardFn | None = None,
+    seed: int = 0,
+) -> Linearized:
+    """Replace components by linear layers, as long as the network gets smaller and loses little.
+
+    A component becomes the ridge regression of its own output on the leading POD directions of its own
+    input: of whole tensors, or where it has positions (tokens, pixels), of the channels of one, alike at
+    all of them. It is stored as one ``nn.Linear``, or as two with a narrow state between them where that
+    takes fewer operations. Activations and normalisations that count as part of it go with it.
+    Neighbours in one ``nn.Sequential`` become a single map. A bare ``nn.Linear`` stays, unless merged.
+
+    Each component is tried alone. Then they are taken in order of their effect, and once more in order
+    of effect per cost saved; each stays if the loss is still admitted and the network gets no larger.
+    The cheaper of both networks is returned.
+
+    Args:
+        model: Any module; it is left exactly as it was found.
+        batches: Data: tensors, tuples of input and target, or mappings. Without ``fit_batches``, maps
+            are fitted on those at even places, and components chosen on the others.
+        report: Names the components; ``None`` chooses them as :func:`lightning_koopman.credit_report`
+            does.
+        components: Names or glob patterns of those that may become linear; ``None`` tries all.
+        max_drop: Largest loss: drop of the metric, or where there is none, effect on the outputs.
+        cost: What is to be saved: ``"flops"``, ``"parameters"`` or ``"seconds"``.
+        budget: Share of the original cost that is enough.
+        allow_larger: Whether the network may need more parameters, operations or time than before.
+        merge: Whether neighbours become one map.
+        fit_batches: Data to fit maps on; all of ``batches`` is then for choosing.
+        metric: Called as ``metric(outputs, targets)``, larger is better; ``None`` takes the accuracy
+            where targets are class indices, and none otherwise.
+        scale: What effects are measured in, as in :func:`lightning_koopman.drop_order`.
+        samples: Most samples that components are chosen on.
+        variance: Share of the predicted variance that a pair of layers keeps.
+        max_dim: Most POD directions of an input.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+        seed: Chooses the folds that the ridge weight is picked on.
+
+    Returns:
+        The new network, and what was measured after each step.
+
+    Raises:
+        ValueError: If an argument is out of range, there are too few samples or batches, a component
+            that was named cannot become linear, or the network got slower and ``allow_larger`` is false.
+
+    Example:
+        >>> import torch
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(6, 16), nn.Identity(), nn.Linear(16, 16), nn.Linear(16, 3))
+        >>> small = linearize(net, torch.randn(400, 6).split(100), max_drop=1e-4, allow_larger=True)
+        >>> small.costs[-1].flops < small.cost_before.flops
+        True
+    """
+    if is_compiled(model):
+        raise ValueError("the model went through torch.compile; linearize the module it was made from")
+    check_max_drop(max_drop)
+    if not 0 < variance <= 1:
+        raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
+    if not 0 <= budget < 1:
+        raise ValueError(f"budget is {budget}; it is a share of the original {cost}, from 0 to below 1")
+    fit_on, choose_on = _two_parts(batches, fit_batches)
+    runner = runner_on(model, choose_on, samples, forward_fn)
+    with undisturbed(model):
+        calls = component_calls(runner, report, components)
+        maps = _Maps(ForwardRunner(model, fit_on, forward_fn), max_dim, variance, seed)
+        refused = maps.check(calls)
+        if components is not None and refused:
+            name, why = next(iter(refused.items()))
+            raise ValueError(f"{name!r} cannot become linear: {why}")
+        search = _Search(
+            runner, Outputs(runner.run(), runner.batches, scale, metric), maps, merge, max_drop,
+            _measure_of(cost), budget, allow_larger,
+        )  # fmt: skip
+        steps = search.run({name: c for name, c in calls.items() if name not in refused})
+        before = cost_of(runner)
+        swaps = [] if not steps else maps.swaps(search.groups(search.chosen))
+        seconds, slower = _compare_times(runner, swaps)
+    found = Linearized(
+        **as_fields(steps, search.outputs),
+        cost_before=before,
+        candidates=tuple(name for name in calls if name not in refused),
+        refused=refused,
+        max_drop=max_drop,
+        model=copied_with(model, swaps),
+        seconds=seconds,
+        slower=slower,
+    )
+    if found.larger and not allow_larger:
+        raise ValueError(
+            f"with {', '.join(found.components)} linear the network is slower: {found.headline}. Pass "
+            "allow_larger=True to get it all the same, or cost='seconds' to save time"
+        )
+    return found
+
+
+def _two_parts(batches: Iterable[Any], fit_batches: Iterable[Any] | None) -> tuple[list[Any], Any]:
+    """Return batches to fit on, and others to choose on."""
+    if fit_batches is not None:
+        with random_states_kept(fit_batches):
+            return list(fit_batches), batches
+    with random_states_kept(batches):
+        given = list(batches)
+    if len(given) == 1:
+        raise ValueError("one batch arrived, but maps are fitted on one and chosen on another; give two")
+    return given[::2], given[1::2]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Module calls that become one map: of whole tensors, or of an axis of channels at each position."""
+
+    calls: tuple[str, ...]
+    axis: int | None
+
+
+class _Option(NamedTuple):
+    """A component that may become linear, in one of its forms."""
+
+    name: str
+    form: _Group
+
+
+class _Maps:
+    """Linear maps in place of module calls, each fitted when it is first asked for."""
+
+    def __init__(self, runner: ForwardRunner, max_dim: int, variance: float, seed: int) -> None:
+        self._runner, self._max_dim, self._variance, self._seed = runner, max_dim, variance, seed
+        self._swaps: dict[_Group, LinearComponent] = {}
+
+    def check(self, components: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Run one batch to see why components cannot become linear."""
+        self._seen = look_at(self._runner, components)
+        parts = {name: [self._seen[call] for call in calls] for name, calls in components.items()}
+        return {name: reason for name, part in parts.items() if (reason := self._refusal(part))}
+
+    @staticmethod
+    def _refusal(calls: Sequence[Seen]) -> str:
+        taken, given = calls[0].taken, calls[-1].given
+        if (runs := max(call.runs for call in calls)) != 1:
+            return f"it runs {runs} times in one pass"
+        if not all(call.alone for call in calls):
+            return "it takes more than one tensor, or no floating-point tensor first"
+        if not isinstance(given, Tensor) or taken is None or min(taken.ndim, given.ndim) < 2:
+            return f"it gives {type(given).__name__}, not one tensor of rows"
+        return ""
+
+    def forms(self, calls: tuple[str, ...]) -> list[_Group]:
+        """Return what may become one map: whole tensors, or the channels at every position.
+
+        What follows a component and belongs to it, such as pooling, may change the positions: it stays
+        then.
+        """
+        module = find_module(self._runner.model, calls[0])[0]
+        convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
+        axis = 1 if convolves else -1
+        taken = self._places(self._seen[calls[0]].taken, axis)
+        parts = [calls[:count] for count in range(len(calls), 0, -1)]
+        given = [self._places(self._seen[part[-1]].given, axis) for part in parts]
+        alike = [part for part, places in zip(parts, given, strict=True) if taken and places == taken]
+        return [_Group(calls, None), *(_Group(part, axis) for part in alike[:1])]
+
+    @staticmethod
+    def _places(tensor: Any, axis: int) -> list[int]:
+        """Return the sizes of all axes but those of samples and channels."""
+        sizes = list(tensor.shape) if isinstance(tensor, Tensor) else [0, 0]
+        del sizes[axis]
+        return sizes[1:]
+
+    def swaps(self, groups: Sequence[_Group]) -> list[LinearComponent]:
+        """Return what takes the place of groups of modules."""
+        missing = [group for group in groups if group not in self._swaps]
+        if missing:
+            ends = [(HookPoint("in", g.calls[0]), HookPoint("out", g.calls[-1])) for g in missing]
+            fits = [LinearFit(self._max_dim, seed=self._seed) for _ in missing]
+
+            def update(values: Mapping[HookPoint, Tensor]) -> None:
+                for (source, target), fit, group in zip(ends, fits, missing, strict=True):
+                    fit.update([_rows(values[source], group.axis)], _rows(values[target], group.axis))
+
+            self._runner.run([point for pair in ends for point in pair], update=update)
+            for group, fit in zip(missing, fits, strict=True):
+                like = next(find_module(self._runner.model, group.calls[0])[0].parameters(), None)
+                swap = as_component(fit.solve(), group.calls, group.axis, self._variance)
+                self._swaps[group] = swap.to(torch.empty(0) if like is None else like)
+        return [self._swaps[group] for group in groups]
+
+
+def _rows(values: Tensor, axis: int | None) -> Tensor:
+    """Return one row per sample, or the channels of some positions of each."""
+    if axis is None:
+        return values
+    rows = values.movedim(axis, -1).flatten(1, -2)
+    step = -(-rows.shape[1] // _POSITIONS)
+    return rows[:, ::step].flatten(0, 1)
+
+
+class _Search:
+    """Takes components one after the other, as long as the loss is admitted."""
+
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        outputs: Outputs,
+        maps: _Maps,
+        merge: bool,
+        max_drop: float,
+        measure: _Measure,
+        budget: float,
+        allow_larger: bool,
+    ) -> None:
+        self._runner, self.outputs, self._maps, self._merge = runner, outputs, maps, merge
+        self._max_drop, self._measure, self._allow_larger = max_drop, measure, allow_larger
+        self._whole = cost_of(runner)
+        self._cost = measure(runner, self._whole)
+        self._enough = budget * self._cost
+        self.chosen: list[_Option] = []
+
+    def run(self, calls: Mapping[str, tuple[str, ...]]) -> list[Step]:
+        """Return the steps to the cheapest network, whose components are then in ``chosen``."""
+        self._order = list(calls)
+        options = [_Option(name, form) for name in calls for form in self._maps.forms(calls[name])]
+        effects, per_saved = {}, {}
+        for option in options:
+            step, after = self._try([option])
+            if self._allow_larger or not self._larger(step.cost):
+                # A bare linear layer gains only if a neighbour goes with it, so it comes last.
+                effect = step.measured.effect if self.groups([option]) else math.inf
+                effects[option] = effect
+                per_saved[option] = effect / max(self._cost - after, 1e-9 * self._cost)
+        best: list[Step] = []
+        lowest = math.inf
+        for order in {tuple(sorted(rank, key=rank.__getitem__)) for rank in (effects, per_saved)}:
+            steps, chosen, after = self._take(order)
+            if steps and after < lowest:
+                best, self.chosen, lowest = steps, chosen, after
+        return best
+
+    def groups(self, chosen: Sequence[_Option]) -> list[_Group]:
+        """Find the modules that become one map each; a bare linear layer by itself stays."""
+        groups: list[_Group] = []
+        for _, form in sorted(chosen, key=lambda option: self._order.index(option.name)):
+            last = groups[-1] if groups else None
+            if (
+                self._merge
+                and last is not None
+                and last.axis == form.axis
+                and _follows(self._runner.model, last.calls[-1], form.calls[0])
+            ):
+                groups[-1] = _Group((*last.calls, *form.calls), form.axis)
+            else:
+                groups.append(form)
+        bare = [type(find_module(self._runner.model, g.calls[0])[0]) is nn.Linear for g in groups]
+        return [g for g, is_bare in zip(groups, bare, strict=True) if not is_bare or len(g.calls) > 1]
+
+    def _try(self, chosen: Sequence[_Option]) -> tuple[Step, float]:
+        """Measure the network in which the chosen components are linear."""
+        with swapped(self._runner.model, self._maps.swaps(self.groups(chosen))):
+            measured = over_draws([self.outputs.compare(self._runner.run())])
+            step = Step(chosen[-1].name, measured, cost_of(self._runner))
+            return step, self._measure(self._runner, step.cost)
+
+    def _larger(self, cost: Cost) -> bool:
+        return cost.parameters > self._whole.parameters or cost.flops > self._whole.flops
+
+    def _take(self, options: Sequence[_Option]) -> tuple[list[Step], list[_Option], float]:
+        """Take options in order, each that keeps the loss and makes nothing larger."""
+        steps: list[Step] = []
+        chosen: list[_Option] = []
+        least = self._cost
+        for option in options:
+            if option.name in dict(chosen) or least <= self._enough:
+                continue
+            step, after = self._try([*chosen, option])
+            gains = after < least or (after == least and bool(self.groups([option])))
+            if not gains or self._larger(step.cost):
+                gains = self._allow_larger and bool(self.groups([option]))
+            if gains and loss_of(step.measured, self.outputs) <= self._max_drop:
+                chosen, least = [*chosen, option], after
+                steps.append(step)
+        return steps, chosen, least
+
+
+def _follows(model: nn.Module, call: str, following: str) -> bool:
+    """Whether two modules are neighbours in one Sequential, so that nothing else sees between them."""
+    parent = call.rpartition(".")[0]
+    if parent != following.rpartition(".")[0] or not isinstance(
+        find_module(model, parent)[0], nn.Sequential
+    ):
+        return False
+    order = [child for child, _ in find_module(model, parent)[0].named_children()]
+    places = [order.index(name.rpartition(".")[2]) for name in (call, following)]
+    return places[1] - places[0] == 1
+
+
+def as_component(
+    linear_map: LinearMap, replaces: Sequence[str], axis: int | None, variance: float
+) -> LinearComponent:
+    """Make a module of a map: two thin layers where they take fewer operations, else one."""
+    left, right, bias = linear_map.factors(variance)
+    d_in, rank, d_out = left.shape[0], left.shape[1], right.shape[1]
+    thin = rank * (d_in + d_out) < d_in * d_out
+    with random_states_kept():  # a new layer draws weights before it is given its own
+        module = LinearComponent(d_in, linear_map.shape, rank if thin else None, replaces, axis).double()
+    if thin:
+        weights = {"0.weight": left.T, "1.weight": right.T, "1.bias": bias}
+    else:
+        matrix, bias = linear_map.dense()
+        weights = {"weight": matrix.T, "bias": bias}
+    module.layers.load_state_dict(weights)
+    return module
+
+
+def _measure_of(cost: CostName) -> _Measure:
+    """Return what measures the cost that is to be saved."""
+    if cost == "seconds":
+        return lambda runner, _: float(np.median([_seconds(runner) for _ in range(10)]))
+    if cost in ("flops", "parameters"):
+        return lambda _, found: float(getattr(found, cost))
+    raise ValueError(f"cost is {cost!r}; choose 'flops', 'parameters' or 'seconds'")
+
+
+def _seconds(runner: ForwardRunner) -> float:
+    start = time.perf_counter()
+    runner.run_batch(0)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _compare_times(
+    runner: ForwardRunner, swaps: Sequence[LinearComponent], repeats: int = 30
+) -> tuple[tuple[float, float], bool]:
+    """Time both networks in turns, so that both see the same machine; see if the new one is slower."""
+    before, after = [], []
+    for _ in range(repeats):
+        before.append(_seconds(runner))
+        with swapped(runner.model, swaps):
+            after.append(_seconds(runner))
+    ratios = np.log(after) - np.log(before)
+    slower = bool(swaps) and ratios.mean() - 2 * ratios.std() / math.sqrt(repeats) > math.log(_SLOWER)
+    return (float(np.median(before)), float(np.median(after))), bool(slower)

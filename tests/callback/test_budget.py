@@ -1,0 +1,280 @@
+"""The budget on a clock that the tests set."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lit import LitNet, dataset, loaders, quiet_trainer
+from torch.utils.data import DataLoader
+
+from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman.callback.budget import ALLOWANCE, NEVER, Budget
+from lightning_koopman.measurement.measurement import Measurement
+
+pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
+
+
+class Clock:
+    """Time that passes where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def measured_steps(
+    share: float,
+    *,
+    n_epochs: int,
+    epoch_s: float,
+    cost_s: float,
+    first_s: float | None = None,
+    end_s: float = 0.0,
+    known: bool = True,
+    steps: int = 10,
+) -> tuple[list[int], Budget]:
+    """Play a training whose epochs, measurements and last figures take given times."""
+    clock = Clock()
+    budget = Budget(share, clock)
+    budget.start(0)
+    budget.expect("draw", end_s)
+    taken: list[int] = []
+    for epoch in range(1, n_epochs + 1):
+        clock.now += epoch_s
+        step = epoch * steps
+        if step >= budget.due or epoch in (1, n_epochs):
+            with budget.watching():
+                clock.now += cost_s if taken or first_s is None else first_s
+                budget.plan(step, n_epochs * steps if known else None)
+            taken.append(epoch)
+    with budget.watching(), budget.apart("draw"):
+        clock.now += end_s
+    return taken, budget
+
+
+def test_measurements_come_in_even_distances_and_use_the_budget() -> None:
+    # 5 % of 1,000 seconds pay for 25 measurements of 2 seconds.
+    taken, budget = measured_steps(0.05, n_epochs=100, epoch_s=10, cost_s=2)
+    assert (taken[0], taken[1], taken[-1]) == (1, 2, 100)
+    gaps = np.diff(taken[1:-1])
+    assert gaps.max() - gaps.min() <= 1
+    assert 0.8 * 0.05 <= budget.overhead <= 0.05
+    assert budget.trained == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("cost_s", [0.05, 1.0, 4.0])
+def test_the_share_holds_whatever_a_measurement_takes(share: float, cost_s: float, known: bool) -> None:
+    taken, budget = measured_steps(share, n_epochs=200, epoch_s=5, cost_s=cost_s, end_s=1, known=known)
+    assert budget.spent <= max(ALLOWANCE, share * budget.trained, 2 * cost_s + 1) + 1e-6
+    assert taken[0] == 1
+    assert taken[-1] == 200
+    # The first may pay for imports, so the second shows what one takes; from then on it is even.
+    gaps = np.diff(taken[2:-1])
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1 + 0.1 * gaps.mean()
+
+
+def test_everything_is_measured_where_that_fits_into_the_allowance() -> None:
+    taken, _ = measured_steps(0.0, n_epochs=20, epoch_s=0.1, cost_s=0.1)
+    assert taken == list(range(1, 21))
+
+
+def test_a_first_measurement_that_pays_for_imports_does_not_thin_out_the_others() -> None:
+    taken, budget = measured_steps(0.05, n_epochs=60, epoch_s=3, cost_s=0.1, first_s=2.0, end_s=1.5)
+    assert len(taken) > 40
+    assert budget.spent <= 0.05 * budget.trained + 1e-6
+
+
+def test_without_anything_to_spend_the_first_and_the_last_are_left() -> None:
+    taken, budget = measured_steps(0.0, n_epochs=50, epoch_s=1, cost_s=ALLOWANCE)
+    assert taken == [1, 50]
+    assert budget.due >= NEVER
+    assert measured_steps(0.0, n_epochs=50, epoch_s=1, cost_s=ALLOWANCE, known=False)[0] == [1, 50]
+
+
+def test_a_single_epoch_is_measured_once() -> None:
+    assert measured_steps(0.05, n_epochs=1, epoch_s=0.0, cost_s=0.0)[0] == [1]
+
+
+def test_time_inside_is_counted_once_and_also_when_it_ends_in_an_error() -> None:
+    clock = Clock()
+    budget = Budget(0.05, clock)
+
+    def fails() -> None:
+        with budget.watching():
+            clock.now += 1
+            with budget.watching():
+                clock.now += 2
+            assert budget.spent == pytest.approx(3)
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fails()
+    clock.now += 10
+    budget.add(0.5)
+    assert budget.spent == pytest.approx(3.5)
+    assert budget.trained == pytest.approx(9.5)
+    assert budget.overhead == pytest.approx(3.5 / 9.5)
+
+
+def test_figures_need_room_beside_those_of_the_end() -> None:
+    clock = Clock()
+    budget = Budget(0.1, clock)
+    budget.expect("draw", 2.0)
+    assert not budget.has_room("draw")
+    clock.now += 40
+    assert budget.has_room("draw")
+    with budget.watching(), budget.apart("draw"):
+        clock.now += 3
+    assert not budget.has_room("draw")
+
+
+@pytest.mark.parametrize("share", [-0.1, math.inf, math.nan])
+def test_shares_out_of_range_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"max_overhead is .*; give a share of the training's time"):
+        KoopmanCreditMonitor(max_overhead=share)
+
+
+class Slow(LitNet):
+    """Takes a known time per training step, whatever the machine."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().training_step(batch, batch_idx)
+
+
+def fit(folder: Any, monitor: KoopmanCreditMonitor, *callbacks: Any, **options: Any) -> L.Trainer:
+    torch.manual_seed(0)
+    trainer = quiet_trainer(folder, [monitor, *callbacks], **options)
+    trainer.fit(Slow(), *loaders())
+    return trainer
+
+
+def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
+    """Let each report take longer; return the list of the times that they took."""
+    took: list[float] = []
+    kept = Measurement.report
+
+    def report(self: Any, **given: Any) -> Any:
+        start = time.perf_counter()
+        time.sleep(seconds)
+        try:
+            return kept(self, **given)
+        finally:
+            took.append(time.perf_counter() - start)
+
+    monkeypatch.setattr(Measurement, "report", report)
+    return took
+
+
+class Keys(L.Callback):
+    """Keeps what callbacks find after each validation."""
+
+    def __init__(self) -> None:
+        self.totals: list[float] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.totals.append(float(trainer.callback_metrics["koopman/total"]))
+
+
+def test_epochs_are_skipped_and_the_keys_hold_what_was_measured_last(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, ALLOWANCE / 4)
+    monitor, keys = KoopmanCreditMonitor(on_error="raise", figures=False), Keys()
+    fit(tmp_path, monitor, keys, max_epochs=8)
+    steps = [report.step for report in monitor.history]
+    assert len(steps) < 8
+    assert (steps[0], steps[-1]) == (4, 32)
+    measured = dict(zip(steps, (report.total for report in monitor.history), strict=True))
+    expected, newest = [], math.nan
+    for step in range(4, 33, 4):
+        newest = measured.get(step, newest)
+        expected.append(newest)
+    assert keys.totals == pytest.approx(expected)
+
+
+def test_every_n_epochs_wins(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    slowed(monkeypatch, 0.1)
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, max_overhead=0.0, on_error="raise", figures=False)
+    fit(tmp_path, monitor, max_epochs=4)
+    assert [report.step for report in monitor.history] == [4, 8, 12, 16]
+
+
+def test_the_share_that_is_logged_is_that_of_another_clock(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, 0.3)
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False)
+    hooks = [f"on_validation_{at}" for at in ("start", "batch_start", "batch_end", "epoch_end", "end")]
+    hooks += ["on_train_batch_start", "on_before_backward", "on_train_batch_end"]
+    began: dict[str, float] = {}
+    shares: list[tuple[float, float]] = []
+    ours, start = 0.0, math.nan
+
+    def before(name: str) -> Any:
+        return lambda self, *given: began.update({name: time.perf_counter()})
+
+    def after(name: str) -> Any:
+        def hook(self: Any, trainer: L.Trainer, *given: Any) -> None:
+            nonlocal ours
+            if not trainer.sanity_checking:
+                ours += time.perf_counter() - began[name]
+            if name == "on_validation_end" and not trainer.sanity_checking:
+                trained = time.perf_counter() - start - ours
+                shares.append((float(trainer.callback_metrics["koopman/overhead"]), ours / trained))
+
+        return hook
+
+    def begin(self: Any, *given: Any) -> None:
+        nonlocal start
+        start = time.perf_counter()
+
+    # Lightning calls callbacks in this order, so that the two time what is between them.
+    first = type("First", (L.Callback,), {name: before(name) for name in hooks})()
+    last = type(
+        "Last", (L.Callback,), {name: after(name) for name in hooks} | {"on_train_start": begin}
+    )()
+    trainer = quiet_trainer(tmp_path, [first, monitor, last], max_epochs=3)
+    trainer.fit(Slow(), *loaders())
+    assert len(shares) == 3
+    for logged, timed in shares:
+        assert logged == pytest.approx(timed, rel=0.1)
+
+
+def test_a_validation_where_nothing_is_due_costs_next_to_nothing(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(every_n_epochs=100, on_error="raise", figures=False)
+    spent: list[float] = []
+
+    class Spent(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            spent.append(monitor.budget.spent)
+
+    fit(tmp_path, monitor, Spent(), max_epochs=6)
+    # Of the first measurement, and of five validations where nothing is due.
+    assert len(monitor.history) == 2
+    assert np.median(np.diff(spent[2:-1])) < 0.005
+
+
+def test_reports_under_way_have_no_errors_and_the_last_one_has(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False)
+    trainer = fit(tmp_path, monitor, max_epochs=3)
+    has = [np.isfinite(report.stderr["credit"]).all() for report in monitor.history]
+    assert has == [False, False, True]
+    assert [report.step for report in monitor.history] == [4, 8, 12]
+    net = trainer.lightning_module.net
+    assert monitor.report is not None
+    data = DataLoader(dataset(seed=1), batch_size=50)
+    again = credit_report(net, [batch[0] for batch in data])
+    assert monitor.report.credit == pytest.approx(again.credit, abs=1e-9)
+    assert monitor.report.stderr["credit"] == pytest.approx(again.stderr["credit"], abs=1e-9)

@@ -1,0 +1,95 @@
+"""The commands that decide: table, figure, file, and a last line that says what to do next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.cli.main import main
+from lightning_koopman.decisions.swaps import load_shrunk, swaps_in
+
+HERE = __name__
+
+
+class Residual(nn.Module):
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.inner.weight.data *= size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+def toy_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Residual(size) for size in (0.05, 1.0, 0.3)), nn.Linear(6, 3)).eval()
+
+
+def toy_batches() -> list[list[Tensor]]:
+    x = torch.randn(800, 6, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return [[part, toy_model()(part).argmax(1)] for part in x.split(100)]
+
+
+@pytest.fixture
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": toy_model().state_dict(), "global_step": 3}, "net.ckpt")
+    return [f"--model={HERE}:toy_model", f"--data={HERE}:toy_batches", "--ckpt=net.ckpt"]
+
+
+def test_drop_writes_a_checkpoint_a_figure_and_a_table(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["drop", *given, "--max-drop=0.1", "--out=small.ckpt", "--figure=small.png"]) == 0
+    printed = capsys.readouterr().out
+    assert "Dropped one after the other, 512 samples" in printed
+    assert printed.rstrip().endswith("Next: load_shrunk(model, 'small.ckpt'), and a test on other data.")
+    assert swaps_in(load_shrunk(toy_model(), "small.ckpt"))
+    assert torch.load("small.ckpt", weights_only=True)["global_step"] == 3
+    assert Path("small.png").stat().st_size
+    assert main(["drop", *given, "--steps=2", "--out=small.json", "--samples=100"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("Next: --out shrunk.ckpt writes the new network.")
+    rows = json.loads(Path("small.json").read_text())
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {row["component"] for row in rows} < {"0", "1", "2"}
+
+
+def test_nothing_is_written_where_nothing_can_go(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["drop", *given, "--max-drop=0", "--components=['1']", "--out=small.ckpt"]) == 0
+    assert "nothing changed, so no checkpoint was written" in capsys.readouterr().out
+    assert not Path("small.ckpt").exists()
+
+
+def test_linearize_writes_a_checkpoint_that_loads(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--max-drop=0.2", "--allow-larger=true", "--out=new.ckpt", "--figure=new.png"]
+    assert main(["linearize", *given, *asked]) == 0
+    printed = capsys.readouterr().out
+    assert "of the parameters" in printed.split("\n")[0]
+    assert printed.rstrip().endswith("Next: load_shrunk(model, 'new.ckpt'), and a test on other data.")
+    assert swaps_in(load_shrunk(toy_model(), "new.ckpt"))
+    assert Path("new.png").stat().st_size
+
+
+def test_bits_writes_a_checkpoint_and_a_table(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    assert main(["bits", *given, "--average=4", "--out=small.ckpt", "--figure=small.png"]) == 0
+    printed = capsys.readouterr().out
+    assert "Bits per component, 512 samples" in printed
+    assert printed.rstrip().endswith("Next: load_shrunk(model, 'small.ckpt'), and a test on other data.")
+    weight = load_shrunk(toy_model(), "small.ckpt").get_submodule("3").weight
+    assert not torch.equal(weight, toy_model()[3].weight)
+    assert Path("small.png").stat().st_size
+    assert main(["bits", *given, "--widths=[4, 2]", "--out=small.json"]) == 0
+    assert {row["bits"] for row in json.loads(Path("small.json").read_text())} <= {2, 4}

@@ -1,0 +1,314 @@
+"""Linear components: exact on linear networks, saved and loaded as usual, refused where impossible."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman import CheckpointError, credit_report, linearize
+from lightning_koopman.decisions import linear
+from lightning_koopman.decisions.swaps import LinearComponent, load_shrunk, save_shrunk, swaps_in
+from lightning_koopman.effects.linear_map import LinearFit
+
+ANY = {"max_drop": math.inf, "allow_larger": True}
+
+
+def mlp(act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(6, 16), act(), nn.Linear(16, 16), act(), nn.Linear(16, 16), act(), nn.Linear(16, 3)
+    ).eval()
+
+
+def inputs(n: int = 500, seed: int = 5) -> torch.Tensor:
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def labelled(net: nn.Module) -> list[list[torch.Tensor]]:
+    x = inputs(800)
+    return [[part, net(part).argmax(1)] for part in x.split(100)]
+
+
+def test_identity_activations_make_linearising_exact_and_merged():
+    net, x = mlp(nn.Identity), inputs()
+    new = linearize(
+        net, [x], fit_batches=[x], report=credit_report(net, [x]), components=["2", "4"], **ANY
+    )
+    assert [type(child).__name__ for child in new.model] == [
+        "Linear", "Identity", "LinearComponent", "Identity", "Identity", "Identity", "Linear",
+    ]  # fmt: skip
+    torch.testing.assert_close(new.model(inputs(seed=8)), net(inputs(seed=8)), rtol=1e-4, atol=1e-5)
+    assert new.model[2].rank is not None  # 16 -> 16 through the 6 directions that the input fills
+    assert sum(p.numel() for p in new.model.parameters()) == new.costs[-1].parameters
+    assert (
+        new.costs[-1].parameters < new.cost_before.parameters == sum(p.numel() for p in net.parameters())
+    )
+
+
+def test_the_original_is_left_alone_and_neighbours_stay_apart_on_demand():
+    net, x = mlp().train(), inputs()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    parts, state = list(map(id, net.modules())), torch.get_rng_state()
+    new = linearize(net, x.split(250), components=["2", "4"], merge=False, **ANY)
+    assert len(swaps_in(new.model)) == 2
+    assert new.model.training
+    assert net.training
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    assert parts == list(map(id, net.modules()))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_bare_linear_layer_stays_unless_a_neighbour_goes_with_it():
+    net, x = mlp(nn.Identity), inputs()
+    alone = linearize(net, x.split(250), components=["6"], **ANY)
+    assert alone.components == ()
+    assert not swaps_in(alone.model)
+    torch.testing.assert_close(alone.model(x), net(x))
+    both = linearize(
+        net, x.split(250), components=["4", "6"], max_drop=1e-6, allow_larger=True, merge=True
+    )
+    assert set(both.components) == {"4", "6"}
+    (swap,) = swaps_in(both.model)
+    assert swap.replaces == ("4", "5", "6")
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(4, 12, 1), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+class Tokens(nn.Module):
+    """A linear map of the channels at every position, dressed up as something else."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.up(x))
+
+
+def test_positions_share_one_map_of_their_channels():
+    torch.manual_seed(0)
+    net = nn.Sequential(Tokens(5), nn.Flatten(), nn.Linear(35, 3)).eval()
+    x = torch.randn(600, 7, 5)
+    found = linearize(net, x.split(150), components=["0"], max_drop=1e-6, allow_larger=True)
+    assert type(found.model[1]) is nn.Flatten  # it belongs to the component, but changes the positions
+    swap = found.model[0]
+    assert (swap.axis, swap.in_features, swap.shape, swap.rank) == (-1, 5, (5,), None)
+    torch.testing.assert_close(found.model(x), net(x), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        matrix = torch.eye(5) + net[0].down.weight @ net[0].up.weight
+    torch.testing.assert_close(swap.layers.weight, matrix, rtol=1e-3, atol=1e-4)
+    assert found.cost_before.flops == 2 * 150 * (7 * 2 * 5 * 20 + 35 * 3)
+    assert found.costs[-1].flops == 2 * 150 * (7 * 5 * 5 + 35 * 3)
+
+
+def test_pixels_share_one_map_of_their_channels():
+    torch.manual_seed(0)
+    convolution = Pixels()
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), convolution, nn.Flatten(), nn.Linear(144, 3)).eval()
+    x = torch.randn(300, 1, 8, 8)
+    found = linearize(net, x.split(100), components=["1"], max_drop=1e-6, allow_larger=True)
+    assert found.model[1].axis == 1
+    torch.testing.assert_close(found.model(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_wide_images_become_thin_layers_that_give_whole_images():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    x = torch.randn(900, 1, 8, 8)
+    found = linearize(
+        net,
+        [x[:100]],
+        fit_batches=x.split(300),
+        components=["1"],
+        variance=1.0,
+        max_drop=1e-6,
+        allow_larger=True,
+    )
+    assert found.model[1].shape == (4, 8, 8)
+    assert found.model[1].rank == 64  # the 512 values in between depend on 64 pixels
+    torch.testing.assert_close(found.model(x), net(x), rtol=1e-3, atol=1e-4)
+    assert found.larger[:2] == ("parameters", "FLOPs")
+    assert repr(found).startswith("Linearized(LARGER (parameters, FLOPs")
+    assert str(found).lstrip().startswith("LARGER (parameters, FLOPs")
+
+
+def test_nothing_gets_larger_unless_asked():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    found = linearize(net, torch.randn(600, 1, 8, 8).split(300), max_drop=0.01)
+    assert found.components == ()
+    assert found.verdict.startswith("Nothing became linear within 0.01 share of the outputs' variance")
+    assert not swaps_in(found.model)
+
+
+def test_a_slower_network_is_refused_unless_asked(monkeypatch):
+    net, x = mlp(), inputs()
+    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0 + len(swaps_in(runner.model)))
+    with pytest.raises(ValueError, match=r"with 4, 2 linear the network is slower: LARGER \(time\): "):
+        linearize(net, x.split(250), components=["2", "4"], max_drop=math.inf)
+    found = linearize(net, x.split(250), components=["2", "4"], max_drop=math.inf, allow_larger=True)
+    assert (found.seconds, found.slower, found.larger) == ((1.0, 2.0), True, ("time",))
+    assert found.headline.startswith("LARGER (time): ")
+    saved = linearize(net, x.split(250), components=["2", "4"], max_drop=math.inf, cost="seconds")
+    assert saved.components == ()  # both take longer
+
+
+def test_the_choice_keeps_the_drop_and_ends_at_the_budget():
+    net = mlp()
+    batches = labelled(net)
+    found = linearize(net, batches, max_drop=0.1, allow_larger=True)
+    assert found.metric_before == pytest.approx(1.0)
+    assert found.components
+    x, y = torch.cat([x for x, _ in batches[1::2]]), torch.cat([y for _, y in batches[1::2]])
+    kept = float((found.model(x).argmax(1) == y).double().mean())
+    assert kept == pytest.approx(found.metric[-1])
+    assert kept >= 0.9
+    assert found.within == len(found.components)
+    assert found.cost_before.flops == 2 * 100 * (6 * 16 + 16 * 16 * 2 + 16 * 3)
+    last, before_last = found.costs[-1].flops, [found.cost_before, *found.costs][-2].flops
+    share = (last + 1) / found.cost_before.flops
+    enough = linearize(net, batches, max_drop=0.1, budget=share, allow_larger=True)
+    assert enough.costs[-1].flops <= share * found.cost_before.flops < before_last
+    exact = linearize(net, batches, max_drop=0.0, cost="parameters", allow_larger=True)
+    assert all(loss <= 0 for loss in exact.loss)
+
+
+def test_results_can_be_read():
+    net = mlp()
+    found = linearize(net, labelled(net), max_drop=0.3, allow_larger=True)
+    frame = found.to_frame()
+    assert list(frame.component) == list(found.components)
+    assert list(frame.flops) == [cost.flops for cost in found.costs]
+    assert frame.within.all()
+    assert f"linear: {', '.join(found.components)}" in repr(found)
+    assert "Next: measure .model on data that nothing was chosen on" in found.verdict
+    assert len(found.plot().axes) == 1
+
+
+def test_state_dicts_go_round(tmp_path):
+    net, x = mlp(), inputs()
+    new = linearize(net, x.split(250), components=["2", "4"], **ANY).model
+    torch.save(new.state_dict(), tmp_path / "weights.pt")
+    other = linearize(net, (x + 0.1).split(250), components=["2", "4"], **ANY).model
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    torch.testing.assert_close(other(x), new(x), rtol=0, atol=0)
+    save_shrunk(new, tmp_path / "new.ckpt", more={"global_step": 7})
+    loaded = load_shrunk(net, tmp_path / "new.ckpt")
+    torch.testing.assert_close(loaded(x), new(x), rtol=0, atol=0)
+    whole = io.BytesIO()
+    torch.save(new, whole)
+    whole.seek(0)
+    torch.testing.assert_close(torch.load(whole, weights_only=False)(x), new(x), rtol=0, atol=0)
+
+
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
+    net, x = mlp(), inputs()
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "plain.ckpt")
+    with pytest.raises(CheckpointError, match="holds no dropped or linear components; load it as usual"):
+        load_shrunk(net, tmp_path / "plain.ckpt")
+    save_shrunk(linearize(net, x.split(250), components=["4"], **ANY).model, tmp_path / "new.ckpt")
+    with pytest.raises(CheckpointError, match=r"does not fit Sequential: .* \(KeyError: '4'\)"):
+        load_shrunk(net[:2], tmp_path / "new.ckpt")
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.act(self.act(self.first(x)) + x))
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+
+    def forward(self, x, other):
+        return torch.relu(self.inner(x) + other)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.last = Pair(), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.pair(x, x))
+
+
+def test_errors_say_what_arrived_and_what_to_do():
+    net, x = mlp(), inputs()
+    batches = x.split(250)
+    with pytest.raises(ValueError, match=r"no component is called \['x'\]"):
+        linearize(net, batches, credit_report(net, [x]), components=["x"])
+    with pytest.raises(ValueError, match="variance is 0"):
+        linearize(net, batches, variance=0)
+    with pytest.raises(ValueError, match="max_drop is -1"):
+        linearize(net, batches, max_drop=-1)
+    with pytest.raises(ValueError, match="budget is 1; it is a share of the original flops"):
+        linearize(net, batches, budget=1)
+    with pytest.raises(ValueError, match="cost is 'time'; choose 'flops', 'parameters' or 'seconds'"):
+        linearize(net, batches, cost="time")
+    with pytest.raises(ValueError, match="no sample arrived"):
+        linearize(net, [])
+    with pytest.raises(ValueError, match="one batch arrived, but maps are fitted on one"):
+        linearize(net, [x])
+    with pytest.raises(ValueError, match=r"went through torch.compile"):
+        linearize(torch.compile(net, backend="eager"), batches)
+    shared = Shared().eval()
+    with pytest.raises(ValueError, match="'first' cannot become linear: it runs 2 times in one pass"):
+        linearize(shared, batches, credit_report(shared, [x]), components=["first"])
+    pairs = Pairs().eval()
+    report = credit_report(pairs, [x], components=["pair", "last"])
+    with pytest.raises(ValueError, match="'pair' cannot become linear: it takes more than one tensor"):
+        linearize(pairs, batches, report, components=["pair"])
+    with pytest.raises(ValueError, match="0 sample arrived; a linear map needs at least 2"):
+        LinearFit().solve()
+    assert "shape=(2,)" in repr(LinearComponent(3, (2,), replaces=["a"]))
+
+
+class Repeated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.last = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.inner(self.inner(x)))
+
+
+def test_a_second_call_cannot_become_linear_and_places_apart_are_no_neighbours():
+    net, x = Repeated().eval(), inputs()
+    report = credit_report(net, [x], components=["inner", "last"])
+    with pytest.raises(ValueError, match="'inner' cannot become linear: it runs 2 times"):
+        linearize(net, x.split(250), report, components=["inner", "last"])
+    apart = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6), nn.Tanh()), "b": nn.Linear(6, 2)})
+    apart.forward = lambda given: apart["b"](apart["a"](given))
+    new = linearize(apart, x.split(250), **ANY)
+    assert [component.replaces for component in swaps_in(new.model)] == [("a.0", "a.1")]
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "new.ckpt"
+    path.write_bytes(b"of another day")
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_shrunk(mlp(), path)
+    assert path.read_bytes() == b"of another day"
+    assert list(tmp_path.iterdir()) == [path]
