@@ -40,10 +40,10 @@ HEAD = """# Architectures
 Written by `benchmarks/architectures.py`: {count} networks with random weights, on small random batches
 as a `DataLoader` gives them (mappings with labels, tuples, objects of torch_geometric), with no options
 but `max_dim=16`. **{passed} of {count} have a report with finite numbers for all that reaches the
-outputs.** A slow test (`tests/network/test_families.py`) checks by gradients that no parameter that moves
-the outputs is left out, that blocks are components of their own, and, in a Trainer, that training stays
-the same to the last bit. Families that need further libraries (timm, natten, detectron2) or cannot be
-made small are not among them.
+outputs.** A slow test (`tests/network/test_families.py`) checks by gradients that no parameter that
+moves the outputs is left out, that blocks are components of their own, and, in a Trainer, that training
+stays the same to the last bit. Families that need further libraries (timm, natten, detectron2) or cannot
+be made small are not among them.
 
 How to read a row: `layers.0` to `layers.2` stand for what lies between; `a+b` was joined, for the same
 components read both, or they are the heads that the network ends with. Notes that most reports hold (few

@@ -292,7 +292,7 @@ class Accumulator:
 
     def credit_report(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
-        layout, moments, center = self.moments()
+        layout, moments, _ = self.moments()
         assert self.basis is not None
         options, names = self.options, self.chain.names
         report = report_on(
