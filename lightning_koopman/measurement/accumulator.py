@@ -290,7 +290,7 @@ class Accumulator:
 
     def credit_report(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
-        layout, moments, center = self.moments()
+        layout, moments, _ = self.moments()
         assert self.basis is not None
         options, names = self.options, self.chain.names
         report = report_on(
@@ -298,6 +298,7 @@ class Accumulator:
             self.credits(),
             names[1:],
             n_samples=int(moments[:, 0].sum()),
+            delay=options.delay,
             variance_kept=self.basis.kept_variance[1:],
             notes=notes,
             step=step,

@@ -111,7 +111,7 @@ class Measurement(Accumulator):
             self._next_check *= 2
         layout, _, _ = self.moments()
         widths = [sum(layout.dims[p] for p in read) for read in layout.parents[1:]]
-        if not self.options.errors or self.n_samples * self._work < _CHECK_WORK * sum(
+        if self.options.errors is False or self.n_samples * self._work < _CHECK_WORK * sum(
             w**3 for w in widths
         ):
             return False
@@ -157,7 +157,7 @@ class Measurement(Accumulator):
             self._take(states)
 
     def _is_whole(self, states: Mapping[str, Any]) -> bool:
-        """Check whether a call ran all of the chain; a step may ask for features alone in another one."""
+        """Check whether a call ran the whole chain; a step may also ask for features alone."""
         return self.plan is None or self.plan.recorded <= states.keys()
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
@@ -180,7 +180,7 @@ class Measurement(Accumulator):
                 self._earlier.append(first)
 
     def _take_again(self, states: dict[str, Any]) -> None:
-        """Add up the states of a call that another one follows in the same step, if it is of the chain."""
+        """Add up the states of a call of the chain that another one follows in the same step."""
         if self._is_whole(states):
             self._take(states, again=True)
 

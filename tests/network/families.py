@@ -205,10 +205,11 @@ def _all(
 FAMILIES = [
     *_all(
         "SequenceClassification",
-        "albert bart bert big_bird biogpt bloom camembert canine convbert ctrl deberta deberta-v2 distilbert doge "
-        "electra ernie esm eurobert flaubert fnet funnel gemma gpt2 gpt_neox gpt_oss ibert jetmoe layoutlm "
-        "llama markuplm mbart megatron-bert mistral mixtral mobilebert modernbert mpnet mpt mra nystromformer "
-        "openai-gpt opt persimmon phi phi3 qwen2 qwen3 rembert roberta roformer squeezebert tapas xlm xlnet yoso",
+        "albert bart bert big_bird biogpt bloom camembert canine convbert ctrl deberta deberta-v2 "
+        "distilbert doge electra ernie esm eurobert flaubert fnet funnel gemma gpt2 gpt_neox gpt_oss "
+        "ibert jetmoe layoutlm llama markuplm mbart megatron-bert mistral mixtral mobilebert "
+        "modernbert mpnet mpt mra nystromformer openai-gpt opt persimmon phi phi3 qwen2 qwen3 rembert "
+        "roberta roformer squeezebert tapas xlm xlnet yoso",
     ),
     *_all(
         "CausalLM",

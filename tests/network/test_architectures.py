@@ -1,15 +1,14 @@
 """A finite report for whatever people train, without options; the table in the docs is made here."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small import wired
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,53 +16,40 @@ from lightning_koopman import CreditReport, Options, credit_report
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-BLOCK = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 50,
-}
+BLOCK = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+BLOCK |= {"intermediate_size": 64, "vocab_size": 50}
 Case = tuple[nn.Module, list[Any]]
 
 
-class UNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
+def u_net() -> nn.Module:
+    def block(a: int, b: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU())
 
-        def block(a: int, b: int) -> nn.Module:
-            return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU())
+    def run(m: Any, x: Tensor) -> Tensor:
+        b = m.d2(F.max_pool2d(a := m.d1(x), 2))
+        u = F.interpolate(m.mid(F.max_pool2d(b, 2)), scale_factor=2)
+        u = F.interpolate(m.u2(torch.cat([u, b], 1)), scale_factor=2)
+        return m.out(m.u1(torch.cat([u, a], 1)))
 
-        self.d1, self.d2, self.mid = block(1, 4), block(4, 8), block(8, 8)
-        self.u2, self.u1, self.out = block(16, 4), block(8, 4), nn.Conv2d(4, 1, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.d1(x)
-        b = self.d2(F.max_pool2d(a, 2))
-        u = F.interpolate(self.mid(F.max_pool2d(b, 2)), scale_factor=2)
-        u = F.interpolate(self.u2(torch.cat([u, b], 1)), scale_factor=2)
-        return self.out(self.u1(torch.cat([u, a], 1)))
+    down = {"d1": block(1, 4), "d2": block(4, 8), "mid": block(8, 8)}
+    return wired(run, **down, u2=block(16, 4), u1=block(8, 4), out=nn.Conv2d(4, 1, 1))
 
 
-class Inception(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.b1 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
-        self.b2, self.head = nn.Conv2d(8, 4, 3, padding=1), nn.Linear(8, 5)
+def inception() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.stem(x))
+        return m.head(torch.cat([m.b1(x), m.b2(x)], 1).mean((2, 3)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        return self.head(torch.cat([self.b1(x), self.b2(x)], 1).mean((2, 3)))
+    branches = {"b1": nn.Conv2d(8, 4, 1), "b2": nn.Conv2d(8, 4, 3, padding=1)}
+    return wired(run, stem=nn.Conv2d(3, 8, 3, padding=1), **branches, head=nn.Linear(8, 5))
 
 
-class GraphNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+def graph_net() -> nn.Module:
+    def run(m: Any, x: Tensor, adjacency: Tensor) -> Tensor:
+        x = F.relu(adjacency @ m.a(x))
+        return m.c(F.relu(adjacency @ m.b(x)))
 
-    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
-        x = F.relu(adjacency @ self.a(x))
-        return self.c(F.relu(adjacency @ self.b(x)))
+    return wired(run, a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 3))
 
 
 class Experts(nn.Module):
@@ -91,34 +77,26 @@ class Recurrent(nn.Module):
         return self.head(y[:, -1] if self.batch_first else y[-1])
 
 
-class Packed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn, self.head = nn.LSTM(6, 8, batch_first=True), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+def packed() -> nn.Module:
+    def run(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, True, enforce_sorted=False)
-        return self.head(self.rnn(packed)[1][0][-1])
+        return m.head(m.rnn(packed)[1][0][-1])
+
+    return wired(run, rnn=nn.LSTM(6, 8, batch_first=True), head=nn.Linear(8, 3))
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inp, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+def attention() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.inp(x)
+        return m.head((x + m.attention(x, x, x)[0]).mean(1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inp(x)
-        return self.head((x + self.attention(x, x, x)[0]).mean(1))
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    return wired(run, inp=nn.Linear(6, 8), attention=layer, head=nn.Linear(8, 3))
 
 
-class Towers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(5, 6), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.head(torch.cat([self.left(x), self.right(y)], 1).relu())
+def towers() -> nn.Module:
+    parts = {"left": nn.Linear(4, 6), "right": nn.Linear(5, 6), "head": nn.Linear(12, 3)}
+    return wired(lambda m, x, y: m.head(torch.cat([m.left(x), m.right(y)], 1).relu()), **parts)
 
 
 def randn(*shape: int) -> list[Any]:
@@ -131,7 +109,7 @@ def plain() -> dict[str, Callable[[], Case]]:
         "LSTM, batch second": lambda: (Recurrent(nn.LSTM, False), randn(7, 40, 6)),
         "GRU, batch first": lambda: (Recurrent(nn.GRU, True), randn(40, 7, 6)),
         "LSTM, packed": lambda: (
-            Packed(),
+            packed(),
             [(torch.randn(40, 7, 6), torch.randint(1, 8, (40,))) for _ in range(4)],
         ),
         "TransformerEncoder": lambda: (
@@ -142,18 +120,15 @@ def plain() -> dict[str, Callable[[], Case]]:
             nn.Transformer(16, 2, 2, 2, 32, batch_first=True),
             [(torch.randn(60, 5, 16), torch.randn(60, 4, 16)) for _ in range(4)],
         ),
-        "MultiheadAttention": lambda: (Attention(), randn(60, 7, 6)),
-        "U-Net": lambda: (UNet(), randn(60, 1, 16, 16)),
-        "Inception": lambda: (Inception(), randn(60, 3, 8, 8)),
+        "MultiheadAttention": lambda: (attention(), randn(60, 7, 6)),
+        "U-Net": lambda: (u_net(), randn(60, 1, 16, 16)),
+        "Inception": lambda: (inception(), randn(60, 3, 8, 8)),
         "graph network": lambda: (
-            GraphNet(),
+            graph_net(),
             [(torch.randn(80, 6), (torch.rand(80, 80) > 0.9).float()) for _ in range(4)],
         ),
         "sparse mixture of experts": lambda: (Experts(), randn(80, 6)),
-        "two towers": lambda: (
-            Towers(),
-            [(torch.randn(80, 4), torch.randn(80, 5)) for _ in range(4)],
-        ),
+        "two towers": lambda: (towers(), [(torch.randn(80, 4), torch.randn(80, 5)) for _ in range(4)]),
         "autoencoder": lambda: (
             nn.Sequential(nn.Linear(10, 3), nn.ReLU(), nn.Linear(3, 10)),
             randn(100, 10),
@@ -166,6 +141,8 @@ def pretrained() -> dict[str, tuple[str, str, dict[str, Any], str]]:
     vision = {"image_size": 32, "patch_size": 8}
     t5 = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
     conv = {"hidden_sizes": [8, 16], "depths": [2, 2]}
+    resnet, convnext = conv | {"embedding_size": 8, "layer_type": "basic"}, conv | {"num_stages": 2}
+    swin = {"image_size": 32, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}
     special = {"bos_token_id": 0, "eos_token_id": 0}
     gpt = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50} | special
     mamba = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 50, "state_size": 4}
@@ -177,24 +154,9 @@ def pretrained() -> dict[str, tuple[str, str, dict[str, Any], str]]:
         "T5": ("T5ForConditionalGeneration", "T5Config", t5 | {"decoder_start_token_id": 0}, "both"),
         "Mamba": ("MambaForCausalLM", "MambaConfig", mamba, "ids"),
         "ViT": ("ViTForImageClassification", "ViTConfig", BLOCK | vision, "images"),
-        "ResNet": (
-            "ResNetForImageClassification",
-            "ResNetConfig",
-            conv | {"embedding_size": 8, "layer_type": "basic"},
-            "images",
-        ),
-        "ConvNeXt": (
-            "ConvNextForImageClassification",
-            "ConvNextConfig",
-            conv | {"num_stages": 2},
-            "images",
-        ),
-        "Swin": (
-            "SwinForImageClassification",
-            "SwinConfig",
-            {"image_size": 32, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4},
-            "images",
-        ),
+        "ResNet": ("ResNetForImageClassification", "ResNetConfig", resnet, "images"),
+        "ConvNeXt": ("ConvNextForImageClassification", "ConvNextConfig", convnext, "images"),
+        "Swin": ("SwinForImageClassification", "SwinConfig", swin, "images"),
     }
 
 
@@ -211,7 +173,7 @@ def inputs(kind: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
+def table():
     """Rows that go to the file that KOOPMAN_ARCHITECTURES names, if the run is asked for it."""
     rows: list[str] = []
     yield rows
@@ -238,13 +200,13 @@ def check(name: str, model: nn.Module, batches: list[Any], table: list[str]) -> 
 
 
 @pytest.mark.parametrize("name", plain())
-def test_plain_networks_give_a_finite_report(name: str, table: list[str]) -> None:
+def test_plain_networks_give_a_finite_report(name, table):
     torch.manual_seed(0)
     check(name, *plain()[name](), table)
 
 
 @pytest.mark.parametrize("name", pretrained())
-def test_transformers_give_a_finite_report(name: str, table: list[str]) -> None:
+def test_transformers_give_a_finite_report(name, table):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     kind, config, options, given = pretrained()[name]
@@ -252,7 +214,7 @@ def test_transformers_give_a_finite_report(name: str, table: list[str]) -> None:
     check(name, model, inputs(given), table)
 
 
-def test_skips_are_linked_and_parallel_components_joined(table: list[str]) -> None:
+def test_skips_are_linked_and_parallel_components_joined(table):
     unet = check("U-Net", *plain()["U-Net"](), [])
     assert unet.reads["u2.0"] == ("mid.0", "d2.0")
     assert unet.reads["u1.0"] == ("u2.0", "d1.0")
@@ -263,58 +225,47 @@ def test_skips_are_linked_and_parallel_components_joined(table: list[str]) -> No
     assert towers.components == ("left+right", "head")
 
 
-def test_vision_networks_are_reported_by_block() -> None:
+def test_vision_networks_are_reported_by_block():
     transformers = pytest.importorskip("transformers")
-    config = transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic"
-    )
-    report = credit_report(
-        transformers.ResNetForImageClassification(config), inputs("images"), options=Options(max_dim=64)
-    )
+    kind, config, options, given = pretrained()["ResNet"]
+    model = getattr(transformers, kind)(getattr(transformers, config)(**options))
+    report = credit_report(model, inputs(given), options=Options(max_dim=64))
     stages = [f"resnet.encoder.stages.{i}.layers.{j}" for i in range(2) for j in range(2)]
     assert report.components == ("resnet.embedder", *stages, "classifier.1")
 
 
-class LinearUNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.d1, self.d2, self.mid = nn.Linear(12, 9), nn.Linear(9, 7), nn.Linear(7, 7)
-        self.u2, self.u1, self.out = nn.Linear(14, 6), nn.Linear(15, 5), nn.Linear(5, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.d1(x)
-        b = self.d2(a)
-        return self.out(self.u1(torch.cat([self.u2(torch.cat([self.mid(b), b], 1)), a], 1)))
+def linears(**widths: tuple[int, int]) -> dict[str, nn.Module]:
+    return {name: nn.Linear(*width) for name, width in widths.items()}
 
 
-class LinearInception(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.b1, self.b2 = nn.Linear(12, 9), nn.Linear(9, 5), nn.Linear(9, 4)
-        self.head = nn.Linear(9, 4)
+def linear_u_net() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        b = m.d2(a := m.d1(x))
+        return m.out(m.u1(torch.cat([m.u2(torch.cat([m.mid(b), b], 1)), a], 1)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(torch.cat([self.b1(x), self.b2(x)], 1))
+    down = linears(d1=(12, 9), d2=(9, 7), mid=(7, 7))
+    return wired(run, **down, **linears(u2=(14, 6), u1=(15, 5), out=(5, 4)))
 
 
-class LinearTowers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right, self.head = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(11, 3)
+def linear_inception() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        return m.head(torch.cat([m.b1(x), m.b2(x)], 1))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.head(torch.cat([self.left(x), self.right(y)], 1))
+    return wired(run, **linears(stem=(12, 9), b1=(9, 5), b2=(9, 4), head=(9, 4)))
+
+
+def linear_towers() -> nn.Module:
+    parts = linears(left=(4, 5), right=(5, 6), head=(11, 3))
+    return wired(lambda m, x, y: m.head(torch.cat([m.left(x), m.right(y)], 1)), **parts)
 
 
 @pytest.mark.parametrize(
-    ("kind", "widths"), [(LinearUNet, [12]), (LinearInception, [12]), (LinearTowers, [4, 5])]
+    ("make", "widths"), [(linear_u_net, [12]), (linear_inception, [12]), (linear_towers, [4, 5])]
 )
-def test_a_linear_network_has_the_log_volume_of_its_dense_jacobian(
-    kind: type[nn.Module], widths: list[int]
-) -> None:
+def test_a_linear_network_has_the_log_volume_of_its_dense_jacobian(make, widths):
     torch.manual_seed(0)
-    model = kind().double()
+    model = make().double()
     batches = [tuple(torch.randn(100, w, dtype=torch.float64) for w in widths) for _ in range(5)]
     report = credit_report(model, batches, forward_fn=lambda net, batch: net(*batch))
     jacobian = torch.autograd.functional.jacobian(model, tuple(b[:1] for b in batches[0]))
