@@ -110,10 +110,8 @@ class Measurement(Accumulator):
         while self._next_check <= self.n_samples:
             self._next_check *= 2
         layout, _, _ = self.moments()
-        widths = [sum(layout.dims[p] for p in read) for read in layout.parents[1:]]
-        if not self.options.errors or self.n_samples * self._work < _CHECK_WORK * sum(
-            w**3 for w in widths
-        ):
+        cubes = sum(sum(layout.dims[p] for p in read) ** 3 for read in layout.parents[1:])
+        if self.options.errors is False or self.n_samples * self._work < _CHECK_WORK * cubes:
             return False
         try:
             credits = self.credits()
@@ -157,7 +155,7 @@ class Measurement(Accumulator):
             self._take(states)
 
     def _is_whole(self, states: Mapping[str, Any]) -> bool:
-        """Check whether a call ran all of the chain; a step may ask for features alone in another one."""
+        """Check whether a call ran all of the chain; in another one, a step may ask for features alone."""
         return self.plan is None or self.plan.recorded <= states.keys()
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
@@ -180,14 +178,14 @@ class Measurement(Accumulator):
                 self._earlier.append(first)
 
     def _take_again(self, states: dict[str, Any]) -> None:
-        """Add up the states of a call that another one follows in the same step, if it is of the chain."""
+        """Add up the states of a call of the chain that another one follows in the same step."""
         if self._is_whole(states):
             self._take(states, again=True)
 
     def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
         """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
-        if errors is not None:
-            self.options = dataclasses.replace(self.options, errors=errors)
+        if errors is not None and errors != self.options.errors:
+            self.options, self._credits = dataclasses.replace(self.options, errors=errors), None
         with self._timed():
             report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
