@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.decisions.drop import drop_order
     from lightning_koopman.decisions.linear import linearize
-    from lightning_koopman.effects.interventions import intervene
-    from lightning_koopman.effects.predictions import predict_effects
+    from lightning_koopman.effects.component_effects import component_effects
     from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
     from lightning_koopman.koopman.options import Options
     from lightning_koopman.measurement.drift import drift
@@ -27,14 +26,13 @@ __all__ = [
     "KoopmanCreditMonitor",
     "KoopmanOperator",
     "Options",
+    "component_effects",
     "credit_report",
     "drift",
     "drop_order",
     "evaluate_checkpoints",
     "fit_operator",
-    "intervene",
     "linearize",
-    "predict_effects",
 ]
 
 # Lightning and torchmetrics take seconds to import, and most names need neither.
@@ -46,20 +44,29 @@ _HOMES = {
     "KoopmanCreditMonitor": "callback.monitor",
     "KoopmanOperator": "koopman.operator",
     "Options": "koopman.options",
+    "component_effects": "effects.component_effects",
     "credit_report": "measurement.evaluate",
     "drift": "measurement.drift",
     "drop_order": "decisions.drop",
     "evaluate_checkpoints": "checkpoints.series",
     "fit_operator": "koopman.operator",
-    "intervene": "effects.interventions",
     "linearize": "decisions.linear",
-    "predict_effects": "effects.predictions",
 }
+
+
+_GONE = {"intervene": "measured", "predict_effects": "predicted"}
+"""Functions of 0.2, and how the one that took their place is to be told to do what they did."""
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("lightning-koopman")
+    if name in _GONE:
+        # An AttributeError would reach nobody who writes "from lightning_koopman import ...".
+        raise ImportError(
+            f"{name} is now component_effects(model, batches, report, kinds, how={_GONE[name]!r}), "
+            "which returns the effects; see CHANGELOG.md"
+        )
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"{__name__}.{_HOMES[name]}")

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_koopman.callback.loggers import CreditWriter, EventFile
-from lightning_koopman.effects.predictions import predict_effects
+from lightning_koopman.effects.component_effects import component_effects
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.evaluate import credit_report
 from lightning_koopman.network.components import Components
@@ -88,8 +88,8 @@ def evaluate_checkpoints(
         about: Names of model and data, or whatever else must be equal for a known report to hold.
         weights: Which of the weights that a checkpoint holds: those in its ``state_dict`` (``"saved"``),
             or, of a training with averaging, the ``"averaged"`` or the ``"current"`` ones.
-        effects: Whether to predict the effects of altering each component too, or of which kinds, see
-            :func:`lightning_koopman.predict_effects`.
+        effects: Whether to tell the effects of altering each component too, or of which kinds, see
+            :func:`lightning_koopman.component_effects`.
         initial: Checkpoint of the weights that training began with, for the effect of going back to
             them; without it, weights drawn anew take their place.
         components: As in :func:`credit_report`.
@@ -139,7 +139,7 @@ def evaluate_checkpoints(
             options=options,
         )
         if kinds:
-            report = predict_effects(
+            found = component_effects(
                 model,
                 batches,
                 report,
@@ -148,6 +148,7 @@ def evaluate_checkpoints(
                 forward_fn=forward_fn,
                 seed=options.seed,
             )
+            report = replace(report, effects=found)
         # References of many checkpoints need not fit in memory: the last one's is kept.
         kept = report.reference if item is index[-1] else None
         return replace(report, run=item.run, source=item.source, reference=kept)

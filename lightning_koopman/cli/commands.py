@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich import progress
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
-from lightning_koopman.cli.user_code import build_batches, build_model, build_trained, fit_and_choose
+from lightning_koopman.cli.user_code import build_batches, build_model, build_trained
 from lightning_koopman.koopman.options import DEFAULTS, Options
-from lightning_koopman.report.effects import KINDS, Kind, Scale
+from lightning_koopman.report.effects import Kind, Scale
 from lightning_koopman.report.report import CreditReport
 
 if TYPE_CHECKING:
-    from lightning_koopman.network.weights import Checkpoint
+    pass
 
 
 class _Rate(progress.ProgressColumn):
@@ -184,7 +184,7 @@ def evaluate(
         shard: i/n takes every n-th checkpoint from the i-th on, for n machines; then use merge.
         fresh: Measure again what was measured before.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
-        effects: Also predict what altering each component would do to the outputs: all kinds, or those
+        effects: Also tell what altering each component does to the outputs: all kinds, or those
             of a list such as [linear,skip].
         initial_checkpoint: Weights that training began with, for the effect of going back to them; by
             default they are drawn anew.
@@ -299,15 +299,19 @@ def components(
     Console().print(found)
 
 
-def intervene(
+def effects(
     model: str,
     data: str,
     ckpt: str,
     kinds: list[Kind] | None = None,
+    how: Literal["auto", "measured", "predicted", "both"] = "auto",
+    replacements: dict[str, str] | None = None,
+    bits: list[int] | None = None,
     components: str | list[str] | None = None,
+    samples: int = 512,
     initial_checkpoint: str | None = None,
     strength: float = 0.3,
-    draws: int = 5,
+    draws: int | None = None,
     scale: Scale | None = None,
     figure: str | None = None,
     out: str | None = None,
@@ -315,66 +319,69 @@ def intervene(
     seed: int = 0,
     trust_checkpoint: bool = False,
 ) -> None:
-    """Alter one component after the other: the predicted effect on the outputs beside the measured one.
+    """Show what altering each component does to the outputs, beside its credit.
 
     Args:
         model: Model to build, as in evaluate.
-        data: Data, as pkg.mod:DataModule: effects are predicted on its training loader and measured on
-            its validation loader. Of the batches that a function or object gives, those at even places
-            are for the prediction, and the others for the measurement.
+        data: Data to measure on, as in evaluate.
         ckpt: Checkpoint of the trained network.
-        kinds: Alterations out of linear, reinit, weight_noise, output_noise and skip; all by default.
+        kinds: Alterations out of skip, linear, reinit, weight_noise and output_noise; by default skip
+            and linear.
+        how: Measured by running the altered network, predicted by backward passes, or both side by side;
+            auto measures where that costs less.
+        replacements: Checkpoints of other weights for the network, by names of your own.
+        bits: Numbers of bits that the weights are rounded to, such as [4,3]; needs the extra quantize.
         components: Names or glob patterns of components; chosen by default.
+        samples: Most samples that the altered network runs on.
         initial_checkpoint: Weights that training began with, for reinit; drawn anew by default.
         strength: Noise, as a share of the standard deviation.
-        draws: Number of draws that measured effects of kinds with a random part are averaged over.
+        draws: Number of draws that effects of kinds with a random part are averaged over.
         scale: kl, or relative; by default kl where targets are class indices.
-        figure: File for a figure of predicted against measured effects.
-        out: JSON file for the report with its predicted effects.
+        figure: File for a figure of the effects.
+        out: JSON file for the report with its effects.
         max_dim: Wider states are pooled and projected.
         seed: Seed of everything that is drawn, the order of a loader that shuffles included.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
     """
-    from lightning_koopman.effects.interventions import intervene
-    from lightning_koopman.effects.predictions import predict_effects
+    from lightning_koopman.effects.component_effects import component_effects
+    from lightning_koopman.effects.replacements import quantized_weights
+    from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.network.weights import load_checkpoint
 
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
-    initial = None
-    if initial_checkpoint:
-        initial = load_checkpoint(initial_checkpoint, trust=trust_checkpoint).state_dict
-    fit_on, measure_on, report = _measured(network, checkpoint, data, components, max_dim, seed)
-    chosen = kinds or KINDS
-    how: dict[str, Any] = {"initial": initial, "strength": strength, "scale": scale, "seed": seed}
-    report = predict_effects(network, fit_on, report, chosen, **how)
-    result = intervene(network, measure_on, report, chosen, fit_batches=fit_on, draws=draws, **how)
-    Console().print(result)
-    if figure is not None:
-        result.plot().savefig(figure)
-        say_written(figure)
-    if out is not None:
-        report.to_json(out)
-        say_written(out)
 
-
-def _measured(
-    network: nn.Module,
-    checkpoint: Checkpoint,
-    data: str,
-    components: str | list[str] | None,
-    max_dim: int,
-    seed: int,
-) -> tuple[list[Any], list[Any], CreditReport]:
-    """Return batches to fit on, others, and a trained network's report on the former."""
-    from lightning_koopman.measurement.evaluate import credit_report
+    def weights(path: str) -> Mapping[str, Any]:
+        return load_checkpoint(path, trust=trust_checkpoint).state_dict
 
     torch.manual_seed(seed)  # for loaders that shuffle
-    fit_on, others = fit_and_choose(data, checkpoint.data_hyper_parameters)
+    batches = list(build_batches(data, checkpoint.data_hyper_parameters))
     report = credit_report(
         network,
-        fit_on,
+        batches,
         components=components,
         step=checkpoint.step,
         options=Options(max_dim=max_dim, seed=seed),
     )
-    return fit_on, others, report
+    found = component_effects(
+        network,
+        batches,
+        report,
+        kinds or ["skip", "linear"],
+        how=how,
+        samples=samples,
+        replacements={name: weights(path) for name, path in (replacements or {}).items()}
+        | {f"int{number}": quantized_weights(network, number) for number in bits or ()},
+        initial=weights(initial_checkpoint) if initial_checkpoint else None,
+        strength=strength,
+        draws=draws,
+        scale=scale,
+        seed=seed,
+    )
+    report = replace(report, effects=found)
+    Console().print(report)
+    if figure is not None:
+        found.plot().savefig(figure)
+        say_written(figure)
+    if out is not None:
+        report.to_json(out)
+        say_written(out)

@@ -21,7 +21,7 @@ _COMMANDS = {
     command.__name__: command
     for command in (
         *(commands.compare, commands.components, commands.demo, drift, decide.drop),
-        *(commands.evaluate, commands.intervene, decide.linearize, commands.merge, commands.report),
+        *(commands.effects, commands.evaluate, decide.linearize, commands.merge, commands.report),
     )
 }
 

@@ -29,7 +29,7 @@ from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.tables import Captioned
+from lightning_koopman.report.text import Captioned
 
 
 @dataclass(frozen=True, eq=False, repr=False)

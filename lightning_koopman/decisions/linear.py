@@ -33,7 +33,7 @@ from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.tables import Captioned
+from lightning_koopman.report.text import Captioned
 
 CostName = Literal["flops", "parameters", "seconds"]
 _Measure = Callable[[ForwardRunner, Cost], float]

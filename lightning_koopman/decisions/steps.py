@@ -26,9 +26,9 @@ from lightning_koopman.network.forward_runner import NO_SAMPLES, ForwardRunner
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.tensors import all_tensors, first_tensor
-from lightning_koopman.report.effects import UNITS, Scale, with_share
+from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.tables import Captioned, as_text
+from lightning_koopman.report.text import Captioned, as_text, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,10 +1,8 @@
-"""What altering a component means: kinds, hook points, replaced outputs and weights."""
+"""What altering a component means: its output or its weights, replaced while a context lasts."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,41 +11,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_koopman.effects.derived_weights import reset
+from lightning_koopman.effects.derived_weights import derived_weights, reset, set_derived
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
-from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.network.components import clean_name
-from lightning_koopman.network.forward_runner import (
-    ForwardFn,
-    ForwardRunner,
-    MeanAndSpread,
-    rows_by_sample,
-)
+from lightning_koopman.network.forward_runner import MeanAndSpread, sample_axis
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
-from lightning_koopman.network.rows import INPUT, OUTPUT
-from lightning_koopman.report.effects import KINDS, Kind
+from lightning_koopman.network.rows import OUTPUT
+from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
+
+Weights = Mapping[str, Tensor]
+
+
+def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
+    """Return the module calls of every component that can be altered, in order of execution."""
+    if not report.parts:
+        raise ValueError(
+            "the report does not say which modules its components are made of; measure it with "
+            "credit_report or the callback"
+        )
+    # What is joined into one state is altered one by one.
+    single = set(report.components) <= set(report.parts)
+    return {n: calls for n, calls in report.parts.items() if not single or n in report.components}
 
 
 def check_components(report: CreditReport, components: Sequence[str] | None) -> None:
     """Refuse components that the report has not, and states that no single module call gives."""
-    if not report.parts:
-        read = (state for states in report.reads.values() for state in states)
-        joined = [state for state in dict.fromkeys((*read, *report.components)) if _is_joined(state)]
-        if joined:
-            raise ValueError(
-                f"the states {joined} were joined from what runs side by side, so no module alone gives "
-                "them. Measure a report on components that run one after the other, with "
-                "components=[...], or on one of several heads, with output=."
-            )
-        if report.components[-1] == OUTPUT:
-            raise ValueError(
-                "the report ends with what the network returns, which no module alone gives (a sum of "
-                "branches, a skip around the last layer). Let it end with a module, by output=."
-            )
+    parts = altered_parts(report)
+    if joined := [name for name in report.components if name not in parts and name != OUTPUT]:
         raise ValueError(
-            "the report does not say which modules its components are made of; measure it with "
-            "credit_report or the callback"
+            f"the states {joined} were joined from what runs side by side, so no module alone gives "
+            "them. Measure a report on components that run one after the other, with "
+            "components=[...], or on one of several heads, with output=."
+        )
+    if report.components[-1] not in parts:
+        raise ValueError(
+            "the report ends with what the network returns, which no module alone gives (a sum of "
+            "branches, a skip around the last layer). Let it end with a module, by output=."
         )
     strangers = [name for name in components or () if name not in report.components]
     if isinstance(components, str) or strangers:
@@ -56,150 +56,206 @@ def check_components(report: CreditReport, components: Sequence[str] | None) -> 
         )
 
 
-def _is_joined(state: str) -> bool:
-    """Check whether a state's name says that several modules give it."""
-    return "+" in state or state.endswith(".*")
-
-
 class Alterations:
-    """Ways to alter the components of a report's network, once :meth:`update` has seen its states.
+    """Ways to alter the components of a network, once :meth:`update` has seen its states.
 
     Attributes:
-        runner: Runs the network.
-        points: Where each state is read, in order of execution.
-        fits: Maps that are being fitted, by component that they end at.
-        maps: Fitted maps, by component; the report's operators go before them.
+        names: The components, in order of execution.
+        inputs: Where each component's own input is read.
+        outputs: Where its output is.
+        kinds: All kinds; the names of replacements are among them.
+        maps: Linear maps from own input to output, by component, once :meth:`solve` has fitted them.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Any],
-        report: CreditReport,
-        kinds: Sequence[Kind],
+        parts: Mapping[str, Sequence[str]],
+        kinds: Sequence[str],
         *,
-        components: Sequence[str] | None = None,
-        initial: Mapping[str, Tensor] | None = None,
+        replacements: Mapping[str, Weights] | None = None,
+        initial: Weights | None = None,
         strength: float = 0.3,
-        draws: int = 1,
-        forward_fn: ForwardFn | None = None,
+        seed: int = 0,
     ) -> None:
-        unknown = [kind for kind in kinds if kind not in KINDS]
-        if isinstance(kinds, str) or unknown or not kinds:
-            raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {KINDS}")
-        check_components(report, components)
+        replacements = replacements or {}
+        if clashing := sorted(set(replacements) & set(KINDS)):
+            raise ValueError(f"replacements are named {clashing}, which are kinds; name them otherwise")
+        known = (*KINDS, *replacements)
+        if isinstance(kinds, str) or not kinds or not set(kinds) <= set(known):
+            unknown = kinds if isinstance(kinds, str) else [k for k in kinds if k not in known]
+            raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {known}")
         if not 0 <= strength < float("inf"):
             raise ValueError(f"strength is {strength}; it must be a finite number, 0 or above")
-        if draws < 1:
-            raise ValueError(f"draws is {draws}; at least one is needed")
-        self.runner = ForwardRunner(model, batches, forward_fn)
-        self._report, self._kinds, self._strength = report, kinds, strength
-        self._initial = None if initial is None else {clean_name(k): v for k, v in initial.items()}
-        self.points = {name: HookPoint("out", calls[-1]) for name, calls in report.parts.items()}
-        first, calls = next(iter(report.parts.items()))
-        if first in report.components:
-            self.points = {INPUT: HookPoint("in", calls[0])} | self.points
-        self._units: dict[HookPoint, MeanAndSpread] = defaultdict(MeanAndSpread)
-        self.fits: dict[str, LinearFit] = {}
+        self._model, self._parts, self.kinds = model, parts, tuple(dict.fromkeys(kinds))
+        self._strength, self._seed = strength, seed
+        self.names = tuple(parts)
+        self.inputs = {name: HookPoint("in", calls[0]) for name, calls in parts.items()}
+        self.outputs = {name: HookPoint("out", calls[-1]) for name, calls in parts.items()}
+        self._initial = None if initial is None else _cleaned(initial)
+        self._replacements = {kind: _cleaned(weights) for kind, weights in replacements.items()}
+        for kind, weights in self._replacements.items():
+            _check_names(kind, weights, model)
+        self._axes: dict[HookPoint, int] = {}
+        self._units: dict[str, _Units] = {name: _Units() for name in parts}
+        self._fits: dict[str, LinearFit] = {}
         self.maps: dict[str, LinearMap] = {}
 
-    def update(self, values: Mapping[HookPoint, Tensor]) -> None:
+    @property
+    def read(self) -> list[HookPoint]:
+        """What :meth:`update` wants to see."""
+        if {"linear", "skip"} & {*self.kinds}:
+            return [*self.inputs.values(), *self.outputs.values()]
+        return [*self.outputs.values()] if "output_noise" in self.kinds else []
+
+    def update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
         """Take the states that one batch has in the network as it is."""
-        if {"linear", "output_noise", "skip"} & set(self._kinds):
-            n_samples = len(values[self.points[self._report.components[-1]]])
-            for name in self._report.components:
-                rows_by_sample(values[self.points[name]], n_samples, name)
-        for point, value in values.items():
-            self._units[point].update(value)
+        for name in self.names if self.read else ():
+            source, point = self.inputs[name], self.outputs[name]
+            for read in (point, source):
+                if read in values:
+                    self._axes[read] = sample_axis(values[read], n_samples, name)
+            output = self._rows(values, point)
+            alike = source in values and values[source].shape == values[point].shape
+            if "output_noise" in self.kinds or ("skip" in self.kinds and not alike):
+                self._units[name].update(output)
+            if "linear" in self.kinds:
+                self._update_fit(name, values, output)
 
-    def update_fits(self, values: Mapping[HookPoint, Tensor]) -> None:
-        """Take the states of one batch that maps are fitted to."""
-        for name, fit in self.fits.items():
-            fit.update([values[point] for point in self.sources(name)], values[self.points[name]])
+    def _update_fit(self, name: str, values: Mapping[HookPoint, Tensor], output: Tensor) -> None:
+        if self.inputs[name] not in values:
+            raise ValueError(
+                f"{name!r} takes no floating-point tensor, so nothing linear can take its place; leave "
+                "it out with components=[...], or leave out the kind 'linear'"
+            )
+        given = self._rows(values, self.inputs[name])
+        fit = self._fits.setdefault(name, LinearFit(seed=self._seed))
+        if len(given) != len(output) or not fit.takes([given], output):
+            raise ValueError(
+                f"{name!r} takes {tuple(given.shape)} and gives {tuple(output.shape)}, other shapes "
+                "than in the batch before or another number of samples, so no linear map can take its "
+                "place; pad all batches alike, or leave out the kind 'linear'"
+            )
+        fit.update([given], output)
 
-    def sources(self, name: str) -> list[HookPoint]:
-        """Return where the regressors of a component's operator are read."""
-        states = self._report.reads.get(name, [self._before(name)])
-        return [self.points[state] for state in states]
-
-    def shape(self, point: HookPoint) -> tuple[int, ...]:
-        """Return the shape of one sample."""
-        return tuple(self._units[point].offset.shape)
+    def solve(self) -> None:
+        """Fit the linear maps."""
+        self.maps |= {name: fit.solve() for name, fit in self._fits.items()}
+        self._fits = {}
 
     def spread(self, name: str) -> Tensor:
-        """Return the standard deviation of a component's output noise."""
-        return self._strength * self._units[self.points[name]].std
+        """Return the standard deviation of a component's output noise, with its samples first."""
+        return self._strength * self._units[name].std
 
-    def operator(self, name: str) -> KoopmanOperator | None:
-        """Return a component's operator where it acts on the tensors as they are.
-
-        The report does not tell in what order the axes of a tensor became a row, so only tensors of one
-        axis will do.
-        """
-        operator = self._report.operators.get(name)
-        shapes = [self.shape(point) for point in (*self.sources(name), self.points[name])]
-        *widths, width = map(math.prod, shapes)
-        if operator is None or tuple(operator.matrix.shape) != (sum(widths), width):
-            return None
-        return operator if all(sum(size > 1 for size in s) <= 1 for s in shapes) else None
-
-    def draws_nothing(self, kind: Kind) -> bool:
+    def draws_nothing(self, kind: str) -> bool:
         """Return whether a kind has no random part."""
-        return kind in ("linear", "skip") or (kind == "reinit" and self._initial is not None)
+        return kind not in ("output_noise", "weight_noise", "reinit") or (
+            kind == "reinit" and self._initial is not None
+        )
 
-    def output(self, kind: Kind, name: str) -> Alteration:
-        """Return what takes the place of a component's output."""
-        if kind == "linear":
-            operator, sources = self.operator(name), self.sources(name)
+    def touches_weights(self, kind: str) -> bool:
+        """Return whether a kind alters weights, not outputs."""
+        return kind in ("reinit", "weight_noise") or kind in self._replacements
 
-            def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
-                inputs = [values[point] for point in sources]
-                if operator is None:
-                    return self.maps[name](inputs)
-                rows = torch.cat([x.reshape(len(x), -1).to(operator.matrix) for x in inputs], dim=1)
-                return operator.predict(rows).reshape(output.shape)
+    def output(self, kind: str, name: str, *, left_out: bool = True) -> Alteration:
+        """Return what takes the place of a component's output, for the kinds that touch no weights.
 
-            return linear
-        if kind == "output_noise":
-            spread, generator = self.spread(name), torch.Generator()
-            # Draws on its own from here on: what the network itself draws must stay what it was.
-            generator.set_state(torch.get_rng_state())
+        A linear map predicts every sample as if it had been fitted without it, if ``left_out``, which
+        holds where the component's input is what it was when the map was fitted.
+        """
+        source, point = self.inputs[name], self.outputs[name]
+        axis = self._axes.get(point, 0)
 
-            def noisy(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-                noise = torch.randn(output.shape, dtype=torch.float64, generator=generator)
-                return output + spread.to(output.device) * noise.to(output.device)
+        def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
+            given, rows = self._rows(values, source), output.movedim(axis, 0)
+            residual = rows - self.maps[name]([given])
+            if left_out:
+                residual = self.maps[name].left_out([given], residual)
+            return (rows - residual).movedim(0, axis)
 
-            return noisy
-        before, here = self.points[self._before(name)], self.points[name]
-        if self.shape(before) == self.shape(here):
-            return lambda _, values: values[before]
-        mean = self._units[here].mean
-        return lambda output, _: mean.to(output).expand_as(output)
+        def skipped(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
+            if source in values and values[source].shape == output.shape:
+                return values[source]
+            mean = self._units[name].mean.to(output)
+            return mean.expand_as(output.movedim(axis, 0)).movedim(0, axis)
+
+        if kind != "output_noise":
+            return linear if kind == "linear" else skipped
+        spread, generator = self.spread(name), torch.Generator()
+        # Draws on its own from here on: what the network itself draws must stay what it was.
+        generator.manual_seed(int(torch.randint(2**62, ())))
+
+        def noisy(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+            noise = torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output.device)
+            return output + (spread.to(output.device) * noise.movedim(axis, 0)).movedim(0, axis)
+
+        return noisy
+
+    def noise_of(self, name: str, gradient: Tensor) -> Tensor:
+        """Return a gradient times the standard deviation of output noise, with samples first."""
+        return self.spread(name).to(gradient.device) * gradient.movedim(
+            self._axes[self.outputs[name]], 0
+        )
 
     @contextmanager
-    def weights(self, kind: Kind, names: Iterable[str]) -> Generator[None, None, None]:
+    def weights(self, kind: str, names: Iterable[str]) -> Generator[None, None, None]:
         """Alter components' weights while the context lasts, for the kinds that touch weights."""
-        calls = [call for name in names for call in self._report.parts[name]]
-        modules = {
-            call.partition("#")[0]: find_module(self.runner.model, call)[0]
-            for call in calls
-            if kind in ("reinit", "weight_noise")
-        }
+        calls = [call for name in names for call in self._parts[name] if self.touches_weights(kind)]
+        modules = {call.partition("#")[0]: find_module(self._model, call)[0] for call in calls}
         with _restored(modules.values()), torch.no_grad():
             if kind == "weight_noise":
                 for parameter in {id(p): p for m in modules.values() for p in m.parameters()}.values():
                     if parameter.numel() > 1 and parameter.is_floating_point():
                         noise = torch.randn(parameter.shape, dtype=torch.float64).to(parameter)
                         parameter.add_(self._strength * parameter.std() * noise)
-            elif kind == "reinit":
-                for name, module in modules.items():
-                    _reinitialise(name, module, self._initial)
+            for name, module in modules.items():
+                if kind in self._replacements:
+                    _replace(name, module, self._replacements[kind], kind)
+                elif kind == "reinit" and self._initial is not None:
+                    _replace(name, module, self._initial, "initial", complete=True)
+                elif kind == "reinit":
+                    _draw_anew(name, module)
             yield
 
-    def _before(self, name: str) -> str:
-        """Return the state before a component's."""
-        order = list(self.points)
-        return order[order.index(name) - 1]
+    def sharing_weights(self) -> list[list[int]]:
+        """Group components that hold weights in common, directly or through others."""
+        groups: list[tuple[set[int], list[int]]] = []
+        for i, name in enumerate(self.names):
+            modules = [find_module(self._model, call)[0] for call in self._parts[name]]
+            own = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+            apart = [group for group in groups if not group[0] & own]
+            joined = [group for group in groups if group[0] & own]
+            members = sorted([i, *(j for _, group in joined for j in group)])
+            groups = [*apart, (own.union(*(ids for ids, _ in joined)), members)]
+        return [members for _, members in groups]
+
+    def _rows(self, values: Mapping[HookPoint, Tensor], point: HookPoint) -> Tensor:
+        return values[point].movedim(self._axes[point], 0)
+
+
+class _Units:
+    """Mean and standard deviation of a component's units.
+
+    Where the shape of a sample varies from batch to batch, a unit is a channel, at all positions.
+    """
+
+    def __init__(self) -> None:
+        self._whole, self._channels = MeanAndSpread(), MeanAndSpread()
+        self._shapes: set[torch.Size] = set()
+
+    def update(self, rows: Tensor) -> None:
+        self._shapes.add(rows.shape[1:])
+        if len(self._shapes) == 1:
+            self._whole.update(rows)
+        self._channels.update(rows.reshape(-1, rows.shape[-1] if rows.ndim > 1 else 1))
+
+    @property
+    def mean(self) -> Tensor:
+        return (self._whole if len(self._shapes) == 1 else self._channels).mean
+
+    @property
+    def std(self) -> Tensor:
+        return (self._whole if len(self._shapes) == 1 else self._channels).std
 
 
 @contextmanager
@@ -222,27 +278,65 @@ def _restored(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
                     own[key].copy_(value)
 
 
-def _reinitialise(name: str, module: nn.Module, initial: Mapping[str, Tensor] | None) -> None:
-    """Put weights and buffers back to their initialisation, or draw them anew."""
-    if initial is None:
-        # Each is set by the module whose weights it derives.
-        lists = [part for part in module.modules() if isinstance(part, ParametrizationList)]
-        deriving = {id(part) for derived in lists for part in derived.modules()}
-        for inner, part in module.named_modules(prefix=name):
-            if id(part) in deriving or reset(part, inner):
-                continue
-            if any(parameter is not None for parameter in part._parameters.values()):
-                raise ValueError(
-                    f"{inner!r} ({type(part).__name__}) has parameters but no reset_parameters; pass "
-                    "the weights it started from with initial=state_dict"
-                )
-        return
+def _cleaned(weights: Weights) -> dict[str, Tensor]:
+    return {clean_name(name): tensor for name, tensor in weights.items()}
+
+
+def _check_names(kind: str, weights: Weights, model: nn.Module) -> None:
+    """Refuse weights under names that the network does not have."""
+    known = {*_cleaned(model.state_dict())}
+    for name, part in model.named_modules():
+        known |= {clean_name(f"{name}.{key}" if name else key) for key in derived_weights(part)}
+    if strangers := [name for name in weights if name not in known]:
+        raise ValueError(
+            f"the replacement {kind!r} holds {strangers[0]!r}, which {type(model).__name__} does not; "
+            "pass a state_dict of the same network"
+        )
+
+
+def _draw_anew(name: str, module: nn.Module) -> None:
+    """Draw a module's weights anew."""
+    # Each is set by the module whose weights it derives.
+    lists = [part for part in module.modules() if isinstance(part, ParametrizationList)]
+    deriving = {id(part) for derived in lists for part in derived.modules()}
+    for inner, part in module.named_modules(prefix=name):
+        if id(part) in deriving or reset(part, inner):
+            continue
+        if any(parameter is not None for parameter in part._parameters.values()):
+            raise ValueError(
+                f"{inner!r} ({type(part).__name__}) has parameters but no reset_parameters; pass the "
+                "weights it started from with initial=state_dict"
+            )
+
+
+def _replace(
+    name: str, module: nn.Module, weights: Weights, argument: str, *, complete: bool = False
+) -> None:
+    """Put given weights and buffers in a module's place; those that are not given stay."""
     for inner, tensor in module.state_dict(keep_vars=True).items():
         key = clean_name(f"{name}.{inner}")
-        if key not in initial or initial[key].shape != tensor.shape:
-            found = f"shape {tuple(initial[key].shape)}" if key in initial else "nothing"
-            raise ValueError(
-                f"initial has {found} for {key!r}, which needs shape {tuple(tensor.shape)}; pass the "
-                "state_dict of the same network at its initialisation"
-            )
-        tensor.copy_(initial[key])
+        if key in weights or complete:
+            _check_shape(key, weights.get(key), tensor.shape, argument)
+            tensor.copy_(_dense(weights[key]))
+    for inner, part in module.named_modules(prefix=name):
+        for key, source in derived_weights(part).items():
+            whole = clean_name(f"{inner}.{key}")
+            if whole in weights:
+                _check_shape(whole, weights[whole], getattr(part, key).shape, argument)
+                target = getattr(part, key).detach()
+                set_derived(part, key, source, _dense(weights[whole]).to(target), whole)
+
+
+def _check_shape(key: str, given: Tensor | None, shape: torch.Size, argument: str) -> None:
+    if given is None or given.shape != shape:
+        found = "nothing" if given is None else f"shape {tuple(given.shape)}"
+        raise ValueError(
+            f"{argument} has {found} for {key!r}, which needs shape {tuple(shape)}; pass a "
+            "state_dict of the same network"
+        )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return the numbers that a quantised tensor stands for."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized
+    return tensor if plain else tensor.dequantize()

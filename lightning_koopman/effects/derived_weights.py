@@ -1,4 +1,4 @@
-"""Draws weights anew where the weights that are used are derived from those that are trained."""
+"""Sets weights, or draws them anew, where they are derived from others that are trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POWER_ITERATIONS = 15
 """As many as torch makes for a new spectral norm."""
 
 
-def _derived(part: nn.Module) -> dict[str, Any]:
+def derived_weights(part: nn.Module) -> dict[str, Any]:
     """Return what derives weights of a module itself, by the weight's name."""
     found: dict[str, Any] = {}
     parametrizations = part._modules.get("parametrizations")
@@ -36,7 +36,7 @@ def reset(part: nn.Module, name: str) -> bool:
     Where weights are derived, a plain copy is drawn anew, and the weights that are trained are set so
     that those of the copy result.
     """
-    derived = _derived(part)
+    derived = derived_weights(part)
     target = _plain(part, derived) if derived else part
     drawn = getattr(target, "reset_parameters", None) or getattr(target, "_reset_parameters", None)
     if not callable(drawn):
@@ -48,7 +48,7 @@ def reset(part: nn.Module, name: str) -> bool:
                 if tensor is not None and (drawn_anew := new.get(key)) is not None:
                     tensor.copy_(drawn_anew)
         for key, source in derived.items():
-            _set(part, key, source, getattr(target, key).detach(), f"{name}.{key}")
+            set_derived(part, key, source, getattr(target, key).detach(), f"{name}.{key}")
     return True
 
 
@@ -69,7 +69,7 @@ def _plain(part: nn.Module, derived: Mapping[str, Any]) -> nn.Module:
     return plain
 
 
-def _set(part: nn.Module, key: str, source: Any, weight: Tensor, name: str) -> None:
+def set_derived(part: nn.Module, key: str, source: Any, weight: Tensor, name: str) -> None:
     """Set the weights that one is derived from so that it results."""
     if isinstance(source, parametrize.ParametrizationList):
         value: Any = weight
@@ -78,9 +78,9 @@ def _set(part: nn.Module, key: str, source: Any, weight: Tensor, name: str) -> N
                 value = step.right_inverse(value)  # type: ignore[operator]
             except Exception as error:  # other people's code, or none at all
                 raise ValueError(
-                    f"{name!r} is derived by {type(step).__name__}, which cannot be set to a weight "
-                    f"drawn anew ({type(error).__name__}: {error}); pass the weights it started from "
-                    "with initial=state_dict"
+                    f"{name!r} is derived by {type(step).__name__}, which cannot be set to another "
+                    f"weight ({type(error).__name__}: {error}); pass what it is derived from, "
+                    "in a state_dict of this network (initial=, replacements=)"
                 ) from error
         if source.is_tensor:
             source.original.copy_(value)

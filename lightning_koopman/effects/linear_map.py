@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class LinearMap:
         shape: Shape of one sample of what is given out.
         covariance: Covariance of the projected inputs, shape ``(Σk, Σk)``.
         tikhonov: Ridge weight, in units of the projected inputs' mean variance.
-        n_samples: Samples that the map was fitted to.
+        fitted_to: Projected inputs that the map was fitted to, about their mean, ``(n_samples, Σk)``.
     """
 
     bases: tuple[Tensor | None, ...]
@@ -43,7 +44,12 @@ class LinearMap:
     shape: tuple[int, ...]
     covariance: Tensor
     tikhonov: float
-    n_samples: int
+    fitted_to: Tensor
+
+    @property
+    def n_samples(self) -> int:
+        """Samples that the map was fitted to."""
+        return len(self.fitted_to)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Apply the map."""
@@ -60,18 +66,29 @@ class LinearMap:
         ridge weight that cancel, which is the limit for small ones.
         """
         reduced = _projected(inputs, self.x_mean, self.bases)
-        covariance = self.covariance.to(reduced)
-        problem = spectrum(covariance, covariance)
-        rotated = reduced @ problem.vectors
-        filters = problem.filters(self.tikhonov)
+        filters, values, vectors = (part.to(reduced) for part in self._spectrum)
+        rotated = reduced @ vectors
         own = 1 - (1 + rotated.square() @ filters) / self.n_samples
-        flat = residuals.reshape(len(own), -1) / own[:, None]
+        flat = residuals.reshape(len(own), -1) / own[:, None].to(residuals.device)
         decided = own < _DECIDED
         if decided.any():
-            rotated = rotated[decided] / problem.values
-            weights = (rotated.square() * problem.values) @ filters / self.n_samples
-            flat[decided] = rotated @ (problem.vectors.T @ self.matrix.to(reduced)) / weights[:, None]
+            rotated = rotated[decided] / values
+            weights = (rotated.square() * values) @ filters / self.n_samples
+            exact = rotated @ (vectors.T @ self.matrix.to(reduced)) / weights[:, None]
+            flat[decided] = exact.to(flat)
         return flat.reshape(residuals.shape)
+
+    @functools.cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inverse eigenvalues under the ridge, eigenvalues and eigenvectors of the inputs."""
+        problem = spectrum(self.covariance, self.covariance)
+        return problem.filters(self.tikhonov), problem.values, problem.vectors
+
+    @property
+    def leverage(self) -> Tensor:
+        """Share of its own prediction that each sample of the fit decides."""
+        filters, _, vectors = self._spectrum
+        return (1 + (self.fitted_to @ vectors).square() @ filters) / self.n_samples
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Return the map of a single tensor as one matrix and an offset."""
@@ -109,10 +126,15 @@ class LinearFit:
         self._reduced: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._output = MeanAndSpread()
+        self._shapes: list[tuple[int, ...]] = []
+
+    def takes(self, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        """Return whether tensors have the shapes of those before."""
+        return self._shapes in ([], _shapes(inputs, output))
 
     def update(self, inputs: Sequence[Tensor], output: Tensor) -> None:
         """Take one batch."""
-        self._shape = tuple(output.shape[1:])
+        self._shapes = _shapes(inputs, output)
         rows = output.reshape(len(output), -1).double()
         self._output.update(rows)
         self._waiting.append((inputs, rows))
@@ -140,10 +162,10 @@ class LinearFit:
             x_mean=self._offset + lifted,
             matrix=spectrum(c_xx, c_xy).matrix(chosen.tikhonov),
             y_mean=y_mean,
-            shape=self._shape,
+            shape=self._shapes[-1],
             covariance=c_xx,
             tikhonov=chosen.tikhonov,
-            n_samples=n,
+            fitted_to=x - x_mean,
         )
 
     def _drain(self) -> None:
@@ -164,6 +186,10 @@ class LinearFit:
             self._targets.append(rows if self._output_basis is None else rows @ self._output_basis)
             self._xy += reduced.T @ rows
         self._waiting = []
+
+
+def _shapes(inputs: Sequence[Tensor], output: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape[1:]) for tensor in (*inputs, output)]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

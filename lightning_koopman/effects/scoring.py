@@ -149,6 +149,7 @@ class Outputs:
     Attributes:
         scale: What changes are measured in.
         metric: The metric of these outputs; NaN where there is none.
+        has_metric: Whether there is one.
         n_samples: Number of samples.
     """
 
@@ -158,11 +159,12 @@ class Outputs:
         batches: Sequence[Any],
         scale: Scale | None,
         metric: Metric | None = None,
+        targets: Sequence[Tensor | None] | None = None,
     ) -> None:
         self._outputs = tuple(outputs)
         if not self._outputs:
             raise ValueError(NO_SAMPLES)
-        found = [find_target(batch) for batch in batches]
+        found = [find_target(batch) for batch in batches] if targets is None else targets
         known = tuple(t.cpu() for t in found if t is not None)
         self._targets = known if len(known) == len(found) else None
         if scale not in (None, "kl", "relative"):
@@ -183,6 +185,7 @@ class Outputs:
             )
         self._axis = class_axis(first, target)
         self._metric = metric or (accuracy if classes else None)
+        self.has_metric = self._metric is not None
         self.n_samples = sum(map(len, self._outputs))
         self.metric, self._right, self._classes = self._score(self._outputs)
 

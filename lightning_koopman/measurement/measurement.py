@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference
@@ -138,7 +139,7 @@ class Measurement(Accumulator):
                 f"no output direction can be followed back to {listed(dead)} (a dead branch, or one "
                 "that is still zero), so its numbers are NaN; all others follow the data around it"
             )
-        parts, reference = self._parts(), report.reference
+        reference = report.reference
         if self.plan is not None and reference is not None:
             reference = dataclasses.replace(
                 reference,
@@ -146,9 +147,11 @@ class Measurement(Accumulator):
                 named=self._named,
                 calls=self.plan.states,
                 grids={name: form.grid for name, form in self.plan.forms.items() if form.grid},
-                parts=parts,
+                parts=self.parts,
             )
-        return dataclasses.replace(report, notes=tuple(notes), parts=parts, reference=reference)
+        return dataclasses.replace(
+            report, notes=tuple(notes), parts=self.parts, reference=reference, **self._modules()
+        )
 
     @contextmanager
     def _timed(self) -> Generator[None, None, None]:
@@ -229,14 +232,26 @@ class Measurement(Accumulator):
             )
         return notes
 
-    def _parts(self) -> dict[str, tuple[str, ...]]:
-        """Module calls by state, where every state is one component's."""
-        if self.plan is None or any(len(group) > 1 for group in self.plan.states):
-            return {}
-        # Where branches are summed into what the network returns, no component gives the last state.
-        if self.plan.names[-1] in self.capture.returned:
-            return {}
-        return {name: calls for name, calls in self.capture.parts.items() if name in self.plan.names}
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Module calls by component, also of those that a state joins with others."""
+        # The first state is what all others are computed from.
+        inside = set() if self.plan is None else {name for g in self.plan.states[1:] for name in g}
+        return {name: calls for name, calls in self.capture.parts.items() if name in inside}
+
+    def _modules(self) -> dict[str, Any]:
+        """Class and number of parameters of each component's module, as fields of the report."""
+        states = () if self.plan is None else self.plan.states[1:]
+        found = [[self.capture.components.get(n.partition("#")[0]) for n in group] for group in states]
+        return {
+            "types": tuple(
+                "+".join(type(m).__name__ for m in group if m is not None) for group in found
+            ),
+            "parameters": tuple(
+                sum(p.numel() for m in group if m is not None for p in m.parameters() if not is_lazy(p))
+                for group in found
+            ),
+        }
 
 
 def merge_processes(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
-from lightning_koopman.network.isolation import random_states_kept
-from lightning_koopman.network.tensors import exact_device, first_tensor, need_not_wait
+from lightning_koopman.network.isolation import random_states_kept, seed_all
+from lightning_koopman.network.tensors import (
+    all_tensors,
+    exact_device,
+    first_tensor,
+    need_not_wait,
+)
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -144,14 +147,52 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def first_samples(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    """Take batches until they hold so many samples; the last is cut where it is plain enough."""
+    for batch in batches:
+        tensor = next((t for t in all_tensors(batch) if t.ndim), None)
+        size = getattr(batch, "num_graphs", 1) if tensor is None else len(tensor)
+        yield batch if size <= count else _cut(batch, size, count)
+        count -= size
+        if count <= 0:
+            return
+
+
+def _cut(value: Any, size: int, count: int) -> Any:
+    """Keep the first samples of what has one entry per sample, where everything in it has."""
+
+    def is_plain(part: Any) -> bool:
+        if isinstance(part, Tensor):
+            return part.ndim == 0 or len(part) == size
+        if type(part) is dict:
+            return all(map(is_plain, part.values()))
+        return type(part) in (tuple, list) and (len(part) == size or all(map(is_plain, part)))
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part[:count] if part.ndim else part
+        if type(part) is dict:
+            return {name: cut(inner) for name, inner in part.items()}
+        alone = len(part) == size and not all(map(is_plain, part))
+        return part[:count] if alone else type(part)(map(cut, part))
+
+    return cut(value) if is_plain(value) else value
+
+
 class ForwardRunner:
     """Runs a model over the same batches again and again."""
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward_fn: ForwardFn | None = None,
+        *,
+        samples: int | None = None,
     ) -> None:
         with random_states_kept(batches):
-            self.model, self.batches = model, list(batches)
+            taken = batches if samples is None else first_samples(batches, samples)
+            self.model, self.batches = model, list(taken)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
@@ -188,9 +229,7 @@ class ForwardRunner:
         if torch.is_grad_enabled():
             batch = _ordinary(batch)
         with random_states_kept(), HookPoints(self.model, read, alter) as points:
-            random.seed(number)
-            np.random.seed(number)
-            torch.manual_seed(number)
+            seed_all(number)
             points.start_pass()
             given = self.forward_fn(self.model, batch)
         output = first_tensor(given)
@@ -200,7 +239,8 @@ class ForwardRunner:
                 "outputs from forward_fn"
             )
         for point in read:
-            if point not in points.values:
+            # What takes no floating-point tensor has nothing to read there.
+            if point.end == "out" and point not in points.values:
                 raise ValueError(
                     f"{point.call!r} did not run, though the report names it; pass the model and the "
                     "forward_fn that the report was measured with"
@@ -246,15 +286,21 @@ class MeanAndSpread:
         return variance.clamp_min(0).sqrt()
 
 
-def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
-    """Return one row per sample of a batch."""
+def sample_axis(tensor: Tensor, n_samples: int, name: str) -> int:
+    """Find the axis of a batch's samples: the first that holds a multiple of them, else the second."""
     shape = tensor.shape
-    second = len(shape) > 1 and shape[1] == n_samples != shape[0]
-    if second or not shape or not n_samples or shape[0] % n_samples:
+    if shape and n_samples and shape[0] % n_samples == 0:
+        return 0
+    if len(shape) < 2 or not n_samples or shape[1] != n_samples:
         raise ValueError(
             f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
-            "effects cannot be told apart by sample; choose components with the samples along their "
-            "first axis"
+            "effects cannot be told apart by sample; choose components with the samples along one of "
+            "the first two axes"
         )
-    rows = tensor.reshape(n_samples, -1)
+    return 1
+
+
+def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
+    """Return one row per sample of a batch."""
+    rows = tensor.movedim(sample_axis(tensor, n_samples, name), 0).reshape(n_samples, -1)
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

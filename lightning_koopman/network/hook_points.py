@@ -248,8 +248,8 @@ class HookPoints:
 
     def _before(self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any) -> None:
         point = HookPoint("in", calls.get(self._counts.get(id(module), 0), ""))
-        if point in self._read:
-            self._keep(point, first_tensor((args, kwargs)))
+        if point in self._read and (tensor := first_tensor((args, kwargs))) is not None:
+            self.values[point] = tensor.detach().clone()
 
     def _after(
         self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any, output: Any

@@ -85,6 +85,16 @@ def random_states_kept(batches: Any = ()) -> Generator[None, None, None]:
             generator.set_state(state)
 
 
+def seed_all(seed: int) -> None:
+    """Seed all random generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    # torch.manual_seed stores a stack trace for each device that was not used yet.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Check whether a module or any part of it went through ``torch.compile``."""
     return any(

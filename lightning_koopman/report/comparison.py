@@ -12,7 +12,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from lightning_koopman.report.fields import ReportFields
-from lightning_koopman.report.tables import cells
+from lightning_koopman.report.tables import columns
 
 
 def newest_of_runs(reports: Sequence[ReportFields]) -> list[ReportFields]:
@@ -29,7 +29,8 @@ def runs_table(reports: Sequence[ReportFields]) -> Table:
     components = dict.fromkeys(name for report in newest for name in report.components)
     for component in components:
         for report in (each for each in newest if component in each.components):
-            credit, gain, *_, doubt = cells(report, report.components.index(component))
+            place, found = report.components.index(component), columns(report)
+            credit, gain, doubt = (found[name][place] for name in ("credit", "gain", "doubt"))
             names = (escape(component), escape(report.run), str(report.step))
             table.add_row(*names, credit, gain, doubt, style="dim" if doubt else None)
     return table

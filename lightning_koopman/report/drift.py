@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.markup import escape
 
-from lightning_koopman.report.tables import Captioned, as_text, new_table
+from lightning_koopman.report.text import Captioned, as_text, new_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,18 +1,29 @@
-"""What altering each component is predicted to do to the outputs; pure arithmetic."""
+"""What altering each component does to the outputs: the result, its table and its figure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from rich.markup import escape
+from scipy.stats import spearmanr
+
+from lightning_koopman.koopman.chain import jackknife
+from lightning_koopman.report.saved import to_plain
+from lightning_koopman.report.text import Fitted, as_text, with_share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 Kind = Literal["linear", "reinit", "weight_noise", "output_noise", "skip"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""Ways to alter a component, as :func:`lightning_koopman.intervene` carries them out."""
+"""Ways to alter a component; replacements come on top, under names of their own."""
 
 Scale = Literal["kl", "relative"]
 """What a change of the outputs is measured in: mean KL divergence in nats from the original to the
@@ -20,61 +31,353 @@ altered class distribution, or mean squared change over the outputs' variance.""
 
 UNITS: Mapping[Scale, str] = {"kl": "KL in nats", "relative": "share of the outputs' variance"}
 
+SATURATED = 0.5
+"""Nats above which a prediction to second order still orders effects, but does not size them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Effects:
-    """Predicted effects of altering one component at a time, to second order.
+    """What altering one component at a time, or a set of them together, does to the outputs.
+
+    All arrays are float64, one entry per name in ``components``.
 
     Attributes:
-        values: By kind of alteration, the predicted change of the outputs, shape ``(L,)``, not
-            negative; NaN where no gradient leads from the outputs to the component.
-        stderr: Standard errors of the values, by kind; NaN where fewer than two folds hold samples.
-        influence_stderr: Standard errors of :attr:`influence`, shape ``(L,)``.
-        scale: Unit of the values.
+        components: Names, in order of execution; after them the sets that were measured together.
+        values: By kind of alteration, the change of the outputs; NaN where no gradient leads from the
+            outputs to the component.
+        stderr: Standard errors of the values, by kind: over samples, which are taken as independent, and
+            over draws where there are several; NaN where there is a single sample.
+        how: By kind, ``"measured"`` or ``"predicted"``.
+        scale: What changes are measured in, ``"kl"`` or ``"relative"``.
+        n_samples: Samples that the effects rest on.
         strength: Standard deviation of noise, as a share of the parameters' or units' own.
-        n_samples: Samples that the predictions rest on.
+        metric_before: Metric of the network as it is; NaN where there is none.
+        metric: By kind that was measured, the metric of the altered network.
+        metric_stderr: Standard errors of its difference from ``metric_before``: paired, over samples and
+            draws as above; NaN where the metric is not the accuracy.
+        predicted: By kind that was measured, the predicted effect, where both were asked for.
+        predicted_stderr: Standard errors of what stands in ``predicted``.
+        doubts: By kind, for each component the reasons not to believe the number: ``saturated`` (a
+            prediction above half a nat orders, but does not size), ``samples`` (too few for the
+            directions that a linear map has), ``leverage`` (single samples decide their own prediction),
+            ``gradient`` (none leads there) and ``unsteady`` (the network answers differently when asked
+            twice).
+        sets: By name of a set that was measured together, its members.
+        folds: By predicted kind, the number of samples of each fold.
+        pairs: By predicted kind, each fold's part of the second-order effects H, shape
+            ``(folds, L, L)``; the sum over folds has the effects on its diagonal.
+        notes: What a reader must know.
     """
 
-    values: Mapping[Kind, NDArray[np.float64]]
-    stderr: Mapping[Kind, NDArray[np.float64]]
-    influence_stderr: NDArray[np.float64]
+    components: tuple[str, ...]
+    values: Mapping[str, NDArray[np.float64]]
+    stderr: Mapping[str, NDArray[np.float64]]
+    how: Mapping[str, str]
     scale: Scale
-    strength: float
     n_samples: int
+    strength: float = 0.3
+    metric_before: float = math.nan
+    metric: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    metric_stderr: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    predicted: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    predicted_stderr: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    doubts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    folds: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    pairs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of alteration."""
+        return tuple(self.values)
 
     @property
     def unit(self) -> str:
         """The unit in words."""
         return UNITS[self.scale]
 
-    @property
-    def influence(self) -> NDArray[np.float64]:
-        """Each component's share of what alterations do to the outputs, shape ``(L,)``.
+    def of(self, components: str | Collection[str], kind: str) -> tuple[float, float]:
+        """Return the effect of altering some components together.
 
-        Of every kind, the square root of the effect (how far the outputs move) is divided by its sum
-        over components, and the shares are averaged over kinds; a kind without any effect is left
-        out. No scale is learned, so influences compare components of one network, and sum to 1.
+        Of a single component and of a set that was measured together, that is what stands in
+        ``values``. Of other sets, it is the second order: the sum of H over all pairs of the set.
+
+        Args:
+            components: Names of components; one alone may come as text.
+            kind: One of :attr:`kinds`.
+
+        Returns:
+            The effect and its standard error. NaN for an alteration of weights that two of them share.
+
+        Raises:
+            ValueError: If a component or the kind is unknown, or the kind was not predicted and the set
+                not measured.
         """
-        return mean_share(np.stack(list(self.values.values()), axis=1))
+        self._check_kind(kind)
+        names = {components} if isinstance(components, str) else set(components)
+        if not names or (strangers := names - set(self.components)):
+            raise ValueError(
+                f"there are no effects of {sorted(strangers) if names else 'no component'}; there are "
+                f"of {self.components}"
+            )
+        row = next((name for name, members in self.sets.items() if set(members) == names), None)
+        if row is None and len(names) == 1:
+            (row,) = names
+        if row is not None:
+            place = self.components.index(row)
+            return float(self.values[kind][place]), float(self.stderr[kind][place])
+        if kind not in self.pairs:
+            raise ValueError(
+                f"the effect {kind!r} of {sorted(names)} together was neither measured nor predicted; "
+                "measure it with sets=[{...}], or predict the kind with how='predicted'"
+            )
+        places = [self.components.index(name) for name in names]
+        return set_effect(self.pairs[kind], self.folds[kind], places)
 
-    def cells(self, component: int) -> list[str]:
-        """Return the effects and the influence of the component of that index, with errors, as texts."""
-        i = component
-        found = [with_share(values[i], self.stderr[kind][i]) for kind, values in self.values.items()]
-        return [*found, f"{self.influence[i]:.3f}±{self.influence_stderr[i]:.3f}"]
+    def spearman(self, kind: str) -> float:
+        """Rank correlation over components between predicted and measured effect.
+
+        Args:
+            kind: One of :attr:`kinds`.
+
+        Returns:
+            Between -1 and 1; NaN where only one of both is there, or fewer than three components.
+
+        Raises:
+            ValueError: If the kind is unknown.
+        """
+        self._check_kind(kind)
+        if kind not in self.predicted:
+            return math.nan
+        both = np.stack([self.values[kind], self.predicted[kind]])[
+            :, : len(self.components) - len(self.sets)
+        ]
+        both = both[:, np.isfinite(both).all(axis=0)]
+        if both.shape[1] < 3 or any(len(set(values)) < 2 for values in both):
+            return math.nan
+        return float(spearmanr(*both).statistic)
+
+    def to_frame(self) -> DataFrame:
+        """Return the effects as a pandas table, one row per component.
+
+        Returns:
+            The component, and for every kind the effect, the one predicted beside it and the change of
+            the metric where there are any, each with its standard error, and the doubts; then the
+            scale, the number of samples and the metric before.
+        """
+        import pandas
+
+        rows = []
+        for i, component in enumerate(self.components):
+            row: dict[str, Any] = {"component": component}
+            for kind in self.kinds:
+                row[f"{self.how[kind]}_{kind}"] = float(self.values[kind][i])
+                row[f"{self.how[kind]}_{kind}_stderr"] = float(self.stderr[kind][i])
+                if kind in self.predicted:
+                    row[f"predicted_{kind}"] = float(self.predicted[kind][i])
+                    row[f"predicted_{kind}_stderr"] = float(self.predicted_stderr[kind][i])
+                if kind in self.metric:
+                    row[f"metric_change_{kind}"] = float(self.metric[kind][i] - self.metric_before)
+                    row[f"metric_change_{kind}_stderr"] = float(self.metric_stderr[kind][i])
+                row[f"doubt_{kind}"] = ", ".join(self.doubts_of(kind, i))
+            row |= {"scale": self.scale, "n_samples": self.n_samples}
+            if self.metric:
+                row["metric_before"] = self.metric_before
+            rows.append(row)
+        return pandas.DataFrame(rows)
+
+    def doubts_of(self, kind: str, component: int) -> tuple[str, ...]:
+        """Return the reasons not to believe one number.
+
+        Args:
+            kind: One of :attr:`kinds`.
+            component: Index of the component.
+
+        Returns:
+            The words that :attr:`doubts` explains; none where nothing speaks against it.
+        """
+        return self.doubts[kind][component] if kind in self.doubts else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values, with ``None`` for what is not finite.
+
+        Returns:
+            Every field.
+        """
+        return dict(to_plain(self))
+
+    @classmethod
+    def from_dict(cls, given: Any) -> Effects:
+        """Rebuild effects from :meth:`to_dict`, checking every field.
+
+        Args:
+            given: The dictionary.
+
+        Returns:
+            The effects.
+
+        Raises:
+            ReportFormatError: If a field is missing, of the wrong kind or of the wrong length.
+        """
+        from lightning_koopman.report.schema import checked_effects
+
+        return cls(**checked_effects(given))
+
+    def plot(self) -> Figure:
+        """Draw the effects with their standard errors, one panel per kind.
+
+        Returns:
+            A Matplotlib figure that no window manager knows of: bars per component, or predicted against
+            measured effects where both are known.
+        """
+        return _plot(self)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def __rich__(self) -> Fitted:
+        columns: dict[str, list[str]] = {"component": []}
+        columns |= {kind: [] for kind in self.kinds}
+        styles: list[str | None] = []
+
+        def add(name: str, cells: Mapping[str, str], style: str | None) -> None:
+            columns["component"].append(name)
+            for kind in self.kinds:
+                columns[kind].append(cells.get(kind, ""))
+            styles.append(style)
+
+        if len({*self.how.values()}) > 1:
+            add("", {kind: how for kind, how in self.how.items()}, "dim")
+        more = bool(self.predicted or self.metric)
+        for i, component in enumerate(self.components):
+            effects = {kind: self.cell(kind, i) for kind in self.kinds}
+            add(component, effects, "bold" if more else None)
+            if self.predicted:
+                beside = {
+                    k: with_share(v[i], self.predicted_stderr[k][i]) for k, v in self.predicted.items()
+                }
+                add("  predicted", beside, None)
+            for name, numbers in (("  metric", self.metric), ("  ± of change", self.metric_stderr)):
+                if any(np.isfinite(values[i]) for values in numbers.values()):
+                    add(name, {kind: f"{values[i]:.3f}" for kind, values in numbers.items()}, "dim")
+        ranks = {kind: rank for kind in self.kinds if not math.isnan(rank := self.spearman(kind))}
+        if ranks:
+            add("Spearman", {kind: f"{rank:.2f}" for kind, rank in ranks.items()}, None)
+        hows = sorted({*self.how.values()})
+        heading = " and ".join(hows).capitalize()
+        before = "" if math.isnan(self.metric_before) else f", metric {self.metric_before:.4f} as it was"
+        return Fitted(
+            f"{heading} effects of altering a component\n{self.n_samples} samples, {self.unit}{before}",
+            columns,
+            (),
+            styles,
+            [*_said_doubts(self), *(f"Note: {escape(note)}" for note in self.notes)],
+        )
+
+    def cell(self, kind: str, component: int) -> str:
+        """Return one effect as text, with its standard error as a share of it and a mark for a doubt.
+
+        Args:
+            kind: One of :attr:`kinds`.
+            component: Index of the component.
+
+        Returns:
+            Such as ``0.12±4%``, or ``0.9±4%?`` where there is a doubt.
+        """
+        text = with_share(self.values[kind][component], self.stderr[kind][component])
+        return text + "?" if text and self.doubts_of(kind, component) else text
+
+    def _check_kind(self, kind: str) -> None:
+        if kind not in self.values:
+            raise ValueError(f"there are no effects of {kind!r}; there are of {self.kinds}")
 
 
-def with_share(value: float, error: float) -> str:
-    """Return an effect as text, with its standard error as a share of it."""
-    share = f"±{error / value:.0%}" if value > 0 and math.isfinite(error) else ""
-    return f"{value:.2g}{share}"
+def _said_doubts(effects: Effects) -> list[str]:
+    """Return which doubts there are of which kinds, as a line."""
+    found = {
+        word: list(dict.fromkeys(k for k, rows in effects.doubts.items() for row in rows if word in row))
+        for word in ("saturated", "samples", "leverage", "gradient", "unsteady")
+    }
+    said = [f"{word} ({', '.join(kinds)})" for word, kinds in found.items() if kinds]
+    return [f"?: {', '.join(said)}"] if said else []
 
 
-def mean_share(effects: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Average over kinds each component's share of how far the outputs move."""
-    moved = np.sqrt(effects)
-    total = np.nansum(moved, axis=0)
-    if not (total > 0).any():
-        return np.full(len(effects), np.nan)
-    shares: NDArray[np.float64] = (moved[:, total > 0] / total[total > 0]).mean(axis=1)
-    return shares
+def with_folds(parts: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the parts of all folds, with a delete-one-fold jackknife error."""
+    whole, count = parts.sum(dim=0), sizes.sum()
+    told = (sizes > 0) & (sizes < count)
+    # A fold's samples are left out of the outputs' variance, too, as if it were alike in all folds.
+    rest = [
+        (whole - part) * count / (count - size)
+        for part, size in zip(parts[told], sizes[told], strict=True)
+    ]
+    return whole, jackknife(whole, rest, float(count), sizes[told])
+
+
+def set_effect(
+    pairs: NDArray[np.float64], folds: NDArray[np.float64], places: Sequence[int]
+) -> tuple[float, float]:
+    """Return the second-order effect of altering the components at some places together."""
+    parts = torch.from_numpy(pairs[:, places][:, :, places].sum(axis=(1, 2)))
+    value, stderr = with_folds(parts, torch.from_numpy(folds))
+    return float(value), float(stderr)
+
+
+def _plot(effects: Effects) -> Figure:
+    from matplotlib.figure import Figure
+
+    kinds, size = effects.kinds, len(effects.components)
+    both = [kind for kind in kinds if kind in effects.predicted]
+    height = 3.2 if both else min(22.0, max(2.4, 0.3 * size + 1.4))
+    figure = Figure(figsize=(max(4.5, 3.2 * len(kinds)), height), layout="constrained")
+    axes = figure.subplots(1, len(kinds), squeeze=False, sharey=not both)[0]
+    unit = "mean KL [nats]" if effects.scale == "kl" else "relative squared change"
+    for axis, kind in zip(axes, kinds, strict=True):
+        if kind in effects.predicted:
+            _against(axis, effects, kind)
+            rank = effects.spearman(kind)
+            axis.set_title(
+                kind if math.isnan(rank) else f"{kind}: Spearman {rank:.2f}", fontsize="medium"
+            )
+            axis.set(xlabel=f"{unit}, predicted", ylabel=f"{unit}, measured" if axis is axes[0] else "")
+            continue
+        axis.barh(
+            range(size), effects.values[kind], xerr=effects.stderr[kind], color="#1f6f8b", capsize=2
+        )
+        axis.set_title(f"{kind}, {effects.how[kind]}", fontsize="medium")
+        axis.set_xlabel(unit)
+        if both or axis is axes[0]:
+            axis.set_yticks(range(size), effects.components)
+            axis.invert_yaxis()
+    return figure
+
+
+def _against(axis: Any, effects: Effects, kind: str) -> None:
+    """Draw measured against predicted effects on logarithmic axes, with the line where both agree."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    numbers = np.stack([
+        effects.predicted[kind],
+        effects.values[kind],
+        effects.stderr[kind],
+        effects.predicted_stderr[kind],
+    ])
+    shown = (numbers[:2] > 0).all(axis=0) & np.isfinite(numbers[:2]).all(axis=0)
+    if not shown.any():
+        return
+    names, numbers = np.array(effects.components)[shown], numbers[:, shown]
+    axis.errorbar(*numbers, "o", ms=4, color="#1f6f8b", lw=0.8, capsize=2)
+    for place, i in enumerate(np.argsort(numbers[0])):
+        # Neighbours often lie close together: every second name stands to the right, below its point.
+        x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
+        style = {"fontsize": "x-small", "textcoords": "offset points"}
+        axis.annotate(names[i], (numbers[0, i], numbers[1, i]), xytext=(x, y), ha=end, **style)
+    axis.margins(0.12)
+    ends = [numbers[:2].min() / 1.5, numbers[:2].max() * 1.5]
+    axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", yscale="log")
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_locator(LogLocator(subs=(1, 3) if ends[1] < 100 * ends[0] else (1,), numticks=5))
+        scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        scale.set_minor_formatter(NullFormatter())

@@ -50,6 +50,8 @@ class ReportFields:
     run: str = ""
     source: Mapping[str, Any] = field(default_factory=dict, repr=False)
     effects: Effects | None = field(default=None, repr=False)
+    types: tuple[str, ...] = ()
+    parameters: tuple[int, ...] = ()
     reference: Reference | None = field(default=None, repr=False)
 
     @property
@@ -68,13 +70,6 @@ class ReportFields:
         }
         each = range(len(self.components))
         return tuple(tuple(word for word, marked in marks.items() if marked[i]) for i in each)
-
-    @property
-    def influence(self) -> NDArray[np.float64]:
-        """Share of all predicted effects, see :attr:`Effects.influence`; NaN where there are none."""
-        if self.effects is None:
-            return np.full(len(self.components), np.nan)
-        return self.effects.influence
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_koopman.report.comparison import newest_of_runs
 from lightning_koopman.report.fields import ReportFields
-from lightning_koopman.report.tables import COLUMNS, cells, total_line
+from lightning_koopman.report.tables import columns, next_step, total_line, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,19 +93,20 @@ def _credits(newest: Sequence[ReportFields]) -> str:
 
 
 def _effects(report: ReportFields, run: str) -> str:
-    """Return the predicted effects of a report, nothing where it has none."""
-    if report.effects is None:
+    """Return the effects of a report, nothing where it has none."""
+    if (effects := report.effects) is None:
         return ""
-    effects = report.effects
-    columns = [*effects.values.values(), report.influence]
     rows = []
-    for i, component in enumerate(report.components):
-        found = zip(columns, effects.cells(i), strict=True)
-        texts = "".join(f'<td data-value="{v[i]}">{text}</td>' for v, text in found)
+    for i, component in enumerate(effects.components):
+        texts = "".join(
+            f'<td data-value="{effects.values[kind][i]}">{effects.cell(kind, i)}</td>'
+            for kind in effects.kinds
+        )
         rows.append(f"<tr><td>{escape(component)}</td>{texts}</tr>")
+    how = ", ".join(f"{escape(kind)} {way}" for kind, way in effects.how.items())
     return (
-        f"<h2>Predicted effects of altering a component{run}</h2><p>{escape(effects.unit)}, "
-        f"{effects.n_samples} samples.</p>{_table(('component', *effects.values, 'influence'), rows)}"
+        f"<h2>Effects of altering a component{run}</h2><p>{escape(effects.unit)}, {effects.n_samples} "
+        f"samples; {how}.</p>{_table(('component', *map(escape, effects.kinds)), rows)}"
     )
 
 
@@ -122,22 +123,15 @@ def _data_uri(figure: Figure) -> str:
 
 def to_markdown(report: ReportFields) -> str:
     """Return the report as a Markdown table whose doubted rows are marked."""
+    found = columns(report, " ± ")
     lines = [
         f"**Koopman credit{report.label}**, {report.n_samples} samples, {total_line(report)}",
         "",
-        f"| component | {' | '.join(COLUMNS)} |",
-        "|---" + "|---:" * (len(COLUMNS) - 1) + "|---|",
+        f"| {' | '.join(found)} |",
+        "|---" + "|---:" * (len(found) - 2) + "|---|",
     ]
-    names = [name.replace("|", "\\|") for name in report.components]
-    for i, name in enumerate(names):
-        texts = cells(report, i, " ± ")
-        lines.append(f"| {' | '.join([f'⚠ {name}' if texts[-1] else name, *texts])} |")
-    if (effects := report.effects) is not None:
-        lines += [
-            f"\nPredicted effects, {effects.unit}:\n",
-            f"| component | {' | '.join(effects.values)} | influence |",
-            "|---" + "|---:" * (len(effects.values) + 1) + "|",
-            *(f"| {name} | {' | '.join(effects.cells(i))} |" for i, name in enumerate(names)),
-        ]
-    lines += ["", *(f"- {note}" for note in report.notes)]
+    for name, *texts in zip(*found.values(), strict=True):
+        shown = name.replace("|", "\\|")
+        lines.append(f"| {' | '.join([f'⚠ {shown}' if texts[-1] else shown, *texts])} |")
+    lines += ["", *(f"- {line}" for line in (*verdict(report), *report.notes, next_step(report)))]
     return "\n".join(lines).rstrip()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from lightning_koopman.koopman.credit import QUANTITIES
@@ -63,68 +62,6 @@ def plot_evolution(reports: Sequence[ReportFields], quantity: str = "credit") ->
     axis.set_xticks(shown, [str(steps[i]) for i in shown])
     axis.set_xlabel("step")
     return figure
-
-
-class Comparison(NamedTuple):
-    """What was predicted and what was measured, one number per component, with standard errors."""
-
-    title: str
-    predictor: str | None
-    predicted: NDArray[np.float64]
-    predicted_stderr: NDArray[np.float64]
-    measured: NDArray[np.float64]
-    measured_stderr: NDArray[np.float64]
-
-
-def plot_comparisons(panels: Sequence[Comparison], components: Sequence[str], ylabel: str) -> Figure:
-    """Draw what was measured against what was predicted; a predicted effect has the unit of both."""
-    figure = Figure(figsize=(3.2 * len(panels), 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, panel in zip(axes, panels, strict=True):
-        name, predicted, measured = panel.predictor, panel.predicted, panel.measured
-        shown = np.isfinite(predicted) & np.isfinite(measured)
-        if name == "effect":
-            shown &= (predicted > 0) & (measured > 0)
-        if shown.any():
-            _against(axis, np.array(components)[shown], np.stack(panel[2:])[:, shown], name)
-        axis.set_xlabel("nothing predicted" if name is None else f"{name} (predicted)")
-        axis.set_title(panel.title, fontsize="medium")
-    axes[0].set_ylabel(ylabel)
-    return figure
-
-
-def _against(axis: Any, names: Any, numbers: NDArray[np.float64], predictor: str | None) -> None:
-    predicted, predicted_stderr, measured, measured_stderr = numbers
-    axis.errorbar(
-        predicted,
-        measured,
-        measured_stderr,
-        predicted_stderr,
-        "o",
-        ms=4,
-        color=_BELIEVED,
-        lw=0.8,
-        capsize=2,
-    )
-    for place, i in enumerate(np.argsort(predicted)):
-        # Neighbours often lie close together: every second name stands to the right, below its point.
-        x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
-        style = {"fontsize": "x-small", "textcoords": "offset points"}
-        axis.annotate(names[i], (predicted[i], measured[i]), xytext=(x, y), ha=end, **style)
-    axis.margins(0.12)
-    if predictor == "effect":
-        both = numbers[[0, 2]]
-        ends = [both.min() / 1.5, both.max() * 1.5]
-        axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", yscale="log")
-        for scale in (axis.xaxis, axis.yaxis):
-            scale.set_major_locator(
-                LogLocator(subs=(1, 3) if ends[1] < 100 * ends[0] else (1,), numticks=5)
-            )
-            scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            scale.set_minor_formatter(NullFormatter())
-    elif (measured > 0).all():
-        axis.set_yscale("log")
 
 
 def plot_marked(

@@ -14,9 +14,17 @@ from rich.console import Group, RenderableType
 from torch import Tensor
 
 from lightning_koopman.koopman.credit import QUANTITIES, Credits
+from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.fields import ReportFields
-from lightning_koopman.report.saved import ReportFormatError, read_json, to_plain, write_atomically
-from lightning_koopman.report.tables import as_text, credit_table, effects_table, to_rows
+from lightning_koopman.report.saved import (
+    FORMAT,
+    ReportFormatError,
+    read_json,
+    to_plain,
+    write_atomically,
+)
+from lightning_koopman.report.tables import credit_table, has_more, to_rows
+from lightning_koopman.report.text import as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,8 +66,8 @@ class CreditReport(ReportFields):
         notes: What a reader must know: dropped directions, silent components, too few samples.
         operators: Koopman operator of each component; empty in a report read from JSON.
         step: Training step the weights belong to, if known.
-        parts: By state, in order of execution, the module calls that its component is made of, the last
-            of which gives the state. A first state that is no component is x_0.
+        parts: By component, in order of execution, the module calls that it is made of, the last of
+            which gives its output; also by those that one state joins.
         reads: By component, the states that its operator takes, the nearest first; empty in a report
             read from JSON.
         folds: Number of folds that the error bars rest on; their degrees of freedom are one less.
@@ -67,8 +75,10 @@ class CreditReport(ReportFields):
         run: Name of the training among several; empty where there is one.
         source: What was measured, and how: the checkpoint's path, size and time of modification, and the
             options. Empty where the weights came from no file.
-        effects: What altering each component is predicted to do to the outputs, once
-            :func:`lightning_koopman.predict_effects` has filled it in.
+        effects: What altering each component does to the outputs, once
+            ``dataclasses.replace(report, effects=component_effects(...))`` has filled it in.
+        types: Class of the module of each component; empty where unknown.
+        parameters: Number of parameters of each component; empty where unknown.
         reference: What :func:`lightning_koopman.drift` holds other weights or samples against; ``None``
             in a report read from JSON.
     """
@@ -102,8 +112,7 @@ class CreditReport(ReportFields):
 
         Returns:
             One row per component: the run, the step, the component, every quantity and its standard
-            error, the influence and the predicted effects where there are any, the width of the state
-            and the doubts.
+            error, the effects where there are any, the width of the state and the doubts.
         """
         import pandas
 
@@ -115,7 +124,7 @@ class CreditReport(ReportFields):
         Returns:
             Everything but the operators.
         """
-        return to_plain(self)
+        return {"format": FORMAT, **to_plain(self, leave_out=("operators", "reads", "reference"))}
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Write the report as JSON; numbers that are not finite become ``null``.
@@ -166,7 +175,10 @@ class CreditReport(ReportFields):
         """
         from lightning_koopman.report.schema import checked_fields
 
-        return cls(**checked_fields(given))
+        fields = checked_fields(given)
+        if fields["effects"] is not None:
+            fields["effects"] = Effects(**fields["effects"])
+        return cls(**fields)
 
     def save_reference(self, path: str | os.PathLike[str]) -> None:
         """Write what :func:`lightning_koopman.drift` needs of this network, in the safetensors format.
@@ -201,7 +213,7 @@ class CreditReport(ReportFields):
 
     def __rich__(self) -> RenderableType:
         table = credit_table(self)
-        return table if self.effects is None else Group(table, effects_table(self))
+        return Group(self.effects, table) if self.effects and has_more(self) else table
 
     def __str__(self) -> str:
         return as_text(self)

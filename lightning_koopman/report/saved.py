@@ -6,14 +6,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from lightning_koopman.report.fields import ReportFields
 
 FORMAT = 1
 """Version of the saved form."""
@@ -49,21 +47,14 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None
 
 
-def to_plain(report: ReportFields) -> dict[str, Any]:
-    """Return all but what points into the network, as JSON can hold it."""
-    names = [field.name for field in dataclasses.fields(ReportFields)]
-    kept = [name for name in names if name not in ("operators", "reads", "reference")]
-    return {"format": FORMAT, **{name: _plain(getattr(report, name)) for name in kept}}
-
-
-def _plain(value: Any) -> Any:
+def to_plain(value: Any, leave_out: Collection[str] = ()) -> Any:
     """Return lists, dictionaries and numbers, with ``None`` for what is not finite."""
     if dataclasses.is_dataclass(value):
-        value = vars(value)
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: to_plain(part) for name, part in value.items() if name not in leave_out}
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [to_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,13 +6,12 @@ import json
 import math
 import re
 from reprlib import repr as short
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
 
 from lightning_koopman.koopman.credit import QUANTITIES
-from lightning_koopman.report.effects import Effects, Kind, Scale
 from lightning_koopman.report.saved import FORMAT, ReportFormatError
 
 # What makes a terminal do something, changes the direction of text, or cannot be encoded.
@@ -31,6 +30,10 @@ def _one_each(values: list[Any], info: ValidationInfo) -> list[Any]:
     if len(values) != info.context:
         raise ValueError(f"has {len(values)} entries for {info.context} components")
     return values
+
+
+def _one_each_or_none(values: Any, info: ValidationInfo) -> Any:
+    return _one_each(values, info) if values else values
 
 
 def _not_below_zero(values: Any) -> Any:
@@ -57,12 +60,23 @@ Errors = Annotated[Column, AfterValidator(_not_below_zero)]
 
 
 class _Effects(BaseModel, strict=True):
-    values: dict[Kind, Column]
-    stderr: dict[Kind, Errors]
-    influence_stderr: Errors
-    scale: Scale
-    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    components: Texts
+    values: dict[Text, Column]
+    stderr: dict[Text, Errors]
+    how: dict[Text, Literal["measured", "predicted"]]
+    scale: Literal["kl", "relative"]
     n_samples: Count
+    strength: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.3
+    metric_before: Number = math.nan
+    metric: dict[Text, Column] = {}
+    metric_stderr: dict[Text, Errors] = {}
+    predicted: dict[Text, Column] = {}
+    predicted_stderr: dict[Text, Errors] = {}
+    doubts: dict[Text, Annotated[list[Texts], AfterValidator(_one_each), AfterValidator(tuple)]] = {}
+    sets: dict[Text, Texts] = {}
+    folds: dict[Text, Annotated[Row, AfterValidator(_not_below_zero)]] = {}
+    pairs: dict[Text, list[list[Row]]] = {}
+    notes: Texts = ()  # type: ignore[assignment]
 
 
 class _Report(BaseModel, strict=True):
@@ -92,7 +106,9 @@ class _Report(BaseModel, strict=True):
     delay: Annotated[int, Field(ge=1, lt=10**9)] = 1
     run: Text = ""
     source: Annotated[dict[str, Any], AfterValidator(_writable)] = {}
-    effects: _Effects | None = None
+    effects: dict[str, Any] | None = None
+    types: Annotated[Texts, AfterValidator(_one_each_or_none)] = ()  # type: ignore[assignment]
+    parameters: Annotated[list[Count], AfterValidator(_one_each_or_none), AfterValidator(tuple)] = ()  # type: ignore[assignment]
 
 
 def checked_fields(given: Any) -> dict[str, Any]:
@@ -104,23 +120,64 @@ def checked_fields(given: Any) -> dict[str, Any]:
             f"the report was measured with excitation={short(given['excitation'])}, which was removed "
             "in 0.2; measure it again without"
         )
-    components = given.get("components")
-    size = len(components) if isinstance(components, list) else 0
-    try:
-        found = dict(_Report.model_validate(given, context=size))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        arrived = "" if first["type"] == "missing" else f", not {short(first['input'])}"
-        raise ReportFormatError(f"field {_showable(place)}: {problem}{arrived}") from None
-    if not size or len(set(found["components"])) < size:
-        raise ReportFormatError("components must be distinct names, at least one")
+    found = _checked(_Report, given)
     if set(found["stderr"]) != set(QUANTITIES):
         raise ReportFormatError(f"stderr must hold {', '.join(QUANTITIES)}")
     if wrong := {len(row) for row in found["volumes"]} - {found["directions"]}:
         raise ReportFormatError(f"volumes has rows of {wrong} numbers; expected {found['directions']}")
     if (effects := found["effects"]) is not None:
-        if not effects.values or effects.stderr.keys() != effects.values.keys():
-            raise ReportFormatError("effects must hold values and stderr of equal kinds, at least one")
-        found["effects"] = Effects(**dict(effects))
+        if "influence_stderr" in effects and isinstance(effects.get("values"), dict):  # written by 0.2
+            effects |= {"components": list(found["components"])}
+            effects |= {"how": dict.fromkeys(effects["values"], "predicted")}
+        found["effects"] = checked_effects(effects, "effects.")
     return found | {"volumes": np.stack(found["volumes"])}
+
+
+_TOGETHER = (
+    ("values", "stderr", "how"),
+    ("metric", "metric_stderr"),
+    ("predicted", "predicted_stderr"),
+    ("folds", "pairs"),
+)
+"""Fields of effects that have the same kinds."""
+
+
+def checked_effects(given: Any, field: str = "") -> dict[str, Any]:
+    """Return the fields of saved effects, each of which was checked."""
+    if not isinstance(given, dict):
+        raise ReportFormatError(f"expected an object with the fields of effects, not {short(given)}")
+    found = _checked(_Effects, given, field)
+    kinds = set(found["values"])
+    for first, *others in _TOGETHER:
+        for name in others:
+            if set(found[name]) != set(found[first]) or not (set(found[first]) <= kinds and kinds):
+                raise ReportFormatError(f"{field}{name} must be of the kinds that {field}{first} has")
+    if not set(found["doubts"]) <= kinds:
+        raise ReportFormatError(f"{field}doubts must be of the kinds that {field}values has")
+    single = len(found["components"]) - len(found["sets"])
+    alone, together = found["components"][:single], found["components"][single:]
+    members = {name for names in found["sets"].values() for name in names}
+    if tuple(found["sets"]) != together or not members <= set(alone):
+        raise ReportFormatError(f"{field}sets must name the last components, and hold names of others")
+    for kind, parts in found["pairs"].items():
+        shapes = {(len(part), *map(len, part)) for part in parts}
+        if len(parts) != len(found["folds"][kind]) or shapes - {(single,) * (single + 1)}:
+            raise ReportFormatError(f"{field}pairs must hold {single} times {single} numbers per fold")
+        found["pairs"][kind] = np.array(parts, dtype=float).reshape(-1, single, single)
+    return found
+
+
+def _checked(model: type[BaseModel], given: dict[str, Any], field: str = "") -> dict[str, Any]:
+    """Return the fields of a model whose columns have one entry per component."""
+    components = given.get("components")
+    size = len(components) if isinstance(components, list) else 0
+    try:
+        found = dict(model.model_validate(given, context=size))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place, problem = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        arrived = "" if first["type"] == "missing" else f", not {short(first['input'])}"
+        raise ReportFormatError(f"field {field}{_showable(place)}: {problem}{arrived}") from None
+    if not size or len(set(found["components"])) < size:
+        raise ReportFormatError("components must be distinct names, at least one")
+    return found

@@ -20,9 +20,9 @@ from lightning_koopman import (
     CreditReport,
     KoopmanCreditMonitor,
     Options,
+    component_effects,
     credit_report,
     evaluate_checkpoints,
-    predict_effects,
 )
 from lightning_koopman.callback.loggers import CreditWriter, free_bytes
 from lightning_koopman.report.pages import to_markdown
@@ -125,7 +125,7 @@ def run(tmp_path_factory):
 def test_default_tags_are_at_most_three_a_component(run):
     accumulator, _, monitor = run
     ours = {t for t in accumulator.Tags()["scalars"] if t.startswith("koopman/")}
-    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift") for c in ("net.0", "net.2")}
+    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift", "skip") for c in ("net.0", "net.2")}
     assert ours == expected | {"koopman/total", "koopman/doubts", "koopman/overhead"}
     last = accumulator.Scalars("koopman/credit/net.0")[-1].value
     assert last == pytest.approx(monitor.report.credit[0], rel=1e-5)
@@ -266,14 +266,15 @@ def test_markdown_marks_doubted_rows():
     assert lines[5].startswith("| block.1 |")
 
 
-def test_influence_is_a_scalar_where_effects_are_predicted():
+def test_effects_are_scalars_where_there_are_any():
     torch.manual_seed(0)
     net, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)), torch.randn(100, 4)
     report = credit_report(net, [x])
     writer = CreditWriter()
-    assert not [key for key in writer.scalars(report) if "influence" in key]
-    scalars = writer.scalars(predict_effects(net, [x], report, ["skip"]))
-    assert scalars["koopman/influence/0"] + scalars["koopman/influence/1"] == pytest.approx(1)
+    assert not [key for key in writer.scalars(report) if "effect" in key]
+    found = component_effects(net, [x], report, ["skip"])
+    scalars = writer.scalars(dataclasses.replace(report, effects=found))
+    assert [scalars[f"koopman/skip/{i}"] for i in "01"] == pytest.approx(found.values["skip"])
 
 
 class Taking:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lit import LitNet
@@ -69,9 +70,9 @@ def evaluate(*more: str) -> int:
     return main([*EVALUATE, *more])
 
 
-def intervene(*more: str) -> int:
+def effects(*more: str) -> int:
     names = ["--model=userproject:LitNet", "--data=userproject:batches", "--ckpt=step10.ckpt"]
-    return main(["intervene", *names, *more])
+    return main(["effects", *names, *more])
 
 
 def read(path: str) -> list[CreditReport]:
@@ -190,44 +191,47 @@ def scalars(path: Path) -> EventAccumulator:
     return EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
 
 
-def test_intervene_shows_predicted_beside_measured(project, capsys):
-    assert (
-        intervene("--initial-checkpoint=step20.ckpt", "--figure=f.png", "--out=r.json", "--draws=1") == 0
-    )
+def test_effects_stand_beside_the_credits(project, capsys):
+    given = ["--kinds=[skip,reinit]", "--how=both", "--draws=1", "--initial-checkpoint=step20.ckpt"]
+    given += ['--replacements={"later": "step20.ckpt"}']
+    assert effects(*given, "--figure=f.png", "--out=r.json") == 0
     printed = capsys.readouterr().out
     assert "KL in nats" in printed
     report = CreditReport.from_json("r.json")
-    assert printed.count("predicted") == len(report.components)
+    assert printed.count("predicted ") >= len(report.components)
     assert report.step == 10
+    assert list(report.effects.values) == ["skip", "reinit", "later"]
     assert (report.effects.values["reinit"] > 0).any()
+    np.testing.assert_array_equal(report.effects.values["reinit"], report.effects.values["later"])
     assert (project / "f.png").read_bytes()[:4] == b"\x89PNG"
-    assert intervene("--kinds=[skip]", "--out=r.json") == 0
+    assert effects("--kinds=[skip]", "--out=r.json") == 0
     assert list(CreditReport.from_json("r.json").effects.values) == ["skip"]
     capsys.readouterr()
-    assert intervene("--kinds=[skip]") == 0
+    assert effects() == 0
     printed = capsys.readouterr().out
-    assert "skip" in printed
+    assert "linear" in printed
     assert "reinit" not in printed
+    assert printed.strip().splitlines()[-1].startswith("Next: ")
 
 
 def test_a_seed_fixes_the_order_of_a_loader_that_shuffles(project):
     written = []
     for seed in (0, 0, 1):
         given = ["--data=userproject:Shuffled", f"--seed={seed}", "--out=r.json"]
-        assert intervene("--kinds=[weight_noise]", *given) == 0
+        assert effects("--kinds=[weight_noise]", *given) == 0
         written.append(Path("r.json").read_text())
     assert written[0] == written[1] != written[2]
 
 
 @pytest.mark.slow
-def test_evaluate_predicts_effects_on_demand(project, capsys):
+def test_evaluate_tells_effects_on_demand(project, capsys):
     given = ["--ckpt=step*.ckpt", "--out=r.json"]
     assert evaluate(*given, "--logdir=tb", "--effects=[skip,output_noise]") == 0
-    assert "influence" in capsys.readouterr().out
+    assert "skip" in capsys.readouterr().out
     first = read("r.json")
     assert [list(report.effects.values) for report in first] == [["skip", "output_noise"]] * 2
     events = EventAccumulator("tb").Reload()
-    tag = f"koopman/influence/{first[0].components[0]}"
+    tag = f"koopman/effect_skip/{first[0].components[0]}"
     assert [event.step for event in events.Scalars(tag)] == [10, 20]
     assert evaluate(*given, "--effects=true", "--initial-checkpoint=step20.ckpt") == 0
     capsys.readouterr()
@@ -288,18 +292,17 @@ def test_models_and_batches_may_stand_in_a_module(project, capsys):
     assert "standing:broken cannot be built without arguments (inside); name a function" in told
 
 
-@pytest.mark.parametrize("command", ["linearize", "intervene"])
-def test_data_to_fit_on_and_data_to_judge_by(command, project, capsys):
+def test_data_to_fit_on_and_data_to_judge_by(project, capsys):
     (project / "halves.py").write_text(
         "from userproject import Data\nfrom lit import loaders, dataset\n"
         "class Both(Data):\n    def train_dataloader(self): return loaders()[0]\n"
         "def one(): return [dataset()[:]]\n"
     )
-    given = [command, "--model=userproject:LitNet", "--ckpt=step10.ckpt", f"--out={command}.out"]
+    given = ["linearize", "--model=userproject:LitNet", "--ckpt=step10.ckpt", "--out=new.ckpt"]
     assert main([*given, "--data=halves:one"]) == 1
     assert "halves:one gives 1 batch; at least one is needed to fit on" in capsys.readouterr().err
     assert main([*given, "--data=halves:Both"]) == 0
-    assert (project / f"{command}.out").stat().st_size
+    assert (project / "new.ckpt").stat().st_size
 
 
 @pytest.mark.slow

@@ -5,14 +5,16 @@ import random
 import numpy as np
 import pytest
 import torch
+from effect_nets import left_out
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from lightning_koopman import Options, credit_report, intervene, linearize, predict_effects
+from lightning_koopman import component_effects, credit_report, linearize
 from lightning_koopman.effects.derived_weights import reset
 from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.report.effects import KINDS
 
 
 class Sampling(nn.Module):
@@ -33,22 +35,22 @@ def sampling():
     torch.manual_seed(0)
     batches = torch.randn(400, 6).split(100)
     model = Sampling().eval()
-    return model, batches, credit_report(model, batches)
+    return model, batches
 
 
 def test_weak_noise_changes_nothing_in_a_network_that_draws(sampling):
-    model, batches, report = sampling
+    model, batches = sampling
     kinds = ["output_noise", "weight_noise"]
-    measured = intervene(model, batches, report, kinds, strength=1e-6, draws=2)
-    predicted = predict_effects(model, batches, report, kinds, strength=1e-6)
-    assert 0 < measured.effect.min() <= measured.effect.max() < 1e-10
-    for column, kind in enumerate(kinds):
+    found = component_effects(model, batches, None, kinds, how="both", strength=1e-6, draws=2)
+    for kind in kinds:
+        assert 0 < found.values[kind].min() <= found.values[kind].max() < 1e-10
+        assert not any(found.doubts[kind])
         # Of the same size: what the network draws is the same in both.
-        np.testing.assert_allclose(predicted.effects.values[kind], measured.effect[:, column], rtol=2)
+        np.testing.assert_allclose(found.predicted[kind], found.values[kind], rtol=2)
 
 
 def test_a_batch_has_its_own_random_numbers_in_every_run_and_the_users_go_on(sampling):
-    model, batches, _ = sampling
+    model, batches = sampling
     runner = ForwardRunner(model, [batches[0], batches[0]])
     torch.manual_seed(3)
     expected = torch.rand(5)
@@ -80,9 +82,8 @@ def test_reinit_of_normed_weights_is_that_of_plain_ones(wrap):
         net(batches[0])  # leaves a weight with a graph on the modules of the old kind
         state = {key: value.clone() for key, value in net.state_dict().items()}
         report = credit_report(net, batches)
-        measured = intervene(net, batches, report, ["reinit"], draws=2)
-        predicted = predict_effects(net, batches, report, ["reinit"])
-        effects.append((measured.effect[:, 0], predicted.effects.values["reinit"]))
+        found = component_effects(net, batches, report, ["reinit"], how="both", draws=2)
+        effects.append((found.values["reinit"], found.predicted["reinit"]))
         copies.append(
             linearize(net, batches, report, components=["2"], max_drop=1.0, allow_larger=True).model
         )
@@ -140,25 +141,11 @@ def test_a_parametrization_without_a_way_back_is_named():
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     parametrize.register_parametrization(net[0], "weight", Doubled())
     batches = torch.randn(100, 4).split(50)
-    report = credit_report(net, batches)
-    words = "'0.weight' is derived by Doubled, which cannot be set to a weight drawn anew"
+    words = "'0.weight' is derived by Doubled, which cannot be set to another weight"
     with pytest.raises(ValueError, match=words):
-        intervene(net, batches, report, ["reinit"])
-    initial = net.state_dict()
-    assert intervene(net, batches, report, ["reinit"], initial=initial).effect.max() == 0
-
-
-def left_out(x, y, ridge):
-    """Residual of every sample from the ridge regression of the others; of least norm at 0."""
-    found = torch.empty_like(y)
-    for i in range(len(x)):
-        rest = torch.arange(len(x)) != i
-        x_mean, y_mean = x[rest].mean(dim=0), y[rest].mean(dim=0)
-        u, s, v = torch.linalg.svd(x[rest] - x_mean, full_matrices=False)
-        u, s, v = u[:, :-1], s[:-1], v[:-1]  # centred, so that the last is 0
-        matrix = v.T @ ((s / (s.square() + ridge))[:, None] * (u.T @ (y[rest] - y_mean)))
-        found[i] = y[i] - y_mean - (x[i] - x_mean) @ matrix
-    return found
+        component_effects(net, batches, kinds=["reinit"])
+    found = component_effects(net, batches, kinds=["reinit"], initial=net.state_dict())
+    assert found.values["reinit"].max() == 0
 
 
 @pytest.mark.parametrize("tikhonov", [0.0, 1e-12, 1e-3])
@@ -182,17 +169,14 @@ def test_linear_effects_are_not_zero_with_fewer_samples_than_directions():
         nn.Sequential(nn.Linear(40, 40), nn.Tanh()), nn.Sequential(nn.Linear(40, 40), nn.Tanh()),
         nn.Linear(40, 4),
     ).double()  # fmt: skip
-    few, many = torch.randn(30, 40).double(), torch.randn(500, 40).double()
-    with pytest.warns(UserWarning, match="30 samples are few"):
-        report = credit_report(net, [few], components=["0", "1", "2"], options=Options(tikhonov=0.0))
-    predicted = predict_effects(net, [few], report, ["linear"]).effects.values["linear"]
-    with torch.no_grad():
-        state, y = net[:2](few), net(few)
-    exact = left_out(state, y, 0.0).square().sum() / (y - y.mean(dim=0)).square().sum()
-    assert predicted[2] == pytest.approx(float(exact), rel=1e-6)
-    # What the operators leave of samples that they have not seen, with the noise of so few.
-    measured = intervene(net, many.split(100), report, ["linear"]).effect[:, 0]
-    np.testing.assert_allclose(np.log(predicted / measured), 0, atol=0.7)
+    few, many = torch.randn(30, 40).double(), torch.randn(400, 40).double()
+    how = {"kinds": ["linear"], "components": ["0", "1", "2"], "how": "both"}
+    found, better = component_effects(net, [few], **how), component_effects(net, [many], **how)
+    assert (found.values["linear"] > 0.01).all()
+    assert (found.predicted["linear"] > 0.01).all()
+    assert all("samples" in words for words in found.doubts["linear"])
+    # With enough samples the last one, which is linear, costs nothing.
+    assert better.values["linear"][2] < 1e-3 * found.values["linear"][2]
 
 
 class OwnCheckpoint(torch.autograd.Function):
@@ -238,7 +222,7 @@ def test_effects_under_checkpoints_are_those_without(how, frozen, components):
     for checkpoints in (None, how):
         net = Checkpointed(checkpoints, frozen).eval()
         report = credit_report(net, [x], components=components)
-        found.append(predict_effects(net, [x], report).effects.values)
+        found.append(component_effects(net, [x], report, KINDS, how="predicted").values)
     for kind, values in found[0].items():
         np.testing.assert_allclose(found[1][kind], values, rtol=1e-5, atol=1e-12, err_msg=kind)
     assert "apply" not in vars(CheckpointFunction)
@@ -247,6 +231,6 @@ def test_effects_under_checkpoints_are_those_without(how, frozen, components):
 def test_checkpoints_of_other_libraries_are_named():
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(1))
     net = Checkpointed("own").eval()
-    report = credit_report(net, [x])
     with pytest.raises(ValueError, match="activation checkpoints that let no gradients of states"):
-        predict_effects(net, [x], report, ["skip"])
+        component_effects(net, [x], how="predicted")
+    assert component_effects(net, [x]).how == {"skip": "measured"}

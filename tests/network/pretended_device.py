@@ -147,11 +147,7 @@ def operator(model: nn.Module, batches: list[Tensor]) -> list[Any]:
 
 
 def effects(model: nn.Module, batches: list[Tensor]) -> list[Any]:
-    return [lk.predict_effects(model, batches, lk.credit_report(model, batches)).influence]
-
-
-def interventions(model: nn.Module, batches: list[Tensor]) -> list[Any]:
-    return [lk.intervene(model, batches, lk.credit_report(model, batches)).effect]
+    return [lk.component_effects(model, batches).values["skip"]]
 
 
 TRIALS: dict[str, Numbers] = {
@@ -163,7 +159,6 @@ TRIALS: dict[str, Numbers] = {
     "operator": operator,
     "bfloat16": report(),
     "effects": effects,
-    "intervene": interventions,
 }
 
 

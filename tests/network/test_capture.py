@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report, intervene
+from lightning_koopman import component_effects, credit_report
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.rows import INPUT
@@ -490,5 +490,5 @@ def test_layers_called_by_their_forward_are_seen_like_others(mixed: bool) -> Non
     assert report.total == pytest.approx(expected.total)
     assert not any("forward" in vars(module) for module in net.modules())
     # Altered outputs arrive too.
-    altered = intervene(net, batches, report, kinds=["output_noise"])
-    assert altered.effect.min() > 0
+    altered = component_effects(net, batches, report, kinds=["output_noise"])
+    assert altered.values["output_noise"].min() > 0

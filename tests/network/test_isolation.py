@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from lightning_koopman import credit_report, drop_order, intervene, linearize, predict_effects
+from lightning_koopman import component_effects, credit_report, drop_order, linearize
 from lightning_koopman.measurement.overview import describe_components
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.tensors import detached_copy
+from lightning_koopman.report.effects import KINDS
 
 
 def network() -> nn.Sequential:
@@ -58,8 +59,7 @@ NET = network()
 REPORT = credit_report(NET, [batch for batch, _ in DataLoader(samples(), batch_size=20)])
 USES: dict[str, Callable[[DataLoader], Any]] = {
     "credit_report": lambda loader: credit_report(NET, loader),
-    "intervene": lambda loader: intervene(NET, loader, REPORT, draws=1, fit_batches=loader),
-    "predict_effects": lambda loader: predict_effects(NET, loader, REPORT, ["skip"]),
+    "component_effects": lambda loader: component_effects(NET, loader, None, KINDS, how="both", draws=1),
     "linearize": lambda loader: linearize(NET, loader, allow_larger=True),
     "linearize on other data": lambda loader: linearize(
         NET, loader, REPORT, fit_batches=loader, max_drop=0.5, allow_larger=True

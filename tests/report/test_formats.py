@@ -9,12 +9,11 @@ import pandas
 import pytest
 from small import batches, network
 
-from lightning_koopman import predict_effects
+from lightning_koopman import component_effects
 from lightning_koopman.cli.main import main
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.report.files import write_reports, write_with_known
 from lightning_koopman.report.pages import to_html, to_markdown
-from lightning_koopman.report.tables import effects_table
 
 
 def test_frame_and_csv_hold_a_row_per_component(report, tmp_path):
@@ -53,20 +52,20 @@ def test_report_and_compare_take_bare_file_names(report, tmp_path, capsys):
     assert "Change of gain" in capsys.readouterr().out
 
 
-def test_predicted_effects_are_in_every_kind_of_file(report, tmp_path):
+def test_effects_are_in_every_kind_of_file(report, tmp_path):
     bare = report
-    report = predict_effects(network(), batches(), bare, ["skip", "output_noise"], scale="kl")
+    found = component_effects(network(), batches(), bare, ["skip", "output_noise"], scale="kl")
+    report = dataclasses.replace(bare, effects=found)
     write_reports([report, bare], tmp_path / "r.csv", "csv")
     frame = pandas.read_csv(tmp_path / "r.csv")
     np.testing.assert_allclose(frame["effect_skip"][:2], report.effects.values["skip"])
-    np.testing.assert_allclose(frame["influence"][:2], report.influence)
+    np.testing.assert_allclose(frame["effect_skip_stderr"][:2], found.stderr["skip"])
     assert frame["effect_skip"][2:].isna().all()
     page, text = to_html([report, bare]), to_markdown(report)
-    for cell in (f"{report.effects.values['skip'][0]:.2g}", f"{report.influence[1]:.3f}"):
-        assert cell in text
+    assert found.cell("skip", 0) in text
     assert f'data-value="{report.effects.values["output_noise"][0]}"' in to_html([report])
-    assert "KL in nats" in text
-    assert "influence" not in page  # of one run, the newest report is shown, which predicts nothing
+    assert "KL in nats" in to_html([report])
+    assert "Effects of altering" not in page  # of one run, the newest report is shown, which has none
 
 
 def test_a_report_without_directions_is_shown_without_their_figure(report):
@@ -83,8 +82,3 @@ def test_without_any_report_only_json_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r.html.json"]
     with pytest.raises(ValueError, match="no report to show"):
         write_reports([], tmp_path / "r.html", "html")
-
-
-def test_effects_that_were_not_predicted_cannot_be_shown(report):
-    with pytest.raises(ValueError, match="report predicts no effects; predict_effects fills them in"):
-        effects_table(report)

@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 from small import batches, network, save
 
-from lightning_koopman import predict_effects
+from lightning_koopman import component_effects
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
@@ -115,7 +116,7 @@ def test_commands_write_the_file_named_and_nothing_else(project, hostile):
         ["components", GIVEN[0]],
         ["evaluate", *GIVEN, "--ckpt=1.ckpt"],
         ["linearize", *GIVEN, "--ckpt=1.ckpt", "--out=out/linear.ckpt"],
-        ["intervene", *GIVEN, "--ckpt=1.ckpt", "--out=out/i.json", "--figure=out/i.png"],
+        ["effects", *GIVEN, "--ckpt=1.ckpt", "--out=out/i.json", "--figure=out/i.png"],
     )
     words = [word for command in commands for word in ("THEN", *command)]
     assert run(project, *words[1:]) == NOTHING
@@ -177,7 +178,7 @@ EVIL = [
 
 @pytest.fixture(scope="module")
 def predicted(report):
-    return predict_effects(network(), batches(), report, ["skip"])
+    return replace(report, effects=component_effects(network(), batches(), report))
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,10 @@ def test_what_a_file_says_does_nothing_to_a_terminal(evil, report, tmp_path, cap
 
 @pytest.mark.parametrize("markup", ["[/bold]", "[red]x", "[link=http://x]y[/link]", "\\[x]"])
 def test_no_name_or_note_becomes_a_style(markup, predicted):
-    named = replace(predicted, components=(markup, "2"), notes=(markup,), parts={}, operators={})
-    shown = str(named)
-    assert shown.count(markup) == 3, "a row of credits, one of effects, and the note"
+    named = {"components": (markup, "2"), "notes": (markup,)}
+    effects = replace(predicted.effects, **named)
+    report = replace(predicted, **named, parts={}, operators={}, effects=effects)
+    assert str(report).count(markup) >= 2, "a row and the note"
+    kinds = {name: {markup: np.ones(2)} for name in ("values", "stderr")}
+    effects = replace(effects, how={markup: "measured"}, metric={}, doubts={}, **kinds)
+    assert str(effects).count(markup) == 3

@@ -184,7 +184,7 @@ def test_every_field_is_checked(name, value, message):
         CreditReport.from_dict(given)
 
 
-OPTIONAL = {"step", "parts", "folds", "delay", "run", "source", "effects"}
+OPTIONAL = {"step", "parts", "folds", "delay", "run", "source", "effects", "types", "parameters"}
 
 
 @pytest.mark.parametrize("name", sorted(set(make().to_dict()) - OPTIONAL))
@@ -244,7 +244,7 @@ def test_a_row_carries_its_doubts():
     assert "2 of 3 rows carry a doubt" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["body.0"][-2:] == ["r2,", "lost"]
-    assert rows["stem"][-1] == "5/5"
+    assert rows["stem"][-1] == f"{report.r2[0]:.3f}"
     ones = {name: np.ones(3) for name in ("r2", "chain_r2", "credit")}
     sound = dataclasses.replace(report, stable=np.ones(3, bool), **ones)
     assert "carry a doubt" not in str(sound)

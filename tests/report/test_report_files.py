@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import batches, network, save
 
-from lightning_koopman import CreditReport, credit_report, evaluate_checkpoints, predict_effects
+from lightning_koopman import CreditReport, component_effects, credit_report, evaluate_checkpoints
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.comparison import changes_table
 from lightning_koopman.report.files import merge_reports, read_reports, write_reports
 from lightning_koopman.report.pages import to_html, to_markdown
 from lightning_koopman.report.saved import ReportFormatError
-from lightning_koopman.report.tables import as_text
+from lightning_koopman.report.text import as_text
 
 QUIET = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -131,7 +131,9 @@ def test_a_file_that_holds_no_reports_is_refused(text, tmp_path):
 
 REPORT = credit_report(network(), batches())
 VALID = REPORT.to_dict()
-WITH_EFFECTS = predict_effects(network(), batches(), REPORT, ["skip"]).to_dict()
+WITH_EFFECTS = dataclasses.replace(
+    REPORT, effects=component_effects(network(), batches(), REPORT, how="both", sets=[{"0", "2"}])
+).to_dict()
 
 
 @QUIET

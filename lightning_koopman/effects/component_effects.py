@@ -1,0 +1,355 @@
+"""What altering each component does to the outputs: measured where that costs less, else predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lightning_koopman.effects.alterations import Alterations, Weights, altered_parts
+from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
+from lightning_koopman.effects.second_order import SecondOrder, predict
+from lightning_koopman.koopman.options import DEFAULTS
+from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network.components import Components
+from lightning_koopman.network.forward_runner import (
+    NO_SAMPLES,
+    ForwardFn,
+    ForwardRunner,
+    check_arguments,
+)
+from lightning_koopman.network.hook_points import Alteration, HookPoint
+from lightning_koopman.network.isolation import seed_all, undisturbed
+from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
+from lightning_koopman.report.report import CreditReport
+
+How = Literal["auto", "measured", "predicted", "both"]
+
+_CHEAPER_MEASURED = ("skip", "linear", "output_noise")
+"""Kinds that a single pass per component measures."""
+
+_DRAWS = 5
+"""Draws per component, of kinds that draw weights, where they are measured."""
+
+
+def component_effects(
+    model: nn.Module,
+    batches: Iterable[Any],
+    report: CreditReport | None = None,
+    kinds: Sequence[str] = ("skip",),
+    *,
+    how: How = "auto",
+    samples: int = 512,
+    components: Components | Sequence[Components] | None = None,
+    replacements: Mapping[str, Weights] | None = None,
+    sets: Iterable[Collection[str]] = (),
+    initial: Weights | None = None,
+    strength: float = 0.3,
+    draws: int | None = None,
+    metric: Metric | None = None,
+    scale: Scale | None = None,
+    probes: int = 2,
+    forward_fn: ForwardFn | None = None,
+    seed: int = 0,
+) -> Effects:
+    """Tell what altering each component of a trained network does to its outputs.
+
+    The kinds, for a component that turns what it takes in, x, into y:
+
+    * ``skip``: y becomes x where the shapes agree, else its mean over samples.
+    * ``linear``: y becomes the ridge regression of y on the leading 256 directions of x, fitted on these
+      samples; each sample is predicted as if it had been left out of the fit.
+    * ``output_noise``: Gaussian noise of ``strength`` times each unit's standard deviation is added to
+      y.
+    * ``weight_noise``: Gaussian noise of ``strength`` times its own standard deviation is added to each
+      parameter tensor of more than one entry.
+    * ``reinit``: weights and buffers go back to ``initial``, or are drawn anew by ``reset_parameters``.
+    * each name in ``replacements``: weights and buffers become those of the given ``state_dict``.
+
+    **Measured**, a component is altered and the network runs again: one pass per component, times draws
+    for kinds that draw. **Predicted**, all components are altered at once, each on the input that it
+    has in the network as it is. The network's Jacobian J, by backward passes, turns what that does to
+    the component's output, δ, into z = Jδ, and the mean of zᵀ M z is the effect to second order: M is
+    half the softmax's Fisher information for ``"kl"``, the identity over the outputs' variance for
+    ``"relative"``. A pass over all samples, one with gradients, a backward pass per probe, and one more
+    pass per kind that alters weights do for all components, and for all sets of them
+    (:meth:`Effects.of`).
+
+    A module that runs several times is altered in all its calls by the kinds that touch weights, in one
+    call by the others. The model is left exactly as it was found, gradients included, also when an
+    exception flies.
+
+    Args:
+        model: A trained network.
+        batches: Data: tensors, tuples of input and target, or mappings.
+        report: A report on the model, whose components are altered; without one, they are found by one
+            pass over the first batch.
+        kinds: Which alterations; replacements come on top.
+        how: ``"measured"``, ``"predicted"``, ``"both"`` side by side, or ``"auto"``: measured for
+            ``skip``, ``linear`` and ``output_noise``, which costs less, and predicted for the others.
+        samples: Most samples that are looked at, the first of ``batches``.
+        components: Names or glob patterns of components; without a report whatever
+            :func:`lightning_koopman.credit_report` takes.
+        replacements: Other weights for the network, by a name of your own: a ``state_dict`` of it, or
+            the part of one that differs. :mod:`lightning_koopman.effects.replacements` makes common
+            ones.
+        sets: Sets of components that are also altered together, where the kind is measured.
+        initial: ``state_dict`` of the network at its initialisation, for ``reinit``.
+        strength: Noise, as a share of the standard deviation.
+        draws: Draws of kinds that draw: per component where they are measured (by default 5 of weights
+            and one of output noise), in all where they are predicted (by default one per batch).
+        metric: Called as ``metric(outputs, targets)`` over all batches; ``None`` takes the accuracy
+            where targets are class indices, and none otherwise.
+        scale: Unit of the effects; ``None`` takes ``"kl"`` (mean KL divergence in nats from the original
+            to the altered class distribution) where targets are class indices, ``"relative"`` (mean
+            squared change over the outputs' variance) otherwise.
+        probes: Most backward passes per batch for predictions. Outputs of more values per sample are
+            taken in so many random combinations; the mean is the same, with noise.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+        seed: Seed of everything that is drawn.
+
+    Returns:
+        The effects; ``dataclasses.replace(report, effects=...)`` puts them beside the credits.
+
+    Raises:
+        ValueError: If an argument is out of range, the report does not belong to the model, a component
+            cannot be altered in that way, or there is nothing to predict from: the outputs carry no
+            gradient.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> x = torch.randn(300, 4)
+        >>> effects = component_effects(net, [(x, net(x).argmax(1))])
+        >>> effects.components, effects.scale, effects.how
+        (('0', '2'), 'kl', {'skip': 'measured'})
+        >>> bool(effects.metric["skip"][1] < effects.metric_before)
+        True
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; at least one is needed")
+    check_arguments(model, batches)
+    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
+    if not runner.batches:
+        raise ValueError(NO_SAMPLES)
+    if report is not None:
+        parts = _chosen(altered_parts(report), components)
+    else:
+        parts = _found(runner, components)
+    return effects_on(
+        runner,
+        parts,
+        kinds if isinstance(kinds, str) else (*kinds, *(replacements or ())),
+        how=how,
+        replacements=replacements,
+        sets=sets,
+        initial=initial,
+        strength=strength,
+        draws=draws,
+        metric=metric,
+        scale=scale,
+        probes=probes,
+        seed=seed,
+    )
+
+
+def effects_on(
+    runner: ForwardRunner,
+    parts: Mapping[str, Sequence[str]],
+    kinds: Sequence[str] = ("skip",),
+    *,
+    how: How = "auto",
+    replacements: Mapping[str, Weights] | None = None,
+    sets: Iterable[Collection[str]] = (),
+    initial: Weights | None = None,
+    strength: float = 0.3,
+    draws: int | None = None,
+    metric: Metric | None = None,
+    scale: Scale | None = None,
+    probes: int = 2,
+    seed: int = 0,
+    targets: Sequence[Tensor | None] | None = None,
+) -> Effects:
+    """Compute effects with whatever runs the network: on data, or on calls that were recorded.
+
+    ``parts`` holds the module calls of each component, see :func:`altered_parts`. ``targets`` are those
+    of each batch; without them they are looked for in the batches.
+    """
+    for name, value in (("probes", probes), ("draws", 1 if draws is None else draws)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; at least one is needed")
+    if how not in get_args(How):
+        raise ValueError(f"how is {how!r}; choose one of {get_args(How)}")
+    alterations = Alterations(
+        runner.model,
+        parts,
+        kinds,
+        replacements=replacements,
+        initial=initial,
+        strength=strength,
+        seed=seed,
+    )
+    kinds, rows = alterations.kinds, _rows(alterations.names, sets)
+    to_measure = [
+        k for k in kinds if how in ("measured", "both") or (how == "auto" and k in _CHEAPER_MEASURED)
+    ]
+    to_predict = [k for k in kinds if how in ("predicted", "both") or k not in to_measure]
+    with undisturbed(runner.model):
+        outputs: list[Tensor] = []
+        for number in range(len(runner.batches)):
+            output, values = runner.run_batch(number, alterations.read)
+            alterations.update(values, len(output))
+            outputs.append(output.detach().cpu())
+        before = Outputs(outputs, runner.batches, scale, metric, targets)
+        alterations.solve()
+        unsteady = _unsteadiness(runner, outputs, before)
+        measured = {
+            kind: _measure(alterations, runner, before, kind, rows, draws, seed) for kind in to_measure
+        }
+        second = {}
+        if to_predict:
+            second = predict(
+                alterations, runner, before, to_predict, draws=draws, probes=probes, seed=seed
+            )
+    size, notes = outputs[0][0].numel(), tuple[str, ...]()
+    if second and size > probes:
+        notes = (f"predicted from {probes} random combinations of the {size} outputs a sample",)
+    predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
+    found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
+    both = {kind: effects for kind, effects in predicted.items() if kind in measured}
+    effects = Effects(
+        components=tuple(rows),
+        values={kind: found[kind][0] for kind in kinds},
+        stderr={kind: found[kind][1] for kind in kinds},
+        how={kind: "measured" if kind in measured else "predicted" for kind in kinds},
+        scale=before.scale,
+        n_samples=before.n_samples,
+        strength=strength,
+        metric_before=before.metric,
+        metric={kind: each[2] for kind, each in measured.items() if before.has_metric},
+        metric_stderr={kind: each[3] for kind, each in measured.items() if before.has_metric},
+        predicted={kind: values for kind, (values, _) in both.items()},
+        predicted_stderr={kind: stderr for kind, (_, stderr) in both.items()},
+        sets={name: members for name, members in rows.items() if len(members) > 1},
+        folds={kind: each.folds for kind, each in second.items()},
+        pairs={kind: each.pairs for kind, each in second.items()},
+        notes=notes,
+    )
+    doubts = {
+        kind: tuple(_doubts(effects, alterations, kind, i, unsteady) for i in range(len(rows)))
+        for kind in kinds
+    }
+    return dataclasses.replace(effects, doubts=doubts)
+
+
+def _found(
+    runner: ForwardRunner, components: Components | Sequence[Components] | None
+) -> dict[str, tuple[str, ...]]:
+    """Find the components of a network, by a pass over the first batch."""
+    measurement = Measurement(runner.model, components, DEFAULTS)
+    measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
+    if components is not None:
+        return measurement.capture.parts
+    return measurement.parts
+
+
+def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:
+    """Pick components of a report by names or glob patterns."""
+    if components is None:
+        return dict(parts)
+    patterns = [components] if isinstance(components, str) else list(components)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in parts):
+            raise ValueError(f"the report has no components {pattern!r}; it has {tuple(parts)}")
+    return {n: calls for n, calls in parts.items() if any(fnmatchcase(n, p) for p in patterns)}
+
+
+def _rows(names: Sequence[str], sets: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:
+    """Return what is altered together, by name: each component alone, then the sets."""
+    rows: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
+    for given in sets:
+        if isinstance(given, str) or not set(given) <= set(names) or len(set(given)) < 2:
+            raise ValueError(f"sets holds {given!r}; each must hold two or more of {tuple(names)}")
+        members = tuple(name for name in names if name in given)
+        rows["+".join(members)] = members
+    return rows
+
+
+def _measure(
+    alterations: Alterations,
+    runner: ForwardRunner,
+    before: Outputs,
+    kind: str,
+    rows: Mapping[str, Sequence[str]],
+    draws: int | None,
+    seed: int,
+) -> NDArray[np.float64]:
+    """Alter what belongs together in one way, and return the fields of :class:`Measured` for each."""
+    number = 1 if kind == "output_noise" else _DRAWS
+    number = 1 if alterations.draws_nothing(kind) else draws or number
+    found = []
+    for i, members in enumerate(rows.values()):
+        # The generators' states are the user's: undisturbed puts them back.
+        seed_all(seed + i)
+        alter: dict[str, Alteration] = {}
+        read: list[HookPoint] = []
+        if not alterations.touches_weights(kind):
+            # In a set, the input of a component is not what its linear map was fitted to.
+            alone = len(members) == 1
+            alter = {
+                alterations.outputs[name].call: alterations.output(kind, name, left_out=alone)
+                for name in members
+            }
+            read = [alterations.inputs[name] for name in members if kind != "output_noise"]
+        drawn = []
+        for _ in range(number):
+            with alterations.weights(kind, members):
+                drawn.append(before.compare(runner.run(read, alter)))
+        found.append(over_draws(drawn))
+    return np.array(found).T
+
+
+def _with_sets(
+    found: SecondOrder, names: Sequence[str], rows: Mapping[str, Sequence[str]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return second-order effects with their errors, of each component and then of the sets."""
+    together = []
+    for members in list(rows.values())[len(names) :]:
+        places = [names.index(name) for name in members]
+        together.append(set_effect(found.pairs, found.folds, places))
+    values, stderr = np.array(together).reshape(-1, 2).T
+    return np.append(found.values, values), np.append(found.stderr, stderr)
+
+
+def _unsteadiness(runner: ForwardRunner, outputs: Sequence[Tensor], before: Outputs) -> float:
+    """Return the effect of nothing at all: by how much the network changes when asked twice."""
+    again = runner.run_batch(0)[0].detach().cpu()
+    atol = 1e-5 * float(outputs[0].abs().max()) if outputs[0].numel() else 0.0
+    if again.shape == outputs[0].shape and torch.allclose(again, outputs[0], 1e-3, atol, equal_nan=True):
+        return 0.0
+    moved = before.compare([again, *outputs[1:]]).effect
+    return moved * before.n_samples / max(1, len(again))
+
+
+def _doubts(
+    effects: Effects, alterations: Alterations, kind: str, row: int, unsteady: float
+) -> tuple[str, ...]:
+    """Return the reasons not to believe one number."""
+    name, value = effects.components[row], float(effects.values[kind][row])
+    maps = [alterations.maps[n] for n in effects.sets.get(name, (name,))] if kind == "linear" else []
+    is_predicted = effects.how[kind] == "predicted"
+    marks = {
+        "saturated": is_predicted and effects.scale == "kl" and value > SATURATED,
+        "samples": any(float(fitted.leverage.mean()) > 0.5 for fitted in maps),
+        "leverage": any(float((fitted.leverage > 0.95).double().mean()) > 0.05 for fitted in maps),
+        "gradient": math.isnan(value) and name not in effects.sets,
+        "unsteady": unsteady > 0 and not value > 10 * unsteady,
+    }
+    return tuple(word for word, marked in marks.items() if marked)

@@ -1,0 +1,267 @@
+"""Predicts what altering components does to the outputs, to second order, by backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from lightning_koopman.effects.alterations import Alterations
+from lightning_koopman.effects.scoring import Outputs
+from lightning_koopman.network.forward_runner import ForwardRunner, rows_by_sample
+from lightning_koopman.network.hook_points import Alteration, HookPoint
+from lightning_koopman.network.isolation import seed_all
+from lightning_koopman.report.effects import with_folds
+
+_FOLDS = 5
+"""Parts that samples are dealt out to, for error bars."""
+
+_OTHER_DRAWS = 1_000_003
+"""Added to the seed, so that noise differs from that of effects measured with the same seed."""
+
+Gradients = Sequence[Tensor | None]
+Moved = Mapping[int, Mapping[int, Tensor]]
+"""By altered component, the rows that each component's own output is displaced by."""
+
+
+class SecondOrder(NamedTuple):
+    """Second-order effects of one kind.
+
+    Attributes:
+        values: Effect per component; NaN where no gradient leads from the outputs to it.
+        stderr: Delete-one-fold jackknife errors.
+        pairs: Each fold's part of H, shape ``(folds, L, L)``.
+        folds: Samples of each fold.
+    """
+
+    values: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+    pairs: NDArray[np.float64]
+    folds: NDArray[np.float64]
+
+
+def predict(
+    alterations: Alterations,
+    runner: ForwardRunner,
+    before: Outputs,
+    kinds: Sequence[str],
+    *,
+    draws: int | None,
+    probes: int,
+    seed: int,
+) -> dict[str, SecondOrder]:
+    """Predict effects of some kinds.
+
+    Per batch that takes one pass with gradients, a backward pass from it for each probe, and for every
+    kind that alters weights one pass per draw, in which all components are altered at once, each on the
+    input that it has in the network as it is.
+    """
+    size, n_batches = len(alterations.names), len(runner.batches)
+    pairs = {kind: torch.zeros(_FOLDS, size, size, dtype=torch.float64) for kind in kinds}
+    folds = {kind: torch.zeros(_FOLDS, dtype=torch.float64) for kind in kinds}
+    reached = torch.zeros(size, dtype=torch.bool)
+    # One draw has no spread, so a single batch has two.
+    each = max(1, -(-(draws or 2) // n_batches))
+    for number in range(n_batches):
+        seed_all(_OTHER_DRAWS + seed + number)
+        output, handles, values = _tracked(alterations, runner, number)
+        count, exact = len(output), output[0].numel() <= probes
+        found = _pulled_back(output, handles, before, probes)
+        reached |= torch.tensor([gradient is not None for gradient in found[0]])
+        # The weights that are altered from here on would spoil the graph.
+        del output, handles
+        for kind in kinds:
+            drawn = kind != "output_noise" and not alterations.draws_nothing(kind)
+            # Samples that share a draw share a fold, so that errors cover the draws too.
+            place = (
+                torch.arange(count) % min(each, count) + number * each if drawn else torch.arange(count)
+            )
+            fold = place % _FOLDS
+            folds[kind] += torch.bincount(fold, minlength=_FOLDS)
+            moved: Moved = {}
+            if kind != "output_noise":
+                moved = _displacements(alterations, runner, kind, number, values, count, each)
+            for gradients in found:
+                if kind == "output_noise":
+                    squares = _noise_squares(alterations, gradients, count)
+                    change = torch.diag_embed(squares)
+                else:
+                    z = _changes(alterations, gradients, moved, count)
+                    # What is drawn for one component is independent of what is drawn for another.
+                    change = (
+                        torch.diag_embed(z.square())
+                        if kind == "weight_noise"
+                        else z[:, :, None] * z[:, None]
+                    )
+                pairs[kind].index_add_(0, fold, change, alpha=1.0 if exact else 1.0 / len(found))
+    return {
+        kind: _finished(alterations, kind, pairs[kind], folds[kind], reached, before) for kind in kinds
+    }
+
+
+def _finished(
+    alterations: Alterations, kind: str, pairs: Tensor, sizes: Tensor, reached: Tensor, before: Outputs
+) -> SecondOrder:
+    pairs = pairs / before.shares.sum()
+    pairs[:, ~reached] = torch.nan
+    pairs[:, :, ~reached] = torch.nan
+    if alterations.touches_weights(kind):
+        # To alter one of those that share weights is to alter the others: there is no sum.
+        for group in alterations.sharing_weights():
+            for i in group:
+                pairs[:, i, [j for j in group if j != i]] = torch.nan
+    values, stderr = with_folds(pairs.diagonal(dim1=1, dim2=2), sizes)
+    return SecondOrder(*(tensor.numpy() for tensor in (values, stderr, pairs, sizes)))
+
+
+def _displacements(
+    alterations: Alterations,
+    runner: ForwardRunner,
+    kind: str,
+    number: int,
+    values: Mapping[HookPoint, Tensor],
+    n_samples: int,
+    draws: int,
+) -> Moved:
+    """Displace the output of each component by altering it on the input that it has as it is."""
+    names, points = alterations.names, alterations.outputs
+    if not alterations.touches_weights(kind):
+        moved: dict[int, dict[int, Tensor]] = {}
+        for i, name in enumerate(names):
+            output = values[points[name]]
+            altered = alterations.output(kind, name)(output, values).to(output.device)
+            moved[i] = {i: rows_by_sample(altered - output, n_samples, name)}
+        return moved
+    given: dict[str, Tensor] = {}
+
+    def held(name: str) -> Alteration:
+        def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+            given[name] = output.detach().clone()
+            return values[points[name]].clone()
+
+        return alter
+
+    alter = {points[name].call: held(name) for name in names}
+    draws = 1 if alterations.draws_nothing(kind) else min(draws, n_samples)
+    groups = alterations.sharing_weights()
+    found: dict[int, dict[int, Tensor]] = {}
+    for turn in range(max(map(len, groups))):
+        altered_groups = [group for group in groups if turn < len(group)]
+        rows: dict[int, Tensor] = {}
+        for draw in range(draws):
+            with alterations.weights(kind, [names[group[turn]] for group in altered_groups]):
+                runner.run_batch(number, alter=alter)
+            for i, name in enumerate(names):
+                new = rows_by_sample(given[name] - values[points[name]], n_samples, name)
+                rows.setdefault(i, new)[draw::draws] = new[draw::draws]
+        found |= {group[turn]: {j: rows[j] for j in group} for group in altered_groups}
+    return found
+
+
+def _changes(alterations: Alterations, gradients: Gradients, moved: Moved, n_samples: int) -> Tensor:
+    """Change of one combination of the outputs, shape ``(n_samples, components)``."""
+    names = alterations.names
+    rows = {
+        i: rows_by_sample(gradient, n_samples, names[i])
+        for i, gradient in enumerate(gradients)
+        if gradient is not None
+    }
+    change = torch.zeros(n_samples, len(names), dtype=torch.float64)
+    for i, parts in moved.items():
+        for j, delta in parts.items():
+            if j in rows:
+                change[:, i] += torch.einsum("nd,nd->n", rows[j], delta.to(rows[j])).double().cpu()
+    return change
+
+
+def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: int) -> Tensor:
+    """Mean squared change of one combination of the outputs by output noise, the same shape."""
+    change = torch.zeros(n_samples, len(gradients), dtype=torch.float64)
+    for i, (name, gradient) in enumerate(zip(alterations.names, gradients, strict=True)):
+        if gradient is not None:
+            noise = alterations.noise_of(name, gradient)
+            change[:, i] = noise.reshape(n_samples, -1).square().sum(dim=1).double().cpu()
+    return change
+
+
+def _tracked(
+    alterations: Alterations, runner: ForwardRunner, number: int
+) -> tuple[Tensor, list[Tensor], Mapping[HookPoint, Tensor]]:
+    """Run with gradients: the output, what to ask gradients for, and the states as they are."""
+    handles: dict[str, Tensor] = {}
+
+    def track(name: str) -> Alteration:
+        def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+            handles[name] = output if output.requires_grad else output.detach().requires_grad_()
+            # What follows may change its input in place.
+            return handles[name].clone()
+
+        return alter
+
+    alter = {alterations.outputs[name].call: track(name) for name in alterations.names}
+    read = dict.fromkeys((*alterations.read, *alterations.outputs.values()))
+    with torch.enable_grad(), _no_reentrant_checkpoints():
+        output, values = runner.run_batch(number, read, alter)
+    if not output.requires_grad:
+        raise ValueError(
+            "the outputs carry no gradient, so no effect can be predicted; give a forward_fn that "
+            "neither detaches them nor runs under torch.no_grad or torch.inference_mode, or measure "
+            "with how='measured'"
+        )
+    return output, [handles[name] for name in alterations.names], values
+
+
+def _pulled_back(
+    output: Tensor, handles: Sequence[Tensor], outputs: Outputs, probes: int
+) -> list[Gradients]:
+    """Return the gradients of enough combinations of the outputs: all of them, or random ones."""
+    size = output[0].numel()
+    exact, number = size <= probes, min(size, probes)
+    found: list[Gradients] = []
+    for k in range(number):
+        if exact:
+            vectors = torch.zeros_like(output).reshape(len(output), -1)
+            vectors[:, k] = 1.0
+        else:
+            vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
+        weights = outputs.metric_root(output, vectors.reshape(output.shape))
+        try:
+            found.append(
+                torch.autograd.grad(
+                    output, handles, weights, retain_graph=k + 1 < number, allow_unused=True
+                )
+            )
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            raise ValueError(
+                "the network runs under activation checkpoints that let no gradients of states through "
+                f"({error}); switch them off, or use torch.utils.checkpoint with use_reentrant=False"
+            ) from error
+    return found
+
+
+@contextmanager
+def _no_reentrant_checkpoints() -> Generator[None, None, None]:
+    """Call what ``torch.utils.checkpoint`` would run without a graph, and again in a backward pass.
+
+    Gradients of states in between cannot be asked for there. Those that are not reentrant can stay.
+    """
+
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        return function(*args)
+
+    own = vars(CheckpointFunction).get("apply")
+    setattr(CheckpointFunction, "apply", staticmethod(apply))  # ruff: ignore[set-attr-with-constant] - mypy takes it for a method
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+        if own is not None:
+            setattr(CheckpointFunction, "apply", own)  # ruff: ignore[set-attr-with-constant]

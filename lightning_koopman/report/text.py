@@ -1,0 +1,135 @@
+"""Tables for a terminal: those that fit themselves to its width, and any of them as plain text."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.constrain import Constrain
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+_WORDS = ("doubt", "type")
+_LONGEST_NAME = 28
+_LEAST_WIDTH = 78
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A table that fits the screen without cutting anything; lines stand below it.
+
+    Attributes:
+        title: Above the table.
+        columns: Cells by heading; the first column names the rows.
+        gives_way: Headings in the order in which columns go where the screen is narrow. What does not
+            fit even then stands in a further table below.
+        styles: One per row.
+        lines: Rich's markup below the table, wrapped to its width.
+    """
+
+    title: str
+    columns: Mapping[str, Sequence[str]]
+    gives_way: Sequence[str] = ()
+    styles: Sequence[str | None] = ()
+    lines: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Drop or move columns until the rest fits, then wrap the lines to its width."""
+        names, *kept = self.columns
+        gone = list(self.gives_way)
+        while gone and self._width([names, *kept]) > options.max_width:
+            kept = [name for name in kept if name != gone[0]]
+            gone.pop(0)
+        longest = max(map(cell_len, self.title.splitlines()))
+        widest = max(longest, _LEAST_WIDTH)
+        first = True
+        while kept:
+            shown = [names, kept.pop(0)]
+            while kept and self._width([*shown, kept[0]]) <= options.max_width:
+                shown.append(kept.pop(0))
+            width = self._width(shown)
+            if first:
+                title = Text.from_markup(self.title, style="table.title", justify="center")
+                yield Constrain(title, min(options.max_width, max(width, longest)))
+            first, widest = False, max(widest, width)
+            yield self._table(shown)
+        if self.lines:
+            text = Text.from_markup("\n".join(self.lines), style="table.caption")
+            yield Constrain(text, min(options.max_width, widest))
+
+    def _width(self, headings: Sequence[str]) -> int:
+        """Return how wide a table of some columns is; names and words may be folded."""
+        return 1 + sum(1 + self._needs(heading) for heading in headings)
+
+    def _needs(self, heading: str) -> int:
+        cells = [heading, *self.columns[heading]]
+        if heading in _WORDS:
+            cells = [word for cell in cells for word in cell.split()]
+        longest = max(map(cell_len, cells), default=0)
+        return min(longest, _LONGEST_NAME) if heading == next(iter(self.columns)) else longest
+
+    def _table(self, headings: Sequence[str]) -> Table:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for place, heading in enumerate(headings):
+            words = place == 0 or heading in _WORDS
+            table.add_column(
+                escape(heading),
+                justify="left" if words else "right",
+                overflow="fold",
+                no_wrap=not words,
+                min_width=self._needs(heading),
+            )
+        cells = [self.columns[heading] for heading in headings]
+        styles = self.styles or [None] * len(cells[0])
+        for row, style in zip(zip(*cells, strict=True), styles, strict=True):
+            table.add_row(*map(escape, row), style=style)
+        return table
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A table with lines of rich's markup below it.
+
+    The caption of a table that is wider than the screen would lose the end of each line.
+    """
+
+    table: Table
+    lines: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Wrap the lines to the table's width, or to the screen's if that is less."""
+        yield self.table
+        width = min(options.max_width, console.measure(self.table, options=options).maximum)
+        if self.lines:
+            yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
+
+
+def new_table(title: str, numbers: Sequence[str]) -> Table:
+    """Return an empty table with a column of names and others of numbers."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("component", overflow="fold", min_width=9)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def as_text(table: Any) -> str:
+    """Render what rich can print as plain text."""
+    file = io.StringIO()
+    Console(file=file, width=130, color_system=None).print(table)
+    return file.getvalue().rstrip()
+
+
+def with_share(value: float, error: float) -> str:
+    """Return an effect as text, with its standard error as a share of it; nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    share = f"±{error / value:.0%}" if value > 0 and math.isfinite(error) else ""
+    return f"{value:.2g}{share}"

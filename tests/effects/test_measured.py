@@ -1,0 +1,446 @@
+"""Measured effects: closed forms, alterations by hand, models left as found, every error."""
+
+import copy
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from effect_nets import (
+    Attending,
+    Branches,
+    Twice,
+    assert_same,
+    batched,
+    data,
+    fingerprint,
+    left_out,
+    linear_chain,
+    mlp,
+    normal,
+    smooth,
+)
+from scipy.stats import sem
+from torch import Tensor, nn
+
+from lightning_koopman import component_effects, credit_report
+from lightning_koopman.effects.alterations import Alterations, check_components
+from lightning_koopman.effects.scoring import accuracy, kl_divergence
+from lightning_koopman.report.effects import KINDS
+
+
+def relative(y: Tensor, altered: Tensor) -> float:
+    return float((altered - y).square().sum() / (y - y.mean(0)).square().sum())
+
+
+def test_without_a_report_the_components_are_those_that_one_would_name():
+    net, (x, y) = mlp(), data()
+    report = credit_report(net, batched(x, y))
+    alone = component_effects(net, batched(x, y))
+    assert alone.components == report.components
+    assert alone.how == {"skip": "measured"}
+    beside = component_effects(net, batched(x, y), report)
+    np.testing.assert_array_equal(alone.values["skip"], beside.values["skip"])
+    few = component_effects(net, batched(x, y), report, components=["[25]"])
+    assert few.components == ("2", "5")
+    np.testing.assert_array_equal(few.values["skip"], alone.values["skip"][1:])
+    assert component_effects(net, batched(x, y), components=["2"]).components == ("2",)
+
+
+def test_skip_passes_the_input_where_shapes_agree_and_the_mean_elsewhere():
+    net, (x, y) = mlp(), data()
+    found = component_effects(net, batched(x, y))
+    with torch.no_grad():
+        logits = net(x)
+        skipped = net[5](net[:2](x))
+        mean = logits.mean(0).expand_as(logits)
+    assert found.scale == "kl"
+    assert found.metric_before == pytest.approx(accuracy(logits, y))
+    for place, altered in ((1, skipped), (2, mean)):
+        by_sample = kl_divergence(logits, altered).numpy()
+        gained = (altered.argmax(1) == y).double() - (logits.argmax(1) == y).double()
+        assert found.values["skip"][place] == pytest.approx(by_sample.mean(), rel=1e-5)
+        assert found.stderr["skip"][place] == pytest.approx(sem(by_sample), rel=1e-5)
+        assert found.metric["skip"][place] == pytest.approx(accuracy(altered, y))
+        assert found.metric_stderr["skip"][place] == pytest.approx(sem(gained.numpy()))
+
+
+def test_linear_is_the_residual_of_a_fit_without_the_sample():
+    net, x = smooth(), normal(40, 5)
+    found = component_effects(net, [x[:17], x[17:]], kinds=["linear"], components=["0", "1", "2"])
+    with torch.no_grad():
+        states = [x, net[0](x), net[:2](x), net(x)]
+        for i in range(3):
+            fit = Alterations(net, {"c": (f"{i}",)}, ["linear"])
+            fit.update({fit.inputs["c"]: states[i], fit.outputs["c"]: states[i + 1]}, 40)
+            fit.solve()
+            ridge = 40 * fit.maps["c"].tikhonov * float(states[i].var(0, correction=0).mean())
+            altered = net[i + 1 :](states[i + 1] - left_out(states[i], states[i + 1], ridge))
+            expected = relative(states[3], altered)
+            assert found.values["linear"][i] == pytest.approx(expected, rel=1e-6, abs=1e-20)
+
+
+def test_what_is_linear_loses_nothing_in_tensors_of_any_shape():
+    torch.manual_seed(0)
+    images = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Flatten(), nn.Linear(512, 3)
+    ).eval()
+    for net, x in ((linear_chain(), normal(300, 6)), (images, torch.randn(512, 1, 8, 8))):
+        found = component_effects(net, [x], kinds=["linear"])
+        np.testing.assert_allclose(found.values["linear"], 0, atol=1e-6)
+
+
+def test_output_noise_on_a_linear_chain_has_its_closed_form():
+    net, x = linear_chain(), normal(4000, 6)
+    found = component_effects(net, x.split(1000), kinds=["output_noise"], samples=4000, draws=8)
+    with torch.no_grad():
+        states = [net[: i + 1](x) for i in range(3)]
+    rest = [net[2].weight @ net[1].weight, net[2].weight, torch.eye(4, dtype=torch.float64)]
+    total = states[-1].var(0, correction=0).sum()
+    for i, (state, jacobian) in enumerate(zip(states, rest, strict=True)):
+        moved = 0.09 * (jacobian.square() * state.var(0, correction=0)).sum() / total
+        assert found.values["output_noise"][i] == pytest.approx(float(moved.detach()), rel=0.05)
+
+
+def test_sets_are_altered_together():
+    net, (x, y) = mlp(), data()
+    kinds = ["skip", "reinit"]
+    found = component_effects(
+        net, batched(x, y), kinds=kinds, how="measured", initial=mlp(5).state_dict(), sets=[{"5", "2"}]
+    )
+    assert found.components == ("0", "2", "5", "2+5")
+    fresh = copy.deepcopy(net)
+    fresh.load_state_dict({k: v for k, v in mlp(5).state_dict().items() if k[0] in "235"}, strict=False)
+    with torch.no_grad():
+        logits = net(x)
+        skipped = logits.mean(0).expand_as(logits)
+        for kind, altered in (("skip", skipped), ("reinit", fresh(x))):
+            expected = kl_divergence(logits, altered).mean().item()
+            assert found.values[kind][3] == pytest.approx(expected, rel=1e-5)
+            assert found.of({"2", "5"}, kind) == (found.values[kind][3], found.stderr[kind][3])
+
+
+def test_noise_of_weights_is_seeded_and_grows_with_strength():
+    net, (x, y) = mlp(), data()
+    first, again, large = (
+        component_effects(
+            net, batched(x, y), kinds=["weight_noise"], how="measured", strength=strength, draws=2
+        ).values["weight_noise"]
+        for strength in (0.1, 0.1, 0.5)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (large > first).all()
+
+
+def test_the_error_covers_draws():
+    net, (x, y) = mlp(), data()
+    how = {"kinds": ["reinit"], "how": "measured", "components": ["2"]}
+    how["report"] = credit_report(net, batched(x, y))
+    drawn = [component_effects(net, batched(x, y), draws=1, seed=100 * s, **how) for s in range(40)]
+    # Over the same samples, what differs from seed to seed is the draw alone.
+    spread = np.std([one.values["reinit"][0] for one in drawn], ddof=1)
+    assert np.mean([one.stderr["reinit"][0] for one in drawn]) < 0.5 * spread
+    several = [component_effects(net, batched(x, y), draws=8, seed=100 * s, **how) for s in range(12)]
+    squares = [one.stderr["reinit"][0] ** 2 for one in several]
+    assert np.sqrt(np.mean(squares)) == pytest.approx(spread / np.sqrt(8), rel=0.25)
+
+
+@pytest.mark.parametrize("kind", ["reinit", "weight_noise", "same"])
+def test_weights_as_they_are_change_nothing(kind):
+    net, (x, y) = mlp(), data()
+    found = component_effects(
+        net, batched(x, y), kinds=[kind] if kind in KINDS else [], how="measured", strength=0.0,
+        initial=net.state_dict(), replacements={} if kind in KINDS else {"same": net.state_dict()},
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.values[kind], 0)
+    assert (found.metric[kind] == found.metric_before).all()
+
+
+def test_buffers_of_a_component_go_along():
+    net, (x, y) = mlp(), data()
+    with torch.no_grad():
+        net[3].running_mean.fill_(0.2)
+    initial = copy.deepcopy(net.state_dict())
+    initial["3.running_mean"].zero_()
+    found = component_effects(net, batched(x, y), kinds=["reinit"], how="measured", initial=initial)
+    assert found.values["reinit"][1] > 0
+    assert found.values["reinit"][[0, 2]].tolist() == [0, 0]
+
+
+def test_calls_of_a_shared_module_are_altered_one_by_one():
+    torch.manual_seed(0)
+    net, x = Twice(), torch.randn(200, 4)
+    found = component_effects(net, [x])
+    assert found.components == ("inner", "inner#1", "head")
+    with torch.no_grad():
+        y = net(x)
+        once = net.head(net.act(net.inner(x)))
+        for i, altered in enumerate((once, once, y.mean(0).expand_as(y))):
+            assert found.values["skip"][i] == pytest.approx(relative(y, altered), rel=1e-4)
+
+
+def test_states_that_are_joined_or_summed_are_altered_part_by_part():
+    torch.manual_seed(0)
+    net, x = Branches(), torch.randn(200, 3)
+    report = credit_report(net, [x])
+    assert report.components == ("left+right", "head", "output")
+    found = component_effects(net, [x], report, kinds=["skip", "linear"])
+    assert found.components == ("left", "right", "head")
+    with torch.no_grad():
+        a, b = net.left(x), torch.tanh(net.right(x))
+        both = a.mean(0) + b
+        assert found.values["skip"][0] == pytest.approx(
+            relative(net(x), both + net.head(both)), rel=1e-4
+        )
+        assert found.values["skip"][2] == pytest.approx(relative(net(x), 2 * (a + b)), rel=1e-4)
+    # The tangent is nobody's own, and all else is linear.
+    np.testing.assert_allclose(found.values["linear"], 0, atol=1e-9)
+    # What is not a row of the report's own stands in the table of effects.
+    text = str(dataclasses.replace(report, effects=found))
+    assert "left " in text
+
+
+def test_states_that_no_single_module_gives_are_named_where_one_must():
+    torch.manual_seed(0)
+    net, x = Branches(), torch.randn(200, 3)
+    with pytest.raises(
+        ValueError, match=r"the states \['left\+right'\] were joined from what runs side"
+    ):
+        check_components(credit_report(net, [x]), ["head"])
+    named = credit_report(net, [x], components=["left", "head"])
+    assert named.components[-1] == "output"
+    with pytest.raises(ValueError, match=r"ends with what the network returns.*by output="):
+        check_components(named, None)
+    with pytest.raises(ValueError, match=r"the report has no components \['x'\]"):
+        check_components(credit_report(mlp(), [data()[0]]), ["x"])
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.LSTM(4, 6), nn.LSTM(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x)[0])[0][-1])
+
+
+def test_samples_may_be_along_the_second_axis():
+    torch.manual_seed(0)
+    net, x = SequenceFirst(), torch.randn(5, 100, 4)
+    found = component_effects(net, [x[:, :60], x[:, 60:]], credit_report(net, [x]), KINDS, how="both")
+    with torch.no_grad():
+        y = net(x)
+        mean = net.first(x)[0].mean(1, keepdim=True).expand(-1, 100, -1)
+        altered = [net.head(net.second(mean)[0][-1]), net.head(net.first(x)[0][-1])]
+        for i in range(2):
+            assert found.values["skip"][i] == pytest.approx(relative(y, altered[i]), rel=1e-4)
+    ratio = found.predicted["output_noise"] / found.values["output_noise"]
+    np.testing.assert_allclose(ratio, 1, atol=0.5)
+
+
+def test_sequences_may_differ_in_length_from_batch_to_batch():
+    torch.manual_seed(0)
+    net = Attending()
+    batches = [
+        {"tokens": torch.randint(0, 7, (50, n)), "labels": torch.zeros(50).long()} for n in (3, 6)
+    ]
+    how = {
+        "forward_fn": lambda model, batch: model(batch["tokens"]),
+        "components": ["attention", "head"],
+    }
+    found = component_effects(net, batches, kinds=["skip", "output_noise"], how="both", **how)
+    assert found.scale == "kl"
+    assert all((found.values[kind] > 0).all() for kind in found.kinds)
+    with pytest.raises(
+        ValueError, match=r"'attention' takes \(50, 6, 8\) and gives \(50, 6, 8\), other"
+    ):
+        component_effects(net, batches, kinds=["linear"], **how)
+    with pytest.raises(ValueError, match="'embed' takes no floating-point tensor, so nothing linear"):
+        component_effects(
+            net,
+            batches[:1],
+            kinds=["linear"],
+            forward_fn=how["forward_fn"],
+            components=["embed", "head"],
+        )
+
+
+def test_at_most_l_plus_3_passes_over_at_most_512_samples():
+    net, (x, y) = mlp(), data(2000)
+    rows: list[int] = []
+
+    def forward(model, batch):
+        rows.append(len(batch[0]))
+        return model(batch[0])
+
+    for batches in (batched(x, y), batched(x, y, 2000), iter(batched(x, y))):
+        rows.clear()
+        found = component_effects(net, batches, forward_fn=forward)
+        assert found.n_samples == 512
+        assert sum(rows) <= (len(found.components) + 3) * 512
+
+
+def test_only_what_is_plain_enough_is_cut():
+    net = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    x, y = data(100)
+    given = {"x": x, "weight": torch.ones(7), "labels": y}
+    whole = component_effects(net, [given], samples=30, forward_fn=lambda m, b: m(b["x"]))
+    assert whole.n_samples == 100
+    named = {"x": x, "names": [str(i) for i in range(100)], "labels": y}
+    seen = []
+
+    def forward(model, batch):
+        seen.append(batch["names"])
+        return model(batch["x"])
+
+    assert component_effects(net, [named], samples=30, forward_fn=forward).n_samples == 30
+    assert seen[-1] == named["names"][:30]
+
+
+@pytest.mark.parametrize("how", ["measured", "predicted"])
+@pytest.mark.parametrize("fails", [None, "metric", "pass"])
+def test_the_model_is_left_exactly_as_found(how, fails):
+    net, (x, y) = mlp(), data()
+    net.train()
+    net[3].eval()
+    net[0].weight.requires_grad_(False)
+    net[2].weight.grad = torch.ones_like(net[2].weight)
+    report = credit_report(net, batched(x, y))
+    before, calls = fingerprint(net), itertools.count()
+
+    def forward(model, batch):
+        if fails == "pass" and next(calls) > 6:
+            raise RuntimeError("no more")
+        return model(batch[0])
+
+    def metric(outputs, targets):
+        if fails == "metric" and next(calls) > (how == "measured"):
+            raise RuntimeError("no more")
+        return 1.0
+
+    for kind in KINDS:
+        calls = itertools.count()
+        given = {"how": how, "draws": 2, "forward_fn": forward, "metric": metric}
+        if fails == "metric" and how == "predicted":
+            given["metric"] = lambda outputs, targets: [][0]
+        if fails:
+            with pytest.raises((RuntimeError, IndexError)):
+                component_effects(net, batched(x, y), report, [kind], **given)
+        else:
+            component_effects(net, batched(x, y), report, [kind], **given)
+        assert_same(before, fingerprint(net))
+
+
+def test_a_metric_of_the_users_own():
+    net, (x, y) = mlp(), data()
+    found = component_effects(
+        net, batched(x, y), metric=lambda outputs, targets: float((outputs[:, 0] - targets).abs().mean())
+    )
+    with torch.no_grad():
+        assert found.metric_before == pytest.approx(float((net(x)[:, 0] - y).abs().mean()))
+    assert np.isnan(found.metric_stderr["skip"]).all()
+
+
+class Unsteady(nn.Module):
+    """Answers by a count of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.calls = nn.Linear(5, 4), nn.Linear(4, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.b(torch.tanh(self.a(x))) + 0.3 * (self.calls % 2)
+
+
+def test_a_network_that_answers_differently_when_asked_twice_is_doubted():
+    x, _ = data(200)
+    net = Unsteady()
+    found = component_effects(net, [x], kinds=["output_noise"], strength=1e-3)
+    assert found.doubts["output_noise"] == (("unsteady",), ("unsteady",))
+    steady = component_effects(mlp(), [x])
+    assert not any(steady.doubts["skip"])
+    assert "?: unsteady (output_noise)" in str(found)
+
+
+def test_linear_maps_of_too_few_samples_are_doubted():
+    net = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+    few = component_effects(net, [torch.randn(30, 40)], kinds=["linear"])
+    assert "samples" in few.doubts["linear"][0]
+    many = component_effects(net, [torch.randn(500, 40)], kinds=["linear"])
+    assert not any(many.doubts["linear"])
+
+
+def test_noise_leaves_single_and_whole_numbers_alone():
+    model = nn.Sequential(nn.PReLU(), nn.Linear(3, 3))
+    model[0].register_parameter("count", nn.Parameter(torch.arange(4), requires_grad=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    noise = Alterations(model, {"0": ("0",), "1": ("1",)}, ["weight_noise"], strength=0.5)
+    with noise.weights("weight_noise", ["0", "1"]):
+        inside = {name: value.clone() for name, value in model.state_dict().items()}
+    assert {name for name in before if not torch.equal(before[name], inside[name])} == {
+        "1.weight",
+        "1.bias",
+    }
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_errors_say_what_arrived_and_what_to_do():
+    net, (x, y) = mlp(), data()
+    batches = batched(x, y)
+    report = credit_report(net, batches)
+
+    def refused(message, given=batches, of=net, about=report, kinds=("skip",), **more):
+        with pytest.raises(ValueError, match=message):
+            component_effects(of, given, about, kinds, **more)
+
+    refused(r"unknown kinds \['linaer'\]; choose from", kinds=["linaer"])
+    refused(r"unknown kinds 'skip'", kinds="skip")
+    refused(r"unknown kinds \(\)", kinds=())
+    refused(r"replacements are named \['skip'\], which are kinds", replacements={"skip": {}})
+    refused("has no components '9'", components=["9"])
+    refused("strength is -1", strength=-1)
+    refused("draws is 0", draws=0)
+    refused("probes is 0", probes=0)
+    refused("samples is 0", samples=0)
+    refused("how is 'guessed'; choose one of", how="guessed")
+    refused("scale is 'mse'", scale="mse")
+    refused("the batches were empty", given=[])
+    refused("a metric needs targets", given=[x], metric=accuracy)
+    refused(r"has no module '5'", of=net[:5])
+    refused("does not say which modules", about=dataclasses.replace(report, parts={}))
+    refused(r"sets holds \{'0'\}; each must hold two or more of", sets=[{"0"}])
+    refused(r"initial has nothing for '0.weight'", kinds=["reinit"], initial={"a": torch.ones(1)})
+    refused("'5' did not run", forward_fn=lambda m, b: m[:5](b[0]))
+    refused("no floating-point tensor; return the outputs", forward_fn=lambda m, b: 1)
+    refused(
+        r"gave a tensor of shape \(100, 12\) for 30 samples of", forward_fn=lambda m, b: m(b[0])[:30]
+    )
+    bare = nn.Sequential(Bare(), nn.Linear(5, 3))
+    refused(r"'0' \(Bare\) has parameters but no reset", [x], bare, None, ["reinit"], how="measured")
+    flat = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+    nn.init.zeros_(flat[1].weight)
+    refused("the outputs are constant", [x], flat, None)
+    refused(
+        "no class indices to tell their class axis", [x], about=None, scale="kl",
+        forward_fn=lambda m, b: m(b)[:, :, None],
+    )  # fmt: skip
+    with pytest.raises(ImportError, match=r"intervene is now component_effects.*how='measured'"):
+        from lightning_koopman import intervene  # ruff: ignore[unused-import]
+    with pytest.raises(ImportError, match=r"predict_effects is now component_effects.*how='predicted'"):
+        from lightning_koopman import predict_effects  # ruff: ignore[unused-import]
+
+
+def test_kl_of_impossible_classes_is_finite():
+    impossible = torch.tensor([[0.0, float("-inf")]])
+    assert not kl_divergence(impossible, impossible).any()

@@ -1,0 +1,336 @@
+"""Predicted effects: closed forms, dense Jacobians, small alterations, sets, passes counted."""
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from effect_nets import (
+    Attending,
+    Branches,
+    Twice,
+    batched,
+    data,
+    left_out,
+    linear_chain,
+    mlp,
+    normal,
+    smooth,
+)
+from torch import Tensor, nn
+
+from lightning_koopman import component_effects
+from lightning_koopman.report.effects import Effects
+
+PARTS = ["0", "1", "2"]
+
+
+def predicted(net: nn.Module, batches: list, kinds: list[str], **more) -> Effects:
+    return component_effects(net, batches, None, kinds, **{"how": "predicted", "probes": 9} | more)
+
+
+def fisher(logits: Tensor) -> Tensor:
+    p = logits.softmax(-1)
+    return torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+
+
+def tail_jacobians(tail: nn.Module, states: Tensor) -> Tensor:
+    """∂ outputs / ∂ state at every sample, shape (n, C, d), by torch.func."""
+    with torch.no_grad():
+        return torch.func.vmap(torch.func.jacrev(lambda s: tail(s[None])[0]))(states)
+
+
+def dense(net: nn.Module, x: Tensor, given: list[Tensor]) -> Tensor:
+    """z_i = J_i δ_i at every sample, shape (L, n, C), where each state becomes what is given."""
+    with torch.no_grad():
+        states = [net[: i + 1](x) for i in range(3)]
+    jacobians = [tail_jacobians(net[i + 1 :], states[i]) for i in range(3)]
+    moved = [new - state for new, state in zip(given, states, strict=True)]
+    return torch.stack([torch.einsum("ncd,nd->nc", j, d) for j, d in zip(jacobians, moved, strict=True)])
+
+
+def skipped(net: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        first, second, last = (net[: i + 1](x) for i in range(3))
+    return (
+        [first.mean(0).expand_as(first), first.clone(), last.mean(0).expand_as(last)]
+        if len(second)
+        else []
+    )
+
+
+def test_a_linear_network_has_its_effects_in_closed_form():
+    net, x = linear_chain(), normal(400, 6)
+    initial = {k: v + 0.1 * torch.ones_like(v) for k, v in net.state_dict().items()}
+    kinds = ["output_noise", "skip", "reinit", "linear"]
+    found = predicted(net, x.split(100), kinds, initial=initial)
+    assert found.scale == "relative"
+    assert set(found.how.values()) == {"predicted"}
+    with torch.no_grad():
+        w = [layer.weight.T for layer in net]
+        states = [x, net[0](x), net[:2](x), net(x)]
+        total = (states[-1] - states[-1].mean(0)).square().sum()
+        after = [w[1] @ w[2], w[2], torch.eye(4, dtype=torch.float64)]
+        for i, j in enumerate(after):
+            var = states[i + 1].var(0, correction=0)
+            noise = 0.09 * 400 * (var[:, None] * j.square()).sum() / total
+            assert found.values["output_noise"][i] == pytest.approx(float(noise), rel=1e-9)
+            given = states[i] if i < 2 else states[i + 1].mean(0)
+            skip = ((given - states[i + 1]) @ j).square().sum() / total
+            assert found.values["skip"][i] == pytest.approx(float(skip), rel=1e-9)
+            fresh = (0.1 * states[i].sum(1, keepdim=True) + 0.1).expand_as(states[i + 1])
+            reinit = (fresh @ j).square().sum() / total
+            assert found.values["reinit"][i] == pytest.approx(float(reinit), rel=1e-9)
+    np.testing.assert_allclose(found.values["linear"], 0, atol=1e-20)
+
+
+def test_the_second_order_of_kl_and_of_sets_equals_dense_jacobians_and_fisher_information():
+    net, x = smooth(), normal(60, 5)
+    y = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(1))
+    found = predicted(net, batched(x, y, 20), ["output_noise", "skip"], components=PARTS)
+    assert found.scale == "kl"
+    with torch.no_grad():
+        states = [net[: i + 1](x) for i in range(3)]
+    f = fisher(states[-1])
+    root = torch.linalg.cholesky(f + 1e-14 * torch.eye(4, dtype=torch.float64))
+    for i, state in enumerate(states):
+        j = root.mT @ tail_jacobians(net[i + 1 :], state)
+        noise = 0.5 * (j.square() * 0.09 * state.var(0, correction=0)).sum() / 60
+        assert found.values["output_noise"][i] == pytest.approx(float(noise), rel=1e-6)
+    z = dense(net, x, skipped(net, x))
+    h = 0.5 * torch.einsum("ina,nab,jnb->ij", z, f, z) / 60
+    np.testing.assert_allclose(found.values["skip"], h.diagonal(), rtol=1e-9)
+    np.testing.assert_allclose(found.pairs["skip"].sum(axis=0), h, rtol=1e-8, atol=1e-12)
+    for places in itertools.chain(itertools.combinations(range(3), 2), [(0, 1, 2)]):
+        value, stderr = found.of({PARTS[i] for i in places}, "skip")
+        assert value == pytest.approx(float(h[places, :][:, places].sum()), rel=1e-8)
+        alone = 0.5 * torch.einsum("na,nab,nb->n", z[[*places]].sum(0), f, z[[*places]].sum(0))
+        # Folds deal the samples of each batch out in turn.
+        fold = np.arange(60) % 20 % 5
+        rest = np.array([alone[fold != k].mean() for k in range(5)])
+        assert stderr == pytest.approx(np.sqrt(4 / 5 * ((rest - rest.mean()) ** 2).sum()), rel=1e-6)
+    # Noise on one output is independent of noise on another.
+    both = found.of({"0", "1"}, "output_noise")[0]
+    assert both == pytest.approx(found.values["output_noise"][:2].sum())
+    assert found.of("1", "skip") == (found.values["skip"][1], found.stderr["skip"][1])
+
+
+def test_linear_takes_the_residual_of_a_fit_without_the_sample():
+    net, x = smooth(), normal(40, 5)
+    found = predicted(net, [x], ["linear"], components=PARTS, how="both", scale="kl")
+    with torch.no_grad():
+        states = [x, *(net[: i + 1](x) for i in range(3))]
+    # The same maps swap in when it is measured; a small effect is the same either way.
+    ratio = found.predicted["linear"][:2] / found.values["linear"][:2]
+    np.testing.assert_allclose(ratio, 1, atol=0.3)
+    few = normal(12, 30)
+    wide = nn.Sequential(nn.Linear(30, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        hidden, y = wide[:2](few), wide(few)
+    # Fewer samples than directions, and still no zero: the limit for a small ridge.
+    found = predicted(wide, [few], ["linear"], components=["0", "2"])
+    exact = left_out(hidden, y, 0.0).square().sum() / (y - y.mean(0)).square().sum()
+    assert found.values["linear"][1] == pytest.approx(float(exact), rel=0.3, abs=1e-9)
+    assert found.values["linear"][0] > 1e-3
+    assert "samples" in found.doubts["linear"][0]
+    assert len(states) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["weight_noise", "output_noise"])
+def test_measured_over_predicted_is_one_for_small_noise(kind):
+    net, x = smooth(), normal(300, 5)
+    batches = batched(x, net(x).argmax(1), 50)
+    how = {"strength": 1e-3, "components": PARTS}
+    found = predicted(net, batches, [kind], draws=300, **how)
+    measured = predicted(net, batches, [kind], draws=400, **how | {"how": "measured"})
+    np.testing.assert_allclose(measured.values[kind] / found.values[kind], 1, atol=0.12)
+
+
+def test_a_small_change_of_weights_is_predicted_sample_by_sample():
+    net, x = smooth(), normal(200, 5)
+    near = {k: v + 1e-4 * torch.cos(v * 100) for k, v in net.state_dict().items()}
+    found = predicted(
+        net, batched(x, net(x).argmax(1)), [], components=PARTS, how="both", replacements={"near": near},
+        sets=[{"0", "2"}, {"0", "1", "2"}],
+    )  # fmt: skip
+    assert found.components[3:] == ("0+2", "0+1+2")
+    np.testing.assert_allclose(found.predicted["near"] / found.values["near"], 1, rtol=2e-3)
+    np.testing.assert_allclose(found.predicted_stderr["near"] / found.stderr["near"], 1, rtol=0.7)
+
+
+def test_the_order_of_hidden_units_and_the_size_of_batches_do_not_matter():
+    net, x = smooth(), normal(100, 5)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(2))
+    turned = copy.deepcopy(net)
+    with torch.no_grad():
+        turned[0][0].weight.copy_(net[0][0].weight[order])
+        turned[0][0].bias.copy_(net[0][0].bias[order])
+        turned[1][0].weight.copy_(net[1][0].weight[:, order])
+    kinds = ["linear", "output_noise", "skip", "reinit"]
+    first, second = (predicted(n, [x], kinds[:2], components=PARTS, scale="kl") for n in (net, turned))
+    # The folds that a ridge weight is chosen on follow a state's own numbers, in their order.
+    for kind, places in (("linear", [0]), ("output_noise", [0, 1, 2])):
+        np.testing.assert_allclose(first.values[kind][places], second.values[kind][places], rtol=1e-6)
+    how = {"components": PARTS, "initial": smooth(5).state_dict(), "scale": "kl"}
+    whole, parts = (predicted(net, batches, kinds, **how) for batches in ([x], x.split(17)))
+    for kind in kinds:
+        np.testing.assert_allclose(whole.values[kind], parts.values[kind], rtol=1e-9, atol=1e-18)
+
+
+def test_two_probes_have_the_mean_of_all():
+    net, x = smooth(), normal(3000, 5)
+    how = {"components": PARTS, "scale": "kl", "samples": 3000}
+    exact = predicted(net, [x], ["output_noise", "skip"], **how)
+    drawn = predicted(net, [x], ["output_noise", "skip"], **how | {"probes": 2})
+    assert drawn.notes == ("predicted from 2 random combinations of the 4 outputs a sample",)
+    assert not exact.notes
+    for kind in ("output_noise", "skip"):
+        np.testing.assert_allclose(drawn.values[kind], exact.values[kind], rtol=0.1)
+        errors = np.abs(drawn.values[kind] - exact.values[kind]) / drawn.stderr[kind]
+        assert errors.max() < 4
+
+
+def test_all_kinds_but_reinit_take_four_passes_and_two_backward():
+    net, (x, y) = mlp(), data(512)
+    calls, backward = [], []
+
+    def forward(model, batch):
+        calls.append(len(batch[0]))
+        output = model(batch[0])
+        if output.requires_grad:
+            output.register_hook(lambda _: backward.append(len(batch[0])))
+        return output
+
+    component_effects(
+        net, batched(x, y, 64), None, ["linear", "skip", "output_noise", "weight_noise"],
+        how="predicted", forward_fn=forward,
+    )  # fmt: skip
+    # The components are found on the first batch, which is also asked twice.
+    assert sum(calls) <= 3 * 512 + 2 * 64
+    assert sum(backward) == 2 * 512
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.first(x)))
+
+
+def test_outputs_with_positions_average_over_them():
+    torch.manual_seed(0)
+    net, x = Positions().double(), torch.randn(80, 2, 4, dtype=torch.float64)
+    found = predicted(net, [(x, net(x).argmax(1))], ["output_noise"], probes=12, draws=300, how="both")
+    assert found.scale == "kl"
+    np.testing.assert_allclose(found.values["output_noise"], found.predicted["output_noise"], rtol=0.15)
+
+
+def test_shared_weights_count_in_every_call_and_have_no_sum():
+    torch.manual_seed(0)
+    net, x = Twice().double(), normal(200, 4)
+    near = {k: v + (1e-5 if "inner" in k else 0) for k, v in net.state_dict().items()}
+    found = predicted(net, [x], ["skip"], replacements={"near": near}, how="both", scale="relative")
+    assert found.components[:2] == ("inner", "inner#1")
+    effect = found.predicted["near"]
+    assert effect[0] == effect[1] > 0
+    np.testing.assert_allclose(effect[:2], found.values["near"][:2], rtol=1e-3)
+    assert effect[2] == 0
+    assert np.isnan(found.of({"inner", "inner#1"}, "near")[0])
+    assert found.of({"inner", "inner#1"}, "skip")[0] > 0
+
+
+def test_tuples_integers_and_mappings_go_in():
+    torch.manual_seed(0)
+    net = Attending()
+    tokens, labels = torch.randint(0, 7, (300, 5)), torch.randint(0, 3, (300,))
+    batches = [{"tokens": tokens[i], "labels": labels[i]} for i in torch.arange(300).split(100)]
+    kinds = ["output_noise", "weight_noise", "reinit", "skip", "linear"]
+    found = predicted(net, batches, kinds, strength=1e-2, draws=50, how="both")
+    assert found.components == ("attention", "head")
+    assert all(np.isfinite(v).all() and (v >= 0).all() for v in found.predicted.values())
+    np.testing.assert_allclose(found.values["output_noise"], found.predicted["output_noise"], rtol=0.15)
+
+
+def test_joined_and_summed_states_are_predicted_part_by_part():
+    torch.manual_seed(0)
+    net, x = Branches().double(), normal(300, 3)
+    found = predicted(net, [x], ["output_noise"], strength=1e-3, how="both", draws=40)
+    assert found.components == ("left", "right", "head")
+    np.testing.assert_allclose(found.values["output_noise"], found.predicted["output_noise"], rtol=0.1)
+
+
+def test_in_place_layers_and_frozen_weights_are_no_obstacle():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    changing = copy.deepcopy(plain).requires_grad_(False)
+    changing[1], changing[3] = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+    x, y = data()
+    kinds = ["linear", "output_noise", "skip", "weight_noise"]
+    first, second = (
+        predicted(net, batched(x, y), kinds, components=["0", "2", "4"]) for net in (plain, changing)
+    )
+    for kind in kinds:
+        np.testing.assert_allclose(first.values[kind], second.values[kind], rtol=1e-5)
+
+
+def test_outputs_of_one_value_and_tensors_of_inference_mode():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0))
+    with torch.inference_mode():
+        x = torch.randn(100, 5)
+    how = {"strength": 1e-2, "components": ["0", "2"]}
+    found = predicted(net, [x], ["output_noise"], how="both", draws=200, **how)
+    np.testing.assert_allclose(found.values["output_noise"], found.predicted["output_noise"], rtol=0.1)
+    mapping = predicted(net, [{"input": x}], ["output_noise"], **how)
+    np.testing.assert_array_equal(mapping.values["output_noise"], found.predicted["output_noise"])
+
+
+def test_draws_are_seeded_and_a_single_batch_has_two():
+    net, (x, y) = mlp(), data()
+    first, again, other = (
+        predicted(net, batched(x, y), ["weight_noise"], seed=seed) for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first.values["weight_noise"], again.values["weight_noise"])
+    assert (first.values["weight_noise"] != other.values["weight_noise"]).all()
+    alone = predicted(net, [(x, y)], ["weight_noise"])
+    assert np.isfinite(alone.stderr["weight_noise"]).all()
+    single = predicted(net, [(x[:1], y[:1])], ["skip"])
+    assert np.isnan(single.stderr["skip"]).all()
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.head(x)
+
+
+def test_where_no_gradient_leads_nothing_is_predicted():
+    torch.manual_seed(0)
+    found = predicted(Broken(), [torch.randn(100, 4)], ["output_noise"])
+    assert np.isnan(found.values["output_noise"]).tolist() == [True, True, False]
+    assert found.doubts["output_noise"] == (("gradient",), ("gradient",), ())
+    net, (x, y) = mlp(), data()
+    with pytest.raises(ValueError, match=r"the outputs carry no gradient.*measure with how='measured'"):
+        predicted(net, batched(x, y), ["skip"], forward_fn=lambda m, b: m(b[0]).detach())
+
+
+def test_large_predictions_are_doubted():
+    net, (x, y) = mlp(), data()
+    with torch.no_grad():
+        net[5].weight.mul_(20)
+    found = predicted(net, batched(x, y), ["skip"], how="both")
+    assert (found.predicted["skip"] > 0.5).any()
+    assert not any(found.doubts["skip"]), "what was measured is no prediction"
+    alone = predicted(net, batched(x, y), ["skip"])
+    expected = [("saturated",) if value > 0.5 else () for value in alone.values["skip"]]
+    assert list(alone.doubts["skip"]) == expected
+    assert "?: saturated (skip)" in str(alone)
