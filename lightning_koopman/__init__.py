@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_koopman.callback.monitor import KoopmanCreditMonitor
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
+    from lightning_koopman.decisions.bits import bit_widths
     from lightning_koopman.decisions.drop import drop_order
     from lightning_koopman.decisions.linear import linearize
     from lightning_koopman.effects.component_effects import component_effects
@@ -26,6 +27,7 @@ __all__ = [
     "KoopmanCreditMonitor",
     "KoopmanOperator",
     "Options",
+    "bit_widths",
     "component_effects",
     "credit_report",
     "drift",
@@ -44,6 +46,7 @@ _HOMES = {
     "KoopmanCreditMonitor": "callback.monitor",
     "KoopmanOperator": "koopman.operator",
     "Options": "koopman.options",
+    "bit_widths": "decisions.bits",
     "component_effects": "effects.component_effects",
     "credit_report": "measurement.evaluate",
     "drift": "measurement.drift",

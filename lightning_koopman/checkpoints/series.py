@@ -135,6 +135,7 @@ def evaluate_checkpoints(
             batches,
             components=components,
             forward_fn=forward_fn,
+            max_samples=None,  # the same samples of every checkpoint
             step=item.step,
             options=options,
         )

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_koopman.cli.user_code import build_batches, build_trained, fit_and_choose
 
 if TYPE_CHECKING:
+    from lightning_koopman.decisions.bits import BitWidths
     from lightning_koopman.decisions.steps import Steps
     from lightning_koopman.network.weights import Checkpoint
 
@@ -105,8 +106,55 @@ def linearize(
     _finish(found, found.model if found.components else None, checkpoint, figure, out)
 
 
+def bits(
+    model: str,
+    data: str,
+    ckpt: str,
+    out: str | None = None,
+    figure: str | None = None,
+    average: float = 3.0,
+    widths: list[int] | None = None,
+    group_size: int | None = None,
+    components: list[str] | None = None,
+    samples: int = 512,
+    seed: int = 0,
+    trust_checkpoint: bool = False,
+) -> None:
+    """Choose how many bits the weights of each component keep, so many per weight on average.
+
+    Args:
+        model: Model to build, as in evaluate.
+        data: Data to measure on, as in evaluate.
+        ckpt: Checkpoint of the trained network.
+        out: File to write: a checkpoint with the weights that the integers stand for; or .json, a table
+            of the choice.
+        figure: File for a figure of the effect of each number of bits.
+        average: Bits per weight.
+        widths: Numbers of bits to choose from; 8, 4, 3 and 2 by default.
+        group_size: Inputs that share a scale; all of an output channel by default.
+        components: Names or glob patterns of components to round; all by default.
+        samples: Number of samples to measure on.
+        seed: Fixes the order of a loader that shuffles.
+        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
+    """
+    from lightning_koopman.decisions.bits import bit_widths
+
+    network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
+    torch.manual_seed(seed)  # for loaders that shuffle
+    batches = build_batches(data, checkpoint.data_hyper_parameters)
+    found = bit_widths(
+        network, batches, bits=widths or (8, 4, 3, 2), average=average, components=components,
+        group_size=group_size, samples=samples,
+    )  # fmt: skip
+    _finish(found, found.apply(network), checkpoint, figure, out)
+
+
 def _finish(
-    found: Steps, network: nn.Module | None, checkpoint: Checkpoint, figure: str | None, out: str | None
+    found: Steps | BitWidths,
+    network: nn.Module | None,
+    checkpoint: Checkpoint,
+    figure: str | None,
+    out: str | None,
 ) -> None:
     """Print what was decided, write what was asked for, and say what to do next."""
     from lightning_koopman.decisions.swaps import save_shrunk

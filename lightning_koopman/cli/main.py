@@ -20,8 +20,15 @@ from lightning_koopman.cli.drift import drift
 _COMMANDS = {
     command.__name__: command
     for command in (
-        *(commands.compare, commands.components, commands.demo, drift, decide.drop),
-        *(commands.effects, commands.evaluate, decide.linearize, commands.merge, commands.report),
+        *(commands.compare, commands.components, commands.demo, drift, decide.bits),
+        *(
+            decide.drop,
+            commands.effects,
+            commands.evaluate,
+            decide.linearize,
+            commands.merge,
+            commands.report,
+        ),
     )
 }
 

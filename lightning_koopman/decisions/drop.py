@@ -19,9 +19,9 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
-    first_batches,
     look_at,
     loss_of,
+    runner_on,
 )
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
@@ -132,7 +132,7 @@ def drop_order(
         scale: What effects are measured in: ``"kl"`` (mean KL divergence in nats from the original to
             the altered class distribution) or ``"relative"`` (mean squared change over the outputs'
             variance); ``None`` takes ``"kl"`` where targets are class indices.
-        samples: Batches are taken until they hold so many samples.
+        samples: Most samples that are looked at, the first of ``batches``.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
 
     Returns:
@@ -154,7 +154,7 @@ def drop_order(
     check_max_drop(max_drop)
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; it must be 1 or above, or None to go by max_drop")
-    runner = ForwardRunner(model, first_batches(batches, samples), forward_fn)
+    runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
         swaps, refused = _droppable(runner, component_calls(runner, report, components))
         outputs = Outputs(runner.run(), runner.batches, scale, metric)

@@ -21,9 +21,9 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
-    first_batches,
     look_at,
     loss_of,
+    runner_on,
 )
 from lightning_koopman.decisions.swaps import LinearComponent, copied_with, swapped
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
@@ -150,7 +150,7 @@ def linearize(
         metric: Called as ``metric(outputs, targets)``, larger is better; ``None`` takes the accuracy
             where targets are class indices, and none otherwise.
         scale: What effects are measured in, as in :func:`lightning_koopman.drop_order`.
-        samples: Batches to choose on are taken until they hold so many samples.
+        samples: Most samples that components are chosen on.
         variance: Share of the predicted variance that a pair of layers keeps.
         max_dim: Most POD directions of an input.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
@@ -178,8 +178,8 @@ def linearize(
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
     if not 0 <= budget < 1:
         raise ValueError(f"budget is {budget}; it is a share of the original {cost}, from 0 to below 1")
-    fit_on, choose_on = _two_parts(batches, fit_batches, samples)
-    runner = ForwardRunner(model, choose_on, forward_fn)
+    fit_on, choose_on = _two_parts(batches, fit_batches)
+    runner = runner_on(model, choose_on, samples, forward_fn)
     with undisturbed(model):
         calls = component_calls(runner, report, components)
         maps = _Maps(ForwardRunner(model, fit_on, forward_fn), max_dim, variance, seed)
@@ -213,18 +213,16 @@ def linearize(
     return found
 
 
-def _two_parts(
-    batches: Iterable[Any], fit_batches: Iterable[Any] | None, samples: int
-) -> tuple[list[Any], list[Any]]:
+def _two_parts(batches: Iterable[Any], fit_batches: Iterable[Any] | None) -> tuple[list[Any], Any]:
     """Return batches to fit on, and others to choose on."""
     if fit_batches is not None:
         with random_states_kept(fit_batches):
-            return list(fit_batches), first_batches(batches, samples)
+            return list(fit_batches), batches
     with random_states_kept(batches):
         given = list(batches)
     if len(given) == 1:
         raise ValueError("one batch arrived, but maps are fitted on one and chosen on another; give two")
-    return given[::2], first_batches(given[1::2], samples)
+    return given[::2], given[1::2]
 
 
 @dataclass(frozen=True)

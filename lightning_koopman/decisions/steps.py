@@ -19,13 +19,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_koopman.effects.alterations import check_components
+from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.scoring import Measured, Outputs
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.forward_runner import NO_SAMPLES, ForwardRunner
+from lightning_koopman.network.forward_runner import (
+    NO_SAMPLES,
+    ForwardFn,
+    ForwardRunner,
+    check_arguments,
+)
 from lightning_koopman.network.hook_points import attach, find_module
-from lightning_koopman.network.isolation import random_states_kept
-from lightning_koopman.network.tensors import all_tensors, first_tensor
+from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.text import Captioned, as_text, with_share
@@ -200,20 +204,17 @@ def check_max_drop(max_drop: float) -> None:
         raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
 
 
-def first_batches(batches: Iterable[Any], samples: int) -> list[Any]:
-    """Take batches until they hold enough samples."""
+def runner_on(
+    model: nn.Module, batches: Iterable[Any], samples: int, forward_fn: ForwardFn | None
+) -> ForwardRunner:
+    """Return what runs a model on the first samples."""
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least one is needed")
-    taken, count = [], 0
-    with random_states_kept(batches):
-        for batch in batches:
-            taken.append(batch)
-            count += next((len(t) for t in all_tensors(batch) if t.ndim), 0)
-            if count >= samples:
-                break
-    if not taken:
+    check_arguments(model, batches)
+    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
+    if not runner.batches:
         raise ValueError(NO_SAMPLES)
-    return taken
+    return runner
 
 
 def component_calls(
@@ -221,8 +222,7 @@ def component_calls(
 ) -> dict[str, tuple[str, ...]]:
     """Find the module calls that each component is made of, in order of execution."""
     if report is not None:
-        check_components(report, None)
-        calls = {name: report.parts[name] for name in report.components}
+        calls = altered_parts(report)
     else:
         capture = Capture(runner.model, keep=lambda tensor, recorded: None, follow=True)
         with capture:

@@ -16,7 +16,6 @@ from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.forward_runner import MeanAndSpread, sample_axis
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
-from lightning_koopman.network.rows import OUTPUT
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
 
@@ -33,27 +32,6 @@ def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
     # What is joined into one state is altered one by one.
     single = set(report.components) <= set(report.parts)
     return {n: calls for n, calls in report.parts.items() if not single or n in report.components}
-
-
-def check_components(report: CreditReport, components: Sequence[str] | None) -> None:
-    """Refuse components that the report has not, and states that no single module call gives."""
-    parts = altered_parts(report)
-    if joined := [name for name in report.components if name not in parts and name != OUTPUT]:
-        raise ValueError(
-            f"the states {joined} were joined from what runs side by side, so no module alone gives "
-            "them. Measure a report on components that run one after the other, with "
-            "components=[...], or on one of several heads, with output=."
-        )
-    if report.components[-1] not in parts:
-        raise ValueError(
-            "the report ends with what the network returns, which no module alone gives (a sum of "
-            "branches, a skip around the last layer). Let it end with a module, by output=."
-        )
-    strangers = [name for name in components or () if name not in report.components]
-    if isinstance(components, str) or strangers:
-        raise ValueError(
-            f"the report has no components {strangers or components!r}; it has {report.components}"
-        )
 
 
 class Alterations:

@@ -227,6 +227,20 @@ class Outputs:
         scaled = p.sqrt() * vectors
         return (scaled - p * scaled.sum(self._axis, keepdim=True)) / math.sqrt(2)
 
+    def displacement(self, altered: Iterable[Tensor]) -> Tensor:
+        """Return a vector to altered outputs, whose square is the change to second order.
+
+        For the KL divergence that is the length in half the softmax's Fisher information.
+        """
+        moved = []
+        for own, other in zip(self._outputs, altered, strict=True):
+            z = other.double() - own.double()
+            if self.scale == "kl":
+                p = own.double().softmax(self._axis)
+                z = (p / 2).sqrt() * (z - (p * z).sum(self._axis, keepdim=True))
+            moved.append(z.flatten())
+        return torch.cat(moved) / self.shares.sum().sqrt()
+
     def _score(self, outputs: Sequence[Tensor]) -> tuple[float, Tensor | None, Tensor | None]:
         """Return the metric and, of the accuracy, each sample's right classes and all its classes."""
         if self._metric is None or self._targets is None:

@@ -25,7 +25,7 @@ from lightning_koopman.koopman.regression import solve
 from lightning_koopman.koopman.states import Basis
 from lightning_koopman.network.plan import Plan
 
-RIDGE = 1e-1
+RIDGE = 3e-2
 """Ridge weight of the operators that drift is read from, in units of the regressors' mean variance.
 
 The operator of the reference meets inputs that are not distributed as those it was fitted to, and what

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.credit import samples_needed
+from lightning_koopman.koopman.credit import Credits, compute_credits, samples_needed
 from lightning_koopman.koopman.moments import Layout, accumulate, recentred
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference, fold_operators
@@ -18,6 +19,12 @@ from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
+
+SAMPLES = 4096
+"""Most samples that are looked at where nobody says how many, unless wide states need more."""
+
+MaxSamples = int | Literal["enough"] | None
+"""Most samples to take: a number, as many as are enough, or all."""
 
 _MOST_ROWS = 4096
 _MOST_VALUES = 2**22
@@ -37,19 +44,22 @@ class Accumulator:
         basis: The frozen coordinates of the state vectors.
         earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
         n_seen: Samples that arrived so far.
-        n_samples: Samples taken so far, at most ``max_samples``.
+        n_samples: Samples taken so far.
+        max_samples: Most that are taken; where that is ``"enough"``, known from the first batch on.
     """
 
     def __init__(
-        self, options: Options, *, max_samples: int | None = None, shared: bool = False
+        self, options: Options, *, max_samples: MaxSamples = None, shared: bool = False
     ) -> None:
         self.options = options
         self.chain = Chain()
         self.basis: Basis | None = None
         self.earlier: Basis | None = None
         self.n_seen = self.n_samples = 0
-        self._max_samples, self._shared = max_samples, shared
+        self.max_samples = None if max_samples == "enough" else max_samples
+        self._may_stop, self._shared = max_samples == "enough", shared
         self._layout: Layout | None = None
+        self._credits: Credits | None = None
         self._moments: Tensor | None = None
         # Smallest and largest value of each state, by batch, which only the device knows yet.
         self._extremes: list[tuple[int, Tensor]] = []
@@ -72,8 +82,10 @@ class Accumulator:
         """
         batch, self._batches = self._batches, self._batches + 1
         self._check(rows, batch, links)
+        if self._may_stop and self.max_samples is None:
+            self.max_samples = max(SAMPLES, self.advised)
         arrived = next(iter(rows.values())).shape[0]
-        room = arrived if self._max_samples is None else self._max_samples - self.n_samples
+        room = arrived if self.max_samples is None else self.max_samples - self.n_samples
         taken = min(arrived, max(0, room))
         if taken:
             self._gather([block[:taken] for block in rows.values()])
@@ -155,7 +167,7 @@ class Accumulator:
     def _sum(self, states: list[Tensor], keys: Tensor) -> None:
         """Add state vectors to the moments, each sample to those of its fold."""
         assert self.basis is not None
-        layout = self._laid_out()
+        self._credits, layout = None, self._laid_out()
         # Moments made in inference mode could not be added to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if self._moments is None:
@@ -250,7 +262,7 @@ class Accumulator:
         except Exception as failure:
             # The others wait in the sum, and hear of it there.
             moments, error = nothing, error or failure
-        self._moments = sum_moments(moments, error)
+        self._credits, self._moments = None, sum_moments(moments, error)
 
     def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
         """Return all that was added up, what it holds and the offsets that it is about."""
@@ -260,23 +272,37 @@ class Accumulator:
         # On the CPU: see compute_credits.
         return self._laid_out(), self._moments.cpu(), self.basis.cpu().center
 
-    def credits(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
+    def credits(self) -> Credits:
+        """Compute all numbers of the samples so far."""
+        layout, moments, center = self.moments()
+        if self._credits is None:
+            self._credits = compute_credits(layout, moments, self.options, center=center)
+        return self._credits
+
+    @property
+    def advised(self) -> int:
+        """How many samples states of these widths need."""
+        options, widths, delay = self.options, self.chain.widths, self.options.delay
+        # Few samples make narrow states: as many as those need would be few again.
+        seen = (1,) * len(widths) if self.basis is None else self._laid_out().dims
+        dims = widest(widths, seen, options.max_dim, options.observables)
+        return samples_needed(Layout(dims, options.folds, delay, self.chain.links))
+
+    def credit_report(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
         layout, moments, center = self.moments()
         assert self.basis is not None
         options, names = self.options, self.chain.names
-        # Few samples make narrow states: as many as those need would be few again.
-        dims = widest(self.chain.widths, layout.dims, options.max_dim, options.observables)
         report = report_on(
             layout,
-            moments,
-            options,
+            self.credits(),
             names[1:],
-            center=center,
+            n_samples=int(moments[:, 0].sum()),
+            delay=options.delay,
             variance_kept=self.basis.kept_variance[1:],
             notes=notes,
             step=step,
-            enough=samples_needed(replace(layout, dims=dims)),
+            enough=self.advised,
         )
         reads = {name: tuple(names[p] for p in layout.parents[i]) for i, name in enumerate(names) if i}
         if options.errors is False:

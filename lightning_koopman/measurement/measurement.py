@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference
-from lightning_koopman.measurement.accumulator import Accumulator
+from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components
@@ -26,6 +26,14 @@ from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
 from lightning_koopman.network.tensors import detached_copy, exact_device
 from lightning_koopman.report.report import CreditReport
+
+TOLERANCE = 0.05
+"""Nats per direction that the standard errors of all credits may reach for the samples to be enough."""
+
+_FIRST_CHECK = 512
+_CHECK_WORK = 1200
+# A check takes as long as 300 multiplications of a forward pass for each cubed width. It must not take
+# more than a quarter of the passes before it: small networks are through with all samples by then.
 
 
 class Measurement(Accumulator):
@@ -44,7 +52,7 @@ class Measurement(Accumulator):
         components: Components | Sequence[Components] | None = None,
         options: Options | None = None,
         *,
-        max_samples: int | None = None,
+        max_samples: MaxSamples = None,
         shared: bool = False,
         like: Measurement | None = None,
     ) -> None:
@@ -58,6 +66,9 @@ class Measurement(Accumulator):
         self._named = components is not None
         self._batch: Any = None
         self._valid: Tensor | None = None
+        # Where a state behind others says which positions hold data, rows are made when all have run.
+        self._waits_for_lengths = False
+        self._earlier: list[Tensor] = []
         self._silent: list[str] = []
         self._skipped: list[str] = []
         self._untraced: str | None = None
@@ -66,6 +77,7 @@ class Measurement(Accumulator):
             self.capture, self.plan = like.capture, like.plan
             self.capture.keep, self._untraced = self._keep, like._untraced
         self._followed: Reference | None = None
+        self._next_check, self._work = _FIRST_CHECK, 0.0
 
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
@@ -75,7 +87,7 @@ class Measurement(Accumulator):
         self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
-        """Send batches through a model that is left exactly as it was found."""
+        """Send batches, as many as are needed, through a model that is left exactly as it was found."""
         forward = default_forward if forward_fn is None else forward_fn
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         with undisturbed(model, batches), self.capture:
@@ -86,6 +98,29 @@ class Measurement(Accumulator):
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
                 self.end_pass()
+                if self._needs_no_more():
+                    break
+
+    def _needs_no_more(self) -> bool:
+        """Check whether the samples are enough; after 512, 1024, 2048, … where that is cheap to know."""
+        if self.n_samples == self.max_samples:
+            return True
+        if not self._may_stop or self.n_samples < max(self._next_check, self.advised):
+            return False
+        while self._next_check <= self.n_samples:
+            self._next_check *= 2
+        layout, _, _ = self.moments()
+        widths = [sum(layout.dims[p] for p in read) for read in layout.parents[1:]]
+        if not self.options.errors or self.n_samples * self._work < _CHECK_WORK * sum(
+            w**3 for w in widths
+        ):
+            return False
+        try:
+            credits = self.credits()
+        except ValueError:  # more samples may be what is missing, and if not, the report will say so
+            return False
+        known = credits.values["credit"].isfinite()
+        return bool((credits.stderr["credit"][known] <= TOLERANCE).all())
 
     def replay(
         self,
@@ -106,6 +141,7 @@ class Measurement(Accumulator):
     def start_pass(self, batch: Any = None) -> None:
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         self._batch, self._valid = batch, valid_positions(batch)
+        self.capture.again, self._earlier = self._take_again, []
         self.capture.start_pass(batch)
 
     def end_pass(self) -> None:
@@ -117,21 +153,43 @@ class Measurement(Accumulator):
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
+        if not self._earlier or self._is_whole(states):
+            self._take(states)
+
+    def _is_whole(self, states: Mapping[str, Any]) -> bool:
+        """Check whether a call ran all of the chain; a step may ask for features alone in another one."""
+        return self.plan is None or self.plan.recorded <= states.keys()
+
+    def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
+        """Add up the states of one call of the network, in a step with others if ``again``."""
         with self._timed():
             if self.plan is None:
                 states = self._make_plan(list(states.values()))
+            elif self._waits_for_lengths:
+                states = self._all_rows([r for r in states.values() if r is not None])
             assert self.plan is not None
             rows = self.plan.join(states, self._batches)
+            first = next(iter(rows.values()))
+            # A step may call the network twice on the same data, for a loss and for a metric.
+            if any(torch.equal(first, other) for other in self._earlier):
+                return
             if self._followed is not None and not self.chain.names:
                 self._followed.check_widths([block.shape[1] for block in rows.values()])
             self.push(rows, self.plan.links)
+            if again:
+                self._earlier.append(first)
+
+    def _take_again(self, states: dict[str, Any]) -> None:
+        """Add up the states of a call that another one follows in the same step, if it is of the chain."""
+        if self._is_whole(states):
+            self._take(states, again=True)
 
     def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
         """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
         if errors is not None:
             self.options = dataclasses.replace(self.options, errors=errors)
         with self._timed():
-            report = self.credits(self._notes(), step=step)
+            report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
         notes = list(report.notes)
         if dead and math.isfinite(report.total):
@@ -183,22 +241,49 @@ class Measurement(Accumulator):
         )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)
-        return {r.name: self._rows(r.tensor, r) for r in records if r.name in self.plan.recorded}
+        known = {r.lengths is not None for r in records if r.name in self.plan.recorded}
+        self._waits_for_lengths = self._valid is None and known == {True, False}
+        rows = self._all_rows(records)
+        self._work = self._work_of(records) / max(
+            1, *(len(block) for block in rows.values() if block is not None)
+        )
+        return rows
+
+    def _work_of(self, records: Sequence[Recorded]) -> float:
+        """Estimate the multiplications of one pass: each weight once per position of its output."""
+        assert self.plan is not None
+        work = 0.0
+        for record in records:
+            component = self.capture.components.get(record.name.partition("#")[0])
+            if component is not None and record.tensor.ndim > 1:
+                first = self.plan.forms[record.name].channels_first
+                channels = record.tensor.shape[1 if first else -1]
+                weights = sum(parameter.numel() for parameter in component.parameters())
+                work += weights * record.tensor.numel() / max(1, channels)
+        return work
+
+    def _all_rows(self, records: Sequence[Recorded]) -> dict[str, Tensor | None]:
+        """Make rows of all states of one pass, padded ones as the lengths of any of them say."""
+        lengths = next((r.lengths for r in records if r.lengths is not None), None)
+        return {r.name: self._rows(r.tensor, r, lengths) for r in records}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
-        if self.plan is None:
+        if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
             return dataclasses.replace(recorded, tensor=detached_copy(tensor))
         with self._timed():
             return self._rows(tensor, recorded)
 
-    def _rows(self, tensor: Tensor, recorded: Recorded) -> Tensor | None:
+    def _rows(self, tensor: Tensor, recorded: Recorded, lengths: Tensor | None = None) -> Tensor | None:
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
             return None
-        valid = self._valid
+        valid = valid_positions(self.capture.given) if self._valid is None else self._valid
         if recorded.lengths is not None:
             valid = to_device(recorded.lengths, tensor.device)
+        elif lengths is not None and tensor.ndim == 3 and len(lengths) == len(tensor):
+            places = torch.arange(tensor.shape[1])
+            valid = to_device(places < lengths[:, None], tensor.device)
         return self.plan.forms[recorded.name].rows(tensor, valid)
 
     def _notes(self) -> list[str]:

@@ -260,10 +260,10 @@ class KoopmanCredit(Metric):
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             return report_on(
                 self._laid_out(),
-                self.moments,
-                self.options,
+                self._credits(),
                 self._names(),
-                center=self.center,
+                n_samples=int(self.moments[:, 0].sum()),
+                delay=self.options.delay,
                 variance_kept=variance_kept,
                 notes=notes,
                 step=step,

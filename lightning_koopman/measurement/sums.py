@@ -1,4 +1,4 @@
-"""Moments in, a report out: what the accumulator and the metric share."""
+"""States in, a report out: what the accumulator and the metric share."""
 
 from __future__ import annotations
 
@@ -9,27 +9,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.credit import compute_credits, samples_needed
+from lightning_koopman.koopman.credit import Credits, samples_needed
 from lightning_koopman.koopman.moments import Layout
-from lightning_koopman.koopman.options import Options
 from lightning_koopman.report.report import CreditReport, build_report
 
 
 def report_on(
     layout: Layout,
-    moments: Tensor,
-    options: Options,
+    credits: Credits,
     components: Sequence[str],
     *,
-    center: Sequence[Tensor] | None = None,
+    n_samples: int,
+    delay: int,
     variance_kept: Sequence[float] | None = None,
     notes: Sequence[str] = (),
     step: int | None = None,
     enough: int | None = None,
 ) -> CreditReport:
-    """Compute the report on a chain from its moments, and say where the samples are few."""
-    credits = compute_credits(layout, moments.double(), options, center=center)
-    n_samples = int(moments[:, 0].sum())
+    """Return the report on a chain, and say where the samples are few."""
     notes, needed = list(notes), samples_needed(layout)
     if n_samples < needed:
         enough = needed if enough is None else enough
@@ -44,7 +41,7 @@ def report_on(
         notes=notes,
         step=step,
         folds=layout.folds,
-        delay=options.delay,
+        delay=delay,
     )
 
 

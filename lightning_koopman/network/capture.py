@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -67,6 +68,8 @@ class Capture:
     first pass shows which inputs are the network's, and what speaks for a component; later ones follow.
 
     Attributes:
+        again: Called with the states of a call of the common ancestor where another one follows in the
+            same pass (two views, a step in time); without it, the first one alone counts.
         components: The chosen modules by name.
         end: Name of the module whose output the chain ends with, if one was named.
         parts: By state, in order of execution, the module calls that its component is made of. The last
@@ -79,6 +82,7 @@ class Capture:
             returned in the first pass; those of several states are recorded themselves, under the same
             name. Empty where it was not called.
         in_losses: The states that reach single numbers which it returned then, as losses are.
+        given: What the network, or else that ancestor, was called with, by name.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class Capture:
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
         self._passes = 0
+        self.again: Callable[[dict[str, Any]], None] | None = None
         self.parts: dict[str, tuple[str, ...]] = {}
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
@@ -124,9 +129,9 @@ class Capture:
         with ExitStack() as hooks:
             ancestor = common_ancestor(self._model, self.components.values())
             if ancestor is not None:
-                wanted = self._follow and (self._passes == 0 or self._mixed)
-                after = self._on_returned if wanted else None
-                hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=after))
+                hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=self._on_returned))
+            if ancestor is not self._model:
+                hooks.enter_context(attach(self._model, before=self._on_model))
             for name, module in self.components.items():
                 direct = self._direct if self._passes == 0 or id(module) in self._direct else None
                 if self._takes_input(module):
@@ -157,6 +162,14 @@ class Capture:
         """Forget what was recorded and begin a new forward pass."""
         self._closed = False
         self._error: Exception | None = None
+        self._ran: set[int] = set()
+        self._nested = 0
+        self.given: dict[str, Any] = {}
+        self._start_call()
+        self._provenance.start_pass(batch)
+
+    def _start_call(self) -> None:
+        """Forget what was recorded of the call before."""
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
         self.skipped: list[str] = []
@@ -165,7 +178,6 @@ class Capture:
         self._raw: Tensor | None = None
         self._current: tuple[str, int, int] | None = None
         self._unusable: str | None = None
-        self._provenance.start_pass(batch)
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
@@ -192,17 +204,18 @@ class Capture:
     @property
     def ran(self) -> bool:
         """Whether any component ran in the current pass."""
-        return bool(self._calls)
+        return bool(self._calls or self._ran)
 
     @property
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
-        ran = [module for module in self.components.values() if id(module) in self._calls]
+        called = self._ran | set(self._calls)
+        ran = [module for module in self.components.values() if id(module) in called]
         held = {id(parameter) for module in ran for parameter in module.parameters()}
         return [
             name
             for name, module in self.components.items()
-            if id(module) not in self._calls
+            if id(module) not in called
             # Its weights may be those of a component that ran, as of embeddings that others share.
             and not (has_parameters(module) and {id(p) for p in module.parameters()} <= held)
         ]
@@ -223,12 +236,29 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # A second call within one step (two views, a teacher) is another pass: the first one counts.
-        self._closed = bool(self._states)
+        self._nested += 1
+        if self._nested > 1:
+            return
+        if self._states and self.again is None:
+            self._closed = True
+        elif self._states:
+            states, self._passes = self._states, self._passes + 1
+            self._ran |= set(self._calls)
+            self._start_call()
+            assert self.again is not None
+            self.again(states)
+        self.given = self.given or _arguments(module, args, kwargs)
+
+    @_kept_out_of_the_forward
+    def _on_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.given = _arguments(module, args, kwargs)
 
     @_kept_out_of_the_forward
     def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Find what the returned tensors were made of, and record those that mix several states."""
+        self._nested -= 1
+        if self._nested or not self._follow:
+            return
         first = self._passes == 0 and not self.returned
         for place, tensor in enumerate(tensors_inside(output)):
             if first and not tensor.ndim:
@@ -356,6 +386,16 @@ class Capture:
                 component = self.components[name.partition("#")[0]]
                 recorded = replace(recorded, is_frozen=is_frozen(component), ignores_data=ignores_data)
             self._states[name] = self.keep(recorded.tensor, recorded)
+
+
+def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return what a module's ``forward`` is called with, under the names of its parameters."""
+    # That of the class, for somebody may listen to the instance's own.
+    try:
+        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+    except (TypeError, ValueError):
+        return dict(kwargs)
+    return {**bound.arguments, **bound.arguments.get("kwargs", {})}
 
 
 def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:

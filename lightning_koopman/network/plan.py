@@ -77,9 +77,7 @@ def chain_ends(
     if ends := [name for name in unread if name in reaching]:
         ends = [name for name in ends if name not in frozen] or ends
     else:
-        trained = [r.name for r in own if r.name not in frozen]
-        behind = _reached((source for name in trained for source in sources[name]), sources)
-        return [name for name in trained if name not in behind] or unread
+        return _ends_of_calls([r.name for r in own], frozen, unread, sources)
     # What a returned tensor is made of may be no state by itself: a sum of branches is not the branches.
     alone = {name for made_of in returned.values() if len(made_of) == 1 for name in made_of}
     mixed = {
@@ -89,6 +87,24 @@ def chain_ends(
     }
     covered = {part for parts in mixed.values() for part in parts}
     return [*(name for name in ends if name not in covered), *mixed]
+
+
+def _ends_of_calls(
+    own: Sequence[str], frozen: set[str], unread: Sequence[str], sources: Mapping[str, set[str]]
+) -> list[str]:
+    """List the ends of a step that calls its parts one by one.
+
+    A frozen part behind a trained one is an end, unless it also runs on what nothing trained gave, as
+    perceptual losses do on targets.
+    """
+    trained = [name for name in own if name not in frozen]
+    behind = _reached((source for name in trained for source in sources[name]), sources)
+    fed = {name for name in own if not frozen.issuperset(_reached(sources[name], sources) & set(own))}
+    compared = {_module(name) for name in frozen - fed}
+    heads = [n for n in unread if n in frozen & fed and _module(n) not in compared]
+    covered = _reached(heads, sources) - set(heads)
+    ends = [n for n in own if n in heads or (n in trained and n not in behind)]
+    return [name for name in ends if name not in covered] or list(unread)
 
 
 def _reached(start: Iterable[str], sources: Mapping[str, set[str]]) -> set[str]:

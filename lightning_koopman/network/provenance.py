@@ -182,14 +182,10 @@ _BATCH = "batch:"
 
 
 class Provenance:
-    """Where the values of one pass come from, as long as the data is followed.
-
-    Attributes:
-        error: What kept the data from being followed, if anything did.
-    """
+    """Where the values of one pass come from, as long as the data is followed."""
 
     def __init__(self) -> None:
-        self.error: Exception | None = None
+        self._error: Exception | None = None
         self._flow: DataFlow | None = None
         self._batch: Any = None
         self._claimed: dict[str, str] = {}
@@ -211,7 +207,12 @@ class Provenance:
         flow, self._flow = self._flow, None
         if flow is not None:
             flow.__exit__()
-            self.error = flow.error
+            self._error = flow.error
+
+    @property
+    def error(self) -> Exception | None:
+        """What kept the data from being followed, if anything did."""
+        return self._error if self._flow is None else self._flow.error
 
     def _label_batch(self) -> None:
         if self._flow is not None:

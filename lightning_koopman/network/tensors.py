@@ -90,6 +90,9 @@ def are_data(*values: Any) -> bool:
     if torch.compiler.is_compiling():
         return False
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    # While make_fx writes down what runs, nothing may be asked of a value.
+    proxies = torch._C._TorchDispatchModeKey.PROXY
+    transformed = transformed or torch._C._get_dispatch_mode(proxies) is not None
     if transformed or torch._C._get_tracing_state() is not None:
         return False
     return not any(

@@ -50,11 +50,22 @@ class Drift:
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
+    def suspicion(self) -> NDArray[np.float64]:
+        """Drift over what is in doubt anyway, shape ``(L,)``: where to look first, largest first.
+
+        In doubt are what even a new operator leaves unexplained, the drift's own error, and 3 % of the
+        variance. So a block that adds little to a large stream is not hidden by one whose output hardly
+        any linear operator explains.
+        """
+        doubt: NDArray[np.float64] = np.maximum(self.new, 0) + self.stderr + 0.03
+        return self.drift / doubt
+
+    @property
     def culprit(self) -> str | None:
-        """Name of the changed component of the largest drift; ``None`` where none changed."""
+        """Name of the changed component under the most suspicion; ``None`` where none changed."""
         if not self.changed.any():
             return None
-        return self.components[int(np.where(self.changed, self.drift, -np.inf).argmax())]
+        return self.components[int(np.where(self.changed, self.suspicion, -np.inf).argmax())]
 
     @property
     def verdict(self) -> str:
@@ -69,20 +80,20 @@ class Drift:
         modules = [name for name in self.parts.get(culprit, ()) if name != culprit]
         made_of = f" (modules {', '.join(modules)})" if modules else ""
         return (
-            f"{culprit}{made_of} moved most{also}. Compare its weights with the reference's checkpoint, "
-            "or put them back and measure again."
+            f"Look at {culprit}{made_of} first{also}. Compare its weights with the reference's "
+            "checkpoint, or put them back and measure again."
         )
 
     def to_frame(self) -> DataFrame:
         """Return the drift as a pandas table.
 
         Returns:
-            One row per component: the component, its drift with standard error, whether it changed, and
-            the shares of variance that the old and a new operator leave.
+            One row per component: the component, its drift with standard error, whether it changed, the
+            shares of variance that the old and a new operator leave, and the suspicion.
         """
         import pandas
 
-        names = ("drift", "stderr", "changed", "old", "new")
+        names = ("drift", "stderr", "changed", "old", "new", "suspicion")
         return pandas.DataFrame({
             "component": list(self.components),
             **{name: getattr(self, name) for name in names},
@@ -109,17 +120,18 @@ class Drift:
         since = "" if self.since is None else f" since step {self.since}"
         at = "" if self.step is None else f" at step {self.step}"
         title = f"Drift{at}{since}, {self.n_samples} samples: share of the output's variance"
-        table = new_table(title, ["drift", "old operator leaves", "new one leaves"])
+        table = new_table(title, ["drift", "old operator leaves", "new one leaves", "suspicion"])
         table.add_column("changed")
         for i, component in enumerate(self.components):
-            marked = "" if not self.changed[i] else "most" if component == self.culprit else "yes"
+            marked = "" if not self.changed[i] else "first" if component == self.culprit else "yes"
             table.add_row(
                 escape(component),
                 f"{self.drift[i]:.4f}±{self.stderr[i]:.4f}",
                 f"{self.old[i]:.4f}",
                 f"{self.new[i]:.4f}",
+                f"{self.suspicion[i]:.3f}",
                 marked,
-                style="bold" if marked == "most" else None,
+                style="bold" if marked == "first" else None,
             )
         return Captioned(table, [escape(self.verdict)])
 
@@ -128,5 +140,5 @@ class Drift:
 
     def __repr__(self) -> str:
         count, culprit = int(self.changed.sum()), self.culprit
-        most = "" if culprit is None else f", most {culprit!r}"
-        return f"Drift({len(self.components)} components, {count} changed{most})"
+        first = "" if culprit is None else f", first {culprit!r}"
+        return f"Drift({len(self.components)} components, {count} changed{first})"

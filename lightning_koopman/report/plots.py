@@ -104,6 +104,34 @@ def plot_steps(
     return figure
 
 
+def plot_options(
+    names: Sequence[str],
+    options: Sequence[str],
+    values: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    chosen: Sequence[int],
+    label: str,
+) -> Figure:
+    """Draw what each option costs per component on a logarithmic axis, with the chosen ones filled."""
+    figure = Figure(figsize=(7, _height(len(names), 0.35, 1.6)), layout="constrained")
+    axis = figure.subplots()
+    places = np.arange(len(names))
+    shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(options)))
+    for column, (option, shade) in enumerate(zip(options, shades, strict=True)):
+        shown = values[:, column] > 0
+        at, points = places[shown], values[shown, column]
+        axis.errorbar(points, at, xerr=stderr[shown, column], fmt="none", ecolor=shade, lw=0.8)
+        axis.plot(points, at, "o", color=shade, fillstyle="none", label=option)
+        taken = shown & (np.array(chosen) == column)
+        axis.plot(values[taken, column], places[taken], "o", color=shade)
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
+    axis.legend(fontsize="small", title="filled: chosen")
+    _name_rows(axis, names)
+    axis.invert_yaxis()
+    return figure
+
+
 def plot_directions(report: ReportFields) -> Figure:
     """Draw how each component's credit splits over the output directions, as a heat map."""
     if report.directions == 0:

@@ -48,7 +48,7 @@ def test_drop_writes_a_checkpoint_a_figure_and_a_table(
 ) -> None:
     assert main(["drop", *given, "--max-drop=0.1", "--out=small.ckpt", "--figure=small.png"]) == 0
     printed = capsys.readouterr().out
-    assert "Dropped one after the other, 600 samples" in printed
+    assert "Dropped one after the other, 512 samples" in printed
     assert printed.rstrip().endswith("Next: load_shrunk(model, 'small.ckpt'), and a test on other data.")
     assert swaps_in(load_shrunk(toy_model(), "small.ckpt"))
     assert torch.load("small.ckpt", weights_only=True)["global_step"] == 3
@@ -78,3 +78,18 @@ def test_linearize_writes_a_checkpoint_that_loads(
     assert printed.rstrip().endswith("Next: load_shrunk(model, 'new.ckpt'), and a test on other data.")
     assert swaps_in(load_shrunk(toy_model(), "new.ckpt"))
     assert Path("new.png").stat().st_size
+
+
+def test_bits_writes_a_checkpoint_and_a_table(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    assert main(["bits", *given, "--average=4", "--out=small.ckpt", "--figure=small.png"]) == 0
+    printed = capsys.readouterr().out
+    assert "Bits per component, 512 samples" in printed
+    assert printed.rstrip().endswith("Next: load_shrunk(model, 'small.ckpt'), and a test on other data.")
+    weight = load_shrunk(toy_model(), "small.ckpt").get_submodule("3").weight
+    assert not torch.equal(weight, toy_model()[3].weight)
+    assert Path("small.png").stat().st_size
+    assert main(["bits", *given, "--widths=[4, 2]", "--out=small.json"]) == 0
+    assert {row["bits"] for row in json.loads(Path("small.json").read_text())} <= {2, 4}

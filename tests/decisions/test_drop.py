@@ -287,6 +287,6 @@ def test_only_so_many_samples_are_run_and_named_components_tried():
         steps=9,
         forward_fn=lambda model, batch: seen.append(len(batch)) or model(batch),
     )
-    assert order.n_samples == 150
+    assert order.n_samples == 120
     assert sorted(order.components) == ["1", "4"]
     assert drop_order(net, [inputs()], components=["[14]"], steps=1).candidates == ("1", "4")

@@ -93,7 +93,7 @@ def test_evaluate_after_training(tmp_path):
 
 def test_find_the_fault(tmp_path: Path) -> None:
     printed = run("find_the_fault", tmp_path, "--out", "runs")
-    marked = re.search(r"^ (\S+) .* most *$", printed, flags=re.MULTILINE)
+    marked = re.search(r"^ (\S+) .* first *$", printed, flags=re.MULTILINE)
     assert marked is not None, printed
     assert marked[1] == "5"
     assert (tmp_path / "runs" / "reference.safetensors").exists()

@@ -176,7 +176,7 @@ def wide_report(n_samples: int, observables: Any) -> tuple[CreditReport, list[st
     accumulator.push({"x_0": x, "a": x.tanh(), "b": x[:, :9].sin(), "c": x[:, :3]})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = accumulator.credits(())
+        report = accumulator.credit_report(())
     return report, [str(w.message) for w in caught if "samples are few" in str(w.message)]
 
 

@@ -65,7 +65,7 @@ def broken(model: nn.Module, name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["0", "2", "4", "6"])
 @pytest.mark.parametrize("from_file", [False, True])
-def test_the_part_that_broke_moves_most(tmp_path: Path, name: str, from_file: bool) -> None:
+def test_the_part_that_broke_is_named_first(tmp_path: Path, name: str, from_file: bool) -> None:
     net = mlp()
     reference: Any = credit_report(net, samples())
     if from_file:

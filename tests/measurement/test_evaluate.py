@@ -125,15 +125,41 @@ def test_batches_may_be_tensors_tuples_mappings_or_a_loader(mlp):
         assert_same_report(credit_report(mlp, batches), expected)
 
 
-def test_forward_fn_says_how_to_run_the_model_and_its_first_call_counts(mlp):
-    def twice(model: nn.Module, batch: dict[str, Any]) -> None:
+def test_forward_fn_says_how_to_run_the_model_and_all_its_calls_count(mlp):
+    def views(model: nn.Module, batch: dict[str, Any]) -> None:
         model(batch["image"])
         model(2 * batch["image"])
 
-    expected = credit_report(mlp, samples().split(50))
-    batches = [{"image": part, "label": None} for part in samples().split(50)]
-    for forward_fn in (lambda model, batch: model(batch["image"]), twice):
-        assert_same_report(credit_report(mlp, batches, forward_fn=forward_fn), expected)
+    def again(model: nn.Module, batch: dict[str, Any]) -> None:
+        model(batch["image"])
+        model(batch["image"].clone())
+
+    parts = samples().split(50)
+    batches = [{"image": part, "label": None} for part in parts]
+    once, both = parts, [view for part in parts for view in (part, 2 * part)]
+    calls = ((lambda model, batch: model(batch["image"]), once), (views, both), (again, once))
+    for forward_fn, seen in calls:
+        given = credit_report(mlp, batches, forward_fn=forward_fn)
+        assert_same_report(given, credit_report(mlp, seen))
+
+
+def test_a_further_call_that_skips_components_does_not_count(mlp):
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp
+
+        def forward(self, x: Tensor, deep: bool = True) -> Tensor:
+            return self.net(x) if deep else self.net.first(x)
+
+    def step(model: nn.Module, x: Tensor) -> None:
+        model(x)
+        model(2 * x, deep=False)
+        model(3 * x)
+        model(4 * x, deep=False)
+
+    given = credit_report(Features(), samples().split(50), forward_fn=step)
+    assert given.n_samples == 2 * len(samples())
 
 
 def test_calls_of_a_shared_module_are_told_apart_and_silent_ones_noted(shared_net):

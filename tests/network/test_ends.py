@@ -291,3 +291,19 @@ def test_a_head_that_only_the_loss_sees_counts() -> None:
     expected = torch.cat([net.w("a", "b", "head"), net.w("a", "aux")], 1)
     assert report.components == ("a", "b", "head+aux")
     assert report.total == pytest.approx(volume(expected), abs=1e-7)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_frozen_part_behind_a_trained_one_counts_where_the_step_calls_both(twice: bool) -> None:
+    def step(m: Any, batch: tuple[Tensor, Tensor]) -> None:
+        m.f(m.b(m.a(batch[0])))
+        if twice:
+            # Features of targets: what compares them with others is a loss.
+            m.f(batch[1])
+
+    net = frozen(Linears(lambda m, x: None, a=(8, 8), b=(8, 4), f=(4, 4)), "f")
+    pairs = [(x, torch.randn(40, 4, dtype=torch.float64)) for x in samples()]
+    report = credit_report(net, pairs, forward_fn=step, options=Options(tikhonov=0.0))
+    expected = ["a", "b"] if twice else ["a", "b", "f"]
+    assert report.components == tuple(expected)
+    assert report.total == pytest.approx(volume(net.w(*expected)), abs=1e-7)

@@ -119,3 +119,46 @@ def test_half_precision_gives_about_the_same_report(dtype: torch.dtype, close: f
     assert half.components == whole.components
     np.testing.assert_allclose(half.credit, whole.credit, atol=close)
     np.testing.assert_allclose(half.r2, whole.r2, atol=close)
+
+
+class PaddedEncoder(nn.Module):
+    """A padded encoder; what its mask is called says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.inp, self.encoder = nn.Linear(6, 8), nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, m: Tensor) -> Tensor:
+        h = self.encoder(self.inp(x), src_key_padding_mask=m)
+        valid = (~m[:, : h.shape[1]])[..., None]
+        return self.head((h * valid).sum(1) / valid.sum(1))
+
+
+class Named(PaddedEncoder):
+    """The same, where the argument's name does say it."""
+
+    def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
+        return super().forward(x, padding_mask)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", [PaddedEncoder, Named])
+def test_a_mask_without_a_name_leaves_padding_out_of_all_states(kind: type[PaddedEncoder]) -> None:
+    torch.manual_seed(0)
+    net, batches = kind(), []
+    for _ in range(6):
+        m = torch.arange(7) >= torch.randint(2, 7, (40, 1))
+        batches.append((10 * torch.randn(40, 7, 6), m))
+    given = credit_report(net, batches)
+    # What a mapping says of padding is taken by its name.
+    expected = credit_report(
+        net,
+        [{"x": x, "padding_mask": m} for x, m in batches],
+        forward_fn=lambda model, batch: model(*batch.values()),
+    )
+    assert given.components == expected.components
+    assert_same(given, expected)
+    filled = [(x.masked_fill(m[..., None], 5.0), m) for x, m in batches]
+    assert_same(credit_report(net, filled), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ def made(*changed: bool) -> Drift:
     return Drift(
         components=("stem", "a[0]", "head"),
         drift=values,
-        stderr=np.array([0.01, 0.02, 0.03]),
+        stderr=np.array([0.01, 0.02, 0.04]),
         changed=np.array(changed),
         old=values + 0.1,
         new=np.full(3, 0.1),
@@ -27,14 +29,14 @@ def made(*changed: bool) -> Drift:
 def test_the_table_marks_what_changed_and_ends_with_what_to_do_next() -> None:
     lines = str(made(True, True, False)).splitlines()
     assert "Drift at step 20 since step 10, 640 samples" in lines[0]
-    assert lines[5].split() == ["stem", "0.2500±0.0100", "0.3500", "0.1000", "yes"]
-    assert lines[6].split() == ["a[0]", "0.5000±0.0200", "0.6000", "0.1000", "most"]
-    assert lines[7].split() == ["head", "0.0100±0.0300", "0.1100", "0.1000"]
-    assert " ".join(lines[-2:]).startswith("a[0] moved most, 1 more changed too. Compare its weights")
+    assert lines[4].split() == ["stem", "0.2500±0.0100", "0.3500", "0.1000", "1.786", "yes"]
+    assert lines[5].split() == ["a[0]", "0.5000±0.0200", "0.6000", "0.1000", "3.333", "first"]
+    assert lines[6].split() == ["head", "0.0100±0.0400", "0.1100", "0.1000", "0.059"]
+    assert " ".join(lines[-2:]).startswith("Look at a[0] first, 1 more changed too. Compare its weights")
 
 
 def test_modules_of_the_component_are_named() -> None:
-    assert made(True, False, False).verdict.startswith("stem (modules relu) moved most. Compare")
+    assert made(True, False, False).verdict.startswith("Look at stem (modules relu) first. Compare")
 
 
 def test_where_nothing_changed_it_says_so() -> None:
@@ -45,12 +47,12 @@ def test_where_nothing_changed_it_says_so() -> None:
 
 
 def test_it_is_one_line_in_a_shell() -> None:
-    assert repr(made(True, True, False)) == "Drift(3 components, 2 changed, most 'a[0]')"
+    assert repr(made(True, True, False)) == "Drift(3 components, 2 changed, first 'a[0]')"
 
 
 def test_the_frame_holds_one_row_per_component() -> None:
     frame = made(True, True, False).to_frame()
-    assert list(frame.columns) == ["component", "drift", "stderr", "changed", "old", "new"]
+    assert list(frame.columns) == ["component", "drift", "stderr", "changed", "old", "new", "suspicion"]
     assert frame["drift"].tolist() == [0.25, 0.5, 0.01]
     assert frame["changed"].tolist() == [True, True, False]
 
@@ -60,3 +62,12 @@ def test_the_figure_draws_every_component_with_its_error() -> None:
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([0.25, 0.5, 0.01])
     assert len({bar.get_facecolor() for bar in axis.patches}) == 2
     assert [label.get_text() for label in axis.get_yticklabels()] == ["stem", "a[0]", "head"]
+
+
+def test_a_block_that_adds_little_is_not_hidden_by_one_that_no_operator_explains() -> None:
+    found = made(True, True, True)
+    given = dataclasses.replace(
+        found, drift=np.array([0.02, 0.03, 0.01]), new=np.array([0.01, 0.5, -0.01])
+    )
+    assert given.suspicion == pytest.approx([0.02 / 0.05, 0.03 / 0.55, 0.01 / 0.07])
+    assert given.culprit == "stem"

@@ -1,0 +1,379 @@
+"""How many bits the weights of each component keep, under a budget."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+from scipy.optimize import LinearConstraint, milp
+from torch import Tensor, nn
+
+from lightning_koopman.decisions.steps import component_calls, runner_on
+from lightning_koopman.decisions.swaps import copied_with
+from lightning_koopman.effects.alterations import Alterations
+from lightning_koopman.effects.replacements import quantized_weights
+from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.report.effects import UNITS, Scale
+from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.text import Captioned, as_text, with_share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BitWidths:
+    """Numbers of bits for the weights of each component, and what the network does with them.
+
+    Attributes:
+        components: Names, in order of execution.
+        bits: By component, the number of bits that was chosen.
+        weights: By component, how many weights have them.
+        options: The numbers of bits that there were to choose from.
+        average: Bits per weight, which must not exceed the budget.
+        budget: Bits per weight that were admitted.
+        effects: Effect on the outputs of giving one component that many bits, the rest of the network as
+            it is, shape ``(components, options)``.
+        effects_stderr: Standard errors of the effects over samples.
+        effect: Effect on the outputs with all of ``bits``, measured.
+        effect_stderr: Its standard error.
+        metric: Metric with all of ``bits``; NaN where there is none.
+        metric_stderr: Standard error of its difference from ``metric_before``, paired over samples.
+        metric_before: Metric of the network as it is.
+        alike: The measured effect of giving all components the same number of bits, by that number.
+        solver: Which of the two ways found the bits, see :func:`bit_widths`.
+        scale: Unit of effects, ``"kl"`` or ``"relative"``.
+        n_samples: Samples that all of this was measured on.
+        group_size: Inputs that share a scale; ``None`` is all of an output channel.
+    """
+
+    components: tuple[str, ...]
+    bits: tuple[int, ...]
+    weights: tuple[int, ...]
+    options: tuple[int, ...]
+    average: float
+    budget: float
+    effects: NDArray[np.float64]
+    effects_stderr: NDArray[np.float64]
+    effect: float
+    effect_stderr: float
+    metric: float
+    metric_stderr: float
+    metric_before: float
+    alike: Mapping[int, float]
+    solver: str
+    scale: Scale
+    n_samples: int
+    group_size: int | None
+    parts: Mapping[str, tuple[str, ...]] = field(repr=False)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return a copy of the network with the weights that the integers stand for.
+
+        The numbers are those that a quantised network computes with; they are stored as before, for
+        kernels of three bits are the business of a runtime.
+
+        Args:
+            model: The network that the bits were chosen on; it is left alone.
+
+        Returns:
+            A new network.
+        """
+        new = copied_with(model, [])
+        rounded = {b: quantized_weights(model, b, group_size=self.group_size) for b in {*self.bits}}
+        kinds = {_kind(option): weights for option, weights in rounded.items()}
+        alterations = Alterations(new, self.parts, tuple(kinds), replacements=kinds)
+        with ExitStack() as altered:
+            for name, option in zip(self.components, self.bits, strict=True):
+                altered.enter_context(alterations.weights(_kind(option), [name]))
+            values = {key: value.clone() for key, value in new.state_dict().items()}
+        new.load_state_dict(values)
+        return new
+
+    def to_frame(self) -> DataFrame:
+        """Return the choice as a pandas table, one row per component.
+
+        Returns:
+            The component, its number of weights, the bits that were chosen, and for each number of bits
+            the effect with its standard error.
+        """
+        import pandas
+
+        rows = {"component": self.components, "weights": self.weights, "bits": self.bits}
+        for column, option in enumerate(self.options):
+            rows[f"effect_{option}"] = tuple(self.effects[:, column])
+            rows[f"effect_{option}_stderr"] = tuple(self.effects_stderr[:, column])
+        return pandas.DataFrame(rows)
+
+    def plot(self) -> Figure:
+        """Draw the effect of each number of bits per component, those that were chosen filled.
+
+        Returns:
+            A Matplotlib figure that no window manager knows of.
+        """
+        from lightning_koopman.report.plots import plot_options
+
+        chosen = [self.options.index(b) for b in self.bits]
+        names = [f"{option} bits" for option in self.options]
+        label = f"effect [{UNITS[self.scale]}]"
+        return plot_options(self.components, names, self.effects, self.effects_stderr, chosen, label)
+
+    @property
+    def verdict(self) -> str:
+        """What was chosen and what to do next, in one line."""
+        beside = [f"{b} bits everywhere {value:.2g}" for b, value in self.alike.items()]
+        metrics = f", metric {self.metric_before:.4f} → {self.metric:.4f}"
+        lost = "" if math.isnan(self.metric) else metrics
+        return (
+            f"{self.average:.2f} bits per weight: effect {self.effect:.2g} {UNITS[self.scale]}{lost} "
+            f"({', '.join(beside)}). Next: .apply(model) gives the network; measure it on other data, "
+            "then set these bits in your quantiser."
+        )
+
+    def __repr__(self) -> str:
+        chosen = ", ".join(f"{name}: {b}" for name, b in zip(self.components, self.bits, strict=True))
+        return f"BitWidths({self.average:.2f} bits per weight, effect {self.effect:.2g}; {chosen})"
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def __rich__(self) -> Captioned:
+        title = f"Bits per component, {self.n_samples} samples, by {self.solver}"
+        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("component", overflow="fold", min_width=9)
+        for name in ("weights", "bits", *(f"effect at {option}" for option in self.options)):
+            table.add_column(name, justify="right")
+        for i, name in enumerate(self.components):
+            texts = map(with_share, self.effects[i], self.effects_stderr[i])
+            pairs = zip(self.options, texts, strict=True)
+            cells = [f"[bold]{text}[/]" if b == self.bits[i] else text for b, text in pairs]
+            table.add_row(escape(name), f"{self.weights[i]:,}", f"{self.bits[i]}", *cells)
+        return Captioned(table, [escape(self.verdict)])
+
+
+def bit_widths(
+    model: nn.Module,
+    batches: Iterable[Any],
+    report: CreditReport | None = None,
+    *,
+    bits: Sequence[int] = (8, 4, 3, 2),
+    average: float = 3.0,
+    components: Sequence[str] | None = None,
+    group_size: int | None = None,
+    metric: Metric | None = None,
+    scale: Scale | None = None,
+    samples: int = 512,
+    forward_fn: ForwardFn | None = None,
+) -> BitWidths:
+    """Choose how many bits the weights of each component keep, so many per weight on average.
+
+    Weights are rounded by :func:`lightning_koopman.effects.replacements.quantized_weights`. One pass
+    over the samples per component and number of bits measures its effect e, and how it moves every
+    output, z. The effect of several components together is taken to be the sum of
+    ``H_ij = cos(z_i, z_j) sqrt(e_i e_j)`` over all pairs, in the metric of the softmax's Fisher
+    information, or of squares. Two choices are made: the exact one for single effects alone, an integer
+    programme (``"milp"``, by SciPy's HiGHS), and the best that changes of one or two components find
+    from there for all pairs (``"exchange"``). Both networks are measured, and the one whose outputs
+    move less is returned.
+
+    Args:
+        model: Any module; it is left exactly as it was found.
+        batches: Data to measure on: tensors, tuples of input and target, or mappings.
+        report: Names the components; ``None`` chooses them as :func:`lightning_koopman.credit_report`
+            does. Those without linear or convolutional layers keep their weights.
+        bits: Numbers of bits to choose from, 2 to 8.
+        average: Bits per weight, over the weights of all components.
+        components: Names or glob patterns of those that are rounded; ``None`` takes all.
+        group_size: Inputs that share a scale; ``None`` takes all of an output channel.
+        metric: Called as ``metric(outputs, targets)``; ``None`` takes the accuracy where targets are
+            class indices, and none otherwise.
+        scale: What effects are measured in, as in :func:`lightning_koopman.drop_order`.
+        samples: Most samples that are looked at, the first of ``batches``.
+        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
+
+    Returns:
+        The bits, all effects, and what the network with these bits does.
+
+    Raises:
+        ValueError: If an argument is out of range, no sample arrives, or nothing can be rounded.
+        ImportError: If ``torchao`` is missing.
+    """
+    options = tuple(sorted({*bits}, reverse=True))
+    if not options or not min(options) <= average:
+        raise ValueError(f"average is {average}, below all of bits={tuple(bits)}; give fewer or more")
+    runner = runner_on(model, batches, samples, forward_fn)
+    with undisturbed(model):
+        calls = component_calls(runner, report, components)
+        rounded = {option: quantized_weights(model, option, group_size=group_size) for option in options}
+        parts, counts = _with_weights(calls, rounded[options[0]])
+        if not parts:
+            raise ValueError(
+                f"none of {tuple(calls)} holds a linear or convolutional layer, whose weights could be "
+                "rounded; name other components"
+            )
+        outputs = Outputs(runner.run(), runner.batches, scale, metric)
+        altered = _Rounded(runner, outputs, parts, rounded)
+        names = tuple(parts)
+        found = [[altered.alone(name, option) for option in options] for name in names]
+        effects = np.array([[measured.effect for measured, _ in row] for row in found])
+        pairs = _pairs(effects, torch.stack([z for row in found for _, z in row]))
+        allowed = average * counts.sum()
+        exact = solve_exactly(effects, np.outer(counts, options), allowed)
+        chosen = {
+            "milp": exact,
+            "exchange": exchange(pairs, np.outer(counts, options), allowed, exact),
+        }
+        together = {
+            solver: altered.together(dict(zip(names, (options[k] for k in places), strict=True)))
+            for solver, places in chosen.items()
+        }
+        solver = min(together, key=lambda name: together[name].effect)
+        alike = {b: altered.together(dict.fromkeys(names, b)).effect for b in options if b <= average}
+    best = together[solver]
+    final = tuple(options[k] for k in chosen[solver])
+    return BitWidths(
+        components=names,
+        bits=final,
+        weights=tuple(int(n) for n in counts),
+        options=options,
+        average=float(np.dot(final, counts) / counts.sum()),
+        budget=average,
+        effects=effects,
+        effects_stderr=np.array([[measured.effect_stderr for measured, _ in row] for row in found]),
+        effect=best.effect,
+        effect_stderr=best.effect_stderr,
+        metric=best.metric,
+        metric_stderr=best.metric_stderr,
+        metric_before=outputs.metric,
+        alike=dict(itertools.islice(alike.items(), 1)),
+        solver=solver,
+        scale=outputs.scale,
+        n_samples=outputs.n_samples,
+        group_size=group_size,
+        parts=parts,
+    )
+
+
+def _with_weights(
+    calls: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[str, ...]], NDArray[np.float64]]:
+    """Keep the components that hold weights to be rounded, each module once, and count their weights."""
+    parts: dict[str, tuple[str, ...]] = {}
+    counts: list[int] = []
+    taken: set[str] = set()
+    for name, own in calls.items():
+        modules = [call for call in own if "#" not in call]
+        keys = {key for key in weights for m in modules if key.startswith(f"{m}.")} - taken
+        if keys:
+            parts[name] = tuple(modules)
+            counts.append(sum(weights[key].numel() for key in keys))
+            taken |= keys
+    return parts, np.array(counts, dtype=np.float64)
+
+
+class _Rounded:
+    """Runs a network with some of its weights rounded."""
+
+    def __init__(
+        self,
+        runner: ForwardRunner,
+        outputs: Outputs,
+        parts: Mapping[str, Sequence[str]],
+        rounded: Mapping[int, Mapping[str, Tensor]],
+    ) -> None:
+        kinds = {_kind(option): weights for option, weights in rounded.items()}
+        self._alterations = Alterations(runner.model, parts, tuple(kinds), replacements=kinds)
+        self._runner, self._outputs = runner, outputs
+
+    def alone(self, name: str, option: int) -> tuple[Measured, Tensor]:
+        """Round one component: the effect, and how that moves the outputs, in the metric of effects."""
+        with self._alterations.weights(_kind(option), [name]):
+            given = self._runner.run()
+        return over_draws([self._outputs.compare(given)]), self._outputs.displacement(given)
+
+    def together(self, bits: Mapping[str, int]) -> Measured:
+        """Round all components, each to its number of bits."""
+        with ExitStack() as altered:
+            for name, option in bits.items():
+                altered.enter_context(self._alterations.weights(_kind(option), [name]))
+            return over_draws([self._outputs.compare(self._runner.run())])
+
+
+def _kind(option: int) -> str:
+    return f"int{option}"
+
+
+def _pairs(effects: NDArray[np.float64], moved: Tensor) -> NDArray[np.float64]:
+    """Return H over components and options, shape ``(L, B, L, B)``, with the effects on its diagonal."""
+    unit = moved / moved.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    sizes = np.sqrt(effects.reshape(-1))
+    pairs = (unit @ unit.T).numpy() * np.outer(sizes, sizes)
+    np.fill_diagonal(pairs, effects.reshape(-1))
+    return np.asarray(pairs.reshape(*effects.shape, *effects.shape))
+
+
+def solve_exactly(
+    effects: NDArray[np.float64], costs: NDArray[np.float64], allowed: float
+) -> tuple[int, ...]:
+    """Choose one option per row, at the least sum of effects, by an integer programme.
+
+    Example:
+        >>> effects = np.array([[0.0, 5.0], [0.0, 1.0]])
+        >>> solve_exactly(effects, np.array([[4.0, 2.0], [4.0, 2.0]]), 6.0)
+        (0, 1)
+    """
+    rows, options = effects.shape
+    one_each = np.kron(np.eye(rows), np.ones(options))
+    # Effects of many orders of magnitude would be lost in the solver's tolerance.
+    weights = effects / max(effects.max(), 1e-300)
+    found = milp(
+        weights.reshape(-1),
+        integrality=np.ones(effects.size),
+        bounds=(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(costs.reshape(1, -1), -np.inf, allowed * (1 + 1e-12)),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    return tuple(int(k) for k in found.x.reshape(rows, options).argmax(axis=1))
+
+
+def exchange(
+    pairs: NDArray[np.float64], costs: NDArray[np.float64], allowed: float, start: Sequence[int]
+) -> tuple[int, ...]:
+    """Improve a choice for the sum over all pairs by changes of one row or two, until none helps."""
+    rows, options = costs.shape
+    chosen, everyone = list(start), np.arange(rows)
+
+    def total(places: Sequence[int]) -> float:
+        return float(pairs[everyone, places][:, everyone, places].sum())
+
+    def changes() -> Iterator[list[int]]:
+        for count in (1, 2):
+            for which in itertools.combinations(range(rows), count):
+                for places in itertools.product(range(options), repeat=count):
+                    new = list(chosen)
+                    for row, place in zip(which, places, strict=True):
+                        new[row] = place
+                    if costs[everyone, new].sum() <= allowed * (1 + 1e-12):
+                        yield new
+
+    while True:
+        best = min(changes(), key=total, default=chosen)
+        if not total(best) < total(chosen) * (1 - 1e-9):
+            return tuple(chosen)
+        chosen = best

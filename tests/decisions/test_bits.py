@@ -1,0 +1,202 @@
+"""Bits per component: against brute force, against rounding by hand, and against closed forms."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman import bit_widths, credit_report
+from lightning_koopman.decisions.bits import exchange, solve_exactly
+
+pytest.importorskip("torchao", reason="torchao is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")  # torchao warns of kernels for other machines
+
+OPTIONS = (8, 4, 3, 2)
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 8), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+
+
+def inputs(n: int = 300) -> Tensor:
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(3))
+
+
+def labelled(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    with torch.no_grad():
+        return [(part, net(part).argmax(1)) for part in inputs().split(100)]
+
+
+def rounded_by_hand(weight: Tensor, bits: int) -> Tensor:
+    """Round to nearest with one scale per row, the largest weight at the end of the integers."""
+    scale = weight.abs().amax(dim=1, keepdim=True) / ((2**bits - 1) / 2)
+    return (weight * (1 / scale)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+
+def problems() -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """Draw effects and costs of six components, and what is allowed."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        effects = np.sort(10.0 ** rng.uniform(-6, 0, (6, 4)), axis=1)
+        counts = rng.integers(1, 100, 6)
+        found.append((effects, np.outer(counts, OPTIONS), rng.uniform(2.1, 5) * counts.sum()))
+    return found
+
+
+def allowed_choices(costs: np.ndarray, allowed: float) -> list[tuple[int, ...]]:
+    choices = itertools.product(range(4), repeat=6)
+    return [c for c in choices if costs[range(6), c].sum() <= allowed]
+
+
+def test_the_integer_programme_is_as_good_as_all_choices() -> None:
+    for effects, costs, allowed in problems():
+        choices = allowed_choices(costs, allowed)
+        best = min(float(effects[range(6), c].sum()) for c in choices)
+        found = solve_exactly(effects, costs, allowed)
+        assert found in choices
+        assert effects[range(6), found].sum() == pytest.approx(best, rel=1e-5)
+
+
+def test_exchanges_keep_the_budget_and_come_near_the_best_choice_for_all_pairs() -> None:
+    rng = np.random.default_rng(1)
+    ratios = []
+    for effects, costs, allowed in problems():
+        moved = rng.standard_normal((24, 10)) + 0.5
+        moved *= (np.sqrt(effects.reshape(-1)) / np.linalg.norm(moved, axis=1))[:, None]
+        pairs = (moved @ moved.T).reshape(6, 4, 6, 4)
+
+        def total(c: tuple[int, ...], pairs: np.ndarray = pairs) -> float:
+            return float(pairs[range(6), c][:, range(6), c].sum())
+
+        start = solve_exactly(effects, costs, allowed)
+        found = exchange(pairs, costs, allowed, start)
+        assert costs[range(6), found].sum() <= allowed
+        assert total(found) <= total(start) * (1 + 1e-9)
+        ratios.append(total(found) / min(map(total, allowed_choices(costs, allowed))))
+    assert min(ratios) > 1 - 1e-9
+    assert np.median(ratios) == pytest.approx(1.0)
+    assert max(ratios) < 2
+
+
+def test_effects_are_those_of_weights_rounded_by_hand() -> None:
+    net = mlp()
+    batches = labelled(net)
+    found = bit_widths(net, batches, average=4.0)
+    x = torch.cat([x for x, _ in batches])
+    assert found.components == ("0", "2", "4", "6")
+    assert found.weights == (144, 576, 192, 24)
+    with torch.no_grad():
+        p = net(x).double().log_softmax(1)
+
+        def effect(bits: dict[str, int]) -> float:
+            other = mlp()
+            for name, b in bits.items():
+                weight = other.get_submodule(name).weight
+                weight.copy_(rounded_by_hand(weight, b))
+            return float((p.exp() * (p - other(x).double().log_softmax(1))).sum(1).mean())
+
+        for i, name in enumerate(found.components):
+            for k, b in enumerate(found.options):
+                assert found.effects[i, k] == pytest.approx(effect({name: b}), rel=1e-3, abs=1e-8)
+        chosen = dict(zip(found.components, found.bits, strict=True))
+        assert found.effect == pytest.approx(effect(chosen), rel=1e-3)
+        assert found.alike == {4: pytest.approx(effect(dict.fromkeys(chosen, 4)), rel=1e-3)}
+    assert found.average == pytest.approx(np.dot(found.bits, found.weights) / sum(found.weights))
+    assert found.average <= found.budget == pytest.approx(4.0)
+    assert found.effect <= found.alike[4]
+
+
+class Branches(nn.Module):
+    """A sum: what rounding does to one branch adds to what it does to the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.c = (nn.Linear(6, 4, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) + 0.1 * self.c(x)
+
+
+def test_of_branches_that_add_up_no_choice_is_better() -> None:
+    net, x = Branches(), inputs()
+    found = bit_widths(net, [x], average=3.0, bits=(4, 3, 2))
+    assert found.scale == "relative"
+    with torch.no_grad():
+        whole = net(x)
+        spread = (whole - whole.mean(0)).square().sum()
+        loss = {}
+        for bits in itertools.product((4, 3, 2), repeat=3):
+            if sum(bits) <= 9:
+                other = Branches()
+                for name, b in zip("abc", bits, strict=True):
+                    weight = other.get_submodule(name).weight
+                    weight.copy_(rounded_by_hand(weight, b))
+                loss[bits] = float((other(x) - whole).square().sum() / spread)
+    assert found.effect == pytest.approx(min(loss.values()), rel=1e-3)
+    assert found.bits == min(loss, key=loss.__getitem__)
+
+
+def test_the_network_that_is_given_is_the_one_that_was_measured() -> None:
+    net = mlp()
+    batches = labelled(net)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    found = bit_widths(net.train(), batches, credit_report(net, batches), average=2.5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert net.training
+    new = found.apply(net.eval())
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    assert float((new(x).argmax(1) == y).double().mean()) == pytest.approx(found.metric)
+    for name, b in zip(found.components, found.bits, strict=True):
+        rows = new.get_submodule(name).weight
+        assert max(len(row.unique()) for row in rows) <= 2**b
+
+
+def test_named_components_groups_and_modules_that_run_twice() -> None:
+    net = mlp()
+    with torch.no_grad():
+        hidden = net[0](inputs())
+    found = bit_widths(net[1:], [hidden], components=["[24]"], group_size=8, bits=[3, 4], average=4)
+    assert found.components == ("2", "4")
+    assert found.bits == (4, 4)
+    assert found.alike[4] == pytest.approx(found.effect)
+    layer = nn.Linear(6, 6)
+    twice = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 2))
+    once = bit_widths(twice, [inputs()])
+    assert once.components == ("0", "4")
+    assert once.weights == (36, 12)
+
+
+def test_results_can_be_read() -> None:
+    net = mlp()
+    found = bit_widths(net, labelled(net))
+    assert repr(found).startswith(f"BitWidths({found.average:.2f} bits per weight, effect ")
+    frame = found.to_frame()
+    assert list(frame.bits) == list(found.bits)
+    assert list(frame.effect_3) == list(found.effects[:, 2])
+    printed = str(found)
+    assert f"by {found.solver}" in printed
+    assert "3 bits everywhere" in found.verdict
+    (axis,) = found.plot().axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == list(found.components)
+
+
+def test_errors_say_what_arrived_and_what_to_do() -> None:
+    net = mlp()
+    with pytest.raises(ValueError, match=r"average is 1.5, below all of bits=\(8, 4, 3, 2\)"):
+        bit_widths(net, [inputs()], average=1.5)
+    with pytest.raises(ValueError, match="bits is 9; weights are rounded to 2 to 8 bits"):
+        bit_widths(net, [inputs()], bits=[9, 2])
+    norms = nn.Sequential(nn.LayerNorm(6), nn.LayerNorm(6))
+    report = credit_report(norms, [inputs()], components=["0", "1"])
+    with pytest.raises(ValueError, match=r"none of \('0', '1'\) holds a linear or convolutional layer"):
+        bit_widths(norms, [inputs()], report)
