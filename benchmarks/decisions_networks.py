@@ -24,7 +24,7 @@ from lightning_koopman.network.forward_runner import default_forward
 
 CACHE = Path(__file__).parent / "cache"
 BLOCKS = 12
-DEVELOPMENT, UNTOUCHED = (0,), (1, 2, 3)
+DEVELOPMENT, UNTOUCHED = (0,), (1, 2)
 Split = dict[str, list[tuple[Any, Tensor]]]
 
 
@@ -287,7 +287,7 @@ def efficientnet() -> tuple[nn.Module, Split]:
     split: Split = {}
     for name, half in halves.items():
         crops = []
-        for i in range(192):
+        for i in range(96):
             image = images[i % 2]
             # Crops to choose on are of the left half of the photographs, those to test on of the right.
             width = image.shape[-1] // 2
@@ -298,8 +298,8 @@ def efficientnet() -> tuple[nn.Module, Split]:
             crops.append(F.interpolate(crop, (112, 112), mode="bilinear", antialias=True))
         x = (torch.cat(crops) - 0.498) / 0.502
         with torch.no_grad():
-            y = torch.cat([net(rows).argmax(1) for rows in x.split(64)])
-        split[name] = list(zip(x.split(64), y.split(64), strict=True))
+            y = torch.cat([net(rows).argmax(1) for rows in x.split(48)])
+        split[name] = list(zip(x.split(48), y.split(48), strict=True))
     return net, split
 
 
