@@ -140,13 +140,9 @@ def cases(job: tuple[str, int, int]) -> pd.DataFrame:
 
 
 SAME, FURTHER = "none, other samples", "none, trained on"
-SEEDS = {
-    "mlp": (10, 11, 12, 13),
-    "vit": (10, 11, 12, 13),
-    "resnet": (10, 11, 12, 13),
-    "minilm": (10, 11, 12),
-}
-"""Networks that nothing was chosen on; seeds 0 and 1 were for the ridge weight and the suspicion."""
+SEEDS = dict.fromkeys(("mlp", "vit", "resnet"), (20, 21, 22, 23)) | {"minilm": (20, 21, 22)}
+"""Networks that nothing was chosen on. Seeds 0 and 1 were for the ridge weight and the suspicion, and 10
+to 13 for a first run, in which three permutations of units turned out to have moved no unit."""
 
 
 def percent(values: pd.Series, groups: pd.DataFrame) -> str:
@@ -205,8 +201,12 @@ components that are marked as changed.
 - **Faults**, in all layers of one component: noise of 0.3 standard deviations on each weight; a tenth of
   the weights with the other sign; 30 % of the weights zero; biases shifted by a third of the norm of
   their unit's weights; a quarter of the units permuted.
-- **Seeds**: {seeds}. Seeds 0 and 1 were used to choose the ridge weight and what suspicion divides by;
-  they are not here.
+- **Seeds**: {seeds}.
+  Seeds 0 and 1 were used to choose the ridge weight and what suspicion divides by. A first run with
+  seeds 10 to 13 had three permutations that moved no unit; they were 3 of its 4 misses (top-1 .973,
+  top-3 .987). The benchmark was corrected and run with new seeds.
+
+Set beforehand were top-1 of .95, top-3 of .99 and at most 5 % of false alarms.
 
 {methods}
 

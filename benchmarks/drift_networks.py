@@ -188,7 +188,7 @@ def weights_of(part: nn.Module) -> Iterator[tuple[Tensor, Tensor | None]]:
 @torch.no_grad()
 def break_part(network: nn.Module, name: str, fault: str, seed: int) -> nn.Module:
     """Return a copy, one component of which is broken."""
-    network = copy.deepcopy(network)
+    whole, network = network, copy.deepcopy(network)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(like: Tensor) -> Tensor:
@@ -212,9 +212,12 @@ def break_part(network: nn.Module, name: str, fault: str, seed: int) -> nn.Modul
             else:
                 bias += spread * normal(bias)
         elif fault == "permuted units":
-            units = share(weight[:, 0] if weight.ndim == 2 else weight[:, 0, 0, 0], 0.25).nonzero()[:, 0]
-            moved = units[torch.randperm(len(units), generator=generator)]
-            weight[units] = weight[moved]
+            # Each takes the weights of the next, so that none of them stays what it was.
+            units = torch.randperm(len(weight), generator=generator)[: max(2, len(weight) // 4)]
+            weight[units] = weight[units.roll(1)]
         else:
             raise ValueError(f"unknown fault {fault!r}")
+    pairs = zip(whole.parameters(), network.parameters(), strict=True)
+    if all(torch.equal(a, b) for a, b in pairs):
+        raise ValueError(f"{fault} changed nothing in {name}")
     return network

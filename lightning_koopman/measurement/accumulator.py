@@ -189,7 +189,9 @@ class Accumulator:
             if block.shape[0] != n_samples:
                 raise ValueError(
                     f"component {name!r} gave {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
-                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis."
+                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis. Where rows are "
+                    "pooled, as nodes are to graphs, let the batch hold the graph of each node, in "
+                    "order, or name the components behind the pooling with components=[...]."
                 )
             if block.shape[1] != width:
                 raise ValueError(
@@ -290,7 +292,7 @@ class Accumulator:
 
     def credit_report(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
-        layout, moments, center = self.moments()
+        layout, moments, _ = self.moments()
         assert self.basis is not None
         options, names = self.options, self.chain.names
         report = report_on(
@@ -298,6 +300,7 @@ class Accumulator:
             self.credits(),
             names[1:],
             n_samples=int(moments[:, 0].sum()),
+            delay=options.delay,
             variance_kept=self.basis.kept_variance[1:],
             notes=notes,
             step=step,

@@ -263,6 +263,7 @@ class KoopmanCredit(Metric):
                 self._credits(),
                 self._names(),
                 n_samples=int(self.moments[:, 0].sum()),
+                delay=self.options.delay,
                 variance_kept=variance_kept,
                 notes=notes,
                 step=step,

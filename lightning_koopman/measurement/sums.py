@@ -20,6 +20,7 @@ def report_on(
     components: Sequence[str],
     *,
     n_samples: int,
+    delay: int,
     variance_kept: Sequence[float] | None = None,
     notes: Sequence[str] = (),
     step: int | None = None,
@@ -40,7 +41,7 @@ def report_on(
         notes=notes,
         step=step,
         folds=layout.folds,
-        delay=layout.delay,
+        delay=delay,
     )
 
 

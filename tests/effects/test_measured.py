@@ -25,7 +25,7 @@ from scipy.stats import sem
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.effects.alterations import Alterations, check_components
+from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import accuracy, kl_divergence
 from lightning_koopman.report.effects import KINDS
 
@@ -199,21 +199,6 @@ def test_states_that_are_joined_or_summed_are_altered_part_by_part():
     # What is not a row of the report's own stands in the table of effects.
     text = str(dataclasses.replace(report, effects=found))
     assert "left " in text
-
-
-def test_states_that_no_single_module_gives_are_named_where_one_must():
-    torch.manual_seed(0)
-    net, x = Branches(), torch.randn(200, 3)
-    with pytest.raises(
-        ValueError, match=r"the states \['left\+right'\] were joined from what runs side"
-    ):
-        check_components(credit_report(net, [x]), ["head"])
-    named = credit_report(net, [x], components=["left", "head"])
-    assert named.components[-1] == "output"
-    with pytest.raises(ValueError, match=r"ends with what the network returns.*by output="):
-        check_components(named, None)
-    with pytest.raises(ValueError, match=r"the report has no components \['x'\]"):
-        check_components(credit_report(mlp(), [data()[0]]), ["x"])
 
 
 class SequenceFirst(nn.Module):

@@ -1,0 +1,113 @@
+"""Other weights in a component's place: made by libraries, put also where weights are derived."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from effect_nets import batched, data, mlp
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from lightning_koopman import component_effects
+from lightning_koopman.effects.replacements import pruned_weights, quantized_weights
+
+
+def rounded(weight: np.ndarray, bits: int, group: int) -> np.ndarray:
+    """Symmetric round-to-nearest, by NumPy: the largest weight of a group has the largest integer."""
+    blocks = weight.reshape(-1, group)
+    scale = np.abs(blocks).max(axis=1, keepdims=True) / ((2**bits - 1) / 2)
+    whole = np.clip(np.round(blocks / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return (whole * scale).reshape(weight.shape)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, None), (3, 4), (2, 2)])
+def test_quantised_weights_are_rounded_to_nearest(bits, group):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Conv1d(6, 4, 2))
+    before = [parameter.clone() for parameter in net.parameters()]
+    found = quantized_weights(net, bits, group_size=group)
+    assert list(found) == ["0.weight", "2.weight"]
+    for name, weight in found.items():
+        plain = net.state_dict()[name].numpy()
+        expected = rounded(plain, bits, group or plain[0].size)
+        # A weight halfway between two integers may go either way.
+        differs = ~np.isclose(weight.numpy(), expected, rtol=1e-4, atol=1e-6)
+        assert differs.mean() <= 0.05
+        assert weight.dtype == net.state_dict()[name].dtype
+        assert all(len(set(row.tolist())) <= 2**bits for row in weight.flatten(1)) or group
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_fewer_bits_move_the_outputs_more_and_predictions_follow():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    net, (x, y) = mlp(), data()
+    weights = {f"int{bits}": quantized_weights(net, bits) for bits in (8, 4, 2)}
+    found = component_effects(net, batched(x, y), kinds=[], replacements=weights, how="both", probes=9)
+    assert found.kinds == ("int8", "int4", "int2")
+    assert (found.values["int8"] < found.values["int4"]).all()
+    assert (found.values["int4"] < found.values["int2"]).all()
+    np.testing.assert_allclose(found.predicted["int8"], found.values["int8"], rtol=0.1)
+    alone = component_effects(net, batched(x, y), replacements=weights)
+    assert alone.how == {"skip": "measured"} | dict.fromkeys(weights, "predicted")
+    # Weights are replaced component by component, so what has no bits has no effect.
+    only = {"int4": {k: v for k, v in weights["int4"].items() if k[0] == "2"}}
+    part = component_effects(net, batched(x, y), kinds=[], replacements=only, how="measured")
+    np.testing.assert_array_equal(part.values["int4"] > 0, [False, True, False])
+
+
+def test_pruned_weights_are_the_smallest_of_each_layer():
+    net = mlp()
+    found = pruned_weights(net, 0.25)
+    for name, weight in found.items():
+        plain = net.state_dict()[name]
+        count = round(0.25 * plain.numel())
+        least = plain.abs().flatten().argsort()[:count]
+        expected = plain.flatten().clone()
+        expected[least] = 0
+        assert torch.equal(weight.flatten(), expected)
+    assert not any(weight.count_nonzero() for weight in pruned_weights(net, 1).values())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [parametrizations.weight_norm, nn.utils.weight_norm, lambda m: prune.identity(m, "weight")],
+    ids=["parametrised", "weight_norm", "pruned"],
+)
+def test_derived_weights_are_replaced_by_the_name_of_the_weight(wrap):
+    x, y = data()
+    plain, other = mlp(), mlp(7)
+    weights = {k: v for k, v in other.state_dict().items() if k.endswith("weight") and v.ndim == 2}
+    how = {"kinds": [], "replacements": {"other": weights}, "components": ["0", "2", "5"]}
+    expected = component_effects(plain, batched(x, y), **how)
+    derived = mlp()
+    for i in (0, 2, 5):
+        wrap(derived[i])
+    state = {name: value.clone() for name, value in derived.state_dict().items()}
+    found = component_effects(derived, batched(x, y), **how)
+    np.testing.assert_allclose(found.values["other"], expected.values["other"], rtol=1e-4)
+    assert all(torch.equal(value, state[name]) for name, value in derived.state_dict().items())
+
+
+def test_errors_say_what_arrived_and_what_to_do(monkeypatch):
+    net, (x, y) = mlp(), data()
+
+    def refused(message, weights):
+        with pytest.raises(ValueError, match=message):
+            component_effects(net, batched(x, y), kinds=[], replacements={"other": weights})
+
+    refused("'other' holds '7.weight', which Sequential does not", {"7.weight": torch.ones(1)})
+    wrong = {"0.weight": torch.ones(1)}
+    refused(r"other has shape \(1,\) for '0.weight', which needs shape \(12, 5\)", wrong)
+    with pytest.raises(ValueError, match="bits is 9; weights are rounded to 2 to 8 bits"):
+        quantized_weights(net, 9)
+    with pytest.raises(ValueError, match="amount is 2; it is the share of weights to prune"):
+        pruned_weights(net, 2)
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    with pytest.raises(ValueError, match=r"group_size is 3, but each output of '0.weight' has 5 in"):
+        quantized_weights(net, 4, group_size=3)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(ImportError, match=r"pip install 'lightning-koopman\[quantize\]'"):
+        quantized_weights(net, 4)
