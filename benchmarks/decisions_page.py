@@ -110,7 +110,8 @@ def drop_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     return f"""## Drop blocks
 
 `drop_order` measures the effect of skipping each block that is left on 512 samples and drops the least,
-again and again. Greedy measured drops whichever block leaves the best accuracy on as many samples; the effect once ranks by the first step of `drop_order`. Whole networks reach {mean(whole)}.
+again and again. Greedy measured drops whichever block leaves the best accuracy on as many samples; the
+effect once ranks by the first step of `drop_order`. Whole networks reach {mean(whole)}.
 `drop_order` took {mean(seconds, 0)} processor seconds per network.
 
 {parts[0]}
