@@ -135,7 +135,7 @@ QUANTITIES = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2",
 """Names of the numbers reported for every component."""
 
 MAX_RIDGE_SHIFT = 0.5
-"""Nats per direction that a stable credit may move, or its standard error if that is more, when the ridge
+"""Nats per direction that a stable credit may move, or its standard error if that is more, if the ridge
 weight moves tenfold."""
 
 LINEAR = 1e-6
