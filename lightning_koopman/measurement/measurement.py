@@ -155,7 +155,7 @@ class Measurement(Accumulator):
             self._take(states)
 
     def _is_whole(self, states: Mapping[str, Any]) -> bool:
-        """Check whether a call ran all of the chain; in another one, a step may ask for features alone."""
+        """Check whether a call ran all of the chain; in others, a step may ask for features alone."""
         return self.plan is None or self.plan.recorded <= states.keys()
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
