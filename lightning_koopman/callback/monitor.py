@@ -580,7 +580,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 if self.drift and before is not None and self.history:
                     since = self.history[-1].step
                     found = drift_from(before, measurement, since=since, step=report.step)
-                    self.drifts += [] if found is None else [found]
+                    if found is not None:
+                        self.drifts.append(found)
+                        report = replace(report, drift=found.drift)
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.
                 self.history[-1] = replace(self.history[-1], operators={}, reference=None)
