@@ -52,6 +52,7 @@ class ReportFields:
     effects: Effects | None = field(default=None, repr=False)
     types: tuple[str, ...] = ()
     parameters: tuple[int, ...] = ()
+    drift: NDArray[np.float64] | None = None
     reference: Reference | None = field(default=None, repr=False)
 
     @property

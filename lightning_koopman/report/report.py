@@ -79,6 +79,8 @@ class CreditReport(ReportFields):
             ``dataclasses.replace(report, effects=component_effects(...))`` has filled it in.
         types: Class of the module of each component; empty where unknown.
         parameters: Number of parameters of each component; empty where unknown.
+        drift: How far each component is from what it computed at the measurement before, in a training
+            with the callback, see :class:`lightning_koopman.report.drift.Drift`; ``None`` elsewhere.
         reference: What :func:`lightning_koopman.drift` holds other weights or samples against; ``None``
             in a report read from JSON.
     """

@@ -59,6 +59,8 @@ def columns(report: ReportFields, sign: str = "±") -> dict[str, list[str]]:
         for kind in ("skip", "linear"):
             if kind in effects.kinds:
                 found[kind] = [_effect(effects, kind, name) for name in report.components]
+    if report.drift is not None:
+        found["drift"] = [f"{value:.4f}" for value in report.drift]
     for name in ("credit", "gain"):
         pairs = zip(getattr(report, name), report.stderr[name], strict=True)
         found[name] = [f"{value:.3f}{sign}{error:.3f}" for value, error in pairs]
