@@ -119,10 +119,8 @@ class Measurement(Accumulator):
         while self._next_check <= self.n_samples:
             self._next_check *= 2
         layout, _, _ = self.moments()
-        widths = [sum(layout.dims[p] for p in read) for read in layout.parents[1:]]
-        if self.options.errors is False or self.n_samples * self._work < _CHECK_WORK * sum(
-            w**3 for w in widths
-        ):
+        cubes = sum(sum(layout.dims[p] for p in read) ** 3 for read in layout.parents[1:])
+        if self.options.errors is False or self.n_samples * self._work < _CHECK_WORK * cubes:
             return False
         try:
             credits = self.credits()
@@ -195,8 +193,8 @@ class Measurement(Accumulator):
 
     def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
         """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
-        if errors is not None:
-            self.options = replace(self.options, errors=errors)
+        if errors is not None and errors != self.options.errors:
+            self.options, self._credits = replace(self.options, errors=errors), None
         with self._timed():
             report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
