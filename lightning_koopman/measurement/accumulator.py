@@ -55,6 +55,7 @@ class Accumulator:
         self.chain = Chain()
         self.basis: Basis | None = None
         self.earlier: Basis | None = None
+        self._fitted: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
         self._may_stop, self._shared = max_samples == "enough", shared
@@ -109,12 +110,13 @@ class Accumulator:
         """Return what the moments hold; there must be a basis."""
         if self._layout is None:
             assert self.basis is not None
-            dims = tuple(len(offset) for offset in self.basis.center)
-            links, delay = self.chain.links, self.options.delay
-            # Links name all that a step reads: branches side by side do not read one another.
-            delay = 0 if links and delay == 1 else delay
-            self._layout = Layout(dims, self.options.folds, delay, links)
+            self._layout = self._layout_of(tuple(len(offset) for offset in self.basis.center))
         return self._layout
+
+    def _layout_of(self, dims: tuple[int, ...]) -> Layout:
+        links, delay = self.chain.links, self.options.delay
+        # Links name all that a step reads: branches side by side do not read one another.
+        return Layout(dims, self.options.folds, 0 if links and delay == 1 else delay, links)
 
     def _gather(self, rows: list[Tensor]) -> None:
         """Add rows to those that wait for company."""
@@ -167,7 +169,7 @@ class Accumulator:
     def _sum(self, states: list[Tensor], keys: Tensor) -> None:
         """Add state vectors to the moments, each sample to those of its fold."""
         assert self.basis is not None
-        self._credits, layout = None, self._laid_out()
+        self._credits, self._fitted, layout = None, None, self._laid_out()
         # Moments made in inference mode could not be added to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if self._moments is None:
@@ -189,7 +191,9 @@ class Accumulator:
             if block.shape[0] != n_samples:
                 raise ValueError(
                     f"component {name!r} gave {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
-                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis."
+                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis. Where rows are "
+                    "pooled, as nodes are to graphs, let the batch hold the graph of each node, in "
+                    "order, or name the components behind the pooling with components=[...]."
                 )
             if block.shape[1] != width:
                 raise ValueError(
@@ -262,7 +266,8 @@ class Accumulator:
         except Exception as failure:
             # The others wait in the sum, and hear of it there.
             moments, error = nothing, error or failure
-        self._credits, self._moments = None, sum_moments(moments, error)
+        self._credits, self._fitted = None, None
+        self._moments = sum_moments(moments, error)
 
     def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
         """Return all that was added up, what it holds and the offsets that it is about."""
@@ -282,11 +287,11 @@ class Accumulator:
     @property
     def advised(self) -> int:
         """How many samples states of these widths need."""
-        options, widths, delay = self.options, self.chain.widths, self.options.delay
+        options, widths = self.options, self.chain.widths
         # Few samples make narrow states: as many as those need would be few again.
         seen = (1,) * len(widths) if self.basis is None else self._laid_out().dims
         dims = widest(widths, seen, options.max_dim, options.observables)
-        return samples_needed(Layout(dims, options.folds, delay, self.chain.links))
+        return samples_needed(self._layout_of(dims))
 
     def credit_report(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""
@@ -311,15 +316,16 @@ class Accumulator:
         return replace(report, reads=reads, reference=self.reference(step))
 
     def reference(self, step: int | None = None) -> Reference:
-        """Return what drift is measured against."""
+        """Return what drift is measured against, computed once for all that was added up."""
         layout, moments, center = self.moments()
         assert self.basis is not None
+        self._fitted = self._fitted or fold_operators(layout, moments, center)
         return Reference(
             self.chain.names,
             self.chain.widths,
             layout.parents[1:],
             self.basis.cpu(),
-            *fold_operators(layout, moments, center),
+            *self._fitted,
             n_samples=int(moments[:, 0].sum()),
             options=self.options,
             step=step,
