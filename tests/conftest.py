@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -73,21 +74,15 @@ def linear_chain():
     return make
 
 
-class InPlaceMLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 9)
-        self.act = nn.ReLU(inplace=True)
-        self.second = nn.Linear(9, 7)
-        self.head = nn.Linear(7, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.nn.functional.relu(self.second(self.act(self.first(x)))))
-
-
 @pytest.fixture
 def mlp():
-    return InPlaceMLP().double()
+    """Has one activation that works in place, and one that no hook sees."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.relu(m.second(m.act(m.first(x)))))
+
+    parts = {"first": nn.Linear(6, 9), "act": nn.ReLU(inplace=True), "second": nn.Linear(9, 7)}
+    return small.wired(run, **parts, head=nn.Linear(7, 4)).double()
 
 
 class ConvNet(nn.Module):
@@ -116,61 +111,41 @@ def conv_net():
     return ConvNet().double()
 
 
-class SharedNet(nn.Module):
-    """One layer that runs twice in a pass, and one that never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared = nn.Linear(5, 5)
-        self.unused = nn.Linear(5, 5)
-        self.head = nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
-
-
 @pytest.fixture
 def shared_net():
-    return SharedNet().double()
+    """One layer runs twice in a pass, and one never runs."""
 
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.tanh(m.shared(torch.tanh(m.shared(x)))))
 
-class TupleNet(nn.Module):
-    """A recurrent part that returns a tuple, and an output in a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, 4)
-        self.gru = nn.GRU(4, 5, batch_first=True)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> dict[str, object]:
-        sequence, _ = self.gru(self.embed(x))
-        return {"length": x.shape[1], "logits": self.head(sequence[:, -1])}
+    layers = {"shared": nn.Linear(5, 5), "unused": nn.Linear(5, 5), "head": nn.Linear(5, 3)}
+    return small.wired(run, **layers).double()
 
 
 @pytest.fixture
 def tuple_net():
-    return TupleNet().double()
+    """A recurrent part that returns a tuple, and an output in a dictionary."""
 
+    def run(m: Any, x: Tensor) -> dict[str, object]:
+        sequence, _ = m.gru(m.embed(x))
+        return {"length": x.shape[1], "logits": m.head(sequence[:, -1])}
 
-class RaisingNet(nn.Module):
-    """Raises in its second layer once it is armed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.drop = nn.Dropout(0.5)
-        self.second = nn.Linear(4, 4)
-        self.armed = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop(self.first(x))
-        if self.armed:
-            random.random(), np.random.rand(), torch.rand(1)
-            raise RuntimeError("the model itself failed")
-        return self.second(x)
+    parts = {"embed": nn.Linear(3, 4), "gru": nn.GRU(4, 5, batch_first=True)}
+    return small.wired(run, **parts, head=nn.Linear(5, 2)).double()
 
 
 @pytest.fixture
 def raising_net():
-    return RaisingNet().double()
+    """Raises in front of its second layer as long as it is armed."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.drop(m.first(x))
+        if m.armed:
+            random.random(), np.random.rand(), torch.rand(1)
+            raise RuntimeError("the model itself failed")
+        return m.second(x)
+
+    layers = {"first": nn.Linear(4, 4), "drop": nn.Dropout(0.5), "second": nn.Linear(4, 4)}
+    net = small.wired(run, **layers).double()
+    net.armed = True
+    return net

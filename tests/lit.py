@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -98,6 +99,11 @@ def quiet_trainer(folder: Any, callbacks: list[Any], kind: Any = L.Trainer, **op
         "default_root_dir": folder,
     }
     return kind(callbacks=callbacks, **(defaults | options))
+
+
+def events(folder: Any) -> EventAccumulator:
+    """Read what TensorBoard's files in a folder, or in one file, hold."""
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
 
 
 def hooks_on(model: nn.Module) -> int:

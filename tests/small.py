@@ -1,5 +1,6 @@
 """A small network, its batches and its checkpoints; users of commands name this text as their module."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,11 @@ def save(path: Path, step: Any = 1, scale: float = 1.0, **more: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": model.state_dict(), **known, **more}, path)
     return path
+
+
+def wired(forward: Callable[..., Any], **parts: nn.Module) -> Any:
+    """Make a network of modules by name, and of a pass that says how they hang together."""
+    model = type("Wired", (nn.Module,), {"forward": forward})()
+    for name, part in parts.items():
+        model.add_module(name, part)
+    return model

@@ -171,11 +171,13 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
         return None
     if tall:
         basis = vectors[:, :kept]
-    elif rows.dtype == torch.float64:
-        basis = centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
     else:
-        # Small directions, divided by their size, would not be orthogonal to the others.
-        basis = torch.linalg.qr(centred.T @ vectors[:, :kept]).Q
+        basis = centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
+        if rows.dtype != torch.float64:
+            # Small directions, divided by their size, are orthogonal but roughly; so close to that, a
+            # QR by Cholesky is stable, and many times faster than one by reflections.
+            factor = torch.linalg.cholesky(basis.T @ basis, upper=True)
+            basis = torch.linalg.solve_triangular(factor, basis, upper=True, left=False)
     return basis, float(values[:kept].sum() / values.sum())
 
 

@@ -190,7 +190,9 @@ class Accumulator:
             if block.shape[0] != n_samples:
                 raise ValueError(
                     f"component {name!r} gave {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
-                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis."
+                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis. Where rows are "
+                    "pooled, as nodes are to graphs, let the batch hold the graph of each node, in "
+                    "order, or name the components behind the pooling with components=[...]."
                 )
             if block.shape[1] != width:
                 raise ValueError(

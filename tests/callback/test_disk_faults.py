@@ -13,8 +13,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lit import events
 from small import save
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_faults import assert_alike, fit, outcome
 
 from lightning_koopman import KoopmanCreditMonitor
@@ -163,10 +163,9 @@ def test_figures_are_left_out_where_they_could_fill_the_disk(tmp_path, monkeypat
     assert [m for m in said if "less than 64 MiB are free where a logger writes" in m] == said[:1]
     fit([KoopmanCreditMonitor(figures=False)], logger=TensorBoardLogger(tmp_path / "unasked"))
     assert [m for m in said if "less than" in m] == said[:1], "who asks for no figures needs no room"
-    events = EventAccumulator(str(next((tmp_path / "lightning_logs").rglob("events.*")).parent))
-    events.Reload()
-    assert events.Tags()["images"] == []
-    assert "koopman/total" in events.Tags()["scalars"]
+    tags = events(next((tmp_path / "lightning_logs").rglob("events.*")).parent).Tags()
+    assert tags["images"] == []
+    assert "koopman/total" in tags["scalars"]
 
 
 def test_a_logger_that_tells_no_folder_has_room():

@@ -5,16 +5,14 @@ import re
 import warnings
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lit import events, quiet_trainer, small_module
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from small import batches, network, save
 from tensorboard.plugins.custom_scalar import layout_pb2
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import (
     CreditReport,
@@ -28,53 +26,19 @@ from lightning_koopman.callback.loggers import CreditWriter, free_bytes
 from lightning_koopman.report.pages import to_markdown
 
 
-class Net(L.LightningModule):
+class Net(small_module()):
     def __init__(self, width: int = 8) -> None:
-        super().__init__()
+        super().__init__(width)
         self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05)
-
-
-def loader():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(128, 6, generator=generator)
-    return DataLoader(TensorDataset(x, x[:, :3].sin()), batch_size=32)
 
 
 def fit(logger, epochs=3, monitors=None, **options):
     torch.manual_seed(0)
     if monitors is None:
         monitors = [KoopmanCreditMonitor(on_error="raise", **options)]
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=monitors,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
-    trainer.fit(Net(), loader(), loader())
+    trainer = quiet_trainer(None, monitors, max_epochs=epochs, logger=logger, num_sanity_val_steps=None)
+    trainer.fit(Net())
     return trainer, next(iter(monitors), None)
-
-
-def events(folder):
-    accumulator = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
-    accumulator.Reload()
-    return accumulator
 
 
 def layout_of(accumulator):
@@ -86,46 +50,34 @@ def layout_of(accumulator):
 
 def many(size: int, **changes) -> CreditReport:
     """A report over ``size`` components, credits rising with depth."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    base = credit_report(
-        net, torch.randn(60, 3).split(30), components=["0", "1"], options=Options(tikhonov=1e-6)
-    )
-    names = tuple(f"block.{i}" for i in range(size))
-
-    def grown(values):
-        return np.resize(values, (size, *values.shape[1:]))
-
+    options = Options(tikhonov=1e-6)
+    base = credit_report(network(), batches(), options=options)
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     arrays = {
-        field.name: grown(value)
-        for field in dataclasses.fields(base)
-        if isinstance(value := getattr(base, field.name), np.ndarray)
+        name: np.resize(value, (size, *value.shape[1:]))
+        for name, value in values.items()
+        if isinstance(value, np.ndarray)
     }
-    arrays["credit"] = np.arange(size, dtype=float)
-    return dataclasses.replace(
-        base,
-        components=names,
-        **(arrays | changes),
-        stderr={name: np.full(size, 0.5) for name in base.stderr},
-        widths=(3,) * size,
-        operators={},
-    )
+    arrays |= {"credit": np.arange(size, dtype=float)} | changes
+    stderr = {name: np.full(size, 0.5) for name in base.stderr}
+    names = tuple(f"block.{i}" for i in range(size))
+    plain = {"components": names, "stderr": stderr, "widths": (3,) * size, "operators": {}}
+    return dataclasses.replace(base, **arrays, **plain)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tb")
     # Each epoch is measured, whatever it costs, and the budget is no bound for figures.
-    trainer, monitor = fit(
-        TensorBoardLogger(folder, name="", version=""), epochs=5, every_n_epochs=1, max_overhead=1e6
-    )
+    logger = TensorBoardLogger(folder, name="", version="")
+    trainer, monitor = fit(logger, epochs=5, every_n_epochs=1, max_overhead=1e6)
     return events(folder), trainer, monitor
 
 
 def test_default_tags_are_at_most_three_a_component(run):
     accumulator, _, monitor = run
     ours = {t for t in accumulator.Tags()["scalars"] if t.startswith("koopman/")}
-    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift") for c in ("net.0", "net.2")}
+    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift", "skip") for c in ("net.0", "net.2")}
     assert ours == expected | {"koopman/total", "koopman/doubts", "koopman/overhead"}
     last = accumulator.Scalars("koopman/credit/net.0")[-1].value
     assert last == pytest.approx(monitor.report.credit[0], rel=1e-5)
@@ -248,10 +200,9 @@ def test_mlflow_file_store_gets_scalars_figures_and_table(tmp_path, monkeypatch)
 
 
 def test_checkpoints_are_written_like_a_training(tmp_path):
-    net, batches = Net().net, [torch.randn(64, 6)]
     for step in (1, 2, 3):
-        torch.save({"global_step": step, "state_dict": net.state_dict()}, tmp_path / f"{step}.ckpt")
-    evaluate_checkpoints(net, tmp_path, batches, logdir=tmp_path / "tb")
+        save(tmp_path / f"{step}.ckpt", step)
+    evaluate_checkpoints(network(), tmp_path, batches(), logdir=tmp_path / "tb")
     accumulator = events(tmp_path / "tb")
     assert [s.step for s in accumulator.Scalars("koopman/credit/0")] == [1, 2, 3]
     assert [i.step for i in accumulator.Images("koopman/evolution")] == [1, 2, 3]
@@ -266,15 +217,12 @@ def test_markdown_marks_doubted_rows():
     assert lines[5].startswith("| block.1 |")
 
 
-def test_effects_are_scalars_where_there_are_any():
-    torch.manual_seed(0)
-    net, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3)), torch.randn(100, 4)
-    report = credit_report(net, [x])
+def test_effects_are_scalars_where_there_are_any(report):
     writer = CreditWriter()
-    assert not [key for key in writer.scalars(report) if "effect" in key]
-    found = component_effects(net, [x], report, ["skip"])
+    assert not [key for key in writer.scalars(report) if "skip" in key]
+    found = component_effects(network(), batches(), report, ["skip"])
     scalars = writer.scalars(dataclasses.replace(report, effects=found))
-    assert [scalars[f"koopman/effect_skip/{i}"] for i in "01"] == pytest.approx(found.values["skip"])
+    assert [scalars[f"koopman/skip/{i}"] for i in "02"] == pytest.approx(found.values["skip"])
 
 
 class Taking:

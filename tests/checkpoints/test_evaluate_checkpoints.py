@@ -4,9 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lit import LitNet, dataset
+from lit import LitNet, dataset, events
 from small import save
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_koopman import CheckpointError, EvaluationError, credit_report, evaluate_checkpoints
 
@@ -33,9 +32,9 @@ def test_each_checkpoint_is_measured_at_its_own_step_in_order(tmp_path):
         np.testing.assert_array_equal(report.credit, credit_report(models[report.step], BATCHES).credit)
     assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
 
-    events = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0}).Reload()
+    written = events(tmp_path / "tb")
     for i, component in enumerate(reports[0].components):
-        logged = events.Scalars(f"koopman/credit/{component}")
+        logged = written.Scalars(f"koopman/credit/{component}")
         assert [event.step for event in logged] == [10, 20, 30]
         values = [event.value for event in logged]
         np.testing.assert_allclose(values, [report.credit[i] for report in reports], rtol=1e-6)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lit import events
 from small import batches, network, save
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_koopman import CreditReport, EvaluationError, evaluate_checkpoints
 from lightning_koopman.cli.main import main
@@ -50,9 +50,7 @@ def evaluate(*more: str, data: str = "batches") -> int:
 
 
 def scalars(folder: Path) -> list[int]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return [event.step for event in events.Scalars("koopman/total")]
+    return [event.step for event in events(folder).Scalars("koopman/total")]
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from lit import LitNet
+from lit import events as read_events
 from small import save
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_koopman import CreditReport
 from lightning_koopman.cli.main import main
@@ -18,7 +18,8 @@ from lightning_koopman.demo import DigitClassifier, Digits
 USER_CODE = """
 import torch
 import lightning as L
-from lit import LitNet, dataset
+from lit import LitNet
+from lit import events as read_events, dataset
 from torch.utils.data import DataLoader
 
 class Data(L.LightningDataModule):
@@ -84,7 +85,7 @@ def test_evaluate_measures_every_checkpoint(project, capsys):
     printed = capsys.readouterr().out
     assert printed.index("at step 10") < printed.index("at step 20")
     assert [report.step for report in read("report.json")] == [10, 20]
-    events = EventAccumulator("tb").Reload()
+    events = read_events("tb")
     assert [e.step for e in events.Scalars("koopman/credit/net.0")] == [10, 20]
 
 
@@ -164,7 +165,7 @@ def test_demo_writes_every_component_at_every_epoch(tmp_path):
     assert (tmp_path / "out" / "credits.png").read_bytes()[:4] == b"\x89PNG"
     for component in report.components:
         assert component in run.stdout
-    files = [scalars(path) for path in (tmp_path / "out").rglob("events.out.tfevents.*")]
+    files = [read_events(path) for path in (tmp_path / "out").rglob("events.out.tfevents.*")]
     (events,) = [found for found in files if "koopman/total" in found.Tags()["scalars"]]
     for i, component in enumerate(report.components):
         for quantity in ("credit", "credit_low", "credit_high", "gain", "nonlinearity"):
@@ -185,10 +186,6 @@ def test_demo_cnn(tmp_path):
 def test_demo_refuses_zero_epochs(tmp_path, capsys):
     assert main(["demo", "--epochs", "0", "--logdir", str(tmp_path)]) == 1
     assert "epochs is 0; at least one" in capsys.readouterr().err
-
-
-def scalars(path: Path) -> EventAccumulator:
-    return EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
 
 
 def test_effects_stand_beside_the_credits(project, capsys):
@@ -230,7 +227,7 @@ def test_evaluate_tells_effects_on_demand(project, capsys):
     assert "skip" in capsys.readouterr().out
     first = read("r.json")
     assert [list(report.effects.values) for report in first] == [["skip", "output_noise"]] * 2
-    events = EventAccumulator("tb").Reload()
+    events = read_events("tb")
     tag = f"koopman/effect_skip/{first[0].components[0]}"
     assert [event.step for event in events.Scalars(tag)] == [10, 20]
     assert evaluate(*given, "--effects=true", "--initial-checkpoint=step20.ckpt") == 0

@@ -204,7 +204,9 @@ def earlier() -> tuple[Basis, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(2000, 40, generator=generator) * torch.logspace(0, -2, 40)
     narrow = torch.randn(2000, 5, generator=generator)
-    return fit_basis([narrow[:1000], rows[:1000]], 10), narrow[1000:], rows[1000:]
+    fitted = [narrow[:1000], rows[:1000]]
+    # As a measurement leaves it behind: in the type of the rows.
+    return fit_basis(fitted, 10).like(fitted), narrow[1000:], rows[1000:]
 
 
 def test_a_basis_is_kept_while_it_keeps_the_variance_it_was_fitted_for(

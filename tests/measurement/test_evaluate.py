@@ -11,6 +11,7 @@ import oracles
 import pytest
 import torch
 from lit import hooks_on
+from small import wired
 from test_metric import assert_same_report
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -319,17 +320,9 @@ def test_a_dead_branch_is_nan_by_itself_and_the_report_says_so(linear_chain, val
     with pytest.raises(ValueError, match="last component is constant over all 300 samples"):
         credit_report(net, samples().split(50))
 
-    class Late(nn.Module):
-        """The dead state is followed by one that moves again."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = net[0], net[1], net[2]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c(self.b(self.a(x)) + x[:, :4])
-
-    report = credit_report(Late(), samples().split(50))
+    # The dead state is followed by one that moves again.
+    late = wired(lambda m, x: m.c(m.b(m.a(x)) + x[:, :4]), a=net[0], b=net[1], c=net[2])
+    report = credit_report(late, samples().split(50))
     np.testing.assert_allclose(report.rank, [5, 0, 3], atol=0.01)
     np.testing.assert_array_equal(np.isnan(report.credit), [True, True, False])
     jacobian = net[2].weight.detach()  # of the first four inputs, which go around the dead branch
@@ -492,20 +485,9 @@ def test_options_that_do_not_fit_the_network_are_refused(mlp, options, message):
         credit_report(mlp, [samples()], options=Options(**options))
 
 
-class Indexing(nn.Module):
-    """A component with parameters that gives indices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scores, self.body, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
-        self.pick = Picking()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.pick(x)
-        return self.head(self.body(x))
-
-
 class Picking(nn.Linear):
+    """Has parameters, and gives indices."""
+
     def __init__(self) -> None:
         super().__init__(4, 3)
 
@@ -514,7 +496,9 @@ class Picking(nn.Linear):
 
 
 def test_a_component_of_whole_numbers_is_left_out_with_a_note():
-    report = credit_report(Indexing(), list(torch.randn(90, 4).split(30)))
+    parts = {"scores": nn.Linear(4, 3), "body": nn.Linear(4, 3), "head": nn.Linear(3, 2)}
+    net = wired(lambda m, x: (m.pick(x), m.head(m.body(x)))[1], **parts, pick=Picking())
+    report = credit_report(net, list(torch.randn(90, 4).split(30)))
     assert report.components == ("body", "head")
     assert "gave no floating-point tensor, so left out: pick" in report.notes
     assert "never ran, so left out: 'scores'" in report.notes

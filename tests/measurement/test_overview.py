@@ -1,10 +1,12 @@
 """What would be measured: components, shapes, widths, and the command that lists them."""
 
 import io
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console, RenderableType
+from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman.cli.main import main
@@ -67,15 +69,13 @@ def test_wrong_arguments_are_explained(listed, arguments, message):
     assert message in " ".join(word for line in listed(arguments, code=1) for word in line)
 
 
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
-        self.spare, self.head = nn.Linear(4, 4), nn.Linear(5, 2)
+def branches() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        return m.head(torch.cat([m.a(x), m.b(x)], 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(torch.cat([self.a(x), self.b(x)], 1))
+    parts = {"stem": nn.Linear(4, 6), "a": nn.Linear(6, 3), "b": nn.Linear(6, 2)}
+    return wired(run, **parts, spare=nn.Linear(4, 4), head=nn.Linear(5, 2))
 
 
 def printed(found: RenderableType) -> str:
@@ -85,7 +85,7 @@ def printed(found: RenderableType) -> str:
 
 
 def test_joined_and_silent_components_are_named():
-    net = Branches()
+    net = branches()
     found = describe_components(net, [torch.randn(8, 4)])
     assert [row.state for row in found.rows] == ["stem", "a+b", "a+b", "head"]
     assert [row.width for row in found.rows] == [6, 3, 2, 2]
@@ -104,31 +104,21 @@ def test_every_call_of_a_shared_module_is_a_row(shared_net):
 
 
 def test_a_batch_and_a_component_that_runs_are_needed():
-    net = Branches()
+    net = branches()
     with pytest.raises(ValueError, match="batches is empty; the shapes need one batch"):
         describe_components(net, [])
     with pytest.raises(ValueError, match=r"no component ran in the forward pass; chosen were \['spare'"):
         describe_components(net, [torch.randn(8, 4)], components="spare")
 
 
-class Indexing(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).argmax(1)
-
-
-class WithIndices(nn.Module):
-    """A constant and a layer that gives indices, beside those that the data run through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.constant, self.head = nn.Linear(4, 3), nn.Linear(2, 3), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.stem(x) + self.constant(torch.ones(len(x), 2)))
+def with_constant() -> nn.Module:
+    """A layer that gives the same for every sample, beside those that the data run through."""
+    parts = {"stem": nn.Linear(4, 3), "constant": nn.Linear(2, 3), "head": nn.Linear(3, 2)}
+    return wired(lambda m, x: m.head(m.stem(x) + m.constant(torch.ones(len(x), 2))), **parts)
 
 
 def test_what_is_the_same_for_every_sample_is_shown_as_left_out():
-    found = describe_components(WithIndices(), [torch.randn(8, 4)])
+    found = describe_components(with_constant(), [torch.randn(8, 4)])
     (line,) = [text for text in printed(found).splitlines() if text.strip().startswith("constant")]
     assert line.rstrip().endswith("left out")
 

@@ -1,7 +1,5 @@
 """Which modules are taken for the network's components."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -190,7 +188,7 @@ AUTOMATIC = {
 
 
 @pytest.mark.parametrize("kind", AUTOMATIC)
-def test_the_automatic_choice_is_what_a_person_would_draw(kind: str) -> None:
+def test_the_automatic_choice_is_what_a_person_would_draw(kind):
     make, expected = AUTOMATIC[kind]
     model = make()
     chosen = named_components(model)
@@ -208,13 +206,11 @@ def test_the_automatic_choice_is_what_a_person_would_draw(kind: str) -> None:
         (["[03]", "0"], ["0", "3"]),
     ],
 )
-def test_names_and_patterns_choose_in_order_of_registration(
-    components: object, expected: list[str]
-) -> None:
+def test_names_and_patterns_choose_in_order_of_registration(components, expected):
     assert list(named_components(mlp(), components)) == expected
 
 
-def test_patterns_reach_into_blocks() -> None:
+def test_patterns_reach_into_blocks():
     model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
     assert list(named_components(model, ["stages.*.conv", "head"])) == [
         "stages.0.conv",
@@ -223,7 +219,7 @@ def test_patterns_reach_into_blocks() -> None:
     ]
 
 
-def test_an_unknown_name_lists_close_matches() -> None:
+def test_an_unknown_name_lists_close_matches():
     model = Net(encoder=nn.Linear(3, 3), decoder=nn.Linear(3, 3))
     with pytest.raises(
         ValueError, match=r"no module is called 'encodr'\. Close matches: 'encoder', 'decoder'\."
@@ -237,7 +233,7 @@ def test_an_unknown_name_lists_close_matches() -> None:
         named_components(model, ["encoder", "zzz.*"])
 
 
-def test_nested_components_are_refused() -> None:
+def test_nested_components_are_refused():
     model = Net(stages=nn.Sequential(Block(), Block()), head=nn.Linear(4, 2))
     with pytest.raises(
         ValueError, match=r"components overlap: 'stages\.0\.conv' is part of 'stages\.0'"
@@ -247,21 +243,21 @@ def test_nested_components_are_refused() -> None:
         named_components(model, ["stages", "stages.*.bn"])
 
 
-def test_nested_components_are_found_whatever_sorts_between_them() -> None:
+def test_nested_components_are_found_whatever_sorts_between_them():
     model = Net(**{"a": nn.Sequential(nn.Linear(2, 2)), "a-b": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=r"components overlap: 'a\.0' is part of 'a'"):
         named_components(model, ["a", "a-b", "a.0"])
 
 
 @pytest.mark.parametrize("make", [lambda: nn.ReLU(), lambda: nn.Sequential(nn.ReLU(), nn.Flatten())])
-def test_a_model_without_parameters_has_no_components(make: object) -> None:
+def test_a_model_without_parameters_has_no_components(make):
     with pytest.raises(
         ValueError, match=r"found no component in .* it has no submodule with parameters"
     ):
         named_components(make())
 
 
-def test_transparent_modules_are_leaves_outside_of_every_component() -> None:
+def test_transparent_modules_are_leaves_outside_of_every_component():
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.BatchNorm2d(4),
@@ -286,21 +282,21 @@ def test_transparent_modules_are_leaves_outside_of_every_component() -> None:
         (nn.ReLU(), False),
     ],
 )
-def test_normalisation_layers_are_recognised(module: nn.Module, expected: bool) -> None:
+def test_normalisation_layers_are_recognised(module, expected):
     assert is_norm(module) is expected
 
 
-def test_parameters_are_found_at_any_depth() -> None:
+def test_parameters_are_found_at_any_depth():
     assert has_parameters(nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
     assert not has_parameters(nn.Sequential(nn.Sequential(nn.ReLU())))
 
 
-def test_names_are_those_the_user_wrote() -> None:
+def test_names_are_those_the_user_wrote():
     assert clean_name("_orig_mod.layers.0._orig_mod.fc") == "layers.0.fc"
     assert clean_name("layers.0") == "layers.0"
 
 
-def test_an_empty_choice_is_refused() -> None:
+def test_an_empty_choice_is_refused():
     with pytest.raises(ValueError, match="components names nothing; leave it out"):
         named_components(nn.Sequential(nn.Linear(2, 2)), [])
 
@@ -324,22 +320,22 @@ class Deep(nn.Module):
         (9, ["stem", "blocks.0.0", "blocks.1.0", "body.a.0", "body.a.1"]),
     ],
 )
-def test_a_depth_takes_what_is_called_there(depth: int, expected: list[str]) -> None:
+def test_a_depth_takes_what_is_called_there(depth, expected):
     assert list(named_components(Deep(), depth)) == expected
 
 
-def test_a_depth_is_one_or_more() -> None:
+def test_a_depth_is_one_or_more():
     with pytest.raises(ValueError, match="depth is 0; the model's own children are at depth 1"):
         named_components(Deep(), 0)
 
 
 @pytest.mark.parametrize("odd", [True, 1.5, None, torch.nn.functional.relu, dict])
-def test_what_chooses_no_component_is_refused(odd: Any) -> None:
+def test_what_chooses_no_component_is_refused(odd):
     with pytest.raises(TypeError, match=r"give names, glob patterns, types of nn\.Module, or a depth"):
         named_components(Deep(), [odd])
 
 
-def test_wrappers_within_wrappers_are_opened_to_their_blocks() -> None:
+def test_wrappers_within_wrappers_are_opened_to_their_blocks():
     def tower(*inner: nn.Module) -> nn.Module:
         return Net(only=Net(layers=nn.Sequential(*inner)))
 
@@ -365,7 +361,7 @@ class Wrapper(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"])
-def test_wrapped_modules_are_chosen_as_if_they_were_not(name: str) -> None:
+def test_wrapped_modules_are_chosen_as_if_they_were_not(name):
     def net(wrap: Any) -> nn.Module:
         blocks = [nn.Sequential(wrap(nn.Linear(4, 4)), nn.ReLU()) for _ in range(2)]
         return Net(body=wrap(nn.Sequential(*map(wrap, blocks))), head=wrap(nn.Linear(4, 2)))
@@ -395,14 +391,14 @@ class Shared(nn.Module):
         return self.head(x.mean(1))
 
 
-def test_a_list_of_one_block_is_opened() -> None:
+def test_a_list_of_one_block_is_opened():
     assert list(named_components(Shared())) == ["body.inp", "body.blocks.0", "head"]
     report = credit_report(Shared(), list(torch.randn(200, 4, 6).split(50)), options=Options(max_dim=16))
     blocks = ("body.blocks.0", "body.blocks.0#1", "body.blocks.0#2")
     assert report.components == ("body.inp", *blocks, "head")
 
 
-def test_norms_in_a_list_of_their_own_belong_to_the_blocks_beside_them() -> None:
+def test_norms_in_a_list_of_their_own_belong_to_the_blocks_beside_them():
     net = nn.Module()
     net.attentions = nn.ModuleList(nn.MultiheadAttention(8, 2) for _ in range(2))
     net.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))

@@ -1,7 +1,5 @@
 """Labels travel with the data, for several followers at once, and training never notices."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 
@@ -26,7 +24,7 @@ class Counting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("last_first", [True, False])
-def test_two_flows_may_be_left_in_any_order(last_first: bool) -> None:
+def test_two_flows_may_be_left_in_any_order(last_first):
     flows = [DataFlow(), DataFlow()]
     x, y = torch.ones(3), torch.ones(3)
     flows[0].label(x, "x")
@@ -49,7 +47,7 @@ def test_two_flows_may_be_left_in_any_order(last_first: bool) -> None:
     assert left.labels(x - y) == frozenset()
 
 
-def test_a_flow_sees_its_own_thread_only() -> None:
+def test_a_flow_sees_its_own_thread_only():
     flow, x, found = DataFlow(), torch.ones(3), []
     flow.label(x, "x")
 
@@ -65,7 +63,7 @@ def test_a_flow_sees_its_own_thread_only() -> None:
     assert flow.labels(found[0]) == frozenset()
 
 
-def test_an_error_in_the_pass_is_the_passes_own_and_ends_the_watch() -> None:
+def test_an_error_in_the_pass_is_the_passes_own_and_ends_the_watch():
     flow = DataFlow()
     with pytest.raises(RuntimeError, match="size of tensor"), flow:
         torch.ones(3) + torch.ones(4)
@@ -128,7 +126,7 @@ def trained(make: Callable[[], nn.Module], followed: bool) -> tuple[dict[str, Te
 
 
 @pytest.mark.parametrize("make", [network, Attention])
-def test_training_under_the_tracer_is_bit_identical(make: Callable[[], nn.Module]) -> None:
+def test_training_under_the_tracer_is_bit_identical(make):
     plain_weights, plain = trained(make, followed=False)
     weights, losses = trained(make, followed=True)
     for name, value in plain_weights.items():
@@ -136,7 +134,7 @@ def test_training_under_the_tracer_is_bit_identical(make: Callable[[], nn.Module
     assert all(torch.equal(a, b) for a, b in zip(losses, plain, strict=True))
 
 
-def test_data_are_followed_through_a_sparse_product() -> None:
+def test_data_are_followed_through_a_sparse_product():
     """A graph layer: a sparse adjacency has no memory of its own kind to be followed by."""
     flow, x = DataFlow(), torch.randn(3, 2)
     edges = torch.eye(3).to_sparse()

@@ -14,7 +14,7 @@ from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 @pytest.mark.parametrize("sizes", [(60,), (1, 17, 42), (0, 30, 0, 30)])
-def test_streamed_mean_and_spread_are_numpys(sizes: tuple[int, ...], offset: float) -> None:
+def test_streamed_mean_and_spread_are_numpys(sizes, offset):
     rows = offset + torch.randn(60, 3, 2, generator=torch.Generator().manual_seed(0)).double()
     streamed = MeanAndSpread(rows.split(sizes))
     assert streamed.count == 60

@@ -1,7 +1,5 @@
 """Scripted, quantised, lazy and nested parts, and calls that are no passes of the network."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import wired
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -44,7 +43,7 @@ def net(wrap: Callable[[nn.Module], Any]) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), wrap(Act()), wrap(Scaled()), nn.Linear(8, 3)).eval()
 
 
-def test_scripted_parts_are_measured_as_wholes() -> None:
+def test_scripted_parts_are_measured_as_wholes():
     scripted, plain = net(torch.jit.script), net(lambda module: module)
     for names in (None, ["0", "2", "3"]):
         given = credit_report(scripted, samples(), components=names)
@@ -56,9 +55,8 @@ def test_scripted_parts_are_measured_as_wholes() -> None:
 def quantised(static: bool) -> tuple[nn.Module, nn.Module]:
     """A network and what quantisation makes of it."""
     torch.manual_seed(0)
-    layers = nn.Sequential(
-        nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
-    ).eval()
+    tanh = nn.Tanh()
+    layers = nn.Sequential(nn.Linear(6, 8), tanh, nn.Linear(8, 8), tanh, nn.Linear(8, 3)).eval()
     if not static:
         return layers, torch.ao.quantization.quantize_dynamic(layers, {nn.Linear}, dtype=torch.qint8)
     stubs = torch.ao.quantization.QuantStub(), torch.ao.quantization.DeQuantStub()
@@ -66,13 +64,12 @@ def quantised(static: bool) -> tuple[nn.Module, nn.Module]:
     ready.qconfig = torch.ao.quantization.get_default_qconfig("x86")
     torch.ao.quantization.prepare(ready, inplace=True)
     ready(torch.cat(samples()))
-    return nn.Sequential(nn.Identity(), *layers, nn.Identity()).eval(), torch.ao.quantization.convert(
-        ready
-    )
+    plain = nn.Sequential(nn.Identity(), *layers, nn.Identity()).eval()
+    return plain, torch.ao.quantization.convert(ready)
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_quantised_parts_are_nearly_what_they_were(static: bool) -> None:
+def test_quantised_parts_are_nearly_what_they_were(static):
     if static and "x86" not in torch.backends.quantized.supported_engines:
         pytest.skip("no engine for static quantisation here")
     plain, small = quantised(static)
@@ -82,13 +79,13 @@ def test_quantised_parts_are_nearly_what_they_were(static: bool) -> None:
     assert given.total == pytest.approx(expected.total, abs=0.1)
 
 
-def test_a_depth_of_a_quantised_network_is_refused() -> None:
+def test_a_depth_of_a_quantised_network_is_refused():
     with pytest.raises(ValueError, match="depth is 1, but a depth takes modules with parameters"):
         named_components(quantised(static=False)[1], 1)
 
 
 @pytest.mark.parametrize("once", [True, False])
-def test_lazy_modules_get_their_weights_from_the_first_batch(once: bool) -> None:
+def test_lazy_modules_get_their_weights_from_the_first_batch(once):
     torch.manual_seed(0)
     lazy = nn.Sequential(nn.LazyLinear(8), nn.Dropout(), nn.LazyLinear(3)).train()
     batches = samples()
@@ -100,42 +97,25 @@ def test_lazy_modules_get_their_weights_from_the_first_batch(once: bool) -> None
     np.testing.assert_allclose(report.credit, credit_report(lazy, batches).credit, atol=1e-12)
 
 
-class Padded(nn.Module):
+def padded() -> nn.Module:
     """A transformer encoder that takes the fast path of padded sequences."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.embed, self.encoder = nn.Linear(6, 8), nn.TransformerEncoder(layer, 2)
-        self.head = nn.Linear(8, 3)
+    def run(m: Any, x: Tensor, padding: Tensor) -> Tensor:
+        return m.head(m.encoder(m.embed(x), src_key_padding_mask=padding).mean(1))
 
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embed(x), src_key_padding_mask=padding).mean(1))
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    return wired(run, embed=nn.Linear(6, 8), encoder=encoder, head=nn.Linear(8, 3))
 
 
-def test_nested_tensors_become_padded_rows() -> None:
+def test_nested_tensors_become_padded_rows():
     lengths = torch.randint(2, 8, (50,))
     lengths[0] = 7
     padding = torch.arange(7)[None] >= lengths[:, None]
     batches = [(torch.randn(50, 7, 6), padding) for _ in range(4)]
-    report = credit_report(Padded(), batches)
+    report = credit_report(padded(), batches)
     assert report.components == ("embed", "encoder.layers.0", "encoder.layers.1", "head")
     assert report.n_samples == 200
     assert np.isfinite(report.credit).all()
-
-
-class Jagged(nn.Module):
-    """Makes nested tensors of which two axes differ."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
-        self.cut = Cutting()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.cut(x)
-        return self.head(self.first(x))
 
 
 class Cutting(nn.Linear):
@@ -149,9 +129,11 @@ class Cutting(nn.Linear):
         ])
 
 
-def test_nested_tensors_with_two_axes_that_differ_are_refused() -> None:
+def test_nested_tensors_with_two_axes_that_differ_are_refused():
+    parts = {"first": nn.Linear(6, 6), "cut": Cutting(), "head": nn.Linear(6, 2)}
+    jagged = wired(lambda m, x: (m.cut(x), m.head(m.first(x)))[1], **parts)
     with pytest.raises(ValueError, match="the state of 'cut' is a nested tensor whose samples have the"):
-        credit_report(Jagged(), samples())
+        credit_report(jagged, samples())
 
 
 def fake(model: nn.Module, x: Tensor) -> None:
@@ -178,7 +160,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_calls_under_a_transform_are_no_passes(kind: str) -> None:
+def test_calls_under_a_transform_are_no_passes(kind):
     if kind == "export" and torch.__version__ < "2.7":
         pytest.skip("torch 2.6 exports no module that carries hooks, whosever they are")
     torch.manual_seed(0)
@@ -197,7 +179,7 @@ def test_calls_under_a_transform_are_no_passes(kind: str) -> None:
     assert given.notes == expected.notes
 
 
-def test_parameters_in_no_component_are_listed() -> None:
+def test_parameters_in_no_component_are_listed():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
     assert not any("parameters in" in note for note in credit_report(model, samples()).notes)
     model.shift = nn.Parameter(torch.zeros(1, 1234))

@@ -1,10 +1,12 @@
 """What the chain is made of: links, joins, the output of interest, reductions."""
 
-from __future__ import annotations
+import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import Options, credit_report
@@ -29,7 +31,7 @@ def residual() -> tuple[LinearResidual, list[Tensor]]:
     return LinearResidual(), list(torch.randn(400, 5, dtype=torch.float64).split(100))
 
 
-def test_a_linear_residual_chain_has_the_volume_of_its_dense_jacobian() -> None:
+def test_a_linear_residual_chain_has_the_volume_of_its_dense_jacobian():
     net, batches = residual()
     report = credit_report(net, batches, options=Options(output=lambda given: given, tikhonov=0.0))
     assert report.components[-1] == "output"
@@ -41,17 +43,11 @@ def test_a_linear_residual_chain_has_the_volume_of_its_dense_jacobian() -> None:
     assert float(report.r2.min()) > 1 - 1e-9
 
 
-def test_the_output_of_interest_may_be_a_module() -> None:
+def test_the_output_of_interest_may_be_a_module():
     net, batches = residual()
     assert credit_report(net, batches, options=Options(output="layers.3")).components[-1] == "layers.3"
     with pytest.raises(ValueError, match="output is 'layer', which is no module of LinearResidual"):
         credit_report(net, batches, options=Options(output="layer"))
-
-
-def test_an_unknown_reduction_is_refused() -> None:
-    net, batches = residual()
-    with pytest.raises(ValueError, match="reduce holds 'sum'; choose one of"):
-        credit_report(net, batches, options=Options(reduce={"layers.*": "sum"}))
 
 
 class Dense(nn.Module):
@@ -68,25 +64,16 @@ class Dense(nn.Module):
         return states[-1]
 
 
-def test_a_step_reads_at_most_six_states_and_says_what_it_left_out() -> None:
+def test_a_step_reads_at_most_six_states_and_says_what_it_left_out():
     report = credit_report(Dense(8), list(torch.randn(900, 2).split(300)))
-    assert report.reads["layers.5"] == (
-        "layers.4",
-        "layers.3",
-        "layers.2",
-        "layers.1",
-        "layers.0",
-        "input",
-    )
+    assert report.reads["layers.5"] == (*(f"layers.{i}" for i in range(4, -1, -1)), "input")
     assert report.reads["layers.7"] == tuple(f"layers.{i}" for i in range(6, 0, -1))
     assert "'layers.6' reads 7 states; the furthest 1 were left out" in report.notes
     assert "'layers.7' reads 8 states; the furthest 2 were left out" in report.notes
 
 
 @pytest.mark.parametrize("where", ["_follow", "_set", "_get"])
-def test_an_error_of_the_tracer_leaves_a_plain_chain_and_a_note(
-    monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
+def test_an_error_of_the_tracer_leaves_a_plain_chain_and_a_note(monkeypatch, where):
     net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     batches = list(torch.randn(400, 5, dtype=torch.float64).split(100))
     expected = credit_report(net, batches)
@@ -98,81 +85,64 @@ def test_an_error_of_the_tracer_leaves_a_plain_chain_and_a_note(
     given = credit_report(net, batches)
     assert given.components == expected.components
     assert given.credit == pytest.approx(expected.credit)
-    assert any(
-        "could not be followed" in note and "NotImplementedError: no storage here" in note
-        for note in given.notes
-    )
+    (note,) = [note for note in given.notes if "could not be followed" in note]
+    assert "NotImplementedError: no storage here" in note
     skipping, _ = residual()
     assert credit_report(skipping, batches).reads["layers.3"] == ("layers.2",)
 
 
-def test_an_error_of_the_model_under_the_tracer_stays_the_models() -> None:
+def test_an_error_of_the_model_under_the_tracer_stays_the_models():
     net = nn.Sequential(nn.Linear(5, 4), nn.Linear(3, 2))
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         credit_report(net, [torch.randn(10, 5)])
 
 
-class ThroughNumPy(nn.Module):
-    """Leaves torch between its layers, so that no data can be followed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.from_numpy(np.tanh(self.first(x).detach().numpy()).copy()))
+def through_numpy(m: Any, x: Tensor) -> Tensor:
+    """Leave torch between two layers, so that no data can be followed."""
+    return m.second(torch.from_numpy(np.tanh(m.first(x).detach().numpy()).copy()))
 
 
-def test_where_the_data_leave_torch_the_layer_before_is_taken_and_a_note_says_so() -> None:
-    report = credit_report(ThroughNumPy(), list(torch.randn(300, 4).split(100)))
+def test_where_the_data_leave_torch_the_layer_before_is_taken_and_a_note_says_so():
+    net = wired(through_numpy, first=nn.Linear(4, 5), second=nn.Linear(5, 3))
+    report = credit_report(net, list(torch.randn(300, 4).split(100)))
     assert report.reads["second"] == ("first",)
     assert [note for note in report.notes if note.startswith("where the input of second comes from")]
 
 
-class Branches(nn.Module):
+def branches() -> nn.Module:
     """Two layers side by side, of which the second is given fewer rows in a later batch."""
+    calls = itertools.count()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(3, 2)
-        self.calls = 0
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.a(x) + (m.b(x[:-1]).sum() if next(calls) else m.b(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        beside = self.b(x) if self.calls == 1 else self.b(x[:-1]).sum()
-        return self.head(self.a(x) + beside)
+    return wired(run, a=nn.Linear(4, 3), b=nn.Linear(4, 3), head=nn.Linear(3, 2))
 
 
-def test_parallel_components_need_a_row_from_each_sample() -> None:
-    with pytest.raises(
-        ValueError, match=r"differing numbers of rows: \{.*'b': 49.*\}. Rows are samples"
-    ):
-        credit_report(Branches(), list(torch.randn(100, 4).split(50)))
+def test_parallel_components_need_a_row_from_each_sample():
+    with pytest.raises(ValueError, match=r"differing numbers of rows: \{.*'b': 49.*\}. Rows are"):
+        credit_report(branches(), list(torch.randn(100, 4).split(50)))
 
 
-def test_an_output_of_interest_that_does_not_run_is_named() -> None:
+def test_an_output_of_interest_that_does_not_run_is_named():
     net, batches = residual()
     net.idle = nn.Linear(5, 5).double()
-    with pytest.raises(
-        ValueError, match="the output of interest 'idle' did not run in the forward pass"
-    ):
+    with pytest.raises(ValueError, match="the output of interest 'idle' did not run in the forward"):
         credit_report(net, batches, options=Options(output="idle"))
 
 
-class Windows(nn.Module):
+def windows() -> Any:
     """Folds the windows of an image into the batch axis, as shifted-window transformers do."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.inside, self.head = nn.Linear(8, 8), nn.Linear(4, 4), nn.Linear(8, 3)
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(m.inside(m.first(x).reshape(-1, 4)).reshape(-1, 8))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inside(self.first(x).reshape(-1, 4)).reshape(-1, 8))
+    return wired(run, first=nn.Linear(8, 8), inside=nn.Linear(4, 4), head=nn.Linear(8, 3))
 
 
-def test_rows_of_several_windows_belong_to_one_sample() -> None:
+def test_rows_of_several_windows_belong_to_one_sample():
     x = torch.randn(200, 8)
-    net = Windows()
+    net = windows()
     report = credit_report(net, list(x.split(50)), components=["first", "inside", "head"])
     assert report.widths == (8, 8, 3)
     # Nothing but a change of shape sets it apart from a plain chain.
@@ -184,29 +154,28 @@ def test_rows_of_several_windows_belong_to_one_sample() -> None:
     np.testing.assert_allclose(report.credit, plain.credit, atol=1e-5)
 
 
-class Towers(nn.Module):
+def two_towers() -> nn.Module:
     """Two towers of unequal depth, side branches into one layer, and a head behind both."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.left = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        self.right = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.sides = nn.ModuleList(nn.Linear(4, 3) for _ in range(4))
-        self.fuse, self.head = nn.Linear(12, 4), nn.Linear(8, 3)
-        self.double()
+    def layers(count: int, width: int = 4) -> nn.Module:
+        return nn.ModuleList(nn.Linear(4, width) for _ in range(count))
 
-    def forward(self, x: Tensor) -> Tensor:
-        states = [a := self.left[0](x)]
-        for layer in self.left[1:]:
+    def run(m: Any, x: Tensor) -> Tensor:
+        states = [a := m.left[0](x)]
+        for layer in m.left[1:]:
             states.append(a := layer(a))
-        b = self.right[1](self.right[0](x))
-        sides = [side(s) for side, s in zip(self.sides, [*states, b], strict=True)]
-        return self.head(torch.cat([self.fuse(torch.cat(sides, 1)), b], 1))
+        b = m.right[1](m.right[0](x))
+        sides = [side(s) for side, s in zip(m.sides, [*states, b], strict=True)]
+        return m.head(torch.cat([m.fuse(torch.cat(sides, 1)), b], 1))
+
+    right = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 4)])
+    parts = {"left": layers(3), "right": right, "sides": layers(4, 3)}
+    return wired(run, **parts, fuse=nn.Linear(12, 4), head=nn.Linear(8, 3)).double()
 
 
-def test_towers_run_one_after_the_other_and_only_what_is_read_together_is_joined() -> None:
+def test_towers_run_one_after_the_other_and_only_what_is_read_together_is_joined():
     torch.manual_seed(0)
-    net = Towers()
+    net = two_towers()
     batches = list(torch.randn(400, 4, dtype=torch.float64).split(100))
     report = credit_report(net, batches, options=Options(tikhonov=0.0))
     towers = ("left.0", "left.1", "left.2", "right.0", "right.1")
@@ -218,24 +187,15 @@ def test_towers_run_one_after_the_other_and_only_what_is_read_together_is_joined
     assert report.total == pytest.approx(float(torch.linalg.svdvals(dense).log().mean()), abs=1e-9)
 
 
-class Positions(nn.Module):
+def positions(by_token: bool) -> nn.Module:
     """Adds positions, looked up from the shape of the embedded tokens, and as wide as the batch."""
 
-    def __init__(self, called: str) -> None:
-        super().__init__()
-        self.called = called
-        self.tokens, self.places = nn.Embedding(20, 8), Places()
-        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.tokens(x)
+        return m.head(torch.tanh(m.mix(h + m.places(x if by_token else h))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.tokens(x)
-        return self.head(torch.tanh(self.mix(h + self.places(getattr(self, self.called)(h, x)))))
-
-    def by_state(self, h: Tensor, x: Tensor) -> Tensor:
-        return h
-
-    def by_token(self, h: Tensor, x: Tensor) -> Tensor:
-        return x
+    parts = {"tokens": nn.Embedding(20, 8), "places": Places()}
+    return wired(run, **parts, mix=nn.Linear(8, 8), head=nn.Linear(8, 3))
 
 
 class Places(nn.Embedding):
@@ -246,10 +206,10 @@ class Places(nn.Embedding):
         return super().forward(torch.arange(x.shape[1]))
 
 
-@pytest.mark.parametrize("called", ["by_state", "by_token"])
-def test_positions_that_no_data_reach_are_left_out_whatever_their_shape(called: str) -> None:
+@pytest.mark.parametrize("by_token", [False, True])
+def test_positions_that_no_data_reach_are_left_out_whatever_their_shape(by_token):
     # Eight samples a batch: positions of shape (6, 8) could be taken for eight samples along axis 1.
-    report = credit_report(Positions(called), list(torch.randint(0, 20, (240, 6)).split(8)))
+    report = credit_report(positions(by_token), list(torch.randint(0, 20, (240, 6)).split(8)))
     assert report.components == ("mix", "head")
     assert "the same for every sample, so left out: places" in report.notes
 
@@ -266,6 +226,6 @@ class Tied(nn.Module):
         return self.head(self.encoder["mix"](self.encoder["embed"](x)).tanh())
 
 
-def test_a_module_whose_weights_ran_elsewhere_is_not_said_to_be_silent() -> None:
+def test_a_module_whose_weights_ran_elsewhere_is_not_said_to_be_silent():
     report = credit_report(Tied(), list(torch.randint(0, 20, (200, 4)).split(50)))
     assert "never ran, so left out: 'idle'" in report.notes

@@ -1,9 +1,5 @@
 """How tensors become rows, against what NumPy gives by hand."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +14,7 @@ from lightning_koopman.network.rows import (
 )
 
 
-def test_samples_come_to_the_front() -> None:
+def test_samples_come_to_the_front():
     x = torch.arange(24.0).reshape(2, 3, 4)
     assert torch.equal(by_sample(x, 1, 1), x.transpose(0, 1))
     assert torch.equal(by_sample(x[0], 0, 1), x[0])
@@ -26,7 +22,7 @@ def test_samples_come_to_the_front() -> None:
 
 
 @pytest.mark.parametrize("group", [2, 3])
-def test_neighbouring_entries_of_one_sample_get_an_axis(group: int) -> None:
+def test_neighbouring_entries_of_one_sample_get_an_axis(group):
     x = torch.arange(6.0 * 5).reshape(6, 5)
     rows = by_sample(x, 0, group)
     assert rows.shape == (6 // group, group, 5)
@@ -47,9 +43,7 @@ def test_neighbouring_entries_of_one_sample_get_an_axis(group: int) -> None:
     ],
 )
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 3, 8, 8)])
-def test_rows_are_copies_of_at_least_single_precision(
-    shape: tuple[int, ...], dtype: torch.dtype, kept: torch.dtype
-) -> None:
+def test_rows_are_copies_of_at_least_single_precision(shape, dtype, kept):
     x = torch.randn(shape).to(dtype)
     before = x.clone()
     rows = RowForm(reduce="flatten").rows(x)
@@ -61,9 +55,7 @@ def test_rows_are_copies_of_at_least_single_precision(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("reduce", ["pool", "mean", "cls", "last", lambda x: x[:, :1]])
-def test_every_reduction_gives_copies_of_at_least_single_precision(
-    reduce: Any, dtype: torch.dtype
-) -> None:
+def test_every_reduction_gives_copies_of_at_least_single_precision(reduce, dtype):
     x = torch.randn(4, 5, 6).to(dtype)
     before = x.clone()
     rows = RowForm(reduce=reduce, grid=(5,)).rows(x)
@@ -73,19 +65,19 @@ def test_every_reduction_gives_copies_of_at_least_single_precision(
 
 
 @pytest.mark.parametrize("reduce", ["pool", "mean"])
-def test_flat_states_have_their_samples_brought_to_the_front_too(reduce: Any) -> None:
+def test_flat_states_have_their_samples_brought_to_the_front_too(reduce):
     x = torch.randn(6, 4)
     assert torch.equal(RowForm(batch_axis=1, reduce=reduce).rows(x), x.T)
     grouped = RowForm(group=2, channels_first=True, grid=(4,)).rows(x)
     assert torch.equal(grouped, x.reshape(3, 8))
 
 
-def test_a_reduction_may_give_one_value_a_sample() -> None:
+def test_a_reduction_may_give_one_value_a_sample():
     x = torch.randn(4, 5, 6)
     assert torch.equal(RowForm(reduce=lambda t: t.sum((1, 2))).rows(x), x.sum((1, 2))[:, None])
 
 
-def test_a_mask_of_another_length_than_the_state_is_not_its_own() -> None:
+def test_a_mask_of_another_length_than_the_state_is_not_its_own():
     x, valid = torch.randn(4, 5, 6), torch.ones(4, 7, dtype=torch.bool)
     valid[:, 2:] = False
     form = RowForm(reduce="mean")
@@ -93,7 +85,7 @@ def test_a_mask_of_another_length_than_the_state_is_not_its_own() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 7])
-def test_sequences_are_averaged_over_equal_cells_of_their_valid_positions(length: int) -> None:
+def test_sequences_are_averaged_over_equal_cells_of_their_valid_positions(length):
     cells, channels = 3, 2
     x = torch.randn(3, channels, 7, dtype=torch.float64)
     valid = torch.zeros(3, 7, dtype=torch.bool)
@@ -126,15 +118,13 @@ def test_sequences_are_averaged_over_equal_cells_of_their_valid_positions(length
         ((64, 12, 10, 4, 3, 2), 256, (3, 3, 3)),  # 2 × 2 × 2 would be fewer than 4 * 256 values
     ],
 )
-def test_grids_hold_about_sixteen_times_max_dim(
-    shape: tuple[int, ...], max_dim: int, grid: tuple[int, ...]
-) -> None:
+def test_grids_hold_about_sixteen_times_max_dim(shape, max_dim, grid):
     assert pooled_grid(shape, max_dim, channels_first=True) == grid
     channels_last = (*shape[1:], shape[0])
     assert pooled_grid(channels_last, max_dim, channels_first=False) == grid
 
 
-def test_a_layer_norm_tells_that_channels_are_last() -> None:
+def test_a_layer_norm_tells_that_channels_are_last():
     assert has_channels_first(torch.zeros(2, 5, 6, 7), nn.LayerNorm(7)) is False
     assert has_channels_first(torch.zeros(2, 5, 6, 7), nn.LayerNorm(5)) is True
 
@@ -158,7 +148,7 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
         ({"lengths": MASK}, False),
     ],
 )
-def test_what_holds_data_is_read_off_masks(batch: object, held: bool) -> None:
+def test_what_holds_data_is_read_off_masks(batch, held):
     found = valid_positions(batch)
     assert (found is not None) == held
     if found is not None:
@@ -166,7 +156,7 @@ def test_what_holds_data_is_read_off_masks(batch: object, held: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["lengths", "Length", "lens", "seq_lengths", "input_lengths"])
-def test_what_holds_data_is_read_off_lengths(name: str) -> None:
+def test_what_holds_data_is_read_off_lengths(name):
     lengths = valid_positions({"other": "text", name: torch.tensor([2, 1, 3])})
     assert lengths is not None
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
@@ -188,12 +178,12 @@ def test_what_holds_data_is_read_off_lengths(name: str) -> None:
         ((2, 5, 5, 4, 4), True),
     ],
 )
-def test_two_equal_axes_tell_where_the_channels_are(shape: tuple[int, ...], first: bool) -> None:
+def test_two_equal_axes_tell_where_the_channels_are(shape, first):
     assert has_channels_first(torch.zeros(shape), nn.Identity()) is first
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_means_over_positions_keep_their_digits_under_autocast(masked: bool) -> None:
+def test_means_over_positions_keep_their_digits_under_autocast(masked):
     x = torch.randn(5, 7, 16, generator=torch.Generator().manual_seed(0))
     valid = torch.arange(7) < torch.tensor([[7], [3], [1], [5], [2]]) if masked else None
     form = RowForm(reduce="mean")

@@ -1,7 +1,5 @@
 """The outermost calls of a step are recorded as they are, and run again as they were."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable
@@ -64,7 +62,7 @@ WAYS: dict[str, Callable[[Parts, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_ran_runs_again(way: str) -> None:
+def test_what_ran_runs_again(way):
     model, given = parts(), []
     handle = model.decoder.register_forward_hook(lambda m, a, output: given.append(output.clone()))
     recording = recorded(model, WAYS[way])
@@ -81,7 +79,7 @@ def test_what_ran_runs_again(way: str) -> None:
         assert torch.equal(found, expected)
 
 
-def test_later_calls_are_fed_with_what_earlier_ones_give_now() -> None:
+def test_later_calls_are_fed_with_what_earlier_ones_give_now():
     model = parts()
     recording = recorded(model, WAYS["two calls"], n_steps=1)
     with torch.no_grad():
@@ -97,9 +95,7 @@ def test_later_calls_are_fed_with_what_earlier_ones_give_now() -> None:
         lambda m, x: m.decoder(m.encoder(x) + 1),
     ],
 )
-def test_code_of_the_users_between_two_calls_is_not_left_out(
-    step: Callable[[Parts, Tensor], Any],
-) -> None:
+def test_code_of_the_users_between_two_calls_is_not_left_out(step):
     recording = recorded(parts(), step)
     assert recording.reason == "the step runs code of its own before 'decoder'"
     assert recording.differs() == recording.reason
@@ -108,9 +104,7 @@ def test_code_of_the_users_between_two_calls_is_not_left_out(
 @pytest.mark.parametrize(
     ("follow_from", "n_steps", "followed"), [(1, 2, True), (1, 1, False), (None, 3, False)]
 )
-def test_calls_that_nobody_followed_are_not_run_again(
-    follow_from: int | None, n_steps: int, followed: bool
-) -> None:
+def test_calls_that_nobody_followed_are_not_run_again(follow_from, n_steps, followed):
     recording = recorded(parts(), WAYS["two calls"], n_steps, follow_from=follow_from)
     said = "nobody could follow whether the step runs code of its own between its calls"
     assert recording.reason == (None if followed else said)
@@ -122,7 +116,7 @@ def test_calls_that_nobody_followed_are_not_run_again(
     assert single.reason is None
 
 
-def test_a_pass_that_samples_is_found_out() -> None:
+def test_a_pass_that_samples_is_found_out():
     class Samples(Parts):
         def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
             return self.decoder(self.encoder(x) + torch.randn(3))
@@ -147,7 +141,7 @@ class Locked:
         raise TypeError("locked")
 
 
-def test_objects_are_copied_and_what_cannot_be_copied_is_named() -> None:
+def test_objects_are_copied_and_what_cannot_be_copied_is_named():
     class OfObject(Parts):
         def forward(self, graph: Any, *_: Any, **__: Any) -> Tensor:
             return self.decoder(self.encoder(graph.x))
@@ -161,7 +155,7 @@ def test_objects_are_copied_and_what_cannot_be_copied_is_named() -> None:
     assert locked.reason == "a call could not be copied (TypeError: locked)"
 
 
-def test_the_budget_of_bytes_ends_the_recording() -> None:
+def test_the_budget_of_bytes_ends_the_recording():
     recording = recorded(parts(), lambda m, x: m(x), n_steps=5, budget=2 * 5 * 4 * 4)
     assert len(recording.steps) == 2
     assert recording.full
@@ -169,7 +163,7 @@ def test_the_budget_of_bytes_ends_the_recording() -> None:
     assert [step.n_rows for step in recording.steps] == [5, 5]
 
 
-def test_copies_made_while_recording_are_the_model_alone() -> None:
+def test_copies_made_while_recording_are_the_model_alone():
     model = parts()
     recording = Recording(model, parts_of(model))
     x = torch.ones(2, 4)
@@ -184,7 +178,7 @@ def test_copies_made_while_recording_are_the_model_alone() -> None:
     assert len(recording.end_step().calls) == 1
 
 
-def test_two_listeners_leave_in_any_order() -> None:
+def test_two_listeners_leave_in_any_order():
     model, heard = parts(), []
 
     def listener(name: str) -> Callable[..., Any]:
@@ -206,7 +200,7 @@ def test_two_listeners_leave_in_any_order() -> None:
     assert vars(model)["forward"] is own
 
 
-def test_a_replay_leaves_no_trace() -> None:
+def test_a_replay_leaves_no_trace():
     class Counts(Parts):
         def __init__(self) -> None:
             super().__init__()

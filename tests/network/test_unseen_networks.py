@@ -1,106 +1,79 @@
 """Networks in the style of other people's code, which nothing here was tuned for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small import wired
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_koopman import CreditReport, Options, credit_report
 
 
-class Detector(nn.Module):
+def detector() -> nn.Module:
     """Returns a dictionary with a loss of no dimension and counts in front of the heads."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.SiLU())
-        self.neck = nn.Conv2d(8, 8, 1)
-        self.heads = nn.ModuleDict({"boxes": nn.Linear(8, 4), "classes": nn.Linear(8, 5)})
-
-    def forward(self, images: Tensor) -> dict[str, Any]:
-        features = self.neck(self.backbone(images)).mean((2, 3))
-        out = {name: head(features) for name, head in self.heads.items()}
+    def run(m: Any, images: Tensor) -> dict[str, Any]:
+        features = m.neck(m.backbone(images)).mean((2, 3))
+        out = {name: head(features) for name, head in m.heads.items()}
         return {"loss": out["boxes"].square().mean(), "n": len(images), "predictions": out}
 
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.SiLU())
+    heads = nn.ModuleDict({"boxes": nn.Linear(8, 4), "classes": nn.Linear(8, 5)})
+    return wired(run, backbone=backbone, neck=nn.Conv2d(8, 8, 1), heads=heads)
 
-class FunctionalSkip(nn.Module):
+
+def functional_skip() -> nn.Module:
     """Functional activations, pooling and concatenation between layers."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
-        self.fc1, self.fc2 = nn.Linear(12 * 16, 20), nn.Linear(20, 4)
+    def run(m: Any, x: Tensor) -> Tensor:
+        a = F.relu(m.conv1(x), inplace=True)
+        both = F.max_pool2d(torch.cat([a, F.relu(m.conv2(a))], dim=1), 2)
+        return F.log_softmax(m.fc2(F.dropout(F.relu(m.fc1(both.flatten(1))), 0.2, m.training)), 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        a = F.relu(self.conv1(x), inplace=True)
-        b = F.relu(self.conv2(a))
-        both = F.max_pool2d(torch.cat([a, b], dim=1), 2)
-        return F.log_softmax(
-            self.fc2(F.dropout(F.relu(self.fc1(both.flatten(1))), 0.2, self.training)), 1
-        )
+    convs = {"conv1": nn.Conv2d(1, 6, 3, padding=1), "conv2": nn.Conv2d(6, 6, 3, padding=1)}
+    return wired(run, **convs, fc1=nn.Linear(12 * 16, 20), fc2=nn.Linear(20, 4))
 
 
-class CellLoop(nn.Module):
+def cell_loop() -> nn.Module:
     """A loop over an LSTMCell, from a state of zeros."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.cell, self.readout = nn.Linear(3, 5), nn.LSTMCell(5, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def run(m: Any, x: Tensor) -> Tensor:
         h = c = x.new_zeros(len(x), 6)
         for t in range(x.shape[1]):
-            h, c = self.cell(torch.tanh(self.embed(x[:, t])), (h, c))
-        return self.readout(h)
+            h, c = m.cell(torch.tanh(m.embed(x[:, t])), (h, c))
+        return m.readout(h)
+
+    return wired(run, embed=nn.Linear(3, 5), cell=nn.LSTMCell(5, 6), readout=nn.Linear(6, 2))
 
 
-class Siamese(nn.Module):
+def siamese(stacked: bool) -> nn.Module:
     """One encoder on two inputs, and a head on how far they are apart."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-        self.head = nn.Linear(8, 3)
+    def run(m: Any, left: Tensor, right: Tensor) -> Tensor:
+        a, b = m.encoder(left), m.encoder(right)
+        return m.head(torch.cat([(a - b).abs(), a * b], dim=1))
 
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        a, b = self.encoder(left), self.encoder(right)
-        return self.head(torch.cat([(a - b).abs(), a * b], dim=1))
-
-
-class Auxiliary(nn.Module):
-    """An auxiliary head that always runs, in front of the main one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.low, self.aux = nn.Linear(6, 8), nn.Linear(8, 3)
-        self.high, self.main = nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low = F.gelu(self.low(x))
-        aux = self.aux(low)
-        return self.main(F.gelu(self.high(low))), aux
+    encoder = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    forward = (lambda m, pair: run(m, *pair.unbind(1))) if stacked else run
+    return wired(forward, encoder=encoder, head=nn.Linear(8, 3))
 
 
-class QuietAuxiliary(Auxiliary):
-    """An auxiliary head that runs in training only, last."""
+def auxiliary(when: str) -> nn.Module:
+    """An auxiliary head in front of the main one, behind it, or last and in training only."""
 
-    def forward(self, x: Tensor) -> Any:
-        low = F.gelu(self.low(x))
-        out = self.main(F.gelu(self.high(low)))
-        return (out, self.aux(low)) if self.training else out
+    def run(m: Any, x: Tensor) -> Any:
+        low = F.gelu(m.low(x))
+        aux = m.aux(low) if when == "first" else None
+        out = m.main(F.gelu(m.high(low)))
+        if when == "in training":
+            return (out, m.aux(low)) if m.training else out
+        return out, m.aux(low) if aux is None else aux
 
-
-class AuxiliaryLast(Auxiliary):
-    """An auxiliary head that runs behind the main one."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low = F.gelu(self.low(x))
-        return self.main(F.gelu(self.high(low))), self.aux(low)
+    parts = {"low": nn.Linear(6, 8), "aux": nn.Linear(8, 3)}
+    return wired(run, **parts, high=nn.Linear(8, 8), main=nn.Linear(8, 3))
 
 
 def measured(model: nn.Module, batches: list[Any], **options: Any) -> CreditReport:
@@ -111,52 +84,45 @@ def measured(model: nn.Module, batches: list[Any], **options: Any) -> CreditRepo
     return report
 
 
-def test_a_model_that_returns_a_dictionary() -> None:
-    report = measured(Detector(), list(torch.randn(400, 3, 9, 9).split(100)))
+def test_a_model_that_returns_a_dictionary():
+    report = measured(detector(), list(torch.randn(400, 3, 9, 9).split(100)))
     assert report.components == ("backbone.0", "neck", "heads.boxes+heads.classes")
 
 
-def test_functional_activations_and_concatenation() -> None:
-    report = measured(FunctionalSkip(), list(torch.randn(400, 1, 8, 8).split(100)))
+def test_functional_activations_and_concatenation():
+    report = measured(functional_skip(), list(torch.randn(400, 1, 8, 8).split(100)))
     assert report.components == ("conv1", "conv2", "fc1", "fc2")
     assert report.reads["fc1"] == ("conv2", "conv1")
 
 
-def test_a_loop_over_a_recurrent_cell() -> None:
-    report = measured(CellLoop(), list(torch.randn(600, 4, 3).split(100)))
+def test_a_loop_over_a_recurrent_cell():
+    report = measured(cell_loop(), list(torch.randn(600, 4, 3).split(100)))
     assert report.components[-1] == "readout"
     assert report.reads["readout"] == ("cell#3",)
     assert any("cell#2" in name for name in report.reads["cell#3"])
 
 
-def test_one_encoder_on_two_inputs() -> None:
+@pytest.mark.parametrize("stacked", [False, True])
+def test_one_encoder_on_two_inputs(stacked):
     pairs = [(torch.randn(100, 6), torch.randn(100, 6)) for _ in range(6)]
-    report = measured(Siamese(), pairs)
+    batches = [torch.stack(pair, 1) for pair in pairs] if stacked else pairs
+    report = measured(siamese(stacked), batches)
     assert report.components == ("encoder.0+encoder.0#1", "encoder.2+encoder.2#1", "head")
 
 
-def test_one_encoder_on_two_tensors_in_one() -> None:
-    class Stacked(Siamese):
-        def forward(self, pair: Tensor) -> Tensor:  # type: ignore[override]
-            return super().forward(pair[:, 0], pair[:, 1])
-
-    report = measured(Stacked(), list(torch.randn(600, 2, 6).split(100)))
-    assert report.components == ("encoder.0+encoder.0#1", "encoder.2+encoder.2#1", "head")
-
-
-def test_an_auxiliary_head_that_does_not_run_is_left_out_by_name() -> None:
-    report = measured(QuietAuxiliary(), list(torch.randn(600, 6).split(100)))
+def test_an_auxiliary_head_that_does_not_run_is_left_out_by_name():
+    report = measured(auxiliary("in training"), list(torch.randn(600, 6).split(100)))
     assert report.components == ("low", "high", "main")
     assert any("aux" in note and "left out" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("kind", [Auxiliary, AuxiliaryLast])
-def test_an_auxiliary_head_counts_wherever_it_runs(kind: type[Auxiliary]) -> None:
-    report = measured(kind(), list(torch.randn(600, 6).split(100)))
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_an_auxiliary_head_counts_wherever_it_runs(when):
+    report = measured(auxiliary(when), list(torch.randn(600, 6).split(100)))
     assert len(report.components) == 3
     assert set(report.components[-1].split("+")) == {"main", "aux"}
 
 
-def test_an_auxiliary_head_that_runs_last_can_be_passed_over() -> None:
-    report = measured(AuxiliaryLast(), list(torch.randn(600, 6).split(100)), output="main")
+def test_an_auxiliary_head_that_runs_last_can_be_passed_over():
+    report = measured(auxiliary("last"), list(torch.randn(600, 6).split(100)), output="main")
     assert report.components == ("low", "high", "main")

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pickle
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ def save(path: Path, model: nn.Module, step: int = 4, **more: Any) -> Path:
     return path
 
 
-def test_reads_weights_step_and_hyperparameters(tmp_path: Path) -> None:
+def test_reads_weights_step_and_hyperparameters(tmp_path):
     model = LitNet()
     path = save(tmp_path / "a.ckpt", model, 12, hyper_parameters={"width": 16})
     checkpoint = load_checkpoint(path)
@@ -31,12 +29,12 @@ def test_reads_weights_step_and_hyperparameters(tmp_path: Path) -> None:
     assert checkpoint.state_dict.keys() == model.state_dict().keys()
 
 
-def test_reads_a_bare_state_dict_whose_step_is_unknown(tmp_path: Path) -> None:
+def test_reads_a_bare_state_dict_whose_step_is_unknown(tmp_path):
     torch.save(LitNet().state_dict(), tmp_path / "bare.pt")
     assert load_checkpoint(tmp_path / "bare.pt").step is None
 
 
-def test_strips_what_compile_adds_to_names(tmp_path: Path) -> None:
+def test_strips_what_compile_adds_to_names(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2))
     torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()}, tmp_path / "c.pt")
     other = nn.Sequential(nn.Linear(2, 2))
@@ -49,9 +47,7 @@ class Payload:
         return (Path.touch, (Path("owned"),))
 
 
-def test_malicious_pickle_is_refused_and_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "evil.ckpt", LitNet(), extra=Payload())
     with pytest.raises(CheckpointError, match=r"evil.ckpt holds more than weights.*--trust-checkpoint"):
@@ -69,26 +65,26 @@ def test_malicious_pickle_is_refused_and_not_run(
         (pickle.dumps([1, 2]), "damaged|cannot be read|not a checkpoint|holds more"),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_files_are_named(tmp_path, content, message):
     (tmp_path / "bad.ckpt").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"bad\.ckpt.*({message})"):
         load_checkpoint(tmp_path / "bad.ckpt")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_truncated_file_is_named(tmp_path: Path, share: float) -> None:
+def test_truncated_file_is_named(tmp_path, share):
     content = save(tmp_path / "cut.ckpt", LitNet()).read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(CheckpointError, match=r"cut\.ckpt"):
         load_checkpoint(tmp_path / "cut.ckpt")
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"none\.ckpt does not exist"):
         load_checkpoint(tmp_path / "none.ckpt")
 
 
-def test_folder_of_shards_is_named(tmp_path: Path) -> None:
+def test_folder_of_shards_is_named(tmp_path):
     (tmp_path / "shards.ckpt").mkdir()
     (tmp_path / "shards.ckpt" / ".metadata").touch()
     with pytest.raises(CheckpointError, match="sharded checkpoint; merge it into one file"):
@@ -96,13 +92,13 @@ def test_folder_of_shards_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [torch.ones(2), {"state_dict": {"a": 1}}, {"a": "b"}])
-def test_files_without_weights_are_named(tmp_path: Path, content: Any) -> None:
+def test_files_without_weights_are_named(tmp_path, content):
     torch.save(content, tmp_path / "odd.ckpt")
     with pytest.raises(CheckpointError, match=r"odd\.ckpt holds (a Tensor|no state_dict)"):
         load_checkpoint(tmp_path / "odd.ckpt")
 
 
-def test_first_mismatching_key_is_named_and_the_model_left_alone(tmp_path: Path) -> None:
+def test_first_mismatching_key_is_named_and_the_model_left_alone(tmp_path):
     model, more = LitNet(), LitNet()
     more.extra = nn.Linear(1, 1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -117,7 +113,7 @@ def test_first_mismatching_key_is_named_and_the_model_left_alone(tmp_path: Path)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_patterns_folders_and_plain_names_are_found_once(tmp_path: Path) -> None:
+def test_patterns_folders_and_plain_names_are_found_once(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("a.ckpt", "deep/b.ckpt", "c.txt"):
         (tmp_path / name).touch()
@@ -145,5 +141,5 @@ def test_patterns_folders_and_plain_names_are_found_once(tmp_path: Path) -> None
         (["step=20/loss=0.1.ckpt", "step=30/loss=0.2.ckpt"], ["step=20", "step=30"]),
     ],
 )
-def test_runs_are_named_by_folder(paths: list[str], names: list[str]) -> None:
+def test_runs_are_named_by_folder(paths, names):
     assert run_names([Path(path) for path in paths]) == names

@@ -1,7 +1,5 @@
 """References in files: all that they hold comes back; what is no reference is refused by name."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +26,7 @@ def measured(components: Any = None, **options: Any) -> Any:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def file(tmp_path):
     path = tmp_path / "reference.safetensors"
     measured(max_dim=6, delay=2).save_reference(path)
     return path
@@ -75,7 +73,7 @@ def flat(reference: Reference) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_all_that_a_reference_holds_comes_back(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_all_that_a_reference_holds_comes_back(tmp_path, options):
     report = measured(**options)
     report.save_reference(tmp_path / "reference")
     read = read_reference(tmp_path / "reference")
@@ -85,7 +83,7 @@ def test_all_that_a_reference_holds_comes_back(tmp_path: Path, options: dict[str
     assert read.step == 12
 
 
-def test_the_file_holds_tensors_and_text_alone(file: Path) -> None:
+def test_the_file_holds_tensors_and_text_alone(file):
     tensors, content = contents(file)
     assert {"operator.1", "operator.2", "operator.3", "basis.1", "mean.0", "center.3"} <= set(tensors)
     assert content["states"] == ["input", "0", "2", "4"]
@@ -94,7 +92,7 @@ def test_the_file_holds_tensors_and_text_alone(file: Path) -> None:
     assert b"pickle" not in file.read_bytes()
 
 
-def test_a_file_that_cannot_be_written_is_not_left_half_written(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_not_left_half_written(tmp_path):
     path = tmp_path / "missing" / "reference"
     with pytest.raises(OSError, match="missing"):
         measured().save_reference(path)
@@ -102,7 +100,7 @@ def test_a_file_that_cannot_be_written_is_not_left_half_written(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "pickle"])
-def test_a_damaged_file_is_refused(file: Path, damage: str) -> None:
+def test_a_damaged_file_is_refused(file, damage):
     if damage == "pickle":
         torch.save({"a": torch.zeros(2)}, file)
     else:
@@ -112,13 +110,13 @@ def test_a_damaged_file_is_refused(file: Path, damage: str) -> None:
         read_reference(file)
 
 
-def test_a_path_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(ReportFormatError, match=f"{path.name} cannot be read as a reference"):
             read_reference(path)
 
 
-def test_a_file_of_weights_is_no_reference(file: Path) -> None:
+def test_a_file_of_weights_is_no_reference(file):
     rewritten(file, lambda tensors, content: None, key="other")
     with pytest.raises(ReportFormatError, match="a file of tensors that save_reference did not write"):
         read_reference(file)
@@ -149,7 +147,7 @@ CHANGES: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("message", CHANGES)
-def test_what_does_not_fit_together_is_named(file: Path, message: str) -> None:
+def test_what_does_not_fit_together_is_named(file, message):
     rewritten(file, CHANGES[message])
     with pytest.raises(ReportFormatError) as caught:
         read_reference(file)
