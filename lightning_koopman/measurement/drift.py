@@ -83,7 +83,8 @@ def drift(
 def drift_since(reference: Reference, measurement: Measurement, *, step: int | None = None) -> Drift:
     """Compute the drift since a reference from what a measurement has added up, without another pass."""
     layout, moments, center = measurement.moments()
-    shares = unexplained(layout, moments, center, reference.operators, reference.means)
+    own = measurement.reference().operators
+    shares = unexplained(layout, moments, center, reference.operators, reference.means, own)
     value = shares.old - shares.new
     return Drift(
         components=reference.components,
@@ -159,8 +160,8 @@ def _reference_of(given: CreditReport | str | os.PathLike[str]) -> Reference:
         return read_reference(given)
     if not isinstance(given, CreditReport):
         raise ValueError(
-            f"reference is a {type(given).__name__}; give a report of credit_report, or a file that its "
-            "save_reference wrote"
+            f"reference has type {type(given).__name__}; give a report of credit_report, or a file "
+            "that its save_reference wrote"
         )
     if given.reference is None:
         raise ValueError(
