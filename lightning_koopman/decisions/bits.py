@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from rich.table import Table
 from scipy.optimize import LinearConstraint, milp
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BitWidths:
+class BitWidths(JupyterMixin):
     """Numbers of bits for the weights of each component, and what the network does with them.
 
     Attributes:
@@ -118,18 +119,22 @@ class BitWidths:
             rows[f"effect_{option}_stderr"] = tuple(self.effects_stderr[:, column])
         return pandas.DataFrame(rows)
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the effect of each number of bits per component, those that were chosen filled.
 
+        Args:
+            ax: Matplotlib axes to draw on; ``None`` makes a figure.
+
         Returns:
-            A Matplotlib figure that no window manager knows of.
+            The figure and its axes.
         """
-        from lightning_koopman.report.plots import plot_options
+        from lightning_koopman.report.plots import plot_options, visible
 
         chosen = [self.options.index(b) for b in self.bits]
         names = [f"{option} bits" for option in self.options]
         label = f"effect [{UNITS[self.scale]}]"
-        return plot_options(self.components, names, self.effects, self.effects_stderr, chosen, label)
+        numbers = self.effects, self.effects_stderr
+        return plot_options(self.components, names, *numbers, chosen, label, visible(ax))
 
     @property
     def verdict(self) -> str:
