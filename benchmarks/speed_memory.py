@@ -54,7 +54,7 @@ def probe(kind: str, components: int, width: int, samples: int, folds: int = 5) 
     forward, before = time.process_time() - start, peak()
     start = time.process_time()
     if kind == "report":
-        credit_report(net, batches(), options=Options(folds=folds))
+        credit_report(net, batches(), max_samples=None, options=Options(folds=folds))
     else:
         rows = torch.cat(list(batches()))
         for layer in net:

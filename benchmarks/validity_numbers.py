@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 from validity_effects import KINDS, NOISE, Linearised, alterations, principal, rest, solve
 
-from lightning_koopman import Options, credit_report, predict_effects
+from lightning_koopman import Options, component_effects, credit_report
 
 Numbers = dict[str, np.ndarray]
 LISTED = (
@@ -27,7 +27,6 @@ LISTED = (
 )
 ADDED = ("Fisher × weight²", "Fisher × std²", "Jacobian Fisher noise")
 REPORTED = (
-    "influence",
     *(
         f"{name}, {mode}"
         for mode in ("none", "whiten")
@@ -142,7 +141,7 @@ def baselines(
 
 
 def reported(network: nn.Sequential, initial: dict[str, Tensor], x: Tensor, labels: Tensor) -> Numbers:
-    """What ``credit_report`` and ``predict_effects`` give with their defaults.
+    """What ``credit_report`` and ``component_effects`` give with their defaults.
 
     Effects are predicted from the first 1000 samples, in batches of 200.
     """
@@ -162,10 +161,11 @@ def reported(network: nn.Sequential, initial: dict[str, Tensor], x: Tensor, labe
         if mode == "none":
             few = zip(x[:LOCAL].split(200), labels[:LOCAL].split(200), strict=True)
             start = time.perf_counter()
-            predicted = predict_effects(network, list(few), report, initial=initial)
+            effects = component_effects(
+                network, list(few), report, KINDS, how="predicted", samples=LOCAL, initial=initial
+            )
             found["seconds, predicting"] = np.array(time.perf_counter() - start)
-            found["influence"] = predicted.influence
-            for kind, values in predicted.effects.values.items():
+            for kind, values in effects.values.items():
                 found[f"{PREDICTED[0]}/{kind}"] = values
     return found
 

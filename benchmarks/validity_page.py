@@ -181,16 +181,14 @@ def verdict(scores: Scores) -> list[str]:
         "| | " + " | ".join(columns) + " |",
         "|---" * (len(sets) + 1) + "|",
     ]
-    wanted = ("influence", "credit, none", "credit, whiten", *CREDITS, BOUND)
+    wanted = ("credit, none", "credit, whiten", *CREDITS, BOUND)
     for name in wanted:
         cells = [f"{scores.of(name, s)[:, 5].mean():.3f}" for s in sets]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for ours in ("influence", "credit, none", "tangent volume5"):
+    for ours in ("credit, none", "tangent volume5"):
         for theirs, label in ((LISTED, "best listed baseline"), (ADDED, "best added baseline")):
             cells = [compare(scores, ours, theirs, s, 5)[0].split("against ")[1] for s in sets]
             lines.append(f"| {ours}, minus {label} | " + " | ".join(cells) + " |")
-    bound = [scores.of("influence", s)[:, 5].mean() / scores.of(BOUND, s)[:, 5].mean() for s in sets]
-    lines.append("| influence, share of the bound | " + " | ".join(f"{b:.0%}" for b in bound) + " |")
     return lines
 
 
@@ -216,7 +214,7 @@ def sizes(scores: Scores) -> list[str]:
 
 def trusted(scores: Scores) -> list[str]:
     """Rank correlations over trusted components alone, beside those over all, on the same networks."""
-    names = (*PREDICTED, "influence", "nonlinearity, none", "credit, none", "sensitivity, none")
+    names = (*PREDICTED, "nonlinearity, none", "credit, none", "sensitivity, none")
     lines = ["| number, components | " + " | ".join((*KINDS, "mean of five")) + " |", "|---" * 7 + "|"]
     networks = [
         found
@@ -260,7 +258,7 @@ def cost(scores: Scores) -> str:
 
 
 def draw(scores: Scores, path: Path) -> None:
-    names = (*PREDICTED, "influence")
+    names = PREDICTED
     names += ("credit, none", "gain, none", "nonlinearity, none", "sensitivity, none")
     names += ("conductance, mean abs", "Jacobian, Frobenius", "gradient × weight, per sample")
     names += ("depth, early first", "effective rank", "Fisher × weight²")
@@ -361,15 +359,16 @@ def write(out: Path, cache: Path, networks: Networks, remark: str = "") -> None:
 SHORT = """A number is worth what it predicts. Here one component at a time is really altered, in
 five ways, and every number is ranked by how well it orders the components by the measured effect.
 
-**In short.** `predict_effects` (`report.effects`, below: `predicted effect`) orders components better
-than every listed baseline on four interventions, beyond its error over architectures, and ties on
-`skip`, where it has .59 against .58 (all figures here: B and C together). `report.influence`, one
-number for all five, averages .72 where gradient × weight has .68 and no single number can have more
-than .75; that lead is under two standard errors.
+**In short.** `component_effects(..., how="predicted")` (below: `predicted effect`) orders components
+better than every listed baseline on four interventions, beyond its error over architectures, and ties
+on `skip`, where it has .59 against .58 (all figures here: B and C together). `skip`, `linear` and
+output noise are measured by default, which costs one pass per component and needs no prediction. No
+single number for all five interventions can have more than .75, and none is reported: look at the
+effect that the decision is about.
 
-Both are second-order predictions with **the network's own Jacobian at every sample, by backward
-passes**. They are what Koopman operators become in a small neighbourhood of a sample; they are no
-numbers of the chain of operators. Of the chain's numbers, `nonlinearity` predicts the linear swap
+It is a second-order prediction with **the network's own Jacobian at every sample, by backward
+passes**: what Koopman operators become in a small neighbourhood of a sample, and no
+number of the chain of operators. Of the chain's numbers, `nonlinearity` predicts the linear swap
 (.83 against .71 for depth), and nothing else leads: `credit` averages .35. Read it as a description of
 the chain of operators. It does not know how far an alteration moves the component's own output."""
 
@@ -400,18 +399,15 @@ PROTOCOL = """## Protocol, and where it bent
 - C is therefore the clean test of `tangent energy` and `closed metric`; B and C are both clean for
   `tangent volume5`. In "B and C" the first two carry B's selection. The chain's numbers were
   tuned on none of these networks.
-- **`influence` was never frozen.** It takes the trace where `tangent volume5`, which was, takes the
-  determinant; the two had the same mean on A (.616 and .617), and it needs no more than the five
-  effects. On B it has .736 against .726, on C .695 against .703.
 - **This page is a repetition**, by code written anew with the same definitions, networks and seeds;
-  `predicted effect` and `influence` come from the package as a user would call it, with 20 draws of
-  weights (with 10, weight noise on C has .93). The numbers without backward passes use other draws
+  `predicted effect` comes from the package as a user would call it. The numbers without backward
+  passes use other draws
   than the scoring that counted, and the known covariance of output noise in place of draws. On a
   single network that moves the correlation of `closed metric` by up to .22 and those of the two
   other chain numbers by up to .51; the mean of a half by up to .02 and .04. All others agree.
   Numbers that were never frozen (everything else in the tables) are descriptions.
 - "Best baseline" is picked per set with hindsight, in the baselines' favour. "Best number of the
-  report" is picked the same way, in the report's favour, out of ten. A user would read `predicted
+  report" is picked the same way, in the report's favour, out of nine. A user would read `predicted
   effect`; the table of it alone picks nothing on our side."""
 
 AFTER = """How to read this:
@@ -426,12 +422,11 @@ AFTER = """How to read this:
 - `Fisher × std²` and `Jacobian Fisher noise` are the second-order KL of weight noise and output
   noise themselves. `predicted effect` equals them there and does not beat them. They were added
   after the list of baselines was drawn up; against the list alone it would seem to win.
-- **Skip** is met by `influence`, and that by hindsight: .64 against .58, +.06 ± .05 over B and C. The
-  number made for it, `predicted effect`, ties, with an error of .13: it is far ahead on some
-  architectures and far behind on others.
-- **Leads.** Over B and C together the leads of `influence` and of `tangent volume5` over gradient ×
-  weight are under two standard errors over architectures. They have the same sign on every set; that
-  is all. `nonlinearity` is ahead on the linear swap on every set, within its error on B and C."""
+- **Skip** is a tie, with an error of .13: `predicted effect` is far ahead on some architectures and
+  far behind on others. It is no longer what a user reads first: `skip` is measured.
+- **Leads.** Over B and C together the lead of `tangent volume5` over gradient × weight is under two
+  standard errors over architectures. It has the same sign on every set; that is all. `nonlinearity`
+  is ahead on the linear swap on every set, within its error on B and C."""
 
 NOTES = """## Definitions
 
@@ -444,7 +439,6 @@ of F.
   backward passes for all components at once. The first is the package's, for any network: one
   forward pass a draw alters all components, each on the input that it had, and `linear` takes
   leave-one-out residuals. The second is this benchmark's, block by block, out of four folds.
-- **influence** of component i: the mean over kinds of √tr H_i^k / Σ_j √tr H_j^k.
 - **tangent volume** (1/2r) log det_r H_i^k. **tangent amplitude** E √(zᵀ F z).
 - **tangent volume5**, one number: (1/2r) log det_r A_i with A_i = Σ_k H_i^k / (√tr H_i^k · Σ_j √tr
   H_j^k). Every kind enters with its component's share of that kind's total amplitude: no scale is
@@ -489,7 +483,7 @@ Measured on half A while the candidates were looked for, not by this script:
 - Large alterations are predicted in order, not in size: half of the effects of `skip` are more than
   7 times the prediction, and half of those of `reinit` more than 4 times.
 - Predicting was not cheaper than measuring at this size, where only what lies behind the component
-  runs again. `intervene` runs the whole network for every component and draw.
+  runs again. `component_effects` runs the whole network for every component and draw.
 - A head that is exactly linear has an effect of about 1e-8 under `linear`: its rank is right, noise
   decides it.
 """

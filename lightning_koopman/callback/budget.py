@@ -87,6 +87,16 @@ class Budget:
         """Say what something will take, until it is done once."""
         self._took.setdefault(kind, seconds)
 
+    def left(self, kind: str) -> float:
+        """Return the seconds that something done at the end may take, the rest of the end left aside."""
+        rest = sum(seconds for name, seconds in self._took.items() if name != kind)
+        return max(ALLOWANCE, self.share * self.trained) - self.spent - rest
+
+    def allowed(self, step: int, last: int | None) -> float:
+        """Return the seconds that all of watching may take, until the end where that is known."""
+        ahead = 0.0 if last is None else max(0, last - step) / max(1, step - self._first)
+        return max(ALLOWANCE, self.share * self.trained * (1 + ahead))
+
     def has_room(self, kind: str) -> bool:
         """Check whether something that is done at the end in any case may be done now too."""
         allowed = max(ALLOWANCE, self.share * self.trained)

@@ -61,6 +61,7 @@ class CreditWriter:
     tag, and drawing costs more than measuring a small network does.
 
     Attributes:
+        more: How many scalars a component may get beside its quantities, of effects and drift.
         shown: Components whose scalars are written; chosen at the first report, then fixed.
     """
 
@@ -70,10 +71,11 @@ class CreditWriter:
         quantities: Sequence[str] = ("credit",),
         *,
         figures: bool = True,
+        more: int = 0,
     ) -> None:
         check_quantities(quantities)
         self.prefix, self.quantities = prefix, tuple(quantities)
-        self.figures = figures
+        self.figures, self.more = figures, more
         self.reset()
 
     def reset(self) -> None:
@@ -87,26 +89,31 @@ class CreditWriter:
         self, report: CreditReport, overhead: float | None = None, drift: Drift | None = None
     ) -> dict[str, float]:
         """Return the flat numbers that every logger takes."""
-        self._choose(report, drift is not None)
-        every = report.to_scalars(self.prefix, self.quantities)
-        wanted = [
-            f"{self.prefix}/{name}/{component}" for name in self.quantities for component in self.shown
-        ]
-        kept = {key: every[key] for key in wanted if key in every}
-        if report.effects is not None:
-            for kind, values in report.effects.values.items():
-                for component, value in zip(report.effects.components, values, strict=True):
-                    if component in self.shown:
-                        kept[f"{self.prefix}/effect_{kind}/{component}"] = float(value)
-        if drift is not None:
-            for component, value in zip(drift.components, drift.drift, strict=True):
-                if component in self.shown and math.isfinite(value):
-                    kept[f"{self.prefix}/drift/{component}"] = float(value)
+        self._choose(report)
+        every = {**report.to_scalars(self.prefix, self.quantities), **self.beside(report, drift)}
+        shown = {f"/{component}" for component in self.shown}
+        kept = {
+            key: value
+            for key, value in every.items()
+            if any(key.endswith(component) for component in shown)
+        }
         kept[f"{self.prefix}/total"] = report.total
         kept[f"{self.prefix}/doubts"] = float((~report.trusted).sum())
         if overhead is not None:
             kept[f"{self.prefix}/overhead"] = overhead
         return kept
+
+    def beside(self, report: CreditReport, drift: Drift | None = None) -> dict[str, float]:
+        """Return the effects and drifts of all components, as far as there are any."""
+        found = {}
+        if report.effects is not None:
+            for kind, values in report.effects.values.items():
+                for component, value in zip(report.effects.components, values, strict=True):
+                    found[f"{self.prefix}/{kind}/{component}"] = float(value)
+        if drift is not None:
+            for component, value in zip(drift.components, drift.drift, strict=True):
+                found[f"{self.prefix}/drift/{component}"] = float(value)
+        return {key: value for key, value in found.items() if math.isfinite(value)}
 
     def draws_for(self, loggers: Sequence[Any]) -> bool:
         """Check whether any logger gets figures."""
@@ -141,13 +148,11 @@ class CreditWriter:
         for logger in loggers:
             _write_table(logger, f"{self.prefix}/report", reports[-1], step)
 
-    def _choose(self, report: CreditReport, drift: bool = True) -> None:
+    def _choose(self, report: CreditReport) -> None:
         """Fix once which components get scalars, and warn where the limit leaves some out."""
         if self.shown and set(self.shown) <= set(report.components):
             return
-        each = (
-            len(self.quantities) + (0 if report.effects is None else len(report.effects.kinds)) + drift
-        )
+        each = len(self.quantities) + self.more
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.callback.loggers import CreditWriter
+from lightning_koopman.callback.recorded_effects import SAMPLES, measure_effects, passes, pooled
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
@@ -32,12 +34,13 @@ from lightning_koopman.callback.trainer_facts import (
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
-from lightning_koopman.measurement.processes import agree_on_latest
+from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.components import named_components
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording
 from lightning_koopman.network.rows import valid_positions
 from lightning_koopman.report.drift import Drift
+from lightning_koopman.report.effects import KINDS, Kind
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -86,6 +89,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
         figures: Whether loggers that take them get figures, a closing table and, in
             TensorBoard, a layout of the custom scalars, of which it keeps the last of a run.
+        effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
+            ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
+            and for others where the budget has room, on up to 512 samples of the recorded calls. They
+            are in :attr:`report` and ``<prefix>/<kind>/<component>``.
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
@@ -114,6 +121,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         components: str | Sequence[str] | None = None,
         *,
         figures: bool = True,
+        effects: Sequence[Kind] = ("skip",),
         drift: bool = True,
         max_overhead: float = 0.05,
         every_n_epochs: int | None = None,
@@ -128,12 +136,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 f"output is {options.output!r}; a callback does not see what the model returns, so name "
                 "a module"
             )
-        self._writer = CreditWriter(prefix, figures=figures)
+        self._writer = CreditWriter(prefix, figures=figures, more=len(effects) + drift)
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
         self.options = options
-        self.components, self.drift = components, drift
+        if isinstance(effects, str) or (unknown := set(effects) - set(KINDS)):
+            odd = effects if isinstance(effects, str) else sorted(unknown)
+            raise ValueError(f"effects is {odd!r}; give a list of some of {KINDS}")
+        self.components, self.effects, self.drift = components, tuple(effects), drift
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.prefix = prefix
@@ -152,6 +163,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._n_recorded = 0
         self._checked = self._recorded_training = False
         self._differs: str | None = None
+        self._row_s = 0.0
         self._measured_at: int | None = None
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
@@ -314,9 +326,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute the report and log it."""
-        if not (may_skip_validation(trainer, pl_module) or self._idle):
-            self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
+        if may_skip_validation(trainer, pl_module) or self._idle:
+            return
+        try:
             self._check_replay(trainer, pl_module)
+        except Exception as error:
+            if not self.sync_pending:
+                raise
+            self._fail(error)
+        self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """See that every key of ours exists, whatever was due, and became of it."""
@@ -467,15 +485,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
             undisturbed(pl_module),
             trainer.precision_plugin.forward_context(),
         ):
+            start = time.perf_counter()
             self._differs = recording.differs()
+            rows = sum(step.n_rows for step in recording.steps[:1])
+            self._row_s = (time.perf_counter() - start) / max(1, rows)
 
     def _replay(self, trainer: Any, pl_module: Any, loader: Any, *, final: bool) -> None:
         """Measure once more, by running recorded calls again; no guess where they cannot be."""
         recording = self._recording
-        like = None if self._recorded_training else self._watched
-        reason = None if self._recorded_training else self._differs
-        if recording is not None:
-            reason = recording.reason or reason
+        like, reason = None if self._recorded_training else self._watched, self._no_replay
         if reason is not None and trainer.world_size == 1 and self.history:
             self._complete(trainer, pl_module)
             self._keep_watched(trainer, reason)
@@ -505,6 +523,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         step = max(0, logged_step(trainer, None) - 1)
         self._finish(trainer, pl_module, step=step)
 
+    @property
+    def _no_replay(self) -> str | None:
+        """Why recorded calls cannot be run again, if so."""
+        differs = None if self._recorded_training else self._differs
+        return differs if self._recording is None else self._recording.reason or differs
+
     def _complete(self, trainer: Any, pl_module: Any) -> None:
         """Compute the errors that the newest report was made without."""
         if self._watched is None or not self.history or self._final or self._with_errors():
@@ -512,8 +536,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._final = True
         with plain_numerics(pl_module):
             report = self._watched.report(step=self.history[-1].step, errors=self._with_errors())
+            report = self._with_effects(trainer, pl_module, report)
         self.history[-1] = report
-        self._show(trainer, report)
+        scalars, beside = self._show(trainer, report), self._writer.beside(report)
+        found = {name: scalars[name] for name in scalars.keys() & beside.keys()}
+        for logger in trainer.loggers if trainer.is_global_zero and found else ():
+            logger.log_metrics(found, step=self._logged_at)
 
     def _with_errors(self) -> bool:
         """Check whether the report has errors: in a training under way only where that is asked for."""
@@ -581,6 +609,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     since = self.history[-1].step
                     found = drift_from(before, measurement, since=since, step=report.step)
                     self.drifts += [] if found is None else [found]
+                report = self._with_effects(trainer, pl_module, report)
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.
                 self.history[-1] = replace(self.history[-1], operators={}, reference=None)
@@ -591,6 +620,38 @@ class KoopmanCreditMonitor(HarmlessCallback):
         finally:
             if not validating:
                 self._plan(trainer, pl_module)
+
+    def _with_effects(self, trainer: Any, pl_module: Any, report: CreditReport) -> CreditReport:
+        """Measure the effects of altering components, always for the last report."""
+        if not self.effects or trainer.state.fn != "fit":
+            return report
+        alone, step = trainer.world_size == 1, trainer.global_step
+        seconds = passes(report, self.effects) * self._row_s
+        most = self.budget.allowed(step, last_step(trainer)) / 3
+        self.budget.expect("effects", min(seconds * SAMPLES, most))
+        why = self._no_replay
+        if not self._final and (why is not None or not alone or not self.budget.has_room("effects")):
+            return report
+        found = None
+        with self.budget.apart("effects"):
+            try:
+                refuse_sharded_weights(trainer)
+                if why is None and self._recording is not None:
+                    samples = self.budget.left("effects") / max(seconds, 1e-12)
+                    around = trainer.precision_plugin.forward_context
+                    found = measure_effects(
+                        pl_module, self._recording.steps, report, self.effects, around, samples=samples
+                    )
+            except Exception as error:
+                why = str(error)
+            if not alone:
+                everybody = [each for each in gather(found) if each is not None]
+                found = pooled(everybody) if everybody else None
+        if found is None:
+            why, notes = why or "no call was recorded", list(report.notes)
+            notes.append(f"effects were not measured: {why}")
+            return replace(report, notes=tuple(notes))
+        return replace(report, effects=found)
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         """Find when the next measurement is due, alike in all processes."""
@@ -614,9 +675,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _show(self, trainer: Any, report: CreditReport) -> dict[str, float]:
         """Put all numbers of a report where callbacks look for them, and return those for loggers."""
         share = self.budget.overhead if trainer.state.fn == "fit" else None
-        newest = self.drifts[-1:] if self.drifts and self.drifts[-1].step == report.step else []
-        scalars = self._writer.scalars(report, share, *newest)
-        every = {**report.to_scalars(self.prefix), **scalars}
+        drift = self.drifts[-1] if self.drifts and self.drifts[-1].step == report.step else None
+        scalars = self._writer.scalars(report, share, drift)
+        every = {**report.to_scalars(self.prefix), **self._writer.beside(report, drift), **scalars}
         self._newest |= {name: torch.tensor(number) for name, number in every.items()}
         trainer.callback_metrics.update(self._newest)
         return scalars

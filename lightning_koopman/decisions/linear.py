@@ -33,12 +33,14 @@ from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Captioned
+from lightning_koopman.report.text import Fitted
 
 CostName = Literal["flops", "parameters", "seconds"]
 _Measure = Callable[[ForwardRunner, Cost], float]
 _POSITIONS = 64
 """Positions of a sample that a map of channels is fitted on, at most."""
+_LEAST_RANK = 16
+"""Maps of whole tensors are not tried where so few directions need more parameters than before."""
 _SLOWER = 1.02
 """A network counts as slower beyond this ratio, and beyond twice the error of what was measured."""
 
@@ -98,7 +100,7 @@ class Linearized(Steps):
     def __repr__(self) -> str:
         return f"Linearized({self.headline}; linear: {', '.join(self.components) or 'nothing'})"
 
-    def __rich__(self) -> Captioned:
+    def __rich__(self) -> Fitted:
         return self._table(f"{self.headline}\nMade linear one after the other", self.verdict)
 
 
@@ -264,7 +266,7 @@ class _Maps:
             return f"it gives {type(given).__name__}, not one tensor of rows"
         return ""
 
-    def forms(self, calls: tuple[str, ...]) -> list[_Group]:
+    def forms(self, calls: tuple[str, ...], everything: bool) -> list[_Group]:
         """Return what may become one map: whole tensors, or the channels at every position.
 
         What follows a component and belongs to it, such as pooling, may change the positions: it stays
@@ -277,7 +279,12 @@ class _Maps:
         parts = [calls[:count] for count in range(len(calls), 0, -1)]
         given = [self._places(self._seen[part[-1]].given, axis) for part in parts]
         alike = [part for part, places in zip(parts, given, strict=True) if taken and places == taken]
-        return [_Group(calls, None), *(_Group(part, axis) for part in alike[:1])]
+        tensors = (self._seen[calls[0]].taken, self._seen[calls[-1]].given)
+        least = _LEAST_RANK * sum(tensor[0].numel() for tensor in tensors if tensor is not None)
+        modules = [find_module(self._runner.model, call)[0] for call in calls]
+        own = {id(p): p.numel() for part in modules for p in part.parameters()}
+        whole = [_Group(calls, None)] if everything or least < sum(own.values()) or not alike else []
+        return [*whole, *(_Group(part, axis) for part in alike[:1])]
 
     @staticmethod
     def _places(tensor: Any, axis: int) -> list[int]:
@@ -338,7 +345,8 @@ class _Search:
     def run(self, calls: Mapping[str, tuple[str, ...]]) -> list[Step]:
         """Return the steps to the cheapest network, whose components are then in ``chosen``."""
         self._order = list(calls)
-        options = [_Option(name, form) for name in calls for form in self._maps.forms(calls[name])]
+        forms = {name: self._maps.forms(own, self._allow_larger) for name, own in calls.items()}
+        options = [_Option(name, form) for name, own in forms.items() for form in own]
         effects, per_saved = {}, {}
         for option in options:
             step, after = self._try([option])

@@ -74,14 +74,17 @@ def align(
     """
     if parents is None:
         parents = [range(i, i - len(blocks), -1) for i, blocks in enumerate(operators)]
-    width = outputs.shape[0]
-    for step in range(len(operators) - 1, -1, -1):
-        if operators[step][0].shape[1] != width:
+    widths = {len(operators): outputs.shape[0]}
+    for step in range(len(operators), 0, -1):
+        # Where no step reads a state, any width of it will do.
+        width = widths.setdefault(step, operators[step - 1][0].shape[1])
+        if operators[step - 1][0].shape[1] != width:
             raise ValueError(
-                f"operator {step + 1} gives {operators[step][0].shape[1]} values, but {width} were "
+                f"operator {step} gives {operators[step - 1][0].shape[1]} values, but {width} were "
                 "expected behind it"
             )
-        width = operators[step][0].shape[0]
+        for block, state in zip(operators[step - 1], parents[step - 1], strict=True):
+            widths.setdefault(state, block.shape[0])
     lost: list[int] = []
     kept = list(range(outputs.shape[1]))
     while True:
@@ -108,9 +111,13 @@ def _align(
     # J_{i-1} R_i^{-1} keeps every factor well scaled.
     relative, carried = {last: identity}, volumes[0]
     for state in range(last - 1, -1, -1):
-        jacobian = torch.zeros(
-            operators[state][0].shape[0], rank, dtype=outputs.dtype, device=outputs.device
+        width = next(
+            block.shape[0]
+            for read, blocks in zip(parents[state:], operators[state:], strict=True)
+            for block, p in zip(blocks, read, strict=True)
+            if p == state
         )
+        jacobian = torch.zeros(width, rank, dtype=outputs.dtype, device=outputs.device)
         for child, ratio in relative.items():
             if state in parents[child - 1]:
                 block = operators[child - 1][list(parents[child - 1]).index(state)]

@@ -109,12 +109,13 @@ class Accumulator:
         """Return what the moments hold; there must be a basis."""
         if self._layout is None:
             assert self.basis is not None
-            dims = tuple(len(offset) for offset in self.basis.center)
-            links, delay = self.chain.links, self.options.delay
-            # Links name all that a step reads: branches side by side do not read one another.
-            delay = 0 if links and delay == 1 else delay
-            self._layout = Layout(dims, self.options.folds, delay, links)
+            self._layout = self._layout_of(tuple(len(offset) for offset in self.basis.center))
         return self._layout
+
+    def _layout_of(self, dims: tuple[int, ...]) -> Layout:
+        links, delay = self.chain.links, self.options.delay
+        # Links name all that a step reads: branches side by side do not read one another.
+        return Layout(dims, self.options.folds, 0 if links and delay == 1 else delay, links)
 
     def _gather(self, rows: list[Tensor]) -> None:
         """Add rows to those that wait for company."""
@@ -189,7 +190,9 @@ class Accumulator:
             if block.shape[0] != n_samples:
                 raise ValueError(
                     f"component {name!r} gave {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
-                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis."
+                    f"has {n_samples}. Rows are samples: axis 0 must be the batch axis. Where rows are "
+                    "pooled, as nodes are to graphs, let the batch hold the graph of each node, in "
+                    "order, or name the components behind the pooling with components=[...]."
                 )
             if block.shape[1] != width:
                 raise ValueError(
@@ -282,11 +285,11 @@ class Accumulator:
     @property
     def advised(self) -> int:
         """How many samples states of these widths need."""
-        options, widths, delay = self.options, self.chain.widths, self.options.delay
+        options, widths = self.options, self.chain.widths
         # Few samples make narrow states: as many as those need would be few again.
         seen = (1,) * len(widths) if self.basis is None else self._laid_out().dims
         dims = widest(widths, seen, options.max_dim, options.observables)
-        return samples_needed(Layout(dims, options.folds, delay, self.chain.links))
+        return samples_needed(self._layout_of(dims))
 
     def credit_report(self, notes: Sequence[str], *, step: int | None = None) -> CreditReport:
         """Return the report, with the states that each component reads."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +23,15 @@ from lightning_koopman.network.forward_runner import ForwardFn, default_forward,
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
-from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, valid_positions
-from lightning_koopman.network.tensors import detached_copy, exact_device
+from lightning_koopman.network.rows import (
+    INPUT,
+    OUTPUT,
+    Recorded,
+    pooled_by,
+    pooling_index,
+    valid_positions,
+)
+from lightning_koopman.network.tensors import detached_copy, exact_device, tensors_inside
 from lightning_koopman.report.report import CreditReport
 
 TOLERANCE = 0.05
@@ -69,6 +76,8 @@ class Measurement(Accumulator):
         # Where a state behind others says which positions hold data, rows are made when all have run.
         self._waits_for_lengths = False
         self._earlier: list[Tensor] = []
+        # Which tensor of the batch says what graph each node belongs to, where the network pools them.
+        self._pooled: int | None = None
         self._silent: list[str] = []
         self._skipped: list[str] = []
         self._untraced: str | None = None
@@ -110,10 +119,8 @@ class Measurement(Accumulator):
         while self._next_check <= self.n_samples:
             self._next_check *= 2
         layout, _, _ = self.moments()
-        widths = [sum(layout.dims[p] for p in read) for read in layout.parents[1:]]
-        if self.options.errors is False or self.n_samples * self._work < _CHECK_WORK * sum(
-            w**3 for w in widths
-        ):
+        cubes = sum(sum(layout.dims[p] for p in read) ** 3 for read in layout.parents[1:])
+        if self.options.errors is False or self.n_samples * self._work < _CHECK_WORK * cubes:
             return False
         try:
             credits = self.credits()
@@ -186,8 +193,8 @@ class Measurement(Accumulator):
 
     def report(self, *, step: int | None = None, errors: bool | None = None) -> CreditReport:
         """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
-        if errors is not None:
-            self.options = dataclasses.replace(self.options, errors=errors)
+        if errors is not None and errors != self.options.errors:
+            self.options, self._credits = replace(self.options, errors=errors), None
         with self._timed():
             report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
@@ -199,7 +206,7 @@ class Measurement(Accumulator):
             )
         reference = report.reference
         if self.plan is not None and reference is not None:
-            reference = dataclasses.replace(
+            reference = replace(
                 reference,
                 modules=tuple(self.capture.components),
                 named=self._named,
@@ -207,7 +214,7 @@ class Measurement(Accumulator):
                 grids={name: form.grid for name, form in self.plan.forms.items() if form.grid},
                 parts=self.parts,
             )
-        return dataclasses.replace(
+        return replace(
             report, notes=tuple(notes), parts=self.parts, reference=reference, **self._modules()
         )
 
@@ -229,6 +236,8 @@ class Measurement(Accumulator):
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
             )
+        self._pooled = pooling_index(records, self._batch)
+        records = [replace(r, tensor=self._by_sample(r.tensor)) for r in records]
         self.plan = make_plan(
             records,
             batch=self._batch,
@@ -270,9 +279,15 @@ class Measurement(Accumulator):
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
         if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
-            return dataclasses.replace(recorded, tensor=detached_copy(tensor))
+            return replace(recorded, tensor=detached_copy(tensor))
         with self._timed():
-            return self._rows(tensor, recorded)
+            return self._rows(self._by_sample(tensor), recorded)
+
+    def _by_sample(self, tensor: Tensor) -> Tensor:
+        """Average nodes over each graph, where that is what the network goes on with."""
+        if self._pooled is None:
+            return tensor
+        return pooled_by(list(tensors_inside(self._batch))[self._pooled], tensor, self._batch)
 
     def _rows(self, tensor: Tensor, recorded: Recorded, lengths: Tensor | None = None) -> Tensor | None:
         assert self.plan is not None
@@ -298,6 +313,11 @@ class Measurement(Accumulator):
             )
         if self._untraced is not None:
             notes.append(self._untraced)
+        if self._pooled is not None:
+            notes.append(
+                "samples are graphs, for the network pools their nodes: states of nodes and edges were "
+                "averaged over each graph"
+            )
         if self._silent:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
         if homeless := [f"{name} ({count:,})" for name, count in self.capture.homeless.items()]:

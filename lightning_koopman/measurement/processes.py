@@ -143,6 +143,13 @@ def sum_moments(moments: Tensor, error: BaseException | None) -> Tensor:
     return packed[:-1].view_as(moments)
 
 
+def gather(value: Any) -> list[Any]:
+    """Collect what each process has; a collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def agree_on_latest(step: int, device: torch.device) -> int:
     """Find the largest number that a process gives; a collective."""
     latest = torch.tensor(step, device=device)
@@ -154,4 +161,4 @@ def _raise_for(errors: Sequence[str | None]) -> None:
     failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if failed:
         told = "; ".join(f"process {rank}: {error}" for rank, error in failed.items())
-        raise ProcessError(f"the measurement was given up, for it failed in {told}")
+        raise ProcessError(f"the measurement was aborted, because it failed in {told}")

@@ -156,7 +156,7 @@ class _Tree:
             inner = _children(child, name)
             if isinstance(child, torch.jit.ScriptModule):
                 yield name, child
-            elif isinstance(child, nn.ModuleList) and all(is_norm(part) for _, part in inner):
+            elif isinstance(child, nn.ModuleList) and all(_is_only_norm(part) for _, part in inner):
                 # Each belongs to a block in a list beside this one.
                 continue
             elif _is_one_layer(child) and not isinstance(child, nn.Sequential):
@@ -172,6 +172,13 @@ class _Tree:
         inside = {id(part) for part in module.modules()}
         others = [of_list for other, of_list in self._alike[type(module)] if id(other) not in inside]
         return any(others) or len(others) > 1
+
+
+def _is_only_norm(module: nn.Module) -> bool:
+    """Check whether a module is a normalisation layer, or a wrapper around one."""
+    return is_norm(module) or (
+        any(map(is_norm, module.children())) and all(is_norm(m) for m in module.children())
+    )
 
 
 def _is_one_layer(module: nn.Module) -> bool:

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-_TENSORS_AND_PARTS = ("_parameters", "_buffers", "_modules")
+_INSIDE = (
+    *("_parameters", "_buffers", "_modules", "_backward_hooks", "_backward_pre_hooks"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 
 @contextmanager
@@ -34,12 +38,12 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
 
 @contextmanager
 def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
-    """Restore every module's mode, attributes, weights and buffers, to the last bit."""
+    """Restore every module's mode, attributes, hooks, weights and buffers, to the last bit."""
     modes = [(module, module.training) for module in model.modules()]
     kept = [
         (values, dict(values))
         for module in model.modules()
-        for values in (vars(module), *(vars(module).get(name) for name in _TENSORS_AND_PARTS))
+        for values in (vars(module), *(vars(module).get(name) for name in _INSIDE))
         if isinstance(values, dict)
     ]
     tensors = [

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of
+from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of, tensors_inside
 
 INPUT = "input"
 """Name of the state before the first component."""
@@ -57,7 +57,7 @@ class Recorded:
 
 
 Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Any]
-"""How the spatial or sequence axes of a state become part of one row a sample."""
+"""How the spatial or sequence axes of a state become part of one row per sample."""
 
 REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")
 
@@ -103,7 +103,7 @@ class RowForm:
         if callable(self.reduce):
             values = self.reduce(tensor.detach())
             if not isinstance(values, Tensor) or values.ndim == 0:
-                raise ValueError(f"reduce gave {type(values).__name__}; it must give one row a sample")
+                raise ValueError(f"reduce gave {type(values).__name__}; it must give one row per sample")
             return values.detach().reshape(values.shape[0], -1).to(dtype, copy=True)
         if tensor.ndim == 2 and self.batch_axis == 0 and self.group == 1:
             return tensor.detach().to(dtype, copy=True)
@@ -267,6 +267,36 @@ def valid_positions(batch: Any) -> Tensor | None:
         if word in ("lengths", "length", "lens", "seq_lengths", "input_lengths") and value.ndim == 1:
             return value
     return None
+
+
+def pooling_index(records: Sequence[Recorded], batch: Any) -> int | None:
+    """Find which tensor of a batch says what sample each row belongs to, where rows are nodes of graphs.
+
+    So it is where the last state has fewer rows than others, and one integer for each of those counts
+    up to it.
+    """
+    sizes = {record.tensor.shape[0] for record in records if record.tensor.ndim}
+    last = records[-1].tensor
+    for place, index in enumerate(tensors_inside(batch)):
+        if index.ndim == 1 and not index.is_floating_point() and len(index) in sizes and last.ndim:
+            counts = bool((index.diff() >= 0).all()) and index[0] == 0 and len(index) > len(last)
+            if counts and int(index[-1]) + 1 == len(last):
+                return place
+    return None
+
+
+def pooled_by(index: Tensor, tensor: Tensor, batch: Any) -> Tensor:
+    """Average rows of nodes, or of edges between them, over each sample."""
+    if not tensor.ndim or len(tensor) != len(index):
+        edges = (t for t in tensors_inside(batch) if t.ndim == 2 and not t.is_floating_point())
+        ends = next((t for t in edges if t.shape == (2, *tensor.shape[:1])), None)
+        if ends is None:
+            return tensor
+        index = index[ends[0]]
+    values = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    sums = values.new_zeros(int(index.max()) + 1, *tensor.shape[1:]).index_add_(0, index, values)
+    counts = index.bincount(minlength=len(sums)).clamp_min(1)
+    return sums / counts.view(-1, *[1] * (tensor.ndim - 1))
 
 
 ReduceOption = Reduce | Mapping[str, Reduce]

@@ -109,7 +109,7 @@ class Drift(JupyterMixin):
         Returns:
             The figure and its axes.
         """
-        from lightning_koopman.report.plots import plot_marked, visible
+        from lightning_koopman.report.drawing import plot_marked, visible
 
         return plot_marked(
             self.components,

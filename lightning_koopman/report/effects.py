@@ -156,7 +156,7 @@ class Effects(JupyterMixin):
         both = both[:, np.isfinite(both).all(axis=0)]
         if both.shape[1] < 3 or any(len(set(values)) < 2 for values in both):
             return math.nan
-        from scipy.stats import spearmanr  # half a second to import
+        from scipy.stats import spearmanr  # takes seconds to import
 
         return float(spearmanr(*both).statistic)
 
@@ -240,7 +240,7 @@ class Effects(JupyterMixin):
         Raises:
             ValueError: If the kind is unknown, or ``ax`` holds another number of axes.
         """
-        from lightning_koopman.report.plots import plot_effects, visible
+        from lightning_koopman.report.drawing import plot_effects, visible
 
         if kind is not None:
             self._check_kind(kind)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LOOK = """table{border-collapse:collapse}
-th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-th{background:#f4f4f4;vertical-align:bottom}td:first-child,th:first-child,td.words{text-align:left}
+th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
+th{background:#f4f4f4;vertical-align:bottom}td:first-child,th:first-child,td.words,th:last-child{text-align:left}
 td.words{white-space:normal;min-width:6rem}td.doubt{color:#9a9a9a}"""
 
 _STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem}"
     ".wide{overflow-x:auto}th{cursor:pointer}img{max-width:100%}"
     "dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem}"
     "dt{font-weight:600}dd{margin:0}" + _LOOK
@@ -160,12 +160,12 @@ def _credits(newest: Sequence[ReportFields]) -> str:
 
 def _number(value: float, error: float, doubted: bool) -> str:
     mark = ' class="doubt"' if doubted else ""
-    return f'<td data-value="{float(value)}"{mark}>{with_error(value, error, " ± ")}</td>'
+    return f'<td data-value="{float(value)}"{mark}>{with_error(value, error)}</td>'
 
 
 def _effects(report: ReportFields, run: str) -> str:
     """Return the effects of a report as a figure and a table, nothing where it has none."""
-    from lightning_koopman.report.plots import plot_effects
+    from lightning_koopman.report.drawing import plot_effects
 
     if (effects := report.effects) is None:
         return ""

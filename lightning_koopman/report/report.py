@@ -218,7 +218,8 @@ class CreditReport(ReportFields):
         Raises:
             ValueError: If ``kind`` is another, or ``ax`` holds another number of axes.
         """
-        from lightning_koopman.report.plots import plot_importance, plot_report, visible
+        from lightning_koopman.report.drawing import visible
+        from lightning_koopman.report.plots import plot_importance, plot_report
 
         drawn = {"importance": plot_importance, "credits": plot_report}
         if kind not in drawn:

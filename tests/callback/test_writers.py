@@ -77,7 +77,7 @@ def run(tmp_path_factory):
 def test_default_tags_are_at_most_three_a_component(run):
     accumulator, _, monitor = run
     ours = {t for t in accumulator.Tags()["scalars"] if t.startswith("koopman/")}
-    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift") for c in ("net.0", "net.2")}
+    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift", "skip") for c in ("net.0", "net.2")}
     assert ours == expected | {"koopman/total", "koopman/doubts", "koopman/overhead"}
     last = accumulator.Scalars("koopman/credit/net.0")[-1].value
     assert last == pytest.approx(monitor.report.credit[0], rel=1e-5)
@@ -220,10 +220,10 @@ def test_markdown_marks_doubted_numbers():
 
 def test_effects_are_scalars_where_there_are_any(report):
     writer = CreditWriter()
-    assert not [key for key in writer.scalars(report) if "effect" in key]
+    assert not [key for key in writer.scalars(report) if "skip" in key]
     found = component_effects(network(), batches(), report, ["skip"])
     scalars = writer.scalars(dataclasses.replace(report, effects=found))
-    assert [scalars[f"koopman/effect_skip/{i}"] for i in "02"] == pytest.approx(found.values["skip"])
+    assert [scalars[f"koopman/skip/{i}"] for i in "02"] == pytest.approx(found.values["skip"])
 
 
 class Taking:

@@ -95,6 +95,7 @@ def prepared(tmp_path, monkeypatch):
     data = names["datamodule"] = names["Data"]()
     data.setup("fit")
     names["loader"], names["batches"] = data.val_dataloader(), data.train_dataloader()
+    names["other_loader"] = names["loader"]
     names["held_out"] = names["loader"]
     return names
 

@@ -207,16 +207,16 @@ FAMILIES = [
         "SequenceClassification",
         "albert bart bert big_bird biogpt bloom camembert canine convbert ctrl deberta deberta-v2 "
         "distilbert doge electra ernie esm eurobert flaubert fnet funnel gemma gpt2 gpt_neox gpt_oss "
-        "ibert jetmoe layoutlm llama markuplm mbart megatron-bert mistral mixtral mobilebert "
-        "modernbert mpnet mpt mra nystromformer openai-gpt opt persimmon phi phi3 qwen2 qwen3 rembert "
-        "roberta roformer squeezebert tapas xlm xlnet yoso",
+        "ibert jetmoe layoutlm llama markuplm mbart megatron-bert mistral mixtral mobilebert modernbert "
+        "mpnet mpt mra nystromformer openai-gpt opt persimmon phi phi3 qwen2 qwen3 rembert roberta "
+        "roformer squeezebert tapas xlm xlnet yoso",
     ),
     *_all(
         "CausalLM",
         "gpt_bigcode cohere falcon gemma2 gemma3_text glm mamba olmo2 smollm3 stablelm starcoder2",
     ),
     *_all("CausalLM", "gpt_neo", {"attention_types": [[["global", "local"], 2]], "num_layers": 4}),
-    *_all("CausalLM", "mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1}),
+    *_all("CausalLM", "mamba2", {"chunk_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}),
     *_all("MaskedLM", "bert data2vec-text electra fnet funnel mobilebert modernbert xlm-roberta"),
     *_all("TokenClassification", "layoutlm roberta"),
     *_all("QuestionAnswering", "bert splinter", {"num_labels": 2}),

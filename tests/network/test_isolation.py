@@ -122,3 +122,31 @@ def test_a_sparse_tensor_is_copied_dense() -> None:
     copy = detached_copy(sparse)
     assert copy.layout is torch.strided
     assert torch.equal(copy, torch.eye(3))
+
+
+class Installing(nn.Module):
+    """Hangs hooks on its parts in its first pass, and remembers that it did, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.seen = nn.Linear(4, 4), nn.Linear(4, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "installed"):
+            self.installed = True
+            self.a.register_forward_hook(self.count)
+        return self.b(self.a(x).tanh())
+
+    def count(self, *_: object) -> None:
+        self.seen += 1
+
+
+def test_hooks_that_a_network_hangs_on_itself_are_hung_on_once() -> None:
+    net = Installing()
+    credit_report(net, list(torch.randn(100, 4).split(50)))
+    assert not net.a._forward_hooks
+    net(torch.randn(3, 4))
+    assert net.seen == 1
+    credit_report(net, list(torch.randn(100, 4).split(50)))
+    net(torch.randn(3, 4))
+    assert net.seen == 2

@@ -168,7 +168,8 @@ def two_towers() -> nn.Module:
         sides = [side(s) for side, s in zip(m.sides, [*states, b], strict=True)]
         return m.head(torch.cat([m.fuse(torch.cat(sides, 1)), b], 1))
 
-    parts = {"left": layers(3), "right": layers(2), "sides": layers(4, 3)}
+    right = nn.ModuleList([nn.Linear(4, 5), nn.Linear(5, 4)])
+    parts = {"left": layers(3), "right": right, "sides": layers(4, 3)}
     return wired(run, **parts, fuse=nn.Linear(12, 4), head=nn.Linear(8, 3)).double()
 
 

@@ -299,7 +299,7 @@ def test_a_report_feels_at_home_in_a_shell_and_a_notebook():
         report["xyz"]
     page = report._repr_html_()
     assert "<b>Koopman credit of run a at step 12</b>" in page
-    assert with_error(report.credit[0], report.stderr["credit"][0], " ± ") in page
+    assert with_error(report.credit[0], report.stderr["credit"][0]) in page
 
 
 def test_rows_say_what_they_hold():

@@ -1,0 +1,161 @@
+"""Measures what watching a training costs: epochs, the demo, and trainings of three minutes.
+
+Run ``python benchmarks/speed_monitor.py epochs demo minutes`` with ``OMP_NUM_THREADS=1``; the parts take
+five, two and fifteen minutes. Seconds are the processor's, of this process; both sides of a ratio are
+measured in one run.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman.demo import DigitClassifier, Digits
+
+
+class Transformer(nn.Module):
+    """An encoder that reads an image as one token per row of ``pixels``."""
+
+    def __init__(self, pixels: int, width: int, depth: int, hidden: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(pixels, width)
+        self.position = nn.Parameter(0.1 * torch.randn(pixels, width))
+        block = nn.TransformerEncoderLayer(width, 4, hidden, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(images.squeeze(1)) + self.position).mean(dim=1))
+
+
+def training(kind: str) -> tuple[L.LightningModule, L.LightningDataModule]:
+    """A module and its data: the demo's, or a transformer on the same digits.
+
+    The MLP and the small transformer (4 blocks of width 64) train on 898 digits of 8×8 and validate on
+    539, the CNN and the transformer (6 blocks of width 256) on 2,500 of 28×28 and on 1,500.
+    """
+    torch.manual_seed(0)
+    arch = "mlp" if kind in ("MLP", "small transformer") else "cnn"
+    model = DigitClassifier(arch)
+    if kind == "transformer":
+        model.net = Transformer(28, 256, 6, 512)
+    if kind == "small transformer":
+        model.net = Transformer(8, 64, 4, 128)
+    return model, Digits(arch)
+
+
+class Epochs(L.Callback):
+    """Processor seconds of every epoch, validation and all callbacks included."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_epoch_start(self, *_: object) -> None:
+        self.ends.append(time.process_time())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def fit(kind: str, epochs: int, callbacks: Sequence[L.Callback]) -> float:
+    """Train, with TensorBoard, and return the processor seconds of it."""
+    model, data = training(kind)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), log_every_n_steps=5,
+            logger=TensorBoardLogger(folder), enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        start = time.process_time()
+        trainer.fit(model, data)
+        return time.process_time() - start
+
+
+def table(heads: str, rows: Iterable[Iterable[object]]) -> str:
+    columns = heads.split(" | ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "**missed**"
+
+
+def epochs() -> str:
+    """Every second epoch measured: what a measured one takes over its neighbours."""
+    rows = []
+    cases = [("MLP", 1.5, 42), ("CNN", 1.25, 14), ("transformer", 1.06, 7), ("small transformer", 0, 22)]
+    for kind, target, count in cases:
+        watch = Epochs()
+        monitor = KoopmanCreditMonitor(every_n_epochs=2, figures=False, on_error="raise")
+        fit(kind, count, [watch, monitor])
+        # The first epochs warm up, and the last has errors and effects. Epochs 2, 4, … are measured.
+        taken = watch.seconds[3:-1]
+        measured, others = taken[0::2], taken[1::2]
+        pairs = list(zip(measured, others, strict=False))
+        ratio = statistics.median(a / b for a, b in pairs)
+        spread = f"{min(a / b for a, b in pairs):.2f} … {max(a / b for a, b in pairs):.2f}"
+        rows.append([
+            kind, f"{statistics.median(others):.3f}", f"{statistics.median(measured):.3f}",
+            f"{ratio:.2f} ({spread})", f"≤ {target}" if target else "", verdict(ratio <= target) if target else "",
+        ])  # fmt: skip
+    return table("epoch of | not measured, s | measured, s | ratio (range) | target | ", rows)
+
+
+def demo() -> str:
+    """The demo's training as a whole, each epoch measured, and by default."""
+    rows = []
+    for name, given in (("every epoch measured", {"every_n_epochs": 1}), ("default", {})):
+        ratios, base, other = [], [], []
+        for _ in range(4):
+            base.append(fit("MLP", 30, []))
+            other.append(fit("MLP", 30, [KoopmanCreditMonitor(on_error="raise", **given)]))
+            ratios.append(other[-1] / base[-1])
+        ratio, first = statistics.median(ratios[1:]), ratios[0]
+        rows.append([
+            f"demo, {name}", f"{statistics.median(base[1:]):.2f}", f"{statistics.median(other[1:]):.2f}",
+            f"{ratio:.2f} (first of the process: {first:.2f})", "≤ 2", verdict(ratio <= 2),
+        ])  # fmt: skip
+    return table("training | none, s | monitor, s | ratio | target | ", rows)
+
+
+def minutes() -> str:
+    """Trainings of three minutes with the monitor as it is by default, figures included."""
+    rows = []
+    for kind in ("CNN", "transformer"):
+        watch = Epochs()
+        fit(kind, 4, [watch])
+        count = max(4, round(180 / statistics.median(watch.seconds)))
+        base = fit(kind, count, [])
+        monitor = KoopmanCreditMonitor(on_error="raise")
+        other = fit(kind, count, [monitor])
+        rows.append([
+            kind, count, len(monitor.history), f"{base:.0f}", f"{other:.0f}", f"{other / base:.3f}",
+            f"{monitor.budget.overhead:.3f}", "≤ 1.05", verdict(other / base <= 1.05),
+        ])  # fmt: skip
+    heads = (
+        "training of | epochs | measured | none, s | monitor, s | ratio | koopman/overhead | target | "
+    )
+    return table(heads, rows)
+
+
+PARTS: dict[str, Callable[[], str]] = {"epochs": epochs, "demo": demo, "minutes": minutes}
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    for part in sys.argv[1:] or PARTS:
+        print(PARTS[part](), end="\n\n", flush=True)
