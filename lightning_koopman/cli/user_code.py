@@ -30,7 +30,7 @@ def build_model(
                 f"{name} cannot be built {origin} ({error}); name a function that builds it"
             ) from None
     if not isinstance(found, nn.Module):
-        raise ValueError(f"{name} gives a {type(found).__name__}, not a torch.nn.Module")
+        raise ValueError(f"{name} gives an object of type {type(found).__name__}, not a torch.nn.Module")
     return found
 
 
@@ -84,7 +84,9 @@ def _validation_batches(found: Any, name: str) -> Iterable[Any]:
         first = found[0]
         found = first if hasattr(first, "__iter__") and hasattr(first, "dataset") else found
     if not isinstance(found, Iterable):
-        raise ValueError(f"{name} gives a {type(found).__name__}, which holds no batches")
+        raise ValueError(
+            f"{name} gives an object of type {type(found).__name__}, which holds no batches"
+        )
     return found
 
 

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 from scipy.optimize import LinearConstraint, milp
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Captioned, as_text, with_share
+from lightning_koopman.report.text import Fitted, as_text, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,18 +148,18 @@ class BitWidths:
     def __str__(self) -> str:
         return as_text(self)
 
-    def __rich__(self) -> Captioned:
+    def __rich__(self) -> Fitted:
+        columns = {
+            "component": self.components,
+            "weights": [f"{n:,}" for n in self.weights],
+            "bits": [f"{b}" for b in self.bits],
+        }
+        columns |= {
+            f"effect at {option}": list(map(with_share, *found))
+            for option, *found in zip(self.options, self.effects.T, self.effects_stderr.T, strict=True)
+        }
         title = f"Bits per component, {self.n_samples} samples, by {self.solver}"
-        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("component", overflow="fold", min_width=9)
-        for name in ("weights", "bits", *(f"effect at {option}" for option in self.options)):
-            table.add_column(name, justify="right")
-        for i, name in enumerate(self.components):
-            texts = map(with_share, self.effects[i], self.effects_stderr[i])
-            pairs = zip(self.options, texts, strict=True)
-            cells = [f"[bold]{text}[/]" if b == self.bits[i] else text for b, text in pairs]
-            table.add_row(escape(name), f"{self.weights[i]:,}", f"{self.bits[i]}", *cells)
-        return Captioned(table, [escape(self.verdict)])
+        return Fitted(title, columns, (), (), [escape(self.verdict)])
 
 
 def bit_widths(

@@ -33,7 +33,7 @@ from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Captioned
+from lightning_koopman.report.text import Fitted
 
 CostName = Literal["flops", "parameters", "seconds"]
 _Measure = Callable[[ForwardRunner, Cost], float]
@@ -100,7 +100,7 @@ class Linearized(Steps):
     def __repr__(self) -> str:
         return f"Linearized({self.headline}; linear: {', '.join(self.components) or 'nothing'})"
 
-    def __rich__(self) -> Captioned:
+    def __rich__(self) -> Fitted:
         return self._table(f"{self.headline}\nMade linear one after the other", self.verdict)
 
 

@@ -220,7 +220,7 @@ def effects_on(
             )
     size, notes = outputs[0][0].numel(), tuple[str, ...]()
     if second and size > probes:
-        notes = (f"predicted from {probes} random combinations of the {size} outputs a sample",)
+        notes = (f"predicted from {probes} random combinations of the {size} outputs per sample",)
     predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}

@@ -145,7 +145,7 @@ class LinearFit:
         """Fit the map."""
         n = self._output.count
         if n < 2:
-            raise ValueError(f"{n} sample arrived; a linear map needs at least 2")
+            raise ValueError(f"{n} of at least 2 samples arrived for a linear map; pass more")
         self._drain()
         x, y = torch.cat(self._reduced), torch.cat(self._targets)
         chosen = fit_operator(x, y, tikhonov=tikhonov, seed=self._seed)

@@ -135,7 +135,7 @@ QUANTITIES = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2",
 """Names of the numbers reported for every component."""
 
 MAX_RIDGE_SHIFT = 0.5
-"""Nats a direction that a stable credit may move, or its standard error if that is more, when the ridge
+"""Nats per direction that a stable credit may move, or its standard error if that is more, if the ridge
 weight moves tenfold."""
 
 LINEAR = 1e-6
@@ -153,7 +153,7 @@ class Credits:
             weight chosen anew in every replicate, and in quadrature the bias of a finite sample and what
             directions never seen could do.
         volumes: log|R_i[j, j]| behind each component, by output direction, shape ``(L, r)``.
-        total: Log-volume of the whole network, in nats a direction.
+        total: Log-volume of the whole network, in nats per direction.
         total_stderr: Its standard error.
         stable: Whether the credit moves by no more than :data:`MAX_RIDGE_SHIFT`, or its error, when
             every ridge weight moves tenfold.
@@ -253,7 +253,7 @@ def samples_needed(layout: Layout) -> int:
 def _check(layout: Layout, moments: Tensor, targets: Sequence[int] | None) -> None:
     count = int(moments[:, 0].sum())
     if count < 2:
-        raise ValueError(f"{count} sample arrived; credits need at least 2, and error bars many more")
+        raise ValueError(f"{count} of at least 2 samples arrived; pass more, and many for error bars")
     if targets is not None:
         outside = [t for t in targets if not 0 <= t < layout.dims[-1]]
         if outside or not targets or len(set(targets)) < len(targets):

@@ -91,7 +91,7 @@ def lifted_by(function: Callable[[Tensor], Any], rows: Tensor) -> Tensor:
         got = tuple(lifted.shape) if isinstance(lifted, Tensor) else type(lifted).__name__
         raise ValueError(
             f"observables gave {got} for rows of shape {tuple(rows.shape)}; it must give one row of "
-            "values a sample"
+            "values per sample"
         )
     if not bool(torch.isfinite(lifted).all()):
         raise ValueError(

@@ -36,7 +36,7 @@ class Layout:
     def __post_init__(self) -> None:
         if len(self.dims) < 2:
             raise ValueError(
-                f"{len(self.dims)} state arrived; an operator needs two, the state before a component "
+                f"{len(self.dims)} of at least 2 states arrived; pass the state before a component "
                 "and the state after it"
             )
         if self.folds < 2:

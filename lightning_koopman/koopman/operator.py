@@ -168,7 +168,7 @@ def _check_pair(x: Tensor, y: Tensor, rank: int | None) -> None:
             "(n_samples, d_out) with the same rows"
         )
     if x.shape[0] < 2:
-        raise ValueError(f"{x.shape[0]} sample arrived; an operator needs at least 2")
+        raise ValueError(f"{x.shape[0]} of at least 2 samples arrived for an operator; pass more")
     if rank is not None and not 1 <= rank <= min(x.shape[1], y.shape[1]):
         raise ValueError(
             f"rank is {rank}; for a ({x.shape[1]}, {y.shape[1]}) operator it lies between 1 and "

@@ -34,7 +34,7 @@ class Options:
         max_dim: States wider than this are pooled and projected on their leading POD directions.
         reduce: What becomes of spatial and sequence axes: ``"pool"`` (to a small grid where the state
             is wide), ``"flatten"``, ``"mean"``, ``"last"`` (position that holds data), ``"cls"`` (the
-            first position), or a callable from the tensor to one row a sample; or a mapping from glob
+            first position), or a callable from the tensor to one row per sample; or a mapping from glob
             patterns of names to any of these. Padding that the batch marks (``attention_mask``,
             ``lengths``, …) is left out of pools and means.
         output: What the chain ends with: the name of a module, or, outside a Trainer, a callable from

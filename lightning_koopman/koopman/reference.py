@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from scipy.special import stdtr
 from torch import Tensor
 
 from lightning_koopman.koopman.chain import jackknife
@@ -273,6 +272,8 @@ def beyond_error(drift: Tensor, stderr: Tensor, freedom: int, level: float = 0.0
     References:
         Benjamini & Hochberg (1995), J. R. Stat. Soc. B 57, 289-300.
     """
+    from scipy.special import stdtr  # most of a second to import
+
     known = torch.isfinite(drift) & torch.isfinite(stderr)
     t = (drift - _ROUNDING) / stderr.clamp_min(torch.finfo(torch.float64).tiny)
     p = torch.where(known, torch.from_numpy(stdtr(freedom, -t.numpy())), 1.0)

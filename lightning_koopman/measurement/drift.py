@@ -160,8 +160,8 @@ def _reference_of(given: CreditReport | str | os.PathLike[str]) -> Reference:
         return read_reference(given)
     if not isinstance(given, CreditReport):
         raise ValueError(
-            f"reference is a {type(given).__name__}; give a report of credit_report, or a file that its "
-            "save_reference wrote"
+            f"reference has type {type(given).__name__}; give a report of credit_report, or a file "
+            "that its save_reference wrote"
         )
     if given.reference is None:
         raise ValueError(

@@ -309,7 +309,7 @@ class KoopmanCredit(Metric):
         if components is not None and len(components) != len(dims) - 1:
             raise ValueError(f"{len(dims)} states need {len(dims) - 1} components, not {components}")
         if self.center is not None and tuple(map(len, self.center)) != layout.dims:
-            raise ValueError(f"center must hold one offset a state, of widths {layout.dims}")
+            raise ValueError(f"center must hold one offset per state, of widths {layout.dims}")
         return layout
 
     def _lay_out(self, components: Sequence[str] | None, layout: Layout) -> None:

@@ -161,4 +161,4 @@ def _raise_for(errors: Sequence[str | None]) -> None:
     failed = {rank: error for rank, error in enumerate(errors) if error is not None}
     if failed:
         told = "; ".join(f"process {rank}: {error}" for rank, error in failed.items())
-        raise ProcessError(f"the measurement was given up, for it failed in {told}")
+        raise ProcessError(f"the measurement was aborted, because it failed in {told}")

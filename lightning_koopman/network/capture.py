@@ -229,8 +229,8 @@ class Capture:
         sources, tensor = self._provenance.of(value), first_tensor(value)
         if tensor is None:
             raise ValueError(
-                f"the output of interest is a {type(value).__name__} without a floating-point tensor; "
-                "let output= give one"
+                f"the output of interest has type {type(value).__name__}, without a floating-point "
+                "tensor; let output= give one"
             )
         self._states[name] = self.keep(tensor, Recorded(name, self._model, tensor, None, sources))
 

@@ -34,7 +34,7 @@ def check_arguments(model: object, batches: object) -> None:
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ValueError(f"model is the class {model.__name__}; pass an instance, {model.__name__}(...)")
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+        raise ValueError(f"model has type {type(model).__name__}; it must be a torch.nn.Module")
     kind = type(batches).__name__
     if isinstance(batches, Tensor):
         raise ValueError(
@@ -52,7 +52,9 @@ def check_arguments(model: object, batches: object) -> None:
             'setup("validate"), then pass val_dataloader()'
         )
     if not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
-        raise ValueError(f"batches is a {kind}; it must be an iterable of batches, such as a DataLoader")
+        raise ValueError(
+            f"batches has type {kind}; it must be an iterable of batches, such as a DataLoader"
+        )
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

@@ -57,7 +57,7 @@ class Recorded:
 
 
 Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Any]
-"""How the spatial or sequence axes of a state become part of one row a sample."""
+"""How the spatial or sequence axes of a state become part of one row per sample."""
 
 REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")
 
@@ -103,7 +103,7 @@ class RowForm:
         if callable(self.reduce):
             values = self.reduce(tensor.detach())
             if not isinstance(values, Tensor) or values.ndim == 0:
-                raise ValueError(f"reduce gave {type(values).__name__}; it must give one row a sample")
+                raise ValueError(f"reduce gave {type(values).__name__}; it must give one row per sample")
             return values.detach().reshape(values.shape[0], -1).to(dtype, copy=True)
         if tensor.ndim == 2 and self.batch_axis == 0 and self.group == 1:
             return tensor.detach().to(dtype, copy=True)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.markup import escape
-from scipy.stats import spearmanr
 
 from lightning_koopman.koopman.chain import jackknife
 from lightning_koopman.report.saved import to_plain
@@ -156,6 +155,8 @@ class Effects:
         both = both[:, np.isfinite(both).all(axis=0)]
         if both.shape[1] < 3 or any(len(set(values)) < 2 for values in both):
             return math.nan
+        from scipy.stats import spearmanr  # takes seconds to import
+
         return float(spearmanr(*both).statistic)
 
     def to_frame(self) -> DataFrame:

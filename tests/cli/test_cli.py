@@ -114,7 +114,11 @@ def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, cap
         ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
         ("userproject:LitNett", "userproject:Data", "has no 'LitNett'; did you mean 'LitNet'?"),
         ("no_such_module:Nope", "userproject:Data", "No module named 'no_such_module'"),
-        ("userproject:forgetful", "userproject:Data", "gives a int, not a torch.nn.Module"),
+        (
+            "userproject:forgetful",
+            "userproject:Data",
+            "gives an object of type int, not a torch.nn.Module",
+        ),
         ("userproject:LitNet", "userproject:forgetful", "cannot be called without arguments"),
     ],
 )
@@ -228,7 +232,7 @@ def test_evaluate_tells_effects_on_demand(project, capsys):
     first = read("r.json")
     assert [list(report.effects.values) for report in first] == [["skip", "output_noise"]] * 2
     events = read_events("tb")
-    tag = f"koopman/effect_skip/{first[0].components[0]}"
+    tag = f"koopman/skip/{first[0].components[0]}"
     assert [event.step for event in events.Scalars(tag)] == [10, 20]
     assert evaluate(*given, "--effects=true", "--initial-checkpoint=step20.ckpt") == 0
     capsys.readouterr()
@@ -283,7 +287,9 @@ def test_models_and_batches_may_stand_in_a_module(project, capsys):
         assert "2 components" in capsys.readouterr().out
     given = ["--model=standing:Holder.model", "--data=standing:number"]
     assert main(["components", *given]) == 1
-    assert "standing:number gives a int, which holds no batches" in capsys.readouterr().err
+    assert (
+        "standing:number gives an object of type int, which holds no batches" in capsys.readouterr().err
+    )
     assert main(["components", "--model=standing:broken"]) == 1
     told = " ".join(capsys.readouterr().err.split())
     assert "standing:broken cannot be built without arguments (inside); name a function" in told

@@ -274,7 +274,7 @@ def test_errors_say_what_arrived_and_what_to_do():
     report = credit_report(pairs, [x], components=["pair", "last"])
     with pytest.raises(ValueError, match="'pair' cannot become linear: it takes more than one tensor"):
         linearize(pairs, batches, report, components=["pair"])
-    with pytest.raises(ValueError, match="0 sample arrived; a linear map needs at least 2"):
+    with pytest.raises(ValueError, match="0 of at least 2 samples arrived for a linear map"):
         LinearFit().solve()
     assert "shape=(2,)" in repr(LinearComponent(3, (2,), replaces=["a"]))
 

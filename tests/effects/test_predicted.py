@@ -184,7 +184,7 @@ def test_two_probes_have_the_mean_of_all():
     how = {"components": PARTS, "scale": "kl", "samples": 3000}
     exact = predicted(net, [x], ["output_noise", "skip"], **how)
     drawn = predicted(net, [x], ["output_noise", "skip"], **how | {"probes": 2})
-    assert drawn.notes == ("predicted from 2 random combinations of the 4 outputs a sample",)
+    assert drawn.notes == ("predicted from 2 random combinations of the 4 outputs per sample",)
     assert not exact.notes
     for kind in ("output_noise", "skip"):
         np.testing.assert_allclose(drawn.values[kind], exact.values[kind], rtol=0.1)

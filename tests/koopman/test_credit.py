@@ -895,7 +895,7 @@ def test_fewer_than_two_samples_are_refused(n: int) -> None:
     accumulate(
         layout, moments, [torch.ones(n, 3).double(), torch.ones(n, 2).double()], torch.zeros(n).long()
     )
-    with pytest.raises(ValueError, match=f"{n} sample arrived; credits need at least 2"):
+    with pytest.raises(ValueError, match=f"{n} of at least 2 samples arrived; pass more"):
         compute_credits(layout, moments)
 
 

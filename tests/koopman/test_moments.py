@@ -249,7 +249,7 @@ def test_a_unit_far_from_zero_is_not_taken_for_constant() -> None:
 
 
 def test_layouts_that_serve_no_operator_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 state arrived; an operator needs two"):
+    with pytest.raises(ValueError, match="1 of at least 2 states arrived; pass the state before"):
         Layout((3,), 5)
     with pytest.raises(ValueError, match="folds is 1; held-out R² needs at least 2"):
         Layout((3, 2), 1)

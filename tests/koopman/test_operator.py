@@ -387,9 +387,9 @@ def test_bad_input_is_refused_with_what_arrived() -> None:
         fit_operator(x, y[:-1])
     with pytest.raises(ValueError, match=r"x has shape \(20,\) and y \(20, 3\)"):
         fit_operator(x[:, 0], y)
-    with pytest.raises(ValueError, match="1 sample arrived; an operator needs at least 2"):
+    with pytest.raises(ValueError, match="1 of at least 2 samples arrived for an operator"):
         fit_operator(x[:1], y[:1])
-    with pytest.raises(ValueError, match="0 sample arrived"):
+    with pytest.raises(ValueError, match="0 of at least 2 samples arrived"):
         fit_operator(x[:0], y[:0])
     with pytest.raises(ValueError, match=r"rank is 4; for a \(4, 3\) operator it lies between 1 and 3"):
         fit_operator(x, y, rank=4)

@@ -229,7 +229,7 @@ def test_a_report_from_json_has_no_reference(tmp_path: Path) -> None:
 
 
 def test_what_is_no_reference_or_no_batches_is_refused() -> None:
-    with pytest.raises(ValueError, match="reference is a Sequential; give a report"):
+    with pytest.raises(ValueError, match="reference has type Sequential; give a report"):
         drift(mlp(), mlp(), samples())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batches is one tensor"):
         drift(credit_report(mlp(), samples()), mlp(), samples()[0])

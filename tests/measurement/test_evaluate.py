@@ -453,11 +453,15 @@ def test_a_mapping_that_fails_whole_names_forward_fn():
     ("model", "batches", "message"),
     [
         (nn.Linear, [samples()], r"model is the class Linear; pass an instance, Linear\(\.\.\.\)"),
-        (torch.relu, [samples()], "model is a builtin_function_or_method; it must be a torch.nn.Module"),
+        (
+            torch.relu,
+            [samples()],
+            "model has type builtin_function_or_method; it must be a torch.nn.Module",
+        ),
         (None, samples(), r"batches is one tensor of shape \(300, 6\).*x\.split\(256\) or \[x\]"),
         (None, TensorDataset(samples()), r"batches is a dataset \(TensorDataset\).*DataLoader\(dataset"),
         (None, Digits(), r"batches is a DataModule \(Digits\).*then pass val_dataloader\(\)"),
-        (None, 3, "batches is a int; it must be an iterable of batches"),
+        (None, 3, "batches has type int; it must be an iterable of batches"),
         (None, iter([]), r"no sample arrived: .*a generator gives its batches only once"),
     ],
 )

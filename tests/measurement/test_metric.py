@@ -245,7 +245,7 @@ def test_reset_forgets_the_samples_only():
     given.update(chain(seed=1))
     given.reset()
     assert not given.moments.any()
-    with pytest.raises(ValueError, match="0 sample arrived; credits need at least 2"):
+    with pytest.raises(ValueError, match="0 of at least 2 samples arrived; pass more"):
         given.report()
     given.update(states)
     assert_same(given.compute(), fed(states).compute())
@@ -491,8 +491,8 @@ def test_states_that_do_not_fit_are_refused():
             fed(states).update(given)
     for fresh, given, message in (
         (KoopmanCredit(["a"]), states, r"4 states need 3 components, not \('a',\)"),
-        (metric(center=[torch.zeros(6)]), states, r"one offset a state, of widths \(6, 8, 5, 4\)"),
-        (KoopmanCredit(), states[:1], "1 state arrived; an operator needs two"),
+        (metric(center=[torch.zeros(6)]), states, r"one offset per state, of widths \(6, 8, 5, 4\)"),
+        (KoopmanCredit(), states[:1], "1 of at least 2 states arrived; pass the state"),
     ):
         with pytest.raises(ValueError, match=message):
             fresh.update(given)
@@ -504,8 +504,8 @@ def test_without_a_sample_there_is_no_result():
     for ask, message in (
         (metric().compute, nothing),
         (metric().report, nothing),
-        (metric(dims=DIMS).compute, "0 sample arrived"),
-        (fed(rows_of(chain(), slice(0, 1))).compute, "1 sample arrived; credits need at least 2"),
+        (metric(dims=DIMS).compute, "0 of at least 2 samples arrived"),
+        (fed(rows_of(chain(), slice(0, 1))).compute, "1 of at least 2 samples arrived; pass more"),
     ):
         with pytest.raises(ValueError, match=message):
             ask()
@@ -525,7 +525,7 @@ def test_too_few_samples_are_warned_of_with_the_number_to_have():
     [
         ({"quantities": ["credits"]}, r"unknown quantities \['credits'\]; choose from"),
         ({"quantities": "credit"}, "quantities is 'credit'; give a list, with names out of"),
-        ({"dims": (3,)}, "1 state arrived"),
+        ({"dims": (3,)}, "1 of at least 2 states arrived"),
         ({"dims": (3, 4), "delay": 2, "components": ["a"]}, "delay is 2; with 1 components"),
     ],
     ids=str,
@@ -538,7 +538,7 @@ def test_arguments_out_of_range_are_refused_at_once(options, message):
 def test_forward_on_a_batch_that_is_too_small_changes_nothing():
     states = chain()
     for given, count in ((KoopmanCredit(NAMES), 0), (fed(states), 1)):
-        with pytest.raises(ValueError, match="1 sample arrived"):
+        with pytest.raises(ValueError, match="1 of at least 2 samples arrived"):
             given(rows_of(states, slice(0, 1)))
         assert given.update_count == count
         if not count:

@@ -337,7 +337,9 @@ def test_an_output_without_numbers_is_told_behind_the_pass_and_not_in_it():
     model, x = bodied(gives=lambda given: "words"), torch.randn(6, 4)
     with Capture(model, ["body.first", "body.second"], output="body") as capture:
         assert model(x).shape == (6, 2), "the user's own pass ends as it does without us"
-        with pytest.raises(ValueError, match="the output of interest is a str without a floating-point"):
+        with pytest.raises(
+            ValueError, match="the output of interest has type str, without a floating-point"
+        ):
             capture.end_pass()
     assert hooks_on(model) == 0
 

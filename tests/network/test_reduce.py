@@ -104,7 +104,7 @@ def test_a_reduction_that_needs_a_sequence_says_so() -> None:
 
 
 def test_a_callable_must_give_a_tensor() -> None:
-    with pytest.raises(ValueError, match="reduce gave list; it must give one row a sample"):
+    with pytest.raises(ValueError, match="reduce gave list; it must give one row per sample"):
         credit_report(
             PerPosition(), [torch.randn(20, 5, 3)], options=Options(reduce=lambda t: t.tolist())
         )
