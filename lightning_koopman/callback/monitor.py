@@ -40,7 +40,7 @@ from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording
 from lightning_koopman.network.rows import valid_positions
 from lightning_koopman.report.drift import Drift
-from lightning_koopman.report.effects import KINDS, Kind
+from lightning_koopman.report.effects import KINDS, Effects, Kind
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -399,6 +399,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 return
             if self._idle:
                 self._begin(trainer, pl_module, ())
+            self._final = may_be_last(trainer)
             self._finish(trainer, pl_module, step=step)
 
     @never_in_the_way
@@ -530,18 +531,45 @@ class KoopmanCreditMonitor(HarmlessCallback):
         return differs if self._recording is None else self._recording.reason or differs
 
     def _complete(self, trainer: Any, pl_module: Any) -> None:
-        """Compute the errors that the newest report was made without."""
-        if self._watched is None or not self.history or self._final or self._with_errors():
+        """Compute what the newest report was made without, errors and effects."""
+        if self._watched is None or self._final:
             return
         self._final = True
-        with plain_numerics(pl_module):
-            report = self._watched.report(step=self.history[-1].step, errors=self._with_errors())
-            report = self._with_effects(trainer, pl_module, report)
-        self.history[-1] = report
+        report = self._report_on(trainer, pl_module, self._watched, self._measured_at)
+        self.history[-1:] = [report]
         scalars, beside = self._show(trainer, report), self._writer.beside(report)
         found = {name: scalars[name] for name in scalars.keys() & beside.keys()}
         for logger in trainer.loggers if trainer.is_global_zero and found else ():
             logger.log_metrics(found, step=self._logged_at)
+
+    def _report_on(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        measurement: Measurement,
+        step: int | None,
+        before: Measurement | None = None,
+    ) -> CreditReport:
+        """Compute a report with its effects, and the drift since a measurement before."""
+        with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
+            try:
+                report = measurement.report(step=step, errors=self._with_errors())
+                if self.drift and before is not None and self.history:
+                    drift = drift_from(before, measurement, since=self.history[-1].step, step=step)
+                    if drift is not None:
+                        self.drifts.append(drift)
+                        report = replace(report, drift=drift.drift)
+                found, why = self._effects_of(trainer, pl_module, report)
+            except Exception:
+                # The others wait for the effects of this process.
+                self._pool_effects(trainer, None)
+                raise
+            effects = self._pool_effects(trainer, found)
+        if effects is None and why is not None:
+            notes = list(report.notes)
+            notes.append(f"effects were not measured: {why}")
+            return replace(report, notes=tuple(notes))
+        return replace(report, effects=effects)
 
     def _with_errors(self) -> bool:
         """Check whether the report has errors: in a training under way only where that is asked for."""
@@ -589,7 +617,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             due = trainer.global_step + ahead >= self.budget.due
         else:
             due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        return bool(due or not self.history or may_be_last(trainer))
+        # Whatever became of its report, all processes know that something was added up.
+        first = not self.history and self._watched is None
+        return bool(due or first or may_be_last(trainer))
 
     def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
         validating = trainer.state.fn != "fit"
@@ -600,18 +630,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         # An error from here on may be this process's own: it must not measure again alone.
         self._measured_at = trainer.global_step
         try:
-            with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-                report = measurement.report(
-                    step=trainer.global_step if weights_step is None else weights_step,
-                    errors=self._with_errors(),
-                )
-                if self.drift and before is not None and self.history:
-                    since = self.history[-1].step
-                    found = drift_from(before, measurement, since=since, step=report.step)
-                    if found is not None:
-                        self.drifts.append(found)
-                        report = replace(report, drift=found.drift)
-                report = self._with_effects(trainer, pl_module, report)
+            weights_of = trainer.global_step if weights_step is None else weights_step
+            report = self._report_on(trainer, pl_module, measurement, weights_of, before)
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.
                 self.history[-1] = replace(self.history[-1], operators={}, reference=None)
@@ -623,37 +643,38 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if not validating:
                 self._plan(trainer, pl_module)
 
-    def _with_effects(self, trainer: Any, pl_module: Any, report: CreditReport) -> CreditReport:
-        """Measure the effects of altering components, always for the last report."""
+    def _effects_of(
+        self, trainer: Any, pl_module: Any, report: CreditReport
+    ) -> tuple[Effects | None, str | None]:
+        """Measure effects on this process's samples, for the last report and where there is room."""
         if not self.effects or trainer.state.fn != "fit":
-            return report
-        alone, step = trainer.world_size == 1, trainer.global_step
-        seconds = passes(report, self.effects) * self._row_s
+            return None, None
+        step, seconds = trainer.global_step, passes(report, self.effects) * self._row_s
         most = self.budget.allowed(step, last_step(trainer)) / 3
         self.budget.expect("effects", min(seconds * SAMPLES, most))
-        why = self._no_replay
-        if not self._final and (why is not None or not alone or not self.budget.has_room("effects")):
-            return report
-        found = None
+        why, recording = self._no_replay, self._recording
+        if not self._final and (why or trainer.world_size > 1 or not self.budget.has_room("effects")):
+            return None, None
+        if why is not None or recording is None or not recording.steps:
+            return None, why or "no call was recorded"
         with self.budget.apart("effects"):
             try:
                 refuse_sharded_weights(trainer)
-                if why is None and self._recording is not None:
-                    samples = self.budget.left("effects") / max(seconds, 1e-12)
-                    around = trainer.precision_plugin.forward_context
-                    found = measure_effects(
-                        pl_module, self._recording.steps, report, self.effects, around, samples=samples
-                    )
+                samples = self.budget.left("effects") / max(seconds, 1e-12)
+                around = trainer.precision_plugin.forward_context
+                found = measure_effects(
+                    pl_module, recording.steps, report, self.effects, around, samples=samples
+                )
             except Exception as error:
-                why = str(error)
-            if not alone:
-                everybody = [each for each in gather(found) if each is not None]
-                found = pooled(everybody) if everybody else None
-        if found is None:
-            why, notes = why or "no call was recorded", list(report.notes)
-            notes.append(f"effects were not measured: {why}")
-            return replace(report, notes=tuple(notes))
-        return replace(report, effects=found)
+                return None, str(error)
+        return found, None
+
+    def _pool_effects(self, trainer: Any, own: Effects | None) -> Effects | None:
+        """Average the effects that the processes measured; each of them must call this."""
+        if trainer.world_size == 1 or not (self._final and self.effects and trainer.state.fn == "fit"):
+            return own
+        everybody = [found for found in gather(own) if found is not None]
+        return pooled(everybody) if everybody else None
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         """Find when the next measurement is due, alike in all processes."""

@@ -169,7 +169,8 @@ def two(tmp_path_factory):
     faults[7] |= {"limit_val_batches": 0}
     # Where no basis is needed, each process has a centre of its own.
     faults[8] |= {"max_dim": BASE["max_dim"]}
-    empty = [many | {"shards": "none"}, many | {"shards": "skipping", "validate": True}]
+    alike = many | {"every_n_epochs": None, "max_epochs": 6, "slow": [1, 0.2]}
+    empty = [alike, many | {"shards": "none"}, many | {"shards": "skipping", "validate": True}]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _, ones = fit_here(alone(good()), folder / "one")
@@ -187,7 +188,8 @@ def test_a_measurement_takes_one_exchange_and_one_sum_however_many_batches(two):
         for rank in read(folder):
             once = ["all_gather_object", *wide, "all_reduce"]
             assert rank["history"]
-            assert rank["collectives"] == once * len(rank["history"])
+            # With the last report come the effects that each process measured.
+            assert rank["collectives"] == [*once * len(rank["history"]), "all_gather_object"]
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{r}-{place}" for r, place, _ in FAULTS])
@@ -212,6 +214,17 @@ def test_no_batch_in_any_process_and_a_validation_that_one_of_them_skips(two):
         assert any("the batches were empty in every process" in told for told in rank["warned"])
     told = next(c for c in two["trainers"][-1].callbacks if isinstance(c, Monitor)).told
     assert any("a process without a batch skips this validation" in message for message in told)
+
+
+def test_processes_of_which_one_is_slow_skip_the_same_epochs(two):
+    first, second = read(two["folders"][-3])
+    steps = [[report["step"] for report in rank["history"]] for rank in (first, second)]
+    assert steps[0] == steps[1]
+    assert 2 <= len(steps[0]) < 6
+    assert steps[0][-1] == 6 * steps[0][0]
+    # They agree at the end of each measurement, which is one exchange more.
+    assert first["collectives"] == second["collectives"]
+    assert first["collectives"].count("all_reduce") == 2 * len(steps[0])
 
 
 @pytest.mark.slow
