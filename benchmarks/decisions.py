@@ -103,7 +103,7 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     choose, test = data["choose"], data["test"]
     options = (8, *BITS)
     start = time.process_time()
-    found = bit_widths(net, choose, bits=options, average=3.0)
+    found = bit_widths(net, choose, bits=options, average=3.0, samples=100_000)
     seconds = time.process_time() - start
     names, counts = found.components, np.array(found.weights, dtype=float)
     rounded = {b: quantized_weights(net, b) for b in options}
@@ -113,7 +113,7 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     if name == "minilm":
         report, how["components"] = None, None
     truth = component_effects(net, test, report, (), how="measured", **how)
-    told = component_effects(net, choose, report, (), how="predicted", **(how | {"samples": 512}))
+    told = component_effects(net, choose, report, (), how="predicted", **how)
     places = [truth.components.index(n) for n in names]
     baselines = from_gradients(net, choose, names, rounded)
     scores: dict[str, Array] = {"measured effect": found.effects}

@@ -145,7 +145,7 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     within = sum(0.8 <= value <= 1.25 for value in sizes)
     targets.append([
         "quantise: rank correlation ≥ .96",
-        f"{rank:.3f} (mean over networks and bits, measured on 512 samples)",
+        f"{rank:.3f} (mean over networks and bits)",
         said(rank >= 0.96),
     ])
     targets.append([
@@ -162,10 +162,10 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     return f"""## Cut precision
 
 Weights rounded to nearest by torchao, one scale per output channel; components as the package chooses
-them (blocks, stem and head). The effect is measured on 512 samples to choose on, or predicted from
+them (blocks, stem and head). The effect is measured on the samples to choose on, or predicted from
 gradients, and compared with what rounding does on the test samples. HAWQ-like: the Fisher's mean
 diagonal times the square of the rounding error; (g·Δ)²: half the mean square of the loss's change to
-first order.
+first order; both from the gradients at 64 samples.
 
 {texts[0]}
 {texts[1]}
@@ -228,8 +228,8 @@ def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     text = table([*heads, "first layers first", "random order"], rows)
     return f"""## Make components linear
 
-As many blocks as keep the accuracy within 0.01 on the samples to choose on; maps are fitted on a third of
-the training samples. Tokens and pixels share one map of their channels. The baselines try the same
+As many blocks as keep the accuracy within 0.01 on the samples to choose on; maps are fitted on a third
+of the training samples. Tokens and pixels share one map of their channels. The baselines try the same
 maps in the order of depth (last block first, and first block first) or at random (two orders), with
 the same test. Shares of the whole network; the accuracy that is lost is measured on other samples.
 
