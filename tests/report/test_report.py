@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 
@@ -20,6 +21,7 @@ from lightning_koopman.report.saved import ReportFormatError
 NAMES = ("stem", "body.0", "head")
 
 
+@functools.cache
 def make(seed: int = 0, *, dead: bool = False, step: int | None = 12) -> CreditReport:
     metric = KoopmanCredit(NAMES)
     generator = torch.Generator().manual_seed(seed)
