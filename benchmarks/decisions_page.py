@@ -110,8 +110,8 @@ def drop_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     return f"""## Drop blocks
 
 `drop_order` measures the effect of skipping each block that is left on 512 samples and drops the least,
-again and again. Greedy measured drops whichever block leaves the best accuracy on all samples to choose
-on; the effect once ranks by the first step of `drop_order`. Whole networks reach {mean(whole)}.
+again and again. Greedy measured drops whichever block leaves the best accuracy on as many samples; the
+effect once ranks by the first step of `drop_order`. Whole networks reach {mean(whole)}.
 `drop_order` took {mean(seconds, 0)} processor seconds per network.
 
 {parts[0]}
@@ -145,7 +145,7 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     within = sum(0.8 <= value <= 1.25 for value in sizes)
     targets.append([
         "quantise: rank correlation ≥ .96",
-        f"{rank:.3f} (mean over networks and bits, measured on 512 samples)",
+        f"{rank:.3f} (mean over networks and bits)",
         said(rank >= 0.96),
     ])
     targets.append([
@@ -162,10 +162,10 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     return f"""## Cut precision
 
 Weights rounded to nearest by torchao, one scale per output channel; components as the package chooses
-them (blocks, stem and head). The effect is measured on 512 samples to choose on, or predicted from
+them (blocks, stem and head). The effect is measured on the samples to choose on, or predicted from
 gradients, and compared with what rounding does on the test samples. HAWQ-like: the Fisher's mean
 diagonal times the square of the rounding error; (g·Δ)²: half the mean square of the loss's change to
-first order.
+first order; both from the gradients at 64 samples.
 
 {texts[0]}
 {texts[1]}
@@ -186,7 +186,7 @@ def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     rows, won, smaller = [], 0, 0
     for key in keys((*DEVELOPMENT, *UNTOUCHED)):
         each = found[key]
-        random = [each["flops"][f"random {i}"] for i in range(3)]
+        random = [each["flops"][f"random {i}"] for i in range(2)]
         best = min(each["flops"]["depth"], each["flops"]["first layers first"], float(np.mean(random)))
         seed = int(key.rpartition("-")[2])
         beaten = each["flops"]["linearize"] < best
@@ -228,9 +228,9 @@ def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     text = table([*heads, "first layers first", "random order"], rows)
     return f"""## Make components linear
 
-As many blocks as keep the accuracy within 0.01 on 1,000 samples to choose on; maps are fitted on half of
-the training samples. Tokens and pixels share one map of their channels. The baselines try the same
-maps in the order of depth (last block first, and first block first) or at random (three orders), with
+As many blocks as keep the accuracy within 0.01 on the samples to choose on; maps are fitted on a third
+of the training samples. Tokens and pixels share one map of their channels. The baselines try the same
+maps in the order of depth (last block first, and first block first) or at random (two orders), with
 the same test. Shares of the whole network; the accuracy that is lost is measured on other samples.
 
 {text}
@@ -309,13 +309,14 @@ by, against what others rank by, all in the same run. Errors are standard errors
 "behind" is the mean of paired differences.
 
 - **Stochastic depth**: residual MLPs, ViTs and ResNets of twelve blocks on handwritten digits of 14 × 14
-  pixels (3,000 to train on, 1,000 to choose on, 1,000 to test). While they were trained each block was
-  left out at a rate of its own, from 0 to 0.8, shuffled over the depth, so that depth does not give
-  importance away. Seed {DEVELOPMENT[0]} of each was used in development, seeds {rates} were not.
+  pixels (3,000 to train on; 1,000 to choose on and 1,000 to test, 500 each for ViTs and ResNets). While
+  they were trained each block was left out at a rate of its own, from 0 to 0.8, shuffled over the depth,
+  so that depth does not give importance away. Seed {DEVELOPMENT[0]} of each was used in development,
+  seeds {rates} were not.
 - **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24 words) tells from which of six
-  packages a paragraph of a docstring is, by a linear layer fitted on 480 (256 to choose on, 380 to
-  test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 192 of their left halves to
-  choose on and 192 of their right halves to test. There "right" is what the whole network says, so
+  packages a paragraph of a docstring is, by a linear layer fitted on 480 (192 to choose on, 256 to
+  test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of their left halves to
+  choose on and 64 of their right halves to test. There "right" is what the whole network says, so
   that accuracy is agreement; nine of its sixteen blocks can be skipped.
 
 ## Targets

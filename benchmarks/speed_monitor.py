@@ -109,7 +109,8 @@ def epochs() -> str:
         spread = f"{min(a / b for a, b in pairs):.2f} … {max(a / b for a, b in pairs):.2f}"
         rows.append([
             kind, f"{statistics.median(others):.3f}", f"{statistics.median(measured):.3f}",
-            f"{ratio:.2f} ({spread})", f"≤ {target}" if target else "", verdict(ratio <= target) if target else "",
+            f"{ratio:.2f} ({spread})",
+            *((f"≤ {target}", verdict(ratio <= target)) if target else ("", "")),
         ])  # fmt: skip
     return table("epoch of | not measured, s | measured, s | ratio (range) | target | ", rows)
 

@@ -85,6 +85,27 @@ def test_importing_the_package_imports_no_lightning():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("code", "unwanted"),
+    [
+        ("import lightning_koopman", ["torch", "numpy"]),
+        (
+            "from lightning_koopman import credit_report",
+            ["torchmetrics", "lightning", "matplotlib", "pandas", "scipy", "pydantic", "sklearn"],
+        ),
+        (
+            "from lightning_koopman.cli.main import main; main(['--help'])",
+            ["torch", "numpy", "scipy", "pandas"],
+        ),
+    ],
+    ids=["package", "report", "help"],
+)
+def test_what_takes_long_to_import_is_imported_where_it_is_used(code: str, unwanted: list[str]):
+    code += f"; import sys; print(sorted(set({unwanted}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.slow
 def test_a_report_imports_no_compiler():
     # It would cost the first report of a process seconds.

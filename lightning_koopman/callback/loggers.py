@@ -203,12 +203,12 @@ class CreditWriter:
 
         newest = reports[-1]
         alike = [report for report in reports if report.components == newest.components]
-        figures = {"evolution": plots.plot_evolution(alike), "credits": plots.plot_report(newest)}
+        drawn = {"evolution": plots.plot_evolution(alike), "credits": plots.plot_report(newest)}
         if newest.directions:
-            figures["directions"] = plots.plot_directions(newest)
+            drawn["directions"] = plots.plot_directions(newest)
         if newest.operators:
-            figures["spectra"] = plots.plot_spectra(newest)
-        for name, figure in figures.items():
+            drawn["spectra"] = plots.plot_spectra(newest)
+        for name, (figure, _) in drawn.items():
             for show in accepted:
                 show(f"{self.prefix}/{name}", figure, step)
 

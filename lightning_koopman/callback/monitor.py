@@ -608,7 +608,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 if self.drift and before is not None and self.history:
                     since = self.history[-1].step
                     found = drift_from(before, measurement, since=since, step=report.step)
-                    self.drifts += [] if found is None else [found]
+                    if found is not None:
+                        self.drifts.append(found)
+                        report = replace(report, drift=found.drift)
                 report = self._with_effects(trainer, pl_module, report)
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.

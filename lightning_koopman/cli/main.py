@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import difflib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_koopman.cli import commands, decide
-from lightning_koopman.cli.drift import drift
-
 _COMMANDS = {
-    command.__name__: command
-    for command in (
-        *(commands.compare, commands.components, commands.demo, drift, decide.bits),
-        *(
-            decide.drop,
-            commands.effects,
-            commands.evaluate,
-            decide.linearize,
-            commands.merge,
-            commands.report,
-        ),
-    )
+    **dict.fromkeys(("compare", "components", "demo"), "commands"),
+    "drift": "drift",
+    **dict.fromkeys(("bits", "drop"), "decide"),
+    **dict.fromkeys(("effects", "evaluate"), "commands"),
+    "linearize": "decide",
+    **dict.fromkeys(("merge", "report"), "commands"),
 }
+"""In which file each command is; all of them import torch, which takes seconds."""
 
 _FILES = {"drift": ["reference"], "report": ["file"], "compare": ["before", "after"]}
 """Arguments that may stand without their option's name, as people type them."""
@@ -60,6 +55,30 @@ class _Parser(ArgumentParser):
         self.exit(2)
 
 
+def _command(name: str) -> Callable[..., Any]:
+    """Import a command."""
+    home = importlib.import_module(f"lightning_koopman.cli.{_COMMANDS[name]}")
+    found: Callable[..., Any] = getattr(home, name)
+    return found
+
+
+def _overview() -> str:
+    """Tell what each command does, from the source of all of them: nobody waits for torch to read it."""
+    parser = argparse.ArgumentParser("lightning-koopman")
+    parser.add_argument("--config", help="path to a configuration file")
+    told = "Commands; lightning-koopman COMMAND --help tells more"
+    commands = parser.add_subparsers(title=told, metavar="COMMAND", required=True)
+    sources = {
+        home: ast.parse(Path(__file__).with_name(f"{home}.py").read_text(encoding="utf-8")).body
+        for home in set(_COMMANDS.values())
+    }
+    for name, home in _COMMANDS.items():
+        functions = (node for node in sources[home] if isinstance(node, ast.FunctionDef))
+        story = next(ast.get_docstring(node) or "" for node in functions if node.name == name)
+        commands.add_parser(name, help=" ".join(story.split("\n\n")[0].split()))
+    return parser.format_help()
+
+
 def _option(name: str) -> str:
     """Return an option as people type it."""
     return "--" + name.replace("_", "-")
@@ -73,7 +92,7 @@ def _as_parsed(given: Sequence[str]) -> list[str]:
         if len(args) > 2 * place - 1 and not args[2 * place - 1].startswith("-"):
             args.insert(2 * place - 1, f"--{name}")
     if command in _COMMANDS:
-        parameters = inspect.signature(_COMMANDS[command]).parameters.values()
+        parameters = inspect.signature(_command(command)).parameters.values()
         switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
         for i in range(len(args) - 1, 0, -1):
             if args[i] in switches and (i + 1 == len(args) or args[i + 1].startswith("-")):
@@ -83,7 +102,11 @@ def _as_parsed(given: Sequence[str]) -> list[str]:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    given = _as_parsed(sys.argv[1:] if args is None else args)
+    asked = list(sys.argv[1:] if args is None else args)
+    if asked in (["--help"], ["-h"]):
+        print(_overview(), end="")
+        return 0
+    given = _as_parsed(asked)
     try:
         if any(argument.startswith("--print_completion") for argument in given):
             try:
@@ -96,7 +119,7 @@ def main(args: Sequence[str] | None = None) -> int:
                     "pip install -U 'lightning-koopman[completion]'"
                 ) from None
         auto_cli(
-            list(_COMMANDS.values()),
+            [_command(name) for name in _COMMANDS],
             args=given,
             prog="lightning-koopman",
             as_positional=False,

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
-from rich.table import Table
 from scipy.optimize import LinearConstraint, milp
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Captioned, as_text, with_share
+from lightning_koopman.report.text import Fitted, as_text, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BitWidths:
+class BitWidths(JupyterMixin):
     """Numbers of bits for the weights of each component, and what the network does with them.
 
     Attributes:
@@ -118,18 +117,22 @@ class BitWidths:
             rows[f"effect_{option}_stderr"] = tuple(self.effects_stderr[:, column])
         return pandas.DataFrame(rows)
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the effect of each number of bits per component, those that were chosen filled.
 
+        Args:
+            ax: Matplotlib axes to draw on; ``None`` makes a figure.
+
         Returns:
-            A Matplotlib figure that no window manager knows of.
+            The figure and its axes.
         """
-        from lightning_koopman.report.plots import plot_options
+        from lightning_koopman.report.drawing import plot_options, visible
 
         chosen = [self.options.index(b) for b in self.bits]
         names = [f"{option} bits" for option in self.options]
         label = f"effect [{UNITS[self.scale]}]"
-        return plot_options(self.components, names, self.effects, self.effects_stderr, chosen, label)
+        numbers = self.effects, self.effects_stderr
+        return plot_options(self.components, names, *numbers, chosen, label, visible(ax))
 
     @property
     def verdict(self) -> str:
@@ -150,18 +153,18 @@ class BitWidths:
     def __str__(self) -> str:
         return as_text(self)
 
-    def __rich__(self) -> Captioned:
+    def __rich__(self) -> Fitted:
+        columns = {
+            "component": self.components,
+            "weights": [f"{n:,}" for n in self.weights],
+            "bits": [f"{b}" for b in self.bits],
+        }
+        columns |= {
+            f"effect at {option}": list(map(with_share, *found))
+            for option, *found in zip(self.options, self.effects.T, self.effects_stderr.T, strict=True)
+        }
         title = f"Bits per component, {self.n_samples} samples, by {self.solver}"
-        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("component", overflow="fold", min_width=9)
-        for name in ("weights", "bits", *(f"effect at {option}" for option in self.options)):
-            table.add_column(name, justify="right")
-        for i, name in enumerate(self.components):
-            texts = map(with_share, self.effects[i], self.effects_stderr[i])
-            pairs = zip(self.options, texts, strict=True)
-            cells = [f"[bold]{text}[/]" if b == self.bits[i] else text for b, text in pairs]
-            table.add_row(escape(name), f"{self.weights[i]:,}", f"{self.bits[i]}", *cells)
-        return Captioned(table, [escape(self.verdict)])
+        return Fitted(title, columns, (), (), [escape(self.verdict)])
 
 
 def bit_widths(

@@ -29,7 +29,7 @@ from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Captioned
+from lightning_koopman.report.text import Fitted
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -94,7 +94,7 @@ class DropOrder(Steps):
             f"{', '.join(self.dropped) or 'nothing'})"
         )
 
-    def __rich__(self) -> Captioned:
+    def __rich__(self) -> Fitted:
         return self._table("Dropped one after the other", self.verdict)
 
 

