@@ -115,6 +115,7 @@ def test_closing_table(run):
     assert text == to_markdown(monitor.report)
 
 
+@pytest.mark.usefixtures("no_pixels")
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 def test_the_users_hyperparameters_are_as_without_the_callback(kind, tmp_path):
     fit(kind(tmp_path, name="", version="with"), epochs=1)
@@ -130,6 +131,7 @@ def test_layout_and_figures_can_be_switched_off(tmp_path):
     assert not [t for t in tags["tensors"] if "custom" in t or "report" in t]
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_two_monitors_share_one_layout(tmp_path):
     monitors = [KoopmanCreditMonitor(prefix=p, on_error="raise") for p in ("a", "b")]
     fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, monitors=monitors)
@@ -137,6 +139,7 @@ def test_two_monitors_share_one_layout(tmp_path):
     assert {"a", "b"} <= set(layout)
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_a_loggers_own_prefix_reaches_the_layout(tmp_path):
     fit(TensorBoardLogger(tmp_path, name="", version="", prefix="try"), epochs=1)
     accumulator = events(tmp_path)

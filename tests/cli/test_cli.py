@@ -80,6 +80,7 @@ def read(path: str) -> list[CreditReport]:
     return [CreditReport.from_dict(part) for part in json.loads(Path(path).read_text())]
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_evaluate_measures_every_checkpoint(project, capsys):
     assert evaluate("--ckpt=*.ckpt", "--logdir=tb", "--out=report.json", "--options.max-dim=64") == 0
     printed = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 
@@ -22,6 +23,7 @@ from lightning_koopman.report.text import with_error
 NAMES = ("stem", "body.0", "head")
 
 
+@functools.cache
 def make(seed: int = 0, *, dead: bool = False, step: int | None = 12) -> CreditReport:
     metric = KoopmanCredit(NAMES)
     generator = torch.Generator().manual_seed(seed)
