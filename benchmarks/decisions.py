@@ -182,7 +182,7 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
         orders |= {f"random {i}": list(rng.permutation(blocks)) for i in range(2)}
         for label, order in orders.items():
             options = [_Option(block, maps.forms((block,), False)[-1]) for block in order]
-            steps, chosen, _ = search._take(options)
+            steps, chosen, _ = search.take(options)
             new = copied_with(net, maps.swaps(search.groups(chosen)))
             cost = steps[-1].cost if steps else cost_of(runner)
             result[label] = (cost, accuracy(new, test), len(steps))

@@ -132,9 +132,9 @@ def linearize(
     takes fewer operations. Activations and normalisations that count as part of it go with it.
     Neighbours in one ``nn.Sequential`` become a single map. A bare ``nn.Linear`` stays, unless merged.
 
-    Each component is tried alone. Then they are taken in order of their effect, in order of effect per
-    cost saved, and from the last to the first; each stays if the loss is still admitted and the network
-    gets no larger. The cheapest of these networks is returned.
+    Components are taken one after the other, whichever moves the outputs least per cost saved, measured
+    anew for all that are left after each, as long as the loss is admitted and nothing gets larger.
+    They are also taken from the last to the first, and the cheaper of both networks is returned.
 
     Args:
         model: Any module; it is left exactly as it was found.
@@ -347,19 +347,10 @@ class _Search:
         self._order = list(calls)
         forms = {name: self._maps.forms(own, self._allow_larger) for name, own in calls.items()}
         options = [_Option(name, form) for name, own in forms.items() for form in own]
-        effects, per_saved = {}, {}
-        for option in options:
-            step, after = self._try([option])
-            if self._allow_larger or not self._larger(step.cost):
-                # A bare linear layer gains only if a neighbour goes with it, so it comes last.
-                effect = step.measured.effect if self.groups([option]) else math.inf
-                effects[option] = effect
-                per_saved[option] = effect / max(self._cost - after, 1e-9 * self._cost)
         best: list[Step] = []
         lowest = math.inf
-        orders = [sorted(rank, key=rank.__getitem__) for rank in (effects, per_saved)]
-        for order in dict.fromkeys(map(tuple, [*orders, reversed(effects)])):
-            steps, chosen, after = self._take(order)
+        for take in (self._take_least, self._take_from_the_end):
+            steps, chosen, after = take(options)
             if steps and after < lowest:
                 best, self.chosen, lowest = steps, chosen, after
         return best
@@ -391,8 +382,43 @@ class _Search:
     def _larger(self, cost: Cost) -> bool:
         return cost.parameters > self._whole.parameters or cost.flops > self._whole.flops
 
-    def _take(self, options: Sequence[_Option]) -> tuple[list[Step], list[_Option], float]:
-        """Take options in order, each that keeps the loss and makes nothing larger."""
+    def _admitted(self, option: _Option, step: Step, after: float, least: float) -> bool:
+        """Check whether a step keeps the loss, and makes the network cheaper and nothing larger."""
+        bare = not self.groups([option])
+        gains = after < least or (after == least and not bare)
+        if not gains or self._larger(step.cost):
+            gains = self._allow_larger and not bare
+        return gains and loss_of(step.measured, self.outputs) <= self._max_drop
+
+    def _take_least(self, options: Sequence[_Option]) -> tuple[list[Step], list[_Option], float]:
+        """Take the option that costs the outputs least per cost saved, again and again."""
+        steps: list[Step] = []
+        chosen: list[_Option] = []
+        least, effect = self._cost, 0.0
+        left = list(options)
+        while left and least > self._enough:
+            tried = {option: self._try([*chosen, option]) for option in left}
+            if not self._allow_larger:
+                left = [o for o in left if not self._larger(tried[o][0].cost) or not self.groups([o])]
+            fitting = [o for o in left if self._admitted(o, *tried[o], least)]
+            if not fitting:
+                break
+            paid = {o: max(tried[o][0].measured.effect - effect, 0.0) for o in fitting}
+            saved = {o: max(least - tried[o][1], 1e-9 * self._cost) for o in fitting}
+            best = min(fitting, key=lambda o: (paid[o] / saved[o], tried[o][0].measured.effect))
+            step, least = tried[best]
+            effect = step.measured.effect
+            steps.append(step)
+            chosen.append(best)
+            left = [option for option in left if option.name != best.name]
+        return steps, chosen, least
+
+    def _take_from_the_end(self, options: Sequence[_Option]) -> tuple[list[Step], list[_Option], float]:
+        """Take the options that are admitted, from the last to the first."""
+        return self.take(list(reversed(options)))
+
+    def take(self, options: Sequence[_Option]) -> tuple[list[Step], list[_Option], float]:
+        """Take those options that are admitted, in the given order."""
         steps: list[Step] = []
         chosen: list[_Option] = []
         least = self._cost
@@ -400,10 +426,7 @@ class _Search:
             if option.name in dict(chosen) or least <= self._enough:
                 continue
             step, after = self._try([*chosen, option])
-            gains = after < least or (after == least and bool(self.groups([option])))
-            if not gains or self._larger(step.cost):
-                gains = self._allow_larger and bool(self.groups([option]))
-            if gains and loss_of(step.measured, self.outputs) <= self._max_drop:
+            if self._admitted(option, step, after, least):
                 chosen, least = [*chosen, option], after
                 steps.append(step)
         return steps, chosen, least
