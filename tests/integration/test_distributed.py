@@ -234,6 +234,8 @@ def test_processes_of_which_one_is_slow_skip_the_same_epochs(two):
 def test_forked_processes_give_the_report_of_one(processes, tmp_path):
     configs = cases("ddp_fork", processes)
     configs.append(configs[4] | {"delay": 2})
+    # Four processes once more, where their number could matter.
+    configs = configs if processes == 2 else [configs[i] for i in (3, 5, 7, 8, 9)]
     check_against_one_process(configs, tmp_path)
 
 
@@ -243,9 +245,8 @@ def test_launched_processes_give_the_report_of_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-def test_spawned_processes_give_the_report_of_one(processes, tmp_path):
-    check_against_one_process([cases("ddp_spawn", processes)[3]], tmp_path)
+def test_spawned_processes_give_the_report_of_one(tmp_path):
+    check_against_one_process([cases("ddp_spawn", 2)[3]], tmp_path)
 
 
 @pytest.mark.slow
