@@ -57,8 +57,8 @@ class CreditWriter:
     Scalars go to every logger. Figures, tables and texts go where the logger takes them: TensorBoard,
     Weights & Biases and MLflow are recognised by their methods, so that both Lightning namespaces and an
     :class:`EventFile` work alike.
-    Figures are drawn at the 1st, 2nd, 4th, 8th … report and at the end: TensorBoard keeps ten images per
-    tag, and drawing costs more than measuring a small network does.
+    Figures are drawn at the 1st, 2nd, 4th, 8th … report, unless there is no time, and at the end:
+    TensorBoard keeps ten images per tag, and drawing costs more than measuring a small network does.
 
     Attributes:
         more: How many scalars a component may get beside its quantities, of effects and drift.
