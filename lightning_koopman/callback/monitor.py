@@ -140,7 +140,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 f"output is {options.output!r}; a callback does not see what the model returns, so name "
                 "a module"
             )
-        self._writer = CreditWriter(prefix, figures=figures, more=len(effects) + drift)
+        self._writer = CreditWriter(prefix, figures=figures, more=(*effects, *["drift"] * drift))
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
