@@ -100,7 +100,7 @@ it is measured. Share of 95 % intervals that hold the large-sample value, compon
 Most intervals are somewhat too narrow: the operators that `linear` swaps in and the spreads of noise are
 taken as known, and the draws of altered weights are few, one per batch where effects are predicted, five
 where they are measured. **Where `skip` puts in a mean** (here in all components but the second, whose
-shapes agree) the error of that mean is in no standard error, and it is most of it: read these bars as half
+shapes agree) the error of that mean is in no standard error, and it is most of it: read bars as half
 of what they should be.
 """
     PAGE.write_text(text.rstrip() + "\n", encoding="utf-8")
