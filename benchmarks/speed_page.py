@@ -47,8 +47,9 @@ width 128 and reads 28 tokens, the small one 4 of width 64 and 8 tokens):
 <!-- end -->
 
 A measurement has a part that does not depend on the network's own work: some milliseconds per
-component, and the POD bases where a state is wider than `max_dim`. That part is the floor of the first
-row, and of the last, whose epoch takes hardly longer than the statistics of one measurement.
+component, and the POD bases where a state is wider than `max_dim`. The numbers of one report alone, as
+point values, take 0.039 s for the MLP and 0.26 s for the small transformer, so that no ratio below 1.54
+and 1.43 is within reach there; drift takes about as long again, and hooks and products the rest.
 
 So by default not every epoch is measured: all of watching, with effects, figures and the report at the
 end, may take 5 % of the training's time (`max_overhead=0.05`), and three seconds in any case. The demo

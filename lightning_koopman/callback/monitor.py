@@ -54,13 +54,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
     """Watch the Koopman credit of every component while a network trains.
 
     Hooks watch the validation batches that Lightning runs anyway, and come off after each of them, so
-    training is bit-identical with the callback on. After every validation epoch that is due, and always
-    after the first and the last, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total``,
-    ``<prefix>/doubts`` (how many components carry one) and ``<prefix>/overhead_s`` go to every logger at
-    Lightning's own step. ``trainer.callback_metrics`` gets every quantity of every component, so
-    ``EarlyStopping`` and ``ModelCheckpoint`` find whatever they monitor; a key that somebody monitors is
-    there from the first validation on, as 0 where the first measurement fails. Loggers that take figures
-    get heat maps, bars and spectra after the 1st, 2nd, 4th, 8th … measurement and at the end. At the end
+    training is bit-identical with the callback on. The first and the last validation are measured, and
+    between them as many, in even distances, as ``max_overhead`` pays for. Each measurement logs, at
+    Lightning's own step, ``<prefix>/credit/<component>``, ``<prefix>/drift/<component>`` (what changed
+    since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
+    one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
+    one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
+    others have effects, and the 1st, 2nd, 4th, 8th … figures, where the budget has room.
+
+    ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
+    last; one that somebody monitors is there from the first validation on, as 0 where the first
+    measurement fails. A callback that acts on each epoch's number needs ``every_n_epochs=1``. At the end
     of training :attr:`report` holds a report on the final weights.
 
     How the network is run is never guessed. The outermost calls that a step makes of the network's parts
@@ -71,7 +75,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     Where the step runs code of its own between two calls, or a call does not give again what it gave,
     the watched report stands, and its note says why.
 
-    Each fit begins a new :attr:`history`.
+    Each fit begins a new :attr:`history`, of reports, and new :attr:`drifts`.
 
     With several processes (``ddp``, ``ddp_fork``, ``ddp_spawn``) the samples of all of them count, each
     once: the moments are summed over the processes, and every one of them gets the same report, which is
@@ -136,7 +140,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 f"output is {options.output!r}; a callback does not see what the model returns, so name "
                 "a module"
             )
-        self._writer = CreditWriter(prefix, figures=figures, more=len(effects) + drift)
+        self._writer = CreditWriter(prefix, figures=figures, more=(*effects, *["drift"] * drift))
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")

@@ -103,7 +103,8 @@ def test_layout_is_written_once_with_all_charts(run):
     accumulator, _, _ = run
     written, layout = layout_of(accumulator)
     assert written == 1
-    assert set(layout["koopman"]) == {"credit, all components"}
+    charts = {f"{name}, all components" for name in ("credit", "skip", "drift")}
+    assert set(layout["koopman"]) == charts
     pattern = layout["koopman"]["credit, all components"].multiline.tag[0]
     matching = [t for t in accumulator.Tags()["scalars"] if re.match(pattern, t)]
     assert matching == ["koopman/credit/net.0", "koopman/credit/net.2"]
