@@ -150,12 +150,17 @@ def slopes() -> str:
     return table("against | sizes | seconds on top | slope | peak, MiB | slope", rows)
 
 
+def large() -> str:
+    rows = [[name, f"{value:,.2f}"] for name, value in speed_memory.on_paper().items()]
+    return table("a transformer of 32 blocks on 64 processes | ", rows)
+
+
 def main(target: Path, chosen: Sequence[str]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     before = target.read_text(encoding="utf-8") if target.exists() else ""
     page = PAGE.replace("<torch>", torch.__version__)
-    for section in (reports, epochs, demo, minutes, conductance, fits, residuals, memory, slopes):
+    for section in (reports, epochs, demo, minutes, conductance, fits, residuals, memory, slopes, large):
         mark = f"<!-- {section.__name__} -->\n"
         if chosen and section.__name__ not in chosen:
             found = before.partition(mark)[2].partition("<!-- end -->")[0]
