@@ -17,6 +17,15 @@ MIN_R2 = 0.5
 """Below this held-out R², of its own operator or of the chain behind it, a component is marked."""
 
 
+CONCERNS: Mapping[str, tuple[str, ...]] = {
+    "r2": ("gain",),
+    "chain_r2": ("credit", "gain", "sensitivity"),
+    "lost": ("credit", "gain", "sensitivity"),
+    "ridge": ("credit",),
+}
+"""Which numbers each doubt speaks against; the share of wrong ones is in docs/calibration-doubts.md."""
+
+
 @dataclass(frozen=True, eq=False)
 class ReportFields:
     """Fields of :class:`lightning_koopman.CreditReport`, which says what each holds."""
@@ -56,11 +65,12 @@ class ReportFields:
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:
-        """Reasons not to believe a component's numbers; an empty tuple where there are none.
+        """Reasons not to believe some of a component's numbers; an empty tuple where there are none.
 
-        The words are ``r2`` (its own operator fits badly), ``chain_r2`` (the chain behind it does),
-        ``ridge`` (the credit moves by more than half a nat, and its error, when the ridge weight moves
-        tenfold) and ``lost`` (no output direction can be followed back to it).
+        Each is about some numbers alone, see :meth:`doubts_of`. The words are ``r2`` (its own operator
+        fits badly), ``chain_r2`` (the chain behind it does), ``ridge`` (the credit moves by more than half
+        a nat, and its error, when the ridge weight moves tenfold) and ``lost`` (no output direction can be
+        followed back to it).
         """
         marks = {
             "r2": ~(self.r2 >= MIN_R2),  # also where it is NaN
@@ -71,6 +81,25 @@ class ReportFields:
         each = range(len(self.components))
         return tuple(tuple(word for word, marked in marks.items() if marked[i]) for i in each)
 
+    def doubts_of(self, quantity: str) -> tuple[tuple[str, ...], ...]:
+        """List the doubts that are about one quantity.
+
+        Args:
+            quantity: Such as ``"credit"``; see :data:`lightning_koopman.QUANTITIES`.
+
+        Returns:
+            For each component the words of :attr:`doubts` that speak against this number.
+
+        Example:
+            >>> import torch
+            >>> from lightning_koopman import credit_report
+            >>> report = credit_report(torch.nn.Sequential(torch.nn.Linear(3, 2)), [torch.randn(90, 3)])
+            >>> report.doubts_of("gain")
+            ((),)
+        """
+        about = {word for word, quantities in CONCERNS.items() if quantity in quantities}
+        return tuple(tuple(word for word in words if word in about) for words in self.doubts)
+
     @property
     def label(self) -> str:
         """Run and step as words to follow a noun, such as ``" of run a at step 10"``."""
@@ -79,5 +108,5 @@ class ReportFields:
 
     @property
     def trusted(self) -> NDArray[np.bool_]:
-        """Whether nothing speaks against a component's numbers, shape ``(L,)``."""
+        """Whether nothing speaks against any of a component's numbers, shape ``(L,)``."""
         return np.array([not reasons for reasons in self.doubts])

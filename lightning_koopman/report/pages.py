@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse}th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd}
 th{cursor:pointer;background:#f4f4f4}td:first-child,th:first-child{text-align:left}
-tr.doubt{color:#8a8a8a}img{max-width:100%}"""
+td.doubt{color:#8a8a8a}img{max-width:100%}"""
 
 _SORT = """document.querySelectorAll("th").forEach(h=>h.addEventListener("click",()=>{
 const b=h.closest("table").tBodies[0],i=h.cellIndex,up=h.dataset.up!=="1";h.dataset.up=up?"1":"0";
@@ -52,7 +52,7 @@ def to_html(reports: Sequence[ReportFields]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>Koopman credit</title><style>{_STYLE}</style></head><body>"
-        f"<h1>Koopman credit{heading}</h1>{summary}<p>Grey rows carry a doubt: do not act on them. "
+        f"<h1>Koopman credit{heading}</h1>{summary}<p>Grey numbers carry a doubt: do not act on them. "
         f"Click a heading to sort.</p>{_credits(newest)}{effects}<ul>{listed}</ul>{pictures}"
         f"<script>{_SORT}</script></body></html>\n"
     )
@@ -80,15 +80,15 @@ def _credits(newest: Sequence[ReportFields]) -> str:
     rows = []
     for report in newest:
         place = f"<td>{escape(report.run)}</td><td>{report.step}</td>" if several else ""
+        marks = {name: report.doubts_of(name) for name in _COLUMNS}
         for i, (component, doubts) in enumerate(zip(report.components, report.doubts, strict=True)):
-            numbers = [(getattr(report, name)[i], report.stderr[name][i]) for name in _COLUMNS]
-            texts = "".join(
-                f'<td data-value="{float(value)}">{value:.3f} ± {error:.3f}</td>'
-                for value, error in numbers
-            )
-            mark = ' class="doubt"' if doubts else ""
+            texts = ""
+            for name in _COLUMNS:
+                value, error = getattr(report, name)[i], report.stderr[name][i]
+                mark = ' class="doubt"' if marks[name][i] else ""
+                texts += f'<td{mark} data-value="{float(value)}">{value:.3f} ± {error:.3f}</td>'
             name = f"<td>{escape(component)}</td>"
-            rows.append(f"<tr{mark}>{place}{name}{texts}<td>{', '.join(doubts)}</td></tr>")
+            rows.append(f"<tr>{place}{name}{texts}<td>{', '.join(doubts)}</td></tr>")
     return _table((*(("run", "step") if several else ()), "component", *_COLUMNS, "doubt"), rows)
 
 
@@ -122,7 +122,7 @@ def _data_uri(figure: Figure) -> str:
 
 
 def to_markdown(report: ReportFields) -> str:
-    """Return the report as a Markdown table whose doubted rows are marked."""
+    """Return the report as a Markdown table; a number with a doubt ends with a question mark."""
     found = columns(report, " ± ")
     lines = [
         f"**Koopman credit{report.label}**, {report.n_samples} samples, {total_line(report)}",
@@ -132,6 +132,6 @@ def to_markdown(report: ReportFields) -> str:
     ]
     for name, *texts in zip(*found.values(), strict=True):
         shown = name.replace("|", "\\|")
-        lines.append(f"| {' | '.join([f'⚠ {shown}' if texts[-1] else shown, *texts])} |")
+        lines.append(f"| {' | '.join([shown, *texts])} |")
     lines += ["", *(f"- {line}" for line in (*verdict(report), *report.notes, next_step(report)))]
     return "\n".join(lines).rstrip()

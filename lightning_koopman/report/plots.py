@@ -25,8 +25,8 @@ def plot_report(report: ReportFields) -> Figure:
     figure = _figure(11, _height(size, 0.42, 1.4), report.components)
     axes = figure.subplots(1, 3, sharey=True)
     places = np.arange(size)
-    colors = np.where(report.trusted, _BELIEVED, _DOUBTED)
     for axis, name in ((axes[0], "credit"), (axes[1], "gain")):
+        colors = [_DOUBTED if doubts else _BELIEVED for doubts in report.doubts_of(name)]
         axis.barh(places, getattr(report, name), xerr=report.stderr[name], color=colors, capsize=3)
         axis.set_xlabel(f"{name} [nats per direction]")
         axis.axvline(0, color="black", linewidth=0.8)

@@ -60,8 +60,8 @@ def columns(report: ReportFields, sign: str = "±") -> dict[str, list[str]]:
             if kind in effects.kinds:
                 found[kind] = [_effect(effects, kind, name) for name in report.components]
     for name in ("credit", "gain"):
-        pairs = zip(getattr(report, name), report.stderr[name], strict=True)
-        found[name] = [f"{value:.3f}{sign}{error:.3f}" for value, error in pairs]
+        numbers = zip(getattr(report, name), report.stderr[name], report.doubts_of(name), strict=True)
+        found[name] = [f"{v:.3f}{sign}{e:.3f}{'?' if doubts else ''}" for v, e, doubts in numbers]
     found["R²"] = [f"{value:.3f}" for value in report.r2]
     found["doubt"] = [", ".join(doubts) for doubts in report.doubts]
     return found
@@ -73,10 +73,11 @@ def credit_table(report: ReportFields) -> Fitted:
     lines = [f"[bold]{escape(line)}[/]" for line in verdict(report)]
     if (effects := report.effects) is not None:
         lines.append(f"skip, linear: effect of altering one component, {effects.unit}; ± of it.")
-    if marked := int((~report.trusted).sum()):
+    marked = sum(bool(words) for name in ("credit", "gain") for words in report.doubts_of(name))
+    if marked:
         lines.append(
-            f"{marked} of {len(report.components)} rows carry a doubt, which is about credit, gain and "
-            "R²: do not act on these there (README)."
+            f"{marked} of {2 * len(report.components)} credits and gains carry a doubt (?), which the "
+            "last column names: do not act on these there (README)."
         )
     lines += [f"Note: {escape(note)}" for note in report.notes]
     lines.append(f"[bold]{escape(next_step(report))}[/]")

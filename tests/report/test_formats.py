@@ -74,7 +74,8 @@ def test_a_report_without_directions_is_shown_without_their_figure(report):
     page = to_html([lost])
     assert "Credit by output direction" not in page
     assert "Credit by output direction" in to_html([report])
-    assert page.count('class="doubt"') == 2
+    # Credit, gain and sensitivity of both components; what R² says stands.
+    assert page.count('class="doubt"') == 6
 
 
 def test_without_any_report_only_json_is_written(tmp_path):

@@ -241,7 +241,10 @@ def test_a_row_carries_its_doubts():
     assert report.doubts == ((), ("r2", "lost"), ("r2", "chain_r2", "ridge"))
     assert report.trusted.tolist() == [True, False, False]
     text = str(report)
-    assert "2 of 3 rows carry a doubt" in text
+    assert report.doubts_of("credit") == ((), ("lost",), ("chain_r2", "ridge"))
+    assert report.doubts_of("gain") == ((), ("r2", "lost"), ("r2", "chain_r2"))
+    assert report.doubts_of("r2") == report.doubts_of("nonlinearity") == ((), (), ())
+    assert "4 of 6 credits and gains carry a doubt" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
     assert rows["body.0"][-2:] == ["r2,", "lost"]
     assert rows["stem"][-1] == f"{report.r2[0]:.3f}"
