@@ -268,10 +268,10 @@ def freeze_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     top = max(ours, key=ours.__getitem__)
     gap = behind[best] - behind[top]
     error = gap.std(ddof=1) / math.sqrt(len(gap))
-    verdict = "helps" if gap.mean() > error else "does not help"
+    verdict = "is ahead of" if gap.mean() > 2 * error else "is not ahead, beyond twice the error, of"
     targets.append([
         "what to freeze: an honest table",
-        f"freezing by {top} {verdict} beyond {best}: {gap.mean():+.3f} ± {error:.3f}",
+        f"freezing by {top} {verdict} {best}: {gap.mean():+.3f} ± {error:.3f}",
         "shown",
     ])
     return f"""## Freeze half of the blocks when fine-tuning
@@ -306,13 +306,13 @@ Has a page of its own, [Find the part that broke](drift.md), written by `benchma
 """
 
 
-REAL_NETWORKS = """- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24 words) tells
-  from which of six packages a paragraph of a docstring is, by a linear layer fitted on 480 (192 to choose
-  on, 256 to test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of their left
-  halves to choose on and 64 of their right halves to test. There "right" is what the whole network says, so
-  that accuracy is agreement; nine of its sixteen blocks can be skipped."""
-NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were **not measured**
-  for this page; what it says is about small networks on digits alone."""
+REAL_NETWORKS = """- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24
+  words) tells from which of six packages a paragraph of a docstring is, by a linear layer fitted on 480
+  (192 to choose on, 256 to test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of
+  their left halves to choose on and 64 of their right halves to test. There "right" is what the whole
+  network says, so that accuracy is agreement; nine of its sixteen blocks can be skipped."""
+NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were
+  **not measured** for this page; what it says is about small networks on digits alone."""
 
 
 def write(results: Results) -> None:
