@@ -1,6 +1,6 @@
 """Measures on a GPU what a report costs beside the forward passes that it rides on.
 
-``python benchmarks/gpu.py gpu.md`` prints a Markdown table and writes it to the path given. Weights and
+``python benchmarks/gpu.py docs/gpu.md`` prints that page and writes it to the path given. Weights and
 data are random, and the networks are written out here, so nothing is downloaded. ``--tiny`` runs the
 same on small networks, on the CPU too, to see that it works.
 """
@@ -261,6 +261,14 @@ def extras(tiny: bool, device: torch.device) -> Iterator[tuple[str, str]]:
         yield "drift", f"{took:.2f} s, {took / forward:.2f} passes"
 
 
+HEAD = """# On a GPU
+
+Written by `benchmarks/gpu.py`, in one command: `python benchmarks/gpu.py docs/gpu.md`. {device}, torch
+{torch}. Weights and data are random, batches lie on the device, single precision is without TF32
+unless said, and times are medians of warm runs. A report is forward passes with hooks on and rows
+added up, and then fits. `pytest -m gpu` holds numbers, training, compiled models and NCCL to those
+without; no batch waits for the device, which two tests count.
+"""
 HEADS = ["network", "samples", "components", "forward, s", "passes of a report, s", "fits, s"]
 HEADS += ["passes / forward", "report / forward", "more memory at the peak, MiB"]
 
@@ -283,7 +291,7 @@ def main() -> None:
             arguments.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    tell(f"{name}, torch {torch.__version__}, float32 without TF32 unless said; medians of warm runs.\n")
+    tell(HEAD.format(device=name, torch=torch.__version__))
     tell(f"| {' | '.join(HEADS)} |\n|{' --- |' * len(HEADS)}")
     warnings.simplefilter("ignore")
     for title, model, batches, options in networks(arguments.tiny, device):

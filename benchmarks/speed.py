@@ -11,25 +11,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import speed_memory
 import speed_networks
 import torch
+from speed_monitor import demo, epochs, minutes, table, verdict
 from speed_page import PAGE
-
-
-def table(heads: str, rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
-    columns = heads.split(" | ")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "**missed**"
 
 
 def reports() -> str:
@@ -51,21 +41,6 @@ def reports() -> str:
         print(rows[-1], flush=True)
     heads = "network | samples | forward, s | report, s | ratio (range) | target | floor | "
     return table(heads, rows)
-
-
-def riding() -> str:
-    found = speed_networks.riding_along()
-    targets = {
-        "train": ("training epoch of 1,000 digits", 1.0),
-        "validation": ("validation epoch of 5,000", 1.3),
-    }
-    rows = []
-    for kind, (name, target) in targets.items():
-        ratio, seconds = found[kind]
-        # What is to cost nothing may differ by what the machine's clock does.
-        met = abs(ratio - 1) < 0.03 if target == 1 else ratio <= target
-        rows.append([name, f"{seconds:.2f}", f"{ratio:.2f}", f"≤ {target}", verdict(met)])
-    return table("ResNet in Lightning | without, s | with / without | target | ", rows)
 
 
 def conductance() -> str:
@@ -175,12 +150,17 @@ def slopes() -> str:
     return table("against | sizes | seconds on top | slope | peak, MiB | slope", rows)
 
 
+def large() -> str:
+    rows = [[name, f"{value:,.2f}"] for name, value in speed_memory.on_paper().items()]
+    return table("a transformer of 32 blocks on 64 processes | ", rows)
+
+
 def main(target: Path, chosen: Sequence[str]) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     before = target.read_text(encoding="utf-8") if target.exists() else ""
     page = PAGE.replace("<torch>", torch.__version__)
-    for section in (reports, riding, conductance, fits, residuals, memory, slopes):
+    for section in (reports, epochs, demo, minutes, conductance, fits, residuals, memory, slopes, large):
         mark = f"<!-- {section.__name__} -->\n"
         if chosen and section.__name__ not in chosen:
             found = before.partition(mark)[2].partition("<!-- end -->")[0]

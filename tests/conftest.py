@@ -53,6 +53,13 @@ def user_module(tmp_path, monkeypatch):
     return write
 
 
+@pytest.fixture
+def no_pixels(monkeypatch):
+    """Figures for TensorBoard are made and not rendered, which takes most of the time."""
+    blank = np.zeros((2, 2, 4), np.uint8)
+    monkeypatch.setattr("lightning_koopman.callback.loggers._pixels", lambda figure: blank)
+
+
 @pytest.fixture(scope="session")
 def report():
     return credit_report(small.network(), small.batches(), step=7)

@@ -57,11 +57,11 @@ class CreditWriter:
     Scalars go to every logger. Figures, tables and texts go where the logger takes them: TensorBoard,
     Weights & Biases and MLflow are recognised by their methods, so that both Lightning namespaces and an
     :class:`EventFile` work alike.
-    Figures are drawn at the 1st, 2nd, 4th, 8th … report and at the end: TensorBoard keeps ten images per
-    tag, and drawing costs more than measuring a small network does.
+    Figures are drawn at the 1st, 2nd, 4th, 8th … report, unless there is no time, and at the end:
+    TensorBoard keeps ten images per tag, and drawing costs more than measuring a small network does.
 
     Attributes:
-        more: How many scalars a component may get beside its quantities, of effects and drift.
+        more: What components may get scalars of beside quantities: kinds of effects, and drift.
         shown: Components whose scalars are written; chosen at the first report, then fixed.
     """
 
@@ -71,11 +71,11 @@ class CreditWriter:
         quantities: Sequence[str] = ("credit",),
         *,
         figures: bool = True,
-        more: int = 0,
+        more: Sequence[str] = (),
     ) -> None:
         check_quantities(quantities)
         self.prefix, self.quantities = prefix, tuple(quantities)
-        self.figures, self.more = figures, more
+        self.figures, self.more = figures, tuple(more)
         self.reset()
 
     def reset(self) -> None:
@@ -152,7 +152,7 @@ class CreditWriter:
         """Fix once which components get scalars, and warn where the limit leaves some out."""
         if self.shown and set(self.shown) <= set(report.components):
             return
-        each = len(self.quantities) + self.more
+        each = len(self.quantities) + len(self.more)
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]
@@ -191,7 +191,7 @@ class CreditWriter:
         joined = f"{joined}{logger.LOGGER_JOIN_CHAR}{self.prefix}" if joined else self.prefix
         layouts[self.prefix] = {
             f"{name}, all components": ["Multiline", [f"{re.escape(joined)}/{re.escape(name)}/"]]
-            for name in self.quantities
+            for name in (*self.quantities, *self.more)
         }
         experiment.add_custom_scalars(layouts)
 
@@ -203,12 +203,12 @@ class CreditWriter:
 
         newest = reports[-1]
         alike = [report for report in reports if report.components == newest.components]
-        figures = {"evolution": plots.plot_evolution(alike), "credits": plots.plot_report(newest)}
+        drawn = {"evolution": plots.plot_evolution(alike), "credits": plots.plot_report(newest)}
         if newest.directions:
-            figures["directions"] = plots.plot_directions(newest)
+            drawn["directions"] = plots.plot_directions(newest)
         if newest.operators:
-            figures["spectra"] = plots.plot_spectra(newest)
-        for name, figure in figures.items():
+            drawn["spectra"] = plots.plot_spectra(newest)
+        for name, (figure, _) in drawn.items():
             for show in accepted:
                 show(f"{self.prefix}/{name}", figure, step)
 

@@ -40,7 +40,7 @@ from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording
 from lightning_koopman.network.rows import valid_positions
 from lightning_koopman.report.drift import Drift
-from lightning_koopman.report.effects import KINDS, Kind
+from lightning_koopman.report.effects import KINDS, Effects, Kind
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -54,13 +54,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
     """Watch the Koopman credit of every component while a network trains.
 
     Hooks watch the validation batches that Lightning runs anyway, and come off after each of them, so
-    training is bit-identical with the callback on. After every validation epoch that is due, and always
-    after the first and the last, scalars ``<prefix>/<quantity>/<component>``, ``<prefix>/total``,
-    ``<prefix>/doubts`` (how many components carry one) and ``<prefix>/overhead_s`` go to every logger at
-    Lightning's own step. ``trainer.callback_metrics`` gets every quantity of every component, so
-    ``EarlyStopping`` and ``ModelCheckpoint`` find whatever they monitor; a key that somebody monitors is
-    there from the first validation on, as 0 where the first measurement fails. Loggers that take figures
-    get heat maps, bars and spectra after the 1st, 2nd, 4th, 8th … measurement and at the end. At the end
+    training is bit-identical with the callback on. The first and the last validation are measured, and
+    between them as many, in even distances, as ``max_overhead`` pays for. Each measurement logs, at
+    Lightning's own step, ``<prefix>/credit/<component>``, ``<prefix>/drift/<component>`` (what changed
+    since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
+    one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
+    one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
+    others have effects, and the 1st, 2nd, 4th, 8th … figures, where the budget has room.
+
+    ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
+    last; one that somebody monitors is there from the first validation on, as 0 where the first
+    measurement fails. A callback that acts on each epoch's number needs ``every_n_epochs=1``. At the end
     of training :attr:`report` holds a report on the final weights.
 
     How the network is run is never guessed. The outermost calls that a step makes of the network's parts
@@ -71,7 +75,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     Where the step runs code of its own between two calls, or a call does not give again what it gave,
     the watched report stands, and its note says why.
 
-    Each fit begins a new :attr:`history`.
+    Each fit begins a new :attr:`history`, of reports, and new :attr:`drifts`.
 
     With several processes (``ddp``, ``ddp_fork``, ``ddp_spawn``) the samples of all of them count, each
     once: the moments are summed over the processes, and every one of them gets the same report, which is
@@ -136,7 +140,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 f"output is {options.output!r}; a callback does not see what the model returns, so name "
                 "a module"
             )
-        self._writer = CreditWriter(prefix, figures=figures, more=len(effects) + drift)
+        self._writer = CreditWriter(prefix, figures=figures, more=(*effects, *["drift"] * drift))
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
@@ -399,6 +403,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 return
             if self._idle:
                 self._begin(trainer, pl_module, ())
+            self._final = may_be_last(trainer)
             self._finish(trainer, pl_module, step=step)
 
     @never_in_the_way
@@ -530,18 +535,45 @@ class KoopmanCreditMonitor(HarmlessCallback):
         return differs if self._recording is None else self._recording.reason or differs
 
     def _complete(self, trainer: Any, pl_module: Any) -> None:
-        """Compute the errors that the newest report was made without."""
-        if self._watched is None or not self.history or self._final or self._with_errors():
+        """Compute what the newest report was made without, errors and effects."""
+        if self._watched is None or self._final:
             return
         self._final = True
-        with plain_numerics(pl_module):
-            report = self._watched.report(step=self.history[-1].step, errors=self._with_errors())
-            report = self._with_effects(trainer, pl_module, report)
-        self.history[-1] = report
+        report = self._report_on(trainer, pl_module, self._watched, self._measured_at)
+        self.history[-1:] = [report]
         scalars, beside = self._show(trainer, report), self._writer.beside(report)
         found = {name: scalars[name] for name in scalars.keys() & beside.keys()}
         for logger in trainer.loggers if trainer.is_global_zero and found else ():
             logger.log_metrics(found, step=self._logged_at)
+
+    def _report_on(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        measurement: Measurement,
+        step: int | None,
+        before: Measurement | None = None,
+    ) -> CreditReport:
+        """Compute a report with its effects, and the drift since a measurement before."""
+        with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
+            try:
+                report = measurement.report(step=step, errors=self._with_errors())
+                if self.drift and before is not None and self.history:
+                    drift = drift_from(before, measurement, since=self.history[-1].step, step=step)
+                    if drift is not None:
+                        self.drifts.append(drift)
+                        report = replace(report, drift=drift.drift)
+                found, why = self._effects_of(trainer, pl_module, report)
+            except Exception:
+                # The others wait for the effects of this process.
+                self._pool_effects(trainer, None)
+                raise
+            effects = self._pool_effects(trainer, found)
+        if effects is None and why is not None:
+            notes = list(report.notes)
+            notes.append(f"effects were not measured: {why}")
+            return replace(report, notes=tuple(notes))
+        return replace(report, effects=effects)
 
     def _with_errors(self) -> bool:
         """Check whether the report has errors: in a training under way only where that is asked for."""
@@ -589,7 +621,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             due = trainer.global_step + ahead >= self.budget.due
         else:
             due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        return bool(due or not self.history or may_be_last(trainer))
+        # Whatever became of its report, all processes know that something was added up.
+        first = not self.history and self._watched is None
+        return bool(due or first or may_be_last(trainer))
 
     def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
         validating = trainer.state.fn != "fit"
@@ -600,16 +634,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         # An error from here on may be this process's own: it must not measure again alone.
         self._measured_at = trainer.global_step
         try:
-            with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
-                report = measurement.report(
-                    step=trainer.global_step if weights_step is None else weights_step,
-                    errors=self._with_errors(),
-                )
-                if self.drift and before is not None and self.history:
-                    since = self.history[-1].step
-                    found = drift_from(before, measurement, since=since, step=report.step)
-                    self.drifts += [] if found is None else [found]
-                report = self._with_effects(trainer, pl_module, report)
+            weights_of = trainer.global_step if weights_step is None else weights_step
+            report = self._report_on(trainer, pl_module, measurement, weights_of, before)
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.
                 self.history[-1] = replace(self.history[-1], operators={}, reference=None)
@@ -621,37 +647,38 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if not validating:
                 self._plan(trainer, pl_module)
 
-    def _with_effects(self, trainer: Any, pl_module: Any, report: CreditReport) -> CreditReport:
-        """Measure the effects of altering components, always for the last report."""
+    def _effects_of(
+        self, trainer: Any, pl_module: Any, report: CreditReport
+    ) -> tuple[Effects | None, str | None]:
+        """Measure effects on this process's samples, for the last report and where there is room."""
         if not self.effects or trainer.state.fn != "fit":
-            return report
-        alone, step = trainer.world_size == 1, trainer.global_step
-        seconds = passes(report, self.effects) * self._row_s
+            return None, None
+        step, seconds = trainer.global_step, passes(report, self.effects) * self._row_s
         most = self.budget.allowed(step, last_step(trainer)) / 3
         self.budget.expect("effects", min(seconds * SAMPLES, most))
-        why = self._no_replay
-        if not self._final and (why is not None or not alone or not self.budget.has_room("effects")):
-            return report
-        found = None
+        why, recording = self._no_replay, self._recording
+        if not self._final and (why or trainer.world_size > 1 or not self.budget.has_room("effects")):
+            return None, None
+        if why is not None or recording is None or not recording.steps:
+            return None, why or "no call was recorded"
         with self.budget.apart("effects"):
             try:
                 refuse_sharded_weights(trainer)
-                if why is None and self._recording is not None:
-                    samples = self.budget.left("effects") / max(seconds, 1e-12)
-                    around = trainer.precision_plugin.forward_context
-                    found = measure_effects(
-                        pl_module, self._recording.steps, report, self.effects, around, samples=samples
-                    )
+                samples = self.budget.left("effects") / max(seconds, 1e-12)
+                around = trainer.precision_plugin.forward_context
+                found = measure_effects(
+                    pl_module, recording.steps, report, self.effects, around, samples=samples
+                )
             except Exception as error:
-                why = str(error)
-            if not alone:
-                everybody = [each for each in gather(found) if each is not None]
-                found = pooled(everybody) if everybody else None
-        if found is None:
-            why, notes = why or "no call was recorded", list(report.notes)
-            notes.append(f"effects were not measured: {why}")
-            return replace(report, notes=tuple(notes))
-        return replace(report, effects=found)
+                return None, str(error)
+        return found, None
+
+    def _pool_effects(self, trainer: Any, own: Effects | None) -> Effects | None:
+        """Average the effects that the processes measured; each of them must call this."""
+        if trainer.world_size == 1 or not (self._final and self.effects and trainer.state.fn == "fit"):
+            return own
+        everybody = [found for found in gather(own) if found is not None]
+        return pooled(everybody) if everybody else None
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         """Find when the next measurement is due, alike in all processes."""

@@ -380,7 +380,7 @@ def effects(
     report = replace(report, effects=found)
     Console().print(report)
     if figure is not None:
-        found.plot().savefig(figure)
+        found.plot()[0].savefig(figure)
         say_written(figure)
     if out is not None:
         report.to_json(out)

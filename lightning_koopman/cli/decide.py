@@ -163,7 +163,7 @@ def _finish(
     console = Console()
     console.print(found)
     if figure is not None:
-        found.plot().savefig(figure)
+        found.plot()[0].savefig(figure)
     if out is not None and out.endswith(".json"):
         with write_atomically(out) as temporary:
             found.to_frame().to_json(temporary, orient="records", indent=1)

@@ -43,7 +43,7 @@ def drift(
     found = measurement.drift(reference, network, batches, max_samples=max_samples, step=checkpoint.step)
     console = Console()
     if figure is not None:
-        found.plot().savefig(figure)
+        found.plot()[0].savefig(figure)
     if out is not None:
         found.to_frame().to_csv(out, index=False)
     for path in filter(None, (figure, out)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from scipy.optimize import LinearConstraint, milp
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BitWidths:
+class BitWidths(JupyterMixin):
     """Numbers of bits for the weights of each component, and what the network does with them.
 
     Attributes:
@@ -116,18 +117,22 @@ class BitWidths:
             rows[f"effect_{option}_stderr"] = tuple(self.effects_stderr[:, column])
         return pandas.DataFrame(rows)
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the effect of each number of bits per component, those that were chosen filled.
 
+        Args:
+            ax: Matplotlib axes to draw on; ``None`` makes a figure.
+
         Returns:
-            A Matplotlib figure that no window manager knows of.
+            The figure and its axes.
         """
-        from lightning_koopman.report.plots import plot_options
+        from lightning_koopman.report.drawing import plot_options, visible
 
         chosen = [self.options.index(b) for b in self.bits]
         names = [f"{option} bits" for option in self.options]
         label = f"effect [{UNITS[self.scale]}]"
-        return plot_options(self.components, names, self.effects, self.effects_stderr, chosen, label)
+        numbers = self.effects, self.effects_stderr
+        return plot_options(self.components, names, *numbers, chosen, label, visible(ax))
 
     @property
     def verdict(self) -> str:

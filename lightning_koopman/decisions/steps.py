@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,7 +69,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steps:
+class Steps(JupyterMixin):
     """Components that gave way one after the other, and what was measured after each.
 
     Entry ``k`` of an array is about the network in which the first ``k + 1`` of ``components`` gave way.
@@ -136,18 +137,21 @@ class Steps:
             "within": [i < self.within for i in range(len(self.components))],
         })
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the loss after each step, with its standard error and the loss that was admitted.
 
+        Args:
+            ax: Matplotlib axes to draw on; ``None`` makes a figure.
+
         Returns:
-            A Matplotlib figure that no window manager knows of.
+            The figure and its axes.
         """
-        from lightning_koopman.report.plots import plot_steps
+        from lightning_koopman.report.drawing import plot_steps, visible
 
         no_metric = math.isnan(self.metric_before)
         label = f"effect [{UNITS[self.scale]}]" if no_metric else "drop of the metric"
         stderr = self.effect_stderr if no_metric else self.metric_stderr
-        return plot_steps(self.components, self.loss, stderr, self.max_drop, label)
+        return plot_steps(self.components, self.loss, stderr, self.max_drop, label, visible(ax))
 
     def _unit(self) -> str:
         return UNITS[self.scale] if math.isnan(self.metric_before) else "of the metric"

@@ -369,7 +369,8 @@ class Capture:
             self.skipped.append(name)
             return
         self._unusable = None
-        _refuse_part(name, module, tensor)
+        if self._passes == 0:
+            _refuse_part(name, module, tensor)
         self._raw, self._current = tensor, (name, id(module), call)
         if self._passes == 0:
             called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
@@ -399,14 +400,30 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:
-    """Refuse the units that one process holds of a layer that tensor parallelism spread."""
+    """Refuse the units that one process holds of what tensor parallelism spread."""
     width = getattr(module, "out_features", getattr(module, "embedding_dim", None))
-    weight = getattr(module, "weight", None)
-    if width is not None and is_spread(weight) and tensor.shape[-1] != width:
+    if width is None or not is_spread(getattr(module, "weight", None)):
+        width = None
+        if any(map(is_spread, module.parameters())) and tensor.ndim and not tensor.is_nested:
+            width = _spread_width(module, tensor.shape[-1])
+    if width is not None and tensor.shape[-1] != width:
         raise ValueError(
             f"component {name!r} gave {tensor.shape[-1]} of its {width} units, and other processes the "
             f"rest. {LET_IT_BE_WHOLE}"
         )
+
+
+def _spread_width(module: nn.Module, given: int) -> int | None:
+    """Find how wide an output is of which a process holds ``given``, if weights say that it does.
+
+    So it is where that is the width of a part of some weight here, and of no whole one.
+    """
+    weights = list(module.parameters())
+    if any(given in weight.shape for weight in weights):
+        return None
+    local = ((weight, weight.to_local().shape) for weight in weights if hasattr(weight, "to_local"))
+    sizes = (pair for weight, part in local for pair in zip(weight.shape, part, strict=True))
+    return next((whole for whole, held in sizes if held == given), None)
 
 
 def _recorded(

@@ -22,7 +22,7 @@ def newest_of_runs(reports: Sequence[ReportFields]) -> list[ReportFields]:
 
 def runs_table(reports: Sequence[ReportFields]) -> Table:
     """Lay several runs out side by side, component by component."""
-    table = Table(title="Newest of every run; dim rows carry a doubt", box=SIMPLE_HEAD)
+    table = Table(title="Newest of every run; dim numbers carry the doubt", box=SIMPLE_HEAD)
     for name in ("component", "run", "step", "credit", "gain", "doubt"):
         table.add_column(name, justify="right" if name in {"step", "credit", "gain"} else "left")
     newest = newest_of_runs(reports)
@@ -30,9 +30,14 @@ def runs_table(reports: Sequence[ReportFields]) -> Table:
     for component in components:
         for report in (each for each in newest if component in each.components):
             place, found = report.components.index(component), columns(report)
-            credit, gain, doubt = (found[name][place] for name in ("credit", "gain", "doubt"))
+            numbers = [
+                f"[dim]{found[name][place]}[/]"
+                if report.doubts_about(name)[place]
+                else found[name][place]
+                for name in ("credit", "gain")
+            ]
             names = (escape(component), escape(report.run), str(report.step))
-            table.add_row(*names, credit, gain, doubt, style="dim" if doubt else None)
+            table.add_row(*names, *numbers, found["doubt"][place])
     return table
 
 
@@ -53,6 +58,7 @@ def changes(before: ReportFields, after: ReportFields, quantity: str = "credit")
             "compare"
         )
     rows = []
+    about = [report.doubts_about(quantity) for report in (before, after)]
     for i, component in enumerate(before.components):
         old, new = (float(getattr(report, quantity)[i]) for report in (before, after))
         errors = [(float(report.stderr[quantity][i]), report.folds - 1) for report in (before, after)]
@@ -66,7 +72,7 @@ def changes(before: ReportFields, after: ReportFields, quantity: str = "credit")
             "stderr": error,
             "quantile": quantile,
             "changed": abs(new - old) > quantile * error + 1e-9,
-            "doubt": ", ".join(dict.fromkeys((*before.doubts[i], *after.doubts[i]))),
+            "doubt": ", ".join(dict.fromkeys(word for doubts in about for word in doubts[i])),
         })
     return rows
 

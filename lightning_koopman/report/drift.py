@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 
 from lightning_koopman.report.text import Captioned, as_text, new_table
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Drift:
+class Drift(JupyterMixin):
     """How far each component is from what it computed when a reference was measured.
 
     All arrays are of shape ``(L,)``, one entry per component, in order of execution.
@@ -99,13 +100,16 @@ class Drift:
             **{name: getattr(self, name) for name in names},
         })
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
         """Draw the drift of every component with two standard errors.
 
+        Args:
+            ax: Matplotlib axes to draw on; ``None`` makes a figure.
+
         Returns:
-            A Matplotlib figure that no window manager knows of.
+            The figure and its axes.
         """
-        from lightning_koopman.report.plots import plot_marked
+        from lightning_koopman.report.drawing import plot_marked, visible
 
         return plot_marked(
             self.components,
@@ -114,6 +118,7 @@ class Drift:
             self.changed,
             "drift [share of the output's variance]",
             f"Drift, {self.n_samples} samples; red: changed beyond error",
+            visible(ax),
         )
 
     def __rich__(self) -> Captioned:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 
 from lightning_koopman.koopman.chain import jackknife
@@ -35,7 +36,7 @@ SATURATED = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Effects:
+class Effects(JupyterMixin):
     """What altering one component at a time, or a set of them together, does to the outputs.
 
     All arrays are float64, one entry per name in ``components``.
@@ -225,14 +226,33 @@ class Effects:
 
         return cls(**checked_effects(given))
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Any = None, *, kind: str | None = None) -> tuple[Figure, Any]:
         """Draw the effects with their standard errors, one panel per kind.
 
+        Args:
+            ax: Matplotlib axes to draw on, as many as there are panels; ``None`` makes a figure.
+            kind: One of :attr:`kinds`; ``None`` draws all.
+
         Returns:
-            A Matplotlib figure that no window manager knows of: bars per component, or predicted against
-            measured effects where both are known.
+            The figure, and its axes (an array where there are several): bars per component, or predicted
+            against measured effects where both are known; grey bars carry a doubt.
+
+        Raises:
+            ValueError: If the kind is unknown, or ``ax`` holds another number of axes.
         """
-        return _plot(self)
+        from lightning_koopman.report.drawing import plot_effects, visible
+
+        if kind is not None:
+            self._check_kind(kind)
+        return plot_effects(self, visible(ax), None if kind is None else [kind])
+
+    def __repr__(self) -> str:
+        by_way = {
+            way: [k for k, w in self.how.items() if w == way] for way in sorted({*self.how.values()})
+        }
+        how = "; ".join(f"{way} {', '.join(kinds)}" for way, kinds in by_way.items())
+        count = len(self.components) - len(self.sets)
+        return f"Effects({count} components; {how}; {self.unit}, {self.n_samples} samples)"
 
     def __str__(self) -> str:
         return as_text(self)
@@ -242,10 +262,13 @@ class Effects:
         columns |= {kind: [] for kind in self.kinds}
         styles: list[str | None] = []
 
+        grey: dict[str, list[bool]] = {kind: [] for kind in self.kinds}
+
         def add(name: str, cells: Mapping[str, str], style: str | None) -> None:
             columns["component"].append(name)
             for kind in self.kinds:
                 columns[kind].append(cells.get(kind, ""))
+                grey[kind].append(columns[kind][-1].endswith("?"))
             styles.append(style)
 
         if len({*self.how.values()}) > 1:
@@ -274,6 +297,7 @@ class Effects:
             (),
             styles,
             [*_said_doubts(self), *(f"Note: {escape(note)}" for note in self.notes)],
+            grey,
         )
 
     def cell(self, kind: str, component: int) -> str:
@@ -323,62 +347,3 @@ def set_effect(
     parts = torch.from_numpy(pairs[:, places][:, :, places].sum(axis=(1, 2)))
     value, stderr = with_folds(parts, torch.from_numpy(folds))
     return float(value), float(stderr)
-
-
-def _plot(effects: Effects) -> Figure:
-    from matplotlib.figure import Figure
-
-    kinds, size = effects.kinds, len(effects.components)
-    both = [kind for kind in kinds if kind in effects.predicted]
-    height = 3.2 if both else min(22.0, max(2.4, 0.3 * size + 1.4))
-    figure = Figure(figsize=(max(4.5, 3.2 * len(kinds)), height), layout="constrained")
-    axes = figure.subplots(1, len(kinds), squeeze=False, sharey=not both)[0]
-    unit = "mean KL [nats]" if effects.scale == "kl" else "relative squared change"
-    for axis, kind in zip(axes, kinds, strict=True):
-        if kind in effects.predicted:
-            _against(axis, effects, kind)
-            rank = effects.spearman(kind)
-            axis.set_title(
-                kind if math.isnan(rank) else f"{kind}: Spearman {rank:.2f}", fontsize="medium"
-            )
-            axis.set(xlabel=f"{unit}, predicted", ylabel=f"{unit}, measured" if axis is axes[0] else "")
-            continue
-        axis.barh(
-            range(size), effects.values[kind], xerr=effects.stderr[kind], color="#1f6f8b", capsize=2
-        )
-        axis.set_title(f"{kind}, {effects.how[kind]}", fontsize="medium")
-        axis.set_xlabel(unit)
-        if both or axis is axes[0]:
-            axis.set_yticks(range(size), effects.components)
-            axis.invert_yaxis()
-    return figure
-
-
-def _against(axis: Any, effects: Effects, kind: str) -> None:
-    """Draw measured against predicted effects on logarithmic axes, with the line where both agree."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    numbers = np.stack([
-        effects.predicted[kind],
-        effects.values[kind],
-        effects.stderr[kind],
-        effects.predicted_stderr[kind],
-    ])
-    shown = (numbers[:2] > 0).all(axis=0) & np.isfinite(numbers[:2]).all(axis=0)
-    if not shown.any():
-        return
-    names, numbers = np.array(effects.components)[shown], numbers[:, shown]
-    axis.errorbar(*numbers, "o", ms=4, color="#1f6f8b", lw=0.8, capsize=2)
-    for place, i in enumerate(np.argsort(numbers[0])):
-        # Neighbours often lie close together: every second name stands to the right, below its point.
-        x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
-        style = {"fontsize": "x-small", "textcoords": "offset points"}
-        axis.annotate(names[i], (numbers[0, i], numbers[1, i]), xytext=(x, y), ha=end, **style)
-    axis.margins(0.12)
-    ends = [numbers[:2].min() / 1.5, numbers[:2].max() * 1.5]
-    axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xscale="log", yscale="log")
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_locator(LogLocator(subs=(1, 3) if ends[1] < 100 * ends[0] else (1,), numticks=5))
-        scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        scale.set_minor_formatter(NullFormatter())

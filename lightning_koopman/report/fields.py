@@ -16,6 +16,14 @@ from lightning_koopman.report.effects import Effects
 MIN_R2 = 0.5
 """Below this held-out R², of its own operator or of the chain behind it, a component is marked."""
 
+_SPEAK_AGAINST = {
+    "credit": ("chain_r2", "ridge", "lost"),
+    "gain": ("r2", "chain_r2", "ridge", "lost"),
+    "sensitivity": ("chain_r2", "ridge", "lost"),
+}
+"""By quantity, the doubts that are about it: credits come from the chain behind, gains also from the
+component's own operator."""
+
 
 @dataclass(frozen=True, eq=False)
 class ReportFields:
@@ -52,6 +60,7 @@ class ReportFields:
     effects: Effects | None = field(default=None, repr=False)
     types: tuple[str, ...] = ()
     parameters: tuple[int, ...] = ()
+    drift: NDArray[np.float64] | None = None
     reference: Reference | None = field(default=None, repr=False)
 
     @property
@@ -70,6 +79,19 @@ class ReportFields:
         }
         each = range(len(self.components))
         return tuple(tuple(word for word, marked in marks.items() if marked[i]) for i in each)
+
+    def doubts_about(self, quantity: str) -> tuple[tuple[str, ...], ...]:
+        """Return those of :attr:`doubts` that speak against one quantity, by component.
+
+        Args:
+            quantity: Name of an array, such as ``"credit"``.
+
+        Returns:
+            A tuple of words per component. R², chain R², nonlinearity and rank are measured directly,
+            so nothing speaks against them.
+        """
+        words = _SPEAK_AGAINST.get(quantity, ())
+        return tuple(tuple(word for word in doubts if word in words) for doubts in self.doubts)
 
     @property
     def label(self) -> str:

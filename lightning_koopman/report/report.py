@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,11 @@ from lightning_koopman.report.saved import (
     write_atomically,
 )
 from lightning_koopman.report.tables import credit_table, has_more, to_rows
-from lightning_koopman.report.text import as_text
+from lightning_koopman.report.text import as_text, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,8 @@ class CreditReport(ReportFields):
             ``dataclasses.replace(report, effects=component_effects(...))`` has filled it in.
         types: Class of the module of each component; empty where unknown.
         parameters: Number of parameters of each component; empty where unknown.
+        drift: How far each component is from what it computed at the measurement before, in a training
+            with the callback, see :class:`lightning_koopman.report.drift.Drift`; ``None`` elsewhere.
         reference: What :func:`lightning_koopman.drift` holds other weights or samples against; ``None``
             in a report read from JSON.
     """
@@ -201,15 +204,56 @@ class CreditReport(ReportFields):
             )
         write_reference(self.reference, path)
 
-    def plot(self) -> Figure:
-        """Draw credits and gains with their error bars, and how far each row may be believed.
+    def plot(
+        self, ax: Any = None, *, kind: Literal["importance", "credits"] = "importance"
+    ) -> tuple[Figure, Any]:
+        """Draw what each component is worth, the most first, coloured by what may be done with it.
+
+        Args:
+            ax: Matplotlib axes to draw on; ``None`` makes a figure.
+            kind: ``"importance"`` draws the effect of leaving each component out, or its credit where no
+                effects are known. ``"credits"`` draws credits, gains and R² side by side, on three axes.
 
         Returns:
-            A Matplotlib figure that no window manager knows of.
-        """
-        from lightning_koopman.report.plots import plot_report
+            The figure and its axes.
 
-        return plot_report(self)
+        Raises:
+            ValueError: If ``kind`` is another, or ``ax`` holds another number of axes.
+        """
+        from lightning_koopman.report.drawing import visible
+        from lightning_koopman.report.plots import plot_importance, plot_report
+
+        drawn = {"importance": plot_importance, "credits": plot_report}
+        if kind not in drawn:
+            raise ValueError(f"kind is {kind!r}; choose one of {tuple(drawn)}")
+        return drawn[kind](self, visible(ax))
+
+    def __getitem__(self, component: str) -> Series:
+        if component not in self.components:
+            close = difflib.get_close_matches(str(component), self.components, n=3, cutoff=0.4)
+            meant = f"did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise KeyError(
+                f"no component is called {component!r}; {meant or f'there are {self.components}'}"
+            )
+        return self.to_frame().set_index("component", drop=False).loc[component]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.components)
+
+    def __len__(self) -> int:
+        return len(self.components)
+
+    def __repr__(self) -> str:
+        step = "" if self.step is None else f"step {self.step}, "
+        run = f"run {self.run}, " if self.run else ""
+        total = with_error(self.total, self.total_stderr, " ± ") or "unknown"
+        size = f"{len(self)} component{'s' if len(self) > 1 else ''}"
+        return f"CreditReport({size}, {run}{step}{self.n_samples} samples, total {total})"
+
+    def _repr_html_(self) -> str:
+        from lightning_koopman.report.pages import to_fragment
+
+        return to_fragment(self)
 
     def __rich__(self) -> RenderableType:
         table = credit_table(self)

@@ -107,6 +107,7 @@ class _Report(BaseModel, strict=True):
     run: Text = ""
     source: Annotated[dict[str, Any], AfterValidator(_writable)] = {}
     effects: dict[str, Any] | None = None
+    drift: Column | None = None
     types: Annotated[Texts, AfterValidator(_one_each_or_none)] = ()  # type: ignore[assignment]
     parameters: Annotated[list[Count], AfterValidator(_one_each_or_none), AfterValidator(tuple)] = ()  # type: ignore[assignment]
 

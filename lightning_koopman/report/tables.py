@@ -7,19 +7,56 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.fields import ReportFields
-from lightning_koopman.report.text import Fitted
+from lightning_koopman.report.text import Fitted, with_error
 
 WITHIN = 0.01
 """What may be lost where the verdict says that something can go: of the metric, or of the effect."""
 
 _LINEAR_R2 = 0.999
 
-_GIVES_WAY = ("type", "parameters", "chain R²", "gain", "R²", "drift", "credit")
+_GIVES_WAY = ("holds", "type", "parameters", "gain", "R²", "credit")
+
+_MOST_PARTS = 4
+
+DECISIONS = {
+    "can go": "leaving it out costs next to nothing",
+    "can become linear": "a linear map in its place costs next to nothing",
+    "linear already": f"R² {_LINEAR_R2} or more",
+    "keep": "the outputs need it, or it is not sure that they do not",
+    "undecided": "measure its effects to decide",
+    "doubted": "do not act on this number",
+}
+"""What may be done with a component, in plain words."""
+
+GLOSSARY = {
+    "holds": "class of the module, and what belongs to it, in order of execution",
+    "parameters": "how many numbers the component learns",
+    "skip": "how far the outputs move when the component is left out: what it is worth",
+    "linear": "how far they move when the best linear map takes its place",
+    "reinit": "how far they move when its weights go back to those that training began with",
+    "weight_noise": "how far they move when noise is added to its weights",
+    "output_noise": "how far they move when noise is added to what it gives",
+    "credit": "how strongly the outputs answer to what the component gives",
+    "gain": "what the component itself adds to the volume of its signal; gains sum to the total",
+    "sensitivity": "how far independent noise on what it gives moves the outputs",
+    "r2": "share of its output's variance that a linear map of its input gives, on held-out samples; "
+    "the rest is its nonlinearity",
+    "chain_r2": "the same for the outputs, predicted from what the component gives",
+    "rank": "number of directions in which its output varies",
+    "drift": "share of its output's variance that the reference's operator no longer explains",
+    "doubt": (
+        "why not to act on the grey numbers of a row: its own operator (r2) or the chain behind it "
+        "(chain_r2) fits badly, the credit hangs on the ridge weight (ridge), or no output direction "
+        "reaches it (lost)"
+    ),
+}
+"""What each column means, in a line."""
 
 
 def to_rows(report: ReportFields) -> list[dict[str, Any]]:
@@ -43,25 +80,25 @@ def to_rows(report: ReportFields) -> list[dict[str, Any]]:
 
 def total_line(report: ReportFields) -> str:
     """Return the number of directions and the total as words."""
-    return (
-        f"{report.directions} output directions, total {report.total:.3f} ± {report.total_stderr:.3f} "
-        "nats per direction"
-    )
+    total = with_error(report.total, report.total_stderr, " ± ") or "unknown"
+    return f"{report.directions} output directions, total {total} nats per direction"
 
 
 def columns(report: ReportFields, sign: str = "±") -> dict[str, list[str]]:
     """Return what a reader sees: one text per component by heading, what decides first."""
     found: dict[str, list[str]] = {"component": list(report.components)}
     if len(report.types) == len(report.parameters) == len(report.components):
-        found["type"] = list(report.types)
+        found["holds"] = [_inside(report, i) for i in range(len(report.components))]
         found["parameters"] = [f"{number:,}" if number else "" for number in report.parameters]
     if (effects := report.effects) is not None:
         for kind in ("skip", "linear"):
             if kind in effects.kinds:
                 found[kind] = [_effect(effects, kind, name) for name in report.components]
+    if report.drift is not None:
+        found["drift"] = [f"{value:.4f}" for value in report.drift]
     for name in ("credit", "gain"):
         pairs = zip(getattr(report, name), report.stderr[name], strict=True)
-        found[name] = [f"{value:.3f}{sign}{error:.3f}" for value, error in pairs]
+        found[name] = [with_error(value, error, sign) for value, error in pairs]
     found["R²"] = [f"{value:.3f}" for value in report.r2]
     found["doubt"] = [", ".join(doubts) for doubts in report.doubts]
     return found
@@ -72,15 +109,20 @@ def credit_table(report: ReportFields) -> Fitted:
     title = f"Koopman credit{escape(report.label)}, {report.n_samples} samples\n{total_line(report)}"
     lines = [f"[bold]{escape(line)}[/]" for line in verdict(report)]
     if (effects := report.effects) is not None:
-        lines.append(f"skip, linear: effect of altering one component, {effects.unit}; ± of it.")
+        known = [kind for kind in ("skip", "linear") if kind in effects.kinds]
+        lines += [f"{kind}: {GLOSSARY[kind]}, in {effects.unit}." for kind in known]
+    grey = {name: [bool(d) for d in report.doubts_about(name)] for name in ("credit", "gain")}
+    if (effects := report.effects) is not None:
+        for kind in {"skip", "linear"} & {*effects.kinds}:
+            grey[kind] = [_doubted(effects, kind, name) for name in report.components]
     if marked := int((~report.trusted).sum()):
         lines.append(
-            f"{marked} of {len(report.components)} rows carry a doubt, which is about credit, gain and "
-            "R²: do not act on these there (README)."
+            f"{marked} of {len(report.components)} rows carry a doubt: do not act on their grey numbers "
+            "(chain_r2, ridge, lost: credit and gain; r2: gain)."
         )
     lines += [f"Note: {escape(note)}" for note in report.notes]
     lines.append(f"[bold]{escape(next_step(report))}[/]")
-    return Fitted(title, columns(report), _GIVES_WAY, lines=lines)
+    return Fitted(title, columns(report), _GIVES_WAY, grey=grey, lines=lines)
 
 
 def has_more(report: ReportFields) -> bool:
@@ -116,34 +158,86 @@ def next_step(report: ReportFields) -> str:
     return "Next: lightning-koopman drop, or linearize: how many may give way together"
 
 
+def decide(report: ReportFields) -> list[str]:
+    """Return one of :data:`DECISIONS` per component."""
+    effects = report.effects
+    kinds = [] if effects is None else [kind for kind in ("skip", "linear") if kind in effects.kinds]
+    if effects is None or not kinds:
+        doubted = [bool(doubts) for doubts in report.doubts_about("credit")]
+        linear = report.r2 >= _LINEAR_R2
+        return [
+            "doubted" if doubt else "linear already" if straight else "undecided"
+            for doubt, straight in zip(doubted, linear, strict=True)
+        ]
+    cheap = {kind: dict(zip(effects.components, _sure(effects, kind), strict=False)) for kind in kinds}
+    words = {"skip": "can go", "linear": "can become linear"}
+    found = []
+    for name in report.components:
+        able = [words[kind] for kind in kinds if cheap[kind].get(name, False)]
+        doubt = _doubted(effects, kinds[0], name)
+        found.append(able[0] if able else "doubted" if doubt else "keep")
+    return found
+
+
+def _losses(effects: Effects, kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64], str]:
+    """Return what altering each component loses, its error, and the loss that is small in words."""
+    count = len(effects.components) - len(effects.sets)
+    if kind in effects.metric_stderr and np.isfinite(effects.metric_stderr[kind]).any():
+        loss = effects.metric_before - effects.metric[kind][:count]
+        return loss, effects.metric_stderr[kind][:count], f"{WITHIN:g} of accuracy"
+    within = (
+        f"{WITHIN:g} nats of KL" if effects.scale == "kl" else f"{WITHIN:.0%} of the outputs' variance"
+    )
+    return effects.values[kind][:count], effects.stderr[kind][:count], within
+
+
+def _sure(effects: Effects, kind: str) -> NDArray[np.bool_]:
+    """Return whether what is lost is small beyond two standard errors and doubts."""
+    loss, error, _ = _losses(effects, kind)
+    doubted = np.array([bool(effects.doubts_of(kind, i)) for i in range(len(loss))], dtype=bool)
+    small = np.nan_to_num(loss + 2 * np.nan_to_num(error), nan=np.inf) <= WITHIN
+    return np.asarray(small & ~doubted)
+
+
+def _doubted(effects: Effects, kind: str, component: str) -> bool:
+    """Return whether something speaks against an effect, or it is unknown."""
+    if component not in effects.components:
+        return True
+    place = effects.components.index(component)
+    return bool(effects.doubts_of(kind, place)) or bool(np.isnan(effects.values[kind][place]))
+
+
 def _verdict_of(effects: Effects, kind: str, can: str, nothing: str) -> str:
     """Say which components can be altered one by one within a loss, beyond two standard errors."""
-    count = len(effects.components) - len(effects.sets)
-    loss, error, unit = (
-        effects.values[kind][:count],
-        effects.stderr[kind][:count],
-        "of the outputs' variance",
-    )
-    if effects.scale == "kl":
-        unit = "nats of KL"
-    if kind in effects.metric_stderr and np.isfinite(effects.metric_stderr[kind]).any():
-        loss, error = (
-            effects.metric_before - effects.metric[kind][:count],
-            effects.metric_stderr[kind][:count],
-        )
-        unit = "of the accuracy"
+    loss, error, within = _losses(effects, kind)
     if not np.isfinite(loss).any():
         return f"no effect of {kind} is known"
-    sure = np.nan_to_num(loss + 2 * np.nan_to_num(error), nan=np.inf) <= WITHIN
-    names = [name for name, found in zip(effects.components, sure, strict=False) if found]
+    names = [name for name, sure in zip(effects.components, _sure(effects, kind), strict=False) if sure]
     if names:
         how = "alone" if len(names) == 1 else "one at a time"
-        return f"{_some(names)} {can} {how} within {WITHIN:.0%} {unit}"
+        return f"{_some(names)} {can} {how} within {within}"
     least = int(np.nanargmin(loss))
+    costs = with_error(loss[least], error[least])
     return (
-        f"{nothing} within {WITHIN:.0%} {unit} for sure: the least, {effects.components[least]}, costs "
-        f"{loss[least]:.3f}±{error[least]:.3f}"
+        f"{nothing} within {within} for sure: the cheapest, {effects.components[least]}, costs {costs}"
     )
+
+
+def _inside(report: ReportFields, place: int) -> str:
+    """Return the class of a component's module and the names of what belongs to it, in order."""
+    component, kind = report.components[place], report.types[place]
+    parts = [part for part in report.parts.get(component, ()) if part]
+    if len(parts) < 2 or component not in parts:
+        return kind
+    if len(parts) > _MOST_PARTS:
+        return f"{kind} and {len(parts) - 1} more"
+    return " → ".join(kind if part == component else _short(part) for part in parts)
+
+
+def _short(part: str) -> str:
+    """Return the end of a dotted name; of one that ends in a number, two parts of it."""
+    *before, last = part.split(".")
+    return ".".join([*before[-1:], last]) if last.partition("#")[0].isdigit() else last
 
 
 def _some(names: Sequence[str]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-_WORDS = ("doubt", "type")
+_WORDS = ("doubt", "type", "holds")
 _LONGEST_NAME = 28
 _LEAST_WIDTH = 78
+_MOST_PLACES = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Fitted:
             fit even then stands in a further table below.
         styles: One per row.
         lines: Rich's markup below the table, wrapped to its width.
+        grey: By heading, whether each cell is in doubt.
     """
 
     title: str
@@ -39,6 +41,7 @@ class Fitted:
     gives_way: Sequence[str] = ()
     styles: Sequence[str | None] = ()
     lines: Sequence[str] = ()
+    grey: Mapping[str, Sequence[bool]] = field(default_factory=dict)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Drop or move columns until the rest fits, then wrap the lines to its width."""
@@ -86,11 +89,18 @@ class Fitted:
                 no_wrap=not words,
                 min_width=self._needs(heading),
             )
-        cells = [self.columns[heading] for heading in headings]
+        cells = [
+            [f"[dim]{escape(cell)}[/]" if grey else escape(cell) for cell, grey in self._marked(heading)]
+            for heading in headings
+        ]
         styles = self.styles or [None] * len(cells[0])
         for row, style in zip(zip(*cells, strict=True), styles, strict=True):
-            table.add_row(*map(escape, row), style=style)
+            table.add_row(*row, style=style)
         return table
+
+    def _marked(self, heading: str) -> Iterator[tuple[str, bool]]:
+        cells = self.columns[heading]
+        return zip(cells, self.grey.get(heading) or [False] * len(cells), strict=True)
 
 
 @dataclass(frozen=True)
@@ -133,3 +143,19 @@ def with_share(value: float, error: float) -> str:
         return ""
     share = f"±{error / value:.0%}" if value > 0 and math.isfinite(error) else ""
     return f"{value:.2g}{share}"
+
+
+def with_error(value: float, error: float, sign: str = "±") -> str:
+    """Return a number with its standard error, both rounded to the first two digits of the error."""
+    if not math.isfinite(value):
+        return ""
+    if not math.isfinite(error):
+        return f"{value:.2g}"
+    if error <= 0:
+        return f"{value:.3g}{sign}0"
+    places = 1 - int(f"{error:.1e}".partition("e")[2])
+    if places > _MOST_PLACES and abs(value) < 1e-3:
+        return f"{round(value, places):.2g}{sign}{error:.0e}"
+    places = min(places, _MOST_PLACES)
+    shown = max(places, 0)
+    return f"{round(value, places) + 0.0:.{shown}f}{sign}{round(error, places):.{shown}f}"

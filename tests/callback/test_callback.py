@@ -479,8 +479,6 @@ for name in {expected}:
 @pytest.mark.parametrize(
     ("before", "early", "after"),
     [
-        (["lightning"], False, []),
-        (["pytorch_lightning"], False, []),
         ([], False, ["lightning.pytorch"]),
         ([], False, ["pytorch_lightning"]),
         (["lightning"], True, ["pytorch_lightning"]),

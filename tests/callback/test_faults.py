@@ -442,7 +442,7 @@ PHASES = [
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("hook", PHASES)
 def test_ctrl_c_in_every_phase(hook, ours_first):
-    check_alike(others=lambda: [Stops(hook, KeyboardInterrupt())], ours_first=ours_first)
+    check_alike(case_of=hook, others=lambda: [Stops(hook, KeyboardInterrupt())], ours_first=ours_first)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Fault("late")], ids=repr)

@@ -47,6 +47,9 @@ WAYS = {
 }
 
 
+SOME_SLOW = [way if way == "along" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+
+
 class Armed(L.Callback):
     """Tells whether an epoch has been reached."""
 
@@ -107,7 +110,7 @@ def test_a_measurement_that_fails_once_is_tried_again(way):
     assert [report.step for report in monitor.history] == [18, 24]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SOME_SLOW)
 @pytest.mark.parametrize("place", PLACES[1:-1], ids=NAMES[1:-1])
 def test_ctrl_c_in_ours_stops_training_and_keeps_what_was_measured(place, way, tmp_path):
     second, monitor = Armed(1), KoopmanCreditMonitor()
@@ -165,6 +168,7 @@ def test_a_logger_that_cannot_write_keeps_no_other_from_it(error, first, tmp_pat
 EXPERIMENT = ["add_custom_scalars", "add_image", "add_text", "add_scalar"]
 
 
+@pytest.mark.usefixtures("no_pixels")
 @pytest.mark.parametrize("method", EXPERIMENT)
 def test_tensorboard_may_fail_in_any_part(method, tmp_path):
     raised: list[BaseException] = []

@@ -21,6 +21,7 @@ def checkpoints(folder: Path, steps: tuple[int, ...] = (30, 10, 20)) -> dict[int
     return models
 
 
+@pytest.mark.usefixtures("no_pixels")
 def test_each_checkpoint_is_measured_at_its_own_step_in_order(tmp_path):
     models = checkpoints(tmp_path)
     host = LitNet()

@@ -22,6 +22,7 @@ from lightning_koopman.report.comparison import runs_table
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
 
+pytestmark = pytest.mark.usefixtures("no_pixels")
 MORE_DATA = """
 def more_batches():
     return batches()[:2]

@@ -255,7 +255,7 @@ def test_results_can_be_read():
     frame = order.to_frame()
     assert list(frame.component) == list(order.components)
     assert frame.within.sum() == len(order.dropped)
-    (axis,) = order.plot().axes
+    _, axis = order.plot()
     assert [tick.get_text() for tick in axis.get_xticklabels()] == list(order.components)
 
 

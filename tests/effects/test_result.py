@@ -17,6 +17,7 @@ from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.replay import Recording
 from lightning_koopman.report.effects import KINDS, Effects
 from lightning_koopman.report.saved import ReportFormatError
+from lightning_koopman.report.tables import verdict
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +112,19 @@ def test_the_report_leads_with_the_decision(report, both):
     effects = component_effects(mlp(), batched(x, y), report, ["skip", "linear"])
     lines = narrow(dataclasses.replace(report, effects=effects), 130)
     heading = next(line for line in lines if "credit" in line and "doubt" in line).split()
-    expected = ["component", "type", "parameters", "skip", "linear", "credit", "gain", "R²", "doubt"]
+    expected = ["component", "holds", "parameters", "skip", "linear", "credit", "gain", "R²", "doubt"]
     assert heading == expected
     row = next(line for line in lines if line.startswith(" 2 ")).split()
-    assert row[1:5] == ["Linear", "156", effects.cell("skip", 1), effects.cell("linear", 1)]
+    skip, linear = (effects.cell(kind, 1) for kind in ("skip", "linear"))
+    assert row[1:9] == ["Linear", "→", "3", "→", "4", "156", skip, linear]
     assert lines[-1] == "Next: lightning-koopman drop, or linearize: how many may give way together"
     assert (
         narrow(report, 130)[-1] == "Next: lightning-koopman effects, or component_effects: what may go"
     )
+    drifted = dataclasses.replace(report, effects=effects, drift=np.array([0.25, 0.0, 0.01]))
+    row = next(line for line in narrow(drifted, 130) if line.startswith(" 0 ")).split()
+    assert "0.2500" in row
+    np.testing.assert_array_equal(CreditReport.from_dict(drifted.to_dict()).drift, drifted.drift)
     more = narrow(dataclasses.replace(report, effects=both), 130)
     assert sum("skip" in line for line in more) >= 2, "the effects have a table of their own"
 
@@ -136,12 +142,15 @@ def test_the_verdict_is_true_by_its_numbers(report):
     assert "5 can go alone within 1% of the outputs' variance" in said
     assert "2, 5 can go one at a time within 1% of" in verdicts(report, [0.5, 0.009, 0.001], 0.0001)
     said = verdicts(report, [0.5, 0.3, 0.009], 0.001)
-    assert "nothing can go within 1% of the outputs' variance for sure: the least, 5, costs" in said
+    assert "nothing can go within 1% of the outputs' variance for sure: the cheapest, 5, costs" in said
     metric = {"skip": np.array([0.9, 0.899, 0.5])}, {"skip": np.full(3, 0.001)}
     said = verdicts(
         report, [0.5, 0.5, 0.5], 0.1, metric_before=0.9, metric=metric[0], metric_stderr=metric[1]
     )
-    assert "0, 2 can go one at a time within 1% of the accuracy" in said
+    assert "0, 2 can go one at a time within 0.01 of accuracy" in said
+    kl = made(components=report.components, values={"skip": np.array([0.5, 0.001, 0.5])})
+    said = "nothing can go within 0.01 nats of KL for sure: the cheapest, 2, costs 0.00±0.20"
+    assert verdict(dataclasses.replace(report, effects=kl))[0] == said
     assert "no effect of skip is known" in verdicts(report, [np.nan] * 3, np.nan)
     linear = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
     exact = credit_report(linear, [torch.randn(300, 5, dtype=torch.float64)])
@@ -149,9 +158,9 @@ def test_the_verdict_is_true_by_its_numbers(report):
 
 
 def test_the_figure_shows_both_with_their_errors(both):
-    figure = both.plot()
+    figure, axes = both.plot()
     assert len(figure.axes) == 5
-    for axis, kind in zip(figure.axes, KINDS, strict=True):
+    for axis, kind in zip(axes, KINDS, strict=True):
         assert kind in axis.get_title()
         assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
         (container,) = axis.containers
@@ -162,9 +171,19 @@ def test_the_figure_shows_both_with_their_errors(both):
             (upright[:, :, 1], both.values[kind], both.stderr[kind]),
         ):
             np.testing.assert_allclose(found.T, [(value - error)[shown], (value + error)[shown]])
-    alone = dataclasses.replace(both, predicted={}, predicted_stderr={}).plot()
-    widths = [bar.get_width() for bar in alone.axes[4].patches]
+    alone = dataclasses.replace(both, predicted={}, predicted_stderr={})
+    _, axis = alone.plot(kind=KINDS[4])
+    widths = [bar.get_width() for bar in axis.patches]
     np.testing.assert_allclose(widths, both.values[KINDS[4]])
+    with pytest.raises(ValueError, match="ax holds 2 axes; this picture has 5 panels, one each"):
+        both.plot(axes[:2])
+    with pytest.raises(ValueError, match="there are no effects of 'shake'"):
+        both.plot(kind="shake")
+
+
+def test_an_effect_is_one_line_in_a_shell_and_a_table_in_a_notebook():
+    assert repr(made()) == "Effects(3 components; measured skip; KL in nats, 50 samples)"
+    assert "Measured effects of altering" in made()._repr_mimebundle_((), ())["text/html"]
 
 
 def test_effects_are_written_and_read_back(both, report, tmp_path):

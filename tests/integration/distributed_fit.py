@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, Options
+from lightning_koopman.callback import budget
 from lightning_koopman.measurement import accumulator, processes
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
@@ -199,6 +201,23 @@ def broken_numerics(rank: int, place: str) -> Generator[None, None, None]:
         setattr(owner, place, kept)
 
 
+@contextmanager
+def slowed(rank: int, seconds: float) -> Generator[None, None, None]:
+    """Let reports take longer in one process only, and leave little to spend."""
+    report, allowance = Measurement.report, budget.ALLOWANCE
+
+    def slow(self: Any, **given: Any) -> Any:
+        if torch.distributed.get_rank() == rank:
+            time.sleep(seconds)
+        return report(self, **given)
+
+    Measurement.report, budget.ALLOWANCE = slow, 2.5 * seconds
+    try:
+        yield
+    finally:
+        Measurement.report, budget.ALLOWANCE = report, allowance
+
+
 def run(config: dict[str, Any], folder: str) -> L.Trainer:
     monitor = Monitor(
         options=Options(max_dim=config["max_dim"], delay=config.get("delay", 1)),
@@ -225,8 +244,8 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
     )
     COLLECTIVES.clear()
     processes.dist = CountedCollectives()
-    fault = config.get("break_numerics")
-    with broken_numerics(*fault) if fault else nullcontext():
+    fault, slow = config.get("break_numerics"), config.get("slow")
+    with broken_numerics(*fault) if fault else slowed(*slow) if slow else nullcontext():
         trainer.fit(Net(config), Data(config))
     if config.get("validate"):
         trainer.validate(Net(config), Data(config), verbose=False)

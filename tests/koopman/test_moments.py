@@ -62,19 +62,6 @@ def test_wide_states_many_rows_and_an_offset_agree_with_numpy(dtype: torch.dtype
         assert np.allclose(given[i, j].numpy(), expected, rtol=0, atol=1e-12)
 
 
-def test_held_out_products_are_about_the_means_given() -> None:
-    states = chain(50, (4, 3, 2))
-    folds = torch.arange(50) % 5
-    layout = Layout((4, 3, 2), 5)
-    moments = gathered(layout, states, folds)
-    train = covariances(layout, moments.sum(0) - moments[1])
-    test = covariances(layout, moments[1], about=train.means)
-    held_out = [(s[folds == 1] - s[folds != 1].mean(0)).numpy() for s in states]
-    for i, j in layout.pairs:
-        expected = held_out[i].T @ held_out[j] / 10
-        assert np.allclose(test[i, j].numpy(), expected, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("about", [None, 0, 2])
 def test_what_is_left_out_and_the_variances_are_those_of_the_samples(about: int | None) -> None:
     states = chain(50, (4, 3, 2), offset=3.0)
@@ -104,18 +91,11 @@ def test_a_centre_is_taken_off_every_state_and_the_states_stay(dealt: int) -> No
     assert all(map(torch.equal, states, before))
     expected = gathered(layout, [s - c for s, c in zip(states, center, strict=True)], folds)
     torch.testing.assert_close(given, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("dealt", [1, 3])
-def test_states_in_single_precision_are_summed_in_double(dealt: int, centred: bool) -> None:
-    states, folds = [s.float() for s in chain(40, (4, 3, 2))], torch.arange(40) % dealt
-    layout = Layout((4, 3, 2), 3)
-    center = [s.double().mean(dim=0) for s in states] if centred else None
-    given, expected = layout.zeros(), layout.zeros()
-    accumulate(layout, given, states, folds, center)
-    accumulate(layout, expected, [s.double() for s in states], folds, center)
-    torch.testing.assert_close(given, expected, rtol=1e-12, atol=1e-12)
+    # States in single precision are summed in double.
+    single, double = layout.zeros(), layout.zeros()
+    accumulate(layout, single, [s.float() for s in states], folds, center)
+    accumulate(layout, double, [s.float().double() for s in states], folds, center)
+    torch.testing.assert_close(single, double, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("width", "n"), [(65, 300), (128, 300), (129, 100), (129, 300), (200, 300)])
@@ -136,14 +116,6 @@ def test_of_a_state_that_no_step_reads_the_diagonal_is_enough() -> None:
     part = covariances(small, rows[1].sum(0), without=rows[1][2])
     assert torch.allclose(part.variances[2], full.variances[2], rtol=0, atol=1e-14)
     assert torch.allclose(part[1, 2], full[1, 2], rtol=0, atol=1e-14)
-
-
-def test_no_sample_gives_zeros() -> None:
-    layout = Layout((3, 2), 2)
-    given = covariances(layout, layout.zeros()[0])
-    assert given.count == 0
-    assert not given[0, 1].any()
-    assert not given.variances[0].any()
 
 
 @pytest.mark.parametrize("delay", [1, 2])
@@ -169,12 +141,6 @@ def test_memory_follows_the_documented_formula(dims: tuple[int, ...], folds: int
     assert moments.nbytes == 8 * folds * layout.size
 
 
-def test_memory_is_linear_in_components() -> None:
-    sizes = [Layout((64,) * (1 + n), 5).size for n in (3, 4, 5, 6, 40)]
-    step = sizes[1] - sizes[0]
-    assert [b - a for a, b in itertools.pairwise(sizes)] == [step, step, step, 34 * step]
-
-
 def test_links_add_to_the_states_that_a_step_reads() -> None:
     layout = Layout((1, 1, 1, 1, 1), 2, 1, ((), (), (0,), (3, 1)))
     assert layout.parents == ((), (0,), (1,), (2, 0), (3, 1))
@@ -195,19 +161,12 @@ def test_batches_in_any_order_add_up_to_everything_at_once(batch: int, seed: int
     whole = gathered(layout, states, folds)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
     streamed = layout.zeros()
+    shards = layout.zeros()
     for rows in order.split(batch):
         accumulate(layout, streamed, [s[rows] for s in states], folds[rows])
+        shards += gathered(layout, [s[rows] for s in states], folds[rows])
     assert torch.allclose(streamed, whole, rtol=1e-12, atol=1e-11)
-
-
-@pytest.mark.parametrize("shards", [2, 3, 7])
-def test_shards_of_any_size_add_up(shards: int) -> None:
-    states = chain(100, (3, 4, 2))
-    layout = Layout((3, 4, 2), 5)
-    folds = torch.arange(100) % 5
-    cuts = torch.tensor_split(torch.arange(100), [2**i for i in range(shards - 1)])
-    parts = [gathered(layout, [s[rows] for s in states], folds[rows]) for rows in cuts]
-    assert torch.allclose(sum(parts), gathered(layout, states, folds), rtol=1e-12, atol=1e-11)
+    assert torch.allclose(shards, whole, rtol=1e-12, atol=1e-11)
 
 
 def test_a_fold_without_samples_stays_zero() -> None:

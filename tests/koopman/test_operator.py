@@ -46,17 +46,25 @@ def fold_of(x: Tensor, folds: int = 5, seed: int = 0) -> np.ndarray:
     return (sample_keys(x, seed) % folds).numpy()
 
 
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-6, 1e-2, 1.0])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_without_ridge_the_operator_is_that_of_gelsd(shape: tuple[int, int, int], seed: int) -> None:
+def test_the_operator_is_that_of_gelsd_or_of_the_normal_equations(
+    shape: tuple[int, int, int], seed: int, tikhonov: float
+) -> None:
     x, y = noisy_pair(*shape, seed)
-    operator = fit_operator(x, y, tikhonov=0.0)
-    expected = oracles.least_squares(x.numpy(), y.numpy())
-    assert np.allclose(operator.matrix.numpy(), expected, rtol=0, atol=1e-10)
-    assert operator.rank == shape[1]
-    assert operator.tikhonov == 0
-    condition = np.linalg.cond(x.numpy() - x.numpy().mean(0)) ** 2
-    assert operator.condition == pytest.approx(condition, rel=1e-8)
+    order = torch.randperm(len(x))
+    for operator in (
+        fit_operator(x, y, tikhonov=tikhonov),
+        fit_operator(x[order], y[order], tikhonov=tikhonov),
+        fit_operator(x, y, tikhonov=tikhonov, folds=None),
+    ):
+        expected = oracles.ridge(x.numpy(), y.numpy(), tikhonov)
+        assert np.allclose(operator.matrix.numpy(), expected, rtol=0, atol=1e-10)
+        assert (operator.rank, operator.tikhonov) == (shape[1], tikhonov)
+        condition = np.linalg.cond(x.numpy() - x.numpy().mean(0)) ** 2
+        assert operator.condition == pytest.approx(condition, rel=1e-8)
+    assert np.isnan(operator.r2)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -67,6 +75,8 @@ def test_on_rank_deficient_snapshots_it_is_the_minimum_norm_solution(seed: int) 
         operator.matrix.numpy(), oracles.least_squares(x.numpy(), y.numpy()), rtol=0, atol=1e-10
     )
     assert operator.rank == 6
+    r2 = oracles.held_out_r2(x.numpy(), y.numpy(), fold_of(x), oracles.least_squares)
+    assert operator.r2 == pytest.approx(r2, abs=1e-10)
     # Duplicates share the weight evenly, dead and constant units get none.
     assert torch.allclose(operator.matrix[:2], operator.matrix[6:8], rtol=0, atol=1e-10)
     assert not operator.matrix[8:].any()
@@ -89,21 +99,6 @@ def test_wide_relu_snapshots_leave_the_residual_of_gelsd(
     residual = np.linalg.norm(centred[1] - centred[0] @ operator.matrix.numpy())
     assert residual == pytest.approx(expected, rel=1e-9)
     assert operator.rank == (140 if dead else 170)
-
-
-@pytest.mark.parametrize("tikhonov", [0.0, 0.1])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_without_folds_the_operator_is_the_same_and_r2_is_open(
-    shape: tuple[int, int, int], tikhonov: float
-) -> None:
-    x, y = noisy_pair(*shape, 0)
-    held = fit_operator(x, y, tikhonov=tikhonov)
-    alone = fit_operator(x, y, tikhonov=tikhonov, folds=None)
-    assert torch.allclose(alone.matrix, held.matrix, rtol=0, atol=1e-11)
-    assert torch.allclose(alone.predict(x), held.predict(x), rtol=0, atol=1e-11)
-    assert (alone.rank, alone.tikhonov) == (held.rank, held.tikhonov)
-    assert np.isnan(alone.r2)
-    assert not np.isnan(held.r2)
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e6, 1e9, 1e11])
@@ -129,16 +124,6 @@ def test_units_without_variance_get_no_weight() -> None:
     assert not solve(torch.zeros(3, 3).double(), torch.zeros(3, 1).double(), 0.0).any()
 
 
-@pytest.mark.parametrize("tikhonov", [1e-6, 1e-2, 1.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_with_ridge_it_solves_the_normal_equations(shape: tuple[int, int, int], tikhonov: float) -> None:
-    x, y = noisy_pair(*shape, 0)
-    operator = fit_operator(x, y, tikhonov=tikhonov)
-    assert np.allclose(
-        operator.matrix.numpy(), oracles.ridge(x.numpy(), y.numpy(), tikhonov), rtol=0, atol=1e-10
-    )
-
-
 @pytest.mark.parametrize("tikhonov", [0.0, 0.1])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_a_limited_rank_gives_reduced_rank_regression(rank: int, tikhonov: float) -> None:
@@ -152,9 +137,9 @@ def test_a_limited_rank_gives_reduced_rank_regression(rank: int, tikhonov: float
 
 @pytest.mark.parametrize("rank", [None, 1, 3])
 @pytest.mark.parametrize("tikhonov", [0.0, 0.01])
-@pytest.mark.parametrize("folds", [2, 5, 8])
+@pytest.mark.parametrize("folds", [2, 5, 8, 100])
 def test_r2_is_held_out_fold_by_fold(folds: int, tikhonov: float, rank: int | None) -> None:
-    x, y = noisy_pair(80, 5, 4, 1)
+    x, y = noisy_pair(80, 5, 4, 1)  # into 100 folds, so that no row falls into some
     operator = fit_operator(x, y, tikhonov=tikhonov, rank=rank, folds=folds)
     fit = (
         partial(oracles.ridge, tikhonov=tikhonov)
@@ -163,22 +148,6 @@ def test_r2_is_held_out_fold_by_fold(folds: int, tikhonov: float, rank: int | No
     )
     expected = oracles.held_out_r2(x.numpy(), y.numpy(), fold_of(x, folds), fit)
     assert operator.r2 == pytest.approx(expected, abs=1e-10)
-
-
-def test_a_fold_that_no_row_fell_into_is_passed_over() -> None:
-    x, y = noisy_pair(10, 1, 2, 1)
-    empty = min(set(range(5)) - set(fold_of(x).tolist()))
-    assert empty < fold_of(x).max()
-    expected = oracles.held_out_r2(x.numpy(), y.numpy(), fold_of(x), oracles.least_squares)
-    assert fit_operator(x, y, tikhonov=0.0).r2 == pytest.approx(expected, abs=1e-10)
-
-
-def test_r2_on_rank_deficient_snapshots_is_held_out_fold_by_fold() -> None:
-    x, y = relu_pair(300, 0)
-    operator = fit_operator(x, y, tikhonov=0.0)
-    expected = oracles.held_out_r2(x.numpy(), y.numpy(), fold_of(x), oracles.least_squares)
-    assert operator.r2 == pytest.approx(expected, abs=1e-10)
-    assert 0.5 < operator.r2 < 1
 
 
 @pytest.mark.parametrize("folds", [None, 5])
@@ -239,22 +208,6 @@ def test_affine_maps_of_the_inputs_leave_r2_as_it_is(exponent: int, seed: int) -
     assert torch.allclose(moved.predict(scale * (x + shift)), same.predict(x), rtol=0, atol=1e-9)
 
 
-def test_targets_scale_the_operator() -> None:
-    x, y = noisy_pair(100, 6, 3, 0)
-    given, moved = fit_operator(x, y), fit_operator(x, 1e-20 * y)
-    assert moved.r2 == pytest.approx(given.r2, abs=1e-9)
-    assert torch.allclose(moved.matrix * 1e20, given.matrix, rtol=1e-9)
-
-
-def test_one_rotation_of_both_sides_leaves_eigenvalues_as_they_are(rng: np.random.Generator) -> None:
-    x, y = noisy_pair(200, 4, 4, 0)
-    turn = torch.from_numpy(np.linalg.qr(rng.standard_normal((4, 4)))[0])
-    given = fit_operator(x, y, tikhonov=0.0)
-    turned = fit_operator(x @ turn, y @ turn, tikhonov=0.0)
-    eigenvalues = [np.sort_complex(np.linalg.eigvals(o.matrix.numpy())) for o in (given, turned)]
-    assert np.allclose(*eigenvalues, rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_logabsdet_is_slogdet_of_a_square_operator(seed: int) -> None:
     x, y = noisy_pair(100, 5, 5, seed)
@@ -262,13 +215,6 @@ def test_logabsdet_is_slogdet_of_a_square_operator(seed: int) -> None:
     assert operator.logabsdet == pytest.approx(np.linalg.slogdet(operator.matrix.numpy())[1], abs=1e-10)
     values = np.linalg.svd(operator.matrix.numpy(), compute_uv=False)
     assert np.allclose(operator.singular_values.numpy(), values, rtol=1e-12)
-
-
-def test_logabsdet_leaves_dropped_directions_out() -> None:
-    x, y = noisy_pair(100, 5, 4, 0)
-    operator = fit_operator(x, y, tikhonov=0.0, rank=2)
-    values = np.linalg.svd(operator.matrix.numpy(), compute_uv=False)
-    assert operator.logabsdet == pytest.approx(np.log(values[:2]).sum(), abs=1e-10)
 
 
 def test_singular_values_count_above_a_share_of_the_largest_alone() -> None:
@@ -305,16 +251,6 @@ def test_constant_regressors_explain_nothing(value: float) -> None:
     assert np.isnan(operator.r2) or operator.r2 <= 0
 
 
-def test_fewer_samples_than_units_fit_the_training_rows_only() -> None:
-    x, y = noisy_pair(10, 40, 3, 0)
-    operator = fit_operator(x, y, tikhonov=0.0)
-    assert operator.rank == 9
-    assert torch.allclose(operator.predict(x), y, rtol=0, atol=1e-9)
-    expected = oracles.held_out_r2(x.numpy(), y.numpy(), fold_of(x), oracles.least_squares)
-    assert operator.r2 == pytest.approx(expected, abs=1e-8)
-    assert operator.r2 < 0.9
-
-
 def test_two_samples_leave_nothing_to_hold_out() -> None:
     x, y = noisy_pair(2, 3, 2, 0)
     operator = fit_operator(x, y, tikhonov=0.0)
@@ -331,14 +267,6 @@ def test_rows_of_equal_content_are_never_held_out_from_their_copies() -> None:
     # Random splits of copies would make pure noise look predictable.
     assert copied.r2 == pytest.approx(once.r2, abs=1e-9)
     assert once.r2 < 0
-
-
-def test_row_order_does_not_matter() -> None:
-    x, y = noisy_pair(100, 5, 3, 0)
-    order = torch.randperm(100)
-    given, shuffled = fit_operator(x, y), fit_operator(x[order], y[order])
-    assert shuffled.r2 == pytest.approx(given.r2, abs=1e-12)
-    assert torch.allclose(shuffled.matrix, given.matrix, rtol=0, atol=1e-11)
 
 
 def test_single_precision_snapshots_are_fitted_in_double() -> None:

@@ -374,6 +374,32 @@ def test_units_of_which_other_processes_hold_the_rest_are_refused():
     assert run() == ["input", "0", "2"]
 
 
+def test_units_of_a_module_of_unknown_width_are_refused_if_its_weights_lie_in_parts():
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.scale = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.kernel[:3].T) * self.scale
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(Up(), nn.Tanh()), nn.Linear(3, 2))
+
+    def run() -> list[str]:
+        with Capture(net, ["0", "1", "2"]) as capture:
+            net(torch.randn(5, 4))
+        return list(capture.end_pass())
+
+    assert run() == ["input", "0", "1", "2"]
+    kernel = net[1][0].kernel
+    kernel.full_tensor = kernel.to_local = lambda: kernel[:3]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"'1' gave 3 of its 6 units.*output_layouts=Replicate\(\)"):
+        run()
+    # A width that some whole weight has is not that of a part.
+    net[1][0].scale = nn.Parameter(torch.ones(3))
+    assert run() == ["input", "0", "1", "2"]
+
+
 @pytest.mark.parametrize("end", [None, "1"])
 def test_a_state_that_lies_in_parts_in_several_processes_is_refused(end):
     class Spread(nn.Module):

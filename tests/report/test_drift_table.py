@@ -58,7 +58,8 @@ def test_the_frame_holds_one_row_per_component() -> None:
 
 
 def test_the_figure_draws_every_component_with_its_error() -> None:
-    (axis,) = made(True, True, False).plot().axes
+    figure, axis = made(True, True, False).plot()
+    assert figure.axes == [axis]
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([0.25, 0.5, 0.01])
     assert len({bar.get_facecolor() for bar in axis.patches}) == 2
     assert [label.get_text() for label in axis.get_yticklabels()] == ["stem", "a[0]", "head"]

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import re
 
 import numpy as np
@@ -14,6 +15,7 @@ from lightning_koopman.cli.main import main
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.report.files import write_reports, write_with_known
 from lightning_koopman.report.pages import to_html, to_markdown
+from lightning_koopman.report.tables import verdict
 
 
 def test_frame_and_csv_hold_a_row_per_component(report, tmp_path):
@@ -39,6 +41,22 @@ def test_html_is_self_contained_and_escaped(report):
     assert "&lt;script&gt;alert(1)" in page
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r"https?://", page)
+
+
+def test_a_page_names_run_and_step_and_says_what_its_columns_mean(report):
+    found = component_effects(network(), batches(), report, ["skip", "linear"])
+    report = dataclasses.replace(report, run="a<b", effects=found)
+    page = to_html([report])
+    assert "<title>Koopman credit of run a&lt;b at step 7</title>" in page
+    for line in verdict(report):
+        assert f"<b>{html.escape(line)}</b>" in page
+    tables = [re.findall(r"<th>(.*?)</th>", head) for head in re.findall(r"<thead>.*?</thead>", page)]
+    assert [head[1] for head in tables] == ["skip", "holds"]
+    meant = re.findall(r"<dt>(.*?)</dt><dd>.+?</dd>", page)
+    assert set(meant) == {name for head in tables for name in head} - {"component"}
+    titles = re.findall(r'<img alt="(.*?)"', page)
+    assert titles == ["What each component is worth", "Effects", "Credit by output direction"]
+    assert "Credit over training" in to_html([report, report])
 
 
 def test_report_and_compare_take_bare_file_names(report, tmp_path, capsys):
@@ -74,7 +92,7 @@ def test_a_report_without_directions_is_shown_without_their_figure(report):
     page = to_html([lost])
     assert "Credit by output direction" not in page
     assert "Credit by output direction" in to_html([report])
-    assert page.count('class="doubt"') == 2
+    assert page.count('class="doubt"') == 6, "credit, gain and sensitivity of two rows"
 
 
 def test_without_any_report_only_json_is_written(tmp_path):

@@ -127,9 +127,16 @@ def test_commands_write_the_file_named_and_nothing_else(project, hostile):
 @pytest.mark.slow
 def test_the_audit_sees_what_it_must(project, report):
     write_reports([report], project / "out" / "r.json")
-    found = run(project, "report", "out/r.json", "--out=page.html")
+    commands = [
+        "report",
+        "out/r.json",
+        "--out=page.html",
+        "THEN",
+        "components",
+        "--model=bystander:network",
+    ]
+    found = run(project, *commands)
     assert "'page.html'" in found
-    found = run(project, "components", "--model=bystander:network")
     assert "import bystander" in found
 
 

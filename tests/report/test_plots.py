@@ -7,12 +7,15 @@ import sys
 import matplotlib.figure
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from test_report import NAMES, make
 
 from lightning_koopman import CreditReport
+from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.plots import (
     plot_directions,
     plot_evolution,
+    plot_importance,
     plot_report,
     plot_spectra,
 )
@@ -24,10 +27,71 @@ def png(figure: matplotlib.figure.Figure) -> bytes:
     return buffer.getvalue()
 
 
+def with_effects(report: CreditReport, **values: list[float]) -> CreditReport:
+    effects = Effects(
+        report.components, {kind: np.array(found) for kind, found in values.items()},
+        {kind: np.full(3, 0.001) for kind in values}, dict.fromkeys(values, "measured"), "kl", 50,
+        doubts={kind: ((), ("unsteady",), ()) for kind in values},
+    )  # fmt: skip
+    return dataclasses.replace(report, effects=effects)
+
+
+def colors(axis) -> list[str]:
+    return [to_hex(bar.get_facecolor()) for bar in axis.patches]
+
+
+def words(axis) -> list[str]:
+    return [text.get_text().partition(":")[0] for text in axis.get_legend().get_texts()]
+
+
+def test_importance_is_the_effect_of_skip_the_most_first_coloured_by_decision():
+    report = with_effects(make(step=3), skip=[0.004, 0.2, 0.9], linear=[0.3, 0.001, 0.002])
+    figure, axis = report.plot()
+    assert [bar.get_width() for bar in axis.patches] == [0.9, 0.2, 0.004]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["head", "body.0", "stem"]
+    assert words(axis) == ["can go", "can become linear", "doubted"]
+    handles = dict(zip(words(axis), axis.get_legend().legend_handles, strict=True))
+    expected = ["can become linear", "doubted", "can go"]
+    assert colors(axis) == [to_hex(handles[word].get_facecolor()) for word in expected]
+    (bars,) = (np.array(each.get_segments()) for each in axis.containers[0].lines[2])
+    np.testing.assert_allclose(np.ptp(bars[:, :, 0], axis=1), 0.004)
+    assert "KL in nats" in axis.get_xlabel()
+    assert "at step 3, 50 samples" in axis.get_title()
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_without_effects_importance_is_the_credit():
+    report = dataclasses.replace(
+        make(), stable=np.array([True, False, True]), r2=np.array([0.9, 0.9, 1.0]), chain_r2=np.ones(3)
+    )
+    _, axis = report.plot()
+    order = np.argsort(-report.credit)
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx(report.credit[order].tolist())
+    assert words(axis) == ["linear already", "undecided", "doubted"]
+    decided = np.array(["undecided", "doubted", "linear already"])[order]
+    handles = dict(zip(words(axis), axis.get_legend().legend_handles, strict=True))
+    assert colors(axis) == [to_hex(handles[word].get_facecolor()) for word in decided]
+
+
+def test_pictures_are_drawn_on_axes_that_are_given_or_shown_by_pyplot():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    own = matplotlib.figure.Figure()
+    axes = own.subplots(1, 4)
+    assert make().plot(axes[0]) == (own, axes[0])
+    assert make().plot(axes[1:], kind="credits")[0] is own
+    assert plot_evolution([make()], ax=axes[0])[1] is axes[0]
+    assert plt.get_fignums() == []
+    figure, _ = make().plot()
+    assert [plt.figure(number) for number in plt.get_fignums()] == [figure]
+    with pytest.raises(ValueError, match="kind is 'pie'; choose one of"):
+        make().plot(kind="pie")
+    with pytest.raises(ValueError, match="ax holds 2 axes; this picture has 3 panels, one each"):
+        make().plot(axes[:2], kind="credits")
+
+
 def test_bars_have_the_length_of_credits_and_gains():
     report = make(step=3)
-    figure = report.plot()
-    credit, gain, fit = figure.axes
+    figure, (credit, gain, fit) = report.plot(kind="credits")
     assert [bar.get_width() for bar in credit.patches] == pytest.approx(report.credit.tolist())
     assert [bar.get_width() for bar in gain.patches] == pytest.approx(report.gain.tolist())
     assert [label.get_text() for label in credit.get_yticklabels()] == list(NAMES)
@@ -35,35 +99,40 @@ def test_bars_have_the_length_of_credits_and_gains():
     drawn = {line.get_label(): line.get_xdata() for line in fit.get_lines()}
     assert np.allclose(drawn["component"], report.r2)
     assert np.allclose(drawn["chain behind it"], report.chain_r2)
-    title = figure.get_suptitle()
+    title = credit.get_title(loc="left")
     assert "at step 3" in title
     assert "200 samples" in title
     assert png(figure).startswith(b"\x89PNG")
 
 
-def test_bars_with_a_doubt_are_grey():
-    stable, ones = np.array([True, False, True]), np.ones(3)
-    report = dataclasses.replace(make(), stable=stable, r2=ones, chain_r2=ones)
-    bars = plot_report(report).axes[0].patches
-    assert bars[0].get_facecolor() == bars[2].get_facecolor() != bars[1].get_facecolor()
+def test_a_doubt_greys_the_numbers_that_it_is_about():
+    report = dataclasses.replace(
+        make(), stable=np.ones(3, bool), r2=np.array([1, 0.2, 1]), chain_r2=np.array([1, 1, 0.3])
+    )
+    credit, gain, _ = plot_report(report)[1]
+    assert colors(credit)[0] == colors(credit)[1] != colors(credit)[2]
+    assert (
+        colors(gain)[0] == colors(credit)[0] != colors(gain)[1] == colors(gain)[2] == colors(credit)[2]
+    )
 
 
 def test_a_report_without_numbers_can_be_drawn():
     report = make(dead=True)
     assert np.isnan(report.credit).all()
-    assert png(plot_report(report)).startswith(b"\x89PNG")
-    assert png(plot_evolution([report, report])).startswith(b"\x89PNG")
+    for drawn in (plot_importance(report), plot_report(report), plot_evolution([report, report])):
+        assert png(drawn[0]).startswith(b"\x89PNG")
 
 
 def test_a_very_low_r2_stays_in_sight():
     report = dataclasses.replace(make(), r2=np.array([0.9, -7.0, np.nan]))
-    assert plot_report(report).axes[2].get_xlim()[0] < -7
+    assert plot_report(report)[1][2].get_xlim()[0] < -7
 
 
 def test_no_window_manager_is_asked():
     import matplotlib.pyplot as plt
 
     plot_report(make())
+    plot_importance(make())
     assert plt.get_fignums() == []
     assert "matplotlib.pyplot" in sys.modules
 
@@ -71,9 +140,12 @@ def test_no_window_manager_is_asked():
 @pytest.mark.parametrize("quantity", ["credit", "nonlinearity", "rank"])
 def test_evolution_is_a_map_of_components_over_steps(quantity):
     reports = [make(seed, step=10 * seed) for seed in range(4)]
-    figure = plot_evolution(reports, quantity)
-    axis = figure.axes[0]
-    shown = axis.get_images()[0].get_array()
+    figure, axis = plot_evolution(reports, quantity)
+    (image,) = axis.get_images()
+    shown = image.get_array()
+    low, high = image.get_clim()
+    assert (low == -high) == (quantity == "credit")
+    assert figure.axes[1].get_ylabel().startswith(f"{quantity} [")
     assert np.allclose(shown, np.stack([getattr(report, quantity) for report in reports], axis=1))
     assert [label.get_text() for label in axis.get_yticklabels()] == list(NAMES)
     assert [label.get_text() for label in axis.get_xticklabels()] == ["0", "10", "20", "30"]
@@ -81,7 +153,7 @@ def test_evolution_is_a_map_of_components_over_steps(quantity):
 
 
 def test_reports_without_a_step_are_counted():
-    axis = plot_evolution([make(seed, step=None) for seed in range(12)]).axes[0]
+    _, axis = plot_evolution([make(seed, step=None) for seed in range(12)])
     labels = [label.get_text() for label in axis.get_xticklabels()]
     assert (labels[0], labels[-1], len(labels)) == ("0", "11", 8)
 
@@ -105,9 +177,9 @@ def test_what_a_report_lacks_cannot_be_drawn():
 
 def test_spectra_of_many_components_have_no_legend():
     report = make()
-    assert plot_spectra(report).axes[0].get_legend() is not None
+    assert plot_spectra(report)[1].get_legend() is not None
     operator = report.operators["stem"]
     many = dataclasses.replace(report, operators={f"block.{i}": operator for i in range(60)})
-    (axis,) = plot_spectra(many).axes
+    _, axis = plot_spectra(many)
     assert axis.get_legend() is None
     assert len(axis.lines) == 60

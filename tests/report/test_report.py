@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 
@@ -16,10 +17,13 @@ from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.report.fields import MIN_R2
 from lightning_koopman.report.report import build_report, check_quantities
 from lightning_koopman.report.saved import ReportFormatError
+from lightning_koopman.report.tables import columns, credit_table
+from lightning_koopman.report.text import with_error
 
 NAMES = ("stem", "body.0", "head")
 
 
+@functools.cache
 def make(seed: int = 0, *, dead: bool = False, step: int | None = 12) -> CreditReport:
     metric = KoopmanCredit(NAMES)
     generator = torch.Generator().manual_seed(seed)
@@ -184,7 +188,8 @@ def test_every_field_is_checked(name, value, message):
         CreditReport.from_dict(given)
 
 
-OPTIONAL = {"step", "parts", "folds", "delay", "run", "source", "effects", "types", "parameters"}
+OPTIONAL = {"step", "parts", "folds", "delay", "run", "source"}
+OPTIONAL |= {"effects", "types", "parameters", "drift"}
 
 
 @pytest.mark.parametrize("name", sorted(set(make().to_dict()) - OPTIONAL))
@@ -254,12 +259,77 @@ def test_the_table_shows_numbers_with_errors_and_notes():
     report = make()
     text = str(report)
     assert "at step 12, 200 samples" in text
-    assert f"total {report.total:.3f} ± {report.total_stderr:.3f} nats per direction" in text
-    assert f"{report.credit[0]:.3f}±{report.stderr['credit'][0]:.3f}" in text
+    assert f"total {with_error(report.total, report.total_stderr, ' ± ')} nats per direction" in text
+    assert with_error(report.credit[0], report.stderr["credit"][0]) in text
     assert "Note: a note" in text
     for name in NAMES:
         assert name in text
     assert "at step" not in str(dataclasses.replace(report, step=None))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (1.34123, 0.02449, "1.341±0.024"),
+        (1.34123, 0.0996, "1.34±0.10"),
+        (1234.5, 56.7, "1234±57"),
+        (1234.5, 567.8, "1230±570"),
+        (-0.00001, 0.2, "0.00±0.20"),
+        (0.98412, 0.00003, "0.9841±0.0000"),
+        (2.2e-15, 5e-16, "2.2e-15±5e-16"),
+        (0.0, 0.0, "0±0"),
+        (0.123, np.nan, "0.12"),
+        (np.nan, 0.1, ""),
+    ],
+)
+def test_no_digits_beyond_the_error(value, error, text):
+    assert with_error(value, error) == text
+
+
+def test_a_report_feels_at_home_in_a_shell_and_a_notebook():
+    report = dataclasses.replace(make(), run="a")
+    total = with_error(report.total, report.total_stderr, " ± ")
+    assert repr(report) == f"CreditReport(3 components, run a, step 12, 200 samples, total {total})"
+    assert "total unknown" in repr(make(dead=True))
+    assert list(report) == list(NAMES)
+    assert len(report) == 3
+    assert "body.0" in report
+    row = report["body.0"]
+    assert (row["component"], row["credit"], row["step"]) == ("body.0", report.credit[1], 12)
+    with pytest.raises(KeyError, match=r"no component is called 'body.1'; did you mean 'body.0'\?"):
+        report["body.1"]
+    with pytest.raises(KeyError, match=r"called 'xyz'; there are \('stem', 'body.0', 'head'\)"):
+        report["xyz"]
+    page = report._repr_html_()
+    assert "<b>Koopman credit of run a at step 12</b>" in page
+    assert with_error(report.credit[0], report.stderr["credit"][0]) in page
+
+
+def test_rows_say_what_they_hold():
+    deep = tuple(f"head.{i}" for i in range(7))
+    report = dataclasses.replace(
+        make(),
+        types=("Conv2d", "Linear", "Head"),
+        parameters=(10, 20, 0),
+        parts={
+            "stem": ("a.bn1", "a.relu", "stem"),
+            "body.0": ("body.0", "body.1"),
+            "head": (*deep, "head"),
+        },
+    )
+    shown = columns(report)
+    assert shown["holds"] == ["bn1 → relu → Conv2d", "Linear → body.1", "Head and 7 more"]
+    assert shown["parameters"] == ["10", "20", ""]
+
+
+def test_a_doubt_is_about_some_numbers_only():
+    report = dataclasses.replace(
+        make(), r2=np.array([0.1, 1, 1]), chain_r2=np.array([1, 0.1, 1]), stable=np.ones(3, bool)
+    )
+    assert report.doubts_about("gain") == (("r2",), ("chain_r2",), ())
+    assert report.doubts_about("credit") == report.doubts_about("sensitivity") == ((), ("chain_r2",), ())
+    assert report.doubts_about("r2") == ((), (), ())
+    assert credit_table(report).grey == {"credit": [False, True, False], "gain": [True, True, False]}
 
 
 def test_numbers_are_double_precision_and_add_up():

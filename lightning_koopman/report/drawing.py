@@ -1,0 +1,204 @@
+"""Draws plain numbers with Matplotlib.
+
+Each function draws on a figure or on axes that it is given, or on a new figure that no window manager
+knows of, and returns the figure and its axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+BELIEVED, DOUBTED, MARKED = "#1f6f8b", "#c9c9c9", "#d1495b"
+MOST_LABELS = 60
+_TALLEST = 22.0
+
+
+def visible(ax: Any) -> Any:
+    """Return the axes that were given, or else a new figure of pyplot, which notebooks show."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.figure()
+
+
+def plot_marked(
+    components: Sequence[str],
+    values: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    marked: NDArray[np.bool_],
+    xlabel: str,
+    title: str,
+    ax: Any = None,
+) -> tuple[Figure, Any]:
+    """Draw one number per component with two standard errors; those that are marked stand out."""
+    figure, axis = axes_on(ax, 8, height_of(len(components), 0.35, 1.4), components)
+    colors = np.where(marked, MARKED, DOUBTED)
+    axis.barh(np.arange(len(components)), values, xerr=2 * stderr, color=colors, capsize=3)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel(xlabel)
+    name_rows(axis, components)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize="medium")
+    return figure, axis
+
+
+def plot_steps(
+    names: Sequence[str],
+    loss: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    admitted: float,
+    label: str,
+    ax: Any = None,
+) -> tuple[Figure, Any]:
+    """Draw a loss after each of several steps, with its standard error and the loss that is admitted."""
+    figure, axis = axes_on(ax, max(5.0, min(14.0, 0.6 * len(names) + 2)), 3.6)
+    places = np.arange(len(names))
+    axis.errorbar(places, loss, np.nan_to_num(stderr), fmt="o-", ms=4, color=BELIEVED, capsize=2)
+    axis.axhline(admitted, color=MARKED, linewidth=0.8, linestyle=":")
+    axis.set_xticks(places, names, rotation=45, ha="right")
+    axis.set_xlabel("component, one after the other")
+    axis.set_ylabel(label)
+    return figure, axis
+
+
+def plot_options(
+    names: Sequence[str],
+    options: Sequence[str],
+    values: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    chosen: Sequence[int],
+    label: str,
+    ax: Any = None,
+) -> tuple[Figure, Any]:
+    """Draw what each option costs per component on a logarithmic axis, with the chosen ones filled."""
+    figure, axis = axes_on(ax, 7, height_of(len(names), 0.35, 1.6))
+    places = np.arange(len(names))
+    shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(options)))
+    for column, (option, shade) in enumerate(zip(options, shades, strict=True)):
+        shown = values[:, column] > 0
+        at, points = places[shown], values[shown, column]
+        axis.errorbar(points, at, xerr=stderr[shown, column], fmt="none", ecolor=shade, lw=0.8)
+        axis.plot(points, at, "o", color=shade, fillstyle="none", label=option)
+        taken = shown & (np.array(chosen) == column)
+        axis.plot(values[taken, column], places[taken], "o", color=shade)
+    axis.set_xscale("log")
+    axis.set_xlabel(label)
+    axis.legend(fontsize="small", title="filled: chosen")
+    name_rows(axis, names)
+    axis.invert_yaxis()
+    return figure, axis
+
+
+def plot_effects(effects: Any, ax: Any = None, kinds: Sequence[str] | None = None) -> tuple[Figure, Any]:
+    """Draw effects, one panel per kind: bars, or predicted against measured where both are known."""
+    kinds, size = effects.kinds if kinds is None else kinds, len(effects.components)
+    both = [kind for kind in kinds if kind in effects.predicted]
+    height = 3.6 if both else height_of(size, 0.3, 1.4)
+    room = [] if both else effects.components
+    width = max(4.5, 3.4 * len(kinds) + 1)
+    figure, axes = panels_on(ax, len(kinds), width, height, room, share=not both)
+    unit = "mean KL [nats]" if effects.scale == "kl" else "relative squared change"
+    for axis, kind in zip(axes, kinds, strict=True):
+        if kind in effects.predicted:
+            _against(axis, effects, kind)
+            rank = effects.spearman(kind)
+            axis.set_title(kind if np.isnan(rank) else f"{kind}: Spearman {rank:.2f}", fontsize="medium")
+            axis.set(xlabel=f"{unit}, predicted", ylabel=f"{unit}, measured" if axis is axes[0] else "")
+            continue
+        colors = [DOUBTED if effects.doubts_of(kind, i) else BELIEVED for i in range(size)]
+        axis.barh(range(size), effects.values[kind], xerr=effects.stderr[kind], color=colors, capsize=2)
+        axis.set_title(f"{kind}, {effects.how[kind]}", fontsize="medium")
+        axis.set_xlabel(unit)
+        if both or axis is axes[0]:
+            name_rows(axis, effects.components)
+            axis.invert_yaxis()
+    return figure, axes if len(kinds) > 1 else axes[0]
+
+
+def _against(axis: Any, effects: Any, kind: str) -> None:
+    """Draw measured against predicted effects on logarithmic axes, with the line where both agree."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    numbers = np.stack([
+        effects.predicted[kind],
+        effects.values[kind],
+        effects.stderr[kind],
+        effects.predicted_stderr[kind],
+    ])
+    shown = (numbers[:2] > 0).all(axis=0) & np.isfinite(numbers[:2]).all(axis=0)
+    if not shown.any():
+        return
+    names, numbers = np.array(effects.components)[shown], numbers[:, shown]
+    axis.errorbar(*numbers, "o", ms=4, color="#1f6f8b", lw=0.8, capsize=2)
+    for place, i in enumerate(np.argsort(numbers[0])):
+        # Neighbours often lie close together: every second name stands to the right, below its point.
+        x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
+        style = {"fontsize": "x-small", "textcoords": "offset points"}
+        axis.annotate(names[i], (numbers[0, i], numbers[1, i]), xytext=(x, y), ha=end, **style)
+    axis.margins(0.12)
+    ends = [numbers[:2].min() / 1.5, numbers[:2].max() * 1.5]
+    axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", yscale="log")
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_locator(LogLocator(subs=(1, 3) if ends[1] < 100 * ends[0] else (1,), numticks=5))
+        scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        scale.set_minor_formatter(NullFormatter())
+
+
+def axes_on(
+    ax: Any, width: float, height: float, names: Sequence[str] | None = None
+) -> tuple[Figure, Any]:
+    """Return a figure and the axes to draw on."""
+    if isinstance(ax, Axes):
+        return _figure_of(ax), ax
+    figure = _figure(ax, width, height, names)
+    return figure, figure.subplots()
+
+
+def panels_on(
+    ax: Any, count: int, width: float, height: float, names: Sequence[str], share: bool = True
+) -> tuple[Figure, NDArray[Any]]:
+    """Return a figure and several axes side by side to draw on."""
+    if ax is not None and not isinstance(ax, Figure):
+        axes = np.atleast_1d(np.asarray(ax, dtype=object))
+        if axes.shape != (count,):
+            raise ValueError(f"ax holds {axes.size} axes; this picture has {count} panels, one each")
+        return _figure_of(axes[0]), axes
+    figure = _figure(ax, width, height, names or None)
+    return figure, figure.subplots(1, count, squeeze=False, sharey=share)[0]
+
+
+def _figure_of(axis: Axes) -> Figure:
+    figure: Any = axis.get_figure()
+    return figure  # type: ignore[no-any-return]
+
+
+def _figure(figure: Figure | None, width: float, height: float, names: Sequence[str] | None) -> Figure:
+    """Size a figure; with room for the names of its rows, for constrained layout would draw it twice."""
+    figure = Figure() if figure is None else figure
+    figure.set_size_inches(width, height)
+    if names is None:
+        figure.set_layout_engine("constrained")
+    else:
+        left = min(0.4, (0.5 + 0.085 * max(map(len, names), default=0)) / width)
+        figure.subplots_adjust(left, 0.62 / height, 1 - 0.25 / width, 1 - 0.5 / height, wspace=0.12)
+    return figure
+
+
+def name_rows(axis: Any, components: Sequence[str]) -> None:
+    """Write the names of components beside their rows, some of them where they are many."""
+    step = -(-len(components) // MOST_LABELS)
+    axis.set_yticks(range(0, len(components), step), components[::step])
+
+
+def height_of(rows: int, each: float, rest: float) -> float:
+    """Return the height of a figure with so many rows, in inches."""
+    return min(_TALLEST, max(2.4, each * rows + rest))
