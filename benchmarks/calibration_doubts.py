@@ -16,10 +16,10 @@ from calibration import Digits
 from torch import Tensor, nn
 
 from lightning_koopman import CreditReport, Options, credit_report
-from lightning_koopman.report.fields import CONCERNS
 
 PAGE = Path(__file__).parent.parent / "docs" / "calibration-doubts.md"
 SIZES, DRAWS, LARGE, STEPS = (96, 128, 256, 512, 2048), 6, 60_000, (0, 400)
+CONCERNS = ("r2", "chain_r2", "ridge", "lost")
 OFF = {"credit": 0.1, "gain": 0.1, "sensitivity": 0.1, "nonlinearity": 0.05, "r2": 0.05}
 """How far from its large-sample value a number is wrong: nats per direction, or shares of variance."""
 

@@ -261,6 +261,7 @@ DECISIONS: dict[str, Callable[[str, nn.Module, dict[str, Batches]], Found]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fresh", action="store_true", help="measure what was measured before")
+    parser.add_argument("--page", action="store_true", help="write the page from what is measured")
     parser.add_argument("--only", nargs="*", help="networks such as mlp-1; nothing is written then")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -276,6 +277,8 @@ def main() -> None:
         own = list(DECISIONS) if name in BUILDERS else ["drop", "quantise"]
         for decision in own:
             path = CACHE / f"{decision}-{key}.json"
+            if given.page and not path.exists():
+                continue
             if given.fresh or not path.exists():
                 net, data = load(name, seed)
                 start = time.process_time()

@@ -348,7 +348,7 @@ class _Search:
         forms = {name: self._maps.forms(own, self._allow_larger) for name, own in calls.items()}
         options = [_Option(name, form) for name, own in forms.items() for form in own]
         best: list[Step] = []
-        lowest = math.inf
+        lowest = math.inf if self._allow_larger else self._cost
         for take in (self._take_least, self._take_from_the_end):
             steps, chosen, after = take(options)
             if steps and after < lowest:

@@ -151,6 +151,15 @@ def test_nothing_gets_larger_unless_asked():
     assert not swaps_in(found.model)
 
 
+def test_what_saves_nothing_stays():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
+    report = credit_report(net, [inputs()])
+    found = linearize(net, inputs().split(250), report, max_drop=math.inf, merge=False)
+    assert found.components == ()
+    assert found.headline.startswith("100% of the parameters, 100% of the FLOPs")
+
+
 def test_a_slower_network_is_refused_unless_asked(monkeypatch):
     net, x = mlp(), inputs()
     monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0 + len(swaps_in(runner.model)))

@@ -82,10 +82,8 @@ def show(page, url: str, tab: str) -> None:
 
 def test_custom_scalars_show_every_chart(page, tensorboard):
     show(page, tensorboard, "custom_scalars")
-    for title in ("credit, all components", "gain, all components", "nonlinearity, all components"):
+    for title in ("credit, all components", "skip, all components", "drift, all components"):
         page.get_by_text(title, exact=True).wait_for()
-    for component in ("net.1", "net.3", "net.5", "net.7"):
-        page.get_by_text(f"credit of {component}", exact=True).wait_for()
     assert page.get_by_text("Matches (4)").count() == 3
     time.sleep(3)
     picture = page.screenshot()
@@ -117,5 +115,5 @@ def test_images_are_drawn(page, tensorboard):
 
 def test_closing_table_is_rendered(page, tensorboard):
     show(page, tensorboard, "text")
-    page.get_by_text("nonlinearity", exact=True).first.wait_for()
+    page.get_by_text("drift", exact=True).first.wait_for()
     assert page.locator("table td", has_text="net.5").count() >= 1

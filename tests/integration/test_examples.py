@@ -32,7 +32,9 @@ def run(example: str, folder: Path, *options: str) -> str:
 
 def credits(printed: str, component: str) -> list[float]:
     """Give the credits in every table that names the component."""
-    found = re.findall(rf"^ {re.escape(component)} +(-?\d+\.\d+)±\d", printed, flags=re.MULTILINE)
+    # Effects, which stand before the credit, have their errors as shares.
+    number = r"(-?\d+(?:\.\d+)?)±[\d.]+(?![\d.%])"
+    found = re.findall(rf"^ {re.escape(component)} .*? {number}", printed, flags=re.MULTILINE)
     return [float(value) for value in found]
 
 

@@ -149,9 +149,9 @@ def test_values_out_of_range_are_named(namespace, tmp_path):
         run(namespace, "fit", f"--config={config}", "--trainer.callbacks.every_n_epochs=0")
 
 
-def test_the_snippet_of_the_readme(namespace, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"^```yaml\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+def test_the_snippet_of_the_recipes(namespace, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "how-to.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```yaml title=.*?\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     (tmp_path / "config.yaml").write_text(snippet)
     cli = run(
         namespace,

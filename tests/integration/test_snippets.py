@@ -101,10 +101,10 @@ def prepared(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["docs/how-to.md", "README.md"])
-def test_every_python_snippet_runs(page, prepared):
+@pytest.mark.parametrize(("page", "least"), [("docs/how-to.md", 3), ("README.md", 1)])
+def test_every_python_snippet_runs(page, least, prepared):
     found = [s.text for s in snippets(page) if s.language == "python"]
-    assert len(found) >= 3
+    assert len(found) >= least
     if any("EMAWeightAveraging" in text for text in found):
         pytest.importorskip(
             "lightning.pytorch.callbacks.weight_averaging",
