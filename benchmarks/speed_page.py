@@ -20,7 +20,8 @@ The floor is what the calls to BLAS and LAPACK alone take that no report can do 
 forward pass: 1 for the pass itself, then the products of all states in float64; one eigendecomposition
 in float32 of the Gram matrix of 512 samples for each state wider than `max_dim`; and, for each
 component, one eigendecomposition and five Cholesky factorisations and solutions, all at most 256 wide.
-A target below its floor is out of reach.
+A target below its floor is out of reach. Up to
+a dozen other processes shared the two cores while this table was measured, hence its wide ranges.
 
 Above the floor are, for each sample, pooling, projections, copies, hashes that tell the folds and hooks
 in Python, and for each component the alignment, the held-out errors, ranks and, for drift, another
@@ -116,7 +117,7 @@ What is kept is the same for any number of samples. Peaks are those with glibc's
 blocks of half a MiB, of which a report has hundreds, are given back at once. That was why peaks of one
 and the same report lay on two levels, 2 to 10 % apart: of 12 components of width 256 and 2,000 samples,
 seven runs gave 184 to 197 MiB, and three with the threshold fixed 186.5 to 187.8; 20,000 samples 187.2
-to 187.6.
+to 187.6, and 200,000 samples 185.3: 1 % (target 5). The tables here are from before that was known.
 
 Seconds and memory against one size at a time, the others being 12 components of width 256, 2,000
 samples and 5 folds. A slope is the exponent of the power that fits best, by least squares between
