@@ -17,12 +17,12 @@ from rich.markup import escape
 from scipy.optimize import LinearConstraint, milp
 from torch import Tensor, nn
 
-from lightning_koopman.decisions.steps import component_calls, runner_on
+from lightning_koopman.decisions.steps import component_calls
 from lightning_koopman.decisions.swaps import copied_with
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.replacements import quantized_weights
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport

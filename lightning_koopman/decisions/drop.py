@@ -21,11 +21,10 @@ from lightning_koopman.decisions.steps import (
     cost_of,
     look_at,
     loss_of,
-    runner_on,
 )
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport

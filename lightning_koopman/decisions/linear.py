@@ -23,12 +23,11 @@ from lightning_koopman.decisions.steps import (
     cost_of,
     look_at,
     loss_of,
-    runner_on,
 )
 from lightning_koopman.decisions.swaps import LinearComponent, copied_with, swapped
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -21,12 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.scoring import Measured, Outputs
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.forward_runner import (
-    NO_SAMPLES,
-    ForwardFn,
-    ForwardRunner,
-    check_arguments,
-)
+from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
@@ -207,19 +202,6 @@ def check_max_drop(max_drop: float) -> None:
     """Refuse a loss below 0."""
     if not max_drop >= 0:
         raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
-
-
-def runner_on(
-    model: nn.Module, batches: Iterable[Any], samples: int, forward_fn: ForwardFn | None
-) -> ForwardRunner:
-    """Return what runs a model on the first samples."""
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; at least one is needed")
-    check_arguments(model, batches)
-    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
-    if not runner.batches:
-        raise ValueError(NO_SAMPLES)
-    return runner
 
 
 def component_calls(

@@ -19,12 +19,7 @@ from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import (
-    NO_SAMPLES,
-    ForwardFn,
-    ForwardRunner,
-    check_arguments,
-)
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
@@ -133,12 +128,7 @@ def component_effects(
         >>> bool(effects.metric["skip"][1] < effects.metric_before)
         True
     """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; at least one is needed")
-    check_arguments(model, batches)
-    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
-    if not runner.batches:
-        raise ValueError(NO_SAMPLES)
+    runner = runner_on(model, batches, samples, forward_fn)
     if report is not None:
         parts = _chosen(altered_parts(report), components)
     else:

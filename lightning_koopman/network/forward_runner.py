@@ -306,3 +306,16 @@ def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
     """Return one row per sample of a batch."""
     rows = tensor.movedim(sample_axis(tensor, n_samples, name), 0).reshape(n_samples, -1)
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+
+
+def runner_on(
+    model: nn.Module, batches: Iterable[Any], samples: int, forward_fn: ForwardFn | None
+) -> ForwardRunner:
+    """Return what runs a model on the first samples."""
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; at least one is needed")
+    check_arguments(model, batches)
+    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
+    if not runner.batches:
+        raise ValueError(NO_SAMPLES)
+    return runner
