@@ -28,6 +28,7 @@ from lightning_koopman.callback.trainer_facts import (
     plain_numerics,
     refuse_sharded_weights,
     samples_for_rank,
+    sharded_weights,
     steps_ahead,
     unrepeated_samples,
 )
@@ -485,6 +486,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._checked or trainer.state.fn != "fit" or recording is None:
             return
         self._checked = True
+        if (why := sharded_weights(trainer)) is not None:
+            self._differs = why
+            return
         with (
             plain_numerics(pl_module),
             undisturbed(pl_module),
