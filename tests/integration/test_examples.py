@@ -59,22 +59,6 @@ def test_own_trainer(tmp_path):
     assert sum(bool(line.strip()) for line in code) < 40
 
 
-def test_early_freezing(tmp_path):
-    printed = run("early_freezing", tmp_path, "--out", "runs")
-    assert re.search(r"^net\.0 frozen after epoch \d+ of 45$", printed, flags=re.MULTILINE)
-    plain, freezing = row(printed, "millions of updates")
-    assert 0.5 * plain < freezing < plain
-    plain, freezing = row(printed, "test accuracy")
-    assert freezing > plain - 0.03 > 0.9
-
-
-def test_early_freezing_without_anything_settled(tmp_path):
-    printed = run("early_freezing", tmp_path, "--out", "runs", "--epochs", "3")
-    assert "nothing settled, so nothing was frozen" in printed
-    plain, freezing = row(printed, "test accuracy")
-    assert plain == freezing
-
-
 def test_monitor_transformer(tmp_path):
     printed = run("monitor_transformer", tmp_path, "--out", "runs")
     for component in ("embed", *(f"encoder.layers.{i}" for i in range(3)), "head"):
