@@ -38,13 +38,6 @@ def credits(printed: str, component: str) -> list[float]:
     return [float(value) for value in found]
 
 
-def row(printed: str, title: str) -> list[float]:
-    """Give the first two numbers behind a title."""
-    found = re.search(rf"^{title} +(\S+) +(\S+)", printed, flags=re.MULTILINE)
-    assert found is not None, printed
-    return [float(value) for value in found.groups()]
-
-
 def test_every_example_is_run_here():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
