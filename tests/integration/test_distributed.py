@@ -190,8 +190,18 @@ def test_a_measurement_takes_one_exchange_and_one_sum_however_many_batches(two):
         for rank in read(folder):
             once = ["all_gather_object", *wide, "all_reduce"]
             assert rank["history"]
-            # With the last report come the effects that each process measured.
-            assert rank["collectives"] == [*once * len(rank["history"]), "all_gather_object"]
+            # With the last report come what targets each process has, and the effects it measured.
+            effects = ["all_gather_object"] * 2
+            assert rank["collectives"] == [*once * len(rank["history"]), *effects]
+
+
+def test_processes_measure_effects_in_the_same_unit(two):
+    for config, folder in zip(good(), two["folders"], strict=False):
+        found = [rank["history"][-1]["effects"] for rank in read(folder)]
+        labelled = config["shards"] == "sampler" and config.get("limit_val_batches") != 0
+        assert {each["scale"] for each in found} == {"kl" if labelled else "relative"}
+        assert found[0]["values"] == found[1]["values"]
+        assert found[0]["metric_before"] == found[1]["metric_before"]
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{r}-{place}" for r, place, _ in FAULTS])
