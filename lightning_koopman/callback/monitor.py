@@ -35,7 +35,6 @@ from lightning_koopman.callback.trainer_facts import (
     plain_numerics,
     refuse_sharded_weights,
     samples_for_rank,
-    sharded_weights,
     steps_ahead,
     unrepeated_samples,
 )
@@ -504,8 +503,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._checked or trainer.state.fn != "fit" or recording is None:
             return
         self._checked = True
-        if (why := sharded_weights(trainer)) is not None:
-            self._differs = why
+        try:
+            refuse_sharded_weights(trainer)
+        except RuntimeError as why:
+            self._differs = str(why)
             return
         with (
             plain_numerics(pl_module),

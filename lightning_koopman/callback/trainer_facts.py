@@ -83,22 +83,15 @@ def may_skip_validation(trainer: Any, pl_module: Any) -> bool:
     )
 
 
-def sharded_weights(trainer: Any) -> str | None:
-    """Say why no process can run an extra pass, where none holds all weights."""
-    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-    if not names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
-        return None
-    return (
-        f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot gather. "
-        "Koopman credit is measured while validation runs: give the Trainer a validation loop in "
-        "every epoch and compile nothing; or evaluate the saved checkpoints in one process"
-    )
-
-
 def refuse_sharded_weights(trainer: Any) -> None:
     """Refuse an extra pass where no process holds all weights."""
-    if (why := sharded_weights(trainer)) is not None:
-        raise RuntimeError(why)
+    names = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+    if names & {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}:
+        raise RuntimeError(
+            f"{type(trainer.strategy).__name__} shards the weights, which an extra pass cannot gather. "
+            "Koopman credit is measured while validation runs: give the Trainer a validation loop in "
+            "every epoch and compile nothing; or evaluate the saved checkpoints in one process"
+        )
 
 
 def first_loader(loaders: Any) -> Any:
