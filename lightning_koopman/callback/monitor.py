@@ -60,7 +60,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
     one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
     one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
-    others have effects, and the 1st, 2nd, 4th, 8th … figures, where the budget has room.
+    the 1st, 2nd, 4th, 8th … have figures too, where the budget has room.
 
     ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
     last; one that somebody monitors is there from the first validation on, as 0 where the first
@@ -95,8 +95,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             TensorBoard, a layout of the custom scalars, of which it keeps the last of a run.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
-            and for others where the budget has room, on up to 512 samples of the recorded calls. They
-            are in :attr:`report` and ``<prefix>/<kind>/<component>``.
+            on up to 512 samples of the recorded calls. They are in :attr:`report` and
+            ``<prefix>/<kind>/<component>``.
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
@@ -343,10 +343,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """See that every key of ours exists, whatever was due, and became of it."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            for key, value in self._newest.items():
-                trainer.callback_metrics.setdefault(key, value)
-            for key in monitored_keys(trainer, self.prefix):
-                trainer.callback_metrics.setdefault(key, torch.tensor(0.0))
+            with self.budget.watching():
+                # Asked for once: Lightning computes all of its numbers each time.
+                known = trainer.callback_metrics
+                for key, value in self._newest.items():
+                    known.setdefault(key, value)
+                for key in monitored_keys(trainer, self.prefix):
+                    known.setdefault(key, torch.tensor(0.0))
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -650,14 +653,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _effects_of(
         self, trainer: Any, pl_module: Any, report: CreditReport
     ) -> tuple[Effects | None, str | None]:
-        """Measure effects on this process's samples, for the last report and where there is room."""
+        """Measure effects on this process's samples, for the last report."""
         if not self.effects or trainer.state.fn != "fit":
             return None, None
         step, seconds = trainer.global_step, passes(report, self.effects) * self._row_s
         most = self.budget.allowed(step, last_step(trainer)) / 3
         self.budget.expect("effects", min(seconds * SAMPLES, most))
         why, recording = self._no_replay, self._recording
-        if not self._final and (why or trainer.world_size > 1 or not self.budget.has_room("effects")):
+        if not self._final:
             return None, None
         if why is not None or recording is None or not recording.steps:
             return None, why or "no call was recorded"
