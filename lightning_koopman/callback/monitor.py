@@ -354,10 +354,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """See that every key of ours exists, whatever was due, and became of it."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            for key, value in self._newest.items():
-                trainer.callback_metrics.setdefault(key, value)
-            for key in monitored_keys(trainer, self.prefix):
-                trainer.callback_metrics.setdefault(key, torch.tensor(0.0))
+            with self.budget.watching():
+                # Asked for once: Lightning computes all of its numbers each time.
+                known = trainer.callback_metrics
+                for key, value in self._newest.items():
+                    known.setdefault(key, value)
+                for key in monitored_keys(trainer, self.prefix):
+                    known.setdefault(key, torch.tensor(0.0))
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -32,6 +32,32 @@ it says of directions that hardly varied then must not count.
 """
 
 
+class FoldFits:
+    """Operators and means of every step without each fold, fitted when they are first asked for.
+
+    Most reports are never held against anything, and the fits take as long as the credits do. Until
+    then the moments are kept, which the fits are made from.
+    """
+
+    def __init__(self, layout: Layout, moments: Tensor, center: Sequence[Tensor]) -> None:
+        self._given: tuple[Layout, Tensor, Sequence[Tensor]] | None = (layout, moments, center)
+        self._found: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+
+    @classmethod
+    def known(cls, operators: Sequence[Tensor], means: Sequence[Tensor]) -> FoldFits:
+        """Return fits that were made before."""
+        fits = cls.__new__(cls)
+        fits._given, fits._found = None, (tuple(operators), tuple(means))
+        return fits
+
+    def __call__(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the operators and the means that go with them."""
+        if self._found is None:
+            assert self._given is not None
+            self._found, self._given = fold_operators(*self._given), None
+        return self._found
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """A chain as it was measured once: coordinates, operators and means.
@@ -41,8 +67,7 @@ class Reference:
         widths: Their widths before reduction.
         parents: For each step 1 … L, the states that it reads, the nearest first.
         basis: Coordinates of the state vectors.
-        operators: For each step, its operators without each fold, ``(folds, d_in, d_out)``, float32.
-        means: For each state, its means without each fold, ``(folds, d_i)``.
+        fits: What gives :attr:`operators` and :attr:`means`.
         n_samples: Number of samples measured.
         options: How states became rows.
         modules: Names of the modules chosen as components.
@@ -58,8 +83,7 @@ class Reference:
     widths: tuple[int, ...]
     parents: tuple[tuple[int, ...], ...]
     basis: Basis
-    operators: tuple[Tensor, ...]
-    means: tuple[Tensor, ...]
+    fits: FoldFits
     n_samples: int
     options: Options = DEFAULTS
     modules: tuple[str, ...] = ()
@@ -74,6 +98,16 @@ class Reference:
     def components(self) -> tuple[str, ...]:
         """Names of the components."""
         return self.states[1:]
+
+    @property
+    def operators(self) -> tuple[Tensor, ...]:
+        """For each step, its operators without each fold, ``(folds, d_in, d_out)``, float32."""
+        return self.fits()[0]
+
+    @property
+    def means(self) -> tuple[Tensor, ...]:
+        """For each state, its means without each fold, ``(folds, d_i)``."""
+        return self.fits()[1]
 
     def coordinates(self, plan: Plan) -> Plan:
         """Return another network's plan, with what its states must share with the reference."""

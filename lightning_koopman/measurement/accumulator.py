@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_koopman.koopman.credit import Credits, compute_credits, samples_needed
 from lightning_koopman.koopman.moments import Layout, accumulate, recentred
 from lightning_koopman.koopman.options import Options
-from lightning_koopman.koopman.reference import Reference, fold_operators
+from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.measurement.sums import all_finite, report_on
@@ -55,7 +55,7 @@ class Accumulator:
         self.chain = Chain()
         self.basis: Basis | None = None
         self.earlier: Basis | None = None
-        self._fitted: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
         self._may_stop, self._shared = max_samples == "enough", shared
@@ -169,11 +169,14 @@ class Accumulator:
     def _sum(self, states: list[Tensor], keys: Tensor) -> None:
         """Add state vectors to the moments, each sample to those of its fold."""
         assert self.basis is not None
-        self._credits, self._fitted, layout = None, None, self._laid_out()
+        known, self._credits, self._fitted, layout = self._fitted, None, None, self._laid_out()
         # Moments made in inference mode could not be added to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if self._moments is None:
                 self._moments = layout.zeros().to(keys.device)
+            elif known is not None:
+                # A report that was given out may still be fitted to them.
+                self._moments = self._moments.clone()
             accumulate(layout, self._moments, states, keys % layout.folds, self.basis.center)
 
     def _check(self, rows: Mapping[str, Tensor], batch: int, links: tuple[tuple[int, ...], ...]) -> None:
@@ -316,16 +319,16 @@ class Accumulator:
         return replace(report, reads=reads, reference=self.reference(step))
 
     def reference(self, step: int | None = None) -> Reference:
-        """Return what drift is measured against, computed once for all that was added up."""
+        """Return what drift is measured against, fitted once for all that was added up."""
         layout, moments, center = self.moments()
         assert self.basis is not None
-        self._fitted = self._fitted or fold_operators(layout, moments, center)
+        self._fitted = self._fitted or FoldFits(layout, moments, center)
         return Reference(
             self.chain.names,
             self.chain.widths,
             layout.parents[1:],
             self.basis.cpu(),
-            *self._fitted,
+            self._fitted,
             n_samples=int(moments[:, 0].sum()),
             options=self.options,
             step=step,

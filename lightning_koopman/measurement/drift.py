@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import Options
-from lightning_koopman.koopman.reference import Reference, beyond_error, unexplained
+from lightning_koopman.koopman.reference import FoldFits, Reference, beyond_error, unexplained
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import clean_modules
 from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
@@ -135,7 +135,7 @@ def drift_from(
         mean if fit else mean.new_zeros(len(mean), dim)
         for fit, mean, dim in zip(same, earlier.means, layout.dims, strict=True)
     )
-    known = dataclasses.replace(earlier, operators=operators, means=means)
+    known = dataclasses.replace(earlier, fits=FoldFits.known(operators, means))
     found = drift_since(known, measurement, step=step)
     return dataclasses.replace(
         found,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_koopman.koopman.lifts import Lift
 from lightning_koopman.koopman.options import Options
-from lightning_koopman.koopman.reference import Reference
+from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.koopman.states import Basis
 from lightning_koopman.report.saved import ReportFormatError, write_atomically
 from lightning_koopman.report.schema import Text
@@ -179,8 +179,9 @@ def _rebuilt(content: _Content, tensors: dict[str, Tensor]) -> Reference:
         widths=tuple(content.widths),
         parents=tuple(map(tuple, content.parents)),
         basis=Basis(tuple(vectors), tuple(content.kept_variance), center, tuple(lifts)),
-        operators=tuple(operators),
-        means=tuple(take(f"mean.{i}", folds, width) for i, width in enumerate(dims)),
+        fits=FoldFits.known(
+            operators, [take(f"mean.{i}", folds, width) for i, width in enumerate(dims)]
+        ),
         n_samples=content.n_samples,
         options=Options(
             max_dim=content.max_dim,

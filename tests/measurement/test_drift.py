@@ -168,6 +168,23 @@ def test_a_measurement_that_follows_a_reference_gives_drift_without_another_pass
     assert np.allclose(ran.credit, credit_report(moved, samples(seed=1)).credit)
 
 
+def test_a_reference_stays_about_its_samples_when_more_arrive() -> None:
+    net = mlp()
+    measurement = Measurement(net, None, Options())
+    measurement.run(net, samples())
+    first, again = measurement.report(), credit_report(net, samples())
+    measurement.run(net, samples(seed=1))
+    last = measurement.report()
+    assert (first.n_samples, last.n_samples) == (1500, 3000)
+    found, expected, more = (r.reference for r in (first, again, last))
+    assert found is not None
+    assert expected is not None
+    assert more is not None
+    for i, operator in enumerate(found.operators):
+        assert torch.allclose(operator, expected.operators[i], rtol=0, atol=1e-6)
+        assert not torch.allclose(operator, more.operators[i], rtol=0, atol=1e-4)
+
+
 def test_only_so_many_samples_are_taken() -> None:
     net = mlp()
     assert drift(credit_report(net, samples()), net, samples(), max_samples=700).n_samples == 700

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_koopman import Options, credit_report
-from lightning_koopman.koopman.reference import Reference
+from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.report.reference_file import read_reference
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -53,6 +53,8 @@ def flat(reference: Reference) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
             return [str(value.dtype), *value.double().tolist()]
+        if isinstance(value, FoldFits):
+            return plain(value())
         if isinstance(value, tuple):
             return [plain(part) for part in value]
         if hasattr(value, "__dataclass_fields__"):
