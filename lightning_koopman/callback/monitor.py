@@ -6,7 +6,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -98,8 +98,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
-        figures: Whether loggers that take them get figures, a closing table and, in
-            TensorBoard, a layout of the custom scalars, of which it keeps the last of a run.
+        figures: Whether loggers that take them get figures, a closing table and, in TensorBoard, a run
+            per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
             and for others where the budget has room, on up to 512 samples of the recorded calls. They
@@ -129,7 +129,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @takes_options(
         quantities="trainer.callback_metrics and monitor.history hold every quantity",
         top_k="name the components that are to be watched",
-        layout="figures=False leaves it out",
+        layout="figures=False leaves out all but plain scalars",
         hyperparameters="logger.log_hyperparams(vars(monitor.options)) logs the options",
     )
     def __init__(
@@ -444,10 +444,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._logged_at is not None and trainer.is_global_zero:
             with self.budget.apart("draw"):
                 self._writer.finish(trainer.loggers, self.history, self._logged_at)
+                self._writer.close(trainer.loggers)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
         self._forget()
+        with suppress(Exception):  # a disk that is full, which the exception may be about
+            self._writer.close(trainer.loggers)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of recorded calls."""
@@ -569,8 +572,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.history[-1:] = [report]
         scalars, beside = self._show(trainer, report), self._writer.beside(report)
         found = {name: scalars[name] for name in scalars.keys() & beside.keys()}
-        for logger in trainer.loggers if trainer.is_global_zero and found else ():
-            logger.log_metrics(found, step=self._logged_at)
+        if found and trainer.is_global_zero and (step := self._logged_at) is not None:
+            for logger in trainer.loggers:
+                self._writer.write(logger, found, step)
 
     def _report_on(
         self,
@@ -748,7 +752,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             # A logger that fails keeps no other from its numbers.
             with ExitStack() as stack:
                 for logger in reversed(loggers):
-                    stack.callback(logger.log_metrics, scalars, step=step)
+                    stack.callback(self._writer.write, logger, scalars, step)
 
     def _show(self, trainer: Any, report: CreditReport) -> dict[str, float]:
         """Put all numbers of a report where callbacks look for them, and return those for loggers."""

@@ -267,12 +267,13 @@ class _RunLog:
         self._files = self._files or [EventFile(self._folder)]
         step = report.step or 0
         self._writer.draw(self._files, self._reports, step)
-        self._files[0].log_metrics(scalars, step)
+        self._writer.write(self._files[0], scalars, step)
 
     def finish(self) -> None:
         if self._files:
             self._writer.finish(self._files, self._reports, self._reports[-1].step or 0)
 
     def close(self) -> None:
+        self._writer.close(self._files)
         for file in self._files:
             file.experiment.close()

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from lightning_koopman.report.comparison import newest_of_runs
 from lightning_koopman.report.fields import ReportFields
-from lightning_koopman.report.tables import GLOSSARY, columns, next_step, total_line, verdict
+from lightning_koopman.report.tables import (
+    GLOSSARY,
+    columns,
+    next_step,
+    total_line,
+    verdict,
+    what_effects_are,
+)
 from lightning_koopman.report.text import with_error
 
 if TYPE_CHECKING:
@@ -220,5 +227,6 @@ def to_markdown(report: ReportFields) -> str:
     for name, *texts in zip(*found.values(), strict=True):
         shown = name.replace("|", "\\|")
         lines.append(f"| {' | '.join([shown, *texts])} |")
-    lines += ["", *(f"- {line}" for line in (*verdict(report), *report.notes, next_step(report)))]
+    below = (*verdict(report), *what_effects_are(report), *report.notes, next_step(report))
+    lines += ["", *(f"- {line}" for line in below)]
     return "\n".join(lines).rstrip()

@@ -237,7 +237,7 @@ def test_bad_arguments_are_refused_at_once(options, message):
         ("max_dim", r"max_dim moved into options: write options=Options\(max_dim=8\)"),
         ("quantities", "trainer.callback_metrics and monitor.history hold every quantity"),
         ("top_k", "top_k is no argument any more: name the components"),
-        ("layout", "figures=False leaves it out"),
+        ("layout", "figures=False leaves out all but plain scalars"),
         ("hyperparameters", "logger.log_hyperparams"),
         ("nonsense", "unexpected keyword argument 'nonsense'"),
     ],

@@ -275,7 +275,7 @@ def test_the_table_shows_numbers_with_errors_and_notes():
         (1234.5, 56.7, "1234±57"),
         (1234.5, 567.8, "1230±570"),
         (-0.00001, 0.2, "0.00±0.20"),
-        (0.98412, 0.00003, "0.9841±0.0000"),
+        (0.98412, 0.00003, "0.98412±3e-05"),
         (2.2e-15, 5e-16, "2.2e-15±5e-16"),
         (0.0, 0.0, "0±0"),
         (0.123, np.nan, "0.12"),
@@ -364,6 +364,18 @@ def test_lost_directions_are_named_in_a_note():
     report = of_states(states)
     assert report.notes[0].startswith("0 output directions reach back to the input; others (0 to 5)")
     assert "lost" in report.doubts[0]
+
+
+def test_no_number_and_no_heading_is_cut_at_any_width(report):
+    shown = columns(report)
+    for width in range(60, 131):
+        file = io.StringIO()
+        Console(file=file, width=width, color_system=None).print(report)
+        text = file.getvalue()
+        headings = next(line for line in text.splitlines() if "component" in line).split()
+        assert {"component", "doubt"} <= set(headings) <= set(shown), width
+        for heading in set(headings) - {"doubt", "holds"}:
+            assert all(cell in text for cell in shown[heading]), (width, heading)
 
 
 @pytest.mark.parametrize("width", [60, 80, 130])
