@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Literal
@@ -16,7 +16,14 @@ from torch import Tensor
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.callback.loggers import CreditWriter
-from lightning_koopman.callback.recorded_effects import SAMPLES, measure_effects, passes, pooled
+from lightning_koopman.callback.recorded_effects import (
+    SAMPLES,
+    Fit,
+    labels_in,
+    measure_effects,
+    passes,
+    pooled,
+)
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
@@ -96,7 +103,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
             and for others where the budget has room, on up to 512 samples of the recorded calls. They
-            are in :attr:`report` and ``<prefix>/<kind>/<component>``.
+            are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds
+            one integer per sample (as second entry, or under a name such as ``labels``) and these are
+            classes of the outputs (as many as there are outputs, or named by the network more often than
+            chance allows), effects are mean KL divergences in nats, with the accuracy that is lost;
+            otherwise mean squared changes over the outputs' variance. ``report.effects.scale`` says
+            which.
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
@@ -284,8 +296,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Put the hooks on for one batch."""
         if dataloader_idx == 0 and self._wants_more:
             assert self._measurement is not None
-            if self._recording is not None:
-                self._recording.__enter__()
+            self._record(batch)
             if self._rides_along:
                 self._measurement.start_pass(batch)
                 self._measurement.capture.__enter__()
@@ -365,7 +376,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
         wanted = samples_for_rank(self.max_samples, data_part(trainer).count)
         recording = self._recording
         if recording is not None and not recording.full and self._n_recorded < wanted:
-            recording.__enter__()
+            self._record(batch)
+
+    def _record(self, batch: Any) -> None:
+        """Record the calls of the step that begins, and its targets."""
+        if self._recording is not None:
+            self._recording.__enter__()
+            if (labels := labels_in(batch)) is not None:
+                self._recording.keep_targets(labels)
 
     @never_in_the_way
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -488,6 +506,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._checked or trainer.state.fn != "fit" or recording is None:
             return
         self._checked = True
+        try:
+            refuse_sharded_weights(trainer)
+        except RuntimeError as why:
+            self._differs = str(why)
+            return
         with (
             plain_numerics(pl_module),
             undisturbed(pl_module),
@@ -567,12 +590,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     if drift is not None:
                         self.drifts.append(drift)
                         report = replace(report, drift=drift.drift)
-                found, why = self._effects_of(trainer, pl_module, report)
             except Exception:
                 # The others wait for the effects of this process.
-                self._pool_effects(trainer, None)
+                self._effects_of(trainer, pl_module, None)
                 raise
-            effects = self._pool_effects(trainer, found)
+            effects, why = self._effects_of(trainer, pl_module, report)
         if effects is None and why is not None:
             notes = list(report.notes)
             notes.append(f"effects were not measured: {why}")
@@ -652,37 +674,63 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self._plan(trainer, pl_module)
 
     def _effects_of(
-        self, trainer: Any, pl_module: Any, report: CreditReport
+        self, trainer: Any, pl_module: Any, report: CreditReport | None
     ) -> tuple[Effects | None, str | None]:
-        """Measure effects on this process's samples, for the last report and where there is room."""
+        """Measure effects for the last report and where there is room, or say why there are none.
+
+        With several processes, each of them must call this, whatever became of its report.
+        """
         if not self.effects or trainer.state.fn != "fit":
+            return None, None
+        if trainer.world_size == 1:
+            return self._own_effects(trainer, pl_module, report)
+        if not self._final:
+            return None, None
+        asked: list[Fit] = []
+
+        def agree(fit: Fit | None) -> list[Fit]:
+            asked.extend(each for each in gather(fit) if each is not None)
+            return asked
+
+        own, why = self._own_effects(trainer, pl_module, report, agree)
+        if not asked:
+            agree(None)
+        everybody = [found for found in gather(own) if found is not None]
+        return (pooled(everybody) if everybody else None), why
+
+    def _own_effects(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        report: CreditReport | None,
+        agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
+    ) -> tuple[Effects | None, str | None]:
+        """Measure effects on this process's samples."""
+        if report is None:
             return None, None
         step, seconds = trainer.global_step, passes(report, self.effects) * self._row_s
         most = self.budget.allowed(step, last_step(trainer)) / 3
         self.budget.expect("effects", min(seconds * SAMPLES, most))
         why, recording = self._no_replay, self._recording
-        if not self._final and (why or trainer.world_size > 1 or not self.budget.has_room("effects")):
+        if not self._final and (why or not self.budget.has_room("effects")):
             return None, None
         if why is not None or recording is None or not recording.steps:
             return None, why or "no call was recorded"
         with self.budget.apart("effects"):
             try:
                 refuse_sharded_weights(trainer)
-                samples = self.budget.left("effects") / max(seconds, 1e-12)
-                around = trainer.precision_plugin.forward_context
                 found = measure_effects(
-                    pl_module, recording.steps, report, self.effects, around, samples=samples
+                    pl_module,
+                    recording.steps,
+                    report,
+                    self.effects,
+                    trainer.precision_plugin.forward_context,
+                    samples=self.budget.left("effects") / max(seconds, 1e-12),
+                    agree=agree,
                 )
             except Exception as error:
                 return None, str(error)
         return found, None
-
-    def _pool_effects(self, trainer: Any, own: Effects | None) -> Effects | None:
-        """Average the effects that the processes measured; each of them must call this."""
-        if trainer.world_size == 1 or not (self._final and self.effects and trainer.state.fn == "fit"):
-            return own
-        everybody = [found for found in gather(own) if found is not None]
-        return pooled(everybody) if everybody else None
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         """Find when the next measurement is due, alike in all processes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -165,12 +165,13 @@ def effects_on(
     scale: Scale | None = None,
     probes: int = 2,
     seed: int = 0,
-    targets: Sequence[Tensor | None] | None = None,
+    targets: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] | None = None,
 ) -> Effects:
     """Compute effects with whatever runs the network: on data, or on calls that were recorded.
 
-    ``parts`` holds the module calls of each component, see :func:`altered_parts`. ``targets`` are those
-    of each batch; without them they are looked for in the batches.
+    ``parts`` holds the module calls of each component, see :func:`altered_parts`. ``targets`` is called
+    with the outputs of all batches and returns the targets of each; without it they are looked for in
+    the batches.
     """
     for name, value in (("probes", probes), ("draws", 1 if draws is None else draws)):
         if value < 1:
@@ -197,7 +198,8 @@ def effects_on(
             output, values = runner.run_batch(number, alterations.read)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
-        before = Outputs(outputs, runner.batches, scale, metric, targets)
+        known = None if targets is None else targets(outputs)
+        before = Outputs(outputs, runner.batches, scale, metric, known)
         alterations.solve()
         unsteady = _unsteadiness(runner, outputs, before)
         measured = {

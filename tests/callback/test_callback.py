@@ -479,10 +479,8 @@ for name in {expected}:
 @pytest.mark.parametrize(
     ("before", "early", "after"),
     [
-        ([], False, ["lightning.pytorch"]),
         ([], False, ["pytorch_lightning"]),
         (["lightning"], True, ["pytorch_lightning"]),
-        (["pytorch_lightning"], True, ["lightning"]),
         (["pytorch_lightning", "lightning"], False, []),
     ],
     ids=str,
