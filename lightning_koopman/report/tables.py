@@ -42,6 +42,7 @@ GLOSSARY = {
     "reinit": "how far they move when its weights go back to those that training began with",
     "weight_noise": "how far they move when noise is added to its weights",
     "output_noise": "how far they move when noise is added to what it gives",
+    "metric then": "metric of the network so altered, the accuracy if no other was given",
     "credit": "how strongly the outputs answer to what the component gives, in nats per direction",
     "gain": "what the component itself adds to that, in nats per direction; gains sum to the total",
     "sensitivity": "how far independent noise on what it gives moves the outputs",
@@ -123,7 +124,10 @@ def credit_table(report: ReportFields) -> Fitted:
         )
     lines += [f"Note: {escape(note)}" for note in report.notes]
     lines.append(f"[bold]{escape(next_step(report))}[/]")
-    return Fitted(title, columns(report), _GIVES_WAY, grey=grey, lines=lines)
+    shown = columns(report)
+    if not marked:
+        del shown["doubt"]
+    return Fitted(title, shown, _GIVES_WAY, grey=grey, lines=lines)
 
 
 def has_more(report: ReportFields) -> bool:
@@ -154,7 +158,7 @@ def what_effects_are(report: ReportFields) -> list[str]:
     if (effects := report.effects) is None:
         return []
     known = [kind for kind in ("skip", "linear") if kind in effects.kinds]
-    return [f"{kind}: {GLOSSARY[kind]}, in {effects.unit}." for kind in known]
+    return [f"{kind}: {GLOSSARY[kind]} ({effects.unit})." for kind in known]
 
 
 def next_step(report: ReportFields) -> str:
