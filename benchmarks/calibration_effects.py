@@ -109,10 +109,10 @@ it is measured. Share of 95 % intervals that hold the large-sample value, compon
 | kind | {heads} |
 |---|{"---|" * len(columns)}
 {rows}
-Where `skip` puts in a mean (here in all components but the second, whose shapes agree), the error of that
-mean counts where it is measured, and not where it is predicted. The operators that `linear` swaps in and
-the spreads of noise are taken as known, and the draws of altered weights are few, one per batch where
-effects are predicted, five where they are measured: such intervals are somewhat too narrow.
+Where `skip` puts in a mean (here in all components but the second, whose shapes agree), the error of
+that mean counts where it is measured, and not where it is predicted. The operators that `linear` swaps
+in and the spreads of noise are taken as known, and the draws of altered weights are few, one per batch
+where effects are predicted, five where they are measured: such intervals are somewhat too narrow.
 
 The same for the accuracy that is lost, where it is measured. There the mean that `skip` puts in is taken
 as known:
