@@ -260,7 +260,8 @@ def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
 As many blocks as keep the accuracy within 0.01 on the samples to choose on; maps are fitted on a third
 of the training samples. Tokens and pixels share one map of their channels. The baselines try the same
 maps in the order of depth (last block first, and first block first) or at random (two orders), with
-the same test; `linearize` tries both orders of depth too, and returns the cheapest network. Shares of the whole network; the accuracy that is lost is measured on other samples.
+the same test; `linearize` tries both orders of depth too, and returns the cheapest network. Shares of
+the whole network; the accuracy that is lost is measured on other samples.
 
 {text}{absent and absent + "."}"""
 
