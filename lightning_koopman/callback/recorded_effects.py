@@ -27,8 +27,11 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def passes(report: CreditReport, kinds: Sequence[str]) -> int:
-    """Return how many passes over the samples effects take: as it is, each altered, and once again."""
-    return len(report.components) * len(kinds) + 2
+    """Return how many passes over the samples effects take at most: as it is, altered, and once again.
+
+    A component that is skipped by a mean runs twice.
+    """
+    return len(report.components) * (len(kinds) + ("skip" in kinds)) + 2
 
 
 def labels_in(batch: Any) -> Tensor | None:
