@@ -113,14 +113,15 @@ def credit_table(report: ReportFields) -> Fitted:
     title = f"Koopman credit{escape(report.label)}, {report.n_samples} samples\n{total_line(report)}"
     lines = [f"[bold]{escape(line)}[/]" for line in verdict(report)]
     lines += map(escape, what_effects_are(report))
-    grey = {name: [bool(d) for d in report.doubts_about(name)] for name in ("credit", "gain")}
+    about = {"credit": "credit", "gain": "gain", "R²": "r2"}
+    grey = {title: [bool(d) for d in report.doubts_about(name)] for title, name in about.items()}
     if (effects := report.effects) is not None:
         for kind in {"skip", "linear"} & {*effects.kinds}:
             grey[kind] = [_doubted(effects, kind, name) for name in report.components]
     if marked := int((~report.trusted).sum()):
         lines.append(
             f"{marked} of {len(report.components)} rows carry a doubt: do not act on their grey numbers "
-            "(chain_r2, ridge, lost: credit and gain; r2: gain)."
+            "(chain_r2, lost: credit and gain; ridge: credit; r2: gain and R²)."
         )
     lines += [f"Note: {escape(note)}" for note in report.notes]
     lines.append(f"[bold]{escape(next_step(report))}[/]")

@@ -328,8 +328,16 @@ def test_a_doubt_is_about_some_numbers_only():
     )
     assert report.doubts_about("gain") == (("r2",), ("chain_r2",), ())
     assert report.doubts_about("credit") == report.doubts_about("sensitivity") == ((), ("chain_r2",), ())
-    assert report.doubts_about("r2") == ((), (), ())
-    assert credit_table(report).grey == {"credit": [False, True, False], "gain": [True, True, False]}
+    assert report.doubts_about("r2") == report.doubts_about("nonlinearity") == (("r2",), (), ())
+    assert report.doubts_about("rank") == ((), (), ())
+    assert credit_table(report).grey == {
+        "credit": [False, True, False],
+        "gain": [True, True, False],
+        "R²": [True, False, False],
+    }
+    ridge = dataclasses.replace(report, stable=np.zeros(3, bool), chain_r2=np.ones(3))
+    assert ridge.doubts_about("gain") == (("r2",), (), ())
+    assert ridge.doubts_about("credit") == (("ridge",),) * 3
 
 
 def test_numbers_are_double_precision_and_add_up():
