@@ -14,6 +14,8 @@ import matplotlib as mpl
 import pytest
 import torch
 
+from lightning_koopman.cli.main import main
+
 ROOT = Path(__file__).parents[2]
 NUMBER = r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?"
 # Told by the clock, or by the machine.
@@ -92,6 +94,21 @@ def test_a_page_runs_as_it_stands_and_prints_what_it_says(page, least, tmp_path)
     assert compared > least
     if page == "README.md" and (folder := os.environ.get("KEEP_SCREENSHOTS")):
         (Path(folder) / "credits.png").write_bytes((tmp_path / "koopman_demo/credits.png").read_bytes())
+
+
+def test_every_flag_of_every_command_in_the_documentation_exists(capsys):
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    asked: dict[str, set[str]] = {}
+    for page in pages:
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        for command, rest in re.findall(r"lightning-koopman ([a-z]+)\b([^`\n|]*)", text):
+            asked.setdefault(command, set()).update(re.findall(r"--[a-z_.-]+", rest))
+    assert len(asked) > 5
+    for command, flags in asked.items():
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
+        assert {"--" + flag[2:].replace("-", "_") for flag in flags} <= known, command
 
 
 def test_the_reader_of_printed_rows_tells_numbers_apart():
