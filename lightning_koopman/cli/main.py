@@ -41,6 +41,15 @@ class _Parser(ArgumentParser):
             names = [name.split(".") for name in missing[1].split(", ")]
             command = names[0][0] if len(names[0]) > 1 else command
             message = f"{command} needs {', '.join(_option(name[-1]) for name in names)}"
+        elif choice := re.search(r"Literal\[(.*?)\]\. Got value: (\S+)", message):
+            key = re.match(r'Parser key "([\w.]+)"', message)
+            option = f"{_option(key[1])}: " if key else ""
+            message = f"{option}{choice[2]!r} is none of {choice[1]}"
+        elif stray := re.fullmatch(r"[Uu]nrecognized arguments: --(\w+).*", message):
+            known = [*inspect.signature(_command(command)).parameters] if command else []
+            close = difflib.get_close_matches(stray[1], known, n=1)
+            meant = f"; did you mean {_option(close[0])}?" if close else ""
+            message = f"{command or 'lightning-koopman'} has no option {_option(stray[1])}{meant}"
         elif value := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
             message = f"{_option(value[1])}: {value[2]}"
         elif 'expected "subcommand"' in message:

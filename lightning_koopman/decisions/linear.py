@@ -27,7 +27,7 @@ from lightning_koopman.decisions.steps import (
 from lightning_koopman.decisions.swaps import LinearComponent, copied_with, swapped
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
 from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale
@@ -217,6 +217,7 @@ def linearize(
 
 def _two_parts(batches: Iterable[Any], fit_batches: Iterable[Any] | None) -> tuple[list[Any], Any]:
     """Return batches to fit on, and others to choose on."""
+    check_batches(batches if fit_batches is None else fit_batches)
     if fit_batches is not None:
         with random_states_kept(fit_batches):
             return list(fit_batches), batches
