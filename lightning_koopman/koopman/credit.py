@@ -20,7 +20,7 @@ from lightning_koopman.koopman.chain import (
     split_chain,
     with_bias,
 )
-from lightning_koopman.koopman.moments import Layout
+from lightning_koopman.koopman.moments import Layout, add_square
 from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.koopman.options import DEFAULTS, Normalize, Options
 from lightning_koopman.koopman.regression import alive
@@ -100,11 +100,12 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
             continue
         # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
         scaled = split.train[i, i] / (RANK_SHARE * variance / count)
-        system = scaled @ scaled
-        system.diagonal().add_(1.0)
-        factor = torch.linalg.cholesky(system)
-        identity = torch.eye(len(factor)).to(factor)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        identity = torch.eye(len(scaled)).to(scaled)
+        system = identity.clone()
+        # What is below the diagonal is not read.
+        add_square(system, scaled, upper=True)
+        factor = torch.linalg.cholesky(system, upper=True)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
         ranks.append(len(factor) - float(inverse.square().sum()))
     return torch.tensor(ranks, dtype=torch.float64)
 

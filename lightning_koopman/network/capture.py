@@ -202,6 +202,11 @@ class Capture:
         return self._provenance.error
 
     @property
+    def is_first(self) -> bool:
+        """Whether no pass was recorded yet."""
+        return self._passes == 0
+
+    @property
     def ran(self) -> bool:
         """Whether any component ran in the current pass."""
         return bool(self._calls or self._ran)
@@ -393,10 +398,13 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return what a module's ``forward`` is called with, under the names of its parameters."""
     # That of the class, for somebody may listen to the instance's own.
     try:
-        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
     except (TypeError, ValueError):
         return dict(kwargs)
     return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+
+
+_signature = functools.lru_cache(maxsize=64)(inspect.signature)
 
 
 def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:
