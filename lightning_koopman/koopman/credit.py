@@ -38,16 +38,26 @@ def align_split(
     return align(split.blocks(operators), directions[:, present], split.layout.parents[1:])
 
 
-def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -> dict[str, Tensor]:
-    """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
-    n_steps = len(split.layout.dims) - 1
-    if chain.rank == 0 or (expected is not None and chain.rank != expected.rank):
-        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
-        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
+def mean_volumes(chain: Alignment, expected: Alignment | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean log-volume behind each state, and where it is not that of what was expected."""
+    unlike = expected is not None and chain.rank != expected.rank
+    if chain.rank == 0 or unlike:
+        means = torch.full((len(chain.log_volumes),), torch.nan, dtype=torch.float64)
+        return means, means.isnan()
     means = chain.log_volumes.nanmean(dim=1)
     lost = means.isnan()
     if expected is not None:
         lost |= (chain.log_volumes.isnan() != expected.log_volumes.isnan()).any(dim=1)
+    return means, lost
+
+
+def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -> dict[str, Tensor]:
+    """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
+    n_steps = len(split.layout.dims) - 1
+    means, lost = mean_volumes(chain, expected)
+    if bool(means.isnan().all()):
+        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
+        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
     spread = [
         split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
         for i in range(1, n_steps + 1)
@@ -204,7 +214,8 @@ def compute_credits(
     chain = align_split(whole, [step.matrix for step in steps], range(asked), targets)
     kept = chain.kept
     smoothed = align_split(whole, [step.smoothed for step in steps], kept, targets)
-    shift = volumes(whole, smoothed, chain)["credit"]
+    means, lost = mean_volumes(smoothed, chain)
+    shift = means.masked_fill(lost, torch.nan)[1:]
     ranks, known = state_ranks(whole, steps)
     values = volumes(whole, chain) | {"rank": ranks}
     r2, replicates, held_out = R2(whole, steps), [], []

@@ -110,6 +110,7 @@ class Capture:
         self.homeless = {} if self._named else without_component(model, holders)
         self._model, self.keep, self._follow = model, keep, follow
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
+        self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
@@ -127,7 +128,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         with ExitStack() as hooks:
-            ancestor = common_ancestor(self._model, self.components.values())
+            ancestor = self._ancestor
             if ancestor is not None:
                 hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=self._on_returned))
             if ancestor is not self._model:
