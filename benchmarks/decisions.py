@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from decisions_baselines import Array, Batches, block_influence, from_gradients
-from decisions_networks import BLOCKS, BUILDERS, CACHE, DEVELOPMENT, UNTOUCHED, accuracy, load, train
+from decisions_networks import (
+    BLOCKS,
+    BUILDERS,
+    CACHE,
+    DEVELOPMENT,
+    UNTOUCHED,
+    accuracy,
+    load,
+    right,
+    train,
+)
 from decisions_page import write
 from scipy.stats import spearmanr
 from torch import nn
@@ -37,10 +47,15 @@ RANDOM = 10
 Found = dict[str, Any]
 
 
-def kl(net: nn.Module, other: nn.Module, batches: Batches) -> float:
-    """Mean divergence of another network's classes from those of the first."""
+def kl(net: nn.Module, other: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Mean divergence of another network's classes from those of the first, and its error."""
     before = Outputs(ForwardRunner(net, batches).run(), batches, "kl")
-    return over_draws([before.compare(ForwardRunner(other, batches).run())]).effect
+    return over_draws([before.compare(ForwardRunner(other, batches).run())])[:2]
+
+
+def scored(right: Array) -> tuple[float, float]:
+    """Mean over samples, and its error."""
+    return float(right.mean()), float(right.std(ddof=1) / math.sqrt(len(right)))
 
 
 def without(net: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -77,22 +92,26 @@ def drop(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
         "depth": -np.arange(len(names), dtype=float),
         "credit": np.array([credit.get(n, math.nan) for n in names]),
     }
-    truth = [kl(net, without(net, [n]), test) for n in names]
+    truth = [kl(net, without(net, [n]), test)[0] for n in names]
     orders = {"drop_order": list(order.components)}
     orders |= {m: [names[i] for i in np.argsort(v, kind="stable")] for m, v in scores.items()}
     orders["greedy measured"] = greedy(net, choose[:2], names, levels["three quarters"])
     rng = np.random.default_rng(0)
     draws = [list(rng.permutation(names)) for _ in range(RANDOM)]
-    kept = {}
+    kept, errors, gap = {}, {}, {}
     for level, n in levels.items():
-        kept[level] = {m: accuracy(without(net, gone[:n]), test) for m, gone in orders.items()}
-        random = [accuracy(without(net, gone[:n]), test) for gone in draws]
-        kept[level]["random"] = float(np.mean(random))
+        found = {m: right(without(net, gone[:n]), test) for m, gone in orders.items()}
+        found["random"] = np.mean([right(without(net, gone[:n]), test) for gone in draws], axis=0)
+        kept[level] = {m: scored(own)[0] for m, own in found.items()}
+        errors[level] = {m: scored(own)[1] for m, own in found.items()}
+        gap[level] = scored(found["drop_order"] - found["greedy measured"])
     return {
         "whole": accuracy(net, test),
         "blocks": len(names),
         "dropped": levels,
         "kept": kept,
+        "errors": errors,
+        "gap": gap,
         "spearman": {m: float(spearmanr(s, truth).statistic) for m, s in scores.items()},
         "seconds": seconds,
     }
@@ -130,8 +149,7 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
             for m in ("measured effect", "predicted effect", "(g·Δ)²")
         }
     costs, allowed = np.outer(counts, options), 3.0 * counts.sum()
-    mixed = {"bit_widths": kl(net, found.apply(net), test)}
-    accurate = {"bit_widths": accuracy(found.apply(net), test)}
+    networks = {"bit_widths": found.apply(net)}
     for method, score in scores.items():
         chosen = solve_exactly(score, costs, allowed)
         other = copy.deepcopy(net)
@@ -142,19 +160,19 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
             if key.startswith(f"{n}.")
         }
         other.load_state_dict(net.state_dict() | values)
-        mixed[method], accurate[method] = kl(net, other, test), accuracy(other, test)
-    other = copy.deepcopy(net)
-    other.load_state_dict(net.state_dict() | dict(rounded[3]))
-    mixed["3 bits everywhere"], accurate["3 bits everywhere"] = (
-        kl(net, other, test),
-        accuracy(other, test),
-    )
+        networks[method] = other
+    networks["3 bits everywhere"] = copy.deepcopy(net)
+    networks["3 bits everywhere"].load_state_dict(net.state_dict() | dict(rounded[3]))
+    mixed = {m: kl(net, other, test) for m, other in networks.items()}
+    accurate = {m: scored(right(other, test)) for m, other in {**networks, "whole": net}.items()}
     return {
         "components": len(names),
         "spearman": spearman,
         "size": size,
-        "mixed": mixed,
-        "accuracy": accurate | {"whole": accuracy(net, test)},
+        "mixed": {m: value for m, (value, _) in mixed.items()},
+        "mixed errors": {m: error for m, (_, error) in mixed.items()},
+        "accuracy": {m: value for m, (value, _) in accurate.items()},
+        "accuracy errors": {m: error for m, (_, error) in accurate.items()},
         "seconds": seconds,
     }
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from drift_networks import Sentences
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from validity_networks import Attention, Patches, TokenHead
@@ -141,11 +142,16 @@ def trained(name: str, seed: int) -> nn.Sequential:
     return net.eval()
 
 
+def right(net: nn.Module, batches: list[tuple[Any, Tensor]]) -> NDArray[np.float64]:
+    """Which samples a network in eval mode gets right, as 0 and 1."""
+    with torch.no_grad():
+        found = [default_forward(net, batch).argmax(1) == batch[1] for batch in batches]
+    return torch.cat(found).double().numpy()
+
+
 def accuracy(net: nn.Module, batches: list[tuple[Any, Tensor]]) -> float:
     """The share of samples that a network in eval mode gets right."""
-    with torch.no_grad():
-        right = sum(int((default_forward(net, batch).argmax(1) == batch[1]).sum()) for batch in batches)
-    return right / sum(len(y) for _, y in batches)
+    return float(right(net, batches).mean())
 
 
 class Encoder(nn.Module):

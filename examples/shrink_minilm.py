@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("koopman_examples"))
     parser.add_argument("--drop", type=int, default=2, help="blocks to drop, out of six")
     parser.add_argument("--bits", type=float, default=5.0, help="bits per weight")
+    parser.add_argument("--samples", type=int, default=240, help="paragraphs to choose on, at most 240")
     given = parser.parse_args()
     missing = [
         name
@@ -107,10 +108,11 @@ def main() -> int:
     model.head.weight.data = torch.tensor(fitted.coef_, dtype=torch.float32)
     model.head.bias.data = torch.tensor(fitted.intercept_, dtype=torch.float32)
 
-    order = drop_order(model, choose_on, components=["*.layer.*"], steps=given.drop)
+    count = {"samples": given.samples}
+    order = drop_order(model, choose_on, components=["*.layer.*"], steps=given.drop, **count)
     print(order)
     small = order.apply(model, steps=given.drop)
-    bits = bit_widths(small, choose_on, average=given.bits)
+    bits = bit_widths(small, choose_on, average=given.bits, **count)
     print(bits)
     smallest = bits.apply(small)
 

@@ -1,4 +1,4 @@
-"""What loggers receive of a report: scalars, layout, figures, a closing table."""
+"""What loggers receive of a report: scalars, figures, a closing table, and TensorBoard's runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
 from lightning_koopman.report.drift import Drift
+from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.pages import to_markdown
 from lightning_koopman.report.report import CreditReport, check_quantities
-from lightning_koopman.report.tables import to_rows
+from lightning_koopman.report.tables import GLOSSARY, to_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +33,13 @@ MOST_TAGS = 200
 
 _TOTALS = ("total", "doubts", "overhead")
 
-# TensorBoard keeps a file's last layout only, so several monitors of one run must write theirs together.
-_layouts: WeakKeyDictionary[Any, dict[str, dict[str, list[Any]]]] = WeakKeyDictionary()
+_LONGEST_RUN = 80
+
+_UNIT_OF_EFFECTS = ", in nats of KL for class scores, else as share of the outputs' variance"
+
+# By logger and folder, the writers of components' runs, which several monitors may share. They are in no
+# object that users copy, for each has a thread.
+_runs: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 class EventFile:
@@ -54,9 +60,11 @@ class EventFile:
 class CreditWriter:
     """Writes a growing series of reports to any loggers, at steps that the caller chooses.
 
-    Scalars go to every logger. Figures, tables and texts go where the logger takes them: TensorBoard,
-    Weights & Biases and MLflow are recognised by their methods, so that both Lightning namespaces and an
-    :class:`EventFile` work alike.
+    Scalars go to every logger, under a key per component. TensorBoard draws all curves of a run in one
+    colour, so there each component is a run of its own below the logger's folder, numbered in order of
+    execution, and all components share a chart per quantity. Figures, tables and texts go where the
+    logger takes them: TensorBoard, Weights & Biases and MLflow are recognised by their methods, so that
+    both Lightning namespaces and an :class:`EventFile` work alike.
     Figures are drawn at the 1st, 2nd, 4th, 8th … report, unless there is no time, and at the end:
     TensorBoard keeps ten images per tag, and drawing costs more than measuring a small network does.
 
@@ -81,8 +89,9 @@ class CreditWriter:
     def reset(self) -> None:
         """Begin a new run, with figures of its own."""
         self.shown: tuple[str, ...] = ()
+        self._labels: dict[str, str] = {}
         self._written = 0
-        self._newest_drawn = False
+        self._newest_drawn = self._doubted = False
         self._warned_of_room = False
 
     def scalars(
@@ -102,6 +111,35 @@ class CreditWriter:
         if overhead is not None:
             kept[f"{self.prefix}/overhead"] = overhead
         return kept
+
+    def write(self, logger: Any, scalars: Mapping[str, float], step: int) -> None:
+        """Write what :meth:`scalars` gave, in TensorBoard each component's to a run of its own."""
+        experiment: Any = getattr(logger, "experiment", None)
+        folder = getattr(experiment, "log_dir", None)
+        if not (self.figures and isinstance(folder, str) and hasattr(experiment, "add_scalar")):
+            logger.log_metrics(scalars, step=step)
+            return
+        self._doubted = self._doubted or bool(scalars.get(f"{self.prefix}/doubts"))
+        plain, apart = {}, []
+        for key, value in scalars.items():
+            name, _, component = key.removeprefix(f"{self.prefix}/").partition("/")
+            if component in self._labels:
+                # The last component's credit, 0 by definition, is no curve.
+                if name != "credit" or value != 0:
+                    apart.append((self._labels[component], name, value))
+            elif name != "doubts" or self._doubted:
+                plain[key] = value
+        logger.log_metrics(plain, step=step)
+        joined = getattr(logger, "_prefix", "") or ""
+        joined = f"{joined}{logger.LOGGER_JOIN_CHAR}{self.prefix}" if joined else self.prefix
+        runs = _runs.setdefault(logger, {})
+        for label, name, value in apart:
+            path = f"{folder}/{self.prefix}/{label}"
+            if path not in runs:
+                runs[path] = type(experiment)(path)
+            runs[path].add_scalar(f"{joined}/{name}", value, step)
+        for run in runs.values():
+            run.flush()
 
     def beside(self, report: CreditReport, drift: Drift | None = None) -> dict[str, float]:
         """Return the effects and drifts of all components, as far as there are any."""
@@ -128,13 +166,13 @@ class CreditWriter:
     def draw(
         self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int, *, figures: bool = True
     ) -> None:
-        """Write the layout and, when due and wanted, figures of the newest report."""
+        """Write what the charts show and, when due and wanted, figures of the newest report."""
         self._choose(reports[-1])
         self._newest_drawn = figures and self.draws_next
-        self._written += 1
         loggers = self._with_room(loggers)
-        for logger in loggers if self.figures else ():
-            self._write_layout(logger)
+        for logger in loggers if self.figures and not self._written else ():
+            self._write_words(logger, reports[-1], step)
+        self._written += 1
         if self._newest_drawn:
             self._draw(loggers, reports, step)
 
@@ -148,8 +186,19 @@ class CreditWriter:
         for logger in loggers:
             _write_table(logger, f"{self.prefix}/report", reports[-1], step)
 
+    @staticmethod
+    def close(loggers: Sequence[Any]) -> None:
+        """Close the runs of components; what is written later goes to new files."""
+        for logger in loggers:
+            for run in _runs.pop(logger, {}).values():
+                run.close()
+
     def _choose(self, report: CreditReport) -> None:
         """Fix once which components get scalars, and warn where the limit leaves some out."""
+        digits = len(str(len(report.components)))
+        for place, component in enumerate(report.components, 1):
+            name = re.sub(r"[^\w.+#-]", "_", component)[:_LONGEST_RUN]
+            self._labels[component] = f"{place:0{digits}d}-{name}"
         if self.shown and set(self.shown) <= set(report.components):
             return
         each = len(self.quantities) + len(self.more)
@@ -179,21 +228,19 @@ class CreditWriter:
             )
         return roomy
 
-    def _write_layout(self, logger: Any) -> None:
-        """Write TensorBoard's custom-scalars layout once, where a logger takes one."""
+    def _write_words(self, logger: Any, report: CreditReport, step: int) -> None:
+        """Write what each chart shows, where a logger is TensorBoard's."""
         experiment: Any = getattr(logger, "experiment", None)
-        if not hasattr(experiment, "add_custom_scalars"):
+        if not hasattr(experiment, "add_text"):
             return
-        layouts = _layouts.setdefault(experiment, {})
-        if self.prefix in layouts:
-            return
-        joined = getattr(logger, "_prefix", "") or ""
-        joined = f"{joined}{logger.LOGGER_JOIN_CHAR}{self.prefix}" if joined else self.prefix
-        layouts[self.prefix] = {
-            f"{name}, all components": ["Multiline", [f"{re.escape(joined)}/{re.escape(name)}/"]]
-            for name in (*self.quantities, *self.more)
-        }
-        experiment.add_custom_scalars(layouts)
+        kinds = report.effects.kinds if report.effects else ()
+        words = {}
+        for name in dict.fromkeys((*self.quantities, *self.more, *kinds, *_TOTALS)):
+            words[name] = GLOSSARY[name] + (_UNIT_OF_EFFECTS if name in KINDS else "")
+        lines = ["Each component is a run of its own, numbered in order of execution.", ""]
+        lines += [f"- **{self.prefix}/{name}**: {text}." for name, text in words.items()]
+        lines += ["", "The credit of the last component is 0 by definition and not drawn."]
+        experiment.add_text(f"{self.prefix}/charts", "\n".join(lines), step)
 
     def _draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
         accepted = [show for logger in loggers if (show := _figure_sink(logger)) is not None]
@@ -203,7 +250,7 @@ class CreditWriter:
 
         newest = reports[-1]
         alike = [report for report in reports if report.components == newest.components]
-        drawn = {"evolution": plots.plot_evolution(alike), "credits": plots.plot_report(newest)}
+        drawn = {"evolution": plots.plot_evolution(alike), "importance": plots.plot_importance(newest)}
         if newest.directions:
             drawn["directions"] = plots.plot_directions(newest)
         if newest.operators:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -16,7 +16,14 @@ from torch import Tensor
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
 from lightning_koopman.callback.loggers import CreditWriter
-from lightning_koopman.callback.recorded_effects import SAMPLES, measure_effects, passes, pooled
+from lightning_koopman.callback.recorded_effects import (
+    SAMPLES,
+    Fit,
+    labels_in,
+    measure_effects,
+    passes,
+    pooled,
+)
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
@@ -60,7 +67,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
     one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
     one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
-    the 1st, 2nd, 4th, 8th … have figures too, where the budget has room.
+    others have effects, and the 1st, 2nd, 4th, 8th … figures, where the budget has room.
 
     ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
     last; one that somebody monitors is there from the first validation on, as 0 where the first
@@ -91,12 +98,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
-        figures: Whether loggers that take them get figures, a closing table and, in
-            TensorBoard, a layout of the custom scalars, of which it keeps the last of a run.
+        figures: Whether loggers that take them get figures, a closing table and, in TensorBoard, a run
+            per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
-            on up to 512 samples of the recorded calls. They are in :attr:`report` and
-            ``<prefix>/<kind>/<component>``.
+            and for others where the budget has room, on up to 512 samples of the recorded calls. They
+            are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds
+            one integer per sample (as second entry, or under a name such as ``labels``) and these are
+            classes of the outputs (as many as there are outputs, or named by the network more often than
+            chance allows), effects are mean KL divergences in nats, with the accuracy that is lost;
+            otherwise mean squared changes over the outputs' variance. ``report.effects.scale`` says
+            which.
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
@@ -115,9 +127,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
     """
 
     @takes_options(
+        excitation="effects=['output_noise'] measures what noise does",
+        forward_fn="the calls that a step makes are recorded and run again",
         quantities="trainer.callback_metrics and monitor.history hold every quantity",
         top_k="name the components that are to be watched",
-        layout="figures=False leaves it out",
+        layout="figures=False leaves out all but plain scalars",
         hyperparameters="logger.log_hyperparams(vars(monitor.options)) logs the options",
     )
     def __init__(
@@ -284,8 +298,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Put the hooks on for one batch."""
         if dataloader_idx == 0 and self._wants_more:
             assert self._measurement is not None
-            if self._recording is not None:
-                self._recording.__enter__()
+            self._record(batch)
             if self._rides_along:
                 self._measurement.start_pass(batch)
                 self._measurement.capture.__enter__()
@@ -368,7 +381,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
         wanted = samples_for_rank(self.max_samples, data_part(trainer).count)
         recording = self._recording
         if recording is not None and not recording.full and self._n_recorded < wanted:
-            recording.__enter__()
+            self._record(batch)
+
+    def _record(self, batch: Any) -> None:
+        """Record the calls of the step that begins, and its targets."""
+        if self._recording is not None:
+            self._recording.__enter__()
+            if (labels := labels_in(batch)) is not None:
+                self._recording.keep_targets(labels)
 
     @never_in_the_way
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -426,10 +446,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._logged_at is not None and trainer.is_global_zero:
             with self.budget.apart("draw"):
                 self._writer.finish(trainer.loggers, self.history, self._logged_at)
+                self._writer.close(trainer.loggers)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
         self._forget()
+        with suppress(Exception):  # a disk that is full, which the exception may be about
+            self._writer.close(trainer.loggers)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of recorded calls."""
@@ -488,6 +511,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._checked or trainer.state.fn != "fit" or recording is None:
             return
         self._checked = True
+        try:
+            refuse_sharded_weights(trainer)
+        except RuntimeError as why:
+            self._differs = str(why)
+            return
         with (
             plain_numerics(pl_module),
             undisturbed(pl_module),
@@ -546,8 +574,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.history[-1:] = [report]
         scalars, beside = self._show(trainer, report), self._writer.beside(report)
         found = {name: scalars[name] for name in scalars.keys() & beside.keys()}
-        for logger in trainer.loggers if trainer.is_global_zero and found else ():
-            logger.log_metrics(found, step=self._logged_at)
+        if found and trainer.is_global_zero and (step := self._logged_at) is not None:
+            for logger in trainer.loggers:
+                self._writer.write(logger, found, step)
 
     def _report_on(
         self,
@@ -566,12 +595,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     if drift is not None:
                         self.drifts.append(drift)
                         report = replace(report, drift=drift.drift)
-                found, why = self._effects_of(trainer, pl_module, report)
             except Exception:
                 # The others wait for the effects of this process.
-                self._pool_effects(trainer, None)
+                self._effects_of(trainer, pl_module, None)
                 raise
-            effects = self._pool_effects(trainer, found)
+            effects, why = self._effects_of(trainer, pl_module, report)
         if effects is None and why is not None:
             notes = list(report.notes)
             notes.append(f"effects were not measured: {why}")
@@ -651,37 +679,63 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self._plan(trainer, pl_module)
 
     def _effects_of(
-        self, trainer: Any, pl_module: Any, report: CreditReport
+        self, trainer: Any, pl_module: Any, report: CreditReport | None
     ) -> tuple[Effects | None, str | None]:
-        """Measure effects on this process's samples, for the last report."""
+        """Measure effects for the last report and where there is room, or say why there are none.
+
+        With several processes, each of them must call this, whatever became of its report.
+        """
         if not self.effects or trainer.state.fn != "fit":
+            return None, None
+        if trainer.world_size == 1:
+            return self._own_effects(trainer, pl_module, report)
+        if not self._final:
+            return None, None
+        asked: list[Fit] = []
+
+        def agree(fit: Fit | None) -> list[Fit]:
+            asked.extend(each for each in gather(fit) if each is not None)
+            return asked
+
+        own, why = self._own_effects(trainer, pl_module, report, agree)
+        if not asked:
+            agree(None)
+        everybody = [found for found in gather(own) if found is not None]
+        return (pooled(everybody) if everybody else None), why
+
+    def _own_effects(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        report: CreditReport | None,
+        agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
+    ) -> tuple[Effects | None, str | None]:
+        """Measure effects on this process's samples."""
+        if report is None:
             return None, None
         step, seconds = trainer.global_step, passes(report, self.effects) * self._row_s
         most = self.budget.allowed(step, last_step(trainer)) / 3
         self.budget.expect("effects", min(seconds * SAMPLES, most))
         why, recording = self._no_replay, self._recording
-        if not self._final:
+        if not self._final and (why or not self.budget.has_room("effects")):
             return None, None
         if why is not None or recording is None or not recording.steps:
             return None, why or "no call was recorded"
         with self.budget.apart("effects"):
             try:
                 refuse_sharded_weights(trainer)
-                samples = self.budget.left("effects") / max(seconds, 1e-12)
-                around = trainer.precision_plugin.forward_context
                 found = measure_effects(
-                    pl_module, recording.steps, report, self.effects, around, samples=samples
+                    pl_module,
+                    recording.steps,
+                    report,
+                    self.effects,
+                    trainer.precision_plugin.forward_context,
+                    samples=self.budget.left("effects") / max(seconds, 1e-12),
+                    agree=agree,
                 )
             except Exception as error:
                 return None, str(error)
         return found, None
-
-    def _pool_effects(self, trainer: Any, own: Effects | None) -> Effects | None:
-        """Average the effects that the processes measured; each of them must call this."""
-        if trainer.world_size == 1 or not (self._final and self.effects and trainer.state.fn == "fit"):
-            return own
-        everybody = [found for found in gather(own) if found is not None]
-        return pooled(everybody) if everybody else None
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         """Find when the next measurement is due, alike in all processes."""
@@ -700,7 +754,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             # A logger that fails keeps no other from its numbers.
             with ExitStack() as stack:
                 for logger in reversed(loggers):
-                    stack.callback(logger.log_metrics, scalars, step=step)
+                    stack.callback(self._writer.write, logger, scalars, step)
 
     def _show(self, trainer: Any, report: CreditReport) -> dict[str, float]:
         """Put all numbers of a report where callbacks look for them, and return those for loggers."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.component_effects import effects_on
+from lightning_koopman.effects.scoring import find_target
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.replay import Step
 from lightning_koopman.report.effects import Effects
@@ -20,10 +23,71 @@ from lightning_koopman.report.report import CreditReport
 SAMPLES = 512
 """Most samples that effects are measured on."""
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 def passes(report: CreditReport, kinds: Sequence[str]) -> int:
-    """Return how many passes over the samples effects take: as it is, each altered, and once again."""
-    return len(report.components) * len(kinds) + 2
+    """Return how many passes over the samples effects take at most: as it is, altered, and once again.
+
+    A component that is skipped by a mean runs twice.
+    """
+    return len(report.components) * (len(kinds) + ("skip" in kinds)) + 2
+
+
+def labels_in(batch: Any) -> Tensor | None:
+    """Return what may be one class per sample in a batch as data loaders commonly give it."""
+    target = find_target(batch)
+    return target if target is not None and target.ndim == 1 and target.dtype in _INTEGERS else None
+
+
+class Fit(NamedTuple):
+    """How the targets that one process recorded fit its outputs.
+
+    Attributes:
+        width: Outputs per sample; 0 where the targets cannot be classes of all of them.
+        largest: Largest target.
+        usual: Samples with the most frequent target.
+        right: Samples whose largest output is the target's.
+        found: Whether there were targets at all.
+    """
+
+    width: int = 0
+    largest: int = 0
+    usual: int = 0
+    right: int = 0
+    found: bool = True
+
+    @classmethod
+    def of(cls, outputs: Sequence[Tensor], targets: Sequence[Tensor | None]) -> Fit:
+        """Compare the targets of each call with its outputs."""
+        known = [t for t in targets if t is not None]
+        if len(known) < len(targets):
+            return cls(found=bool(known))
+        shapes = {o.shape[1:] for o in outputs}
+        width = outputs[0].shape[1] if outputs[0].ndim == 2 else 0
+        alike = all(len(o) == len(t) for o, t in zip(outputs, known, strict=True))
+        every = torch.cat(known).long()
+        if width < 2 or len(shapes) > 1 or not alike or not 0 <= every.min() <= every.max() < width:
+            return cls()
+        right = sum(int((o.argmax(1) == t).sum()) for o, t in zip(outputs, known, strict=True))
+        return cls(width, int(every.max()), int(every.bincount().max()), right)
+
+
+def are_classes(fits: Sequence[Fit]) -> bool:
+    """Decide whether the outputs are class scores, from what the processes found.
+
+    Integers that are small enough are not enough: an autoencoder has them beside its outputs, too. There
+    must be one output per class, or the largest one is the target's more often than if the most
+    frequent target were always named, by more than chance gives once in a million networks.
+    """
+    width = fits[0].width if fits else 0
+    if not width or any(fit.width != width for fit in fits):
+        return False
+    if max(fit.largest for fit in fits) + 1 == width:
+        return True
+    right, usual = sum(fit.right for fit in fits), sum(fit.usual for fit in fits)
+    # Chernoff's bound on the chance of so many, where so many are expected.
+    return right > usual and right * math.log(right / usual) - right + usual > math.log(1e6)
 
 
 def measure_effects(
@@ -34,10 +98,12 @@ def measure_effects(
     around: Callable[[], AbstractContextManager[Any]],
     *,
     samples: float = SAMPLES,
+    agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
 ) -> Effects:
     """Measure effects by running recorded steps again, of which the last call gives the outputs.
 
-    Taken are whole steps, as many as hold so many samples, and at least one.
+    Taken are whole steps, as many as hold so many samples, and at least one. ``agree`` collects how the
+    targets of all processes fit.
     """
     taken, n_rows = list(steps[:1]), sum(step.n_rows for step in steps[:1])
     for step in steps[1:]:
@@ -50,10 +116,21 @@ def measure_effects(
         with around():
             return step.run()[-1]
 
-    # What the outputs should have been, nobody recorded.
-    targets = [None] * len(taken)
+    fits: list[Fit] = []
+
+    def targets(outputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        known = [step.targets for step in taken]
+        fits.extend(agree(Fit.of(outputs, known)))
+        return known if are_classes(fits) else [None] * len(taken)
+
     runner = ForwardRunner(model, taken, forward)
-    return effects_on(runner, altered_parts(report), kinds, how="measured", targets=targets)
+    found = effects_on(runner, altered_parts(report), kinds, how="measured", targets=targets)
+    if found.scale == "relative" and any(fit.found for fit in fits):
+        note = (
+            "the integer targets of the batches are no classes of the outputs, so changes are relative"
+        )
+        return replace(found, notes=(*found.notes, note))
+    return found
 
 
 def pooled(found: Sequence[Effects]) -> Effects:
@@ -61,12 +138,19 @@ def pooled(found: Sequence[Effects]) -> Effects:
     sizes = np.array([each.n_samples for each in found], dtype=float)
     weights = sizes / sizes.sum()
 
-    def mean(kind: str) -> Any:
-        return sum(w * each.values[kind] for w, each in zip(weights, found, strict=True))
+    def mean(name: str) -> Any:
+        parts = [getattr(each, name) for each in found]
+        return {
+            kind: sum(w * part[kind] for w, part in zip(weights, parts, strict=True))
+            for kind in parts[0]
+        }
 
-    def error(kind: str) -> Any:
-        squares = [(w * each.stderr[kind]) ** 2 for w, each in zip(weights, found, strict=True)]
-        return np.sqrt(sum(squares))
+    def error(name: str) -> Any:
+        parts = [getattr(each, name) for each in found]
+        return {
+            kind: np.sqrt(sum((w * part[kind]) ** 2 for w, part in zip(weights, parts, strict=True)))
+            for kind in parts[0]
+        }
 
     first = found[0]
     doubts = {
@@ -78,8 +162,11 @@ def pooled(found: Sequence[Effects]) -> Effects:
     }
     return replace(
         first,
-        values={kind: mean(kind) for kind in first.kinds},
-        stderr={kind: error(kind) for kind in first.kinds},
+        values=mean("values"),
+        stderr=error("stderr"),
+        metric=mean("metric"),
+        metric_stderr=error("metric_stderr"),
+        metric_before=float(weights @ [each.metric_before for each in found]),
         n_samples=int(sizes.sum()),
         doubts=doubts,
     )

@@ -46,7 +46,10 @@ class EvaluationError(CheckpointError):
         self.reports, self.failures, self.interrupted = reports, failures, interrupted
 
 
-@takes_options()
+@takes_options(
+    workers="start a process per shard, with shard=(i, n)",
+    build="start a process per shard, with shard=(i, n)",
+)
 def evaluate_checkpoints(
     model: nn.Module,
     checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
@@ -267,12 +270,13 @@ class _RunLog:
         self._files = self._files or [EventFile(self._folder)]
         step = report.step or 0
         self._writer.draw(self._files, self._reports, step)
-        self._files[0].log_metrics(scalars, step)
+        self._writer.write(self._files[0], scalars, step)
 
     def finish(self) -> None:
         if self._files:
             self._writer.finish(self._files, self._reports, self._reports[-1].step or 0)
 
     def close(self) -> None:
+        self._writer.close(self._files)
         for file in self._files:
             file.experiment.close()

@@ -21,6 +21,12 @@ from lightning_koopman.report.report import CreditReport
 
 Weights = Mapping[str, Tensor]
 
+_GROUPS, _GROUP_SIZE = 32, 8
+"""How many groups samples make, about, and how many samples each, at least, to tell a mean's error."""
+
+SHIFT = 0.2
+"""How far a mean is moved towards that of a group: so little that the outputs follow along a line."""
+
 
 def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
     """Return the module calls of every component that can be altered, in order of execution."""
@@ -77,6 +83,8 @@ class Alterations:
         self._axes: dict[HookPoint, int] = {}
         self._units: dict[str, _Units] = {name: _Units() for name in parts}
         self._fits: dict[str, LinearFit] = {}
+        self._sizes: list[int] = []
+        self._means: set[str] = set()
         self.maps: dict[str, LinearMap] = {}
 
     @property
@@ -88,6 +96,7 @@ class Alterations:
 
     def update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
         """Take the states that one batch has in the network as it is."""
+        self._sizes.append(n_samples)
         for name in self.names if self.read else ():
             source, point = self.inputs[name], self.outputs[name]
             for read in (point, source):
@@ -97,6 +106,8 @@ class Alterations:
             alike = source in values and values[source].shape == values[point].shape
             if "output_noise" in self.kinds or ("skip" in self.kinds and not alike):
                 self._units[name].update(output)
+            if "skip" in self.kinds and not alike:
+                self._means.add(name)
             if "linear" in self.kinds:
                 self._update_fit(name, values, output)
 
@@ -125,6 +136,19 @@ class Alterations:
         """Return the standard deviation of a component's output noise, with its samples first."""
         return self._strength * self._units[name].std
 
+    def puts_mean(self, kind: str, name: str) -> bool:
+        """Return whether a mean over samples takes the place of what a component gives."""
+        return kind == "skip" and name in self._means
+
+    def groups(self) -> list[Tensor]:
+        """Return the group of each sample, by batch; a group lies within a batch."""
+        groups, first = [], 0
+        for size in self._sizes:
+            count = max(1, min(size // _GROUP_SIZE, round(_GROUPS * size / sum(self._sizes))))
+            groups.append(first + torch.arange(size) % count)
+            first += count
+        return groups
+
     def draws_nothing(self, kind: str) -> bool:
         """Return whether a kind has no random part."""
         return kind not in ("output_noise", "weight_noise", "reinit") or (
@@ -135,14 +159,18 @@ class Alterations:
         """Return whether a kind alters weights, not outputs."""
         return kind in ("reinit", "weight_noise") or kind in self._replacements
 
-    def output(self, kind: str, name: str, *, left_out: bool = True) -> Alteration:
+    def output(
+        self, kind: str, name: str, *, left_out: bool = True, groups: Iterable[Tensor] = ()
+    ) -> Alteration:
         """Return what takes the place of a component's output, for the kinds that touch no weights.
 
         A linear map predicts every sample as if it had been fitted without it, if ``left_out``, which
-        holds where the component's input is what it was when the map was fitted.
+        holds where the component's input is what it was when the map was fitted. With the groups of all
+        batches, which then are run once and in order, the mean that takes the place of an output is
+        moved towards that of a sample's group by the share :data:`SHIFT`.
         """
         source, point = self.inputs[name], self.outputs[name]
-        axis = self._axes.get(point, 0)
+        axis, by_batch = self._axes.get(point, 0), iter(groups)
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
             given, rows = self._rows(values, source), output.movedim(axis, 0)
@@ -154,8 +182,10 @@ class Alterations:
         def skipped(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
             if source in values and values[source].shape == output.shape:
                 return values[source]
-            mean = self._units[name].mean.to(output)
-            return mean.expand_as(output.movedim(axis, 0)).movedim(0, axis)
+            rows, mean = output.movedim(axis, 0), self._units[name].mean.to(output)
+            if (groups_here := next(by_batch, None)) is not None:
+                mean = torch.lerp(mean, _means_of(rows, groups_here, mean), SHIFT)
+            return mean.expand_as(rows).movedim(0, axis)
 
         if kind != "output_noise":
             return linear if kind == "linear" else skipped
@@ -209,6 +239,16 @@ class Alterations:
 
     def _rows(self, values: Mapping[HookPoint, Tensor], point: HookPoint) -> Tensor:
         return values[point].movedim(self._axes[point], 0)
+
+
+def _means_of(rows: Tensor, groups: Tensor, like: Tensor) -> Tensor:
+    """Return for each row the mean of its group, in units as those of another mean."""
+    own = groups.to(rows.device).repeat_interleave(len(rows) // len(groups))
+    means = torch.empty_like(rows)
+    for group in groups.unique():  # type: ignore[no-untyped-call]
+        mean = rows[own == group].double().mean(dim=0).to(rows)
+        means[own == group] = mean if mean.shape == like.shape else mean.flatten(0, -2).mean(dim=0)
+    return means
 
 
 class _Units:

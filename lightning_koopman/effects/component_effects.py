@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import Alterations, Weights, altered_parts
+from lightning_koopman.effects.alterations import SHIFT, Alterations, Weights, altered_parts
 from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.koopman.options import DEFAULTS
@@ -69,13 +70,14 @@ def component_effects(
     * each name in ``replacements``: weights and buffers become those of the given ``state_dict``.
 
     **Measured**, a component is altered and the network runs again: one pass per component, times draws
-    for kinds that draw. **Predicted**, all components are altered at once, each on the input that it
-    has in the network as it is. The network's Jacobian J, by backward passes, turns what that does to
-    the component's output, δ, into z = Jδ, and the mean of zᵀ M z is the effect to second order: M is
-    half the softmax's Fisher information for ``"kl"``, the identity over the outputs' variance for
-    ``"relative"``. A pass over all samples, one with gradients, a backward pass per probe, and one more
-    pass per kind that alters weights do for all components, and for all sets of them
-    (:meth:`Effects.of`).
+    for kinds that draw. Where a mean is put in, a second pass, in which groups of samples use means
+    moved towards their own, tells its share of the effect's error; that of the accuracy is without it.
+    **Predicted**, all components are altered at once, each on the input that it has in the network as
+    it is. The network's Jacobian J, by backward passes, turns what that does to the component's output,
+    δ, into z = Jδ, and the mean of zᵀ M z is the effect to second order: M is half the softmax's Fisher
+    information for ``"kl"``, the identity over the outputs' variance for ``"relative"``. A pass over all
+    samples, one with gradients, a backward pass per probe, and one more pass per kind that alters
+    weights do for all components, and for all sets of them (:meth:`Effects.of`).
 
     A module that runs several times is altered in all its calls by the kinds that touch weights, in one
     call by the others. The model is left exactly as it was found, gradients included, also when an
@@ -165,12 +167,13 @@ def effects_on(
     scale: Scale | None = None,
     probes: int = 2,
     seed: int = 0,
-    targets: Sequence[Tensor | None] | None = None,
+    targets: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] | None = None,
 ) -> Effects:
     """Compute effects with whatever runs the network: on data, or on calls that were recorded.
 
-    ``parts`` holds the module calls of each component, see :func:`altered_parts`. ``targets`` are those
-    of each batch; without them they are looked for in the batches.
+    ``parts`` holds the module calls of each component, see :func:`altered_parts`. ``targets`` is called
+    with the outputs of all batches and returns the targets of each; without it they are looked for in
+    the batches.
     """
     for name, value in (("probes", probes), ("draws", 1 if draws is None else draws)):
         if value < 1:
@@ -197,7 +200,8 @@ def effects_on(
             output, values = runner.run_batch(number, alterations.read)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
-        before = Outputs(outputs, runner.batches, scale, metric, targets)
+        known = None if targets is None else targets(outputs)
+        before = Outputs(outputs, runner.batches, scale, metric, known)
         alterations.solve()
         unsteady = _unsteadiness(runner, outputs, before)
         measured = {
@@ -288,22 +292,34 @@ def _measure(
     for i, members in enumerate(rows.values()):
         # The generators' states are the user's: undisturbed puts them back.
         seed_all(seed + i)
-        alter: dict[str, Alteration] = {}
-        read: list[HookPoint] = []
-        if not alterations.touches_weights(kind):
-            # In a set, the input of a component is not what its linear map was fitted to.
-            alone = len(members) == 1
-            alter = {
-                alterations.outputs[name].call: alterations.output(kind, name, left_out=alone)
-                for name in members
-            }
-            read = [alterations.inputs[name] for name in members if kind != "output_noise"]
-        drawn = []
-        for _ in range(number):
-            with alterations.weights(kind, members):
-                drawn.append(before.compare(runner.run(read, alter)))
-        found.append(over_draws(drawn))
+        altered = functools.partial(_altered, alterations, runner, kind, members)
+        drawn = [before.compare(altered()) for _ in range(number)]
+        measured, groups = over_draws(drawn), alterations.groups()
+        own = torch.cat(groups)
+        if any(alterations.puts_mean(kind, name) for name in members) and own.any():
+            apart = over_draws([drawn[0].by_group(before.compare(altered(groups)), SHIFT, own)])
+            measured = measured._replace(effect_stderr=apart.effect_stderr)
+        found.append(measured)
     return np.array(found).T
+
+
+def _altered(
+    alterations: Alterations,
+    runner: ForwardRunner,
+    kind: str,
+    members: Sequence[str],
+    groups: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """Run a network in which some components are altered in one way."""
+    alter: dict[str, Alteration] = {}
+    read: list[HookPoint] = []
+    if not alterations.touches_weights(kind):
+        # In a set, the input of a component is not what its linear map was fitted to.
+        how: dict[str, Any] = {"left_out": len(members) == 1, "groups": groups}
+        alter = {alterations.outputs[n].call: alterations.output(kind, n, **how) for n in members}
+        read = [alterations.inputs[name] for name in members if kind != "output_noise"]
+    with alterations.weights(kind, members):
+        return runner.run(read, alter)
 
 
 def _with_sets(

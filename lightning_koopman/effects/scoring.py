@@ -85,6 +85,18 @@ class Change:
         """The change of the outputs: a mean over samples, or a share of their variance."""
         return float(self.moved.sum() / self.whole.sum())
 
+    def by_group(self, shifted: Change, shift: float, groups: Tensor) -> Change:
+        """Return the changes of groups of samples as if each had used its own mean, not that of all.
+
+        ``shifted`` is the change where the mean was moved by a share ``shift`` of the way to that of the
+        group, along which the outputs are taken to follow a line. How much groups differ is the error of
+        the effect and of the mean at once, for to first order both are means over groups.
+        """
+        moved = self.moved + (shifted.moved - self.moved) / shift
+        zeros = moved.new_zeros(int(groups.max()) + 1)
+        whole = zeros.index_add(0, groups, self.whole)
+        return Change(zeros.index_add(0, groups, moved), whole, math.nan)
+
 
 class Measured(NamedTuple):
     """An alteration's effect and the metric after it, with their standard errors.

@@ -72,11 +72,13 @@ class Step:
 
     Attributes:
         valid: Which positions of padded sequences held data in the step's batch.
+        targets: What the step's batch holds as targets, on the CPU, where that was kept.
         outputs: First tensor of what each call gave, where it was kept to be compared.
     """
 
     calls: list[_Call] = field(default_factory=list)
     valid: Tensor | None = None
+    targets: Tensor | None = None
     outputs: list[Tensor | None] = field(default_factory=list)
     n_bytes: int = 0
 
@@ -197,6 +199,11 @@ class Recording:
         self._hooks.close()
         self.recording = False
         self._flow, self._returned = None, []
+
+    def keep_targets(self, targets: Tensor) -> None:
+        """Copy the targets of the step under way, before the step may change them."""
+        self._step.targets = _copied(targets)
+        self._step.n_bytes += targets.nbytes
 
     def end_step(self, valid: Tensor | None = None) -> Step:
         """Return the calls of the step that just ended, and keep them if they fit into the budget."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -34,6 +35,9 @@ _COLORS = {
     "undecided": BELIEVED,
     "doubted": DOUBTED,
 }
+_LEGEND_LINE = 0.2
+"""Height of a line of small text, in inches."""
+
 _UNITS = {
     "credit": "nats per direction",
     "gain": "nats per direction",
@@ -58,9 +62,11 @@ def plot_importance(report: ReportFields, ax: Any = None) -> tuple[Figure, Any]:
         label, samples = f"credit [{_UNITS['credit']}]", report.n_samples
     decisions = dict(zip(report.components, decide(report), strict=True))
     order = np.argsort(-np.nan_to_num(values, nan=-np.inf), kind="stable")
-    height = height_of(size, 0.32, 1.9)
-    figure, axis = axes_on(ax, 8, height, report.components)
     found = [decisions[names[i]] for i in order]
+    shown = [name for name in DECISIONS if name in found]
+    above = _LEGEND_LINE * len(shown)
+    height = height_of(size, 0.32, 1.4 + above)
+    figure, axis = axes_on(ax, 8, height, report.components)
     error = 2 * np.nan_to_num(stderr[order])
     colors = [_COLORS[decision] for decision in found]
     axis.barh(np.arange(len(order)), values[order], xerr=error, color=colors, capsize=3)
@@ -68,10 +74,15 @@ def plot_importance(report: ReportFields, ax: Any = None) -> tuple[Figure, Any]:
     axis.set_xlabel(f"{label}, ± 2 standard errors")
     name_rows(axis, [names[i] for i in order])
     axis.invert_yaxis()
-    shown = [name for name in DECISIONS if name in found]
     handles = [Patch(color=_COLORS[name], label=f"{name}: {DECISIONS[name]}") for name in shown]
-    axis.legend(handles=handles, loc="lower right", fontsize="small")
-    axis.set_title(f"Importance of components{report.label}, {samples} samples", fontsize="medium")
+    # Above the bars, where it hides none; the title makes room.
+    axis.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", frameon=False
+    )
+    title = f"Importance of components{report.label}, {samples} samples"
+    axis.set_title(title, fontsize="medium", pad=10 + 72 * above)
+    if not isinstance(ax, Axes):
+        figure.subplots_adjust(top=1 - (0.5 + above) / height)
     return figure, axis
 
 

@@ -22,6 +22,15 @@ def _showable(text: str) -> str:
     return _UNSHOWABLE.sub("\ufffd", text)
 
 
+def _number(value: float | None) -> float:
+    if value is None:
+        return math.nan
+    # Nothing measured is as large, and sums of such numbers, as a figure's limits are, overflow.
+    if 1e300 < abs(value) < math.inf:
+        raise ValueError("is beyond 1e300")
+    return value
+
+
 def _array(values: list[Any]) -> Any:
     return np.array(values)  # by itself, pydantic 2.7 would hand it a second argument
 
@@ -53,7 +62,7 @@ def _writable(source: dict[str, Any]) -> dict[str, Any]:
 Text = Annotated[str, AfterValidator(_showable)]
 Texts = Annotated[list[Text], AfterValidator(tuple)]
 Count = Annotated[int, Field(ge=0)]
-Number = Annotated[float | None, AfterValidator(lambda value: math.nan if value is None else value)]
+Number = Annotated[float | None, AfterValidator(_number)]
 Row = Annotated[list[Number], AfterValidator(_array)]
 Column = Annotated[list[Number], AfterValidator(_one_each), AfterValidator(_array)]
 Errors = Annotated[Column, AfterValidator(_not_below_zero)]

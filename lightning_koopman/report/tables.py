@@ -42,14 +42,18 @@ GLOSSARY = {
     "reinit": "how far they move when its weights go back to those that training began with",
     "weight_noise": "how far they move when noise is added to its weights",
     "output_noise": "how far they move when noise is added to what it gives",
-    "credit": "how strongly the outputs answer to what the component gives",
-    "gain": "what the component itself adds to the volume of its signal; gains sum to the total",
+    "metric then": "metric of the network so altered, the accuracy if no other was given",
+    "credit": "how strongly the outputs answer to what the component gives, in nats per direction",
+    "gain": "what the component itself adds to that, in nats per direction; gains sum to the total",
     "sensitivity": "how far independent noise on what it gives moves the outputs",
     "r2": "share of its output's variance that a linear map of its input gives, on held-out samples; "
     "the rest is its nonlinearity",
     "chain_r2": "the same for the outputs, predicted from what the component gives",
     "rank": "number of directions in which its output varies",
-    "drift": "share of its output's variance that the reference's operator no longer explains",
+    "drift": "share of its output's variance that its earlier operator no longer explains",
+    "total": "how strongly the outputs answer to the inputs, in nats per direction; all gains together",
+    "doubts": "how many components carry a doubt, which says not to act on their credit or gain",
+    "overhead": "share of the training's time that watching took so far",
     "doubt": (
         "why not to act on the grey numbers of a row: its own operator (r2) or the chain behind it "
         "(chain_r2) fits badly, the credit hangs on the ridge weight (ridge), or no output direction "
@@ -108,21 +112,23 @@ def credit_table(report: ReportFields) -> Fitted:
     """Lay a report out, one row per component, with the verdict and the notes below."""
     title = f"Koopman credit{escape(report.label)}, {report.n_samples} samples\n{total_line(report)}"
     lines = [f"[bold]{escape(line)}[/]" for line in verdict(report)]
-    if (effects := report.effects) is not None:
-        known = [kind for kind in ("skip", "linear") if kind in effects.kinds]
-        lines += [f"{kind}: {GLOSSARY[kind]}, in {effects.unit}." for kind in known]
-    grey = {name: [bool(d) for d in report.doubts_about(name)] for name in ("credit", "gain")}
+    lines += map(escape, what_effects_are(report))
+    about = {"credit": "credit", "gain": "gain", "R²": "r2"}
+    grey = {title: [bool(d) for d in report.doubts_about(name)] for title, name in about.items()}
     if (effects := report.effects) is not None:
         for kind in {"skip", "linear"} & {*effects.kinds}:
             grey[kind] = [_doubted(effects, kind, name) for name in report.components]
     if marked := int((~report.trusted).sum()):
         lines.append(
             f"{marked} of {len(report.components)} rows carry a doubt: do not act on their grey numbers "
-            "(chain_r2, ridge, lost: credit and gain; r2: gain)."
+            "(chain_r2, lost: credit and gain; ridge: credit; r2: gain and R²)."
         )
     lines += [f"Note: {escape(note)}" for note in report.notes]
     lines.append(f"[bold]{escape(next_step(report))}[/]")
-    return Fitted(title, columns(report), _GIVES_WAY, grey=grey, lines=lines)
+    shown = columns(report)
+    if not marked:
+        del shown["doubt"]
+    return Fitted(title, shown, _GIVES_WAY, grey=grey, lines=lines)
 
 
 def has_more(report: ReportFields) -> bool:
@@ -146,6 +152,14 @@ def verdict(report: ReportFields) -> list[str]:
         are = "is" if len(linear) == 1 else "are"
         lines.append(f"{_some(linear)} {are} linear already (R² {_LINEAR_R2} or more)")
     return lines
+
+
+def what_effects_are(report: ReportFields) -> list[str]:
+    """Return a line on each kind of effect in a table, with its unit."""
+    if (effects := report.effects) is None:
+        return []
+    known = [kind for kind in ("skip", "linear") if kind in effects.kinds]
+    return [f"{kind}: {GLOSSARY[kind]} ({effects.unit})." for kind in known]
 
 
 def next_step(report: ReportFields) -> str:

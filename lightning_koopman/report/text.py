@@ -69,7 +69,7 @@ class Fitted:
 
     def _width(self, headings: Sequence[str]) -> int:
         """Return how wide a table of some columns is; names and words may be folded."""
-        return 1 + sum(1 + self._needs(heading) for heading in headings)
+        return 1 + sum(2 + self._needs(heading) for heading in headings)
 
     def _needs(self, heading: str) -> int:
         cells = [heading, *self.columns[heading]]
@@ -154,8 +154,9 @@ def with_error(value: float, error: float, sign: str = "±") -> str:
     if error <= 0:
         return f"{value:.3g}{sign}0"
     places = 1 - int(f"{error:.1e}".partition("e")[2])
-    if places > _MOST_PLACES and abs(value) < 1e-3:
-        return f"{round(value, places):.2g}{sign}{error:.0e}"
+    small = abs(value) < 1e-3
+    if places > _MOST_PLACES and (small or error < 0.5 * 10**-_MOST_PLACES):
+        return f"{round(value, places):.{2 if small else 5}g}{sign}{error:.0e}"
     places = min(places, _MOST_PLACES)
     shown = max(places, 0)
     return f"{round(value, places) + 0.0:.{shown}f}{sign}{round(error, places):.{shown}f}"

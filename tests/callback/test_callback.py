@@ -234,10 +234,9 @@ def test_bad_arguments_are_refused_at_once(options, message):
 @pytest.mark.parametrize(
     ("argument", "where"),
     [
-        ("max_dim", r"max_dim moved into options: write options=Options\(max_dim=8\)"),
         ("quantities", "trainer.callback_metrics and monitor.history hold every quantity"),
         ("top_k", "top_k is no argument any more: name the components"),
-        ("layout", "figures=False leaves it out"),
+        ("layout", "figures=False leaves out all but plain scalars"),
         ("hyperparameters", "logger.log_hyperparams"),
         ("nonsense", "unexpected keyword argument 'nonsense'"),
     ],
@@ -479,10 +478,8 @@ for name in {expected}:
 @pytest.mark.parametrize(
     ("before", "early", "after"),
     [
-        ([], False, ["lightning.pytorch"]),
         ([], False, ["pytorch_lightning"]),
         (["lightning"], True, ["pytorch_lightning"]),
-        (["pytorch_lightning"], True, ["lightning"]),
         (["pytorch_lightning", "lightning"], False, []),
     ],
     ids=str,

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lit import LitNet, loaders, quiet_trainer
+from lit import LitNet, dataset, loaders, quiet_trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
-from lightning_koopman.callback.recorded_effects import pooled
+from lightning_koopman.callback.recorded_effects import Fit, are_classes, labels_in, pooled
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -32,14 +33,119 @@ def test_the_effects_of_the_last_report_are_those_of_the_trained_network(tmp_pat
     found = monitor.report.effects
     assert found is not None
     net = trainer.lightning_module.net
-    batches = [x for x, _ in loaders()[1]]
-    expected = component_effects(net, batches, kinds=["skip"], scale="relative")
+    expected = component_effects(net, loaders()[1])
     assert found.components == tuple(f"net.{name}" for name in expected.components)
+    assert found.scale == expected.scale == "kl"
     assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
     assert found.stderr["skip"] == pytest.approx(expected.stderr["skip"], rel=1e-3)
-    assert found.n_samples == sum(len(x) for x in batches)
+    assert found.metric_before == expected.metric_before
+    assert found.metric["skip"] == pytest.approx(expected.metric["skip"])
+    assert found.metric_stderr["skip"] == pytest.approx(expected.metric_stderr["skip"])
+    assert found.n_samples == expected.n_samples == len(dataset(seed=1))
+    assert "of accuracy" in str(monitor.report)
     for name, value in zip(found.components, found.values["skip"], strict=True):
         assert float(trainer.callback_metrics[f"koopman/skip/{name}"]) == pytest.approx(value)
+
+
+class Popping(LitNet):
+    """Takes its targets out of the batch and changes them, as steps may."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step((batch["x"], batch["labels"]), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        labels = batch.pop("labels")
+        self.net(batch["x"])
+        labels.fill_(0)
+
+
+def named(samples: list[Any]) -> dict[str, torch.Tensor]:
+    x, y = zip(*samples, strict=True)
+    return {"x": torch.stack(x), "labels": torch.stack(y)}
+
+
+def test_targets_are_those_that_the_step_was_given(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    batches = [DataLoader(dataset(seed=seed), batch_size=40, collate_fn=named) for seed in (0, 1)]
+    trainer.fit(Popping(), *batches)
+    assert monitor.report is not None
+    assert monitor.report.effects is not None
+    assert monitor.report.effects.scale == "kl"
+    expected = component_effects(trainer.lightning_module.net, loaders()[1])
+    assert monitor.report.effects.metric_before == pytest.approx(expected.metric_before)
+
+
+class Autoencoder(LitNet):
+    """Has class indices beside its inputs, and no class scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[6] = nn.Linear(12, 8)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self.net(batch[0]) - batch[0]).square().mean()
+
+    validation_step = training_step  # type: ignore[assignment]
+
+
+def test_an_autoencoder_on_labelled_data_has_relative_effects_and_says_why(tmp_path: Any) -> None:
+    monitor, trainer = trained(tmp_path, Autoencoder())
+    assert monitor.report is not None
+    found = monitor.report.effects
+    assert found is not None
+    inputs = [x for x, _ in loaders()[1]]
+    expected = component_effects(trainer.lightning_module.net, inputs)
+    assert found.scale == expected.scale == "relative"
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
+    assert found.notes == (
+        "the integer targets of the batches are no classes of the outputs, so changes are relative",
+    )
+
+
+def test_outputs_are_class_scores_only_where_all_recorded_calls_say_so() -> None:
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    scores = nn.functional.one_hot(y, 3).float()
+    assert are_classes([Fit.of([scores, scores], [y, y])])
+    # Whatever does not fit in one call, or in one process, decides for all.
+    for outputs, targets in (
+        ([scores, scores], [y, y + 1]),
+        ([scores, scores], [y, y - 1]),
+        ([scores, scores], [y, None]),
+        ([scores, scores], [y, y[:3]]),
+        ([scores, scores[:, :2]], [y, y]),
+        ([scores[:, :1]], [torch.zeros(6, dtype=torch.long)]),
+        ([scores[..., None]], [y]),
+        ([scores[0]], [y[:3]]),
+    ):
+        assert not are_classes([Fit.of(outputs, targets)])
+        assert not are_classes([Fit.of([scores], [y]), Fit.of(outputs, targets)])
+    assert not are_classes([])
+
+
+def test_wide_outputs_are_class_scores_where_they_name_the_targets() -> None:
+    """A validation set that lacks most classes, as 512 images of a thousand do."""
+    y = torch.arange(50) % 5
+    wide = nn.functional.one_hot(y, 1000).float()
+    assert are_classes([Fit.of([wide], [y])])
+    # No better than to name the most frequent target always.
+    assert not are_classes([Fit.of([wide[:1].expand(50, -1)], [y])])
+    assert not are_classes([Fit.of([wide.roll(100, 1)], [y])])
+    # Two processes with half of the samples each know as much as one.
+    halves = [Fit.of([wide[i::2]], [y[i::2]]) for i in (0, 1)]
+    assert are_classes(halves)
+    # The last class may be in another process.
+    assert are_classes([Fit(3, 1, 5, 0), Fit(3, 2, 5, 0)])
+    assert not are_classes([Fit(4, 1, 5, 0), Fit(4, 2, 5, 0)])
+
+
+@pytest.mark.parametrize(
+    "target", [torch.zeros(4), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, dtype=torch.bool)]
+)
+def test_what_is_no_class_per_sample_is_not_kept(target: torch.Tensor) -> None:
+    assert labels_in((torch.zeros(4, 8), target)) is None
+    assert labels_in([torch.zeros(4, 8)]) is None
 
 
 def test_effects_of_a_training_that_ends_early_are_about_its_last_weights(tmp_path: Any) -> None:
@@ -55,9 +161,7 @@ def test_effects_of_a_training_that_ends_early_are_about_its_last_weights(tmp_pa
     assert monitor.report.step == trainer.global_step == 8
     assert np.isfinite(monitor.report.stderr["credit"]).all()
     assert monitor.report.effects is not None
-    expected = component_effects(
-        trainer.lightning_module.net, [x for x, _ in loaders()[1]], scale="relative"
-    )
+    expected = component_effects(trainer.lightning_module.net, loaders()[1])
     assert monitor.report.effects.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
 
 
@@ -101,10 +205,16 @@ def test_processes_average_by_their_samples(tmp_path: Any) -> None:
     assert first is not None
     n = first.n_samples
     other = dataclasses.replace(
-        first, values={"skip": first.values["skip"] + 4}, n_samples=3 * n, stderr={"skip": np.zeros(3)}
+        first,
+        values={"skip": first.values["skip"] + 4},
+        stderr={"skip": np.zeros(3)},
+        metric={"skip": first.metric["skip"] - 0.4},
+        n_samples=3 * n,
     )
     found = pooled([dataclasses.replace(first, stderr={"skip": np.full(3, 0.8)}), other])
     assert found.n_samples == 4 * n
+    assert found.metric["skip"] == pytest.approx(first.metric["skip"] - 0.3)
+    assert found.metric_before == pytest.approx(first.metric_before)
     assert found.values["skip"] == pytest.approx(first.values["skip"] + 3)
     assert found.stderr["skip"] == pytest.approx(np.full(3, 0.2))
     assert pooled([first]).values["skip"] == pytest.approx(first.values["skip"])

@@ -1,7 +1,6 @@
-"""What loggers receive: tags, layout, figures, tables, and where the limits lie."""
+"""What loggers receive: tags, runs, figures, tables, and where the limits lie."""
 
 import dataclasses
-import re
 import warnings
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from lit import events, quiet_trainer, small_module
 from matplotlib.figure import Figure
 from small import batches, network, save
-from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_koopman import (
     CreditReport,
@@ -22,7 +20,7 @@ from lightning_koopman import (
     credit_report,
     evaluate_checkpoints,
 )
-from lightning_koopman.callback.loggers import CreditWriter, free_bytes
+from lightning_koopman.callback.loggers import CreditWriter, EventFile, free_bytes
 from lightning_koopman.report.pages import to_markdown
 
 
@@ -39,13 +37,6 @@ def fit(logger, epochs=3, monitors=None, **options):
     trainer = quiet_trainer(None, monitors, max_epochs=epochs, logger=logger, num_sanity_val_steps=None)
     trainer.fit(Net())
     return trainer, next(iter(monitors), None)
-
-
-def layout_of(accumulator):
-    tensors = accumulator.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout()
-    layout.ParseFromString(tensors[-1].tensor_proto.string_val[0])
-    return len(tensors), {c.title: {chart.title: chart for chart in c.chart} for c in layout.category}
 
 
 def many(size: int, **changes) -> CreditReport:
@@ -71,49 +62,62 @@ def run(tmp_path_factory):
     # Each epoch is measured, whatever it costs, and the budget is no bound for figures.
     logger = TensorBoardLogger(folder, name="", version="")
     trainer, monitor = fit(logger, epochs=5, every_n_epochs=1, max_overhead=1e6)
-    return events(folder), trainer, monitor
+    return folder, trainer, monitor
 
 
-def test_default_tags_are_at_most_three_a_component(run):
-    accumulator, _, monitor = run
-    ours = {t for t in accumulator.Tags()["scalars"] if t.startswith("koopman/")}
-    expected = {f"koopman/{q}/{c}" for q in ("credit", "drift", "skip") for c in ("net.0", "net.2")}
-    assert ours == expected | {"koopman/total", "koopman/doubts", "koopman/overhead"}
-    last = accumulator.Scalars("koopman/credit/net.0")[-1].value
-    assert last == pytest.approx(monitor.report.credit[0], rel=1e-5)
+def told(folder, tag) -> str:
+    """Return the newest text under a tag."""
+    return events(folder).Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+def test_each_component_is_a_run_in_order_of_execution_with_three_tags_at_most(run):
+    folder, _, monitor = run
+    runs = {path.name: events(path) for path in (folder / "koopman").iterdir()}
+    assert set(runs) == {"1-net.0", "2-net.2"}
+    tags = [set(runs[name].Tags()["scalars"]) for name in sorted(runs)]
+    # The credit of the last component is 0 by definition, which is no curve.
+    assert tags == [
+        {"koopman/credit", "koopman/skip", "koopman/drift"},
+        {"koopman/skip", "koopman/drift"},
+    ]
+    written = [s.value for s in runs["1-net.0"].Scalars("koopman/credit")]
+    assert written == pytest.approx([report.credit[0] for report in monitor.history], rel=1e-5)
+    drifts = [s.value for s in runs["2-net.2"].Scalars("koopman/drift")]
+    assert drifts == pytest.approx([drift.drift[1] for drift in monitor.drifts], rel=1e-5)
+
+
+def test_the_run_of_the_training_holds_what_is_about_the_whole(run):
+    folder, _, monitor = run
+    assert all(report.trusted.all() for report in monitor.history), "no doubt, and so no chart of zeros"
+    ours = {t for t in events(folder).Tags()["scalars"] if t.startswith("koopman/")}
+    assert ours == {"koopman/total", "koopman/overhead"}
 
 
 def test_every_quantity_can_be_monitored(run):
     _, trainer, _ = run
-    assert {"koopman/chain_r2/net.0", "koopman/rank/net.2", "koopman/total"} <= set(
-        trainer.callback_metrics
-    )
+    keys = {"chain_r2/net.0", "rank/net.2", "credit/net.2", "skip/net.0", "total", "doubts"}
+    assert {f"koopman/{key}" for key in keys} <= set(trainer.callback_metrics)
 
 
 def test_figures_come_at_powers_of_two_and_at_the_end(run):
-    accumulator, _, _ = run
+    accumulator = events(run[0])
     steps = [s.step for s in accumulator.Scalars("koopman/total")]
     assert len(steps) == 5
-    for name in ("evolution", "credits", "directions", "spectra"):
+    for name in ("evolution", "importance", "directions", "spectra"):
         drawn = [image.step for image in accumulator.Images(f"koopman/{name}")]
         assert drawn == [steps[0], steps[1], steps[3], steps[4]]
 
 
-def test_layout_is_written_once_with_all_charts(run):
-    accumulator, _, _ = run
-    written, layout = layout_of(accumulator)
-    assert written == 1
-    charts = {f"{name}, all components" for name in ("credit", "skip", "drift")}
-    assert set(layout["koopman"]) == charts
-    pattern = layout["koopman"]["credit, all components"].multiline.tag[0]
-    matching = [t for t in accumulator.Tags()["scalars"] if re.match(pattern, t)]
-    assert matching == ["koopman/credit/net.0", "koopman/credit/net.2"]
+def test_a_text_says_what_each_chart_shows(run):
+    lines = told(run[0], "koopman/charts").splitlines()
+    explained = [line.split("**")[1] for line in lines if line.startswith("- ")]
+    charts = {f"koopman/{name}" for name in ("credit", "skip", "drift", "total", "doubts", "overhead")}
+    assert set(explained) == charts
+    assert len(explained) == len(charts)
 
 
 def test_closing_table(run):
-    accumulator, _, monitor = run
-    text = accumulator.Tensors("koopman/report/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text == to_markdown(monitor.report)
+    assert told(run[0], "koopman/report") == to_markdown(run[2].report)
 
 
 @pytest.mark.usefixtures("no_pixels")
@@ -125,28 +129,45 @@ def test_the_users_hyperparameters_are_as_without_the_callback(kind, tmp_path):
     assert files[0].read_text() == files[1].read_text() == "width: 8\n"
 
 
-def test_layout_and_figures_can_be_switched_off(tmp_path):
+def test_without_figures_tensorboard_gets_what_every_logger_gets(tmp_path):
     fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, figures=False)
     tags = events(tmp_path).Tags()
     assert not tags["images"]
-    assert not [t for t in tags["tensors"] if "custom" in t or "report" in t]
+    assert not [tag for tag in tags["tensors"] if "koopman" in tag]
+    assert {"koopman/credit/net.0", "koopman/skip/net.2", "koopman/doubts"} <= set(tags["scalars"])
+    assert not (tmp_path / "koopman").exists()
 
 
 @pytest.mark.usefixtures("no_pixels")
-def test_two_monitors_share_one_layout(tmp_path):
+def test_monitors_and_prefixes_stay_apart(tmp_path):
     monitors = [KoopmanCreditMonitor(prefix=p, on_error="raise") for p in ("a", "b")]
-    fit(TensorBoardLogger(tmp_path, name="", version=""), epochs=1, monitors=monitors)
-    _, layout = layout_of(events(tmp_path))
-    assert {"a", "b"} <= set(layout)
+    fit(TensorBoardLogger(tmp_path, name="", version="", prefix="try"), epochs=1, monitors=monitors)
+    for prefix in ("a", "b"):
+        tags = events(tmp_path / prefix / "1-net.0").Tags()["scalars"]
+        assert tags == [f"try-{prefix}/credit", f"try-{prefix}/skip"]
+    assert {"try-a/total", "try-b/total"} <= set(events(tmp_path).Tags()["scalars"])
 
 
-@pytest.mark.usefixtures("no_pixels")
-def test_a_loggers_own_prefix_reaches_the_layout(tmp_path):
-    fit(TensorBoardLogger(tmp_path, name="", version="", prefix="try"), epochs=1)
-    accumulator = events(tmp_path)
-    _, layout = layout_of(accumulator)
-    pattern = layout["koopman"]["credit, all components"].multiline.tag[0]
-    assert [t for t in accumulator.Tags()["scalars"] if re.match(pattern, t)]
+def test_a_run_is_named_by_what_any_folder_may_be_called(tmp_path):
+    writer, file = CreditWriter(), EventFile(str(tmp_path))
+    odd = ("a/b", "module.*", "x" * 300)
+    report = dataclasses.replace(many(3, credit=np.ones(3)), components=odd)
+    writer.write(file, writer.scalars(report), 1)
+    writer.close([file])
+    file.experiment.close()
+    names = sorted(path.name for path in (tmp_path / "koopman").iterdir())
+    assert names == ["1-a_b", "2-module._", f"3-{'x' * 80}"]
+
+
+def test_doubts_are_a_chart_from_the_first_one_on(tmp_path):
+    writer, file = CreditWriter(), EventFile(str(tmp_path))
+    sure = {"r2": np.ones(3), "chain_r2": np.ones(3), "stable": np.ones(3, dtype=bool)}
+    for step, stable in enumerate([True, False, True]):
+        report = many(3, **(sure | {"stable": np.array([stable, True, True])}))
+        writer.write(file, writer.scalars(report), step)
+    writer.close([file])
+    file.experiment.close()
+    assert [(s.step, s.value) for s in events(tmp_path).Scalars("koopman/doubts")] == [(1, 1), (2, 0)]
 
 
 def test_too_many_components_are_cut_and_said_once():
@@ -207,10 +228,10 @@ def test_checkpoints_are_written_like_a_training(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path / f"{step}.ckpt", step)
     evaluate_checkpoints(network(), tmp_path, batches(), logdir=tmp_path / "tb")
-    accumulator = events(tmp_path / "tb")
-    assert [s.step for s in accumulator.Scalars("koopman/credit/0")] == [1, 2, 3]
-    assert [i.step for i in accumulator.Images("koopman/evolution")] == [1, 2, 3]
-    assert layout_of(accumulator)[0] == 1
+    credits = events(tmp_path / "tb" / "koopman" / "1-0").Scalars("koopman/credit")
+    assert [s.step for s in credits] == [1, 2, 3]
+    images = events(tmp_path / "tb").Images("koopman/evolution")
+    assert [i.step for i in images] == [1, 2, 3]
 
 
 def test_markdown_marks_doubted_numbers():
@@ -252,7 +273,7 @@ def test_figures_and_tables_go_where_a_logger_takes_them():
     loggers = [wandb, mlflow, plain]
     writer.draw(loggers, [report], 4)
     writer.finish(loggers, [report], 4)
-    figures = ["koopman/evolution", "koopman/credits", "koopman/directions"]
+    figures = ["koopman/evolution", "koopman/importance", "koopman/directions"]
     images = [given for name, given, _ in wandb.taken if name == "image"]
     assert [tag for tag, _ in images] == figures
     assert all(isinstance(shown, Figure) for _, (shown,) in images)
@@ -265,12 +286,8 @@ def test_figures_and_tables_go_where_a_logger_takes_them():
     assert plain.taken == []
 
 
-def test_credits_that_are_not_written_have_no_band():
-    writer, file = CreditWriter(quantities=["gain"]), Taking(experiment=Taking())
-    file.experiment.add_custom_scalars = file.noted("layout")
-    writer.draw([file], [many(3)], 0)
-    ((_, (layouts,), _),) = file.taken
-    assert list(layouts) == ["koopman"]
+def test_credits_that_are_not_asked_for_are_not_written():
+    writer = CreditWriter(quantities=["gain"])
     assert not [key for key in writer.scalars(many(3)) if "credit" in key]
 
 

@@ -86,8 +86,8 @@ def test_evaluate_measures_every_checkpoint(project, capsys):
     printed = capsys.readouterr().out
     assert printed.index("at step 10") < printed.index("at step 20")
     assert [report.step for report in read("report.json")] == [10, 20]
-    events = read_events("tb")
-    assert [e.step for e in events.Scalars("koopman/credit/net.0")] == [10, 20]
+    events = read_events("tb/koopman/1-net.0")
+    assert [e.step for e in events.Scalars("koopman/credit")] == [10, 20]
 
 
 def test_a_data_module_gets_the_arguments_that_the_checkpoint_saved(project):
@@ -170,14 +170,16 @@ def test_demo_writes_every_component_at_every_epoch(tmp_path):
     assert (tmp_path / "out" / "credits.png").read_bytes()[:4] == b"\x89PNG"
     for component in report.components:
         assert component in run.stdout
-    files = [read_events(path) for path in (tmp_path / "out").rglob("events.out.tfevents.*")]
-    (events,) = [found for found in files if "koopman/total" in found.Tags()["scalars"]]
-    for i, component in enumerate(report.components):
-        for quantity in ("credit", "credit_low", "credit_high", "gain", "nonlinearity"):
-            logged = events.Scalars(f"koopman/{quantity}/{component}")
-            assert [event.step for event in logged] == [14, 29]  # 15 steps per epoch
-        last = events.Scalars(f"koopman/credit/{component}")[-1].value
-        assert last == pytest.approx(report.credit[i], rel=1e-6, abs=1e-12)
+    runs = sorted((tmp_path / "out" / "mlp" / "version_0" / "koopman").iterdir())
+    assert [run.name for run in runs] == ["1-net.1", "2-net.3", "3-net.5", "4-net.7"]
+    for i, run in enumerate(runs):
+        # 15 steps per epoch; the last component's credit is 0 by definition, and no curve
+        for quantity in ("credit", "skip") if i < 3 else ("skip",):
+            logged = read_events(run).Scalars(f"koopman/{quantity}")
+            assert [event.step for event in logged] == [14, 29]
+        if i < 3:
+            last = read_events(run).Scalars("koopman/credit")[-1].value
+            assert last == pytest.approx(report.credit[i], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -232,9 +234,8 @@ def test_evaluate_tells_effects_on_demand(project, capsys):
     assert "skip" in capsys.readouterr().out
     first = read("r.json")
     assert [list(report.effects.values) for report in first] == [["skip", "output_noise"]] * 2
-    events = read_events("tb")
-    tag = f"koopman/skip/{first[0].components[0]}"
-    assert [event.step for event in events.Scalars(tag)] == [10, 20]
+    events = read_events(f"tb/koopman/1-{first[0].components[0]}")
+    assert [event.step for event in events.Scalars("koopman/skip")] == [10, 20]
     assert evaluate(*given, "--effects=true", "--initial-checkpoint=step20.ckpt") == 0
     capsys.readouterr()
     second = read("r.json")

@@ -9,8 +9,10 @@ from torch import nn
 
 from lightning_koopman import CheckpointError, credit_report, linearize
 from lightning_koopman.decisions import linear
+from lightning_koopman.decisions.steps import Cost, Step
 from lightning_koopman.decisions.swaps import LinearComponent, load_shrunk, save_shrunk, swaps_in
 from lightning_koopman.effects.linear_map import LinearFit
+from lightning_koopman.effects.scoring import Measured
 
 ANY = {"max_drop": math.inf, "allow_larger": True}
 
@@ -190,6 +192,26 @@ def test_the_choice_keeps_the_drop_and_ends_at_the_budget():
     assert enough.costs[-1].flops <= share * found.cost_before.flops < before_last
     exact = linearize(net, batches, max_drop=0.0, cost="parameters", allow_larger=True)
     assert all(loss <= 0 for loss in exact.loss)
+
+
+@pytest.mark.parametrize(("admitted", "best"), [("0", "01"), ("1", "1"), ("2", "21")])
+def test_the_cheapest_of_three_orders_is_taken(monkeypatch, admitted, best):
+    """Block 1 alone moves the outputs least, but which others may go with it hangs on the order."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(3)]
+    net = nn.Sequential(*blocks, nn.Linear(6, 3)).eval()
+
+    def tried(search, chosen):
+        order = "".join(option.name for option in chosen)
+        admits = order in ("1", *(admitted, best))
+        effect = {"1": 0.1}.get(order, 0.2) if admits else 9.0
+        cost = Cost(100 - len(order), 100 - len(order))
+        return Step(order[-1], Measured(effect, 0.0, math.nan, math.nan), cost), cost.flops
+
+    monkeypatch.setattr(linear._Search, "_try", tried)
+    report = credit_report(net, [inputs()], components=["0", "1", "2"])
+    found = linearize(net, inputs().split(100), report, max_drop=1.0, scale="kl")
+    assert found.components == tuple(best)
 
 
 def test_results_can_be_read():

@@ -24,6 +24,7 @@ from effect_nets import (
 from scipy.stats import sem
 from torch import Tensor, nn
 
+import lightning_koopman
 from lightning_koopman import component_effects, credit_report
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import accuracy, kl_divergence
@@ -61,9 +62,45 @@ def test_skip_passes_the_input_where_shapes_agree_and_the_mean_elsewhere():
         by_sample = kl_divergence(logits, altered).numpy()
         gained = (altered.argmax(1) == y).double() - (logits.argmax(1) == y).double()
         assert found.values["skip"][place] == pytest.approx(by_sample.mean(), rel=1e-5)
-        assert found.stderr["skip"][place] == pytest.approx(sem(by_sample), rel=1e-5)
+        if place == 1:
+            assert found.stderr["skip"][place] == pytest.approx(sem(by_sample), rel=1e-5)
         assert found.metric["skip"][place] == pytest.approx(accuracy(altered, y))
         assert found.metric_stderr["skip"][place] == pytest.approx(sem(gained.numpy()))
+
+
+def test_the_error_of_skip_is_that_of_groups_with_means_of_their_own():
+    """Moved by a fifth of the way, the outputs follow along a line."""
+    net, (x, y) = mlp(), data(240)
+    sizes, groups, parts = (160, 80), (20, 10), []
+    found = component_effects(net, list(zip(x.split(160), y.split(160), strict=True)))
+    with torch.no_grad():
+        logits = net(x).double()
+        mean = logits.mean(0)
+        effect = kl_divergence(logits, mean.expand_as(logits)).mean()
+        for rows, count in zip(logits.split(sizes), groups, strict=True):
+            for own in (rows[i::count] for i in range(count)):
+                moved = mean + 0.2 * (own.mean(0) - mean)
+                here = kl_divergence(own, mean.expand_as(own))
+                there = kl_divergence(own, moved.expand_as(own))
+                parts.append(float((here + (there - here) / 0.2).mean()))
+    assert found.values["skip"][2] == pytest.approx(float(effect), rel=1e-5)
+    assert found.stderr["skip"][2] == pytest.approx(sem(parts), rel=1e-3)
+
+
+def test_the_error_of_skip_is_the_spread_over_fresh_samples():
+    """Without the mean's own error it would be six tenths of that."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4)).double()
+    net[0].weight.data *= 4
+    net[0].bias.data *= 5
+
+    def fresh(seed):
+        x = normal(320, 3, seed=seed).exp()
+        found = component_effects(net, x.split(160), components=["0"], scale="kl")
+        return found.values["skip"][0], found.stderr["skip"][0]
+
+    effects, errors = np.array([fresh(seed) for seed in range(100)]).T
+    assert np.sqrt((errors**2).mean()) == pytest.approx(effects.std(ddof=1), rel=0.2)
 
 
 def test_linear_is_the_residual_of_a_fit_without_the_sample():
@@ -252,6 +289,7 @@ def test_sequences_may_differ_in_length_from_batch_to_batch():
 
 
 def test_at_most_l_plus_3_passes_over_at_most_512_samples():
+    """And one more for each component in whose place a mean is put."""
     net, (x, y) = mlp(), data(2000)
     rows: list[int] = []
 
@@ -263,7 +301,7 @@ def test_at_most_l_plus_3_passes_over_at_most_512_samples():
         rows.clear()
         found = component_effects(net, batches, forward_fn=forward)
         assert found.n_samples == 512
-        assert sum(rows) <= (len(found.components) + 3) * 512
+        assert sum(rows) <= (len(found.components) + 2 + 3) * 512
 
 
 def test_only_what_is_plain_enough_is_cut():
@@ -420,10 +458,15 @@ def test_errors_say_what_arrived_and_what_to_do():
         "no class indices to tell their class axis", [x], about=None, scale="kl",
         forward_fn=lambda m, b: m(b)[:, :, None],
     )  # fmt: skip
-    with pytest.raises(ImportError, match=r"intervene is now component_effects.*how='measured'"):
-        from lightning_koopman import intervene  # ruff: ignore[unused-import]
-    with pytest.raises(ImportError, match=r"predict_effects is now component_effects.*how='predicted'"):
-        from lightning_koopman import predict_effects  # ruff: ignore[unused-import]
+
+
+@pytest.mark.parametrize(("name", "how"), [("intervene", "measured"), ("predict_effects", "predicted")])
+def test_what_went_says_so_when_imported_and_when_called(name, how):
+    message = rf"{name} is now component_effects.*how='{how}'"
+    with pytest.warns(FutureWarning, match=message):
+        gone = getattr(lightning_koopman, name)
+    with pytest.raises(TypeError, match=message):
+        gone(None, [], kinds=["skip"])
 
 
 def test_kl_of_impossible_classes_is_finite():

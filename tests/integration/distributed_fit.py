@@ -69,7 +69,8 @@ class Data(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         size, shards = self.config["batch_size"], self.config["shards"]
         if shards == "sampler":
-            return DataLoader(TensorDataset(self.rows), batch_size=size)
+            labels = self.rows.argmax(dim=1) // 2
+            return DataLoader(TensorDataset(self.rows, labels), batch_size=size)
         sizes = shard_sizes(shards, self.config["processes"], self.config["n_samples"])
         order = turns(sizes)
         world, rank = self.trainer.world_size, self.trainer.global_rank

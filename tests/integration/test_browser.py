@@ -1,6 +1,6 @@
 """What a person sees: TensorBoard in a real browser, on the loopback interface only.
 
-With ``KEEP_SCREENSHOT=docs/images/tensorboard.png`` in the environment the picture is kept.
+With ``KEEP_SCREENSHOTS=docs/images`` in the environment the documentation's pictures are drawn anew.
 """
 
 import os
@@ -75,27 +75,41 @@ def tensorboard(page, tmp_path_factory):
         server.wait()
 
 
-def show(page, url: str, tab: str) -> None:
+def show(page, url: str, tab: str, query: str = "") -> None:
     page.goto("about:blank")
-    page.goto(f"{url}#{tab}")
+    page.goto(f"{url}{query}#{tab}")
 
 
-def test_custom_scalars_show_every_chart(page, tensorboard):
-    show(page, tensorboard, "custom_scalars")
-    for title in ("credit, all components", "skip, all components", "drift, all components"):
-        page.get_by_text(title, exact=True).wait_for()
-    assert page.get_by_text("Matches (4)").count() == 3
+def keep(page, name: str) -> None:
+    """Draw a page, for the documentation where that is asked for."""
     time.sleep(3)
     picture = page.screenshot()
     assert picture[:4] == b"\x89PNG"
-    if keep := os.environ.get("KEEP_SCREENSHOT"):
-        Path(keep).parent.mkdir(parents=True, exist_ok=True)
-        Path(keep).write_bytes(picture)
+    if folder := os.environ.get("KEEP_SCREENSHOTS"):
+        Path(folder, name).write_bytes(picture)
+
+
+def test_each_chart_tells_the_components_apart_in_order_of_execution(page, tensorboard):
+    charts = ("credit", "drift", "evolution", "importance", "skip", "total")
+    query = f"?smoothing=0&tagFilter=koopman/({'|'.join(charts)})"
+    show(page, tensorboard, "timeseries", query)
+    page.get_by_role("button", name="Toggle settings side pane").click()
+    for name in charts:
+        page.get_by_text(f"koopman/{name}", exact=True).first.wait_for()
+    listed = page.locator("runs-data-table tb-data-table-content-row").all_inner_texts()
+    ours = [name.strip().split("/")[-1] for name in listed if "koopman" in name]
+    assert ours == ["1-net.1", "2-net.3", "3-net.5", "4-net.7"]
+    rows = page.locator("tb-data-table-content-row").filter(has=page.locator(".row-circle"))
+    rows.first.wait_for()
+    colours = {row.inner_text().split()[0]: row.locator(".row-circle span") for row in rows.all()}
+    styles = [found.get_attribute("style") for found in colours.values()]
+    assert len(set(styles)) == len(styles) == 5
+    keep(page, "tensorboard.png")
 
 
 def test_images_are_drawn(page, tensorboard):
     show(page, tensorboard, "images")
-    for name in ("credits", "directions", "evolution", "spectra"):
+    for name in ("importance", "directions", "evolution", "spectra"):
         page.get_by_text(f"koopman/{name}", exact=True).first.wait_for()
     page.wait_for_function(
         """() => {
@@ -113,7 +127,8 @@ def test_images_are_drawn(page, tensorboard):
     )
 
 
-def test_closing_table_is_rendered(page, tensorboard):
+def test_text_says_what_the_charts_show_and_how_it_ended(page, tensorboard):
     show(page, tensorboard, "text")
+    page.get_by_text("how far the outputs move").first.wait_for()
     page.get_by_text("drift", exact=True).first.wait_for()
     assert page.locator("table td", has_text="net.5").count() >= 1

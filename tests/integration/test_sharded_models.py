@@ -68,32 +68,42 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def work(rank: int, kind: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    warnings.simplefilter("ignore")
+KINDS = ("fsdp", "replicated", "replicated dtensor", "dtensor", "parts")
+
+
+def measured(kind: str) -> dict[str, Any] | str:
     model = fully_sharded() if kind == "fsdp" else tensor_parallel(kind)
     # What the strategy itself hooks in is there before as well.
     before, own_hooks = dict(model.named_parameters()), hooks(model)
-    given: Any
     try:
         report = credit_report(model, batches())
-        given = {"credit": report.credit, "r2": report.r2, "total": report.total}
-        given |= {"widths": report.widths, "notes": report.notes, "hooks": hooks(model) - own_hooks}
-        given["kept"] = all(p is before[name] for name, p in model.named_parameters())
     except Exception as error:
-        given = f"{type(error).__name__}: {error}"
-    torch.save(given, f"{folder}/{rank}.pt")
+        return f"{type(error).__name__}: {error}"
+    given = {"credit": report.credit, "r2": report.r2, "total": report.total}
+    given |= {"widths": report.widths, "notes": report.notes, "hooks": hooks(model) - own_hooks}
+    return given | {"kept": all(p is before[name] for name, p in model.named_parameters())}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    warnings.simplefilter("ignore")
+    torch.save({kind: measured(kind) for kind in KINDS}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "replicated", "replicated dtensor"])
-def test_sharded_weights_give_the_report_of_one_process(kind, tmp_path):
-    mp.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_sharded_weights_give_the_report_of_one_process(kind, ranks):
     expected = credit_report(Net(), batches())
-    for rank in range(2):
-        given = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for given in (rank[kind] for rank in ranks):
         assert isinstance(given, dict), given
         assert given["widths"] == expected.widths
         np.testing.assert_allclose(given["credit"], expected.credit, rtol=1e-4, atol=1e-5)
@@ -113,9 +123,7 @@ def test_sharded_weights_give_the_report_of_one_process(kind, tmp_path):
         ("parts", "component 'up' gave 4 of its 8 units, and other processes the rest"),
     ],
 )
-def test_states_of_which_each_process_holds_a_part_are_refused(kind, message, tmp_path):
-    mp.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        given = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+def test_states_of_which_each_process_holds_a_part_are_refused(kind, message, ranks):
+    for given in (rank[kind] for rank in ranks):
         assert given.startswith(f"ValueError: {message}. Under tensor parallelism")
         assert "output_layouts=Replicate()" in given

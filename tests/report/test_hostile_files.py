@@ -107,6 +107,7 @@ def test_no_path_in_a_report_is_followed_outside_the_output_folder(project, host
 @pytest.mark.slow
 def test_commands_write_the_file_named_and_nothing_else(project, hostile):
     (project / "out" / "r.json").write_text(json.dumps([hostile, hostile | {"step": 2}]))
+    linear = ["--max-drop=9", "--allow-larger", "--out=out/linear.ckpt"]
     commands = (
         ["report", "out/r.json", "--out=out/page.html", "--format=html"],
         ["report", "out/r.json", "--out=out/page.csv", "--format=csv"],
@@ -115,7 +116,7 @@ def test_commands_write_the_file_named_and_nothing_else(project, hostile):
         ["compare", "1.ckpt", "2.ckpt", *GIVEN],
         ["components", GIVEN[0]],
         ["evaluate", *GIVEN, "--ckpt=1.ckpt"],
-        ["linearize", *GIVEN, "--ckpt=1.ckpt", "--out=out/linear.ckpt"],
+        ["linearize", *GIVEN, "--ckpt=1.ckpt", *linear],
         ["effects", *GIVEN, "--ckpt=1.ckpt", "--out=out/i.json", "--figure=out/i.png"],
     )
     words = [word for command in commands for word in ("THEN", *command)]

@@ -275,7 +275,7 @@ def test_the_table_shows_numbers_with_errors_and_notes():
         (1234.5, 56.7, "1234±57"),
         (1234.5, 567.8, "1230±570"),
         (-0.00001, 0.2, "0.00±0.20"),
-        (0.98412, 0.00003, "0.9841±0.0000"),
+        (0.98412, 0.00003, "0.98412±3e-05"),
         (2.2e-15, 5e-16, "2.2e-15±5e-16"),
         (0.0, 0.0, "0±0"),
         (0.123, np.nan, "0.12"),
@@ -328,8 +328,16 @@ def test_a_doubt_is_about_some_numbers_only():
     )
     assert report.doubts_about("gain") == (("r2",), ("chain_r2",), ())
     assert report.doubts_about("credit") == report.doubts_about("sensitivity") == ((), ("chain_r2",), ())
-    assert report.doubts_about("r2") == ((), (), ())
-    assert credit_table(report).grey == {"credit": [False, True, False], "gain": [True, True, False]}
+    assert report.doubts_about("r2") == report.doubts_about("nonlinearity") == (("r2",), (), ())
+    assert report.doubts_about("rank") == ((), (), ())
+    assert credit_table(report).grey == {
+        "credit": [False, True, False],
+        "gain": [True, True, False],
+        "R²": [True, False, False],
+    }
+    ridge = dataclasses.replace(report, stable=np.zeros(3, bool), chain_r2=np.ones(3))
+    assert ridge.doubts_about("gain") == (("r2",), (), ())
+    assert ridge.doubts_about("credit") == (("ridge",),) * 3
 
 
 def test_numbers_are_double_precision_and_add_up():
@@ -364,6 +372,21 @@ def test_lost_directions_are_named_in_a_note():
     report = of_states(states)
     assert report.notes[0].startswith("0 output directions reach back to the input; others (0 to 5)")
     assert "lost" in report.doubts[0]
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_no_number_and_no_heading_is_cut_at_any_width(sure, report):
+    report = dataclasses.replace(report, stable=np.full(len(report), sure), r2=np.ones(len(report)))
+    shown = columns(report)
+    always = {"component"} if sure else {"component", "doubt"}
+    for width in range(60, 131):
+        file = io.StringIO()
+        Console(file=file, width=width, color_system=None).print(report)
+        text = file.getvalue()
+        headings = next(line for line in text.splitlines() if "component" in line).split()
+        assert always <= set(headings) <= set(shown) - ({"doubt"} if sure else set()), width
+        for heading in set(headings) - {"doubt", "holds"}:
+            assert all(cell in text for cell in shown[heading]), (width, heading)
 
 
 @pytest.mark.parametrize("width", [60, 80, 130])
