@@ -58,7 +58,7 @@ _HOMES = {
 
 
 _GONE = {"intervene": "measured", "predict_effects": "predicted"}
-"""Functions of 0.2, and how the one that took their place is to be told to do what they did."""
+"""Functions of 0.1, and how the one that took their place is to be told to do what they did."""
 
 
 def __getattr__(name: str) -> Any:
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
         # An AttributeError would reach nobody who writes "from lightning_koopman import ...".
         raise ImportError(
             f"{name} is now component_effects(model, batches, report, kinds, how={_GONE[name]!r}), "
-            "which returns the effects; see CHANGELOG.md"
+            "which returns the effects; see docs/migration.md"
         )
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What pyproject.toml claims to run with is what constraints-oldest.txt lets CI run with."""
+"""The version is said once, and what pyproject.toml claims to run with is what CI runs with."""
 
 import re
 from pathlib import Path
@@ -22,3 +22,16 @@ def test_the_oldest_versions_claimed_are_the_ones_that_ci_runs():
         # 2.5 in the one file may be 2.5.0 in the other.
         assert (run[name] + ".0.0").startswith(version + "."), name
     assert project["requires-python"] == ">=3.10"
+
+
+def test_the_version_is_the_same_wherever_it_is_said():
+    said = {
+        "pyproject.toml": r'^version = "(.+)"$',
+        "CITATION.cff": r"^version: (.+)$",
+        "CHANGELOG.md": r"^## \[(\d.*)\] - \d{4}-\d\d-\d\d$",
+    }
+    found = {
+        file: re.search(pattern, (ROOT / file).read_text(encoding="utf-8"), flags=re.M)[1]
+        for file, pattern in said.items()
+    }
+    assert len(set(found.values())) == 1, found

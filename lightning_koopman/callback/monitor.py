@@ -127,6 +127,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     """
 
     @takes_options(
+        excitation="effects=['output_noise'] measures what noise does",
+        forward_fn="the calls that a step makes are recorded and run again",
         quantities="trainer.callback_metrics and monitor.history hold every quantity",
         top_k="name the components that are to be watched",
         layout="figures=False leaves out all but plain scalars",

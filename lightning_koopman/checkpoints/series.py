@@ -46,7 +46,10 @@ class EvaluationError(CheckpointError):
         self.reports, self.failures, self.interrupted = reports, failures, interrupted
 
 
-@takes_options()
+@takes_options(
+    workers="start a process per shard, with shard=(i, n)",
+    build="start a process per shard, with shard=(i, n)",
+)
 def evaluate_checkpoints(
     model: nn.Module,
     checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],

@@ -305,3 +305,61 @@ def covariances(
         varies.append(None if bool(alive.all()) else alive)
     blocks = _Blocks(layout, row, without, scale, own, about, tuple(varies))
     return Covariances(count, about, tuple(variances), blocks)
+
+
+class FoldCovariances:
+    """Means and covariances of the samples of each fold, or of those outside it, of all folds at once.
+
+    Attributes:
+        counts: Numbers of samples, shape ``(folds,)``.
+        means: Mean of each state, shape ``(folds, d_i)``.
+        variances: Variances of each state, shape ``(folds, d_i)``; exactly zero as in
+            :func:`covariances`.
+    """
+
+    def __init__(self, layout: Layout, moments: Tensor, total: Tensor | None = None) -> None:
+        """Take the folds, or what ``total`` holds beside each of them."""
+        self._layout, self._moments, self._total = layout, moments, total
+        self.counts = self._read(slice(0, 1))[:, 0]
+        self._scales = torch.where(self.counts > 0, 1 / self.counts, 0.0)[:, None]
+        self.means, self.variances, self._alive = [], [], []
+        for i, width in enumerate(layout.dims):
+            place = layout.slices[i, i]
+            mean = self._read(layout.slices[i,]) * self._scales
+            square = self._read(slice(place.start, place.stop, width + 1)) * self._scales
+            variance = square - mean.square()
+            alive = variance > RESOLUTION * square
+            self.means.append(mean)
+            self.variances.append(variance * alive)
+            self._alive.append(None if bool(alive.all()) else alive)
+
+    def _read(self, place: slice) -> Tensor:
+        part = self._moments[:, place]
+        return part if self._total is None else self._total[place] - part
+
+    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
+        """Return one block, shape ``(folds, d_i, d_j)``."""
+        i, j = pair
+        if i > j:
+            return self[j, i].transpose(1, 2)
+        raw = self._read(self._layout.slices[pair]) * self._scales
+        block = raw.view(-1, self._layout.dims[i], self._layout.dims[j])
+        block.baddbmm_(self.means[i][:, :, None], self.means[j][:, None], alpha=-1)
+        rows, columns = self._alive[i], self._alive[j]
+        if rows is not None:
+            block *= rows[:, :, None]
+        if columns is not None:
+            block *= columns[:, None]
+        return block
+
+    def problem(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return the covariances of what step i reads, and those with what it gives."""
+        read = self._layout.parents[i]
+        c_xy = torch.cat([self[p, i] for p in read], dim=1)
+        if len(read) == 1:
+            return self[read[0], read[0]], c_xy
+        return torch.cat([torch.cat([self[p, q] for q in read], dim=2) for p in read], dim=1), c_xy
+
+    def read(self, i: int) -> Tensor:
+        """Return the means of what step i reads."""
+        return torch.cat([self.means[p] for p in self._layout.parents[i]], dim=1)

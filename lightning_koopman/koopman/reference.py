@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.koopman.chain import jackknife
-from lightning_koopman.koopman.moments import Covariances, Layout, covariances
+from lightning_koopman.koopman.moments import Covariances, FoldCovariances, Layout, covariances
 from lightning_koopman.koopman.options import DEFAULTS, Options
-from lightning_koopman.koopman.regression import solve
+from lightning_koopman.koopman.regression import solve_each
 from lightning_koopman.koopman.states import Basis
 from lightning_koopman.network.plan import Plan
 
@@ -148,28 +148,11 @@ def fold_operators(
     layout: Layout, moments: Tensor, center: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Fit every step without each fold; return the operators and the means that go with them."""
-    total = moments.sum(dim=0)
-    trains = [covariances(layout, total, without=row) for row in moments]
-    operators = tuple(
-        torch.stack([solve(*_problem(train, layout, i), RIDGE).float().cpu() for train in trains])
-        for i in range(1, len(layout.dims))
-    )
-    means = tuple(
-        torch.stack([(train.means[i] + offset.to(train.means[i])).cpu() for train in trains])
-        for i, offset in enumerate(center)
-    )
-    return operators, means
-
-
-def _problem(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
-    """Return the covariance of what a step reads, and its cross-covariance with what the step gives."""
-    read = layout.parents[i]
-    c_xy = torch.cat([given[p, i] for p in read])
-    return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read]), c_xy
-
-
-Affine = tuple[Tensor, Tensor, Tensor]
-"""An operator with the means that it acts about: ``y_mean + (x - x_mean) @ matrix``."""
+    rest = FoldCovariances(layout, moments, moments.sum(dim=0))
+    steps = range(1, len(layout.dims))
+    operators = tuple(solve_each(*rest.problem(i), RIDGE).float().cpu() for i in steps)
+    pairs = zip(rest.means, center, strict=True)
+    return operators, tuple((mean + offset.to(mean)).cpu() for mean, offset in pairs)
 
 
 @dataclass(frozen=True)
@@ -201,91 +184,105 @@ def unexplained(
 
     ``own`` are the operators of the new states, where :func:`fold_operators` found them before.
     """
-    folds, steps = len(moments), range(1, len(layout.dims))
     total = moments.sum(dim=0)
-    held = [f for f in range(folds) if moments[f, 0] > 0 and float(total[0] - moments[f, 0]) >= 2]
+    tests, rest = FoldCovariances(layout, moments), FoldCovariances(layout, moments, total)
+    held = ((tests.counts > 0) & (rest.counts >= 2)).nonzero()[:, 0]
     if len(held) < 2:
         raise ValueError(f"{int(total[0])} samples arrived, all in one fold; take more")
     about = [mean.to(moments) - offset.to(moments) for mean, offset in zip(means, center, strict=True)]
-    old = [
-        [_affine(matrices[f].to(moments), [mean[f] for mean in about], layout, i) for f in range(folds)]
-        for i, matrices in zip(steps, operators, strict=True)
-    ]
     fitted = fold_operators(layout, moments, center)[0] if own is None else own
-    new: list[list[Affine]] = [[] for _ in steps]
-    # Squared errors of old and new operators, and the squares that they are of.
-    sums = torch.zeros(3, len(held), len(steps), dtype=torch.float64)
-    for row, fold in enumerate(held):
-        train = covariances(layout, total, without=moments[fold])
-        test = covariances(layout, moments[fold])
-        for i in steps:
-            new[i - 1].append(_affine(fitted[i - 1][fold].to(moments), train.means, layout, i))
-            problem = _problem(test, layout, i)
-            moved = (test.means[i] - train.means[i]).square().sum()
-            variance = float(test.variances[i].sum())
-            sums[0, row, i - 1] = variance + _error(*problem, test, layout, i, old[i - 1][fold])
-            sums[1, row, i - 1] = variance + _error(*problem, test, layout, i, new[i - 1][-1])
-            sums[2, row, i - 1] = variance + float(moved)
-        sums[:, row] *= test.count
     everything = covariances(layout, total)
-    found = [_over_folds(everything, layout, i, (old[i - 1], new[i - 1])) for i in steps]
-    excess = everything.count * torch.tensor([more for more, _ in found], dtype=torch.float64).T
+    # By step: squared errors of old and new operators and the squares that they are of, by fold; what
+    # chance adds to the errors; and the variance of their difference.
+    sums, excess, chance = [], [], []
+    for i in range(1, len(layout.dims)):
+        old = Affine(
+            operators[i - 1].to(moments), torch.cat([about[p] for p in layout.parents[i]], 1), about[i]
+        )
+        new = Affine(fitted[i - 1].to(moments), rest.read(i), rest.means[i]).of(held)
+        c_xx, c_xy = (part[held] for part in tests.problem(i))
+        x, y, variance = tests.read(i)[held], tests.means[i][held], tests.variances[i][held].sum(dim=1)
+        moved = (y - rest.means[i][held]).square().sum(dim=1)
+        errors = [operator.errors(c_xx, c_xy, x, y) for operator in (old.of(held), new)]
+        counts = tests.counts[held]
+        sums.append(counts * torch.stack([variance + part for part in (*errors, moved)]))
+        spreads, apart = _over_folds(everything, layout, i, (old, new))
+        excess.append(everything.count * torch.tensor(spreads))
+        chance.append(everything.count * apart**0.5)
+    squares, more = torch.stack(sums, dim=2).cpu(), torch.stack(excess, dim=1)
 
     def shares(errors: Tensor, size: float) -> Tensor:
         variance = errors[2]
-        return torch.where(variance > 0, (errors[:2] - size * excess) / variance, torch.nan)
+        return torch.where(variance > 0, (errors[:2] - size * more) / variance, torch.nan)
 
-    whole = sums.sum(dim=1)
+    whole = squares.sum(dim=1)
     value = shares(whole, 1.0)
     counts = moments[held, 0].cpu()
-    parts = counts / counts.sum()
-    rest = [shares(whole - sums[:, row], 1 - float(part)) for row, part in enumerate(parts)]
     count = float(counts.sum())
-    stderr = jackknife(value[0] - value[1], [r[0] - r[1] for r in rest], count, counts)
+    rest_of = [shares(whole - squares[:, f], 1 - float(n) / count) for f, n in enumerate(counts)]
+    stderr = jackknife(value[0] - value[1], [r[0] - r[1] for r in rest_of], count, counts)
     # The jackknife above takes operators as given. What their own samples' chance does to the errors is
     # paired by fold too, so that it cancels over samples that are in both.
-    chance = torch.tensor([squared for _, squared in found], dtype=torch.float64).sqrt()
-    chance = chance * everything.count / whole[2]
+    chanced = torch.tensor(chance, dtype=torch.float64) / whole[2]
     # What was taken off counts as uncertain in full: with a ridge, samples of differing number shrink
     # the operators differently too, which the spread does not show.
-    correction = (excess[0] - excess[1]) / whole[2]
-    stderr = (stderr.square() + chance.square() + correction.square()).sqrt()
+    correction = (more[0] - more[1]) / whole[2]
+    stderr = (stderr.square() + chanced.square() + correction.square()).sqrt()
     return Shares(value[0], value[1], stderr, len(held) - 1)
 
 
-def _affine(matrix: Tensor, means: Sequence[Tensor], layout: Layout, i: int) -> Affine:
-    return matrix, torch.cat([means[p] for p in layout.parents[i]]), means[i]
+@dataclass(frozen=True)
+class Affine:
+    """One operator per fold, with the means that it acts about: ``y_mean + (x - x_mean) @ matrix``."""
+
+    matrices: Tensor
+    x_means: Tensor
+    y_means: Tensor
+
+    def of(self, folds: Tensor) -> Affine:
+        """Return those of some folds."""
+        if len(folds) == len(self.matrices):
+            return self
+        return Affine(self.matrices[folds], self.x_means[folds], self.y_means[folds])
+
+    def at(self, x: Tensor) -> Tensor:
+        """Return what each operator makes of a state of its own, or of one and the same."""
+        return self.y_means + ((x - self.x_means)[:, None] @ self.matrices)[:, 0]
+
+    def errors(self, c_xx: Tensor, c_xy: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Compute the squared errors per sample, less the variance of the target about its own mean."""
+        rest = torch.baddbmm(c_xy, c_xx, self.matrices, beta=-2)
+        missed = (y - self.at(x)).square().sum(dim=1)
+        return _dots(self.matrices, rest) + missed
 
 
-def _error(
-    c_xx: Tensor, c_xy: Tensor, given: Covariances, layout: Layout, i: int, operator: Affine
-) -> float:
-    """Compute the squared error per sample, less the variance of the target about its own mean."""
-    matrix, x_mean, y_mean = operator
-    x = torch.cat([given.means[p] for p in layout.parents[i]])
-    missed = given.means[i] - y_mean - (x - x_mean) @ matrix
-    return float((matrix * (c_xx @ matrix - 2 * c_xy)).sum() + missed.square().sum())
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Sum the products of all entries, for each of several matrices."""
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)])
 
 
 def _over_folds(
-    given: Covariances, layout: Layout, i: int, both: Sequence[Sequence[Affine]]
+    given: Covariances, layout: Layout, i: int, both: Sequence[Affine]
 ) -> tuple[list[float], float]:
     """Compute what chance adds to the errors of old and new operators, and how it moves their gap.
 
     The first is the summed squared distance of the operators' predictions from their mean; the second
     the jackknife variance of the gap between the errors, over the folds that the operators leave out.
     """
-    c_xx, c_xy = _problem(given, layout, i)
-    x = torch.cat([given.means[p] for p in layout.parents[i]])
+    read = layout.parents[i]
+    c_xy = torch.cat([given[p, i] for p in read])
+    c_xx = torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])
+    x = torch.cat([given.means[p] for p in read])
     spreads, errors = [], []
-    for operators in both:
-        matrices = torch.stack([matrix for matrix, _, _ in operators])
-        at_mean = torch.stack([y_mean + (x - x_mean) @ matrix for matrix, x_mean, y_mean in operators])
-        products = c_xx @ matrices
-        apart, off = matrices - matrices.mean(dim=0), at_mean - at_mean.mean(dim=0)
-        spreads.append(float((apart * (products - products.mean(dim=0))).sum() + off.square().sum()))
+    for operator in both:
+        matrices, at_mean = operator.matrices, operator.at(x)
+        products, mean = c_xx @ matrices, matrices.mean(dim=0)
+        squares = _dots(matrices, products)
+        # Σ (K - K̄)ᵀ C (K - K̄) = Σ KᵀCK - n K̄ᵀCK̄
+        spread = squares.sum() - torch.sum(mean * products.sum(dim=0))
+        spreads.append(float(spread + (at_mean - at_mean.mean(dim=0)).square().sum()))
         missed = (given.means[i] - at_mean).square().sum(dim=1)
-        errors.append((matrices * (products - 2 * c_xy)).sum(dim=(1, 2)) + missed)
+        errors.append(squares - 2 * _dots(matrices, c_xy.expand_as(matrices)) + missed)
     if len(errors[0]) != len(errors[1]):
         # A fold without new samples: nothing to pair.
         return spreads, float(sum((len(e) - 1) * e.var(correction=0) for e in errors))

@@ -157,6 +157,19 @@ def solve(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
     return matrix
 
 
+def solve_each(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
+    """Solve several problems at once, ``(n, d_in, d_in)`` and ``(n, d_in, d_out)``."""
+    variances = c_xx.diagonal(dim1=1, dim2=2)
+    system = c_xx.clone()
+    system.diagonal(dim1=1, dim2=2).add_(tikhonov * variances.mean(dim=1, keepdim=True))
+    factors, failed = torch.linalg.cholesky_ex(system)
+    pivots = factors.diagonal(dim1=1, dim2=2).square()
+    safe = (failed == 0) & (pivots.amin(dim=1) > _SAFE_PIVOT * pivots.amax(dim=1))
+    if bool(safe.all()):
+        return torch.cholesky_solve(c_xy, factors)
+    return torch.stack([solve(xx, xy, tikhonov) for xx, xy in zip(c_xx, c_xy, strict=True)])
+
+
 def held_out_error(matrix: Tensor, test_xx: Tensor, test_xy: Tensor, variance: float) -> float:
     """Compute the squared error per sample of an operator on moments about the means it was fitted with.
 

@@ -24,7 +24,7 @@ from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.report.report import CreditReport
 
 
-@takes_options()
+@takes_options(excitation="component_effects(…, kinds=['output_noise']) measures what noise does")
 def credit_report(
     model: nn.Module,
     batches: Iterable[Any],

@@ -18,11 +18,14 @@ MIN_R2 = 0.5
 
 _SPEAK_AGAINST = {
     "credit": ("chain_r2", "ridge", "lost"),
-    "gain": ("r2", "chain_r2", "ridge", "lost"),
+    "gain": ("r2", "chain_r2", "lost"),
     "sensitivity": ("chain_r2", "ridge", "lost"),
+    "nonlinearity": ("r2",),
+    "r2": ("r2",),
 }
 """By quantity, the doubts that are about it: credits come from the chain behind, gains also from the
-component's own operator."""
+component's own operator; in them, what ridge does to two credits cancels. docs/calibration-doubts.md
+holds how often each is right."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +90,7 @@ class ReportFields:
             quantity: Name of an array, such as ``"credit"``.
 
         Returns:
-            A tuple of words per component. R², chain R², nonlinearity and rank are measured directly,
-            so nothing speaks against them.
+            A tuple of words per component. Nothing speaks against chain R² and rank.
         """
         words = _SPEAK_AGAINST.get(quantity, ())
         return tuple(tuple(word for word in doubts if word in words) for doubts in self.doubts)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lightning_koopman.report.comparison import newest_of_runs
 from lightning_koopman.report.fields import ReportFields
 from lightning_koopman.report.tables import (
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 _LOOK = """table{border-collapse:collapse}
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
-th{background:#f4f4f4;vertical-align:bottom}td:first-child,th:first-child,td.words,th:last-child{text-align:left}
+th{background:#f4f4f4;vertical-align:bottom}td:first-child,th:first-child,td.name,td.words,th:last-child{text-align:left}
 td.words{white-space:normal;min-width:6rem}td.doubt{color:#9a9a9a}"""
 
 _STYLE = (
@@ -49,6 +51,9 @@ _COLUMNS = {
     "sensitivity": "sensitivity",
     "rank": "rank",
 }
+
+
+_METRIC = "metric then"
 
 
 def to_html(reports: Sequence[ReportFields]) -> str:
@@ -107,7 +112,9 @@ def _summary(report: ReportFields) -> str:
 def _glossary(newest: Sequence[ReportFields]) -> str:
     """Return one line per column that is shown."""
     shown = {"holds", "parameters", *_COLUMNS, "doubt"}
-    shown |= {kind for report in newest if report.effects for kind in report.effects.kinds}
+    effects = [report.effects for report in newest if report.effects is not None]
+    shown |= {kind for found in effects for kind in found.kinds}
+    shown |= {_METRIC for found in effects if found.metric}
     lines = "".join(
         f"<dt>{_COLUMNS.get(name, name)}</dt><dd>{escape(line)}</dd>"
         for name, line in GLOSSARY.items()
@@ -150,7 +157,7 @@ def _credits(newest: Sequence[ReportFields]) -> str:
         doubted = {name: report.doubts_about(name) for name in _COLUMNS}
         shown = columns(report)
         for i, component in enumerate(report.components):
-            own = f"<td>{escape(component)}</td>"
+            own = f'<td class="name">{escape(component)}</td>'
             if holding:
                 size = shown["parameters"][i]
                 own += f'<td class="words">{escape(shown["holds"][i])}</td>'
@@ -176,12 +183,17 @@ def _effects(report: ReportFields, run: str) -> str:
 
     if (effects := report.effects) is None:
         return ""
-    rows = []
+    names, rows = ["component"], []
+    for kind in effects.kinds:
+        names += [escape(kind), *([_METRIC] if kind in effects.metric else [])]
     for i, component in enumerate(effects.components):
-        texts = "".join(
-            _number(effects.values[kind][i], effects.stderr[kind][i], bool(effects.doubts_of(kind, i)))
-            for kind in effects.kinds
-        )
+        texts = ""
+        for kind in effects.kinds:
+            doubted = bool(effects.doubts_of(kind, i))
+            texts += _number(effects.values[kind][i], effects.stderr[kind][i], doubted)
+            if kind in effects.metric:
+                error = effects.metric_stderr.get(kind, np.full(i + 1, np.nan))[i]
+                texts += _number(effects.metric[kind][i], error, False)
         words = "; ".join(
             f"{kind}: {', '.join(found)}"
             for kind in effects.kinds
@@ -189,14 +201,16 @@ def _effects(report: ReportFields, run: str) -> str:
         )
         last = f'<td class="words">{escape(words)}</td>'
         rows.append(f"<tr><td>{escape(component)}</td>{texts}{last}</tr>")
-    how = ", ".join(f"{escape(kind)} {way}" for kind, way in effects.how.items())
-    names = ("component", *map(escape, effects.kinds), "doubt")
+    ways = {*effects.how.values()}
+    how = ", ".join(ways if len(ways) == 1 else (f"{escape(k)} {way}" for k, way in effects.how.items()))
+    if effects.metric:
+        how += f"; metric {effects.metric_before:.4f} as it was, ± standard error of its change"
     picture = (
         "" if effects.kinds == ("skip",) else _picture("Effects", run, plot_effects(effects)[0], False)
     )
     return (
         f"<h2>Effects of altering a component{run}</h2><p>{escape(effects.unit)}, "
-        f"{effects.n_samples} samples; {how}.</p>{picture}{_table(names, rows)}"
+        f"{effects.n_samples} samples; {how}.</p>{picture}{_table([*names, 'doubt'], rows)}"
     )
 
 

@@ -42,6 +42,7 @@ GLOSSARY = {
     "reinit": "how far they move when its weights go back to those that training began with",
     "weight_noise": "how far they move when noise is added to its weights",
     "output_noise": "how far they move when noise is added to what it gives",
+    "metric then": "metric of the network so altered, the accuracy if no other was given",
     "credit": "how strongly the outputs answer to what the component gives, in nats per direction",
     "gain": "what the component itself adds to that, in nats per direction; gains sum to the total",
     "sensitivity": "how far independent noise on what it gives moves the outputs",
@@ -112,18 +113,22 @@ def credit_table(report: ReportFields) -> Fitted:
     title = f"Koopman credit{escape(report.label)}, {report.n_samples} samples\n{total_line(report)}"
     lines = [f"[bold]{escape(line)}[/]" for line in verdict(report)]
     lines += map(escape, what_effects_are(report))
-    grey = {name: [bool(d) for d in report.doubts_about(name)] for name in ("credit", "gain")}
+    about = {"credit": "credit", "gain": "gain", "R²": "r2"}
+    grey = {title: [bool(d) for d in report.doubts_about(name)] for title, name in about.items()}
     if (effects := report.effects) is not None:
         for kind in {"skip", "linear"} & {*effects.kinds}:
             grey[kind] = [_doubted(effects, kind, name) for name in report.components]
     if marked := int((~report.trusted).sum()):
         lines.append(
             f"{marked} of {len(report.components)} rows carry a doubt: do not act on their grey numbers "
-            "(chain_r2, ridge, lost: credit and gain; r2: gain)."
+            "(chain_r2, lost: credit and gain; ridge: credit; r2: gain and R²)."
         )
     lines += [f"Note: {escape(note)}" for note in report.notes]
     lines.append(f"[bold]{escape(next_step(report))}[/]")
-    return Fitted(title, columns(report), _GIVES_WAY, grey=grey, lines=lines)
+    shown = columns(report)
+    if not marked:
+        del shown["doubt"]
+    return Fitted(title, shown, _GIVES_WAY, grey=grey, lines=lines)
 
 
 def has_more(report: ReportFields) -> bool:
@@ -154,7 +159,7 @@ def what_effects_are(report: ReportFields) -> list[str]:
     if (effects := report.effects) is None:
         return []
     known = [kind for kind in ("skip", "linear") if kind in effects.kinds]
-    return [f"{kind}: {GLOSSARY[kind]}, in {effects.unit}." for kind in known]
+    return [f"{kind}: {GLOSSARY[kind]} ({effects.unit})." for kind in known]
 
 
 def next_step(report: ReportFields) -> str:

@@ -13,6 +13,7 @@ from small import batches, network
 from lightning_koopman import component_effects
 from lightning_koopman.cli.main import main
 from lightning_koopman.koopman.credit import QUANTITIES
+from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.files import write_reports, write_with_known
 from lightning_koopman.report.pages import to_html, to_markdown
 from lightning_koopman.report.tables import verdict
@@ -84,6 +85,18 @@ def test_effects_are_in_every_kind_of_file(report, tmp_path):
     assert f'data-value="{report.effects.values["output_noise"][0]}"' in to_html([report])
     assert "KL in nats" in to_html([report])
     assert "Effects of altering" not in page  # of one run, the newest report is shown, which has none
+
+
+def test_the_page_shows_the_metric_that_its_verdict_is_about(report):
+    values = {"skip": np.array([0.5, 0.7])}
+    metric = {"skip": np.array([0.81, 0.62])}
+    errors = {"skip": np.array([0.02, 0.03])}
+    known = {"metric_before": 0.9, "metric": metric, "metric_stderr": errors}
+    effects = Effects(report.components, values, errors, {"skip": "measured"}, "kl", 64, **known)
+    page = to_html([dataclasses.replace(report, effects=effects)])
+    assert page.count("metric then") == 2, "a column and its line in the glossary"
+    assert "0.810±0.020" in page
+    assert "metric 0.9000 as it was" in page
 
 
 def test_a_report_without_directions_is_shown_without_their_figure(report):

@@ -328,8 +328,16 @@ def test_a_doubt_is_about_some_numbers_only():
     )
     assert report.doubts_about("gain") == (("r2",), ("chain_r2",), ())
     assert report.doubts_about("credit") == report.doubts_about("sensitivity") == ((), ("chain_r2",), ())
-    assert report.doubts_about("r2") == ((), (), ())
-    assert credit_table(report).grey == {"credit": [False, True, False], "gain": [True, True, False]}
+    assert report.doubts_about("r2") == report.doubts_about("nonlinearity") == (("r2",), (), ())
+    assert report.doubts_about("rank") == ((), (), ())
+    assert credit_table(report).grey == {
+        "credit": [False, True, False],
+        "gain": [True, True, False],
+        "R²": [True, False, False],
+    }
+    ridge = dataclasses.replace(report, stable=np.zeros(3, bool), chain_r2=np.ones(3))
+    assert ridge.doubts_about("gain") == (("r2",), (), ())
+    assert ridge.doubts_about("credit") == (("ridge",),) * 3
 
 
 def test_numbers_are_double_precision_and_add_up():
@@ -366,14 +374,17 @@ def test_lost_directions_are_named_in_a_note():
     assert "lost" in report.doubts[0]
 
 
-def test_no_number_and_no_heading_is_cut_at_any_width(report):
+@pytest.mark.parametrize("sure", [True, False])
+def test_no_number_and_no_heading_is_cut_at_any_width(sure, report):
+    report = dataclasses.replace(report, stable=np.full(len(report), sure), r2=np.ones(len(report)))
     shown = columns(report)
+    always = {"component"} if sure else {"component", "doubt"}
     for width in range(60, 131):
         file = io.StringIO()
         Console(file=file, width=width, color_system=None).print(report)
         text = file.getvalue()
         headings = next(line for line in text.splitlines() if "component" in line).split()
-        assert {"component", "doubt"} <= set(headings) <= set(shown), width
+        assert always <= set(headings) <= set(shown) - ({"doubt"} if sure else set()), width
         for heading in set(headings) - {"doubt", "holds"}:
             assert all(cell in text for cell in shown[heading]), (width, heading)
 
