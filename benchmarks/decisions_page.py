@@ -128,8 +128,8 @@ def drop_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         ours, best, chance = kept["drop_order"], max(kept, key=kept.__getitem__), kept["random"]
         alike = f"""
 EfficientNet was not trained to lose blocks: without four of the nine that can be skipped it says what
-it said before of {ours:.0%} of the crops by `drop_order`, of {kept[best]:.0%} by {best} and of {chance:.0%}
-at random. No order helps there, and 64 crops do not tell them apart.
+it said before of {ours:.0%} of the crops by `drop_order`, of {kept[best]:.0%} by {best} and of
+{chance:.0%} at random. No order helps there, and 64 crops do not tell them apart.
 """
     ranks, _ = by_method(found, ("spearman",), "effect, once", 2)
     whole = [found[key]["whole"] for key in keys(UNTOUCHED)]
@@ -178,8 +178,8 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     if "efficientnet-0" in found:
         own, least = (found["efficientnet-0"][part]["bit_widths"] for part in ("mixed", "accuracy"))
         lost = (
-            f"\nThree bits are too few for EfficientNet, whatever chooses: KL {own:.1f} nats and agreement "
-            f"{least:.2f} by `bit_widths`.\n"
+            f"\nThree bits are too few for EfficientNet, whatever chooses: KL {own:.1f} nats and "
+            f"agreement {least:.2f} by `bit_widths`.\n"
         )
     same = {
         name
@@ -202,7 +202,10 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     targets.append([
         "mixed precision, 3 bits on average: KL ≤ .9 of HAWQ's",
         f"{ratio:.2f} ± {error:.2f} (stochastic depth){others or '; ' + ABSENT}",
-        said(ratio <= 0.9 and max(real.values(), default=0.0) <= 0.9, "both choose the same on MiniLM"),
+        said(
+            ratio <= 0.9 and max(real.values(), default=0.0) <= 0.9,
+            f"both choose the same bits for {', '.join(same)}" if same else "HAWQ is as good there",
+        ),
     ])
     return f"""## Cut precision
 
