@@ -243,15 +243,15 @@ def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         if seed in UNTOUCHED:
             count[word] += 1
             smaller += each["flops"]["linearize"] < 1 and not each["slower"]
-        lost = {m: each["whole"] - each["accuracy"][m] for m in ("linearize", "depth")}
+        lost = {m: f"{-each['gained'][m][0]:+.3f} ± {each['gained'][m][1]:.3f}" for m in each["gained"]}
         rows.append([
             key + (" (development)" if seed in DEVELOPMENT else ""),
             f"{each['count']['linearize']}",
             f"{each['parameters']['linearize']:.0%}",
             f"{each['flops']['linearize']:.0%}",
             f"{each['time']:.2f}",
-            f"{lost['linearize']:+.3f}",
-            f"{each['flops']['depth']:.0%} ({lost['depth']:+.3f})",
+            lost["linearize"],
+            f"{each['flops']['depth']:.0%} ({lost['depth']})",
             f"{each['flops']['first layers first']:.0%}",
             mean([100 * value for value in random], 0) + " %",
         ])
