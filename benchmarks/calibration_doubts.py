@@ -172,8 +172,8 @@ samples, or is NaN. Share of wrong numbers, by doubt:
 - *Marked* are numbers that carry a question mark: a doubt that is about them. The columns of single
   doubts count all numbers in rows with that doubt, whatever it is about.
 - `ridge` tells wrong credits and sensitivities. It is not held against gains, in which the errors of two
-  credits cancel: of those in its rows hardly more are wrong than of others. `r2` tells wrong gains, and R² and
-  nonlinearity themselves: so low an R² is itself too low, as a rule, for want of samples.
+  credits cancel: of those in its rows hardly more are wrong than of others. `r2` tells wrong gains, and
+  R² and nonlinearity themselves: so low an R² is itself too low, as a rule, for want of samples.
 - The value over many samples is that of the linear operators. Where these describe a component badly
   (`r2`, `chain_r2`), credit and gain are about something else than the network, however sure they are:
   such a doubt stands also where the number is right in the sense of this table.

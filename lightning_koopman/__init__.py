@@ -1,8 +1,10 @@
 """Which parts of a trained PyTorch network earn their keep: Koopman credit for every component."""
 
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 if TYPE_CHECKING:
     from lightning_koopman.callback.monitor import KoopmanCreditMonitor
@@ -61,15 +63,21 @@ _GONE = {"intervene": "measured", "predict_effects": "predicted"}
 """Functions of 0.1, and how the one that took their place is to be told to do what they did."""
 
 
+def _refuse(message: str, *args: Any, **kwargs: Any) -> None:
+    raise TypeError(message)
+
+
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("lightning-koopman")
     if name in _GONE:
-        # An AttributeError would reach nobody who writes "from lightning_koopman import ...".
-        raise ImportError(
+        message = (
             f"{name} is now component_effects(model, batches, report, kinds, how={_GONE[name]!r}), "
             "which returns the effects; see docs/migration.md"
         )
+        # A script that imports the name and never calls it goes on.
+        warn(message, FutureWarning, stacklevel=2)
+        return partial(_refuse, message)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"{__name__}.{_HOMES[name]}")

@@ -6,7 +6,6 @@ import argparse
 import ast
 import difflib
 import importlib.util
-import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ from rich.markup import escape
 _COMMANDS = {
     **dict.fromkeys(("compare", "components", "demo"), "commands"),
     "drift": "drift",
-    **dict.fromkeys(("bits", "drop"), "decide"),
-    **dict.fromkeys(("effects", "evaluate"), "commands"),
+    **dict.fromkeys(("bits", "drop", "effects"), "decide"),
+    "evaluate": "commands",
     "linearize": "decide",
     **dict.fromkeys(("merge", "report"), "commands"),
 }
@@ -101,8 +100,10 @@ def _as_parsed(given: Sequence[str]) -> list[str]:
         if len(args) > 2 * place - 1 and not args[2 * place - 1].startswith("-"):
             args.insert(2 * place - 1, f"--{name}")
     if command in _COMMANDS:
-        parameters = inspect.signature(_command(command)).parameters.values()
-        switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+        parser = ArgumentParser()
+        parser.add_function_arguments(_command(command))
+        defaults = vars(parser.get_defaults())
+        switches = {f"--{name}" for name, value in defaults.items() if isinstance(value, bool)}
         for i in range(len(args) - 1, 0, -1):
             if args[i] in switches and (i + 1 == len(args) or args[i + 1].startswith("-")):
                 args.insert(i + 1, "true")

@@ -73,17 +73,20 @@ class Linearized(Steps):
 
     @property
     def verdict(self) -> str:
-        """What became linear, and what to do next, in one line."""
+        """What became linear, in one line."""
         if not self.components:
-            return (
-                f"Nothing became linear within {self.max_drop:g} {self._unit()} and made none larger. "
-                "Next: drop_order, which drops blocks whole, or a larger max_drop."
-            )
+            return f"Nothing became linear within {self.max_drop:g} {self._unit()} and made none larger."
         return (
             f"{len(self.components)} of {len(self.candidates)} are linear within {self.max_drop:g} "
-            f"{self._unit()}: {', '.join(self.components)}. Next: measure .model on data that nothing "
-            "was chosen on, and write it with save_shrunk."
+            f"{self._unit()}: {', '.join(self.components)}."
         )
+
+    @property
+    def next_step(self) -> str:
+        """What to do next, in one line."""
+        if not self.components:
+            return "Next: drop_order, which drops blocks whole, or a larger max_drop."
+        return "Next: measure .model on data that nothing was chosen on, and write it with save_shrunk."
 
     @property
     def headline(self) -> str:
@@ -100,7 +103,8 @@ class Linearized(Steps):
         return f"Linearized({self.headline}; linear: {', '.join(self.components) or 'nothing'})"
 
     def __rich__(self) -> Fitted:
-        return self._table(f"{self.headline}\nMade linear one after the other", self.verdict)
+        title = f"{self.headline}\nMade linear one after the other"
+        return self._table(title, self.verdict, self.next_step)
 
 
 def linearize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from lightning_koopman.koopman.lifts import Observables, check_observables
@@ -18,6 +18,8 @@ Normalize = Literal["none", "rms", "whiten"]
 @dataclass(frozen=True)
 class Options:
     """How states become rows, and rows become credits; the defaults suit most networks.
+
+    What takes ``options`` takes its fields by name too: ``credit_report(model, batches, max_dim=64)``.
 
     Args:
         rank: Most output directions to align; ``None`` takes all that reach back to the input.
@@ -103,20 +105,16 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def takes_options(**gone: str) -> Callable[[_Function], _Function]:
-    """Say where an argument went that is part of the options or gone, not only that it is unknown."""
+    """Take the fields of the options by their own names too, and say where an argument of old went."""
 
     def decorate(function: _Function) -> _Function:
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            if moved := [name for name in kwargs if name in _NAMES]:
-                given = ", ".join(f"{name}={kwargs[name]!r}" for name in moved)
-                raise TypeError(
-                    f"{', '.join(moved)} moved into options: write options=Options({given}), with "
-                    "Options from lightning_koopman"
-                )
-            if not isinstance(kwargs.get("options", DEFAULTS), Options):
-                kind = type(kwargs["options"]).__name__
+            if not isinstance(given := kwargs.get("options", DEFAULTS), Options):
+                kind = type(given).__name__
                 raise TypeError(f"options is of type {kind}; write Options(max_dim=64), for example")
+            if named := {name: kwargs.pop(name) for name in kwargs.keys() & _NAMES}:
+                kwargs["options"] = replace(given, **named)
             for name in kwargs.keys() & gone:
                 raise TypeError(f"{name} is no argument any more: {gone[name]}")
             return function(*args, **kwargs)

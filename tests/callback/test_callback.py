@@ -234,7 +234,6 @@ def test_bad_arguments_are_refused_at_once(options, message):
 @pytest.mark.parametrize(
     ("argument", "where"),
     [
-        ("max_dim", r"max_dim moved into options: write options=Options\(max_dim=8\)"),
         ("quantities", "trainer.callback_metrics and monitor.history hold every quantity"),
         ("top_k", "top_k is no argument any more: name the components"),
         ("layout", "figures=False leaves out all but plain scalars"),

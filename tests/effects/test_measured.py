@@ -24,6 +24,7 @@ from effect_nets import (
 from scipy.stats import sem
 from torch import Tensor, nn
 
+import lightning_koopman
 from lightning_koopman import component_effects, credit_report
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import accuracy, kl_divergence
@@ -457,10 +458,15 @@ def test_errors_say_what_arrived_and_what_to_do():
         "no class indices to tell their class axis", [x], about=None, scale="kl",
         forward_fn=lambda m, b: m(b)[:, :, None],
     )  # fmt: skip
-    with pytest.raises(ImportError, match=r"intervene is now component_effects.*how='measured'"):
-        from lightning_koopman import intervene  # ruff: ignore[unused-import]
-    with pytest.raises(ImportError, match=r"predict_effects is now component_effects.*how='predicted'"):
-        from lightning_koopman import predict_effects  # ruff: ignore[unused-import]
+
+
+@pytest.mark.parametrize(("name", "how"), [("intervene", "measured"), ("predict_effects", "predicted")])
+def test_what_went_says_so_when_imported_and_when_called(name, how):
+    message = rf"{name} is now component_effects.*how='{how}'"
+    with pytest.warns(FutureWarning, match=message):
+        gone = getattr(lightning_koopman, name)
+    with pytest.raises(TypeError, match=message):
+        gone(None, [], kinds=["skip"])
 
 
 def test_kl_of_impossible_classes_is_finite():

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_koopman import credit_report
-from lightning_koopman.koopman.options import Options
+from lightning_koopman import KoopmanCredit, KoopmanCreditMonitor, Options, credit_report
 
 
 def test_what_is_left_out_is_the_documented_default_and_stays() -> None:
@@ -50,3 +49,12 @@ def test_targets_and_whitening_exclude_each_other() -> None:
         ValueError, match=r"targets is \[1\], but normalize='whiten' mixes the output's units"
     ):
         Options(targets=[1], normalize="whiten")
+
+
+def test_options_are_taken_by_their_own_names_too() -> None:
+    monitor = KoopmanCreditMonitor(max_dim=8, options=Options(seed=3))  # type: ignore[call-arg]
+    assert monitor.options == Options(max_dim=8, seed=3)
+    metric = KoopmanCredit(["a", "b"], rank=2)  # type: ignore[call-arg]
+    assert metric.options.rank == 2
+    with pytest.raises(ValueError, match="folds is 1"):
+        KoopmanCreditMonitor(folds=1)  # type: ignore[call-arg]
