@@ -45,7 +45,7 @@ class _Parser(ArgumentParser):
             option = f"{_option(key[1])}: " if key else ""
             message = f"{option}{choice[2]!r} is none of {choice[1]}"
         elif stray := re.fullmatch(r"[Uu]nrecognized arguments: --(\w+).*", message):
-            known = [*inspect.signature(_command(command)).parameters] if command else []
+            known = _defaults(command) if command else {}
             close = difflib.get_close_matches(stray[1], known, n=1)
             meant = f"; did you mean {_option(close[0])}?" if close else ""
             message = f"{command or 'lightning-koopman'} has no option {_option(stray[1])}{meant}"
@@ -68,6 +68,13 @@ def _command(name: str) -> Callable[..., Any]:
     home = importlib.import_module(f"lightning_koopman.cli.{_COMMANDS[name]}")
     found: Callable[..., Any] = getattr(home, name)
     return found
+
+
+def _defaults(command: str) -> dict[str, Any]:
+    """Return the options of a command, and what each is where it is left out."""
+    parser = ArgumentParser()
+    parser.add_function_arguments(_command(command))
+    return vars(parser.get_defaults())
 
 
 def _overview() -> str:
@@ -100,10 +107,7 @@ def _as_parsed(given: Sequence[str]) -> list[str]:
         if len(args) > 2 * place - 1 and not args[2 * place - 1].startswith("-"):
             args.insert(2 * place - 1, f"--{name}")
     if command in _COMMANDS:
-        parser = ArgumentParser()
-        parser.add_function_arguments(_command(command))
-        defaults = vars(parser.get_defaults())
-        switches = {f"--{name}" for name, value in defaults.items() if isinstance(value, bool)}
+        switches = {f"--{name}" for name, value in _defaults(command).items() if isinstance(value, bool)}
         for i in range(len(args) - 1, 0, -1):
             if args[i] in switches and (i + 1 == len(args) or args[i + 1].startswith("-")):
                 args.insert(i + 1, "true")
