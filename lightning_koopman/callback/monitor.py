@@ -687,6 +687,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """
         if not self.effects or trainer.state.fn != "fit":
             return None, None
+        if report is not None:
+            rows, step = passes(report, self.effects) * SAMPLES, trainer.global_step
+            most = self.budget.allowed(step, last_step(trainer)) / 3
+            self.budget.expect("effects", min(rows * self._row_s, most))
         if trainer.world_size == 1:
             return self._own_effects(trainer, pl_module, report)
         if not self._final:
@@ -713,9 +717,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Measure effects on this process's samples."""
         if report is None:
             return None, None
-        step, seconds = trainer.global_step, passes(report, self.effects) * self._row_s
-        most = self.budget.allowed(step, last_step(trainer)) / 3
-        self.budget.expect("effects", min(seconds * SAMPLES, most))
+        seconds = passes(report, self.effects) * self._row_s
         why, recording = self._no_replay, self._recording
         if not self._final and (why or not self.budget.has_room("effects")):
             return None, None
