@@ -340,10 +340,12 @@ Has a page of its own, [Find the part that broke](drift.md), written by `benchma
 """
 
 
-REAL_NETWORKS = """- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24 words) tells from which of six
-  packages a paragraph of a docstring is, by a linear layer fitted on 480 (192 to choose on, 256 to test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of
-  their left halves to choose on and 64 of their right halves to test. There "right" is what the whole
-  network says, so that accuracy is agreement; nine of its sixteen blocks can be skipped."""
+REAL_NETWORKS = """\
+- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24 words) tells from which of six
+  packages a paragraph of a docstring is, by a linear layer fitted on 480 (192 to choose on, 256 to
+  test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of their left halves to
+  choose on and 64 of their right halves to test. There "right" is what the whole network says, so that
+  accuracy is agreement; nine of its sixteen blocks can be skipped."""
 NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were
   **not measured** for this page; what it says is about small networks on digits alone."""
 
