@@ -3,8 +3,8 @@
 PAGE = """# Speed
 
 Written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, with the extra
-`benchmarks` and `OMP_NUM_THREADS=1`; about half an hour). Two virtual cores of an Intel Xeon with
-AVX-512, no GPU, one thread, torch <torch>. Other work ran on the machine: seconds are processor
+`benchmarks` and `OMP_NUM_THREADS=1`; about 40 minutes of a core). Two virtual cores of an Intel Xeon
+with AVX-512, no GPU, one thread, torch <torch>. Other work ran on the machine: seconds are processor
 seconds of the measuring process, both sides of a ratio were measured in turn in one run, and the
 median is taken over neighbours. Trust the ratios, not the seconds.
 
@@ -23,15 +23,22 @@ component, one eigendecomposition and five Cholesky factorisations and solutions
 A target below its floor is out of reach. Up to
 a dozen other processes shared the two cores while this table was measured, hence its wide ranges.
 
-Above the floor are, for each sample, pooling, projections, copies, hashes that tell the folds and hooks
-in Python, and for each component the alignment, the held-out errors, ranks and, for drift, another
-five solutions.
+Above the floor are, for each sample, pooling, projections, copies, hashes that tell the folds and
+hooks in Python, and for each component the alignment, the held-out errors and the ranks. Of the MLP's
+4,096 samples a fifth of the report goes to hooks, copies and hashes, a quarter to products, and half
+to some 2,000 small operations on moments, few of which are worth the call. What drift is measured
+against is fitted when something is held against the report, not in each.
 
 Of what was tried, these are not in the package, for they brought nothing (one thread, AVX-512):
 symmetric products by SciPy's `dsyrk` take 0.99 ms for 819 samples of width 256, the strips used now
 0.88, a whole product 1.52; pooling by view and mean on a grid that divides takes 2.3 ms where one
-product takes 0.3 (64 images of 64×16×16), which is as fast as a copy. Products in float32 would halve
-the largest part of an MLP's report; they are not used, for reasons given below.
+product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; rows first, then columns, saves
+a half where the grid does not divide 28 pixels and doubles the time at 14; the leading half of the
+eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment
+would save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing
+elsewhere. Standard errors of ranks take a fifth of the work over all folds; by their derivative they
+would be free, and 30 times too small for units that rarely wake. Products in float32 would halve the
+largest part of an MLP's report; they are not used, for reasons given below.
 
 `Options(errors=False)` gives point values alone: a third less at the end of a report. Measurements of
 one network after another may keep their POD bases while these fit (within a hundredth of the variance),
@@ -59,13 +66,20 @@ trains for two seconds, so the three seconds are what decides there:
 <!-- demo -->
 <!-- end -->
 
-Longer trainings, with the monitor as it is by default, TensorBoard and figures:
+Longer trainings, with the monitor as it is by default, TensorBoard and figures. The two take turns,
+an epoch each:
 
 <!-- minutes -->
 <!-- end -->
 
-`koopman/overhead` is what the monitor itself logs of this, on the clock on the wall. Beside work of
-others the two clocks differ.
+`koopman/overhead` is what the monitor itself logs of this, here by processor seconds of its own
+turns. Timed one after the other, as in earlier versions of this page, the two differed by up to 6 %
+of a training: not for what the monitor does not count, but for neighbours on the same core, beside
+which an epoch of one and the same CNN takes 0.95 to 1.5 processor seconds. In trainings where every
+second epoch is measured, what is counted agrees with what measured epochs take more than their
+neighbours: 0.366 and 0.347 s (CNN), 0.081 and 0.086 s (MLP), 0.389 and 0.383 s (small transformer).
+Not counted was, in every epoch, what Lightning takes to gather its numbers at the end of a
+validation, some milliseconds; it is counted now, and asked for once instead of once per key.
 
 ## Against Captum
 
@@ -117,7 +131,7 @@ What is kept is the same for any number of samples. Peaks are those with glibc's
 blocks of half a MiB, of which a report has hundreds, are given back at once. That was why peaks of one
 and the same report lay on two levels, 2 to 10 % apart: of 12 components of width 256 and 2,000 samples,
 seven runs gave 184 to 197 MiB, and three with the threshold fixed 186.5 to 187.8; 20,000 samples 187.2
-to 187.6, and 200,000 samples 185.3: 1 % (target 5). The tables here are from before that was known.
+to 187.6, and 200,000 samples 185.3: 1 % (target 5).
 
 Seconds and memory against one size at a time, the others being 12 components of width 256, 2,000
 samples and 5 folds. A slope is the exponent of the power that fits best, by least squares between

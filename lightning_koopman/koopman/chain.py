@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,10 +114,19 @@ def held_out_splits(layout: Layout, moments: Tensor, normalize: Normalize) -> It
 def _normal_equations(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
     """Return the covariance of what a step reads, and its cross-covariance with what the step gives."""
     read = layout.parents[i]
-    c_xy = torch.cat([given[p, i] for p in read])
-    if len(read) == 1:
-        return given[read[0], read[0]], c_xy
-    return torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read]), c_xy
+    return _inner(given, read), _stacked(given, read, i)
+
+
+def _inner(given: Covariances, states: Sequence[int]) -> Tensor:
+    """Return the covariance of some states side by side."""
+    if len(states) == 1:
+        return given[states[0], states[0]]
+    return torch.cat([torch.cat([given[p, q] for q in states], dim=1) for p in states])
+
+
+def _stacked(given: Covariances, states: Sequence[int], i: int) -> Tensor:
+    """Return the cross-covariance of some states side by side with another."""
+    return given[states[0], i] if len(states) == 1 else torch.cat([given[p, i] for p in states])
 
 
 def _scales(train: Covariances, layout: Layout, normalize: Normalize) -> list[Tensor] | None:
@@ -254,14 +263,11 @@ def _squares(split: Split, operators: Sequence[Tensor]) -> tuple[Tensor, Tensor]
             moved = operator if replaced is None else operator @ replaced
             blocks[p] = blocks[p] + moved if p in blocks else moved
         if i > 1:
-            chain.append(_chain_error(test, blocks, last, totals[-1]))
+            states = list(blocks)
+            # Without another branch beside it, the chain reads what its first step reads.
+            c_xx = given[0] if states == list(split.layout.parents[i]) else _inner(test, states)
+            operator = torch.cat(list(blocks.values())) if len(states) > 1 else blocks[states[0]]
+            c_xy = _stacked(test, states, last)
+            chain.append(held_out_error(operator, c_xx, c_xy, totals[-1]))
     errors = torch.tensor([steps[::-1], chain[::-1]], dtype=torch.float64)
     return errors, torch.tensor([totals, totals[-1:] * last], dtype=torch.float64)
-
-
-def _chain_error(test: Covariances, blocks: Mapping[int, Tensor], last: int, total: float) -> float:
-    """Squared error per sample of the last state predicted as Σ_p x_p B_p."""
-    states = list(blocks)
-    c_xx = torch.cat([torch.cat([test[p, q] for q in states], dim=1) for p in states])
-    c_xy = torch.cat([test[p, last] for p in states])
-    return held_out_error(torch.cat([blocks[p] for p in states]), c_xx, c_xy, total)

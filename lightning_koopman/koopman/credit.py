@@ -20,7 +20,7 @@ from lightning_koopman.koopman.chain import (
     split_chain,
     with_bias,
 )
-from lightning_koopman.koopman.moments import Layout
+from lightning_koopman.koopman.moments import Layout, add_square
 from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.koopman.options import DEFAULTS, Normalize, Options
 from lightning_koopman.koopman.regression import alive
@@ -38,16 +38,26 @@ def align_split(
     return align(split.blocks(operators), directions[:, present], split.layout.parents[1:])
 
 
-def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -> dict[str, Tensor]:
-    """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
-    n_steps = len(split.layout.dims) - 1
-    if chain.rank == 0 or (expected is not None and chain.rank != expected.rank):
-        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
-        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
+def mean_volumes(chain: Alignment, expected: Alignment | None = None) -> tuple[Tensor, Tensor]:
+    """Return the mean log-volume behind each state, and where it is not that of what was expected."""
+    unlike = expected is not None and chain.rank != expected.rank
+    if chain.rank == 0 or unlike:
+        means = torch.full((len(chain.log_volumes),), torch.nan, dtype=torch.float64)
+        return means, means.isnan()
     means = chain.log_volumes.nanmean(dim=1)
     lost = means.isnan()
     if expected is not None:
         lost |= (chain.log_volumes.isnan() != expected.log_volumes.isnan()).any(dim=1)
+    return means, lost
+
+
+def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -> dict[str, Tensor]:
+    """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
+    n_steps = len(split.layout.dims) - 1
+    means, lost = mean_volumes(chain, expected)
+    if bool(means.isnan().all()):
+        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
+        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
     spread = [
         split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
         for i in range(1, n_steps + 1)
@@ -100,11 +110,12 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
             continue
         # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
         scaled = split.train[i, i] / (RANK_SHARE * variance / count)
-        system = scaled @ scaled
-        system.diagonal().add_(1.0)
-        factor = torch.linalg.cholesky(system)
-        identity = torch.eye(len(factor)).to(factor)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+        identity = torch.eye(len(scaled)).to(scaled)
+        system = identity.clone()
+        # What is below the diagonal is not read.
+        add_square(system, scaled, upper=True)
+        factor = torch.linalg.cholesky(system, upper=True)
+        inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
         ranks.append(len(factor) - float(inverse.square().sum()))
     return torch.tensor(ranks, dtype=torch.float64)
 
@@ -203,7 +214,8 @@ def compute_credits(
     chain = align_split(whole, [step.matrix for step in steps], range(asked), targets)
     kept = chain.kept
     smoothed = align_split(whole, [step.smoothed for step in steps], kept, targets)
-    shift = volumes(whole, smoothed, chain)["credit"]
+    means, lost = mean_volumes(smoothed, chain)
+    shift = means.masked_fill(lost, torch.nan)[1:]
     ranks, known = state_ranks(whole, steps)
     values = volumes(whole, chain) | {"rank": ranks}
     r2, replicates, held_out = R2(whole, steps), [], []

@@ -92,6 +92,13 @@ class Layout:
             start += size
         return places
 
+    @cached_property
+    def diagonals(self) -> tuple[slice, ...]:
+        """Place of the squares of each state."""
+        places = (self.slices[i, i] for i in range(len(self.dims)))
+        steps = (1 if i in self.squares else width + 1 for i, width in enumerate(self.dims))
+        return tuple(slice(p.start, p.stop, step) for p, step in zip(places, steps, strict=True))
+
     @property
     def size(self) -> int:
         """Length of a row: one count, then sums, then products."""
@@ -158,10 +165,11 @@ def _accumulate_rows(
         for i in pair:
             if i not in parts:
                 if isinstance(chosen, slice):
-                    part = states[i][chosen].to(row, copy=offsets is not None)
+                    part = states[i][chosen]
                 else:
-                    part = states[i].index_select(0, chosen.to(states[i].device)).to(row)
-                parts[i] = part if offsets is None else part.sub_(offsets[i])
+                    part = states[i].index_select(0, chosen.to(states[i].device))
+                # Offsets are float64, and so is what they are taken off in one go.
+                parts[i] = part.to(row) if offsets is None else part.to(row.device) - offsets[i]
         i, j = pair
         place = row[layout.slices[pair]]
         if i == j:
@@ -171,7 +179,7 @@ def _accumulate_rows(
         elif i in layout.squares:
             place += parts[i].square().sum(dim=0)
         else:
-            _add_square(place.view(layout.dims[i], layout.dims[i]), parts[i], i in mirrored)
+            add_square(place.view(layout.dims[i], layout.dims[i]), parts[i], i in mirrored)
         for i in set(pair):
             # Copies of all states at once would make memory grow with their number.
             remaining[i] -= 1
@@ -179,7 +187,7 @@ def _accumulate_rows(
                 del parts[i]
 
 
-def _add_square(block: Tensor, part: Tensor, upper: bool) -> None:
+def add_square(block: Tensor, part: Tensor, upper: bool) -> None:
     """Add ``part.T @ part``, or no more of it than what is on and above the tiles of the diagonal."""
     if not upper:
         block.addmm_(part.T, part)
@@ -289,22 +297,24 @@ def covariances(
     """Read means and covariances off one row; exactly zero for units that only rounding moves."""
     count = float(_read(row, without, slice(0, 1)))
     scale = 1.0 / count if count else 0.0
-    states = range(len(layout.dims))
-    own = tuple(_read(row, without, layout.slices[i,]) * scale for i in states)
-    about = own if about is None else tuple(about)
-    variances, varies = [], []
-    for i, width in enumerate(layout.dims):
-        place = layout.slices[i, i]
-        diagonal = slice(place.start, place.stop, 1 if i in layout.squares else width + 1)
-        square = _read(row, without, diagonal) * scale
-        variance = square - own[i] * about[i]
-        if about is not own:
-            variance = variance - about[i] * (own[i] - about[i])
-        alive = variance > RESOLUTION * square
-        variances.append(variance * alive)
-        varies.append(None if bool(alive.all()) else alive)
-    blocks = _Blocks(layout, row, without, scale, own, about, tuple(varies))
-    return Covariances(count, about, tuple(variances), blocks)
+    dims = layout.dims
+    # Of all states at once: what is narrow would take longer to ask for than to compute.
+    ends = slice(1, 1 + sum(dims))
+    mean = _read(row, without, ends) * scale
+    squares = [_read(row, without, place) for place in layout.diagonals]
+    square = torch.cat(squares) * scale
+    offset = mean if about is None else torch.cat(tuple(about))
+    variance = square - mean * offset
+    if about is not None:
+        variance = variance - offset * (mean - offset)
+    alive = variance > RESOLUTION * square
+    variance *= alive
+    varies: Sequence[Tensor | None] = [None] * len(dims)
+    if not bool(alive.all()):
+        varies = [None if bool(part.all()) else part for part in alive.split_with_sizes(dims)]
+    own, middle = mean.split_with_sizes(dims), offset.split_with_sizes(dims)
+    blocks = _Blocks(layout, row, without, scale, own, own if about is None else middle, tuple(varies))
+    return Covariances(count, middle, variance.split_with_sizes(dims), blocks)
 
 
 class FoldCovariances:
@@ -323,10 +333,9 @@ class FoldCovariances:
         self.counts = self._read(slice(0, 1))[:, 0]
         self._scales = torch.where(self.counts > 0, 1 / self.counts, 0.0)[:, None]
         self.means, self.variances, self._alive = [], [], []
-        for i, width in enumerate(layout.dims):
-            place = layout.slices[i, i]
+        for i in range(len(layout.dims)):
             mean = self._read(layout.slices[i,]) * self._scales
-            square = self._read(slice(place.start, place.stop, width + 1)) * self._scales
+            square = self._read(layout.diagonals[i]) * self._scales
             variance = square - mean.square()
             alive = variance > RESOLUTION * square
             self.means.append(mean)

@@ -106,7 +106,12 @@ class Measurement(Accumulator):
                 returned = forward(model, given)
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
+                first = self.capture.is_first
                 self.end_pass()
+                if first:
+                    # Some hooks are there for the first pass alone.
+                    self.capture.remove()
+                    self.capture.__enter__()
                 if self._needs_no_more():
                     break
 
@@ -293,13 +298,16 @@ class Measurement(Accumulator):
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
             return None
+        form = self.plan.forms[recorded.name]
+        if tensor.ndim == 2 and form.group == 1:
+            return form.rows(tensor)
         valid = valid_positions(self.capture.given) if self._valid is None else self._valid
         if recorded.lengths is not None:
             valid = to_device(recorded.lengths, tensor.device)
         elif lengths is not None and tensor.ndim == 3 and len(lengths) == len(tensor):
             places = torch.arange(tensor.shape[1])
             valid = to_device(places < lengths[:, None], tensor.device)
-        return self.plan.forms[recorded.name].rows(tensor, valid)
+        return form.rows(tensor, valid)
 
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""

@@ -177,7 +177,7 @@ class _Inputs:
             def note(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 given = (args, kwargs)
                 tensor = first_tensor(given)
-                tensor = next(all_tensors(given), None) if tensor is None else tensor
+                tensor = next(iter(all_tensors(given)), None) if tensor is None else tensor
                 count = sum(key.partition("#")[0] == name for key in self._taken)
                 shape = () if tensor is None else tuple(tensor.shape)
                 self._taken[f"{name}#{count}" if count else name] = shape

@@ -110,6 +110,7 @@ class Capture:
         self.homeless = {} if self._named else without_component(model, holders)
         self._model, self.keep, self._follow = model, keep, follow
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
+        self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
@@ -127,7 +128,7 @@ class Capture:
 
     def __enter__(self) -> Capture:
         with ExitStack() as hooks:
-            ancestor = common_ancestor(self._model, self.components.values())
+            ancestor = self._ancestor
             if ancestor is not None:
                 hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=self._on_returned))
             if ancestor is not self._model:
@@ -200,6 +201,11 @@ class Capture:
     def untraced(self) -> Exception | None:
         """What kept the data from being followed, if anything did; sources then mean nothing."""
         return self._provenance.error
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no pass was recorded yet."""
+        return self._passes == 0
 
     @property
     def ran(self) -> bool:
@@ -393,10 +399,13 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Return what a module's ``forward`` is called with, under the names of its parameters."""
     # That of the class, for somebody may listen to the instance's own.
     try:
-        bound = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
     except (TypeError, ValueError):
         return dict(kwargs)
     return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+
+
+_signature = functools.lru_cache(maxsize=64)(inspect.signature)
 
 
 def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:

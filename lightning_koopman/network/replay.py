@@ -278,7 +278,7 @@ class Recording:
     def _end(self, output: Any) -> None:
         try:
             number = len(self._returned)
-            self._returned.append(list(all_tensors(output)))
+            self._returned.append(all_tensors(output))
             if self._flow is not None:
                 self._flow.label(output, f"{number}")
             tensor = None if self.steps else first_tensor(output)
@@ -374,7 +374,7 @@ def _fed(value: Any, returned: list[Any]) -> Any:
     def feed(part: Any) -> Any:
         if not isinstance(part, _Fed):
             return part
-        given = list(all_tensors(returned[part.call]))[part.place]
+        given = all_tensors(returned[part.call])[part.place]
         if part.offset == 0 and given.size() == part.size and given.stride() == part.stride:
             return given
         return given.as_strided(part.size, part.stride, given.storage_offset() + part.offset)

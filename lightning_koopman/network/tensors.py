@@ -31,17 +31,24 @@ def parts_of(value: Any) -> Iterator[Any]:
         yield from (getattr(value, field.name) for field in dataclasses.fields(value))
 
 
-def all_tensors(value: Any) -> Iterator[Tensor]:
+def all_tensors(value: Any) -> list[Tensor]:
     """Find every tensor in a nested value."""
+    found: list[Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[Tensor]) -> None:
+    """Add every tensor in a nested value, in order."""
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif type(value) in (tuple, list, dict):
         # Hooks look at every call: what most calls take and give is told without asking what it is not.
         for part in value.values() if type(value) is dict else value:
-            yield from all_tensors(part)
+            _collect(part, found)
     elif not isinstance(value, _HOLD_NONE):
         for part in parts_of(value):
-            yield from all_tensors(part)
+            _collect(part, found)
 
 
 _HOLD_NONE = (type(None), str, int, float, nn.Module)
@@ -71,7 +78,13 @@ def first_tensor(value: Any) -> Tensor | None:
         >>> first_tensor((torch.tensor([1, 2]), {"out": torch.ones(2, 3)})).shape
         torch.Size([2, 3])
     """
-    for tensor in (value,) if isinstance(value, Tensor) else all_tensors(value):
+    first = value
+    while type(first) is tuple and first:
+        first = first[0]
+    # Most calls take and give a tensor first of all.
+    if type(first) is Tensor and is_real(first):
+        return first
+    for tensor in all_tensors(value):
         if tensor.is_complex():
             raise ValueError(
                 f"a state of dtype {tensor.dtype} arrived; complex states are not supported. "
@@ -102,11 +115,15 @@ def are_data(*values: Any) -> bool:
     transformed = transformed or torch._C._get_dispatch_mode(proxies) is not None
     if transformed or torch._C._get_tracing_state() is not None:
         return False
-    return not any(
+    return not any(map(_is_pretended, all_tensors(values)))
+
+
+def _is_pretended(tensor: Tensor) -> bool:
+    """Check whether a tensor holds no values that can be recorded."""
+    return (
         isinstance(tensor, FakeTensor)
-        or tensor.device.type == "meta"
+        or tensor.is_meta
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        for tensor in all_tensors(values)
     )
 
 
