@@ -190,7 +190,7 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     within = sum(0.8 <= value <= 1.25 for value in sizes)
     targets.append([
         "quantise: rank correlation ≥ .96",
-        f"{rank:.3f} (mean over networks and bits)",
+        f"{mean(ranks)} (over networks and bits)",
         said(rank >= 0.96, "the KL of confident networks rests on few samples"),
     ])
     targets.append([
@@ -340,11 +340,12 @@ Has a page of its own, [Find the part that broke](drift.md), written by `benchma
 """
 
 
-REAL_NETWORKS = """- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24
-  words) tells from which of six packages a paragraph of a docstring is, by a linear layer fitted on 480
-  (192 to choose on, 256 to test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of
-  their left halves to choose on and 64 of their right halves to test. There "right" is what the whole
-  network says, so that accuracy is agreement; nine of its sixteen blocks can be skipped."""
+REAL_NETWORKS = """\
+- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24 words) tells from which of six
+  packages a paragraph of a docstring is, by a linear layer fitted on 480 (192 to choose on, 256 to
+  test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of their left halves to
+  choose on and 64 of their right halves to test. There "right" is what the whole network says, so that
+  accuracy is agreement; nine of its sixteen blocks can be skipped."""
 NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were
   **not measured** for this page; what it says is about small networks on digits alone."""
 
@@ -364,8 +365,8 @@ def write(results: Results) -> None:
     head = f"""# Decisions
 
 Written by `benchmarks/decisions.py` ({took / 60:.0f} minutes on one core). What the package decides
-by, against what others rank by, all in the same run. Errors are standard errors over networks;
-"behind" is the mean of paired differences.
+by, against what others rank by, on the same networks and samples. Errors are standard errors over
+networks, those of a single network over its test samples; "behind" is the mean of paired differences.
 
 - **Stochastic depth**: residual MLPs, ViTs and ResNets of twelve blocks on handwritten digits of 14 × 14
   pixels (3,000 to train on; 1,000 to choose on and 1,000 to test, 500 each for ViTs and ResNets). While
