@@ -1,5 +1,5 @@
 # What a contributor runs; `make help` lists it.
-.PHONY: help check test slow gpu docs figures ci
+.PHONY: help check test slow gpu docs figures pictures ci
 
 help: ## Print this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -23,6 +23,10 @@ docs: ## The site, into site/
 
 figures: ## Draw the figure of the architecture page anew
 	python docs/draw_architecture.py
+
+pictures: ## Draw the pictures of README and documentation anew, by the tests that show them
+	KEEP_SCREENSHOTS=docs/images pytest -m slow tests/integration/test_browser.py
+	KEEP_SCREENSHOTS=docs/images pytest -m slow tests/integration/test_snippets.py -k README
 
 ci: ## All of it, as CI does, in a fresh environment
 	.ci/run

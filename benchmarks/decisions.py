@@ -186,7 +186,9 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     how = {"fit_batches": fit_on, "components": blocks, "samples": 1000}
     found = linearize(net, choose, **how)
     seconds = time.process_time() - start
-    result = {"linearize": (found.costs[-1], accuracy(found.model, test), len(found.components))}
+    before = right(net, test)
+    cost = found.costs[-1] if found.costs else found.cost_before
+    result = {"linearize": (cost, scored(right(found.model, test) - before), len(found.components))}
     runner = ForwardRunner(net, choose)
     net.eval()
     with torch.no_grad():
@@ -203,13 +205,12 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
             steps, chosen, _ = search.take(options)
             new = copied_with(net, maps.swaps(search.groups(chosen)))
             cost = steps[-1].cost if steps else cost_of(runner)
-            result[label] = (cost, accuracy(new, test), len(steps))
+            result[label] = (cost, scored(right(new, test) - before), len(steps))
     whole = found.cost_before
     return {
-        "whole": accuracy(net, test),
         "flops": {k: c.flops / whole.flops for k, (c, _, _) in result.items()},
         "parameters": {k: c.parameters / whole.parameters for k, (c, _, _) in result.items()},
-        "accuracy": {k: a for k, (_, a, _) in result.items()},
+        "gained": {k: a for k, (_, a, _) in result.items()},
         "count": {k: n for k, (_, _, n) in result.items()},
         "time": found.seconds[1] / found.seconds[0],
         "slower": found.slower,

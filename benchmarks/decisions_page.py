@@ -122,6 +122,15 @@ def drop_section(found: dict[str, Any], targets: list[list[str]]) -> str:
             figure,
             said(not bad, why),
         ])
+    alike = ""
+    if "efficientnet-0" in found:
+        kept = found["efficientnet-0"]["kept"]["half"]
+        ours, best, chance = kept["drop_order"], max(kept, key=kept.__getitem__), kept["random"]
+        alike = f"""
+EfficientNet was not trained to lose blocks: without four of the nine that can be skipped it says what
+it said before of {ours:.0%} of the crops by `drop_order`, of {kept[best]:.0%} by {best} and of
+{chance:.0%} at random. No order helps there, and 64 crops do not tell them apart.
+"""
     ranks, _ = by_method(found, ("spearman",), "effect, once", 2)
     whole = [found[key]["whole"] for key in keys(UNTOUCHED)]
     seconds = [found[key]["seconds"] for key in keys(UNTOUCHED)]
@@ -133,7 +142,7 @@ effect once ranks by the first step of `drop_order`. Whole networks reach {mean(
 `drop_order` took {mean(seconds, 0)} processor seconds per network.
 
 {parts[0]}
-{parts[1]}
+{parts[1]}{alike}
 Rank correlation between a number and the measured effect of skipping a block on other samples:
 
 {ranks}"""
@@ -165,11 +174,23 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         found, ("mixed",), "bit_widths", 4, less_is_better=True, errors=("mixed errors",)
     )
     accurate, _ = by_method(found, ("accuracy",), "bit_widths", errors=("accuracy errors",))
+    lost = ""
+    if "efficientnet-0" in found:
+        own, least = (found["efficientnet-0"][part]["bit_widths"] for part in ("mixed", "accuracy"))
+        lost = (
+            f"\nThree bits are too few for EfficientNet, whatever chooses: KL {own:.1f} nats and "
+            f"agreement {least:.2f} by `bit_widths`.\n"
+        )
+    same = {
+        name
+        for key, name in REAL.items()
+        if key in found and len({found[key]["mixed"][m] for m in ("bit_widths", "hawq")}) == 1
+    }
     rank, middle = float(np.mean(ranks)), float(np.exp(np.mean(np.log(sizes))))
     within = sum(0.8 <= value <= 1.25 for value in sizes)
     targets.append([
         "quantise: rank correlation ≥ .96",
-        f"{rank:.3f} (mean over networks and bits)",
+        f"{mean(ranks)} (over networks and bits)",
         said(rank >= 0.96, "the KL of confident networks rests on few samples"),
     ])
     targets.append([
@@ -181,7 +202,10 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     targets.append([
         "mixed precision, 3 bits on average: KL ≤ .9 of HAWQ's",
         f"{ratio:.2f} ± {error:.2f} (stochastic depth){others or '; ' + ABSENT}",
-        said(ratio <= 0.9 and max(real.values(), default=0.0) <= 0.9, "HAWQ's choice is as good there"),
+        said(
+            ratio <= 0.9 and max(real.values(), default=0.0) <= 0.9,
+            f"both choose the same bits for {', '.join(same)}" if same else "HAWQ is as good there",
+        ),
     ])
     return f"""## Cut precision
 
@@ -203,7 +227,7 @@ bits; `bit_widths` also tries the pairs and keeps the better of two networks. KL
 {mixed}
 Accuracy:
 
-{accurate}"""
+{accurate}{lost}"""
 
 
 def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
@@ -219,15 +243,15 @@ def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         if seed in UNTOUCHED:
             count[word] += 1
             smaller += each["flops"]["linearize"] < 1 and not each["slower"]
-        lost = {m: each["whole"] - each["accuracy"][m] for m in ("linearize", "depth")}
+        lost = {m: f"{-each['gained'][m][0]:+.3f} ± {each['gained'][m][1]:.3f}" for m in each["gained"]}
         rows.append([
             key + (" (development)" if seed in DEVELOPMENT else ""),
             f"{each['count']['linearize']}",
             f"{each['parameters']['linearize']:.0%}",
             f"{each['flops']['linearize']:.0%}",
             f"{each['time']:.2f}",
-            f"{lost['linearize']:+.3f}",
-            f"{each['flops']['depth']:.0%} ({lost['depth']:+.3f})",
+            lost["linearize"],
+            f"{each['flops']['depth']:.0%} ({lost['depth']})",
             f"{each['flops']['first layers first']:.0%}",
             mean([100 * value for value in random], 0) + " %",
         ])
@@ -269,18 +293,15 @@ the whole network; the accuracy that is lost is measured on other samples.
 def freeze_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     text, behind = by_method(found, ("reached",), "first half")
     untuned = [found[key]["untuned"] for key in keys(UNTOUCHED)]
-    helped = [
-        method
-        for method in ("least drift after two epochs", "least effect of skip", "largest effect of skip")
-        if (-behind[method]).mean() > behind[method].std(ddof=1) / math.sqrt(len(behind[method]))
-    ]
     plain = {m: -behind[m].mean() for m in ("last half", "random half", "least gradient")}
     best = max(plain, key=plain.__getitem__)
     ours = {m: -behind[m].mean() for m in ("least drift after two epochs", "least effect of skip")}
     top = max(ours, key=ours.__getitem__)
     gap = behind[best] - behind[top]
     error = gap.std(ddof=1) / math.sqrt(len(gap))
-    verdict = "is ahead of" if gap.mean() > 2 * error else "is not ahead, beyond twice the error, of"
+    helps = gap.mean() > 2 * error
+    verdict = "is ahead of" if helps else "is not ahead, beyond twice the error, of"
+    advice = "" if helps else "So neither drift nor effects are offered for this decision."
     targets.append([
         "what to freeze: an honest table",
         f"freezing by {top} {verdict} {best}: {gap.mean():+.3f} ± {error:.3f}",
@@ -290,8 +311,9 @@ def freeze_section(found: dict[str, Any], targets: list[list[str]]) -> str:
 
 Networks trained on upright digits are tuned for eight epochs on 500 that are turned by a quarter
 (untuned they reach {mean(untuned)}), with six of twelve blocks frozen; stem and head are always tuned.
-Drift is measured after two epochs of tuning the whole network. Better than freezing the first half
-beyond the error: {", ".join(helped) or "neither drift nor effects"}.
+Drift is measured after two epochs of tuning the whole network. Of what the package measures, {top}
+does best. It {verdict} {best}, which needs one backward pass: {gap.mean():+.3f} ± {error:.3f}.
+{advice}
 
 {text}"""
 
@@ -318,11 +340,12 @@ Has a page of its own, [Find the part that broke](drift.md), written by `benchma
 """
 
 
-REAL_NETWORKS = """- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24
-  words) tells from which of six packages a paragraph of a docstring is, by a linear layer fitted on 480
-  (192 to choose on, 256 to test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of
-  their left halves to choose on and 64 of their right halves to test. There "right" is what the whole
-  network says, so that accuracy is agreement; nine of its sixteen blocks can be skipped."""
+REAL_NETWORKS = """\
+- **Real weights**, untouched: MiniLM (`all-MiniLM-L6-v2`, six layers, 24 words) tells from which of six
+  packages a paragraph of a docstring is, by a linear layer fitted on 480 (192 to choose on, 256 to
+  test); EfficientNet-lite0 sees crops of scikit-learn's two photographs, 64 of their left halves to
+  choose on and 64 of their right halves to test. There "right" is what the whole network says, so that
+  accuracy is agreement; nine of its sixteen blocks can be skipped."""
 NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were
   **not measured** for this page; what it says is about small networks on digits alone."""
 
@@ -342,8 +365,8 @@ def write(results: Results) -> None:
     head = f"""# Decisions
 
 Written by `benchmarks/decisions.py` ({took / 60:.0f} minutes on one core). What the package decides
-by, against what others rank by, all in the same run. Errors are standard errors over networks;
-"behind" is the mean of paired differences.
+by, against what others rank by, on the same networks and samples. Errors are standard errors over
+networks, those of a single network over its test samples; "behind" is the mean of paired differences.
 
 - **Stochastic depth**: residual MLPs, ViTs and ResNets of twelve blocks on handwritten digits of 14 × 14
   pixels (3,000 to train on; 1,000 to choose on and 1,000 to test, 500 each for ViTs and ResNets). While

@@ -359,9 +359,9 @@ def write(out: Path, cache: Path, networks: Networks, remark: str = "") -> None:
 SHORT = """A number is worth what it predicts. Here one component at a time is really altered, in
 five ways, and every number is ranked by how well it orders the components by the measured effect.
 
-**In short.** `component_effects(..., how="predicted")` (below: `predicted effect`) orders components
-better than every listed baseline on four interventions, beyond its error over architectures, and ties
-on `skip`, where it has .59 against .58 (all figures here: B and C together). `skip`, `linear` and
+**In short.** `component_effects(..., how="predicted")` (below: `predicted effect`) ordered components
+better than every listed baseline on four interventions, beyond its error over architectures, and tied
+on `skip`, where it had .59 against .58 (all figures here: B and C together). `skip`, `linear` and
 output noise are measured by default, which costs one pass per component and needs no prediction. No
 single number for all five interventions can have more than .75, and none is reported: look at the
 effect that the decision is about.

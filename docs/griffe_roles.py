@@ -1,4 +1,4 @@
-"""Turns roles of docstrings, such as ``:func:`~pkg.name```, into links; adds where a name lives."""
+"""Turns roles of docstrings, such as ``:func:`~pkg.name```, into links and examples into code."""
 
 import re
 from typing import Any
@@ -23,7 +23,9 @@ class Roles(griffe.Extension):
             obj: Module, class, function or attribute.
         """
         if obj.docstring is not None:
-            obj.docstring.value = _ROLE.sub(_link, obj.docstring.value)
+            text = _ROLE.sub(_link, obj.docstring.value)
+            # Of the two names that Google's style knows, griffe shows the code of this one as code.
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
             if (obj.is_class or obj.is_function) and obj.parent and obj.parent.is_module:
                 home = obj.parent.path.replace(".", "/")
                 obj.docstring.value += f"\n\n*Lives in `{home}.py`.*\n"

@@ -20,11 +20,6 @@ def test_make_check_pre_commit_and_ci_run_the_same_checks():
     assert "\nmake check\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_citation_names_the_version():
-    version = f"\nversion: {lightning_koopman.__version__}\n"
-    assert version in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-
-
 def test_the_api_page_lists_the_public_names():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^::: lightning_koopman\.(\w+)$", page, re.M)) == lightning_koopman.__all__

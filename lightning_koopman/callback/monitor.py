@@ -67,7 +67,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
     one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
     one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
-    the 1st, 2nd, 4th, 8th … have figures too, where the budget has room.
+    others have effects, and the 1st, 2nd, 4th, 8th … figures, where the budget has room.
 
     ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
     last; one that somebody monitors is there from the first validation on, as 0 where the first
@@ -102,8 +102,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
-            on up to 512 samples of the recorded calls. They are in :attr:`report` and
-            ``<prefix>/<kind>/<component>``. Where every recorded batch holds
+            and for others where the budget has room, on up to 512 samples of the recorded calls. They
+            are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds
             one integer per sample (as second entry, or under a name such as ``labels``) and these are
             classes of the outputs (as many as there are outputs, or named by the network more often than
             chance allows), effects are mean KL divergences in nats, with the accuracy that is lost;
@@ -681,7 +681,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _effects_of(
         self, trainer: Any, pl_module: Any, report: CreditReport | None
     ) -> tuple[Effects | None, str | None]:
-        """Measure effects for the last report, or say why there are none.
+        """Measure effects for the last report and where there is room, or say why there are none.
 
         With several processes, each of them must call this, whatever became of its report.
         """
@@ -691,10 +691,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
             rows, step = passes(report, self.effects) * SAMPLES, trainer.global_step
             most = self.budget.allowed(step, last_step(trainer)) / 3
             self.budget.expect("effects", min(rows * self._row_s, most))
-        if not self._final:
-            return None, None
         if trainer.world_size == 1:
             return self._own_effects(trainer, pl_module, report)
+        if not self._final:
+            return None, None
         asked: list[Fit] = []
 
         def agree(fit: Fit | None) -> list[Fit]:
@@ -719,6 +719,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return None, None
         seconds = passes(report, self.effects) * self._row_s
         why, recording = self._no_replay, self._recording
+        if not self._final and (why or not self.budget.has_room("effects")):
+            return None, None
         if why is not None or recording is None or not recording.steps:
             return None, why or "no call was recorded"
         with self.budget.apart("effects"):

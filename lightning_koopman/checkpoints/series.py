@@ -17,7 +17,7 @@ from lightning_koopman.effects.component_effects import component_effects
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.evaluate import credit_report
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import ForwardFn
+from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
 from lightning_koopman.network.weights import (
     CheckpointError,
     Weights,
@@ -109,6 +109,7 @@ def evaluate_checkpoints(
             was measured until then.
         ValueError: As :func:`credit_report`, or if the shard is out of range.
     """
+    check_arguments(model, batches)
     number, shards = shard
     if not 1 <= number <= shards:
         raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
 from rich import progress
 from rich.console import Console
 from rich.text import Text
 
 from lightning_koopman.cli.user_code import build_batches, build_model, build_trained
 from lightning_koopman.koopman.options import DEFAULTS, Options
-from lightning_koopman.report.effects import Kind, Scale
+from lightning_koopman.report.effects import Kind
 from lightning_koopman.report.report import CreditReport
-
-if TYPE_CHECKING:
-    pass
 
 
 class _Rate(progress.ProgressColumn):
@@ -297,91 +292,3 @@ def components(
         max_dim=max_dim,
     )
     Console().print(found)
-
-
-def effects(
-    model: str,
-    data: str,
-    ckpt: str,
-    kinds: list[Kind] | None = None,
-    how: Literal["auto", "measured", "predicted", "both"] = "auto",
-    replacements: dict[str, str] | None = None,
-    bits: list[int] | None = None,
-    components: str | list[str] | None = None,
-    samples: int = 512,
-    initial_checkpoint: str | None = None,
-    strength: float = 0.3,
-    draws: int | None = None,
-    scale: Scale | None = None,
-    figure: str | None = None,
-    out: str | None = None,
-    max_dim: int = 256,
-    seed: int = 0,
-    trust_checkpoint: bool = False,
-) -> None:
-    """Show what altering each component does to the outputs, beside its credit.
-
-    Args:
-        model: Model to build, as in evaluate.
-        data: Data to measure on, as in evaluate.
-        ckpt: Checkpoint of the trained network.
-        kinds: Alterations out of skip, linear, reinit, weight_noise and output_noise; by default skip
-            and linear.
-        how: Measured by running the altered network, predicted by backward passes, or both side by side;
-            auto measures where that costs less.
-        replacements: Checkpoints of other weights for the network, by names of your own.
-        bits: Numbers of bits that the weights are rounded to, such as [4,3]; needs the extra quantize.
-        components: Names or glob patterns of components; chosen by default.
-        samples: Most samples that the altered network runs on.
-        initial_checkpoint: Weights that training began with, for reinit; drawn anew by default.
-        strength: Noise, as a share of the standard deviation.
-        draws: Number of draws that effects of kinds with a random part are averaged over.
-        scale: kl, or relative; by default kl where targets are class indices.
-        figure: File for a figure of the effects.
-        out: JSON file for the report with its effects.
-        max_dim: Wider states are pooled and projected.
-        seed: Seed of everything that is drawn, the order of a loader that shuffles included.
-        trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
-    """
-    from lightning_koopman.effects.component_effects import component_effects
-    from lightning_koopman.effects.replacements import quantized_weights
-    from lightning_koopman.measurement.evaluate import credit_report
-    from lightning_koopman.network.weights import load_checkpoint
-
-    network, checkpoint = build_trained(model, ckpt, trust_checkpoint)
-
-    def weights(path: str) -> Mapping[str, Any]:
-        return load_checkpoint(path, trust=trust_checkpoint).state_dict
-
-    torch.manual_seed(seed)  # for loaders that shuffle
-    batches = list(build_batches(data, checkpoint.data_hyper_parameters))
-    report = credit_report(
-        network,
-        batches,
-        components=components,
-        step=checkpoint.step,
-        options=Options(max_dim=max_dim, seed=seed),
-    )
-    found = component_effects(
-        network,
-        batches,
-        report,
-        kinds or ["skip", "linear"],
-        how=how,
-        samples=samples,
-        replacements={name: weights(path) for name, path in (replacements or {}).items()}
-        | {f"int{number}": quantized_weights(network, number) for number in bits or ()},
-        initial=weights(initial_checkpoint) if initial_checkpoint else None,
-        strength=strength,
-        draws=draws,
-        scale=scale,
-        seed=seed,
-    )
-    report = replace(report, effects=found)
-    Console().print(report)
-    if figure is not None:
-        found.plot()[0].savefig(figure)
-        say_written(figure)
-    if out is not None:
-        report.to_json(out)
-        say_written(out)

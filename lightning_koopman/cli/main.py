@@ -6,7 +6,6 @@ import argparse
 import ast
 import difflib
 import importlib.util
-import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +19,8 @@ from rich.markup import escape
 _COMMANDS = {
     **dict.fromkeys(("compare", "components", "demo"), "commands"),
     "drift": "drift",
-    **dict.fromkeys(("bits", "drop"), "decide"),
-    **dict.fromkeys(("effects", "evaluate"), "commands"),
+    **dict.fromkeys(("bits", "drop", "effects"), "decide"),
+    "evaluate": "commands",
     "linearize": "decide",
     **dict.fromkeys(("merge", "report"), "commands"),
 }
@@ -41,6 +40,15 @@ class _Parser(ArgumentParser):
             names = [name.split(".") for name in missing[1].split(", ")]
             command = names[0][0] if len(names[0]) > 1 else command
             message = f"{command} needs {', '.join(_option(name[-1]) for name in names)}"
+        elif choice := re.search(r"Literal\[(.*?)\]\. Got value: (\S+)", message):
+            key = re.match(r'Parser key "([\w.]+)"', message)
+            option = f"{_option(key[1])}: " if key else ""
+            message = f"{option}{choice[2]!r} is none of {choice[1]}"
+        elif stray := re.fullmatch(r"[Uu]nrecognized arguments: --(\w+).*", message):
+            known = _defaults(command) if command else {}
+            close = difflib.get_close_matches(stray[1], known, n=1)
+            meant = f"; did you mean {_option(close[0])}?" if close else ""
+            message = f"{command or 'lightning-koopman'} has no option {_option(stray[1])}{meant}"
         elif value := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
             message = f"{_option(value[1])}: {value[2]}"
         elif 'expected "subcommand"' in message:
@@ -60,6 +68,13 @@ def _command(name: str) -> Callable[..., Any]:
     home = importlib.import_module(f"lightning_koopman.cli.{_COMMANDS[name]}")
     found: Callable[..., Any] = getattr(home, name)
     return found
+
+
+def _defaults(command: str) -> dict[str, Any]:
+    """Return the options of a command, and what each is where it is left out."""
+    parser = ArgumentParser()
+    parser.add_function_arguments(_command(command))
+    return vars(parser.get_defaults())
 
 
 def _overview() -> str:
@@ -92,8 +107,7 @@ def _as_parsed(given: Sequence[str]) -> list[str]:
         if len(args) > 2 * place - 1 and not args[2 * place - 1].startswith("-"):
             args.insert(2 * place - 1, f"--{name}")
     if command in _COMMANDS:
-        parameters = inspect.signature(_command(command)).parameters.values()
-        switches = {f"--{p.name}" for p in parameters if isinstance(p.default, bool)}
+        switches = {f"--{name}" for name, value in _defaults(command).items() if isinstance(value, bool)}
         for i in range(len(args) - 1, 0, -1):
             if args[i] in switches and (i + 1 == len(args) or args[i + 1].startswith("-")):
                 args.insert(i + 1, "true")

@@ -97,7 +97,16 @@ def _named_object(name: str) -> Any:
         raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    found: Any = importlib.import_module(module_name)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # What the user's own module fails to import is another matter.
+        if not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"{name} names the module {error.name!r}, which is neither in this folder nor installed; "
+            "check how it is spelt, and where you are"
+        ) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [name for name in dir(found) if not name.startswith("_")]

@@ -136,14 +136,23 @@ class BitWidths(JupyterMixin):
 
     @property
     def verdict(self) -> str:
-        """What was chosen and what to do next, in one line."""
+        """What was chosen and what it costs, in one line."""
         beside = [f"{b} bits everywhere {value:.2g}" for b, value in self.alike.items()]
-        metrics = f", metric {self.metric_before:.4f} → {self.metric:.4f}"
-        lost = "" if math.isnan(self.metric) else metrics
+        name = "metric" if math.isnan(self.metric_stderr) else "accuracy"
+        lost = (
+            "" if math.isnan(self.metric) else f", {name} {self.metric_before:.4f} → {self.metric:.4f}"
+        )
         return (
             f"{self.average:.2f} bits per weight: effect {self.effect:.2g} {UNITS[self.scale]}{lost} "
-            f"({', '.join(beside)}). Next: .apply(model) gives the network; measure it on other data, "
-            "then set these bits in your quantiser."
+            f"({', '.join(beside)})."
+        )
+
+    @property
+    def next_step(self) -> str:
+        """What to do next, in one line."""
+        return (
+            "Next: .apply(model) gives the network; measure it on other data, then set these bits in "
+            "your quantiser."
         )
 
     def __repr__(self) -> str:
@@ -163,8 +172,9 @@ class BitWidths(JupyterMixin):
             f"effect at {option}": list(map(with_share, *found))
             for option, *found in zip(self.options, self.effects.T, self.effects_stderr.T, strict=True)
         }
-        title = f"Bits per component, {self.n_samples} samples, by {self.solver}"
-        return Fitted(title, columns, (), (), [escape(self.verdict)])
+        title = f"Bits per component, {self.n_samples} samples"
+        lines = [escape(self.verdict), escape(self.next_step)]
+        return Fitted(title, columns, (), (), lines)
 
 
 def bit_widths(

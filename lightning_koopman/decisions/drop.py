@@ -72,20 +72,28 @@ class DropOrder(Steps):
 
     @property
     def verdict(self) -> str:
-        """What may go, and what to do next, in one line."""
+        """What may go, in one line."""
         if not self.candidates:
-            return "No component gives what it takes in shape, so none can be dropped; see linearize."
+            return "No component gives what it takes in shape, so none can be dropped."
         if not self.dropped:
             return (
                 f"Nothing can go within {self.max_drop:g} {self._unit()}: the first costs "
-                f"{self.loss[0]:.3g}. Next: admit more with max_drop, or tune .apply(model, steps=1)."
+                f"{self.loss[0]:.3g}."
             )
         gone = 1 - self.costs[self.within - 1].parameters / self.cost_before.parameters
         return (
             f"{self.within} of {len(self.candidates)} can go within {self.max_drop:g} {self._unit()} "
-            f"({gone:.0%} of the parameters): {', '.join(self.dropped)}. "
-            "Next: .apply(model) gives the network without them."
+            f"({gone:.0%} of the parameters): {', '.join(self.dropped)}."
         )
+
+    @property
+    def next_step(self) -> str:
+        """What to do next, in one line."""
+        if not self.candidates:
+            return "Next: linearize, which puts a linear map in place of each."
+        if not self.dropped:
+            return "Next: linearize, a larger max_drop, or tuning of .apply(model, steps=1)."
+        return "Next: .apply(model) gives the network without them; measure it on other data."
 
     def __repr__(self) -> str:
         return (
@@ -94,7 +102,7 @@ class DropOrder(Steps):
         )
 
     def __rich__(self) -> Fitted:
-        return self._table("Dropped one after the other", self.verdict)
+        return self._table("Dropped one after the other", self.verdict, self.next_step)
 
 
 def drop_order(

@@ -27,7 +27,7 @@ from lightning_koopman.decisions.steps import (
 from lightning_koopman.decisions.swaps import LinearComponent, copied_with, swapped
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
 from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale
@@ -73,17 +73,20 @@ class Linearized(Steps):
 
     @property
     def verdict(self) -> str:
-        """What became linear, and what to do next, in one line."""
+        """What became linear, in one line."""
         if not self.components:
-            return (
-                f"Nothing became linear within {self.max_drop:g} {self._unit()} and made none larger. "
-                "Next: drop_order, which drops blocks whole, or a larger max_drop."
-            )
+            return f"Nothing became linear within {self.max_drop:g} {self._unit()} and made none larger."
         return (
             f"{len(self.components)} of {len(self.candidates)} are linear within {self.max_drop:g} "
-            f"{self._unit()}: {', '.join(self.components)}. Next: measure .model on data that nothing "
-            "was chosen on, and write it with save_shrunk."
+            f"{self._unit()}: {', '.join(self.components)}."
         )
+
+    @property
+    def next_step(self) -> str:
+        """What to do next, in one line."""
+        if not self.components:
+            return "Next: drop_order, which drops blocks whole, or a larger max_drop."
+        return "Next: measure .model on data that nothing was chosen on, and write it with save_shrunk."
 
     @property
     def headline(self) -> str:
@@ -100,7 +103,8 @@ class Linearized(Steps):
         return f"Linearized({self.headline}; linear: {', '.join(self.components) or 'nothing'})"
 
     def __rich__(self) -> Fitted:
-        return self._table(f"{self.headline}\nMade linear one after the other", self.verdict)
+        title = f"{self.headline}\nMade linear one after the other"
+        return self._table(title, self.verdict, self.next_step)
 
 
 def linearize(
@@ -217,6 +221,7 @@ def linearize(
 
 def _two_parts(batches: Iterable[Any], fit_batches: Iterable[Any] | None) -> tuple[list[Any], Any]:
     """Return batches to fit on, and others to choose on."""
+    check_batches(batches if fit_batches is None else fit_batches)
     if fit_batches is not None:
         with random_states_kept(fit_batches):
             return list(fit_batches), batches

@@ -144,16 +144,26 @@ class Steps(JupyterMixin):
         from lightning_koopman.report.drawing import plot_steps, visible
 
         no_metric = math.isnan(self.metric_before)
-        label = f"effect [{UNITS[self.scale]}]" if no_metric else "drop of the metric"
+        label = f"effect [{UNITS[self.scale]}]" if no_metric else f"{self._metric_name} that is lost"
         stderr = self.effect_stderr if no_metric else self.metric_stderr
-        return plot_steps(self.components, self.loss, stderr, self.max_drop, label, visible(ax))
+        names = ("none", *self.components)
+        loss, stderr = np.append(0.0, self.loss), np.append(0.0, stderr)
+        return plot_steps(names, loss, stderr, self.max_drop, label, visible(ax))
+
+    @property
+    def _metric_name(self) -> str:
+        """Only of the accuracy are there errors."""
+        return "accuracy" if np.isfinite(self.metric_stderr).any() else "metric"
 
     def _unit(self) -> str:
-        return UNITS[self.scale] if math.isnan(self.metric_before) else "of the metric"
+        if not math.isnan(self.metric_before):
+            return "of accuracy" if self._metric_name == "accuracy" else "of the metric"
+        return UNITS[self.scale]
 
-    def _table(self, title: str, verdict: str) -> Fitted:
-        """Lay the steps out, those beyond the loss that was admitted dim."""
-        before = "" if math.isnan(self.metric_before) else f", metric {self.metric_before:.4f} as it was"
+    def _table(self, title: str, *lines: str) -> Fitted:
+        """Lay the steps out, those beyond the loss that was admitted dim, with lines below."""
+        no_metric, name = math.isnan(self.metric_before), self._metric_name
+        before = "" if no_metric else f", {name} {self.metric_before:.4f} as it was"
         metrics = [
             "" if math.isnan(value) else f"{value:.4f}" + ("" if math.isnan(e) else f"±{e:.4f}")
             for value, e in zip(self.metric, self.metric_stderr, strict=True)
@@ -162,18 +172,18 @@ class Steps(JupyterMixin):
         columns = {
             "component": self.components,
             f"effect ({UNITS[self.scale]})": list(map(with_share, self.effect, self.effect_stderr)),
-            "metric": metrics,
+            name: metrics,
             "parameters left": [f"{cost.parameters / own.parameters:.0%}" for cost in self.costs],
             "FLOPs left": [f"{cost.flops / max(1, own.flops):.0%}" for cost in self.costs],
         }
-        if math.isnan(self.metric_before):
-            del columns["metric"]
+        if no_metric:
+            del columns[name]
         if own.flops == 0:
             del columns["FLOPs left"]
         styles = [None if i < self.within else "dim" for i in range(len(self.components))]
         stays = [f"Stays: {escape(name)}, {escape(why)}" for name, why in self.refused.items()]
         title = f"{title}, {self.n_samples} samples{before}"
-        return Fitted(title, columns, (), styles, [*stays, escape(verdict)])
+        return Fitted(title, columns, (), styles, [*stays, *map(escape, lines)])
 
     def __str__(self) -> str:
         return as_text(self)

@@ -74,6 +74,10 @@ class Options:
     errors: bool | None = None
 
     def __post_init__(self) -> None:
+        for name in ("rank", "folds", "max_dim"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) or (name == "rank" and value is None)):
+                raise ValueError(f"{name} is {value!r}; it must be an integer")
         if self.folds < 2:
             raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
         if isinstance(self.delay, bool) or not isinstance(self.delay, int) or self.delay < 1:
@@ -106,8 +110,11 @@ def takes_options(**gone: str) -> Callable[[_Function], _Function]:
     def decorate(function: _Function) -> _Function:
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
+            if not isinstance(given := kwargs.get("options", DEFAULTS), Options):
+                kind = type(given).__name__
+                raise TypeError(f"options is of type {kind}; write Options(max_dim=64), for example")
             if named := {name: kwargs.pop(name) for name in kwargs.keys() & _NAMES}:
-                kwargs["options"] = replace(kwargs.get("options", DEFAULTS), **named)
+                kwargs["options"] = replace(given, **named)
             for name in kwargs.keys() & gone:
                 raise TypeError(f"{name} is no argument any more: {gone[name]}")
             return function(*args, **kwargs)

@@ -35,6 +35,11 @@ def check_arguments(model: object, batches: object) -> None:
         raise ValueError(f"model is the class {model.__name__}; pass an instance, {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model has type {type(model).__name__}; it must be a torch.nn.Module")
+    check_batches(batches)
+
+
+def check_batches(batches: object) -> None:
+    """Refuse what would not give batches when iterated."""
     kind = type(batches).__name__
     if isinstance(batches, Tensor):
         raise ValueError(

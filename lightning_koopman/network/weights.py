@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,9 @@ def load_checkpoint(
             "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=not trust)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how the bytes were pickled
+            content = torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except Exception as error:  # the unpickler raises anything at all on bytes that are no checkpoint
@@ -211,15 +214,19 @@ def _is_sharded(path: Path) -> bool:
     return path.is_dir() and (path / ".metadata").exists()
 
 
+_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+"""What files of torch before 1.6 begin with, as pickle writes it."""
+
+
 def _refuse(path: Path, error: Exception) -> NoReturn:
     """Raise why a file is not read, without the unpickler's advice to switch safety off."""
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
     if isinstance(error, OSError):
         raise CheckpointError(f"{path} cannot be read ({error.strerror or reason})") from None
     with open(path, "rb") as file:
-        start = file.read(2)
+        start = file.read(32)
     # A zip file, or what torch wrote before 1.6. Advice to trust other bytes would be bad advice.
-    if start != b"PK" and start[:1] != b"\x80":
+    if not start.startswith(b"PK") and _MAGIC not in start:
         raise CheckpointError(
             f"{path} is no checkpoint, or a damaged one; name a file that the Trainer or "
             "torch.save wrote"

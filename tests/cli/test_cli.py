@@ -114,7 +114,7 @@ def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, cap
         ("userproject", "userproject:Data", "'userproject' names nothing; write pkg.mod:Name"),
         ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
         ("userproject:LitNett", "userproject:Data", "has no 'LitNett'; did you mean 'LitNet'?"),
-        ("no_such_module:Nope", "userproject:Data", "No module named 'no_such_module'"),
+        ("no_such_module:Nope", "userproject:Data", "'no_such_module', which is neither in this"),
         (
             "userproject:forgetful",
             "userproject:Data",
@@ -129,7 +129,9 @@ def test_wrong_names_are_explained(project, capsys, model, data, message):
 
 
 UNUSABLE = {
-    "evaluate --nonsense 1": "unrecognized arguments: --nonsense 1",
+    "evaluate --nonsense 1": "error: evaluate has no option --nonsense See",
+    "linearize --max-dropp 1": "linearize has no option --max-dropp; did you mean --max-drop? See",
+    "effects --model a --data b --ckpt c --kinds [xy]": "error: --kinds: 'xy' is none of 'linear',",
     "evaluate --model a --data b": "error: evaluate needs --ckpt See lightning-koopman evaluate --help",
     "evaluate --trust-checkpoint": "error: evaluate needs --model, --data, --ckpt",
     "evaluate --model a --data b --ckpt c --options.max-dim x": "error: --options.max-dim: Expected",

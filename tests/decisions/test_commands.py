@@ -15,6 +15,18 @@ from lightning_koopman.decisions.swaps import load_shrunk, swaps_in
 HERE = __name__
 
 
+LOAD = (
+    "Next: load it by lightning_koopman.decisions.swaps.load_shrunk(model, '{}'), and test it on other "
+    "data."
+)
+
+
+def last_line(printed: str) -> str:
+    """The last line, which alone says what to do next."""
+    assert printed.count("Next: ") == 1
+    return printed.rstrip().splitlines()[-1]
+
+
 class Residual(nn.Module):
     def __init__(self, size: float) -> None:
         super().__init__()
@@ -49,12 +61,12 @@ def test_drop_writes_a_checkpoint_a_figure_and_a_table(
     assert main(["drop", *given, "--max-drop=0.1", "--out=small.ckpt", "--figure=small.png"]) == 0
     printed = capsys.readouterr().out
     assert "Dropped one after the other, 512 samples" in printed
-    assert printed.rstrip().endswith("Next: load_shrunk(model, 'small.ckpt'), and a test on other data.")
+    assert last_line(printed) == LOAD.format("small.ckpt")
     assert swaps_in(load_shrunk(toy_model(), "small.ckpt"))
     assert torch.load("small.ckpt", weights_only=True)["global_step"] == 3
     assert Path("small.png").stat().st_size
     assert main(["drop", *given, "--steps=2", "--out=small.json", "--samples=100"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("Next: --out shrunk.ckpt writes the new network.")
+    assert last_line(capsys.readouterr().out) == "Next: --out shrunk.ckpt writes the new network."
     rows = json.loads(Path("small.json").read_text())
     assert [row["step"] for row in rows] == [1, 2]
     assert {row["component"] for row in rows} < {"0", "1", "2"}
@@ -64,7 +76,9 @@ def test_nothing_is_written_where_nothing_can_go(
     given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["drop", *given, "--max-drop=0", "--components=['1']", "--out=small.ckpt"]) == 0
-    assert "nothing changed, so no checkpoint was written" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert last_line(printed).startswith("Next: lightning-koopman linearize, or a larger --max-drop.")
+    assert "Written" not in printed
     assert not Path("small.ckpt").exists()
 
 
@@ -75,7 +89,7 @@ def test_linearize_writes_a_checkpoint_that_loads(
     assert main(["linearize", *given, *asked]) == 0
     printed = capsys.readouterr().out
     assert "of the parameters" in printed.split("\n")[0]
-    assert printed.rstrip().endswith("Next: load_shrunk(model, 'new.ckpt'), and a test on other data.")
+    assert last_line(printed) == LOAD.format("new.ckpt")
     assert swaps_in(load_shrunk(toy_model(), "new.ckpt"))
     assert Path("new.png").stat().st_size
 
@@ -87,7 +101,7 @@ def test_bits_writes_a_checkpoint_and_a_table(
     assert main(["bits", *given, "--average=4", "--out=small.ckpt", "--figure=small.png"]) == 0
     printed = capsys.readouterr().out
     assert "Bits per component, 512 samples" in printed
-    assert printed.rstrip().endswith("Next: load_shrunk(model, 'small.ckpt'), and a test on other data.")
+    assert last_line(printed) == LOAD.format("small.ckpt")
     weight = load_shrunk(toy_model(), "small.ckpt").get_submodule("3").weight
     assert not torch.equal(weight, toy_model()[3].weight)
     assert Path("small.png").stat().st_size

@@ -250,13 +250,17 @@ def test_results_can_be_read():
     order = drop_order(net, labelled(net), max_drop=0.05)
     assert repr(order) == f"DropOrder({len(order.dropped)} of 6 within 0.05: {', '.join(order.dropped)})"
     printed = str(order)
-    for text in ("300 samples, metric 1.0000", "Stays: 6, which turns (5,) into (3,)", ".apply(model)"):
+    for text in (
+        "300 samples, accuracy 1.0000",
+        "Stays: 6, which turns (5,) into (3,)",
+        ".apply(model)",
+    ):
         assert text in printed
     frame = order.to_frame()
     assert list(frame.component) == list(order.components)
     assert frame.within.sum() == len(order.dropped)
     _, axis = order.plot()
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == list(order.components)
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["none", *order.components]
 
 
 def test_errors_say_what_arrived_and_what_to_do():

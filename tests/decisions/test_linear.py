@@ -222,7 +222,7 @@ def test_results_can_be_read():
     assert list(frame.flops) == [cost.flops for cost in found.costs]
     assert frame.within.all()
     assert f"linear: {', '.join(found.components)}" in repr(found)
-    assert "Next: measure .model on data that nothing was chosen on" in found.verdict
+    assert "Next: measure .model on data that nothing was chosen on" in found.next_step
     assert found.plot()[0].axes
 
 

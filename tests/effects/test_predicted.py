@@ -141,10 +141,10 @@ def test_linear_takes_the_residual_of_a_fit_without_the_sample():
 @pytest.mark.parametrize("kind", ["weight_noise", "output_noise"])
 def test_measured_over_predicted_is_one_for_small_noise(kind):
     net, x = smooth(), normal(300, 5)
-    batches = batched(x, net(x).argmax(1), 50)
+    y = net(x).argmax(1)
     how = {"strength": 1e-3, "components": PARTS}
-    found = predicted(net, batches, [kind], draws=300, **how)
-    measured = predicted(net, batches, [kind], draws=400, **how | {"how": "measured"})
+    found = predicted(net, batched(x, y, 50), [kind], draws=300, **how)
+    measured = predicted(net, [(x, y)], [kind], draws=400, **how | {"how": "measured"})
     np.testing.assert_allclose(measured.values[kind] / found.values[kind], 1, atol=0.12)
 
 

@@ -111,8 +111,8 @@ def test_the_report_leads_with_the_decision(report, both):
     x, y = data()
     effects = component_effects(mlp(), batched(x, y), report, ["skip", "linear"])
     lines = narrow(dataclasses.replace(report, effects=effects), 130)
-    heading = next(line for line in lines if "credit" in line and "doubt" in line).split()
-    expected = ["component", "holds", "parameters", "skip", "linear", "credit", "gain", "R²", "doubt"]
+    heading = next(line for line in lines if "credit" in line and "gain" in line).split()
+    expected = ["component", "holds", "parameters", "skip", "linear", "credit", "gain", "R²"]
     assert heading == expected
     row = next(line for line in lines if line.startswith(" 2 ")).split()
     skip, linear = (effects.cell(kind, 1) for kind in ("skip", "linear"))

@@ -1,4 +1,7 @@
-"""The tutorial runs as it stands and prints what it says; the recipes and the README's snippets run."""
+"""Tutorial and README run as they stand and print what they say; the recipes' snippets run.
+
+With ``KEEP_SCREENSHOTS=docs/images`` in the environment the README's picture is drawn anew.
+"""
 
 import os
 import re
@@ -10,6 +13,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import pytest
 import torch
+
+from lightning_koopman.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 NUMBER = r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?"
@@ -53,10 +58,19 @@ def run(command: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+def lines(printed: str) -> set[str]:
+    """Return the lines of what was printed, without their numbers and however wide they are."""
+    bare = (re.sub(NUMBER, "#", re.sub(r"─+", "─", line)) for line in printed.splitlines())
+    return {" ".join(line.split()) for line in bare} - {""}
+
+
 @pytest.mark.slow
-def test_the_tutorial_runs_as_it_stands_and_prints_what_it_says(tmp_path):
+@pytest.mark.parametrize(("page", "least"), [("docs/tutorial.md", 80), ("README.md", 40)])
+def test_a_page_runs_as_it_stands_and_prints_what_it_says(page, least, tmp_path):
     printed, compared, file, tried = "", 0, None, False
-    for snippet in snippets("docs/tutorial.md"):
+    for snippet in snippets(page):
+        if page == "README.md" and snippet.language == "python":
+            continue  # runs below
         if snippet.language == "python":
             # A block without a title is appended to the file before it.
             file = tmp_path / (snippet.title or (file.name if file else ""))
@@ -65,16 +79,36 @@ def test_the_tutorial_runs_as_it_stands_and_prints_what_it_says(tmp_path):
             if file.name != "train.py":
                 printed = run(f"python {file.name}", tmp_path)
                 tried = True
-        elif snippet.language == "bash" and not re.match(r"pip |tensorboard ", snippet.text):
-            printed = run(snippet.text, tmp_path)
-            tried = True
+        elif snippet.language == "bash":
+            # What installs the package and tests it, CI runs.
+            command = re.sub(r"^pip install .*? \. && ", "", snippet.text.replace("&& pytest", ""))
+            command = re.sub(r"^(pip|tensorboard) .*\n", "", command, flags=re.M)
+            printed, tried = (run(command, tmp_path), True) if command else (printed, tried)
         elif snippet.language == "text":
             assert tried
             expected, given = rows(snippet.text), rows(printed)
             for name, numbers in expected.items():
                 assert given.get(name) == pytest.approx(numbers, rel=0.02, abs=0.02), name
                 compared += len(numbers)
-    assert compared > 80
+            assert lines(snippet.text) - lines(printed) == set(), "words that are printed no longer"
+    assert compared > least
+    if page == "README.md" and (folder := os.environ.get("KEEP_SCREENSHOTS")):
+        (Path(folder) / "credits.png").write_bytes((tmp_path / "koopman_demo/credits.png").read_bytes())
+
+
+def test_every_flag_of_every_command_in_the_documentation_exists(capsys):
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    asked: dict[str, set[str]] = {}
+    for page in pages:
+        text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+        for command, rest in re.findall(r"lightning-koopman ([a-z]+)\b([^`\n|]*)", text):
+            asked.setdefault(command, set()).update(re.findall(r"--[a-z_.-]+", rest))
+    assert len(asked) > 5
+    for command, flags in asked.items():
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        known = set(re.findall(r"--[\w.]+", capsys.readouterr().out))
+        assert {"--" + flag[2:].replace("-", "_") for flag in flags} <= known, command
 
 
 def test_the_reader_of_printed_rows_tells_numbers_apart():

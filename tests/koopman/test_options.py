@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any
 
 import pytest
+from torch import nn
 
-from lightning_koopman import KoopmanCredit, KoopmanCreditMonitor, Options
+from lightning_koopman import KoopmanCredit, KoopmanCreditMonitor, Options, credit_report
 
 
 def test_what_is_left_out_is_the_documented_default_and_stays() -> None:
@@ -25,6 +26,7 @@ def test_what_is_left_out_is_the_documented_default_and_stays() -> None:
         ("delay", 1.0, "delay is 1.0; it must be an integer of 1 or above"),
         ("delay", True, "delay is True; it must be an integer of 1 or above"),
         ("rank", 0, "rank is 0; at least one output direction must be aligned"),
+        ("max_dim", "64", "max_dim is '64'; it must be an integer"),
         ("max_dim", 0, "max_dim is 0; a state vector needs at least one value"),
         ("tikhonov", -0.1, r"tikhonov is -0\.1; it must be a finite number"),
         ("normalize", "max", r"normalize is 'max'; choose one of \('none', 'rms', 'whiten'\)"),
@@ -35,6 +37,11 @@ def test_what_is_left_out_is_the_documented_default_and_stays() -> None:
 def test_an_option_out_of_range_is_refused(option: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Options(**{option: value})
+
+
+def test_what_is_no_options_object_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"options is of type dict; write Options\(max_dim=64\)"):
+        credit_report(nn.Linear(2, 2), [], options={"max_dim": 64})  # type: ignore[arg-type]
 
 
 def test_targets_and_whitening_exclude_each_other() -> None:
