@@ -48,8 +48,9 @@ which takes nearly all of the first 512 samples' extra cost away.
 
 `KoopmanCreditMonitor` watches the validation batches that Lightning runs anyway. What an epoch takes in
 which it measures, over the epochs between in which it does not (`every_n_epochs=2`, drift included, no
-figures; the MLP and the CNN are the demo's, on 898 and 2,500 digits; the transformer has 4 blocks of
-width 128 and reads 28 tokens, the small one 4 of width 64 and 8 tokens):
+figures, and no effects, which are measured where the budget has room; the MLP and the CNN are the
+demo's, on 898 and 2,500 digits; the transformer has 4 blocks of width 128 and reads 28 tokens, the
+small one 4 of width 64 and 8 tokens):
 
 <!-- epochs -->
 <!-- end -->
