@@ -182,7 +182,7 @@ def next_step(report: ReportFields) -> str:
     if _sure(effects, "skip").any():
         return "Next: lightning-koopman drop, or drop_order: how many may go together"
     if "linear" not in effects.kinds or _sure(effects, "linear").any():
-        return "Next: lightning-koopman linearize, or linearize(): how many may become linear together"
+        return "Next: lightning-koopman linearize, or linearize(): what may become linear"
     return "Next: lightning-koopman bits, or bit_widths: how many bits their weights need"
 
 
