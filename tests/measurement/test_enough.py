@@ -71,7 +71,7 @@ def test_samples_are_doubled_until_every_error_is_small(monkeypatch: pytest.Monk
     worst = {n: float(report.stderr["credit"].max()) for n, report in fixed.items()}
     low, middle, high = sorted(worst[n] for n in (512, 1024, 2048))
     for tolerance in (0.0, (low + middle) / 2, (middle + high) / 2, 1.01 * high):
-        # Folds hang on the last bits of the samples, and errors on folds: which is least, no test may say.
+        # Folds hang on the last bits of the samples, errors on the folds: no test may order them.
         n = next((n for n in (512, 1024, 2048) if worst[n] <= tolerance), 4096)
         monkeypatch.setattr(measurement, "TOLERANCE", tolerance)
         report = measured()
