@@ -1,11 +1,15 @@
 """A fixed seed for every test, and the tiny models that the tests share."""
 
 import itertools
+import os
 import random
 import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+# Before NumPy: threads that wait for one another take longer than one, where cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import matplotlib as mpl
 import numpy as np

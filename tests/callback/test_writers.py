@@ -53,6 +53,7 @@ def many(size: int, **changes) -> CreditReport:
     stderr = {name: np.full(size, 0.5) for name in base.stderr}
     names = tuple(f"block.{i}" for i in range(size))
     plain = {"components": names, "stderr": stderr, "widths": (3,) * size, "operators": {}}
+    plain |= {"types": (), "parameters": ()}
     return dataclasses.replace(base, **arrays, **plain)
 
 
