@@ -20,6 +20,8 @@ WITHIN = 0.01
 
 _LINEAR_R2 = 0.999
 
+_LINEAR_KINDS = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"}
+
 _GIVES_WAY = ("holds", "type", "parameters", "gain", "R²", "credit")
 
 _MOST_PARTS = 4
@@ -148,10 +150,20 @@ def verdict(report: ReportFields) -> list[str]:
         lines.append(_verdict_of(effects, "skip", "can go", "nothing can go"))
     if effects is not None and "linear" in kinds:
         lines.append(_verdict_of(effects, "linear", "can become linear", "nothing can become linear"))
-    elif linear := [n for n, r2 in zip(report.components, report.r2, strict=True) if r2 >= _LINEAR_R2]:
+    elif linear := _found_linear(report):
         are = "is" if len(linear) == 1 else "are"
         lines.append(f"{_some(linear)} {are} linear already (R² {_LINEAR_R2} or more)")
     return lines
+
+
+def _found_linear(report: ReportFields) -> list[str]:
+    """Return the components that are linear on these data, but for layers that are so by their kind."""
+    kinds = report.types or ("",) * len(report.components)
+    return [
+        name
+        for name, kind, r2 in zip(report.components, kinds, report.r2, strict=True)
+        if r2 >= _LINEAR_R2 and not (kind in _LINEAR_KINDS and len(report.parts.get(name, ())) < 2)
+    ]
 
 
 def what_effects_are(report: ReportFields) -> list[str]:
@@ -164,12 +176,14 @@ def what_effects_are(report: ReportFields) -> list[str]:
 
 def next_step(report: ReportFields) -> str:
     """Say what to do next."""
-    kinds = () if report.effects is None else report.effects.kinds
-    if "skip" not in kinds:
+    effects = report.effects
+    if effects is None or "skip" not in effects.kinds:
         return "Next: lightning-koopman effects, or component_effects: what may go"
-    if "linear" not in kinds:
+    if _sure(effects, "skip").any():
         return "Next: lightning-koopman drop, or drop_order: how many may go together"
-    return "Next: lightning-koopman drop, or linearize: how many may give way together"
+    if "linear" not in effects.kinds or _sure(effects, "linear").any():
+        return "Next: lightning-koopman linearize, or linearize(): what may become linear"
+    return "Next: lightning-koopman bits, or bit_widths: how many bits their weights need"
 
 
 def decide(report: ReportFields) -> list[str]:

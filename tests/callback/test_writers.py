@@ -203,7 +203,7 @@ def test_wandb_offline_gets_scalars_figures_and_table(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="koopman")
-    fit(logger, epochs=2)
+    fit(logger, epochs=2, every_n_epochs=1, max_overhead=1e6)
     keys = set(logger.experiment.summary.keys())
     wandb.finish()
     assert {"koopman/credit/net.0", "koopman/total", "koopman/evolution", "koopman/report"} <= keys

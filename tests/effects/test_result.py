@@ -17,7 +17,7 @@ from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.replay import Recording
 from lightning_koopman.report.effects import KINDS, Effects
 from lightning_koopman.report.saved import ReportFormatError
-from lightning_koopman.report.tables import verdict
+from lightning_koopman.report.tables import next_step, verdict
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_the_report_leads_with_the_decision(report, both):
     row = next(line for line in lines if line.startswith(" 2 ")).split()
     skip, linear = (effects.cell(kind, 1) for kind in ("skip", "linear"))
     assert row[1:9] == ["Linear", "→", "3", "→", "4", "156", skip, linear]
-    assert lines[-1] == "Next: lightning-koopman drop, or linearize: how many may give way together"
+    assert lines[-1] == "Next: lightning-koopman drop, or drop_order: how many may go together"
     assert (
         narrow(report, 130)[-1] == "Next: lightning-koopman effects, or component_effects: what may go"
     )
@@ -152,9 +152,24 @@ def test_the_verdict_is_true_by_its_numbers(report):
     said = "nothing can go within 0.01 nats of KL for sure: the cheapest, 2, costs 0.00±0.20"
     assert verdict(dataclasses.replace(report, effects=kl))[0] == said
     assert "no effect of skip is known" in verdicts(report, [np.nan] * 3, np.nan)
-    linear = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).double()
+    # The activation has nothing to cut off; the layer behind it is linear by its kind.
+    linear = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    nn.init.constant_(linear[0].bias, 50.0)
     exact = credit_report(linear, [torch.randn(300, 5, dtype=torch.float64)])
-    assert "0, 1 are linear already (R² 0.999 or more)" in str(exact)
+    assert verdict(exact) == ["0 is linear already (R² 0.999 or more)"]
+
+
+def test_the_next_step_follows_from_the_verdict(report):
+    def after(skip: float, linear: float | None = None) -> str:
+        values = {"skip": np.full(3, skip)} | ({} if linear is None else {"linear": np.full(3, linear)})
+        given = {"values": values, "stderr": {kind: np.zeros(3) for kind in values}}
+        effects = made(components=report.components, how=dict.fromkeys(values, "measured"), **given)
+        return next_step(dataclasses.replace(report, effects=effects))
+
+    assert after(0.001, 0.001).startswith("Next: lightning-koopman drop, or drop_order")
+    assert after(0.5).startswith("Next: lightning-koopman linearize, or linearize()")
+    assert after(0.5, 0.001).startswith("Next: lightning-koopman linearize")
+    assert after(0.5, 0.5).startswith("Next: lightning-koopman bits, or bit_widths")
 
 
 def test_the_figure_shows_both_with_their_errors(both):

@@ -69,12 +69,10 @@ def test_samples_are_doubled_until_every_error_is_small(monkeypatch: pytest.Monk
 
     fixed = {n: measured(n) for n in (512, 1024, 2048, 4096)}
     worst = {n: float(report.stderr["credit"].max()) for n, report in fixed.items()}
-    assert worst[512] > worst[1024] > worst[2048] > 0
-    for n, tolerance in (
-        (512, 1.01 * worst[512]),
-        (2048, (worst[1024] + worst[2048]) / 2),
-        (4096, 0.0),
-    ):
+    low, middle, high = sorted(worst[n] for n in (512, 1024, 2048))
+    for tolerance in (0.0, (low + middle) / 2, (middle + high) / 2, 1.01 * high):
+        # Folds hang on the last bits of the samples, errors on the folds: no test may order them.
+        n = next((n for n in (512, 1024, 2048) if worst[n] <= tolerance), 4096)
         monkeypatch.setattr(measurement, "TOLERANCE", tolerance)
         report = measured()
         assert report.n_samples == n
