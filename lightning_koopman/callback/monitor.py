@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.callback.budget import Budget
-from lightning_koopman.callback.harmless import HarmlessCallback, never_in_the_way
+from lightning_koopman.callback.harmless import (
+    HarmlessCallback,
+    never_in_the_way,
+    release_memory,
+)
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.callback.recorded_effects import (
     SAMPLES,
@@ -363,6 +367,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     known.setdefault(key, value)
                 for key in monitored_keys(trainer, self.prefix):
                     known.setdefault(key, torch.tensor(0.0))
+                if self._measured_at == trainer.global_step:
+                    release_memory()
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Measurement(Accumulator):
         super().__init__(options or Options(), max_samples=max_samples, shared=shared)
         output = self.options.output
         named = None if callable(output) else output
-        self.capture = Capture(model, components, keep=self._keep, output=named, follow=True)
+        self.capture = Capture(model, components, keep=_weakly(self._keep), output=named, follow=True)
         self.plan: Plan | None = None
         self.seconds = 0.0
         self.notes: list[str] = []
@@ -84,7 +85,7 @@ class Measurement(Accumulator):
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
             self.capture, self.plan = like.capture, like.plan
-            self.capture.keep, self._untraced = self._keep, like._untraced
+            self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
         self._followed: Reference | None = None
         self._next_check, self._work = _FIRST_CHECK, 0.0
 
@@ -153,7 +154,7 @@ class Measurement(Accumulator):
     def start_pass(self, batch: Any = None) -> None:
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         self._batch, self._valid = batch, valid_positions(batch)
-        self.capture.again, self._earlier = self._take_again, []
+        self.capture.again, self._earlier = _weakly(self._take_again), []
         self.capture.start_pass(batch)
 
     def end_pass(self) -> None:
@@ -365,6 +366,18 @@ class Measurement(Accumulator):
                 for group in found
             ),
         }
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a bound method that must not keep its object, so that what measured is freed at once."""
+    found = WeakMethod(method)
+
+    def call(*given: Any) -> Any:
+        bound = found()
+        assert bound is not None
+        return bound(*given)
+
+    return call
 
 
 def merge_processes(

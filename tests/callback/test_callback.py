@@ -1,4 +1,5 @@
 import copy
+import gc
 import importlib.util
 import random
 import runpy
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -529,3 +531,66 @@ def test_a_validation_in_which_nothing_is_due_costs_next_to_nothing(tmp_path):
     runs = [(milliseconds([]), milliseconds(due)) for _ in range(10)]
     without, with_monitor = (np.median(taken) for taken in zip(*runs, strict=True))
     assert with_monitor - without < 5
+
+
+GROWS = """
+import torch
+from torch import nn
+import lightning as L
+from lightning_koopman import KoopmanCreditMonitor
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        convs = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU()]
+        self.net = nn.Sequential(*convs, nn.Flatten(), nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 10))
+        self.sizes = []
+    def training_step(self, batch, i):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+    def validation_step(self, batch, i):
+        self.net(batch[0])
+    def on_train_epoch_end(self):
+        with open("/proc/self/statm") as file:
+            self.sizes.append(int(file.read().split()[1]) * 4096 / 2**20)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+torch.manual_seed(0)
+data = torch.utils.data.TensorDataset(torch.randn(600, 1, 8, 8), torch.randint(10, (600,)))
+loader, model = torch.utils.data.DataLoader(data, 64), Net()
+quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar"], False)
+monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise")
+trainer = L.Trainer(max_epochs=41, callbacks=[monitor], accelerator="cpu", **quiet)
+trainer.fit(model, loader, loader)
+assert len(monitor.history) == 41
+# The last one computes more.
+print(max(model.sizes[25:40]) - max(model.sizes[5:20]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_the_process_does_not_grow_with_each_measurement():
+    given = {"capture_output": True, "text": True, "check": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", GROWS], **given)
+    # It was 5 to 12 MiB per measurement, and is .6 MiB over twenty of them.
+    assert float(done.stdout.split()[-1]) < 10
+
+
+def test_a_measurement_is_freed_as_soon_as_the_next_is_done(tmp_path):
+    alive: list[Any] = []
+
+    class Watches(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            alive.append(weakref.ref(monitor._watched))
+
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise")
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = quiet_trainer(tmp_path, [monitor, Watches()], max_epochs=3)
+        trainer.fit(LitNet(), *loaders())
+        # The last one is made anew for the final report, and let go of at the end.
+        assert [measurement() is None for measurement in alive[:2]] == [True, True]
+    finally:
+        gc.enable()
