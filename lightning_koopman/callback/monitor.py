@@ -367,8 +367,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     known.setdefault(key, value)
                 for key in monitored_keys(trainer, self.prefix):
                     known.setdefault(key, torch.tensor(0.0))
-                if self._measured_at == trainer.global_step:
-                    release_memory()
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -673,6 +671,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         try:
             weights_of = trainer.global_step if weights_step is None else weights_step
             report = self._report_on(trainer, pl_module, measurement, weights_of, before)
+            del before  # let go of, its memory can be handed back below
             if self.history:
                 # A three-day training must not pile up operators; the numbers stay.
                 self.history[-1] = replace(self.history[-1], operators={}, reference=None)
@@ -681,6 +680,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
                 self._log(trainer, report, step)
         finally:
+            release_memory()
             if not validating:
                 self._plan(trainer, pl_module)
 

@@ -108,9 +108,10 @@ def merge(reports: list[str], out: str) -> None:
     Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
 
 
-def say_written(path: str) -> None:
-    """Print where a result went."""
-    Console().print(f"Written to {path}", highlight=False, soft_wrap=True)
+def say_written(*paths: str | None) -> None:
+    """Print where results went, if anywhere."""
+    for path in filter(None, paths):
+        Console().print(f"Written to {path}", highlight=False, soft_wrap=True)
 
 
 def show_reports(reports: Sequence[CreditReport]) -> None:

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lightning_koopman.cli.commands import say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained, fit_and_choose
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.report.effects import Kind, Scale
@@ -90,8 +91,7 @@ class Task:
             )
         shown = found.__rich__()
         console.print(dataclasses.replace(shown, lines=shown.lines[:-1]))
-        for path in filter(None, (self.figure, self.out if table or network is not None else None)):
-            console.print(f"Written to {path}", highlight=False, soft_wrap=True)
+        say_written(self.figure, self.out if table or network is not None else None)
         console.print(said, highlight=False, soft_wrap=True, markup=False)
 
     def _facts(self) -> dict[str, Any]:
@@ -170,11 +170,9 @@ def effects(
         found.plot()[0].savefig(given.figure)
     if given.out is not None:
         report.to_json(given.out)
-    console = Console()
-    for path in filter(None, (given.figure, given.out)):
-        console.print(f"Written to {path}", highlight=False, soft_wrap=True)
+    say_written(given.figure, given.out)
     # The last line says what to do next.
-    console.print(report)
+    Console().print(report)
 
 
 def drop(max_drop: float = 0.01, steps: int | None = None, **task: Any) -> None:

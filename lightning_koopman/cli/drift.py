@@ -6,6 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from lightning_koopman.cli.commands import say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained
 
 
@@ -41,12 +42,10 @@ def drift(
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint, weights)
     batches = build_batches(data, checkpoint.data_hyper_parameters)
     found = measurement.drift(reference, network, batches, max_samples=max_samples, step=checkpoint.step)
-    console = Console()
     if figure is not None:
         found.plot()[0].savefig(figure)
     if out is not None:
         found.to_frame().to_csv(out, index=False)
-    for path in filter(None, (figure, out)):
-        console.print(f"Written to {path}", highlight=False, soft_wrap=True)
+    say_written(figure, out)
     # The last line says what to do next.
-    console.print(found)
+    Console().print(found)

@@ -68,11 +68,11 @@ class Split:
 
     def problem(self, i: int) -> Spectrum:
         """Diagonalise the regression problem of step i."""
-        return spectrum(*_normal_equations(self.train, self.layout, i))
+        return spectrum(*normal_equations(self.train, self.layout, i))
 
     def solve(self, i: int, tikhonov: float) -> Tensor:
         """Solve for the operator of step i under one ridge weight."""
-        return solve(*_normal_equations(self.train, self.layout, i), tikhonov)
+        return solve(*normal_equations(self.train, self.layout, i), tikhonov)
 
     def blocks(self, operators: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Cut each step's operator into one block per state that it reads."""
@@ -111,7 +111,7 @@ def held_out_splits(layout: Layout, moments: Tensor, normalize: Normalize) -> It
             yield split_chain(layout, moments, fold, normalize, total)
 
 
-def _normal_equations(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
+def normal_equations(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
     """Return the covariance of what a step reads, and its cross-covariance with what the step gives."""
     read = layout.parents[i]
     return _inner(given, read), _stacked(given, read, i)
@@ -256,7 +256,7 @@ def _squares(split: Split, operators: Sequence[Tensor]) -> tuple[Tensor, Tensor]
     # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
     blocks: dict[int, Tensor] = {}
     for i in range(last, 0, -1):
-        given = _normal_equations(test, split.layout, i)
+        given = normal_equations(test, split.layout, i)
         steps.append(held_out_error(operators[i - 1], *given, totals[i - 1]))
         replaced = blocks.pop(i, None)
         for p, operator in zip(split.layout.parents[i], cut[i - 1], strict=True):

@@ -361,7 +361,7 @@ class FoldCovariances:
             block *= columns[:, None]
         return block
 
-    def problem(self, i: int) -> tuple[Tensor, Tensor]:
+    def normal_equations(self, i: int) -> tuple[Tensor, Tensor]:
         """Return the covariances of what step i reads, and those with what it gives."""
         read = self._layout.parents[i]
         c_xy = torch.cat([self[p, i] for p in read], dim=1)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.chain import jackknife
+from lightning_koopman.koopman.chain import jackknife, normal_equations
 from lightning_koopman.koopman.moments import Covariances, FoldCovariances, Layout, covariances
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.koopman.regression import solve_each
@@ -150,7 +150,7 @@ def fold_operators(
     """Fit every step without each fold; return the operators and the means that go with them."""
     rest = FoldCovariances(layout, moments, moments.sum(dim=0))
     steps = range(1, len(layout.dims))
-    operators = tuple(solve_each(*rest.problem(i), RIDGE).float().cpu() for i in steps)
+    operators = tuple(solve_each(*rest.normal_equations(i), RIDGE).float().cpu() for i in steps)
     pairs = zip(rest.means, center, strict=True)
     return operators, tuple((mean + offset.to(mean)).cpu() for mean, offset in pairs)
 
@@ -200,7 +200,7 @@ def unexplained(
             operators[i - 1].to(moments), torch.cat([about[p] for p in layout.parents[i]], 1), about[i]
         )
         new = Affine(fitted[i - 1].to(moments), rest.read(i), rest.means[i]).of(held)
-        c_xx, c_xy = (part[held] for part in tests.problem(i))
+        c_xx, c_xy = (part[held] for part in tests.normal_equations(i))
         x, y, variance = tests.read(i)[held], tests.means[i][held], tests.variances[i][held].sum(dim=1)
         moved = (y - rest.means[i][held]).square().sum(dim=1)
         errors = [operator.errors(c_xx, c_xy, x, y) for operator in (old.of(held), new)]
@@ -269,10 +269,8 @@ def _over_folds(
     The first is the summed squared distance of the operators' predictions from their mean; the second
     the jackknife variance of the gap between the errors, over the folds that the operators leave out.
     """
-    read = layout.parents[i]
-    c_xy = torch.cat([given[p, i] for p in read])
-    c_xx = torch.cat([torch.cat([given[p, q] for q in read], dim=1) for p in read])
-    x = torch.cat([given.means[p] for p in read])
+    c_xx, c_xy = normal_equations(given, layout, i)
+    x = torch.cat([given.means[p] for p in layout.parents[i]])
     spreads, errors = [], []
     for operator in both:
         matrices, at_mean = operator.matrices, operator.at(x)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from lightning_koopman.report.comparison import newest_of_runs
 from lightning_koopman.report.fields import ReportFields
@@ -192,7 +191,8 @@ def _effects(report: ReportFields, run: str) -> str:
             doubted = bool(effects.doubts_of(kind, i))
             texts += _number(effects.values[kind][i], effects.stderr[kind][i], doubted)
             if kind in effects.metric:
-                error = effects.metric_stderr.get(kind, np.full(i + 1, np.nan))[i]
+                errors = effects.metric_stderr.get(kind)
+                error = math.nan if errors is None else errors[i]
                 texts += _number(effects.metric[kind][i], error, False)
         words = "; ".join(
             f"{kind}: {', '.join(found)}"
