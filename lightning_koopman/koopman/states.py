@@ -135,8 +135,8 @@ def _still_fits(rows: Tensor, max_dim: int, vectors: Tensor | None, share: float
     if vectors is None or len(vectors) != rows.shape[1] or max_dim >= len(vectors):
         return False
     centred = rows - rows.mean(dim=0)
-    kept = (centred @ vectors.to(rows)).square().sum(dtype=torch.float64)
-    return bool(kept >= (share - _LOST) * centred.square().sum(dtype=torch.float64))
+    kept = torch.linalg.vector_norm(centred @ vectors.to(rows))
+    return bool(kept.square() >= (share - _LOST) * torch.linalg.vector_norm(centred).square())
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
@@ -152,8 +152,7 @@ def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
     found = found or _principal(rows.double(), max_dim, 1e-12)
     if found is None:
         return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
-    basis, share = found
-    return basis.double(), share
+    return found
 
 
 _CLEAR_OF_ROUNDING = 1e-5
