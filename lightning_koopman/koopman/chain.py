@@ -102,9 +102,10 @@ def split_chain(
     return Split(layout, train, test, directions.flip(1), int(alive(values).sum()))
 
 
-def held_out_splits(layout: Layout, moments: Tensor, normalize: Normalize) -> Iterator[Split]:
+def held_out_splits(
+    layout: Layout, moments: Tensor, normalize: Normalize, total: Tensor
+) -> Iterator[Split]:
     """Leave out one fold after the other, of those that can be held out."""
-    total = moments.sum(dim=0)
     for fold in range(layout.folds):
         # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
         if moments[fold, 0] > 0 and float(total[0] - moments[fold, 0]) >= 2:
