@@ -155,10 +155,10 @@ def plot_course(
     names = reports[-1].components if reports else ()
     values, stderr = table = np.full((2, len(names), len(measured)), np.nan)
     for column, each in enumerate(measured):
-        for row, component in enumerate(names):
-            if component in each.components:
-                place = each.components.index(component)
-                table[:, row, column] = each.values[place], each.stderr[place]
+        places = {component: place for place, component in enumerate(each.components)}
+        rows = [row for row, component in enumerate(names) if component in places]
+        taken = [places[names[row]] for row in rows]
+        table[:, rows, column] = each.values[taken], each.stderr[taken]
     table[:, ~np.isfinite(table).all(axis=0)] = np.nan
     drawn = np.flatnonzero(np.nan_to_num(values).any(axis=1))
     known = np.flatnonzero(np.isfinite(values[drawn]).any(axis=0))
