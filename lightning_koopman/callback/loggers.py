@@ -258,8 +258,9 @@ class CreditWriter:
             "",
             "The credit of the last component is 0 by definition and not drawn.",
             "",
-            f"The images **{self.prefix}/…{BANDS}** show the same numbers in bands of two standard "
-            "errors up and down: where two bands do not meet, the difference is beyond error.",
+            f"From the second measurement with errors on, the images **{self.prefix}/…{BANDS}** show "
+            "the same numbers in bands of two standard errors up and down: where two bands do not meet, "
+            "the difference is beyond error.",
         ]
         experiment.add_text(f"{self.prefix}/charts", "\n".join(lines), step)
 
