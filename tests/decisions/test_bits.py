@@ -91,7 +91,7 @@ def test_what_is_measured_improves_a_choice_within_the_budget() -> None:
     """What is measured is the sum over pairs times a factor that nothing tells of."""
     rng = np.random.default_rng(2)
     better = 0
-    for effects, costs, allowed in problems():
+    for effects, costs, allowed in problems()[:8]:
         factors = dict(
             zip(itertools.product(range(4), repeat=6), rng.uniform(0.5, 2, 4**6), strict=True)
         )
@@ -116,7 +116,7 @@ def test_what_is_measured_improves_a_choice_within_the_budget() -> None:
         promising = sorted(near, key=lambda c, e=effects: e[range(6), c].sum())[:6]
         assert all(real(found) <= real(c) for c in promising)
         better += real(found) < real(start)
-    assert better > 10
+    assert better > 4
 
 
 def test_of_all_choices_for_a_small_network_none_is_better() -> None:
