@@ -186,7 +186,6 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         for key, name in REAL.items()
         if key in found and len({found[key]["mixed"][m] for m in ("bit_widths", "hawq")}) == 1
     }
-    seconds = mean([found[key]["seconds"] for key in keys(UNTOUCHED)], 0)
     rank, middle = float(np.mean(ranks)), float(np.exp(np.mean(np.log(sizes))))
     within = sum(0.8 <= value <= 1.25 for value in sizes)
     targets.append([
@@ -224,8 +223,8 @@ Predicted over real size at 3 bits (geometric mean over components; 1 is right):
 {size}
 Bits of 8, 4, 3 and 2, three per weight on average. The same integer programme turns each number into
 bits; `bit_widths` also tries the pairs, keeps the better of two networks, and improves it by changes of
-one component or two that are measured. That takes {seconds} processor seconds per untouched network of
-stochastic depth. The other methods measure nothing of the whole network. KL on the test samples:
+one component or two that are measured (a pass for each component, again and again until none is better).
+The other methods measure nothing of the rounded network. KL on the test samples:
 
 {mixed}
 Accuracy:
@@ -281,7 +280,6 @@ def linear_section(found: dict[str, Any], targets: list[list[str]]) -> str:
             "keeps the accuracy: no search can beat these orders there",
         ),
     ])
-    seconds = mean([found[key]["seconds"] for key in keys(UNTOUCHED) if key in found], 0)
     heads = [
         "network",
         "linear",
@@ -301,7 +299,7 @@ the same test; `linearize` tries both orders of depth too, and improves the chea
 exchanges. Shares of the whole network; the accuracy that is lost is measured on other samples. The last
 column tells what a longer search could gain: all sets of blocks that need fewer FLOPs than what
 `linearize` returned were tried, the cheapest first, until one kept the accuracy. On {no_better} of the
-{number} untouched networks none did. `linearize` took {seconds} processor seconds per untouched network.
+{number} untouched networks none did.
 
 {text}{absent and absent + "."}"""
 

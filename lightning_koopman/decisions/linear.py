@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -355,6 +356,7 @@ class _Search:
         self._whole = cost_of(runner)
         self._cost = measure(runner, self._whole)
         self._enough = budget * self._cost
+        self._follows = functools.cache(functools.partial(_follows, runner.model))
         self._tried: dict[frozenset[_Option], tuple[Measured, Cost, float]] = {}
         self.chosen: list[_Option] = []
 
@@ -377,7 +379,7 @@ class _Search:
                 self._merge
                 and last is not None
                 and last.axis == form.axis
-                and _follows(self._runner.model, last.calls[-1], form.calls[0])
+                and self._follows(last.calls[-1], form.calls[0])
             ):
                 groups[-1] = _Group((*last.calls, *form.calls), form.axis)
             else:

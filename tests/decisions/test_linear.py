@@ -196,8 +196,9 @@ def test_the_choice_keeps_the_drop_and_ends_at_the_budget():
     assert all(loss <= 0 for loss in exact.loss)
 
 
-def test_no_choice_of_components_is_cheaper():
+def test_no_choice_of_components_is_cheaper(monkeypatch):
     """All subsets, each made linear as a whole and scored by hand."""
+    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0)
     net = mlp()
     batches = labelled(net)
     x, y = torch.cat([x for x, _ in batches[1::2]]), torch.cat([y for _, y in batches[1::2]])
@@ -229,6 +230,7 @@ def test_no_order_and_no_exchange_gives_a_cheaper_network(monkeypatch, seed):
         effect, cost = numbers[frozenset(option.name for option in chosen)]
         return Step(chosen[-1].name, Measured(effect, 0.0, math.nan, math.nan), Cost(cost, cost)), cost
 
+    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0)
     monkeypatch.setattr(linear, "cost_of", lambda runner: Cost(1000, 1000))
     monkeypatch.setattr(linear._Search, "_try", tried)
     report = credit_report(net, [inputs()], components=list("01234"))
