@@ -37,7 +37,7 @@ from lightning_koopman import bit_widths, component_effects, credit_report, drif
 from lightning_koopman.decisions.bits import solve_exactly
 from lightning_koopman.decisions.linear import _Maps, _measure_of, _Option, _Search
 from lightning_koopman.decisions.steps import cost_of
-from lightning_koopman.decisions.swaps import Skipped, copied_with
+from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.replacements import quantized_weights
 from lightning_koopman.effects.scoring import Outputs, over_draws
 from lightning_koopman.network.forward_runner import ForwardRunner
@@ -177,6 +177,26 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     }
 
 
+def cheaper_choice(search: _Search, options: Sequence[_Option], flops: int) -> tuple[int, int]:
+    """Try all sets of blocks that need fewer operations, the cheapest first, until one is admitted.
+
+    Returns its operations, or those given if there is none, and how many were tried. A map saves alike
+    wherever others are, so that the operations of a set are known from its groups of neighbours.
+    """
+    whole, saved = search._whole.flops, {}
+    for i, j in itertools.combinations(range(len(options) + 1), 2):
+        (group,) = search.groups(options[i:j])
+        with swapped(search._runner.model, search._maps.swaps([group])):
+            saved[group] = whole - cost_of(search._runner).flops
+    sets = [c for n in range(len(options) + 1) for c in itertools.combinations(options, n)]
+    costs = {chosen: whole - sum(saved[g] for g in search.groups(chosen)) for chosen in sets}
+    cheaper = sorted((c for c in sets if costs[c] < flops), key=costs.__getitem__)
+    for count, chosen in enumerate(cheaper):
+        if search._fits(search._try(chosen)[0]):
+            return costs[chosen], count + 1
+    return flops, len(cheaper)
+
+
 def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     """Make as much linear as keeps the accuracy within 0.01."""
     choose, test = data["choose"], data["test"]
@@ -202,10 +222,12 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
         orders |= {f"random {i}": list(rng.permutation(blocks)) for i in range(2)}
         for label, order in orders.items():
             options = [_Option(block, maps.forms((block,), False)[-1]) for block in order]
-            steps, chosen, _ = search.take(options)
+            chosen = search.take(options)
             new = copied_with(net, maps.swaps(search.groups(chosen)))
-            cost = steps[-1].cost if steps else cost_of(runner)
-            result[label] = (cost, scored(right(new, test) - before), len(steps))
+            cost = cost_of(ForwardRunner(new, choose))
+            result[label] = (cost, scored(right(new, test) - before), len(chosen))
+        options = [_Option(block, maps.forms((block,), False)[-1]) for block in blocks]
+        cheapest, tried = cheaper_choice(search, options, result["linearize"][0].flops)
     whole = found.cost_before
     return {
         "flops": {k: c.flops / whole.flops for k, (c, _, _) in result.items()},
@@ -214,6 +236,8 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
         "count": {k: n for k, (_, _, n) in result.items()},
         "time": found.seconds[1] / found.seconds[0],
         "slower": found.slower,
+        "cheapest": cheapest / whole.flops,
+        "tried": tried,
         "seconds": seconds,
     }
 

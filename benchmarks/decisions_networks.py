@@ -6,6 +6,7 @@ outputs then depends on its rate and not on its place. Trained weights are kept 
 """
 
 import functools
+import hashlib
 import importlib
 import inspect
 import os
@@ -168,8 +169,16 @@ class Encoder(nn.Module):
 PACKAGES = ("sklearn", "scipy.stats", "pandas", "numpy", "torch", "matplotlib")
 
 
+def digest(text: str) -> str:
+    """A number that is the same in every run, by which texts are shuffled and told apart."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def paragraphs() -> tuple[list[str], list[int]]:
-    """Paragraphs of docstrings, and the package that each is from."""
+    """Paragraphs of docstrings, and the package that each is from.
+
+    Which modules are there depends on what was imported before, so their own docstrings are left out.
+    """
     found: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
         names = [package] if package != "sklearn" else ["sklearn.linear_model", "sklearn.metrics"]
@@ -182,17 +191,18 @@ def paragraphs() -> tuple[list[str], list[int]]:
             except ImportError:
                 holder = getattr(importlib.import_module(module), attribute)
             for part in sorted(vars(holder)):
+                if inspect.ismodule(getattr(holder, part)):
+                    continue
                 for text in (inspect.getdoc(getattr(holder, part)) or "").split("\n\n"):
                     words = " ".join(text.split())
                     if len(words) > 60 and ">>>" not in words and "---" not in words:
                         found.setdefault(words, label)
-    order = np.random.default_rng(0).permutation(len(found))
-    texts, labels = list(found), list(found.values())
-    kept: list[int] = []
+    order = sorted(found, key=digest)
+    kept = []
     for label in range(len(PACKAGES)):
-        kept += [int(i) for i in order if labels[i] == label][:200]
-    kept = [kept[i] for i in np.random.default_rng(1).permutation(len(kept))]
-    return [texts[i] for i in kept], [labels[i] for i in kept]
+        kept += [text for text in order if found[text] == label][:200]
+    kept.sort(key=lambda text: digest(f"split {text}"))
+    return kept, [found[text] for text in kept]
 
 
 @functools.cache
@@ -215,7 +225,7 @@ def minilm() -> tuple[nn.Module, Split]:
         for name, p in places.items()
     }
     net = Encoder().eval()
-    path = CACHE / "minilm-head.pt"
+    path = CACHE / f"minilm-head-{digest(' '.join(texts[places['train']]))[:8]}.pt"
     if not path.exists():
         with torch.no_grad():
             z = torch.cat([F.normalize(net.body(**batch), dim=1) for batch, _ in split["train"]])

@@ -31,6 +31,9 @@ FREE_FOR_FIGURES = 64 * 2**20
 MOST_TAGS = 200
 """Most scalar tags that are written; TensorBoard grows slow with thousands."""
 
+BANDS = "_bands"
+"""How the tag of a figure ends that shows a chart's numbers with their errors; it stands beside it."""
+
 _TOTALS = ("total", "doubts", "overhead")
 
 _LONGEST_RUN = 80
@@ -164,7 +167,13 @@ class CreditWriter:
         return self.figures and number & (number - 1) == 0
 
     def draw(
-        self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int, *, figures: bool = True
+        self,
+        loggers: Sequence[Any],
+        reports: Sequence[CreditReport],
+        step: int,
+        drifts: Sequence[Drift] = (),
+        *,
+        figures: bool = True,
     ) -> None:
         """Write what the charts show and, when due and wanted, figures of the newest report."""
         self._choose(reports[-1])
@@ -174,15 +183,21 @@ class CreditWriter:
             self._write_words(logger, reports[-1], step)
         self._written += 1
         if self._newest_drawn:
-            self._draw(loggers, reports, step)
+            self._draw(loggers, reports, step, drifts)
 
-    def finish(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
+    def finish(
+        self,
+        loggers: Sequence[Any],
+        reports: Sequence[CreditReport],
+        step: int,
+        drifts: Sequence[Drift] = (),
+    ) -> None:
         """Write the final figures and the closing table."""
         if not self.figures or not reports:
             return
         loggers = self._with_room(loggers)
         if not self._newest_drawn:
-            self._draw(loggers, reports, step)
+            self._draw(loggers, reports, step, drifts)
         for logger in loggers:
             _write_table(logger, f"{self.prefix}/report", reports[-1], step)
 
@@ -239,10 +254,23 @@ class CreditWriter:
             words[name] = GLOSSARY[name] + (_UNIT_OF_EFFECTS if name in KINDS else "")
         lines = ["Each component is a run of its own, numbered in order of execution.", ""]
         lines += [f"- **{self.prefix}/{name}**: {text}." for name, text in words.items()]
-        lines += ["", "The credit of the last component is 0 by definition and not drawn."]
+        lines += [
+            "",
+            "The credit of the last component is 0 by definition and not drawn.",
+            "",
+            f"From the second measurement with errors on, the images **{self.prefix}/…{BANDS}** show "
+            "the same numbers in bands of two standard errors up and down: where two bands do not meet, "
+            "the difference is beyond error.",
+        ]
         experiment.add_text(f"{self.prefix}/charts", "\n".join(lines), step)
 
-    def _draw(self, loggers: Sequence[Any], reports: Sequence[CreditReport], step: int) -> None:
+    def _draw(
+        self,
+        loggers: Sequence[Any],
+        reports: Sequence[CreditReport],
+        step: int,
+        drifts: Sequence[Drift],
+    ) -> None:
         accepted = [show for logger in loggers if (show := _figure_sink(logger)) is not None]
         if not accepted:
             return
@@ -255,6 +283,9 @@ class CreditWriter:
             drawn["directions"] = plots.plot_directions(newest)
         if newest.operators:
             drawn["spectra"] = plots.plot_spectra(newest)
+        for name in (*self.quantities, *self.more):
+            if (course := plots.plot_course(name, alike, drifts)) is not None:
+                drawn[f"{name}{BANDS}"] = course
         for name, (figure, _) in drawn.items():
             for show in accepted:
                 show(f"{self.prefix}/{name}", figure, step)

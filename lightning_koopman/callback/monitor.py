@@ -449,7 +449,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._replay(trainer, pl_module, first_loader(loader), final=True)
         if self._logged_at is not None and trainer.is_global_zero:
             with self.budget.apart("draw"):
-                self._writer.finish(trainer.loggers, self.history, self._logged_at)
+                self._writer.finish(trainer.loggers, self.history, self._logged_at, self.drifts)
                 self._writer.close(trainer.loggers)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -756,7 +756,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         loggers = trainer.loggers if trainer.is_global_zero else []
         try:
             with self.budget.apart("draw") if self._writer.draws_next else nullcontext():
-                self._writer.draw(loggers, self.history, step, figures=self.budget.has_room("draw"))
+                room = self.budget.has_room("draw")
+                self._writer.draw(loggers, self.history, step, self.drifts, figures=room)
         finally:
             scalars = self._show(trainer, report)
             # A logger that fails keeps no other from its numbers.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class BitWidths(JupyterMixin):
         metric_stderr: Standard error of its difference from ``metric_before``, paired over samples.
         metric_before: Metric of the network as it is.
         alike: The measured effect of giving all components the same number of bits, by that number.
-        solver: Which of the two ways found the bits, see :func:`bit_widths`.
+        solver: Which of the ways found the bits, see :func:`bit_widths`.
         scale: Unit of effects, ``"kl"`` or ``"relative"``.
         n_samples: Samples that all of this was measured on.
         group_size: Inputs that share a scale; ``None`` is all of an output channel.
@@ -200,7 +200,9 @@ def bit_widths(
     information, or of squares. Two choices are made: the exact one for single effects alone, an integer
     programme (``"milp"``, by SciPy's HiGHS), and the best that changes of one or two components find
     from there for all pairs (``"exchange"``). Both networks are measured, and the one whose outputs
-    move less is returned.
+    move less is improved: of all changes of one or two components within the budget, those with the
+    least sum over all pairs are measured, as many as there are components, and the best of them is kept
+    (``"measured"``), until none is better.
 
     Args:
         model: Any module; it is left exactly as it was found.
@@ -243,20 +245,18 @@ def bit_widths(
         found = [[altered.alone(name, option) for option in options] for name in names]
         effects = np.array([[measured.effect for measured, _ in row] for row in found])
         pairs = _pairs(effects, torch.stack([z for row in found for _, z in row]))
-        allowed = average * counts.sum()
-        exact = solve_exactly(effects, np.outer(counts, options), allowed)
-        chosen = {
-            "milp": exact,
-            "exchange": exchange(pairs, np.outer(counts, options), allowed, exact),
-        }
-        together = {
-            solver: altered.together(dict(zip(names, (options[k] for k in places), strict=True)))
-            for solver, places in chosen.items()
-        }
-        solver = min(together, key=lambda name: together[name].effect)
+        costs, allowed = np.outer(counts, options), average * counts.sum()
+
+        def together(places: Sequence[int]) -> Measured:
+            return altered.together(dict(zip(names, (options[k] for k in places), strict=True)))
+
+        exact = solve_exactly(effects, costs, allowed)
+        chosen = {"milp": exact, "exchange": exchange(pairs, costs, allowed, exact)}
+        found_by = {solver: together(places) for solver, places in chosen.items()}
+        solver = min(found_by, key=lambda name: found_by[name].effect)
+        places, best = improve(pairs, costs, allowed, (chosen[solver], found_by[solver]), together)
         alike = {b: altered.together(dict.fromkeys(names, b)).effect for b in options if b <= average}
-    best = together[solver]
-    final = tuple(options[k] for k in chosen[solver])
+    final = tuple(options[k] for k in places)
     return BitWidths(
         components=names,
         bits=final,
@@ -272,7 +272,7 @@ def bit_widths(
         metric_stderr=best.metric_stderr,
         metric_before=outputs.metric,
         alike=dict(itertools.islice(alike.items(), 1)),
-        solver=solver,
+        solver=solver if places == chosen[solver] else "measured",
         scale=outputs.scale,
         n_samples=outputs.n_samples,
         group_size=group_size,
@@ -365,28 +365,54 @@ def solve_exactly(
     return tuple(int(k) for k in found.x.reshape(rows, options).argmax(axis=1))
 
 
+def changes(
+    costs: NDArray[np.float64], allowed: float, chosen: Sequence[int]
+) -> Iterator[tuple[int, ...]]:
+    """Give all choices that differ in one row or two and cost no more than is allowed."""
+    rows, options = costs.shape
+    for count in (1, 2):
+        for which in itertools.combinations(range(rows), count):
+            others = [[k for k in range(options) if k != chosen[row]] for row in which]
+            for places in itertools.product(*others):
+                new = list(chosen)
+                for row, place in zip(which, places, strict=True):
+                    new[row] = place
+                if costs[range(rows), new].sum() <= allowed * (1 + 1e-12):
+                    yield tuple(new)
+
+
+def summed(pairs: NDArray[np.float64], chosen: Sequence[int]) -> float:
+    """Sum over all pairs of rows."""
+    everyone = range(len(chosen))
+    return float(pairs[everyone, chosen][:, everyone, chosen].sum())
+
+
 def exchange(
     pairs: NDArray[np.float64], costs: NDArray[np.float64], allowed: float, start: Sequence[int]
 ) -> tuple[int, ...]:
     """Improve a choice for the sum over all pairs by changes of one row or two, until none helps."""
-    rows, options = costs.shape
-    chosen, everyone = list(start), np.arange(rows)
-
-    def total(places: Sequence[int]) -> float:
-        return float(pairs[everyone, places][:, everyone, places].sum())
-
-    def changes() -> Iterator[list[int]]:
-        for count in (1, 2):
-            for which in itertools.combinations(range(rows), count):
-                for places in itertools.product(range(options), repeat=count):
-                    new = list(chosen)
-                    for row, place in zip(which, places, strict=True):
-                        new[row] = place
-                    if costs[everyone, new].sum() <= allowed * (1 + 1e-12):
-                        yield new
-
+    chosen = tuple(start)
     while True:
-        best = min(changes(), key=total, default=chosen)
-        if not total(best) < total(chosen) * (1 - 1e-9):
-            return tuple(chosen)
+        near = changes(costs, allowed, chosen)
+        best = min(near, key=lambda new: summed(pairs, new), default=chosen)
+        if not summed(pairs, best) < summed(pairs, chosen) * (1 - 1e-9):
+            return chosen
         chosen = best
+
+
+def improve(
+    pairs: NDArray[np.float64],
+    costs: NDArray[np.float64],
+    allowed: float,
+    start: tuple[tuple[int, ...], Measured],
+    measure: Callable[[tuple[int, ...]], Measured],
+) -> tuple[tuple[int, ...], Measured]:
+    """Improve a choice by what is measured of the most promising changes, until none helps."""
+    chosen, now = start
+    while True:
+        near = sorted(changes(costs, allowed, chosen), key=lambda new: summed(pairs, new))
+        tried = {new: measure(new) for new in near[: len(costs)]}
+        best = min(tried, key=lambda new: tried[new].effect, default=chosen)
+        if best == chosen or not tried[best].effect < now.effect:
+            return chosen, now
+        chosen, now = best, tried[best]

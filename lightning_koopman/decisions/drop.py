@@ -19,6 +19,7 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
+    is_within,
     look_at,
     loss_of,
 )
@@ -233,6 +234,6 @@ def _order(
         with swapped(runner.model, [*gone, swaps[best]]):
             order.append(Step(best, tried[best], cost_of(runner)))
         remaining.append([tried[name].effect if name in tried else math.nan for name in swaps])
-        if steps is None and loss_of(tried[best], outputs) > max_drop:
+        if steps is None and not is_within(loss_of(tried[best], outputs), max_drop):
             break
     return order, remaining

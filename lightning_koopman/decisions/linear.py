@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,12 +22,13 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
+    is_within,
     look_at,
     loss_of,
 )
 from lightning_koopman.decisions.swaps import LinearComponent, copied_with, swapped
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
-from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
+from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
 from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
@@ -57,6 +59,11 @@ class Linearized(Steps):
     model: nn.Module = field(repr=False)
     seconds: tuple[float, float]
     slower: bool
+
+    @property
+    def within(self) -> int:
+        """Number of steps: the loss of the last one is admitted, whatever those before it lose."""
+        return len(self.components)
 
     @property
     def larger(self) -> tuple[str, ...]:
@@ -138,7 +145,11 @@ def linearize(
     Components are taken one after the other, whichever moves the outputs least per cost saved, measured
     anew for all that are left after each, as long as the loss is admitted and nothing gets larger.
     They are also taken from the last to the first and from the first to the last, for neighbours that
-    become one map save more than each alone. The cheapest of the three networks is returned.
+    become one map save more than each alone. The cheapest of the three networks is then improved: one
+    more component, or two that become one map, are added or take the place of one, whichever is cheapest
+    and admitted (of those as cheap, whichever moves the outputs least), until nothing is better. Each
+    network takes one pass over the samples: of ``n`` components about ``n k`` until ``k`` are linear,
+    then up to ``2 (n - k) k`` for each improvement.
 
     Args:
         model: Any module; it is left exactly as it was found.
@@ -345,6 +356,8 @@ class _Search:
         self._whole = cost_of(runner)
         self._cost = measure(runner, self._whole)
         self._enough = budget * self._cost
+        self._follows = functools.cache(functools.partial(_follows, runner.model))
+        self._tried: dict[frozenset[_Option], tuple[Measured, Cost, float]] = {}
         self.chosen: list[_Option] = []
 
     def run(self, calls: Mapping[str, tuple[str, ...]]) -> list[Step]:
@@ -352,13 +365,10 @@ class _Search:
         self._order = list(calls)
         forms = {name: self._maps.forms(own, self._allow_larger) for name, own in calls.items()}
         options = [_Option(name, form) for name, own in forms.items() for form in own]
-        best: list[Step] = []
-        lowest = math.inf if self._allow_larger else self._cost
-        found = (self._take_least(options), self.take(options[::-1]), self.take(options))
-        for steps, chosen, after in found:
-            if steps and after < lowest:
-                best, self.chosen, lowest = steps, chosen, after
-        return best
+        none: list[_Option] = []
+        found = (none, self._take_least(options), self.take(options[::-1]), self.take(options))
+        self.chosen = self._exchange(options, min(found, key=lambda chosen: self._worth(chosen)[0]))
+        return [self._try(self.chosen[: count + 1])[0] for count in range(len(self.chosen))]
 
     def groups(self, chosen: Sequence[_Option]) -> list[_Group]:
         """Find the modules that become one map each; a bare linear layer by itself stays."""
@@ -369,7 +379,7 @@ class _Search:
                 self._merge
                 and last is not None
                 and last.axis == form.axis
-                and _follows(self._runner.model, last.calls[-1], form.calls[0])
+                and self._follows(last.calls[-1], form.calls[0])
             ):
                 groups[-1] = _Group((*last.calls, *form.calls), form.axis)
             else:
@@ -377,15 +387,29 @@ class _Search:
         bare = [type(find_module(self._runner.model, g.calls[0])[0]) is nn.Linear for g in groups]
         return [g for g, is_bare in zip(groups, bare, strict=True) if not is_bare or len(g.calls) > 1]
 
+    def _replaced(self, chosen: Sequence[_Option]) -> list[_Option]:
+        """Return those that a map takes the place of."""
+        calls = {call for group in self.groups(chosen) for call in group.calls}
+        return [option for option in chosen if option.form.calls[0] in calls]
+
     def _try(self, chosen: Sequence[_Option]) -> tuple[Step, float]:
-        """Measure the network in which the chosen components are linear."""
-        with swapped(self._runner.model, self._maps.swaps(self.groups(chosen))):
-            measured = over_draws([self.outputs.compare(self._runner.run())])
-            step = Step(chosen[-1].name, measured, cost_of(self._runner))
-            return step, self._measure(self._runner, step.cost)
+        """Measure the network in which the chosen components are linear, in whatever order, once."""
+        which = frozenset(chosen)
+        if which not in self._tried:
+            with swapped(self._runner.model, self._maps.swaps(self.groups(chosen))):
+                measured = over_draws([self.outputs.compare(self._runner.run())])
+                cost = cost_of(self._runner)
+                self._tried[which] = measured, cost, self._measure(self._runner, cost)
+        measured, cost, after = self._tried[which]
+        return Step(chosen[-1].name, measured, cost), after
 
     def _larger(self, cost: Cost) -> bool:
         return cost.parameters > self._whole.parameters or cost.flops > self._whole.flops
+
+    def _fits(self, step: Step) -> bool:
+        """Check whether the loss of a step is admitted, and nothing larger that may not be."""
+        kept = is_within(loss_of(step.measured, self.outputs), self._max_drop)
+        return kept and (self._allow_larger or not self._larger(step.cost))
 
     def _admitted(self, option: _Option, step: Step, after: float, least: float) -> bool:
         """Check whether a step keeps the loss, and makes the network cheaper and nothing larger."""
@@ -393,11 +417,10 @@ class _Search:
         gains = after < least or (after == least and not bare)
         if not gains or self._larger(step.cost):
             gains = self._allow_larger and not bare
-        return gains and loss_of(step.measured, self.outputs) <= self._max_drop
+        return gains and self._fits(step)
 
-    def _take_least(self, options: Sequence[_Option]) -> tuple[list[Step], list[_Option], float]:
+    def _take_least(self, options: Sequence[_Option]) -> list[_Option]:
         """Take the option that costs the outputs least per cost saved, again and again."""
-        steps: list[Step] = []
         chosen: list[_Option] = []
         least, effect = self._cost, 0.0
         left = list(options)
@@ -413,14 +436,12 @@ class _Search:
             best = min(fitting, key=lambda o: (paid[o] / saved[o], tried[o][0].measured.effect))
             step, least = tried[best]
             effect = step.measured.effect
-            steps.append(step)
             chosen.append(best)
             left = [option for option in left if option.name != best.name]
-        return steps, chosen, least
+        return chosen
 
-    def take(self, options: Sequence[_Option]) -> tuple[list[Step], list[_Option], float]:
+    def take(self, options: Sequence[_Option]) -> list[_Option]:
         """Take those options that are admitted, in the given order."""
-        steps: list[Step] = []
         chosen: list[_Option] = []
         least = self._cost
         for option in options:
@@ -429,8 +450,36 @@ class _Search:
             step, after = self._try([*chosen, option])
             if self._admitted(option, step, after, least):
                 chosen, least = [*chosen, option], after
-                steps.append(step)
-        return steps, chosen, least
+        return chosen
+
+    def _exchange(self, options: Sequence[_Option], chosen: list[_Option]) -> list[_Option]:
+        """Add options, or take them in place of one, whichever are best, until none are better."""
+        while self._worth(chosen)[0] > self._enough:
+            fitting = [new for new in self._near(options, chosen) if self._fits(self._try(new)[0])]
+            best = min(fitting, key=self._worth, default=chosen)
+            if self._worth(best) >= self._worth(chosen):
+                break
+            chosen = best
+        return chosen
+
+    def _worth(self, chosen: Sequence[_Option]) -> tuple[float, float]:
+        """Return what is to be small: the cost and, of choices that cost as much, the effect."""
+        if not chosen:
+            return math.inf if self._allow_larger else self._cost, 0.0
+        step, after = self._try(chosen)
+        return after, step.measured.effect
+
+    def _near(self, options: Sequence[_Option], chosen: list[_Option]) -> list[list[_Option]]:
+        """List what one more option or two that become one map make of a choice, or of it less one."""
+        added = [[option] for option in options]
+        added += [[a, b] for a in options for b in options if len(self.groups([a, b])) == 1]
+        near = []
+        for rest in (chosen, *([o for o in chosen if o is not gone] for gone in chosen)):
+            for more in added:
+                new = self._replaced([*rest, *more])
+                if not dict(more).keys() & dict(rest).keys() and set(more) <= {*new} - {*chosen}:
+                    near.append(new)
+        return near
 
 
 def _follows(model: nn.Module, call: str, following: str) -> bool:

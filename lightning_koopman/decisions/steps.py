@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
+_ROUNDING = 1e-12
+"""A difference of two accuracies is off by less."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a network costs.
@@ -108,7 +112,7 @@ class Steps(JupyterMixin):
     @property
     def within(self) -> int:
         """Number of steps, from the first on, that keep the loss within ``max_drop``."""
-        return sum(1 for _ in itertools.takewhile(lambda loss: loss <= self.max_drop, self.loss))
+        return sum(1 for _ in itertools.takewhile(lambda x: is_within(x, self.max_drop), self.loss))
 
     def to_frame(self) -> DataFrame:
         """Return the steps as a pandas table.
@@ -206,6 +210,11 @@ def as_fields(steps: Sequence[Step], outputs: Outputs) -> dict[str, Any]:
 def loss_of(measured: Measured, outputs: Outputs) -> float:
     """Return the drop of the metric, or the effect where there is no metric."""
     return measured.effect if math.isnan(outputs.metric) else outputs.metric - measured.metric
+
+
+def is_within(loss: float, max_drop: float) -> bool:
+    """Whether a loss is admitted; 0.93 − 0.92, which is 0.01 but for rounding, is within 0.01."""
+    return loss <= max_drop + _ROUNDING
 
 
 def check_max_drop(max_drop: float) -> None:

@@ -19,6 +19,10 @@ BELIEVED, DOUBTED, MARKED = "#1f6f8b", "#c9c9c9", "#d1495b"
 MOST_LABELS = 60
 _TALLEST = 22.0
 
+_RUNS = ("#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a", "#425066")
+"""TensorBoard's colours in its order, from the one that the first run below a training's own gets."""
+MOST_LINES = 4 * len(_RUNS)
+
 
 def visible(ax: Any) -> Any:
     """Return the axes that were given, or else a new figure of pyplot, which notebooks show."""
@@ -67,6 +71,59 @@ def plot_steps(
     axis.set_xlabel("component, one after the other")
     axis.set_ylabel(label)
     return figure, axis
+
+
+def plot_bands(
+    names: Sequence[str],
+    steps: Sequence[int],
+    values: NDArray[np.float64],
+    stderr: NDArray[np.float64],
+    label: str,
+    title: str,
+    *,
+    linear_below: float | None = None,
+    ax: Any = None,
+) -> tuple[Figure, NDArray[Any]]:
+    """Draw one line per name over steps, shaded two standard errors up and down.
+
+    As many names share a panel as there are colours. Where ``linear_below`` is given, what is above it
+    is drawn to a logarithmic scale.
+    """
+    lower, upper = values - 2 * stderr, values + 2 * stderr
+    groups = [slice(i, i + len(_RUNS)) for i in range(0, len(names), len(_RUNS))]
+    # Small, with large letters: TensorBoard shows it a few hundred pixels wide.
+    width, height = 4.8, 2.5 * len(groups) + 0.8
+    figure = _figure(ax, width, height, names)
+    figure.set_dpi(150)
+    right = 1 - min(0.4, (0.4 + 0.075 * max(map(len, names))) / width)
+    figure.subplots_adjust(0.85 / width, 0.45 / height, right, 1 - 0.35 / height, hspace=0.08)
+    axes = figure.subplots(len(groups), squeeze=False, sharex=True, sharey=True)[:, 0]
+    for axis, group in zip(axes, groups, strict=True):
+        for place, i in enumerate(range(len(names))[group]):
+            color = _RUNS[place]
+            axis.fill_between(steps, lower[i], upper[i], color=color, alpha=0.35, linewidth=0.8)
+            # Equal lines are told apart where the upper one has gaps.
+            dashes = "-" if place % 2 == 0 else (0, (4, 2))
+            axis.plot(steps, values[i], color=color, linestyle=dashes, linewidth=0.9, label=names[i])
+        axis.grid(alpha=0.3)
+        legend = axis.legend(
+            loc="upper left",
+            bbox_to_anchor=(1, 1.03),
+            fontsize="small",
+            frameon=False,
+            handlelength=0.8,
+        )
+        for line in legend.get_lines():
+            line.set(linewidth=5, linestyle="-")
+    if linear_below is not None:
+        lowest = float(np.nanmin(lower))
+        axes[0].set_yscale("symlog", linthresh=linear_below)
+        axes[0].set_ylim(bottom=lowest if lowest > linear_below else 0)
+        axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].set_title(title, fontsize="medium", loc="left")
+    axes[0].set_ylabel(label)
+    axes[-1].set_xlabel("step")
+    return figure, axes
 
 
 def plot_options(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,14 @@ from lightning_koopman.report.drawing import (
     DOUBTED,
     MARKED,
     MOST_LABELS,
+    MOST_LINES,
     axes_on,
     height_of,
     name_rows,
     panels_on,
+    plot_bands,
 )
+from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.fields import MIN_R2, ReportFields
 from lightning_koopman.report.tables import DECISIONS, decide
 
@@ -38,6 +41,9 @@ _COLORS = {
 _LEGEND_LINE = 0.2
 """Height of a line of small text, in inches."""
 
+_LEAST_DRIFT = 1e-4
+"""Drift that tables print as 0.0001; less is drawn to a linear scale."""
+
 _UNITS = {
     "credit": "nats per direction",
     "gain": "nats per direction",
@@ -46,6 +52,7 @@ _UNITS = {
     "r2": "share of the variance",
     "chain_r2": "share of the variance",
     "rank": "directions",
+    "drift": "share of the output's variance",
 }
 
 
@@ -134,6 +141,69 @@ def plot_evolution(
     axis.set_xticks(shown, [str(steps[i]) for i in shown])
     axis.set_xlabel("step")
     return figure, axis
+
+
+def plot_course(
+    name: str, reports: Sequence[ReportFields], drifts: Sequence[Drift] = (), ax: Any = None
+) -> tuple[Figure, NDArray[Any]] | None:
+    """Draw a quantity, an effect or the drift over training: a line per component, its error as a band.
+
+    Measurements without errors are left out, and where fewer than two have any there is no figure. A
+    component that is 0 throughout, as the last one's credit is by definition, has no line.
+    """
+    unit, samples, measured = _measured(name, reports, drifts)
+    names = reports[-1].components if reports else ()
+    values, stderr = table = np.full((2, len(names), len(measured)), np.nan)
+    for column, each in enumerate(measured):
+        places = {component: place for place, component in enumerate(each.components)}
+        rows = [row for row, component in enumerate(names) if component in places]
+        taken = [places[names[row]] for row in rows]
+        table[:, rows, column] = each.values[taken], each.stderr[taken]
+    table[:, ~np.isfinite(table).all(axis=0)] = np.nan
+    drawn = np.flatnonzero(np.nan_to_num(values).any(axis=1))
+    known = np.flatnonzero(np.isfinite(values[drawn]).any(axis=0))
+    if len(known) < 2:
+        return None
+    title = f"± 2 standard errors, {samples} samples"
+    if len(drawn) > MOST_LINES:
+        title += f", {MOST_LINES} largest of {len(drawn)}"
+        newest = np.nan_to_num(values[drawn, known[-1]], nan=-np.inf)
+        drawn = drawn[np.sort(np.argsort(-newest, kind="stable")[:MOST_LINES])]
+    values, stderr = table[:, drawn][:, :, known]
+    steps = [i if (step := measured[i].step) is None else step for i in known.tolist()]
+    # Drift falls by decades while a network learns, down to its error or what no table shows.
+    below = max(_LEAST_DRIFT, 2 * float(np.nanmedian(stderr))) if name == "drift" else None
+    shown, label = [names[i] for i in drawn], f"{name} [{unit}]"
+    return plot_bands(shown, steps, values, stderr, label, title, linear_below=below, ax=ax)
+
+
+class _Measured(NamedTuple):
+    """One number of several components at one step."""
+
+    step: int | None
+    components: tuple[str, ...]
+    values: NDArray[np.float64]
+    stderr: NDArray[np.float64]
+
+
+def _measured(
+    name: str, reports: Sequence[ReportFields], drifts: Sequence[Drift]
+) -> tuple[str, int, list[_Measured]]:
+    """Return the unit of a number, the samples that the newest rests on, and every measurement of it."""
+    if name == "drift":
+        found = [_Measured(each.step, each.components, each.drift, each.stderr) for each in drifts]
+        return _UNITS[name], drifts[-1].n_samples if drifts else 0, found
+    if name in QUANTITIES:
+        found = [_Measured(r.step, r.components, getattr(r, name), r.stderr[name]) for r in reports]
+        return _UNITS[name], reports[-1].n_samples if reports else 0, found
+    known = [(r.step, r.effects) for r in reports if r.effects is not None and name in r.effects.kinds]
+    if not known:
+        return "", 0, []
+    newest = known[-1][1]
+    # Of a network that has learnt nothing yet, it may not have been seen that the outputs are classes.
+    same = [(step, effects) for step, effects in known if effects.scale == newest.scale]
+    found = [_Measured(step, e.components, e.values[name], e.stderr[name]) for step, e in same]
+    return newest.unit, newest.n_samples, found
 
 
 def plot_directions(report: ReportFields, ax: Any = None) -> tuple[Figure, Any]:

@@ -1,9 +1,11 @@
 """What loggers receive: tags, runs, figures, tables, and where the limits lie."""
 
 import dataclasses
+import io
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from lightning_koopman import (
 )
 from lightning_koopman.callback.loggers import CreditWriter, EventFile, free_bytes
 from lightning_koopman.report.pages import to_markdown
+from lightning_koopman.report.plots import plot_course
 
 
 class Net(small_module()):
@@ -83,6 +86,8 @@ def test_each_component_is_a_run_in_order_of_execution_with_three_tags_at_most(r
     ]
     written = [s.value for s in runs["1-net.0"].Scalars("koopman/credit")]
     assert written == pytest.approx([report.credit[0] for report in monitor.history], rel=1e-5)
+    worth = [s.value for s in runs["2-net.2"].Scalars("koopman/skip")]
+    assert worth == pytest.approx([r.effects.values["skip"][1] for r in monitor.history], rel=1e-5)
     drifts = [s.value for s in runs["2-net.2"].Scalars("koopman/drift")]
     assert drifts == pytest.approx([drift.drift[1] for drift in monitor.drifts], rel=1e-5)
 
@@ -109,12 +114,36 @@ def test_figures_come_at_powers_of_two_and_at_the_end(run):
         assert drawn == [steps[0], steps[1], steps[3], steps[4]]
 
 
+def test_bands_in_the_file_are_values_with_two_standard_errors(run):
+    folder, _, monitor = run
+    accumulator, reports = events(folder), monitor.history
+    steps = [s.step for s in accumulator.Scalars("koopman/total")]
+    images = {name: accumulator.Images(f"koopman/{name}_bands") for name in ("skip", "drift")}
+    # One measurement alone makes no band; drift is held against the one before.
+    assert [i.step for i in images["skip"]] == [steps[1], steps[3], steps[4]]
+    assert [i.step for i in images["drift"]] == [steps[3], steps[4]]
+    assert "koopman/credit_bands" not in accumulator.Tags()["images"], "errors at the end alone"
+    written = plt.imread(io.BytesIO(images["skip"][-1].encoded_image_string))
+    figure, (axis,) = plot_course("skip", reports)
+    figure.draw_without_rendering()
+    # Where the band is coloured above the last step, up to the width of its edge.
+    column, _ = axis.transData.transform((reports[-1].step, 0))
+    colors = written[::-1, int(column), :3]
+    (rows,) = np.nonzero(np.ptp(colors, axis=1) > 0.1)
+    pixel = np.diff(axis.transData.inverted().transform([(0, 0), (0, 1)])[:, 1])[0]
+    ends = axis.transData.inverted().transform([(column, rows.min()), (column, rows.max() + 1)])[:, 1]
+    values, error = (found["skip"] for found in (reports[-1].effects.values, reports[-1].effects.stderr))
+    assert error.min() > 3 * pixel
+    assert ends == pytest.approx([min(values - 2 * error), max(values + 2 * error)], abs=3 * pixel)
+
+
 def test_a_text_says_what_each_chart_shows(run):
     lines = told(run[0], "koopman/charts").splitlines()
     explained = [line.split("**")[1] for line in lines if line.startswith("- ")]
     charts = {f"koopman/{name}" for name in ("credit", "skip", "drift", "total", "doubts", "overhead")}
     assert set(explained) == charts
     assert len(explained) == len(charts)
+    assert "koopman/…_bands** show the same numbers in bands of two standard errors" in lines[-1]
 
 
 def test_closing_table(run):

@@ -1,12 +1,12 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from lit import LitNet
 from lit import events as read_events
 from small import save
@@ -63,7 +63,6 @@ def save_steps(folder: Path, *steps: int) -> None:
         save(folder / f"step{step}.ckpt", step, hyper_parameters={"width": 9}, **content)
 
 
-COMMAND = [sys.executable, "-m", "lightning_koopman.cli.main"]
 EVALUATE = ["evaluate", "--model=userproject:LitNet", "--data=userproject:Data"]
 
 
@@ -161,9 +160,8 @@ def test_a_switch_needs_no_value(project, capsys):
 @pytest.mark.slow
 def test_demo_writes_every_component_at_every_epoch(tmp_path):
     """The main job, as a user runs it."""
-    command = [*COMMAND, "demo", "--logdir", "out", "--epochs", "2"]
-    columns = os.environ | {"COLUMNS": "100"}
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=columns)
+    command = ["lightning-koopman", "demo", "--logdir", "out", "--epochs", "2"]
+    run = warm.run(command, tmp_path, os.environ | {"COLUMNS": "100"})
     assert run.returncode == 0, run.stderr
     assert "Test accuracy: 0." in run.stdout
     assert "tensorboard --logdir out" in run.stdout
@@ -187,7 +185,7 @@ def test_demo_writes_every_component_at_every_epoch(tmp_path):
 @pytest.mark.slow
 def test_demo_cnn(tmp_path):
     assert (
-        main(["demo", "--arch", "cnn", "--epochs", "2", "--logdir", str(tmp_path), "--seed", "1"]) == 0
+        main(["demo", "--arch", "cnn", "--epochs", "1", "--logdir", str(tmp_path), "--seed", "1"]) == 0
     )
     assert len(CreditReport.from_json(tmp_path / "report.json").components) == 5
 
@@ -252,13 +250,12 @@ def test_evaluate_tells_effects_on_demand(project, capsys):
 def test_two_processes_side_by_side_share_the_checkpoints_and_merge(project):
     save_steps(project, 30, 40, 50, 60)
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [*COMMAND, *EVALUATE, "--ckpt", "*.ckpt"]
+    command = ["lightning-koopman", *EVALUATE, "--ckpt", "*.ckpt"]
     shards = [["--shard", f"{i}/2", "--out", f"{i}.json"] for i in (1, 2)]
-    running = [
-        subprocess.Popen([*command, *options], cwd=project, env={**os.environ, "PYTHONPATH": path})
-        for options in shards
-    ]
-    assert [process.wait(timeout=300) for process in running] == [0] * 2
+    env = os.environ | {"PYTHONPATH": path}
+    first, second = (warm.Program([*command, *options], project, env) for options in shards)
+    with first, second:
+        assert [program.wait().returncode for program in (first, second)] == [0] * 2
     files = [f"--reports+={i}.json" for i in (1, 2)]
     assert main(["merge", *files, "--out=all.json"]) == 0
     assert [report.step for report in read("all.json")] == [10, 20, 30, 40, 50, 60]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, credit_report
-from lightning_koopman.decisions.bits import exchange, solve_exactly
+from lightning_koopman.decisions.bits import exchange, improve, solve_exactly
+from lightning_koopman.effects.scoring import Measured
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao warns of kernels for other machines
@@ -51,8 +53,8 @@ def problems() -> list[tuple[np.ndarray, np.ndarray, float]]:
 
 
 def allowed_choices(costs: np.ndarray, allowed: float) -> list[tuple[int, ...]]:
-    choices = itertools.product(range(4), repeat=6)
-    return [c for c in choices if costs[range(6), c].sum() <= allowed]
+    every = np.array(list(itertools.product(range(4), repeat=6)))
+    return [tuple(c) for c in every[costs[range(6), every].sum(axis=1) <= allowed].tolist()]
 
 
 def test_the_integer_programme_is_as_good_as_all_choices() -> None:
@@ -83,6 +85,59 @@ def test_exchanges_keep_the_budget_and_come_near_the_best_choice_for_all_pairs()
     assert min(ratios) > 1 - 1e-9
     assert np.median(ratios) == pytest.approx(1.0)
     assert max(ratios) < 2
+
+
+def test_what_is_measured_improves_a_choice_within_the_budget() -> None:
+    """What is measured is the sum over pairs times a factor that nothing tells of."""
+    rng = np.random.default_rng(2)
+    better = 0
+    for effects, costs, allowed in problems()[:8]:
+        factors = dict(
+            zip(itertools.product(range(4), repeat=6), rng.uniform(0.5, 2, 4**6), strict=True)
+        )
+        pairs = np.zeros((6, 4, 6, 4))
+        for row, option in itertools.product(range(6), range(4)):
+            pairs[row, option, row, option] = effects[row, option]
+        seen: list[tuple[int, ...]] = []
+
+        def real(c: tuple[int, ...], e: np.ndarray = effects, f: np.ndarray = factors) -> float:
+            return float(e[range(6), c].sum()) * f[c]
+
+        def measure(c: tuple[int, ...], real=real, seen: list = seen) -> Measured:
+            seen.append(c)
+            return Measured(real(c), 0.0, math.nan, math.nan)
+
+        choices = allowed_choices(costs, allowed)
+        start = solve_exactly(effects, costs, allowed)
+        found, measured = improve(pairs, costs, allowed, (start, measure(start)), measure)
+        assert set(seen) <= set(choices)
+        assert measured.effect == real(found) == min(map(real, seen))
+        near = [c for c in choices if 1 <= sum(a != b for a, b in zip(c, found, strict=True)) <= 2]
+        promising = sorted(near, key=lambda c, e=effects: e[range(6), c].sum())[:6]
+        assert all(real(found) <= real(c) for c in promising)
+        better += real(found) < real(start)
+    assert better > 4
+
+
+def test_of_all_choices_for_a_small_network_none_is_better() -> None:
+    net = mlp()
+    batches = labelled(net)
+    x = torch.cat([x for x, _ in batches])
+    found = {average: bit_widths(net, batches, average=average) for average in (2.5, 3.0, 3.5)}
+    names, weights = found[3.0].components, found[3.0].weights
+    least = dict.fromkeys(found, math.inf)
+    with torch.no_grad():
+        p = net(x).double().log_softmax(1)
+        for bits in itertools.product(OPTIONS, repeat=4):
+            other = mlp()
+            for name, b in zip(names, bits, strict=True):
+                weight = other.get_submodule(name).weight
+                weight.copy_(rounded_by_hand(weight, b))
+            effect = float((p.exp() * (p - other(x).double().log_softmax(1))).sum(1).mean())
+            for average in found:
+                if np.dot(bits, weights) <= average * sum(weights):
+                    least[average] = min(least[average], effect)
+    assert {k: own.effect for k, own in found.items()} == pytest.approx(least, rel=1e-3)
 
 
 def test_effects_are_those_of_weights_rounded_by_hand() -> None:

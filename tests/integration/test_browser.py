@@ -90,8 +90,8 @@ def keep(page, name: str) -> None:
 
 
 def test_each_chart_tells_the_components_apart_in_order_of_execution(page, tensorboard):
-    charts = ("credit", "drift", "evolution", "importance", "skip", "total")
-    query = f"?smoothing=0&tagFilter=koopman/({'|'.join(charts)})"
+    charts = ("credit", "drift", "evolution", "skip", "skip_bands", "total")
+    query = f"?smoothing=0&tagFilter=koopman/({'|'.join(charts)})$"
     show(page, tensorboard, "timeseries", query)
     page.get_by_role("button", name="Toggle settings side pane").click()
     for name in charts:
@@ -109,7 +109,7 @@ def test_each_chart_tells_the_components_apart_in_order_of_execution(page, tenso
 
 def test_images_are_drawn(page, tensorboard):
     show(page, tensorboard, "images")
-    for name in ("importance", "directions", "evolution", "spectra"):
+    for name in ("importance", "directions", "evolution", "spectra", "skip_bands", "drift_bands"):
         page.get_by_text(f"koopman/{name}", exact=True).first.wait_for()
     page.wait_for_function(
         """() => {
@@ -122,7 +122,7 @@ def test_images_are_drawn(page, tensorboard):
             }
           };
           walk(document.body);
-          return found.length >= 4;
+          return found.length >= 6;
         }"""
     )
 
@@ -130,5 +130,6 @@ def test_images_are_drawn(page, tensorboard):
 def test_text_says_what_the_charts_show_and_how_it_ended(page, tensorboard):
     show(page, tensorboard, "text")
     page.get_by_text("how far the outputs move").first.wait_for()
+    page.get_by_text("in bands of two standard errors up and down").first.wait_for()
     page.get_by_text("drift", exact=True).first.wait_for()
     assert page.locator("table td", has_text="net.5").count() >= 1

@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 import warnings
 from collections.abc import Generator
@@ -15,9 +14,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import warm
 from distributed_fit import Monitor, run
 
 from lightning_koopman import CreditReport
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
 BASE = {"n_samples": 101, "batch_size": 7, "max_dim": 256, "shards": "sampler"}
@@ -25,14 +27,7 @@ BASE = {"n_samples": 101, "batch_size": 7, "max_dim": 256, "shards": "sampler"}
 
 def fit(configs: list[dict[str, Any]], folder: Path, timeout: float = 240) -> list[Path]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), json.dumps(configs), str(folder)],
-        env=environment,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run([SCRIPT, json.dumps(configs), folder], env=environment, timeout=timeout)
     assert done.returncode == 0, done.stderr[-20_000:]
     return [folder / str(place) for place in range(len(configs))]
 
@@ -61,23 +56,20 @@ def second_process(configs: list[dict[str, Any]], folder: Path) -> Generator[Non
         port = str(free.getsockname()[1])
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": "1"}
     environment = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(SCRIPT), json.dumps(configs), str(folder)]
     with (
         pytest.MonkeyPatch.context() as patch,
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as other,
+        warm.Program([SCRIPT, json.dumps(configs), folder], env=environment) as other,
     ):
         for name, value in (place | {"LOCAL_RANK": "0"}).items():
             patch.setenv(name, value)
         try:
             yield
-            _, told = other.communicate(timeout=60)
-            assert other.returncode == 0, told[-3000:]
+            done = other.wait(timeout=60)
+            assert done.returncode == 0, done.stderr[-3000:]
         except BaseException:
-            other.kill()
-            print(other.communicate()[1][-3000:])
+            print(other.printed("err")[-3000:])
             raise
         finally:
-            other.kill()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
@@ -245,19 +237,16 @@ def test_processes_of_which_one_is_slow_skip_the_same_epochs(two):
     assert first["collectives"].count("all_reduce") == 2 * len(steps[0])
 
 
-@pytest.mark.slow
 def test_forked_processes_give_the_report_of_one(tmp_path):
     # Three, whose parts differ in size and of which two may be left to go on.
     configs = [config for i, config in enumerate(cases("ddp_fork", 3)) if i not in (0, 5, 9)]
     check_against_one_process([*configs, configs[3] | {"delay": 2}], tmp_path)
 
 
-@pytest.mark.slow
 def test_spawned_processes_give_the_report_of_one(tmp_path):
     check_against_one_process([cases("ddp_spawn", 2)[3]], tmp_path)
 
 
-@pytest.mark.slow
 def test_no_process_waits_for_one_that_died(tmp_path):
     """The user's own error in one process ends the run as it does without the monitor."""
     config = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2}
@@ -265,7 +254,6 @@ def test_no_process_waits_for_one_that_died(tmp_path):
         fit([config | {"break_forward": 1}], tmp_path, timeout=120)
 
 
-@pytest.mark.slow
 def test_an_error_that_is_asked_for_is_raised_in_every_process(tmp_path):
     config = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2, "on_error": "raise"}
     with pytest.raises(AssertionError, match="broken numerics"):

@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -15,15 +14,8 @@ pytestmark = pytest.mark.slow
 
 def run(example: str, folder: Path, *options: str) -> str:
     """Give what an example prints, having checked that it writes below the folder it was given only."""
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{example}.py", *options],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = warm.run([EXAMPLES / f"{example}.py", *options], folder, env, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "Koopman credit skipped" not in done.stderr
     assert [path.name for path in folder.iterdir()] == ["runs"]

@@ -266,10 +266,10 @@ def test_the_network_is_left_as_it_was_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n_old", "n_new"), [(400, 400), (400, 2000), (2000, 400)])
-def test_false_alarms_are_few_however_many_samples(n_old: int, n_new: int) -> None:
+def test_false_alarms_are_few_however_many_samples() -> None:
     rows = marked = networks = 0
-    for seed in range(60):
+    for seed in range(90):
+        n_old, n_new = [(400, 400), (400, 2000), (2000, 400)][seed // 30]
         torch.manual_seed(seed)
         width = 6 + seed % 3
         layers = [nn.Linear(width, 20), *(nn.Linear(20, 20) for _ in range(6)), nn.Linear(20, 4)]
@@ -279,5 +279,5 @@ def test_false_alarms_are_few_however_many_samples(n_old: int, n_new: int) -> No
         found = drift(report, net, samples(n_new, 2 * seed + 1, width))
         rows, marked = rows + len(found.changed), marked + int(found.changed.sum())
         networks += bool(found.changed.any())
-    assert networks <= 0.1 * 60
+    assert networks <= 0.1 * 90
     assert marked <= 0.05 * rows

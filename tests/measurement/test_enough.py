@@ -80,6 +80,7 @@ def test_samples_are_doubled_until_every_error_is_small(monkeypatch: pytest.Monk
         assert report.stderr["credit"] == pytest.approx(fixed[n].stderr["credit"], rel=0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_error_bars_hold_the_truth_although_they_chose_when_to_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+import warm
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import MetricTracker
@@ -457,7 +458,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     # A process without any batch learns the widths from the other.
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(worker, (str(tmp_path),), 2, start_method=warm.METHOD)
     whole = fed(chain(), quantities=ALL)
     for rank in range(2):
         for result, report in torch.load(tmp_path / f"{rank}.pt", weights_only=False):

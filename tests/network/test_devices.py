@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from torch.utils import backend_registration
 
 SCRIPT = Path(__file__).with_name("pretended_device.py")
@@ -23,8 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 def run(*arguments: str) -> dict[str, Any]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(SCRIPT), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = warm.run([SCRIPT, *arguments], env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

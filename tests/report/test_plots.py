@@ -11,8 +11,10 @@ from matplotlib.colors import to_hex
 from test_report import NAMES, make
 
 from lightning_koopman import CreditReport
+from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.plots import (
+    plot_course,
     plot_directions,
     plot_evolution,
     plot_importance,
@@ -183,3 +185,87 @@ def test_spectra_of_many_components_have_no_legend():
     _, axis = plot_spectra(many)
     assert axis.get_legend() is None
     assert len(axis.lines) == 60
+
+
+def bands(axes) -> dict[str, np.ndarray]:
+    """Return what is drawn by component: steps, and the lower and the upper end of the band there."""
+    found = {}
+    for axis in axes:
+        names = [text.get_text() for text in axis.get_legend().get_texts()]
+        for name, band in zip(names, axis.collections, strict=True):
+            corners = np.concatenate([path.vertices for path in band.get_paths()])
+            steps = np.unique(corners[:, 0])
+            ends = [corners[corners[:, 0] == step, 1] for step in steps]
+            found[name] = np.array([steps, [e.min() for e in ends], [e.max() for e in ends]])
+    return found
+
+
+def test_a_course_is_shaded_two_standard_errors_up_and_down():
+    effects = [[0.1, 0.2, 0.3], [0.4, 0.2, 0.9], [0.5, 0.1, 1.4]]
+    reports = [with_effects(make(step=10 * i), skip=found) for i, found in enumerate(effects)]
+    bare = dataclasses.replace(reports[1], effects=None)
+    figure, axes = plot_course("skip", [reports[0], bare, *reports[1:]])
+    assert list(bands(axes)) == list(NAMES)
+    for i, (steps, low, high) in enumerate(bands(axes).values()):
+        assert steps.tolist() == [0, 10, 20]
+        assert low == pytest.approx([found[i] - 0.002 for found in effects])
+        assert high == pytest.approx([found[i] + 0.002 for found in effects])
+    lines = [line.get_ydata().tolist() for line in axes[0].get_lines()]
+    assert lines == np.transpose(effects).tolist()
+    assert axes[0].get_ylabel() == "skip [KL in nats]"
+    assert axes[0].get_title(loc="left") == "± 2 standard errors, 50 samples"
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_a_credit_without_error_and_one_that_is_always_0_have_no_band():
+    reports = [make(seed, step=seed) for seed in range(4)]
+    for report in reports:
+        report.credit[-1] = report.stderr["credit"][-1] = 0.0
+    reports[1].stderr["credit"][:] = np.nan
+    drawn = bands(plot_course("credit", reports)[1])
+    assert list(drawn) == list(NAMES[:2])
+    assert drawn["stem"][0].tolist() == [0, 2, 3]
+    middle = drawn["stem"][1:].mean(axis=0)
+    assert middle == pytest.approx([reports[i].credit[0] for i in (0, 2, 3)])
+    for known in (reports[:2], reports[:1], []):
+        assert plot_course("credit", known) is None
+    assert plot_course("skip", reports) is None
+    assert plot_course("drift", reports) is None
+
+
+def test_effects_of_another_unit_share_no_course():
+    reports = [with_effects(make(step=step), skip=[0.1, 0.2, 0.3]) for step in range(3)]
+    other = dataclasses.replace(reports[0].effects, scale="relative")
+    reports[0] = dataclasses.replace(reports[0], effects=other)
+    assert bands(plot_course("skip", reports)[1])["stem"][0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(("last", "bottom"), [(0.02, 0.018), (0.0, 0.0)])
+def test_drift_is_drawn_by_decades_down_to_0_where_something_stays(last, bottom):
+    plain = np.full(3, 0.5)
+    drifts = [
+        Drift(NAMES, np.array(found), np.full(3, 0.001), plain > 0, plain, plain, 80, step, step - 1)
+        for step, found in ((1, [2.0, 1.0, 0.4]), (2, [0.2, 0.1, last]))
+    ]
+    figure, axes = plot_course("drift", [make()], drifts)
+    assert bands(axes)["head"][2].tolist() == pytest.approx([0.402, last + 0.002])
+    assert axes[0].get_yscale() == "symlog"
+    assert axes[0].get_ylim()[0] == pytest.approx(bottom)
+    assert png(figure).startswith(b"\x89PNG")
+
+
+def test_many_components_are_spread_over_panels_and_the_largest_shown():
+    names = tuple(f"block.{i}" for i in range(40))
+    values = np.random.default_rng(0).permutation(40) + 1.0
+    reports = []
+    for step in range(2):
+        effects = Effects(
+            names, {"skip": values}, {"skip": np.ones(40)}, {"skip": "measured"}, "relative", 9
+        )
+        reports.append(dataclasses.replace(make(step=step), components=names, effects=effects))
+    _, axes = plot_course("skip", reports)
+    assert list(bands(axes)) == [names[i] for i in range(40) if values[i] > 12]
+    for axis in axes:
+        lines = [line.get_color() for line in axis.get_lines()]
+        assert len(set(lines)) == len(lines) == 7
+    assert axes[0].get_title(loc="left").endswith("9 samples, 28 largest of 40")
