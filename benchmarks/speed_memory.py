@@ -127,7 +127,7 @@ def on_paper(
         "states read for pooling, GB a sample": 2 * states * tokens * width / 1e9,
         "rows that wait in each process, MB": 4 * samples / processes * states * width / 1e6,
         "first rows that each process is sent, MB": 4 * first * states * width / 1e6,
-        "bases that each process is sent, MB": 8 * states * width * kept / 1e6,
+        "bases that each process is sent, MB": 4 * states * width * kept / 1e6,
         "sums that are added up over all processes, MB each": 8 * layout.folds * layout.size / 1e6,
         "POD bases in the first process, s": basis * states,
         "credits in the first process, s": fit * (states - 1),
