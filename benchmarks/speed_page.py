@@ -37,19 +37,19 @@ drift is measured against is fitted when something is held against the report, n
 Of what was tried, these are not in the package, for they brought nothing (one thread, AVX-512):
 symmetric products by SciPy's `dsyrk` take 0.99 ms for 819 samples of width 256, the strips used now
 0.88, a whole product 1.52; pooling by view and mean on a grid that divides takes 2.3 ms where one
-product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; rows first, then columns, saves
-a half where the grid does not divide 28 pixels and doubles the time at 14; the leading half of the
-eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment
-would save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing
-elsewhere. One call for all five folds takes longer than five calls where a state is 256 wide (Cholesky
-2.9 ms against 2.6, solutions 4.8 against 3.4) and saves a half at 64; ranks by eigenvalues alone take
-twice as long as by a Cholesky factor (2.8 ms against 1.3, by the times of its parts), whose inverse is
-found no faster by the routine made for it; all states side by side in one copy make products slower (38 ms against 30 for
-4,096 samples of the MLP); sequences are pooled by a product as fast as now (0.34 ms against 0.36);
-neither a ridge weight put on in place, nor fewer steps in hooks, nor a fixed threshold of glibc moved a
-report beyond noise. Standard errors of ranks take a fifth of the work over all folds; by their derivative they
-would be free, and 30 times too small for units that rarely wake. Products in float32 would halve the
-largest part of an MLP's report; they are not used, for reasons given below.
+product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; rows first, then columns, saves a
+half where the grid does not divide 28 pixels and doubles the time at 14; the leading half of the
+eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment would
+save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing elsewhere.
+One call for all five folds takes longer than five calls where a state is 256 wide (Cholesky 2.9 ms
+against 2.6, solutions 4.8 against 3.4) and saves a half at 64; ranks by eigenvalues alone take twice as
+long as by a Cholesky factor (2.8 ms against 1.3, by the times of its parts), whose inverse is found no
+faster by the routine made for it; all states side by side in one copy make products slower (38 ms
+against 30 for 4,096 samples of the MLP); sequences are pooled by a product as fast as now (0.34 ms
+against 0.36); neither a ridge weight put on in place, nor fewer steps in hooks, nor a fixed threshold
+of glibc moved a report beyond noise. Standard errors of ranks take a fifth of the work over all folds;
+by their derivative they would be free, and 30 times too small for units that rarely wake. Products in
+float32 would halve the largest part of an MLP's report; they are not used, for reasons given below.
 
 `Options(errors=False)` gives point values alone: a third less at the end of a report. Measurements of
 one network after another may keep their POD bases while these fit (within a hundredth of the variance),
