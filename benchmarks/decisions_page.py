@@ -195,8 +195,8 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         f"{mean(ranks)} (over networks and bits)",
         said(
             rank >= 0.96,
-            f"{mean(deep)} with stochastic depth; the real networks are ranked on few samples, MiniLM by "
-            "seven components",
+            f"{mean(deep)} with stochastic depth; few samples rank the real networks, MiniLM by "
+            "only seven components",
         ),
     ])
     targets.append([
