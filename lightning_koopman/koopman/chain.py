@@ -102,9 +102,10 @@ def split_chain(
     return Split(layout, train, test, directions.flip(1), int(alive(values).sum()))
 
 
-def held_out_splits(layout: Layout, moments: Tensor, normalize: Normalize) -> Iterator[Split]:
+def held_out_splits(
+    layout: Layout, moments: Tensor, normalize: Normalize, total: Tensor
+) -> Iterator[Split]:
     """Leave out one fold after the other, of those that can be held out."""
-    total = moments.sum(dim=0)
     for fold in range(layout.folds):
         # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
         if moments[fold, 0] > 0 and float(total[0] - moments[fold, 0]) >= 2:
@@ -215,7 +216,7 @@ class R2:
     """
 
     def __init__(self, whole: Split, steps: Sequence[Step]) -> None:
-        self._in_sample = _r2(*_squares(whole, [step.matrix for step in steps]))
+        self._whole, self._operators = whole, [step.matrix for step in steps]
         self._rows: list[tuple[Tensor, Tensor]] = []
 
     def hold_out(self, split: Split, operators: Sequence[Tensor]) -> None:
@@ -226,7 +227,7 @@ class R2:
     def values(self, without: int | None = None) -> dict[str, Tensor]:
         """Compute the values over all folds, or over all but one."""
         rows = [row for place, row in enumerate(self._rows) if place != without]
-        empty = torch.zeros_like(self._in_sample)
+        empty = torch.zeros(2, len(self._operators), dtype=torch.float64)
         step, chain = _r2(
             sum((errors for errors, _ in rows), empty), sum((totals for _, totals in rows), empty)
         )
@@ -237,7 +238,7 @@ class R2:
         # Held out, R² is too low by about as much as it is too high in sample: by half the gap between
         # them. Half of that as a standard error makes 95 % intervals reach 1.4 times as far.
         values = self.values()
-        step, chain = self._in_sample
+        step, chain = _r2(*_squares(self._whole, self._operators))
         step, chain = (step - values["r2"]).abs() / 4, (chain - values["chain_r2"]).abs() / 4
         return {"r2": step, "chain_r2": chain, "nonlinearity": step}
 

