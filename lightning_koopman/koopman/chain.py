@@ -192,11 +192,11 @@ def fit_steps(whole: Split, tikhonov: float | None) -> list[Step]:
     return steps
 
 
-def refit_steps(split: Split, steps: Sequence[Step]) -> tuple[list[Tensor], list[Tensor]]:
-    """Fit every step without a fold: under the ridge weights over all samples, and under its own."""
+def refit_steps(split: Split, steps: Sequence[Step], *, anew: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Fit every step without a fold: under the ridge weights over all samples, and ``anew`` its own."""
     operators, own = [], []
     for i, step in enumerate(steps, start=1):
-        if step.settled:
+        if step.settled or not anew:
             operators.append(split.solve(i, step.tikhonov))
             own.append(operators[-1])
         else:

@@ -221,7 +221,7 @@ def compute_credits(
     values = volumes(whole, chain) | {"rank": ranks}
     r2, replicates, held_out = R2(whole, steps), [], []
     for split in held_out_splits(layout, moments, normalize, total):
-        operators, own = refit_steps(split, steps)
+        operators, own = refit_steps(split, steps, anew=errors)
         r2.hold_out(split, operators)
         held_out.append(split.test.count)
         if errors:
