@@ -299,12 +299,14 @@ def test_models_and_batches_may_stand_in_a_module(project, capsys):
     assert "standing:broken cannot be built without arguments (inside); name a function" in told
 
 
-def test_data_to_fit_on_and_data_to_judge_by(project, capsys):
+def test_data_to_fit_on_and_data_to_judge_by(project, capsys, monkeypatch):
     (project / "halves.py").write_text(
         "from userproject import Data\nfrom lit import loaders, dataset\n"
         "class Both(Data):\n    def train_dataloader(self): return loaders()[0]\n"
         "def one(): return [dataset()[:]]\n"
     )
+    # Both networks take as long: the clock decides nothing here.
+    monkeypatch.setattr("lightning_koopman.decisions.linear._seconds", lambda runner: 1.0)
     given = ["linearize", "--model=userproject:LitNet", "--ckpt=step10.ckpt", "--out=new.ckpt"]
     assert main([*given, "--data=halves:one"]) == 1
     assert "halves:one gives 1 batch; at least one is needed to fit on" in capsys.readouterr().err

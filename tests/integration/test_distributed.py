@@ -19,8 +19,6 @@ from distributed_fit import Monitor, run
 
 from lightning_koopman import CreditReport
 
-pytestmark = pytest.mark.slow
-
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
 BASE = {"n_samples": 101, "batch_size": 7, "max_dim": 256, "shards": "sampler"}
 
@@ -237,16 +235,19 @@ def test_processes_of_which_one_is_slow_skip_the_same_epochs(two):
     assert first["collectives"].count("all_reduce") == 2 * len(steps[0])
 
 
+@pytest.mark.slow
 def test_forked_processes_give_the_report_of_one(tmp_path):
     # Three, whose parts differ in size and of which two may be left to go on.
     configs = [config for i, config in enumerate(cases("ddp_fork", 3)) if i not in (0, 5, 9)]
     check_against_one_process([*configs, configs[3] | {"delay": 2}], tmp_path)
 
 
+@pytest.mark.slow
 def test_spawned_processes_give_the_report_of_one(tmp_path):
     check_against_one_process([cases("ddp_spawn", 2)[3]], tmp_path)
 
 
+@pytest.mark.slow
 def test_no_process_waits_for_one_that_died(tmp_path):
     """The user's own error in one process ends the run as it does without the monitor."""
     config = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2}
@@ -254,6 +255,7 @@ def test_no_process_waits_for_one_that_died(tmp_path):
         fit([config | {"break_forward": 1}], tmp_path, timeout=120)
 
 
+@pytest.mark.slow
 def test_an_error_that_is_asked_for_is_raised_in_every_process(tmp_path):
     config = BASE | {"strategy": "ddp_fork", "devices": 2, "processes": 2, "on_error": "raise"}
     with pytest.raises(AssertionError, match="broken numerics"):
