@@ -4,9 +4,10 @@ PAGE = """# Speed
 
 Written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, with the extra
 `benchmarks` and `OMP_NUM_THREADS=1`; about 40 minutes of a core). Two virtual cores of an Intel Xeon
-with AVX-512, no GPU, one thread, torch <torch>. Other work ran on the machine: seconds are processor
-seconds of the measuring process, both sides of a ratio were measured in turn in one run, and the
-median is taken over neighbours. Trust the ratios, not the seconds.
+with AVX-512, no GPU, one thread, torch <torch>. Seconds are processor seconds of the measuring
+process, both sides of a ratio were measured in turn in one run, and the median is taken over
+neighbours. Nothing else ran while reports, epochs and the demo were measured last, and little during the
+longer trainings; other work did while the rest was: trust the ratios there, not the seconds.
 
 ## One report over all components against the plain forward pass
 
@@ -20,8 +21,7 @@ The floor is what the calls to BLAS and LAPACK alone take that no report can do 
 forward pass: 1 for the pass itself, then the products of all states in float64; one eigendecomposition
 in float32 of the Gram matrix of 512 samples for each state wider than `max_dim`; and, for each
 component, one eigendecomposition and five Cholesky factorisations and solutions, all at most 256 wide.
-A target below its floor is out of reach. Beside up to
-nine other processes on two cores, ranges are wide.
+A target below its floor is out of reach.
 
 Above the floor are, for each sample, pooling, projections, copies, hashes that tell the folds and
 hooks in Python, and for each component the alignment, the held-out errors and the ranks. Of the MLP's
@@ -68,34 +68,36 @@ small one 4 of width 64 and 8 tokens):
 
 A measurement has a part that does not depend on the network's own work: some milliseconds per
 component, and the POD bases where a state is wider than `max_dim`. The numbers of one report alone, as
-point values, take 0.05 s for the MLP and 0.16 s for the small transformer, so that no ratio below 1.6
-and 1.3 is within reach there; drift takes 0.03 and 0.19 s, rows and products 0.01 and 0.19 s, and hooks
+point values, take 0.05 s for the MLP and 0.16 s for the small transformer, so that no ratio below 1.7
+and 1.5 is within reach there; drift takes 0.03 and 0.19 s, rows and products 0.01 and 0.19 s, and hooks
 the rest. The CNN's measurement is 0.17 s of report, 0.15 of drift and 0.13 of rows and products. Of the
-transformer's, 0.24, 0.26 and 0.50 s were counted, that is 1.14 times an epoch with nothing else in it.
-So its target is to be read as missed, whatever the table says: it has three pairs of epochs beside
-changing neighbours, and a run shortly before gave 1.24 (and 1.25 for the CNN). Since an earlier version
-of this page, point values choose no ridge weight anew without each fold, which takes 0.7 of their time
-where weights are not settled, and drift copies no operators, 0.75 of what holding old against new took.
+transformer's, 0.24, 0.26 and 0.50 s were counted. It has three pairs of epochs only: beside other work,
+runs before this one gave 1.24, 1.05 and 0.99, and 1.25 to 1.49 for the CNN. Point values choose no ridge
+weight anew without each fold, which takes 0.7 of their time where weights are not settled, and drift
+copies no operators, 0.75 of what holding old against new took.
 
 So by default not every epoch is measured: all of watching, with effects, figures and the report at the
 end, may take 5 % of the training's time (`max_overhead=0.05`), and three seconds in any case. The demo
-trains for two seconds, so the three seconds are what decides there:
+trains for two seconds, so the three seconds are what decides there. With each epoch measured, thirty
+reports alone took 1.8 s, more than the 1.3 s of that training; figures took 2.1 s (each at four
+times, half a second a time), effects 0.3 s:
 
 <!-- demo -->
 <!-- end -->
 
 Longer trainings, with the monitor as it is by default, TensorBoard and figures. The two take turns,
-an epoch each, here with the watched one as the second (the script now times both orders):
+an epoch each; those of the CNN in both orders, those of the transformer with the watched one as the
+second, for the run was ended before the other order:
 
 <!-- minutes -->
 <!-- end -->
 
-`koopman/overhead` is what the monitor itself logs of this, here by processor seconds of its own
-turns. Of two such trainings of the transformer of which neither was watched, the second took 6 % more
-(14 epochs, standard error 3 %), so 1.107 is not told from the 1.046 that the monitor counts. Timed one
-after the other, as in earlier versions of this page, trainings differ by as much: beside neighbours on
-the same core, an epoch of one and the same CNN takes 0.95 to 1.5 processor seconds. Nothing was found
-that the monitor does not count. In trainings where every second epoch is measured, it counts what
+`koopman/overhead` is what the monitor itself logs of this, here by processor seconds of its own turns.
+Of two such trainings of the transformer of which neither was watched, the second took 6 % more (14
+epochs, standard error 3 %), so 1.068 is not told from the 1.047 that the monitor counts; of the CNN,
+two percent are not accounted for. Timed one after the other, as in earlier versions of this page,
+trainings differ by as much: beside neighbours on the same core, an epoch of one and the same CNN takes
+0.95 to 1.5 processor seconds. In trainings where every second epoch is measured, it counts what
 measured epochs take more than their neighbours: 0.366 and 0.347 s (CNN), 0.081 and 0.086 s (MLP), 0.389
 and 0.383 s (small transformer); and of three demos 3.17, 3.11 and 3.44 s, which took 2.94, 3.32 and
 3.14 s more than without. Earlier it missed what Lightning takes to gather its numbers at the end of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -247,7 +248,8 @@ def bit_widths(
         pairs = _pairs(effects, torch.stack([z for row in found for _, z in row]))
         costs, allowed = np.outer(counts, options), average * counts.sum()
 
-        def together(places: Sequence[int]) -> Measured:
+        @functools.cache  # a choice comes up again, near the next one
+        def together(places: tuple[int, ...]) -> Measured:
             return altered.together(dict(zip(names, (options[k] for k in places), strict=True)))
 
         exact = solve_exactly(effects, costs, allowed)

@@ -213,7 +213,7 @@ def loss_of(measured: Measured, outputs: Outputs) -> float:
 
 
 def is_within(loss: float, max_drop: float) -> bool:
-    """Whether a loss is admitted; 0.93 − 0.92, which is 0.01 but for rounding, is within 0.01."""
+    """Check whether a loss is admitted; 0.93 − 0.92, which is 0.01 but for rounding, is within 0.01."""
     return loss <= max_drop + _ROUNDING
 
 
