@@ -69,9 +69,9 @@ class CreditWriter:
     logger takes them: TensorBoard, Weights & Biases and MLflow are recognised by their methods, so that
     both Lightning namespaces and an :class:`EventFile` work alike.
     Figures are drawn at the 1st, 2nd, 4th, 8th … report, unless there is no time, and at the end:
-    TensorBoard keeps ten images per tag, and drawing costs more than measuring a small network does. They
-    show what its own charts do not: errors, and what may be done with each component. Other loggers draw
-    no chart of several components, and get one of the credits too.
+    TensorBoard keeps ten images per tag, and drawing costs more than measuring a small network does.
+    They show what its own charts do not: errors, and what may be done with each component. Other loggers
+    have no chart of several components, and get one of the credits too.
 
     Attributes:
         more: What components may get scalars of beside quantities: kinds of effects, and drift.
