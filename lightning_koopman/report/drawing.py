@@ -123,13 +123,14 @@ def plot_bands(
     return figure, axes
 
 
-def _add_key(figure: Figure, axis: Axes, names: Sequence[str]) -> None:
+def _add_key(figure: Figure, axis: Any, names: Sequence[str]) -> None:
     """Name the colours to the right of a panel; a legend is laid out several times to do so."""
     corner = figure.dpi_scale_trans + ScaledTranslation(1, 1, axis.transAxes)
     heights = [-0.08 - 0.18 * row for row in range(len(names))]
     marks = [[(0.08, height), (0.19, height)] for height in heights]
-    style = {"linewidths": 5, "transform": corner, "clip_on": False}
-    axis.add_artist(LineCollection(marks, colors=_RUNS[: len(names)], **style))
+    colors = _RUNS[: len(names)]
+    lines = LineCollection(marks, colors=colors, linewidths=5, transform=corner, clip_on=False)
+    axis.add_artist(lines)
     for name, height in zip(names, heights, strict=True):
         axis.text(0.26, height, name, fontsize="small", va="center", transform=corner)
 
