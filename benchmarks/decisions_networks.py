@@ -167,6 +167,8 @@ class Encoder(nn.Module):
 
 
 PACKAGES = ("sklearn", "scipy.stats", "pandas", "numpy", "torch", "matplotlib")
+EACH = 1000
+"""Paragraphs of each package: all but a few of the package that has the fewest."""
 
 
 def digest(text: str) -> str:
@@ -200,7 +202,7 @@ def paragraphs() -> tuple[list[str], list[int]]:
     order = sorted(found, key=digest)
     kept = []
     for label in range(len(PACKAGES)):
-        kept += [text for text in order if found[text] == label][:200]
+        kept += [text for text in order if found[text] == label][:EACH]
     kept.sort(key=lambda text: digest(f"split {text}"))
     return kept, [found[text] for text in kept]
 
@@ -216,7 +218,7 @@ def minilm() -> tuple[nn.Module, Split]:
     tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
     given = tokenizer(texts, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
     ids, mask, y = given["input_ids"], given["attention_mask"], torch.tensor(labels)
-    places = {"train": slice(0, 480), "choose": slice(480, 672), "test": slice(672, 928)}
+    places = {"train": slice(0, -2048), "choose": slice(-2048, -1024), "test": slice(-1024, None)}
     split: Split = {
         name: [
             ({"input_ids": i, "attention_mask": m}, t)
@@ -288,6 +290,10 @@ class EfficientNet(nn.Module):
         return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
 
 
+CROPS = 256
+"""Crops to choose on, and as many to test."""
+
+
 @functools.cache
 def efficientnet() -> tuple[nn.Module, Split]:
     """EfficientNet-lite0 on crops of two photographs; right is what the whole network says."""
@@ -303,12 +309,12 @@ def efficientnet() -> tuple[nn.Module, Split]:
     split: Split = {}
     for name, half in halves.items():
         crops = []
-        for i in range(64):
+        for i in range(CROPS):
             image = images[i % 2]
             # Crops to choose on are of the left half of the photographs, those to test on of the right.
             width = image.shape[-1] // 2
             part = image[..., half * width : (half + 1) * width]
-            size = int(rng.integers(64, 200))
+            size = int(rng.integers(64, 300))
             top, left = (int(rng.integers(0, s - size)) for s in part.shape[-2:])
             crop = part[..., top : top + size, left : left + size]
             crops.append(F.interpolate(crop, (96, 96), mode="bilinear", antialias=True))
@@ -325,10 +331,7 @@ def load(name: str, seed: int) -> tuple[nn.Module, Split]:
         return minilm()
     if name == "efficientnet":
         return efficientnet()
-    data = digits()
-    if name != "mlp":  # these cost more, so they see fewer samples
-        data = data | {"choose": data["choose"][:2], "test": data["test"][:2]}
-    return trained(name, seed), data
+    return trained(name, seed), digits()
 
 
 if __name__ == "__main__":
