@@ -103,7 +103,7 @@ def epochs() -> str:
     cases = [("MLP", 1.5, 42), ("CNN", 1.25, 14), ("transformer", 1.06, 9), ("small transformer", 0, 18)]
     for kind, target, count in cases:
         watch = Epochs()
-        # Effects are measured where the three free seconds have room, so that epochs would differ.
+        # Effects are measured where the budget has room, so that epochs would differ.
         monitor = KoopmanCreditMonitor(every_n_epochs=2, figures=False, effects=(), on_error="raise")
         fit(kind, count, [watch, monitor])
         # The first epochs warm up, and the last has errors and effects. Epochs 2, 4, … are measured.

@@ -57,7 +57,7 @@ from lightning_koopman.report.saved import ReportFormatError
 
 _HISTORY_SAVED = 100
 
-_FIRST_FIGURES = 0.5
+_FIRST_FIGURES = 0.3
 """Seconds that the figures of a report take, until they were drawn once: Matplotlib is imported then."""
 
 
@@ -116,7 +116,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
-            without it, once it takes more than three seconds. Measurements are taken in even distances,
+            without it, once it takes more than 1.5 seconds. Measurements are taken in even distances,
             and fewer where each takes long.
         every_n_epochs: Measure in every n-th epoch whatever it takes, and always in the first and the
             last.
