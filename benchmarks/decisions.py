@@ -7,12 +7,13 @@ network is kept there too; ``--fresh`` measures anew.
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,28 +35,52 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from lightning_koopman import bit_widths, component_effects, credit_report, drift, drop_order, linearize
-from lightning_koopman.decisions.bits import solve_exactly
+from lightning_koopman.decisions.bits import improve, solve_exactly
 from lightning_koopman.decisions.linear import _Maps, _measure_of, _Option, _Search
 from lightning_koopman.decisions.steps import cost_of
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.replacements import quantized_weights
-from lightning_koopman.effects.scoring import Outputs, over_draws
+from lightning_koopman.effects.scoring import Measured, Outputs, over_draws
 from lightning_koopman.network.forward_runner import ForwardRunner
 
 BITS = (4, 3, 2)
 RANDOM = 10
+ALIKE = "measured, samples drawn alike"
 Found = dict[str, Any]
+Choice = tuple[int, ...]
 
 
-def kl(net: nn.Module, other: nn.Module, batches: Batches) -> tuple[float, float]:
-    """Mean divergence of another network's classes from those of the first, and its error."""
-    before = Outputs(ForwardRunner(net, batches).run(), batches, "kl")
-    return over_draws([before.compare(ForwardRunner(other, batches).run())])[:2]
+class Against:
+    """A network on some samples, which others are set against, with one pass each."""
+
+    def __init__(self, net: nn.Module, batches: Batches) -> None:
+        self.batches, self.right = batches, right(net, batches)
+        self.outputs = Outputs(ForwardRunner(net, batches).run(), batches, "kl")
+
+    def moved(self, other: nn.Module) -> Array:
+        """The divergence of another network's classes from those of the first, by sample."""
+        return self.outputs.compare(ForwardRunner(other, self.batches).run()).moved.numpy()
+
+    def judge(self, other: nn.Module) -> tuple[tuple[float, float], tuple[float, float]]:
+        """The mean divergence of another network's classes, and its accuracy, with their errors."""
+        change = self.outputs.compare(ForwardRunner(other, self.batches).run())
+        assert change.gained is not None
+        return scored(change.moved.numpy()), scored(self.right + change.gained.numpy())
 
 
 def scored(right: Array) -> tuple[float, float]:
     """Mean over samples, and its error."""
     return float(right.mean()), float(right.std(ddof=1) / math.sqrt(len(right)))
+
+
+def first(batches: Batches, samples: int) -> Batches:
+    """As many batches as hold no more samples than that."""
+    counts = itertools.accumulate(len(y) for _, y in batches)
+    return [batch for batch, count in zip(batches, counts, strict=True) if count <= samples]
+
+
+def sizes(data: dict[str, Batches]) -> dict[str, int]:
+    return {part: sum(len(y) for _, y in batches) for part, batches in data.items()}
 
 
 def without(net: nn.Module, names: Sequence[str]) -> nn.Module:
@@ -92,21 +117,28 @@ def drop(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
         "depth": -np.arange(len(names), dtype=float),
         "credit": np.array([credit.get(n, math.nan) for n in names]),
     }
-    truth = [kl(net, without(net, [n]), test)[0] for n in names]
+    whole = Against(net, test)
+    truth = [whole.moved(without(net, [n])).mean() for n in names]
     orders = {"drop_order": list(order.components)}
     orders |= {m: [names[i] for i in np.argsort(v, kind="stable")] for m, v in scores.items()}
-    orders["greedy measured"] = greedy(net, choose[:2], names, levels["three quarters"])
+    orders["greedy measured"] = greedy(net, first(choose, 512), names, levels["three quarters"])
     rng = np.random.default_rng(0)
     draws = [list(rng.permutation(names)) for _ in range(RANDOM)]
     kept, errors, gap = {}, {}, {}
+
+    @functools.cache  # several methods drop the same blocks
+    def right_without(gone: frozenset[str]) -> Array:
+        return right(without(net, sorted(gone)), test)
+
     for level, n in levels.items():
-        found = {m: right(without(net, gone[:n]), test) for m, gone in orders.items()}
-        found["random"] = np.mean([right(without(net, gone[:n]), test) for gone in draws], axis=0)
+        found = {m: right_without(frozenset(gone[:n])) for m, gone in orders.items()}
+        found["random"] = np.mean([right_without(frozenset(gone[:n])) for gone in draws], axis=0)
         kept[level] = {m: scored(own)[0] for m, own in found.items()}
         errors[level] = {m: scored(own)[1] for m, own in found.items()}
         gap[level] = scored(found["drop_order"] - found["greedy measured"])
     return {
-        "whole": accuracy(net, test),
+        "whole": float(whole.right.mean()),
+        "samples": sizes(data),
         "blocks": len(names),
         "dropped": levels,
         "kept": kept,
@@ -115,6 +147,31 @@ def drop(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
         "spearman": {m: float(spearmanr(s, truth).statistic) for m, s in scores.items()},
         "seconds": seconds,
     }
+
+
+def redivided(choose: Array, test: Array, divisions: int = 200) -> tuple[float, float]:
+    """What measuring reaches if the samples to choose on and those to test are drawn alike.
+
+    The effects by component and sample of both are thrown together and divided anew, in the same
+    numbers. Returns the mean rank correlation of the means over both parts, and how often the ratio of
+    their sizes, as a geometric mean over components, is within 0.8 and 1.25.
+    """
+    both, count = np.concatenate([choose, test], axis=1), choose.shape[1]
+    rng = np.random.default_rng(0)
+    ranks, within = [], []
+    for _ in range(divisions):
+        order = rng.permutation(both.shape[1])
+        a, b = both[:, order[:count]].mean(1), both[:, order[count:]].mean(1)
+        ranks.append(float(spearmanr(a, b).statistic))
+        within.append(abs(np.mean(np.log(a / b))) <= math.log(1.25))
+    return float(np.mean(ranks)), float(np.mean(within))
+
+
+def searched(score: Array, costs: Array, allowed: float, measure: Callable[..., Measured]) -> Choice:
+    """Improve what single numbers choose by measured changes, as ``bit_widths`` does."""
+    chosen = solve_exactly(score, costs, allowed)
+    apart = np.diag(score.reshape(-1)).reshape(*score.shape, *score.shape)
+    return improve(apart, costs, allowed, (chosen, measure(chosen)), measure)[0]
 
 
 def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
@@ -126,51 +183,66 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     seconds = time.process_time() - start
     names, counts = found.components, np.array(found.weights, dtype=float)
     rounded = {b: quantized_weights(net, b) for b in options}
+    report, only = (None, None) if name == "minilm" else (credit_report(net, choose), list(names))
     kinds = {f"int{b}": rounded[b] for b in BITS}
-    report = credit_report(net, choose)
-    how = {"replacements": kinds, "components": list(names), "samples": 100_000}
-    if name == "minilm":
-        report, how["components"] = None, None
-    truth = component_effects(net, test, report, (), how="measured", **how)
-    told = component_effects(net, choose, report, (), how="predicted", **how)
-    places = [truth.components.index(n) for n in names]
+    told = component_effects(
+        net, choose, report, (), how="predicted", replacements=kinds, components=only, samples=100_000
+    )
+    places = [told.components.index(n) for n in names]
     baselines = from_gradients(net, choose, names, rounded)
     scores: dict[str, Array] = {"measured effect": found.effects}
     scores["predicted effect"] = np.stack(
         [np.zeros(len(names)), *(told.values[f"int{b}"][places] for b in BITS)], axis=1
     )
     scores |= {m: baselines[m] for m in ("hawq", "(g·Δ)²", "MSE", "weight norm")}
-    spearman, size = {}, {}
+
+    def with_bits(bits: Mapping[str, int]) -> nn.Module:
+        values = {
+            key: rounded[b][key]
+            for n, b in bits.items()
+            for key in rounded[b]
+            if key.startswith(tuple(f"{part}." for part in found.parts[n]))
+        }
+        other = copy.deepcopy(net)
+        other.load_state_dict(net.state_dict() | values)
+        return other
+
+    chosen_on, tested = Against(net, choose), Against(net, test)
+    spearman, size, alike = {}, {}, {}
     for b in BITS:
-        real, column = truth.values[f"int{b}"][places], options.index(b)
+        before, after = (
+            np.stack([part.moved(with_bits({n: b})) for n in names]) for part in (chosen_on, tested)
+        )
+        real, column = after.mean(1), options.index(b)
         spearman[b] = {m: float(spearmanr(s[:, column], real).statistic) for m, s in scores.items()}
+        spearman[b][ALIKE], alike[b] = redivided(before, after)
         size[b] = {
             m: float(np.exp(np.mean(np.log(scores[m][:, column] / real))))
             for m in ("measured effect", "predicted effect", "(g·Δ)²")
         }
     costs, allowed = np.outer(counts, options), 3.0 * counts.sum()
-    networks = {"bit_widths": found.apply(net)}
-    for method, score in scores.items():
-        chosen = solve_exactly(score, costs, allowed)
-        other = copy.deepcopy(net)
-        values = {
-            key: rounded[options[k]][key]
-            for n, k in zip(names, chosen, strict=True)
-            for key in rounded[8]
-            if key.startswith(f"{n}.")
-        }
-        other.load_state_dict(net.state_dict() | values)
-        networks[method] = other
-    networks["3 bits everywhere"] = copy.deepcopy(net)
-    networks["3 bits everywhere"].load_state_dict(net.state_dict() | dict(rounded[3]))
-    mixed = {m: kl(net, other, test) for m, other in networks.items()}
-    accurate = {m: scored(right(other, test)) for m, other in {**networks, "whole": net}.items()}
+
+    def of(choice: Choice) -> dict[str, int]:
+        return {n: options[k] for n, k in zip(names, choice, strict=True)}
+
+    @functools.cache
+    def measure(choice: Choice) -> Measured:
+        runner = ForwardRunner(with_bits(of(choice)), choose)
+        return over_draws([chosen_on.outputs.compare(runner.run())])
+
+    bits = {"bit_widths": dict(zip(names, found.bits, strict=True))}
+    bits |= {method: of(solve_exactly(score, costs, allowed)) for method, score in scores.items()}
+    bits["hawq, then the same search"] = of(searched(scores["hawq"], costs, allowed, measure))
+    bits["3 bits everywhere"] = dict.fromkeys(names, 3)
+    judged = {method: tested.judge(with_bits(each)) for method, each in bits.items()}
+    accurate = {m: own for m, (_, own) in judged.items()} | {"whole": scored(tested.right)}
     return {
         "components": len(names),
         "spearman": spearman,
         "size": size,
-        "mixed": {m: value for m, (value, _) in mixed.items()},
-        "mixed errors": {m: error for m, (_, error) in mixed.items()},
+        "alike": alike,
+        "mixed": {m: value for m, ((value, _), _) in judged.items()},
+        "mixed errors": {m: error for m, ((_, error), _) in judged.items()},
         "accuracy": {m: value for m, (value, _) in accurate.items()},
         "accuracy errors": {m: error for m, (_, error) in accurate.items()},
         "seconds": seconds,

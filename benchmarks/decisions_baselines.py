@@ -32,7 +32,7 @@ def own_parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def from_gradients(
-    net: nn.Module, batches: Batches, names: Sequence[str], rounded: Replacements, count: int = 64
+    net: nn.Module, batches: Batches, names: Sequence[str], rounded: Replacements, count: int = 256
 ) -> dict[str, Array]:
     """Numbers per component from the loss's gradient at single samples.
 

@@ -6,9 +6,6 @@ outputs then depends on its rate and not on its place. Trained weights are kept 
 """
 
 import functools
-import hashlib
-import importlib
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from docstrings import digest, paragraphs
 from drift_networks import Sentences
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -166,41 +164,30 @@ class Encoder(nn.Module):
         return self.head(F.normalize(self.body(**batch), dim=1))
 
 
-PACKAGES = ("sklearn", "scipy.stats", "pandas", "numpy", "torch", "matplotlib")
+PACKAGES = {
+    "sklearn": ("sklearn.linear_model", "sklearn.metrics"),
+    "scipy.stats": ("scipy.stats",),
+    "pandas": ("pandas", "pandas.DataFrame"),
+    "numpy": ("numpy",),
+    "torch": ("torch",),
+    "matplotlib": ("matplotlib", "matplotlib.axes.Axes"),
+}
+"""Whose docstrings are told apart, and where they are found."""
+EACH = 1000
+"""Paragraphs of each package: all but a few of the package that has the fewest."""
 
 
-def digest(text: str) -> str:
-    """A number that is the same in every run, by which texts are shuffled and told apart."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def paragraphs() -> tuple[list[str], list[int]]:
-    """Paragraphs of docstrings, and the package that each is from.
-
-    Which modules are there depends on what was imported before, so their own docstrings are left out.
-    """
+def texts() -> tuple[list[str], list[int]]:
+    """Paragraphs of docstrings, and the package that each is from."""
+    parts = paragraphs([name for names in PACKAGES.values() for name in names])
     found: dict[str, int] = {}
-    for label, package in enumerate(PACKAGES):
-        names = [package] if package != "sklearn" else ["sklearn.linear_model", "sklearn.metrics"]
-        further = {"pandas": ["pandas.DataFrame"], "matplotlib": ["matplotlib.axes.Axes"]}
-        names += further.get(package, [])
-        for name in names:
-            module, _, attribute = name.rpartition(".")
-            try:
-                holder = importlib.import_module(name)
-            except ImportError:
-                holder = getattr(importlib.import_module(module), attribute)
-            for part in sorted(vars(holder)):
-                if inspect.ismodule(getattr(holder, part)):
-                    continue
-                for text in (inspect.getdoc(getattr(holder, part)) or "").split("\n\n"):
-                    words = " ".join(text.split())
-                    if len(words) > 60 and ">>>" not in words and "---" not in words:
-                        found.setdefault(words, label)
+    for label, names in enumerate(PACKAGES.values()):
+        for text in (text for name in names for text in parts[name]):
+            found.setdefault(text, label)
     order = sorted(found, key=digest)
     kept = []
     for label in range(len(PACKAGES)):
-        kept += [text for text in order if found[text] == label][:200]
+        kept += [text for text in order if found[text] == label][:EACH]
     kept.sort(key=lambda text: digest(f"split {text}"))
     return kept, [found[text] for text in kept]
 
@@ -212,11 +199,13 @@ def minilm() -> tuple[nn.Module, Split]:
     from sklearn.linear_model import LogisticRegression
     from transformers import AutoTokenizer
 
-    texts, labels = paragraphs()
+    sentences, labels = texts()
     tokenizer = AutoTokenizer.from_pretrained(str(get_model_path()))
-    given = tokenizer(texts, padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+    given = tokenizer(
+        sentences, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
+    )
     ids, mask, y = given["input_ids"], given["attention_mask"], torch.tensor(labels)
-    places = {"train": slice(0, 480), "choose": slice(480, 672), "test": slice(672, 928)}
+    places = {"train": slice(0, -2048), "choose": slice(-2048, -1024), "test": slice(-1024, None)}
     split: Split = {
         name: [
             ({"input_ids": i, "attention_mask": m}, t)
@@ -225,7 +214,7 @@ def minilm() -> tuple[nn.Module, Split]:
         for name, p in places.items()
     }
     net = Encoder().eval()
-    path = CACHE / f"minilm-head-{digest(' '.join(texts[places['train']]))[:8]}.pt"
+    path = CACHE / f"minilm-head-{digest(' '.join(sentences[places['train']]))[:8]}.pt"
     if not path.exists():
         with torch.no_grad():
             z = torch.cat([F.normalize(net.body(**batch), dim=1) for batch, _ in split["train"]])
@@ -288,6 +277,10 @@ class EfficientNet(nn.Module):
         return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
 
 
+CROPS = 256
+"""Crops to choose on, and as many to test."""
+
+
 @functools.cache
 def efficientnet() -> tuple[nn.Module, Split]:
     """EfficientNet-lite0 on crops of two photographs; right is what the whole network says."""
@@ -303,12 +296,12 @@ def efficientnet() -> tuple[nn.Module, Split]:
     split: Split = {}
     for name, half in halves.items():
         crops = []
-        for i in range(64):
+        for i in range(CROPS):
             image = images[i % 2]
             # Crops to choose on are of the left half of the photographs, those to test on of the right.
             width = image.shape[-1] // 2
             part = image[..., half * width : (half + 1) * width]
-            size = int(rng.integers(64, 200))
+            size = int(rng.integers(64, 300))
             top, left = (int(rng.integers(0, s - size)) for s in part.shape[-2:])
             crop = part[..., top : top + size, left : left + size]
             crops.append(F.interpolate(crop, (96, 96), mode="bilinear", antialias=True))
@@ -325,10 +318,7 @@ def load(name: str, seed: int) -> tuple[nn.Module, Split]:
         return minilm()
     if name == "efficientnet":
         return efficientnet()
-    data = digits()
-    if name != "mlp":  # these cost more, so they see fewer samples
-        data = data | {"choose": data["choose"][:2], "test": data["test"][:2]}
-    return trained(name, seed), data
+    return trained(name, seed), digits()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from docstrings import EVERYTHING, digest, paragraphs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from validity_networks import Patches, Residual, TokenHead, attend, channels, conv, groupblock, pooled
@@ -95,31 +94,10 @@ class Sentences(nn.Module):
 @functools.cache
 def texts() -> dict[str, list[str]]:
     """Paragraphs of docstrings of scikit-learn, pandas, SciPy, NumPy and PyTorch, in disjoint parts."""
-    import pandas
-    import scipy.signal
-    import scipy.stats
-    from sklearn.utils.discovery import all_displays, all_estimators, all_functions
-
-    sources: list[Any] = [found for _, found in (*all_estimators(), *all_functions(), *all_displays())]
-    for module in (
-        np,
-        np.linalg,
-        scipy.stats,
-        scipy.signal,
-        pandas,
-        pandas.DataFrame,
-        pandas.Series,
-        torch,
-    ):
-        sources += [getattr(module, name) for name in dir(module) if not name.startswith("_")]
-    found = {}
-    for source in sources:
-        for paragraph in (inspect.getdoc(source) or "").split("\n\n"):
-            words = " ".join(paragraph.split())
-            if len(words) > 60 and ">>>" not in words and "---" not in words:
-                found[words] = None
-    chosen = sorted(found)
-    random.Random(0).shuffle(chosen)
+    arrays = ("numpy", "numpy.linalg", "scipy.stats", "scipy.signal", "torch")
+    frames = ("pandas", "pandas.DataFrame", "pandas.Series")
+    found = paragraphs((EVERYTHING, *arrays, *frames))
+    chosen = sorted({text for part in found.values() for text in part}, key=digest)
     sizes = {"train": 0, "reference": 600, "further": 320, "new": 600}
     parts, start = {}, 0
     for name, size in sizes.items():

@@ -1,7 +1,7 @@
 """Find the part that broke, without the old weights and without the old samples.
 
-A small network learns handwritten digits, and a reference of it is saved: a file of linear operators,
-about as large as the network, that holds no weights and no samples. Training goes on for a little, so
+A small network learns handwritten digits, and a reference of it is saved: a file of linear operators
+and means that holds no weights and no samples. Training goes on for a little, so
 that all weights move, and then a tenth of the weights of one block change their sign. The network still
 answers, less well; which block is to blame is read from the reference and samples that neither training
 nor the reference saw.
@@ -66,7 +66,8 @@ def main():
     weight = network[5].body[1].weight
     with torch.no_grad():
         weight[torch.rand_like(weight) < 0.1] *= -1
-    print(f"accuracy {before:.3f}, after the fault {accuracy(network, x[second], y[second]):.3f}")
+    after = accuracy(network, x[second], y[second])
+    print(f"accuracy {before:.3f}; a fault in component 5 makes that {after:.3f}")
     print(drift(path, network, x[second].split(300)))
 
 
