@@ -216,6 +216,8 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
+    # What watching takes while the user's code runs is counted by it.
+    time.perf_counter = time.process_time
     for part in sys.argv[1:] or PARTS:
         name, _, seconds = part.partition("=")
         print(PARTS[name](*map(float, filter(None, [seconds]))), end="\n\n", flush=True)
