@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-ALLOWANCE = 3.0
+ALLOWANCE = 1.5
 """Seconds that watching a training may take, however short the training is."""
 
 _BEFORE = {"draw": 0.05, "effects": 0.15}

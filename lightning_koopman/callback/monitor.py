@@ -57,7 +57,7 @@ from lightning_koopman.report.saved import ReportFormatError
 
 _HISTORY_SAVED = 100
 
-_FIRST_FIGURES = 0.5
+_FIRST_FIGURES = 0.3
 """Seconds that the figures of a report take, until they were drawn once: Matplotlib is imported then."""
 
 
@@ -71,7 +71,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
     one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
     one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
-    others have effects, and the 1st, 2nd, 4th, 8th … figures, where the budget has room.
+    others have effects, and the 1st, 2nd, 4th, 8th … figures, as far as a fifth of what may be spent
+    pays for them.
 
     ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
     last; one that somebody monitors is there from the first validation on, as 0 where the first
@@ -106,17 +107,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
             per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
-            and for others where the budget has room, on up to 512 samples of the recorded calls. They
-            are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds
-            one integer per sample (as second entry, or under a name such as ``labels``) and these are
-            classes of the outputs (as many as there are outputs, or named by the network more often than
-            chance allows), effects are mean KL divergences in nats, with the accuracy that is lost;
-            otherwise mean squared changes over the outputs' variance. ``report.effects.scale`` says
-            which.
+            and for others as far as 15 % of ``max_overhead`` pay for them, on up to 512 samples of the
+            recorded calls. They are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every
+            recorded batch holds one integer per sample (as second entry, or under a name such as
+            ``labels``) and these are classes of the outputs (as many as there are outputs, or named by
+            the network more often than chance allows), effects are mean KL divergences in nats, with the
+            accuracy that is lost; otherwise mean squared changes over the outputs' variance.
+            ``report.effects.scale`` says which.
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
-            without it, once it takes more than three seconds. Measurements are taken in even distances,
+            without it, once it takes more than 1.5 seconds. Measurements are taken in even distances,
             and fewer where each takes long.
         every_n_epochs: Measure in every n-th epoch whatever it takes, and always in the first and the
             last.

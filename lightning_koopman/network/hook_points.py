@@ -33,11 +33,11 @@ class _Hook:
         self._function = function
 
     def __call__(self, *given: Any) -> Any:
-        start = time.perf_counter()
+        start = time.perf_counter() - seconds_following()
         try:
             return self._function(*given)
         finally:
-            _Hook.seconds += time.perf_counter() - start
+            _Hook.seconds += time.perf_counter() - seconds_following() - start
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")

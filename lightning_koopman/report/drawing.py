@@ -262,7 +262,7 @@ def _figure(figure: Figure | None, width: float, height: float, names: Sequence[
 def place_labels(figure: Figure, axes: Iterable[Axes]) -> None:
     """Fix where labels stand; to find that out, Matplotlib lays out the texts of all ticks once more."""
     below = ScaledTranslation(0, -0.3, figure.dpi_scale_trans)
-    beside = ScaledTranslation(-0.68, 0, figure.dpi_scale_trans)
+    beside = ScaledTranslation(-0.66, 0, figure.dpi_scale_trans)
     for axis in axes:
         axis.xaxis.set_label_coords(0.5, 0, axis.transAxes + below)
         axis.yaxis.set_label_coords(0, 0.5, axis.transAxes + beside)
