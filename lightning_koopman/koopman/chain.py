@@ -225,12 +225,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 class R2:
-    """R² of every step and of the chain behind every state, held out and in sample.
-
-    Attributes:
-        step: Of each step's own operator, over all folds held out.
-        chain: Of the output predicted from each state through all operators behind it.
-    """
+    """R² of every step, and of the output as predicted from every state through all steps behind it."""
 
     def __init__(self, whole: Split, steps: Sequence[Step]) -> None:
         self._whole, self._operators = whole, [step.matrix for step in steps]
