@@ -29,6 +29,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if config.args_source is config.ArgsSource.ARGS else min(os.cpu_count() or 1, 8)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests: with one of them as the last, all processes but one would idle."""
+    items.sort(key=lambda item: "longest" not in item.keywords)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     seed_all(0)

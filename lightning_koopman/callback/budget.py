@@ -7,8 +7,14 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-ALLOWANCE = 3.0
+ALLOWANCE = 1.5
 """Seconds that watching a training may take, however short the training is."""
+
+_BEFORE = {"draw": 0.05, "effects": 0.15}
+"""Parts of the share that may go, before the end, to what is done at the end in any case."""
+
+_LAST = 1.3
+"""How much longer the last measurement takes than those before, for its errors; 1.1 to 1.3 times."""
 
 NEVER = 2**62
 """A step that no training reaches."""
@@ -19,9 +25,12 @@ class Budget:
 
     All of watching may take a share of the time that the training takes without it, or ``ALLOWANCE`` if
     that is more. The first and the last measurement are always taken. What the last one will take, with
-    all that is done at the end alone, is kept back; the rest pays for the measurements in between.
+    all that is done at the end in any case (figures, effects), is kept back; the rest pays for the
+    measurements in between. Of the share, never of the allowance, a part each may go to figures and
+    effects before the end.
 
     Attributes:
+        clock: Gives the time in seconds.
         due: Step from which on the next measurement is due.
     """
 
@@ -30,27 +39,29 @@ class Budget:
             raise ValueError(
                 f"max_overhead is {share!r}; give a share of the training's time, such as 0.05"
             )
-        self.share, self._clock = share, clock
+        self.share, self.clock = share, clock
         self.start(0)
 
     def start(self, step: int) -> None:
         """Begin with a training, at its first step."""
-        self._began, self._first = self._clock(), step
+        self._began, self._first = self.clock(), step
         self._spent = self._planned = self._apart = 0.0
         self._entered: float | None = None
         self._took: dict[str, float] = {}
+        self._spent_on: dict[str, float] = {}
         self._measured = self.due = 0
         self._cost = 0.0
+        self._whole = math.inf
 
     @property
     def spent(self) -> float:
         """Seconds spent on watching so far."""
-        return self._spent + (0.0 if self._entered is None else self._clock() - self._entered)
+        return self._spent + (0.0 if self._entered is None else self.clock() - self._entered)
 
     @property
     def trained(self) -> float:
         """Seconds that the training took so far without watching."""
-        return self._clock() - self._began - self.spent
+        return self.clock() - self._began - self.spent
 
     @property
     def overhead(self) -> float:
@@ -63,7 +74,7 @@ class Budget:
         if self._entered is not None:
             yield
             return
-        self._entered = self._clock()
+        self._entered = self.clock()
         try:
             yield
         finally:
@@ -76,16 +87,17 @@ class Budget:
     @contextmanager
     def apart(self, kind: str) -> Generator[None, None, None]:
         """Learn what something takes that is not done at every measurement."""
-        start = self._clock()
+        start = self.clock()
         try:
             yield
         finally:
-            self._took[kind] = self._clock() - start
-            self._apart += self._took[kind]
+            took = self._took[kind] = self.clock() - start
+            self._spent_on[kind] = self._spent_on.get(kind, 0.0) + took
+            self._apart += took
 
     def expect(self, kind: str, seconds: float) -> None:
-        """Say what something will take, until it is done once."""
-        self._took.setdefault(kind, seconds)
+        """Say what something will take at the end."""
+        self._took[kind] = seconds
 
     def left(self, kind: str) -> float:
         """Return the seconds that something done at the end may take, the rest of the end left aside."""
@@ -97,10 +109,14 @@ class Budget:
         ahead = 0.0 if last is None else max(0, last - step) / max(1, step - self._first)
         return max(ALLOWANCE, self.share * self.trained * (1 + ahead))
 
+    def room(self, kind: str) -> float:
+        """Return the seconds that something which is done at the end in any case may take now too."""
+        part = _BEFORE[kind] * self.share * self.trained - self._spent_on.get(kind, 0.0)
+        return min(part, self._whole - self.spent - self._kept_back)
+
     def has_room(self, kind: str) -> bool:
         """Check whether something that is done at the end in any case may be done now too."""
-        allowed = max(ALLOWANCE, self.share * self.trained)
-        return self.spent + self._took.get(kind, 0.0) + self._kept_back() <= allowed
+        return self._took.get(kind, 0.0) <= self.room(kind)
 
     def plan(self, step: int, last: int | None) -> None:
         """Find when the next measurement is due, at the end of one.
@@ -117,14 +133,16 @@ class Budget:
             self._wait(per_step) if last is None else self._even(max(0, last - step), per_step)
         )
 
+    @property
     def _kept_back(self) -> float:
-        """Return the seconds that the end will take."""
-        return self._cost + sum(self._took.values())
+        """Seconds that the end will take."""
+        return _LAST * self._cost + sum(self._took.values())
 
     def _even(self, rest: int, per_step: float) -> int:
         """Spread what can be paid over the steps that are left."""
-        allowed = max(ALLOWANCE, self.share * (self.trained + rest * per_step))
-        count = int((allowed - self.spent - self._kept_back()) / self._cost)
+        self._whole = max(ALLOWANCE, self.share * (self.trained + rest * per_step))
+        others = sum(_BEFORE[kind] for kind in self._took) * self.share * rest * per_step
+        count = int((self._whole - self.spent - self._kept_back - others) / self._cost)
         if count < 1:
             return NEVER
         # The first measurement pays for imports and caches, so the second tells what one takes.
@@ -132,6 +150,8 @@ class Budget:
 
     def _wait(self, per_step: float) -> int:
         """Wait until the next one can be paid, where nobody knows how long the training goes on."""
-        gained = self.share * per_step
-        missing = self.spent + self._cost + self._kept_back() - self.share * self.trained
+        share = self.share * (1 - sum(_BEFORE[kind] for kind in self._took))
+        gained = share * per_step
+        others = sum(self._spent_on.values())
+        missing = self.spent - others + self._cost + self._kept_back - share * self.trained
         return max(1, math.ceil(missing / gained)) if gained > 0 else NEVER

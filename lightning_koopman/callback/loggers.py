@@ -70,6 +70,8 @@ class CreditWriter:
     both Lightning namespaces and an :class:`EventFile` work alike.
     Figures are drawn at the 1st, 2nd, 4th, 8th … report, unless there is no time, and at the end:
     TensorBoard keeps ten images per tag, and drawing costs more than measuring a small network does.
+    They show what its own charts do not: errors, and what may be done with each component. Other loggers
+    have no chart of several components, and get one of the credits too.
 
     Attributes:
         more: What components may get scalars of beside quantities: kinds of effects, and drift.
@@ -117,9 +119,7 @@ class CreditWriter:
 
     def write(self, logger: Any, scalars: Mapping[str, float], step: int) -> None:
         """Write what :meth:`scalars` gave, in TensorBoard each component's to a run of its own."""
-        experiment: Any = getattr(logger, "experiment", None)
-        folder = getattr(experiment, "log_dir", None)
-        if not (self.figures and isinstance(folder, str) and hasattr(experiment, "add_scalar")):
+        if not (self.figures and _holds_runs(logger)):
             logger.log_metrics(scalars, step=step)
             return
         self._doubted = self._doubted or bool(scalars.get(f"{self.prefix}/doubts"))
@@ -137,9 +137,9 @@ class CreditWriter:
         joined = f"{joined}{logger.LOGGER_JOIN_CHAR}{self.prefix}" if joined else self.prefix
         runs = _runs.setdefault(logger, {})
         for label, name, value in apart:
-            path = f"{folder}/{self.prefix}/{label}"
+            path = f"{logger.experiment.log_dir}/{self.prefix}/{label}"
             if path not in runs:
-                runs[path] = type(experiment)(path)
+                runs[path] = type(logger.experiment)(path)
             runs[path].add_scalar(f"{joined}/{name}", value, step)
         for run in runs.values():
             run.flush()
@@ -271,24 +271,30 @@ class CreditWriter:
         step: int,
         drifts: Sequence[Drift],
     ) -> None:
-        accepted = [show for logger in loggers if (show := _figure_sink(logger)) is not None]
-        if not accepted:
+        sinks = [(each, show) for each in loggers if (show := _figure_sink(each)) is not None]
+        if not sinks:
             return
         from lightning_koopman.report import plots
 
         newest = reports[-1]
         alike = [report for report in reports if report.components == newest.components]
-        drawn = {"evolution": plots.plot_evolution(alike), "importance": plots.plot_importance(newest)}
-        if newest.directions:
-            drawn["directions"] = plots.plot_directions(newest)
-        if newest.operators:
-            drawn["spectra"] = plots.plot_spectra(newest)
+        drawn = {"importance": plots.plot_importance(newest)}
         for name in (*self.quantities, *self.more):
             if (course := plots.plot_course(name, alike, drifts)) is not None:
                 drawn[f"{name}{BANDS}"] = course
-        for name, (figure, _) in drawn.items():
-            for show in accepted:
-                show(f"{self.prefix}/{name}", figure, step)
+        if not all(_holds_runs(logger) for logger, _ in sinks):
+            drawn["evolution"] = plots.plot_evolution(alike)
+        for logger, show in sinks:
+            for name, (figure, _) in drawn.items():
+                # Where components are runs, its chart of credits shows the same.
+                if name != "evolution" or not _holds_runs(logger):
+                    show(f"{self.prefix}/{name}", figure, step)
+
+
+def _holds_runs(logger: Any) -> bool:
+    """Check whether each component is a run of its own in what a logger writes."""
+    experiment: Any = getattr(logger, "experiment", None)
+    return isinstance(getattr(experiment, "log_dir", None), str) and hasattr(experiment, "add_scalar")
 
 
 def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
@@ -308,12 +314,12 @@ def _figure_sink(logger: Any) -> Callable[[str, Figure, int], None] | None:
 
 
 def _pixels(figure: Figure) -> NDArray[np.uint8]:
-    """Draw a figure, ``(height, width, 4)``; a writer's own way to do so takes longer than drawing."""
+    """Draw a figure, ``(height, width, 3)``; a writer's own way to do so takes longer than drawing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def _write_table(logger: Any, tag: str, report: CreditReport, step: int) -> None:

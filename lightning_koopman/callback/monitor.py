@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -47,6 +46,7 @@ from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.components import named_components
+from lightning_koopman.network.hook_points import seconds_in_hooks
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording
 from lightning_koopman.network.rows import valid_positions
@@ -57,7 +57,7 @@ from lightning_koopman.report.saved import ReportFormatError
 
 _HISTORY_SAVED = 100
 
-_FIRST_FIGURES = 1.5
+_FIRST_FIGURES = 0.3
 """Seconds that the figures of a report take, until they were drawn once: Matplotlib is imported then."""
 
 
@@ -71,7 +71,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
     one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
     one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
-    others have effects, and the 1st, 2nd, 4th, 8th … figures, where the budget has room.
+    others have effects, and the 1st, 2nd, 4th, 8th … figures, as far as a fifth of what may be spent
+    pays for them.
 
     ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
     last; one that somebody monitors is there from the first validation on, as 0 where the first
@@ -106,17 +107,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
             per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
-            and for others where the budget has room, on up to 512 samples of the recorded calls. They
-            are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds
-            one integer per sample (as second entry, or under a name such as ``labels``) and these are
-            classes of the outputs (as many as there are outputs, or named by the network more often than
-            chance allows), effects are mean KL divergences in nats, with the accuracy that is lost;
-            otherwise mean squared changes over the outputs' variance. ``report.effects.scale`` says
-            which.
+            and for others as far as 15 % of ``max_overhead`` pay for them, on up to 512 samples of the
+            recorded calls. They are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every
+            recorded batch holds one integer per sample (as second entry, or under a name such as
+            ``labels``) and these are classes of the outputs (as many as there are outputs, or named by
+            the network more often than chance allows), effects are mean KL divergences in nats, with the
+            accuracy that is lost; otherwise mean squared changes over the outputs' variance.
+            ``report.effects.scale`` says which.
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
-            without it, once it takes more than three seconds. Measurements are taken in even distances,
+            without it, once it takes more than 1.5 seconds. Measurements are taken in even distances,
             and fewer where each takes long.
         every_n_epochs: Measure in every n-th epoch whatever it takes, and always in the first and the
             last.
@@ -175,7 +176,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._measurement: Measurement | None = None
         self._failure: Exception | None = None
         self._most_seen = 0
-        self._in_pass = 0.0
+        self._in_hooks = 0.0
         self._due_epoch = self._final = False
         self._newest: dict[str, Tensor] = {}
         self._rides_along = True
@@ -306,7 +307,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if self._rides_along:
                 self._measurement.start_pass(batch)
                 self._measurement.capture.__enter__()
-                self._in_pass = self._measurement.seconds
 
     @never_in_the_way
     def on_validation_batch_end(
@@ -323,8 +323,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if dataloader_idx != 0 or not self._wants_more or measurement is None:
             return
         measurement.capture.remove()
-        if self._rides_along:
-            self.budget.add(measurement.seconds - self._in_pass)
+        self.budget.add(seconds_in_hooks() - self._in_hooks)
         step = None if recording is None else recording.end_step(valid_positions(batch))
         idle = self._rides_along and not measurement.capture.ran
         if idle and trainer.state.fn == "fit" and not self.sync_pending:
@@ -389,6 +388,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _record(self, batch: Any) -> None:
         """Record the calls of the step that begins, and its targets."""
+        self._in_hooks = seconds_in_hooks()
         if self._recording is not None:
             self._recording.__enter__()
             if (labels := labels_in(batch)) is not None:
@@ -409,6 +409,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _end_training_step(self, batch: Any) -> None:
         if self._recording is not None and self._recording.recording:
             self._n_recorded += self._recording.end_step(valid_positions(batch)).n_rows
+            self.budget.add(seconds_in_hooks() - self._in_hooks)
 
     @never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -451,6 +452,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             with self.budget.apart("draw"):
                 self._writer.finish(trainer.loggers, self.history, self._logged_at, self.drifts)
                 self._writer.close(trainer.loggers)
+        release_memory()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
@@ -525,10 +527,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
             undisturbed(pl_module),
             trainer.precision_plugin.forward_context(),
         ):
-            start = time.perf_counter()
+            start = self.budget.clock()
             self._differs = recording.differs()
             rows = sum(step.n_rows for step in recording.steps[:1])
-            self._row_s = (time.perf_counter() - start) / max(1, rows)
+            self._row_s = (self.budget.clock() - start) / max(1, rows)
 
     def _replay(self, trainer: Any, pl_module: Any, loader: Any, *, final: bool) -> None:
         """Measure once more, by running recorded calls again; no guess where they cannot be."""
@@ -680,7 +682,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             with trainer.profiler.profile("[KoopmanCreditMonitor]log"):
                 self._log(trainer, report, step)
         finally:
-            release_memory()
+            # Not each time: what the training runs on is handed back too, and must be fetched again.
+            if (number := len(self.history)) & (number - 1) == 0:
+                release_memory()
             if not validating:
                 self._plan(trainer, pl_module)
 
@@ -694,9 +698,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if not self.effects or trainer.state.fn != "fit":
             return None, None
         if report is not None:
-            rows, step = passes(report, self.effects) * SAMPLES, trainer.global_step
-            most = self.budget.allowed(step, last_step(trainer)) / 3
-            self.budget.expect("effects", min(rows * self._row_s, most))
+            self._expect_effects(trainer, report)
         if trainer.world_size == 1:
             return self._own_effects(trainer, pl_module, report)
         if not self._final:
@@ -713,6 +715,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         everybody = [found for found in gather(own) if found is not None]
         return (pooled(everybody) if everybody else None), why
 
+    def _expect_effects(self, trainer: Any, report: CreditReport) -> None:
+        """Let the budget keep back what effects will take at the end, at most a third of all."""
+        rows, last = passes(report, self.effects) * SAMPLES, last_step(trainer)
+        most = self.budget.allowed(trainer.global_step, last) / 3
+        self.budget.expect("effects", min(rows * self._row_s, most))
+
     def _own_effects(
         self,
         trainer: Any,
@@ -723,12 +731,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Measure effects on this process's samples."""
         if report is None:
             return None, None
-        seconds = passes(report, self.effects) * self._row_s
+        per_row = passes(report, self.effects) * self._row_s
         why, recording = self._no_replay, self._recording
-        if not self._final and (why or not self.budget.has_room("effects")):
-            return None, None
         if why is not None or recording is None or not recording.steps:
-            return None, why or "no call was recorded"
+            return None, (why or "no call was recorded") if self._final else None
+        room = self.budget.left("effects") if self._final else self.budget.room("effects")
+        if not self._final and room < per_row * recording.steps[0].n_rows:
+            return None, None
+        start = self.budget.clock()
         with self.budget.apart("effects"):
             try:
                 refuse_sharded_weights(trainer)
@@ -738,11 +748,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     report,
                     self.effects,
                     trainer.precision_plugin.forward_context,
-                    samples=self.budget.left("effects") / max(seconds, 1e-12),
+                    samples=room / max(per_row, 1e-12),
                     agree=agree,
                 )
             except Exception as error:
                 return None, str(error)
+        # Known better now than from one step run again.
+        self._row_s = (self.budget.clock() - start) / (found.n_samples * passes(report, self.effects))
+        self._expect_effects(trainer, report)
         return found, None
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
@@ -755,8 +768,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _log(self, trainer: Any, report: CreditReport, step: int) -> None:
         loggers = trainer.loggers if trainer.is_global_zero else []
         try:
-            with self.budget.apart("draw") if self._writer.draws_next else nullcontext():
-                room = self.budget.has_room("draw")
+            room = self._writer.draws_next and self.budget.has_room("draw")
+            with self.budget.apart("draw") if room else nullcontext():
                 self._writer.draw(loggers, self.history, step, self.drifts, figures=room)
         finally:
             scalars = self._show(trainer, report)

@@ -117,12 +117,13 @@ def _align(
             for block, p in zip(blocks, read, strict=True)
             if p == state
         )
-        jacobian = torch.zeros(width, rank, dtype=outputs.dtype, device=outputs.device)
+        paths = []
         for child, ratio in relative.items():
             if state in parents[child - 1]:
                 block = operators[child - 1][list(parents[child - 1]).index(state)]
                 step = block @ bases[child - state - 1]
-                jacobian = jacobian + (step if ratio is identity else step @ ratio)
+                paths.append(step if ratio is identity else step @ ratio)
+        jacobian = sum(paths[1:], start=paths[0]) if paths else outputs.new_zeros(width, rank)
         needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
         solved = _triangular(jacobian)
         if solved is None and not needed:

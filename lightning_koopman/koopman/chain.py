@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,45 +12,39 @@ from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import Normalize
 from lightning_koopman.koopman.regression import (
     RIDGE_GRID,
-    Spectrum,
     alive,
     choose_ridge,
-    held_out_error,
+    held_out_errors,
     is_settled,
-    solve,
+    solve_each,
     spectrum,
 )
 
 
-def jackknife(value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor) -> Tensor:
-    """Compute the delete-one-fold standard error."""
+def jackknife(value: Tensor, replicates: Tensor, count: float, held_out: Tensor) -> Tensor:
+    """Compute the delete-one-fold standard error; ``replicates`` have an axis of folds in front."""
     # Folds of unequal size: Busing, Meijer & van der Leeden (1999), Statistics and Computing 9, 3-8.
     if len(replicates) < 2:
         return torch.full_like(value, torch.nan)
     ratio = (count / held_out).view(-1, *[1] * value.ndim)
-    stacked = torch.stack(list(replicates))
-    pseudo = ratio * value - (ratio - 1) * stacked
-    centre = len(replicates) * value - ((1 - 1 / ratio) * stacked).sum(dim=0)
+    pseudo = ratio * value - (ratio - 1) * replicates
+    centre = len(replicates) * value - ((1 - 1 / ratio) * replicates).sum(dim=0)
     variance = ((pseudo - centre) ** 2 / (ratio - 1)).mean(dim=0)
     return variance.sqrt()
 
 
-def with_bias(
-    value: Tensor, replicates: Sequence[Tensor], count: float, held_out: Tensor, gap: Tensor | None
-) -> Tensor:
-    """Compute the jackknife error and the bias of a finite sample, added in quadrature."""
-    spread = jackknife(value, replicates, count, held_out)
-    if gap is None and replicates:
-        # With folds of unequal size, each replicate's distance counts by how much was left out.
-        ratio = (count / held_out).view(-1, *[1] * value.ndim)
-        gap = ((1 - 1 / ratio) * (torch.stack(list(replicates)) - value)).sum(dim=0)
-    return spread if gap is None else (spread.square() + gap.square()).sqrt()
+def bias(value: Tensor, replicates: Tensor, count: float, held_out: Tensor) -> Tensor:
+    """Estimate from the folds left out how far a finite sample moves a value."""
+    # With folds of unequal size, each replicate's distance counts by how much was left out.
+    ratio = (count / held_out).view(-1, *[1] * value.ndim)
+    return ((1 - 1 / ratio) * (replicates - value)).sum(dim=0)
 
 
 @dataclass(frozen=True)
 class Split:
     """The moments that operators are fitted to, and those that they are tested on.
 
+    They are those of all samples, or, with an axis of folds in front, of all but each of several folds.
     ``test`` is the fold left out, about the means of the others, or ``train`` where none is.
     ``directions`` are the POD directions of the output, leading first, ``output_rank`` of them alive.
     """
@@ -64,70 +58,82 @@ class Split:
     @property
     def count(self) -> float:
         """Number of samples that operators are fitted to."""
-        return self.train.count
+        return float(self.train.count)
 
-    def problem(self, i: int) -> Spectrum:
-        """Diagonalise the regression problem of step i."""
-        return spectrum(*normal_equations(self.train, self.layout, i))
+    def fold(self, place: int) -> Split:
+        """Return what alignments need to know of one fold."""
+        train = self.train
+        means, variances = (tuple(x[place] for x in xs) for xs in (train.means, train.variances))
+        one = Covariances(train.count[place], means, variances, {})
+        return replace(self, train=one, test=one, directions=self.directions[place])
 
-    def solve(self, i: int, tikhonov: float) -> Tensor:
-        """Solve for the operator of step i under one ridge weight."""
-        return solve(*normal_equations(self.train, self.layout, i), tikhonov)
+    @property
+    def widths(self) -> list[int]:
+        """Widths of the states."""
+        return [mean.shape[-1] for mean in self.train.means]
+
+    def normal_equations(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return the covariance of what step i reads, and that with what it gives."""
+        return self.train.normal_equations(self.layout.parents[i], i)
 
     def blocks(self, operators: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Cut each step's operator into one block per state that it reads."""
-        widths = [len(mean) for mean in self.train.means]
+        widths = self.widths
         pairs = zip(operators, self.layout.parents[1:], strict=True)
-        return [torch.split(operator, [widths[p] for p in read]) for operator, read in pairs]
+        return [torch.split(operator, [widths[p] for p in read], dim=-2) for operator, read in pairs]
 
 
 def split_chain(
-    layout: Layout, moments: Tensor, fold: int | None, normalize: Normalize, total: Tensor | None = None
+    layout: Layout,
+    moments: Tensor,
+    folds: Sequence[int] | None,
+    normalize: Normalize,
+    total: Tensor | None = None,
 ) -> Split:
-    """Read what is fitted on all folds, or on all but one; ``total`` sums all folds."""
+    """Read what is fitted on all folds, or on all but each of some; ``total`` sums all folds."""
     total = moments.sum(dim=0) if total is None else total
-    train = covariances(layout, total, without=None if fold is None else moments[fold])
-    test = train if fold is None else covariances(layout, moments[fold], about=train.means)
+    held = None if folds is None else _rows_of(moments, folds)
+    train = covariances(layout, total, without=held)
+    test = train if held is None else covariances(layout, held, about=train.means)
     scales = _scales(train, layout, normalize)
     if scales is not None:
         test = _rescaled(test, scales)
-        train = test if fold is None else _rescaled(train, scales)
+        train = test if held is None else _rescaled(train, scales)
     output = train[len(layout.dims) - 1, len(layout.dims) - 1]
     if normalize == "whiten":
         # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
         values = torch.linalg.eigvalsh(output)
-        directions = torch.eye(len(output), dtype=output.dtype, device=output.device)
+        directions = torch.eye(output.shape[-1]).to(output).expand(output.shape)
     else:
         values, directions = torch.linalg.eigh(output)
-    return Split(layout, train, test, directions.flip(1), int(alive(values).sum()))
+    rank = int(alive(values).sum()) if held is None else output.shape[-1]
+    return Split(layout, train, test, directions.flip(-1), rank)
 
 
-def held_out_splits(
+def _rows_of(moments: Tensor, folds: Sequence[int]) -> Tensor:
+    """Return the moments of some folds; a copy only where these do not lie side by side."""
+    if folds[-1] - folds[0] == len(folds) - 1:
+        return moments[folds[0] : folds[-1] + 1]
+    return moments[list(folds)]
+
+
+_VALUES_AT_ONCE = 2**20
+"""Entries of operators up to which all folds are left out at once: it spares many small operations."""
+
+
+def held_out_folds(
     layout: Layout, moments: Tensor, normalize: Normalize, total: Tensor
-) -> Iterator[Split]:
-    """Leave out one fold after the other, of those that can be held out."""
-    for fold in range(layout.folds):
-        # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
-        if moments[fold, 0] > 0 and float(total[0] - moments[fold, 0]) >= 2:
-            yield split_chain(layout, moments, fold, normalize, total)
-
-
-def normal_equations(given: Covariances, layout: Layout, i: int) -> tuple[Tensor, Tensor]:
-    """Return the covariance of what a step reads, and its cross-covariance with what the step gives."""
-    read = layout.parents[i]
-    return _inner(given, read), _stacked(given, read, i)
-
-
-def _inner(given: Covariances, states: Sequence[int]) -> Tensor:
-    """Return the covariance of some states side by side."""
-    if len(states) == 1:
-        return given[states[0], states[0]]
-    return torch.cat([torch.cat([given[p, q] for q in states], dim=1) for p in states])
-
-
-def _stacked(given: Covariances, states: Sequence[int], i: int) -> Tensor:
-    """Return the cross-covariance of some states side by side with another."""
-    return given[states[0], i] if len(states) == 1 else torch.cat([given[p, i] for p in states])
+) -> list[list[int]]:
+    """Group the folds that can be held out, by how many are left out at once."""
+    # A fold without samples has nothing to hold out; leaving out all but one leaves nothing to fit.
+    held = (moments[:, 0] > 0) & (total[0] - moments[:, 0] >= 2)
+    folds = held.nonzero()[:, 0].tolist()
+    dims, parents = layout.dims, layout.parents
+    values = sum(dims[i] * sum(dims[p] for p in parents[i]) for i in range(1, len(dims)))
+    # Whitened, a state may be of another width without each fold.
+    if normalize == "none" and values * len(folds) <= _VALUES_AT_ONCE:
+        return [folds] if folds else []
+    return [[fold] for fold in folds]
 
 
 def _scales(train: Covariances, layout: Layout, normalize: Normalize) -> list[Tensor] | None:
@@ -135,12 +141,12 @@ def _scales(train: Covariances, layout: Layout, normalize: Normalize) -> list[Te
     if normalize == "none":
         return None
     scales = []
-    for i in range(len(layout.dims)):
+    for i, width in enumerate(layout.dims):
         if normalize == "rms":
-            variance = train.variances[i]
+            variance = train.variances[i].reshape(width)
             scales.append(torch.diag(torch.where(alive(variance), variance, torch.inf).rsqrt()))
         else:
-            values, vectors = torch.linalg.eigh(train[i, i])
+            values, vectors = torch.linalg.eigh(train[i, i].reshape(width, width))
             kept = alive(values)
             scales.append(vectors[:, kept] * values[kept].rsqrt())
     return scales
@@ -151,7 +157,7 @@ def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
     return Covariances(
         given.count,
         tuple(mean @ scale for mean, scale in zip(given.means, scales, strict=True)),
-        tuple(blocks[i, i].diagonal() for i in range(len(scales))),
+        tuple(blocks[i, i].diagonal(dim1=-2, dim2=-1) for i in range(len(scales))),
         blocks,
     )
 
@@ -182,7 +188,7 @@ def fit_steps(whole: Split, tikhonov: float | None) -> list[Step]:
     steps = []
     # One step after the other: the eigenvectors of all of them at once would fill the memory.
     for i in range(1, len(whole.layout.dims)):
-        problem, weight, settled = whole.problem(i), tikhonov, True
+        problem, weight, settled = spectrum(*whole.normal_equations(i)), tikhonov, True
         if weight is None:
             errors = problem.expected_error(float(whole.train.variances[i].sum()), whole.count)
             weight, settled = choose_ridge(errors), is_settled(errors)
@@ -193,82 +199,99 @@ def fit_steps(whole: Split, tikhonov: float | None) -> list[Step]:
 
 
 def refit_steps(split: Split, steps: Sequence[Step], *, anew: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Fit every step without a fold: under the ridge weights over all samples, and ``anew`` its own."""
+    """Fit every step without each fold, under the weight over all samples and, ``anew``, its own."""
     operators, own = [], []
     for i, step in enumerate(steps, start=1):
-        if step.settled or not anew:
-            operators.append(split.solve(i, step.tikhonov))
-            own.append(operators[-1])
-        else:
-            problem = split.problem(i)
-            errors = problem.expected_error(float(split.train.variances[i].sum()), split.count)
-            operators.append(problem.matrix(step.tikhonov))
-            own.append(problem.matrix(choose_ridge(errors)))
+        fitted, anew_fitted = [], []
+        for _, train in split.train.parts(sum(split.widths[p] for p in split.layout.parents[i])):
+            given = train.normal_equations(split.layout.parents[i], i)
+            if step.settled or not anew:
+                fitted.append(solve_each(*given, step.tikhonov))
+                continue
+            facts = train.variances[i].sum(dim=1).tolist(), train.count.tolist()
+            for c_xx, c_xy, variance, count in zip(*given, *facts, strict=True):
+                problem = spectrum(c_xx, c_xy)
+                weight = choose_ridge(problem.expected_error(variance, count))
+                fitted.append(problem.matrix(step.tikhonov)[None])
+                anew_fitted.append(problem.matrix(weight)[None])
+        operators.append(_joined(fitted))
+        own.append(_joined(anew_fitted) if anew_fitted else operators[-1])
     return operators, own
 
 
-class R2:
-    """R² of every step and of the chain behind every state, held out and in sample.
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return one operator per fold."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
-    Attributes:
-        step: Of each step's own operator, over all folds held out.
-        chain: Of the output predicted from each state through all operators behind it.
-    """
+
+class R2:
+    """R² of every step, and of the output as predicted from every state through all steps behind it."""
 
     def __init__(self, whole: Split, steps: Sequence[Step]) -> None:
         self._whole, self._operators = whole, [step.matrix for step in steps]
-        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._rows = [torch.empty(0, 2, 2, len(steps), dtype=torch.float64)]
 
     def hold_out(self, split: Split, operators: Sequence[Tensor]) -> None:
-        """Add what operators leave unexplained of the fold that they were not fitted to."""
-        errors, totals = _squares(split, operators)
-        self._rows.append((split.test.count * errors, split.test.count * totals))
+        """Add what operators leave unexplained of the folds that they were not fitted to."""
+        counts = split.test.count[:, None, None, None]
+        self._rows.append(counts * _squares(split, operators))
 
-    def values(self, without: int | None = None) -> dict[str, Tensor]:
-        """Compute the values over all folds, or over all but one."""
-        rows = [row for place, row in enumerate(self._rows) if place != without]
-        empty = torch.zeros(2, len(self._operators), dtype=torch.float64)
-        step, chain = _r2(
-            sum((errors for errors, _ in rows), empty), sum((totals for _, totals in rows), empty)
-        )
-        return {"r2": step, "chain_r2": chain, "nonlinearity": 1 - step}
+    def values(self) -> dict[str, Tensor]:
+        """Compute the values over all folds."""
+        return _r2(torch.cat(self._rows).sum(dim=0))
+
+    def replicates(self) -> dict[str, Tensor]:
+        """Compute the values over all folds but each, ``(folds, L)``."""
+        rows = torch.cat(self._rows)
+        others = 1 - torch.eye(len(rows), dtype=rows.dtype)
+        return _r2((others @ rows.flatten(1)).view(rows.shape))
 
     def gaps(self) -> dict[str, Tensor]:
         """Compute standard errors for the bias of R² in a finite sample."""
         # Held out, R² is too low by about as much as it is too high in sample: by half the gap between
         # them. Half of that as a standard error makes 95 % intervals reach 1.4 times as far.
-        values = self.values()
-        step, chain = _r2(*_squares(self._whole, self._operators))
-        step, chain = (step - values["r2"]).abs() / 4, (chain - values["chain_r2"]).abs() / 4
-        return {"r2": step, "chain_r2": chain, "nonlinearity": step}
+        held_out, in_sample = self.values(), _r2(_squares(self._whole, self._operators)[0])
+        return {name: (in_sample[name] - value).abs() / 4 for name, value in held_out.items()}
 
 
-def _r2(errors: Tensor, totals: Tensor) -> Tensor:
-    """R², and NaN where the target never varies."""
-    return torch.where(totals > 0, 1 - errors / totals, torch.nan)
+def _r2(squares: Tensor) -> dict[str, Tensor]:
+    """R² from errors and totals; NaN where the target never varies."""
+    errors, totals = squares.unbind(dim=-3)
+    step, chain = torch.where(totals > 0, 1 - errors / totals, torch.nan).unbind(dim=-2)
+    return {"r2": step, "chain_r2": chain, "nonlinearity": 1 - step}
 
 
-def _squares(split: Split, operators: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Squared errors per sample of every step and of the chain behind it, shape (2, L); and totals."""
+def _squares(split: Split, operators: Sequence[Tensor]) -> Tensor:
+    """Squared errors per sample of every step and of the chain behind it, and what they are of.
+
+    The shape is (folds, 2, 2, L): errors and totals, steps and chains.
+    """
     test, last = split.test, len(operators)
-    totals = torch.stack([variances.sum() for variances in test.variances[1:]]).tolist()
+    totals = [variances.sum(dim=-1).reshape(-1) for variances in test.variances[1:]]
     cut = split.blocks(operators)
-    steps, chain = [], [0.0]
+    steps, chain = [], [torch.zeros_like(totals[-1])]
     # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
     blocks: dict[int, Tensor] = {}
     for i in range(last, 0, -1):
-        given = normal_equations(test, split.layout, i)
-        steps.append(held_out_error(operators[i - 1], *given, totals[i - 1]))
+        read = split.layout.parents[i]
         replaced = blocks.pop(i, None)
-        for p, operator in zip(split.layout.parents[i], cut[i - 1], strict=True):
+        for p, operator in zip(read, cut[i - 1], strict=True):
             moved = operator if replaced is None else operator @ replaced
             blocks[p] = blocks[p] + moved if p in blocks else moved
+        states = list(blocks)
+        whole = torch.cat(list(blocks.values()), dim=-2) if len(states) > 1 else blocks[states[0]]
+        left: list[list[Tensor]] = [[], []]
+        for place, part in test.parts(sum(split.widths[p] for p in read)):
+            c_xx, c_xy = part.normal_equations(read, i)
+            left[0].append(held_out_errors(operators[i - 1][place], c_xx, c_xy, totals[i - 1][place]))
+            if i > 1:
+                # Without another branch beside it, the chain reads what its first step reads.
+                c_xx = c_xx if states == list(read) else part.beside(states)
+                c_xy = part.across(states, last)
+                left[1].append(held_out_errors(whole[place], c_xx, c_xy, totals[-1][place]))
+        steps.append(_joined(left[0]))
         if i > 1:
-            states = list(blocks)
-            # Without another branch beside it, the chain reads what its first step reads.
-            c_xx = given[0] if states == list(split.layout.parents[i]) else _inner(test, states)
-            operator = torch.cat(list(blocks.values())) if len(states) > 1 else blocks[states[0]]
-            c_xy = _stacked(test, states, last)
-            chain.append(held_out_error(operator, c_xx, c_xy, totals[-1]))
-    errors = torch.tensor([steps[::-1], chain[::-1]], dtype=torch.float64)
-    return errors, torch.tensor([totals, totals[-1:] * last], dtype=torch.float64)
+            chain.append(_joined(left[1]))
+    ends = [steps[::-1], chain[::-1], totals, totals[-1:] * last]
+    squares = torch.stack([torch.stack(end, dim=1) for end in ends], dim=1)
+    return squares.view(-1, 2, 2, last)

@@ -14,16 +14,17 @@ from lightning_koopman.koopman.chain import (
     R2,
     Split,
     Step,
+    bias,
     fit_steps,
-    held_out_splits,
+    held_out_folds,
+    jackknife,
     refit_steps,
     split_chain,
-    with_bias,
 )
 from lightning_koopman.koopman.moments import Layout, add_square
 from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.koopman.options import DEFAULTS, Normalize, Options
-from lightning_koopman.koopman.regression import alive
+from lightning_koopman.koopman.regression import alive, spectrum
 
 
 def align_split(
@@ -101,23 +102,22 @@ def state_ranks(whole: Split, steps: Sequence[Step]) -> tuple[Tensor, list[int]]
 
 
 def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
-    """Count the same without a fold, where ``known`` directions vary at all."""
-    ranks = []
+    """Count the same without each fold, ``(folds, L)``, where ``known`` directions vary at all."""
+    ranks = torch.zeros(len(split.train.count), len(known), dtype=torch.float64)
     for i, count in enumerate(known, start=1):
-        variance = split.train.variances[i].sum()
-        if not count or not variance > 0:
-            ranks.append(0.0)
-            continue
-        # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
-        scaled = split.train[i, i] / (RANK_SHARE * variance / count)
-        identity = torch.eye(len(scaled)).to(scaled)
-        system = identity.clone()
-        # What is below the diagonal is not read.
-        add_square(system, scaled, upper=True)
-        factor = torch.linalg.cholesky(system, upper=True)
-        inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
-        ranks.append(len(factor) - float(inverse.square().sum()))
-    return torch.tensor(ranks, dtype=torch.float64)
+        for place, train in split.train.parts(split.widths[i]) if count else ():
+            unit = RANK_SHARE * train.variances[i].sum(dim=1)[:, None, None] / count
+            # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
+            scaled = train[i, i] / torch.where(unit > 0, unit, 1.0)
+            identity = torch.eye(scaled.shape[1]).to(scaled)
+            system = identity.repeat(len(scaled), 1, 1)
+            for square, part in zip(system, scaled, strict=True):
+                # What is below the diagonal is not read.
+                add_square(square, part, upper=True)
+            factor = torch.linalg.cholesky(system, upper=True)
+            inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
+            ranks[place, i - 1] = len(identity) - inverse.square().sum(dim=(1, 2))
+    return ranks
 
 
 def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -> Tensor:
@@ -209,6 +209,7 @@ def compute_credits(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )
+    groups = held_out_folds(layout, moments, normalize, total)
     steps = fit_steps(whole, options.tikhonov)
     asked = whole.output_rank if targets is None else len(targets)
     asked = asked if rank is None else min(asked, rank)
@@ -219,22 +220,30 @@ def compute_credits(
     shift = means.masked_fill(lost, torch.nan)[1:]
     ranks, known = state_ranks(whole, steps)
     values = volumes(whole, chain) | {"rank": ranks}
-    r2, replicates, held_out = R2(whole, steps), [], []
-    for split in held_out_splits(layout, moments, normalize, total):
+    r2, without, rest = R2(whole, steps), list[dict[str, Tensor]](), list[Tensor]()
+    held_out = [torch.empty(0, dtype=torch.float64)]
+    for group in groups:
+        split = split_chain(layout, moments, group, normalize, total)
         operators, own = refit_steps(split, steps, anew=errors)
         r2.hold_out(split, operators)
         held_out.append(split.test.count)
-        if errors:
-            without = align_split(split, own, kept, targets)
-            replicates.append(volumes(split, without, chain) | {"rank": refitted_ranks(split, known)})
+        if not errors:
+            continue
+        rest.append(refitted_ranks(split, known))
+        for place in range(len(group)):
+            one = split.fold(place)
+            refitted = align_split(one, [operator[place] for operator in own], kept, targets)
+            without.append(volumes(one, refitted, chain))
     values |= r2.values()
     stderr = {name: torch.full_like(value, torch.nan) for name, value in values.items()}
-    if errors:
-        replicates = [found | r2.values(without=i) for i, found in enumerate(replicates)]
-        sizes, gaps = torch.tensor(held_out, dtype=torch.float64), r2.gaps()
+    if len(without) > 1:
+        replicates = {name: torch.stack([each[name] for each in without]) for name in without[0]}
+        replicates |= {"rank": torch.cat(rest)} | r2.replicates()
+        sizes, gaps = torch.cat(held_out), r2.gaps()
         for name, value in values.items():
-            found = [replicate[name] for replicate in replicates]
-            stderr[name] = with_bias(value, found, whole.count, sizes, gaps.get(name))
+            spread = jackknife(value, replicates[name], whole.count, sizes)
+            gap = gaps[name] if name in gaps else bias(value, replicates[name], whole.count, sizes)
+            stderr[name] = (spread.square() + gap.square()).sqrt()
         unseen = unseen_shifts(whole, [step >= 1 - LINEAR for step in values["r2"].tolist()], steps)
         for name, extra in (
             ("credit", unseen[1:]),
@@ -292,7 +301,7 @@ def _operators(
     means = list(whole.train.means)
     if normalize != "none":
         plain = split_chain(layout, moments, None, "none")
-        problems = [plain.problem(i) for i in range(1, len(layout.dims))]
+        problems = [spectrum(*plain.normal_equations(i)) for i in range(1, len(layout.dims))]
         matrices = [problem.matrix(step.tikhonov) for problem, step in zip(problems, steps, strict=True)]
         conditions, ranks = [p.condition for p in problems], [len(p.values) for p in problems]
         means = list(plain.train.means)

@@ -229,24 +229,59 @@ RESOLUTION = 1e-13
 
 @dataclass(frozen=True)
 class Covariances:
-    """Means and covariances of a chain of states over some of the samples.
+    """Means and covariances of a chain of states over some of the samples, or over those of each fold.
 
     Attributes:
-        count: Number of samples.
-        means: Mean of each state, shape ``(d_i,)``.
-        variances: Diagonal of each state's own block, shape ``(d_i,)``.
-        blocks: Products about the means, divided by ``count``, shape ``(d_i, d_j)`` under ``(i, j)``;
+        count: Number of samples, without an axis, or ``(folds,)``, as which all others begin.
+        means: Mean of each state, shape ``(…, d_i)``.
+        variances: Diagonal of each state's own block, shape ``(…, d_i)``.
+        blocks: Products about the means, divided by ``count``, shape ``(…, d_i, d_j)`` under ``(i, j)``;
             those read off moments are computed whenever they are asked for.
     """
 
-    count: float
+    count: Tensor
     means: tuple[Tensor, ...]
     variances: tuple[Tensor, ...]
     blocks: Mapping[tuple[int, int], Tensor]
 
     def __getitem__(self, pair: tuple[int, int]) -> Tensor:
         i, j = pair
-        return self.blocks[pair] if i <= j else self.blocks[j, i].T
+        return self.blocks[pair] if i <= j else self.blocks[j, i].mT
+
+    def parts(self, width: int) -> Sequence[tuple[slice, Covariances]]:
+        """Cut several folds into as many at once as have matrices of a width that stay in the cache."""
+        if self.count.numel() == 1 or self.count.numel() * width**2 <= _CACHED_VALUES // 4:
+            return [(slice(None), self)]
+        return self._folds
+
+    @cached_property
+    def _folds(self) -> Sequence[tuple[slice, Covariances]]:
+        """Each fold alone, with its place."""
+        places = [slice(k, k + 1) for k in range(len(self.count))]
+        return [(place, self._of(place)) for place in places]
+
+    def _of(self, place: slice) -> Covariances:
+        """Return some of several folds."""
+        means, variances = (tuple(x[place] for x in xs) for xs in (self.means, self.variances))
+        assert isinstance(self.blocks, _Blocks)
+        return Covariances(self.count[place], means, variances, self.blocks.of(place))
+
+    def normal_equations(self, read: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
+        """Return the covariance of some states side by side, and their cross-covariance with another."""
+        return self.beside(read), self.across(read, i)
+
+    def beside(self, states: Sequence[int]) -> Tensor:
+        """Return the covariance of some states side by side."""
+        if len(states) == 1:
+            return self[states[0], states[0]]
+        rows = [torch.cat([self[p, q] for q in states], dim=-1) for p in states]
+        return torch.cat(rows, dim=-2)
+
+    def across(self, states: Sequence[int], i: int) -> Tensor:
+        """Return the cross-covariance of some states side by side with another."""
+        if len(states) == 1:
+            return self[states[0], i]
+        return torch.cat([self[p, i] for p in states], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -256,10 +291,23 @@ class _Blocks(Mapping[tuple[int, int], Tensor]):
     layout: Layout
     row: Tensor
     without: Tensor | None
-    scale: float
+    scale: Tensor
     own: tuple[Tensor, ...]
     about: tuple[Tensor, ...]
     alive: tuple[Tensor | None, ...]
+
+    def of(self, place: slice) -> _Blocks:
+        """Return those of some of several folds."""
+        own = tuple(mean[place] for mean in self.own)
+        return _Blocks(
+            self.layout,
+            self.row[place] if self.without is None else self.row,
+            None if self.without is None else self.without[place],
+            self.scale[place],
+            own,
+            own if self.about is self.own else tuple(mean[place] for mean in self.about),
+            tuple(x if x is None else x[place] for x in self.alive),
+        )
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.layout.pairs)
@@ -270,23 +318,35 @@ class _Blocks(Mapping[tuple[int, int], Tensor]):
     def __getitem__(self, pair: tuple[int, int]) -> Tensor:
         i, j = pair
         raw = _read(self.row, self.without, self.layout.slices[pair])
-        raw = raw.view(self.layout.dims[i], self.layout.dims[j])
-        if not self.scale:
-            return torch.zeros_like(raw)
+        raw = raw.view(*raw.shape[:-1], self.layout.dims[i], self.layout.dims[j])
         # E[(x - a)(y - b)ᵀ] = E[xyᵀ] - m_x bᵀ - a (m_y - b)ᵀ
-        block = torch.addr(raw, self.own[i], self.about[j], beta=self.scale, alpha=-1)
-        if self.about is not self.own:
-            block.addr_(self.about[i], self.own[j] - self.about[j], alpha=-1)
+        own, about = self.own, self.about
+        block = _less_outer(raw, self.scale[..., None], own[i], about[j])
+        if about is not own:
+            moved = (own[j] - about[j]) * (self.scale > 0)
+            block = _less_outer(block, None, about[i], moved)
         rows, columns = self.alive[i], self.alive[j]
         if rows is not None:
-            block *= rows[:, None]
+            block *= rows[..., None]
         if columns is not None:
-            block *= columns
+            block *= columns[..., None, :]
         return block
 
 
+def _less_outer(block: Tensor, scale: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Take an outer product, or one of each fold, off a block, in place but where it is scaled."""
+    if a.numel() == block.shape[-2]:
+        # One matrix: wide ones take as long to pass through as to compute, so both in one go.
+        flat, a, b = block.view(block.shape[-2:]), a.reshape(-1), b.reshape(-1)
+        if scale is None:
+            return flat.addr_(a, b, alpha=-1).view(block.shape)
+        return torch.addr(flat, a, b, beta=float(scale), alpha=-1).view(block.shape)
+    block = block if scale is None else block * scale
+    return block.baddbmm_(a[:, :, None], b[:, None], alpha=-1)
+
+
 def _read(row: Tensor, without: Tensor | None, place: slice) -> Tensor:
-    return row[place] if without is None else row[place] - without[place]
+    return row[..., place] if without is None else row[..., place] - without[..., place]
 
 
 def covariances(
@@ -296,81 +356,25 @@ def covariances(
     about: Sequence[Tensor] | None = None,
     without: Tensor | None = None,
 ) -> Covariances:
-    """Read means and covariances off one row; exactly zero for units that only rounding moves."""
-    count = float(_read(row, without, slice(0, 1)))
-    scale = 1.0 / count if count else 0.0
+    """Read means and covariances off one row, or off each of several, or one without each of several.
+
+    They are exactly zero for units that only rounding moves.
+    """
+    count = _read(row, without, slice(0, 1))
+    scale = torch.where(count > 0, 1 / count, 0.0)
     dims = layout.dims
     # Of all states at once: what is narrow would take longer to ask for than to compute.
-    ends = slice(1, 1 + sum(dims))
-    mean = _read(row, without, ends) * scale
-    squares = [_read(row, without, place) for place in layout.diagonals]
-    square = torch.cat(squares) * scale
-    offset = mean if about is None else torch.cat(tuple(about))
+    mean = _read(row, without, slice(1, 1 + sum(dims))) * scale
+    square = torch.cat([_read(row, without, place) for place in layout.diagonals], dim=-1) * scale
+    offset = mean if about is None else torch.cat(tuple(about), dim=-1)
     variance = square - mean * offset
     if about is not None:
-        variance = variance - offset * (mean - offset)
+        variance = variance - offset * (mean - offset) * (scale > 0)
     alive = variance > RESOLUTION * square
     variance *= alive
     varies: Sequence[Tensor | None] = [None] * len(dims)
     if not bool(alive.all()):
-        varies = [None if bool(part.all()) else part for part in alive.split_with_sizes(dims)]
-    own, middle = mean.split_with_sizes(dims), offset.split_with_sizes(dims)
+        varies = [None if bool(part.all()) else part for part in alive.split_with_sizes(dims, -1)]
+    own, middle = mean.split_with_sizes(dims, -1), offset.split_with_sizes(dims, -1)
     blocks = _Blocks(layout, row, without, scale, own, own if about is None else middle, tuple(varies))
-    return Covariances(count, middle, variance.split_with_sizes(dims), blocks)
-
-
-class FoldCovariances:
-    """Means and covariances of the samples of each fold, or of those outside it, of all folds at once.
-
-    Attributes:
-        counts: Numbers of samples, shape ``(folds,)``.
-        means: Mean of each state, shape ``(folds, d_i)``.
-        variances: Variances of each state, shape ``(folds, d_i)``; exactly zero as in
-            :func:`covariances`.
-    """
-
-    def __init__(self, layout: Layout, moments: Tensor, total: Tensor | None = None) -> None:
-        """Take the folds, or what ``total`` holds beside each of them."""
-        self._layout, self._moments, self._total = layout, moments, total
-        self.counts = self._read(slice(0, 1))[:, 0]
-        self._scales = torch.where(self.counts > 0, 1 / self.counts, 0.0)[:, None]
-        self.means, self.variances, self._alive = [], [], []
-        for i in range(len(layout.dims)):
-            mean = self._read(layout.slices[i,]) * self._scales
-            square = self._read(layout.diagonals[i]) * self._scales
-            variance = square - mean.square()
-            alive = variance > RESOLUTION * square
-            self.means.append(mean)
-            self.variances.append(variance * alive)
-            self._alive.append(None if bool(alive.all()) else alive)
-
-    def _read(self, place: slice) -> Tensor:
-        part = self._moments[:, place]
-        return part if self._total is None else self._total[place] - part
-
-    def __getitem__(self, pair: tuple[int, int]) -> Tensor:
-        """Return one block, shape ``(folds, d_i, d_j)``."""
-        i, j = pair
-        if i > j:
-            return self[j, i].transpose(1, 2)
-        raw = self._read(self._layout.slices[pair]) * self._scales
-        block = raw.view(-1, self._layout.dims[i], self._layout.dims[j])
-        block.baddbmm_(self.means[i][:, :, None], self.means[j][:, None], alpha=-1)
-        rows, columns = self._alive[i], self._alive[j]
-        if rows is not None:
-            block *= rows[:, :, None]
-        if columns is not None:
-            block *= columns[:, None]
-        return block
-
-    def normal_equations(self, i: int) -> tuple[Tensor, Tensor]:
-        """Return the covariances of what step i reads, and those with what it gives."""
-        read = self._layout.parents[i]
-        c_xy = torch.cat([self[p, i] for p in read], dim=1)
-        if len(read) == 1:
-            return self[read[0], read[0]], c_xy
-        return torch.cat([torch.cat([self[p, q] for q in read], dim=2) for p in read], dim=1), c_xy
-
-    def read(self, i: int) -> Tensor:
-        """Return the means of what step i reads."""
-        return torch.cat([self.means[p] for p in self._layout.parents[i]], dim=1)
+    return Covariances(count[..., 0], middle, variance.split_with_sizes(dims, -1), blocks)

@@ -12,7 +12,7 @@ from lightning_koopman.koopman.regression import (
     alive,
     check_tikhonov,
     choose_ridge,
-    held_out_error,
+    held_out_errors,
     solve,
     spectrum,
 )
@@ -139,7 +139,7 @@ def fit_operator(
     if tikhonov is None:
         problem = spectrum(c_xx, c_xy)
         values = problem.values
-        errors = problem.expected_error(float(everything.variances[1].sum()), everything.count)
+        errors = problem.expected_error(float(everything.variances[1].sum()), float(everything.count))
         tikhonov = choose_ridge(errors)
         matrix = problem.matrix(tikhonov)
     else:
@@ -195,12 +195,13 @@ def _held_out_r2(
         test = covariances(layout, row, about=train.means)
         if train.count < 2 or test.count == 0:
             continue
-        c_xy, variance = train[0, 1], float(test.variances[1].sum())
+        c_xy, variance = train[0, 1], test.variances[1].sum()
         matrix = solve(train[0, 0], c_xy, tikhonov)
         if rank is not None:
             matrix = _limit_rank(matrix, c_xy, rank)
-        total += test.count * variance
-        error += test.count * held_out_error(matrix, test[0, 0], test[0, 1], variance)
+        left = held_out_errors(matrix, test[0, 0], test[0, 1], variance)
+        total += float(test.count * variance)
+        error += float(test.count * left)
     return 1 - error / total if total > 0 else float("nan")
 
 

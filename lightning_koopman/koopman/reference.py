@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.chain import jackknife, normal_equations
-from lightning_koopman.koopman.moments import Covariances, FoldCovariances, Layout, covariances
+from lightning_koopman.koopman.chain import jackknife
+from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.koopman.regression import solve_each
 from lightning_koopman.koopman.states import Basis
@@ -148,9 +148,11 @@ def fold_operators(
     layout: Layout, moments: Tensor, center: Sequence[Tensor]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Fit every step without each fold; return the operators and the means that go with them."""
-    rest = FoldCovariances(layout, moments, moments.sum(dim=0))
-    steps = range(1, len(layout.dims))
-    operators = tuple(solve_each(*rest.normal_equations(i), RIDGE).float().cpu() for i in steps)
+    rest = covariances(layout, moments.sum(dim=0), without=moments)
+    steps = enumerate(layout.parents[1:], start=1)
+    operators = tuple(
+        solve_each(*rest.normal_equations(read, i), RIDGE).float().cpu() for i, read in steps
+    )
     pairs = zip(rest.means, center, strict=True)
     return operators, tuple((mean + offset.to(mean)).cpu() for mean, offset in pairs)
 
@@ -193,36 +195,35 @@ def unexplained(
     fitted = fold_operators(layout, moments, center)[0] if own is None else own
     if len(held) < len(moments):
         moments, fitted = moments[held], [operators[held.cpu()] for operators in fitted]
-    tests, rest = FoldCovariances(layout, moments), FoldCovariances(layout, moments, total)
+    tests, rest = covariances(layout, moments), covariances(layout, total, without=moments)
     everything = covariances(layout, total)
+    count = float(everything.count)
     # By step: squared errors of old and new operators and the squares that they are of, by fold; what
     # chance adds to the errors; and the variance of their difference.
     sums, excess, chance = [], [], []
-    for i in range(1, len(layout.dims)):
-        old = Affine(
-            operators[i - 1].to(moments), torch.cat([about[p] for p in layout.parents[i]], 1), about[i]
-        )
-        new = Affine(fitted[i - 1].to(moments), rest.read(i), rest.means[i])
-        c_xx, c_xy = tests.normal_equations(i)
-        x, y, variance = tests.read(i), tests.means[i], tests.variances[i].sum(dim=1)
+    for i, read in enumerate(layout.parents[1:], start=1):
+        x_old, x_new, x = (torch.cat([m[p] for p in read], 1) for m in (about, rest.means, tests.means))
+        old = Affine(operators[i - 1].to(moments), x_old, about[i])
+        new = Affine(fitted[i - 1].to(moments), x_new, rest.means[i])
+        c_xx, c_xy = tests.normal_equations(read, i)
+        y, variance = tests.means[i], tests.variances[i].sum(dim=1)
         moved = (y - rest.means[i]).square().sum(dim=1)
         errors = [operator.errors(c_xx, c_xy, x, y) for operator in (old.of(held), new)]
-        sums.append(tests.counts * torch.stack([variance + part for part in (*errors, moved)]))
-        spreads, apart = _over_folds(everything, layout, i, (old, new))
-        excess.append(everything.count * torch.tensor(spreads))
-        chance.append(everything.count * apart**0.5)
+        sums.append(tests.count * torch.stack([variance + part for part in (*errors, moved)]))
+        spreads, apart = _over_folds(everything, read, i, (old, new))
+        excess.append(count * torch.tensor(spreads))
+        chance.append(count * apart**0.5)
     squares, more = torch.stack(sums, dim=2).cpu(), torch.stack(excess, dim=1)
 
-    def shares(errors: Tensor, size: float) -> Tensor:
+    def shares(errors: Tensor, more: Tensor) -> Tensor:
         variance = errors[2]
-        return torch.where(variance > 0, (errors[:2] - size * more) / variance, torch.nan)
+        return torch.where(variance > 0, (errors[:2] - more) / variance, torch.nan)
 
-    whole = squares.sum(dim=1)
-    value = shares(whole, 1.0)
-    counts = moments[:, 0].cpu()
-    count = float(counts.sum())
-    rest_of = [shares(whole - squares[:, f], 1 - float(n) / count) for f, n in enumerate(counts)]
-    stderr = jackknife(value[0] - value[1], [r[0] - r[1] for r in rest_of], count, counts)
+    whole, counts = squares.sum(dim=1), moments[:, 0].cpu()
+    left = 1 - counts / counts.sum()
+    value = shares(whole, more)
+    without = shares(whole[:, None] - squares, left[:, None] * more[:, None])
+    stderr = jackknife(value[0] - value[1], without[0] - without[1], float(counts.sum()), counts)
     # The jackknife above takes operators as given. What their own samples' chance does to the errors is
     # paired by fold too, so that it cancels over samples that are in both.
     chanced = torch.tensor(chance, dtype=torch.float64) / whole[2]
@@ -265,15 +266,15 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _over_folds(
-    given: Covariances, layout: Layout, i: int, both: Sequence[Affine]
+    given: Covariances, read: Sequence[int], i: int, both: Sequence[Affine]
 ) -> tuple[list[float], float]:
     """Compute what chance adds to the errors of old and new operators, and how it moves their gap.
 
     The first is the summed squared distance of the operators' predictions from their mean; the second
     the jackknife variance of the gap between the errors, over the folds that the operators leave out.
     """
-    c_xx, c_xy = normal_equations(given, layout, i)
-    x = torch.cat([given.means[p] for p in layout.parents[i]])
+    c_xx, c_xy = given.normal_equations(read, i)
+    x = torch.cat([given.means[p] for p in read])
     spreads, errors = [], []
     for operator in both:
         matrices, at_mean = operator.matrices.mT, operator.at(x)

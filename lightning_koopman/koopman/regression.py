@@ -124,8 +124,9 @@ class Spectrum:
 
 def alive(variances: Tensor) -> Tensor:
     """Return which variances are more than rounding beside the largest one."""
-    largest = torch.cat([variances, variances.new_zeros(1)]).max()
-    return variances > RCOND * largest
+    if not variances.numel():
+        return variances > 0
+    return variances > RCOND * variances.amax(dim=-1, keepdim=True).clamp_min(0)
 
 
 def spectrum(c_xx: Tensor, c_xy: Tensor) -> Spectrum:
@@ -159,6 +160,8 @@ def solve(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
 
 def solve_each(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
     """Solve several problems at once, ``(n, d_in, d_in)`` and ``(n, d_in, d_out)``."""
+    if not c_xx.shape[1]:
+        return torch.zeros_like(c_xy)
     variances = c_xx.diagonal(dim1=1, dim2=2)
     system = c_xx.clone()
     system.diagonal(dim1=1, dim2=2).add_(tikhonov * variances.mean(dim=1, keepdim=True))
@@ -170,11 +173,15 @@ def solve_each(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
     return torch.stack([solve(xx, xy, tikhonov) for xx, xy in zip(c_xx, c_xy, strict=True)])
 
 
-def held_out_error(matrix: Tensor, test_xx: Tensor, test_xy: Tensor, variance: float) -> float:
-    """Compute the squared error per sample of an operator on moments about the means it was fitted with.
+def held_out_errors(matrices: Tensor, test_xx: Tensor, test_xy: Tensor, variance: Tensor) -> Tensor:
+    """Compute the squared errors per sample of one operator, or of one per fold, ``(folds,)``.
 
-    ``variance`` is the squared deviation of the targets per sample.
+    ``test_xx`` and ``test_xy`` are about the means that each was fitted with; ``variance`` is the
+    squared deviation of the targets per sample.
     """
     # |y - xK|² = |y|² + Σ K ∘ (C_xx K - 2 C_xy), all transposed: solvers give K by columns.
-    rest = torch.addmm(test_xy.T, matrix.T, test_xx, beta=-2)
-    return max(0.0, variance + float(torch.dot(rest.reshape(-1), matrix.T.reshape(-1))))
+    matrices, test_xx, test_xy = (x if x.ndim == 3 else x[None] for x in (matrices, test_xx, test_xy))
+    matrices = matrices.mT
+    rest = torch.baddbmm(test_xy.mT, matrices, test_xx, beta=-2)
+    errors: Tensor = variance + torch.linalg.vecdot(rest.flatten(1), matrices.flatten(1))
+    return errors.clamp_min(0)

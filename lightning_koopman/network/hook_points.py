@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.provenance import seconds_following
 from lightning_koopman.network.tensors import first_tensor
 
 
@@ -20,16 +22,30 @@ class _Hook:
 
     A user who copies or saves the model while hooks are on must get the model alone. ``__exit__`` of a
     null context takes any arguments, returns ``None``, and is unpickled without this package.
+
+    Attributes:
+        seconds: Time that all hooks of the process took so far.
     """
+
+    seconds = 0.0
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
     def __call__(self, *given: Any) -> Any:
-        return self._function(*given)
+        start = time.perf_counter() - seconds_following()
+        try:
+            return self._function(*given)
+        finally:
+            _Hook.seconds += time.perf_counter() - seconds_following() - start
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+def seconds_in_hooks() -> float:
+    """Return the time that hooks, and following data between them, took in this process so far."""
+    return _Hook.seconds + seconds_following()
 
 
 def attach(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -120,7 +121,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Dispatch modes must be left in the reverse order of being entered, which two monitors of one training
     do not do. So there is one mode for all, entered with the first flow and left with the last.
+
+    Attributes:
+        seconds: Time that following took so far, in all threads of the process.
     """
+
+    seconds = 0.0
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -137,8 +143,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        start = time.perf_counter()
         for flow in self.flows:
             flow.follow(func, args, kwargs, out)
+        _Watch.seconds += time.perf_counter() - start
         return out
 
 
@@ -160,6 +168,11 @@ class _WatchOfThread(threading.local):
 
 
 _WATCH = _WatchOfThread()
+
+
+def seconds_following() -> float:
+    """Return the time that following data took in this process so far."""
+    return _Watch.seconds
 
 
 def _flat(values: Iterable[Any]) -> Iterator[Tensor]:

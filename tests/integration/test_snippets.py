@@ -90,6 +90,7 @@ def lines(printed: str) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 @pytest.mark.parametrize(("page", "least"), [("docs/tutorial.md", 80), ("README.md", 40)])
 def test_a_page_runs_as_it_stands_and_prints_what_it_says(page, least, tmp_path):
     printed, compared, file, tried = "", 0, None, False

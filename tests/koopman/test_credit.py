@@ -16,6 +16,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
+from lightning_koopman.koopman import chain, moments
 from lightning_koopman.koopman.chain import fit_steps, split_chain
 from lightning_koopman.koopman.credit import (
     QUANTITIES,
@@ -26,7 +27,7 @@ from lightning_koopman.koopman.credit import (
 )
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.koopman.options import Options
-from lightning_koopman.koopman.regression import RIDGE_GRID, choose_ridge, is_settled
+from lightning_koopman.koopman.regression import RIDGE_GRID, choose_ridge, is_settled, solve
 
 WIDTHS = [(5, 5, 5), (7, 4, 6, 5), (3, 9, 12, 8), (12, 10, 3, 10, 8)]
 
@@ -176,6 +177,22 @@ def test_all_numbers_are_those_of_dense_jacobians_and_explicit_folds(
             assert bool(torch.isfinite(numbers[name]).all()), name
     if folds == "gap":
         assert_same(credits, run(states, folds=fold_of, tikhonov=tikhonov, rank=rank))
+
+
+@pytest.mark.parametrize("at_once", ["each fold", "narrow steps"])
+@pytest.mark.parametrize("tikhonov", [None, 1e-3])
+def test_folds_left_out_at_once_give_what_each_alone_gives(
+    monkeypatch: pytest.MonkeyPatch, at_once: str, tikhonov: float | None
+) -> None:
+    states = tanh_states((6, 8, 5, 4), noise=0.02)
+    states[1][:, 3] = np.where(np.arange(len(states[1])) < 2, 1.0, 0.0)
+    folds = np.arange(len(states[0])) ** 2 % 7 % 5
+    given = run(states, folds=folds, tikhonov=tikhonov, delay=2)
+    if at_once == "each fold":
+        monkeypatch.setattr(chain, "_VALUES_AT_ONCE", 0)
+    else:
+        monkeypatch.setattr(moments, "_CACHED_VALUES", 4 * 5 * 8**2)
+    assert_same(given, run(states, folds=folds, tikhonov=tikhonov, delay=2))
 
 
 @pytest.mark.parametrize("dealt", [2, 5, "uneven"])
@@ -403,7 +420,7 @@ def test_whitened_output_directions_are_the_leading_principal_ones(rank: int) ->
 def test_whitened_operators_have_canonical_correlations(shape: tuple[int, int], seed: int) -> None:
     states = tanh_states(shape, seed=seed, noise=0.3)
     split = split_chain(*summed(states), None, "whiten")
-    values = torch.linalg.svdvals(split.solve(1, 0.0)).numpy()
+    values = torch.linalg.svdvals(solve(*split.normal_equations(1), 0.0)).numpy()
     expected = oracles.canonical_correlations(*states)
     assert np.allclose(values, expected, rtol=0, atol=1e-9)
     credits = run(states, normalize="whiten", tikhonov=0.0)

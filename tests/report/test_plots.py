@@ -191,8 +191,9 @@ def bands(axes) -> dict[str, np.ndarray]:
     """Return what is drawn by component: steps, and the lower and the upper end of the band there."""
     found = {}
     for axis in axes:
-        names = [text.get_text() for text in axis.get_legend().get_texts()]
-        for name, band in zip(names, axis.collections, strict=True):
+        *drawn, marks = axis.collections
+        assert np.array_equal(marks.get_colors()[:, :3], [b.get_facecolor()[0, :3] for b in drawn])
+        for name, band in zip([text.get_text() for text in axis.texts], drawn, strict=True):
             corners = np.concatenate([path.vertices for path in band.get_paths()])
             steps = np.unique(corners[:, 0])
             ends = [corners[corners[:, 0] == step, 1] for step in steps]
