@@ -228,8 +228,8 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         said(
             within == len(sizes),
             f"where samples are drawn alike, {sum(chances):.1f} of {len(sizes)} are on average. Outside "
-            f"are {', '.join(outside)}, in brackets how often they are within if drawn alike. EfficientNet "
-            "chooses on left halves of photographs and is tested on right ones",
+            f"are {', '.join(outside)}, in brackets how often they are within if drawn alike. "
+            "EfficientNet chooses on left halves of photographs and is tested on right ones",
         ),
     ])
     others = "".join(f", {value:.2f} ({name})" for name, value in real.items())
