@@ -125,11 +125,12 @@ def drop_section(found: dict[str, Any], targets: list[list[str]]) -> str:
     alike = ""
     if "efficientnet-0" in found:
         kept = found["efficientnet-0"]["kept"]["half"]
-        ours, best, chance = kept["drop_order"], max(kept, key=kept.__getitem__), kept["random"]
+        ours, chance = kept["drop_order"], kept["random"]
+        best = max(kept.keys() - {"drop_order"}, key=kept.__getitem__)
         alike = f"""
 EfficientNet was not trained to lose blocks: without four of the nine that can be skipped it says what
-it said before of {ours:.0%} of the crops by `drop_order`, of {kept[best]:.0%} by {best} and of
-{chance:.0%} at random. No order helps there.
+it said before of {ours:.0%} of the crops by `drop_order`, of {kept[best]:.0%} by {best}, the best of
+the others, and of {chance:.0%} at random.
 """
     ranks, _ = by_method(found, ("spearman",), "effect, once", 2)
     whole = [found[key]["whole"] for key in keys(UNTOUCHED)]
@@ -215,18 +216,27 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
             "and to test differ",
         ),
     ])
+    outside = [
+        f"{REAL.get(key, key)} at {bits} bits ({found[key]['alike'][bits]:.0%})"
+        for key in every
+        for bits, size in found[key]["size"].items()
+        if not 0.8 <= size["measured effect"] <= 1.25
+    ]
     targets.append([
         "quantise: size within 0.8–1.25",
         f"{middle:.2f} on average; {within} of {len(sizes)} within",
         said(
             within == len(sizes),
-            f"where samples are drawn alike, {sum(chances):.1f} of {len(sizes)} are on average",
+            f"where samples are drawn alike, {sum(chances):.1f} of {len(sizes)} are on average. Outside "
+            f"are {', '.join(outside)}, in brackets how often they are within if drawn alike. "
+            "EfficientNet chooses on left halves of photographs and is tested on right ones",
         ),
     ])
     others = "".join(f", {value:.2f} ({name})" for name, value in real.items())
     targets.append([
         "mixed precision, 3 bits on average: KL ≤ .9 of HAWQ's",
-        f"{ratio:.2f} ± {error:.2f} (stochastic depth){others or '; ' + ABSENT}",
+        f"{ratio:.2f} ± {error:.2f} (stochastic depth){others or '; ' + ABSENT}. With the same search "
+        f"behind HAWQ's number: {of_search:.2f} ± {search_error:.2f} (stochastic depth){told}",
         said(
             ratio <= 0.9 and max(real.values(), default=0.0) <= 0.9,
             f"both choose the same bits for {', '.join(same)}" if same else "HAWQ is as good there",
@@ -238,8 +248,8 @@ def quantise_section(found: dict[str, Any], targets: list[list[str]]) -> str:
         cells = [f"{own[bits]['measured effect']:.2f} ({chance[bits]:.0%})" for bits in own]
         rows.append([REAL.get(key, key), *cells])
     by_network = table(["network", *(f"{bits} bits" for bits in found[every[0]]["size"])], rows)
-    counts = {found[key]["components"] for key in every}
-    steps = ", ".join(f"{n} components change places, {12 / (n**3 - n):.3f}" for n in sorted(counts))
+    counts = sorted({found[key]["components"] for key in every})
+    steps = ", ".join(f"{12 / (n**3 - n):.3f} with {n} components" for n in counts)
     return f"""## Cut precision
 
 Weights rounded to nearest by torchao, one scale per output channel; components as the package chooses
@@ -248,7 +258,8 @@ gradients, and compared with what rounding does on the test samples. HAWQ-like: 
 diagonal times the square of the rounding error; (g·Δ)²: half the mean square of the loss's change to
 first order; both from the gradients at 256 samples. "Measured, samples drawn alike" is how far
 measuring agrees with itself: the samples to choose on and those to test are thrown together and divided
-anew, in the same numbers, 200 times. Ranks move in steps: where two neighbours of {steps}.
+anew, in the same numbers, 200 times. Ranks move in steps: two neighbours that change places cost a
+correlation {steps}.
 
 {texts[0]}
 {texts[1]}
@@ -264,8 +275,9 @@ Bits of 8, 4, 3 and 2, three per weight on average. The same integer programme t
 bits; `bit_widths` also tries the pairs, keeps the better of two networks, and improves it by changes of
 one component or two that are measured (a pass for each component, again and again until none is better).
 The other methods measure nothing of the rounded network, but for the row in which HAWQ's number takes
-the place of the effects, with the same search behind it. The KL of `bit_widths` is {of_search:.2f} ±
-{search_error:.2f} of what that reaches (stochastic depth){told}. KL on the test samples:
+the place of the effects, with the same search behind it: that tells what the search brings from what
+the number brings. The KL of `bit_widths` is {of_search:.2f} ± {search_error:.2f} of what that reaches
+(stochastic depth){told}. KL on the test samples:
 
 {mixed}
 Accuracy:
