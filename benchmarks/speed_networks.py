@@ -156,21 +156,24 @@ def floors(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:
     """Seconds of the library calls that a report cannot do without, by what they are for."""
     measurement = Measurement(model.eval())
     measurement.run(model, batches)
-    layout, moments, _ = measurement.moments()
     assert measurement.basis is not None
-    states = [torch.randn(sum(map(len, batches)), width) for width in layout.dims]
-    keys = torch.randint(0, layout.folds, (len(states[0]),))
     first = [torch.randn(512, len(v)) for v in measurement.basis.vectors if v is not None]
 
     def bases() -> None:
         for rows in first:
             torch.linalg.eigh(rows @ rows.T if rows.shape[1] > 512 else rows.T @ rows)
 
-    return {
-        "products": fastest(accumulate, layout, moments, states, keys),
-        "bases": fastest(bases),
-        "fits": fastest(credit_calls, layout, errors=True),
-    }
+    products, layout = products_of(measurement)
+    fits = fastest(credit_calls, layout, errors=True)
+    return {"products": products, "bases": fastest(bases), "fits": fits}
+
+
+def products_of(measurement: Measurement) -> tuple[float, Layout]:
+    """Seconds of the products of all states that a measurement saw, and what they are of."""
+    layout, moments, _ = measurement.moments()
+    states = [torch.randn(measurement.n_samples, width) for width in layout.dims]
+    keys = torch.randint(0, layout.folds, (len(states[0]),))
+    return fastest(accumulate, layout, moments.clone(), states, keys), layout
 
 
 def fastest(run: Callable[..., None], *given: Any, **named: Any) -> float:

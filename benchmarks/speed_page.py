@@ -44,11 +44,11 @@ product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; rows fi
 half where the grid does not divide 28 pixels and doubles the time at 14; the leading half of the
 eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment would
 save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing elsewhere.
-all folds at once take longer where a state is 256 wide, for five matrices do not stay in the cache
-(point values of the MLP 1.3 of the time; therefore one by one there); ranks by eigenvalues alone take twice as
-long as by a Cholesky factor (2.8 ms against 1.3, by the times of its parts), whose inverse is found no
-faster by the routine made for it; all states side by side in one copy make products slower (38 ms
-against 30 for 4,096 samples of the MLP); sequences are pooled by a product as fast as now (0.34 ms
+All folds at once take longer where a state is 256 wide, for five matrices do not stay in the cache
+(point values of the MLP 1.3 of the time; therefore one by one there); ranks by eigenvalues alone take
+twice as long as by a Cholesky factor (2.8 ms against 1.3, by the times of its parts), whose inverse is
+found no faster by the routine made for it; all states side by side in one copy make products slower (38
+ms against 30 for 4,096 samples of the MLP); sequences are pooled by a product as fast as now (0.34 ms
 against 0.36); neither a ridge weight put on in place, nor fewer steps in hooks, nor a fixed threshold
 of glibc moved a report beyond noise. Standard errors of ranks take a fifth of the work over all folds;
 by their derivative they would be free, and 30 times too small for units that rarely wake; by the
@@ -75,10 +75,10 @@ A measurement has a part that does not depend on the network's own work: some mi
 component, and the POD bases where a state is wider than `max_dim`. The floor holds, for each component,
 the calls to BLAS and LAPACK of point values (as above, without alignments of folds and their ranks) and
 of drift: an operator for each fold, and what it and the old one miss of that fold and of all samples.
-Neither products of states nor bases are in it. The numbers of one report alone, as point values, take
-0.05 s for the MLP and 0.16 s for the small transformer; drift takes 0.03 and 0.19 s, rows and products
-0.01 and 0.19 s, and hooks the rest. The CNN's measurement is 0.17 s of report, 0.15 of drift and 0.13 of rows and products. Of the
-transformer's, 0.24, 0.26 and 0.50 s were counted. It has three pairs of epochs only: beside other work,
+With the products of states; bases, which are kept while they fit, are not in it. The numbers of one
+report alone, as point values, take 0.05 s for the MLP and 0.16 s for the small transformer; drift takes
+0.03 and 0.19 s, rows and products 0.01 and 0.19 s, and hooks the rest. The CNN's measurement is 0.17 s
+of report, 0.15 of drift and 0.13 of rows and products. Of the transformer's, 0.24, 0.26 and 0.50 s were counted. It has three pairs of epochs only: beside other work,
 runs before this one gave 1.24, 1.05 and 0.99, and 1.25 to 1.49 for the CNN. Point values choose no ridge
 weight anew without each fold, which takes 0.7 of their time where weights are not settled, and drift
 copies no operators, 0.75 of what holding old against new took.
