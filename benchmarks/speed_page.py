@@ -78,16 +78,16 @@ of drift: an operator for each fold, and what it and the old one miss of that fo
 With the products of states; bases, which are kept while they fit, are not in it. The numbers of one
 report alone, as point values, take 0.05 s for the MLP and 0.16 s for the small transformer; drift takes
 0.03 and 0.19 s, rows and products 0.01 and 0.19 s, and hooks the rest. The CNN's measurement is 0.17 s
-of report, 0.15 of drift and 0.13 of rows and products. Of the transformer's, 0.24, 0.26 and 0.50 s were counted. It has three pairs of epochs only: beside other work,
-runs before this one gave 1.24, 1.05 and 0.99, and 1.25 to 1.49 for the CNN. Point values choose no ridge
-weight anew without each fold, which takes 0.7 of their time where weights are not settled, and drift
-copies no operators, 0.75 of what holding old against new took.
+of report, 0.15 of drift and 0.13 of rows and products. Of the transformer's, 0.24, 0.26 and 0.50 s were
+counted. It has three pairs of epochs only. Point values choose no ridge weight anew without each fold,
+which takes 0.7 of their time where weights are not settled, and drift copies no operators, 0.75 of what
+holding old against new took.
 
 So by default not every epoch is measured: all of watching, with effects, figures and the report at the
-end, may take 5 % of the training's time (`max_overhead=0.05`), and three seconds in any case. The demo
-trains for two seconds, so the three seconds are what decides there. With each epoch measured, thirty
-reports alone took 1.8 s, more than the 1.3 s of that training; figures took 2.1 s (each at four
-times, half a second a time), effects 0.3 s:
+end, may take 5 % of the training's time (`max_overhead=0.05`), and 1.5 seconds in any case. The demo
+trains for less than two, so the 1.5 are what decides there; it then gets 5 to 10 measurements, by what
+else the machine does. With each epoch measured, what counts most are thirty reports, then drift, figures
+and hooks:
 
 <!-- demo -->
 <!-- end -->

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakMethod
@@ -51,7 +50,6 @@ class Measurement(Accumulator):
         capture: The hooks; enter it around a forward pass, then call :meth:`end_pass`.
         plan: The chain, frozen by the first pass.
         notes: What to say in the report beside what the measurement itself finds.
-        seconds: Time spent so far on everything but the forward passes themselves.
     """
 
     def __init__(
@@ -69,7 +67,6 @@ class Measurement(Accumulator):
         named = None if callable(output) else output
         self.capture = Capture(model, components, keep=_weakly(self._keep), output=named, follow=True)
         self.plan: Plan | None = None
-        self.seconds = 0.0
         self.notes: list[str] = []
         self._named = components is not None
         self._batch: Any = None
@@ -175,22 +172,21 @@ class Measurement(Accumulator):
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
         """Add up the states of one call of the network, in a step with others if ``again``."""
-        with self._timed():
-            if self.plan is None:
-                states = self._make_plan(list(states.values()))
-            elif self._waits_for_lengths:
-                states = self._all_rows([r for r in states.values() if r is not None])
-            assert self.plan is not None
-            rows = self.plan.join(states, self._batches)
-            first = next(iter(rows.values()))
-            # A step may call the network twice on the same data, for a loss and for a metric.
-            if any(torch.equal(first, other) for other in self._earlier):
-                return
-            if self._followed is not None and not self.chain.names:
-                self._followed.check_widths([block.shape[1] for block in rows.values()])
-            self.push(rows, self.plan.links)
-            if again:
-                self._earlier.append(first)
+        if self.plan is None:
+            states = self._make_plan(list(states.values()))
+        elif self._waits_for_lengths:
+            states = self._all_rows([r for r in states.values() if r is not None])
+        assert self.plan is not None
+        rows = self.plan.join(states, self._batches)
+        first = next(iter(rows.values()))
+        # A step may call the network twice on the same data, for a loss and for a metric.
+        if any(torch.equal(first, other) for other in self._earlier):
+            return
+        if self._followed is not None and not self.chain.names:
+            self._followed.check_widths([block.shape[1] for block in rows.values()])
+        self.push(rows, self.plan.links)
+        if again:
+            self._earlier.append(first)
 
     def _take_again(self, states: dict[str, Any]) -> None:
         """Add up the states of a call of the chain that another one follows in the same step."""
@@ -201,8 +197,7 @@ class Measurement(Accumulator):
         """Finish and compute the report, as often as asked; ``errors`` overrules the options."""
         if errors is not None and errors != self.options.errors:
             self.options, self._credits = replace(self.options, errors=errors), None
-        with self._timed():
-            report = self.credit_report(self._notes(), step=step)
+        report = self.credit_report(self._notes(), step=step)
         dead = [n for n, c in zip(report.components, report.credit, strict=True) if not math.isfinite(c)]
         notes = list(report.notes)
         if dead and math.isfinite(report.total):
@@ -223,14 +218,6 @@ class Measurement(Accumulator):
         return replace(
             report, notes=tuple(notes), parts=self.parts, reference=reference, **self._modules()
         )
-
-    @contextmanager
-    def _timed(self) -> Generator[None, None, None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
         """Freeze the chain that the first pass showed, and return the rows of that pass."""
@@ -286,8 +273,7 @@ class Measurement(Accumulator):
         if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
             return replace(recorded, tensor=detached_copy(tensor))
-        with self._timed():
-            return self._rows(self._by_sample(tensor), recorded)
+        return self._rows(self._by_sample(tensor), recorded)
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
         """Average nodes over each graph, where that is what the network goes on with."""
