@@ -419,8 +419,8 @@ REAL_NETWORKS = """\
   with the new ones. There ViTs and ResNets had 500 to choose on and 500 to test, MiniLM 192 and 256,
   EfficientNet 64 and 64 (of 64 to 199 pixels, now to 299), and gradients were taken at 64. So few
   decided nothing for the real networks; rank correlation (.956 ± .008) and size (20 of 24) were missed.
-  None of MiniLM's test paragraphs was used in that run. Networks, seeds, targets and what is compared
-  stayed."""
+  None of MiniLM's test paragraphs was used in that run. Networks, seeds and targets stayed; the row of
+  HAWQ with a search is new."""
 NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were
   **not measured** for this page; what it says is about small networks on digits alone."""
 
