@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ _BEFORE = {"draw": 0.05, "effects": 0.15}
 
 _LAST = 1.3
 """How much longer the last measurement takes than those before, for its errors; 1.1 to 1.3 times."""
+
+_ONCE = 0.4
+"""Seconds that imports add to a measurement, or a collection of garbage where much is imported."""
 
 NEVER = 2**62
 """A step that no training reaches."""
@@ -49,8 +53,8 @@ class Budget:
         self._entered: float | None = None
         self._took: dict[str, float] = {}
         self._spent_on: dict[str, float] = {}
-        self._measured = self.due = 0
-        self._cost = 0.0
+        self._costs: list[float] = []
+        self._cost, self.due = 0.0, 0
         self._whole = math.inf
 
     @property
@@ -125,9 +129,12 @@ class Budget:
             step: The step that was measured.
             last: The training's last step, as far as it is known.
         """
-        self._cost = max(self.spent - self._planned - self._apart, 1e-9)
+        self._costs.append(max(self.spent - self._planned - self._apart, 1e-9))
         self._planned, self._apart = self.spent, 0.0
-        self._measured += 1
+        first, *later = self._costs
+        # Where the end is known, the second measurement soon tells more.
+        once = first if last is None else max(first - _ONCE, first / 4)
+        self._cost = statistics.median_low([once, *later])
         per_step = self.trained / max(1, step - self._first)
         self.due = step + (
             self._wait(per_step) if last is None else self._even(max(0, last - step), per_step)
@@ -146,7 +153,7 @@ class Budget:
         if count < 1:
             return NEVER
         # The first measurement pays for imports and caches, so the second tells what one takes.
-        return 1 if self._measured == 1 else max(1, math.ceil(rest / (count + 1)))
+        return 1 if len(self._costs) == 1 else max(1, math.ceil(rest / (count + 1)))
 
     def _wait(self, per_step: float) -> int:
         """Wait until the next one can be paid, where nobody knows how long the training goes on."""

@@ -40,6 +40,7 @@ def measured_steps(
     end_s: float = 0.0,
     known: bool = True,
     steps: int = 10,
+    pause: tuple[int, float] = (0, 0.0),
 ) -> tuple[list[int], Budget]:
     """Play a training whose epochs, measurements and figures take given times, the last one longer."""
     clock = Clock()
@@ -54,6 +55,7 @@ def measured_steps(
         if step >= budget.due or epoch in (1, n_epochs):
             with budget.watching():
                 clock.now += cost_s if taken or first_s is None else first_s
+                clock.now += pause[1] if len(taken) + 1 == pause[0] else 0.0
                 if epoch == n_epochs:
                     clock.now += 0.25 * cost_s
                 elif end_s and budget.has_room("draw"):
@@ -100,6 +102,14 @@ def test_a_first_measurement_that_pays_for_imports_does_not_thin_out_the_others(
     taken, budget = measured_steps(0.05, n_epochs=60, epoch_s=3, cost_s=0.1, first_s=2.0, end_s=1.5)
     assert len(taken) > 40
     assert budget.spent <= 0.05 * budget.trained + 1e-6
+
+
+@pytest.mark.parametrize("interrupted", [1, 2, 5])
+def test_a_measurement_that_is_interrupted_does_not_end_the_others(interrupted: int) -> None:
+    pause = (interrupted, ALLOWANCE / 4)
+    taken, budget = measured_steps(0.05, n_epochs=30, epoch_s=0.05, cost_s=0.05, end_s=0.3, pause=pause)
+    assert len(taken) >= 8
+    assert budget.spent <= ALLOWANCE
 
 
 def test_without_anything_to_spend_the_first_and_the_last_are_left() -> None:
