@@ -1,6 +1,6 @@
 """Decisions against their baselines. Writes docs/decisions.md.
 
-Run from the repository: ``nice python benchmarks/decisions.py`` (half an hour on one core, with a few
+Run from the repository: ``nice python benchmarks/decisions.py`` (an hour on one core, with a few
 minutes more to train the networks, whose weights stay in ``benchmarks/cache``). What was measured of a
 network is kept there too; ``--fresh`` measures anew.
 """

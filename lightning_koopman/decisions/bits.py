@@ -200,10 +200,10 @@ def bit_widths(
     ``H_ij = cos(z_i, z_j) sqrt(e_i e_j)`` over all pairs, in the metric of the softmax's Fisher
     information, or of squares. Two choices are made: the exact one for single effects alone, an integer
     programme (``"milp"``, by SciPy's HiGHS), and the best that changes of one or two components find
-    from there for all pairs (``"exchange"``). Both networks are measured, and the one whose outputs
-    move less is improved: of all changes of one or two components within the budget, those with the
-    least sum over all pairs are measured, as many as there are components, and the best of them is kept
-    (``"measured"``), until none is better.
+    from there for all pairs (``"exchange"``). Both networks are measured and improved: of all changes of
+    one or two components within the budget, those with the least sum over all pairs are measured, as
+    many as there are components, and the best of them is kept (``"measured"``), until none is better.
+    The network whose outputs then move less is taken.
 
     Args:
         model: Any module; it is left exactly as it was found.
@@ -254,9 +254,12 @@ def bit_widths(
 
         exact = solve_exactly(effects, costs, allowed)
         chosen = {"milp": exact, "exchange": exchange(pairs, costs, allowed, exact)}
-        found_by = {solver: together(places) for solver, places in chosen.items()}
-        solver = min(found_by, key=lambda name: found_by[name].effect)
-        places, best = improve(pairs, costs, allowed, (chosen[solver], found_by[solver]), together)
+        improved = {
+            solver: improve(pairs, costs, allowed, (start, together(start)), together)
+            for solver, start in chosen.items()
+        }
+        solver = min(improved, key=lambda name: improved[name][1].effect)
+        places, best = improved[solver]
         alike = {b: altered.together(dict.fromkeys(names, b)).effect for b in options if b <= average}
     final = tuple(options[k] for k in places)
     return BitWidths(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, credit_report
+from lightning_koopman.decisions import bits
 from lightning_koopman.decisions.bits import exchange, improve, solve_exactly
 from lightning_koopman.effects.scoring import Measured
 
@@ -117,6 +119,21 @@ def test_what_is_measured_improves_a_choice_within_the_budget() -> None:
         assert all(real(found) <= real(c) for c in promising)
         better += real(found) < real(start)
     assert better > 4
+
+
+def test_both_choices_are_improved_and_the_better_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[Measured] = []
+
+    def watched(*args: Any) -> tuple[tuple[int, ...], Measured]:
+        found = improve(*args)
+        ends.append(found[1])
+        return found
+
+    monkeypatch.setattr(bits, "improve", watched)
+    net = mlp()
+    found = bit_widths(net, labelled(net))
+    assert len(ends) == 2
+    assert found.effect == min(end.effect for end in ends)
 
 
 def test_of_all_choices_for_a_small_network_none_is_better() -> None:
