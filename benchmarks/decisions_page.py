@@ -278,8 +278,8 @@ It improved only the better one until a run in which HAWQ with a search was ahea
 nats against 2.99); of that run all other rows stand, and EfficientNet is untouched here no more.
 The other methods measure nothing of the rounded network, but for the row in which HAWQ's number takes
 the place of the effects, with the same search behind it, from its one choice: that tells what the
-search brings from what the number brings. The KL of `bit_widths` is {of_search:.2f} ± {search_error:.2f} of what that reaches
-(stochastic depth){told}. KL on the test samples:
+search brings from what the number brings. The KL of `bit_widths` is {of_search:.2f} ±
+{search_error:.2f} of what that reaches (stochastic depth){told}. KL on the test samples:
 
 {mixed}
 Accuracy:
