@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lightning_koopman import KoopmanCreditMonitor
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.demo import DigitClassifier, Digits
+from lightning_koopman.koopman.moments import Layout
 
 
 class Transformer(nn.Module):
@@ -126,9 +127,13 @@ def least(monitor: KoopmanCreditMonitor) -> float:
     """Seconds of the library calls that a measurement like a monitor's last cannot do without."""
     from speed_networks import credit_calls, drift_calls, fastest, products_of
 
-    assert monitor._watched is not None
-    products, layout = products_of(monitor._watched)
-    return products + fastest(credit_calls, layout, errors=False) + fastest(drift_calls, layout)
+    assert monitor.report is not None
+    reference = monitor.report.reference
+    assert reference is not None
+    dims = tuple(mean.shape[1] for mean in reference.means)
+    layout = Layout(dims, monitor.options.folds, 0, reference.parents)
+    fits = fastest(credit_calls, layout, errors=False) + fastest(drift_calls, layout)
+    return products_of(layout, monitor.report.n_samples) + fits
 
 
 def demo() -> str:

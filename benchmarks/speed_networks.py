@@ -163,17 +163,19 @@ def floors(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:
         for rows in first:
             torch.linalg.eigh(rows @ rows.T if rows.shape[1] > 512 else rows.T @ rows)
 
-    products, layout = products_of(measurement)
-    fits = fastest(credit_calls, layout, errors=True)
-    return {"products": products, "bases": fastest(bases), "fits": fits}
+    layout = measurement.moments()[0]
+    return {
+        "products": products_of(layout, measurement.n_samples),
+        "bases": fastest(bases),
+        "fits": fastest(credit_calls, layout, errors=True),
+    }
 
 
-def products_of(measurement: Measurement) -> tuple[float, Layout]:
-    """Seconds of the products of all states that a measurement saw, and what they are of."""
-    layout, moments, _ = measurement.moments()
-    states = [torch.randn(measurement.n_samples, width) for width in layout.dims]
-    keys = torch.randint(0, layout.folds, (len(states[0]),))
-    return fastest(accumulate, layout, moments.clone(), states, keys), layout
+def products_of(layout: Layout, samples: int) -> float:
+    """Seconds of the products of all states of some samples."""
+    states = [torch.randn(samples, width) for width in layout.dims]
+    keys = torch.randint(0, layout.folds, (samples,))
+    return fastest(accumulate, layout, layout.zeros(), states, keys)
 
 
 def fastest(run: Callable[..., None], *given: Any, **named: Any) -> float:
