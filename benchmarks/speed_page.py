@@ -6,9 +6,9 @@ Written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, wi
 `benchmarks` and `OMP_NUM_THREADS=1`; about 40 minutes of a core). Two virtual cores of an Intel Xeon
 with AVX-512, no GPU, one thread, torch <torch>. Seconds are processor seconds of the measuring
 process, both sides of a ratio were measured in turn in one run, and the median is taken over
-neighbours. Reports ran beside epochs and the demo, each on a core of its own; the processor was up to 1.6
-times as slow as the day before, by its neighbours. Other work ran while the rest was measured: trust the
-ratios, not the seconds.
+neighbours. Reports ran beside epochs and the demo, each on a core of its own; the processor was up to
+1.6 times as slow as the day before, by its neighbours. Other work ran while the rest was measured: trust
+the ratios, not the seconds.
 
 ## One report over all components against the plain forward pass
 
@@ -114,8 +114,8 @@ each validation, some milliseconds; they are asked for once now, instead of once
 causes of the rest were found: after each measurement memory was handed back that the training fetched
 again, 15,000 page faults for the CNN at 1 to 2 µs each, and what hooks take while validation runs, 33 ms
 of its measurement, was counted in part. Memory is now handed back after the 1st, 2nd, 4th, 8th …
-measurement, and hooks are counted: where every second epoch of 40 seconds of the CNN was measured, 0.3 ms
-of each measured epoch were not accounted for (20 to 170 before).
+measurement, and hooks are counted: where every second epoch of 40 seconds of the CNN was measured, 0.3
+ms of each measured epoch were not accounted for (20 to 170 before).
 
 ## Against Captum
 
