@@ -128,7 +128,7 @@ def _add_key(figure: Figure, axis: Any, names: Sequence[str]) -> None:
     corner = figure.dpi_scale_trans + ScaledTranslation(1, 1, axis.transAxes)
     heights = [-0.08 - 0.18 * row for row in range(len(names))]
     marks = [[(0.08, height), (0.19, height)] for height in heights]
-    colors = _RUNS[: len(names)]
+    colors = list(_RUNS[: len(names)])
     lines = LineCollection(marks, colors=colors, linewidths=5, transform=corner, clip_on=False)
     axis.add_artist(lines)
     for name, height in zip(names, heights, strict=True):
