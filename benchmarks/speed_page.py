@@ -115,9 +115,9 @@ causes of the rest were found: after each measurement memory was handed back tha
 again, 15,000 page faults for the CNN at 1 to 2 µs each, and what hooks take while validation runs, 33 ms
 of its measurement, was counted in part. Memory is now handed back after the 1st, 2nd, 4th, 8th …
 measurement, and hooks are counted: where every second epoch of 40 seconds of the CNN was measured, 0.3
-ms of each measured epoch were not accounted for (20 to 170 before). The table is from before that. Of the
-CNN since then, in both orders and beside other work, two trainings of 82 seconds gave 1.071, with four
-measurements each and 0.041 counted: three percent still have no known cause.
+ms of each measured epoch were not accounted for (20 to 170 before). The table is from before that. Of
+the CNN since then, in both orders and beside other work, two trainings of 82 seconds gave 1.071, with
+four measurements each and 0.041 counted: three percent still have no known cause.
 
 ## Against Captum
 
