@@ -145,10 +145,15 @@ class Budget:
         """Seconds that the end will take."""
         return _LAST * self._cost + sum(self._took.values())
 
+    @property
+    def _before_end(self) -> float:
+        """Part of the share that figures and effects may take before the end."""
+        return sum(_BEFORE[kind] for kind in self._took)
+
     def _even(self, rest: int, per_step: float) -> int:
         """Spread what can be paid over the steps that are left."""
         self._whole = max(ALLOWANCE, self.share * (self.trained + rest * per_step))
-        others = sum(_BEFORE[kind] for kind in self._took) * self.share * rest * per_step
+        others = self._before_end * self.share * rest * per_step
         count = int((self._whole - self.spent - self._kept_back - others) / self._cost)
         if count < 1:
             return NEVER
@@ -157,7 +162,7 @@ class Budget:
 
     def _wait(self, per_step: float) -> int:
         """Wait until the next one can be paid, where nobody knows how long the training goes on."""
-        share = self.share * (1 - sum(_BEFORE[kind] for kind in self._took))
+        share = self.share * (1 - self._before_end)
         gained = share * per_step
         others = sum(self._spent_on.values())
         missing = self.spent - others + self._cost + self._kept_back - share * self.trained

@@ -67,18 +67,13 @@ class Split:
         one = Covariances(train.count[place], means, variances, {})
         return replace(self, train=one, test=one, directions=self.directions[place])
 
-    @property
-    def widths(self) -> list[int]:
-        """Widths of the states."""
-        return [mean.shape[-1] for mean in self.train.means]
-
     def normal_equations(self, i: int) -> tuple[Tensor, Tensor]:
         """Return the covariance of what step i reads, and that with what it gives."""
         return self.train.normal_equations(self.layout.parents[i], i)
 
     def blocks(self, operators: Sequence[Tensor]) -> list[Sequence[Tensor]]:
         """Cut each step's operator into one block per state that it reads."""
-        widths = self.widths
+        widths = [mean.shape[-1] for mean in self.train.means]
         pairs = zip(operators, self.layout.parents[1:], strict=True)
         return [torch.split(operator, [widths[p] for p in read], dim=-2) for operator, read in pairs]
 
@@ -203,8 +198,9 @@ def refit_steps(split: Split, steps: Sequence[Step], *, anew: bool) -> tuple[lis
     operators, own = [], []
     for i, step in enumerate(steps, start=1):
         fitted, anew_fitted = [], []
-        for _, train in split.train.parts(sum(split.widths[p] for p in split.layout.parents[i])):
-            given = train.normal_equations(split.layout.parents[i], i)
+        read = split.layout.parents[i]
+        for _, train in split.train.parts(read):
+            given = train.normal_equations(read, i)
             if step.settled or not anew:
                 fitted.append(solve_each(*given, step.tikhonov))
                 continue
@@ -281,7 +277,7 @@ def _squares(split: Split, operators: Sequence[Tensor]) -> Tensor:
         states = list(blocks)
         whole = torch.cat(list(blocks.values()), dim=-2) if len(states) > 1 else blocks[states[0]]
         left: list[list[Tensor]] = [[], []]
-        for place, part in test.parts(sum(split.widths[p] for p in read)):
+        for place, part in test.parts(read):
             c_xx, c_xy = part.normal_equations(read, i)
             left[0].append(held_out_errors(operators[i - 1][place], c_xx, c_xy, totals[i - 1][place]))
             if i > 1:

@@ -105,7 +105,7 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
     """Count the same without each fold, ``(folds, L)``, where ``known`` directions vary at all."""
     ranks = torch.zeros(len(split.train.count), len(known), dtype=torch.float64)
     for i, count in enumerate(known, start=1):
-        for place, train in split.train.parts(split.widths[i]) if count else ():
+        for place, train in split.train.parts([i]) if count else ():
             unit = RANK_SHARE * train.variances[i].sum(dim=1)[:, None, None] / count
             # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
             scaled = train[i, i] / torch.where(unit > 0, unit, 1.0)

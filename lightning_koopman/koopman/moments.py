@@ -248,8 +248,9 @@ class Covariances:
         i, j = pair
         return self.blocks[pair] if i <= j else self.blocks[j, i].mT
 
-    def parts(self, width: int) -> Sequence[tuple[slice, Covariances]]:
-        """Cut several folds into as many at once as have matrices of a width that stay in the cache."""
+    def parts(self, states: Sequence[int]) -> Sequence[tuple[slice, Covariances]]:
+        """Cut folds into as many at once as have covariances of some states that stay in the cache."""
+        width = sum(self.means[i].shape[-1] for i in states)
         if self.count.numel() == 1 or self.count.numel() * width**2 <= _CACHED_VALUES // 4:
             return [(slice(None), self)]
         return self._folds
@@ -257,14 +258,13 @@ class Covariances:
     @cached_property
     def _folds(self) -> Sequence[tuple[slice, Covariances]]:
         """Each fold alone, with its place."""
-        places = [slice(k, k + 1) for k in range(len(self.count))]
-        return [(place, self._of(place)) for place in places]
-
-    def _of(self, place: slice) -> Covariances:
-        """Return some of several folds."""
-        means, variances = (tuple(x[place] for x in xs) for xs in (self.means, self.variances))
         assert isinstance(self.blocks, _Blocks)
-        return Covariances(self.count[place], means, variances, self.blocks.of(place))
+        found = []
+        for place in (slice(k, k + 1) for k in range(len(self.count))):
+            means, variances = (tuple(x[place] for x in xs) for xs in (self.means, self.variances))
+            alone = Covariances(self.count[place], means, variances, self.blocks.of(place))
+            found.append((place, alone))
+        return found
 
     def normal_equations(self, read: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
         """Return the covariance of some states side by side, and their cross-covariance with another."""
