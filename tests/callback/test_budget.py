@@ -74,11 +74,11 @@ def measured_steps(
 
 
 def test_measurements_come_in_even_distances_and_use_the_budget() -> None:
-    # 5 % of 1,000 seconds pay for 25 measurements of 2 seconds.
+    # Nine tenths of 5 % of 1,000 seconds pay for 22 measurements of 2 seconds.
     taken, budget = measured_steps(0.05, n_epochs=100, epoch_s=10, cost_s=2)
     assert (taken[0], taken[1], taken[-1]) == (1, 2, 100)
     gaps = np.diff(taken[1:-1])
-    assert gaps.max() - gaps.min() <= 1
+    assert gaps.max() - gaps.min() <= 2
     assert 0.8 * 0.05 <= budget.overhead <= 0.05
     assert budget.trained == pytest.approx(1000)
 
@@ -151,8 +151,8 @@ def test_figures_need_room_beside_those_of_the_end() -> None:
     clock = Clock()
     budget = Budget(0.1, clock)
     budget.expect("draw", 2.0)
-    clock.now += 390
-    assert not budget.has_room("draw"), "they take more than a twentieth of the 39 s"
+    clock.now += 430
+    assert not budget.has_room("draw"), "they take more than a twentieth of nine tenths of the 43 s"
     clock.now += 20
     assert budget.has_room("draw")
     with budget.watching(), budget.apart("draw"):
