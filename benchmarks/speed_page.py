@@ -6,9 +6,8 @@ Written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, wi
 `benchmarks` and `OMP_NUM_THREADS=1`; about 40 minutes of a core). Two virtual cores of an Intel Xeon
 with AVX-512, no GPU, one thread, torch <torch>. Seconds are processor seconds of the measuring
 process, both sides of a ratio were measured in turn in one run, and the median is taken over
-neighbours. Reports ran beside epochs and the demo, each on a core of its own; the processor was up to
-1.6 times as slow as the day before, by its neighbours. Other work ran while the rest was measured: trust
-the ratios, not the seconds.
+neighbours. Other work ran on the other core, and one and the same pass takes up to 1.6 times as long by
+what neighbours do: trust the ratios, not the seconds.
 
 ## One report over all components against the plain forward pass
 
@@ -94,35 +93,32 @@ texts, fewer pixels and three instead of six at a time):
 <!-- demo -->
 <!-- end -->
 
-Longer trainings, with the monitor as it is by default, TensorBoard and figures. The two take turns,
-an epoch each; those of the CNN in both orders, those of the transformer with the watched one as the
-second, for the run was ended before the other order:
+Longer trainings, with the monitor as it is by default, TensorBoard and figures. The two take turns, an
+epoch each, in both orders:
 
 <!-- minutes -->
 <!-- end -->
 
-`koopman/overhead` is what the monitor itself logs of this, here by processor seconds of its own turns.
-Of two such trainings of the transformer of which neither was watched, the second took 6 % more (14
-epochs, standard error 3 %), so 1.068 is not told from the 1.047 that the monitor counts; of the CNN,
-two percent are not accounted for. Timed one after the other, as in earlier versions of this page,
-trainings differ by as much: beside neighbours on the same core, an epoch of one and the same CNN takes
-0.95 to 1.5 processor seconds. In trainings where every second epoch is measured, it counts what
-measured epochs take more than their neighbours: 0.366 and 0.347 s (CNN), 0.081 and 0.086 s (MLP), 0.389
-and 0.383 s (small transformer); and of three demos 3.17, 3.11 and 3.44 s, which took 2.94, 3.32 and
-3.14 s more than without. Earlier it missed what Lightning takes to gather its numbers at the end of
-each validation, some milliseconds; they are asked for once now, instead of once per key. Later two
-causes of the rest were found: after each measurement memory was handed back that the training fetched
-again, 15,000 page faults for the CNN at 1 to 2 µs each, and what hooks take while validation runs, 33 ms
-of its measurement, was counted in part. Memory is now handed back after the 1st, 2nd, 4th, 8th …
-measurement, and hooks are counted: where every second epoch of 40 seconds of the CNN was measured, 0.3
-ms of each measured epoch were not accounted for (20 to 170 before). The table is from before that. Of
-the CNN since then, in both orders and beside other work, two trainings of 82 seconds gave 1.071, with
-four measurements each and 0.041 counted: three percent still have no known cause.
+Epochs of the two stand beside each other, so that each pair tells what a watched one takes more than
+what the monitor counts as its own (`koopman/overhead`, here by processor seconds of its turns): that is
+*not counted*, and the error of both columns is that of these differences. By themselves, epochs of one
+and the same training differ by more than all that watching takes: those of the CNN took 1.26 to 1.72
+processor seconds within a minute, beside neighbours on the same core. Of two trainings that take turns
+and of which neither is watched, the second took 2.6 % more (CNN, 24 epochs), and 6 ± 3 % more
+(transformer, 14 epochs); so both orders count, and errors below one percent take long trainings.
+
+Where every second epoch is measured, what measured epochs take more than their neighbours is what is
+counted: 0.101 and 0.102 s (MLP), 0.366 and 0.347 s (CNN), 0.389 and 0.383 s (small transformer). Epochs
+between, in which nothing is measured, have no page faults more and no collections of garbage more than
+without a monitor. What is not counted is what the training must fetch again behind a measurement:
+caches, and memory that was handed back to the system, which it is after the 1st, 2nd, 4th, 8th …
+measurement alone (15,000 page faults for the CNN, at 1 to 2 µs each). Therefore four fifths of
+`max_overhead` are planned to be spent.
 
 ## Against Captum
 
 `LayerConductance` with 50 steps, for each linear layer, against one report; the same samples at
-once. The table is from before the last changes; since then, the first row alone was 56 × (55 … 60).
+once, on a core beside other work.
 
 <!-- conductance -->
 <!-- end -->
