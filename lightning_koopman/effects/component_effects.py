@@ -197,7 +197,11 @@ def effects_on(
     with undisturbed(runner.model):
         outputs: list[Tensor] = []
         for number in range(len(runner.batches)):
-            output, values = runner.run_batch(number, alterations.read)
+            if number:
+                output, values = runner.run_batch(number, alterations.read)
+            else:
+                output, values, merged = runner.run_followed(alterations.read)
+                alterations.settle(values, merged, output)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
         known = None if targets is None else targets(outputs)

@@ -240,7 +240,7 @@ class Capture:
                 f"the output of interest has type {type(value).__name__}, without a floating-point "
                 "tensor; let output= give one"
             )
-        self._states[name] = self.keep(tensor, Recorded(name, self._model, tensor, None, sources))
+        self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
 
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -282,8 +282,7 @@ class Capture:
             if place in self._mixed:
                 name = self._mixed[place]
                 sources = self.returned[name]
-                recorded = _recorded(name, module, tensor, tensor, sources)
-                self._states[name] = self.keep(recorded.tensor, recorded)
+                self._keep(tensor, _recorded(name, module, tensor, tensor, sources))
 
     @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -295,8 +294,7 @@ class Capture:
                 self._provenance.claim(tensor, self._inputs[key])
             if key in self._inputs:
                 name = self._inputs[key]
-                recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
-                self._states[name] = self.keep(recorded.tensor, recorded)
+                self._keep(tensor, _recorded(name, module, (args, kwargs), tensor, frozenset()))
         sources = self._provenance.of((args, kwargs))
         is_loss = bool(self._inner(sources) and self._provenance.others((args, kwargs)))
         self._provenance.take((args, kwargs))
@@ -394,7 +392,13 @@ class Capture:
             if self._passes == 0:
                 component = self.components[name.partition("#")[0]]
                 recorded = replace(recorded, is_frozen=is_frozen(component), ignores_data=ignores_data)
-            self._states[name] = self.keep(recorded.tensor, recorded)
+            self._keep(tensor, recorded)
+
+    def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
+        """Keep a state; the first pass shows how its rows came about."""
+        if self._passes == 0:
+            recorded = replace(recorded, merged=self._provenance.merged(tensor))
+        self._states[recorded.name] = self.keep(recorded.tensor, recorded)
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

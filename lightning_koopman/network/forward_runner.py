@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
+from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,
@@ -224,6 +225,14 @@ class ForwardRunner:
             outputs.append(output.detach().cpu())
         return outputs
 
+    def run_followed(
+        self, read: Iterable[HookPoint]
+    ) -> tuple[Tensor, Mapping[HookPoint, Tensor], dict[HookPoint, tuple[int, ...] | None]]:
+        """Run over the first batch, and find which axes were merged into the first of what was read."""
+        with DataFlow() as flow:
+            output, values = self.run_batch(0, read)
+        return output, values, {point: flow.merged(value) for point, value in values.items()}
+
     def run_batch(
         self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
     ) -> tuple[Tensor, Mapping[HookPoint, Tensor]]:
@@ -291,26 +300,6 @@ class MeanAndSpread:
         """Standard deviation of each entry."""
         variance = self._squares / self.count - (self._sum / self.count).square()
         return variance.clamp_min(0).sqrt()
-
-
-def sample_axis(tensor: Tensor, n_samples: int, name: str) -> int:
-    """Find the axis of a batch's samples: the first that holds a multiple of them, else the second."""
-    shape = tensor.shape
-    if shape and n_samples and shape[0] % n_samples == 0:
-        return 0
-    if len(shape) < 2 or not n_samples or shape[1] != n_samples:
-        raise ValueError(
-            f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
-            "effects cannot be told apart by sample; choose components with the samples along one of "
-            "the first two axes"
-        )
-    return 1
-
-
-def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
-    """Return one row per sample of a batch."""
-    rows = tensor.movedim(sample_axis(tensor, n_samples, name), 0).reshape(n_samples, -1)
-    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 
 def runner_on(

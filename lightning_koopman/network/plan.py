@@ -133,7 +133,7 @@ def leave_out_unfit(
         if record.name in kept or record.name not in sources or callable(forms[record.name].reduce):
             continue
         shape = tuple(record.tensor.shape)
-        rows = by_sample(record.tensor, forms[record.name].batch_axis, forms[record.name].group)
+        rows = by_sample(record.tensor, forms[record.name])
         alike = len(rows) == 1 or not _varies(record)
         if record.ignores_data and n_samples > 1 and (alike or shape[0] != n_samples):
             sources[record.name] = set()
