@@ -43,10 +43,15 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Fed:
-    """A tensor that an earlier call of the step gave, or a view of its memory."""
+    """A tensor that an earlier call of the step gave, or a view of its memory.
+
+    Attributes:
+        given: How that call laid its tensor out.
+    """
 
     call: int
     place: int
+    given: tuple[int, ...]
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -314,7 +319,7 @@ class Recording:
                 for place, given in enumerate(tensors):
                     if given.layout is torch.strided and given.untyped_storage()._cdata == storage:
                         offset = int(tensor.storage_offset() - given.storage_offset())
-                        return _Fed(call, place, tensor.size(), tensor.stride(), offset)
+                        return _Fed(call, place, given.stride(), tensor.size(), tensor.stride(), offset)
         if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
             self._reason = self._reason or f"the step runs code of its own before {name!r}"
         self._step.n_bytes += tensor.nbytes
@@ -375,6 +380,12 @@ def _fed(value: Any, returned: list[Any]) -> Any:
         if not isinstance(part, _Fed):
             return part
         given = all_tensors(returned[part.call])[part.place]
+        if given.stride() != part.given:
+            # What was put in its place may be laid out in another way, and is viewed below.
+            laid_out = torch.empty_strided(
+                given.size(), part.given, dtype=given.dtype, device=given.device
+            )
+            given = laid_out.copy_(given)
         if part.offset == 0 and given.size() == part.size and given.stride() == part.stride:
             return given
         return given.as_strided(part.size, part.stride, given.storage_offset() + part.offset)
