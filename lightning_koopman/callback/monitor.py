@@ -39,6 +39,7 @@ from lightning_koopman.callback.trainer_facts import (
     refuse_sharded_weights,
     samples_for_rank,
     steps_ahead,
+    trained_parameters,
     unrepeated_samples,
 )
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
@@ -507,6 +508,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 max_samples=min(own, unrepeated_samples(loader)) if part.counts else 0,
                 shared=self.sync_pending,
                 like=like,
+                trained=trained_parameters(trainer, pl_module),
             )
             # The last report is about the coordinates of its own weights.
             if self.drift and self._watched is not None and not self._final:

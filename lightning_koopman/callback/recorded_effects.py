@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import altered_parts
+from lightning_koopman.effects.alterations import altered_parts, end_calls
 from lightning_koopman.effects.component_effects import effects_on
 from lightning_koopman.effects.scoring import find_target
 from lightning_koopman.network.forward_runner import ForwardRunner
@@ -100,7 +100,7 @@ def measure_effects(
     samples: float = SAMPLES,
     agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
 ) -> Effects:
-    """Measure effects by running recorded steps again, of which the last call gives the outputs.
+    """Measure effects by running recorded steps again, on what the report's last components give.
 
     Taken are whole steps, as many as hold so many samples, and at least one. ``agree`` collects how the
     targets of all processes fit.
@@ -114,7 +114,8 @@ def measure_effects(
 
     def forward(_: nn.Module, step: Step) -> Any:
         with around():
-            return step.run()[-1]
+            # Where nothing tells the outputs apart, they are those of the last call.
+            return step.run()[::-1]
 
     fits: list[Fit] = []
 
@@ -124,7 +125,15 @@ def measure_effects(
         return known if are_classes(fits) else [None] * len(taken)
 
     runner = ForwardRunner(model, taken, forward)
-    found = effects_on(runner, altered_parts(report), kinds, how="measured", targets=targets)
+    found = effects_on(
+        runner,
+        altered_parts(report),
+        kinds,
+        ends=end_calls(report),
+        how="measured",
+        target_of=lambda step: step.targets,
+        targets=targets,
+    )
     if found.scale == "relative" and any(fit.found for fit in fits):
         note = (
             "the integer targets of the batches are no classes of the outputs, so changes are relative"

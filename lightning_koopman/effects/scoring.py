@@ -58,7 +58,11 @@ def are_classes(output: Tensor, target: Tensor) -> bool:
     if target.is_floating_point() or target.is_complex() or output.ndim < 2:
         return False
     without = (output.shape[0], *output.shape[2:])
-    return target.shape in (torch.Size(without), output.shape[:-1])
+    if target.shape not in (torch.Size(without), output.shape[:-1]):
+        return False
+    size = output.shape[class_axis(output, target)]
+    # A single output is one logit. Of positions, some may be marked as none of the classes.
+    return size > 1 and (output.ndim > 2 or not len(target) or int(target.max()) < size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +200,11 @@ class Outputs:
                 "class axis; give targets, or choose scale='relative'"
             )
         self._axis = class_axis(first, target)
+        if self.scale == "kl" and first.ndim > 1 and first.shape[self._axis] == 1:
+            raise ValueError(
+                f"outputs of shape {tuple(first.shape)} arrived, whose classes are one; choose "
+                "scale='relative', or let forward_fn return one output per class"
+            )
         self._metric = metric or (accuracy if classes else None)
         self.has_metric = self._metric is not None
         self.n_samples = sum(map(len, self._outputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -93,6 +93,7 @@ class Capture:
         keep: Callable[[Tensor, Recorded], Any] = lambda tensor, _: detached_copy(tensor),
         output: str | None = None,
         follow: bool = False,
+        trained: Collection[int] | None = None,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError(
@@ -108,7 +109,7 @@ class Capture:
         self._transparent = [] if self._named else transparent_modules(model, self.components)
         holders = [*self.components.values(), *self._transparent]
         self.homeless = {} if self._named else without_component(model, holders)
-        self._model, self.keep, self._follow = model, keep, follow
+        self._model, self.keep, self._follow, self._trained = model, keep, follow, trained
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
@@ -391,7 +392,9 @@ class Capture:
             recorded = _recorded(name, module, output, tensor, *origin)
             if self._passes == 0:
                 component = self.components[name.partition("#")[0]]
-                recorded = replace(recorded, is_frozen=is_frozen(component), ignores_data=ignores_data)
+                recorded = replace(
+                    recorded, is_frozen=is_frozen(component, self._trained), ignores_data=ignores_data
+                )
             self._keep(tensor, recorded)
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from lightning_koopman.network.tensors import (
     exact_device,
     first_tensor,
     need_not_wait,
+    tensors_inside,
 )
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -188,7 +190,12 @@ def _cut(value: Any, size: int, count: int) -> Any:
 
 
 class ForwardRunner:
-    """Runs a model over the same batches again and again."""
+    """Runs a model over the same batches again and again.
+
+    Attributes:
+        places: Which of the tensors that the model returns are its outputs, side by side; ``None`` takes
+            the first that has samples, which single numbers, as losses are, have not.
+    """
 
     def __init__(
         self,
@@ -202,6 +209,7 @@ class ForwardRunner:
             taken = batches if samples is None else first_samples(batches, samples)
             self.model, self.batches = model, list(taken)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
+        self.places: tuple[int, ...] | None = None
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
             raise ValueError(
@@ -226,12 +234,35 @@ class ForwardRunner:
         return outputs
 
     def run_followed(
-        self, read: Iterable[HookPoint]
-    ) -> tuple[Tensor, Mapping[HookPoint, Tensor], dict[HookPoint, tuple[int, ...] | None]]:
-        """Run over the first batch, and find which axes were merged into the first of what was read."""
+        self, read: Iterable[HookPoint], ends: Iterable[str] = ()
+    ) -> tuple[Any, Mapping[HookPoint, Tensor], dict[HookPoint, Any], dict[str, list[int]]]:
+        """Run over the first batch and follow the data.
+
+        Returns:
+            What the model returned, what was read, which axes were merged into the first axis of that,
+            and which of the tensors returned were made of what each of the calls ``ends`` gave.
+        """
+        ends = tuple(ends)
         with DataFlow() as flow:
-            output, values = self.run_batch(0, read)
-        return output, values, {point: flow.merged(value) for point, value in values.items()}
+            alter: dict[str, Alteration] = {}
+            for end in ends:
+                alter[end] = functools.partial(_labelled, flow, end)
+            given, values = self._run(0, read, alter)
+        merged = {point: flow.merged(value) for point, value in values.items()}
+        made: dict[str, list[int]] = {end: [] for end in ends}
+        for place, tensor in enumerate(tensors_inside(given)):
+            if _has_samples(tensor):
+                for end in flow.labels(tensor) & made.keys():
+                    made[end].append(place)
+        return given, values, merged, made
+
+    def output_of(self, given: Any) -> Tensor:
+        """Find the outputs in what the model returned."""
+        tensors = list(tensors_inside(given))
+        if self.places is None:
+            return next(tensor for tensor in tensors if _has_samples(tensor))
+        found = [tensors[place] for place in self.places]
+        return found[0] if len(found) == 1 else torch.cat([part.flatten(1) for part in found], 1)
 
     def run_batch(
         self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
@@ -240,6 +271,12 @@ class ForwardRunner:
 
         A network that draws in eval mode would otherwise differ from itself as much as by an alteration.
         """
+        given, values = self._run(number, read, alter)
+        return self.output_of(given), values
+
+    def _run(
+        self, number: int, read: Iterable[HookPoint], alter: Mapping[str, Alteration] | None
+    ) -> tuple[Any, Mapping[HookPoint, Tensor]]:
         read = list(read)
         batch = to_device(self.batches[number], self._device)
         if torch.is_grad_enabled():
@@ -248,11 +285,15 @@ class ForwardRunner:
             seed_all(number)
             points.start_pass()
             given = self.forward_fn(self.model, batch)
-        output = first_tensor(given)
-        if output is None:
+        if first_tensor(given) is None:
             raise ValueError(
                 f"the model gave {type(given).__name__} with no floating-point tensor; return the "
                 "outputs from forward_fn"
+            )
+        if not any(map(_has_samples, tensors_inside(given))):
+            raise ValueError(
+                f"the model gave {type(given).__name__} with single numbers alone, as losses are; "
+                "return the outputs from forward_fn"
             )
         for point in read:
             # What takes no floating-point tensor has nothing to read there.
@@ -261,7 +302,16 @@ class ForwardRunner:
                     f"{point.call!r} did not run, though the report names it; pass the model and the "
                     "forward_fn that the report was measured with"
                 )
-        return output, points.values
+        return given, points.values
+
+
+def _has_samples(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 0
+
+
+def _labelled(flow: DataFlow, end: str, output: Tensor, _: Any) -> Tensor:
+    flow.label(output, end)
+    return output
 
 
 class MeanAndSpread:

@@ -1,0 +1,167 @@
+"""Effects are on what the chain ends with, wherever the network or the step returns it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lit import dataset, quiet_trainer, small_module
+from small import wired
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
+
+pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
+
+
+def heads(returns: Any) -> nn.Module:
+    def run(m: nn.Module, x: Tensor) -> Any:
+        h = m.body(x).tanh()
+        return returns(m.policy(h), m.value(h))
+
+    torch.manual_seed(0)
+    parts = {"body": nn.Linear(8, 6), "policy": nn.Linear(6, 3), "value": nn.Linear(6, 1)}
+    return wired(run, **parts).eval()
+
+
+def skipped(model: nn.Module, x: Tensor, name: str) -> float:
+    """Return what the mean in place of a linear layer's output does to both outputs, by hand."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            h = model.body(x).tanh()
+            return torch.cat([model.policy(h), model.value(h)], 1).double()
+
+    before = run()
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        given = x if name == "body" else model.body(x).tanh()
+        mean = layer(given).mean(0)
+    hook = layer.register_forward_hook(lambda *_: mean.expand(len(x), -1))
+    moved = (run() - before).square().sum()
+    hook.remove()
+    return float(moved / (before - before.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        lambda p, v: (p, v),
+        lambda p, v: {"value": v, "policy": p},
+        lambda p, v: {"loss": p.mean(), "value": v, "policy": p, "probabilities": p.softmax(1)},
+        lambda p, v: (torch.distributions.Categorical(logits=p, validate_args=False), v),
+    ],
+    ids=["tuple", "dictionary", "a loss before them", "an object"],
+)
+def test_all_heads_count(returns):
+    model, x = heads(returns), dataset().tensors[0]
+    effects = component_effects(model, [x], credit_report(model, [x]))
+    assert effects.components == ("body", "policy", "value")
+    if "Categorical" in str(returns(torch.zeros(1, 3), torch.zeros(1, 1))):
+        # A distribution holds its logits normed, which moves otherwise.
+        assert (effects.values["skip"] > 0.01).all()
+        return
+    expected = [skipped(model, x, name) for name in effects.components]
+    assert effects.values["skip"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_head_whose_classes_are_known_stands_alone_and_is_named():
+    model, (x, y) = heads(lambda p, v: (v, p)), dataset().tensors
+    effects = component_effects(model, [(x, y)], credit_report(model, [(x, y)]))
+    assert effects.scale == "kl"
+    assert effects.values["skip"][1] > 0.01
+    assert effects.values["skip"][2] == 0
+    assert effects.notes[0].startswith("effects are about one of 2 outputs, that of policy; return")
+
+
+def test_a_head_that_is_not_returned_is_named():
+    model, x = heads(lambda p, v: {"loss": p.mean() + v.mean(), "policy": p}), dataset().tensors[0]
+    effects = component_effects(model, [x], credit_report(model, [x]))
+    assert effects.notes == (
+        "the model does not return what 'value' gives, so effects on it are not seen",
+    )
+
+
+def test_a_loss_beside_the_logits_changes_nothing():
+    """As models of transformers return both where a batch has labels."""
+
+    def run(m: nn.Module, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = m.b(m.a(x).relu())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return logits if labels is None else {"loss": loss, "logits": logits}
+
+    model = wired(run, a=nn.Linear(8, 8), b=nn.Linear(8, 3))
+    x, y = dataset().tensors
+    effects = component_effects(
+        model, [{"x": x[i : i + 40], "labels": y[i : i + 40]} for i in range(0, 160, 40)]
+    )
+    plain = component_effects(model, [(x, y)])
+    assert (effects.scale, effects.n_samples) == ("kl", 160)
+    assert effects.values["skip"] == pytest.approx(plain.values["skip"], rel=1e-4)
+    assert effects.metric_before == plain.metric_before
+
+
+@pytest.mark.parametrize(("width", "classes"), [(1, 2), (3, 4)])
+def test_integers_that_cannot_be_classes_of_the_outputs_are_none(width, classes):
+    """One logit for two classes, and a reconstruction beside labels."""
+    x = dataset().tensors[0]
+    y = torch.arange(len(x)) % classes
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, width))
+    effects = component_effects(net, [(x, y)])
+    assert effects.scale == "relative"
+    assert (effects.values["skip"] > 0.1).all()
+    if width == 1:
+        with pytest.raises(
+            ValueError, match=r"outputs of shape \(160, 1\) arrived, whose classes are one"
+        ):
+            component_effects(net, [(x, y)], scale="kl")
+
+
+def test_a_network_that_gives_its_loss_alone_is_refused():
+    model = wired(lambda m, x: m.a(x).square().mean(), a=nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="gave Tensor with single numbers alone, as losses are; return"):
+        component_effects(model, [torch.randn(20, 8)], components=["a"])
+
+
+class Targeted(small_module()):
+    """Learns to predict a copy of itself that nothing trains, though its weights could be."""
+
+    def __init__(self, calls: str, frozen: bool) -> None:
+        super().__init__()
+        self.target, self.calls = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), calls
+        self.target.requires_grad_(not frozen)
+
+    def step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        with torch.no_grad():
+            wanted = self.target(x + 0.1)
+        given = self.net(x) if self.calls == "one" else self.net[2](self.net[1](self.net[0](x)))
+        if self.calls == "last":
+            with torch.no_grad():
+                wanted = self.target(x)
+        return (given - wanted).square().mean()
+
+    training_step = validation_step = step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.net.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("calls", ["one", "several", "last"])
+def test_a_target_network_counts_nowhere(calls, frozen, tmp_path):
+    torch.manual_seed(0)
+    model, monitor = Targeted(calls, frozen), KoopmanCreditMonitor(on_error="raise", figures=False)
+    train, x = (TensorDataset(dataset(seed=seed).tensors[0]) for seed in (0, 1))
+    quiet_trainer(tmp_path, [monitor], max_epochs=2).fit(model, DataLoader(train, 40), DataLoader(x, 40))
+    assert monitor.report.components == ("net.0", "net.2")
+    plain = credit_report(model.net, x.tensors[0].split(40))
+    assert monitor.report.credit == pytest.approx(plain.credit, abs=1e-5)
+    expected = component_effects(model.net, x.tensors[0].split(40), plain, scale="relative")
+    found = monitor.report.effects
+    assert found.scale == "relative"
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
+    assert np.all(found.values["skip"] > 0.01)
