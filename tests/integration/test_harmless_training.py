@@ -265,6 +265,21 @@ def test_all_views_of_a_sample_count(tmp_path):
     assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
 
 
+def test_training_steps_are_measured_where_validation_runs_no_component(tmp_path):
+    class Idle(Odd):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.behind(self.net)
+
+    torch.manual_seed(0)
+    model, monitor = Idle(plain()), KoopmanCreditMonitor(every_n_epochs=1, on_error="raise")
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=3)
+    with pytest.warns(UserWarning, match="validation runs no component, so Koopman credit is about"):
+        trainer.fit(model, DataLoader(dataset(), 40), DataLoader(dataset(seed=1), 40))
+    assert [report.step for report in monitor.history] == [4, 8, 12]
+    direct = credit_report(model.net, dataset().tensors[0].split(40))
+    assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
+
+
 def test_what_cannot_be_run_again_keeps_its_watched_report_and_says_so(tmp_path):
     torch.manual_seed(0)
     model, monitor = Ways("code between"), KoopmanCreditMonitor(every_n_epochs=5, on_error="raise")
