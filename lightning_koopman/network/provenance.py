@@ -110,13 +110,22 @@ class DataFlow:
                         self._set(tensor, labels)
         known = {_address(tensor) for tensor in reads}
         merged = {} if name in _SHAPE_ONLY else self._merges_of(reads)
+        if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
+            merged[out.shape[0]] = ()
         for tensor in _flat([out]):
             # A view keeps the labels of what it views.
             if _address(tensor) not in known:
                 self._set(tensor, labels)
                 self._set_merged(tensor, merged)
         if isinstance(out, Tensor) and (axes := _merged_axes(name, args, out)):
-            self._set_merged(out, {**merged, out.shape[0]: axes})
+            # What was read may be merged itself.
+            place = 1 if axes[0] < 0 else 0
+            whole = (
+                *axes[:place],
+                *merged.get(axes[place], axes[place : place + 1]),
+                *axes[place + 1 :],
+            )
+            self._set_merged(out, {**merged, out.shape[0]: whole})
 
     def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
         found: dict[int, tuple[int, ...]] = {}
@@ -147,6 +156,13 @@ class DataFlow:
             self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
+def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:
+    """Check whether an operator takes rows in an order of its own."""
+    if name == "index_select":
+        return args[1] in (0, -args[0].ndim)
+    return name == "index" and bool(args[1]) and args[1][0] is not None
+
+
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"})
 
 
@@ -167,12 +183,15 @@ def _merged_axes(name: str, args: tuple[Any, ...], out: Tensor) -> tuple[int, ..
         return (-args[1][0], args[0].shape[0]) if alike else ()
     if name not in _VIEWS or args[0].is_nested:
         return ()
-    given = args[0].shape
-    for count in range(2, len(given) + 1):
-        if math.prod(given[:count]) == out.shape[0]:
-            axes = tuple(size for size in given[:count] if size > 1)
-            return axes if len(axes) > 1 else ()
-    return ()
+    # Entries are read one after the other, so an axis may also be merged in part.
+    axes, left = list[int](), out.shape[0]
+    for size in args[0].shape:
+        axes.append(math.gcd(size, left))
+        left //= max(1, axes[-1])
+        if axes[-1] != size or left <= 1:
+            break
+    axes = [size for size in axes if size > 1]
+    return tuple(axes) if left == 1 and len(axes) > 1 else ()
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

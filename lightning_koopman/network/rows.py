@@ -329,9 +329,14 @@ def row_forms(
             continue
         form = RowForm()
         if record.lengths is None:
-            own = record.name in second
             form = form_of(
-                record.name, record.tensor, n_samples, record.merged, second=own, turned=turned
+                record.name,
+                record.tensor,
+                n_samples,
+                record.merged,
+                second=record.name in second,
+                turned=turned,
+                followed=record.sources is not None,
             )
         values = by_sample(record.tensor, form)
         first = has_channels_first(values, record.module)
@@ -359,10 +364,13 @@ def form_of(
     *,
     second: bool,
     turned: bool,
+    followed: bool = False,
 ) -> RowForm:
     """Find where a state's samples are.
 
-    ``second`` says that its module has them along axis 1, ``turned`` that any module has.
+    ``second`` says that its module has them along axis 1, ``turned`` that any module has. Where the data
+    was ``followed``, several rows are a sample's only if a merge was seen: some may be all that is left
+    of many, as an expert's share of positions.
     """
     shape = tensor.shape
     untold = (
@@ -380,9 +388,11 @@ def form_of(
         return RowForm()
     group = shape[0] // n_samples
     if merged is None:
-        return RowForm(group=group)
+        return RowForm() if followed else RowForm(group=group)
+    if n_samples not in merged:
+        return RowForm()
     # Of two axes of this size, the samples are the first, unless some module has them second.
-    if n_samples not in merged or (turned and merged.count(n_samples) > 1):
+    if turned and merged.count(n_samples) > 1:
         raise ValueError(untold)
     run = math.prod(merged[merged.index(n_samples) + 1 :])
     return RowForm(group=group, run=run if run < group else 0)

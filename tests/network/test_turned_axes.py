@@ -85,6 +85,47 @@ def test_two_inputs_in_one_call_are_those_of_two_calls(how, size):
     assert report.r2[2] > 0.999
 
 
+def test_two_flattened_sequences_in_one_call_are_those_of_two_calls():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        pair = torch.cat([x.flatten(0, 1), -x.flatten(0, 1)])
+        halves = m.low(pair).unflatten(1, (2, 3)).flatten(0, 1)  # two rows for each that there was
+        a, b = m.out(halves.tanh()).reshape(2, len(x), -1)
+        return m.head(2 * a - b)
+
+    torch.manual_seed(0)
+    model = wired(run, low=nn.Linear(5, 6), out=nn.Linear(3, 2), head=nn.Linear(28, 3))
+    report = credit_report(model, sequences(400).split(40), max_dim=64)
+    assert report.components == ("low", "out", "head")
+    assert report.n_samples == 400
+    assert report.r2[0] > 0.99
+    assert report.r2[2] > 0.99
+
+
+def test_an_experts_share_of_positions_is_no_sample():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.inp(x).flatten(0, 1)
+        taken = (torch.arange(len(h)) % T < 2).nonzero()[:, 0].flip(0)  # twice as many as samples
+        return m.out(h.index_add(0, taken, m.expert(h[taken])).unflatten(0, (-1, T)).mean(1))
+
+    model = wired(run, inp=nn.Linear(5, 6), expert=nn.Linear(6, 6), out=nn.Linear(6, 3))
+    report = credit_report(model, sequences().split(N))
+    assert report.components == ("inp", "out")
+    assert any("left out: expert (60, 6)" in note for note in report.notes)
+
+
+def test_sorted_positions_are_no_samples():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.inp(x).flatten(0, 1)
+        order = h[:, 0].argsort()
+        return m.out(
+            torch.empty_like(h).index_copy(0, order, m.mixed(h[order])).unflatten(0, (-1, T)).mean(1)
+        )
+
+    model = wired(run, inp=nn.Linear(5, 6), mixed=nn.Linear(6, 6), out=nn.Linear(6, 3))
+    report = credit_report(model, sequences().split(N))
+    assert report.components == ("inp", "out")
+
+
 def effects(model: nn.Module, batches: Any, *kinds: str) -> dict[str, np.ndarray]:
     found = component_effects(model, batches, None, kinds, how="both", scale="relative")
     return {kind: np.stack([found.values[kind], found.predicted[kind]]) for kind in kinds}
