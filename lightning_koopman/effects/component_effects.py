@@ -287,7 +287,14 @@ def _outputs(
         if not places or not {*found} & {*places}:
             places.extend(found[:1])
     if not places:
-        return None, ()
+        possible = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim]
+        if len(possible) < 2:
+            return None, ()
+        which = (
+            f"effects are about the first of {len(possible)} tensors that the model returns, of shape "
+            f"{tuple(possible[0].shape)}; return another from forward_fn to see those on it"
+        )
+        return None, (which,)
     places = sorted(places)
     notes = []
     for name in (end for end, found in made.items() if not found):

@@ -120,6 +120,30 @@ def test_integers_that_cannot_be_classes_of_the_outputs_are_none(width, classes)
             component_effects(net, [(x, y)], scale="kl")
 
 
+def test_what_takes_the_place_of_an_output_can_be_viewed_and_written_to():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y.mul_(2)
+        return m.b(y.view(-1, 3).relu()).view(len(x), -1)
+
+    torch.manual_seed(0)
+    model, x = wired(run, a=nn.Linear(8, 6), b=nn.Linear(3, 2)), dataset().tensors[0]
+    with torch.no_grad():
+        before, mean = model(x), model.a(x).mean(0)
+        after = model.b((2 * mean).view(-1, 3).relu()).view(1, -1)
+    effects = component_effects(model, [x], credit_report(model, [x]))
+    expected = (after - before).square().sum() / (before - before.mean(0)).square().sum()
+    assert effects.values["skip"][0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_several_tensors_of_which_none_is_known_to_be_the_end_are_told():
+    model, x = heads(lambda p, v: (v, p)), dataset().tensors[0]
+    effects = component_effects(model, [x], components=["body"])
+    assert effects.notes[0].startswith(
+        "effects are about the first of 2 tensors that the model returns, of"
+    )
+
+
 def test_a_network_that_gives_its_loss_alone_is_refused():
     model = wired(lambda m, x: m.a(x).square().mean(), a=nn.Linear(8, 3))
     with pytest.raises(ValueError, match="gave Tensor with single numbers alone, as losses are; return"):
