@@ -282,21 +282,19 @@ def _outputs(
     ``made`` lists the tensors that each end of the network led to. The first one of each counts; where
     the targets are classes of one of them, or ``only`` one may count, that one alone.
     """
-    tensors, places = list(tensors_inside(given)), list[int]()
+    tensors, places, notes = list(tensors_inside(given)), list[int](), list[str]()
     for found in made.values():
         if not places or not {*found} & {*places}:
             places.extend(found[:1])
     if not places:
         possible = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim]
-        if len(possible) < 2:
-            return None, ()
-        which = (
-            f"effects are about the first of {len(possible)} tensors that the model returns, of shape "
-            f"{tuple(possible[0].shape)}; return another from forward_fn to see those on it"
-        )
-        return None, (which,)
+        if len(possible) > 1:
+            notes.append(
+                f"effects are about the first of {len(possible)} tensors that the model returns, of "
+                f"shape {tuple(possible[0].shape)}; return another from forward_fn to see those on it"
+            )
+        return None, tuple(notes)
     places = sorted(places)
-    notes = []
     for name in (end for end, found in made.items() if not found):
         notes.append(f"the model does not return what {name!r} gives, so effects on it are not seen")
     fitting = [p for p in places if target is not None and are_classes(tensors[p], target)]
