@@ -165,6 +165,8 @@ class Measurement(Accumulator):
     def end_pass(self) -> None:
         """Add up what the capture recorded in the pass that just ended."""
         self._silent, self._skipped = self.capture.silent, self.capture.skipped
+        # Of the first pass, rows are made when what it was given is forgotten.
+        self._valid = valid_positions(self.capture.given) if self._valid is None else self._valid
         states = self.capture.end_pass()
         if len(states) < 2:
             raise ValueError(

@@ -31,6 +31,7 @@ from lightning_koopman.network.tensors import (
     are_data,
     detached_copy,
     first_packed,
+    first_real,
     first_tensor,
     is_real,
     is_spread,
@@ -82,7 +83,7 @@ class Capture:
             returned in the first pass; those of several states are recorded themselves, under the same
             name. Empty where it was not called.
         in_losses: The states that reach single numbers which it returned then, as losses are.
-        given: What the network, or else that ancestor, was called with, by name.
+        given: What that ancestor, or else the network, was called with, by name.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Capture:
         self._ran: set[int] = set()
         self._nested = 0
         self.given: dict[str, Any] = {}
+        self._outer: dict[str, Any] = {}
         self._start_call()
         self._provenance.start_pass(batch)
 
@@ -256,11 +258,13 @@ class Capture:
             self._start_call()
             assert self.again is not None
             self.again(states)
-        self.given = self.given or _arguments(module, args, kwargs)
+        # What this call is told of its own data comes first.
+        own = _arguments(module, args, kwargs)
+        self.given = own | {key: self._outer[key] for key in self._outer.keys() - own.keys()}
 
     @_kept_out_of_the_forward
     def _on_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.given = _arguments(module, args, kwargs)
+        self.given = self._outer = _arguments(module, args, kwargs)
 
     @_kept_out_of_the_forward
     def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -287,7 +291,7 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensor = first_tensor((args, kwargs))
+        tensor = first_real((args, kwargs))
         key = (id(module), self._calls.get(id(module), 0))
         if tensor is not None:
             if self._passes == 0 and self._is_input(tensor):
@@ -310,7 +314,7 @@ class Capture:
     def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Let what a parameter-free module made of a component's output count as that component's."""
         call = self._count(module)
-        if self._current is None or self._raw is None or first_tensor(args) is not self._raw:
+        if self._current is None or self._raw is None or first_real(args) is not self._raw:
             return
         name, *recorded_by = self._current
         if (
@@ -339,7 +343,7 @@ class Capture:
     def _continues(self, output: Any, name: str, raw: Tensor) -> bool:
         """Check whether an output still holds a component's state, one row per sample."""
         # A module may look at a state for its type or length alone, as rotary embeddings do.
-        tensor = first_tensor(output)
+        tensor = first_real(output)
         if tensor is None or tensor.shape[:1] != raw.shape[:1]:
             return False
         return self._provenance.may_hold(tensor, name)
@@ -352,7 +356,7 @@ class Capture:
         """Check whether a module compares a state with data that no component takes, such as targets."""
         if isinstance(module, nn.modules.loss._Loss):
             return True
-        tensor, others = first_tensor(output), self._provenance.others(given)
+        tensor, others = first_real(output), self._provenance.others(given)
         if tensor is None or not others:
             return False
         # Lengths or a mask of positions may say how to pool a sequence.
@@ -365,7 +369,7 @@ class Capture:
         return call
 
     def _record(self, name: str, module: nn.Module, call: int, output: Any) -> None:
-        tensor = first_tensor(output)
+        tensor = first_real(output)
         if tensor is None:
             self._unusable = (
                 f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "

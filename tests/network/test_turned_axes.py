@@ -183,3 +183,40 @@ def test_outputs_with_positions_first_are_refused_by_effects():
         component_effects(model, x)
     turned = component_effects(model, x, forward_fn=lambda model, batch: model(batch).transpose(0, 1))
     assert turned.n_samples == 300
+
+
+def test_items_of_sets_one_behind_the_other_are_no_samples():
+    def run(m: nn.Module, sets: list[Tensor]) -> Tensor:
+        items = m.item(torch.cat(sets)).relu()
+        return m.head(torch.stack([part.sum(0) for part in items.split([len(x) for x in sets])]))
+
+    model = wired(run, item=nn.Linear(4, 8), head=nn.Linear(8, 3))
+    sets = [torch.randn(1 + i % 5, 4) for i in range(60)]
+    with pytest.raises(
+        ValueError, match=r"'head' alone has one row per sample.*left out: input \(90, 4\)"
+    ):
+        credit_report(model, [sets[:30], sets[30:]], forward_fn=lambda model, batch: model(batch))
+
+
+class Masked(nn.Module):
+    """An encoder that is told which positions hold data by an argument, not by the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.high((self.low(x).relu() * mask[..., None]).sum(1))
+
+
+def test_a_mask_among_the_arguments_counts_in_the_first_batch_too():
+    generator = torch.Generator().manual_seed(0)
+    x, model = torch.randn(200, T, 4, generator=generator), Masked()
+    mask = (torch.arange(T) < torch.randint(1, T + 1, (200, 1), generator=generator)).float()
+    whole, parts = (
+        credit_report(model, list(zip(x.split(n), mask.split(n), strict=True)), reduce="mean")
+        for n in (200, 20)
+    )
+    named = credit_report(model, [{"x": x, "mask": mask}], reduce="mean")
+    assert parts.credit == pytest.approx(whole.credit, abs=1e-6)
+    assert named.credit == pytest.approx(whole.credit, abs=1e-6)
