@@ -229,8 +229,10 @@ class Outputs:
             return torch.cat([
                 _by_sample(torch.ones_like(a.select(self._axis, 0))) for a in self._outputs
             ])
-        mean = MeanAndSpread(self._outputs).mean
-        shares = torch.cat([_by_sample((a.double() - mean).square()) for a in self._outputs])
+        shares = torch.cat([
+            _by_sample((a.double() - mean).square())
+            for a, mean in zip(self._outputs, _means(self._outputs), strict=True)
+        ])
         if not shares.any():
             raise ValueError("the outputs are constant, so no change is relative to anything")
         return shares
@@ -273,6 +275,27 @@ class Outputs:
         right = torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
         classes = torch.cat([_by_sample(torch.ones_like(t)) for t in self._targets])
         return float(right.sum() / classes.sum()), right, classes
+
+
+def _means(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the mean of each unit, for each batch; where sizes vary, a unit is a channel everywhere."""
+    shapes = list(dict.fromkeys(output.shape[1:] for output in outputs))
+    if len(shapes) == 1:
+        return [MeanAndSpread(outputs).mean] * len(outputs)
+    ranks = {len(shape) for shape in shapes}
+    alike = (
+        []
+        if len(ranks) > 1
+        else [k for k, sizes in enumerate(zip(*shapes, strict=True)) if len({*sizes}) == 1]
+    )
+    if len(alike) != 1:
+        raise ValueError(
+            f"outputs of the shapes {tuple(shapes[0])} and {tuple(shapes[1])} per sample arrived, so no "
+            "unit has a mean; bring all batches to one size, or give class indices as targets"
+        )
+    channel = alike[0] + 1
+    mean = MeanAndSpread(o.movedim(channel, -1).flatten(0, -2) for o in outputs).mean
+    return [mean.view(-1, *[1] * (outputs[0].ndim - channel - 1))] * len(outputs)
 
 
 def _by_sample(values: Tensor) -> Tensor:

@@ -144,6 +144,36 @@ def test_several_tensors_of_which_none_is_known_to_be_the_end_are_told():
     )
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_outputs_may_vary_in_length(channels_first):
+    """The mean in place of an output, and that of the outputs, is one of channels then."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.b(m.a(x).relu())
+        return y.transpose(1, 2) if channels_first else y
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 6), b=nn.Linear(6, 3))
+    batches = [torch.randn(20, length, 4) for length in (5, 7, 6)]
+    effects = component_effects(model, batches, credit_report(model, batches, reduce="mean"))
+    rows = torch.cat([x.flatten(0, 1) for x in batches])
+    with torch.no_grad():
+        before = model.b(model.a(rows).relu())
+        after = model.b(model.a(rows).mean(0).relu())
+    whole = (before - before.mean(0)).square().sum()
+    expected = [float((after - before).square().sum() / whole), 1.0]
+    assert effects.values["skip"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_outputs_of_which_no_axis_is_fixed_are_refused():
+    model = wired(lambda m, x: m.a(x) @ m.a(x).transpose(1, 2), a=nn.Linear(4, 6))
+    batches = [torch.randn(20, length, 4) for length in (5, 7)]
+    with pytest.raises(
+        ValueError, match=r"outputs of the shapes \(5, 5\) and \(7, 7\) per sample arrived"
+    ):
+        component_effects(model, batches, components=["a"])
+
+
 def test_a_network_that_gives_its_loss_alone_is_refused():
     model = wired(lambda m, x: m.a(x).square().mean(), a=nn.Linear(8, 3))
     with pytest.raises(ValueError, match="gave Tensor with single numbers alone, as losses are; return"):
