@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from lightning_koopman.effects.alterations import altered_parts, end_calls
 from lightning_koopman.effects.component_effects import effects_on
 from lightning_koopman.effects.scoring import find_target
 from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.replay import Step
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport
@@ -102,9 +104,15 @@ def measure_effects(
 ) -> Effects:
     """Measure effects by running recorded steps again, on what the report's last components give.
 
-    Taken are whole steps, as many as hold so many samples, and at least one. ``agree`` collects how the
-    targets of all processes fit.
+    Taken are whole steps, as many as hold so many samples, and at least one, of those that call what
+    most of them call: some may also run the network on other data, say to draw a picture. ``agree``
+    collects how the targets of all processes fit.
     """
+    parts = {find_module(model, c)[0] for calls in altered_parts(report).values() for c in calls}
+    steps = [step.without_strangers(parts) for step in steps]
+    kinds_of_step = [tuple(id(call.module) for call in step.calls) for step in steps]
+    usual = Counter(kinds_of_step).most_common(1)[0][0]
+    steps = [step for step, kind in zip(steps, kinds_of_step, strict=True) if kind == usual]
     taken, n_rows = list(steps[:1]), sum(step.n_rows for step in steps[:1])
     for step in steps[1:]:
         n_rows += step.n_rows

@@ -28,6 +28,7 @@ from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
+    all_tensors,
     are_data,
     detached_copy,
     first_packed,
@@ -125,6 +126,8 @@ class Capture:
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
+        self._foreign: set[tuple[int, int]] = set()
+        self._leads_in = False
         self._provenance = Provenance()
         self.start_pass()
 
@@ -167,6 +170,7 @@ class Capture:
         self._error: Exception | None = None
         self._ran: set[int] = set()
         self._nested = 0
+        self._called = False
         self.given: dict[str, Any] = {}
         self._outer: dict[str, Any] = {}
         self._start_call()
@@ -250,7 +254,9 @@ class Capture:
         self._nested += 1
         if self._nested > 1:
             return
-        if self._states and self.again is None:
+        if self._states and not self._called:
+            self._begin_behind_others((args, kwargs))
+        elif self._states and self.again is None:
             self._closed = True
         elif self._states:
             states, self._passes = self._states, self._passes + 1
@@ -258,9 +264,27 @@ class Capture:
             self._start_call()
             assert self.again is not None
             self.again(states)
+        self._called = True
         # What this call is told of its own data comes first.
         own = _arguments(module, args, kwargs)
         self.given = own | {key: self._outer[key] for key in self._outer.keys() - own.keys()}
+
+    def _begin_behind_others(self, given: Any) -> None:
+        """Keep the states of parts that were called before, if this call reads them."""
+        sources = self._provenance.of(given)
+        if sources is not None:
+            self._leads_in = bool(sources & self._states.keys())
+        if self._leads_in:
+            return
+        self._start_call()
+        if self._passes == 0:
+            for known in (self.parts, self._inputs, self._merged, self._superseded):
+                known.clear()
+
+    def _is_foreign(self, args: Any, kwargs: Any) -> bool:
+        """Check whether a call behind that of the ancestor runs on other data, such as noise."""
+        behind = self._called and not self._nested and self._passes == 0
+        return behind and all(map(self._provenance.is_untouched, all_tensors((args, kwargs))))
 
     @_kept_out_of_the_forward
     def _on_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -293,6 +317,9 @@ class Capture:
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         tensor = first_real((args, kwargs))
         key = (id(module), self._calls.get(id(module), 0))
+        if self._is_foreign(args, kwargs):
+            self._foreign.add(key)
+            return
         if tensor is not None:
             if self._passes == 0 and self._is_input(tensor):
                 self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
@@ -308,6 +335,9 @@ class Capture:
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self._count(module)
+        if (id(module), call) in self._foreign:
+            # What reads it runs on other data, too.
+            return
         self._record(name if call == 0 else f"{name}#{call}", module, call, output)
 
     @_kept_out_of_the_forward

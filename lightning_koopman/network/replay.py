@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -102,6 +102,26 @@ class Step:
             _mapped((call.args, call.kwargs), look)
         return max(sizes, default=1)
 
+    def without_strangers(self, parts: Collection[nn.Module]) -> Step:
+        """Leave out calls that have nothing to do with one that runs all parts, if any does."""
+        read = [_read_by(call) for call in self.calls]
+        kept = {i for i, c in enumerate(self.calls) if {*parts} <= {*c.module.modules()}}
+        before: set[int] = set()
+        while kept and kept != before:
+            before = set(kept)
+            kept |= {i for j in before for i in read[j]}
+            kept |= {j for j, sources in enumerate(read) if sources & before}
+        if not kept or len(kept) == len(self.calls):
+            return self
+        place = {old: new for new, old in enumerate(sorted(kept))}
+
+        def moved(part: Any) -> Any:
+            return replace(part, call=place[part.call]) if isinstance(part, _Fed) else part
+
+        calls = [self.calls[i] for i in place]
+        calls = [replace(c, args=_mapped(c.args, moved), kwargs=_mapped(c.kwargs, moved)) for c in calls]
+        return replace(self, calls=calls, outputs=[])
+
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
         return [_revived((call.args, call.kwargs)) for call in self.calls]
@@ -113,6 +133,17 @@ class Step:
             args, kwargs = _fed(taken, returned)
             returned.append((call.module.forward if call.direct else call.module)(*args, **kwargs))
         return returned
+
+
+def _read_by(call: _Call) -> set[int]:
+    found: set[int] = set()
+
+    def look(part: Any) -> None:
+        if isinstance(part, _Fed):
+            found.add(part.call)
+
+    _mapped((call.args, call.kwargs), look)
+    return found
 
 
 class Recording:

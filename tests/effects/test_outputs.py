@@ -219,3 +219,43 @@ def test_a_target_network_counts_nowhere(calls, frozen, tmp_path):
     assert found.scale == "relative"
     assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
     assert np.all(found.values["skip"] > 0.01)
+
+
+class Drawing(small_module()):
+    """An autoencoder whose validation also decodes noise, as for a picture."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.net = None
+        self.encoder, self.decoder, self.when = nn.Linear(8, 4), nn.Linear(4, 8), when
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x).tanh())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self(batch[0]) - batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.when == "first" or (self.when == "once" and not batch_idx):
+            self.decoder(torch.randn(6, 4))
+        self(batch[0])
+        if self.when == "last":
+            self.decoder(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("when", ["first", "last", "once"])
+def test_noise_that_is_decoded_for_a_picture_counts_nowhere(when, tmp_path):
+    torch.manual_seed(0)
+    model, monitor = Drawing(when), KoopmanCreditMonitor(on_error="raise", figures=False)
+    train, x = (TensorDataset(dataset(seed=seed).tensors[0]) for seed in (0, 1))
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    trainer.fit(model, DataLoader(train, 40), DataLoader(x, 40))
+    batches = x.tensors[0].split(40)
+    plain = credit_report(model, batches)
+    assert monitor.report.components == ("encoder", "decoder")
+    assert monitor.report.n_samples == 160
+    assert monitor.report.credit == pytest.approx(plain.credit, abs=1e-5)
+    found = monitor.report.effects
+    expected = component_effects(model, batches, plain)
+    assert found.n_samples == expected.n_samples
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
