@@ -126,6 +126,7 @@ class Capture:
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
+        self._views: set[tuple[Any, ...]] = set()
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
         self._provenance = Provenance()
@@ -278,7 +279,7 @@ class Capture:
             return
         self._start_call()
         if self._passes == 0:
-            for known in (self.parts, self._inputs, self._merged, self._superseded):
+            for known in (self.parts, self._inputs, self._merged, self._superseded, self._views):
                 known.clear()
 
     def _is_foreign(self, args: Any, kwargs: Any) -> bool:
@@ -321,7 +322,8 @@ class Capture:
             self._foreign.add(key)
             return
         if tensor is not None:
-            if self._passes == 0 and self._is_input(tensor):
+            if self._passes == 0 and (self._is_input(tensor) or self._is_further_part(tensor)):
+                self._views.add(_view_of(tensor))
                 self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
                 self._provenance.claim(tensor, self._inputs[key])
             if key in self._inputs:
@@ -369,6 +371,15 @@ class Capture:
         """Check whether a component takes data of the batch that no component has taken before."""
         fresh = self._provenance.is_fresh(tensor)
         return not self._states if fresh is None else fresh
+
+    def _is_further_part(self, tensor: Tensor) -> bool:
+        """Check whether a component takes another part of an input than before, as steps in time are."""
+        sources = self._provenance.of(tensor)
+        if not sources or not sources <= set(self._inputs.values()):
+            return False
+        *view, offset = _view_of(tensor)
+        offsets = {other for *known, other in self._views if known == view}
+        return bool(offsets) and offset not in offsets
 
     def _continues(self, output: Any, name: str, raw: Tensor) -> bool:
         """Check whether an output still holds a component's state, one row per sample."""
@@ -436,6 +447,14 @@ class Capture:
         if self._passes == 0:
             recorded = replace(recorded, merged=self._provenance.merged(tensor))
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
+
+
+def _view_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return which memory a tensor looks at, how, and where it begins."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return id(tensor), 0
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

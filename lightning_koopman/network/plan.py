@@ -205,7 +205,12 @@ def _module(name: str) -> str:
 
 
 def _called(group: Sequence[str], ran: Iterable[str]) -> str:
-    """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module."""
+    """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module.
+
+    Many inputs, as the steps of a sequence that one cell takes in turn, are the input.
+    """
+    if len(group) > 2 and all(_module(name) == INPUT for name in group):
+        return INPUT
     prefix, dot, _ = group[0].rpartition(".")
     while dot and len(group) > 2:
         if {name for name in ran if name.startswith(f"{prefix}.")} == set(group):
@@ -351,7 +356,8 @@ def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
 
 def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]]) -> list[str]:
     notes = []
-    joined = [name for name, group in zip(plan.names, plan.states, strict=True) if len(group) > 1]
+    states = zip(plan.names, plan.states, strict=True)
+    joined = [name for name, group in states if len(group) > 1 and name != INPUT]
     if joined:
         notes.append(
             f"components side by side were joined into one state: {listed(joined)}; their credit is "
