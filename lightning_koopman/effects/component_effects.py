@@ -86,6 +86,9 @@ def component_effects(
     samples, one with gradients, a backward pass per probe, and one more pass per kind that alters
     weights do for all components, and for all sets of them (:meth:`Effects.of`).
 
+    The outputs are what the report's last components lead to among what the model returns, several heads
+    side by side; where the targets are classes of one of them, that one alone, and a note says so.
+
     A module that runs several times is altered in all its calls by the kinds that touch weights, in one
     call by the others. The model is left exactly as it was found, gradients included, also when an
     exception flies.
