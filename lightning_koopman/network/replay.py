@@ -274,7 +274,10 @@ class Recording:
                 equal_nan=True,
             ):
                 name = self._names[id(call.module)]
-                return f"{name!r} does not give again what it gave (it samples, or keeps state)"
+                return (
+                    f"{name!r} does not give again what it gave (it samples, keeps state, or its "
+                    "weights were others)"
+                )
         return None
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:

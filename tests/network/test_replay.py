@@ -124,8 +124,10 @@ def test_a_pass_that_samples_is_found_out():
 
     recording = recorded(Samples().eval(), lambda m, x: m(x))
     assert recording.reason is None
-    assert (
-        recording.differs() == "'Samples' does not give again what it gave (it samples, or keeps state)"
+    differs = recording.differs()
+    assert differs is not None
+    assert differs.startswith(
+        "'Samples' does not give again what it gave (it samples, keeps state, or its"
     )
 
 
