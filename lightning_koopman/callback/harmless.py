@@ -102,8 +102,8 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
             if self.on_error == "raise":
                 raise
             self._warn_once(
-                f"Koopman credit skipped: {error}. Training continues; later measurements are retried "
-                "(shown once).",
+                f"Koopman credit skipped: {str(error).removesuffix('.')}. Training continues; later "
+                "measurements are retried (shown once).",
                 kind="error",
             )
         except BaseException:

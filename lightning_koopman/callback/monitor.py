@@ -39,6 +39,7 @@ from lightning_koopman.callback.trainer_facts import (
     refuse_sharded_weights,
     samples_for_rank,
     steps_ahead,
+    trained_parameters,
     unrepeated_samples,
 )
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
@@ -183,6 +184,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._rides_along = True
         self._from_training = False
         self._recording: Recording | None = None
+        self._steps_of_training: Recording | None = None
         self._watched: Measurement | None = None
         self._n_recorded = 0
         self._checked = self._recorded_training = False
@@ -274,7 +276,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Begin a measurement if one is due."""
         self._forget()
         in_training = trainer.state.fn == "fit"
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or (in_training and self._from_training):
             return
         due = self._due_epoch if may_skip_validation(trainer, pl_module) else self._is_due(trainer)
         if in_training and not due:
@@ -290,6 +292,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         loader = first_loader(trainer.val_dataloaders)
         self._begin(trainer, pl_module, loader, final=in_training and may_be_last(trainer))
         assert self._measurement is not None
+        self._steps_of_training = self._recording if self._recorded_training else None
         self._recording = Recording(
             pl_module,
             self._measurement.capture.components,
@@ -329,6 +332,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         idle = self._rides_along and not measurement.capture.ran
         if idle and trainer.state.fn == "fit" and not self.sync_pending:
             self._forget()
+            self._recording, self._recorded_training = self._steps_of_training, True
             self._watch_training("validation runs no component")
             return
         with plain_numerics(pl_module):
@@ -467,7 +471,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _forget_run(self) -> None:
         self._forget()
-        self._recording = self._watched = self._differs = None
+        self._recording = self._steps_of_training = self._watched = self._differs = None
         self._from_training = self._checked = self._recorded_training = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._newest, self._due_epoch = {}, False
@@ -507,6 +511,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 max_samples=min(own, unrepeated_samples(loader)) if part.counts else 0,
                 shared=self.sync_pending,
                 like=like,
+                trained=trained_parameters(trainer, pl_module),
             )
             # The last report is about the coordinates of its own weights.
             if self.drift and self._watched is not None and not self._final:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import altered_parts
+from lightning_koopman.effects.alterations import altered_parts, end_calls
 from lightning_koopman.effects.component_effects import effects_on
 from lightning_koopman.effects.scoring import find_target
 from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.replay import Step
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport
@@ -100,11 +102,17 @@ def measure_effects(
     samples: float = SAMPLES,
     agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
 ) -> Effects:
-    """Measure effects by running recorded steps again, of which the last call gives the outputs.
+    """Measure effects by running recorded steps again, on what the report's last components give.
 
-    Taken are whole steps, as many as hold so many samples, and at least one. ``agree`` collects how the
-    targets of all processes fit.
+    Taken are whole steps, as many as hold so many samples, and at least one, of those that call what
+    most of them call: some may also run the network on other data, say to draw a picture. ``agree``
+    collects how the targets of all processes fit.
     """
+    parts = {find_module(model, c)[0] for calls in altered_parts(report).values() for c in calls}
+    steps = [step.without_strangers(parts) for step in steps]
+    kinds_of_step = [tuple(id(call.module) for call in step.calls) for step in steps]
+    usual = Counter(kinds_of_step).most_common(1)[0][0]
+    steps = [step for step, kind in zip(steps, kinds_of_step, strict=True) if kind == usual]
     taken, n_rows = list(steps[:1]), sum(step.n_rows for step in steps[:1])
     for step in steps[1:]:
         n_rows += step.n_rows
@@ -114,7 +122,8 @@ def measure_effects(
 
     def forward(_: nn.Module, step: Step) -> Any:
         with around():
-            return step.run()[-1]
+            # Where nothing tells the outputs apart, they are those of the last call.
+            return step.run()[::-1]
 
     fits: list[Fit] = []
 
@@ -124,7 +133,15 @@ def measure_effects(
         return known if are_classes(fits) else [None] * len(taken)
 
     runner = ForwardRunner(model, taken, forward)
-    found = effects_on(runner, altered_parts(report), kinds, how="measured", targets=targets)
+    found = effects_on(
+        runner,
+        altered_parts(report),
+        kinds,
+        ends=end_calls(report),
+        how="measured",
+        target_of=lambda step: step.targets,
+        targets=targets,
+    )
     if found.scale == "relative" and any(fit.found for fit in fits):
         note = (
             "the integer targets of the batches are no classes of the outputs, so changes are relative"

@@ -94,6 +94,14 @@ def refuse_sharded_weights(trainer: Any) -> None:
         )
 
 
+def trained_parameters(trainer: Any, pl_module: Any) -> frozenset[int] | None:
+    """Return the ``id`` of each parameter that an optimizer updates; ``None`` if that is not known."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    found = {id(p) for group in groups for p in group["params"]}
+    # Strategies may hand the optimizers tensors of their own.
+    return frozenset(found) if any(id(p) in found for p in pl_module.parameters()) else None
+
+
 def first_loader(loaders: Any) -> Any:
     """Find the first of several loaders."""
     while isinstance(loaders, dict | list | tuple) and loaders:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,15 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_koopman.effects.derived_weights import derived_weights, reset, set_derived
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.network.components import clean_name
-from lightning_koopman.network.forward_runner import MeanAndSpread, sample_axis
+from lightning_koopman.network.forward_runner import MeanAndSpread
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
+from lightning_koopman.network.rows import (
+    RowForm,
+    by_sample,
+    form_of,
+    gives_batch_second,
+    has_batch_second,
+)
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
 
@@ -38,6 +46,15 @@ def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
     # What is joined into one state is altered one by one.
     single = set(report.components) <= set(report.parts)
     return {n: calls for n, calls in report.parts.items() if not single or n in report.components}
+
+
+def end_calls(report: CreditReport) -> tuple[str, ...]:
+    """Return the module calls that the chain of a report ends with, where they are modules'."""
+    last = report.components[-1]
+    names = [last] if last in report.parts else last.split("+")
+    if last.endswith(".*") and last not in report.parts:
+        names = [name for name in report.parts if name.startswith(last[:-1])]
+    return tuple(report.parts[n][-1] for n in names) if report.parts.keys() >= {*names} else ()
 
 
 class Alterations:
@@ -80,7 +97,7 @@ class Alterations:
         self._replacements = {kind: _cleaned(weights) for kind, weights in replacements.items()}
         for kind, weights in self._replacements.items():
             _check_names(kind, weights, model)
-        self._axes: dict[HookPoint, int] = {}
+        self._forms: dict[HookPoint, RowForm] = {}
         self._units: dict[str, _Units] = {name: _Units() for name in parts}
         self._fits: dict[str, LinearFit] = {}
         self._sizes: list[int] = []
@@ -92,16 +109,41 @@ class Alterations:
         """What :meth:`update` wants to see."""
         if {"linear", "skip"} & {*self.kinds}:
             return [*self.inputs.values(), *self.outputs.values()]
-        return [*self.outputs.values()] if "output_noise" in self.kinds else []
+        return [*self.outputs.values()]
+
+    def settle(
+        self,
+        values: Mapping[HookPoint, Tensor],
+        merged: Mapping[HookPoint, tuple[int, ...] | None],
+        output: Tensor,
+    ) -> None:
+        """Find where the samples are in each state, as the first batch shows."""
+        modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
+        turned = any(map(has_batch_second, modules.values()))
+        for name, module in modules.items():
+            for point in (self.outputs[name], self.inputs[name]):
+                if (value := values.get(point)) is None:
+                    continue
+                second = gives_batch_second(module, value)
+                if second and output.shape[1:2] == value.shape[1:2] and output.ndim > 1:
+                    raise ValueError(
+                        f"the outputs have shape {tuple(output.shape)}, and {name!r} gives the samples "
+                        "along the second axis; put them first in the outputs, with forward_fn=lambda "
+                        "model, batch: model(batch).transpose(0, 1), and in the targets"
+                    )
+                _check_samples(name, value, len(output))
+                self._forms[point] = form_of(
+                    name, value, len(output), merged.get(point), second=second, turned=turned
+                )
 
     def update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
         """Take the states that one batch has in the network as it is."""
         self._sizes.append(n_samples)
-        for name in self.names if self.read else ():
+        for name in self.names:
             source, point = self.inputs[name], self.outputs[name]
             for read in (point, source):
                 if read in values:
-                    self._axes[read] = sample_axis(values[read], n_samples, name)
+                    _check_samples(name, values[read], n_samples)
             output = self._rows(values, point)
             alike = source in values and values[source].shape == values[point].shape
             if "output_noise" in self.kinds or ("skip" in self.kinds and not alike):
@@ -170,7 +212,8 @@ class Alterations:
         moved towards that of a sample's group by the share :data:`SHIFT`.
         """
         source, point = self.inputs[name], self.outputs[name]
-        axis, by_batch = self._axes.get(point, 0), iter(groups)
+        form, by_batch = self._forms.get(point, RowForm()), iter(groups)
+        axis = form.batch_axis
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
             given, rows = self._rows(values, source), output.movedim(axis, 0)
@@ -184,7 +227,8 @@ class Alterations:
                 return values[source]
             rows, mean = output.movedim(axis, 0), self._units[name].mean.to(output)
             if (groups_here := next(by_batch, None)) is not None:
-                mean = torch.lerp(mean, _means_of(rows, groups_here, mean), SHIFT)
+                own = form.samples(len(rows), len(groups_here))
+                mean = torch.lerp(mean, _means_of(rows, groups_here[own], mean), SHIFT)
             return mean.expand_as(rows).movedim(0, axis)
 
         if kind != "output_noise":
@@ -201,9 +245,17 @@ class Alterations:
 
     def noise_of(self, name: str, gradient: Tensor) -> Tensor:
         """Return a gradient times the standard deviation of output noise, with samples first."""
-        return self.spread(name).to(gradient.device) * gradient.movedim(
-            self._axes[self.outputs[name]], 0
-        )
+        point = self.outputs[name]
+        axis = self._forms.get(point, RowForm()).batch_axis
+        return (self.spread(name).to(gradient.device) * gradient.movedim(axis, 0)).movedim(0, axis)
+
+    def rows_by_sample(self, name: str, tensor: Tensor, n_samples: int) -> Tensor:
+        """Return one row per sample of what lies where a component's output does."""
+        _check_samples(name, tensor, n_samples)
+        form = self._forms.get(self.outputs[name], RowForm())
+        group = tensor.shape[form.batch_axis] // n_samples
+        rows = by_sample(tensor, replace(form, group=group)).reshape(n_samples, -1)
+        return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
     @contextmanager
     def weights(self, kind: str, names: Iterable[str]) -> Generator[None, None, None]:
@@ -238,12 +290,24 @@ class Alterations:
         return [members for _, members in groups]
 
     def _rows(self, values: Mapping[HookPoint, Tensor], point: HookPoint) -> Tensor:
-        return values[point].movedim(self._axes[point], 0)
+        return values[point].movedim(self._forms.get(point, RowForm()).batch_axis, 0)
+
+
+def _check_samples(name: str, tensor: Tensor, n_samples: int) -> None:
+    """Refuse a state that has the samples neither along the first nor along the second axis."""
+    shape = tensor.shape
+    first = bool(shape) and n_samples > 0 and shape[0] % n_samples == 0
+    if not first and (len(shape) < 2 or not n_samples or shape[1] != n_samples):
+        raise ValueError(
+            f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
+            "effects cannot be told apart by sample; choose components with the samples along one of "
+            "the first two axes"
+        )
 
 
 def _means_of(rows: Tensor, groups: Tensor, like: Tensor) -> Tensor:
     """Return for each row the mean of its group, in units as those of another mean."""
-    own = groups.to(rows.device).repeat_interleave(len(rows) // len(groups))
+    own = groups.to(rows.device)
     means = torch.empty_like(rows)
     for group in groups.unique():  # type: ignore[no-untyped-call]
         mean = rows[own == group].double().mean(dim=0).to(rows)

@@ -14,8 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import SHIFT, Alterations, Weights, altered_parts
-from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
+from lightning_koopman.effects.alterations import (
+    SHIFT,
+    Alterations,
+    Weights,
+    altered_parts,
+    end_calls,
+)
+from lightning_koopman.effects.scoring import Metric, Outputs, are_classes, find_target, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
@@ -23,6 +29,7 @@ from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
+from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import CreditReport
 
@@ -79,6 +86,9 @@ def component_effects(
     samples, one with gradients, a backward pass per probe, and one more pass per kind that alters
     weights do for all components, and for all sets of them (:meth:`Effects.of`).
 
+    The outputs are what the report's last components lead to among what the model returns, several heads
+    side by side; where the targets are classes of one of them, that one alone, and a note says so.
+
     A module that runs several times is altered in all its calls by the kinds that touch weights, in one
     call by the others. The model is left exactly as it was found, gradients included, also when an
     exception flies.
@@ -132,13 +142,14 @@ def component_effects(
     """
     runner = runner_on(model, batches, samples, forward_fn)
     if report is not None:
-        parts = _chosen(altered_parts(report), components)
+        parts, ends = _chosen(altered_parts(report), components), end_calls(report)
     else:
-        parts = _found(runner, components)
+        parts, ends = _found(runner, components)
     return effects_on(
         runner,
         parts,
         kinds if isinstance(kinds, str) else (*kinds, *(replacements or ())),
+        ends=ends,
         how=how,
         replacements=replacements,
         sets=sets,
@@ -157,6 +168,7 @@ def effects_on(
     parts: Mapping[str, Sequence[str]],
     kinds: Sequence[str] = ("skip",),
     *,
+    ends: Iterable[str] = (),
     how: How = "auto",
     replacements: Mapping[str, Weights] | None = None,
     sets: Iterable[Collection[str]] = (),
@@ -167,13 +179,14 @@ def effects_on(
     scale: Scale | None = None,
     probes: int = 2,
     seed: int = 0,
+    target_of: Callable[[Any], Tensor | None] = find_target,
     targets: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] | None = None,
 ) -> Effects:
     """Compute effects with whatever runs the network: on data, or on calls that were recorded.
 
-    ``parts`` holds the module calls of each component, see :func:`altered_parts`. ``targets`` is called
-    with the outputs of all batches and returns the targets of each; without it they are looked for in
-    the batches.
+    ``parts`` holds the module calls of each component, see :func:`altered_parts`, and ``ends`` the calls
+    whose outputs are the network's. ``target_of`` finds the targets of a batch; ``targets`` is called
+    with the outputs of all batches and returns those that count.
     """
     for name, value in (("probes", probes), ("draws", 1 if draws is None else draws)):
         if value < 1:
@@ -197,7 +210,14 @@ def effects_on(
     with undisturbed(runner.model):
         outputs: list[Tensor] = []
         for number in range(len(runner.batches)):
-            output, values = runner.run_batch(number, alterations.read)
+            if number:
+                output, values = runner.run_batch(number, alterations.read)
+            else:
+                given, values, merged, made = runner.run_followed(alterations.read, ends)
+                only = scale == "kl" or metric is not None
+                runner.places, about = _outputs(given, made, target_of(runner.batches[0]), only=only)
+                output = runner.output_of(given)
+                alterations.settle(values, merged, output)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
         known = None if targets is None else targets(outputs)
@@ -212,9 +232,10 @@ def effects_on(
             second = predict(
                 alterations, runner, before, to_predict, draws=draws, probes=probes, seed=seed
             )
-    size, notes = outputs[0][0].numel(), tuple[str, ...]()
+    size, notes = outputs[0][0].numel(), about
     if second and size > probes:
-        notes = (f"predicted from {probes} random combinations of the {size} outputs per sample",)
+        combined = f"predicted from {probes} random combinations of the {size} outputs per sample"
+        notes = (*about, combined)
     predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
@@ -245,13 +266,51 @@ def effects_on(
 
 def _found(
     runner: ForwardRunner, components: Components | Sequence[Components] | None
-) -> dict[str, tuple[str, ...]]:
-    """Find the components of a network, by a pass over the first batch."""
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Find the components of a network and where it ends, by a pass over the first batch."""
     measurement = Measurement(runner.model, components, DEFAULTS)
     measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
-    if components is not None:
-        return measurement.capture.parts
-    return measurement.parts
+    assert measurement.plan is not None
+    known, ends = measurement.capture.parts, measurement.plan.states[-1]
+    calls = tuple(known[name][-1] for name in ends) if known.keys() >= {*ends} else ()
+    # Those that were named may end before the network does.
+    return (measurement.parts, calls) if components is None else (known, ())
+
+
+def _outputs(
+    given: Any, made: Mapping[str, Sequence[int]], target: Tensor | None, *, only: bool
+) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+    """Choose the outputs among what a model returned, and say what they are where there are several.
+
+    ``made`` lists the tensors that each end of the network led to. The first one of each counts; where
+    the targets are classes of one of them, or ``only`` one may count, that one alone.
+    """
+    tensors, places, notes = list(tensors_inside(given)), list[int](), list[str]()
+    for found in made.values():
+        if not places or not {*found} & {*places}:
+            places.extend(found[:1])
+    if not places:
+        possible = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim]
+        if len(possible) > 1:
+            notes.append(
+                f"effects are about the first of {len(possible)} tensors that the model returns, of "
+                f"shape {tuple(possible[0].shape)}; return another from forward_fn to see those on it"
+            )
+        return None, tuple(notes)
+    places = sorted(places)
+    for name in (end for end, found in made.items() if not found):
+        notes.append(f"the model does not return what {name!r} gives, so effects on it are not seen")
+    fitting = [p for p in places if target is not None and are_classes(tensors[p], target)]
+    rows = {len(tensors[place]) for place in places}
+    if len(places) > 1 and (fitting or only or len(rows) > 1):
+        kept = fitting[0] if fitting else places[0]
+        ends = [end for end, found in made.items() if kept in found]
+        notes.append(
+            f"effects are about one of {len(places)} outputs, that of {', '.join(ends)}; return another "
+            "from forward_fn to see those on it"
+        )
+        places = [kept]
+    return tuple(places), tuple(notes)
 
 
 def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:

@@ -58,7 +58,11 @@ def are_classes(output: Tensor, target: Tensor) -> bool:
     if target.is_floating_point() or target.is_complex() or output.ndim < 2:
         return False
     without = (output.shape[0], *output.shape[2:])
-    return target.shape in (torch.Size(without), output.shape[:-1])
+    if target.shape not in (torch.Size(without), output.shape[:-1]):
+        return False
+    size = output.shape[class_axis(output, target)]
+    # A single output is one logit. Of positions, some may be marked as none of the classes.
+    return size > 1 and (output.ndim > 2 or not len(target) or int(target.max()) < size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +200,11 @@ class Outputs:
                 "class axis; give targets, or choose scale='relative'"
             )
         self._axis = class_axis(first, target)
+        if self.scale == "kl" and first.ndim > 1 and first.shape[self._axis] == 1:
+            raise ValueError(
+                f"outputs of shape {tuple(first.shape)} arrived, whose classes are one; choose "
+                "scale='relative', or let forward_fn return one output per class"
+            )
         self._metric = metric or (accuracy if classes else None)
         self.has_metric = self._metric is not None
         self.n_samples = sum(map(len, self._outputs))
@@ -220,8 +229,10 @@ class Outputs:
             return torch.cat([
                 _by_sample(torch.ones_like(a.select(self._axis, 0))) for a in self._outputs
             ])
-        mean = MeanAndSpread(self._outputs).mean
-        shares = torch.cat([_by_sample((a.double() - mean).square()) for a in self._outputs])
+        shares = torch.cat([
+            _by_sample((a.double() - mean).square())
+            for a, mean in zip(self._outputs, _means(self._outputs), strict=True)
+        ])
         if not shares.any():
             raise ValueError("the outputs are constant, so no change is relative to anything")
         return shares
@@ -264,6 +275,27 @@ class Outputs:
         right = torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
         classes = torch.cat([_by_sample(torch.ones_like(t)) for t in self._targets])
         return float(right.sum() / classes.sum()), right, classes
+
+
+def _means(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the mean of each unit, for each batch; where sizes vary, a unit is a channel everywhere."""
+    shapes = list(dict.fromkeys(output.shape[1:] for output in outputs))
+    if len(shapes) == 1:
+        return [MeanAndSpread(outputs).mean] * len(outputs)
+    ranks = {len(shape) for shape in shapes}
+    alike = (
+        []
+        if len(ranks) > 1
+        else [k for k, sizes in enumerate(zip(*shapes, strict=True)) if len({*sizes}) == 1]
+    )
+    if len(alike) != 1:
+        raise ValueError(
+            f"outputs of the shapes {tuple(shapes[0])} and {tuple(shapes[1])} per sample arrived, so no "
+            "unit has a mean; bring all batches to one size, or give class indices as targets"
+        )
+    channel = alike[0] + 1
+    mean = MeanAndSpread(o.movedim(channel, -1).flatten(0, -2) for o in outputs).mean
+    return [mean.view(-1, *[1] * (outputs[0].ndim - channel - 1))] * len(outputs)
 
 
 def _by_sample(values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import Outputs
-from lightning_koopman.network.forward_runner import ForwardRunner, rows_by_sample
+from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all
 from lightning_koopman.report.effects import with_folds
@@ -136,7 +136,7 @@ def _displacements(
         for i, name in enumerate(names):
             output = values[points[name]]
             altered = alterations.output(kind, name)(output, values).to(output.device)
-            moved[i] = {i: rows_by_sample(altered - output, n_samples, name)}
+            moved[i] = {i: alterations.rows_by_sample(name, altered - output, n_samples)}
         return moved
     given: dict[str, Tensor] = {}
 
@@ -158,7 +158,8 @@ def _displacements(
             with alterations.weights(kind, [names[group[turn]] for group in altered_groups]):
                 runner.run_batch(number, alter=alter)
             for i, name in enumerate(names):
-                new = rows_by_sample(given[name] - values[points[name]], n_samples, name)
+                moved_by = given[name] - values[points[name]]
+                new = alterations.rows_by_sample(name, moved_by, n_samples)
                 rows.setdefault(i, new)[draw::draws] = new[draw::draws]
         found |= {group[turn]: {j: rows[j] for j in group} for group in altered_groups}
     return found
@@ -168,7 +169,7 @@ def _changes(alterations: Alterations, gradients: Gradients, moved: Moved, n_sam
     """Change of one combination of the outputs, shape ``(n_samples, components)``."""
     names = alterations.names
     rows = {
-        i: rows_by_sample(gradient, n_samples, names[i])
+        i: alterations.rows_by_sample(names[i], gradient, n_samples)
         for i, gradient in enumerate(gradients)
         if gradient is not None
     }
@@ -186,7 +187,8 @@ def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: in
     for i, (name, gradient) in enumerate(zip(alterations.names, gradients, strict=True)):
         if gradient is not None:
             noise = alterations.noise_of(name, gradient)
-            change[:, i] = noise.reshape(n_samples, -1).square().sum(dim=1).double().cpu()
+            rows = alterations.rows_by_sample(name, noise, n_samples)
+            change[:, i] = rows.square().sum(dim=1).double().cpu()
     return change
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -61,11 +61,19 @@ class Measurement(Accumulator):
         max_samples: MaxSamples = None,
         shared: bool = False,
         like: Measurement | None = None,
+        trained: Collection[int] | None = None,
     ) -> None:
         super().__init__(options or Options(), max_samples=max_samples, shared=shared)
         output = self.options.output
         named = None if callable(output) else output
-        self.capture = Capture(model, components, keep=_weakly(self._keep), output=named, follow=True)
+        self.capture = Capture(
+            model,
+            components,
+            keep=_weakly(self._keep),
+            output=named,
+            follow=True,
+            trained=trained,
+        )
         self.plan: Plan | None = None
         self.notes: list[str] = []
         self._named = components is not None
@@ -157,6 +165,8 @@ class Measurement(Accumulator):
     def end_pass(self) -> None:
         """Add up what the capture recorded in the pass that just ended."""
         self._silent, self._skipped = self.capture.silent, self.capture.skipped
+        # Of the first pass, rows are made when what it was given is forgotten.
+        self._valid = valid_positions(self.capture.given) if self._valid is None else self._valid
         states = self.capture.end_pass()
         if len(states) < 2:
             raise ValueError(

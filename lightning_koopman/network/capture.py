@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -28,9 +28,11 @@ from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
+    all_tensors,
     are_data,
     detached_copy,
     first_packed,
+    first_real,
     first_tensor,
     is_real,
     is_spread,
@@ -82,7 +84,7 @@ class Capture:
             returned in the first pass; those of several states are recorded themselves, under the same
             name. Empty where it was not called.
         in_losses: The states that reach single numbers which it returned then, as losses are.
-        given: What the network, or else that ancestor, was called with, by name.
+        given: What that ancestor, or else the network, was called with, by name.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Capture:
         keep: Callable[[Tensor, Recorded], Any] = lambda tensor, _: detached_copy(tensor),
         output: str | None = None,
         follow: bool = False,
+        trained: Collection[int] | None = None,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError(
@@ -108,7 +111,7 @@ class Capture:
         self._transparent = [] if self._named else transparent_modules(model, self.components)
         holders = [*self.components.values(), *self._transparent]
         self.homeless = {} if self._named else without_component(model, holders)
-        self._model, self.keep, self._follow = model, keep, follow
+        self._model, self.keep, self._follow, self._trained = model, keep, follow, trained
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
@@ -123,6 +126,9 @@ class Capture:
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
+        self._views: set[tuple[Any, ...]] = set()
+        self._foreign: set[tuple[int, int]] = set()
+        self._leads_in = False
         self._provenance = Provenance()
         self.start_pass()
 
@@ -165,7 +171,9 @@ class Capture:
         self._error: Exception | None = None
         self._ran: set[int] = set()
         self._nested = 0
+        self._called = False
         self.given: dict[str, Any] = {}
+        self._outer: dict[str, Any] = {}
         self._start_call()
         self._provenance.start_pass(batch)
 
@@ -240,14 +248,16 @@ class Capture:
                 f"the output of interest has type {type(value).__name__}, without a floating-point "
                 "tensor; let output= give one"
             )
-        self._states[name] = self.keep(tensor, Recorded(name, self._model, tensor, None, sources))
+        self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
 
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._nested += 1
         if self._nested > 1:
             return
-        if self._states and self.again is None:
+        if self._states and not self._called:
+            self._begin_behind_others((args, kwargs))
+        elif self._states and self.again is None:
             self._closed = True
         elif self._states:
             states, self._passes = self._states, self._passes + 1
@@ -255,11 +265,31 @@ class Capture:
             self._start_call()
             assert self.again is not None
             self.again(states)
-        self.given = self.given or _arguments(module, args, kwargs)
+        self._called = True
+        # What this call is told of its own data comes first.
+        own = _arguments(module, args, kwargs)
+        self.given = own | {key: self._outer[key] for key in self._outer.keys() - own.keys()}
+
+    def _begin_behind_others(self, given: Any) -> None:
+        """Keep the states of parts that were called before, if this call reads them."""
+        sources = self._provenance.of(given)
+        if sources is not None:
+            self._leads_in = bool(sources & self._states.keys())
+        if self._leads_in:
+            return
+        self._start_call()
+        if self._passes == 0:
+            for known in (self.parts, self._inputs, self._merged, self._superseded, self._views):
+                known.clear()
+
+    def _is_foreign(self, args: Any, kwargs: Any) -> bool:
+        """Check whether a call behind that of the ancestor runs on other data, such as noise."""
+        behind = self._called and not self._nested and self._passes == 0
+        return behind and all(map(self._provenance.is_untouched, all_tensors((args, kwargs))))
 
     @_kept_out_of_the_forward
     def _on_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.given = _arguments(module, args, kwargs)
+        self.given = self._outer = _arguments(module, args, kwargs)
 
     @_kept_out_of_the_forward
     def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -282,21 +312,23 @@ class Capture:
             if place in self._mixed:
                 name = self._mixed[place]
                 sources = self.returned[name]
-                recorded = _recorded(name, module, tensor, tensor, sources)
-                self._states[name] = self.keep(recorded.tensor, recorded)
+                self._keep(tensor, _recorded(name, module, tensor, tensor, sources))
 
     @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensor = first_tensor((args, kwargs))
+        tensor = first_real((args, kwargs))
         key = (id(module), self._calls.get(id(module), 0))
+        if self._is_foreign(args, kwargs):
+            self._foreign.add(key)
+            return
         if tensor is not None:
-            if self._passes == 0 and self._is_input(tensor):
+            if self._passes == 0 and (self._is_input(tensor) or self._is_further_part(tensor)):
+                self._views.add(_view_of(tensor))
                 self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
                 self._provenance.claim(tensor, self._inputs[key])
             if key in self._inputs:
                 name = self._inputs[key]
-                recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
-                self._states[name] = self.keep(recorded.tensor, recorded)
+                self._keep(tensor, _recorded(name, module, (args, kwargs), tensor, frozenset()))
         sources = self._provenance.of((args, kwargs))
         is_loss = bool(self._inner(sources) and self._provenance.others((args, kwargs)))
         self._provenance.take((args, kwargs))
@@ -305,13 +337,16 @@ class Capture:
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = self._count(module)
+        if (id(module), call) in self._foreign:
+            # What reads it runs on other data, too.
+            return
         self._record(name if call == 0 else f"{name}#{call}", module, call, output)
 
     @_kept_out_of_the_forward
     def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Let what a parameter-free module made of a component's output count as that component's."""
         call = self._count(module)
-        if self._current is None or self._raw is None or first_tensor(args) is not self._raw:
+        if self._current is None or self._raw is None or first_real(args) is not self._raw:
             return
         name, *recorded_by = self._current
         if (
@@ -337,10 +372,19 @@ class Capture:
         fresh = self._provenance.is_fresh(tensor)
         return not self._states if fresh is None else fresh
 
+    def _is_further_part(self, tensor: Tensor) -> bool:
+        """Check whether a component takes another part of an input than before, as steps in time are."""
+        sources = self._provenance.of(tensor)
+        if not sources or not sources <= set(self._inputs.values()):
+            return False
+        *view, offset = _view_of(tensor)
+        offsets = {other for *known, other in self._views if known == view}
+        return bool(offsets) and offset not in offsets
+
     def _continues(self, output: Any, name: str, raw: Tensor) -> bool:
         """Check whether an output still holds a component's state, one row per sample."""
         # A module may look at a state for its type or length alone, as rotary embeddings do.
-        tensor = first_tensor(output)
+        tensor = first_real(output)
         if tensor is None or tensor.shape[:1] != raw.shape[:1]:
             return False
         return self._provenance.may_hold(tensor, name)
@@ -353,7 +397,7 @@ class Capture:
         """Check whether a module compares a state with data that no component takes, such as targets."""
         if isinstance(module, nn.modules.loss._Loss):
             return True
-        tensor, others = first_tensor(output), self._provenance.others(given)
+        tensor, others = first_real(output), self._provenance.others(given)
         if tensor is None or not others:
             return False
         # Lengths or a mask of positions may say how to pool a sequence.
@@ -366,7 +410,7 @@ class Capture:
         return call
 
     def _record(self, name: str, module: nn.Module, call: int, output: Any) -> None:
-        tensor = first_tensor(output)
+        tensor = first_real(output)
         if tensor is None:
             self._unusable = (
                 f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "
@@ -393,8 +437,24 @@ class Capture:
             recorded = _recorded(name, module, output, tensor, *origin)
             if self._passes == 0:
                 component = self.components[name.partition("#")[0]]
-                recorded = replace(recorded, is_frozen=is_frozen(component), ignores_data=ignores_data)
-            self._states[name] = self.keep(recorded.tensor, recorded)
+                recorded = replace(
+                    recorded, is_frozen=is_frozen(component, self._trained), ignores_data=ignores_data
+                )
+            self._keep(tensor, recorded)
+
+    def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
+        """Keep a state; the first pass shows how its rows came about."""
+        if self._passes == 0:
+            recorded = replace(recorded, merged=self._provenance.merged(tensor))
+        self._states[recorded.name] = self.keep(recorded.tensor, recorded)
+
+
+def _view_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return which memory a tensor looks at, how, and where it begins."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return id(tensor), 0
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -75,9 +75,11 @@ def n_weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if not is_lazy(p))
 
 
-def is_frozen(module: nn.Module) -> bool:
-    """Check whether a module has parameters, of which none is trained."""
-    return has_parameters(module) and not any(p.requires_grad for p in module.parameters())
+def is_frozen(module: nn.Module, trained: Collection[int] | None = None) -> bool:
+    """Check whether a module has parameters, of which none is trained, or is among those that are."""
+    return has_parameters(module) and not any(
+        p.requires_grad and (trained is None or id(p) in trained) for p in module.parameters()
+    )
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,11 +14,13 @@ from torch.utils.data import Dataset, IterableDataset
 
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
+from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,
     first_tensor,
     need_not_wait,
+    tensors_inside,
 )
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -187,7 +190,12 @@ def _cut(value: Any, size: int, count: int) -> Any:
 
 
 class ForwardRunner:
-    """Runs a model over the same batches again and again."""
+    """Runs a model over the same batches again and again.
+
+    Attributes:
+        places: Which of the tensors that the model returns are its outputs, side by side; ``None`` takes
+            the first that has samples, which single numbers, as losses are, have not.
+    """
 
     def __init__(
         self,
@@ -201,6 +209,7 @@ class ForwardRunner:
             taken = batches if samples is None else first_samples(batches, samples)
             self.model, self.batches = model, list(taken)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
+        self.places: tuple[int, ...] | None = None
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
             raise ValueError(
@@ -224,6 +233,37 @@ class ForwardRunner:
             outputs.append(output.detach().cpu())
         return outputs
 
+    def run_followed(
+        self, read: Iterable[HookPoint], ends: Iterable[str] = ()
+    ) -> tuple[Any, Mapping[HookPoint, Tensor], dict[HookPoint, Any], dict[str, list[int]]]:
+        """Run over the first batch and follow the data.
+
+        Returns:
+            What the model returned, what was read, which axes were merged into the first axis of that,
+            and which of the tensors returned were made of what each of the calls ``ends`` gave.
+        """
+        ends = tuple(ends)
+        with DataFlow() as flow:
+            alter: dict[str, Alteration] = {}
+            for end in ends:
+                alter[end] = functools.partial(_labelled, flow, end)
+            given, values = self._run(0, read, alter)
+        merged = {point: flow.merged(value) for point, value in values.items()}
+        made: dict[str, list[int]] = {end: [] for end in ends}
+        for place, tensor in enumerate(tensors_inside(given)):
+            if _has_samples(tensor):
+                for end in flow.labels(tensor) & made.keys():
+                    made[end].append(place)
+        return given, values, merged, made
+
+    def output_of(self, given: Any) -> Tensor:
+        """Find the outputs in what the model returned."""
+        tensors = list(tensors_inside(given))
+        if self.places is None:
+            return next(tensor for tensor in tensors if _has_samples(tensor))
+        found = [tensors[place] for place in self.places]
+        return found[0] if len(found) == 1 else torch.cat([part.flatten(1) for part in found], 1)
+
     def run_batch(
         self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
     ) -> tuple[Tensor, Mapping[HookPoint, Tensor]]:
@@ -231,6 +271,12 @@ class ForwardRunner:
 
         A network that draws in eval mode would otherwise differ from itself as much as by an alteration.
         """
+        given, values = self._run(number, read, alter)
+        return self.output_of(given), values
+
+    def _run(
+        self, number: int, read: Iterable[HookPoint], alter: Mapping[str, Alteration] | None
+    ) -> tuple[Any, Mapping[HookPoint, Tensor]]:
         read = list(read)
         batch = to_device(self.batches[number], self._device)
         if torch.is_grad_enabled():
@@ -239,11 +285,15 @@ class ForwardRunner:
             seed_all(number)
             points.start_pass()
             given = self.forward_fn(self.model, batch)
-        output = first_tensor(given)
-        if output is None:
+        if first_tensor(given) is None:
             raise ValueError(
                 f"the model gave {type(given).__name__} with no floating-point tensor; return the "
                 "outputs from forward_fn"
+            )
+        if not any(map(_has_samples, tensors_inside(given))):
+            raise ValueError(
+                f"the model gave {type(given).__name__} with single numbers alone, as losses are; "
+                "return the outputs from forward_fn"
             )
         for point in read:
             # What takes no floating-point tensor has nothing to read there.
@@ -252,7 +302,16 @@ class ForwardRunner:
                     f"{point.call!r} did not run, though the report names it; pass the model and the "
                     "forward_fn that the report was measured with"
                 )
-        return output, points.values
+        return given, points.values
+
+
+def _has_samples(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 0
+
+
+def _labelled(flow: DataFlow, end: str, output: Tensor, _: Any) -> Tensor:
+    flow.label(output, end)
+    return output
 
 
 class MeanAndSpread:
@@ -291,26 +350,6 @@ class MeanAndSpread:
         """Standard deviation of each entry."""
         variance = self._squares / self.count - (self._sum / self.count).square()
         return variance.clamp_min(0).sqrt()
-
-
-def sample_axis(tensor: Tensor, n_samples: int, name: str) -> int:
-    """Find the axis of a batch's samples: the first that holds a multiple of them, else the second."""
-    shape = tensor.shape
-    if shape and n_samples and shape[0] % n_samples == 0:
-        return 0
-    if len(shape) < 2 or not n_samples or shape[1] != n_samples:
-        raise ValueError(
-            f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
-            "effects cannot be told apart by sample; choose components with the samples along one of "
-            "the first two axes"
-        )
-    return 1
-
-
-def rows_by_sample(tensor: Tensor, n_samples: int, name: str) -> Tensor:
-    """Return one row per sample of a batch."""
-    rows = tensor.movedim(sample_axis(tensor, n_samples, name), 0).reshape(n_samples, -1)
-    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 
 def runner_on(

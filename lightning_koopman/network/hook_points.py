@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 
@@ -279,7 +280,11 @@ class HookPoints:
             tensor = first_tensor(output)
             if tensor is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
-            output = replace_first_tensor(output, self._alter[call](tensor, self.values).to(tensor))
+            new = self._alter[call](tensor, self.values).to(tensor)
+            if new.stride() != tensor.stride():
+                # The user's code may view it, or write to it, as it does to what stood here.
+                new = torch.empty_like(tensor, requires_grad=False).copy_(new)
+            output = replace_first_tensor(output, new)
         if HookPoint("out", call) in self._read:
             self._keep(HookPoint("out", call), first_tensor(output))
         return output if call in self._alter else None

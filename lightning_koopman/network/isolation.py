@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -25,15 +26,23 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
 
     Each module's own mode, its weights, buffers and attributes and all random states are restored, also
     when the body raises: a forward pass may write weights, and so may a change of mode (adapters that
-    merge). Compiled modules run eagerly inside, because hooks that are added after compilation never
-    fire otherwise.
+    merge). So is what tensors, lists, dictionaries and sets hold that are attributes, as metrics keep
+    their sums; and what a LightningModule logs is not logged. Compiled modules run eagerly inside,
+    because hooks that are added after compilation never fire otherwise.
     """
     # Asked for only where needed: the first use of set_stance imports the whole compiler.
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
     with random_states_kept(batches), _contents_kept(model):
         model.eval()
+        for module in model.modules():
+            if callable(getattr(type(module), "log_dict", None)):
+                vars(module).update(log=_log_nothing, log_dict=_log_nothing)
         with torch.inference_mode(False), torch.no_grad(), eager:
             yield
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    """Stand in for a LightningModule's ``log``: these passes are not the user's."""
 
 
 @contextmanager
@@ -46,9 +55,12 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
         for values in (vars(module), *(vars(module).get(name) for name in _INSIDE))
         if isinstance(values, dict)
     ]
+    own = [value for module in model.modules() for value in vars(module).values()]
+    held = [(value, value.copy()) for value in own if type(value) in (list, dict, set, deque)]
+    others = [value for value in own if type(value) is Tensor]
     tensors = [
         (tensor, data, data.clone())
-        for tensor in (*model.parameters(), *model.buffers())
+        for tensor in (*model.parameters(), *model.buffers(), *others)
         for data in (tensor.data,)
         if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
     ]
@@ -59,13 +71,28 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
             if module.training != mode:
                 module.train(mode)  # by the module's own method, which may do more than set a flag
         for values, before in kept:
-            if values.keys() != before.keys() or any(values[k] is not v for k, v in before.items()):
-                values.clear()
-                values.update(before)
+            _refill(values, before)
+        for value, before in held:
+            _refill(value, before)
         for tensor, data, copy in tensors:
             if tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
             data.copy_(copy)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Put back what a container held, if it holds anything else; most do not."""
+    now, then = (
+        [*values.keys(), *values.values()] if isinstance(values, dict) else [*values]
+        for values in (container, before)
+    )
+    if len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True)):
+        return
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(before)
+    else:
+        container.extend(before)
 
 
 @contextmanager

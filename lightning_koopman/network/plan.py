@@ -133,7 +133,7 @@ def leave_out_unfit(
         if record.name in kept or record.name not in sources or callable(forms[record.name].reduce):
             continue
         shape = tuple(record.tensor.shape)
-        rows = by_sample(record.tensor, forms[record.name].batch_axis, forms[record.name].group)
+        rows = by_sample(record.tensor, forms[record.name])
         alike = len(rows) == 1 or not _varies(record)
         if record.ignores_data and n_samples > 1 and (alike or shape[0] != n_samples):
             sources[record.name] = set()
@@ -205,7 +205,12 @@ def _module(name: str) -> str:
 
 
 def _called(group: Sequence[str], ran: Iterable[str]) -> str:
-    """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module."""
+    """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module.
+
+    Many inputs, as the steps of a sequence that one cell takes in turn, are the input.
+    """
+    if len(group) > 2 and all(_module(name) == INPUT for name in group):
+        return INPUT
     prefix, dot, _ = group[0].rpartition(".")
     while dot and len(group) > 2:
         if {name for name in ran if name.startswith(f"{prefix}.")} == set(group):
@@ -325,6 +330,12 @@ def make_plan(
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     sources = leading_to(ends, sources, notes)
     states = _in_order(sources, ends)
+    if len(states) < 2 and notes:
+        raise ValueError(
+            f"{states[0][0]!r} alone has one row per sample, so nothing can be credited: "
+            f"{'; '.join(notes)}. Give the samples an axis of their own, the first, or reduce states to "
+            "one row per sample with reduce=."
+        )
     place = {name: i for i, group in enumerate(states) for name in group}
     links = tuple(
         tuple(sorted({place[source] for name in group for source in sources[name]}, reverse=True))
@@ -345,7 +356,8 @@ def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
 
 def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]]) -> list[str]:
     notes = []
-    joined = [name for name, group in zip(plan.names, plan.states, strict=True) if len(group) > 1]
+    states = zip(plan.names, plan.states, strict=True)
+    joined = [name for name, group in states if len(group) > 1 and name != INPUT]
     if joined:
         notes.append(
             f"components side by side were joined into one state: {listed(joined)}; their credit is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -47,6 +48,7 @@ class DataFlow:
     def __init__(self) -> None:
         self.error: Exception | None = None
         self._labels: dict[int, frozenset[str]] = {}
+        self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
 
@@ -79,6 +81,15 @@ class DataFlow:
                 self.error = error
         return _NOTHING
 
+    def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """Read which axes were merged into a tensor's first one, outermost first.
+
+        They are empty where merges of several kinds met, and ``None`` where none was seen.
+        """
+        if self.error is not None or tensor.is_nested or not tensor.ndim:
+            return None
+        return self._merged.get(_address(tensor), {}).get(tensor.shape[0])
+
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Pass labels on from what an operator read to what it wrote."""
         if self.error is None:
@@ -98,10 +109,36 @@ class DataFlow:
                     for tensor in _flat([given.get(argument.name)]):
                         self._set(tensor, labels)
         known = {_address(tensor) for tensor in reads}
+        merged = {} if name in _SHAPE_ONLY else self._merges_of(reads)
+        if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
+            merged[out.shape[0]] = ()
         for tensor in _flat([out]):
             # A view keeps the labels of what it views.
             if _address(tensor) not in known:
                 self._set(tensor, labels)
+                self._set_merged(tensor, merged)
+        if isinstance(out, Tensor) and (axes := _merged_axes(name, args, out)):
+            # What was read may be merged itself.
+            place = 1 if axes[0] < 0 else 0
+            whole = (
+                *axes[:place],
+                *merged.get(axes[place], axes[place : place + 1]),
+                *axes[place + 1 :],
+            )
+            self._set_merged(out, {**merged, out.shape[0]: whole})
+
+    def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        for tensor in reads:
+            for size, axes in self._merged.get(_address(tensor), {}).items():
+                found[size] = axes if found.get(size, axes) == axes else ()
+        return found
+
+    def _set_merged(self, tensor: Tensor, merged: dict[int, tuple[int, ...]]) -> None:
+        address = _address(tensor)
+        if address and (merged or address in self._merged):
+            self._merged[address] = merged
+            self._keep_address(tensor, address)
 
     def _get(self, tensor: Tensor) -> frozenset[str]:
         return self._labels.get(_address(tensor), _NOTHING)
@@ -112,8 +149,49 @@ class DataFlow:
             return
         if labels or address in self._labels:
             self._labels[address] = labels
-            if address not in self._alive:
-                self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._keep_address(tensor, address)
+
+    def _keep_address(self, tensor: Tensor, address: int) -> None:
+        if address not in self._alive:
+            self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:
+    """Check whether an operator takes rows in an order of its own."""
+    if name == "index_select":
+        return args[1] in (0, -args[0].ndim)
+    return name == "index" and bool(args[1]) and args[1][0] is not None
+
+
+_VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"})
+
+
+def _merged_axes(name: str, args: tuple[Any, ...], out: Tensor) -> tuple[int, ...]:
+    """Return the axes that an operator merged into the first one of what it gave, outermost first.
+
+    How often it repeated one is negative, for that is no axis of samples.
+    """
+    if not args or out.is_nested or not out.ndim:
+        return ()
+    if name == "cat":
+        dim = args[1] if len(args) > 1 else 0
+        sizes = {part.shape[0] if part.ndim == out.ndim else 0 for part in args[0]}
+        stacked = dim in (0, -out.ndim) and len(sizes) == 1 and 0 not in sizes and len(args[0]) > 1
+        return (-len(args[0]), *sizes) if stacked else ()
+    if name == "repeat":
+        alike = len(args[1]) == args[0].ndim and args[1][0] > 1
+        return (-args[1][0], args[0].shape[0]) if alike else ()
+    if name not in _VIEWS or args[0].is_nested:
+        return ()
+    # Entries are read one after the other, so an axis may also be merged in part.
+    axes, left = list[int](), out.shape[0]
+    for size in args[0].shape:
+        axes.append(math.gcd(size, left))
+        left //= max(1, axes[-1])
+        if axes[-1] != size or left <= 1:
+            break
+    axes = [size for size in axes if size > 1]
+    return tuple(axes) if left == 1 and len(axes) > 1 else ()
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -238,6 +316,10 @@ class Provenance:
             return None
         known = {self._claimed.get(label, label) for label in self._flow.labels(value)}
         return frozenset(name for name in known if not name.startswith(_BATCH))
+
+    def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """Find which axes were merged into a tensor's first one, see :meth:`DataFlow.merged`."""
+        return None if self._flow is None else self._flow.merged(tensor)
 
     def is_fresh(self, tensor: Tensor) -> bool | None:
         """Check whether a tensor is data of the batch that was not claimed before."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import Any
 
@@ -43,10 +43,15 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Fed:
-    """A tensor that an earlier call of the step gave, or a view of its memory."""
+    """A tensor that an earlier call of the step gave, or a view of its memory.
+
+    Attributes:
+        given: How that call laid its tensor out.
+    """
 
     call: int
     place: int
+    given: tuple[int, ...]
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -97,6 +102,26 @@ class Step:
             _mapped((call.args, call.kwargs), look)
         return max(sizes, default=1)
 
+    def without_strangers(self, parts: Collection[nn.Module]) -> Step:
+        """Leave out calls that have nothing to do with one that runs all parts, if any does."""
+        read = [_read_by(call) for call in self.calls]
+        kept = {i for i, c in enumerate(self.calls) if {*parts} <= {*c.module.modules()}}
+        before: set[int] = set()
+        while kept and kept != before:
+            before = set(kept)
+            kept |= {i for j in before for i in read[j]}
+            kept |= {j for j, sources in enumerate(read) if sources & before}
+        if not kept or len(kept) == len(self.calls):
+            return self
+        place = {old: new for new, old in enumerate(sorted(kept))}
+
+        def moved(part: Any) -> Any:
+            return replace(part, call=place[part.call]) if isinstance(part, _Fed) else part
+
+        calls = [self.calls[i] for i in place]
+        calls = [replace(c, args=_mapped(c.args, moved), kwargs=_mapped(c.kwargs, moved)) for c in calls]
+        return replace(self, calls=calls, outputs=[])
+
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
         return [_revived((call.args, call.kwargs)) for call in self.calls]
@@ -108,6 +133,17 @@ class Step:
             args, kwargs = _fed(taken, returned)
             returned.append((call.module.forward if call.direct else call.module)(*args, **kwargs))
         return returned
+
+
+def _read_by(call: _Call) -> set[int]:
+    found: set[int] = set()
+
+    def look(part: Any) -> None:
+        if isinstance(part, _Fed):
+            found.add(part.call)
+
+    _mapped((call.args, call.kwargs), look)
+    return found
 
 
 class Recording:
@@ -238,7 +274,10 @@ class Recording:
                 equal_nan=True,
             ):
                 name = self._names[id(call.module)]
-                return f"{name!r} does not give again what it gave (it samples, or keeps state)"
+                return (
+                    f"{name!r} does not give again what it gave (it samples, keeps state, or its "
+                    "weights were others)"
+                )
         return None
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -314,7 +353,7 @@ class Recording:
                 for place, given in enumerate(tensors):
                     if given.layout is torch.strided and given.untyped_storage()._cdata == storage:
                         offset = int(tensor.storage_offset() - given.storage_offset())
-                        return _Fed(call, place, tensor.size(), tensor.stride(), offset)
+                        return _Fed(call, place, given.stride(), tensor.size(), tensor.stride(), offset)
         if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
             self._reason = self._reason or f"the step runs code of its own before {name!r}"
         self._step.n_bytes += tensor.nbytes
@@ -375,6 +414,12 @@ def _fed(value: Any, returned: list[Any]) -> Any:
         if not isinstance(part, _Fed):
             return part
         given = all_tensors(returned[part.call])[part.place]
+        if given.stride() != part.given:
+            # What was put in its place may be laid out in another way, and is viewed below.
+            laid_out = torch.empty_strided(
+                given.size(), part.given, dtype=given.dtype, device=given.device
+            )
+            given = laid_out.copy_(given)
         if part.offset == 0 and given.size() == part.size and given.stride() == part.stride:
             return given
         return given.as_strided(part.size, part.stride, given.storage_offset() + part.offset)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class Recorded:
         from_float: Whether the component took a floating-point tensor.
         is_loss: Whether it compares other states with data that no other component takes.
         is_frozen: Whether its component has parameters, and none of them is trained.
+        merged: The axes that were merged into the tensor's first one, outermost first; empty where
+            merges of several kinds met, ``None`` where none was seen.
         ignores_data: Whether no data of the batch reaches it, though its component was given some or
             took no floating-point tensor: position embeddings, as a rule.
     """
@@ -49,6 +51,7 @@ class Recorded:
     is_loss: bool = False
     is_frozen: bool = False
     ignores_data: bool = False
+    merged: tuple[int, ...] | None = None
 
     @property
     def is_input(self) -> bool:
@@ -82,7 +85,8 @@ class RowForm:
 
     Attributes:
         batch_axis: Which axis holds the samples.
-        group: How many neighbouring entries of that axis belong to one sample.
+        group: How many entries of that axis belong to one sample.
+        run: How many of these are neighbours, before those of the next sample come; 0 if all are.
         channels_first: Whether the axis behind the batch, not the last, holds the channels.
         grid: Cells that the spatial or sequence axes are pooled to.
         reduce: What is done with these axes.
@@ -90,9 +94,14 @@ class RowForm:
 
     batch_axis: int = 0
     group: int = 1
+    run: int = 0
     channels_first: bool = False
     grid: tuple[int, ...] = ()
     reduce: Reduce = "pool"
+
+    def samples(self, n_rows: int, n_samples: int) -> Tensor:
+        """Return the sample of each entry of the batch axis, in any batch."""
+        return torch.arange(n_rows) // (self.run or n_rows // n_samples) % n_samples
 
     def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
         """Apply the form; of sequences, use what :func:`valid_positions` or lengths say holds data."""
@@ -107,7 +116,7 @@ class RowForm:
             return values.detach().reshape(values.shape[0], -1).to(dtype, copy=True)
         if tensor.ndim == 2 and self.batch_axis == 0 and self.group == 1:
             return tensor.detach().to(dtype, copy=True)
-        values = by_sample(tensor.detach(), self.batch_axis, self.group)
+        values = by_sample(tensor.detach(), self)
         if values.ndim <= 2 or self.reduce == "flatten":
             return values.reshape(values.shape[0], -1).to(dtype, copy=True)
         if not self.channels_first:
@@ -149,11 +158,14 @@ class RowForm:
         return values[torch.arange(len(values), device=values.device), :, last]
 
 
-def by_sample(tensor: Tensor, batch_axis: int, group: int) -> Tensor:
+def by_sample(tensor: Tensor, form: RowForm) -> Tensor:
     """Bring the samples to axis 0."""
-    values = tensor.movedim(batch_axis, 0) if tensor.ndim > 1 else tensor
+    values = tensor.movedim(form.batch_axis, 0) if tensor.ndim > 1 else tensor
+    group, run = form.group, form.run or form.group
     if group > 1 and values.shape[0] % group == 0:
-        values = values.reshape(values.shape[0] // group, group, *values.shape[1:])
+        size = values.shape[0] // group
+        values = values.reshape(group // run, size, run, *values.shape[1:]).transpose(0, 1)
+        values = values.reshape(size, group, *values.shape[3:])
     return values if values.ndim > 1 else values[:, None]
 
 
@@ -307,25 +319,83 @@ def row_forms(
 ) -> dict[str, RowForm]:
     """Settle how each recorded tensor becomes rows."""
     n_samples, second = batch_size(records, batch)
+    turned = any(has_batch_second(record.module) for record in records)
     forms = {}
     for record in records:
         chosen = _reduction(record.name, reduce)
         shape = record.tensor.shape
-        axis, group = 0, 1
-        if len(shape) > 1 and shape[1] == n_samples and record.lengths is None:
-            native = record.name in second
-            if shape[0] != n_samples or native or (second and len(shape) == 3):
-                axis = 1
-        if axis == 0 and shape and n_samples > 0 and shape[0] > n_samples and shape[0] % n_samples == 0:
-            group = shape[0] // n_samples if n_samples > 1 else 1
         if callable(chosen) or not shape:
             forms[record.name] = RowForm(reduce=chosen)
             continue
-        values = by_sample(record.tensor, axis, group)
+        form = RowForm()
+        if record.lengths is None:
+            form = form_of(
+                record.name,
+                record.tensor,
+                n_samples,
+                record.merged,
+                second=record.name in second,
+                turned=turned,
+                followed=record.sources is not None,
+            )
+        values = by_sample(record.tensor, form)
         first = has_channels_first(values, record.module)
         grid = pooled_grid(tuple(values.shape[1:]), max_dim, channels_first=first)
-        forms[record.name] = RowForm(axis, group, first, grid, chosen)
+        forms[record.name] = replace(form, channels_first=first, grid=grid, reduce=chosen)
     return forms
+
+
+def has_batch_second(module: nn.Module) -> bool:
+    """Return whether a module, or a part of it, takes the samples along the second axis."""
+    return any(getattr(part, "batch_first", None) is False for part in module.modules())
+
+
+def gives_batch_second(module: nn.Module, tensor: Tensor) -> bool:
+    """Return whether what a module of torch gave, or was given, has the samples along axis 1."""
+    of_torch = type(module).__module__.startswith("torch.nn.")
+    return tensor.ndim == 3 and of_torch and has_batch_second(module)
+
+
+def form_of(
+    name: str,
+    tensor: Tensor,
+    n_samples: int,
+    merged: tuple[int, ...] | None,
+    *,
+    second: bool,
+    turned: bool,
+    followed: bool = False,
+) -> RowForm:
+    """Find where a state's samples are.
+
+    ``second`` says that its module has them along axis 1, ``turned`` that any module has. Where the data
+    was ``followed``, several rows are a sample's only if a merge was seen: some may be all that is left
+    of many, as an expert's share of positions.
+    """
+    shape = tensor.shape
+    untold = (
+        f"which entries of {name!r}, of shape {tuple(shape)}, belong to which of the {n_samples} "
+        "samples cannot be told. Take batches of another size, or leave it out with components=[...]."
+    )
+    if n_samples < 2 or shape[0] <= n_samples:
+        merged = None
+    if merged is None and len(shape) > 1 and shape[1] == n_samples:
+        if shape[0] != n_samples or second:
+            return RowForm(batch_axis=1)
+        if turned and len(shape) == 3:
+            raise ValueError(untold)
+    if n_samples < 2 or shape[0] <= n_samples or shape[0] % n_samples:
+        return RowForm()
+    group = shape[0] // n_samples
+    if merged is None:
+        return RowForm() if followed else RowForm(group=group)
+    if n_samples not in merged:
+        return RowForm()
+    # Of two axes of this size, the samples are the first, unless some module has them second.
+    if turned and merged.count(n_samples) > 1:
+        raise ValueError(untold)
+    run = math.prod(merged[merged.index(n_samples) + 1 :])
+    return RowForm(group=group, run=run if run < group else 0)
 
 
 def _reduction(name: str, reduce: ReduceOption) -> Reduce:
@@ -346,10 +416,7 @@ def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
     second = {
         record.name: record.tensor.shape[1]
         for record in records
-        if record.lengths is None
-        and record.tensor.ndim == 3
-        and type(record.module).__module__.startswith("torch.nn.")
-        and any(getattr(part, "batch_first", None) is False for part in record.module.modules())
+        if record.lengths is None and gives_batch_second(record.module, record.tensor)
     }
     if second:
         return next(iter(second.values())), set(second)

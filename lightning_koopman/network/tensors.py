@@ -95,6 +95,14 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def first_real(value: Any) -> Tensor | None:
+    """Find the first tensor as :func:`first_tensor` does, and none where that is complex."""
+    try:
+        return first_tensor(value)
+    except ValueError:
+        return None
+
+
 def is_real(tensor: Tensor) -> bool:
     """Check whether a tensor stands for real numbers; quantised ones do."""
     return tensor.is_floating_point() or tensor.is_quantized

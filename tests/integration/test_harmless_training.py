@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.callbacks import EarlyStopping
 from lit import dataset, hooks_on, quiet_trainer, small_module
 from torch import Tensor, nn
@@ -182,6 +184,42 @@ def test_what_a_pass_sets_on_a_module_is_put_back():
     assert torch.equal(net.layer.weight, weight)
 
 
+class Counting(small_module()):
+    """Logs, counts and collects in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.queue = torchmetrics.MeanMetric(), deque(maxlen=5)
+        self.seen, self.by_step, self.sum = [], {}, torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.log("mean", y.mean(), on_step=False, on_epoch=True)
+        self.log_dict({"norm": y.norm()})
+        self.mean.update(y.detach())
+        self.sum += y.detach().sum(0)
+        self.queue.append(float(y.detach().mean()))
+        self.seen.append(len(x))
+        self.by_step[len(self.by_step)] = 1
+        return y
+
+    def on_train_end(self) -> None:
+        self.kept = [self.mean.compute(), self.sum, [*self.queue], self.seen, self.by_step]
+
+
+@pytest.mark.parametrize("limit", [1.0, 0])
+def test_what_a_forward_pass_logs_and_collects_is_what_the_user_ran(limit, tmp_path):
+    found = []
+    for callbacks in ([], [KoopmanCreditMonitor(on_error="raise")]):
+        torch.manual_seed(0)
+        model = Counting()
+        trainer = quiet_trainer(tmp_path, callbacks, max_epochs=3, limit_val_batches=limit)
+        trainer.fit(model, DataLoader(dataset(), 40), DataLoader(dataset(seed=1), 40))
+        logged = {k: v for k, v in trainer.callback_metrics.items() if "koopman" not in k}
+        found.append(str([model.kept, sorted(logged.items()), sorted(vars(model))]))
+    assert found[0] == found[1]
+
+
 class Ways(small_module()):
     """One function of the batch, run in the ways that people write their steps."""
 
@@ -262,6 +300,21 @@ def test_all_views_of_a_sample_count(tmp_path):
     assert monitor.report.n_samples == 320
     x = dataset().tensors[0].split(40)
     direct = credit_report(model.net, [torch.cat([part, part + 0.1]) for part in x])
+    assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
+
+
+def test_training_steps_are_measured_where_validation_runs_no_component(tmp_path):
+    class Idle(Odd):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.behind(self.net)
+
+    torch.manual_seed(0)
+    model, monitor = Idle(plain()), KoopmanCreditMonitor(every_n_epochs=1, on_error="raise")
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=3)
+    with pytest.warns(UserWarning, match="validation runs no component, so Koopman credit is about"):
+        trainer.fit(model, DataLoader(dataset(), 40), DataLoader(dataset(seed=1), 40))
+    assert [report.step for report in monitor.history] == [4, 8, 12]
+    direct = credit_report(model.net, dataset().tensors[0].split(40))
     assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
 
 

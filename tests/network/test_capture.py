@@ -297,6 +297,22 @@ def test_the_first_floating_point_tensor_is_found(given, expected):
     assert first_tensor(given) is expected
 
 
+def test_complex_components_are_left_out_by_name():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        z = m.spectrum(torch.fft.rfft(m.low(x)))
+        return m.high(torch.fft.irfft(z, n=6))
+
+    spectrum = nn.Linear(4, 4, dtype=torch.complex64)
+    model = wired(run, low=nn.Linear(5, 6), spectrum=spectrum, high=nn.Linear(6, 3))
+    x = list(torch.randn(200, 5).split(50))
+    report = credit_report(model, x)
+    assert report.components == ("low", "high")
+    assert report.r2[1] > 0.999
+    assert "gave no floating-point tensor, so left out: spectrum" in report.notes
+    with pytest.raises(ValueError, match="component 'spectrum' returned Tensor with no floating-point"):
+        credit_report(model, x, components=["low", "spectrum", "high"])
+
+
 def test_complex_states_are_refused():
     with pytest.raises(ValueError, match=r"dtype torch\.complex64 arrived; complex states are not"):
         first_tensor([torch.ones(2, dtype=torch.complex64)])

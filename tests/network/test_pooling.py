@@ -16,21 +16,30 @@ from lightning_koopman.network.rows import (
 
 def test_samples_come_to_the_front():
     x = torch.arange(24.0).reshape(2, 3, 4)
-    assert torch.equal(by_sample(x, 1, 1), x.transpose(0, 1))
-    assert torch.equal(by_sample(x[0], 0, 1), x[0])
-    assert torch.equal(by_sample(x[0, 0], 0, 1), x[0, 0][:, None])
+    assert torch.equal(by_sample(x, RowForm(batch_axis=1)), x.transpose(0, 1))
+    assert torch.equal(by_sample(x[0], RowForm()), x[0])
+    assert torch.equal(by_sample(x[0, 0], RowForm()), x[0, 0][:, None])
 
 
 @pytest.mark.parametrize("group", [2, 3])
 def test_neighbouring_entries_of_one_sample_get_an_axis(group):
     x = torch.arange(6.0 * 5).reshape(6, 5)
-    rows = by_sample(x, 0, group)
+    form = RowForm(group=group)
+    rows = by_sample(x, form)
     assert rows.shape == (6 // group, group, 5)
     for sample, parts in enumerate(rows):
         assert torch.equal(parts, x[sample * group : (sample + 1) * group])
     # Entries that cannot be dealt out evenly are samples themselves.
-    assert torch.equal(by_sample(x[:5], 0, group), x[:5])
-    assert by_sample(torch.arange(6.0), 0, group).shape == (6 // group, group)
+    assert torch.equal(by_sample(x[:5], form), x[:5])
+    assert by_sample(torch.arange(6.0), form).shape == (6 // group, group)
+
+
+def test_entries_of_one_sample_may_lie_apart():
+    # Two views of three samples of two positions: view, sample, position.
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    form = RowForm(group=4, run=2)
+    assert torch.equal(by_sample(x.flatten(), form), x.transpose(0, 1).reshape(3, 4))
+    assert form.samples(12, 3).tolist() == [0, 0, 1, 1, 2, 2] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,261 @@
+"""Effects are on what the chain ends with, wherever the network or the step returns it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lit import dataset, quiet_trainer, small_module
+from small import wired
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
+
+pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
+
+
+def heads(returns: Any) -> nn.Module:
+    def run(m: nn.Module, x: Tensor) -> Any:
+        h = m.body(x).tanh()
+        return returns(m.policy(h), m.value(h))
+
+    torch.manual_seed(0)
+    parts = {"body": nn.Linear(8, 6), "policy": nn.Linear(6, 3), "value": nn.Linear(6, 1)}
+    return wired(run, **parts).eval()
+
+
+def skipped(model: nn.Module, x: Tensor, name: str) -> float:
+    """Return what the mean in place of a linear layer's output does to both outputs, by hand."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            h = model.body(x).tanh()
+            return torch.cat([model.policy(h), model.value(h)], 1).double()
+
+    before = run()
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        given = x if name == "body" else model.body(x).tanh()
+        mean = layer(given).mean(0)
+    hook = layer.register_forward_hook(lambda *_: mean.expand(len(x), -1))
+    moved = (run() - before).square().sum()
+    hook.remove()
+    return float(moved / (before - before.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        lambda p, v: (p, v),
+        lambda p, v: {"value": v, "policy": p},
+        lambda p, v: {"loss": p.mean(), "value": v, "policy": p, "probabilities": p.softmax(1)},
+        lambda p, v: (torch.distributions.Categorical(logits=p, validate_args=False), v),
+    ],
+    ids=["tuple", "dictionary", "a loss before them", "an object"],
+)
+def test_all_heads_count(returns):
+    model, x = heads(returns), dataset().tensors[0]
+    effects = component_effects(model, [x], credit_report(model, [x]))
+    assert effects.components == ("body", "policy", "value")
+    if "Categorical" in str(returns(torch.zeros(1, 3), torch.zeros(1, 1))):
+        # A distribution holds its logits normed, which moves otherwise.
+        assert (effects.values["skip"] > 0.01).all()
+        return
+    expected = [skipped(model, x, name) for name in effects.components]
+    assert effects.values["skip"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_head_whose_classes_are_known_stands_alone_and_is_named():
+    model, (x, y) = heads(lambda p, v: (v, p)), dataset().tensors
+    effects = component_effects(model, [(x, y)], credit_report(model, [(x, y)]))
+    assert effects.scale == "kl"
+    assert effects.values["skip"][1] > 0.01
+    assert effects.values["skip"][2] == 0
+    assert effects.notes[0].startswith("effects are about one of 2 outputs, that of policy; return")
+
+
+def test_a_head_that_is_not_returned_is_named():
+    model, x = heads(lambda p, v: {"loss": p.mean() + v.mean(), "policy": p}), dataset().tensors[0]
+    effects = component_effects(model, [x], credit_report(model, [x]))
+    assert effects.notes == (
+        "the model does not return what 'value' gives, so effects on it are not seen",
+    )
+
+
+def test_a_loss_beside_the_logits_changes_nothing():
+    """As models of transformers return both where a batch has labels."""
+
+    def run(m: nn.Module, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = m.b(m.a(x).relu())
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return logits if labels is None else {"loss": loss, "logits": logits}
+
+    model = wired(run, a=nn.Linear(8, 8), b=nn.Linear(8, 3))
+    x, y = dataset().tensors
+    effects = component_effects(
+        model, [{"x": x[i : i + 40], "labels": y[i : i + 40]} for i in range(0, 160, 40)]
+    )
+    plain = component_effects(model, [(x, y)])
+    assert (effects.scale, effects.n_samples) == ("kl", 160)
+    assert effects.values["skip"] == pytest.approx(plain.values["skip"], rel=1e-4)
+    assert effects.metric_before == plain.metric_before
+
+
+@pytest.mark.parametrize(("width", "classes"), [(1, 2), (3, 4)])
+def test_integers_that_cannot_be_classes_of_the_outputs_are_none(width, classes):
+    """One logit for two classes, and a reconstruction beside labels."""
+    x = dataset().tensors[0]
+    y = torch.arange(len(x)) % classes
+    net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, width))
+    effects = component_effects(net, [(x, y)])
+    assert effects.scale == "relative"
+    assert (effects.values["skip"] > 0.1).all()
+    if width == 1:
+        with pytest.raises(
+            ValueError, match=r"outputs of shape \(160, 1\) arrived, whose classes are one"
+        ):
+            component_effects(net, [(x, y)], scale="kl")
+
+
+def test_what_takes_the_place_of_an_output_can_be_viewed_and_written_to():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y.mul_(2)
+        return m.b(y.view(-1, 3).relu()).view(len(x), -1)
+
+    torch.manual_seed(0)
+    model, x = wired(run, a=nn.Linear(8, 6), b=nn.Linear(3, 2)), dataset().tensors[0]
+    with torch.no_grad():
+        before, mean = model(x), model.a(x).mean(0)
+        after = model.b((2 * mean).view(-1, 3).relu()).view(1, -1)
+    effects = component_effects(model, [x], credit_report(model, [x]))
+    expected = (after - before).square().sum() / (before - before.mean(0)).square().sum()
+    assert effects.values["skip"][0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_several_tensors_of_which_none_is_known_to_be_the_end_are_told():
+    model, x = heads(lambda p, v: (v, p)), dataset().tensors[0]
+    effects = component_effects(model, [x], components=["body"])
+    assert effects.notes[0].startswith(
+        "effects are about the first of 2 tensors that the model returns, of"
+    )
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_outputs_may_vary_in_length(channels_first):
+    """The mean in place of an output, and that of the outputs, is one of channels then."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.b(m.a(x).relu())
+        return y.transpose(1, 2) if channels_first else y
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 6), b=nn.Linear(6, 3))
+    batches = [torch.randn(20, length, 4) for length in (5, 7, 6)]
+    effects = component_effects(model, batches, credit_report(model, batches, reduce="mean"))
+    rows = torch.cat([x.flatten(0, 1) for x in batches])
+    with torch.no_grad():
+        before = model.b(model.a(rows).relu())
+        after = model.b(model.a(rows).mean(0).relu())
+    whole = (before - before.mean(0)).square().sum()
+    expected = [float((after - before).square().sum() / whole), 1.0]
+    assert effects.values["skip"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_outputs_of_which_no_axis_is_fixed_are_refused():
+    model = wired(lambda m, x: m.a(x) @ m.a(x).transpose(1, 2), a=nn.Linear(4, 6))
+    batches = [torch.randn(20, length, 4) for length in (5, 7)]
+    with pytest.raises(
+        ValueError, match=r"outputs of the shapes \(5, 5\) and \(7, 7\) per sample arrived"
+    ):
+        component_effects(model, batches, components=["a"])
+
+
+def test_a_network_that_gives_its_loss_alone_is_refused():
+    model = wired(lambda m, x: m.a(x).square().mean(), a=nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="gave Tensor with single numbers alone, as losses are; return"):
+        component_effects(model, [torch.randn(20, 8)], components=["a"])
+
+
+class Targeted(small_module()):
+    """Learns to predict a copy of itself that nothing trains, though its weights could be."""
+
+    def __init__(self, calls: str, frozen: bool) -> None:
+        super().__init__()
+        self.target, self.calls = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), calls
+        self.target.requires_grad_(not frozen)
+
+    def step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        with torch.no_grad():
+            wanted = self.target(x + 0.1)
+        given = self.net(x) if self.calls == "one" else self.net[2](self.net[1](self.net[0](x)))
+        if self.calls == "last":
+            with torch.no_grad():
+                wanted = self.target(x)
+        return (given - wanted).square().mean()
+
+    training_step = validation_step = step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.net.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("calls", ["one", "several", "last"])
+def test_a_target_network_counts_nowhere(calls, frozen, tmp_path):
+    torch.manual_seed(0)
+    model, monitor = Targeted(calls, frozen), KoopmanCreditMonitor(on_error="raise", figures=False)
+    train, x = (TensorDataset(dataset(seed=seed).tensors[0]) for seed in (0, 1))
+    quiet_trainer(tmp_path, [monitor], max_epochs=2).fit(model, DataLoader(train, 40), DataLoader(x, 40))
+    assert monitor.report.components == ("net.0", "net.2")
+    plain = credit_report(model.net, x.tensors[0].split(40))
+    assert monitor.report.credit == pytest.approx(plain.credit, abs=1e-5)
+    expected = component_effects(model.net, x.tensors[0].split(40), plain, scale="relative")
+    found = monitor.report.effects
+    assert found.scale == "relative"
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
+    assert np.all(found.values["skip"] > 0.01)
+
+
+class Drawing(small_module()):
+    """An autoencoder whose validation also decodes noise, as for a picture."""
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.net = None
+        self.encoder, self.decoder, self.when = nn.Linear(8, 4), nn.Linear(4, 8), when
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x).tanh())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self(batch[0]) - batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.when == "first" or (self.when == "once" and not batch_idx):
+            self.decoder(torch.randn(6, 4))
+        self(batch[0])
+        if self.when == "last":
+            self.decoder(torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("when", ["first", "last", "once"])
+def test_noise_that_is_decoded_for_a_picture_counts_nowhere(when, tmp_path):
+    torch.manual_seed(0)
+    model, monitor = Drawing(when), KoopmanCreditMonitor(on_error="raise", figures=False)
+    train, x = (TensorDataset(dataset(seed=seed).tensors[0]) for seed in (0, 1))
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    trainer.fit(model, DataLoader(train, 40), DataLoader(x, 40))
+    batches = x.tensors[0].split(40)
+    plain = credit_report(model, batches)
+    assert monitor.report.components == ("encoder", "decoder")
+    assert monitor.report.n_samples == 160
+    assert monitor.report.credit == pytest.approx(plain.credit, abs=1e-5)
+    found = monitor.report.effects
+    expected = component_effects(model, batches, plain)
+    assert found.n_samples == expected.n_samples
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
