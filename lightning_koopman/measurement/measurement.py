@@ -251,6 +251,14 @@ class Measurement(Accumulator):
             returned=returned,
             in_losses=in_losses,
         )
+        if len(self.plan.states) < 2 and self.plan.notes:
+            (name,), why = self.plan.names, "; ".join(self.plan.notes)
+            self.plan = None
+            raise ValueError(
+                f"{name!r} alone has one row per sample, so nothing can be credited: {why}. Give the "
+                "samples an axis of their own, the first, or reduce states to one row per sample with "
+                "reduce=."
+            )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)
         known = {r.lengths is not None for r in records if r.name in self.plan.recorded}

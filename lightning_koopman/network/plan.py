@@ -330,12 +330,6 @@ def make_plan(
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     sources = leading_to(ends, sources, notes)
     states = _in_order(sources, ends)
-    if len(states) < 2 and notes:
-        raise ValueError(
-            f"{states[0][0]!r} alone has one row per sample, so nothing can be credited: "
-            f"{'; '.join(notes)}. Give the samples an axis of their own, the first, or reduce states to "
-            "one row per sample with reduce=."
-        )
     place = {name: i for i, group in enumerate(states) for name in group}
     links = tuple(
         tuple(sorted({place[source] for name in group for source in sources[name]}, reverse=True))
