@@ -3,8 +3,10 @@
 import itertools
 import os
 import random
+import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import small
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
@@ -49,6 +52,24 @@ def seed():
 def interruptible():
     """Take Ctrl-C: Lightning ignores it for good once a Trainer met it, and so do background shells."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """What fills a folder once for all processes of pytest-xdist; each reads the same."""
+
+    def filled(name: str, fill: Callable[[Path], Any]) -> Path:
+        own = tmp_path_factory.getbasetemp()
+        folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "filled").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                (folder / "filled").touch()
+        return folder
+
+    return filled
 
 
 @pytest.fixture

@@ -94,9 +94,8 @@ def work(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder),), nprocs=2)
+def ranks(once):
+    folder = once("ranks", lambda folder: mp.spawn(work, args=(str(folder),), nprocs=2))
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

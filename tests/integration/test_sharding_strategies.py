@@ -30,7 +30,7 @@ FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_count"), (0, "_rows"), (1, "
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(once):
     """Five runs, the same without the monitor, one that never validates, one for each fault."""
     configs = cases(
         "fsdp linear", "2x1", "1x2 whole", "1x2 parts", "1x2 dtensor", frozen=False, max_epochs=2
@@ -40,7 +40,8 @@ def runs(tmp_path_factory):
     configs += [c for f in FAULTS for c in cases("1x2 whole", break_numerics=f, max_dim=8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_NAMESPACE", "pytorch_lightning")
-        return [read(folder) for folder in fit(configs, tmp_path_factory.mktemp("runs"))]
+        folder = once("strategies", lambda folder: fit(configs, folder))
+    return [read(folder / str(place)) for place in range(len(configs))]
 
 
 def test_training_is_bit_identical_with_the_monitor_on(runs):
