@@ -144,7 +144,7 @@ def slopes() -> str:
             ", ".join(f"{seconds:.2f}" for _, seconds in found),
             f"{grown[1]:.2f}",
             ", ".join(f"{memory:.0f}" for memory, _ in found),
-            f"{grown[0]:.2f}",
+            f"{round(grown[0], 2) + 0.0:.2f}",  # no -0.00
         ])
         print(rows[-1], flush=True)
     return table("against | sizes | seconds on top | slope | peak, MiB | slope", rows)
