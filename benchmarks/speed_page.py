@@ -162,9 +162,9 @@ Networks of layers of one width with ReLUs, peak on top of a forward pass:
 
 What is kept is the same for any number of samples. Peaks are those with glibc's mapping threshold fixed
 (`MALLOC_MMAP_THRESHOLD_=131072`): left alone, it moves with what was freed before, and decides which
-blocks of half a MiB, of which a report has hundreds, are given back at once. That was why peaks of one and the
-same report lay on two levels, 2 to 10 % apart: in an earlier version, seven runs gave 184 to 197 MiB for
-12 components of width 256 and 2,000 samples, and three with the threshold fixed 186.5 to 187.8.
+blocks of half a MiB, of which a report has hundreds, are given back at once. That was why peaks of one
+and the same report lay on two levels, 2 to 10 % apart: in an earlier version, seven runs gave 184 to 197
+MiB for 12 components of width 256 and 2,000 samples, and three with the threshold fixed 186.5 to 187.8.
 
 Seconds and memory against one size at a time, the others being 12 components of width 256, 2,000
 samples and 5 folds. A slope is the exponent of the power that fits best, by least squares between
