@@ -182,12 +182,14 @@ class Turn(L.Callback):
         self.other.free.release()
 
     def on_train_epoch_start(self, *_: object) -> None:
-        self.plain.append(self.clock() - (self.monitor.budget.spent if self.monitor else 0.0))
+        self.note()
         self.give()
         self.take()
 
-    def on_train_end(self, *_: object) -> None:
+    def note(self, *_: object) -> None:
         self.plain.append(self.clock() - (self.monitor.budget.spent if self.monitor else 0.0))
+
+    on_train_end = note
 
     def run(self, *given: object) -> None:
         self.take()

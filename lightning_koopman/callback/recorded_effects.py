@@ -108,8 +108,9 @@ def measure_effects(
     most of them call: some may also run the network on other data, say to draw a picture. ``agree``
     collects how the targets of all processes fit.
     """
-    parts = {find_module(model, c)[0] for calls in altered_parts(report).values() for c in calls}
-    steps = [step.without_strangers(parts) for step in steps]
+    parts = altered_parts(report)
+    modules = {find_module(model, call)[0] for calls in parts.values() for call in calls}
+    steps = [step.without_strangers(modules) for step in steps]
     kinds_of_step = [tuple(id(call.module) for call in step.calls) for step in steps]
     usual = Counter(kinds_of_step).most_common(1)[0][0]
     steps = [step for step, kind in zip(steps, kinds_of_step, strict=True) if kind == usual]
@@ -135,7 +136,7 @@ def measure_effects(
     runner = ForwardRunner(model, taken, forward)
     found = effects_on(
         runner,
-        altered_parts(report),
+        parts,
         kinds,
         ends=end_calls(report),
         how="measured",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,7 +98,7 @@ class Alterations:
         self._replacements = {kind: _cleaned(weights) for kind, weights in replacements.items()}
         for kind, weights in self._replacements.items():
             _check_names(kind, weights, model)
-        self._forms: dict[HookPoint, RowForm] = {}
+        self._forms: defaultdict[HookPoint, RowForm] = defaultdict(RowForm)
         self._units: dict[str, _Units] = {name: _Units() for name in parts}
         self._fits: dict[str, LinearFit] = {}
         self._sizes: list[int] = []
@@ -212,7 +213,7 @@ class Alterations:
         moved towards that of a sample's group by the share :data:`SHIFT`.
         """
         source, point = self.inputs[name], self.outputs[name]
-        form, by_batch = self._forms.get(point, RowForm()), iter(groups)
+        form, by_batch = self._forms[point], iter(groups)
         axis = form.batch_axis
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
@@ -245,14 +246,13 @@ class Alterations:
 
     def noise_of(self, name: str, gradient: Tensor) -> Tensor:
         """Return a gradient times the standard deviation of output noise, with samples first."""
-        point = self.outputs[name]
-        axis = self._forms.get(point, RowForm()).batch_axis
+        axis = self._forms[self.outputs[name]].batch_axis
         return (self.spread(name).to(gradient.device) * gradient.movedim(axis, 0)).movedim(0, axis)
 
     def rows_by_sample(self, name: str, tensor: Tensor, n_samples: int) -> Tensor:
         """Return one row per sample of what lies where a component's output does."""
         _check_samples(name, tensor, n_samples)
-        form = self._forms.get(self.outputs[name], RowForm())
+        form = self._forms[self.outputs[name]]
         group = tensor.shape[form.batch_axis] // n_samples
         rows = by_sample(tensor, replace(form, group=group)).reshape(n_samples, -1)
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
@@ -290,7 +290,7 @@ class Alterations:
         return [members for _, members in groups]
 
     def _rows(self, values: Mapping[HookPoint, Tensor], point: HookPoint) -> Tensor:
-        return values[point].movedim(self._forms.get(point, RowForm()).batch_axis, 0)
+        return values[point].movedim(self._forms[point].batch_axis, 0)
 
 
 def _check_samples(name: str, tensor: Tensor, n_samples: int) -> None:

@@ -244,10 +244,9 @@ class ForwardRunner:
         """
         ends = tuple(ends)
         with DataFlow() as flow:
-            alter: dict[str, Alteration] = {}
-            for end in ends:
-                alter[end] = functools.partial(_labelled, flow, end)
-            given, values = self._run(0, read, alter)
+            given, values = self._run(
+                0, read, {end: functools.partial(_labelled, flow, end) for end in ends}
+            )
         merged = {point: flow.merged(value) for point, value in values.items()}
         made: dict[str, list[int]] = {end: [] for end in ends}
         for place, tensor in enumerate(tensors_inside(given)):
