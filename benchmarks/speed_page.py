@@ -34,8 +34,9 @@ everything else (sampled stacks). Of the 0.87 s that the six convolutions' repor
 each part the least of three runs, 0.26 were eigenvectors, operators, held-out errors, ranks and
 alignments, 0.19 POD bases, 0.13 pooling, 0.06 products, 0.06 projections and 0.06 copies of the first
 pass. What drift is measured against is fitted when something is held against the report, not in each.
-Where matrices are narrow, all folds are left out at once: credits of 12 layers of width 64 take 0.8 of
-the time that one fold after the other took, their point values 0.7; for wider ones it brought nothing.
+Where matrices are up to 229 wide, all five folds are left out at once: credits of six layers take 0.70
+(width 64), 0.79 (96), 0.86 (128), 0.84 (160) and 0.93 (192) of the time that one fold after the other
+takes, their point values 0.61, 0.74, 0.86, 0.83 and 0.86.
 
 Of what was tried, these are not in the package, for they brought nothing (one thread, AVX-512):
 symmetric products by SciPy's `dsyrk` take 0.99 ms for 819 samples of width 256, the strips used now
@@ -44,17 +45,17 @@ product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; rows fi
 half where the grid does not divide 28 pixels and doubles the time at 14; the leading half of the
 eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment would
 save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing elsewhere.
-All folds at once take longer where a state is 256 wide, for five matrices do not stay in the cache
-(point values of the MLP 1.3 of the time; therefore one by one there); ranks by eigenvalues alone take
-twice as long as by a Cholesky factor (2.8 ms against 1.3, by the times of its parts), whose inverse is
-found no faster by the routine made for it; all states side by side in one copy make products slower (38
-ms against 30 for 4,096 samples of the MLP); sequences are pooled by a product as fast as now (0.34 ms
-against 0.36); neither a ridge weight put on in place, nor fewer steps in hooks, nor a fixed threshold
-of glibc moved a report beyond noise. Standard errors of ranks take a fifth of the work over all folds;
-by their derivative they would be free, and 30 times too small for units that rarely wake; by the
-variances that are left along the directions of all samples they would take a third of the time, and be
-6 to 90 times too small where units wake in one fold alone. Products in
-float32 would halve the largest part of an MLP's report; they are not used, for reasons given below.
+All folds at once take longer or as long where a state is 256 wide, for five matrices do not stay in the
+cache (point values of the MLP 1.3 of the time, on another day 0.94; therefore one by one there); ranks
+by eigenvalues alone take twice as long as by a Cholesky factor (2.8 ms against 1.3, by the times of its
+parts), whose inverse is found no faster by the routine made for it; all states side by side in one copy
+make products slower (38 ms against 30 for 4,096 samples of the MLP); sequences are pooled by a product
+as fast as now (0.34 ms against 0.36); neither a ridge weight put on in place, nor fewer steps in hooks,
+nor a fixed threshold of glibc moved a report beyond noise. Standard errors of ranks take a fifth of the
+work over all folds; by their derivative they would be free, and 30 times too small for units that
+rarely wake; by the variances that are left along the directions of all samples they would take a third
+of the time, and be 6 to 90 times too small where units wake in one fold alone. Products in float32
+would halve the largest part of an MLP's report; they are not used, for reasons given below.
 
 `Options(errors=False)` gives point values alone: a third less at the end of a report. Measurements of
 one network after another may keep their POD bases while these fit (within a hundredth of the variance),

@@ -251,7 +251,7 @@ class Covariances:
     def parts(self, states: Sequence[int]) -> Sequence[tuple[slice, Covariances]]:
         """Cut folds into as many at once as have covariances of some states that stay in the cache."""
         width = sum(self.means[i].shape[-1] for i in states)
-        if self.count.numel() == 1 or self.count.numel() * width**2 <= _CACHED_VALUES // 4:
+        if self.count.numel() == 1 or self.count.numel() * width**2 <= _CACHED_VALUES:
             return [(slice(None), self)]
         return self._folds
 
