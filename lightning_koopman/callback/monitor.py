@@ -30,9 +30,11 @@ from lightning_koopman.callback.recorded_effects import (
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
+    have_changed,
     last_step,
     logged_step,
     may_be_last,
+    may_change_weights,
     may_skip_validation,
     monitored_keys,
     plain_numerics,
@@ -41,6 +43,7 @@ from lightning_koopman.callback.trainer_facts import (
     steps_ahead,
     trained_parameters,
     unrepeated_samples,
+    weight_sums,
 )
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
@@ -191,6 +194,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._differs: str | None = None
         self._row_s = 0.0
         self._measured_at: int | None = None
+        self._weights: list[Tensor] = []
+        self._open = self._elsewhere = False
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
         self._resuming = False
@@ -328,6 +333,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         measurement.capture.remove()
         self.budget.add(seconds_in_hooks() - self._in_hooks)
+        # Now, for averaged weights may be in place for no longer than validation runs.
+        self._weights = self._weights or weight_sums(trainer, pl_module)
         step = None if recording is None else recording.end_step(valid_positions(batch))
         idle = self._rides_along and not measurement.capture.ran
         if idle and trainer.state.fn == "fit" and not self.sync_pending:
@@ -445,19 +452,38 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if trainer.global_step == 0:
             return
         anybody = self._recording is not None or may_skip_validation(trainer, pl_module)
-        if self._measured_at == trainer.global_step or not anybody:
+        known = self._measured_at == trainer.global_step or not anybody
+        changed = known and anybody and self._changed(trainer, pl_module)
+        self._open = bool(may_change_weights(trainer, pl_module, self))
+        # What runs behind this may change them again, so these are not measured.
+        self._elsewhere = changed and self._open
+        if known and (self._open or not changed):
             self._complete(trainer, pl_module)
         else:
             if self._recorded_training and not self._from_training:
                 self._watch_training("no validation was watched")
             training = self._recorded_training
             loader = trainer.train_dataloader if training else trainer.val_dataloaders
-            self._replay(trainer, pl_module, first_loader(loader), final=True)
+            self._replay(trainer, pl_module, first_loader(loader), final=True, changed=changed)
         if self._logged_at is not None and trainer.is_global_zero:
             with self.budget.apart("draw"):
                 self._writer.finish(trainer.loggers, self.history, self._logged_at, self.drifts)
                 self._writer.close(trainer.loggers)
         release_memory()
+
+    @never_in_the_way
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where the final weights are not those that the newest report is about."""
+        if not (self._open and self._measured_at == trainer.global_step and self.history):
+            return
+        if self._weights and have_changed(self._weights, weight_sums(trainer, pl_module)):
+            others = ", ".join(may_change_weights(trainer, pl_module, self))
+            warning = (
+                "weights were changed after the last Koopman credit, which is not about the final ones; "
+                f"list the monitor behind what changes them ({others}), or take credit_report of these"
+            )
+            self.history[-1] = replace(self.history[-1], notes=(*self.history[-1].notes, warning))
+            self._warn_once(warning)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened."""
@@ -473,6 +499,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._forget()
         self._recording = self._steps_of_training = self._watched = self._differs = None
         self._from_training = self._checked = self._recorded_training = False
+        self._open = self._elsewhere = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._newest, self._due_epoch = {}, False
 
@@ -503,6 +530,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._most_seen = samples_for_rank(self.max_samples, part.count)
         own = samples_for_rank(self.max_samples, part.count, part.index)
         self._final = final or trainer.state.fn != "fit"
+        self._weights, self._elsewhere = [], False
         with plain_numerics(pl_module):
             self._measurement = Measurement(
                 pl_module,
@@ -520,7 +548,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""
         recording = self._recording
-        if self._checked or trainer.state.fn != "fit" or recording is None:
+        if trainer.state.fn != "fit" or recording is None:
+            return
+        self._elsewhere |= trainer.world_size == 1 and self._changed(trainer, pl_module)
+        if self._elsewhere:
+            # Averaged weights were taken out again; at the end of training they may be the final ones.
+            self._final = False
+        if self._checked or self._elsewhere:
             return
         self._checked = True
         try:
@@ -538,7 +572,20 @@ class KoopmanCreditMonitor(HarmlessCallback):
             rows = sum(step.n_rows for step in recording.steps[:1])
             self._row_s = (self.budget.clock() - start) / max(1, rows)
 
-    def _replay(self, trainer: Any, pl_module: Any, loader: Any, *, final: bool) -> None:
+    def _changed(self, trainer: Any, pl_module: Any) -> bool:
+        """Check whether the weights are others than those that were measured; alike in all processes."""
+        changed = False
+        try:
+            if self._weights:
+                changed = have_changed(self._weights, weight_sums(trainer, pl_module))
+        finally:
+            if trainer.world_size > 1:
+                changed = any(gather(changed))
+        return changed
+
+    def _replay(
+        self, trainer: Any, pl_module: Any, loader: Any, *, final: bool, changed: bool = False
+    ) -> None:
         """Measure once more, by running recorded calls again; no guess where they cannot be."""
         recording = self._recording
         like, reason = None if self._recorded_training else self._watched, self._no_replay
@@ -551,6 +598,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
             with plain_numerics(pl_module):
                 self._begin(trainer, pl_module, loader, like, final=final)
                 assert self._measurement is not None
+                self._weights = weight_sums(trainer, pl_module)
+                if changed:
+                    self._measurement.notes.append(
+                        "weights were changed after the last measurement, as by pruning or averaging: "
+                        "this is about what they are now, on the same samples"
+                    )
                 if recording is not None and recording.full:
                     self._measurement.notes.append(
                         f"only the calls of {len(recording.steps)} steps were kept to be run again, "
@@ -574,6 +627,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @property
     def _no_replay(self) -> str | None:
         """Why recorded calls cannot be run again, if so."""
+        if self._elsewhere:
+            return "the weights are others than those that were measured"
         differs = None if self._recorded_training else self._differs
         return differs if self._recording is None else self._recording.reason or differs
 
@@ -581,6 +636,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Compute what the newest report was made without, errors and effects."""
         if self._watched is None or self._final:
             return
+        self._check_replay(trainer, pl_module)
         self._final = True
         report = self._report_on(trainer, pl_module, self._watched, self._measured_at)
         self.history[-1:] = [report]
@@ -626,8 +682,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Let the watched report stand, and say which weights it is about."""
         report = self.history[-1]
         note = (
-            f"about step {report.step}, not the final weights of step {trainer.global_step}, for what "
-            f"was watched cannot be run again: {reason}"
+            f"about the weights that were validated at step {report.step}, not the final ones of step "
+            f"{trainer.global_step}, for what was watched cannot be run again: {reason}"
         )
         self.history[-1] = replace(report, notes=(*report.notes, note))
         self._warn_once(f"the newest Koopman credit is {note}")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DistributedSampler
+
+from lightning_koopman.network.tensors import exact_device
 
 
 @contextmanager
@@ -100,6 +104,70 @@ def trained_parameters(trainer: Any, pl_module: Any) -> frozenset[int] | None:
     found = {id(p) for group in groups for p in group["params"]}
     # Strategies may hand the optimizers tensors of their own.
     return frozenset(found) if any(id(p) in found for p in pl_module.parameters()) else None
+
+
+def weight_sums(trainer: Any, pl_module: Any) -> list[Tensor]:
+    """Sum up each parameter and saved buffer, and take its norm, which tells whether any was changed.
+
+    Nothing waits for a device. Where each process holds a part of the weights, nothing is told.
+    """
+    try:
+        refuse_sharded_weights(trainer)
+    except RuntimeError:
+        return []
+    held = list(pl_module.parameters())
+    for module in pl_module.modules():
+        # Others are caches, and integers count: any pass may change them.
+        saved = module._buffers.keys() - module._non_persistent_buffers_set
+        held += [module._buffers[name] for name in sorted(saved)]
+    return [_sums(tensor) for tensor in held if _is_told(tensor)]
+
+
+def _is_told(tensor: Tensor | None) -> bool:
+    """Check whether a tensor holds real or complex numbers, or marks, all of them here."""
+    if tensor is None or is_lazy(tensor) or tensor.is_meta:
+        return False
+    numbers = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
+    return numbers and type(tensor.data) is Tensor and tensor.layout is torch.strided
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    dtype = torch.float64 if exact_device(tensor.device) == tensor.device else torch.float32
+    values = values.float() if values.dtype == torch.bool else values
+    return torch.stack([values.sum(dtype=dtype), torch.linalg.vector_norm(values, dtype=dtype)])
+
+
+_ROUNDING = 1e-9
+"""Share of a tensor's norm by which its sum differs between devices at most."""
+
+
+def have_changed(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Compare the sums of weights at two times."""
+    if len(before) != len(now):
+        return True
+    for pair in zip(before, now, strict=True):
+        old, new = (sums.cpu().double().nan_to_num() for sums in pair)
+        if bool(((old - new).abs() > _ROUNDING * old[1]).any()):
+            return True
+    return False
+
+
+_CHANGE_WEIGHTS = {"WeightAveraging", "StochasticWeightAveraging"}
+
+
+def may_change_weights(trainer: Any, pl_module: Any, callback: Any) -> list[str]:
+    """Name what may change weights at the end of a training after a callback had its turn."""
+    behind = trainer.callbacks[trainer.callbacks.index(callback) + 1 :]
+    found = []
+    for owner in (*behind, pl_module):
+        definer = next(kind for kind in type(owner).__mro__ if "on_train_end" in vars(kind))
+        # Of Lightning's own, these do; what a user wrote may.
+        of_user = definer.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+        own = of_user or "on_train_end" in vars(owner)
+        if (own and not isinstance(owner, type(callback))) or definer.__name__ in _CHANGE_WEIGHTS:
+            found.append(type(owner).__name__)
+    return found
 
 
 def first_loader(loaders: Any) -> Any:

@@ -139,7 +139,8 @@ def cases(strategy: str, processes: int) -> list[dict[str, Any]]:
 
 
 def good() -> list[dict[str, Any]]:
-    return [cases("ddp", 2)[i] for i in (3, 5, 8, 9)]
+    chosen = [cases("ddp", 2)[i] for i in (3, 5, 8, 9)]
+    return [*chosen, chosen[0] | {"halves": True}]
 
 
 # Process, method that fails there, and what the other process is told of it.
@@ -186,9 +187,21 @@ def test_a_measurement_takes_one_exchange_and_one_sum_however_many_batches(two):
         for rank in read(folder):
             once = ["all_gather_object", *wide, "all_reduce"]
             assert rank["history"]
-            # With the last report come what targets each process has, and the effects it measured.
-            effects = ["all_gather_object"] * 2
-            assert rank["collectives"] == [*once * len(rank["history"]), *effects]
+            # With the last report come what targets each process has, and the effects it measured; when
+            # training ends, whether weights were changed since, and then the same once more.
+            last, told = [*once, *["all_gather_object"] * 2], ["all_gather_object"]
+            expected = [*once * (len(rank["history"]) - 1), *last, *told]
+            if config.get("halves"):
+                expected = [*last, *told, *last]
+            assert rank["collectives"] == expected
+
+
+def test_weights_that_were_changed_behind_the_last_validation_are_measured_in_all(two):
+    for rank in read(two["folders"][len(good()) - 1]):
+        validated, final = map(CreditReport.from_dict, rank["history"])
+        assert validated.step == final.step
+        assert abs(validated.credit - final.credit).max() > 1e-2
+        assert any("weights were changed after the last measurement" in note for note in final.notes)
 
 
 def test_processes_measure_effects_in_the_same_unit(two):

@@ -322,7 +322,7 @@ def test_what_cannot_be_run_again_keeps_its_watched_report_and_says_so(tmp_path)
     torch.manual_seed(0)
     model, monitor = Ways("code between"), KoopmanCreditMonitor(every_n_epochs=5, on_error="raise")
     trainer = quiet_trainer(tmp_path, [monitor, StopsAt()], max_epochs=4)
-    with pytest.warns(UserWarning, match="the newest Koopman credit is about step 4, not the final"):
+    with pytest.warns(UserWarning, match="the weights that were validated at step 4, not the final"):
         trainer.fit(model, DataLoader(dataset(), 40), DataLoader(dataset(seed=1), 40))
     assert [report.step for report in monitor.history] == [4]
     assert "runs code of its own before 'net.2'" in monitor.history[0].notes[-1]
