@@ -25,7 +25,7 @@ from speed_page import PAGE
 def reports() -> str:
     rows = []
     for name, model, batches, target, repeats in speed_networks.cases():
-        found = speed_networks.against_forward(model, batches, repeats)
+        found, enough = speed_networks.against_forward(model, batches, repeats)
         floors = speed_networks.floors(model, batches)
         floor = 1 + sum(floors.values()) / found["base"]
         rows.append([
@@ -37,9 +37,13 @@ def reports() -> str:
             f"≤ {target}",
             f"{floor:.2f} = 1 + " + " + ".join(f"{s / found['base']:.2f}" for s in floors.values()),
             verdict(found["ratio"] <= target),
+            f"{enough['ratio']:.2f} ({enough['samples']:,})",
         ])
         print(rows[-1], flush=True)
-    heads = "network | samples | forward, s | report, s | ratio (range) | target | floor | "
+    heads = (
+        "network | samples | forward, s | report, s | ratio (range) | target | floor |  | "
+        "of enough samples"
+    )
     return table(heads, rows)
 
 

@@ -140,8 +140,10 @@ def cases() -> Iterator[tuple[str, nn.Module, list[Tensor], float, int]]:
     yield "100 layers of 768", hundred_layers(), list(torch.randn(1024, 768).split(128)), 6, 3
 
 
-def against_forward(model: nn.Module, batches: list[Tensor], repeats: int) -> dict[str, float]:
-    """The plain forward pass, and a report with all components over the same batches."""
+def against_forward(
+    model: nn.Module, batches: list[Tensor], repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The plain forward pass against a report with all components, of all batches and of enough."""
     model.eval()
 
     @torch.no_grad()
@@ -149,7 +151,15 @@ def against_forward(model: nn.Module, batches: list[Tensor], repeats: int) -> di
         for batch in batches:
             model(batch)
 
-    return paired(forward, lambda: credit_report(model, batches, max_samples=None), repeats)
+    def report() -> None:
+        credit_report(model, batches, max_samples=None)
+
+    def enough() -> None:
+        seen.append(credit_report(model, batches).n_samples)
+
+    seen: list[int] = []
+    every, some = paired(forward, report, repeats), paired(forward, enough, min(3, repeats))
+    return every, some | {"samples": seen[-1]}
 
 
 def floors(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:

@@ -12,7 +12,8 @@ what neighbours do: trust the ratios, not the seconds.
 ## One report over all components against the plain forward pass
 
 The same batches run through the network alone, and through `credit_report(..., max_samples=None)`: all
-components, all samples, 5 folds, error bars.
+components, all samples, 5 folds, error bars. The last column is a report as it is by default, which
+looks at enough samples (in brackets), over a forward pass of all of them.
 
 <!-- reports -->
 <!-- end -->
@@ -80,7 +81,7 @@ With the products of states; bases, which are kept while they fit, are not in it
 report alone, as point values, take 0.05 s for the MLP and 0.16 s for the small transformer; drift takes
 0.03 and 0.19 s, rows and products 0.01 and 0.19 s, and hooks the rest. The CNN's measurement is 0.17 s
 of report, 0.15 of drift and 0.13 of rows and products. Of the transformer's, 0.24, 0.26 and 0.50 s were
-counted. It has three pairs of epochs only. Point values choose no ridge weight anew without each fold,
+counted. Point values choose no ridge weight anew without each fold,
 which takes 0.7 of their time where weights are not settled, and drift copies no operators, 0.75 of what
 holding old against new took.
 
