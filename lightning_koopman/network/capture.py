@@ -16,6 +16,7 @@ from lightning_koopman.network.components import (
     clean_modules,
     clean_name,
     common_ancestor,
+    first_name,
     has_parameters,
     is_frozen,
     named_components,
@@ -103,11 +104,11 @@ class Capture:
                 "Pass the nn.Module that it was scripted from."
             )
         self.components = named_components(model, components)
-        self.end = output
+        self.end = output if output is None else first_name(model, output)
         # Named components are taken to the letter; only an automatic choice merges activations.
         self._named = components is not None
-        if output is not None:
-            self.components = with_output(model, self.components, output)
+        if self.end is not None:
+            self.components = with_output(model, self.components, self.end)
         self._transparent = [] if self._named else transparent_modules(model, self.components)
         holders = [*self.components.values(), *self._transparent]
         self.homeless = {} if self._named else without_component(model, holders)

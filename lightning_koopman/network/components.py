@@ -42,6 +42,15 @@ def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield clean_name(name), module
 
 
+def first_name(model: nn.Module, name: str) -> str:
+    """Return the first name of a module that is registered in several places, or the name given."""
+    known = {id(module): clean for clean, module in clean_modules(model)}
+    for other, module in model.named_modules(remove_duplicate=False):
+        if clean_name(other) == name:
+            return known.get(id(unwrapped(module)), name)
+    return name
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Find the module that the user wrote inside of wrappers."""
     inner = next((part for name, part in module.named_children() if name in _WRAPPED), None)
@@ -87,16 +96,17 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Walk the module tree and choose, as :func:`named_components` tells."""
+    tree = _Tree(model)
     name, node = "", model
-    children = _children(node, name)
+    children = tree.children(node, name)
     while len(children) == 1:
         name, node = children[0]
-        children = _children(node, name)
+        children = tree.children(node, name)
     if not children:
         if has_weights(node):
             yield name or type(node).__name__, node
         return
-    tree = _Tree(node)
+    tree.compare(node)
     parts = list(tree.opened(children, towers=not isinstance(node, _CONTAINERS)))
     # Two towers such as encoder and decoder say little: look one level into them.
     if len(parts) < 3:
@@ -110,22 +120,43 @@ def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield part_name, module
 
 
-def _children(module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
-    # The parts of a scripted module take no hooks.
-    if isinstance(module, torch.jit.ScriptModule):
-        return []
-    return [
-        (clean_name(f"{prefix}.{name}" if prefix else name), unwrapped(child))
-        for name, child in module.named_children()
-        if has_weights(child)
-    ]
-
-
 class _Tree:
-    """What repeats in a module tree, and how far its parts are opened."""
+    """A module tree: what is in it but once, what repeats, and how far its parts are opened."""
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        # The model itself, and what a wrapper around all of it holds, has no name.
+        self._names = {id(unwrapped(model)): ""}
+        self._names |= {id(module): name for name, module in clean_modules(model)}
         self._alike: dict[type, list[tuple[nn.Module, bool]]] = {}
+        self._stages: set[type] = set()
+
+    def children(self, module: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
+        """Return a module's own parts with weights, under their names in the model.
+
+        A module that is registered in several places, as an encoder beside the whole that it is part of,
+        belongs to the first of them.
+        """
+        # The parts of a scripted module take no hooks.
+        if isinstance(module, torch.jit.ScriptModule):
+            return []
+        named = [
+            (clean_name(f"{prefix}.{name}" if prefix else name), unwrapped(child))
+            for name, child in module.named_children()
+        ]
+        return [(name, child) for name, child in named if self._holds_weights(name, child)]
+
+    def _holds_weights(self, name: str, module: nn.Module) -> bool:
+        """Check whether a module, or any part of it that belongs nowhere else, has weights."""
+        if self._names.get(id(module)) != name:
+            return False
+        return any(
+            self._names.get(id(part)) == clean_name(inner)
+            and (next(part.parameters(recurse=False), None) is not None or _is_quantised(part))
+            for inner, part in module.named_modules(prefix=name)
+        )
+
+    def compare(self, root: nn.Module) -> None:
+        """Find what repeats below a module."""
         for parent in root.modules():
             for child in parent.children():
                 of_list = isinstance(parent, _CONTAINERS)
@@ -136,12 +167,12 @@ class _Tree:
 
     def open_wrapper(self, name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         """Look into a tower, through wrappers around a single child."""
-        children = _children(module, name)
+        children = self.children(module, name)
         while len(children) == 1:
             (name, module) = children[0]
-            if not _children(module, name):
+            if not self.children(module, name):
                 return [(name, module)]
-            children = _children(module, name)
+            children = self.children(module, name)
         if isinstance(module, _CONTAINERS):
             return list(self.opened(children))
         return [(name, module)]
@@ -155,7 +186,7 @@ class _Tree:
             # Members of a list are blocks; two attributes of one type are an encoder and a decoder.
             repeats = kinds.count(type(child)) > (2 if towers else 1) or self._is_block(child)
             opens = type(child) in self._stages or (not repeats and _holds_blocks(child))
-            inner = _children(child, name)
+            inner = self.children(child, name)
             if isinstance(child, torch.jit.ScriptModule):
                 yield name, child
             elif isinstance(child, nn.ModuleList) and all(_is_only_norm(part) for _, part in inner):
@@ -276,11 +307,13 @@ def named_components(
             f"found no component in {type(model).__name__}: it has no submodule with parameters. "
             "Name the modules to report with components=[...]."
         )
-    for inner in chosen:
-        outer, dot, _ = inner.rpartition(".")
-        while dot and outer not in chosen:
-            outer, dot, _ = outer.rpartition(".")
-        if dot:
+    names = {id(module): name for name, module in chosen.items()}
+    for outer, module in chosen.items():
+        # By the modules themselves, for one may be registered in several places.
+        inner = next(
+            (names[id(p)] for p in module.modules() if id(p) in names and p is not module), None
+        )
+        if inner is not None:
             raise ValueError(
                 f"components overlap: {inner!r} is part of {outer!r}. Choose one of the two."
             )
@@ -352,6 +385,7 @@ def _matching(
     for item in wanted:
         if isinstance(item, str):
             matches = {name for name in modules if name == item or fnmatchcase(name, item)}
+            matches |= {first_name(model, item)} & modules.keys()
             trouble = f"no module is called {item!r}. {_hint(item, modules)}"
         elif isinstance(item, type) and issubclass(item, nn.Module):
             matches = {name for name, module in modules.items() if isinstance(module, item)}

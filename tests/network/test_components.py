@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman import Options, credit_report
+from lightning_koopman import Options, component_effects, credit_report
 from lightning_koopman.network.components import (
     clean_name,
     has_parameters,
@@ -404,3 +405,69 @@ def test_norms_in_a_list_of_their_own_belong_to_the_blocks_beside_them():
     net.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
     net.head = nn.Linear(8, 3)
     assert list(named_components(net)) == ["attentions.0", "attentions.1", "head"]
+
+
+class Whole(nn.Module):
+    """Runs parts that are registered elsewhere, too."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def registered_twice(kind: str) -> nn.Module:
+    encoder = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU())
+    model, head = nn.Module(), nn.Linear(6, 2)
+    whole = Whole(encoder, head) if kind == "in a module" else nn.Sequential(encoder, head)
+    if kind != "whole first":
+        model.encoder, model.head = encoder, head
+    model.whole = whole
+    if kind == "whole first":
+        model.encoder, model.head = encoder, head
+    model.forward = whole.forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("in a sequence", ["encoder.0", "encoder.3", "head"]),
+        ("in a module", ["encoder.0", "encoder.3", "head"]),
+        ("whole first", ["whole.0.0", "whole.0.3", "whole.1"]),
+    ],
+)
+def test_a_module_that_is_registered_twice_is_one_component(kind, expected):
+    torch.manual_seed(0)
+    model = registered_twice(kind).eval()
+    assert list(named_components(model)) == expected
+    rows = torch.randn(400, 4).split(100)
+    report = credit_report(model, rows)
+    assert report.components == tuple(expected)
+    assert not report.notes
+    # As the same network without second names.
+    plain = nn.Sequential(*model.encoder, model.head).eval()
+    np.testing.assert_array_equal(report.credit, credit_report(plain, rows).credit)
+    effects = component_effects(model, rows, report, ["skip", "linear"])
+    np.testing.assert_array_equal(
+        effects.values["skip"],
+        component_effects(plain, rows, credit_report(plain, rows), ["skip", "linear"]).values["skip"],
+    )
+
+
+def test_any_name_of_a_module_chooses_it():
+    model = registered_twice("in a sequence")
+    assert list(named_components(model, ["whole.0.0", "whole.1"])) == ["encoder.0", "head"]
+    report = credit_report(
+        model.eval(), torch.randn(400, 4).split(100), options=Options(output="whole.0.3")
+    )
+    assert report.components == ("encoder.0", "encoder.3")
+
+
+def test_parts_registered_elsewhere_are_parts_of_the_whole():
+    with pytest.raises(ValueError, match=r"'encoder.0' is part of 'whole'. Choose one of the two"):
+        named_components(registered_twice("in a module"), ["encoder.0", "whole"])
