@@ -307,6 +307,11 @@ def named_components(
             f"found no component in {type(model).__name__}: it has no submodule with parameters. "
             "Name the modules to report with components=[...]."
         )
+    if numbered := [name for name in chosen if "#" in name]:
+        raise ValueError(
+            f"{numbered[0]!r} holds a '#', which tells the calls of one module apart (name#1); rename the "
+            "module, or name others with components=[...]"
+        )
     names = {id(module): name for name, module in chosen.items()}
     for outer, module in chosen.items():
         # By the modules themselves, for one may be registered in several places.

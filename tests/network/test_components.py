@@ -471,3 +471,12 @@ def test_any_name_of_a_module_chooses_it():
 def test_parts_registered_elsewhere_are_parts_of_the_whole():
     with pytest.raises(ValueError, match=r"'encoder.0' is part of 'whole'. Choose one of the two"):
         named_components(registered_twice("in a module"), ["encoder.0", "whole"])
+
+
+def test_names_that_read_like_calls_are_refused():
+    model = nn.ModuleDict({"block": nn.Linear(4, 4), "block#1": nn.Linear(4, 4)})
+    with pytest.raises(
+        ValueError, match="'block#1' holds a '#', which tells the calls of one module apart"
+    ):
+        named_components(model)
+    assert list(named_components(model, "block")) == ["block"]
