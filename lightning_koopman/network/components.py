@@ -309,8 +309,8 @@ def named_components(
         )
     if numbered := [name for name in chosen if "#" in name]:
         raise ValueError(
-            f"{numbered[0]!r} holds a '#', which tells the calls of one module apart (name#1); rename the "
-            "module, or name others with components=[...]"
+            f"{numbered[0]!r} holds a '#', which tells the calls of one module apart (name#1); rename "
+            "the module, or name others with components=[...]"
         )
     names = {id(module): name for name, module in chosen.items()}
     for outer, module in chosen.items():
