@@ -202,6 +202,8 @@ def _refusal(calls: Sequence[Seen]) -> str:
     taken, given = calls[0].taken, calls[-1].given
     if (runs := max(call.runs for call in calls)) != 1:
         return f"which runs {runs} times in one pass"
+    if not all(call.in_place for call in calls):
+        return "which the network does not call where it is registered, so nothing can take its place"
     if isinstance(given, tuple) and len(given) == 1:
         given = given[0]
     if taken is None:

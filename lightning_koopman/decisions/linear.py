@@ -278,6 +278,8 @@ class _Maps:
         taken, given = calls[0].taken, calls[-1].given
         if (runs := max(call.runs for call in calls)) != 1:
             return f"it runs {runs} times in one pass"
+        if not all(call.in_place for call in calls):
+            return "the network does not call it where it is registered, so nothing can take its place"
         if not all(call.alone for call in calls):
             return "it takes more than one tensor, or no floating-point tensor first"
         if not isinstance(given, Tensor) or taken is None or min(taken.ndim, given.ndim) < 2:

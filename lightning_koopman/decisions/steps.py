@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_koopman.decisions.swaps import registrations
 from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.scoring import Measured, Outputs
 from lightning_koopman.network.capture import Capture
@@ -246,18 +247,36 @@ def component_calls(
     return {n: c for n, c in calls.items() if any(n == p or fnmatchcase(n, p) for p in patterns)}
 
 
+class _Witness(nn.Module):
+    """Stands where a module is registered, and lets it do what it does."""
+
+    def __init__(self, module: nn.Module, seen: Seen) -> None:
+        super().__init__()
+        # In a list, so that it is found where it was and nowhere else.
+        self._module, self._seen = [module], seen
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._seen.in_place += 1
+        return self._module[0](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"][0], name)
+
+
 @dataclass
 class Seen:
     """What one pass showed of a module.
 
     Attributes:
         runs: How often it ran.
+        in_place: How often the network called what is registered under its name.
         taken: The first floating-point tensor that it took, if any.
         alone: Whether that was its first argument, and no other argument was a tensor.
         given: What it gave.
     """
 
     runs: int = 0
+    in_place: int = 0
     taken: Tensor | None = None
     alone: bool = False
     given: Any = None
@@ -277,9 +296,27 @@ def look_at(runner: ForwardRunner, components: Mapping[str, Sequence[str]]) -> d
         seen[call].given = output
 
     with ExitStack() as hooks:
-        for call in seen:
-            module, _ = find_module(runner.model, call)
+        modules = {call: find_module(runner.model, call)[0] for call in seen}
+        for call, module in modules.items():
             ends = (functools.partial(before, call), functools.partial(after, call))
             hooks.enter_context(attach(module, before=ends[0], after=ends[1]))
+        hooks.enter_context(_witnessed(runner.model, modules, seen))
         runner.run_batch(0)
     return seen
+
+
+@contextmanager
+def _witnessed(
+    model: nn.Module, modules: Mapping[str, nn.Module], seen: Mapping[str, Seen]
+) -> Generator[None, None, None]:
+    """Count the calls of modules where they are registered."""
+    before = [
+        (parts, key, call) for call, m in modules.items() for parts, key in registrations(model, m)
+    ]
+    try:
+        for parts, key, call in before:
+            parts[key] = _Witness(modules[call], seen[call])
+        yield
+    finally:
+        for parts, key, call in before:
+            parts[key] = modules[call]

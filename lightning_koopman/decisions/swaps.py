@@ -90,28 +90,37 @@ Swap = Skipped | LinearComponent
 _KINDS: Mapping[str, type[Swap]] = {"skipped": Skipped, "linear": LinearComponent}
 
 
+def registrations(model: nn.Module, module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Find every place in a network where a module is registered: the parts of its owner, and a key."""
+    owners = (owner._modules for owner in model.modules())
+    return [(parts, key) for parts in owners for key, part in parts.items() if part is module]
+
+
+def _by_name(model: nn.Module) -> dict[str, nn.Module]:
+    return {clean_name(name): module for name, module in model.named_modules()}
+
+
 def put_in_place(model: nn.Module, swap: Swap) -> None:
-    """Put a swap where the first module it replaces is, and nothing where the others are."""
-    raw = {clean_name(name): name for name, _ in model.named_modules()}
-    first, *others = swap.replaces
-    model.set_submodule(raw[first], swap)
-    for name in others:
-        model.set_submodule(raw[name], nn.Identity())
+    """Put a swap wherever the first module it replaces is, and nothing where the others are."""
+    modules = _by_name(model)
+    for place, module in enumerate([modules[name] for name in swap.replaces]):
+        for parts, key in registrations(model, module):
+            parts[key] = nn.Identity() if place else swap
 
 
 @contextmanager
 def swapped(model: nn.Module, swaps: Iterable[Swap]) -> Generator[None, None, None]:
     """Put swaps in place in the network itself while the context lasts."""
-    raw = {clean_name(name): name for name, _ in model.named_modules()}
-    swaps = list(swaps)
-    before = {raw[name]: model.get_submodule(raw[name]) for swap in swaps for name in swap.replaces}
+    swaps, modules = list(swaps), _by_name(model)
+    replaced = [modules[name] for swap in swaps for name in swap.replaces]
+    before = [(parts, key, m) for m in replaced for parts, key in registrations(model, m)]
     try:
         for swap in swaps:
             put_in_place(model, swap)
         yield
     finally:
-        for name, module in before.items():
-            model.set_submodule(name, module)
+        for parts, key, module in before:
+            parts[key] = module
 
 
 def copied_with(model: nn.Module, swaps: Iterable[Swap]) -> nn.Module:
