@@ -190,10 +190,17 @@ def _droppable(
         parts = [calls[:count] for count in range(len(calls), 0, -1)]
         reasons = [_refusal([seen[call] for call in part]) for part in parts]
         fitting = [part for part, reason in zip(parts, reasons, strict=True) if not reason]
-        if fitting:
-            swaps[name] = Skipped(fitting[0], isinstance(seen[fitting[0][-1]].given, tuple))
-        else:
+        if not fitting:
             refused[name] = reasons[-1]
+            continue
+        swap = Skipped(fitting[0], isinstance(seen[fitting[0][-1]].given, tuple))
+        try:
+            with swapped(runner.model, [swap]):
+                runner.run_batch(0)
+        except Exception as error:
+            refused[name] = f"without which the network fails ({type(error).__name__}: {error})"
+        else:
+            swaps[name] = swap
     return swaps, refused
 
 

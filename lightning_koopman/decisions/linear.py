@@ -26,7 +26,7 @@ from lightning_koopman.decisions.steps import (
     look_at,
     loss_of,
 )
-from lightning_koopman.decisions.swaps import LinearComponent, copied_with, swapped
+from lightning_koopman.decisions.swaps import LinearComponent, check_copyable, copied_with, swapped
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
@@ -192,6 +192,7 @@ def linearize(
     """
     if is_compiled(model):
         raise ValueError("the model went through torch.compile; linearize the module it was made from")
+    check_copyable(model)
     check_max_drop(max_drop)
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")

@@ -248,19 +248,23 @@ def component_calls(
 
 
 class _Witness(nn.Module):
-    """Stands where a module is registered, and lets it do what it does."""
+    """Stands where a module is registered, passes for it, and lets it do what it does."""
 
     def __init__(self, module: nn.Module, seen: Seen) -> None:
         super().__init__()
-        # In a list, so that it is found where it was and nowhere else.
-        self._module, self._seen = [module], seen
+        self._modules["module"], self._seen = module, seen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._seen.in_place += 1
-        return self._module[0](*args, **kwargs)
+        return self._modules["module"](*args, **kwargs)  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_module"][0], name)
+        return getattr(vars(self)["_modules"]["module"], name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The type that a network finds if it asks for it."""
+        return type(vars(self)["_modules"]["module"])
 
 
 @dataclass

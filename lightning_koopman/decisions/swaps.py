@@ -6,7 +6,8 @@ import copy
 import io
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +19,35 @@ from lightning_koopman.network.weights import CheckpointError, apply_checkpoint,
 from lightning_koopman.report.saved import write_atomically
 
 
-class Skipped(nn.Module):
+class _Swap(nn.Module):
+    """What takes the place of a module, and answers for it where a network reads its attributes.
+
+    Tensors among them have no values: what reads these cannot do without the module.
+    """
+
+    _replaced: nn.Module | None = None
+
+    def stand_for(self, module: nn.Module) -> None:
+        """Remember what a module is, but not its weights."""
+        if self._replaced is not None or isinstance(module, _Swap):
+            return
+        held = (value for part in module.modules() for value in vars(part).values())
+        tensors = [*module.parameters(), *module.buffers(), *(t for t in held if isinstance(t, Tensor))]
+        memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
+        with suppress(Exception):  # what cannot be copied is not needed, or missed where it is
+            # Not as a part of this one.
+            vars(self)["_replaced"] = copy.deepcopy(module, memo)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if self._replaced is None:
+                raise
+            return getattr(self._replaced, name)
+
+
+class Skipped(_Swap):
     """Gives the first tensor that it takes, in place of a component that was dropped."""
 
     def __init__(self, replaces: Sequence[str] = (), in_tuple: bool = False) -> None:
@@ -39,7 +68,7 @@ class Skipped(nn.Module):
         return f"replaces={self.replaces}"
 
 
-class LinearComponent(nn.Module):
+class LinearComponent(_Swap):
     """One ``nn.Linear``, or two with a narrow state between them, in place of a component.
 
     It acts on whole tensors, or on one axis of theirs, alike at every position.
@@ -103,6 +132,7 @@ def _by_name(model: nn.Module) -> dict[str, nn.Module]:
 def put_in_place(model: nn.Module, swap: Swap) -> None:
     """Put a swap wherever the first module it replaces is, and nothing where the others are."""
     modules = _by_name(model)
+    swap.stand_for(modules[swap.replaces[0]])
     for place, module in enumerate([modules[name] for name in swap.replaces]):
         for parts, key in registrations(model, module):
             parts[key] = nn.Identity() if place else swap
@@ -123,8 +153,38 @@ def swapped(model: nn.Module, swaps: Iterable[Swap]) -> Generator[None, None, No
             parts[key] = module
 
 
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Refuse a network that keeps functions of its own: a copy's would run the original's modules."""
+    own = {id(module) for module in model.modules()}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            held = list(value.values()) if isinstance(value, dict) else value
+            functions = held if isinstance(held, list | tuple | set) else [held]
+            if key not in _OF_TORCH and any(_refers_to(own, function) for function in functions):
+                owner = clean_name(name) or type(model).__name__
+                raise ValueError(
+                    f"{key!r} of {owner!r} holds a function that refers to a module of the network, so "
+                    "that of a copy would still run the original's; make it a method"
+                )
+
+
+def _refers_to(modules: set[int], function: Any) -> bool:
+    """Check whether a function holds one of some modules, in what surrounds it or as a default."""
+    if not isinstance(function, FunctionType):
+        return False
+    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # it is empty
+            held.append(cell.cell_contents)
+    return any(isinstance(value, nn.Module) and id(value) in modules for value in held)
+
+
 def copied_with(model: nn.Module, swaps: Iterable[Swap]) -> nn.Module:
     """Copy a network, also where a module holds a tensor with a graph, and put swaps in place."""
+    check_copyable(model)
     held = (value for module in model.modules() for value in vars(module).values())
     graphs = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
     new = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in graphs})

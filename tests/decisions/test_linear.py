@@ -386,14 +386,21 @@ class Repeated(nn.Module):
         return self.last(self.inner(self.inner(x)))
 
 
+class Apart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
 def test_a_second_call_cannot_become_linear_and_places_apart_are_no_neighbours():
     net, x = Repeated().eval(), inputs()
     report = credit_report(net, [x], components=["inner", "last"])
     with pytest.raises(ValueError, match="'inner' cannot become linear: it runs 2 times"):
         linearize(net, x.split(250), report, components=["inner", "last"])
-    apart = nn.ModuleDict({"a": nn.Sequential(nn.Linear(6, 6), nn.Tanh()), "b": nn.Linear(6, 2)})
-    apart.forward = lambda given: apart["b"](apart["a"](given))
-    new = linearize(apart, x.split(250), **ANY)
+    new = linearize(Apart().eval(), x.split(250), **ANY)
     assert [component.replaces for component in swaps_in(new.model)] == [("a.0", "a.1")]
 
 

@@ -97,3 +97,107 @@ def test_what_is_called_from_elsewhere_cannot_be_replaced():
         assert "the network does not call" in found.refused["l2"]
         assert "where it is registered, so nothing can take its place" in found.refused["l2"]
     assert list(model.named_modules()) == before
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind, self.layer = "full", nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.layer(x))
+
+
+class Asks(nn.Module):
+    """Asks its blocks for an attribute, their type and where their weights are before it runs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(next(self.parameters()).device)
+        for block in self.blocks:
+            x = block(x) if block.kind == "full" else 2 * x
+        return self.head(x)
+
+
+def plainly_without(model: nn.Module, block: int) -> Tensor:
+    class Nothing(nn.Module):
+        kind = "full"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model.blocks[block], kept = Nothing(), model.blocks[block]
+    try:
+        return gives(model)
+    finally:
+        model.blocks[block] = kept
+
+
+def test_what_takes_a_module_s_place_has_its_attributes(tmp_path):
+    model = Asks().eval()
+    order = drop_order(model, batches(), steps=1)
+    new = order.apply(model, steps=1)
+    dropped = int(order.components[0].rpartition(".")[2])
+    torch.testing.assert_close(gives(new), plainly_without(model, dropped), rtol=0, atol=0)
+    assert sum(p.numel() for p in new.parameters()) == order.costs[0].parameters
+    save_shrunk(new, tmp_path / "new.ckpt")
+    torch.testing.assert_close(
+        gives(load_shrunk(model, tmp_path / "new.ckpt")), gives(new), rtol=0, atol=0
+    )
+    linear = linearize(model, batches(), max_drop=1.0, allow_larger=True)
+    assert {"blocks.0", "blocks.1", "blocks.2"} <= {*linear.components}
+    assert gives(linear.model).shape == (100, 3)
+
+
+def test_an_encoder_of_torch_can_go_without_any_of_its_layers():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 3), nn.Flatten(), nn.Linear(24, 3)).eval()
+    rows = torch.randn(200, 4, 6).split(50)
+    order = drop_order(model, rows, scale="relative", steps=3)
+    assert {*order.components} == {f"0.layers.{i}" for i in range(3)}
+    assert (order.effect > 0).all()
+
+
+def test_a_block_whose_weights_are_read_cannot_go():
+    class Reads(Asks):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x) * block.layer.weight.norm()
+            return self.head(x)
+
+    order = drop_order(Reads().eval(), batches(), steps=1)
+    assert order.components == ()
+    assert "without which the network fails" in order.refused["blocks.0"]
+
+
+class Functions(Asks):
+    """Keeps functions that run its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [lambda x, i=i: self.blocks[i](x) for i in range(3)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return self.head(x)
+
+
+def test_a_network_whose_copy_would_run_its_own_modules_is_not_copied():
+    model = Functions().eval()
+    order = drop_order(model, batches(), steps=1)
+    torch.testing.assert_close(order.effect[0], order.remaining[0].min())
+    for call in (lambda: order.apply(model, steps=1), lambda: linearize(model, batches())):
+        with pytest.raises(ValueError, match="'steps' of 'Functions' holds a function that refers to a"):
+            call()
+    model.steps = [lambda x, block=block: block(x) for block in model.blocks]
+    with pytest.raises(ValueError, match="'steps' of 'Functions' holds a function"):
+        order.apply(model, steps=1)
+    model.steps = [block.forward for block in model.blocks]
+    assert not torch.equal(gives(order.apply(model, steps=0)), torch.zeros(100, 3))
