@@ -77,17 +77,18 @@ A measurement has a part that does not depend on the network's own work: some mi
 component, and the POD bases where a state is wider than `max_dim`. The floor holds, for each component,
 the calls to BLAS and LAPACK of point values (as above, without alignments of folds and their ranks) and
 of drift: an operator for each fold, and what it and the old one miss of that fold and of all samples.
-With the products of states; bases, which are kept while they fit, are not in it. The numbers of one
-report alone, as point values, take 0.05 s for the MLP and 0.16 s for the small transformer; drift takes
-0.03 and 0.19 s, rows and products 0.01 and 0.19 s, and hooks the rest. The CNN's measurement is 0.17 s
-of report, 0.15 of drift and 0.13 of rows and products. Of the transformer's, 0.24, 0.26 and 0.50 s were
-counted. Point values choose no ridge weight anew without each fold,
-which takes 0.7 of their time where weights are not settled, and drift copies no operators, 0.75 of what
-holding old against new took.
+With the products of states; bases, which are kept while they fit, are not in it. Outside of a training,
+each the least of some runs, the numbers of one report, as point values, take 0.02 s for the MLP, 0.08 s
+for the CNN and 0.15 s for the transformer; drift takes 0.02, 0.08 and 0.16 s; rows, products and hooks
+0.01, 0.08 and 0.22 s. Pairs of epochs say 0.06, 0.29 and 0.71 s, the last with much noise. Point values
+choose no ridge weight anew without each fold, which takes 0.7 of their time where weights are not
+settled, and drift copies no operators, 0.75 of what holding old against new took. Reports, epochs and
+the demo were measured on another day than the other tables: networks, in float32, ran faster then, and
+our numbers, in float64, hardly so. On the day of the other tables the CNN's ratio was 1.24, ViT's 1.17.
 
 So by default not every epoch is measured: all of watching, with effects, figures and the report at the
 end, may take 5 % of the training's time (`max_overhead=0.05`), and 1.5 seconds in any case. The demo
-trains for less than two, so the 1.5 are what decides there; it then gets 5 to 10 measurements, by what
+trains for less than two, so the 1.5 are what decides there; it then gets 5 to 19 measurements, by what
 else the machine does. With each epoch measured, of 2.7 s that were counted on a busy machine, 1.1 were
 thirty reports, 0.7 drift, 0.3 rows and products, and 0.3 figures (2.1 before they were drawn with fewer
 texts, fewer pixels and three instead of six at a time):
