@@ -194,6 +194,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._differs: str | None = None
         self._row_s = 0.0
         self._measured_at: int | None = None
+        # What tells the weights that were measured last, whether others may still change them when
+        # training ends, and whether the module holds others for now.
         self._weights: list[Tensor] = []
         self._open = self._elsewhere = False
         self._logged_at: int | None = None
@@ -499,7 +501,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._forget()
         self._recording = self._steps_of_training = self._watched = self._differs = None
         self._from_training = self._checked = self._recorded_training = False
-        self._open = self._elsewhere = False
+        self._weights, self._open, self._elsewhere = [], False, False
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._newest, self._due_epoch = {}, False
 

@@ -138,8 +138,8 @@ def _sums(tensor: Tensor) -> Tensor:
     return torch.stack([values.sum(dtype=dtype), torch.linalg.vector_norm(values, dtype=dtype)])
 
 
-_ROUNDING = 1e-9
-"""Share of a tensor's norm by which its sum differs between devices at most."""
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Share of a tensor's norm by which its sum, of this type, differs between devices at most."""
 
 
 def have_changed(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
@@ -148,7 +148,7 @@ def have_changed(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
         return True
     for pair in zip(before, now, strict=True):
         old, new = (sums.cpu().double().nan_to_num() for sums in pair)
-        if bool(((old - new).abs() > _ROUNDING * old[1]).any()):
+        if bool(((old - new).abs() > max(_ROUNDING[sums.dtype] for sums in pair) * old[1]).any()):
             return True
     return False
 

@@ -197,7 +197,7 @@ def _droppable(
         try:
             with swapped(runner.model, [swap]):
                 runner.run_batch(0)
-        except Exception as error:
+        except Exception as error:  # the network's own code may raise anything
             refused[name] = f"without which the network fails ({type(error).__name__}: {error})"
         else:
             swaps[name] = swap

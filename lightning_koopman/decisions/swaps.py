@@ -31,10 +31,11 @@ class _Swap(nn.Module):
         """Remember what a module is, but not its weights."""
         if self._replaced is not None or isinstance(module, _Swap):
             return
-        held = (value for part in module.modules() for value in vars(part).values())
-        tensors = [*module.parameters(), *module.buffers(), *(t for t in held if isinstance(t, Tensor))]
-        memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
         with suppress(Exception):  # what cannot be copied is not needed, or missed where it is
+            held = (value for part in module.modules() for value in vars(part).values())
+            tensors = [t for t in held if isinstance(t, Tensor)]
+            tensors += [*module.parameters(), *module.buffers()]
+            memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
             # Not as a part of this one.
             vars(self)["_replaced"] = copy.deepcopy(module, memo)
 
@@ -42,7 +43,8 @@ class _Swap(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if self._replaced is None:
+            # How Python copies or pickles it is its own affair.
+            if self._replaced is None or name.startswith("__"):
                 raise
             return getattr(self._replaced, name)
 
@@ -132,10 +134,11 @@ def _by_name(model: nn.Module) -> dict[str, nn.Module]:
 def put_in_place(model: nn.Module, swap: Swap) -> None:
     """Put a swap wherever the first module it replaces is, and nothing where the others are."""
     modules = _by_name(model)
-    swap.stand_for(modules[swap.replaces[0]])
-    for place, module in enumerate([modules[name] for name in swap.replaces]):
+    first, *others = (modules[name] for name in swap.replaces)
+    swap.stand_for(first)
+    for module in (first, *others):
         for parts, key in registrations(model, module):
-            parts[key] = nn.Identity() if place else swap
+            parts[key] = swap if module is first else nn.Identity()
 
 
 @contextmanager
