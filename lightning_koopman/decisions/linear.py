@@ -26,7 +26,13 @@ from lightning_koopman.decisions.steps import (
     look_at,
     loss_of,
 )
-from lightning_koopman.decisions.swaps import LinearComponent, check_copyable, copied_with, swapped
+from lightning_koopman.decisions.swaps import (
+    LinearComponent,
+    Repeated,
+    check_copyable,
+    copied_with,
+    swapped,
+)
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
@@ -272,7 +278,15 @@ class _Maps:
         """Run one batch to see why components cannot become linear."""
         self._seen = look_at(self._runner, components)
         parts = {name: [self._seen[call] for call in calls] for name, calls in components.items()}
-        return {name: reason for name, part in parts.items() if (reason := self._refusal(part))}
+        refused = {name: reason for name, part in parts.items() if (reason := self._refusal(part))}
+        for name in components.keys() - refused.keys():
+            stand_in = Repeated(components[name], parts[name][-1].given)
+            try:
+                with swapped(self._runner.model, [stand_in]):
+                    self._runner.run_batch(0)
+            except Exception as error:  # the network's own code may raise anything
+                refused[name] = f"the network fails without it ({type(error).__name__}: {error})"
+        return {name: refused[name] for name in components if name in refused}
 
     @staticmethod
     def _refusal(calls: Sequence[Seen]) -> str:

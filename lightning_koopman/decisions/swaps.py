@@ -117,8 +117,20 @@ class LinearComponent(_Swap):
         return f"shape={self.shape}, replaces={self.replaces}"
 
 
-Swap = Skipped | LinearComponent
-_KINDS: Mapping[str, type[Swap]] = {"skipped": Skipped, "linear": LinearComponent}
+class Repeated(_Swap):
+    """Gives what a component gave once, which tells whether a network runs at all without it."""
+
+    def __init__(self, replaces: Sequence[str], given: Any) -> None:
+        super().__init__()
+        self.replaces, self.given = tuple(replaces), given
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Return it again."""
+        return self.given
+
+
+Swap = Skipped | LinearComponent | Repeated
+_KINDS: Mapping[str, type[Skipped | LinearComponent]] = {"skipped": Skipped, "linear": LinearComponent}
 
 
 def registrations(model: nn.Module, module: nn.Module) -> list[tuple[dict[str, Any], str]]:
@@ -196,7 +208,7 @@ def copied_with(model: nn.Module, swaps: Iterable[Swap]) -> nn.Module:
     return new
 
 
-def swaps_in(model: nn.Module) -> list[Swap]:
+def swaps_in(model: nn.Module) -> list[Skipped | LinearComponent]:
     """List what stands in place of components."""
     return [module for module in model.modules() if isinstance(module, Skipped | LinearComponent)]
 

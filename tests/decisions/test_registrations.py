@@ -171,9 +171,12 @@ def test_a_block_whose_weights_are_read_cannot_go():
                 x = block(x) * block.layer.weight.norm()
             return self.head(x)
 
-    order = drop_order(Reads().eval(), batches(), steps=1)
+    model = Reads().eval()
+    order = drop_order(model, batches(), steps=1)
     assert order.components == ()
     assert "without which the network fails" in order.refused["blocks.0"]
+    linear = linearize(model, batches(), max_drop=1.0, allow_larger=True)
+    assert "the network fails without it" in linear.refused["blocks.2"]
 
 
 class Functions(Asks):
