@@ -363,6 +363,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if may_skip_validation(trainer, pl_module) or self._idle:
             return
         try:
+            if trainer.state.fn == "fit" and trainer.world_size == 1:
+                self._elsewhere = self._changed(trainer, pl_module)
+            if self._elsewhere:
+                # Averaged weights were taken out again; when training ends they may be the final ones.
+                self._final = False
             self._check_replay(trainer, pl_module)
         except Exception as error:
             if not self.sync_pending:
@@ -550,13 +555,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""
         recording = self._recording
-        if trainer.state.fn != "fit" or recording is None:
-            return
-        self._elsewhere |= trainer.world_size == 1 and self._changed(trainer, pl_module)
-        if self._elsewhere:
-            # Averaged weights were taken out again; at the end of training they may be the final ones.
-            self._final = False
-        if self._checked or self._elsewhere:
+        if self._checked or self._elsewhere or trainer.state.fn != "fit" or recording is None:
             return
         self._checked = True
         try:

@@ -19,6 +19,7 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
+    failure_with,
     is_within,
     look_at,
     loss_of,
@@ -194,11 +195,8 @@ def _droppable(
             refused[name] = reasons[-1]
             continue
         swap = Skipped(fitting[0], isinstance(seen[fitting[0][-1]].given, tuple))
-        try:
-            with swapped(runner.model, [swap]):
-                runner.run_batch(0)
-        except Exception as error:  # the network's own code may raise anything
-            refused[name] = f"without which the network fails ({type(error).__name__}: {error})"
+        if why := failure_with(runner, swap):
+            refused[name] = f"without which the network fails ({why})"
         else:
             swaps[name] = swap
     return swaps, refused

@@ -22,6 +22,7 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
+    failure_with,
     is_within,
     look_at,
     loss_of,
@@ -277,16 +278,14 @@ class _Maps:
     def check(self, components: Mapping[str, Sequence[str]]) -> dict[str, str]:
         """Run one batch to see why components cannot become linear."""
         self._seen = look_at(self._runner, components)
-        parts = {name: [self._seen[call] for call in calls] for name, calls in components.items()}
-        refused = {name: reason for name, part in parts.items() if (reason := self._refusal(part))}
-        for name in components.keys() - refused.keys():
-            stand_in = Repeated(components[name], parts[name][-1].given)
-            try:
-                with swapped(self._runner.model, [stand_in]):
-                    self._runner.run_batch(0)
-            except Exception as error:  # the network's own code may raise anything
-                refused[name] = f"the network fails without it ({type(error).__name__}: {error})"
-        return {name: refused[name] for name in components if name in refused}
+        refused = {}
+        for name, calls in components.items():
+            seen = [self._seen[call] for call in calls]
+            if reason := self._refusal(seen):
+                refused[name] = reason
+            elif why := failure_with(self._runner, Repeated(calls, seen[-1].given)):
+                refused[name] = f"the network fails without it ({why})"
+        return refused
 
     @staticmethod
     def _refusal(calls: Sequence[Seen]) -> str:

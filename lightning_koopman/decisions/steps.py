@@ -18,7 +18,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_koopman.decisions.swaps import registrations
+from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swapped
 from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.scoring import Measured, Outputs
 from lightning_koopman.network.capture import Capture
@@ -314,13 +314,18 @@ def _witnessed(
     model: nn.Module, modules: Mapping[str, nn.Module], seen: Mapping[str, Seen]
 ) -> Generator[None, None, None]:
     """Count the calls of modules where they are registered."""
-    before = [
-        (parts, key, call) for call, m in modules.items() for parts, key in registrations(model, m)
-    ]
-    try:
-        for parts, key, call in before:
+    places = [(place, call) for call, m in modules.items() for place in registrations(model, m)]
+    with put_back(model, modules.values()):
+        for (parts, key), call in places:
             parts[key] = _Witness(modules[call], seen[call])
         yield
-    finally:
-        for parts, key, call in before:
-            parts[key] = modules[call]
+
+
+def failure_with(runner: ForwardRunner, swap: Swap) -> str:
+    """Say how a network fails on one batch with a swap in place, or nothing."""
+    try:
+        with swapped(runner.model, [swap]):
+            runner.run_batch(0)
+    except Exception as error:  # the network's own code may raise anything
+        return f"{type(error).__name__}: {error}"
+    return ""

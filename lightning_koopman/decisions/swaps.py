@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.components import clean_modules, clean_name
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.saved import write_atomically
@@ -139,13 +139,20 @@ def registrations(model: nn.Module, module: nn.Module) -> list[tuple[dict[str, A
     return [(parts, key) for parts in owners for key, part in parts.items() if part is module]
 
 
-def _by_name(model: nn.Module) -> dict[str, nn.Module]:
-    return {clean_name(name): module for name, module in model.named_modules()}
+@contextmanager
+def put_back(model: nn.Module, modules: Iterable[nn.Module]) -> Generator[None, None, None]:
+    """Put modules back wherever they are registered now when the context ends."""
+    before = [(parts, key, m) for m in modules for parts, key in registrations(model, m)]
+    try:
+        yield
+    finally:
+        for parts, key, module in before:
+            parts[key] = module
 
 
 def put_in_place(model: nn.Module, swap: Swap) -> None:
     """Put a swap wherever the first module it replaces is, and nothing where the others are."""
-    modules = _by_name(model)
+    modules = dict(clean_modules(model))
     first, *others = (modules[name] for name in swap.replaces)
     swap.stand_for(first)
     for module in (first, *others):
@@ -156,16 +163,11 @@ def put_in_place(model: nn.Module, swap: Swap) -> None:
 @contextmanager
 def swapped(model: nn.Module, swaps: Iterable[Swap]) -> Generator[None, None, None]:
     """Put swaps in place in the network itself while the context lasts."""
-    swaps, modules = list(swaps), _by_name(model)
-    replaced = [modules[name] for swap in swaps for name in swap.replaces]
-    before = [(parts, key, m) for m in replaced for parts, key in registrations(model, m)]
-    try:
+    swaps, modules = list(swaps), dict(clean_modules(model))
+    with put_back(model, [modules[name] for swap in swaps for name in swap.replaces]):
         for swap in swaps:
             put_in_place(model, swap)
         yield
-    finally:
-        for parts, key, module in before:
-            parts[key] = module
 
 
 _OF_TORCH = frozenset(vars(nn.Module()))
