@@ -66,12 +66,14 @@ class Fit(NamedTuple):
         if len(known) < len(targets):
             return cls(found=bool(known))
         shapes = {o.shape[1:] for o in outputs}
-        width = outputs[0].shape[1] if outputs[0].ndim == 2 else 0
-        alike = all(len(o) == len(t) for o, t in zip(outputs, known, strict=True))
-        every = torch.cat(known).long()
+        width = outputs[0].shape[-1] if outputs[0].ndim > 1 else 0
+        # Of several outputs with the same classes, the targets stand there as often.
+        alike = all(o.shape[:-1] == t.shape for o, t in zip(outputs, known, strict=True))
+        every = torch.cat([t.reshape(len(t), -1)[:, 0] for t in known]).long()
         if width < 2 or len(shapes) > 1 or not alike or not 0 <= every.min() <= every.max() < width:
             return cls()
-        right = sum(int((o.argmax(1) == t).sum()) for o, t in zip(outputs, known, strict=True))
+        right = sum(int((o.argmax(-1) == t).sum()) for o, t in zip(outputs, known, strict=True))
+        right //= outputs[0].shape[1:-1].numel()
         return cls(width, int(every.max()), int(every.bincount().max()), right)
 
 
@@ -128,8 +130,7 @@ def measure_effects(
 
     fits: list[Fit] = []
 
-    def targets(outputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        known = [step.targets for step in taken]
+    def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         fits.extend(agree(Fit.of(outputs, known)))
         return known if are_classes(fits) else [None] * len(taken)
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from scipy.optimize import LinearConstraint, milp
 from torch import Tensor, nn
 
-from lightning_koopman.decisions.steps import component_calls
+from lightning_koopman.decisions.steps import component_calls, find_outputs
 from lightning_koopman.decisions.swaps import copied_with
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.replacements import quantized_weights
@@ -58,6 +58,7 @@ class BitWidths(JupyterMixin):
         scale: Unit of effects, ``"kl"`` or ``"relative"``.
         n_samples: Samples that all of this was measured on.
         group_size: Inputs that share a scale; ``None`` is all of an output channel.
+        notes: What a reader must know of the outputs that were looked at.
     """
 
     components: tuple[str, ...]
@@ -78,6 +79,7 @@ class BitWidths(JupyterMixin):
     scale: Scale
     n_samples: int
     group_size: int | None
+    notes: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]] = field(repr=False)
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -174,7 +176,8 @@ class BitWidths(JupyterMixin):
             for option, *found in zip(self.options, self.effects.T, self.effects_stderr.T, strict=True)
         }
         title = f"Bits per component, {self.n_samples} samples"
-        lines = [escape(self.verdict), escape(self.next_step)]
+        notes = [f"Note: {note}" for note in self.notes]
+        lines = list(map(escape, (*notes, self.verdict, self.next_step)))
         return Fitted(title, columns, (), (), lines)
 
 
@@ -232,7 +235,9 @@ def bit_widths(
         raise ValueError(f"average is {average}, below all of bits={tuple(bits)}; give fewer or more")
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
-        calls = component_calls(runner, report, components)
+        calls, ends = component_calls(runner, report, components)
+        outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        calls = {name: own for name, own in calls.items() if name not in refused}
         rounded = {option: quantized_weights(model, option, group_size=group_size) for option in options}
         parts, counts = _with_weights(calls, rounded[options[0]])
         if not parts:
@@ -240,7 +245,6 @@ def bit_widths(
                 f"none of {tuple(calls)} holds a linear or convolutional layer, whose weights could be "
                 "rounded; name other components"
             )
-        outputs = Outputs(runner.run(), runner.batches, scale, metric)
         altered = _Rounded(runner, outputs, parts, rounded)
         names = tuple(parts)
         found = [[altered.alone(name, option) for option in options] for name in names]
@@ -261,7 +265,9 @@ def bit_widths(
         solver = min(improved, key=lambda name: improved[name][1].effect)
         places, best = improved[solver]
         alike = {b: altered.together(dict.fromkeys(names, b)).effect for b in options if b <= average}
-    final = tuple(options[k] for k in places)
+    final, notes = tuple(options[k] for k in places), list(outputs.notes)
+    for name in refused:
+        notes.append(f"{name!r} keeps its weights: it leads to none of the outputs that are looked at")
     return BitWidths(
         components=names,
         bits=final,
@@ -281,6 +287,7 @@ def bit_widths(
         scale=outputs.scale,
         n_samples=outputs.n_samples,
         group_size=group_size,
+        notes=tuple(notes),
         parts=parts,
     )
 

@@ -20,6 +20,7 @@ from lightning_koopman.decisions.steps import (
     component_calls,
     cost_of,
     failure_with,
+    find_outputs,
     is_within,
     look_at,
     loss_of,
@@ -165,8 +166,9 @@ def drop_order(
         raise ValueError(f"steps is {steps}; it must be 1 or above, or None to go by max_drop")
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
-        swaps, refused = _droppable(runner, component_calls(runner, report, components))
-        outputs = Outputs(runner.run(), runner.batches, scale, metric)
+        calls, ends = component_calls(runner, report, components)
+        outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        swaps = _droppable(runner, calls, refused)
         order, remaining = _order(runner, outputs, swaps, max_drop, steps)
         before = cost_of(runner)
     return DropOrder(
@@ -181,12 +183,14 @@ def drop_order(
 
 
 def _droppable(
-    runner: ForwardRunner, components: Mapping[str, tuple[str, ...]]
-) -> tuple[dict[str, Skipped], dict[str, str]]:
-    """Find out by one pass which components can be skipped, and why others cannot."""
+    runner: ForwardRunner, components: Mapping[str, tuple[str, ...]], refused: dict[str, str]
+) -> dict[str, Skipped]:
+    """Find out by one pass which components can be skipped; those that cannot join the ``refused``."""
     seen = look_at(runner, components)
-    swaps, refused = {}, {}
+    swaps = {}
     for name, calls in components.items():
+        if name in refused:
+            continue
         # What follows a block and belongs to it, such as pooling, may change the shape: it then stays.
         parts = [calls[:count] for count in range(len(calls), 0, -1)]
         reasons = [_refusal([seen[call] for call in part]) for part in parts]
@@ -199,7 +203,7 @@ def _droppable(
             refused[name] = f"without which the network fails ({why})"
         else:
             swaps[name] = swap
-    return swaps, refused
+    return swaps
 
 
 def _refusal(calls: Sequence[Seen]) -> str:

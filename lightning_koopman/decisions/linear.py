@@ -23,6 +23,7 @@ from lightning_koopman.decisions.steps import (
     component_calls,
     cost_of,
     failure_with,
+    find_outputs,
     is_within,
     look_at,
     loss_of,
@@ -208,16 +209,14 @@ def linearize(
     fit_on, choose_on = _two_parts(batches, fit_batches)
     runner = runner_on(model, choose_on, samples, forward_fn)
     with undisturbed(model):
-        calls = component_calls(runner, report, components)
+        calls, ends = component_calls(runner, report, components)
+        outputs, refused = find_outputs(runner, calls, ends, scale, metric)
         maps = _Maps(ForwardRunner(model, fit_on, forward_fn), max_dim, variance, seed)
-        refused = maps.check(calls)
+        refused = maps.check({n: c for n, c in calls.items() if n not in refused}) | refused
         if components is not None and refused:
             name, why = next(iter(refused.items()))
             raise ValueError(f"{name!r} cannot become linear: {why}")
-        search = _Search(
-            runner, Outputs(runner.run(), runner.batches, scale, metric), maps, merge, max_drop,
-            _measure_of(cost), budget, allow_larger,
-        )  # fmt: skip
+        search = _Search(runner, outputs, maps, merge, max_drop, _measure_of(cost), budget, allow_larger)
         steps = search.run({name: c for name, c in calls.items() if name not in refused})
         before = cost_of(runner)
         swaps = [] if not steps else maps.swaps(search.groups(search.chosen))

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swapped
-from lightning_koopman.effects.alterations import altered_parts
-from lightning_koopman.effects.scoring import Measured, Outputs
+from lightning_koopman.effects.alterations import altered_parts, end_calls
+from lightning_koopman.effects.returned import choose_outputs
+from lightning_koopman.effects.scoring import Measured, Metric, Outputs, find_target
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.plan import ends_of
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
@@ -89,6 +91,7 @@ class Steps(JupyterMixin):
         max_drop: Loss that was admitted: drop of the metric, or effect where there is none.
         scale: Unit of effects, ``"kl"`` or ``"relative"``.
         n_samples: Samples that effects and metrics were measured on.
+        notes: What a reader must know of the outputs that were looked at.
     """
 
     components: tuple[str, ...]
@@ -104,6 +107,7 @@ class Steps(JupyterMixin):
     max_drop: float
     scale: Scale
     n_samples: int
+    notes: tuple[str, ...]
 
     @property
     def loss(self) -> NDArray[np.float64]:
@@ -188,7 +192,8 @@ class Steps(JupyterMixin):
         styles = [None if i < self.within else "dim" for i in range(len(self.components))]
         stays = [f"Stays: {escape(name)}, {escape(why)}" for name, why in self.refused.items()]
         title = f"{title}, {self.n_samples} samples{before}"
-        return Fitted(title, columns, (), styles, [*stays, *map(escape, lines)])
+        notes = [f"Note: {escape(note)}" for note in self.notes]
+        return Fitted(title, columns, (), styles, [*stays, *notes, *map(escape, lines)])
 
     def __str__(self) -> str:
         return as_text(self)
@@ -205,6 +210,7 @@ def as_fields(steps: Sequence[Step], outputs: Outputs) -> dict[str, Any]:
         "costs": tuple(step.cost for step in steps),
         "scale": outputs.scale,
         "n_samples": outputs.n_samples,
+        "notes": outputs.notes,
     }
 
 
@@ -226,17 +232,23 @@ def check_max_drop(max_drop: float) -> None:
 
 def component_calls(
     runner: ForwardRunner, report: CreditReport | None, components: Sequence[str] | None
-) -> dict[str, tuple[str, ...]]:
-    """Find the module calls that each component is made of, in order of execution."""
+) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+    """Find the module calls that each component is made of, in order of execution.
+
+    The second that comes back are the calls that the network ends with, where they are known.
+    """
     if report is not None:
-        calls = altered_parts(report)
+        calls, ends = altered_parts(report), end_calls(report)
     else:
-        capture = Capture(runner.model, keep=lambda tensor, recorded: None, follow=True)
+        capture = Capture(runner.model, keep=lambda tensor, recorded: recorded, follow=True)
         with capture:
             capture.start_pass(runner.batches[0])
             runner.run_batch(0)
-            capture.end_pass()
-        calls = capture.parts
+            records = list(capture.end_pass().values())
+        calls, ends = capture.parts, ()
+        if capture.untraced is None:
+            found = ends_of(records, capture.returned, capture.in_losses)
+            ends = tuple(calls[name][-1] for name in found) if calls.keys() >= {*found} else ()
     patterns = [*calls] if components is None else components
     strangers = [p for p in patterns if not any(n == p or fnmatchcase(n, p) for n in calls)]
     if isinstance(components, str) or strangers:
@@ -244,7 +256,26 @@ def component_calls(
             f"no component is called {strangers or components!r}; there are {tuple(calls)}. Others than "
             "those chosen by default are named by a report on them"
         )
-    return {n: c for n, c in calls.items() if any(n == p or fnmatchcase(n, p) for p in patterns)}
+    chosen = {n: c for n, c in calls.items() if any(n == p or fnmatchcase(n, p) for p in patterns)}
+    return chosen, ends
+
+
+def find_outputs(
+    runner: ForwardRunner,
+    calls: Mapping[str, Sequence[str]],
+    ends: Sequence[str],
+    scale: Scale | None,
+    metric: Metric | None,
+) -> tuple[Outputs, dict[str, str]]:
+    """Run the network as it is; return its outputs, and why components that lead elsewhere stay."""
+    last = {name: own[-1] for name, own in calls.items()}
+    given, _, _, made = runner.run_followed((), {*last.values(), *ends})
+    target = find_target(runner.batches[0])
+    about = choose_outputs(runner, given, made, ends, target, scale, metric)
+    targets = [runner.targets_of(find_target(batch)) for batch in runner.batches]
+    outputs = Outputs(runner.run(), runner.batches, scale, metric, targets, about.notes)
+    why = "it leads to none of the outputs that are looked at"
+    return outputs, {name: why for name, call in last.items() if call in about.unseen}
 
 
 class _Witness(nn.Module):

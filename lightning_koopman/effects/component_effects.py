@@ -21,7 +21,8 @@ from lightning_koopman.effects.alterations import (
     altered_parts,
     end_calls,
 )
-from lightning_koopman.effects.scoring import Metric, Outputs, are_classes, find_target, over_draws
+from lightning_koopman.effects.returned import choose_outputs
+from lightning_koopman.effects.scoring import Metric, Outputs, find_target, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
@@ -29,7 +30,6 @@ from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
-from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import CreditReport
 
@@ -86,8 +86,11 @@ def component_effects(
     samples, one with gradients, a backward pass per probe, and one more pass per kind that alters
     weights do for all components, and for all sets of them (:meth:`Effects.of`).
 
-    The outputs are what the report's last components lead to among what the model returns, several heads
-    side by side; where the targets are classes of one of them, that one alone, and a note says so.
+    The outputs are what the report's last components lead to among what the model returns. Over several
+    heads effects are averaged, each in units of its own standard deviation over the first batch. Where
+    the targets are classes of one of them, that one alone counts; where they are of several of one
+    shape, these. A note says so, and what leads to none of the outputs that count has no effect: NaN,
+    not 0.
 
     A module that runs several times is altered in all its calls by the kinds that touch weights, in one
     call by the others. The model is left exactly as it was found, gradients included, also when an
@@ -180,13 +183,14 @@ def effects_on(
     probes: int = 2,
     seed: int = 0,
     target_of: Callable[[Any], Tensor | None] = find_target,
-    targets: Callable[[Sequence[Tensor]], Sequence[Tensor | None]] | None = None,
+    targets: Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
+    | None = None,
 ) -> Effects:
     """Compute effects with whatever runs the network: on data, or on calls that were recorded.
 
     ``parts`` holds the module calls of each component, see :func:`altered_parts`, and ``ends`` the calls
     whose outputs are the network's. ``target_of`` finds the targets of a batch; ``targets`` is called
-    with the outputs of all batches and returns those that count.
+    with the outputs of all batches and with these, and returns those that count.
     """
     for name, value in (("probes", probes), ("draws", 1 if draws is None else draws)):
         if value < 1:
@@ -213,15 +217,17 @@ def effects_on(
             if number:
                 output, values = runner.run_batch(number, alterations.read)
             else:
-                given, values, merged, made = runner.run_followed(alterations.read, ends)
-                only = scale == "kl" or metric is not None
-                runner.places, about = _outputs(given, made, target_of(runner.batches[0]), only=only)
+                last = [point.call for point in alterations.outputs.values()]
+                given, values, merged, made = runner.run_followed(alterations.read, {*last, *ends})
+                target = target_of(runner.batches[0])
+                about = choose_outputs(runner, given, made, ends, target, scale, metric)
                 output = runner.output_of(given)
                 alterations.settle(values, merged, output)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
-        known = None if targets is None else targets(outputs)
-        before = Outputs(outputs, runner.batches, scale, metric, known)
+        given_targets = [runner.targets_of(target_of(batch)) for batch in runner.batches]
+        known = given_targets if targets is None else targets(outputs, given_targets)
+        before = Outputs(outputs, runner.batches, scale, metric, known, about.notes)
         alterations.solve()
         unsteady = _unsteadiness(runner, outputs, before)
         measured = {
@@ -232,33 +238,38 @@ def effects_on(
             second = predict(
                 alterations, runner, before, to_predict, draws=draws, probes=probes, seed=seed
             )
-    size, notes = outputs[0][0].numel(), about
+    size, notes = outputs[0][0].numel(), before.notes
     if second and size > probes:
         combined = f"predicted from {probes} random combinations of the {size} outputs per sample"
-        notes = (*about, combined)
+        notes = (*notes, combined)
     predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
+    unseen = {n for n, point in alterations.outputs.items() if point.call in about.unseen}
+    seen = np.array([1.0 if set(members) - unseen else math.nan for members in rows.values()])
     effects = Effects(
         components=tuple(rows),
-        values={kind: found[kind][0] for kind in kinds},
-        stderr={kind: found[kind][1] for kind in kinds},
+        values={kind: found[kind][0] * seen for kind in kinds},
+        stderr={kind: found[kind][1] * seen for kind in kinds},
         how={kind: "measured" if kind in measured else "predicted" for kind in kinds},
         scale=before.scale,
         n_samples=before.n_samples,
         strength=strength,
         metric_before=before.metric,
-        metric={kind: each[2] for kind, each in measured.items() if before.has_metric},
-        metric_stderr={kind: each[3] for kind, each in measured.items() if before.has_metric},
-        predicted={kind: values for kind, (values, _) in both.items()},
-        predicted_stderr={kind: stderr for kind, (_, stderr) in both.items()},
+        metric={kind: each[2] * seen for kind, each in measured.items() if before.has_metric},
+        metric_stderr={kind: each[3] * seen for kind, each in measured.items() if before.has_metric},
+        predicted={kind: values * seen for kind, (values, _) in both.items()},
+        predicted_stderr={kind: stderr * seen for kind, (_, stderr) in both.items()},
         sets={name: members for name, members in rows.items() if len(members) > 1},
         folds={kind: each.folds for kind, each in second.items()},
         pairs={kind: each.pairs for kind, each in second.items()},
         notes=notes,
     )
     doubts = {
-        kind: tuple(_doubts(effects, alterations, kind, i, unsteady) for i in range(len(rows)))
+        kind: tuple(
+            ("elsewhere",) if math.isnan(seen[i]) else _doubts(effects, alterations, kind, i, unsteady)
+            for i in range(len(rows))
+        )
         for kind in kinds
     }
     return dataclasses.replace(effects, doubts=doubts)
@@ -275,42 +286,6 @@ def _found(
     calls = tuple(known[name][-1] for name in ends) if known.keys() >= {*ends} else ()
     # Those that were named may end before the network does.
     return (measurement.parts, calls) if components is None else (known, ())
-
-
-def _outputs(
-    given: Any, made: Mapping[str, Sequence[int]], target: Tensor | None, *, only: bool
-) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
-    """Choose the outputs among what a model returned, and say what they are where there are several.
-
-    ``made`` lists the tensors that each end of the network led to. The first one of each counts; where
-    the targets are classes of one of them, or ``only`` one may count, that one alone.
-    """
-    tensors, places, notes = list(tensors_inside(given)), list[int](), list[str]()
-    for found in made.values():
-        if not places or not {*found} & {*places}:
-            places.extend(found[:1])
-    if not places:
-        possible = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.ndim]
-        if len(possible) > 1:
-            notes.append(
-                f"effects are about the first of {len(possible)} tensors that the model returns, of "
-                f"shape {tuple(possible[0].shape)}; return another from forward_fn to see those on it"
-            )
-        return None, tuple(notes)
-    places = sorted(places)
-    for name in (end for end, found in made.items() if not found):
-        notes.append(f"the model does not return what {name!r} gives, so effects on it are not seen")
-    fitting = [p for p in places if target is not None and are_classes(tensors[p], target)]
-    rows = {len(tensors[place]) for place in places}
-    if len(places) > 1 and (fitting or only or len(rows) > 1):
-        kept = fitting[0] if fitting else places[0]
-        ends = [end for end, found in made.items() if kept in found]
-        notes.append(
-            f"effects are about one of {len(places)} outputs, that of {', '.join(ends)}; return another "
-            "from forward_fn to see those on it"
-        )
-        places = [kept]
-    return tuple(places), tuple(notes)
 
 
 def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:

@@ -167,6 +167,7 @@ class Outputs:
         metric: The metric of these outputs; NaN where there is none.
         has_metric: Whether there is one.
         n_samples: Number of samples.
+        notes: What a reader must know of what they are.
     """
 
     def __init__(
@@ -176,7 +177,9 @@ class Outputs:
         scale: Scale | None,
         metric: Metric | None = None,
         targets: Sequence[Tensor | None] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
+        self.notes = notes
         self._outputs = tuple(outputs)
         if not self._outputs:
             raise ValueError(NO_SAMPLES)

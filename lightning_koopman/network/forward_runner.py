@@ -195,6 +195,9 @@ class ForwardRunner:
     Attributes:
         places: Which of the tensors that the model returns are its outputs, side by side; ``None`` takes
             the first that has samples, which single numbers, as losses are, have not.
+        units: What each of several outputs side by side is divided by.
+        class_axis: Where the outputs are several with the same classes, the axis of these in each:
+            classes are then the last axis, and which output it is the one before.
     """
 
     def __init__(
@@ -210,6 +213,8 @@ class ForwardRunner:
             self.model, self.batches = model, list(taken)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
         self.places: tuple[int, ...] | None = None
+        self.units: tuple[float, ...] = ()
+        self.class_axis: int | None = None
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
             raise ValueError(
@@ -234,34 +239,43 @@ class ForwardRunner:
         return outputs
 
     def run_followed(
-        self, read: Iterable[HookPoint], ends: Iterable[str] = ()
+        self, read: Iterable[HookPoint], calls: Iterable[str] = ()
     ) -> tuple[Any, Mapping[HookPoint, Tensor], dict[HookPoint, Any], dict[str, list[int]]]:
         """Run over the first batch and follow the data.
 
         Returns:
             What the model returned, what was read, which axes were merged into the first axis of that,
-            and which of the tensors returned were made of what each of the calls ``ends`` gave.
+            and which of the tensors returned were made of what each of some calls gave.
         """
-        ends = tuple(ends)
+        made: dict[str, list[int]] = {call: [] for call in calls}
         with DataFlow() as flow:
             given, values = self._run(
-                0, read, {end: functools.partial(_labelled, flow, end) for end in ends}
+                0, read, {call: functools.partial(_labelled, flow, call) for call in made}
             )
         merged = {point: flow.merged(value) for point, value in values.items()}
-        made: dict[str, list[int]] = {end: [] for end in ends}
         for place, tensor in enumerate(tensors_inside(given)):
-            if _has_samples(tensor):
-                for end in flow.labels(tensor) & made.keys():
-                    made[end].append(place)
+            for call in flow.labels(tensor) & made.keys():
+                made[call].append(place)
         return given, values, merged, made
 
     def output_of(self, given: Any) -> Tensor:
         """Find the outputs in what the model returned."""
         tensors = list(tensors_inside(given))
         if self.places is None:
-            return next(tensor for tensor in tensors if _has_samples(tensor))
+            return next(tensor for tensor in tensors if has_samples(tensor))
         found = [tensors[place] for place in self.places]
-        return found[0] if len(found) == 1 else torch.cat([part.flatten(1) for part in found], 1)
+        if self.class_axis is not None:
+            return torch.stack([part.movedim(self.class_axis, -1) for part in found], dim=-2)
+        if len(found) == 1:
+            return found[0]
+        parts = zip(found, self.units, strict=True)
+        return torch.cat([part.flatten(1) / unit for part, unit in parts], dim=1)
+
+    def targets_of(self, target: Tensor | None) -> Tensor | None:
+        """Return the targets of one batch as they belong to its outputs."""
+        if target is None or self.class_axis is None or self.places is None:
+            return target
+        return target[..., None].expand(*target.shape, len(self.places))
 
     def run_batch(
         self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
@@ -289,7 +303,7 @@ class ForwardRunner:
                 f"the model gave {type(given).__name__} with no floating-point tensor; return the "
                 "outputs from forward_fn"
             )
-        if not any(map(_has_samples, tensors_inside(given))):
+        if not any(map(has_samples, tensors_inside(given))):
             raise ValueError(
                 f"the model gave {type(given).__name__} with single numbers alone, as losses are; "
                 "return the outputs from forward_fn"
@@ -304,12 +318,13 @@ class ForwardRunner:
         return given, points.values
 
 
-def _has_samples(tensor: Tensor) -> bool:
+def has_samples(tensor: Tensor) -> bool:
+    """Return whether a tensor may be outputs of a network; single numbers, as losses are, are none."""
     return tensor.is_floating_point() and tensor.ndim > 0
 
 
-def _labelled(flow: DataFlow, end: str, output: Tensor, _: Any) -> Tensor:
-    flow.label(output, end)
+def _labelled(flow: DataFlow, call: str, output: Tensor, _: Any) -> Tensor:
+    flow.label(output, call, beside=True)
     return output
 
 

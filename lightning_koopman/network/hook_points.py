@@ -284,7 +284,8 @@ class HookPoints:
             if new.stride() != tensor.stride():
                 # The user's code may view it, or write to it, as it does to what stood here.
                 new = torch.empty_like(tensor, requires_grad=False).copy_(new)
-            output = replace_first_tensor(output, new)
+            if new is not tensor:
+                output = replace_first_tensor(output, new)
         if HookPoint("out", call) in self._read:
             self._keep(HookPoint("out", call), first_tensor(output))
         return output if call in self._alter else None

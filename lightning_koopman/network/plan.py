@@ -54,6 +54,8 @@ def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[s
 
 def _varies(record: Recorded) -> bool:
     tensor = record.tensor
+    if tensor.is_nested:
+        return True
     return tensor.shape[0] > 1 and bool((tensor != tensor[:1]).any()) if tensor.ndim else False
 
 
@@ -87,6 +89,22 @@ def chain_ends(
     }
     covered = {part for parts in mixed.values() for part in parts}
     return [*(name for name in ends if name not in covered), *mixed]
+
+
+def ends_of(
+    records: Sequence[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
+) -> list[str]:
+    """List the states that the chain of the components chosen by default would end with."""
+    sources, losses = sources_of(records, []), _losses(records, returned, None)
+    for name in losses:
+        _bypass(name, sources)
+    return chain_ends([r for r in records if r.name not in losses], sources, returned, in_losses)
+
+
+def _losses(
+    records: Sequence[Recorded], returned: Mapping[str, frozenset[str]], end: str | None
+) -> list[str]:
+    return [r.name for r in records if r.is_loss and r.name != end and r.name not in returned]
 
 
 def _ends_of_calls(
@@ -315,7 +333,7 @@ def make_plan(
     returned = {} if returned is None else returned
     forms = row_forms(records, batch, reduce, max_dim)
     sources = sources_of(records, notes)
-    losses = [r.name for r in records if r.is_loss and r.name != end and r.name not in returned]
+    losses = _losses(records, returned, end)
     if losses and not named:
         for name in losses:
             _bypass(name, sources)

@@ -63,12 +63,12 @@ class DataFlow:
     def __exit__(self, *_: object) -> None:
         _WATCH.remove(self)
 
-    def label(self, value: Any, name: str) -> None:
-        """Replace the labels of all tensors in a value by one."""
+    def label(self, value: Any, name: str, *, beside: bool = False) -> None:
+        """Replace the labels of all tensors in a value by one, or put one ``beside`` them."""
         if self.error is None:
             try:
                 for tensor in all_tensors(value):
-                    self._set(tensor, frozenset({name}))
+                    self._set(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
             except Exception as error:
                 self.error = error
 

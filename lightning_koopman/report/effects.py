@@ -44,7 +44,7 @@ class Effects(JupyterMixin):
     Attributes:
         components: Names, in order of execution; after them the sets that were measured together.
         values: By kind of alteration, the change of the outputs; NaN where no gradient leads from the
-            outputs to the component.
+            outputs to the component, or it leads to other outputs alone.
         stderr: Standard errors of the values, by kind: over samples, which are taken as independent, and
             over draws where there are several; NaN where there is a single sample.
         how: By kind, ``"measured"`` or ``"predicted"``.
@@ -60,8 +60,8 @@ class Effects(JupyterMixin):
         doubts: By kind, for each component the reasons not to believe the number: ``saturated`` (a
             prediction above half a nat orders, but does not size), ``samples`` (too few for the
             directions that a linear map has), ``leverage`` (single samples decide their own prediction),
-            ``gradient`` (none leads there) and ``unsteady`` (the network answers differently when asked
-            twice).
+            ``gradient`` (none leads there), ``unsteady`` (the network answers differently when asked
+            twice) and ``elsewhere`` (the component leads to other outputs alone, so there is no number).
         sets: By name of a set that was measured together, its members.
         folds: By predicted kind, the number of samples of each fold.
         pairs: By predicted kind, each fold's part of the second-order effects H, shape
@@ -322,7 +322,7 @@ def _said_doubts(effects: Effects) -> list[str]:
     """Return which doubts there are of which kinds, as a line."""
     found = {
         word: list(dict.fromkeys(k for k, rows in effects.doubts.items() for row in rows if word in row))
-        for word in ("saturated", "samples", "leverage", "gradient", "unsteady")
+        for word in ("saturated", "samples", "leverage", "gradient", "unsteady", "elsewhere")
     }
     said = [f"{word} ({', '.join(kinds)})" for word, kinds in found.items() if kinds]
     return [f"?: {', '.join(said)}"] if said else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,10 @@ def heads(returns: Any) -> nn.Module:
 def skipped(model: nn.Module, x: Tensor, name: str) -> float:
     """Return what the mean in place of a linear layer's output does to both outputs, by hand."""
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, ...]:
         with torch.no_grad():
             h = model.body(x).tanh()
-            return torch.cat([model.policy(h), model.value(h)], 1).double()
+            return model.policy(h).double(), model.value(h).double()
 
     before = run()
     layer = model.get_submodule(name)
@@ -41,9 +42,13 @@ def skipped(model: nn.Module, x: Tensor, name: str) -> float:
         given = x if name == "body" else model.body(x).tanh()
         mean = layer(given).mean(0)
     hook = layer.register_forward_hook(lambda *_: mean.expand(len(x), -1))
-    moved = (run() - before).square().sum()
+    after = run()
     hook.remove()
-    return float(moved / (before - before.mean(0)).square().sum())
+    moved = [
+        (b - a).square().sum() / (a - a.mean(0)).square().sum()
+        for a, b in zip(before, after, strict=True)
+    ]
+    return float(sum(moved)) / 2
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,8 @@ def test_a_head_whose_classes_are_known_stands_alone_and_is_named():
     effects = component_effects(model, [(x, y)], credit_report(model, [(x, y)]))
     assert effects.scale == "kl"
     assert effects.values["skip"][1] > 0.01
-    assert effects.values["skip"][2] == 0
+    assert math.isnan(effects.values["skip"][2])
+    assert effects.doubts["skip"] == ((), (), ("elsewhere",))
     assert effects.notes[0].startswith("effects are about one of 2 outputs, that of policy; return")
 
 
@@ -83,6 +89,89 @@ def test_a_head_that_is_not_returned_is_named():
     assert effects.notes == (
         "the model does not return what 'value' gives, so effects on it are not seen",
     )
+    # It leads to the loss: that nothing else moves does not mean that it may go.
+    assert math.isnan(effects.values["skip"][2])
+    assert "elsewhere (skip)" in str(effects)
+
+
+def ensemble(classes: int = 3, members: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    parts = {f"m{k}": nn.Linear(8, classes) for k in range(members)}
+    return wired(lambda m, x: tuple(getattr(m, name)(x) for name in parts), **parts).eval()
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_over_outputs_with_the_same_classes_effects_are_averaged(members):
+    """With three members and three classes, shapes do not tell which axis is which."""
+    model, (x, y) = ensemble(members=members), dataset().tensors
+    effects = component_effects(model, [(x, y)], credit_report(model, [(x, y)]))
+    expected, right = [], []
+    with torch.no_grad():
+        outputs = [part(x) for part in model.children()]
+        hits = [float((output.argmax(1) == y).double().mean()) for output in outputs]
+        for k, output in enumerate(outputs):
+            mean = output.mean(0).expand_as(output)
+            p, q = output.double().log_softmax(1), mean.double().log_softmax(1)
+            expected.append(float((p.exp() * (p - q)).sum(1).mean()) / members)
+            after = float((mean.argmax(1) == y).double().mean())
+            right.append((sum(hits) - hits[k] + after) / members)
+    assert effects.scale == "kl"
+    assert effects.values["skip"] == pytest.approx(expected, rel=1e-4)
+    assert effects.metric_before == pytest.approx(sum(hits) / members)
+    assert effects.metric["skip"] == pytest.approx(right)
+    assert effects.notes[0].startswith(f"effects are averaged over {members} outputs, those of m0, m1")
+
+
+def test_predictions_are_averaged_over_outputs_too():
+    model, (x, y) = ensemble(), dataset().tensors
+    report = credit_report(model, [(x, y)])
+    kinds = ["output_noise"]
+    both = component_effects(model, [(x, y)], report, kinds, how="both", strength=0.05, probes=6)
+    assert both.predicted["output_noise"] == pytest.approx(both.values["output_noise"], rel=0.3)
+
+
+def test_of_outputs_of_several_sizes_that_of_fewest_classes_counts():
+    model = ensemble()
+    model.m1 = nn.Linear(8, 12)
+    x, y = dataset().tensors
+    effects = component_effects(model, [(x, y)], credit_report(model, [(x, y)]))
+    assert effects.notes == (
+        "effects are about one of 2 outputs, that of m0; return another from forward_fn to see those "
+        "on it",
+    )
+    assert effects.doubts["skip"] == ((), ("elsewhere",))
+
+
+def test_a_metric_is_about_one_output():
+    model, (x, y) = ensemble(), dataset().tensors
+    report, metric = credit_report(model, [(x, y)]), lambda o, t: float(o.shape == (len(t), 3))
+    effects = component_effects(model, [(x, y)], report, metric=metric)
+    assert effects.metric_before == pytest.approx(1.0)
+    assert effects.doubts["skip"] == ((), ("elsewhere",))
+
+
+class Towers(small_module()):
+    """Two encoders that are called one after the other, as in contrastive learning, beside labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(8, 6)
+        self.other = nn.Linear(8, 6)
+
+    def step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) @ self.other(batch[0]).T).square().mean()
+
+    training_step = validation_step = step
+
+
+def test_both_towers_of_a_step_have_effects(tmp_path):
+    monitor = KoopmanCreditMonitor(every_n_epochs=1)
+    trainer = quiet_trainer(tmp_path, monitor, max_epochs=1)
+    trainer.fit(Towers(), *[DataLoader(dataset(), 40)] * 2)
+    effects = monitor.report.effects
+    assert effects.components == ("net", "other")
+    assert effects.scale == "relative"
+    assert (effects.values["skip"] > 0.1).all()
 
 
 def test_a_loss_beside_the_logits_changes_nothing():

@@ -271,7 +271,7 @@ def test_recorded_calls_have_the_effects_of_the_data(report):
             recording.end_step()
     runner = ForwardRunner(net, recording.steps, lambda _, step: step.run()[-1])
     kinds = ["skip", "linear", "output_noise", "weight_noise"]
-    found = effects_on(runner, report.parts, kinds, targets=lambda _: list(y.split(100)))
+    found = effects_on(runner, report.parts, kinds, targets=lambda *_: list(y.split(100)))
     expected = component_effects(net, batched(x, y), report, kinds)
     assert found.scale == "kl"
     for kind in kinds:

@@ -1,0 +1,106 @@
+"""Chooses what counts as the outputs among the tensors that a network returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lightning_koopman.effects.scoring import Metric, are_classes, class_axis
+from lightning_koopman.network.forward_runner import ForwardRunner, has_samples
+from lightning_koopman.network.tensors import tensors_inside
+from lightning_koopman.report.effects import Scale
+
+
+class Choice(NamedTuple):
+    """What was chosen.
+
+    Attributes:
+        notes: What a reader must know of it.
+        unseen: The calls that lead to other tensors returned, but to none of the outputs.
+    """
+
+    notes: tuple[str, ...]
+    unseen: frozenset[str]
+
+
+def choose_outputs(
+    runner: ForwardRunner,
+    given: Any,
+    made: Mapping[str, Sequence[int]],
+    ends: Iterable[str],
+    target: Tensor | None,
+    scale: Scale | None,
+    metric: Metric | None,
+) -> Choice:
+    """Choose the outputs among what a model returned for the first batch, and tell the runner.
+
+    ``made`` lists the tensors that each call led to, those of ``ends`` among them. The first that each
+    end led to counts, side by side, in units in which each varies alike. Where the targets are classes
+    of some of them, those alone count, as if each were a position; with a metric, the first of these.
+    """
+    tensors, notes = list(tensors_inside(given)), list[str]()
+    possible = [place for place, tensor in enumerate(tensors) if has_samples(tensor)]
+    led = {end: [p for p in made[end] if p in possible] for end in ends if end in made}
+    places: list[int] = []
+    for found in led.values():
+        if not {*found} & {*places}:
+            places.extend(found[:1])
+    kept, axis = sorted(places) or possible[:1], None
+    if not places and len(possible) > 1:
+        notes.append(
+            f"effects are about the first of {len(possible)} tensors that the model returns, of shape "
+            f"{tuple(tensors[kept[0]].shape)}; return another from forward_fn to see those on it"
+        )
+    for end in (end for end, found in led.items() if places and not found):
+        notes.append(f"the model does not return what {end!r} gives, so effects on it are not seen")
+    if len(places) > 1:
+        chosen, axis = _which_count([tensors[p] for p in kept], target, scale, metric)
+        kept = [kept[k] for k in chosen]
+    named = ", ".join(end for end, found in led.items() if {*found} & {*kept})
+    if len(kept) < len(places):
+        which = "one" if len(kept) == 1 else f"{len(kept)}"
+        notes.append(
+            f"effects are about {which} of {len(places)} outputs, that of {named}; return another from "
+            "forward_fn to see those on it"
+        )
+    if axis is not None:
+        notes.append(
+            f"effects are averaged over {len(kept)} outputs, those of {named}, of each of which the "
+            "targets may be the classes"
+        )
+    elif len(kept) > 1:
+        notes.append(
+            f"effects are averaged over {len(kept)} outputs, those of {named}, each in units of its own "
+            "standard deviation over the first batch"
+        )
+        runner.units = tuple(_spread(tensors[place]) for place in kept)
+    runner.places, runner.class_axis = tuple(kept), axis
+    return Choice(
+        tuple(notes),
+        frozenset(call for call, found in made.items() if found and not {*found} & {*kept}),
+    )
+
+
+def _spread(output: Tensor) -> float:
+    """Return the standard deviation of an output's samples; 1 where there is none to divide by."""
+    spread = float(output.double().flatten(1).var(dim=0, correction=0).sum().sqrt())
+    return spread if 0 < spread < math.inf else 1.0
+
+
+def _which_count(
+    outputs: Sequence[Tensor], target: Tensor | None, scale: Scale | None, metric: Metric | None
+) -> tuple[list[int], int | None]:
+    """Choose among several outputs, and find the axis of their classes where several have the same."""
+    fitting = [k for k, each in enumerate(outputs) if target is not None and are_classes(each, target)]
+    if not fitting:
+        only = scale == "kl" or metric is not None or len({len(output) for output in outputs}) > 1
+        return list(range(1 if only else len(outputs))), None
+    assert target is not None
+    axes = {k: class_axis(outputs[k], target) for k in fitting}
+    # Of outputs of several sizes, those of the fewest classes: features are more than there are classes.
+    first = min(fitting, key=lambda k: outputs[k].shape[axes[k]])
+    alike = [k for k in fitting if outputs[k].shape == outputs[first].shape]
+    return (alike[:1], None) if len(alike) == 1 or metric is not None else (alike, axes[first])

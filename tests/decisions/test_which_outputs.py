@@ -1,0 +1,107 @@
+"""Decisions about networks that return several tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from small import wired
+from torch import Tensor, nn
+
+from lightning_koopman import bit_widths, credit_report, drop_order, linearize
+
+
+def two_heads(returns: Any, *, scale: float = 1.0) -> nn.Module:
+    """Return a network with a block for each of its two heads."""
+
+    def run(m: nn.Module, x: Tensor) -> Any:
+        h = m.body(x).relu()
+        return returns(m.policy(h + m.left(h).relu()), scale * m.value(h + m.right(h).relu()))
+
+    torch.manual_seed(0)
+    blocks = {name: nn.Linear(6, 6) for name in ("left", "right")}
+    parts = {"body": nn.Linear(8, 6), **blocks, "policy": nn.Linear(6, 3), "value": nn.Linear(6, 1)}
+    return wired(run, **parts).eval()
+
+
+def data(model: nn.Module, returns_first: int) -> list[tuple[Tensor, Tensor]]:
+    x = torch.randn(240, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return [(part, model(part)[returns_first].argmax(1)) for part in x.split(120)]
+
+
+@pytest.mark.parametrize("with_report", [False, True])
+def test_the_head_whose_classes_are_known_counts_wherever_it_stands(with_report):
+    model = two_heads(lambda p, v: (v, p))
+    batches = data(model, 1)
+    report = credit_report(model, batches) if with_report else None
+    order = drop_order(model, batches, report, max_drop=1.0)
+    assert order.scale == "kl"
+    assert order.metric_before == pytest.approx(1.0)
+    assert order.candidates == ("left",)
+    elsewhere = "it leads to none of the outputs that are looked at"
+    assert {name: why for name, why in order.refused.items() if why == elsewhere} == {
+        "right": elsewhere,
+        "value": elsewhere,
+    }
+    assert order.notes[0].startswith("effects are about one of 2 outputs, that of policy")
+    assert "Note: effects are about one of 2 outputs" in " ".join(str(order).split())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_without_targets_each_head_counts_alike_whatever_its_scale(scale):
+    """A step takes the block that all heads together can do without, averaged over heads."""
+    model = two_heads(lambda p, v: (p, v), scale=scale)
+    x = torch.randn(240, 8, generator=torch.Generator().manual_seed(1))
+    order = drop_order(model, [x], max_drop=10.0, steps=1)
+    left, right = order.candidates.index("left"), order.candidates.index("right")
+    found = [order.remaining[0, left], order.remaining[0, right]]
+    expected = []
+    with torch.no_grad():
+        before, h = model(x), model.body(x).relu()
+        for gone in ("left", "right"):
+            parts = {n: h + (h if n == gone else getattr(model, n)(h)).relu() for n in ("left", "right")}
+            after = model.policy(parts["left"]), scale * model.value(parts["right"])
+            shares = [
+                float((a - b).double().square().sum() / (b - b.mean(0)).double().square().sum())
+                for a, b in zip(after, before, strict=True)
+            ]
+            expected.append(sum(shares) / 2)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_linearize_and_bit_widths_leave_what_is_not_looked_at():
+    model = two_heads(lambda p, v: (v, p))
+    batches = data(model, 1)
+    small = linearize(model, batches, max_drop=1.0, allow_larger=True)
+    assert {"right", "value"} <= {*small.refused}
+    assert not {"right", "value"} & {*small.components}
+    pytest.importorskip("torchao")
+    chosen = bit_widths(model, batches, bits=(8, 4), average=6.0)
+    assert chosen.components == ("body", "left", "policy")
+    note = "'value' keeps its weights: it leads to none of the outputs that are looked at"
+    assert note in chosen.notes
+    assert note in " ".join(str(chosen).split())
+    new = chosen.apply(model)
+    assert torch.equal(new.right.weight, model.right.weight)
+    assert not torch.equal(new.left.weight, model.left.weight)
+
+
+def test_a_loss_module_inside_the_network_is_no_end():
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> Any:
+        h = m.a(x)
+        logits = m.b(h.relu())
+        return {"features": h, "loss": m.loss(logits, y), "logits": logits}
+
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(6, 6), "b": nn.Linear(6, 3), "loss": nn.CrossEntropyLoss()}
+    model = wired(run, **parts).eval()
+    x = torch.randn(200, 6)
+    with torch.no_grad():
+        y = model.b(model.a(x).relu()).argmax(1)
+    order = drop_order(model, [{"x": x, "y": y}], max_drop=1.0)
+    assert order.scale == "kl"
+    assert order.metric_before == pytest.approx(1.0)
+    assert math.isfinite(order.effect[0])
