@@ -82,6 +82,8 @@ class Measurement(Accumulator):
         # Where a state behind others says which positions hold data, rows are made when all have run.
         self._waits_for_lengths = False
         self._earlier: list[Tensor] = []
+        # Sizes of what ran in this pass, and did not run in the first.
+        self._others: dict[str, tuple[int, ...]] = {}
         # Which tensor of the batch says what graph each node belongs to, where the network pools them.
         self._pooled: int | None = None
         self._silent: list[str] = []
@@ -158,7 +160,7 @@ class Measurement(Accumulator):
 
     def start_pass(self, batch: Any = None) -> None:
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
-        self._batch, self._valid = batch, valid_positions(batch)
+        self._batch, self._valid, self._others = batch, valid_positions(batch), {}
         self.capture.again, self._earlier = _weakly(self._take_again), []
         self.capture.start_pass(batch)
 
@@ -188,6 +190,7 @@ class Measurement(Accumulator):
             states = self._all_rows([r for r in states.values() if r is not None])
         assert self.plan is not None
         rows = self.plan.join(states, self._batches)
+        self._refuse_others(states, rows)
         first = next(iter(rows.values()))
         # A step may call the network twice on the same data, for a loss and for a metric.
         if any(torch.equal(first, other) for other in self._earlier):
@@ -197,6 +200,20 @@ class Measurement(Accumulator):
         self.push(rows, self.plan.links)
         if again:
             self._earlier.append(first)
+
+    def _refuse_others(self, states: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
+        """Refuse a pass in which components ran in between that did not run in the first."""
+        assert self.plan is not None
+        order, n_samples = list(states), len(next(iter(rows.values())))
+        # What runs behind the chain, to draw pictures, does not concern it, nor what has no row for each
+        # sample, as an expert that is given some positions.
+        last = max(order.index(name) for name in self.plan.recorded)
+        others = [name for name in order[:last] if n_samples in self._others.get(name, ())]
+        if others:
+            raise ValueError(
+                f"batch {self._batches} also ran {listed(others)}, which the first one did not, before "
+                f"{order[last]!r}. Choose components that run in every pass with components=[...]."
+            )
 
     def _take_again(self, states: dict[str, Any]) -> None:
         """Add up the states of a call of the chain that another one follows in the same step."""
@@ -302,6 +319,8 @@ class Measurement(Accumulator):
     def _rows(self, tensor: Tensor, recorded: Recorded, lengths: Tensor | None = None) -> Tensor | None:
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
+            if recorded.name not in self.plan.forms and recorded.name not in self.capture.parts:
+                self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
         form = self.plan.forms[recorded.name]
         if tensor.ndim == 2 and form.group == 1:

@@ -517,3 +517,52 @@ def test_sums_that_overflow_are_no_infinite_values(scale):
     expected = credit_report(model, [x])
     found = credit_report(model, [x * scale])
     np.testing.assert_allclose(found.credit, expected.credit, atol=1e-4)
+
+
+# Networks that do not take the same path for every batch.
+
+
+def stepwise(extra: str) -> nn.Module:
+    """Return a network that runs more for batches of sequences of more than two steps."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h, longer = m.start(x[:, 0]), x.shape[1] > 2
+        if longer and extra == "a call":
+            h = m.cell(h).tanh()
+        elif longer and extra == "a module":
+            h = m.block(h).tanh()
+        elif longer and extra == "a call on some rows":
+            m.cell(h[: len(h) // 2])
+        y = m.end(m.other(h).tanh())
+        if longer and extra == "a call behind the chain":
+            m.cell(torch.zeros(len(x), 4, dtype=x.dtype))
+        return y
+
+    torch.manual_seed(0)
+    parts = {name: nn.Linear(4, 4) for name in ("cell", "block", "other")}
+    return wired(run, start=nn.Linear(3, 4), **parts, end=nn.Linear(4, 2)).double()
+
+
+def sequences(*lengths: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(60, size, 3, dtype=torch.float64, generator=generator) for size in lengths]
+
+
+@pytest.mark.parametrize(
+    ("extra", "lengths", "message"),
+    [
+        ("a call", (2, 3), "batch 1 also ran cell, which the first one did not, before 'end'"),
+        ("a call", (3, 2), r"batch 1 ran the components .* \(difference: \['cell'\]\)"),
+        ("a module", (2, 3), "batch 1 also ran block, which the first one did not, before 'end'"),
+    ],
+)
+def test_a_batch_that_takes_another_path_is_refused(extra, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        credit_report(stepwise(extra), sequences(*lengths))
+
+
+@pytest.mark.parametrize("extra", ["a call on some rows", "a call behind the chain"])
+def test_what_does_not_belong_to_the_chain_may_run_now_and_then(extra):
+    report = credit_report(stepwise(extra), sequences(2, 3))
+    assert report.components == ("start", "other", "end")
+    np.testing.assert_array_equal(report.credit, credit_report(stepwise(""), sequences(2, 3)).credit)
