@@ -66,6 +66,11 @@ def choose_outputs(
             f"effects are about {which} of {len(places)} outputs, that of {named}; return another from "
             "forward_fn to see those on it"
         )
+    if len(places) == 1 and kept[0] > possible[0]:
+        notes.append(
+            f"effects are about the output of {named}, which is not the first of {len(possible)} "
+            "tensors that the model returns; return another from forward_fn to see those on it"
+        )
     if axis is not None:
         notes.append(
             f"effects are averaged over {len(kept)} outputs, those of {named}, of each of which the "

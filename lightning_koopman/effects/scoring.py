@@ -33,8 +33,12 @@ def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of samples (or positions) whose largest logit is the target's."""
-    return float((outputs.argmax(class_axis(outputs, targets)) == targets).double().mean())
+    """Share of samples (or positions) whose largest logit is the target's.
+
+    Targets below 0 mark what is none of the classes, as padding, and does not count.
+    """
+    right = outputs.argmax(class_axis(outputs, targets)) == targets
+    return float(right[targets >= 0].double().mean())
 
 
 def class_axis(outputs: Tensor, targets: Tensor | None) -> int:
@@ -51,6 +55,20 @@ def find_target(batch: Any) -> Tensor | None:
     elif isinstance(batch, tuple | list) and len(batch) > 1:
         target = batch[1]
     return target if isinstance(target, Tensor) else None
+
+
+def where_predicted(batch: Any, target: Tensor) -> Tensor:
+    """Return targets as they stand beside the outputs.
+
+    A causal language model is given its own input for labels, and predicts at each position the next.
+    """
+    given = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != target.shape:
+        return target
+    counts = target >= 0
+    if not counts.any() or (given.cpu() != target)[counts].any():
+        return target
+    return torch.cat([target[:, 1:], torch.full_like(target[:, :1], -100)], dim=1)
 
 
 def are_classes(output: Tensor, target: Tensor) -> bool:
@@ -209,6 +227,9 @@ class Outputs:
                 "scale='relative', or let forward_fn return one output per class"
             )
         self._metric = metric or (accuracy if classes else None)
+        if metric is None and self._targets is not None:
+            pairs = zip(batches, self._targets, strict=True)
+            self._targets = tuple(where_predicted(batch, target) for batch, target in pairs)
         self.has_metric = self._metric is not None
         self.n_samples = sum(map(len, self._outputs))
         self.metric, self._right, self._classes = self._score(self._outputs)
@@ -276,7 +297,7 @@ class Outputs:
         # Counted by sample, for batches of sequences may differ in length.
         pairs = zip(outputs, self._targets, strict=True)
         right = torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
-        classes = torch.cat([_by_sample(torch.ones_like(t)) for t in self._targets])
+        classes = torch.cat([_by_sample(t >= 0) for t in self._targets])
         return float(right.sum() / classes.sum()), right, classes
 
 

@@ -105,3 +105,4 @@ def test_a_loss_module_inside_the_network_is_no_end():
     assert order.scale == "kl"
     assert order.metric_before == pytest.approx(1.0)
     assert math.isfinite(order.effect[0])
+    assert order.notes[0].startswith("effects are about the output of b, which is not the first of 2")

@@ -193,6 +193,54 @@ def test_a_loss_beside_the_logits_changes_nothing():
     assert effects.metric_before == plain.metric_before
 
 
+def language_model() -> nn.Module:
+    torch.manual_seed(0)
+
+    def run(m: nn.Module, input_ids: Tensor, labels: Tensor) -> Any:
+        return {"logits": m.head(m.body(m.tokens(input_ids)).tanh())}
+
+    parts = {"tokens": nn.Embedding(20, 12), "body": nn.Linear(12, 12), "head": nn.Linear(12, 20)}
+    return wired(run, **parts).eval()
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked", "classes of tokens"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_of_tokens_those_count_that_are_targets_where_they_are_predicted(kind, padded):
+    """The accuracy, by hand; a causal model's labels are its input, which it predicts one before."""
+    model, ids = language_model(), torch.randint(20, (60, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        best = model(ids, ids)["logits"].argmax(-1)
+    if kind == "causal":
+        # A text that the model continues well now and then.
+        ids[:, 1:] = torch.where(torch.arange(6) % 2 == 0, best[:, :-1], ids[:, 1:])
+        with torch.no_grad():
+            best = model(ids, ids)["logits"].argmax(-1)
+    labels = ids.clone() if kind != "classes of tokens" else (best + (ids > 9)) % 20
+    if kind == "masked":
+        labels[ids > 5] = -100
+        ids = torch.where(labels == -100, ids, 0)
+        with torch.no_grad():
+            best = model(ids, ids)["logits"].argmax(-1)
+    if padded:
+        labels[:, 5:] = -100
+    given, wanted = (best[:, :-1], labels[:, 1:]) if kind == "causal" else (best, labels)
+    counts = wanted != -100
+    expected = float((given == wanted)[counts].double().mean())
+    batches = [{"input_ids": ids[i : i + 20], "labels": labels[i : i + 20]} for i in (0, 20, 40)]
+    effects = component_effects(model, batches)
+    assert effects.scale == "kl"
+    assert effects.metric_before == pytest.approx(expected)
+    seen: list[Tensor] = []
+
+    def metric(outputs: Tensor, targets: Tensor) -> float:
+        seen.append(targets)
+        return 0.5
+
+    component_effects(model, batches, metric=metric)
+    # A metric of the user's moves the targets itself, as the loss does.
+    assert torch.equal(seen[0], labels)
+
+
 @pytest.mark.parametrize(("width", "classes"), [(1, 2), (3, 4)])
 def test_integers_that_cannot_be_classes_of_the_outputs_are_none(width, classes):
     """One logit for two classes, and a reconstruction beside labels."""
