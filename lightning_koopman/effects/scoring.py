@@ -35,10 +35,15 @@ def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
     """Share of samples (or positions) whose largest logit is the target's.
 
-    Targets below 0 mark what is none of the classes, as padding, and does not count.
+    Targets that are none of the classes, as those of padding, do not count.
     """
-    right = outputs.argmax(class_axis(outputs, targets)) == targets
-    return float(right[targets >= 0].double().mean())
+    axis = class_axis(outputs, targets)
+    counts = _are_among(targets, outputs.shape[axis])
+    return float((outputs.argmax(axis) == targets)[counts].double().mean())
+
+
+def _are_among(targets: Tensor, n_classes: int) -> Tensor:
+    return (targets >= 0) & (targets < n_classes)
 
 
 def class_axis(outputs: Tensor, targets: Tensor | None) -> int:
@@ -227,9 +232,16 @@ class Outputs:
                 "scale='relative', or let forward_fn return one output per class"
             )
         self._metric = metric or (accuracy if classes else None)
-        if metric is None and self._targets is not None:
+        # By batch, which positions have a target; nothing where each sample is one.
+        self._counts: tuple[Tensor, ...] | None = None
+        if classes and self._targets is not None:
             pairs = zip(batches, self._targets, strict=True)
-            self._targets = tuple(where_predicted(batch, target) for batch, target in pairs)
+            moved = tuple(where_predicted(batch, target) for batch, target in pairs)
+            counts = tuple(_are_among(target, first.shape[self._axis]) for target in moved)
+            if self.scale == "kl" and first.ndim > 2 and any(bool(c.any()) for c in counts):
+                self._counts = counts
+            if metric is None:
+                self._targets = moved
         self.has_metric = self._metric is not None
         self.n_samples = sum(map(len, self._outputs))
         self.metric, self._right, self._classes = self._score(self._outputs)
@@ -239,11 +251,11 @@ class Outputs:
         others = tuple(altered)
         metric, right, classes = self._score(others)
         gained = None if right is None or self._right is None else right - self._right
-        pairs = zip(self._outputs, others, strict=True)
+        pairs = enumerate(zip(self._outputs, others, strict=True))
         if self.scale == "kl":
-            moved = [_by_sample(kl_divergence(a, b, self._axis)) for a, b in pairs]
+            moved = [_by_sample(self._counted(k, kl_divergence(*ab, self._axis))) for k, ab in pairs]
         else:
-            moved = [_by_sample((b.double() - a.double()).square()) for a, b in pairs]
+            moved = [_by_sample((b.double() - a.double()).square()) for _, (a, b) in pairs]
         return Change(torch.cat(moved), self.shares, metric, gained, classes)
 
     @functools.cached_property
@@ -251,7 +263,8 @@ class Outputs:
         """What each sample adds to what summed changes are divided by, float64."""
         if self.scale == "kl":
             return torch.cat([
-                _by_sample(torch.ones_like(a.select(self._axis, 0))) for a in self._outputs
+                _by_sample(self._counted(k, torch.ones_like(a.select(self._axis, 0))))
+                for k, a in enumerate(self._outputs)
             ])
         shares = torch.cat([
             _by_sample((a.double() - mean).square())
@@ -261,8 +274,13 @@ class Outputs:
             raise ValueError("the outputs are constant, so no change is relative to anything")
         return shares
 
-    def metric_root(self, output: Tensor, vectors: Tensor) -> Tensor:
-        """Apply a root B of the quadratic form that small changes are measured by.
+    def _counted(self, batch: int, values: Tensor) -> Tensor:
+        """Put 0 where a position has no target; ``values`` are without the axis of classes."""
+        # A product would make NaN of an infinity that does not count.
+        return values if self._counts is None else torch.where(self._counts[batch], values, 0.0)
+
+    def metric_root(self, output: Tensor, vectors: Tensor, batch: int) -> Tensor:
+        """Apply a root B of the quadratic form that small changes of one batch are measured by.
 
         The change by a small displacement z of the outputs is ``|Bᵀz|²``, summed over samples, over
         the sum of :attr:`shares`. For the KL divergence ``B Bᵀ = (diag p - p pᵀ) / 2``, half the
@@ -271,6 +289,8 @@ class Outputs:
         if self.scale == "relative":
             return vectors
         p = output.detach().softmax(self._axis)
+        if self._counts is not None:
+            vectors = vectors * self._counts[batch].unsqueeze(self._axis).to(vectors)
         scaled = p.sqrt() * vectors
         return (scaled - p * scaled.sum(self._axis, keepdim=True)) / math.sqrt(2)
 
@@ -280,11 +300,12 @@ class Outputs:
         For the KL divergence that is the length in half the softmax's Fisher information.
         """
         moved = []
-        for own, other in zip(self._outputs, altered, strict=True):
+        for batch, (own, other) in enumerate(zip(self._outputs, altered, strict=True)):
             z = other.double() - own.double()
             if self.scale == "kl":
                 p = own.double().softmax(self._axis)
                 z = (p / 2).sqrt() * (z - (p * z).sum(self._axis, keepdim=True))
+                z = self._counted(batch, z.movedim(self._axis, 0))
             moved.append(z.flatten())
         return torch.cat(moved) / self.shares.sum().sqrt()
 
@@ -297,7 +318,8 @@ class Outputs:
         # Counted by sample, for batches of sequences may differ in length.
         pairs = zip(outputs, self._targets, strict=True)
         right = torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
-        classes = torch.cat([_by_sample(t >= 0) for t in self._targets])
+        size = outputs[0].shape[class_axis(outputs[0], self._targets[0])]
+        classes = torch.cat([_by_sample(_are_among(t, size)) for t in self._targets])
         return float(right.sum() / classes.sum()), right, classes
 
 

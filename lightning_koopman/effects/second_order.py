@@ -72,7 +72,7 @@ def predict(
         seed_all(_OTHER_DRAWS + seed + number)
         output, handles, values = _tracked(alterations, runner, number)
         count, exact = len(output), output[0].numel() <= probes
-        found = _pulled_back(output, handles, before, probes)
+        found = _pulled_back(output, handles, before, number, probes)
         reached |= torch.tensor([gradient is not None for gradient in found[0]])
         # The weights that are altered from here on would spoil the graph.
         del output, handles
@@ -220,9 +220,9 @@ def _tracked(
 
 
 def _pulled_back(
-    output: Tensor, handles: Sequence[Tensor], outputs: Outputs, probes: int
+    output: Tensor, handles: Sequence[Tensor], outputs: Outputs, batch: int, probes: int
 ) -> list[Gradients]:
-    """Return the gradients of enough combinations of the outputs: all of them, or random ones."""
+    """Return the gradients of enough combinations of a batch's outputs: all of them, or random ones."""
     size = output[0].numel()
     exact, number = size <= probes, min(size, probes)
     found: list[Gradients] = []
@@ -232,7 +232,7 @@ def _pulled_back(
             vectors[:, k] = 1.0
         else:
             vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
-        weights = outputs.metric_root(output, vectors.reshape(output.shape))
+        weights = outputs.metric_root(output, vectors.reshape(output.shape), batch)
         try:
             found.append(
                 torch.autograd.grad(

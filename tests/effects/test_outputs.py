@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
+from lightning_koopman.effects.scoring import Outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -230,6 +231,14 @@ def test_of_tokens_those_count_that_are_targets_where_they_are_predicted(kind, p
     effects = component_effects(model, batches)
     assert effects.scale == "kl"
     assert effects.metric_before == pytest.approx(expected)
+    with torch.no_grad():
+        p = model(ids, ids)["logits"].double().log_softmax(-1)
+        q = model.head(model.tokens(ids).tanh()).double().log_softmax(-1)
+    divergence = (p.exp() * (p - q)).sum(-1)
+    # Positions of the outputs, not of the targets, which a causal model's are one behind.
+    divergence = divergence[:, :-1] if kind == "causal" else divergence
+    place = effects.components.index("body")
+    assert effects.values["skip"][place] == pytest.approx(float(divergence[counts].mean()), rel=1e-4)
     seen: list[Tensor] = []
 
     def metric(outputs: Tensor, targets: Tensor) -> float:
@@ -239,6 +248,27 @@ def test_of_tokens_those_count_that_are_targets_where_they_are_predicted(kind, p
     component_effects(model, batches, metric=metric)
     # A metric of the user's moves the targets itself, as the loss does.
     assert torch.equal(seen[0], labels)
+
+
+def test_positions_without_a_target_do_not_count_to_predictions():
+    """They are as if they had been cut off: this network has no eyes for others."""
+    model, ids = language_model(), torch.randint(20, (60, 7), generator=torch.Generator().manual_seed(0))
+    labels = (ids + 1) % 20
+    labels[:, 5:] = -100
+    kinds = {"kinds": ["skip", "linear"], "how": "both", "probes": 140}
+    padded = component_effects(model, [{"input_ids": ids, "labels": labels}], **kinds)
+    short = {"input_ids": ids[:, :5], "labels": labels[:, :5]}
+    cut = component_effects(model, [short], **kinds)
+    assert padded.predicted["skip"] == pytest.approx(cut.predicted["skip"], rel=1e-4)
+    assert padded.values["skip"] == pytest.approx(cut.values["skip"], rel=1e-4)
+    with torch.no_grad():
+        outputs = model(ids, labels)["logits"]
+    given = Outputs([outputs], [{"labels": labels}], None)
+    altered = outputs + 1e-3 * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))
+    altered[:, 5:] += 5 * torch.arange(20)
+    effect = given.compare([altered]).effect
+    assert float(given.displacement([altered]).square().sum()) == pytest.approx(effect, rel=0.01)
+    assert effect < 1e-6
 
 
 @pytest.mark.parametrize(("width", "classes"), [(1, 2), (3, 4)])
