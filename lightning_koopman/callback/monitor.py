@@ -21,7 +21,6 @@ from lightning_koopman.callback.harmless import (
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.callback.recorded_effects import (
     SAMPLES,
-    Fit,
     labels_in,
     measure_effects,
     passes,
@@ -45,6 +44,7 @@ from lightning_koopman.callback.trainer_facts import (
     unrepeated_samples,
     weight_sums,
 )
+from lightning_koopman.effects.targets import Fit
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, merge_processes

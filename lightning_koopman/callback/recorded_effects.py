@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.effects.alterations import altered_parts, end_calls
 from lightning_koopman.effects.component_effects import effects_on
-from lightning_koopman.effects.scoring import find_target
+from lightning_koopman.effects.targets import NO_CLASSES, Fit, are_scores, find_target
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.replay import Step
@@ -40,58 +39,6 @@ def labels_in(batch: Any) -> Tensor | None:
     """Return what may be one class per sample in a batch as data loaders commonly give it."""
     target = find_target(batch)
     return target if target is not None and target.ndim == 1 and target.dtype in _INTEGERS else None
-
-
-class Fit(NamedTuple):
-    """How the targets that one process recorded fit its outputs.
-
-    Attributes:
-        width: Outputs per sample; 0 where the targets cannot be classes of all of them.
-        largest: Largest target.
-        usual: Samples with the most frequent target.
-        right: Samples whose largest output is the target's.
-        found: Whether there were targets at all.
-    """
-
-    width: int = 0
-    largest: int = 0
-    usual: int = 0
-    right: int = 0
-    found: bool = True
-
-    @classmethod
-    def of(cls, outputs: Sequence[Tensor], targets: Sequence[Tensor | None]) -> Fit:
-        """Compare the targets of each call with its outputs."""
-        known = [t for t in targets if t is not None]
-        if len(known) < len(targets):
-            return cls(found=bool(known))
-        shapes = {o.shape[1:] for o in outputs}
-        width = outputs[0].shape[-1] if outputs[0].ndim > 1 else 0
-        # Of several outputs with the same classes, the targets stand there as often.
-        alike = all(o.shape[:-1] == t.shape for o, t in zip(outputs, known, strict=True))
-        every = torch.cat([t.reshape(len(t), -1)[:, 0] for t in known]).long()
-        if width < 2 or len(shapes) > 1 or not alike or not 0 <= every.min() <= every.max() < width:
-            return cls()
-        right = sum(int((o.argmax(-1) == t).sum()) for o, t in zip(outputs, known, strict=True))
-        right //= outputs[0].shape[1:-1].numel()
-        return cls(width, int(every.max()), int(every.bincount().max()), right)
-
-
-def are_classes(fits: Sequence[Fit]) -> bool:
-    """Decide whether the outputs are class scores, from what the processes found.
-
-    Integers that are small enough are not enough: an autoencoder has them beside its outputs, too. There
-    must be one output per class, or the largest one is the target's more often than if the most
-    frequent target were always named, by more than chance gives once in a million networks.
-    """
-    width = fits[0].width if fits else 0
-    if not width or any(fit.width != width for fit in fits):
-        return False
-    if max(fit.largest for fit in fits) + 1 == width:
-        return True
-    right, usual = sum(fit.right for fit in fits), sum(fit.usual for fit in fits)
-    # Chernoff's bound on the chance of so many, where so many are expected.
-    return right > usual and right * math.log(right / usual) - right + usual > math.log(1e6)
 
 
 def measure_effects(
@@ -132,7 +79,7 @@ def measure_effects(
 
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         fits.extend(agree(Fit.of(outputs, known)))
-        return known if are_classes(fits) else [None] * len(taken)
+        return known if are_scores(fits) else [None] * len(taken)
 
     runner = ForwardRunner(model, taken, forward)
     found = effects_on(
@@ -145,10 +92,7 @@ def measure_effects(
         targets=targets,
     )
     if found.scale == "relative" and any(fit.found for fit in fits):
-        note = (
-            "the integer targets of the batches are no classes of the outputs, so changes are relative"
-        )
-        return replace(found, notes=(*found.notes, note))
+        return replace(found, notes=(*found.notes, NO_CLASSES))
     return found
 
 

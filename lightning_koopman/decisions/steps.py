@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swapped
 from lightning_koopman.effects.alterations import altered_parts, end_calls
-from lightning_koopman.effects.returned import choose_outputs
-from lightning_koopman.effects.scoring import Measured, Metric, Outputs, find_target
+from lightning_koopman.effects.returned import choose_outputs, only_classes
+from lightning_koopman.effects.scoring import Measured, Metric, Outputs
+from lightning_koopman.effects.targets import find_target
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import attach, find_module
@@ -272,8 +273,12 @@ def find_outputs(
     given, _, _, made = runner.run_followed((), {*last.values(), *ends})
     target = find_target(runner.batches[0])
     about = choose_outputs(runner, given, made, ends, target, scale, metric)
+    given = runner.run()
     targets = [runner.targets_of(find_target(batch)) for batch in runner.batches]
-    outputs = Outputs(runner.run(), runner.batches, scale, metric, targets, about.notes)
+    known, notes = targets, about.notes
+    if scale is None and metric is None:
+        known, notes = only_classes(runner, given, targets, notes)
+    outputs = Outputs(given, runner.batches, scale, metric, known, notes)
     why = "it leads to none of the outputs that are looked at"
     return outputs, {name: why for name, call in last.items() if call in about.unseen}
 

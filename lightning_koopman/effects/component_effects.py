@@ -21,9 +21,10 @@ from lightning_koopman.effects.alterations import (
     altered_parts,
     end_calls,
 )
-from lightning_koopman.effects.returned import choose_outputs
-from lightning_koopman.effects.scoring import Metric, Outputs, find_target, over_draws
+from lightning_koopman.effects.returned import choose_outputs, only_classes
+from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
+from lightning_koopman.effects.targets import find_target
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import Components
@@ -226,8 +227,12 @@ def effects_on(
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
         given_targets = [runner.targets_of(target_of(batch)) for batch in runner.batches]
-        known = given_targets if targets is None else targets(outputs, given_targets)
-        before = Outputs(outputs, runner.batches, scale, metric, known, about.notes)
+        known, notes = given_targets, about.notes
+        if targets is not None:
+            known = list(targets(outputs, given_targets))
+        elif scale is None and metric is None:
+            known, notes = only_classes(runner, outputs, given_targets, notes)
+        before = Outputs(outputs, runner.batches, scale, metric, known, notes)
         alterations.solve()
         unsteady = _unsteadiness(runner, outputs, before)
         measured = {
@@ -238,7 +243,7 @@ def effects_on(
             second = predict(
                 alterations, runner, before, to_predict, draws=draws, probes=probes, seed=seed
             )
-    size, notes = outputs[0][0].numel(), before.notes
+    size = outputs[0][0].numel()
     if second and size > probes:
         combined = f"predicted from {probes} random combinations of the {size} outputs per sample"
         notes = (*notes, combined)

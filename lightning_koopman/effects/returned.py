@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_koopman.effects.scoring import Metric, are_classes, class_axis
+from lightning_koopman.effects.scoring import Metric
+from lightning_koopman.effects.targets import NO_CLASSES, Fit, are_classes, are_scores, class_axis
 from lightning_koopman.network.forward_runner import ForwardRunner, has_samples
 from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import Scale
@@ -91,7 +92,7 @@ def choose_outputs(
 
 def _spread(output: Tensor) -> float:
     """Return the standard deviation of an output's samples; 1 where there is none to divide by."""
-    spread = float(output.double().flatten(1).var(dim=0, correction=0).sum().sqrt())
+    spread = float(output.double().reshape(len(output), -1).var(dim=0, correction=0).sum().sqrt())
     return spread if 0 < spread < math.inf else 1.0
 
 
@@ -100,12 +101,52 @@ def _which_count(
 ) -> tuple[list[int], int | None]:
     """Choose among several outputs, and find the axis of their classes where several have the same."""
     fitting = [k for k, each in enumerate(outputs) if target is not None and are_classes(each, target)]
+    if len({outputs[k].shape for k in fitting}) > 1:
+        # Features beside scores: both have room for all classes.
+        assert target is not None
+        told = [k for k in fitting if are_scores([Fit.of([outputs[k]], [target])])]
+        scored = told or [k for k in fitting if _may_be_scores([outputs[k]], [target])]
+        fitting = [k for k in scored if outputs[k].shape == outputs[scored[0]].shape]
     if not fitting:
         only = scale == "kl" or metric is not None or len({len(output) for output in outputs}) > 1
         return list(range(1 if only else len(outputs))), None
     assert target is not None
-    axes = {k: class_axis(outputs[k], target) for k in fitting}
-    # Of outputs of several sizes, those of the fewest classes: features are more than there are classes.
-    first = min(fitting, key=lambda k: outputs[k].shape[axes[k]])
-    alike = [k for k in fitting if outputs[k].shape == outputs[first].shape]
-    return (alike[:1], None) if len(alike) == 1 or metric is not None else (alike, axes[first])
+    if len(fitting) == 1 or metric is not None:
+        return fitting[:1], None
+    return fitting, class_axis(outputs[fitting[0]], target)
+
+
+def only_classes(
+    runner: ForwardRunner,
+    outputs: Sequence[Tensor],
+    targets: list[Tensor | None],
+    notes: tuple[str, ...],
+) -> tuple[list[Tensor | None], tuple[str, ...]]:
+    """Leave out targets that look like the classes of outputs which are no class scores, and say so.
+
+    That is a question where each sample has one target; as many targets as outputs have positions are
+    no coincidence.
+    """
+    known = [target.cpu() for target in targets if target is not None]
+    if len(known) < len(targets) or not are_classes(outputs[0], known[0]):
+        return targets, notes
+    if (outputs[0].ndim > 2 and runner.class_axis is None) or _may_be_scores(outputs, known):
+        return targets, notes
+    return [None] * len(targets), (*notes, NO_CLASSES)
+
+
+def _may_be_scores(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
+    """Check whether integers may be classes of outputs that have room for them.
+
+    They are not where there are many more outputs than classes, as of a reconstruction beside labels,
+    and the largest output is the target's no more often than by chance.
+    """
+    fit, count = Fit.of(outputs, targets), sum(map(len, targets))
+    if not fit.width:
+        return any(bool((target < 0).any()) for target in targets)
+    told = count < fit.width or fit.right * fit.width > 2 * count
+    return fit.width <= _OUTPUTS_PER_CLASS * (fit.largest + 1) or told
+
+
+_OUTPUTS_PER_CLASS = 4
+"""Most outputs per class that was seen, for integers to be taken for classes without further ado."""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.effects.targets import (
+    TARGET_KEYS,
+    are_among,
+    are_classes,
+    class_axis,
+    find_target,
+    where_predicted,
+)
 from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread
 from lightning_koopman.report.effects import Scale
-
-TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-"""Where targets are looked for in a batch that is a mapping."""
 
 
 def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
@@ -38,54 +43,8 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     Targets that are none of the classes, as those of padding, do not count.
     """
     axis = class_axis(outputs, targets)
-    counts = _are_among(targets, outputs.shape[axis])
+    counts = are_among(targets, outputs.shape[axis])
     return float((outputs.argmax(axis) == targets)[counts].double().mean())
-
-
-def _are_among(targets: Tensor, n_classes: int) -> Tensor:
-    return (targets >= 0) & (targets < n_classes)
-
-
-def class_axis(outputs: Tensor, targets: Tensor | None) -> int:
-    """Find the axis of the classes: 1, unless the targets' shape says it is the last."""
-    last = targets is not None and targets.shape == outputs.shape[:-1]
-    return outputs.ndim - 1 if last else 1
-
-
-def find_target(batch: Any) -> Tensor | None:
-    """Find the target in a batch as data loaders commonly give it."""
-    target = None
-    if isinstance(batch, Mapping):
-        target = next((batch[key] for key in TARGET_KEYS if key in batch), None)
-    elif isinstance(batch, tuple | list) and len(batch) > 1:
-        target = batch[1]
-    return target if isinstance(target, Tensor) else None
-
-
-def where_predicted(batch: Any, target: Tensor) -> Tensor:
-    """Return targets as they stand beside the outputs.
-
-    A causal language model is given its own input for labels, and predicts at each position the next.
-    """
-    given = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != target.shape:
-        return target
-    counts = target >= 0
-    if not counts.any() or (given.cpu() != target)[counts].any():
-        return target
-    return torch.cat([target[:, 1:], torch.full_like(target[:, :1], -100)], dim=1)
-
-
-def are_classes(output: Tensor, target: Tensor) -> bool:
-    """Return whether targets are class indices of what a network gives."""
-    if target.is_floating_point() or target.is_complex() or output.ndim < 2:
-        return False
-    without = (output.shape[0], *output.shape[2:])
-    if target.shape not in (torch.Size(without), output.shape[:-1]):
-        return False
-    size = output.shape[class_axis(output, target)]
-    # A single output is one logit. Of positions, some may be marked as none of the classes.
-    return size > 1 and (output.ndim > 2 or not len(target) or int(target.max()) < size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +196,7 @@ class Outputs:
         if classes and self._targets is not None:
             pairs = zip(batches, self._targets, strict=True)
             moved = tuple(where_predicted(batch, target) for batch, target in pairs)
-            counts = tuple(_are_among(target, first.shape[self._axis]) for target in moved)
+            counts = tuple(are_among(target, first.shape[self._axis]) for target in moved)
             if self.scale == "kl" and first.ndim > 2 and any(bool(c.any()) for c in counts):
                 self._counts = counts
             if metric is None:
@@ -319,7 +278,7 @@ class Outputs:
         pairs = zip(outputs, self._targets, strict=True)
         right = torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
         size = outputs[0].shape[class_axis(outputs[0], self._targets[0])]
-        classes = torch.cat([_by_sample(_are_among(t, size)) for t in self._targets])
+        classes = torch.cat([_by_sample(are_among(t, size)) for t in self._targets])
         return float(right.sum() / classes.sum()), right, classes
 
 

@@ -269,7 +269,7 @@ class ForwardRunner:
         if len(found) == 1:
             return found[0]
         parts = zip(found, self.units, strict=True)
-        return torch.cat([part.flatten(1) / unit for part, unit in parts], dim=1)
+        return torch.cat([part.reshape(len(part), -1) / unit for part, unit in parts], dim=1)
 
     def targets_of(self, target: Tensor | None) -> Tensor | None:
         """Return the targets of one batch as they belong to its outputs."""

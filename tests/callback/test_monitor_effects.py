@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
-from lightning_koopman.callback.recorded_effects import Fit, are_classes, labels_in, pooled
+from lightning_koopman.callback.recorded_effects import labels_in, pooled
+from lightning_koopman.effects.targets import Fit, are_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -106,7 +107,7 @@ def test_an_autoencoder_on_labelled_data_has_relative_effects_and_says_why(tmp_p
 def test_outputs_are_class_scores_only_where_all_recorded_calls_say_so() -> None:
     y = torch.tensor([0, 1, 2, 0, 1, 2])
     scores = nn.functional.one_hot(y, 3).float()
-    assert are_classes([Fit.of([scores, scores], [y, y])])
+    assert are_scores([Fit.of([scores, scores], [y, y])])
     # Whatever does not fit in one call, or in one process, decides for all.
     for outputs, targets in (
         ([scores, scores], [y, y + 1]),
@@ -118,25 +119,25 @@ def test_outputs_are_class_scores_only_where_all_recorded_calls_say_so() -> None
         ([scores[..., None]], [y]),
         ([scores[0]], [y[:3]]),
     ):
-        assert not are_classes([Fit.of(outputs, targets)])
-        assert not are_classes([Fit.of([scores], [y]), Fit.of(outputs, targets)])
-    assert not are_classes([])
+        assert not are_scores([Fit.of(outputs, targets)])
+        assert not are_scores([Fit.of([scores], [y]), Fit.of(outputs, targets)])
+    assert not are_scores([])
 
 
 def test_wide_outputs_are_class_scores_where_they_name_the_targets() -> None:
     """A validation set that lacks most classes, as 512 images of a thousand do."""
     y = torch.arange(50) % 5
     wide = nn.functional.one_hot(y, 1000).float()
-    assert are_classes([Fit.of([wide], [y])])
+    assert are_scores([Fit.of([wide], [y])])
     # No better than to name the most frequent target always.
-    assert not are_classes([Fit.of([wide[:1].expand(50, -1)], [y])])
-    assert not are_classes([Fit.of([wide.roll(100, 1)], [y])])
+    assert not are_scores([Fit.of([wide[:1].expand(50, -1)], [y])])
+    assert not are_scores([Fit.of([wide.roll(100, 1)], [y])])
     # Two processes with half of the samples each know as much as one.
     halves = [Fit.of([wide[i::2]], [y[i::2]]) for i in (0, 1)]
-    assert are_classes(halves)
+    assert are_scores(halves)
     # The last class may be in another process.
-    assert are_classes([Fit(3, 1, 5, 0), Fit(3, 2, 5, 0)])
-    assert not are_classes([Fit(4, 1, 5, 0), Fit(4, 2, 5, 0)])
+    assert are_scores([Fit(3, 1, 5, 0), Fit(3, 2, 5, 0)])
+    assert not are_scores([Fit(4, 1, 5, 0), Fit(4, 2, 5, 0)])
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,16 @@ from small import wired
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
+from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report, drop_order
 from lightning_koopman.effects.scoring import Outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
+
+
+@pytest.fixture(autouse=True)
+def plenty(monkeypatch):
+    """Let effects be measured on all samples, also where the machine does other things beside."""
+    monkeypatch.setattr("lightning_koopman.callback.budget.ALLOWANCE", 1000.0)
 
 
 def heads(returns: Any) -> nn.Module:
@@ -57,10 +63,11 @@ def skipped(model: nn.Module, x: Tensor, name: str) -> float:
     [
         lambda p, v: (p, v),
         lambda p, v: {"value": v, "policy": p},
+        lambda p, v: (p, v.squeeze(1)),
         lambda p, v: {"loss": p.mean(), "value": v, "policy": p, "probabilities": p.softmax(1)},
         lambda p, v: (torch.distributions.Categorical(logits=p, validate_args=False), v),
     ],
-    ids=["tuple", "dictionary", "a loss before them", "an object"],
+    ids=["tuple", "dictionary", "one number a sample", "a loss before them", "an object"],
 )
 def test_all_heads_count(returns):
     model, x = heads(returns), dataset().tensors[0]
@@ -269,6 +276,47 @@ def test_positions_without_a_target_do_not_count_to_predictions():
     effect = given.compare([altered]).effect
     assert float(given.displacement([altered]).square().sum()) == pytest.approx(effect, rel=0.01)
     assert effect < 1e-6
+
+
+@pytest.mark.parametrize("decide", [False, True])
+def test_labels_beside_a_reconstruction_are_no_classes_of_it(decide):
+    """There is room for all of them, but no output that tells them."""
+    torch.manual_seed(0)
+    x, y = torch.randn(400, 64), torch.arange(400) % 10
+    net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 64))
+    found = drop_order(net, [(x, y)], steps=1) if decide else component_effects(net, [(x, y)])
+    assert found.scale == "relative"
+    assert math.isnan(found.metric_before)
+    assert found.notes == (
+        "the integer targets of the batches are no classes of the outputs, so changes are relative",
+    )
+    # Whoever says what they are is believed.
+    assert component_effects(net, [(x, y)], scale="kl").scale == "kl"
+
+
+@pytest.mark.parametrize("present", [1, 2, 12])
+def test_classes_of_which_few_are_in_the_data_are_classes(present):
+    x, y = torch.randn(400, 12), torch.arange(400) % present
+    x[torch.arange(400), y] += 10
+    net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    for layer in net:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    effects = component_effects(net, [(x, y)])
+    assert effects.scale == "kl"
+    assert effects.metric_before > 0.95
+
+
+def test_where_features_stand_beside_scores_these_count():
+    torch.manual_seed(0)
+    parts = {"features": nn.Linear(8, 20), "scores": nn.Linear(8, 12)}
+    model = wired(lambda m, x: (m.features(x), m.scores(x)), **parts)
+    x = torch.randn(400, 8)
+    with torch.no_grad():
+        y = model.scores(x).argmax(1)
+    effects = component_effects(model, [(x, y)], credit_report(model, [x]))
+    assert effects.scale == "kl"
+    assert effects.notes[0].startswith("effects are about one of 2 outputs, that of scores")
 
 
 @pytest.mark.parametrize(("width", "classes"), [(1, 2), (3, 4)])

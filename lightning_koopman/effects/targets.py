@@ -1,0 +1,116 @@
+"""Finds what a batch holds as targets, and tells whether these are the classes of outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+"""Where targets are looked for in a batch that is a mapping."""
+
+
+def find_target(batch: Any) -> Tensor | None:
+    """Find the target in a batch as data loaders commonly give it."""
+    target = None
+    if isinstance(batch, Mapping):
+        target = next((batch[key] for key in TARGET_KEYS if key in batch), None)
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        target = batch[1]
+    return target if isinstance(target, Tensor) else None
+
+
+def where_predicted(batch: Any, target: Tensor) -> Tensor:
+    """Return targets as they stand beside the outputs.
+
+    A causal language model is given its own input for labels, and predicts at each position the next.
+    """
+    given = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != target.shape:
+        return target
+    counts = target >= 0
+    if not counts.any() or (given.cpu() != target)[counts].any():
+        return target
+    return torch.cat([target[:, 1:], torch.full_like(target[:, :1], -100)], dim=1)
+
+
+def are_classes(output: Tensor, target: Tensor) -> bool:
+    """Return whether targets are class indices of what a network gives."""
+    if target.is_floating_point() or target.is_complex() or output.ndim < 2:
+        return False
+    without = (output.shape[0], *output.shape[2:])
+    if target.shape not in (torch.Size(without), output.shape[:-1]):
+        return False
+    size = output.shape[class_axis(output, target)]
+    # A single output is one logit. Of positions, some may be marked as none of the classes.
+    return size > 1 and (output.ndim > 2 or not len(target) or int(target.max()) < size)
+
+
+def class_axis(outputs: Tensor, targets: Tensor | None) -> int:
+    """Find the axis of the classes: 1, unless the targets' shape says it is the last."""
+    last = targets is not None and targets.shape == outputs.shape[:-1]
+    return outputs.ndim - 1 if last else 1
+
+
+def are_among(targets: Tensor, n_classes: int) -> Tensor:
+    """Return which targets are one of the classes, as those of padding are not."""
+    return (targets >= 0) & (targets < n_classes)
+
+
+class Fit(NamedTuple):
+    """How the targets that one process recorded fit its outputs.
+
+    Attributes:
+        width: Outputs per sample; 0 where the targets cannot be classes of all of them.
+        largest: Largest target.
+        usual: Samples with the most frequent target.
+        right: Samples whose largest output is the target's.
+        found: Whether there were targets at all.
+    """
+
+    width: int = 0
+    largest: int = 0
+    usual: int = 0
+    right: int = 0
+    found: bool = True
+
+    @classmethod
+    def of(cls, outputs: Sequence[Tensor], targets: Sequence[Tensor | None]) -> Fit:
+        """Compare the targets of each call with its outputs."""
+        known = [t for t in targets if t is not None]
+        if len(known) < len(targets):
+            return cls(found=bool(known))
+        shapes = {o.shape[1:] for o in outputs}
+        width = outputs[0].shape[-1] if outputs[0].ndim > 1 else 0
+        # Of several outputs with the same classes, the targets stand there as often.
+        alike = all(o.shape[:-1] == t.shape for o, t in zip(outputs, known, strict=True))
+        every = torch.cat([t.reshape(len(t), -1)[:, 0] for t in known]).long()
+        if width < 2 or len(shapes) > 1 or not alike or not 0 <= every.min() <= every.max() < width:
+            return cls()
+        right = sum(int((o.argmax(-1) == t).sum()) for o, t in zip(outputs, known, strict=True))
+        right //= outputs[0].shape[1:-1].numel()
+        return cls(width, int(every.max()), int(every.bincount().max()), right)
+
+
+def are_scores(fits: Sequence[Fit]) -> bool:
+    """Decide whether outputs are class scores, from what each process found.
+
+    Integers that are small enough are not enough: an autoencoder has them beside its outputs, too. There
+    must be one output per class, or the largest one is the target's more often than if the most
+    frequent target were always named, by more than chance gives once in a million networks.
+    """
+    width = fits[0].width if fits else 0
+    if not width or any(fit.width != width for fit in fits):
+        return False
+    if max(fit.largest for fit in fits) + 1 == width:
+        return True
+    right, usual = sum(fit.right for fit in fits), sum(fit.usual for fit in fits)
+    # Chernoff's bound on the chance of so many, where so many are expected.
+    return right > usual and right * math.log(right / usual) - right + usual > math.log(1e6)
+
+
+NO_CLASSES = "the integer targets of the batches are no classes of the outputs, so changes are relative"
+"""What a reader must know where targets beside outputs look like classes of them."""
