@@ -14,6 +14,9 @@ from lightning_koopman.network.forward_runner import ForwardRunner, has_samples
 from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import Scale
 
+_OUTPUTS_PER_CLASS = 4
+"""Most outputs per class that was seen, for integers to be taken for classes without further ado."""
+
 
 class Choice(NamedTuple):
     """What was chosen.
@@ -67,7 +70,8 @@ def choose_outputs(
             f"effects are about {which} of {len(places)} outputs, that of {named}; return another from "
             "forward_fn to see those on it"
         )
-    if len(places) == 1 and kept[0] > possible[0]:
+    on_the_way = any({possible[0], kept[0]} <= {*found} for found in made.values())
+    if len(places) == 1 and kept[0] > possible[0] and on_the_way:
         notes.append(
             f"effects are about the output of {named}, which is not the first of {len(possible)} "
             "tensors that the model returns; return another from forward_fn to see those on it"
@@ -104,8 +108,9 @@ def _which_count(
     if len({outputs[k].shape for k in fitting}) > 1:
         # Features beside scores: both have room for all classes.
         assert target is not None
-        told = [k for k in fitting if are_scores([Fit.of([outputs[k]], [target])])]
-        scored = told or [k for k in fitting if _may_be_scores([outputs[k]], [target])]
+        known, given = [target.cpu()], {k: [outputs[k].cpu()] for k in fitting}
+        told = [k for k in fitting if are_scores([Fit.of(given[k], known)])]
+        scored = told or [k for k in fitting if _may_be_scores(given[k], known)]
         fitting = [k for k in scored if outputs[k].shape == outputs[scored[0]].shape]
     if not fitting:
         only = scale == "kl" or metric is not None or len({len(output) for output in outputs}) > 1
@@ -146,7 +151,3 @@ def _may_be_scores(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> bool
         return any(bool((target < 0).any()) for target in targets)
     told = count < fit.width or fit.right * fit.width > 2 * count
     return fit.width <= _OUTPUTS_PER_CLASS * (fit.largest + 1) or told
-
-
-_OUTPUTS_PER_CLASS = 4
-"""Most outputs per class that was seen, for integers to be taken for classes without further ado."""
