@@ -266,8 +266,8 @@ def bit_widths(
         places, best = improved[solver]
         alike = {b: altered.together(dict.fromkeys(names, b)).effect for b in options if b <= average}
     final, notes = tuple(options[k] for k in places), list(outputs.notes)
-    for name in refused:
-        notes.append(f"{name!r} keeps its weights: it leads to none of the outputs that are looked at")
+    for name, why in refused.items():
+        notes.append(f"{name!r} keeps its weights: {why}")
     return BitWidths(
         components=names,
         bits=final,

@@ -275,10 +275,8 @@ def find_outputs(
     about = choose_outputs(runner, given, made, ends, target, scale, metric)
     given = runner.run()
     targets = [runner.targets_of(find_target(batch)) for batch in runner.batches]
-    known, notes = targets, about.notes
-    if scale is None and metric is None:
-        known, notes = only_classes(runner, given, targets, notes)
-    outputs = Outputs(given, runner.batches, scale, metric, known, notes)
+    known, doubted = only_classes(runner, given, targets, scale, metric)
+    outputs = Outputs(given, runner.batches, scale, metric, known, (*about.notes, *doubted))
     why = "it leads to none of the outputs that are looked at"
     return outputs, {name: why for name, call in last.items() if call in about.unseen}
 

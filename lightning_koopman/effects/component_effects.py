@@ -226,12 +226,15 @@ def effects_on(
                 alterations.settle(values, merged, output)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
-        given_targets = [runner.targets_of(target_of(batch)) for batch in runner.batches]
-        known, notes = given_targets, about.notes
+        known: Sequence[Tensor | None] = [
+            runner.targets_of(target_of(batch)) for batch in runner.batches
+        ]
+        notes = about.notes
         if targets is not None:
-            known = list(targets(outputs, given_targets))
-        elif scale is None and metric is None:
-            known, notes = only_classes(runner, outputs, given_targets, notes)
+            known = targets(outputs, known)
+        else:
+            known, doubted = only_classes(runner, outputs, known, scale, metric)
+            notes = (*notes, *doubted)
         before = Outputs(outputs, runner.batches, scale, metric, known, notes)
         alterations.solve()
         unsteady = _unsteadiness(runner, outputs, before)

@@ -104,10 +104,9 @@ def _which_count(
     outputs: Sequence[Tensor], target: Tensor | None, scale: Scale | None, metric: Metric | None
 ) -> tuple[list[int], int | None]:
     """Choose among several outputs, and find the axis of their classes where several have the same."""
-    fitting = [k for k, each in enumerate(outputs) if target is not None and are_classes(each, target)]
-    if len({outputs[k].shape for k in fitting}) > 1:
+    fitting = [] if target is None else [k for k, o in enumerate(outputs) if are_classes(o, target)]
+    if target is not None and len({outputs[k].shape for k in fitting}) > 1:
         # Features beside scores: both have room for all classes.
-        assert target is not None
         known, given = [target.cpu()], {k: [outputs[k].cpu()] for k in fitting}
         told = [k for k in fitting if are_scores([Fit.of(given[k], known)])]
         scored = told or [k for k in fitting if _may_be_scores(given[k], known)]
@@ -115,7 +114,6 @@ def _which_count(
     if not fitting:
         only = scale == "kl" or metric is not None or len({len(output) for output in outputs}) > 1
         return list(range(1 if only else len(outputs))), None
-    assert target is not None
     if len(fitting) == 1 or metric is not None:
         return fitting[:1], None
     return fitting, class_axis(outputs[fitting[0]], target)
@@ -124,20 +122,22 @@ def _which_count(
 def only_classes(
     runner: ForwardRunner,
     outputs: Sequence[Tensor],
-    targets: list[Tensor | None],
-    notes: tuple[str, ...],
-) -> tuple[list[Tensor | None], tuple[str, ...]]:
+    targets: Sequence[Tensor | None],
+    scale: Scale | None,
+    metric: Metric | None,
+) -> tuple[Sequence[Tensor | None], tuple[str, ...]]:
     """Leave out targets that look like the classes of outputs which are no class scores, and say so.
 
-    That is a question where each sample has one target; as many targets as outputs have positions are
-    no coincidence.
+    That is a question where nobody said what changes are measured in, and each sample has one target; as
+    many targets as outputs have positions are no coincidence.
     """
     known = [target.cpu() for target in targets if target is not None]
-    if len(known) < len(targets) or not are_classes(outputs[0], known[0]):
-        return targets, notes
+    told = scale is not None or metric is not None or len(known) < len(targets)
+    if told or not are_classes(outputs[0], known[0]):
+        return targets, ()
     if (outputs[0].ndim > 2 and runner.class_axis is None) or _may_be_scores(outputs, known):
-        return targets, notes
-    return [None] * len(targets), (*notes, NO_CLASSES)
+        return targets, ()
+    return [None] * len(targets), (NO_CLASSES,)
 
 
 def _may_be_scores(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:

@@ -277,7 +277,7 @@ class Outputs:
         # Counted by sample, for batches of sequences may differ in length.
         pairs = zip(outputs, self._targets, strict=True)
         right = torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
-        size = outputs[0].shape[class_axis(outputs[0], self._targets[0])]
+        size = outputs[0].shape[self._axis]
         classes = torch.cat([_by_sample(are_among(t, size)) for t in self._targets])
         return float(right.sum() / classes.sum()), right, classes
 

@@ -61,7 +61,7 @@ def are_among(targets: Tensor, n_classes: int) -> Tensor:
 
 
 class Fit(NamedTuple):
-    """How the targets that one process recorded fit its outputs.
+    """How the targets that one process has fit its outputs.
 
     Attributes:
         width: Outputs per sample; 0 where the targets cannot be classes of all of them.
@@ -79,7 +79,7 @@ class Fit(NamedTuple):
 
     @classmethod
     def of(cls, outputs: Sequence[Tensor], targets: Sequence[Tensor | None]) -> Fit:
-        """Compare the targets of each call with its outputs."""
+        """Compare the targets of each batch with its outputs."""
         known = [t for t in targets if t is not None]
         if len(known) < len(targets):
             return cls(found=bool(known))

@@ -138,7 +138,7 @@ def test_predictions_are_averaged_over_outputs_too():
     assert both.predicted["output_noise"] == pytest.approx(both.values["output_noise"], rel=0.3)
 
 
-def test_of_outputs_of_several_sizes_that_of_fewest_classes_counts():
+def test_of_outputs_of_several_sizes_that_which_has_the_classes_counts():
     model = ensemble()
     model.m1 = nn.Linear(8, 12)
     x, y = dataset().tensors
