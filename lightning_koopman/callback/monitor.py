@@ -410,8 +410,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._in_hooks = seconds_in_hooks()
         if self._recording is not None:
             self._recording.__enter__()
-            if (labels := labels_in(batch)) is not None:
-                self._recording.keep_targets(labels)
+            self._recording.keep(labels_in(batch))
 
     @never_in_the_way
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:

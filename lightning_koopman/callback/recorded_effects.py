@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from lightning_koopman.effects.alterations import altered_parts, end_calls
 from lightning_koopman.effects.component_effects import effects_on
-from lightning_koopman.effects.targets import NO_CLASSES, Fit, are_scores, find_target
+from lightning_koopman.effects.targets import (
+    NO_CLASSES,
+    TARGET_KEYS,
+    TOKENS,
+    Fit,
+    are_scores,
+    find_target,
+    may_be_scores,
+    where_predicted,
+)
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.replay import Step
@@ -35,10 +44,15 @@ def passes(report: CreditReport, kinds: Sequence[str]) -> int:
     return len(report.components) * (len(kinds) + ("skip" in kinds)) + 2
 
 
-def labels_in(batch: Any) -> Tensor | None:
-    """Return what may be one class per sample in a batch as data loaders commonly give it."""
+def labels_in(batch: Any) -> dict[str, Tensor]:
+    """Return what may be classes in a batch as data loaders give it, and the tokens that they may be."""
     target = find_target(batch)
-    return target if target is not None and target.ndim == 1 and target.dtype in _INTEGERS else None
+    if target is None or target.dtype not in _INTEGERS or not target.ndim:
+        return {}
+    told, tokens = {TARGET_KEYS[0]: target}, batch.get(TOKENS) if isinstance(batch, Mapping) else None
+    if isinstance(tokens, Tensor) and tokens.shape == target.shape:
+        told[TOKENS] = tokens
+    return told
 
 
 def measure_effects(
@@ -77,9 +91,16 @@ def measure_effects(
 
     fits: list[Fit] = []
 
+    def target_of(step: Step) -> Tensor | None:
+        target = find_target(step.told)
+        return target if target is None else where_predicted(step.told, target)
+
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        fits.extend(agree(Fit.of(outputs, known)))
-        return known if are_scores(fits) else [None] * len(taken)
+        # As many targets as outputs have positions are hardly a coincidence.
+        by_position = any(step.told[name].ndim > 1 for step in taken for name in step.told)
+        fits.extend(agree(Fit.of(outputs, known, by_position)))
+        told = may_be_scores(fits) if by_position else are_scores(fits)
+        return known if told else [None] * len(known)
 
     runner = ForwardRunner(model, taken, forward)
     found = effects_on(
@@ -88,7 +109,7 @@ def measure_effects(
         kinds,
         ends=end_calls(report),
         how="measured",
-        target_of=lambda step: step.targets,
+        target_of=target_of,
         targets=targets,
     )
     if found.scale == "relative" and any(fit.found for fit in fits):

@@ -334,7 +334,7 @@ class _Rounded:
         with ExitStack() as altered:
             for name, option in bits.items():
                 altered.enter_context(self._alterations.weights(_kind(option), [name]))
-            return over_draws([self._outputs.compare(self._runner.run())])
+            return over_draws([self._outputs.compare(self._runner.stream())])
 
 
 def _kind(option: int) -> str:

@@ -240,7 +240,7 @@ def _order(
         for name, swap in swaps.items():
             if swap not in gone:
                 with swapped(runner.model, [*gone, swap]):
-                    tried[name] = over_draws([outputs.compare(runner.run())])
+                    tried[name] = over_draws([outputs.compare(runner.stream())])
         best = min(tried, key=lambda name: tried[name].effect)
         with swapped(runner.model, [*gone, swaps[best]]):
             order.append(Step(best, tried[best], cost_of(runner)))

@@ -337,7 +337,8 @@ class _Maps:
                 for (source, target), fit, group in zip(ends, fits, missing, strict=True):
                     fit.update([_rows(values[source], group.axis)], _rows(values[target], group.axis))
 
-            self._runner.run([point for pair in ends for point in pair], update=update)
+            for _ in self._runner.stream([point for pair in ends for point in pair], update=update):
+                pass
             for group, fit in zip(missing, fits, strict=True):
                 like = next(find_module(self._runner.model, group.calls[0])[0].parameters(), None)
                 swap = as_component(fit.solve(), group.calls, group.axis, self._variance)
@@ -414,7 +415,7 @@ class _Search:
         which = frozenset(chosen)
         if which not in self._tried:
             with swapped(self._runner.model, self._maps.swaps(self.groups(chosen))):
-                measured = over_draws([self.outputs.compare(self._runner.run())])
+                measured = over_draws([self.outputs.compare(self._runner.stream())])
                 cost = cost_of(self._runner)
                 self._tried[which] = measured, cost, self._measure(self._runner, cost)
         measured, cost, after = self._tried[which]

@@ -273,12 +273,15 @@ def find_outputs(
     given, _, _, made = runner.run_followed((), {*last.values(), *ends})
     target = find_target(runner.batches[0])
     about = choose_outputs(runner, given, made, ends, target, scale, metric)
-    given = runner.run()
+    outputs: list[Tensor] = []
+    for number in runner.until_enough(outputs):
+        outputs.append(runner.run_batch(number)[0].detach().cpu())
     targets = [runner.targets_of(find_target(batch)) for batch in runner.batches]
-    known, doubted = only_classes(runner, given, targets, scale, metric)
-    outputs = Outputs(given, runner.batches, scale, metric, known, (*about.notes, *doubted))
+    known, doubted = only_classes(runner, outputs, targets, scale, metric)
+    notes = (*about.notes, *runner.notes, *doubted)
     why = "it leads to none of the outputs that are looked at"
-    return outputs, {name: why for name, call in last.items() if call in about.unseen}
+    refused = {name: why for name, call in last.items() if call in about.unseen}
+    return Outputs(outputs, runner.batches, scale, metric, known, notes), refused
 
 
 class _Witness(nn.Module):

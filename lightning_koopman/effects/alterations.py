@@ -33,6 +33,9 @@ Weights = Mapping[str, Tensor]
 _GROUPS, _GROUP_SIZE = 32, 8
 """How many groups samples make, about, and how many samples each, at least, to tell a mean's error."""
 
+MAP_BYTES = 2**33
+"""Most bytes that linear maps of all components may take together."""
+
 SHIFT = 0.2
 """How far a mean is moved towards that of a group: so little that the outputs follow along a line."""
 
@@ -99,7 +102,7 @@ class Alterations:
         for kind, weights in self._replacements.items():
             _check_names(kind, weights, model)
         self._forms: defaultdict[HookPoint, RowForm] = defaultdict(RowForm)
-        self._units: dict[str, _Units] = {name: _Units() for name in parts}
+        self._units = {name: MeanAndSpread() for name in parts}
         self._fits: dict[str, LinearFit] = {}
         self._sizes: list[int] = []
         self._means: set[str] = set()
@@ -169,6 +172,12 @@ class Alterations:
                 "place; pad all batches alike, or leave out the kind 'linear'"
             )
         fit.update([given], output)
+        if sum(each.nbytes for each in self._fits.values()) > MAP_BYTES:
+            raise ValueError(
+                f"with that of {name!r}, which gives {output[0].numel()} values per sample, linear maps "
+                f"would take {MAP_BYTES / 2**30:.0f} GiB and more; choose fewer with components=[...], "
+                "or leave out the kind 'linear'"
+            )
 
     def solve(self) -> None:
         """Fit the linear maps."""
@@ -310,34 +319,10 @@ def _means_of(rows: Tensor, groups: Tensor, like: Tensor) -> Tensor:
     own = groups.to(rows.device)
     means = torch.empty_like(rows)
     for group in groups.unique():  # type: ignore[no-untyped-call]
-        mean = rows[own == group].double().mean(dim=0).to(rows)
-        means[own == group] = mean if mean.shape == like.shape else mean.flatten(0, -2).mean(dim=0)
+        mean = rows[own == group].mean(dim=0, dtype=torch.float64)
+        varying = [k for k, size in enumerate(mean.shape) if size != like.shape[k]]
+        means[own == group] = (mean.mean(dim=varying, keepdim=True) if varying else mean).to(rows)
     return means
-
-
-class _Units:
-    """Mean and standard deviation of a component's units.
-
-    Where the shape of a sample varies from batch to batch, a unit is a channel, at all positions.
-    """
-
-    def __init__(self) -> None:
-        self._whole, self._channels = MeanAndSpread(), MeanAndSpread()
-        self._shapes: set[torch.Size] = set()
-
-    def update(self, rows: Tensor) -> None:
-        self._shapes.add(rows.shape[1:])
-        if len(self._shapes) == 1:
-            self._whole.update(rows)
-        self._channels.update(rows.reshape(-1, rows.shape[-1] if rows.ndim > 1 else 1))
-
-    @property
-    def mean(self) -> Tensor:
-        return (self._whole if len(self._shapes) == 1 else self._channels).mean
-
-    @property
-    def std(self) -> Tensor:
-        return (self._whole if len(self._shapes) == 1 else self._channels).std
 
 
 @contextmanager

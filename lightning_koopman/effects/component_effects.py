@@ -22,7 +22,7 @@ from lightning_koopman.effects.alterations import (
     end_calls,
 )
 from lightning_koopman.effects.returned import choose_outputs, only_classes
-from lightning_koopman.effects.scoring import Metric, Outputs, over_draws
+from lightning_koopman.effects.scoring import Change, Metric, Outputs, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.effects.targets import find_target
 from lightning_koopman.koopman.options import DEFAULTS
@@ -214,7 +214,7 @@ def effects_on(
     to_predict = [k for k in kinds if how in ("predicted", "both") or k not in to_measure]
     with undisturbed(runner.model):
         outputs: list[Tensor] = []
-        for number in range(len(runner.batches)):
+        for number in runner.until_enough(outputs):
             if number:
                 output, values = runner.run_batch(number, alterations.read)
             else:
@@ -229,7 +229,7 @@ def effects_on(
         known: Sequence[Tensor | None] = [
             runner.targets_of(target_of(batch)) for batch in runner.batches
         ]
-        notes = about.notes
+        notes = (*about.notes, *runner.notes)
         if targets is not None:
             known = targets(outputs, known)
         else:
@@ -334,25 +334,26 @@ def _measure(
     for i, members in enumerate(rows.values()):
         # The generators' states are the user's: undisturbed puts them back.
         seed_all(seed + i)
-        altered = functools.partial(_altered, alterations, runner, kind, members)
-        drawn = [before.compare(altered()) for _ in range(number)]
+        altered = functools.partial(_change, alterations, runner, before, kind, members)
+        drawn = [altered() for _ in range(number)]
         measured, groups = over_draws(drawn), alterations.groups()
         own = torch.cat(groups)
         if any(alterations.puts_mean(kind, name) for name in members) and own.any():
-            apart = over_draws([drawn[0].by_group(before.compare(altered(groups)), SHIFT, own)])
+            apart = over_draws([drawn[0].by_group(altered(groups), SHIFT, own)])
             measured = measured._replace(effect_stderr=apart.effect_stderr)
         found.append(measured)
     return np.array(found).T
 
 
-def _altered(
+def _change(
     alterations: Alterations,
     runner: ForwardRunner,
+    before: Outputs,
     kind: str,
     members: Sequence[str],
     groups: Sequence[Tensor] = (),
-) -> list[Tensor]:
-    """Run a network in which some components are altered in one way."""
+) -> Change:
+    """Run a network in which some components are altered in one way, and compare the outputs."""
     alter: dict[str, Alteration] = {}
     read: list[HookPoint] = []
     if not alterations.touches_weights(kind):
@@ -361,7 +362,7 @@ def _altered(
         alter = {alterations.outputs[n].call: alterations.output(kind, n, **how) for n in members}
         read = [alterations.inputs[name] for name in members if kind != "output_noise"]
     with alterations.weights(kind, members):
-        return runner.run(read, alter)
+        return before.compare(runner.stream(read, alter))
 
 
 def _with_sets(
@@ -379,6 +380,8 @@ def _with_sets(
 def _unsteadiness(runner: ForwardRunner, outputs: Sequence[Tensor], before: Outputs) -> float:
     """Return the effect of nothing at all: by how much the network changes when asked twice."""
     again = runner.run_batch(0)[0].detach().cpu()
+    if torch.equal(again, outputs[0]):
+        return 0.0
     atol = 1e-5 * float(outputs[0].abs().max()) if outputs[0].numel() else 0.0
     if again.shape == outputs[0].shape and torch.allclose(again, outputs[0], 1e-3, atol, equal_nan=True):
         return 0.0

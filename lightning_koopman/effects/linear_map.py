@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -128,6 +129,12 @@ class LinearFit:
         self._output = MeanAndSpread()
         self._shapes: list[tuple[int, ...]] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the map, and of the sums that it is fitted from."""
+        *inputs, output = map(math.prod, self._shapes)
+        return 2 * 8 * output * sum(min(width, self._max_dim) for width in inputs)
+
     def takes(self, inputs: Sequence[Tensor], output: Tensor) -> bool:
         """Return whether tensors have the shapes of those before."""
         return self._shapes in ([], _shapes(inputs, output))
@@ -135,7 +142,7 @@ class LinearFit:
     def update(self, inputs: Sequence[Tensor], output: Tensor) -> None:
         """Take one batch."""
         self._shapes = _shapes(inputs, output)
-        rows = output.reshape(len(output), -1).double()
+        rows = output.reshape(len(output), -1)
         self._output.update(rows)
         self._waiting.append((inputs, rows))
         if self._reduced or self._output.count >= SEEN_FIRST * self._max_dim:
@@ -172,7 +179,7 @@ class LinearFit:
         """Reduce the batches that wait, once there are enough of them to choose the bases by."""
         if not self._reduced:
             blocks = [_flat(block) for block in zip(*(x for x, _ in self._waiting), strict=True)]
-            output = torch.cat([y for _, y in self._waiting])
+            output = torch.cat([y for _, y in self._waiting]).double()
             self._bases = tuple(pod_basis(block, self._max_dim)[0] for block in blocks)
             self._output_basis = pod_basis(output, self._max_dim)[0]
             self._offset = torch.cat([block.mean(dim=0) for block in blocks])
@@ -181,7 +188,7 @@ class LinearFit:
             self._xy = output.new_zeros(sum(self._kept), output.shape[1])
         for inputs, output in self._waiting:
             reduced = _projected(inputs, self._offset, self._bases)
-            rows = output - self._output.offset
+            rows = output.double() - self._output.offset
             self._reduced.append(reduced)
             self._targets.append(rows if self._output_basis is None else rows @ self._output_basis)
             self._xy += reduced.T @ rows

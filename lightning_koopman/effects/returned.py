@@ -9,13 +9,18 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_koopman.effects.scoring import Metric
-from lightning_koopman.effects.targets import NO_CLASSES, Fit, are_classes, are_scores, class_axis
+from lightning_koopman.effects.targets import (
+    NO_CLASSES,
+    Fit,
+    are_classes,
+    are_scores,
+    class_axis,
+    may_be_scores,
+    where_predicted,
+)
 from lightning_koopman.network.forward_runner import ForwardRunner, has_samples
 from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import Scale
-
-_OUTPUTS_PER_CLASS = 4
-"""Most outputs per class that was seen, for integers to be taken for classes without further ado."""
 
 
 class Choice(NamedTuple):
@@ -107,9 +112,10 @@ def _which_count(
     fitting = [] if target is None else [k for k, o in enumerate(outputs) if are_classes(o, target)]
     if target is not None and len({outputs[k].shape for k in fitting}) > 1:
         # Features beside scores: both have room for all classes.
-        known, given = [target.cpu()], {k: [outputs[k].cpu()] for k in fitting}
-        told = [k for k in fitting if are_scores([Fit.of(given[k], known)])]
-        scored = told or [k for k in fitting if _may_be_scores(given[k], known)]
+        known, tokens = [target.cpu()], target.ndim > 1
+        fits = {k: [Fit.of([outputs[k].cpu()], known, tokens)] for k in fitting}
+        told = [k for k in fitting if are_scores(fits[k])]
+        scored = told or [k for k in fitting if may_be_scores(fits[k])]
         fitting = [k for k in scored if outputs[k].shape == outputs[scored[0]].shape]
     if not fitting:
         only = scale == "kl" or metric is not None or len({len(output) for output in outputs}) > 1
@@ -128,26 +134,14 @@ def only_classes(
 ) -> tuple[Sequence[Tensor | None], tuple[str, ...]]:
     """Leave out targets that look like the classes of outputs which are no class scores, and say so.
 
-    That is a question where nobody said what changes are measured in, and each sample has one target; as
-    many targets as outputs have positions are no coincidence.
+    That is a question where nobody said what changes are measured in.
     """
     known = [target.cpu() for target in targets if target is not None]
     told = scale is not None or metric is not None or len(known) < len(targets)
     if told or not are_classes(outputs[0], known[0]):
         return targets, ()
-    if (outputs[0].ndim > 2 and runner.class_axis is None) or _may_be_scores(outputs, known):
+    placed = [where_predicted(b, t) for b, t in zip(runner.batches, known, strict=True)]
+    by_position = known[0].ndim - (runner.class_axis is not None) > 1
+    if may_be_scores([Fit.of(outputs, placed, by_position)]):
         return targets, ()
     return [None] * len(targets), (NO_CLASSES,)
-
-
-def _may_be_scores(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> bool:
-    """Check whether integers may be classes of outputs that have room for them.
-
-    They are not where there are many more outputs than classes, as of a reconstruction beside labels,
-    and the largest output is the target's no more often than by chance.
-    """
-    fit, count = Fit.of(outputs, targets), sum(map(len, targets))
-    if not fit.width:
-        return any(bool((target < 0).any()) for target in targets)
-    told = count < fit.width or fit.right * fit.width > 2 * count
-    return fit.width <= _OUTPUTS_PER_CLASS * (fit.largest + 1) or told

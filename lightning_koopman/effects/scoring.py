@@ -19,7 +19,7 @@ from lightning_koopman.effects.targets import (
     find_target,
     where_predicted,
 )
-from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread
+from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread, chunks, rows_at_once
 from lightning_koopman.report.effects import Scale
 
 
@@ -31,10 +31,27 @@ def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).tolist()
         [0.0]
     """
-    p, q = original.double().log_softmax(axis), altered.double().log_softmax(axis)
+    both = [logits.movedim(axis, -1) for logits in (original, altered)]
+    rows = [logits.reshape(-1, logits.shape[-1]) for logits in both]
+    p, q = rows
+    size = rows_at_once(p)
+    parts = zip(torch.split(p, size), torch.split(q, size), strict=True)
+    return torch.cat([_divergence(*part) for part in parts]).view(both[0].shape[:-1])
+
+
+def _divergence(original: Tensor, altered: Tensor) -> Tensor:
+    p, q = original.double().log_softmax(1), altered.double().log_softmax(1)
     # xlogy-like: a class of probability 0 adds nothing, also where q is -inf.
-    terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
-    return terms.sum(axis)
+    return torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(1)
+
+
+def _squares(original: Tensor, altered: Tensor) -> Tensor:
+    """Sum the squared differences of each sample from another, or from one and the same."""
+    original, altered = (x if x.ndim > 1 else x[:, None] for x in (original.expand_as(altered), altered))
+    total = torch.zeros(len(altered), dtype=torch.float64, device=altered.device)
+    for place in chunks(altered):
+        total[place[0]] += _by_sample((altered[place].double() - original[place].double()).square())
+    return total
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> float:
@@ -203,19 +220,48 @@ class Outputs:
                 self._targets = moved
         self.has_metric = self._metric is not None
         self.n_samples = sum(map(len, self._outputs))
-        self.metric, self._right, self._classes = self._score(self._outputs)
+        # Of the accuracy, what each sample adds to it: its right classes, and all its classes.
+        self._right = self._classes = None
+        self.metric = math.nan
+        if self._metric is accuracy and self._targets is not None:
+            # Counted by sample, for batches of sequences may differ in length.
+            self._right = torch.cat([self._right_of(k, o) for k, o in enumerate(self._outputs)])
+            size = first.shape[self._axis]
+            self._classes = torch.cat([_by_sample(are_among(t, size)) for t in self._targets])
+            self.metric = float(self._right.sum() / self._classes.sum())
+        elif self.has_metric:
+            self.metric = self._metric_of(self._outputs)
 
     def compare(self, altered: Iterable[Tensor]) -> Change:
-        """Measure how far altered outputs lie from these."""
-        others = tuple(altered)
-        metric, right, classes = self._score(others)
-        gained = None if right is None or self._right is None else right - self._right
-        pairs = enumerate(zip(self._outputs, others, strict=True))
-        if self.scale == "kl":
-            moved = [_by_sample(self._counted(k, kl_divergence(*ab, self._axis))) for k, ab in pairs]
-        else:
-            moved = [_by_sample((b.double() - a.double()).square()) for _, (a, b) in pairs]
-        return Change(torch.cat(moved), self.shares, metric, gained, classes)
+        """Measure how far altered outputs lie from these, batch by batch; only a metric keeps them."""
+        moved: list[Tensor] = []
+        right: list[Tensor] = []
+        kept: list[Tensor] = []
+        others = iter(altered)
+        for batch, own in enumerate(self._outputs):
+            other = next(others)
+            if own.shape != other.shape:
+                raise ValueError(
+                    f"altered, the network gives outputs of shape {tuple(other.shape)}, otherwise of "
+                    f"{tuple(own.shape)}, which do not compare; return others from forward_fn"
+                )
+            if self.scale == "kl":
+                divergence = kl_divergence(own.to(other.device), other, self._axis).cpu()
+                moved.append(_by_sample(self._counted(batch, divergence)))
+            else:
+                moved.append(_squares(own.to(other.device), other).cpu())
+            if self._right is not None:
+                right.append(self._right_of(batch, other.cpu()))
+            elif self.has_metric:
+                kept.append(other.cpu())
+            del other  # not while the next one is made
+        change, gained, metric = torch.cat(moved), None, math.nan
+        if self._right is not None and self._classes is not None:
+            gained = torch.cat(right)
+            metric, gained = float(gained.sum() / self._classes.sum()), gained - self._right
+        elif kept:
+            metric = self._metric_of(kept)
+        return Change(change, self.shares, metric, gained, self._classes)
 
     @functools.cached_property
     def shares(self) -> Tensor:
@@ -225,10 +271,8 @@ class Outputs:
                 _by_sample(self._counted(k, torch.ones_like(a.select(self._axis, 0))))
                 for k, a in enumerate(self._outputs)
             ])
-        shares = torch.cat([
-            _by_sample((a.double() - mean).square())
-            for a, mean in zip(self._outputs, _means(self._outputs), strict=True)
-        ])
+        mean = _mean(self._outputs)
+        shares = torch.cat([_squares(mean, a) for a in self._outputs])
         if not shares.any():
             raise ValueError("the outputs are constant, so no change is relative to anything")
         return shares
@@ -268,39 +312,28 @@ class Outputs:
             moved.append(z.flatten())
         return torch.cat(moved) / self.shares.sum().sqrt()
 
-    def _score(self, outputs: Sequence[Tensor]) -> tuple[float, Tensor | None, Tensor | None]:
-        """Return the metric and, of the accuracy, each sample's right classes and all its classes."""
-        if self._metric is None or self._targets is None:
-            return math.nan, None, None
-        if self._metric is not accuracy:
-            return float(self._metric(torch.cat(list(outputs)), torch.cat(self._targets))), None, None
-        # Counted by sample, for batches of sequences may differ in length.
-        pairs = zip(outputs, self._targets, strict=True)
-        right = torch.cat([_by_sample(o.argmax(class_axis(o, t)) == t) for o, t in pairs])
-        size = outputs[0].shape[self._axis]
-        classes = torch.cat([_by_sample(are_among(t, size)) for t in self._targets])
-        return float(right.sum() / classes.sum()), right, classes
+    def _right_of(self, batch: int, output: Tensor) -> Tensor:
+        """Count the right classes of each sample of one batch."""
+        assert self._targets is not None
+        target = self._targets[batch]
+        return _by_sample(output.argmax(class_axis(output, target)) == target)
+
+    def _metric_of(self, outputs: Sequence[Tensor]) -> float:
+        assert self._metric is not None
+        assert self._targets is not None
+        return float(self._metric(torch.cat(list(outputs)), torch.cat(self._targets)))
 
 
-def _means(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the mean of each unit, for each batch; where sizes vary, a unit is a channel everywhere."""
+def _mean(outputs: Sequence[Tensor]) -> Tensor:
+    """Return the mean of each unit; where sizes vary, a unit is what lies along the axes that do not."""
     shapes = list(dict.fromkeys(output.shape[1:] for output in outputs))
-    if len(shapes) == 1:
-        return [MeanAndSpread(outputs).mean] * len(outputs)
-    ranks = {len(shape) for shape in shapes}
-    alike = (
-        []
-        if len(ranks) > 1
-        else [k for k, sizes in enumerate(zip(*shapes, strict=True)) if len({*sizes}) == 1]
-    )
-    if len(alike) != 1:
+    axes = zip(*shapes, strict=True) if len({len(shape) for shape in shapes}) == 1 else ()
+    if len(shapes) > 1 and not any(len({*sizes}) == 1 for sizes in axes):
         raise ValueError(
             f"outputs of the shapes {tuple(shapes[0])} and {tuple(shapes[1])} per sample arrived, so no "
             "unit has a mean; bring all batches to one size, or give class indices as targets"
         )
-    channel = alike[0] + 1
-    mean = MeanAndSpread(o.movedim(channel, -1).flatten(0, -2) for o in outputs).mean
-    return [mean.view(-1, *[1] * (outputs[0].ndim - channel - 1))] * len(outputs)
+    return MeanAndSpread(outputs).mean
 
 
 def _by_sample(values: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 """Where targets are looked for in a batch that is a mapping."""
 
+TOKENS = "input_ids"
+"""Where a language model's tokens are in such a batch."""
+
 
 def find_target(batch: Any) -> Tensor | None:
     """Find the target in a batch as data loaders commonly give it."""
@@ -28,7 +31,7 @@ def where_predicted(batch: Any, target: Tensor) -> Tensor:
 
     A causal language model is given its own input for labels, and predicts at each position the next.
     """
-    given = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    given = batch.get(TOKENS) if isinstance(batch, Mapping) else None
     if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != target.shape:
         return target
     counts = target >= 0
@@ -64,10 +67,12 @@ class Fit(NamedTuple):
     """How the targets that one process has fit its outputs.
 
     Attributes:
-        width: Outputs per sample; 0 where the targets cannot be classes of all of them.
-        largest: Largest target.
-        usual: Samples with the most frequent target.
-        right: Samples whose largest output is the target's.
+        width: Classes that the outputs have room for; 0 where the targets cannot be these.
+        largest: Largest target that is one of them.
+        usual: Targets that are the most frequent one.
+        right: Targets that are the largest output.
+        n_targets: All targets that are classes: one per sample, or per position.
+        marked: Whether targets were found to be none of the classes, as -100 is.
         found: Whether there were targets at all.
     """
 
@@ -75,24 +80,45 @@ class Fit(NamedTuple):
     largest: int = 0
     usual: int = 0
     right: int = 0
+    n_targets: int = 0
+    marked: bool = False
     found: bool = True
 
     @classmethod
-    def of(cls, outputs: Sequence[Tensor], targets: Sequence[Tensor | None]) -> Fit:
-        """Compare the targets of each batch with its outputs."""
+    def of(
+        cls, outputs: Sequence[Tensor], targets: Sequence[Tensor | None], by_position: bool = False
+    ) -> Fit:
+        """Compare the targets of each batch with its outputs: one per sample, or one per position."""
         known = [t for t in targets if t is not None]
         if len(known) < len(targets):
             return cls(found=bool(known))
+        if by_position:
+            return cls._of_positions(outputs, known)
         shapes = {o.shape[1:] for o in outputs}
         width = outputs[0].shape[-1] if outputs[0].ndim > 1 else 0
         # Of several outputs with the same classes, the targets stand there as often.
         alike = all(o.shape[:-1] == t.shape for o, t in zip(outputs, known, strict=True))
         every = torch.cat([t.reshape(len(t), -1)[:, 0] for t in known]).long()
         if width < 2 or len(shapes) > 1 or not alike or not 0 <= every.min() <= every.max() < width:
-            return cls()
+            return cls(marked=bool((every < 0).any()))
         right = sum(int((o.argmax(-1) == t).sum()) for o, t in zip(outputs, known, strict=True))
         right //= outputs[0].shape[1:-1].numel()
-        return cls(width, int(every.max()), int(every.bincount().max()), right)
+        return cls(width, int(every.max()), int(every.bincount().max()), right, len(every))
+
+    @classmethod
+    def _of_positions(cls, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Fit:
+        pairs = list(zip(outputs, targets, strict=True))
+        if not all(are_classes(o, t) for o, t in pairs):
+            return cls(found=False)
+        widths = {o.shape[class_axis(o, t)] for o, t in pairs}
+        width, every = max(widths), torch.cat([t.reshape(-1) for t in targets]).long()
+        classes = every[are_among(every, width)]
+        # One that is too large may mark what is none of the classes, as 255 does in pictures.
+        if len(widths) > 1 or len(every[every >= width].unique()) > 1:  # type: ignore[no-untyped-call]
+            return cls()
+        right = sum(int((o.argmax(class_axis(o, t)) == t).sum()) for o, t in pairs)
+        most = (int(classes.max()), int(classes.bincount().max())) if len(classes) else (-1, 0)
+        return cls(width, *most, right, len(classes), len(classes) < len(every))
 
 
 def are_scores(fits: Sequence[Fit]) -> bool:
@@ -102,14 +128,38 @@ def are_scores(fits: Sequence[Fit]) -> bool:
     must be one output per class, or the largest one is the target's more often than if the most
     frequent target were always named, by more than chance gives once in a million networks.
     """
-    width = fits[0].width if fits else 0
-    if not width or any(fit.width != width for fit in fits):
+    if not (width := _width(fits)):
         return False
     if max(fit.largest for fit in fits) + 1 == width:
         return True
     right, usual = sum(fit.right for fit in fits), sum(fit.usual for fit in fits)
     # Chernoff's bound on the chance of so many, where so many are expected.
     return right > usual and right * math.log(right / usual) - right + usual > math.log(1e6)
+
+
+_OUTPUTS_PER_CLASS = 4
+"""Most outputs per class that was seen, for integers to be taken for classes without further ado."""
+
+
+def may_be_scores(fits: Sequence[Fit]) -> bool:
+    """Check whether outputs may be class scores, where more than chance says that they are.
+
+    They are not where there are many more outputs than classes, as of a reconstruction beside labels,
+    and the largest output is the target's no more often than by chance.
+    """
+    if any(fit.marked for fit in fits):
+        return True
+    if not (width := _width(fits)):
+        return False
+    right, count = sum(fit.right for fit in fits), sum(fit.n_targets for fit in fits)
+    told = count < width or right * width > 2 * count
+    return width <= _OUTPUTS_PER_CLASS * (max(fit.largest for fit in fits) + 1) or told
+
+
+def _width(fits: Sequence[Fit]) -> int:
+    """Return how many classes there is room for, if all agree."""
+    widths = {fit.width for fit in fits}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 NO_CLASSES = "the integer targets of the batches are no classes of the outputs, so changes are relative"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ from lightning_koopman.network.tensors import (
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
+OUTPUT_BYTES = 2**30
+"""Outputs are kept until they take so many bytes: a language model's fill any memory."""
+
+_VALUES_AT_ONCE = 2**18
+"""Values that are taken in float64 at once."""
 
 NO_SAMPLES = (
     "no sample arrived: the batches were empty (a generator gives its batches only once: pass a list or "
@@ -193,11 +199,13 @@ class ForwardRunner:
     """Runs a model over the same batches again and again.
 
     Attributes:
+        batches: The batches; once :meth:`until_enough` went over them, those that it came to.
         places: Which of the tensors that the model returns are its outputs, side by side; ``None`` takes
             the first that has samples, which single numbers, as losses are, have not.
         units: What each of several outputs side by side is divided by.
         class_axis: Where the outputs are several with the same classes, the axis of these in each:
             classes are then the last axis, and which output it is the one before.
+        notes: What a reader must know of the samples that were looked at.
     """
 
     def __init__(
@@ -215,6 +223,7 @@ class ForwardRunner:
         self.places: tuple[int, ...] | None = None
         self.units: tuple[float, ...] = ()
         self.class_axis: int | None = None
+        self.notes: list[str] = []
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
             raise ValueError(
@@ -222,21 +231,41 @@ class ForwardRunner:
                 "then, but altering components needs the model there: call model.cpu() first"
             )
 
-    def run(
+    def stream(
         self,
         read: Iterable[HookPoint] = (),
         alter: Mapping[str, Alteration] | None = None,
         update: Callable[[Mapping[HookPoint, Tensor]], None] | None = None,
-    ) -> list[Tensor]:
-        """Run once over all batches."""
+    ) -> Iterator[Tensor]:
+        """Run once over all batches, and give the outputs of one after the other."""
         read = list(read)
-        outputs = []
         for number in range(len(self.batches)):
             output, values = self.run_batch(number, read, alter)
             if update is not None:
                 update(values)
-            outputs.append(output.detach().cpu())
-        return outputs
+            del values  # not while whoever takes the outputs looks at them
+            yield output.detach()
+
+    def run(
+        self, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
+    ) -> list[Tensor]:
+        """Run once over all batches, and return the outputs of all of them, on the CPU."""
+        return [output.cpu() for output in self.stream(read, alter)]
+
+    def until_enough(self, outputs: Sequence[Tensor]) -> Iterator[int]:
+        """Count batches until the outputs that are collected of them take :data:`OUTPUT_BYTES`.
+
+        Batches that this does not come to are let go of.
+        """
+        for number in range(len(self.batches)):
+            if sum(output.nbytes for output in outputs) >= OUTPUT_BYTES:
+                self.batches = self.batches[:number]
+                self.notes.append(
+                    f"the outputs of {sum(map(len, outputs))} samples take "
+                    f"{OUTPUT_BYTES / 2**30:.0f} GiB and more, so only these are looked at"
+                )
+                return
+            yield number
 
     def run_followed(
         self, read: Iterable[HookPoint], calls: Iterable[str] = ()
@@ -328,31 +357,79 @@ def _labelled(flow: DataFlow, call: str, output: Tensor, _: Any) -> Tensor:
     return output
 
 
+def rows_at_once(values: Tensor) -> int:
+    """Return how many rows are taken in float64 at once, for copies of more would fill the memory."""
+    return max(1, _VALUES_AT_ONCE // max(1, math.prod(values.shape[1:])))
+
+
+def chunks(values: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Give the parts of the first two axes that are taken in float64 at once."""
+    size = rows_at_once(values)
+    width = values.shape[1] if size > 1 else rows_at_once(values[:1].flatten(0, 1))
+    for row in range(0, len(values), size):
+        for column in range(0, max(1, values.shape[1]), max(1, width)):
+            yield slice(row, row + size), slice(column, column + width)
+
+
 class MeanAndSpread:
     """Mean and standard deviation over the first axis of what streams by, in float64.
 
-    Sums are kept about the first part's mean, so that a large mean costs no digits.
+    Axes whose size varies from part to part are averaged over, too. Sums are kept about the first part's
+    mean, so that a large mean costs no digits.
 
     Attributes:
-        count: Rows so far.
-        offset: Mean of the first part.
+        count: Rows so far, times positions along axes that vary.
+        offset: Mean of the first part; where an axis varies, its size is 1.
     """
 
     def __init__(self, parts: Iterable[Tensor] = ()) -> None:
         self.count = 0
+        self._varying: list[int] = []
         for part in parts:
             self.update(part)
 
     def update(self, part: Tensor) -> None:
         """Add some rows."""
-        rows = part.double()
         if not self.count:
-            self.offset = rows.mean(dim=0)
+            self._shape = part.shape[1:]
+            self.offset = part.mean(dim=0, dtype=torch.float64)
             self._sum, self._squares = torch.zeros_like(self.offset), torch.zeros_like(self.offset)
-        rows = rows - self.offset
-        self._sum += rows.sum(dim=0)
-        self._squares += rows.square().sum(dim=0)
-        self.count += len(rows)
+        if len(part.shape[1:]) != len(self._shape):
+            raise ValueError(
+                f"states of shape {tuple(part.shape[1:])} and of shape {tuple(self._shape)} per sample "
+                "arrived, which have no mean; bring all batches to one number of axes"
+            )
+        sizes = zip(part.shape[1:], self._shape, strict=True)
+        found = [k for k, (here, first) in enumerate(sizes) if here != first and k not in self._varying]
+        if found:
+            self._merge(found)
+        # A part of single numbers has no second axis.
+        wide = part if part.ndim > 1 else part[:, None]
+        offset, total, squares = (
+            x if part.ndim > 1 else x[None] for x in (self.offset, self._sum, self._squares)
+        )
+        for rows, columns in chunks(wide):
+            own = slice(None) if 0 in self._varying else columns
+            chunk = wide[rows, columns].double() - offset[own]
+            total[own] += self._summed(chunk)
+            squares[own] += self._summed(chunk.square())
+        self.count += len(part) * math.prod(part.shape[1 + k] for k in self._varying)
+
+    def _summed(self, rows: Tensor) -> Tensor:
+        total = rows.sum(dim=0)
+        return total.sum(dim=self._varying, keepdim=True) if self._varying else total
+
+    def _merge(self, axes: Sequence[int]) -> None:
+        """Average over some axes from here on."""
+        shift, count = self.offset, self.count
+        self.offset = self.offset.mean(dim=list(axes), keepdim=True)
+        # Σ(x - c) = Σ(x - o) + n (o - c), and the squares likewise.
+        shift = shift - self.offset
+        squares = self._squares + 2 * shift * self._sum + count * shift.square()
+        self._squares = squares.sum(dim=list(axes), keepdim=True)
+        self._sum = (self._sum + count * shift).sum(dim=list(axes), keepdim=True)
+        self.count = count * math.prod(self._shape[k] for k in axes)
+        self._varying += axes
 
     @property
     def mean(self) -> Tensor:

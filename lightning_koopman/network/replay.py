@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import FunctionType
@@ -77,13 +77,13 @@ class Step:
 
     Attributes:
         valid: Which positions of padded sequences held data in the step's batch.
-        targets: What the step's batch holds as targets, on the CPU, where that was kept.
+        told: What was kept of the step's batch to find targets in, on the CPU, by name.
         outputs: First tensor of what each call gave, where it was kept to be compared.
     """
 
     calls: list[_Call] = field(default_factory=list)
     valid: Tensor | None = None
-    targets: Tensor | None = None
+    told: dict[str, Tensor] = field(default_factory=dict)
     outputs: list[Tensor | None] = field(default_factory=list)
     n_bytes: int = 0
 
@@ -236,10 +236,10 @@ class Recording:
         self.recording = False
         self._flow, self._returned = None, []
 
-    def keep_targets(self, targets: Tensor) -> None:
-        """Copy the targets of the step under way, before the step may change them."""
-        self._step.targets = _copied(targets)
-        self._step.n_bytes += targets.nbytes
+    def keep(self, told: Mapping[str, Tensor]) -> None:
+        """Copy parts of the batch of the step under way, before the step may change them."""
+        self._step.told = {name: _copied(part) for name, part in told.items()}
+        self._step.n_bytes += sum(part.nbytes for part in told.values())
 
     def end_step(self, valid: Tensor | None = None) -> Step:
         """Return the calls of the step that just ended, and keep them if they fit into the budget."""

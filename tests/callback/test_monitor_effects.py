@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
 from lightning_koopman.callback.recorded_effects import labels_in, pooled
-from lightning_koopman.effects.targets import Fit, are_scores
+from lightning_koopman.effects.targets import Fit, are_scores, may_be_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -141,11 +141,79 @@ def test_wide_outputs_are_class_scores_where_they_name_the_targets() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", [torch.zeros(4), torch.zeros(4, 2, dtype=torch.long), torch.zeros(4, dtype=torch.bool)]
+    "target", [torch.zeros(4), torch.tensor(1), torch.zeros(4, dtype=torch.bool), "words"]
 )
-def test_what_is_no_class_per_sample_is_not_kept(target: torch.Tensor) -> None:
-    assert labels_in((torch.zeros(4, 8), target)) is None
-    assert labels_in([torch.zeros(4, 8)]) is None
+def test_what_is_no_class_is_not_kept(target: Any) -> None:
+    assert labels_in((torch.zeros(4, 8), target)) == {}
+    assert labels_in([torch.zeros(4, 8)]) == {}
+
+
+class Tagger(LitNet):
+    """Names a class for each position of a sequence: of its own token, or the next token."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.net = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 9))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits, labels = self.net(batch["input_ids"]), batch["labels"]
+        if self.kind == "causal":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def sentences(kind: str, seed: int) -> DataLoader:
+    """Sequences of six tokens, each one more than that before it, of which some end in padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = (torch.randint(9, (320, 1), generator=generator) + torch.arange(6)) % 9
+    labels = ids.clone() if kind == "causal" else (2 * ids) % 9
+    labels[torch.randint(2, (320,), generator=generator) == 1, 4:] = -100
+    pairs = [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    return DataLoader(pairs, batch_size=40)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["causal", "tags"])
+def test_of_sequences_the_positions_that_are_targets_count(kind: str, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    trainer.fit(Tagger(kind), sentences(kind, 0), sentences(kind, 1))
+    assert monitor.report is not None
+    found = monitor.report.effects
+    assert found is not None
+    expected = component_effects(trainer.lightning_module.net, sentences(kind, 1), forward_fn=on_ids)
+    assert found.scale == expected.scale == "kl"
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
+    assert found.stderr["skip"] == pytest.approx(expected.stderr["skip"], rel=1e-3)
+    assert found.metric_before == pytest.approx(expected.metric_before)
+    assert not found.notes
+
+
+def on_ids(net: nn.Module, batch: Any) -> torch.Tensor:
+    return net(batch["input_ids"])
+
+
+def test_a_map_of_classes_tells_that_outputs_are_scores() -> None:
+    """Where two numbers or more are too large for classes, or no shape fits, it tells nothing."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(8, 3, 5, 6, generator=generator)
+    classes = scores.argmax(1)
+    fit = Fit.of([scores], [classes], by_position=True)
+    assert (fit.width, fit.largest, fit.right, fit.n_targets) == (3, 2, 240, 240)
+    assert may_be_scores([fit])
+    marked = torch.where(classes == 1, 255, classes)
+    assert Fit.of([scores], [marked], by_position=True).marked
+    assert may_be_scores([Fit.of([scores], [marked], by_position=True)])
+    others = torch.arange(240).view(8, 5, 6) % 7
+    assert not may_be_scores([Fit.of([scores], [others], by_position=True)])
+    assert Fit.of([scores], [classes[:, :4]], by_position=True) == Fit(found=False)
+    assert not may_be_scores([fit, Fit(found=False)])
+    nothing = Fit.of([scores], [torch.full_like(classes, -100)], by_position=True)
+    assert (nothing.n_targets, may_be_scores([nothing])) == (0, True)
 
 
 def test_effects_of_a_training_that_ends_early_are_about_its_last_weights(tmp_path: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -94,6 +96,44 @@ def test_samples_of_unequal_length_weigh_by_their_positions() -> None:
     assert (given.metric, found.metric) == (was.sum() / 180, pytest.approx(now.sum() / 180))
     rest = now - was - (found.metric - given.metric) * lengths
     assert found.metric_stderr == pytest.approx(math.sqrt(40 * rest.var(ddof=1)) / lengths.sum())
+
+
+@pytest.mark.parametrize("scale", ["kl", "relative"])
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_wide_outputs_are_compared_piece_by_piece(
+    scale: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = normal(30, 5, 4), normal(30, 5, 4, seed=1)
+    targets = torch.zeros(30, 4, dtype=torch.long)
+    whole = outputs(before, targets, scale).compare(after.split(40))
+    monkeypatch.setattr("lightning_koopman.network.forward_runner._VALUES_AT_ONCE", at_once)
+    pieces = outputs(before, targets, scale).compare(after.split(40))
+    np.testing.assert_allclose(pieces.moved, whole.moved, rtol=1e-13)
+    np.testing.assert_allclose(pieces.whole, whole.whole, rtol=1e-13)
+
+
+def test_of_altered_outputs_one_batch_is_kept_at_a_time() -> None:
+    before, after, targets = logits()
+    given, held = outputs(before, targets, "kl", size=10), list[weakref.ref[Tensor]]()
+
+    def altered() -> Iterator[Tensor]:
+        for part in after.split(10):
+            assert not [ref for ref in held if ref() is not None]
+            own = part.clone()
+            held.append(weakref.ref(own))
+            yield own
+            del own
+
+    expected = kl_divergence(before, after).mean()
+    assert given.compare(altered()).effect == pytest.approx(float(expected), rel=1e-12)
+    assert len(held) == 9
+
+
+def test_altered_outputs_of_another_shape_are_refused() -> None:
+    before, after, targets = logits()
+    given = outputs(before, targets, "kl")
+    with pytest.raises(ValueError, match=r"outputs of shape \(40, 2\), otherwise of \(40, 3\), which"):
+        given.compare(after[:, :2].split(40))
 
 
 def change(moved: Tensor) -> Change:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report, drop_order
-from lightning_koopman.effects.scoring import Outputs
+from lightning_koopman.effects.scoring import Outputs, kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -294,6 +294,20 @@ def test_labels_beside_a_reconstruction_are_no_classes_of_it(decide):
     assert component_effects(net, [(x, y)], scale="kl").scale == "kl"
 
 
+def test_tokens_beside_features_are_no_classes_of_them():
+    """As many as there are positions; but what is returned is what another part makes classes of."""
+    model, ids = language_model(), torch.randint(20, (60, 7), generator=torch.Generator().manual_seed(0))
+    wide = wired(lambda m, x: m.body(m.tokens(x)), tokens=nn.Embedding(20, 90), body=nn.Linear(90, 90))
+    features = component_effects(wide, [(ids, ids)], components=["body"])
+    assert features.scale == "relative"
+    assert features.notes[-1].startswith("the integer targets of the batches are no classes")
+    # Where some are marked as no classes, the others are some; and few tokens tell nothing.
+    marked = torch.where(ids > 15, -100, ids)
+    assert component_effects(wide, [(ids, marked)], components=["body"]).scale == "kl"
+    assert component_effects(wide, [(ids[:5], ids[:5])], components=["body"]).scale == "kl"
+    assert component_effects(model, [{"input_ids": ids, "labels": ids}]).scale == "kl"
+
+
 @pytest.mark.parametrize("present", [1, 2, 12])
 def test_classes_of_which_few_are_in_the_data_are_classes(present):
     x, y = torch.randn(400, 12), torch.arange(400) % present
@@ -378,6 +392,55 @@ def test_outputs_may_vary_in_length(channels_first):
     whole = (before - before.mean(0)).square().sum()
     expected = [float((after - before).square().sum() / whole), 1.0]
     assert effects.values["skip"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_pictures_may_vary_in_size():
+    """The mean in place of a feature map is one of channels."""
+    torch.manual_seed(0)
+    parts = {
+        "a": nn.Conv2d(1, 6, 3, padding=1),
+        "b": nn.Conv2d(6, 4, 3, padding=1),
+        "c": nn.Linear(4, 3),
+    }
+    model = wired(lambda m, x: m.c(m.b(m.a(x).relu()).relu().mean((2, 3))), **parts)
+    batches = [(torch.randn(20, 1, h, w), torch.arange(20) % 3) for h, w in ((8, 8), (9, 8), (8, 6))]
+    effects = component_effects(model, batches)
+    with torch.no_grad():
+        maps = [model.b(model.a(x).relu()) for x, _ in batches]
+        mean = torch.cat([part.movedim(1, -1).flatten(0, 2) for part in maps]).mean(0)
+        before = torch.cat([model(x) for x, _ in batches])
+        after = model.c(mean.relu())
+    moved = kl_divergence(before, after.expand(60, -1))
+    place = effects.components.index("b")
+    assert effects.values["skip"][place] == pytest.approx(float(moved.mean()), rel=1e-4)
+    assert effects.stderr["skip"][place] > 0
+    noise = component_effects(model, batches, kinds=["output_noise"], how="both")
+    assert (noise.values["output_noise"] > 0).all()
+
+
+@pytest.mark.parametrize("decide", [False, True])
+def test_of_outputs_that_fill_the_memory_the_first_are_looked_at(decide, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    batches = dataset().tensors[0].split(40)
+    monkeypatch.setattr("lightning_koopman.network.forward_runner.OUTPUT_BYTES", 50 * 3 * 4)
+    found = drop_order(model, batches, steps=1) if decide else component_effects(model, batches)
+    expected = component_effects(model, batches[:2])
+    assert found.n_samples == 80
+    assert found.notes == ("the outputs of 80 samples take 0 GiB and more, so only these are looked at",)
+    effect = found.effect[0] if decide else found.values["skip"][0]
+    place = expected.components.index(found.components[0])
+    assert effect == pytest.approx(expected.values["skip"][place], rel=1e-4)
+
+
+def test_linear_maps_that_would_fill_the_memory_are_refused(monkeypatch):
+    model, x = heads(lambda p, v: p), dataset().tensors[0]
+    # Each map takes its sums and itself, in double precision.
+    monkeypatch.setattr("lightning_koopman.effects.alterations.MAP_BYTES", 16 * (8 * 6 + 6 * 3))
+    component_effects(model, [x], kinds=["linear"])
+    monkeypatch.setattr("lightning_koopman.effects.alterations.MAP_BYTES", 16 * (8 * 6 + 6 * 3) - 1)
+    with pytest.raises(ValueError, match="'policy', which gives 3 values per sample, linear maps would"):
+        component_effects(model, [x], kinds=["linear"])
 
 
 def test_outputs_of_which_no_axis_is_fixed_are_refused():
