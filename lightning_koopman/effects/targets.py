@@ -12,6 +12,9 @@ from torch import Tensor
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 """Where targets are looked for in a batch that is a mapping."""
 
+IGNORED = -100
+"""The target of what has none, as loss functions take it."""
+
 TOKENS = "input_ids"
 """Where a language model's tokens are in such a batch."""
 
@@ -37,7 +40,7 @@ def where_predicted(batch: Any, target: Tensor) -> Tensor:
     counts = target >= 0
     if not counts.any() or (given.cpu() != target)[counts].any():
         return target
-    return torch.cat([target[:, 1:], torch.full_like(target[:, :1], -100)], dim=1)
+    return torch.cat([target[:, 1:], torch.full_like(target[:, :1], IGNORED)], dim=1)
 
 
 def are_classes(output: Tensor, target: Tensor) -> bool:
@@ -99,11 +102,14 @@ class Fit(NamedTuple):
         # Of several outputs with the same classes, the targets stand there as often.
         alike = all(o.shape[:-1] == t.shape for o, t in zip(outputs, known, strict=True))
         every = torch.cat([t.reshape(len(t), -1)[:, 0] for t in known]).long()
-        if width < 2 or len(shapes) > 1 or not alike or not 0 <= every.min() <= every.max() < width:
-            return cls(marked=bool((every < 0).any()))
+        marked, every = bool((every < 0).any()), every[every != IGNORED]
+        fits = width > 1 and len(shapes) == 1 and alike and len(every) > 0
+        if not fits or not 0 <= every.min() <= every.max() < width:
+            return cls(marked=marked)
         right = sum(int((o.argmax(-1) == t).sum()) for o, t in zip(outputs, known, strict=True))
         right //= outputs[0].shape[1:-1].numel()
-        return cls(width, int(every.max()), int(every.bincount().max()), right, len(every))
+        usual = int(every.bincount().max())
+        return cls(width, int(every.max()), usual, right, len(every), marked)
 
     @classmethod
     def _of_positions(cls, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Fit:

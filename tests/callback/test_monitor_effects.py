@@ -122,6 +122,11 @@ def test_outputs_are_class_scores_only_where_all_recorded_calls_say_so() -> None
         assert not are_scores([Fit.of(outputs, targets)])
         assert not are_scores([Fit.of([scores], [y]), Fit.of(outputs, targets)])
     assert not are_scores([])
+    # What is marked as having no target tells nothing, and keeps the others from nothing.
+    partly = torch.tensor([0, -100, 2, -100, 1, -100])
+    assert are_scores([Fit.of([scores], [partly])])
+    assert (Fit.of([scores], [partly]).right, Fit.of([scores], [partly]).n_targets) == (3, 3)
+    assert not are_scores([Fit.of([scores], [torch.full((6,), -100)])])
 
 
 def test_wide_outputs_are_class_scores_where_they_name_the_targets() -> None:
