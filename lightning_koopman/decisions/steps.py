@@ -270,13 +270,15 @@ def find_outputs(
 ) -> tuple[Outputs, dict[str, str]]:
     """Run the network as it is; return its outputs, and why components that lead elsewhere stay."""
     last = {name: own[-1] for name, own in calls.items()}
-    given, _, _, made = runner.run_followed((), {*last.values(), *ends})
-    target = find_target(runner.batches[0])
-    about = choose_outputs(runner, given, made, ends, target, scale, metric)
+    first = runner.run_followed((), {*last.values(), *ends})
+    about = choose_outputs(runner, first, ends, find_target(runner.batches[0]), scale, metric)
     outputs: list[Tensor] = []
     for number in runner.until_enough(outputs):
         outputs.append(runner.run_batch(number)[0].detach().cpu())
-    targets = [runner.targets_of(find_target(batch)) for batch in runner.batches]
+    targets = [
+        runner.targets_of(number, find_target(batch), outputs[number])
+        for number, batch in enumerate(runner.batches)
+    ]
     known, doubted = only_classes(runner, outputs, targets, scale, metric)
     notes = (*about.notes, *runner.notes, *doubted)
     why = "it leads to none of the outputs that are looked at"

@@ -219,15 +219,16 @@ def effects_on(
                 output, values = runner.run_batch(number, alterations.read)
             else:
                 last = [point.call for point in alterations.outputs.values()]
-                given, values, merged, made = runner.run_followed(alterations.read, {*last, *ends})
-                target = target_of(runner.batches[0])
-                about = choose_outputs(runner, given, made, ends, target, scale, metric)
-                output = runner.output_of(given)
-                alterations.settle(values, merged, output)
+                first = runner.run_followed(alterations.read, {*last, *ends})
+                target, values = target_of(runner.batches[0]), first.values
+                about = choose_outputs(runner, first, ends, target, scale, metric)
+                output = runner.output_of(0, first.given)
+                alterations.settle(values, first.merged, output)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
         known: Sequence[Tensor | None] = [
-            runner.targets_of(target_of(batch)) for batch in runner.batches
+            runner.targets_of(number, target_of(batch), outputs[number])
+            for number, batch in enumerate(runner.batches)
         ]
         notes = (*about.notes, *runner.notes)
         if targets is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,7 +18,14 @@ from lightning_koopman.effects.targets import (
     may_be_scores,
     where_predicted,
 )
-from lightning_koopman.network.forward_runner import ForwardRunner, has_samples
+from lightning_koopman.network.forward_runner import (
+    Followed,
+    ForwardRunner,
+    OutputForm,
+    has_samples,
+    samples_in,
+)
+from lightning_koopman.network.rows import has_batch_second
 from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import Scale
 
@@ -37,8 +44,7 @@ class Choice(NamedTuple):
 
 def choose_outputs(
     runner: ForwardRunner,
-    given: Any,
-    made: Mapping[str, Sequence[int]],
+    followed: Followed,
     ends: Iterable[str],
     target: Tensor | None,
     scale: Scale | None,
@@ -46,14 +52,14 @@ def choose_outputs(
 ) -> Choice:
     """Choose the outputs among what a model returned for the first batch, and tell the runner.
 
-    ``made`` lists the tensors that each call led to, those of ``ends`` among them. The first that each
+    ``followed`` tells which tensors each call led to, those of ``ends`` among them. The first that each
     end led to counts, side by side, in units in which each varies alike. Where the targets are classes
     of some of them, those alone count, as if each were a position; with a metric, the first of these.
     """
-    tensors, notes = list(tensors_inside(given)), list[str]()
+    tensors, made, notes = list(tensors_inside(followed.given)), followed.made, list[str]()
     possible = [place for place, tensor in enumerate(tensors) if has_samples(tensor)]
     led = {end: [p for p in made[end] if p in possible] for end in ends if end in made}
-    places: list[int] = []
+    places, units = list[int](), tuple[float, ...]()
     for found in led.values():
         if not {*found} & {*places}:
             places.extend(found[:1])
@@ -91,12 +97,20 @@ def choose_outputs(
             f"effects are averaged over {len(kept)} outputs, those of {named}, each in units of its own "
             "standard deviation over the first batch"
         )
-        runner.units = tuple(_spread(tensors[place]) for place in kept)
-    runner.places, runner.class_axis = tuple(kept), axis
+        units = tuple(_spread(tensors[place]) for place in kept)
+    by_position = len(kept) == 1 and metric is None and _holds_positions(runner, followed, kept[0])
+    runner.form = OutputForm(tuple(kept), units, axis, by_position)
     return Choice(
         tuple(notes),
         frozenset(call for call, found in made.items() if found and not {*found} & {*kept}),
     )
+
+
+def _holds_positions(runner: ForwardRunner, followed: Followed, place: int) -> bool:
+    """Check whether a tensor returned has the positions of all samples in its first axis, merged."""
+    axes = followed.axes[place] or (0,)
+    # Where a module has the samples along the second axis, a batch does not tell how many there are.
+    return axes[0] == samples_in(runner.batches[0]) and not has_batch_second(runner.model)
 
 
 def _spread(output: Tensor) -> float:
@@ -141,7 +155,7 @@ def only_classes(
     if told or not are_classes(outputs[0], known[0]):
         return targets, ()
     placed = [where_predicted(b, t) for b, t in zip(runner.batches, known, strict=True)]
-    by_position = known[0].ndim - (runner.class_axis is not None) > 1
+    by_position = known[0].ndim - (runner.form.class_axis is not None) > 1
     if may_be_scores([Fit.of(outputs, placed, by_position)]):
         return targets, ()
     return [None] * len(targets), (NO_CLASSES,)

@@ -6,7 +6,8 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,11 +164,18 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def samples_in(batch: Any) -> int:
+    """Count the samples of a batch: the entries of its first tensor, or what a recorded step says."""
+    if (n_rows := getattr(batch, "n_rows", None)) is not None:
+        return int(n_rows)
+    tensor = next((t for t in all_tensors(batch) if t.ndim), None)
+    return int(getattr(batch, "num_graphs", 1)) if tensor is None else len(tensor)
+
+
 def first_samples(batches: Iterable[Any], count: int) -> Iterator[Any]:
     """Take batches until they hold so many samples; the last is cut where it is plain enough."""
     for batch in batches:
-        tensor = next((t for t in all_tensors(batch) if t.ndim), None)
-        size = getattr(batch, "num_graphs", 1) if tensor is None else len(tensor)
+        size = samples_in(batch)
         yield batch if size <= count else _cut(batch, size, count)
         count -= size
         if count <= 0:
@@ -195,16 +203,55 @@ def _cut(value: Any, size: int, count: int) -> Any:
     return cut(value) if is_plain(value) else value
 
 
+@dataclass(frozen=True)
+class OutputForm:
+    """Which of the tensors that a model returns are its outputs, and how they are laid out.
+
+    Attributes:
+        places: The tensors, side by side; ``None`` takes the first that has samples, which single
+            numbers, as losses are, have not.
+        units: What each of several outputs side by side is divided by.
+        class_axis: Where the outputs are several with the same classes, the axis of these in each:
+            classes are then the last axis, and which output it is the one before.
+        by_position: Whether the first axis holds the positions of each sample, one sample after the
+            other; samples are then the first axis, and positions the second.
+    """
+
+    places: tuple[int, ...] | None = None
+    units: tuple[float, ...] = ()
+    class_axis: int | None = None
+    by_position: bool = False
+
+    def outputs(self, given: Any, n_samples: int) -> Tensor:
+        """Find the outputs in what the model returned."""
+        tensors = list(tensors_inside(given))
+        if self.places is None:
+            return next(tensor for tensor in tensors if has_samples(tensor))
+        found = [tensors[place] for place in self.places]
+        if self.class_axis is not None:
+            return torch.stack([part.movedim(self.class_axis, -1) for part in found], dim=-2)
+        if len(found) > 1:
+            parts = zip(found, self.units, strict=True)
+            return torch.cat([part.reshape(len(part), -1) / unit for part, unit in parts], dim=1)
+        if self.by_position:
+            return found[0].reshape(n_samples, -1, *found[0].shape[1:])
+        return found[0]
+
+    def targets(self, target: Tensor, n_samples: int, output: Tensor) -> Tensor:
+        """Lay targets out as the outputs are."""
+        if self.class_axis is not None and self.places is not None:
+            return target[..., None].expand(*target.shape, len(self.places))
+        if self.by_position and target.numel() == output.shape[:2].numel():
+            return target.reshape(n_samples, -1)
+        return target
+
+
 class ForwardRunner:
     """Runs a model over the same batches again and again.
 
     Attributes:
         batches: The batches; once :meth:`until_enough` went over them, those that it came to.
-        places: Which of the tensors that the model returns are its outputs, side by side; ``None`` takes
-            the first that has samples, which single numbers, as losses are, have not.
-        units: What each of several outputs side by side is divided by.
-        class_axis: Where the outputs are several with the same classes, the axis of these in each:
-            classes are then the last axis, and which output it is the one before.
+        form: What the outputs are.
         notes: What a reader must know of the samples that were looked at.
     """
 
@@ -220,9 +267,7 @@ class ForwardRunner:
             taken = batches if samples is None else first_samples(batches, samples)
             self.model, self.batches = model, list(taken)
         self.forward_fn = default_forward if forward_fn is None else forward_fn
-        self.places: tuple[int, ...] | None = None
-        self.units: tuple[float, ...] = ()
-        self.class_axis: int | None = None
+        self.form = OutputForm()
         self.notes: list[str] = []
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
@@ -267,44 +312,29 @@ class ForwardRunner:
                 return
             yield number
 
-    def run_followed(
-        self, read: Iterable[HookPoint], calls: Iterable[str] = ()
-    ) -> tuple[Any, Mapping[HookPoint, Tensor], dict[HookPoint, Any], dict[str, list[int]]]:
-        """Run over the first batch and follow the data.
-
-        Returns:
-            What the model returned, what was read, which axes were merged into the first axis of that,
-            and which of the tensors returned were made of what each of some calls gave.
-        """
+    def run_followed(self, read: Iterable[HookPoint], calls: Iterable[str] = ()) -> Followed:
+        """Run over the first batch and follow the data."""
         made: dict[str, list[int]] = {call: [] for call in calls}
         with DataFlow() as flow:
             given, values = self._run(
                 0, read, {call: functools.partial(_labelled, flow, call) for call in made}
             )
         merged = {point: flow.merged(value) for point, value in values.items()}
-        for place, tensor in enumerate(tensors_inside(given)):
+        returned = list(tensors_inside(given))
+        for place, tensor in enumerate(returned):
             for call in flow.labels(tensor) & made.keys():
                 made[call].append(place)
-        return given, values, merged, made
+        return Followed(given, values, merged, made, [flow.merged(tensor) for tensor in returned])
 
-    def output_of(self, given: Any) -> Tensor:
-        """Find the outputs in what the model returned."""
-        tensors = list(tensors_inside(given))
-        if self.places is None:
-            return next(tensor for tensor in tensors if has_samples(tensor))
-        found = [tensors[place] for place in self.places]
-        if self.class_axis is not None:
-            return torch.stack([part.movedim(self.class_axis, -1) for part in found], dim=-2)
-        if len(found) == 1:
-            return found[0]
-        parts = zip(found, self.units, strict=True)
-        return torch.cat([part.reshape(len(part), -1) / unit for part, unit in parts], dim=1)
+    def output_of(self, number: int, given: Any) -> Tensor:
+        """Find the outputs in what the model returned for one batch."""
+        return self.form.outputs(given, samples_in(self.batches[number]))
 
-    def targets_of(self, target: Tensor | None) -> Tensor | None:
+    def targets_of(self, number: int, target: Tensor | None, output: Tensor) -> Tensor | None:
         """Return the targets of one batch as they belong to its outputs."""
-        if target is None or self.class_axis is None or self.places is None:
-            return target
-        return target[..., None].expand(*target.shape, len(self.places))
+        if target is None:
+            return None
+        return self.form.targets(target, samples_in(self.batches[number]), output)
 
     def run_batch(
         self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
@@ -314,7 +344,7 @@ class ForwardRunner:
         A network that draws in eval mode would otherwise differ from itself as much as by an alteration.
         """
         given, values = self._run(number, read, alter)
-        return self.output_of(given), values
+        return self.output_of(number, given), values
 
     def _run(
         self, number: int, read: Iterable[HookPoint], alter: Mapping[str, Alteration] | None
@@ -345,6 +375,24 @@ class ForwardRunner:
                     "forward_fn that the report was measured with"
                 )
         return given, points.values
+
+
+class Followed(NamedTuple):
+    """What was seen as the data of a batch was followed.
+
+    Attributes:
+        given: What the model returned.
+        values: What was read.
+        merged: Which axes were merged into the first axis of that.
+        made: For each of some calls, which of the tensors returned were made of what it gave.
+        axes: For each of the tensors returned, which axes were merged into its first one.
+    """
+
+    given: Any
+    values: Mapping[HookPoint, Tensor]
+    merged: dict[HookPoint, Any]
+    made: dict[str, list[int]]
+    axes: list[tuple[int, ...] | None]
 
 
 def has_samples(tensor: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.demos.transformer import LightningTransformer
 from lit import LitNet, dataset, loaders, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -196,6 +197,43 @@ def test_of_sequences_the_positions_that_are_targets_count(kind: str, tmp_path: 
     assert found.stderr["skip"] == pytest.approx(expected.stderr["skip"], rel=1e-3)
     assert found.metric_before == pytest.approx(expected.metric_before)
     assert not found.notes
+
+
+class Words(LightningTransformer):
+    """Lightning's own language model, whose pass gives a row per word, on sentences that count."""
+
+    def prepare_data(self) -> None:
+        """Download nothing."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*samples are few")
+def test_the_language_model_of_lightnings_demo_has_effects(tmp_path: Any) -> None:
+    def sentences(seed: int) -> DataLoader:
+        first = torch.randint(60, (80, 1), generator=torch.Generator().manual_seed(seed))
+        words = (first + torch.arange(9)) % 60
+        return DataLoader(list(zip(words[:, :-1], words[:, 1:], strict=True)), 20)  # type: ignore[arg-type]
+
+    torch.manual_seed(0)
+    model, monitor = Words(vocab_size=60), KoopmanCreditMonitor(on_error="raise", figures=False)
+    quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(model, sentences(0), sentences(1))
+    assert monitor.report is not None
+    found = monitor.report.effects
+    assert found is not None
+    assert (found.scale, found.n_samples) == ("kl", 80)
+    right = []
+    with torch.no_grad():
+        for words, following in sentences(1):
+            best = model.model.eval()(words, following).argmax(-1)
+            right.append(best == following.flatten())
+    assert found.metric_before == pytest.approx(float(torch.cat(right).double().mean()))
+    expected = component_effects(model.model, sentences(1))
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
 
 
 def on_ids(net: nn.Module, batch: Any) -> torch.Tensor:

@@ -443,6 +443,66 @@ def test_linear_maps_that_would_fill_the_memory_are_refused(monkeypatch):
         component_effects(model, [x], kinds=["linear"])
 
 
+def flattened(model: nn.Module, flat: bool, classes: int) -> nn.Module:
+    """The same network, which gives a row per position, as is common for the sake of the loss."""
+    return wired(lambda m, x: m.net(x).reshape(-1, classes) if flat else m.net(x), net=model)
+
+
+@pytest.mark.parametrize("targets", ["of samples", "of rows", "none"])
+@pytest.mark.parametrize("decide", [False, True])
+def test_outputs_may_hold_a_row_per_position(targets, decide):
+    torch.manual_seed(0)
+    parts = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)]
+    model, found = nn.Sequential(*parts), []
+    x = torch.randn(90, 5, 6)
+    y = model(x).argmax(-1)
+    for flat in (True, False):
+        split = y.flatten().split(200) if flat and targets == "of rows" else y.split(40)
+        batches = list(zip(x.split(40), split, strict=True)) if targets != "none" else x.split(40)
+        net = flattened(model, flat, 4)
+        found.append((drop_order if decide else component_effects)(net, batches))
+    for name in ("effect", "effect_stderr") if decide else ("values", "stderr"):
+        rows, samples = (getattr(each, name) for each in found)
+        rows, samples = (rows, samples) if decide else (rows["skip"], samples["skip"])
+        assert rows == pytest.approx(samples, rel=1e-5)
+    assert found[0].n_samples == found[1].n_samples == 90
+    assert found[0].scale == found[1].scale == ("relative" if targets == "none" else "kl")
+    assert found[0].metric_before == pytest.approx(found[1].metric_before, nan_ok=True)
+
+
+def test_outputs_may_hold_a_row_per_pixel():
+    torch.manual_seed(0)
+    maps = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 3, 3, padding=1))
+    x = torch.randn(60, 1, 7, 6)
+    batches = list(zip(x.split(25), maps(x).argmax(1).split(25), strict=True))
+    pixels = wired(lambda m, x: m.maps(x).permute(0, 2, 3, 1).reshape(-1, 3), maps=maps)
+    rows, samples = component_effects(pixels, batches), component_effects(maps, batches)
+    assert (rows.scale, rows.n_samples, rows.metric_before) == ("kl", 60, 1.0)
+    assert rows.values["skip"] == pytest.approx(samples.values["skip"], rel=1e-5)
+    assert rows.metric["skip"] == pytest.approx(samples.metric["skip"])
+
+
+def test_a_metric_is_given_what_the_model_returned():
+    """Frames that the network takes one by one: rows are samples then, as they are of a metric."""
+    torch.manual_seed(0)
+    frames = wired(lambda m, x: m.b(m.a(x.flatten(0, 1)).relu()), a=nn.Linear(6, 8), b=nn.Linear(8, 3))
+    x, shapes = torch.randn(30, 4, 6), []
+
+    def metric(outputs: Tensor, targets: Tensor) -> float:
+        shapes.append(outputs.shape)
+        return 0.5
+
+    effects = component_effects(frames, [(x, torch.zeros(30, 4).long())], metric=metric)
+    assert set(shapes) == {(120, 3)}
+    assert effects.n_samples == 120
+    rows = component_effects(frames, [x])
+    turned = wired(lambda m, x: m.net(x).unflatten(0, (-1, 4)), net=frames)
+    samples = component_effects(turned, [x])
+    assert rows.n_samples == samples.n_samples == 30
+    assert rows.values["skip"] == pytest.approx(samples.values["skip"], rel=1e-5)
+    assert rows.stderr["skip"] == pytest.approx(samples.stderr["skip"], rel=1e-4)
+
+
 def test_outputs_of_which_no_axis_is_fixed_are_refused():
     model = wired(lambda m, x: m.a(x) @ m.a(x).transpose(1, 2), a=nn.Linear(4, 6))
     batches = [torch.randn(20, length, 4) for length in (5, 7)]
