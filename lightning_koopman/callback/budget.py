@@ -11,9 +11,10 @@ from contextlib import contextmanager
 ALLOWANCE = 1.5
 """Seconds that watching a training may take, however short the training is."""
 
-_PLANNED = 0.8
-"""Part of the share that is planned to be spent. Measurements take now more, now less, and what they do
-to the epoch behind them (caches, memory that must be fetched again) is not counted."""
+_PLANNED = 0.7
+"""Part of the share that is planned to be spent. Measurements take now more, now less; what Lightning
+takes to call a callback, and what measurements do to the epoch behind them (caches, memory that must be
+fetched again), is not counted."""
 
 _BEFORE = {"draw": 0.05, "effects": 0.15}
 """Parts of the share that may go, before the end, to what is done at the end in any case."""
@@ -38,7 +39,7 @@ class Budget:
     effects before the end.
 
     Attributes:
-        share: What is planned to be spent, four fifths of the share that may be.
+        share: What is planned to be spent, seven tenths of the share that may be.
         clock: Gives the time in seconds.
         due: Step from which on the next measurement is due.
     """
@@ -157,14 +158,18 @@ class Budget:
 
     def _even(self, rest: int, per_step: float) -> int:
         """Spread what can be paid over the steps that are left."""
-        self._whole = max(ALLOWANCE, self.share * (self.trained + rest * per_step))
+        length = self.trained + rest * per_step
+        self._whole = max(ALLOWANCE, self.share * length)
         others = self._before_end * self.share * rest * per_step
+        known = len(self._costs) > 1
+        # The first measurement pays for imports and caches, so the second tells what one takes. It may
+        # use what else is not planned.
+        whole = self._whole if known else max(ALLOWANCE, self.share / _PLANNED * length)
         # What is planned leaves room for three tenths of one; without it, rounding would open gaps.
-        count = int((self._whole - self.spent - self._kept_back - others) / self._cost + 0.3)
+        count = int((whole - self.spent - self._kept_back - others) / self._cost + 0.3)
         if count < 1:
             return NEVER
-        # The first measurement pays for imports and caches, so the second tells what one takes.
-        return 1 if len(self._costs) == 1 else max(1, math.ceil(rest / (count + 1)))
+        return max(1, math.ceil(rest / (count + 1))) if known else 1
 
     def _wait(self, per_step: float) -> int:
         """Wait until the next one can be paid, where nobody knows how long the training goes on."""

@@ -74,12 +74,12 @@ def measured_steps(
 
 
 def test_measurements_come_in_even_distances_and_use_the_budget() -> None:
-    # Four fifths of 5 % of 1,000 seconds pay for 20 measurements of 2 seconds.
+    # Seven tenths of 5 % of 1,000 seconds pay for 17 measurements of 2 seconds.
     taken, budget = measured_steps(0.05, n_epochs=100, epoch_s=10, cost_s=2)
     assert (taken[0], taken[1], taken[-1]) == (1, 2, 100)
     gaps = np.diff(taken[1:-1])
     assert gaps.max() - gaps.min() <= 2
-    assert 0.7 * 0.05 <= budget.overhead <= 0.8 * 0.05
+    assert 0.6 * 0.05 <= budget.overhead <= 0.7 * 0.05
     assert budget.trained == pytest.approx(1000)
 
 
@@ -103,8 +103,8 @@ def test_everything_is_measured_where_that_fits_into_the_allowance() -> None:
 
 def test_a_first_measurement_that_pays_for_imports_does_not_thin_out_the_others() -> None:
     taken, budget = measured_steps(0.05, n_epochs=60, epoch_s=3, cost_s=0.1, first_s=2.0, end_s=1.5)
-    # Of 7.2 seconds, imports take 2 and the figures of the end 1.5; a tenth each pays for 37.
-    assert len(taken) > 33
+    # Of 6.3 seconds, imports take 2 and the figures of the end 1.5; a tenth each pays for 28.
+    assert len(taken) > 24
     assert budget.spent <= 0.05 * budget.trained + 1e-6
 
 
@@ -152,8 +152,8 @@ def test_figures_need_room_beside_those_of_the_end() -> None:
     clock = Clock()
     budget = Budget(0.1, clock)
     budget.expect("draw", 2.0)
-    clock.now += 490
-    assert not budget.has_room("draw"), "they take more than a twentieth of four fifths of the 49 s"
+    clock.now += 560
+    assert not budget.has_room("draw"), "they take more than a twentieth of seven tenths of the 56 s"
     clock.now += 20
     assert budget.has_room("draw")
     with budget.watching(), budget.apart("draw"):
