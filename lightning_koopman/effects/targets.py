@@ -119,8 +119,10 @@ class Fit(NamedTuple):
         widths = {o.shape[class_axis(o, t)] for o, t in pairs}
         width, every = max(widths), torch.cat([t.reshape(-1) for t in targets]).long()
         classes = every[are_among(every, width)]
-        # One that is too large may mark what is none of the classes, as 255 does in pictures.
-        if len(widths) > 1 or len(every[every >= width].unique()) > 1:  # type: ignore[no-untyped-call]
+        # One that is too large may mark what is none of the classes, as 255 does in pictures; beside a
+        # single class, it is another class, which some write as 255.
+        n_large, n_classes = (len(part.unique()) for part in (every[every >= width], classes))  # type: ignore[no-untyped-call]
+        if len(widths) > 1 or n_large > 1 or (n_large == 1 and n_classes < 2):
             return cls()
         right = sum(int((o.argmax(class_axis(o, t)) == t).sum()) for o, t in pairs)
         most = (int(classes.max()), int(classes.bincount().max())) if len(classes) else (-1, 0)

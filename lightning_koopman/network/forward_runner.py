@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
 from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.replay import Step
 from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,
@@ -165,9 +166,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def samples_in(batch: Any) -> int:
-    """Count the samples of a batch: the entries of its first tensor, or what a recorded step says."""
-    if (n_rows := getattr(batch, "n_rows", None)) is not None:
-        return int(n_rows)
+    """Count the samples of a batch, or of a step that was recorded."""
+    if isinstance(batch, Step):
+        return batch.n_rows
     tensor = next((t for t in all_tensors(batch) if t.ndim), None)
     return int(getattr(batch, "num_graphs", 1)) if tensor is None else len(tensor)
 

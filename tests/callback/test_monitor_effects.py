@@ -251,6 +251,9 @@ def test_a_map_of_classes_tells_that_outputs_are_scores() -> None:
     marked = torch.where(classes == 1, 255, classes)
     assert Fit.of([scores], [marked], by_position=True).marked
     assert may_be_scores([Fit.of([scores], [marked], by_position=True)])
+    # Foreground and background are two classes, whatever numbers they have.
+    masks = torch.where(classes == 1, 255, 0)
+    assert not may_be_scores([Fit.of([scores], [masks], by_position=True)])
     others = torch.arange(240).view(8, 5, 6) % 7
     assert not may_be_scores([Fit.of([scores], [others], by_position=True)])
     assert Fit.of([scores], [classes[:, :4]], by_position=True) == Fit(found=False)
