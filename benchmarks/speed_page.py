@@ -117,8 +117,8 @@ without a monitor. What is not counted is what the training must fetch again beh
 caches, and memory that was handed back to the system, which it is after the 1st, 2nd, 4th, 8th …
 measurement alone (15,000 page faults for the CNN, at 1 to 2 µs each).
 
-Two processes that train alike differ by up to 3 % for as long as they live, whatever is watched, by where
-their memory lies. So twelve pairs of processes were let take turns on the machine below (CNN, 60 epochs
+Two processes that train alike differ by up to 3 % for as long as they live, whatever is watched, by
+where their memory lies. So twelve pairs of processes were let take turns on the machine below (CNN, 60 epochs
 each): what the monitor does not count was 1.3 ± 0.5 % of an epoch, of which a callback that does nothing
 costs about 0.5 (2.5 ms for its 260 calls). Therefore seven tenths of `max_overhead` are planned to be
 spent; it was eight.
@@ -126,8 +126,8 @@ spent; it was eight.
 ## On another processor
 
 The targets were stated on an AMD EPYC without AVX-512, the tables above come from an Intel Xeon with it.
-On two virtual cores of a newer AMD EPYC (Zen 5, AVX-512), networks in float32 run up to twice as fast as on
-the Xeon, and BLAS in float64 hardly faster, so that most ratios are worse, and so are the floors:
+On two virtual cores of a newer AMD EPYC (Zen 5, AVX-512), networks in float32 run up to twice as fast as
+on the Xeon, and BLAS in float64 hardly faster, so that most ratios are worse, and so are the floors:
 
 | figure | ratio (range) | floor | target |  |
 | --- | --- | --- | --- | --- |
