@@ -118,16 +118,17 @@ caches, and memory that was handed back to the system, which it is after the 1st
 measurement alone (15,000 page faults for the CNN, at 1 to 2 µs each).
 
 Two processes that train alike differ by up to 3 % for as long as they live, whatever is watched, by
-where their memory lies. So twelve pairs of processes were let take turns on the machine below (CNN, 60 epochs
-each): what the monitor does not count was 1.3 ± 0.5 % of an epoch, of which a callback that does nothing
-costs about 0.5 (2.5 ms for its 260 calls). Therefore seven tenths of `max_overhead` are planned to be
-spent; it was eight.
+where their memory lies. So twelve pairs of processes were let take turns on the machine below (CNN, 60
+epochs each): what the monitor does not count was 1.3 ± 0.5 % of an epoch, of which a callback that
+does nothing costs about 0.5 (2.5 ms for its 260 calls). Therefore seven tenths of `max_overhead` are
+planned to be spent; it was eight.
 
 ## On another processor
 
-The targets were stated on an AMD EPYC without AVX-512, the tables above come from an Intel Xeon with it.
-On two virtual cores of a newer AMD EPYC (Zen 5, AVX-512), networks in float32 run up to twice as fast as
-on the Xeon, and BLAS in float64 hardly faster, so that most ratios are worse, and so are the floors:
+The targets were stated on an AMD EPYC without AVX-512, the tables above come from an Intel Xeon with
+it. On two virtual cores of a newer AMD EPYC (Zen 5, AVX-512), networks in float32 run up to twice as
+fast as on the Xeon, and BLAS in float64 hardly faster, so that most ratios are worse, and so are the
+floors:
 
 | figure | ratio (range) | floor | target |  |
 | --- | --- | --- | --- | --- |
@@ -145,12 +146,11 @@ on the Xeon, and BLAS in float64 hardly faster, so that most ratios are worse, a
 | three minutes of the CNN, default monitor / none | 1.069, counted 0.033 |  | ≤ 1.05 | **missed** |
 | of the transformer | 1.047, counted 0.027 |  | ≤ 1.05 | met |
 
-Those of three minutes are of one process each, in both orders, beside other work; with 1.3 ± 0.5 % more
-than is counted, the CNN's would be 1.046 ± 0.005 over many. Before seven tenths were planned, 1.056 and
-1.041 were measured.
-Held to AVX2 by the libraries' own switches, the same machine gave 1.80 (floor 1.34) for the six
-convolutions, 1.54 (1.29) for ResNet-18 and 1.46 (1.20) for the CNN's epochs. Reports of enough samples
-took 1.63 passes for the MLP's 50,000.
+Those of three minutes are of one process each, in both orders, beside other work; with 1.3 ± 0.5 %
+more than is counted, the CNN's would be 1.046 ± 0.005 over many. Before seven tenths were planned,
+1.056 and 1.041 were measured. Held to AVX2 by the libraries' own switches, the same machine gave 1.80
+(floor 1.34) for the six convolutions, 1.54 (1.29) for ResNet-18 and 1.46 (1.20) for the CNN's epochs.
+Reports of enough samples took 1.63 passes for the MLP's 50,000.
 
 ## Against Captum
 
