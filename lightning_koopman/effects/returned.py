@@ -55,6 +55,7 @@ def choose_outputs(
     ``followed`` tells which tensors each call led to, those of ``ends`` among them. The first that each
     end led to counts, side by side, in units in which each varies alike. Where the targets are classes
     of some of them, those alone count, as if each were a position; with a metric, the first of these.
+    A single one that holds a row per position is laid out by sample, unless a metric is to read it.
     """
     tensors, made, notes = list(tensors_inside(followed.given)), followed.made, list[str]()
     possible = [place for place, tensor in enumerate(tensors) if has_samples(tensor)]
