@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lightning_koopman.network.tensors import all_tensors, tensors_inside
 
@@ -57,7 +57,11 @@ class DataFlow:
         return DataFlow, ()
 
     def __enter__(self) -> DataFlow:
-        _WATCH.add(self)
+        try:
+            _WATCH.add(self)
+        except BaseException:  # Ctrl-C may come at any place
+            _WATCH.remove(self)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -234,14 +238,20 @@ class _WatchOfThread(threading.local):
     def __init__(self) -> None:
         self.watch = _Watch()
 
+    @property
+    def _entered(self) -> bool:
+        """Whether torch shows what runs to the watch: what an interrupt left undone shows here alone."""
+        return any(mode is self.watch for mode in _get_current_dispatch_mode_stack())
+
     def add(self, flow: DataFlow) -> None:
-        if not self.watch.flows:
+        if not self.watch.flows and not self._entered:
             self.watch.__enter__()  # type: ignore[no-untyped-call]
         self.watch.flows.append(flow)
 
     def remove(self, flow: DataFlow) -> None:
-        self.watch.flows.remove(flow)
-        if not self.watch.flows:
+        """Let go of a flow; safe where an interrupt kept it from being added."""
+        self.watch.flows = [other for other in self.watch.flows if other is not flow]
+        if not self.watch.flows and self._entered:
             self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 

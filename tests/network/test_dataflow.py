@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from lightning_koopman.network import provenance
 from lightning_koopman.network.provenance import DataFlow
 
 
@@ -144,3 +145,43 @@ def test_data_are_followed_through_a_sparse_product():
         given = torch.sparse.mm(scaled, x)
     assert flow.labels(given) == {"x"}
     assert flow.labels(scaled) == frozenset()
+
+
+@pytest.mark.parametrize("when", ["before", "while", "after"])
+@pytest.mark.parametrize("by_leave", [False, True])
+def test_an_interrupt_at_any_place_leaves_nothing_entered(
+    when: str, by_leave: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C as a flow begins: what cleans up behind it must neither fail nor leave torch watched."""
+    watch = provenance._WATCH.watch
+    entered = type(watch).__enter__
+
+    def interrupted(given: object) -> object:
+        if when == "while":
+            entered(watch)
+        raise KeyboardInterrupt
+
+    class Full(list):  # type: ignore[type-arg]
+        def append(self, flow: object) -> None:
+            super().append(flow)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if when == "after":
+            patch.setattr(watch, "flows", Full())
+        else:
+            patch.setattr(type(watch), "__enter__", interrupted)
+        source = provenance.Provenance()
+        with pytest.raises(KeyboardInterrupt):
+            source.follow() if by_leave else DataFlow().__enter__()
+        source.leave()
+        source.leave()
+    assert _get_current_dispatch_mode_stack() == []  # type: ignore[no-untyped-call]
+    assert not watch.flows
+    # What comes next follows as if nothing had happened.
+    flow, x = DataFlow(), torch.ones(3)
+    flow.label([x], "input")
+    with flow:
+        y = 2 * x
+    assert flow.labels(y) == {"input"}
+    assert _get_current_dispatch_mode_stack() == []  # type: ignore[no-untyped-call]
