@@ -97,8 +97,7 @@ def measure_effects(
 
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         # As many targets as outputs have positions are hardly a coincidence.
-        heads = runner.form.class_axis is not None
-        by_position = any(t is not None and t.ndim - heads > 1 for t in known)
+        by_position = any(t is not None and runner.form.are_by_position(t) for t in known)
         fits.extend(agree(Fit.of(outputs, known, by_position)))
         told = may_be_scores(fits) if by_position else are_scores(fits)
         return known if told else [None] * len(known)

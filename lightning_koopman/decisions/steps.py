@@ -275,10 +275,7 @@ def find_outputs(
     outputs: list[Tensor] = []
     for number in runner.until_enough(outputs):
         outputs.append(runner.run_batch(number)[0].detach().cpu())
-    targets = [
-        runner.targets_of(number, find_target(batch), outputs[number])
-        for number, batch in enumerate(runner.batches)
-    ]
+    targets = runner.targets_of(outputs, find_target)
     known, doubted = only_classes(runner, outputs, targets, scale, metric)
     notes = (*about.notes, *runner.notes, *doubted)
     why = "it leads to none of the outputs that are looked at"

@@ -222,14 +222,11 @@ def effects_on(
                 first = runner.run_followed(alterations.read, {*last, *ends})
                 target, values = target_of(runner.batches[0]), first.values
                 about = choose_outputs(runner, first, ends, target, scale, metric)
-                output = runner.output_of(0, first.given)
+                output = runner.form.outputs(first.given, runner.batches[0])
                 alterations.settle(values, first.merged, output)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
-        known: Sequence[Tensor | None] = [
-            runner.targets_of(number, target_of(batch), outputs[number])
-            for number, batch in enumerate(runner.batches)
-        ]
+        known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
         notes = (*about.notes, *runner.notes)
         if targets is not None:
             known = targets(outputs, known)

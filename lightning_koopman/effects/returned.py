@@ -156,7 +156,6 @@ def only_classes(
     if told or not are_classes(outputs[0], known[0]):
         return targets, ()
     placed = [where_predicted(b, t) for b, t in zip(runner.batches, known, strict=True)]
-    by_position = known[0].ndim - (runner.form.class_axis is not None) > 1
-    if may_be_scores([Fit.of(outputs, placed, by_position)]):
+    if may_be_scores([Fit.of(outputs, placed, runner.form.are_by_position(known[0]))]):
         return targets, ()
     return [None] * len(targets), (NO_CLASSES,)

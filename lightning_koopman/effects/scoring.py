@@ -31,12 +31,10 @@ def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).tolist()
         [0.0]
     """
-    both = [logits.movedim(axis, -1) for logits in (original, altered)]
-    rows = [logits.reshape(-1, logits.shape[-1]) for logits in both]
-    p, q = rows
-    size = rows_at_once(p)
-    parts = zip(torch.split(p, size), torch.split(q, size), strict=True)
-    return torch.cat([_divergence(*part) for part in parts]).view(both[0].shape[:-1])
+    p, q = (logits.movedim(axis, -1) for logits in (original, altered))
+    rows = [logits.reshape(-1, logits.shape[-1]) for logits in (p, q)]
+    parts = zip(*(torch.split(part, rows_at_once(part)) for part in rows), strict=True)
+    return torch.cat([_divergence(*part) for part in parts]).view(p.shape[:-1])
 
 
 def _divergence(original: Tensor, altered: Tensor) -> Tensor:
@@ -47,7 +45,7 @@ def _divergence(original: Tensor, altered: Tensor) -> Tensor:
 
 def _squares(original: Tensor, altered: Tensor) -> Tensor:
     """Sum the squared differences of each sample from another, or from one and the same."""
-    original, altered = (x if x.ndim > 1 else x[:, None] for x in (original.expand_as(altered), altered))
+    original = original.expand_as(altered)
     total = torch.zeros(len(altered), dtype=torch.float64, device=altered.device)
     for place in chunks(altered):
         total[place[0]] += _by_sample((altered[place].double() - original[place].double()).square())

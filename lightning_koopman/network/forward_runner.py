@@ -223,8 +223,8 @@ class OutputForm:
     class_axis: int | None = None
     by_position: bool = False
 
-    def outputs(self, given: Any, n_samples: int) -> Tensor:
-        """Find the outputs in what the model returned."""
+    def outputs(self, given: Any, batch: Any) -> Tensor:
+        """Find the outputs in what the model returned for a batch."""
         tensors = list(tensors_inside(given))
         if self.places is None:
             return next(tensor for tensor in tensors if has_samples(tensor))
@@ -235,16 +235,38 @@ class OutputForm:
             parts = zip(found, self.units, strict=True)
             return torch.cat([part.reshape(len(part), -1) / unit for part, unit in parts], dim=1)
         if self.by_position:
-            return found[0].reshape(n_samples, -1, *found[0].shape[1:])
+            return found[0].reshape(samples_in(batch), -1, *found[0].shape[1:])
         return found[0]
 
-    def targets(self, target: Tensor, n_samples: int, output: Tensor) -> Tensor:
+    def targets(self, target: Tensor, output: Tensor) -> Tensor:
         """Lay targets out as the outputs are."""
         if self.class_axis is not None and self.places is not None:
             return target[..., None].expand(*target.shape, len(self.places))
         if self.by_position and target.numel() == output.shape[:2].numel():
-            return target.reshape(n_samples, -1)
+            return target.reshape(output.shape[:2])
         return target
+
+    def are_by_position(self, targets: Tensor) -> bool:
+        """Check whether targets, laid out as the outputs are, are those of positions of a sample."""
+        return targets.ndim - (self.class_axis is not None) > 1
+
+
+class Followed(NamedTuple):
+    """What was seen as the data of a batch was followed.
+
+    Attributes:
+        given: What the model returned.
+        values: What was read.
+        merged: Which axes were merged into the first axis of that.
+        made: For each of some calls, which of the tensors returned were made of what it gave.
+        axes: For each of the tensors returned, which axes were merged into its first one.
+    """
+
+    given: Any
+    values: Mapping[HookPoint, Tensor]
+    merged: dict[HookPoint, Any]
+    made: dict[str, list[int]]
+    axes: list[tuple[int, ...] | None]
 
 
 class ForwardRunner:
@@ -327,15 +349,12 @@ class ForwardRunner:
                 made[call].append(place)
         return Followed(given, values, merged, made, [flow.merged(tensor) for tensor in returned])
 
-    def output_of(self, number: int, given: Any) -> Tensor:
-        """Find the outputs in what the model returned for one batch."""
-        return self.form.outputs(given, samples_in(self.batches[number]))
-
-    def targets_of(self, number: int, target: Tensor | None, output: Tensor) -> Tensor | None:
-        """Return the targets of one batch as they belong to its outputs."""
-        if target is None:
-            return None
-        return self.form.targets(target, samples_in(self.batches[number]), output)
+    def targets_of(
+        self, outputs: Sequence[Tensor], target_of: Callable[[Any], Tensor | None]
+    ) -> list[Tensor | None]:
+        """Return the targets of each batch, if it has any, as they belong to its outputs."""
+        pairs = zip(map(target_of, self.batches), outputs, strict=True)
+        return [None if target is None else self.form.targets(target, o) for target, o in pairs]
 
     def run_batch(
         self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
@@ -345,7 +364,7 @@ class ForwardRunner:
         A network that draws in eval mode would otherwise differ from itself as much as by an alteration.
         """
         given, values = self._run(number, read, alter)
-        return self.output_of(number, given), values
+        return self.form.outputs(given, self.batches[number]), values
 
     def _run(
         self, number: int, read: Iterable[HookPoint], alter: Mapping[str, Alteration] | None
@@ -378,24 +397,6 @@ class ForwardRunner:
         return given, points.values
 
 
-class Followed(NamedTuple):
-    """What was seen as the data of a batch was followed.
-
-    Attributes:
-        given: What the model returned.
-        values: What was read.
-        merged: Which axes were merged into the first axis of that.
-        made: For each of some calls, which of the tensors returned were made of what it gave.
-        axes: For each of the tensors returned, which axes were merged into its first one.
-    """
-
-    given: Any
-    values: Mapping[HookPoint, Tensor]
-    merged: dict[HookPoint, Any]
-    made: dict[str, list[int]]
-    axes: list[tuple[int, ...] | None]
-
-
 def has_samples(tensor: Tensor) -> bool:
     """Return whether a tensor may be outputs of a network; single numbers, as losses are, are none."""
     return tensor.is_floating_point() and tensor.ndim > 0
@@ -411,13 +412,17 @@ def rows_at_once(values: Tensor) -> int:
     return max(1, _VALUES_AT_ONCE // max(1, math.prod(values.shape[1:])))
 
 
-def chunks(values: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Give the parts of the first two axes that are taken in float64 at once."""
+def chunks(values: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Give the places of what is taken in float64 at once: some rows, or a part of one."""
     size = rows_at_once(values)
-    width = values.shape[1] if size > 1 else rows_at_once(values[:1].flatten(0, 1))
     for row in range(0, len(values), size):
-        for column in range(0, max(1, values.shape[1]), max(1, width)):
-            yield slice(row, row + size), slice(column, column + width)
+        rows = slice(row, row + size)
+        if size > 1 or values.ndim == 1:
+            yield (rows,)
+            continue
+        width = rows_at_once(values[0])
+        for column in range(0, values.shape[1], width):
+            yield rows, slice(column, column + width)
 
 
 class MeanAndSpread:
@@ -452,16 +457,11 @@ class MeanAndSpread:
         found = [k for k, (here, first) in enumerate(sizes) if here != first and k not in self._varying]
         if found:
             self._merge(found)
-        # A part of single numbers has no second axis.
-        wide = part if part.ndim > 1 else part[:, None]
-        offset, total, squares = (
-            x if part.ndim > 1 else x[None] for x in (self.offset, self._sum, self._squares)
-        )
-        for rows, columns in chunks(wide):
-            own = slice(None) if 0 in self._varying else columns
-            chunk = wide[rows, columns].double() - offset[own]
-            total[own] += self._summed(chunk)
-            squares[own] += self._summed(chunk.square())
+        for place in chunks(part):
+            own = () if 0 in self._varying else place[1:]
+            chunk = part[place].double() - self.offset[own]
+            self._sum[own] += self._summed(chunk)
+            self._squares[own] += self._summed(chunk.square())
         self.count += len(part) * math.prod(part.shape[1 + k] for k in self._varying)
 
     def _summed(self, rows: Tensor) -> Tensor:
