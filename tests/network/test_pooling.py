@@ -111,6 +111,38 @@ def test_sequences_are_averaged_over_equal_cells_of_their_valid_positions(length
             assert np.allclose(rows[sample, :, cell].numpy(), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_input", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "grid"),
+    [
+        ((28, 28), (4, 4)),  # four strips, of one row of cells each
+        ((14, 20), (4, 5)),  # two strips, of two rows of cells that overlap
+        ((15, 20), (4, 4)),  # no two strips are alike
+        ((8, 8), (4, 4)),  # strips too short to be faster
+        ((12, 10, 9), (3, 2, 4)),
+    ],
+)
+@pytest.mark.parametrize("layout", ["as made", "channels last"])
+def test_cells_of_images_are_those_of_adaptive_pooling(sizes, grid, is_input, layout):
+    x = torch.randn(3, 2, *sizes, generator=torch.Generator().manual_seed(0))
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "channels last" else x
+    pool = nn.functional.adaptive_avg_pool2d if len(sizes) == 2 else nn.functional.adaptive_avg_pool3d
+    rows = RowForm(channels_first=True, grid=grid, is_input=is_input).rows(x)
+    assert torch.allclose(rows, pool(x, grid).flatten(1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("channels", "side", "cells"), [(1, 28, 14), (3, 32, 14), (1, 32, 4), (3, 64, 4)]
+)
+def test_inputs_are_pooled_to_the_same_bits_in_batches_of_any_size(channels, side, cells, dtype):
+    # They tell the fold of a sample; by products, these would differ in thousands of values.
+    x = torch.randn(60, channels, side, side, dtype=dtype)
+    form = RowForm(channels_first=True, grid=(cells, cells), is_input=True)
+    for size in (1, 2, 7, 50):
+        assert torch.equal(torch.cat([form.rows(part) for part in x.split(size)]), form.rows(x))
+
+
 @pytest.mark.parametrize(
     ("shape", "max_dim", "grid"),
     [
