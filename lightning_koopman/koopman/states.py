@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_koopman.koopman.lifts import Lift, Observables, fit_lift, lifted_by
 from lightning_koopman.koopman.moments import add_square
+from lightning_koopman.network.tensors import exact_device
 
 
 def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
@@ -48,7 +49,7 @@ class Basis:
 
     Attributes:
         vectors: POD basis of each state, ``(D_i, d_i)``; ``None`` where the state is kept whole.
-        kept_variance: Share of each state's variance that its basis keeps.
+        kept_variance: Share of each state's variance that its basis keeps of the rows it was fitted to.
         center: Mean of each state in the new coordinates, ``(d_i,)``.
         lifts: What each state is lifted by; empty where none is, or the user's function does it.
     """
@@ -74,6 +75,47 @@ class Basis:
             block if vectors is None else block @ vectors.to(block)
             for block, vectors in zip(rows, self.vectors, strict=True)
         ]
+
+    def spreads(self, rows: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor:
+        """Return the sums that tell how much of the variance of some rows is kept, end to end.
+
+        Of each state that is not kept whole they are the squares and the values, of the rows and of the
+        projected ones.
+        """
+        sums = []
+        for vectors, *blocks in zip(self.vectors, rows, projected, strict=True):
+            if vectors is None:
+                continue
+            for block in blocks:
+                exact = torch.float64 if exact_device(block.device) == block.device else torch.float32
+                sums += [
+                    torch.linalg.vector_norm(block, dtype=exact).square()[None],
+                    block.sum(dim=0, dtype=exact),
+                ]
+        where = exact_device(rows[0].device)
+        return torch.cat([part.to(where, torch.float64) for part in sums]) if sums else torch.zeros(0)
+
+    @property
+    def n_spreads(self) -> int:
+        """How many sums :meth:`spreads` returns."""
+        return sum(2 + sum(vectors.shape) for vectors in self.vectors if vectors is not None)
+
+    def kept(self, spreads: Tensor, count: int) -> tuple[float, ...]:
+        """Return the share of each state's variance that is kept of ``count`` rows, by their spreads."""
+        shares, start = [], 0
+        values = spreads.cpu()
+        for vectors in self.vectors:
+            if vectors is None:
+                shares.append(1.0)
+                continue
+            variances = []
+            for width in vectors.shape:
+                square, total = values[start], values[start + 1 : start + 1 + width]
+                variances.append(float(square - total.square().sum() / count))
+                start += 1 + width
+            whole, kept = variances
+            shares.append(min(1.0, max(0.0, kept / whole)) if whole > 0 else 1.0)
+        return tuple(shares)
 
     def lift(self, states: list[Tensor], observables: Observables) -> list[Tensor]:
         """Return state vectors in the lifted coordinates; the last one is never lifted."""

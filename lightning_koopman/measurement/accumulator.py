@@ -23,6 +23,9 @@ from lightning_koopman.report.report import CreditReport
 SAMPLES = 4096
 """Most samples that are looked at where nobody says how many, unless wide states need more."""
 
+_KEPT = 0.99
+# Of a state's variance: less may move R² and nonlinearity by what is shown of them.
+
 MaxSamples = int | Literal["enough"] | None
 """Most samples to take: a number, as many as are enough, or all."""
 
@@ -62,6 +65,7 @@ class Accumulator:
         self._layout: Layout | None = None
         self._credits: Credits | None = None
         self._moments: Tensor | None = None
+        self._spreads: Tensor | None = None
         # Smallest and largest value of each state, by batch, which only the device knows yet.
         self._extremes: list[tuple[int, Tensor]] = []
         self._held: list[list[Tensor]] = []
@@ -133,7 +137,7 @@ class Accumulator:
                 if not self._block:
                     self.basis = self.basis.like(taken)
                 # Wide rows do not wait: what is gathered are states, and the input that tells the folds.
-                taken = [taken[0], *self.basis.project(taken)]
+                taken = [taken[0], *self._project(taken)]
             if not self._block:
                 self._block = [part.new_empty(size, part.shape[1]) for part in taken]
             for block, part in zip(self._block, taken, strict=True):
@@ -164,9 +168,19 @@ class Accumulator:
         rows = [exactly(block) for block in rows]
         if self.basis is None:
             self.basis = self._fit_basis(rows)
-            rows = [rows[0], *self.basis.project(rows)]
+            rows = [rows[0], *self._project(rows)]
         keys = sample_keys(rows[0], self.options.seed)
         self._sum(self.basis.lift(rows[1:], self.options.observables), keys)
+
+    def _project(self, rows: list[Tensor]) -> list[Tensor]:
+        """Bring rows into the basis, and add up what tells how much of their variance it keeps."""
+        assert self.basis is not None
+        projected = self.basis.project(rows)
+        # As of moments, below.
+        with torch.inference_mode(False), torch.no_grad():
+            spreads = self.basis.spreads(rows, projected)
+            self._spreads = spreads.clone() if self._spreads is None else self._spreads.add_(spreads)
+        return projected
 
     def _sum(self, states: list[Tensor], keys: Tensor) -> None:
         """Add state vectors to the moments, each sample to those of its fold."""
@@ -272,7 +286,10 @@ class Accumulator:
             # The others wait in the sum, and hear of it there.
             moments, error = nothing, error or failure
         self._credits, self._fitted = None, None
-        self._moments = sum_moments(moments, error)
+        spreads = moments.new_zeros(self.basis.n_spreads) if self._spreads is None else self._spreads
+        added = sum_moments(torch.cat([moments.flatten(), spreads.to(moments)]), error)
+        self._moments = added[: moments.numel()].view_as(moments)
+        self._spreads = added[moments.numel() :]
 
     def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
         """Return all that was added up, what it holds and the offsets that it is about."""
@@ -303,13 +320,14 @@ class Accumulator:
         layout, moments, _ = self.moments()
         assert self.basis is not None
         options, names = self.options, self.chain.names
+        notes = [*notes, *self._left_out(moments)]
         report = report_on(
             layout,
             self.credits(),
             names[1:],
             n_samples=int(moments[:, 0].sum()),
             delay=options.delay,
-            variance_kept=self.basis.kept_variance[1:],
+            variance_kept=self._kept(moments)[1:],
             notes=notes,
             step=step,
             enough=self.advised,
@@ -319,6 +337,25 @@ class Accumulator:
             # Drift needs operators without each fold, as error bars do.
             return replace(report, reads=reads)
         return replace(report, reads=reads, reference=self.reference(step))
+
+    def _kept(self, moments: Tensor) -> tuple[float, ...]:
+        """Return the share of each state's variance, over all samples, that its basis keeps."""
+        assert self.basis is not None
+        assert self._spreads is not None
+        return self.basis.kept(self._spreads, int(moments[:, 0].sum()))
+
+    def _left_out(self, moments: Tensor) -> list[str]:
+        """Tell what the bases leave out, where that is enough to be read in the numbers."""
+        shares = dict(zip(self.chain.names, self._kept(moments), strict=True))
+        cut = {name: share for name, share in shares.items() if share < _KEPT}
+        if not cut:
+            return []
+        least = min(cut, key=lambda name: cut[name])
+        return [
+            f"states keep less than {_KEPT:.0%} of their variance at max_dim={self.options.max_dim}: "
+            f"{len(cut)} of {len(shares)}, {least!r} the least ({cut[least]:.1%}). What is left out "
+            "counts as unexplained and as nonlinear; a larger max_dim keeps more"
+        ]
 
     def reference(self, step: int | None = None) -> Reference:
         """Return what drift is measured against, fitted once for all that was added up."""

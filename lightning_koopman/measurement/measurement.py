@@ -131,7 +131,8 @@ class Measurement(Accumulator):
             return False
         while self._next_check <= self.n_samples:
             self._next_check *= 2
-        layout, _, _ = self.moments()
+        # Products over what is gathered so far would be small ones: only where it is asked at all.
+        layout = self.moments()[0] if self.basis is None else self._laid_out()
         cubes = sum(sum(layout.dims[p] for p in read) ** 3 for read in layout.parents[1:])
         if self.options.errors is False or self.n_samples * self._work < _CHECK_WORK * cubes:
             return False

@@ -58,8 +58,7 @@ class CreditReport(ReportFields):
         volumes: log|R[j, j]| by component and output direction, shape ``(L, r)``; its row means are
             the credits.
         widths: Length of each component's state vector.
-        variance_kept: Share of the output's variance, after pooling, that the state vector keeps, over
-            the samples that fixed its basis.
+        variance_kept: Share of the output's variance, after pooling, that the state vector keeps.
         tikhonov: Ridge weight of each operator, in units of its regressors' mean variance.
         condition: Ratio of the largest to the smallest kept variance of each operator's regressors.
         stable: Whether the credit moves by no more than half a nat, or its error, when every ridge

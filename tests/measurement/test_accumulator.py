@@ -73,6 +73,10 @@ def test_wide_states_are_projected_on_their_principal_directions(n_first):
     share = (values[:kept] ** 2).sum() / (values**2).sum()
     assert reducer.basis.kept_variance[1] == pytest.approx(share, abs=1e-10)
     assert reducer.basis.kept_variance[0] == 1
+    # What is reported is about all samples, not about those that the directions were chosen by.
+    of_all = projected.var(0).sum() / rows.numpy().var(0).sum()
+    assert reducer._spreads is not None
+    assert reducer.basis.kept(reducer._spreads, 200) == pytest.approx((1, of_all), abs=1e-10)
     assert reducer.basis is not None
     assert [len(center) for center in reducer.basis.center] == [3, kept]
     assert torch.allclose(reducer.basis.center[1], torch.from_numpy(given[:n_first].mean(0)), atol=1e-9)

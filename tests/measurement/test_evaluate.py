@@ -74,6 +74,31 @@ def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp):
     assert report.r2[0] < 0.99
 
 
+def directions(rows: np.ndarray, count: int) -> np.ndarray:
+    """The leading principal directions of some rows."""
+    return np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:count].T
+
+
+def test_what_bases_leave_out_is_told_and_is_what_a_linear_layer_cannot_explain():
+    net = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 3)).double()
+    x = torch.randn(2000, 20, dtype=torch.float64)
+    cut, whole = credit_report(net, [x], max_dim=16), credit_report(net, [x], max_dim=20)
+    assert whole.notes == ()
+    assert whole.nonlinearity == pytest.approx(0, abs=1e-9)
+    (note,) = cut.notes
+    assert note.startswith(
+        "states keep less than 99% of their variance at max_dim=16: 1 of 3, 'input' the"
+    )
+    assert note.endswith("counts as unexplained and as nonlinear; a larger max_dim keeps more")
+    # White inputs: unexplained is what the layer makes of the directions that are left out.
+    weight, first = net[0].weight.detach().numpy(), x[:32].numpy()
+    read, given = (directions(rows, 16) for rows in (first, first @ weight.T))
+    unseen = weight.T @ given - read @ read.T @ weight.T @ given
+    share = (unseen**2).sum() / ((weight.T @ given) ** 2).sum()
+    assert cut.nonlinearity[0] == pytest.approx(share, abs=0.02)
+    assert cut.nonlinearity[1] > 0
+
+
 # Streaming.
 
 
