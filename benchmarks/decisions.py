@@ -34,7 +34,15 @@ from decisions_page import write
 from scipy.stats import spearmanr
 from torch import nn
 
-from lightning_koopman import bit_widths, component_effects, credit_report, drift, drop_order, linearize
+from lightning_koopman import (
+    Options,
+    bit_widths,
+    component_effects,
+    credit_report,
+    drift,
+    drop_order,
+    linearize,
+)
 from lightning_koopman.decisions.bits import improve, solve_exactly
 from lightning_koopman.decisions.linear import _Maps, _measure_of, _Option, _Search
 from lightning_koopman.decisions.steps import cost_of
@@ -48,6 +56,9 @@ RANDOM = 10
 ALIKE = "measured, samples drawn alike"
 Found = dict[str, Any]
 Choice = tuple[int, ...]
+
+OPTIONS = Options(max_dim=256)
+"""States as wide as they were by default when the page was written."""
 
 
 class Against:
@@ -105,7 +116,7 @@ def drop(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     order = drop_order(net, choose, steps=levels["three quarters"])
     names = order.candidates
     seconds = time.process_time() - start
-    report = credit_report(net, choose)
+    report = credit_report(net, choose, options=OPTIONS)
     credit = {n: float(c) for n, c in zip(report.components, report.credit, strict=True)}
     numbers = from_gradients(net, choose, names, {8: quantized_weights(net, 8)})
     scores = {
@@ -183,7 +194,9 @@ def quantise(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     seconds = time.process_time() - start
     names, counts = found.components, np.array(found.weights, dtype=float)
     rounded = {b: quantized_weights(net, b) for b in options}
-    report, only = (None, None) if name == "minilm" else (credit_report(net, choose), list(names))
+    report, only = (
+        (None, None) if name == "minilm" else (credit_report(net, choose, options=OPTIONS), list(names))
+    )
     kinds = {f"int{b}": rounded[b] for b in BITS}
     told = component_effects(
         net, choose, report, (), how="predicted", replacements=kinds, components=only, samples=100_000
@@ -328,9 +341,11 @@ def freeze(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     other = other_digits(data)
     blocks = [str(i) for i in range(1, BLOCKS + 1)]
     half = BLOCKS // 2
-    effects = component_effects(net, other["few"], credit_report(net, data["choose"]), ("skip",))
+    effects = component_effects(
+        net, other["few"], credit_report(net, data["choose"], options=OPTIONS), ("skip",)
+    )
     effect = {n: float(v) for n, v in zip(effects.components, effects.values["skip"], strict=True)}
-    before = credit_report(net, data["choose"])
+    before = credit_report(net, data["choose"], options=OPTIONS)
     tuned = copy.deepcopy(net)
     train(tuned, other["few"], 2, 0, 1e-3)
     moved = drift(before, tuned, other["few"])

@@ -422,7 +422,8 @@ REAL_NETWORKS = """\
   EfficientNet 64 and 64 (of 64 to 199 pixels, now to 299), and gradients were taken at 64. So few
   decided nothing for the real networks; rank correlation (.956 ± .008) and size (20 of 24) were missed.
   None of MiniLM's test paragraphs was used in that run. Networks, seeds and targets stayed; the row of
-  HAWQ with a search is new."""
+  HAWQ with a search is new.
+- **States** of credits, and of drift, had at most 256 directions, the default then."""
 NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were
   **not measured** for this page; what it says is about small networks on digits alone."""
 

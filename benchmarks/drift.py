@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_koopman import CreditReport, Options
+from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.drift import drift_since
 from lightning_koopman.measurement.measurement import Measurement
@@ -30,17 +31,17 @@ from lightning_koopman.measurement.measurement import Measurement
 Array = NDArray[np.float64]
 
 
-OPTIONS = Options(max_dim=128)
-"""States wider than this are projected: it makes 200 reports cheap enough for two cores."""
-
-
 class Watched(Measurement):
     """A measurement that also keeps the rows of every state."""
 
     def __init__(
-        self, model: nn.Module, data: Sequence[Any], reference: Reference | None = None
+        self,
+        model: nn.Module,
+        data: Sequence[Any],
+        options: Options,
+        reference: Reference | None = None,
     ) -> None:
-        super().__init__(model, None, OPTIONS)
+        super().__init__(model, None, options)
         if reference is not None:
             self.follow(reference)
         self.kept: list[list[Tensor]] = []
@@ -104,22 +105,24 @@ def scores(
     }, result.changed
 
 
-def cases(job: tuple[str, int, int]) -> pd.DataFrame:
+def cases(job: tuple[str, int, int], max_dim: int = DEFAULTS.max_dim) -> pd.DataFrame:
     """Break ``faults`` components of one network, kinds and places in turn, and rank them."""
     family, seed, faults = job
+    options = Options(max_dim=max_dim)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     before, after = networks(family, seed)
     new = batches(family, "new")
-    measured = Watched(before, batches(family, "reference"))
-    report, old, same = measured.report(), measured.arrays(), Watched(before, new).arrays()
+    measured = Watched(before, batches(family, "reference"), options)
+    report, old, same = measured.report(), measured.arrays(), Watched(before, new, options).arrays()
     reference, names = report.reference, report.components
     assert reference is not None
     kinds = itertools.cycle(FAULTS)
     places = itertools.cycle(np.random.default_rng(seed).permutation(len(names)))
     rows: list[dict[str, Any]] = []
     for number, place, fault in zip(range(faults), places, kinds, strict=False):
-        watched = Watched(break_part(after, names[place], fault, 1000 * seed + number), new, reference)
+        broken = break_part(after, names[place], fault, 1000 * seed + number)
+        watched = Watched(broken, new, options, reference)
         found, changed = scores(report, watched, old, same)
         for method, values in found.items():
             order = np.argsort(-np.nan_to_num(values, nan=-np.inf))
@@ -132,7 +135,7 @@ def cases(job: tuple[str, int, int]) -> pd.DataFrame:
     sound = {SAME: [(before, new), (before, other), (before, new[:1]), (before, new + other)]}
     for kind, pairs in (sound | {FURTHER: [(after, new)]}).items():
         for network, data in pairs:
-            marks = drift_since(reference, Watched(network, data, reference)).changed
+            marks = drift_since(reference, Watched(network, data, options, reference)).changed
             row = {"family": family, "seed": seed, "fault": kind, "method": "drift"}
             rows.append(row | {"marked": marks.mean(), "any": bool(marks.any()), "rows": len(marks)})
     print(family, seed, flush=True)

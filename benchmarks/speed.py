@@ -131,11 +131,11 @@ def memory() -> str:
 
 def slopes() -> str:
     """How seconds and memory grow with one size at a time: least squares between logarithms."""
-    usual = {"components": 12, "width": 256, "samples": 2000, "folds": 5}
+    usual = {"components": 12, "width": 128, "samples": 2000, "folds": 5}
     rows = []
     for name, sizes in (
         ("components", (6, 12, 24, 48)),
-        ("width", (64, 128, 256)),
+        ("width", (32, 64, 128)),
         ("samples", (2000, 20000, 200000)),
         ("folds", (2, 5, 10, 20)),
     ):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lightning_koopman import Options, credit_report
 from lightning_koopman.koopman.credit import compute_credits
 from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.koopman.states import pod_basis
 
 MIB = 2**20
@@ -86,7 +87,7 @@ def measured(kind: str, repeats: int = 1, **given: int) -> tuple[float, float]:
 
 def moments_mib(components: int, width: int, folds: int = 5) -> float:
     """Size of the sums, by the formula in ``docs/speed.md``."""
-    kept = min(width, 256)
+    kept = min(width, DEFAULTS.max_dim)
     layout = Layout((kept,) * (components + 1), folds)
     return 8 * folds * layout.size / MIB
 
@@ -96,10 +97,10 @@ def on_paper(
 ) -> dict[str, float]:
     """What a measurement of a transformer would take: bytes by layout, seconds by what is timed here.
 
-    Its states are the embedding and what each block gives, pooled over the tokens and projected on 256
-    directions; each process sees its share of 4,096 samples.
+    Its states are the embedding and what each block gives, pooled over the tokens and projected on
+    ``max_dim`` directions; each process sees its share of 4,096 samples.
     """
-    states, kept, samples, first = blocks + 2, 256, 4096, 512
+    states, kept, samples, first = blocks + 2, DEFAULTS.max_dim, 4096, 2 * DEFAULTS.max_dim
     layout = Layout((kept,) * states, 5)
     small = Layout((kept,) * 5, 5)
     moments = small.zeros()

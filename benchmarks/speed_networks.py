@@ -167,11 +167,12 @@ def floors(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:
     measurement = Measurement(model.eval())
     measurement.run(model, batches)
     assert measurement.basis is not None
-    first = [torch.randn(512, len(v)) for v in measurement.basis.vectors if v is not None]
+    count = 2 * measurement.options.max_dim
+    first = [torch.randn(count, len(v)) for v in measurement.basis.vectors if v is not None]
 
     def bases() -> None:
         for rows in first:
-            torch.linalg.eigh(rows @ rows.T if rows.shape[1] > 512 else rows.T @ rows)
+            torch.linalg.eigh(rows @ rows.T if rows.shape[1] > count else rows.T @ rows)
 
     layout = measurement.moments()[0]
     return {

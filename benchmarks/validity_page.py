@@ -449,8 +449,8 @@ of F.
 - **closed metric**: M_L = E F, M_{i−1} = K_i M_i K_iᵀ + (tr(R_i M_i) / tr S_i) I, where R_i is the
   covariance of the answer to the noise that K_i leaves and S_i that of the noise; the number is ½
   tr(M_i E[δ δᵀ]).
-- The report's numbers: `credit_report` with its defaults, on all probe samples, `normalize="none"`
-  and `"whiten"`.
+- The report's numbers: `credit_report` with its defaults, among them then `max_dim=256`, on all probe
+  samples, `normalize="none"` and `"whiten"`.
 - Baselines: Captum's LayerConductance on 200 samples, Jacobians of the logits on 200, gradients on
   400, CKA and effective rank (exponential of the spectrum's entropy) on 600. The tangent numbers
   use 600 or 1000.

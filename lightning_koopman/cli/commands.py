@@ -271,7 +271,7 @@ def components(
     data: str | None = None,
     components: str | list[str] | None = None,
     depth: int | None = None,
-    max_dim: int = 256,
+    max_dim: int = DEFAULTS.max_dim,
 ) -> None:
     """List what would be reported as components, without measuring it.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_koopman.cli.commands import say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained, fit_and_choose
-from lightning_koopman.koopman.options import Options
+from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.report.effects import Kind, Scale
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def effects(
     strength: float = 0.3,
     draws: int | None = None,
     scale: Scale | None = None,
-    max_dim: int = 256,
+    max_dim: int = DEFAULTS.max_dim,
     **task: Any,
 ) -> None:
     """Show what altering each component does to the outputs, beside its credit.

@@ -66,7 +66,7 @@ class Options:
     targets: Sequence[int] | None = None
     delay: int = 1
     folds: int = 5
-    max_dim: int = 256
+    max_dim: int = 128
     reduce: ReduceOption = "pool"
     output: str | Callable[[Any], Any] | None = None
     observables: Observables = None

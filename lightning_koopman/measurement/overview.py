@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, named_components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
@@ -100,7 +101,7 @@ def describe_components(
     *,
     components: Components | Sequence[Components] | None = None,
     forward_fn: ForwardFn | None = None,
-    max_dim: int = 256,
+    max_dim: int = DEFAULTS.max_dim,
 ) -> Overview:
     """List the components that a report would have.
 

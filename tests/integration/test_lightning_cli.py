@@ -107,7 +107,7 @@ def test_print_config_holds_every_argument(namespace, capsys):
     assert arguments["components"] == ["net.*"]
     assert list(arguments["options"]) == [field.name for field in dataclasses.fields(Options)]
     assert arguments["options"]["rank"] == 3
-    assert arguments["options"]["max_dim"] == 256
+    assert arguments["options"]["max_dim"] == 128
 
 
 def test_fit_from_yaml_and_again_from_what_it_saved(namespace, tmp_path):

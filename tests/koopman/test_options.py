@@ -13,7 +13,7 @@ from lightning_koopman import KoopmanCredit, KoopmanCreditMonitor, Options, cred
 
 def test_what_is_left_out_is_the_documented_default_and_stays() -> None:
     options = Options()
-    assert (options.folds, options.delay, options.max_dim, options.normalize) == (5, 1, 256, "none")
+    assert (options.folds, options.delay, options.max_dim, options.normalize) == (5, 1, 128, "none")
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.folds = 3  # type: ignore[misc]
 
