@@ -109,7 +109,7 @@ class Layout:
         return torch.zeros(self.folds, self.size, dtype=torch.float64)
 
 
-_TILE = 64
+_TILE = 32
 """Width of the strips that symmetric products are computed in; wide ones save nearly half."""
 
 _CACHED_VALUES = 2**18
@@ -136,7 +136,7 @@ def accumulate(
         if not count:
             continue
         row[0] += count
-        tiled = on_cpu and count // 2 >= 2 * _TILE
+        tiled = on_cpu and count >= 8 * _TILE
         mirrored = [i for i, width in enumerate(layout.dims) if tiled and width > 2 * _TILE]
         # A few rows of one fold, one state after the other: copies that fit into the cache.
         for first in range(start, start + count, size):
@@ -177,7 +177,7 @@ def _accumulate_rows(
         if i == j:
             row[layout.slices[i,]] += parts[i].sum(dim=0)
         if i != j:
-            place.view(layout.dims[i], layout.dims[j]).addmm_(parts[i].T, parts[j])
+            add_product(place.view(layout.dims[i], layout.dims[j]), parts[i], parts[j])
         elif i in layout.squares:
             place += parts[i].square().sum(dim=0)
         else:
@@ -187,6 +187,14 @@ def _accumulate_rows(
             remaining[i] -= 1
             if not remaining[i]:
                 del parts[i]
+
+
+def add_product(block: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left.T @ right``; BLAS is up to four times as fast where the narrower one comes first."""
+    if block.shape[0] < 2 * block.shape[1]:
+        block.addmm_(left.T, right)
+    else:
+        block += (right.T @ left).T
 
 
 def add_square(block: Tensor, part: Tensor, upper: bool) -> None:
