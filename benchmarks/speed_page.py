@@ -3,47 +3,50 @@
 PAGE = """# Speed
 
 Written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, with the extra
-`benchmarks` and `OMP_NUM_THREADS=1`; about 40 minutes of a core). Two virtual cores of an Intel Xeon
-with AVX-512, no GPU, one thread, torch <torch>. Seconds are processor seconds of the measuring
+`benchmarks` and `OMP_NUM_THREADS=1`; about 50 minutes of a core). Two virtual cores of an AMD EPYC
+(Zen 5, AVX-512), no GPU, one thread, torch <torch>. Seconds are processor seconds of the measuring
 process, both sides of a ratio were measured in turn in one run, and the median is taken over
 neighbours. Other work ran on the other core, and one and the same pass takes up to 1.6 times as long by
-what neighbours do: trust the ratios, not the seconds.
+what neighbours do: trust the ratios, not the seconds. Operator fits and their residuals are of an
+Intel Xeon with AVX-512, and are not concerned by what changed since.
 
 ## One report over all components against the plain forward pass
 
 The same batches run through the network alone, and through `credit_report(..., max_samples=None)`: all
 components, all samples, 5 folds, error bars. The last column is a report as it is by default, which
-looks at enough samples (in brackets), over a forward pass of all of them.
+looks at enough samples (in brackets), over a forward pass of all of them. States are at most 128 wide,
+the default; with 256, the default up to 0.2.0, the same six took 18.1, 8.57, 2.40, 2.01, 1.26 and 14.0
+passes on this machine ([what that decides](widths.md)).
 
 <!-- reports -->
 <!-- end -->
 
 The floor is what the calls to BLAS and LAPACK alone take by which a report's numbers are defined, over
 the forward pass, each part the least of five runs: 1 for the pass itself; the products of all states in
-float64; one eigendecomposition in float32 of the Gram matrix of 512 samples for each state wider than
-`max_dim`; and what each component takes. That is one eigendecomposition and one alignment of all
-samples, and for each of five folds a Cholesky factorisation and solution, the products of held-out
+float64; one eigendecomposition in float32 of the Gram matrix of the first 256 samples for each state
+wider than `max_dim`; and what each component takes. That is one eigendecomposition and one alignment of
+all samples, and for each of five folds a Cholesky factorisation and solution, the products of held-out
 errors (of the step, and of the chain behind it), a product and a factorisation for the volume, and a
-factorisation for the rank, all at most 256 wide. A target below its floor is out of reach; on earlier
-versions of this page the floor left out held-out errors, alignments and ranks.
+factorisation for the rank, all at most 128 wide. A target below its floor is out of reach.
 
 Above the floor are, for each sample, pooling, projections, copies, hashes that tell the folds and hooks
 in Python, and for each component the copies of moments less those of a fold, solutions under a second
-ridge weight, the inverse that a rank takes, and small operations. Of the time that the credits of six
-layers of width 256 take, 46 % is spent in BLAS and LAPACK, 27 % in passing through matrices, 27 % in
-everything else (sampled stacks). Of the 0.87 s that the six convolutions' report took above the pass,
-each part the least of three runs, 0.26 were eigenvectors, operators, held-out errors, ranks and
-alignments, 0.19 POD bases, 0.13 pooling, 0.06 products, 0.06 projections and 0.06 copies of the first
-pass. What drift is measured against is fitted when something is held against the report, not in each.
-Where matrices are up to 229 wide, all five folds are left out at once: credits of six layers take 0.70
-(width 64), 0.79 (96), 0.86 (128), 0.84 (160) and 0.93 (192) of the time that one fold after the other
-takes, their point values 0.61, 0.74, 0.86, 0.83 and 0.86.
+ridge weight, the inverse that a rank takes, and small operations. What drift is measured against is
+fitted when something is held against the report, not in each. Where matrices are up to 229 wide, all
+five folds are left out at once: credits of six layers take 0.70 (width 64), 0.79 (96), 0.86 (128), 0.84
+(160) and 0.93 (192) of the time that one fold after the other takes, their point values 0.61, 0.74,
+0.86, 0.83 and 0.86.
+
+Symmetric products are made in strips, of 32 columns: 819 samples of width 128 take 0.44 ms, by one
+product 0.58; of width 256 1.45 and 2.19. A product of 819 samples of widths 128 and 10 takes 0.08 ms
+with the narrower one first, 0.17 the other way. 128 states of 32×28×28 are pooled to 4×4 cells in 0.57
+ms, strip by strip, and were in 1.4; those whose channels are last in memory by torch's own pooling (64
+of 64×56×56 in 4.9 ms, and in 33 by a product). Inputs are pooled by torch as well, for their bits tell
+the folds, and may not depend on the size of a batch.
 
 Of what was tried, these are not in the package, for they brought nothing (one thread, AVX-512):
-symmetric products by SciPy's `dsyrk` take 0.99 ms for 819 samples of width 256, the strips used now
-0.88, a whole product 1.52; pooling by view and mean on a grid that divides takes 2.3 ms where one
-product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; rows first, then columns, saves a
-half where the grid does not divide 28 pixels and doubles the time at 14; the leading half of the
+symmetric products by SciPy's `dsyrk`; pooling by view and mean on a grid that divides takes 2.3 ms where
+one product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; the leading half of the
 eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment would
 save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing elsewhere.
 All folds at once take longer or as long where a state is 256 wide, for five matrices do not stay in the
@@ -60,7 +63,7 @@ would halve the largest part of an MLP's report; they are not used, for reasons 
 
 `Options(errors=False)` gives point values alone: a third less at the end of a report. Measurements of
 one network after another may keep their POD bases while these fit (within a hundredth of the variance),
-which takes nearly all of the first 512 samples' extra cost away.
+which takes nearly all of the first samples' extra cost away.
 
 ## Watching a training
 
@@ -77,18 +80,14 @@ A measurement has a part that does not depend on the network's own work: some mi
 component, and the POD bases where a state is wider than `max_dim`. The floor holds, for each component,
 the calls to BLAS and LAPACK of point values (as above, without alignments of folds and their ranks) and
 of drift: an operator for each fold, and what it and the old one miss of that fold and of all samples.
-With the products of states; bases, which are kept while they fit, are not in it. Outside of a training,
-each the least of some runs, the numbers of one report, as point values, take 0.02 s for the MLP, 0.08 s
-for the CNN and 0.15 s for the transformer; drift takes 0.02, 0.08 and 0.16 s; rows, products and hooks
-0.01, 0.08 and 0.22 s. Pairs of epochs say 0.06, 0.29 and 0.71 s, the last with much noise. Point values
-choose no ridge weight anew without each fold, which takes 0.7 of their time where weights are not
-settled, and drift copies no operators, 0.75 of what holding old against new took. Reports, epochs and
-the demo were measured on another day than the other tables: networks, in float32, ran faster then, and
-our numbers, in float64, hardly so. On the day of the other tables the CNN's ratio was 1.24, ViT's 1.17.
+With the products of states; bases, which are kept while they fit, are not in it. Point values choose no
+ridge weight anew without each fold, which takes 0.7 of their time where weights are not settled, and
+drift copies no operators, 0.75 of what holding old against new took. With states of up to 256, the CNN
+took 1.51, the transformer 1.18 and the small one 2.41 on this machine.
 
 So by default not every epoch is measured: all of watching, with effects, figures and the report at the
 end, may take 5 % of the training's time (`max_overhead=0.05`), and 1.5 seconds in any case. The demo
-trains for less than two, so the 1.5 are what decides there; it then gets 5 to 19 measurements, by what
+trains for less than two, so the 1.5 are what decides there; it then gets 5 to 25 measurements, by what
 else the machine does. With each epoch measured, of 2.7 s that were counted on a busy machine, 1.1 were
 thirty reports, 0.7 drift, 0.3 rows and products, and 0.3 figures (2.1 before they were drawn with fewer
 texts, fewer pixels and three instead of six at a time):
@@ -118,39 +117,29 @@ caches, and memory that was handed back to the system, which it is after the 1st
 measurement alone (15,000 page faults for the CNN, at 1 to 2 µs each).
 
 Two processes that train alike differ by up to 3 % for as long as they live, whatever is watched, by
-where their memory lies. So twelve pairs of processes were let take turns on the machine below (CNN, 60
-epochs each): what the monitor does not count was 1.3 ± 0.5 % of an epoch, of which a callback that
+where their memory lies. So twelve pairs of processes were let take turns, with states of up to 256 (CNN,
+60 epochs each): what the monitor does not count was 1.3 ± 0.5 % of an epoch, of which a callback that
 does nothing costs about 0.5 (2.5 ms for its 260 calls). Therefore seven tenths of `max_overhead` are
-planned to be spent; it was eight.
+planned to be spent; it was eight. Pairs go on to differ: in the table the CNN's say 1.8 %, and another
+pair, of 110 epochs, 0.4 ± 0.4 % less than nothing.
 
-## On another processor
+## Without AVX-512
 
-The targets were stated on an AMD EPYC without AVX-512, the tables above come from an Intel Xeon with
-it. On two virtual cores of a newer AMD EPYC (Zen 5, AVX-512), networks in float32 run up to twice as
-fast as on the Xeon, and BLAS in float64 hardly faster, so that most ratios are worse, and so are the
-floors:
+The targets were stated on a processor without AVX-512. Held to AVX2 by the libraries' own switches
+(`MKL_ENABLE_INSTRUCTIONS`, `ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`), the same machine gave:
 
 | figure | ratio (range) | floor | target |  |
 | --- | --- | --- | --- | --- |
-| report / forward: MLP, 4,096 samples | 18.2 (16.4 … 18.7) | 10.4 | ≤ 12 | **missed** |
-| the same, 50,000 | 8.74 (8.59 … 9.05) | 7.13 | ≤ 5 | **missed**, below the floor |
-| six convolutions | 2.37 (2.28 … 2.38) | 1.55 | ≤ 1.25 | **missed**, below the floor |
-| ResNet-18 | 1.95 (1.92 … 1.99) | 1.50 | ≤ 1.3 | **missed**, below the floor |
-| ViT-Tiny | 1.23 (1.21 … 1.24) | 1.10 | ≤ 1.15 | **missed** |
-| 100 layers of 768 | 11.9 (11.7 … 12.8) | 6.13 | ≤ 6 | **missed**, below the floor |
-| epoch measured / not: MLP | 2.62 (2.46 … 3.15) | 1.67 | ≤ 1.5 | **missed**, below the floor |
-| CNN | 1.57 (1.48 … 1.59) | 1.24 | ≤ 1.25 | **missed** |
-| transformer | 1.17 (1.14 … 1.22) | 1.07 | ≤ 1.06 | **missed**, below the floor |
-| demo, every epoch measured | 3.28 | 1.80 | ≤ 2 | **missed** |
-| Captum: MLP; 12 layers of width 256 | 68 and 69 × faster |  | ≥ 80 | **missed** |
-| three minutes of the CNN, default monitor / none | 1.069, counted 0.033 |  | ≤ 1.05 | **missed** |
-| of the transformer | 1.047, counted 0.027 |  | ≤ 1.05 | met |
-
-Those of three minutes are of one process each, in both orders, beside other work; with 1.3 ± 0.5 %
-more than is counted, the CNN's would be 1.046 ± 0.005 over many. Before seven tenths were planned,
-1.056 and 1.041 were measured. Held to AVX2 by the libraries' own switches, the same machine gave 1.80
-(floor 1.34) for the six convolutions, 1.54 (1.29) for ResNet-18 and 1.46 (1.20) for the CNN's epochs.
-Reports of enough samples took 1.63 passes for the MLP's 50,000.
+| report / forward: MLP, 4,096 samples | 13.4 (13.2 … 13.6) | 6.46 | ≤ 12 | **missed** |
+| the same, 50,000 | 7.04 (6.90 … 7.12) | 4.69 | ≤ 5 | **missed** |
+| the same, 50,000, of enough samples | 1.16 |  | ≤ 5 | met |
+| six convolutions | 1.38 (1.02 … 1.57) | 1.08 | ≤ 1.25 | **missed** |
+| ResNet-18 | 1.17 (1.13 … 1.32) | 1.05 | ≤ 1.3 | met |
+| ViT-Tiny | 1.08 (1.05 … 1.08) | 1.02 | ≤ 1.15 | met |
+| 100 layers of 768 | 3.52 (3.52 … 3.59) | 2.02 | ≤ 6 | met |
+| epoch measured / not: MLP | 2.71 (1.64 … 3.62) | 1.63 | ≤ 1.5 | **missed**, below the floor |
+| CNN | 1.16 (1.15 … 1.20) | 1.05 | ≤ 1.25 | met |
+| transformer | 1.08 (1.03 … 1.11) | 1.01 | ≤ 1.06 | **missed** |
 
 ## Against Captum
 
@@ -203,7 +192,7 @@ blocks of half a MiB, of which a report has hundreds, are given back at once. Th
 and the same report lay on two levels, 2 to 10 % apart: in an earlier version, seven runs gave 184 to 197
 MiB for 12 components of width 256 and 2,000 samples, and three with the threshold fixed 186.5 to 187.8.
 
-Seconds and memory against one size at a time, the others being 12 components of width 256, 2,000
+Seconds and memory against one size at a time, the others being 12 components of width 128, 2,000
 samples and 5 folds. A slope is the exponent of the power that fits best, by least squares between
 logarithms: 1 is linear. Products cost d² per sample and eigendecompositions d³ once, a report has parts
 that do not depend on the samples, and each fold takes one more fit.
@@ -226,8 +215,8 @@ run in float64 at 20 TFLOP/s: less than one percent. Weights are sharded, states
 each device whole states of its own samples, so nothing is gathered for them.
 
 What breaks first is the first process. While it fits bases and computes credits on one processor, 63
-devices wait, for longer than their share of the forward pass took: the overhead of a measurement is its
-fixed part. Next come the first rows, which all processes are sent though one needs them: over all of
+devices wait, 1.4 s, where their share of the forward pass took 4.5: the overhead of a measurement is
+its fixed part. Next come the first rows, which all processes are sent though one needs them: over all of
 them 64 times what the table says, once per measurement. Rows wait in each process until the bases are
 agreed on, so memory grows with `max_samples`: at a million samples 15,625 in each, about 9 GB. And
 pooling keeps, of 2,048 tokens, one mean for each channel, for 4,096 channels are more than `max_dim`:
