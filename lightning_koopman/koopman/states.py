@@ -80,20 +80,17 @@ class Basis:
         """Return the sums that tell how much of the variance of some rows is kept, end to end.
 
         Of each state that is not kept whole they are the squares and the values, of the rows and of the
-        projected ones.
+        projected ones. They stay on the device, in single precision where it has no other.
         """
-        sums = []
+        device, sums = rows[0].device, [rows[0].new_zeros(0)]
+        exact = torch.float64 if exact_device(device) == device else torch.float32
         for vectors, *blocks in zip(self.vectors, rows, projected, strict=True):
             if vectors is None:
                 continue
             for block in blocks:
-                exact = torch.float64 if exact_device(block.device) == block.device else torch.float32
-                sums += [
-                    torch.linalg.vector_norm(block, dtype=exact).square()[None],
-                    block.sum(dim=0, dtype=exact),
-                ]
-        where = exact_device(rows[0].device)
-        return torch.cat([part.to(where, torch.float64) for part in sums]) if sums else torch.zeros(0)
+                square = torch.linalg.vector_norm(block, dtype=exact).square()
+                sums += [square[None], block.sum(dim=0, dtype=exact)]
+        return torch.cat([part.to(device, exact) for part in sums])
 
     @property
     def n_spreads(self) -> int:

@@ -65,7 +65,9 @@ class Accumulator:
         self._layout: Layout | None = None
         self._credits: Credits | None = None
         self._moments: Tensor | None = None
+        # What tells how much bases keep: of all samples, and of those of a block, on their device.
         self._spreads: Tensor | None = None
+        self._fresh: Tensor | None = None
         # Smallest and largest value of each state, by batch, which only the device knows yet.
         self._extremes: list[tuple[int, Tensor]] = []
         self._held: list[list[Tensor]] = []
@@ -169,6 +171,10 @@ class Accumulator:
         if self.basis is None:
             self.basis = self._fit_basis(rows)
             rows = [rows[0], *self._project(rows)]
+        fresh, self._fresh = self._fresh, None
+        if fresh is not None:
+            fresh = exactly(fresh).double()
+            self._spreads = fresh if self._spreads is None else self._spreads + fresh
         keys = sample_keys(rows[0], self.options.seed)
         self._sum(self.basis.lift(rows[1:], self.options.observables), keys)
 
@@ -179,7 +185,7 @@ class Accumulator:
         # As of moments, below.
         with torch.inference_mode(False), torch.no_grad():
             spreads = self.basis.spreads(rows, projected)
-            self._spreads = spreads.clone() if self._spreads is None else self._spreads.add_(spreads)
+            self._fresh = spreads if self._fresh is None else self._fresh.add_(spreads)
         return projected
 
     def _sum(self, states: list[Tensor], keys: Tensor) -> None:
