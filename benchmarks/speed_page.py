@@ -21,6 +21,11 @@ passes on this machine ([what that decides](widths.md)).
 <!-- reports -->
 <!-- end -->
 
+With nothing on the other core, three more processes gave 11.95, 11.72 and 12.22 for the MLP's 4,096
+samples, 1.49, 1.56 and 1.61 for the convolutions and 1.26, 1.23 and 1.40 for ResNet-18. The convolutions
+take 0.3 s more, with and without a report, where glibc hands back behind each layer the memory of the
+network's own states (12.8 MB each); it does so in some processes, and in others not.
+
 The floor is what the calls to BLAS and LAPACK alone take by which a report's numbers are defined, over
 the forward pass, each part the least of five runs: 1 for the pass itself; the products of all states in
 float64; one eigendecomposition in float32 of the Gram matrix of the first 256 samples for each state
