@@ -23,11 +23,11 @@ from lightning_koopman.report.report import CreditReport
 SAMPLES = 4096
 """Most samples that are looked at where nobody says how many, unless wide states need more."""
 
-_KEPT = 0.99
-# Of a state's variance: less may move R² and nonlinearity by what is shown of them.
-
 MaxSamples = int | Literal["enough"] | None
 """Most samples to take: a number, as many as are enough, or all."""
+
+_KEPT = 0.99
+# Of a state's variance: less may move R² and nonlinearity by what is shown of them.
 
 _MOST_ROWS = 4096
 _MOST_VALUES = 2**22
@@ -325,15 +325,17 @@ class Accumulator:
         """Return the report, with the states that each component reads."""
         layout, moments, _ = self.moments()
         assert self.basis is not None
-        options, names = self.options, self.chain.names
-        notes = [*notes, *self._left_out(moments)]
+        assert self._spreads is not None
+        options, names, n_samples = self.options, self.chain.names, int(moments[:, 0].sum())
+        kept = self.basis.kept(self._spreads, n_samples)
+        notes = [*notes, *self._left_out(kept)]
         report = report_on(
             layout,
             self.credits(),
             names[1:],
-            n_samples=int(moments[:, 0].sum()),
+            n_samples=n_samples,
             delay=options.delay,
-            variance_kept=self._kept(moments)[1:],
+            variance_kept=kept[1:],
             notes=notes,
             step=step,
             enough=self.advised,
@@ -344,22 +346,15 @@ class Accumulator:
             return replace(report, reads=reads)
         return replace(report, reads=reads, reference=self.reference(step))
 
-    def _kept(self, moments: Tensor) -> tuple[float, ...]:
-        """Return the share of each state's variance, over all samples, that its basis keeps."""
-        assert self.basis is not None
-        assert self._spreads is not None
-        return self.basis.kept(self._spreads, int(moments[:, 0].sum()))
-
-    def _left_out(self, moments: Tensor) -> list[str]:
+    def _left_out(self, kept: Sequence[float]) -> list[str]:
         """Tell what the bases leave out, where that is enough to be read in the numbers."""
-        shares = dict(zip(self.chain.names, self._kept(moments), strict=True))
-        cut = {name: share for name, share in shares.items() if share < _KEPT}
+        cut = {n: share for n, share in zip(self.chain.names, kept, strict=True) if share < _KEPT}
         if not cut:
             return []
         least = min(cut, key=lambda name: cut[name])
         return [
             f"states keep less than {_KEPT:.0%} of their variance at max_dim={self.options.max_dim}: "
-            f"{len(cut)} of {len(shares)}, {least!r} the least ({cut[least]:.1%}). What is left out "
+            f"{len(cut)} of {len(kept)}, {least!r} the least ({cut[least]:.1%}). What is left out "
             "counts as unexplained and as nonlinear; a larger max_dim keeps more"
         ]
 
