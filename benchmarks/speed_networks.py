@@ -22,6 +22,7 @@ from transformers import (
 from lightning_koopman import credit_report
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network.rows import Recorded
 
 
 def paired(base: Callable[[], object], other: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -162,20 +163,42 @@ def against_forward(
     return every, some | {"samples": seen[-1]}
 
 
+class Watched(Measurement):
+    """A measurement that keeps the states of the second pass whole, beside what they become."""
+
+    def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
+        if self.plan is not None and recorded.name in self.plan.recorded:
+            self.whole.setdefault(recorded.name, tensor.detach().clone())
+        return super()._keep(tensor, recorded)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.whole: dict[str, Tensor] = {}
+
+
 def floors(model: nn.Module, batches: list[Tensor]) -> dict[str, float]:
     """Seconds of the library calls that a report cannot do without, by what they are for."""
-    measurement = Measurement(model.eval())
+    measurement = Watched(model.eval())
     measurement.run(model, batches)
-    assert measurement.basis is not None
+    plan, basis = measurement.plan, measurement.basis
+    assert plan is not None
+    assert basis is not None
     count = 2 * measurement.options.max_dim
-    first = [torch.randn(count, len(v)) for v in measurement.basis.vectors if v is not None]
+    first = [torch.randn(count, len(v)) for v in basis.vectors if v is not None]
+    rows = [plan.forms[name].rows(measurement.whole[name]) for name in plan.names]
+
+    def reduced() -> None:
+        for name, tensor in measurement.whole.items():
+            if tensor.ndim > 2:
+                plan.forms[name].rows(tensor)
 
     def bases() -> None:
-        for rows in first:
-            torch.linalg.eigh(rows @ rows.T if rows.shape[1] > count else rows.T @ rows)
+        for part in first:
+            torch.linalg.eigh(part @ part.T if part.shape[1] > count else part.T @ part)
 
     layout = measurement.moments()[0]
     return {
+        "rows": (fastest(reduced) + fastest(basis.project, rows)) * len(batches),
         "products": products_of(layout, measurement.n_samples),
         "bases": fastest(bases),
         "fits": fastest(credit_calls, layout, errors=True),

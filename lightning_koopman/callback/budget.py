@@ -11,7 +11,7 @@ from contextlib import contextmanager
 ALLOWANCE = 1.5
 """Seconds that watching a training may take, however short the training is."""
 
-_PLANNED = 0.7
+_PLANNED = 0.6
 """Part of the share that is planned to be spent. Measurements take now more, now less; what Lightning
 takes to call a callback, and what measurements do to the epoch behind them (caches, memory that must be
 fetched again), is not counted."""
@@ -39,7 +39,7 @@ class Budget:
     effects before the end.
 
     Attributes:
-        share: What is planned to be spent, seven tenths of the share that may be.
+        share: What is planned to be spent, six tenths of the share that may be.
         clock: Gives the time in seconds.
         due: Step from which on the next measurement is due.
     """
@@ -142,9 +142,13 @@ class Budget:
         once = first if last is None else max(first - _ONCE, first / 4)
         self._cost = statistics.median_low([once, *later])
         per_step = self.trained / max(1, step - self._first)
-        self.due = step + (
-            self._wait(per_step) if last is None else self._even(max(0, last - step), per_step)
-        )
+        if last is None:
+            self.due = step + self._wait(per_step)
+            return
+        wait = self._even(max(0, last - step), per_step)
+        # Measured is where an epoch ends, later than when it was due; the next need not be late as well.
+        late = max(0, step - self.due) if len(later) > 1 else 0
+        self.due = step + max(1, wait - late)
 
     @property
     def _kept_back(self) -> float:

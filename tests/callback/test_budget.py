@@ -74,12 +74,12 @@ def measured_steps(
 
 
 def test_measurements_come_in_even_distances_and_use_the_budget() -> None:
-    # Seven tenths of 5 % of 1,000 seconds pay for 17 measurements of 2 seconds.
+    # Six tenths of 5 % of 1,000 seconds pay for 15 measurements of 2 seconds.
     taken, budget = measured_steps(0.05, n_epochs=100, epoch_s=10, cost_s=2)
     assert (taken[0], taken[1], taken[-1]) == (1, 2, 100)
     gaps = np.diff(taken[1:-1])
     assert gaps.max() - gaps.min() <= 2
-    assert 0.6 * 0.05 <= budget.overhead <= 0.7 * 0.05
+    assert 0.5 * 0.05 <= budget.overhead <= 0.6 * 0.05
     assert budget.trained == pytest.approx(1000)
 
 
@@ -93,7 +93,13 @@ def test_the_share_holds_whatever_a_measurement_takes(share: float, cost_s: floa
     assert taken[-1] == 200
     # The first may pay for imports, so the second shows what one takes; from then on it is even.
     gaps = np.diff(taken[2:-1])
-    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1 + 0.1 * gaps.mean()
+    assert len(gaps) == 0 or gaps.max() <= 1 + 1.3 * gaps.mean()
+
+
+def test_measurements_that_come_late_do_not_make_the_next_ones_late_as_well() -> None:
+    # 30 seconds pay for one in 2.1 epochs, and an epoch is measured as a whole.
+    gaps = np.diff(measured_steps(0.05, n_epochs=200, epoch_s=5, cost_s=0.3)[0][2:-1])
+    assert np.abs(np.cumsum(gaps) - gaps.mean() * np.arange(1, len(gaps) + 1)).max() <= 6
 
 
 def test_everything_is_measured_where_that_fits_into_the_allowance() -> None:
@@ -103,8 +109,8 @@ def test_everything_is_measured_where_that_fits_into_the_allowance() -> None:
 
 def test_a_first_measurement_that_pays_for_imports_does_not_thin_out_the_others() -> None:
     taken, budget = measured_steps(0.05, n_epochs=60, epoch_s=3, cost_s=0.1, first_s=2.0, end_s=1.5)
-    # Of 6.3 seconds, imports take 2 and the figures of the end 1.5; a tenth each pays for 28.
-    assert len(taken) > 24
+    # Of 5.4 seconds, imports take 2 and the figures of the end 1.5; a tenth each pays for 19 in all.
+    assert len(taken) > 17
     assert budget.spent <= 0.05 * budget.trained + 1e-6
 
 
@@ -152,8 +158,8 @@ def test_figures_need_room_beside_those_of_the_end() -> None:
     clock = Clock()
     budget = Budget(0.1, clock)
     budget.expect("draw", 2.0)
-    clock.now += 560
-    assert not budget.has_room("draw"), "they take more than a twentieth of seven tenths of the 56 s"
+    clock.now += 660
+    assert not budget.has_room("draw"), "they take more than a twentieth of six tenths of the 66 s"
     clock.now += 20
     assert budget.has_room("draw")
     with budget.watching(), budget.apart("draw"):

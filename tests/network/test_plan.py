@@ -214,6 +214,16 @@ def test_positions_that_no_data_reach_are_left_out_whatever_their_shape(by_token
     assert "the same for every sample, so left out: places" in report.notes
 
 
+def test_states_that_first_vary_with_the_third_sample_are_kept():
+    tokens = torch.randint(0, 20, (240, 6))
+    tokens[1] = tokens[0]
+    report = credit_report(positions(by_token=True), list(tokens.split(8)))
+    assert report.components == ("mix", "head")
+    assert [note for note in report.notes if "left out" in note] == [
+        "the same for every sample, so left out: places"
+    ]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
