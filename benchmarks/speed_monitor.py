@@ -143,18 +143,19 @@ def demo() -> str:
     """The demo's training as a whole, each epoch measured, and by default."""
     rows = []
     for name, given in (("every epoch measured", {"every_n_epochs": 1}), ("default", {})):
-        ratios, base, other = [], [], []
+        ratios, base, other, drawn = [], [], [], []
         for _ in range(4):
             monitor = KoopmanCreditMonitor(on_error="raise", **given)
             base.append(fit("MLP", 30, []))
             other.append(fit("MLP", 30, [monitor]))
             ratios.append(other[-1] / base[-1])
+            drawn.append(monitor.budget._took["draw"])
         ratio, first = statistics.median(ratios[1:]), ratios[0]
         plain, measured = statistics.median(base[1:]), len(monitor.history)
         rows.append([
             f"demo, {name}", measured, f"{plain:.2f}", f"{statistics.median(other[1:]):.2f}",
             f"{ratio:.2f} (first of the process: {first:.2f})", "≤ 2",
-            f"{1 + measured * least(monitor) / plain:.2f}", verdict(ratio <= 2),
+            f"{1 + (measured * least(monitor) + min(drawn)) / plain:.2f}", verdict(ratio <= 2),
         ])  # fmt: skip
     return table("training | measured | none, s | monitor, s | ratio | target | floor | ", rows)
 

@@ -329,7 +329,8 @@ class Capture:
                 self._provenance.claim(tensor, self._inputs[key])
             if key in self._inputs:
                 name = self._inputs[key]
-                self._keep(tensor, _recorded(name, module, (args, kwargs), tensor, frozenset()))
+                recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
+                self._keep(tensor, replace(recorded, is_idle=self._provenance.is_idle(name)))
         sources = self._provenance.of((args, kwargs))
         is_loss = bool(self._inner(sources) and self._provenance.others((args, kwargs)))
         self._provenance.take((args, kwargs))
@@ -439,7 +440,10 @@ class Capture:
             if self._passes == 0:
                 component = self.components[name.partition("#")[0]]
                 recorded = replace(
-                    recorded, is_frozen=is_frozen(component, self._trained), ignores_data=ignores_data
+                    recorded,
+                    is_frozen=is_frozen(component, self._trained),
+                    ignores_data=ignores_data,
+                    is_idle=self._provenance.is_idle(name),
                 )
             self._keep(tensor, recorded)
 

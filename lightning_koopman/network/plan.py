@@ -334,6 +334,7 @@ def make_plan(
             f"{list(by_name)}"
         )
     returned = {} if returned is None else returned
+    records = _ignoring(records)
     forms = row_forms(records, batch, reduce, max_dim)
     sources = sources_of(records, notes)
     losses = _losses(records, returned, end)
@@ -361,6 +362,13 @@ def make_plan(
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
     cut = tuple(read[:most] for read, most in zip(links, limits, strict=False))
     return replace(plan, links=cut, notes=(*notes, *_graph_notes(plan, cut)))
+
+
+def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:
+    """Take it for ignoring the data what none reached, unless all were lost on the way."""
+    if all(record.ignores_data or record.is_idle for record in records):
+        return records
+    return [replace(r, ignores_data=r.ignores_data or r.is_idle) for r in records]
 
 
 def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:

@@ -291,10 +291,12 @@ class Provenance:
         self._batch: Any = None
         self._claimed: dict[str, str] = {}
         self._taken: set[str] = set()
+        # States and inputs that no data of the batch reached: positions, grids, learned queries.
+        self._idle: set[str] = set()
 
     def start_pass(self, batch: Any) -> None:
         """Forget the pass before."""
-        self._batch, self._claimed, self._taken = batch, {}, set()
+        self._batch, self._claimed, self._taken, self._idle = batch, {}, set(), set()
         self._label_batch()
 
     def follow(self) -> None:
@@ -336,7 +338,10 @@ class Provenance:
         labels = None if self._flow is None else self._flow.labels(tensor)
         if not labels:
             return None
-        return all(name.startswith(_BATCH) and name not in self._claimed for name in labels)
+        data = labels - self._idle
+        return bool(data) and all(
+            name.startswith(_BATCH) and name not in self._claimed for name in data
+        )
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Check whether no data of the batch is known to have reached a tensor."""
@@ -346,9 +351,11 @@ class Provenance:
     def claim(self, tensor: Tensor, name: str) -> None:
         """Let whatever a network input was made of count as that input from now on."""
         if self._flow is not None:
-            if not self._flow.labels(tensor):
+            if not (labels := self._flow.labels(tensor)):
+                self._note_idle(labels, name)
                 self._flow.label(tensor, name)
-            self._claimed |= {label: name for label in self._flow.labels(tensor)}
+                labels = frozenset({name})
+            self._claimed |= {label: name for label in labels - self._idle or labels}
 
     def others(self, value: Any) -> list[Tensor]:
         """Find the tensors made of data of the batch that no component has taken, such as targets."""
@@ -373,7 +380,17 @@ class Provenance:
     def mark(self, value: Any, name: str) -> None:
         """Let a value count as a state."""
         if self._flow is not None:
+            self._note_idle(self._flow.labels(value), name)
             self._flow.label(value, name)
+
+    def is_idle(self, name: str) -> bool:
+        """Check whether a state or an input was made of nothing that the batch is known to have reached."""
+        return name in self._idle
+
+    def _note_idle(self, labels: frozenset[str], name: str) -> None:
+        """Remember what was made of nothing that data of the batch reached."""
+        if labels <= self._idle and any(True for _ in tensors_inside(self._batch)):
+            self._idle.add(name)
 
     def may_hold(self, tensor: Tensor, name: str) -> bool:
         """Check whether a tensor may have been computed from a state."""

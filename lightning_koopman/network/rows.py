@@ -40,6 +40,8 @@ class Recorded:
             merges of several kinds met, ``None`` where none was seen.
         ignores_data: Whether no data of the batch reaches it, though its component was given some or
             took no floating-point tensor: position embeddings, as a rule.
+        is_idle: Whether it was made of nothing that data of the batch are known to have reached, as of a
+            grid or of learned queries.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Recorded:
     is_loss: bool = False
     is_frozen: bool = False
     ignores_data: bool = False
+    is_idle: bool = False
     merged: tuple[int, ...] | None = None
 
     @property
@@ -437,6 +440,7 @@ def check_reduce(reduce: Any) -> None:
 
 def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
     """Count the samples of the first pass, and which states have the batch on axis 1."""
+    records = [record for record in records if not record.ignores_data] or records
     second = {
         record.name: record.tensor.shape[1]
         for record in records

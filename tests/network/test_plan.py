@@ -224,6 +224,42 @@ def test_states_that_first_vary_with_the_third_sample_are_kept():
     ]
 
 
+def raw_positions(by_grid: bool) -> nn.Module:
+    """Adds to raw features, before any layer took them, positions that are looked up or computed."""
+    grid = torch.linspace(0, 1, 6)[:, None]
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        places = m.places(grid if by_grid else torch.arange(6))
+        return m.head(torch.tanh(m.mix(x + places)).mean(dim=1))
+
+    places = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 8)) if by_grid else nn.Embedding(6, 8)
+    return wired(run, places=places, mix=nn.Linear(8, 8), head=nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("by_grid", [False, True])
+def test_data_that_positions_were_added_to_before_the_first_layer_is_its_input(by_grid):
+    model = raw_positions(by_grid)
+    report = credit_report(model, list(torch.randn(300, 6, 8).split(50)), components=["mix", "head"])
+    # The mean over positions of what a linear layer gives is linear in that of what it takes.
+    batches = list(torch.randn(300, 6, 8).split(50))
+    found = credit_report(model, batches, reduce="mean")
+    assert found.components == ("mix", "head") == report.components
+    assert found.reference.states[0].startswith("input")
+    assert not any("takes no floating-point input" in note for note in found.notes)
+
+
+def test_what_a_hypernetwork_made_weights_for_is_the_input_of_what_reads_it():
+    def run(m: Any, x: Tensor) -> Tensor:
+        weights = m.weights(m.code).view(6, 8)
+        return m.head(torch.relu(m.mix(torch.relu(nn.functional.linear(x, weights)))))
+
+    model = wired(run, weights=nn.Linear(4, 48), mix=nn.Linear(6, 6), head=nn.Linear(6, 3))
+    model.code = nn.Parameter(torch.randn(4))
+    report = credit_report(model, list(torch.randn(300, 8).split(50)))
+    assert report.components == ("mix", "head")
+    assert report.reference.widths == (6, 6, 3)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
