@@ -361,8 +361,8 @@ class Measurement(Accumulator):
         first = self.chain.names[0] if self.chain.names else INPUT
         if not first.startswith(INPUT):
             notes.append(
-                f"{first!r} takes no floating-point input, so its output is x_0 and it has no "
-                "credit of its own"
+                f"{first!r} takes no floating-point input that could be followed, so its output is x_0 "
+                "and it has no credit of its own"
             )
         if len(self.chain.names) == 2:
             notes.append(

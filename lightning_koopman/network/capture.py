@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,22 @@ def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
             self._error, self._closed = error, True
 
     return safe
+
+
+class _Origin(NamedTuple):
+    """What a module was given, as far as it is known.
+
+    Attributes:
+        sources: The states that it was computed from.
+        from_float: Whether a floating-point tensor is in it.
+        is_loss: Whether it is a state and data that no component takes.
+        is_idle: Whether nothing is in it but what the network holds itself.
+    """
+
+    sources: frozenset[str] | None = None
+    from_float: bool = True
+    is_loss: bool = False
+    is_idle: bool = False
 
 
 class Capture:
@@ -154,7 +170,7 @@ class Capture:
                 hooks.enter_context(attach(end, after=self._on_end))
             if self._follow and self._passes == 0:
                 hooks.callback(self._provenance.leave)
-                self._provenance.follow()
+                self._provenance.follow(_held_by(self._model))
             self._hooks = hooks.pop_all()
         return self
 
@@ -183,8 +199,8 @@ class Capture:
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
         self.skipped: list[str] = []
-        self._pending: dict[int, tuple[frozenset[str] | None, bool, bool]] = {}
-        self._sources_of: dict[str, tuple[frozenset[str] | None, bool, bool]] = {}
+        self._pending: dict[int, _Origin] = {}
+        self._sources_of: dict[str, _Origin] = {}
         self._raw: Tensor | None = None
         self._current: tuple[str, int, int] | None = None
         self._unusable: str | None = None
@@ -330,11 +346,12 @@ class Capture:
             if key in self._inputs:
                 name = self._inputs[key]
                 recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
-                self._keep(tensor, replace(recorded, is_idle=self._provenance.is_idle(name)))
+                self._keep(tensor, replace(recorded, is_idle=self._provenance.is_idle(tensor)))
         sources = self._provenance.of((args, kwargs))
         is_loss = bool(self._inner(sources) and self._provenance.others((args, kwargs)))
         self._provenance.take((args, kwargs))
-        self._pending[id(module)] = (sources, tensor is not None, is_loss)
+        idle = self._provenance.is_idle((args, kwargs))
+        self._pending[id(module)] = _Origin(sources, tensor is not None, is_loss, idle)
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -429,21 +446,22 @@ class Capture:
         if self._passes == 0:
             called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
             self.parts[name] = (*self.parts.get(name, ()), called)
-        origin = self._pending.get(id(module), (None, True, False))
-        origin = self._sources_of.setdefault(name, origin)
-        given_data = bool(origin[0]) or not origin[1]
+        origin = self._sources_of.setdefault(name, self._pending.get(id(module), _Origin()))
+        given_data = bool(origin.sources) or not origin.from_float
         ignores_data = self._passes == 0 and given_data and self._provenance.is_untouched(tensor)
-        self._provenance.mark(output, name)
+        self._provenance.mark(output, name, idle=origin.is_idle or ignores_data)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
-            recorded = _recorded(name, module, output, tensor, *origin)
+            recorded = _recorded(
+                name, module, output, tensor, origin.sources, origin.from_float, origin.is_loss
+            )
             if self._passes == 0:
                 component = self.components[name.partition("#")[0]]
                 recorded = replace(
                     recorded,
                     is_frozen=is_frozen(component, self._trained),
                     ignores_data=ignores_data,
-                    is_idle=self._provenance.is_idle(name),
+                    is_idle=origin.is_idle,
                 )
             self._keep(tensor, recorded)
 
@@ -452,6 +470,14 @@ class Capture:
         if self._passes == 0:
             recorded = replace(recorded, merged=self._provenance.merged(tensor))
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
+
+
+def _held_by(model: nn.Module) -> Iterator[Tensor]:
+    """Find the tensors that a network holds: parameters, buffers, and plain attributes."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            # Of other classes, as those whose values are elsewhere, there may be no memory to know.
+            yield from (t for t in held.values() if type(t) is Tensor or type(t) is nn.Parameter)
 
 
 def _view_of(tensor: Tensor) -> tuple[Any, ...]:

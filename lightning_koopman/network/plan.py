@@ -39,7 +39,8 @@ def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[s
         else:
             sources[record.name] = set(record.sources) & set(sources)
             lost = not sources[record.name] and record.from_float and previous is not None
-            if lost and not record.name.startswith(INPUT) and _varies(record):
+            known = record.name.startswith(INPUT) or record.is_idle
+            if lost and not known and _varies(record):
                 unknown.append(record.name)
                 assert previous is not None
                 sources[record.name] = {previous}
@@ -156,7 +157,8 @@ def leave_out_unfit(
         shape = tuple(record.tensor.shape)
         rows = by_sample(record.tensor, forms[record.name])
         alike = len(rows) == 1 or not _varies(record)
-        if record.ignores_data and n_samples > 1 and (alike or shape[0] != n_samples):
+        others = record.is_idle or alike or shape[0] != n_samples
+        if record.ignores_data and n_samples > 1 and others:
             sources[record.name] = set()
             constant.append(record.name)
         elif not sources[record.name] and n_samples > 1 and alike:
@@ -365,7 +367,7 @@ def make_plan(
 
 
 def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:
-    """Take it for ignoring the data what none reached, unless all were lost on the way."""
+    """Take it for ignoring the data what none reached, unless that is all there is."""
     if all(record.ignores_data or record.is_idle for record in records):
         return records
     return [replace(r, ignores_data=r.ignores_data or r.is_idle) for r in records]

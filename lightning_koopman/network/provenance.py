@@ -21,6 +21,12 @@ _SHAPE_ONLY = frozenset({
     *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
 })
 
+_BATCH, _OWN, _CHANCE = "batch:", "own", "chance"
+"""Labels of the batch's tensors, of what the network holds or makes of nothing, and of chance."""
+
+# These make positions and grids, of nothing.
+_COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"})
+
 _NOTHING: frozenset[str] = frozenset()
 
 
@@ -32,6 +38,10 @@ class DataFlow:
     followed (a round trip through NumPy, a kernel that torch does not know of) only loses its labels.
     An error of the bookkeeping itself never reaches the pass. Several may be entered at a time, and left
     in any order.
+
+    Args:
+        origins: Whether what operators make of nothing has labels: of coordinates, as ``arange`` gives
+            them, and of chance.
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
@@ -45,8 +55,9 @@ class DataFlow:
         frozenset({'input'})
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, origins: bool = False) -> None:
         self.error: Exception | None = None
+        self._origins = origins
         self._labels: dict[int, frozenset[str]] = {}
         self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
         # A weak reference keeps a storage's address from being given to another one.
@@ -106,6 +117,10 @@ class DataFlow:
         reads = list(_flat((*args, *kwargs.values())))
         name = func._schema.name.rpartition("::")[2]
         labels = _NOTHING if name in _SHAPE_ONLY else _NOTHING.union(*map(self._get, reads))
+        if self._origins and name in _COORDINATES:
+            labels |= {_OWN}
+        if self._origins and torch.Tag.nondeterministic_seeded in func.tags:
+            labels |= {_CHANCE}
         if func._schema.is_mutable:
             given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
@@ -279,9 +294,6 @@ def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-_BATCH = "batch:"
-
-
 class Provenance:
     """Where the values of one pass come from, as long as the data is followed."""
 
@@ -291,7 +303,7 @@ class Provenance:
         self._batch: Any = None
         self._claimed: dict[str, str] = {}
         self._taken: set[str] = set()
-        # States and inputs that no data of the batch reached: positions, grids, learned queries.
+        # States and inputs that were made of what the network holds: positions, grids, learned queries.
         self._idle: set[str] = set()
 
     def start_pass(self, batch: Any) -> None:
@@ -299,9 +311,11 @@ class Provenance:
         self._batch, self._claimed, self._taken, self._idle = batch, {}, set(), set()
         self._label_batch()
 
-    def follow(self) -> None:
-        """Begin to follow the data."""
-        self._flow = DataFlow()
+    def follow(self, own: Iterable[Tensor] = ()) -> None:
+        """Begin to follow the data, and what the network holds itself."""
+        self._flow = DataFlow(origins=True)
+        for tensor in own:
+            self._flow.label(tensor, _OWN)
         self._label_batch()
         self._flow.__enter__()
 
@@ -326,33 +340,42 @@ class Provenance:
         """Find which states a value was computed from."""
         if self._flow is None:
             return None
-        known = {self._claimed.get(label, label) for label in self._flow.labels(value)}
+        known = {self._claimed.get(label, label) for label in self._labels(value)}
         return frozenset(name for name in known if not name.startswith(_BATCH))
+
+    def _labels(self, value: Any) -> frozenset[str]:
+        """Read which data and states a value was computed from, by their labels."""
+        return _NOTHING if self._flow is None else self._flow.labels(value) - {_OWN, _CHANCE}
 
     def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Find which axes were merged into a tensor's first one, see :meth:`DataFlow.merged`."""
         return None if self._flow is None else self._flow.merged(tensor)
 
     def is_fresh(self, tensor: Tensor) -> bool | None:
-        """Check whether a tensor is data of the batch that was not claimed before."""
-        labels = None if self._flow is None else self._flow.labels(tensor)
+        """Check whether a tensor is noise, or data of the batch that was not claimed before."""
+        labels = self._labels(tensor)
         if not labels:
-            return None
+            is_noise = self._flow is not None and _CHANCE in self._flow.labels(tensor)
+            return True if is_noise else None
         data = labels - self._idle
-        return bool(data) and all(
-            name.startswith(_BATCH) and name not in self._claimed for name in data
-        )
+        return bool(data) and all(name.startswith(_BATCH) and name not in self._claimed for name in data)
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Check whether no data of the batch is known to have reached a tensor."""
         flow = self._flow
-        return flow is not None and not flow.labels(tensor) and flow.error is None
+        return flow is not None and not self._labels(tensor) and flow.error is None
+
+    def is_idle(self, value: Any) -> bool:
+        """Check whether a value is known to be made of nothing but what the network holds itself."""
+        labels = _NOTHING if self._flow is None else self._flow.labels(value)
+        return bool(labels) and labels <= self._idle | {_OWN}
 
     def claim(self, tensor: Tensor, name: str) -> None:
         """Let whatever a network input was made of count as that input from now on."""
         if self._flow is not None:
-            if not (labels := self._flow.labels(tensor)):
-                self._note_idle(labels, name)
+            if not (labels := self._labels(tensor)):
+                if self.is_idle(tensor):
+                    self._idle.add(name)
                 self._flow.label(tensor, name)
                 labels = frozenset({name})
             self._claimed |= {label: name for label in labels - self._idle or labels}
@@ -377,20 +400,12 @@ class Provenance:
         if self._flow is not None:
             self._taken |= {name for name in self._flow.labels(value) if name.startswith(_BATCH)}
 
-    def mark(self, value: Any, name: str) -> None:
-        """Let a value count as a state."""
+    def mark(self, value: Any, name: str, *, idle: bool) -> None:
+        """Let a value count as a state, and remember it where no data of the batch reached it."""
         if self._flow is not None:
-            self._note_idle(self._flow.labels(value), name)
+            if idle:
+                self._idle.add(name)
             self._flow.label(value, name)
-
-    def is_idle(self, name: str) -> bool:
-        """Check whether a state or an input was made of nothing that the batch is known to have reached."""
-        return name in self._idle
-
-    def _note_idle(self, labels: frozenset[str], name: str) -> None:
-        """Remember what was made of nothing that data of the batch reached."""
-        if labels <= self._idle and any(True for _ in tensors_inside(self._batch)):
-            self._idle.add(name)
 
     def may_hold(self, tensor: Tensor, name: str) -> bool:
         """Check whether a tensor may have been computed from a state."""

@@ -40,8 +40,8 @@ class Recorded:
             merges of several kinds met, ``None`` where none was seen.
         ignores_data: Whether no data of the batch reaches it, though its component was given some or
             took no floating-point tensor: position embeddings, as a rule.
-        is_idle: Whether it was made of nothing that data of the batch are known to have reached, as of a
-            grid or of learned queries.
+        is_idle: Whether it is known to be made of nothing but what the network holds itself, such as a
+            grid or learned queries.
     """
 
     name: str

@@ -199,7 +199,7 @@ def test_a_first_component_of_tokens_has_no_credit_of_its_own():
     tokens = torch.randint(0, 9, (300, 3), generator=torch.Generator().manual_seed(0))
     report = credit_report(net, tokens.split(50))
     assert report.components == ("2", "3")
-    assert report.notes[0].startswith("'0' takes no floating-point input, so its output is x_0")
+    assert report.notes[0].startswith("'0' takes no floating-point input that could be followed")
 
 
 def test_single_precision_models_are_computed_in_double(mlp):

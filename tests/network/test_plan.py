@@ -224,28 +224,60 @@ def test_states_that_first_vary_with_the_third_sample_are_kept():
     ]
 
 
-def raw_positions(by_grid: bool) -> nn.Module:
+def raw_positions(kind: str) -> nn.Module:
     """Adds to raw features, before any layer took them, positions that are looked up or computed."""
-    grid = torch.linspace(0, 1, 6)[:, None]
 
     def run(m: Any, x: Tensor) -> Tensor:
-        places = m.places(grid if by_grid else torch.arange(6))
-        return m.head(torch.tanh(m.mix(x + places)).mean(dim=1))
+        places = {
+            "looked up": lambda: m.table(torch.arange(6)),
+            "of a buffer": lambda: m.places(m.grid),
+            "of coordinates": lambda: m.places(torch.linspace(0, 1, 6)[:, None]),
+        }
+        return m.head(torch.tanh(m.mix(x + places[kind]())).mean(dim=1))
 
-    places = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 8)) if by_grid else nn.Embedding(6, 8)
-    return wired(run, places=places, mix=nn.Linear(8, 8), head=nn.Linear(8, 3))
+    places = nn.Sequential(nn.Linear(1, 16), nn.ReLU(), nn.Linear(16, 8))
+    table = nn.Embedding(6, 8)
+    model = wired(run, table=table, places=places, mix=nn.Linear(8, 8), head=nn.Linear(8, 3))
+    model.register_buffer("grid", torch.linspace(0, 1, 6)[:, None])
+    return model
 
 
-@pytest.mark.parametrize("by_grid", [False, True])
-def test_data_that_positions_were_added_to_before_the_first_layer_is_its_input(by_grid):
-    model = raw_positions(by_grid)
-    report = credit_report(model, list(torch.randn(300, 6, 8).split(50)), components=["mix", "head"])
-    # The mean over positions of what a linear layer gives is linear in that of what it takes.
-    batches = list(torch.randn(300, 6, 8).split(50))
-    found = credit_report(model, batches, reduce="mean")
-    assert found.components == ("mix", "head") == report.components
-    assert found.reference.states[0].startswith("input")
-    assert not any("takes no floating-point input" in note for note in found.notes)
+@pytest.mark.parametrize("kind", ["looked up", "of a buffer", "of coordinates"])
+@pytest.mark.parametrize("size", [6, 50])
+def test_data_that_positions_were_added_to_before_the_first_layer_is_its_input(kind, size):
+    # Of as many positions as samples, rows could be taken for samples.
+    found = credit_report(raw_positions(kind), list(torch.randn(300, 6, 8).split(size)))
+    assert found.components == ("mix", "head")
+    assert found.reference.widths == (48, 48, 3)
+    assert not any("takes no floating-point" in n or "be followed" in n for n in found.notes)
+
+
+def test_samples_decoded_of_noise_that_the_network_holds_are_not_what_the_report_is_about():
+    def run(m: Any, x: Tensor) -> Tensor:
+        decoded = m.decode(torch.relu(m.encode(x)))
+        m.shown = m.decode(m.noise)
+        return decoded
+
+    for count in (16, 50):
+        model = wired(run, encode=nn.Linear(8, 4), decode=nn.Linear(4, 8))
+        model.register_buffer("noise", torch.randn(count, 4))
+        report = credit_report(model, list(torch.randn(300, 8).split(50)))
+        assert report.components == ("encode", "decode")
+        assert not any("be followed" in note for note in report.notes)
+
+
+def test_noise_that_a_part_takes_is_an_input_wherever_it_comes():
+    def run(m: Any, x: Tensor) -> Tensor:
+        hidden = torch.relu(m.encode(x))
+        return m.head(hidden + torch.tanh(m.stir(m.scale * torch.randn(len(x), 4))))
+
+    parts = {"encode": nn.Linear(8, 6), "stir": nn.Linear(4, 6), "head": nn.Linear(6, 3)}
+    model = wired(run, **parts)
+    model.scale = nn.Parameter(torch.ones(4))
+    report = credit_report(model, list(torch.randn(300, 8).split(50)))
+    assert report.components == ("encode+stir", "head")
+    assert report.reference.widths == (12, 12, 3)
+    assert not any("be followed" in note for note in report.notes)
 
 
 def test_what_a_hypernetwork_made_weights_for_is_the_input_of_what_reads_it():
