@@ -140,6 +140,7 @@ class Capture:
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
         self._inputs: dict[tuple[int, int], str] = {}
+        self._places: dict[tuple[int, int], int] = {}
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
@@ -296,7 +297,14 @@ class Capture:
             return
         self._start_call()
         if self._passes == 0:
-            for known in (self.parts, self._inputs, self._merged, self._superseded, self._views):
+            for known in (
+                self.parts,
+                self._inputs,
+                self._places,
+                self._merged,
+                self._superseded,
+                self._views,
+            ):
                 known.clear()
 
     def _is_foreign(self, args: Any, kwargs: Any) -> bool:
@@ -339,6 +347,7 @@ class Capture:
             self._foreign.add(key)
             return
         if tensor is not None:
+            tensor = self._taken(tensor, key, (args, kwargs))
             if self._passes == 0 and (self._is_input(tensor) or self._is_further_part(tensor)):
                 self._views.add(_view_of(tensor))
                 self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
@@ -385,6 +394,17 @@ class Capture:
     def _takes_input(self, module: nn.Module) -> bool:
         """Check whether the module's input must be seen in the next pass."""
         return self._passes == 0 or any(taker == id(module) for taker, _ in self._inputs)
+
+    def _taken(self, first: Tensor, key: tuple[int, int], given: Any) -> Tensor:
+        """Return what a component takes: its first tensor, or data behind learned queries."""
+        if self._passes == 0 and self._provenance.is_idle(first):
+            real = list(filter(is_real, all_tensors(given)))
+            fresh = [i for i, tensor in enumerate(real) if self._provenance.is_fresh(tensor)]
+            if fresh:
+                self._places[key] = fresh[0]
+        if key not in self._places:
+            return first
+        return list(filter(is_real, all_tensors(given)))[self._places[key]]
 
     def _is_input(self, tensor: Tensor) -> bool:
         """Check whether a component takes data of the batch that no component has taken before."""

@@ -280,6 +280,28 @@ def test_noise_that_a_part_takes_is_an_input_wherever_it_comes():
     assert not any("be followed" in note for note in report.notes)
 
 
+class Attend(nn.Module):
+    """Looks at data with learned queries, which come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        return torch.softmax(queries @ self.mix(keys).mT, dim=-1) @ keys
+
+
+def test_data_behind_learned_queries_is_the_input_of_what_looks_at_it():
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.tanh(m.attend(m.queries.expand(len(x), -1, -1), x)).mean(dim=1))
+
+    model = wired(run, attend=Attend(), head=nn.Linear(8, 3))
+    model.queries = nn.Parameter(torch.randn(2, 8))
+    report = credit_report(model, list(torch.randn(300, 5, 8).split(50)), components=["attend", "head"])
+    assert report.components == ("attend", "head")
+    assert report.reference.widths == (40, 16, 3)
+
+
 def test_what_a_hypernetwork_made_weights_for_is_the_input_of_what_reads_it():
     def run(m: Any, x: Tensor) -> Tensor:
         weights = m.weights(m.code).view(6, 8)
