@@ -57,8 +57,16 @@ class Cost:
 
 def cost_of(runner: ForwardRunner) -> Cost:
     """Measure what a network costs."""
-    with FlopCounterMode(display=False) as counter:
-        runner.run_batch(0)
+    # The counter fails where a module takes a view of weights that ask for gradients (learned queries).
+    asking = [p for p in runner.model.parameters() if p.is_leaf and p.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        with FlopCounterMode(display=False) as counter:
+            runner.run_batch(0)
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
     return Cost(sum(p.numel() for p in runner.model.parameters()), counter.get_total_flops())
 
 

@@ -69,7 +69,8 @@ def component_effects(
 
     * ``skip``: y becomes x where the shapes agree, else its mean over samples.
     * ``linear``: y becomes the ridge regression of y on the leading 256 directions of x, fitted on these
-      samples; each sample is predicted as if it had been left out of the fit.
+      samples; each sample is predicted as if it had been left out of the fit. Of several tensors, x is
+      the first (doubt ``inputs``).
     * ``output_noise``: Gaussian noise of ``strength`` times each unit's standard deviation is added to
       y.
     * ``weight_noise``: Gaussian noise of ``strength`` times its own standard deviation is added to each
@@ -252,6 +253,7 @@ def effects_on(
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
     unseen = {n for n, point in alterations.outputs.items() if point.call in about.unseen}
+    partly = {n for n, point in alterations.inputs.items() if point in first.beside}
     seen = np.array([1.0 if set(members) - unseen else math.nan for members in rows.values()])
     effects = Effects(
         components=tuple(rows),
@@ -273,7 +275,9 @@ def effects_on(
     )
     doubts = {
         kind: tuple(
-            ("elsewhere",) if math.isnan(seen[i]) else _doubts(effects, alterations, kind, i, unsteady)
+            ("elsewhere",)
+            if math.isnan(seen[i])
+            else _doubts(effects, alterations, kind, i, unsteady, partly)
             for i in range(len(rows))
         )
         for kind in kinds
@@ -388,17 +392,24 @@ def _unsteadiness(runner: ForwardRunner, outputs: Sequence[Tensor], before: Outp
 
 
 def _doubts(
-    effects: Effects, alterations: Alterations, kind: str, row: int, unsteady: float
+    effects: Effects,
+    alterations: Alterations,
+    kind: str,
+    row: int,
+    unsteady: float,
+    partly: set[str],
 ) -> tuple[str, ...]:
     """Return the reasons not to believe one number."""
     name, value = effects.components[row], float(effects.values[kind][row])
-    maps = [alterations.maps[n] for n in effects.sets.get(name, (name,))] if kind == "linear" else []
+    members = effects.sets.get(name, (name,))
+    maps = [alterations.maps[n] for n in members] if kind == "linear" else []
     is_predicted = effects.how[kind] == "predicted"
     marks = {
         "saturated": is_predicted and effects.scale == "kl" and value > SATURATED,
         "samples": any(float(fitted.leverage.mean()) > 0.5 for fitted in maps),
         "leverage": any(float((fitted.leverage > 0.95).double().mean()) > 0.05 for fitted in maps),
         "gradient": math.isnan(value) and name not in effects.sets,
+        "inputs": kind == "linear" and not partly.isdisjoint(members),
         "unsteady": unsteady > 0 and not value > 10 * unsteady,
     }
     return tuple(word for word, marked in marks.items() if marked)

@@ -260,6 +260,7 @@ class Followed(NamedTuple):
         merged: Which axes were merged into the first axis of that.
         made: For each of some calls, which of the tensors returned were made of what it gave.
         axes: For each of the tensors returned, which axes were merged into its first one.
+        beside: Where further tensors that vary were given beside the one that was read.
     """
 
     given: Any
@@ -267,6 +268,7 @@ class Followed(NamedTuple):
     merged: dict[HookPoint, Any]
     made: dict[str, list[int]]
     axes: list[tuple[int, ...] | None]
+    beside: frozenset[HookPoint]
 
 
 class ForwardRunner:
@@ -338,16 +340,17 @@ class ForwardRunner:
     def run_followed(self, read: Iterable[HookPoint], calls: Iterable[str] = ()) -> Followed:
         """Run over the first batch and follow the data."""
         made: dict[str, list[int]] = {call: [] for call in calls}
+        beside = set[HookPoint]()
         with DataFlow() as flow:
-            given, values = self._run(
-                0, read, {call: functools.partial(_labelled, flow, call) for call in made}
-            )
+            labelled = {call: functools.partial(_labelled, flow, call) for call in made}
+            given, values = self._run(0, read, labelled, beside)
         merged = {point: flow.merged(value) for point, value in values.items()}
         returned = list(tensors_inside(given))
         for place, tensor in enumerate(returned):
             for call in flow.labels(tensor) & made.keys():
                 made[call].append(place)
-        return Followed(given, values, merged, made, [flow.merged(tensor) for tensor in returned])
+        axes = [flow.merged(tensor) for tensor in returned]
+        return Followed(given, values, merged, made, axes, frozenset(beside))
 
     def targets_of(
         self, outputs: Sequence[Tensor], target_of: Callable[[Any], Tensor | None]
@@ -367,13 +370,17 @@ class ForwardRunner:
         return self.form.outputs(given, self.batches[number]), values
 
     def _run(
-        self, number: int, read: Iterable[HookPoint], alter: Mapping[str, Alteration] | None
+        self,
+        number: int,
+        read: Iterable[HookPoint],
+        alter: Mapping[str, Alteration] | None,
+        beside: set[HookPoint] | None = None,
     ) -> tuple[Any, Mapping[HookPoint, Tensor]]:
         read = list(read)
         batch = to_device(self.batches[number], self._device)
         if torch.is_grad_enabled():
             batch = _ordinary(batch)
-        with random_states_kept(), HookPoints(self.model, read, alter) as points:
+        with random_states_kept(), HookPoints(self.model, read, alter, beside) as points:
             seed_all(number)
             points.start_pass()
             given = self.forward_fn(self.model, batch)

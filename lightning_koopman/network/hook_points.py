@@ -15,7 +15,7 @@ from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.provenance import seconds_following
-from lightning_koopman.network.tensors import first_tensor
+from lightning_koopman.network.tensors import all_tensors, first_tensor, is_real, varies
 
 
 class _Hook:
@@ -219,11 +219,20 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
     return parts if isinstance(value, Mapping) else type(value)(parts.values())
 
 
+def _is_beside(other: Tensor, first: Tensor) -> bool:
+    """Check whether a tensor is another one than the first, as long, and differs between samples."""
+    if other.is_nested or first.is_nested or not is_real(other) or other.shape[:1] != first.shape[:1]:
+        return False
+    own = other.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    return not own and varies(other)
+
+
 class HookPoints:
     """Hooks that read, and on demand replace, tensors at chosen module calls.
 
     Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
-    hooks come off at the end, also when an exception flies.
+    hooks come off at the end, also when an exception flies. To ``beside`` is added what is read where
+    further tensors that vary are given beside it.
 
     Attributes:
         values: Copies of the tensors read in the current pass. A replaced output reads as replaced.
@@ -234,8 +243,10 @@ class HookPoints:
         model: nn.Module,
         read: Iterable[HookPoint] = (),
         alter: Mapping[str, Alteration] | None = None,
+        beside: set[HookPoint] | None = None,
     ) -> None:
         self.values: dict[HookPoint, Tensor] = {}
+        self._beside = beside
         self._read = frozenset(read)
         self._alter = dict(alter or {})
         self._counts: dict[int, int] = {}
@@ -267,6 +278,10 @@ class HookPoints:
         point = HookPoint("in", calls.get(self._counts.get(id(module), 0), ""))
         if point in self._read and (tensor := first_tensor((args, kwargs))) is not None:
             self.values[point] = tensor.detach().clone()
+            if self._beside is not None and any(
+                _is_beside(t, tensor) for t in all_tensors((args, kwargs))
+            ):
+                self._beside.add(point)
 
     def _after(
         self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any, output: Any

@@ -20,6 +20,7 @@ from lightning_koopman.network.rows import (
     by_sample,
     row_forms,
 )
+from lightning_koopman.network.tensors import varies
 
 
 def listed(items: Sequence[str], separator: str = ", ") -> str:
@@ -40,7 +41,7 @@ def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[s
             sources[record.name] = set(record.sources) & set(sources)
             lost = not sources[record.name] and record.from_float and previous is not None
             known = record.name.startswith(INPUT) or record.is_idle
-            if lost and not known and _varies(record):
+            if lost and not known and varies(record.tensor):
                 unknown.append(record.name)
                 assert previous is not None
                 sources[record.name] = {previous}
@@ -51,16 +52,6 @@ def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[s
             "read what ran right before it"
         )
     return sources
-
-
-def _varies(record: Recorded) -> bool:
-    tensor = record.tensor
-    if tensor.is_nested:
-        return True
-    if tensor.ndim == 0 or tensor.shape[0] < 2:
-        return False
-    # The first two samples tell nearly always, and are far fewer than all.
-    return bool((tensor[1] != tensor[0]).any()) or bool((tensor != tensor[:1]).any())
 
 
 def chain_ends(
@@ -156,7 +147,7 @@ def leave_out_unfit(
             continue
         shape = tuple(record.tensor.shape)
         rows = by_sample(record.tensor, forms[record.name])
-        alike = len(rows) == 1 or not _varies(record)
+        alike = len(rows) == 1 or not varies(record.tensor)
         others = record.is_idle or alike or shape[0] != n_samples
         if record.ignores_data and n_samples > 1 and others:
             sources[record.name] = set()

@@ -103,6 +103,16 @@ def first_real(value: Any) -> Tensor | None:
         return None
 
 
+def varies(tensor: Tensor) -> bool:
+    """Check whether a tensor differs between samples, which are along its first axis."""
+    if tensor.is_nested:
+        return True
+    if tensor.ndim == 0 or tensor.shape[0] < 2:
+        return False
+    # The first two samples tell nearly always, and are far fewer than all.
+    return bool((tensor[1] != tensor[0]).any()) or bool((tensor != tensor[:1]).any())
+
+
 def is_real(tensor: Tensor) -> bool:
     """Check whether a tensor stands for real numbers; quantised ones do."""
     return tensor.is_floating_point() or tensor.is_quantized

@@ -52,6 +52,26 @@ def test_identity_activations_make_linearising_exact_and_merged():
     )
 
 
+class Queried(nn.Module):
+    """Gives learned queries to a module, as weights that ask for gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(2, 6))
+        self.look, self.mix, self.head = nn.Bilinear(6, 6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.look(self.queries[:1].expand(len(x), -1), x)
+        return self.head(self.mix(seen))
+
+
+def test_networks_that_give_learned_queries_to_a_module_are_counted():
+    net = Queried()
+    new = linearize(net, labelled(nn.Sequential(net)), components=["mix"], **ANY)
+    assert new.cost_before.flops > 0
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
 def test_the_original_is_left_alone_and_neighbours_stay_apart_on_demand():
     net, x = mlp().train(), inputs()
     before = {name: value.clone() for name, value in net.state_dict().items()}

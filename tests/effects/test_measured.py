@@ -22,6 +22,7 @@ from effect_nets import (
     smooth,
 )
 from scipy.stats import sem
+from small import wired
 from torch import Tensor, nn
 
 import lightning_koopman
@@ -385,6 +386,32 @@ def test_a_network_that_answers_differently_when_asked_twice_is_doubted():
     steady = component_effects(mlp(), [x])
     assert not any(steady.doubts["skip"])
     assert "?: unsteady (output_noise)" in str(found)
+
+
+class Gate(nn.Module):
+    """Scales what comes first by what comes second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.mix(x) * scale
+
+
+def test_linear_maps_of_components_that_take_further_tensors_which_vary_are_doubted():
+    x, _ = data(400)
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        alone = m.same(x, torch.ones(len(x), 1))
+        return m.head(m.gate(alone, x.square()))
+
+    net = wired(run, same=Gate(), gate=Gate(), head=nn.Linear(5, 3))
+    found = component_effects(net, [x], kinds=["linear", "skip"], sets=[["same", "gate"]])
+    assert found.components == ("same", "gate", "head", "same+gate")
+    assert found.doubts["linear"] == ((), ("inputs",), (), ("inputs",))
+    assert not any(found.doubts["skip"])
+    assert "?: inputs (linear)" in str(found)
 
 
 def test_linear_maps_of_too_few_samples_are_doubted():
