@@ -53,13 +53,18 @@ def quantized_weights(
                 f"group_size is {group_size}, but each output of {name!r} has {rows.shape[1]} inputs; "
                 "choose a divisor of that, or None"
             )
+        groups = rows.reshape(-1, size)
+        if size == 1:
+            # One value a group is taken for one group of all; a zero beside it leaves its scale alone.
+            groups = nn.functional.pad(groups, (0, 1))
+        block = (1, groups.shape[1])
         scale, zero = primitives.choose_qparams_affine(
-            rows, primitives.MappingType.SYMMETRIC, (1, size), torch.int8, lowest, highest
+            groups, primitives.MappingType.SYMMETRIC, block, torch.int8, lowest, highest
         )
-        whole = primitives.quantize_affine(rows, (1, size), scale, zero, torch.int8, lowest, highest)
+        whole = primitives.quantize_affine(groups, block, scale, zero, torch.int8, lowest, highest)
         again = primitives.dequantize_affine(
-            whole, (1, size), scale, zero, torch.int8, lowest, highest, output_dtype=weight.dtype
-        )
+            whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=weight.dtype
+        )[:, :size]
         found[name] = again.reshape(weight.shape)
     return found
 

@@ -40,6 +40,15 @@ def test_quantised_weights_are_rounded_to_nearest(bits, group):
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("net", "group"), [(nn.Linear(1, 6), None), (nn.Linear(4, 3), 1)])
+def test_weights_with_a_scale_of_their_own_are_moved_by_half_a_step_at_most(net, group):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    found = quantized_weights(net, 4, group_size=group)["weight"]
+    assert found.shape == net.weight.shape
+    step = net.weight.detach().abs() / 7.5
+    torch.testing.assert_close((found - net.weight).abs() / step, torch.full(found.shape, 0.5))
+
+
 def test_fewer_bits_move_the_outputs_more_and_predictions_follow():
     pytest.importorskip("torchao", reason="torchao is not installed")
     net, (x, y) = mlp(), data()
