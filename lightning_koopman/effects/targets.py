@@ -160,7 +160,9 @@ def may_be_scores(fits: Sequence[Fit]) -> bool:
     if not (width := _width(fits)):
         return False
     right, count = sum(fit.right for fit in fits), sum(fit.n_targets for fit in fits)
-    told = count < width or right * width > 2 * count
+    # One output that is always the largest may happen to be what the most frequent label is.
+    usual = sum(fit.usual for fit in fits)
+    told = count < width or (right * width > 2 * count and (right > usual or usual == count))
     return width <= _OUTPUTS_PER_CLASS * (max(fit.largest for fit in fits) + 1) or told
 
 

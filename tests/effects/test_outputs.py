@@ -321,6 +321,19 @@ def test_classes_of_which_few_are_in_the_data_are_classes(present):
     assert effects.metric_before > 0.95
 
 
+def test_outputs_whose_largest_is_always_the_same_one_are_no_class_scores_of_that_label():
+    # Values on a grid, beside labels of which the first is as frequent as the others.
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 20))
+    with torch.no_grad():
+        net[2].bias[0] += 100
+    x, y = torch.randn(400, 6), torch.arange(400) % 3
+    effects = component_effects(net, [(x, y)])
+    assert effects.scale == "relative"
+    assert effects.notes[0].startswith(
+        "the integer targets of the batches are no classes of the outputs"
+    )
+
+
 def test_where_features_stand_beside_scores_these_count():
     torch.manual_seed(0)
     parts = {"features": nn.Linear(8, 20), "scores": nn.Linear(8, 12)}
