@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -402,9 +403,9 @@ class Capture:
             fresh = [i for i, tensor in enumerate(real) if self._provenance.is_fresh(tensor)]
             if fresh:
                 self._places[key] = fresh[0]
-        if key not in self._places:
+        if (place := self._places.get(key)) is None:
             return first
-        return list(filter(is_real, all_tensors(given)))[self._places[key]]
+        return next(itertools.islice(filter(is_real, all_tensors(given)), place, None), first)
 
     def _is_input(self, tensor: Tensor) -> bool:
         """Check whether a component takes data of the batch that no component has taken before."""

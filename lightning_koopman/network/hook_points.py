@@ -221,10 +221,11 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
 
 def _is_beside(other: Tensor, first: Tensor) -> bool:
     """Check whether a tensor is another one than the first, as long, and differs between samples."""
-    if other.is_nested or first.is_nested or not is_real(other) or other.shape[:1] != first.shape[:1]:
+    if any(tensor.is_nested or tensor.layout is not torch.strided for tensor in (other, first)):
         return False
-    own = other.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-    return not own and varies(other)
+    if not is_real(other) or other.shape[:1] != first.shape[:1]:
+        return False
+    return other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() and varies(other)
 
 
 class HookPoints:

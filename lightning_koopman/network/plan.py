@@ -148,8 +148,8 @@ def leave_out_unfit(
         shape = tuple(record.tensor.shape)
         rows = by_sample(record.tensor, forms[record.name])
         alike = len(rows) == 1 or not varies(record.tensor)
-        others = record.is_idle or alike or shape[0] != n_samples
-        if record.ignores_data and n_samples > 1 and others:
+        apart = record.is_idle or alike or shape[0] != n_samples
+        if record.ignores_data and n_samples > 1 and apart:
             sources[record.name] = set()
             constant.append(record.name)
         elif not sources[record.name] and n_samples > 1 and alike:
@@ -358,7 +358,7 @@ def make_plan(
 
 
 def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:
-    """Take it for ignoring the data what none reached, unless that is all there is."""
+    """Mark what is made of the network's own tensors as ignoring the data, unless everything is."""
     if all(record.ignores_data or record.is_idle for record in records):
         return records
     return [replace(r, ignores_data=r.ignores_data or r.is_idle) for r in records]

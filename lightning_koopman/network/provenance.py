@@ -366,9 +366,10 @@ class Provenance:
         return flow is not None and not self._labels(tensor) and flow.error is None
 
     def is_idle(self, value: Any) -> bool:
-        """Check whether a value is known to be made of nothing but what the network holds itself."""
-        labels = _NOTHING if self._flow is None else self._flow.labels(value)
-        return bool(labels) and labels <= self._idle | {_OWN}
+        """Check whether all tensors of a value are known to be made of what the network holds itself."""
+        flow = self._flow
+        known = [] if flow is None else [flow.labels(tensor) for tensor in all_tensors(value)]
+        return bool(known) and all(labels and labels <= self._idle | {_OWN} for labels in known)
 
     def claim(self, tensor: Tensor, name: str) -> None:
         """Let whatever a network input was made of count as that input from now on."""
