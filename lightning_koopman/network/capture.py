@@ -410,7 +410,7 @@ class Capture:
     def _is_input(self, tensor: Tensor) -> bool:
         """Check whether a component takes data of the batch that no component has taken before."""
         fresh = self._provenance.is_fresh(tensor)
-        return not self._states if fresh is None else fresh
+        return not self._states.keys() - self._provenance.idle if fresh is None else fresh
 
     def _is_further_part(self, tensor: Tensor) -> bool:
         """Check whether a component takes another part of an input than before, as steps in time are."""
@@ -470,7 +470,8 @@ class Capture:
         origin = self._sources_of.setdefault(name, self._pending.get(id(module), _Origin()))
         given_data = bool(origin.sources) or not origin.from_float
         ignores_data = self._passes == 0 and given_data and self._provenance.is_untouched(tensor)
-        self._provenance.mark(output, name, idle=origin.is_idle or ignores_data)
+        is_idle = origin.is_idle or self._provenance.is_idle(tensor)
+        self._provenance.mark(output, name, idle=is_idle)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
             recorded = _recorded(
@@ -482,7 +483,7 @@ class Capture:
                     recorded,
                     is_frozen=is_frozen(component, self._trained),
                     ignores_data=ignores_data,
-                    is_idle=origin.is_idle,
+                    is_idle=is_idle,
                 )
             self._keep(tensor, recorded)
 

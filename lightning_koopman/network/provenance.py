@@ -21,11 +21,12 @@ _SHAPE_ONLY = frozenset({
     *(f"new_{kind}" for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
 })
 
-_BATCH, _OWN, _CHANCE = "batch:", "own", "chance"
-"""Labels of the batch's tensors, of what the network holds or makes of nothing, and of chance."""
-
-# These make positions and grids, of nothing.
+# These make coordinates, of nothing. What others make so may be written to by code that nobody sees.
 _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"})
+
+_BATCH, _OWN, _CHANCE, _UNKNOWN = "batch:", "own", "chance", "unknown"
+"""Labels of the batch's tensors, of what the network holds and of coordinates, of random numbers, and of
+what came from elsewhere, as data do that went through NumPy."""
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -40,8 +41,8 @@ class DataFlow:
     in any order.
 
     Args:
-        origins: Whether what operators make of nothing has labels: of coordinates, as ``arange`` gives
-            them, and of chance.
+        origins: Whether there are labels of coordinates, which operators make of nothing, of random
+            numbers, and of what was read without a label.
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
@@ -116,24 +117,29 @@ class DataFlow:
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         reads = list(_flat((*args, *kwargs.values())))
         name = func._schema.name.rpartition("::")[2]
-        labels = _NOTHING if name in _SHAPE_ONLY else _NOTHING.union(*map(self._get, reads))
-        if self._origins and name in _COORDINATES:
-            labels |= {_OWN}
-        if self._origins and torch.Tag.nondeterministic_seeded in func.tags:
-            labels |= {_CHANCE}
+        known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
+        labels = _NOTHING.union(*known)
+        if self._origins:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                labels |= {_CHANCE}
+            elif name in _COORDINATES:
+                labels |= {_OWN}
+            # A single number is hardly ever what a network reads.
+            if any(not of and read.numel() > 1 for of, read in zip(known, reads, strict=False)):
+                labels |= {_UNKNOWN}
         if func._schema.is_mutable:
             given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in _flat([given.get(argument.name)]):
                         self._set(tensor, labels)
-        known = {_address(tensor) for tensor in reads}
+        places = {_address(tensor) for tensor in reads}
         merged = {} if name in _SHAPE_ONLY else self._merges_of(reads)
         if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
             merged[out.shape[0]] = ()
         for tensor in _flat([out]):
             # A view keeps the labels of what it views.
-            if _address(tensor) not in known:
+            if _address(tensor) not in places:
                 self._set(tensor, labels)
                 self._set_merged(tensor, merged)
         if isinstance(out, Tensor) and (axes := _merged_axes(name, args, out)):
@@ -294,8 +300,15 @@ def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+_ORIGINS = frozenset({_OWN, _CHANCE, _UNKNOWN})
+
+
 class Provenance:
-    """Where the values of one pass come from, as long as the data is followed."""
+    """Where the values of one pass come from, as long as the data is followed.
+
+    Attributes:
+        idle: States and inputs that were made of what the network holds: positions, learned queries.
+    """
 
     def __init__(self) -> None:
         self._error: Exception | None = None
@@ -303,12 +316,11 @@ class Provenance:
         self._batch: Any = None
         self._claimed: dict[str, str] = {}
         self._taken: set[str] = set()
-        # States and inputs that were made of what the network holds: positions, grids, learned queries.
-        self._idle: set[str] = set()
+        self.idle: set[str] = set()
 
     def start_pass(self, batch: Any) -> None:
         """Forget the pass before."""
-        self._batch, self._claimed, self._taken, self._idle = batch, {}, set(), set()
+        self._batch, self._claimed, self._taken, self.idle = batch, {}, set(), set()
         self._label_batch()
 
     def follow(self, own: Iterable[Tensor] = ()) -> None:
@@ -345,20 +357,24 @@ class Provenance:
 
     def _labels(self, value: Any) -> frozenset[str]:
         """Read which data and states a value was computed from, by their labels."""
-        return _NOTHING if self._flow is None else self._flow.labels(value) - {_OWN, _CHANCE}
+        return _NOTHING if self._flow is None else self._flow.labels(value) - _ORIGINS
 
     def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Find which axes were merged into a tensor's first one, see :meth:`DataFlow.merged`."""
         return None if self._flow is None else self._flow.merged(tensor)
 
     def is_fresh(self, tensor: Tensor) -> bool | None:
-        """Check whether a tensor is noise, or data of the batch that was not claimed before."""
-        labels = self._labels(tensor)
-        if not labels:
-            is_noise = self._flow is not None and _CHANCE in self._flow.labels(tensor)
-            return True if is_noise else None
-        data = labels - self._idle
-        return bool(data) and all(name.startswith(_BATCH) and name not in self._claimed for name in data)
+        """Check whether a tensor is noise, or data of the batch that was not claimed before.
+
+        ``None`` where nothing is known of what else than positions and the like it is made of.
+        """
+        labels = _NOTHING if self._flow is None else self._flow.labels(tensor)
+        data = labels - _ORIGINS - self.idle
+        if data:
+            return all(name.startswith(_BATCH) and name not in self._claimed for name in data)
+        if _CHANCE in labels and _UNKNOWN not in labels:
+            return True
+        return None if _UNKNOWN in labels or not labels - {_OWN} else False
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Check whether no data of the batch is known to have reached a tensor."""
@@ -369,17 +385,17 @@ class Provenance:
         """Check whether all tensors of a value are known to be made of what the network holds itself."""
         flow = self._flow
         known = [] if flow is None else [flow.labels(tensor) for tensor in all_tensors(value)]
-        return bool(known) and all(labels and labels <= self._idle | {_OWN} for labels in known)
+        return bool(known) and all(labels and labels <= self.idle | {_OWN} for labels in known)
 
     def claim(self, tensor: Tensor, name: str) -> None:
         """Let whatever a network input was made of count as that input from now on."""
         if self._flow is not None:
-            if not (labels := self._labels(tensor)):
+            if not (labels := self._labels(tensor) - self.idle):
                 if self.is_idle(tensor):
-                    self._idle.add(name)
+                    self.idle.add(name)
                 self._flow.label(tensor, name)
                 labels = frozenset({name})
-            self._claimed |= {label: name for label in labels - self._idle or labels}
+            self._claimed |= {label: name for label in labels}
 
     def others(self, value: Any) -> list[Tensor]:
         """Find the tensors made of data of the batch that no component has taken, such as targets."""
@@ -405,7 +421,7 @@ class Provenance:
         """Let a value count as a state, and remember it where no data of the batch reached it."""
         if self._flow is not None:
             if idle:
-                self._idle.add(name)
+                self.idle.add(name)
             self._flow.label(value, name)
 
     def may_hold(self, tensor: Tensor, name: str) -> bool:

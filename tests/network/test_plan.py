@@ -252,6 +252,29 @@ def test_data_that_positions_were_added_to_before_the_first_layer_is_its_input(k
     assert not any("takes no floating-point" in n or "be followed" in n for n in found.notes)
 
 
+def test_data_that_went_through_numpy_are_the_input_behind_positions_too():
+    def run(m: Any, x: Tensor) -> Tensor:
+        seen = torch.from_numpy(np.tanh(x.numpy()))
+        return m.head(torch.tanh(m.mix(seen + m.table(torch.arange(6)))).mean(dim=1))
+
+    model = wired(run, table=nn.Embedding(6, 8), mix=nn.Linear(8, 8), head=nn.Linear(8, 3))
+    report = credit_report(model, list(torch.randn(300, 6, 8).split(50)))
+    assert report.components == ("mix", "head")
+    assert report.reference.states[0] == "input"
+
+
+def test_data_lost_on_the_way_are_not_taken_for_what_the_network_holds():
+    def run(m: Any, x: Tensor) -> Tensor:
+        lost = torch.from_numpy(torch.tanh(m.encode(x)).numpy())
+        return m.head(torch.tanh(m.mix(lost @ m.weights)))
+
+    model = wired(run, encode=nn.Linear(8, 6), mix=nn.Linear(6, 6), head=nn.Linear(6, 3))
+    model.weights = nn.Parameter(torch.randn(6, 6))
+    report = credit_report(model, list(torch.randn(300, 8).split(50)))
+    assert report.components == ("encode", "mix", "head")
+    assert "where the input of mix comes from could not be followed" in report.notes[0]
+
+
 def test_samples_decoded_of_noise_that_the_network_holds_are_not_what_the_report_is_about():
     def run(m: Any, x: Tensor) -> Tensor:
         decoded = m.decode(torch.relu(m.encode(x)))
