@@ -46,7 +46,8 @@ class _Parser(ArgumentParser):
             message = f"{option}{choice[2]!r} is none of {choice[1]}"
         elif stray := re.fullmatch(r"[Uu]nrecognized arguments: --(\w+).*", message):
             known = _defaults(command) if command else {}
-            close = difflib.get_close_matches(stray[1], known, n=1)
+            short = [name for name in known if _is_short_for(name, stray[1])]
+            close = short or difflib.get_close_matches(stray[1], known, n=1)
             meant = f"; did you mean {_option(close[0])}?" if close else ""
             message = f"{command or 'lightning-koopman'} has no option {_option(stray[1])}{meant}"
         elif value := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
@@ -61,6 +62,12 @@ class _Parser(ArgumentParser):
         console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
         console.print(f"See lightning-koopman {asked}", soft_wrap=True, highlight=False)
         self.exit(2)
+
+
+def _is_short_for(name: str, word: str) -> bool:
+    """Check whether an option abbreviates a word, as ``ckpt`` does ``checkpoint``."""
+    letters = iter(word)
+    return word[0] == name[0] and all(letter in letters for letter in name)
 
 
 def _command(name: str) -> Callable[..., Any]:

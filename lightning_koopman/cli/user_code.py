@@ -91,8 +91,8 @@ def _validation_batches(found: Any, name: str) -> Iterable[Any]:
 
 
 def _named_object(name: str) -> Any:
-    """Import what the user named as pkg.mod:attribute, and nothing else."""
-    module_name, _, attribute = name.partition(":")
+    """Import what the user named as pkg.mod:attribute, or as pkg.mod.attribute, and nothing else."""
+    module_name, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
     if not module_name or not attribute:
         raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
     if os.getcwd() not in sys.path:

@@ -94,6 +94,12 @@ def test_a_data_module_gets_the_arguments_that_the_checkpoint_saved(project):
     assert read("report.json")[0].n_samples == 70
 
 
+def test_models_and_data_are_named_with_a_dot_as_well_as_the_lightning_cli_names_them(project):
+    names = ["--model=userproject.LitNet", "--data=userproject.Data"]
+    assert main(["evaluate", *names, "--ckpt=*.ckpt", "--out=report.json"]) == 0
+    assert [report.step for report in read("report.json")] == [10, 20]
+
+
 def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, capsys):
     (project / "bad.ckpt").write_bytes(b"junk")
     assert evaluate("--ckpt=*.ckpt") == 1
@@ -112,6 +118,7 @@ def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, cap
     [
         ("userproject", "userproject:Data", "'userproject' names nothing; write pkg.mod:Name"),
         ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
+        ("userproject.Nope", "userproject.Data", "userproject has no 'Nope'"),
         ("userproject:LitNett", "userproject:Data", "has no 'LitNett'; did you mean 'LitNet'?"),
         ("no_such_module:Nope", "userproject:Data", "'no_such_module', which is neither in this"),
         (
@@ -130,6 +137,7 @@ def test_wrong_names_are_explained(project, capsys, model, data, message):
 UNUSABLE = {
     "evaluate --nonsense 1": "error: evaluate has no option --nonsense See",
     "linearize --max-dropp 1": "linearize has no option --max-dropp; did you mean --max-drop? See",
+    "evaluate --checkpoints a.ckpt": "evaluate has no option --checkpoints; did you mean --ckpt? See",
     "effects --model a --data b --ckpt c --kinds [xy]": "error: --kinds: 'xy' is none of 'linear',",
     "evaluate --model a --data b": "error: evaluate needs --ckpt See lightning-koopman evaluate --help",
     "evaluate --trust-checkpoint": "error: evaluate needs --model, --data, --ckpt",
