@@ -41,6 +41,7 @@ from lightning_koopman.network.tensors import (
     padded,
     tensors_inside,
     unpacked,
+    varies,
     whole_here,
 )
 
@@ -69,12 +70,14 @@ class _Origin(NamedTuple):
         from_float: Whether a floating-point tensor is in it.
         is_loss: Whether it is a state and data that no component takes.
         is_idle: Whether nothing is in it but what the network holds itself.
+        raw: Labels of the data of the batch in it that no component took before.
     """
 
     sources: frozenset[str] | None = None
     from_float: bool = True
     is_loss: bool = False
     is_idle: bool = False
+    raw: frozenset[str] = frozenset()
 
 
 class Capture:
@@ -103,6 +106,7 @@ class Capture:
             name. Empty where it was not called.
         in_losses: The states that reach single numbers which it returned then, as losses are.
         given: What that ancestor, or else the network, was called with, by name.
+        half_seen: Components that take data of the batch beside states, where no call shows the data.
     """
 
     def __init__(
@@ -142,6 +146,9 @@ class Capture:
         self._merged: set[tuple[int, int]] = set()
         self._inputs: dict[tuple[int, int], str] = {}
         self._places: dict[tuple[int, int], int] = {}
+        # By component, the inputs that are mixed into states, and their places in the ancestor's call.
+        self._mixed_in: dict[str, dict[str, int]] = {}
+        self.half_seen: list[str] = []
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
@@ -203,6 +210,7 @@ class Capture:
         self.skipped: list[str] = []
         self._pending: dict[int, _Origin] = {}
         self._sources_of: dict[str, _Origin] = {}
+        self._call: Any = ()
         self._raw: Tensor | None = None
         self._current: tuple[str, int, int] | None = None
         self._unusable: str | None = None
@@ -284,7 +292,7 @@ class Capture:
             self._start_call()
             assert self.again is not None
             self.again(states)
-        self._called = True
+        self._called, self._call = True, (args, kwargs)
         # What this call is told of its own data comes first.
         own = _arguments(module, args, kwargs)
         self.given = own | {key: self._outer[key] for key in self._outer.keys() - own.keys()}
@@ -302,6 +310,8 @@ class Capture:
                 self.parts,
                 self._inputs,
                 self._places,
+                self._mixed_in,
+                self.half_seen,
                 self._merged,
                 self._superseded,
                 self._views,
@@ -361,7 +371,8 @@ class Capture:
         is_loss = bool(self._inner(sources) and self._provenance.others((args, kwargs)))
         self._provenance.take((args, kwargs))
         idle = self._provenance.is_idle((args, kwargs))
-        self._pending[id(module)] = _Origin(sources, tensor is not None, is_loss, idle)
+        raw = self._provenance.unclaimed((args, kwargs)) if self._passes == 0 else frozenset[str]()
+        self._pending[id(module)] = _Origin(sources, tensor is not None, is_loss, idle, raw)
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -467,7 +478,10 @@ class Capture:
         if self._passes == 0:
             called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
             self.parts[name] = (*self.parts.get(name, ()), called)
-        origin = self._sources_of.setdefault(name, self._pending.get(id(module), _Origin()))
+        if name not in self._sources_of:
+            origin = self._pending.get(id(module), _Origin())
+            self._sources_of[name] = self._with_mixed_in(name, module, origin, tensor)
+        origin = self._sources_of[name]
         given_data = bool(origin.sources) or not origin.from_float
         ignores_data = self._passes == 0 and given_data and self._provenance.is_untouched(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
@@ -487,11 +501,41 @@ class Capture:
                 )
             self._keep(tensor, recorded)
 
+    def _with_mixed_in(self, name: str, module: nn.Module, origin: _Origin, output: Tensor) -> _Origin:
+        """Record the data that a component takes mixed into states, or beside them, as inputs."""
+        given = list(filter(is_real, all_tensors(self._call)))
+        # What gives a number per sample compares them, as a rule.
+        if origin.raw and self._inner(origin.sources) and output.ndim > 1:
+            for place, tensor in enumerate(given):
+                raw = self._provenance.unclaimed(tensor)
+                if raw and raw <= origin.raw and not _is_mask(tensor):
+                    added = f"{INPUT}#{len(self._inputs)}" if self._inputs else INPUT
+                    self._inputs[id(self._ancestor), -1 - place] = added
+                    self._mixed_in.setdefault(name, {})[added] = place
+                    self._provenance.claim(tensor, added)
+            missing = self._provenance.data_of(origin.raw)
+            missing = [tensor for tensor in missing if self._provenance.unclaimed(tensor)]
+            if any(is_real(tensor) and not _is_mask(tensor) for tensor in missing):
+                self.half_seen.append(name)
+        added_here = self._mixed_in.get(name, {})
+        for added, place in added_here.items():
+            if place < len(given) and added not in self._states:
+                tensor = given[place]
+                self._keep(tensor, _recorded(added, module, tensor, tensor, frozenset()))
+        if not added_here:
+            return origin
+        return origin._replace(sources=(origin.sources or frozenset()) | added_here.keys())
+
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
         """Keep a state; the first pass shows how its rows came about."""
         if self._passes == 0:
             recorded = replace(recorded, merged=self._provenance.merged(tensor))
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Check whether a tensor holds nothing but 0 and 1, or is the same for every sample."""
+    return not varies(tensor) or bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _held_by(model: nn.Module) -> Iterator[Tensor]:

@@ -397,6 +397,16 @@ class Provenance:
                 labels = frozenset({name})
             self._claimed |= {label: name for label in labels}
 
+    def unclaimed(self, value: Any) -> frozenset[str]:
+        """Return the labels of the data of the batch in a value that are no input yet."""
+        found = self._labels(value)
+        return frozenset(name for name in found if name.startswith(_BATCH) and name not in self._claimed)
+
+    def data_of(self, labels: frozenset[str]) -> list[Tensor]:
+        """Return the tensors of the batch that have some labels."""
+        data = enumerate(tensors_inside(self._batch))
+        return [tensor for i, tensor in data if f"{_BATCH}{i}" in labels]
+
     def others(self, value: Any) -> list[Tensor]:
         """Find the tensors made of data of the batch that no component has taken, such as targets."""
         if self._flow is None:

@@ -289,6 +289,57 @@ def test_samples_decoded_of_noise_that_the_network_holds_are_not_what_the_report
         assert not any("be followed" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("how", ["added", "beside", "of its own argument"])
+def test_data_that_a_layer_takes_mixed_into_states_are_an_input(how):
+    def run(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        label = m.label(y)
+        if how == "of its own argument":
+            return m.head(torch.tanh(m.gate(label, x)))
+        return m.head(torch.tanh(m.mix(x + label if how == "added" else torch.cat([x, label], dim=1))))
+
+    wide = 16 if how == "beside" else 8
+    mix = {"gate": nn.Bilinear(8, 8, 6)} if how == "of its own argument" else {"mix": nn.Linear(wide, 6)}
+    model = wired(run, label=nn.Embedding(3, 8), **mix, head=nn.Linear(6, 3))
+    x, y = torch.randn(300, 8), torch.randint(0, 3, (300,))
+    batches = list(zip(x.split(50), y.split(50), strict=True))
+    report = credit_report(model, batches, forward_fn=lambda m, batch: m(*batch))
+    assert report.components == (next(iter(mix)), "head")
+    assert report.reference.states[0] == "label+input"
+    assert report.reference.widths == (16, 6, 3)
+    if how != "of its own argument":
+        assert report.r2[0] > 0.999999
+
+
+def test_data_that_only_a_step_mixes_into_states_are_missed_with_a_note():
+    model = nn.ModuleDict({
+        "label": nn.Embedding(3, 8),
+        "mix": nn.Linear(16, 6),
+        "head": nn.Linear(6, 3),
+    })
+
+    def step(m: Any, batch: Any) -> Tensor:
+        x, y = batch
+        return m["head"](torch.tanh(m["mix"](torch.cat([x, m["label"](y)], dim=1))))
+
+    x, y = torch.randn(300, 8), torch.randint(0, 3, (300,))
+    batches = list(zip(x.split(50), y.split(50), strict=True))
+    report = credit_report(model, batches, forward_fn=step)
+    assert report.reference.states == ("label", "mix", "head")
+    assert any(note.startswith("mix take data of the batch beside states") for note in report.notes)
+
+
+def test_masks_that_states_are_multiplied_by_are_no_inputs():
+    def run(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+        return m.head(torch.tanh(m.mix(m.encode(x) * mask)))
+
+    model = wired(run, encode=nn.Linear(8, 6), mix=nn.Linear(6, 6), head=nn.Linear(6, 3))
+    x, mask = torch.randn(300, 8), (torch.rand(300, 6) > 0.1).float()
+    batches = list(zip(x.split(50), mask.split(50), strict=True))
+    report = credit_report(model, batches, forward_fn=lambda m, batch: m(*batch))
+    assert report.reference.states == ("input", "encode", "mix", "head")
+    assert report.reference.parents == ((0,), (1,), (2,))
+
+
 def test_noise_that_a_part_takes_is_an_input_wherever_it_comes():
     def run(m: Any, x: Tensor) -> Tensor:
         hidden = torch.relu(m.encode(x))
