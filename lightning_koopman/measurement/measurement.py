@@ -356,8 +356,8 @@ class Measurement(Accumulator):
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
         if half_seen := [name for name in self.capture.half_seen if name in self.parts]:
             notes.append(
-                f"{listed(half_seen)} take data of the batch beside states, but no call of the whole "
-                "network is given them, so operators do not see them; let one forward() take both"
+                f"data of the batch that go into {listed(half_seen)} beside states are given to no call "
+                "of the whole network, so operators do not see them; let one forward() take both"
             )
         if homeless := [f"{name} ({count:,})" for name, count in self.capture.homeless.items()]:
             notes.append(f"parameters in no component: {listed(homeless)}")

@@ -325,7 +325,9 @@ def test_data_that_only_a_step_mixes_into_states_are_missed_with_a_note():
     batches = list(zip(x.split(50), y.split(50), strict=True))
     report = credit_report(model, batches, forward_fn=step)
     assert report.reference.states == ("label", "mix", "head")
-    assert any(note.startswith("mix take data of the batch beside states") for note in report.notes)
+    assert any(
+        note.startswith("data of the batch that go into mix beside states") for note in report.notes
+    )
 
 
 def test_masks_that_states_are_multiplied_by_are_no_inputs():
