@@ -152,7 +152,7 @@ class Capture:
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
-        self._views: set[tuple[Any, ...]] = set()
+        self._covered = _Coverage()
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
         self._provenance = Provenance()
@@ -225,6 +225,7 @@ class Capture:
             if self._unusable is not None:
                 raise ValueError(self._unusable)
             self._passes += 1
+            self._covered.clear()
             return self._states
         finally:
             for name in list(self._input_hooks):
@@ -314,7 +315,7 @@ class Capture:
                 self.half_seen,
                 self._merged,
                 self._superseded,
-                self._views,
+                self._covered,
             ):
                 known.clear()
 
@@ -360,7 +361,15 @@ class Capture:
         if tensor is not None:
             tensor = self._taken(tensor, key, (args, kwargs))
             if self._passes == 0 and (self._is_input(tensor) or self._is_further_part(tensor)):
-                self._views.add(_view_of(tensor))
+                made_of = self._provenance.made_of(tensor)
+                for data in made_of:
+                    self._covered.open(data)
+                known = self._covered.knows(tensor)
+                self._covered.add(tensor)
+                # Of what is copied, nobody knows which part: all, if there is as much of it.
+                if not known and all(tensor.numel() >= data.numel() for data in made_of):
+                    for data in made_of:
+                        self._covered.add(data)
                 self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
                 self._provenance.claim(tensor, self._inputs[key])
             if key in self._inputs:
@@ -424,13 +433,14 @@ class Capture:
         return not self._states.keys() - self._provenance.idle if fresh is None else fresh
 
     def _is_further_part(self, tensor: Tensor) -> bool:
-        """Check whether a component takes another part of an input than before, as steps in time are."""
+        """Check whether a component takes more of what an input is a part of, as steps in time are."""
         sources = self._provenance.of(tensor)
         if not sources or not sources <= set(self._inputs.values()):
             return False
-        *view, offset = _view_of(tensor)
-        offsets = {other for *known, other in self._views if known == view}
-        return bool(offsets) and offset not in offsets
+        if self._covered.knows(tensor):
+            return self._covered.misses(tensor)
+        # A copy of some part, nobody knows which: then it is more, unless all was taken.
+        return any(map(self._covered.misses, self._provenance.made_of(tensor)))
 
     def _continues(self, output: Any, name: str, raw: Tensor) -> bool:
         """Check whether an output still holds a component's state, one row per sample."""
@@ -546,12 +556,75 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
             yield from (t for t in held.values() if type(t) is Tensor or type(t) is nn.Parameter)
 
 
-def _view_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return which memory a tensor looks at, how, and where it begins."""
+class _Coverage:
+    """Which parts of some tensors were taken, told by views of their memory."""
+
+    def __init__(self) -> None:
+        # By memory, where the tensor begins, and a mark for each place behind; none if all were taken.
+        self._taken: dict[tuple[int, torch.dtype], tuple[int, Tensor | None]] = {}
+
+    def clear(self) -> None:
+        """Forget what was taken."""
+        self._taken.clear()
+
+    def open(self, whole: Tensor) -> None:
+        """Get ready to note which parts of a tensor are taken."""
+        key, span = _memory(whole), _span(whole)
+        if key is not None and key not in self._taken:
+            self._taken[key] = int(whole.storage_offset()), torch.zeros(span, dtype=torch.bool)
+
+    def add(self, part: Tensor) -> None:
+        """Note a view as taken."""
+        self.open(part)
+        key = _memory(part)
+        if key is None or not part.numel() or (marks := self._marks(key, part)) is None:
+            return
+        marks.fill_(True)
+        start, every = self._taken[key]
+        if every is not None and bool(every.all()):
+            self._taken[key] = start, None
+
+    def knows(self, part: Tensor) -> bool:
+        """Check whether a view is one of a tensor of which parts were taken."""
+        return _memory(part) in self._taken
+
+    def misses(self, part: Tensor) -> bool:
+        """Check whether there is more in a view than was taken."""
+        key = _memory(part)
+        if key is None or key not in self._taken or self._taken[key][1] is None:
+            return False
+        marks = self._marks(key, part)
+        return marks is None or not bool(marks.all())
+
+    def _marks(self, key: tuple[int, torch.dtype], part: Tensor) -> Tensor | None:
+        """Return the marks of a view, or none where it reaches beyond what is marked."""
+        start, marks = self._taken[key]
+        offset = part.storage_offset() - start
+        if marks is None or offset < 0 or offset + _span(part) > len(marks):
+            return None
+        axes = [(n, step) for n, step in zip(part.shape, part.stride(), strict=True) if step and n > 1]
+        axes.sort(key=lambda axis: axis[1])
+        reach = 0
+        for size, step in axes:
+            if step <= reach:
+                # Windows that overlap: all that lies between their first value and their last.
+                return marks[offset : offset + _span(part)]
+            reach += (size - 1) * step
+        return marks.as_strided([n for n, _ in axes], [step for _, step in axes], offset)
+
+
+def _span(tensor: Tensor) -> int:
+    """Return how many places of memory lie between the first and the last value of a tensor."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * step for size, step in pairs) if tensor.numel() else 0
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.dtype] | None:
+    """Tell the memory of a tensor from others'; nothing where it has none of its own."""
     if tensor.layout is not torch.strided or tensor.is_nested:
-        return id(tensor), 0
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.shape, tensor.stride(), tensor.storage_offset()
+        return None
+    memory, end = tensor.untyped_storage(), tensor.storage_offset() + _span(tensor)
+    return (memory._cdata, tensor.dtype) if end * tensor.element_size() <= memory.nbytes() else None
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

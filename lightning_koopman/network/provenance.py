@@ -402,6 +402,10 @@ class Provenance:
         found = self._labels(value)
         return frozenset(name for name in found if name.startswith(_BATCH) and name not in self._claimed)
 
+    def made_of(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensors of the batch that a tensor was made of."""
+        return self.data_of(self._labels(tensor))
+
     def data_of(self, labels: frozenset[str]) -> list[Tensor]:
         """Return the tensors of the batch that have some labels."""
         data = enumerate(tensors_inside(self._batch))

@@ -310,6 +310,36 @@ def test_data_that_a_layer_takes_mixed_into_states_are_an_input(how):
         assert report.r2[0] > 0.999999
 
 
+@pytest.mark.parametrize("cut", [
+    lambda x: (x[:, :3], x[:, 3:]),
+    lambda x: (x[:, :3].clone(), x[:, 3:].clone()),
+    lambda x: (x[:, :3], x[:, 3:].clone()),
+    lambda x: (x[:, :3], x),
+])  # fmt: skip
+def test_parts_of_one_tensor_that_several_layers_take_are_inputs_each(cut):
+    wide = cut(torch.zeros(1, 8))[1].shape[1]
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        first, second = cut(x)
+        return m.head(torch.tanh(torch.cat([m.a(first), m.b(second)], dim=1)))
+
+    model = wired(run, a=nn.Linear(3, 5), b=nn.Linear(wide, 4), head=nn.Linear(9, 3))
+    report = credit_report(model, list(torch.randn(300, 8).split(50)))
+    assert report.components == ("a+b", "head")
+    assert report.r2[0] > 0.999999
+
+
+def test_windows_that_overlap_are_steps_of_one_input():
+    def run(m: Any, x: Tensor) -> Tensor:
+        windows = x.unfold(1, 3, 1)
+        return m.head(torch.tanh(m.a(windows[:, 0]) + m.a(windows[:, 4])))
+
+    model = wired(run, a=nn.Linear(3, 5), head=nn.Linear(5, 3))
+    report = credit_report(model, list(torch.randn(300, 8).split(50)))
+    assert report.components == ("a+a#1", "head")
+    assert report.r2[0] > 0.999999
+
+
 def test_data_that_only_a_step_mixes_into_states_are_missed_with_a_note():
     model = nn.ModuleDict({
         "label": nn.Embedding(3, 8),
