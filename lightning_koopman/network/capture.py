@@ -145,6 +145,7 @@ class Capture:
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
         self._inputs: dict[tuple[int, int], str] = {}
+        # By call, which of the tensors given is what it takes, where that is not the first.
         self._places: dict[tuple[int, int], int] = {}
         # By component, the inputs that are mixed into states, and their places in the ancestor's call.
         self._mixed_in: dict[str, dict[str, int]] = {}
@@ -359,19 +360,9 @@ class Capture:
             self._foreign.add(key)
             return
         if tensor is not None:
-            tensor = self._taken(tensor, key, (args, kwargs))
+            tensor = self._input_of(tensor, key, (args, kwargs))
             if self._passes == 0 and (self._is_input(tensor) or self._is_further_part(tensor)):
-                made_of = self._provenance.made_of(tensor)
-                for data in made_of:
-                    self._covered.open(data)
-                known = self._covered.knows(tensor)
-                self._covered.add(tensor)
-                # Of what is copied, nobody knows which part: all, if there is as much of it.
-                if not known and all(tensor.numel() >= data.numel() for data in made_of):
-                    for data in made_of:
-                        self._covered.add(data)
-                self._inputs[key] = INPUT if not self._inputs else f"{INPUT}#{len(self._inputs)}"
-                self._provenance.claim(tensor, self._inputs[key])
+                self._add_input(key, tensor)
             if key in self._inputs:
                 name = self._inputs[key]
                 recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
@@ -416,7 +407,7 @@ class Capture:
         """Check whether the module's input must be seen in the next pass."""
         return self._passes == 0 or any(taker == id(module) for taker, _ in self._inputs)
 
-    def _taken(self, first: Tensor, key: tuple[int, int], given: Any) -> Tensor:
+    def _input_of(self, first: Tensor, key: tuple[int, int], given: Any) -> Tensor:
         """Return what a component takes: its first tensor, or data behind learned queries."""
         if self._passes == 0 and self._provenance.is_idle(first):
             real = list(filter(is_real, all_tensors(given)))
@@ -426,6 +417,21 @@ class Capture:
         if (place := self._places.get(key)) is None:
             return first
         return next(itertools.islice(filter(is_real, all_tensors(given)), place, None), first)
+
+    def _add_input(self, key: tuple[int, int], tensor: Tensor) -> str:
+        """Let a tensor that is taken be an input from now on, and return its name."""
+        made_of = self._provenance.made_of(tensor)
+        for data in made_of:
+            self._covered.open(data)
+        known = self._covered.knows(tensor)
+        self._covered.add(tensor)
+        # Of what is copied, nobody knows which part: all, if there is as much of it.
+        if not known and all(tensor.numel() >= data.numel() for data in made_of):
+            for data in made_of:
+                self._covered.add(data)
+        name = self._inputs[key] = f"{INPUT}#{len(self._inputs)}" if self._inputs else INPUT
+        self._provenance.claim(tensor, name)
+        return name
 
     def _is_input(self, tensor: Tensor) -> bool:
         """Check whether a component takes data of the batch that no component has taken before."""
@@ -513,28 +519,28 @@ class Capture:
 
     def _with_mixed_in(self, name: str, module: nn.Module, origin: _Origin, output: Tensor) -> _Origin:
         """Record the data that a component takes mixed into states, or beside them, as inputs."""
-        given = list(filter(is_real, all_tensors(self._call)))
         # What gives a number per sample compares them, as a rule.
         if origin.raw and self._inner(origin.sources) and output.ndim > 1:
-            for place, tensor in enumerate(given):
-                raw = self._provenance.unclaimed(tensor)
-                if raw and raw <= origin.raw and not _is_mask(tensor):
-                    added = f"{INPUT}#{len(self._inputs)}" if self._inputs else INPUT
-                    self._inputs[id(self._ancestor), -1 - place] = added
-                    self._mixed_in.setdefault(name, {})[added] = place
-                    self._provenance.claim(tensor, added)
-            missing = self._provenance.data_of(origin.raw)
-            missing = [tensor for tensor in missing if self._provenance.unclaimed(tensor)]
-            if any(is_real(tensor) and not _is_mask(tensor) for tensor in missing):
-                self.half_seen.append(name)
-        added_here = self._mixed_in.get(name, {})
-        for added, place in added_here.items():
+            self._find_mixed_in(name, origin.raw)
+        if not (mixed_in := self._mixed_in.get(name)):
+            return origin
+        given = list(filter(is_real, all_tensors(self._call)))
+        for added, place in mixed_in.items():
             if place < len(given) and added not in self._states:
                 tensor = given[place]
                 self._keep(tensor, _recorded(added, module, tensor, tensor, frozenset()))
-        if not added_here:
-            return origin
-        return origin._replace(sources=(origin.sources or frozenset()) | added_here.keys())
+        return origin._replace(sources=(origin.sources or frozenset()) | mixed_in.keys())
+
+    def _find_mixed_in(self, name: str, labels: frozenset[str]) -> None:
+        """Find data of the batch, by their labels, among what the ancestor was called with."""
+        for place, tensor in enumerate(filter(is_real, all_tensors(self._call))):
+            raw = self._provenance.unclaimed(tensor)
+            if raw and raw <= labels and not _is_mask(tensor):
+                added = self._add_input((id(self._ancestor), -1 - place), tensor)
+                self._mixed_in.setdefault(name, {})[added] = place
+        data = filter(self._provenance.unclaimed, self._provenance.data_of(labels))
+        if any(is_real(tensor) and not _is_mask(tensor) for tensor in data):
+            self.half_seen.append(name)
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
         """Keep a state; the first pass shows how its rows came about."""
