@@ -99,7 +99,7 @@ class Measurement(Accumulator):
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
         # The order of modules is that of registration, or of naming, and says nothing.
-        reference.check_names(sorted(self.capture.components), sorted(reference.modules))
+        reference.check_names(sorted(self.capture.chosen), sorted(reference.modules))
         self._followed, self._named = reference, reference.named
         self.basis = reference.basis
 
@@ -238,7 +238,7 @@ class Measurement(Accumulator):
         if self.plan is not None and reference is not None:
             reference = replace(
                 reference,
-                modules=tuple(self.capture.components),
+                modules=self.capture.chosen,
                 named=self._named,
                 calls=self.plan.states,
                 grids={name: form.grid for name, form in self.plan.forms.items() if form.grid},

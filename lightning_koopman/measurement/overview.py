@@ -138,7 +138,7 @@ def describe_components(
     batch = to_device(batch, device)
     capture = Capture(model, components, keep=_kept, follow=True)
     taken: dict[str, tuple[int, ...]] = {}
-    with undisturbed(model), capture, _Inputs(capture.components, taken):
+    with undisturbed(model), capture, _Inputs(capture.candidates, taken):
         capture.start_pass(batch)
         (default_forward if forward_fn is None else forward_fn)(model, batch)
         silent = capture.silent

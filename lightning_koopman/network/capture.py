@@ -19,6 +19,7 @@ from lightning_koopman.network.components import (
     common_ancestor,
     first_name,
     has_parameters,
+    inner_components,
     is_frozen,
     named_components,
     transparent_modules,
@@ -93,7 +94,9 @@ class Capture:
     Attributes:
         again: Called with the states of a call of the common ancestor where another one follows in the
             same pass (two views, a step in time); without it, the first one alone counts.
-        components: The chosen modules by name.
+        components: The chosen modules by name; the first pass adds parts of them that it calls in place
+            of the whole.
+        chosen: Their names as they were chosen.
         end: Name of the module whose output the chain ends with, if one was named.
         parts: By state, in order of execution, the module calls that its component is made of. The last
             one gives the state. A second call of a module reads ``name#1``, as states do.
@@ -130,6 +133,12 @@ class Capture:
         self._named = components is not None
         if self.end is not None:
             self.components = with_output(model, self.components, self.end)
+        self.chosen = tuple(self.components)
+        self._within = {} if self._named else inner_components(model, self.components)
+        self._inner_hooks: dict[str, ExitStack] = {}
+        # Components of which parts stand for themselves, and those whose calls are under way, by id.
+        self._opened: set[int] = set()
+        self._running: set[int] = set()
         self._transparent = [] if self._named else transparent_modules(model, self.components)
         holders = [*self.components.values(), *self._transparent]
         self.homeless = {} if self._named else without_component(model, holders)
@@ -166,13 +175,20 @@ class Capture:
                 hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=self._on_returned))
             if ancestor is not self._model:
                 hooks.enter_context(attach(self._model, before=self._on_model))
-            for name, module in self.components.items():
+            whole = {n: module for n, module in self.components.items() if n not in self._within}
+            for name, module in whole.items():
                 direct = self._direct if self._passes == 0 or id(module) in self._direct else None
                 if self._takes_input(module):
                     taken = attach(module, before=self._on_input, direct=direct)
                     self._input_hooks[name] = hooks.enter_context(taken)
                 on_output = functools.partial(self._on_output, name)
                 hooks.enter_context(attach(module, after=on_output, direct=direct))
+            for name, (module, _) in self._within.items():
+                if self._passes == 0 or name in self.components:
+                    before = functools.partial(self._on_inner_input, name)
+                    after = functools.partial(self._on_inner_output, name)
+                    taken = attach(module, before=before, after=after)
+                    self._inner_hooks[name] = hooks.enter_context(taken)
             for module in self._transparent:
                 hooks.enter_context(attach(module, after=self._on_transparent))
             if self.end is not None and self.end not in self.components:
@@ -191,12 +207,14 @@ class Capture:
         """Take every hook off the model; safe to call twice."""
         self._hooks.close()
         self._input_hooks.clear()
+        self._inner_hooks.clear()
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass."""
         self._closed = False
         self._error: Exception | None = None
         self._ran: set[int] = set()
+        self._running.clear()
         self._nested = 0
         self._called = False
         self.given: dict[str, Any] = {}
@@ -232,7 +250,14 @@ class Capture:
             for name in list(self._input_hooks):
                 if not self._takes_input(self.components[name]):
                     self._input_hooks.pop(name).close()
+            for name in self._inner_hooks.keys() - self.components.keys() if self._passes else ():
+                self._inner_hooks.pop(name).close()
             self.start_pass()
+
+    @property
+    def candidates(self) -> dict[str, nn.Module]:
+        """The chosen modules and their parts, by name, of which the first pass may call either."""
+        return {**self.components, **{name: part for name, (part, _) in self._within.items()}}
 
     @property
     def untraced(self) -> Exception | None:
@@ -252,7 +277,7 @@ class Capture:
     @property
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
-        called = self._ran | set(self._calls)
+        called = self._ran | set(self._calls) | self._opened
         if all(id(module) in called for module in self.components.values()):
             return []
         ran = [module for module in self.components.values() if id(module) in called]
@@ -353,7 +378,25 @@ class Capture:
                 self._keep(tensor, _recorded(name, module, tensor, tensor, sources))
 
     @_kept_out_of_the_forward
+    def _on_inner_input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self._within[name][1] & self._running:
+            self._on_input(module, args, kwargs)
+
+    @_kept_out_of_the_forward
+    def _on_inner_output(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """Let a part be a component, where it is called and what it is part of is not."""
+        if self._within[name][1] & self._running:
+            return
+        if name not in self.components:
+            self.components[name] = module
+            self._opened |= self._within[name][1]
+        self._on_output(name, module, args, kwargs, output)
+
+    @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._running.add(id(module))
         tensor = first_real((args, kwargs))
         key = (id(module), self._calls.get(id(module), 0))
         if self._is_foreign(args, kwargs):
@@ -376,6 +419,7 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._running.discard(id(module))
         call = self._count(module)
         if (id(module), call) in self._foreign:
             # What reads it runs on other data, too.
@@ -405,7 +449,8 @@ class Capture:
 
     def _takes_input(self, module: nn.Module) -> bool:
         """Check whether the module's input must be seen in the next pass."""
-        return self._passes == 0 or any(taker == id(module) for taker, _ in self._inputs)
+        seen = self._passes == 0 or id(module) in self._opened
+        return seen or any(taker == id(module) for taker, _ in self._inputs)
 
     def _input_of(self, first: Tensor, key: tuple[int, int], given: Any) -> Tensor:
         """Return what a component takes: its first tensor, or data behind learned queries."""

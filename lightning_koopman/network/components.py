@@ -297,6 +297,9 @@ def named_components(
     modules = dict(clean_modules(model))
     if components is None:
         chosen = dict(automatic_components(model))
+        shared = _inside(chosen.values())
+        # What is part of another one too belongs to it.
+        chosen = {name: module for name, module in chosen.items() if id(module) not in shared}
     else:
         single = isinstance(components, str | type | int)
         chosen = _matching(model, modules, [components] if single else components)  # type: ignore[arg-type, list-item]
@@ -312,36 +315,58 @@ def named_components(
             f"{numbered[0]!r} holds a '#', which tells the calls of one module apart (name#1); rename "
             "the module, or name others with components=[...]"
         )
-    names = {id(module): name for name, module in chosen.items()}
-    for outer, module in chosen.items():
-        # By the modules themselves, for one may be registered in several places.
-        inner = next(
-            (names[id(p)] for p in module.modules() if id(p) in names and p is not module), None
-        )
-        if inner is not None:
+    # By the modules themselves, for one may be registered in several places.
+    names, holders = {id(module): name for name, module in chosen.items()}, _inside(chosen.values())
+    for name, module in chosen.items():
+        if id(module) in holders:
+            outer = names[next(iter(holders[id(module)]))]
             raise ValueError(
-                f"components overlap: {inner!r} is part of {outer!r}. Choose one of the two."
+                f"components overlap: {name!r} is part of {outer!r}. Choose one of the two."
             )
     return chosen
+
+
+def _inside(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
+    """Find what is inside of some modules, and of which of them, by ``id``."""
+    found: dict[int, set[int]] = {}
+    for module in modules:
+        for part in module.modules():
+            if part is not module:
+                found.setdefault(id(part), set()).add(id(module))
+    return found
+
+
+def inner_components(
+    model: nn.Module, chosen: Mapping[str, nn.Module]
+) -> dict[str, tuple[nn.Module, set[int]]]:
+    """Choose parts of components, which count where they are called and these are not.
+
+    With each part comes which components it is inside of, by ``id``.
+    """
+    owners, names = _inside(chosen.values()), {id(module): name for name, module in clean_modules(model)}
+    parts = (part for module in chosen.values() for _, part in automatic_components(module))
+    inner = (part for part in parts if id(part) in owners and not is_norm(part))
+    return {names[id(part)]: (part, owners[id(part)]) for part in inner}
 
 
 def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[nn.Module]:
     """List the modules that belong to whichever component runs right before them.
 
     These are leaves without parameters (activations, dropout, pooling, flatten) and normalisation
-    layers outside of every component.
+    layers outside of every component, whatever these hold that has no parameters.
     """
-    opaque = [module for module in model.modules() if isinstance(module, torch.jit.ScriptModule)]
     inside = {id(part) for module in chosen.values() for part in module.modules()}
-    inside |= {id(part) for module in opaque for part in module.modules() if part is not module}
-    return [
-        module
-        for module in model.modules()
-        if id(module) not in inside
-        and module is not model
-        and (isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children()))
-        and (is_norm(module) or not has_weights(module))
-    ]
+    inside |= _inside(m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)).keys()
+    found = []
+    for module in model.modules():
+        if id(module) in inside or module is model:
+            continue
+        weighted = [part for part in module.children() if has_weights(part)]
+        leaf = isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children())
+        if (is_norm(module) and not weighted) or (leaf and not has_weights(module)):
+            found.append(module)
+            inside |= _inside([module]).keys()
+    return found
 
 
 def without_component(model: nn.Module, holders: Iterable[nn.Module]) -> dict[str, int]:

@@ -197,7 +197,13 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
         >>> replace_first_tensor((torch.tensor([1, 2]), [torch.ones(1)]), torch.zeros(1))
         (tensor([1, 2]), [tensor([0.])])
     """
-    if isinstance(value, Tensor):
+    old = first_tensor(value)
+    return new if old is None else _with(value, old, new)
+
+
+def _with(value: Any, old: Tensor, new: Tensor) -> Any:
+    """Put a tensor in the first place of another one."""
+    if value is old:
         return new
     if isinstance(value, Mapping):
         parts: Any = dict(value)
@@ -206,8 +212,8 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
     else:
         parts = dict(enumerate(value))
     for key, part in parts.items():
-        if first_tensor(part) is not None:
-            parts[key] = replace_first_tensor(part, new)
+        if any(tensor is old for tensor in all_tensors(part)):
+            parts[key] = _with(part, old, new)
             break
     if isinstance(value, dict):
         # Outputs such as those of transformers are mappings and dataclasses at once.

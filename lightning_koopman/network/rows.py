@@ -170,7 +170,7 @@ class RowForm:
 
 def by_sample(tensor: Tensor, form: RowForm) -> Tensor:
     """Bring the samples to axis 0."""
-    values = tensor.movedim(form.batch_axis, 0) if tensor.ndim > 1 else tensor
+    values = tensor.movedim(form.batch_axis, 0) if tensor.ndim > 1 else tensor.reshape(-1)
     group, run = form.group, form.run or form.group
     if group > 1 and values.shape[0] % group == 0:
         size = values.shape[0] // group

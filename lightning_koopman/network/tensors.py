@@ -74,6 +74,8 @@ def tensors_inside(value: Any, depth: int = 0) -> Iterator[Tensor]:
 def first_tensor(value: Any) -> Tensor | None:
     """Find the first floating-point tensor in a module's input or output.
 
+    A single number, as a loss that comes with a state, is none where there are others.
+
     Example:
         >>> first_tensor((torch.tensor([1, 2]), {"out": torch.ones(2, 3)})).shape
         torch.Size([2, 3])
@@ -82,8 +84,9 @@ def first_tensor(value: Any) -> Tensor | None:
     while type(first) is tuple and first:
         first = first[0]
     # Most calls take and give a tensor first of all.
-    if type(first) is Tensor and is_real(first):
+    if type(first) is Tensor and first.ndim and is_real(first):
         return first
+    number = None
     for tensor in all_tensors(value):
         if tensor.is_complex():
             raise ValueError(
@@ -91,8 +94,10 @@ def first_tensor(value: Any) -> Tensor | None:
                 "Choose components whose outputs are real, or view them with torch.view_as_real."
             )
         if is_real(tensor):
-            return tensor
-    return None
+            if tensor.ndim:
+                return tensor
+            number = tensor if number is None else number
+    return number
 
 
 def first_real(value: Any) -> Tensor | None:
