@@ -12,17 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import altered_parts, end_calls
+from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.component_effects import effects_on
+from lightning_koopman.effects.returned import Ends
 from lightning_koopman.effects.targets import (
     NO_CLASSES,
     TARGET_KEYS,
     TOKENS,
     Fit,
     are_scores,
+    as_classes,
     find_target,
     may_be_scores,
     where_predicted,
+    without_single,
 )
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import find_module
@@ -50,7 +53,7 @@ def labels_in(batch: Any) -> dict[str, Tensor]:
     if target is None or target.dtype not in _INTEGERS or not target.ndim:
         return {}
     told, tokens = {TARGET_KEYS[0]: target}, batch.get(TOKENS) if isinstance(batch, Mapping) else None
-    if isinstance(tokens, Tensor) and tokens.shape == target.shape:
+    if isinstance(tokens, Tensor) and tokens.shape == without_single(target, tokens.ndim).shape:
         told[TOKENS] = tokens
     return told
 
@@ -96,6 +99,8 @@ def measure_effects(
         return target if target is None else where_predicted(step.told, target)
 
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        pairs = zip(outputs, known, strict=True)
+        known = [t if t is None else as_classes(output, t) for output, t in pairs]
         # As many targets as outputs have positions are hardly a coincidence.
         by_position = any(t is not None and runner.form.are_by_position(t) for t in known)
         fits.extend(agree(Fit.of(outputs, known, by_position)))
@@ -107,7 +112,7 @@ def measure_effects(
         runner,
         parts,
         kinds,
-        ends=end_calls(report),
+        ends=Ends.of(report),
         how="measured",
         target_of=target_of,
         targets=targets,

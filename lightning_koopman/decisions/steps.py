@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swapped
-from lightning_koopman.effects.alterations import altered_parts, end_calls
-from lightning_koopman.effects.returned import choose_outputs, only_classes
+from lightning_koopman.effects.alterations import altered_parts
+from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs
 from lightning_koopman.effects.targets import find_target
 from lightning_koopman.network.capture import Capture
@@ -241,23 +241,22 @@ def check_max_drop(max_drop: float) -> None:
 
 def component_calls(
     runner: ForwardRunner, report: CreditReport | None, components: Sequence[str] | None
-) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+) -> tuple[dict[str, tuple[str, ...]], Ends]:
     """Find the module calls that each component is made of, in order of execution.
 
-    The second that comes back are the calls that the network ends with, where they are known.
+    The second that comes back is what the network ends with, where that is known.
     """
     if report is not None:
-        calls, ends = altered_parts(report), end_calls(report)
+        calls, ends = altered_parts(report), Ends.of(report)
     else:
         capture = Capture(runner.model, keep=lambda tensor, recorded: recorded, follow=True)
         with capture:
             capture.start_pass(runner.batches[0])
             runner.run_batch(0)
             records = list(capture.end_pass().values())
-        calls, ends = capture.parts, ()
+        calls, ends = capture.parts, Ends()
         if capture.untraced is None:
-            found = ends_of(records, capture.returned, capture.in_losses)
-            ends = tuple(calls[name][-1] for name in found) if calls.keys() >= {*found} else ()
+            ends = Ends.among(calls, ends_of(records, capture.returned, capture.in_losses))
     patterns = [*calls] if components is None else components
     strangers = [p for p in patterns if not any(n == p or fnmatchcase(n, p) for n in calls)]
     if isinstance(components, str) or strangers:
@@ -272,14 +271,14 @@ def component_calls(
 def find_outputs(
     runner: ForwardRunner,
     calls: Mapping[str, Sequence[str]],
-    ends: Sequence[str],
+    ends: Ends,
     scale: Scale | None,
     metric: Metric | None,
 ) -> tuple[Outputs, dict[str, str]]:
     """Run the network as it is; return its outputs, and why components that lead elsewhere stay."""
     last = {name: own[-1] for name, own in calls.items()}
-    first = runner.run_followed((), {*last.values(), *ends})
-    about = choose_outputs(runner, first, ends, find_target(runner.batches[0]), scale, metric)
+    first, led = run_followed(runner, (), last.values(), ends)
+    about = choose_outputs(runner, first, led, find_target(runner.batches[0]), scale, metric)
     outputs: list[Tensor] = []
     for number in runner.until_enough(outputs):
         outputs.append(runner.run_batch(number)[0].detach().cpu())

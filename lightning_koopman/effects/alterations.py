@@ -52,15 +52,6 @@ def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
     return {n: calls for n, calls in report.parts.items() if not single or n in report.components}
 
 
-def end_calls(report: CreditReport) -> tuple[str, ...]:
-    """Return the module calls that the chain of a report ends with, where they are modules'."""
-    last = report.components[-1]
-    names = [last] if last in report.parts else last.split("+")
-    if last.endswith(".*") and last not in report.parts:
-        names = [name for name in report.parts if name.startswith(last[:-1])]
-    return tuple(report.parts[n][-1] for n in names) if report.parts.keys() >= {*names} else ()
-
-
 class Alterations:
     """Ways to alter the components of a network, once :meth:`update` has seen its states.
 

@@ -14,14 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import (
-    SHIFT,
-    Alterations,
-    Weights,
-    altered_parts,
-    end_calls,
-)
-from lightning_koopman.effects.returned import choose_outputs, only_classes
+from lightning_koopman.effects.alterations import SHIFT, Alterations, Weights, altered_parts
+from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
 from lightning_koopman.effects.scoring import Change, Metric, Outputs, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.effects.targets import find_target
@@ -41,6 +35,9 @@ _CHEAPER_MEASURED = ("skip", "linear", "output_noise")
 
 _DRAWS = 5
 """Draws per component, of kinds that draw weights, where they are measured."""
+
+_UNKNOWN = Ends()
+"""Of a network of which nobody knows what it ends with."""
 
 
 def component_effects(
@@ -88,11 +85,11 @@ def component_effects(
     samples, one with gradients, a backward pass per probe, and one more pass per kind that alters
     weights do for all components, and for all sets of them (:meth:`Effects.of`).
 
-    The outputs are what the report's last components lead to among what the model returns. Over several
-    heads effects are averaged, each in units of its own standard deviation over the first batch. Where
-    the targets are classes of one of them, that one alone counts; where they are of several of one
-    shape, these. A note says so, and what leads to none of the outputs that count has no effect: NaN,
-    not 0.
+    The outputs are what the report's chain ends with: what its last components lead to among what the
+    model returns, and what it returns that mixes several of them. Over several heads effects are
+    averaged, each in units of its own standard deviation over the first batch. Where the targets are
+    classes of one of them, that one alone counts; where they are of several of one shape, these. A note
+    says so, and what leads to none of the outputs that count has no effect: NaN, not 0.
 
     A module that runs several times is altered in all its calls by the kinds that touch weights, in one
     call by the others. The model is left exactly as it was found, gradients included, also when an
@@ -147,7 +144,7 @@ def component_effects(
     """
     runner = runner_on(model, batches, samples, forward_fn)
     if report is not None:
-        parts, ends = _chosen(altered_parts(report), components), end_calls(report)
+        parts, ends = _chosen(altered_parts(report), components), Ends.of(report)
     else:
         parts, ends = _found(runner, components)
     return effects_on(
@@ -173,7 +170,7 @@ def effects_on(
     parts: Mapping[str, Sequence[str]],
     kinds: Sequence[str] = ("skip",),
     *,
-    ends: Iterable[str] = (),
+    ends: Ends = _UNKNOWN,
     how: How = "auto",
     replacements: Mapping[str, Weights] | None = None,
     sets: Iterable[Collection[str]] = (),
@@ -190,9 +187,9 @@ def effects_on(
 ) -> Effects:
     """Compute effects with whatever runs the network: on data, or on calls that were recorded.
 
-    ``parts`` holds the module calls of each component, see :func:`altered_parts`, and ``ends`` the calls
-    whose outputs are the network's. ``target_of`` finds the targets of a batch; ``targets`` is called
-    with the outputs of all batches and with these, and returns those that count.
+    ``parts`` holds the module calls of each component, see :func:`altered_parts`, and ``ends`` what the
+    network ends with. ``target_of`` finds the targets of a batch; ``targets`` is called with the outputs
+    of all batches and with these, and returns those that count.
     """
     for name, value in (("probes", probes), ("draws", 1 if draws is None else draws)):
         if value < 1:
@@ -220,9 +217,9 @@ def effects_on(
                 output, values = runner.run_batch(number, alterations.read)
             else:
                 last = [point.call for point in alterations.outputs.values()]
-                first = runner.run_followed(alterations.read, {*last, *ends})
+                first, led = run_followed(runner, alterations.read, last, ends)
                 target, values = target_of(runner.batches[0]), first.values
-                about = choose_outputs(runner, first, ends, target, scale, metric)
+                about = choose_outputs(runner, first, led, target, scale, metric)
                 output = runner.form.outputs(first.given, runner.batches[0])
                 alterations.settle(values, first.merged, output)
             alterations.update(values, len(output))
@@ -287,15 +284,16 @@ def effects_on(
 
 def _found(
     runner: ForwardRunner, components: Components | Sequence[Components] | None
-) -> tuple[dict[str, tuple[str, ...]], tuple[str, ...]]:
+) -> tuple[dict[str, tuple[str, ...]], Ends]:
     """Find the components of a network and where it ends, by a pass over the first batch."""
     measurement = Measurement(runner.model, components, DEFAULTS)
     measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
     assert measurement.plan is not None
-    known, ends = measurement.capture.parts, measurement.plan.states[-1]
-    calls = tuple(known[name][-1] for name in ends) if known.keys() >= {*ends} else ()
+    known = measurement.capture.parts
+    if components is None:
+        return measurement.parts, Ends.among(known, measurement.plan.states[-1])
     # Those that were named may end before the network does.
-    return (measurement.parts, calls) if components is None else (known, ())
+    return known, Ends()
 
 
 def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:

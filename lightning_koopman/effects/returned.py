@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,10 +14,12 @@ from lightning_koopman.effects.targets import (
     Fit,
     are_classes,
     are_scores,
+    as_classes,
     class_axis,
     may_be_scores,
     where_predicted,
 )
+from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import (
     Followed,
     ForwardRunner,
@@ -25,9 +27,84 @@ from lightning_koopman.network.forward_runner import (
     has_samples,
     samples_in,
 )
-from lightning_koopman.network.rows import has_batch_second
+from lightning_koopman.network.hook_points import HookPoint
+from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second
 from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import Scale
+from lightning_koopman.report.report import CreditReport
+
+
+class Ends(NamedTuple):
+    """What a chain ends with.
+
+    Attributes:
+        calls: Module calls.
+        mixed: Names of tensors that the network returned, made of several states.
+        modules: Names of the components that these were told from, where the user named them.
+    """
+
+    calls: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
+    modules: tuple[str, ...] | None = None
+
+    @classmethod
+    def among(
+        cls,
+        parts: Mapping[str, Sequence[str]],
+        names: Sequence[str],
+        modules: tuple[str, ...] | None = None,
+    ) -> Ends:
+        """Find the states that a chain ends with among its module calls; nothing if any is neither."""
+        mixed = tuple(name for name in names if name not in parts)
+        if not {name.partition("#")[0] for name in mixed} <= {OUTPUT, "returned"}:
+            return cls()
+        return cls(tuple(parts[name][-1] for name in names if name in parts), mixed, modules)
+
+    @classmethod
+    def of(cls, report: CreditReport) -> Ends:
+        """Find what the chain of a report ends with; nothing where it is what a function gave."""
+        last, reference = report.components[-1], report.reference
+        names = [last] if last in report.parts else last.split("+")
+        if last.endswith(".*") and last not in report.parts:
+            names = [name for name in report.parts if name.startswith(last[:-1])]
+        if reference is None:
+            modules: tuple[str, ...] | None = tuple(
+                dict.fromkeys(name.partition("#")[0] for name in report.parts)
+            )
+            # What a function of the user's gave has the same name as the first tensor returned.
+            unknown = names == [OUTPUT]
+        else:
+            modules = reference.modules if reference.named else None
+            unknown = callable(reference.options.output) or "output" in reference.functions
+        if unknown and OUTPUT not in report.parts:
+            return cls()
+        return cls.among(report.parts, names, modules)
+
+
+def run_followed(
+    runner: ForwardRunner, read: Iterable[HookPoint], calls: Iterable[str], ends: Ends
+) -> tuple[Followed, list[tuple[str, list[int]]]]:
+    """Run over the first batch, and find which tensors each of some calls and each end led to."""
+    calls, flow = {*calls, *ends.calls}, DataFlow()
+    if not ends.mixed:
+        followed = runner.run_followed(read, calls)
+        return followed, [(end, followed.made[end]) for end in ends.calls]
+
+    def keep(tensor: Tensor, recorded: Recorded) -> None:
+        if recorded.name in ends.mixed:
+            flow.label(tensor, recorded.name, beside=True)
+
+    # Names count what the network returns, of which forward_fn may give a part, or something else.
+    capture = Capture(runner.model, ends.modules, keep=keep, follow=True)
+    with capture, flow:
+        capture.start_pass(runner.batches[0])
+        followed = runner.run_followed(read, calls)
+        capture.end_pass()
+    led = [(end, followed.made[end]) for end in ends.calls]
+    labels = [flow.labels(tensor) for tensor in tensors_inside(followed.given)]
+    led += [(name, [k for k, known in enumerate(labels) if name in known]) for name in ends.mixed]
+    return followed, led
 
 
 class Choice(NamedTuple):
@@ -45,23 +122,24 @@ class Choice(NamedTuple):
 def choose_outputs(
     runner: ForwardRunner,
     followed: Followed,
-    ends: Iterable[str],
+    ends: Iterable[tuple[str, Sequence[int]]],
     target: Tensor | None,
     scale: Scale | None,
     metric: Metric | None,
 ) -> Choice:
     """Choose the outputs among what a model returned for the first batch, and tell the runner.
 
-    ``followed`` tells which tensors each call led to, those of ``ends`` among them. The first that each
-    end led to counts, side by side, in units in which each varies alike. Where the targets are classes
-    of some of them, those alone count, as if each were a position; with a metric, the first of these.
-    A single one that holds a row per position is laid out by sample, unless a metric is to read it.
+    ``followed`` tells which tensors each call led to, and ``ends`` which each end did. The first that
+    each end led to counts, side by side, in units in which each varies alike. Where the targets are
+    classes of some of them, those alone count, as if each were a position; with a metric, the first of
+    these. A single one that holds a row per position is laid out by sample, unless a metric is to read
+    it.
     """
     tensors, made, notes = list(tensors_inside(followed.given)), followed.made, list[str]()
     possible = [place for place, tensor in enumerate(tensors) if has_samples(tensor)]
-    led = {end: [p for p in made[end] if p in possible] for end in ends if end in made}
+    led = [(end, [p for p in found if p in possible]) for end, found in ends]
     places, units = list[int](), tuple[float, ...]()
-    for found in led.values():
+    for _, found in led:
         if not {*found} & {*places}:
             places.extend(found[:1])
     kept, axis = sorted(places) or possible[:1], None
@@ -70,12 +148,12 @@ def choose_outputs(
             f"effects are about the first of {len(possible)} tensors that the model returns, of shape "
             f"{tuple(tensors[kept[0]].shape)}; return another from forward_fn to see those on it"
         )
-    for end in (end for end, found in led.items() if places and not found):
+    for end in (end for end, found in led if places and not found):
         notes.append(f"the model does not return what {end!r} gives, so effects on it are not seen")
     if len(places) > 1:
         chosen, axis = _which_count([tensors[p] for p in kept], target, scale, metric)
         kept = [kept[k] for k in chosen]
-    named = ", ".join(end for end, found in led.items() if {*found} & {*kept})
+    named = ", ".join(end for end, found in led if {*found} & {*kept})
     if len(kept) < len(places):
         which = "one" if len(kept) == 1 else f"{len(kept)}"
         notes.append(
@@ -127,8 +205,8 @@ def _which_count(
     fitting = [] if target is None else [k for k, o in enumerate(outputs) if are_classes(o, target)]
     if target is not None and len({outputs[k].shape for k in fitting}) > 1:
         # Features beside scores: both have room for all classes.
-        known, tokens = [target.cpu()], target.ndim > 1
-        fits = {k: [Fit.of([outputs[k].cpu()], known, tokens)] for k in fitting}
+        placed = {k: as_classes(outputs[k], target).cpu() for k in fitting}
+        fits = {k: [Fit.of([outputs[k].cpu()], [t], t.ndim > 1)] for k, t in placed.items()}
         told = [k for k in fitting if are_scores(fits[k])]
         scored = told or [k for k in fitting if may_be_scores(fits[k])]
         fitting = [k for k in scored if outputs[k].shape == outputs[scored[0]].shape]
@@ -155,6 +233,7 @@ def only_classes(
     told = scale is not None or metric is not None or len(known) < len(targets)
     if told or not are_classes(outputs[0], known[0]):
         return targets, ()
+    known = [as_classes(o, t) for o, t in zip(outputs, known, strict=True)]
     placed = [where_predicted(b, t) for b, t in zip(runner.batches, known, strict=True)]
     if may_be_scores([Fit.of(outputs, placed, runner.form.are_by_position(known[0]))]):
         return targets, ()

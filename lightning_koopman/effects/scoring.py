@@ -15,6 +15,7 @@ from lightning_koopman.effects.targets import (
     TARGET_KEYS,
     are_among,
     are_classes,
+    as_classes,
     class_axis,
     find_target,
     where_predicted,
@@ -191,7 +192,7 @@ class Outputs:
                 f"keys {TARGET_KEYS}"
             )
         first = self._outputs[0]
-        target = None if self._targets is None else self._targets[0]
+        target = None if self._targets is None else as_classes(first, self._targets[0])
         classes = target is not None and are_classes(first, target)
         self.scale: Scale = scale or ("kl" if classes else "relative")
         if self.scale == "kl" and not classes and first.ndim > 2:
@@ -209,8 +210,8 @@ class Outputs:
         # By batch, which positions have a target; nothing where each sample is one.
         self._counts: tuple[Tensor, ...] | None = None
         if classes and self._targets is not None:
-            pairs = zip(batches, self._targets, strict=True)
-            moved = tuple(where_predicted(batch, target) for batch, target in pairs)
+            pairs = zip(batches, self._outputs, self._targets, strict=True)
+            moved = tuple(where_predicted(batch, as_classes(output, t)) for batch, output, t in pairs)
             counts = tuple(are_among(target, first.shape[self._axis]) for target in moved)
             if self.scale == "kl" and first.ndim > 2 and any(bool(c.any()) for c in counts):
                 self._counts = counts

@@ -35,20 +35,45 @@ def where_predicted(batch: Any, target: Tensor) -> Tensor:
     A causal language model is given its own input for labels, and predicts at each position the next.
     """
     given = batch.get(TOKENS) if isinstance(batch, Mapping) else None
-    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != target.shape:
+    placed = without_single(target, 2)
+    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != placed.shape:
         return target
-    counts = target >= 0
-    if not counts.any() or (given.cpu() != target)[counts].any():
+    counts = placed >= 0
+    if not counts.any() or (given.cpu() != placed)[counts].any():
         return target
-    return torch.cat([target[:, 1:], torch.full_like(target[:, :1], IGNORED)], dim=1)
+    return torch.cat([placed[:, 1:], torch.full_like(placed[:, :1], IGNORED)], dim=1)
+
+
+def without_single(target: Tensor, ndim: int) -> Tensor:
+    """Drop axes of size 1, the last ones first, from targets that have more axes than ``ndim``."""
+    # The first axis is that of samples, of which there may be one.
+    while target.ndim > max(ndim, 1) and 1 in target.shape[1:]:
+        target = target.squeeze(max(k for k, size in enumerate(target.shape) if size == 1))
+    return target
+
+
+def as_classes(output: Tensor, target: Tensor) -> Tensor:
+    """Return targets as classes of an output have their axes, where axes of size 1 are all that differs.
+
+    Beside a single output per sample or position they stay as they are: there they are no classes.
+    """
+    if output.ndim < 2:
+        return target
+    placed = without_single(target, output.ndim - 1)
+    fits = placed.shape in _shapes_of_classes(output)
+    return placed if fits and output.shape[class_axis(output, placed)] > 1 else target
+
+
+def _shapes_of_classes(output: Tensor) -> tuple[torch.Size, torch.Size]:
+    return torch.Size((output.shape[0], *output.shape[2:])), output.shape[:-1]
 
 
 def are_classes(output: Tensor, target: Tensor) -> bool:
     """Return whether targets are class indices of what a network gives."""
     if target.is_floating_point() or target.is_complex() or output.ndim < 2:
         return False
-    without = (output.shape[0], *output.shape[2:])
-    if target.shape not in (torch.Size(without), output.shape[:-1]):
+    target = as_classes(output, target)
+    if target.shape not in _shapes_of_classes(output):
         return False
     size = output.shape[class_axis(output, target)]
     # A single output is one logit. Of positions, some may be marked as none of the classes.

@@ -84,6 +84,10 @@ def credit_report(
         )
     measurement = Measurement(model, components, options, max_samples=max_samples)
     measurement.run(model, batches, forward_fn)
+    if (varying := measurement.varying) and iter(batches) is not batches:
+        # Once more, now that it is known what varies behind the first batch.
+        measurement = Measurement(model, components, options, max_samples=max_samples, varying=varying)
+        measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)
 
 

@@ -24,9 +24,9 @@ from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
-    INPUT,
     OUTPUT,
     Recorded,
+    call_of,
     pooled_by,
     pooling_index,
     valid_positions,
@@ -62,6 +62,7 @@ class Measurement(Accumulator):
         shared: bool = False,
         like: Measurement | None = None,
         trained: Collection[int] | None = None,
+        varying: Collection[str] = (),
     ) -> None:
         super().__init__(options or Options(), max_samples=max_samples, shared=shared)
         output = self.options.output
@@ -86,6 +87,10 @@ class Measurement(Accumulator):
         self._others: dict[str, tuple[int, ...]] = {}
         # Which tensor of the batch says what graph each node belongs to, where the network pools them.
         self._pooled: int | None = None
+        # States that vary, whatever the first batch says; and those that it says do not, with a sample
+        # and whether any other differs from it.
+        self._varying = frozenset(varying)
+        self._alike: dict[str, tuple[Tensor, Tensor]] = {}
         self._silent: list[str] = []
         self._skipped: list[str] = []
         self._untraced: str | None = None
@@ -269,6 +274,7 @@ class Measurement(Accumulator):
             max_dim=self.options.max_dim,
             returned=returned,
             in_losses=in_losses,
+            varying=self._varying,
         )
         if len(self.plan.states) < 2 and self.plan.notes:
             (name,), why = self.plan.names, "; ".join(self.plan.notes)
@@ -294,7 +300,8 @@ class Measurement(Accumulator):
         work = 0.0
         for record in records:
             component = self.capture.components.get(record.name.partition("#")[0])
-            if component is not None and record.tensor.ndim > 1:
+            of_call = call_of(record.name) == record.name
+            if component is not None and of_call and record.tensor.ndim > 1:
                 first = self.plan.forms[record.name].channels_first
                 channels = record.tensor.shape[1 if first else -1]
                 weights = sum(parameter.numel() for parameter in component.parameters())
@@ -321,7 +328,10 @@ class Measurement(Accumulator):
     def _rows(self, tensor: Tensor, recorded: Recorded, lengths: Tensor | None = None) -> Tensor | None:
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
-            if recorded.name not in self.plan.forms and recorded.name not in self.capture.parts:
+            if recorded.name in self.plan.alike and tensor.ndim and len(tensor):
+                self._compare(recorded.name, tensor)
+            call = call_of(recorded.name)
+            if call not in self.plan.forms and call not in self.capture.parts:
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
         form = self.plan.forms[recorded.name]
@@ -335,10 +345,30 @@ class Measurement(Accumulator):
             valid = to_device(places < lengths[:, None], tensor.device)
         return form.rows(tensor, valid)
 
+    def _compare(self, name: str, tensor: Tensor) -> None:
+        """Find out whether a state varies that did not in the first batch; a device is not asked."""
+        sample, differs = self._alike.get(name, (tensor[:1].detach().clone(), torch.zeros(())))
+        if sample.shape[1:] == tensor.shape[1:]:
+            differs = differs.to(tensor.device) + (tensor != sample).any()
+        self._alike[name] = sample, differs
+
+    @property
+    def varying(self) -> list[str]:
+        """States that were left out for they did not vary in the first batch, and did in later ones."""
+        return [name for name, (_, differs) in self._alike.items() if bool(differs > 0)]
+
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
         # A process that saw no batch made no plan; its report is not the one that is logged.
         notes = [*self.notes, *(() if self.plan is None else self.plan.notes)]
+        if self.plan is not None and (varying := self.varying):
+            notes = [note for note in notes if not note.startswith("the same for every sample, ")]
+            if still := [name for name in self.plan.alike if name not in varying]:
+                notes.append(f"the same for every sample, so left out: {listed(still)}")
+            notes.append(
+                f"the same for every sample of the first batch, so left out, though not in later ones: "
+                f"{listed(varying)}; shuffle the data"
+            )
         if (lift := self.options.observables) is not None:
             called = lift if isinstance(lift, str) else getattr(lift, "__name__", "a function")
             notes.append(
@@ -359,12 +389,21 @@ class Measurement(Accumulator):
                 f"data of the batch that go into {listed(half_seen)} beside states are given to no call "
                 "of the whole network, so operators do not see them; let one forward() take both"
             )
+        if uncounted := list(dict.fromkeys(self.capture.uncounted)):
+            notes.append(
+                f"integers of the batch that go into {listed(uncounted)} beside other numbers are not "
+                "seen by operators; let a module of their own take them, or give floating-point numbers"
+            )
+        if noisy := [name for name in dict.fromkeys(self.capture.noisy) if name in self.parts]:
+            notes.append(
+                f"random numbers go into {listed(noisy)} that operators do not see, so what they do "
+                "counts as unexplained and as nonlinear"
+            )
         if homeless := [f"{name} ({count:,})" for name, count in self.capture.homeless.items()]:
             notes.append(f"parameters in no component: {listed(homeless)}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
-        first = self.chain.names[0] if self.chain.names else INPUT
-        if not first.startswith(INPUT):
+        if (first := self._begins_without_input()) is not None:
             notes.append(
                 f"{first!r} takes no floating-point input that could be followed, so its output is x_0 "
                 "and it has no credit of its own"
@@ -376,17 +415,29 @@ class Measurement(Accumulator):
             )
         return notes
 
+    def _begins_without_input(self) -> str | None:
+        """Name what is in x_0 that is no input of the network."""
+        if self.plan is None:
+            return None
+        begin = dict.fromkeys(map(call_of, self.plan.states[0]))
+        others = [name for name in begin if not self.plan.forms[name].is_input]
+        if len(others) == len(begin):
+            return self.plan.names[0]
+        return "+".join(others) if others else None
+
     @property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Module calls by component, also of those that a state joins with others."""
         # The first state is what all others are computed from.
-        inside = set() if self.plan is None else {name for g in self.plan.states[1:] for name in g}
+        states = () if self.plan is None else self.plan.states[1:]
+        inside = {call_of(name) for group in states for name in group}
         return {name: calls for name, calls in self.capture.parts.items() if name in inside}
 
     def _modules(self) -> dict[str, Any]:
         """Class and number of parameters of each component's module, as fields of the report."""
         states = () if self.plan is None else self.plan.states[1:]
-        found = [[self.capture.components.get(n.partition("#")[0]) for n in group] for group in states]
+        calls = [dict.fromkeys(map(call_of, group)) for group in states]
+        found = [[self.capture.components.get(n.partition("#")[0]) for n in group] for group in calls]
         return {
             "types": tuple(
                 "+".join(type(m).__name__ for m in group if m is not None) for group in found

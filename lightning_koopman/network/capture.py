@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,8 +26,15 @@ from lightning_koopman.network.components import (
     without_component,
 )
 from lightning_koopman.network.hook_points import attach
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded
+from lightning_koopman.network.input_data import (
+    Coverage,
+    are_alike,
+    holds_all_of,
+    is_integer_data,
+    is_mask,
+)
+from lightning_koopman.network.provenance import Provenance, address_of
+from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, further_name
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
     all_tensors,
@@ -42,7 +48,6 @@ from lightning_koopman.network.tensors import (
     padded,
     tensors_inside,
     unpacked,
-    varies,
     whole_here,
 )
 
@@ -72,6 +77,9 @@ class _Origin(NamedTuple):
         is_loss: Whether it is a state and data that no component takes.
         is_idle: Whether nothing is in it but what the network holds itself.
         raw: Labels of the data of the batch in it that no component took before.
+        beside: Data of the batch given beside states: their place among the tensors given, the tensors
+            themselves, and copies of them.
+        draws: Whether random numbers are in it.
     """
 
     sources: frozenset[str] | None = None
@@ -79,6 +87,8 @@ class _Origin(NamedTuple):
     is_loss: bool = False
     is_idle: bool = False
     raw: frozenset[str] = frozenset()
+    beside: tuple[tuple[int, Tensor, Tensor], ...] = ()
+    draws: bool = False
 
 
 class Capture:
@@ -110,6 +120,8 @@ class Capture:
         in_losses: The states that reach single numbers which it returned then, as losses are.
         given: What that ancestor, or else the network, was called with, by name.
         half_seen: Components that take data of the batch beside states, where no call shows the data.
+        uncounted: Components that take integers of the batch beside floating-point numbers.
+        noisy: Components that random numbers go into beside states, or that draw them.
     """
 
     def __init__(
@@ -153,16 +165,19 @@ class Capture:
         self.parts: dict[str, tuple[str, ...]] = {}
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
-        self._inputs: dict[tuple[int, int], str] = {}
-        # By call, which of the tensors given is what it takes, where that is not the first.
-        self._places: dict[tuple[int, int], int] = {}
+        self._input = INPUT if INPUT not in self.candidates else "data"
+        # By call, the tensors given that are inputs, by their places among all of them.
+        self._inputs: dict[tuple[int, int], dict[int, str]] = {}
+        self._input_names: set[str] = set()
         # By component, the inputs that are mixed into states, and their places in the ancestor's call.
         self._mixed_in: dict[str, dict[str, int]] = {}
         self.half_seen: list[str] = []
+        self.uncounted: list[str] = []
+        self.noisy: list[str] = []
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
-        self._covered = _Coverage()
+        self._covered = Coverage()
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
         self._provenance = Provenance()
@@ -336,9 +351,11 @@ class Capture:
             for known in (
                 self.parts,
                 self._inputs,
-                self._places,
+                self._input_names,
                 self._mixed_in,
                 self.half_seen,
+                self.uncounted,
+                self.noisy,
                 self._merged,
                 self._superseded,
                 self._covered,
@@ -369,12 +386,14 @@ class Capture:
                 name = f"{name}#{len(self.returned)}" if self.returned else name
                 sources = self._provenance.of(tensor)
                 if sources:
+                    sources |= self._mixed_into(name, tensor)
                     self.returned[name] = sources
                     if len(sources) > 1:
                         self._mixed[place] = name
             if place in self._mixed:
                 name = self._mixed[place]
                 sources = self.returned[name]
+                self._keep_mixed_in(name)
                 self._keep(tensor, _recorded(name, module, tensor, tensor, sources))
 
     @_kept_out_of_the_forward
@@ -397,25 +416,34 @@ class Capture:
     @_kept_out_of_the_forward
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._running.add(id(module))
-        tensor = first_real((args, kwargs))
+        given = args, kwargs
+        tensor = first_real(given)
         key = (id(module), self._calls.get(id(module), 0))
         if self._is_foreign(args, kwargs):
             self._foreign.add(key)
             return
-        if tensor is not None:
-            tensor = self._input_of(tensor, key, (args, kwargs))
-            if self._passes == 0 and (self._is_input(tensor) or self._is_further_part(tensor)):
-                self._add_input(key, tensor)
-            if key in self._inputs:
-                name = self._inputs[key]
-                recorded = _recorded(name, module, (args, kwargs), tensor, frozenset())
-                self._keep(tensor, replace(recorded, is_idle=self._provenance.is_idle(tensor)))
-        sources = self._provenance.of((args, kwargs))
-        is_loss = bool(self._inner(sources) and self._provenance.others((args, kwargs)))
-        self._provenance.take((args, kwargs))
-        idle = self._provenance.is_idle((args, kwargs))
-        raw = self._provenance.unclaimed((args, kwargs)) if self._passes == 0 else frozenset[str]()
-        self._pending[id(module)] = _Origin(sources, tensor is not None, is_loss, idle, raw)
+        real = [] if tensor is None else list(filter(is_real, all_tensors(given)))
+        beside: list[tuple[int, Tensor, Tensor]] = []
+        sources = self._provenance.of(given)
+        is_loss = bool(self._inner(sources) and self._provenance.others(given))
+        self._provenance.take(given)
+        if tensor is not None and self._passes == 0:
+            beside = self._find_inputs(key, tensor, real, with_states=self._inner(sources))
+            sources = self._provenance.of(given)
+            # Of parts of one tensor, whose labels are those of its memory, each is one.
+            sources = None if sources is None else sources | {*self._inputs.get(key, {}).values()}
+        for place, name in self._inputs.get(key, {}).items():
+            if place < len(real):
+                recorded = _recorded(name, module, given, real[place], frozenset())
+                is_idle = self._provenance.is_idle(real[place])
+                self._keep(real[place], replace(recorded, is_input=True, is_idle=is_idle))
+        origin = _Origin(sources, tensor is not None, is_loss, self._provenance.is_idle(given))
+        if self._passes == 0:
+            raw = self._provenance.unclaimed(given, self._covered.misses)
+            origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
+            if tensor is not None and any(is_integer_data(t, tensor) for t in self._fresh(given)):
+                self.uncounted.append(self._names[id(module)])
+        self._pending[id(module)] = origin
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -424,7 +452,7 @@ class Capture:
         if (id(module), call) in self._foreign:
             # What reads it runs on other data, too.
             return
-        self._record(name if call == 0 else f"{name}#{call}", module, call, output)
+        self._record(name if call == 0 else f"{name}#{call}", module, call, output, (args, kwargs))
 
     @_kept_out_of_the_forward
     def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -441,7 +469,7 @@ class Capture:
             self._merged.add((id(module), call))
             self._superseded.add((recorded_by[0], recorded_by[1]))
         if (id(module), call) in self._merged:
-            self._record(name, module, call, output)
+            self._record(name, module, call, output, (args, kwargs))
 
     @_kept_out_of_the_forward
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -452,41 +480,62 @@ class Capture:
         seen = self._passes == 0 or id(module) in self._opened
         return seen or any(taker == id(module) for taker, _ in self._inputs)
 
-    def _input_of(self, first: Tensor, key: tuple[int, int], given: Any) -> Tensor:
-        """Return what a component takes: its first tensor, or data behind learned queries."""
-        if self._passes == 0 and self._provenance.is_idle(first):
-            real = list(filter(is_real, all_tensors(given)))
-            fresh = [i for i, tensor in enumerate(real) if self._provenance.is_fresh(tensor)]
-            if fresh:
-                self._places[key] = fresh[0]
-        if (place := self._places.get(key)) is None:
-            return first
-        return next(itertools.islice(filter(is_real, all_tensors(given)), place, None), first)
+    def _find_inputs(
+        self, key: tuple[int, int], first: Tensor, real: Sequence[Tensor], *, with_states: bool
+    ) -> list[tuple[int, Tensor, Tensor]]:
+        """Let data that a component takes be inputs; return those that it takes beside states."""
+        if self._provenance.is_idle(first):
+            # Behind learned queries come the data.
+            first = next((t for t in real if self._provenance.is_fresh(t)), first)
+        beside = []
+        for place, tensor in enumerate(real):
+            is_first = tensor is first
+            if not is_first and not (are_alike(tensor, first) and self._is_new(tensor)):
+                continue
+            if not is_first and with_states:
+                # What compares states with it, as losses do, shows by what it gives.
+                beside.append((place, tensor, detached_copy(tensor)))
+            elif not is_first or self._is_input(tensor) or self._is_further_part(tensor):
+                self._add_input(key, place, tensor)
+        return beside
 
-    def _add_input(self, key: tuple[int, int], tensor: Tensor) -> str:
+    def _is_new(self, tensor: Tensor) -> bool:
+        """Check whether a tensor is made of data alone, of which some are no input yet."""
+        return self._provenance.is_fresh(tensor, self._input_names) is True or self._is_further_part(
+            tensor
+        )
+
+    def _fresh(self, given: Any) -> Iterator[Tensor]:
+        """Find the tensors given that are made of data of the batch which no input holds."""
+        return (t for t in all_tensors(given) if self._provenance.unclaimed(t))
+
+    def _add_input(self, key: tuple[int, int], place: int, tensor: Tensor) -> str:
         """Let a tensor that is taken be an input from now on, and return its name."""
         made_of = self._provenance.made_of(tensor)
         for data in made_of:
             self._covered.open(data)
-        known = self._covered.knows(tensor)
+        whole = self._covered.knows(tensor)
         self._covered.add(tensor)
-        # Of what is copied, nobody knows which part: all, if there is as much of it.
-        if not known and all(tensor.numel() >= data.numel() for data in made_of):
+        if not whole and made_of and all(holds_all_of(tensor, data) for data in made_of):
+            whole = True
             for data in made_of:
                 self._covered.add(data)
-        name = self._inputs[key] = f"{INPUT}#{len(self._inputs)}" if self._inputs else INPUT
-        self._provenance.claim(tensor, name)
+        count = len(self._input_names)
+        name = f"{self._input}#{count}" if count else self._input
+        self._inputs.setdefault(key, {})[place] = name
+        self._input_names.add(name)
+        self._provenance.claim(tensor, name, whole=whole)
         return name
 
     def _is_input(self, tensor: Tensor) -> bool:
         """Check whether a component takes data of the batch that no component has taken before."""
-        fresh = self._provenance.is_fresh(tensor)
+        fresh = self._provenance.is_fresh(tensor, self._input_names)
         return not self._states.keys() - self._provenance.idle if fresh is None else fresh
 
     def _is_further_part(self, tensor: Tensor) -> bool:
         """Check whether a component takes more of what an input is a part of, as steps in time are."""
         sources = self._provenance.of(tensor)
-        if not sources or not sources <= set(self._inputs.values()):
+        if not sources or not sources <= self._input_names:
             return False
         if self._covered.knows(tensor):
             return self._covered.misses(tensor)
@@ -503,7 +552,7 @@ class Capture:
 
     def _inner(self, sources: frozenset[str] | None) -> bool:
         """Check whether a module reads what a component gave."""
-        return bool(sources and sources - set(self._inputs.values()))
+        return bool(sources and sources - self._input_names)
 
     def _is_loss(self, module: nn.Module, given: Any, output: Any, raw: Tensor) -> bool:
         """Check whether a module compares a state with data that no component takes, such as targets."""
@@ -521,7 +570,27 @@ class Capture:
         self._calls[id(module)] = call + 1
         return call
 
-    def _record(self, name: str, module: nn.Module, call: int, output: Any) -> None:
+    def _further(self, output: Any, first: Tensor, given: Any) -> list[tuple[int, Tensor]]:
+        """Find the tensors of an output beside the first that may be states, and are not passed on."""
+        seen = {address_of(tensor) for tensor in (first, *all_tensors(given))}
+        found = []
+        for place, tensor in enumerate(filter(is_real, all_tensors(output))):
+            held = tensor.ndim and tensor.numel() and not tensor.is_nested and not tensor.is_quantized
+            if not held or address_of(tensor) in seen:
+                continue
+            seen.add(address_of(tensor))
+            if self._passes or bool(tensor.isfinite().all()):
+                found.append((place, tensor))
+        return found
+
+    def _with_own(self, name: str, origin: _Origin, output: Any) -> _Origin:
+        """Add the states that reached a component past its arguments, as by attributes of its own."""
+        if not origin.draws and self._provenance.draws(output):
+            self.noisy.append(name)
+        own = (self._provenance.of(output) or frozenset()) & (self._states.keys() - {name})
+        return origin._replace(sources=(origin.sources or frozenset()) | own) if own else origin
+
+    def _record(self, name: str, module: nn.Module, call: int, output: Any, given: Any) -> None:
         tensor = first_real(output)
         if tensor is None:
             self._unusable = (
@@ -541,11 +610,15 @@ class Capture:
             self.parts[name] = (*self.parts.get(name, ()), called)
         if name not in self._sources_of:
             origin = self._pending.get(id(module), _Origin())
-            self._sources_of[name] = self._with_mixed_in(name, module, origin, tensor)
+            self._sources_of[name] = self._with_mixed_in(name, module, call, origin, tensor)
         origin = self._sources_of[name]
+        if self._passes == 0:
+            origin = self._sources_of[name] = self._with_own(name, origin, output)
         given_data = bool(origin.sources) or not origin.from_float
         ignores_data = self._passes == 0 and given_data and self._provenance.is_untouched(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
+        from_data = not self._provenance.is_untouched(tensor)
+        further = [] if isinstance(output, Tensor) else self._further(output, tensor, given)
         self._provenance.mark(output, name, idle=is_idle)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
@@ -559,32 +632,63 @@ class Capture:
                     is_frozen=is_frozen(component, self._trained),
                     ignores_data=ignores_data,
                     is_idle=is_idle,
+                    from_data=from_data,
+                    is_behind=self._called and not self._nested,
                 )
             self._keep(tensor, recorded)
+        for place, other in further:
+            other_name = further_name(name, place)
+            self._provenance.mark(other, other_name, idle=is_idle)
+            recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
+            self._keep(other, replace(recorded, is_idle=is_idle))
 
-    def _with_mixed_in(self, name: str, module: nn.Module, origin: _Origin, output: Tensor) -> _Origin:
+    def _with_mixed_in(
+        self, name: str, module: nn.Module, call: int, origin: _Origin, output: Tensor
+    ) -> _Origin:
         """Record the data that a component takes mixed into states, or beside them, as inputs."""
+        if origin.draws and self._inner(origin.sources):
+            self.noisy.append(name)
+        added: set[str] = set()
         # What gives a number per sample compares them, as a rule.
         if origin.raw and self._inner(origin.sources) and output.ndim > 1:
+            for place, tensor, copied in origin.beside:
+                found = self._add_input((id(module), call), place, tensor)
+                recorded = _recorded(found, module, copied, copied, frozenset())
+                self._keep(copied, replace(recorded, is_input=True))
+                added.add(found)
             self._find_mixed_in(name, origin.raw)
+        added |= self._keep_mixed_in(name)
+        return origin._replace(sources=(origin.sources or frozenset()) | added) if added else origin
+
+    def _mixed_into(self, name: str, tensor: Tensor) -> frozenset[str]:
+        """Find the data that are mixed into states in a tensor that is returned."""
+        # Of those that a component took in whatever form, for others may be targets.
+        raw = self._provenance.taken(self._provenance.unclaimed(tensor, self._covered.misses))
+        if raw and self._inner(self._provenance.of(tensor)) and tensor.ndim > 1:
+            self._find_mixed_in(name, raw)
+        return frozenset(self._mixed_in.get(name, ()))
+
+    def _keep_mixed_in(self, name: str) -> set[str]:
+        """Record the data that are mixed into what a component takes, and return their names."""
         if not (mixed_in := self._mixed_in.get(name)):
-            return origin
+            return set()
         given = list(filter(is_real, all_tensors(self._call)))
         for added, place in mixed_in.items():
             if place < len(given) and added not in self._states:
                 tensor = given[place]
-                self._keep(tensor, _recorded(added, module, tensor, tensor, frozenset()))
-        return origin._replace(sources=(origin.sources or frozenset()) | mixed_in.keys())
+                recorded = _recorded(added, self._model, tensor, tensor, frozenset())
+                self._keep(tensor, replace(recorded, is_input=True))
+        return set(mixed_in)
 
     def _find_mixed_in(self, name: str, labels: frozenset[str]) -> None:
         """Find data of the batch, by their labels, among what the ancestor was called with."""
         for place, tensor in enumerate(filter(is_real, all_tensors(self._call))):
-            raw = self._provenance.unclaimed(tensor)
-            if raw and raw <= labels and not _is_mask(tensor):
-                added = self._add_input((id(self._ancestor), -1 - place), tensor)
+            raw = self._provenance.unclaimed(tensor, self._covered.misses)
+            if raw and raw <= labels and not is_mask(tensor):
+                added = self._add_input((id(self._ancestor), -1), place, tensor)
                 self._mixed_in.setdefault(name, {})[added] = place
         data = filter(self._provenance.unclaimed, self._provenance.data_of(labels))
-        if any(is_real(tensor) and not _is_mask(tensor) for tensor in data):
+        if any(is_real(tensor) and not is_mask(tensor) for tensor in data):
             self.half_seen.append(name)
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
@@ -594,88 +698,12 @@ class Capture:
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
 
 
-def _is_mask(tensor: Tensor) -> bool:
-    """Check whether a tensor holds nothing but 0 and 1, or is the same for every sample."""
-    return not varies(tensor) or bool(((tensor == 0) | (tensor == 1)).all())
-
-
 def _held_by(model: nn.Module) -> Iterator[Tensor]:
     """Find the tensors that a network holds: parameters, buffers, and plain attributes."""
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             # Of other classes, as those whose values are elsewhere, there may be no memory to know.
             yield from (t for t in held.values() if type(t) is Tensor or type(t) is nn.Parameter)
-
-
-class _Coverage:
-    """Which parts of some tensors were taken, told by views of their memory."""
-
-    def __init__(self) -> None:
-        # By memory, where the tensor begins, and a mark for each place behind; none if all were taken.
-        self._taken: dict[tuple[int, torch.dtype], tuple[int, Tensor | None]] = {}
-
-    def clear(self) -> None:
-        """Forget what was taken."""
-        self._taken.clear()
-
-    def open(self, whole: Tensor) -> None:
-        """Get ready to note which parts of a tensor are taken."""
-        key, span = _memory(whole), _span(whole)
-        if key is not None and key not in self._taken:
-            self._taken[key] = int(whole.storage_offset()), torch.zeros(span, dtype=torch.bool)
-
-    def add(self, part: Tensor) -> None:
-        """Note a view as taken."""
-        self.open(part)
-        key = _memory(part)
-        if key is None or not part.numel() or (marks := self._marks(key, part)) is None:
-            return
-        marks.fill_(True)
-        start, every = self._taken[key]
-        if every is not None and bool(every.all()):
-            self._taken[key] = start, None
-
-    def knows(self, part: Tensor) -> bool:
-        """Check whether a view is one of a tensor of which parts were taken."""
-        return _memory(part) in self._taken
-
-    def misses(self, part: Tensor) -> bool:
-        """Check whether there is more in a view than was taken."""
-        key = _memory(part)
-        if key is None or key not in self._taken or self._taken[key][1] is None:
-            return False
-        marks = self._marks(key, part)
-        return marks is None or not bool(marks.all())
-
-    def _marks(self, key: tuple[int, torch.dtype], part: Tensor) -> Tensor | None:
-        """Return the marks of a view, or none where it reaches beyond what is marked."""
-        start, marks = self._taken[key]
-        offset = part.storage_offset() - start
-        if marks is None or offset < 0 or offset + _span(part) > len(marks):
-            return None
-        axes = [(n, step) for n, step in zip(part.shape, part.stride(), strict=True) if step and n > 1]
-        axes.sort(key=lambda axis: axis[1])
-        reach = 0
-        for size, step in axes:
-            if step <= reach:
-                # Windows that overlap: all that lies between their first value and their last.
-                return marks[offset : offset + _span(part)]
-            reach += (size - 1) * step
-        return marks.as_strided([n for n, _ in axes], [step for _, step in axes], offset)
-
-
-def _span(tensor: Tensor) -> int:
-    """Return how many places of memory lie between the first and the last value of a tensor."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return 1 + sum((size - 1) * step for size, step in pairs) if tensor.numel() else 0
-
-
-def _memory(tensor: Tensor) -> tuple[int, torch.dtype] | None:
-    """Tell the memory of a tensor from others'; nothing where it has none of its own."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        return None
-    memory, end = tensor.untyped_storage(), tensor.storage_offset() + _span(tensor)
-    return (memory._cdata, tensor.dtype) if end * tensor.element_size() <= memory.nbytes() else None
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

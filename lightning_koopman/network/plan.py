@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.network.rows import (
-    INPUT,
     Recorded,
     ReduceOption,
     RowForm,
     batch_size,
     by_sample,
+    call_of,
     row_forms,
 )
 from lightning_koopman.network.tensors import varies
@@ -40,7 +40,7 @@ def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[s
         else:
             sources[record.name] = set(record.sources) & set(sources)
             lost = not sources[record.name] and record.from_float and previous is not None
-            known = record.name.startswith(INPUT) or record.is_idle
+            known = record.is_input or record.is_idle
             if lost and not known and varies(record.tensor):
                 unknown.append(record.name)
                 assert previous is not None
@@ -68,9 +68,12 @@ def chain_ends(
     """
     own = [r for r in records if not r.is_input and r.name not in returned]
     frozen = {r.name for r in own if r.is_frozen}
-    read = {name for r in own for name in sources[r.name]}
-    unread = [r.name for r in own if r.name not in read]
     reaching = in_losses.union(*returned.values())
+    # What the network computes beside what it returns does not keep a state from being an end.
+    used = reaching | {r.name for r in own if r.is_behind}
+    live = _reached(used & sources.keys(), sources) if reaching else set(sources)
+    read = {name for r in own if r.name in live for name in sources[r.name]}
+    unread = [r.name for r in own if r.name in live and r.name not in read]
     if ends := [name for name in unread if name in reaching]:
         ends = [name for name in ends if name not in frozen] or ends
     else:
@@ -86,10 +89,40 @@ def chain_ends(
     return [*(name for name in ends if name not in covered), *mixed]
 
 
+def by_call(
+    records: Sequence[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
+) -> tuple[list[Recorded], dict[str, list[Recorded]], dict[str, frozenset[str]], frozenset[str]]:
+    """Let one record stand for each module call, and say which of its tensors make its state.
+
+    These are the ones that are read, or else those that are returned, or else the first.
+    """
+    calls: dict[str, list[Recorded]] = {}
+    for record in records:
+        calls.setdefault(call_of(record.name), []).append(record)
+    read = frozenset().union(*(record.sources or () for record in records))
+    reaching = in_losses.union(*returned.values())
+    chosen, tensors = [], {}
+    for call, given in calls.items():
+        first = next((record for record in given if record.name == call), given[0])
+        inside = [r for r in given if r.name in read]
+        # Beside ones that others read, those that are returned are weights of attention and the like.
+        also = [
+            r for r in given if r.name in reaching and r not in inside and (r is first or not inside)
+        ]
+        inside = sorted(inside + also, key=lambda record: record is not first) or [first]
+        tensors[call] = inside
+        sources = inside[0].sources
+        sources = None if sources is None else frozenset(map(call_of, sources)) - {call}
+        chosen.append(replace(inside[0], name=call, sources=sources))
+    made_of = {name: frozenset(map(call_of, names)) for name, names in returned.items()}
+    return chosen, tensors, made_of, frozenset(map(call_of, in_losses))
+
+
 def ends_of(
     records: Sequence[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
 ) -> list[str]:
     """List the states that the chain of the components chosen by default would end with."""
+    records, _, returned, in_losses = by_call(records, returned, in_losses)
     sources, losses = sources_of(records, []), _losses(records, returned, None)
     for name in losses:
         _bypass(name, sources)
@@ -138,8 +171,8 @@ def leave_out_unfit(
     kept: Collection[str],
     batch: Any,
     notes: list[str],
-) -> None:
-    """Take out of the graph what holds no row per sample, or the same for every sample."""
+) -> list[str]:
+    """Take out of the graph what holds no row per sample, or the same for every sample; return these."""
     n_samples, _ = batch_size(records, batch)
     constant, misfit = [], []
     for record in records:
@@ -163,6 +196,7 @@ def leave_out_unfit(
         notes.append(f"the same for every sample, so left out: {listed(constant)}")
     if misfit:
         notes.append(f"without one row for each of {n_samples} samples, so left out: {listed(misfit)}")
+    return constant
 
 
 def _bypass(name: str, sources: dict[str, set[str]]) -> None:
@@ -218,13 +252,13 @@ def _module(name: str) -> str:
     return name.partition("#")[0]
 
 
-def _called(group: Sequence[str], ran: Iterable[str]) -> str:
+def _called(group: Sequence[str], ran: Iterable[str], inputs: Collection[str]) -> str:
     """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module.
 
     Many inputs, as the steps of a sequence that one cell takes in turn, are the input.
     """
-    if len(group) > 2 and all(_module(name) == INPUT for name in group):
-        return INPUT
+    if len(group) > 2 and all(name in inputs for name in group):
+        return _module(group[0])
     prefix, dot, _ = group[0].rpartition(".")
     while dot and len(group) > 2:
         if {name for name in ran if name.startswith(f"{prefix}.")} == set(group):
@@ -267,6 +301,8 @@ class Plan:
         links: For each step i = 1 … L, the states it reads.
         forms: How each recorded tensor becomes rows.
         notes: What a reader of the report must know.
+        alike: Names that are left out for they were the same for all samples of the first batch, though
+            data reach them.
     """
 
     states: tuple[tuple[str, ...], ...]
@@ -274,6 +310,7 @@ class Plan:
     links: tuple[tuple[int, ...], ...]
     forms: Mapping[str, RowForm]
     notes: tuple[str, ...]
+    alike: tuple[str, ...] = ()
 
     @cached_property
     def recorded(self) -> frozenset[str]:
@@ -313,6 +350,7 @@ def make_plan(
     max_dim: int = 256,
     returned: Mapping[str, frozenset[str]] | None = None,
     in_losses: frozenset[str] = frozenset(),
+    varying: Collection[str] = (),
 ) -> Plan:
     """Settle the chain: states in order of execution, each step linked to what it reads.
 
@@ -320,15 +358,20 @@ def make_plan(
     not depend on one another, all that has no source, and all that the chain ends with.
     """
     notes: list[str] = []
+    records, tensors, returned, in_losses = by_call(records, returned or {}, in_losses)
     by_name = {record.name: record for record in records}
     if end is not None and end not in by_name:
         raise ValueError(
             f"the output of interest {end!r} did not run in the forward pass; what ran is "
             f"{list(by_name)}"
         )
-    returned = {} if returned is None else returned
     records = _ignoring(records)
-    forms = row_forms(records, batch, reduce, max_dim)
+    beside = [r for inside in tensors.values() for r in inside if r.name not in by_name]
+    forms = row_forms([*records, *beside], batch, reduce, max_dim)
+    n_samples, _ = batch_size(records, batch)
+    for call, (first, *rest) in tensors.items():
+        fit = [r for r in rest if len(by_sample(r.tensor, forms[r.name])) == n_samples]
+        tensors[call] = [first, *fit]
     sources = sources_of(records, notes)
     losses = _losses(records, returned, end)
     if losses and not named:
@@ -339,9 +382,10 @@ def make_plan(
     ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
+    alike: list[str] = []
     if not named:
         kept = [ends[-1]] if len(ends) == 1 else []
-        leave_out_unfit(records, forms, sources, kept, batch, notes)
+        alike = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     sources = leading_to(ends, sources, notes)
     states = _in_order(sources, ends)
@@ -350,11 +394,17 @@ def make_plan(
         tuple(sorted({place[source] for name in group for source in sources[name]}, reverse=True))
         for group in states[1:]
     )
-    names = tuple(_called(group, by_name) for group in states)
+    inputs = {record.name for record in records if record.is_input}
+    names = tuple(_called(group, by_name, inputs) for group in states)
     plan = Plan(states, names, links, forms, ())
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
     cut = tuple(read[:most] for read, most in zip(links, limits, strict=False))
-    return replace(plan, links=cut, notes=(*notes, *_graph_notes(plan, cut)))
+    notes += _graph_notes(plan, cut, inputs)
+    whole = tuple(tuple(r.name for name in group for r in tensors[name]) for group in states)
+    # Sorted data may vary in later batches alone.
+    reached = {r.name for r in records if (r.from_data or r.is_input) and not r.ignores_data}
+    alike = [name for name in alike if name in reached]
+    return replace(plan, states=whole, links=cut, notes=tuple(notes), alike=tuple(alike))
 
 
 def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:
@@ -366,14 +416,14 @@ def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:
 
 def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
     """Make a plain chain of what ran, whatever is known of the data flow."""
-    inner = [r for i, r in enumerate(records) if i == 0 or not r.is_input]
+    inner = [r for i, r in enumerate(records) if i == 0 or not (r.is_input or call_of(r.name) != r.name)]
     return [replace(record, sources=None) for record in inner]
 
 
-def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]]) -> list[str]:
+def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]], inputs: Collection[str]) -> list[str]:
     notes = []
     states = zip(plan.names, plan.states, strict=True)
-    joined = [name for name, group in states if len(group) > 1 and name != INPUT]
+    joined = [name for name, group in states if len(group) > 1 and not set(group) <= set(inputs)]
     if joined:
         notes.append(
             f"components side by side were joined into one state: {listed(joined)}; their credit is "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ _SHAPE_ONLY = frozenset({
 
 # These make coordinates, of nothing. What others make so may be written to by code that nobody sees.
 _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"})
+
+# These may drop at random, and are marked so, but do not where a network is evaluated.
+_MAY_DROP = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_rnn", "rrelu")
 
 _BATCH, _OWN, _CHANCE, _UNKNOWN = "batch:", "own", "chance", "unknown"
 """Labels of the batch's tensors, of what the network holds and of coordinates, of random numbers, and of
@@ -104,7 +107,7 @@ class DataFlow:
         """
         if self.error is not None or tensor.is_nested or not tensor.ndim:
             return None
-        return self._merged.get(_address(tensor), {}).get(tensor.shape[0])
+        return self._merged.get(address_of(tensor), {}).get(tensor.shape[0])
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Pass labels on from what an operator read to what it wrote."""
@@ -120,7 +123,7 @@ class DataFlow:
         known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
         labels = _NOTHING.union(*known)
         if self._origins:
-            if torch.Tag.nondeterministic_seeded in func.tags:
+            if torch.Tag.nondeterministic_seeded in func.tags and not name.startswith(_MAY_DROP):
                 labels |= {_CHANCE}
             elif name in _COORDINATES:
                 labels |= {_OWN}
@@ -133,13 +136,13 @@ class DataFlow:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in _flat([given.get(argument.name)]):
                         self._set(tensor, labels)
-        places = {_address(tensor) for tensor in reads}
+        places = {address_of(tensor) for tensor in reads}
         merged = {} if name in _SHAPE_ONLY else self._merges_of(reads)
         if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
             merged[out.shape[0]] = ()
         for tensor in _flat([out]):
             # A view keeps the labels of what it views.
-            if _address(tensor) not in places:
+            if address_of(tensor) not in places:
                 self._set(tensor, labels)
                 self._set_merged(tensor, merged)
         if isinstance(out, Tensor) and (axes := _merged_axes(name, args, out)):
@@ -155,21 +158,21 @@ class DataFlow:
     def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
         found: dict[int, tuple[int, ...]] = {}
         for tensor in reads:
-            for size, axes in self._merged.get(_address(tensor), {}).items():
+            for size, axes in self._merged.get(address_of(tensor), {}).items():
                 found[size] = axes if found.get(size, axes) == axes else ()
         return found
 
     def _set_merged(self, tensor: Tensor, merged: dict[int, tuple[int, ...]]) -> None:
-        address = _address(tensor)
+        address = address_of(tensor)
         if address and (merged or address in self._merged):
             self._merged[address] = merged
             self._keep_address(tensor, address)
 
     def _get(self, tensor: Tensor) -> frozenset[str]:
-        return self._labels.get(_address(tensor), _NOTHING)
+        return self._labels.get(address_of(tensor), _NOTHING)
 
     def _set(self, tensor: Tensor, labels: frozenset[str]) -> None:
-        address = _address(tensor)
+        address = address_of(tensor)
         if address == 0:
             return
         if labels or address in self._labels:
@@ -204,7 +207,7 @@ def _merged_axes(name: str, args: tuple[Any, ...], out: Tensor) -> tuple[int, ..
         stacked = dim in (0, -out.ndim) and len(sizes) == 1 and 0 not in sizes and len(args[0]) > 1
         return (-len(args[0]), *sizes) if stacked else ()
     if name == "repeat":
-        alike = len(args[1]) == args[0].ndim and args[1][0] > 1
+        alike = len(args[1]) == args[0].ndim and args[1][0] > 1 and args[0].shape[0] > 1
         return (-args[1][0], args[0].shape[0]) if alike else ()
     if name not in _VIEWS or args[0].is_nested:
         return ()
@@ -292,7 +295,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _flat(value)
 
 
-def _address(tensor: Tensor) -> int:
+def address_of(tensor: Tensor) -> int:
     """Identify a tensor's memory; 0 where it has none of its own, as sparse tensors."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     if tensor.layout is not torch.strided or wrapped:
@@ -363,15 +366,16 @@ class Provenance:
         """Find which axes were merged into a tensor's first one, see :meth:`DataFlow.merged`."""
         return None if self._flow is None else self._flow.merged(tensor)
 
-    def is_fresh(self, tensor: Tensor) -> bool | None:
-        """Check whether a tensor is noise, or data of the batch that was not claimed before.
+    def is_fresh(self, tensor: Tensor, inputs: Collection[str] = ()) -> bool | None:
+        """Check whether a tensor is noise, or made of data of the batch that is not in ``inputs`` alone.
 
         ``None`` where nothing is known of what else than positions and the like it is made of.
         """
         labels = _NOTHING if self._flow is None else self._flow.labels(tensor)
         data = labels - _ORIGINS - self.idle
         if data:
-            return all(name.startswith(_BATCH) and name not in self._claimed for name in data)
+            new = {name for name in data if name.startswith(_BATCH) and name not in self._claimed}
+            return bool(new) and all(name in inputs or name.startswith(_BATCH) for name in data)
         if _CHANCE in labels and _UNKNOWN not in labels:
             return True
         return None if _UNKNOWN in labels or not labels - {_OWN} else False
@@ -387,20 +391,37 @@ class Provenance:
         known = [] if flow is None else [flow.labels(tensor) for tensor in all_tensors(value)]
         return bool(known) and all(labels and labels <= self.idle | {_OWN} for labels in known)
 
-    def claim(self, tensor: Tensor, name: str) -> None:
-        """Let whatever a network input was made of count as that input from now on."""
+    def draws(self, value: Any) -> bool:
+        """Check whether there are random numbers in a value that are no input."""
+        return self._flow is not None and _CHANCE in self._flow.labels(value)
+
+    def claim(self, tensor: Tensor, name: str, *, whole: bool) -> None:
+        """Let a tensor count as an input, and if it is the ``whole`` of what it is made of, that too."""
         if self._flow is not None:
-            if not (labels := self._labels(tensor) - self.idle):
+            labels = self._labels(tensor) - self.idle
+            if labels and not whole:
+                self._flow.label(tensor, name)
+                return
+            if not labels:
                 if self.is_idle(tensor):
                     self.idle.add(name)
                 self._flow.label(tensor, name)
-                labels = frozenset({name})
-            self._claimed |= {label: name for label in labels}
+            self._claimed |= {label: name for label in labels if label.startswith(_BATCH)}
 
-    def unclaimed(self, value: Any) -> frozenset[str]:
-        """Return the labels of the data of the batch in a value that are no input yet."""
-        found = self._labels(value)
-        return frozenset(name for name in found if name.startswith(_BATCH) and name not in self._claimed)
+    def unclaimed(
+        self, value: Any, partly: Callable[[Tensor], bool] = lambda _: False
+    ) -> frozenset[str]:
+        """Return the labels of the data of the batch in a value that are no input yet, or in part."""
+        data = (name for name in self._labels(value) if name.startswith(_BATCH))
+        return frozenset(
+            name
+            for name in data
+            if name not in self._claimed or any(map(partly, self.data_of(frozenset({name}))))
+        )
+
+    def taken(self, labels: frozenset[str]) -> frozenset[str]:
+        """Return those labels of the batch that are of data which a component has taken."""
+        return labels & (self._taken | self._claimed.keys())
 
     def made_of(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of the batch that a tensor was made of."""
@@ -432,7 +453,7 @@ class Provenance:
             self._taken |= {name for name in self._flow.labels(value) if name.startswith(_BATCH)}
 
     def mark(self, value: Any, name: str, *, idle: bool) -> None:
-        """Let a value count as a state, and remember it where no data of the batch reached it."""
+        """Let a value count as a state, and remember it where the network holds all it is made of."""
         if self._flow is not None:
             if idle:
                 self.idle.add(name)

@@ -42,6 +42,9 @@ class Recorded:
             took no floating-point tensor: position embeddings, as a rule.
         is_idle: Whether it is known to be made of nothing but what the network holds itself, such as a
             grid or learned queries.
+        is_input: Whether it is what the network takes in.
+        from_data: Whether data of the batch are known to reach it.
+        is_behind: Whether the components' common ancestor had returned before.
     """
 
     name: str
@@ -54,12 +57,28 @@ class Recorded:
     is_frozen: bool = False
     ignores_data: bool = False
     is_idle: bool = False
+    is_input: bool = False
+    from_data: bool = False
+    is_behind: bool = False
     merged: tuple[int, ...] | None = None
 
-    @property
-    def is_input(self) -> bool:
-        """Whether it is what the network takes in."""
-        return self.name.partition("#")[0] == INPUT
+
+def further_name(call: str, place: int) -> str:
+    """Name a tensor that a module call gives beside the one that has the call's name."""
+    return f"{call}:{place}" if "#" in call else f"{call}#0:{place}"
+
+
+def call_of(name: str) -> str:
+    """Return the module call that gave a tensor of this name.
+
+    Example:
+        >>> call_of("net.0"), call_of(further_name("net.0", 2)), call_of(further_name("net.0#1", 2))
+        ('net.0', 'net.0', 'net.0#1')
+    """
+    module, _, number = name.rpartition("#")
+    if ":" not in number or not module:
+        return name
+    return f"{module}#{number.partition(':')[0]}".removesuffix("#0")
 
 
 Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Any]
@@ -350,7 +369,7 @@ def row_forms(
         chosen = _reduction(record.name, reduce)
         shape = record.tensor.shape
         if callable(chosen) or not shape:
-            forms[record.name] = RowForm(reduce=chosen)
+            forms[record.name] = RowForm(reduce=chosen, is_input=record.is_input)
             continue
         form = RowForm()
         if record.lengths is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 LET_IT_BE_WHOLE = (
@@ -29,6 +30,8 @@ def parts_of(value: Any) -> Iterator[Any]:
         yield from value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from (getattr(value, field.name) for field in dataclasses.fields(value))
+    elif isinstance(value, Distribution):
+        yield from vars(value).values()
 
 
 def all_tensors(value: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.demos.transformer import LightningTransformer
 from lit import LitNet, dataset, loaders, quiet_trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
 from lightning_koopman.callback.recorded_effects import labels_in, pooled
@@ -163,7 +163,7 @@ class Tagger(LitNet):
         self.net = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 9))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        logits, labels = self.net(batch["input_ids"]), batch["labels"]
+        logits, labels = self.net(batch["input_ids"]), batch["labels"].flatten(1)
         if self.kind == "causal":
             logits, labels = logits[:, :-1], labels[:, 1:]
         return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -172,22 +172,26 @@ class Tagger(LitNet):
         self.log("val_loss", self.training_step(batch, batch_idx))
 
 
-def sentences(kind: str, seed: int) -> DataLoader:
+def sentences(kind: str, seed: int, columns: int = 0) -> DataLoader:
     """Sequences of six tokens, each one more than that before it, of which some end in padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = (torch.randint(9, (320, 1), generator=generator) + torch.arange(6)) % 9
     labels = ids.clone() if kind == "causal" else (2 * ids) % 9
     labels[torch.randint(2, (320,), generator=generator) == 1, 4:] = -100
+    labels = labels.reshape(*labels.shape, *[1] * columns)
     pairs = [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
     return DataLoader(pairs, batch_size=40)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("columns", [0, 1])
 @pytest.mark.parametrize("kind", ["causal", "tags"])
-def test_of_sequences_the_positions_that_are_targets_count(kind: str, tmp_path: Any) -> None:
+def test_of_sequences_the_positions_that_are_targets_count(
+    kind: str, columns: int, tmp_path: Any
+) -> None:
     torch.manual_seed(0)
     monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
     trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
-    trainer.fit(Tagger(kind), sentences(kind, 0), sentences(kind, 1))
+    trainer.fit(Tagger(kind), *(sentences(kind, seed, columns) for seed in (0, 1)))
     assert monitor.report is not None
     found = monitor.report.effects
     assert found is not None
@@ -197,6 +201,112 @@ def test_of_sequences_the_positions_that_are_targets_count(kind: str, tmp_path: 
     assert found.stderr["skip"] == pytest.approx(expected.stderr["skip"], rel=1e-3)
     assert found.metric_before == pytest.approx(expected.metric_before)
     assert not found.notes
+
+
+class Tabular(LitNet):
+    """Takes labels as a column, as loaders of tables give them."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step((batch[0], batch[1].flatten()), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step((batch[0], batch[1].flatten()), batch_idx)
+
+
+def test_labels_as_a_column_are_labels(tmp_path: Any) -> None:
+    found = []
+    for columns in (0, 1):
+        torch.manual_seed(0)
+        monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+        trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+        sets = [dataset(seed=seed).tensors for seed in (0, 1)]
+        loaders = [DataLoader(TensorDataset(x, y.reshape(-1, *[1] * columns)), 40) for x, y in sets]
+        trainer.fit(Tabular(), *loaders)
+        assert monitor.report is not None
+        assert monitor.report.effects is not None
+        found.append(monitor.report.effects)
+        net, (x, y) = trainer.lightning_module.net.eval(), sets[1]
+        with torch.no_grad():
+            right = float((net(x).argmax(1) == y).double().mean())
+        assert found[-1].metric_before == pytest.approx(right)
+    flat, column = found
+    assert flat.scale == column.scale == "kl"
+    for name in ("values", "stderr", "metric", "metric_stderr"):
+        assert np.array_equal(getattr(flat, name)["skip"], getattr(column, name)["skip"])
+    assert flat.notes == column.notes == ()
+
+
+class Counting(LitNet):
+    """Predicts whole numbers by a single output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[6] = nn.Linear(12, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    validation_step = training_step  # type: ignore[assignment]
+
+
+def test_a_column_of_counts_beside_a_single_output_is_no_column_of_labels(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    sets = [dataset(seed=seed).tensors for seed in (0, 1)]
+    trainer.fit(Counting(), *(DataLoader(TensorDataset(x, y[:, None]), 40) for x, y in sets))
+    assert monitor.report is not None
+    found = monitor.report.effects
+    assert found is not None
+    expected = component_effects(trainer.lightning_module.net, sets[1][0].split(40))
+    assert (found.scale, found.notes) == ("relative", ())
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
+
+
+class Codes(nn.Module):
+    """Returns a latent, what is decoded of it, and a mixture of it with what another head gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec, self.cls = nn.Linear(8, 5), nn.Linear(5, 8), nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        z = self.enc(x).tanh()
+        return z, self.dec(z), z[:, :2] * self.cls(z)
+
+
+class Coding(LitNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Codes()  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        _, decoded, mixed = self.net(batch[0])
+        return (decoded - batch[0]).square().mean() + mixed.square().mean()
+
+    validation_step = training_step  # type: ignore[assignment]
+
+
+def test_a_mixture_that_the_network_returns_counts_beside_the_head_at_the_end(tmp_path: Any) -> None:
+    """The mean in place of a head moves the one output wholly, and the other not at all."""
+    torch.manual_seed(0)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    x, other = (dataset(seed=seed).tensors[0] for seed in (1, 0))
+    trainer.fit(Coding(), *(DataLoader(TensorDataset(part), 160) for part in (other, x)))
+    assert monitor.report is not None
+    assert monitor.report.components[-1] == "net.dec+output#2"
+    found, net = monitor.report.effects, trainer.lightning_module.net.eval()
+    assert found is not None
+    with torch.no_grad():
+        z = net.enc(x).tanh()
+        own = z[:, :2] * net.cls(z)
+        moved = z[:, :2] * net.cls(z).mean(0) - own
+    share = float(moved.square().sum() / (own - own.mean(0)).square().sum())
+    skipped = dict(zip(found.components, found.values["skip"], strict=True))
+    assert skipped["net.dec"] == pytest.approx(0.5, rel=1e-4)
+    assert skipped["net.cls"] == pytest.approx(share / 2, rel=1e-4)
+    assert found.notes[0].startswith("effects are averaged over 2 outputs, those of net.dec, output#2")
 
 
 class Words(LightningTransformer):

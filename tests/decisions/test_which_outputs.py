@@ -106,3 +106,32 @@ def test_a_loss_module_inside_the_network_is_no_end():
     assert order.metric_before == pytest.approx(1.0)
     assert math.isfinite(order.effect[0])
     assert order.notes[0].startswith("effects are about the output of b, which is not the first of 2")
+
+
+@pytest.mark.parametrize("with_report", [False, True])
+def test_a_mixture_counts_beside_the_head_that_the_network_ends_with(with_report):
+    """Behind a latent, which comes first; by hand, the block that goes first moves the least."""
+
+    def run(m: nn.Module, x: Tensor) -> Any:
+        z = m.enc(x).tanh()
+        return z, m.dec(z + m.left(z)), z * m.cls(z + m.right(z))
+
+    torch.manual_seed(0)
+    widths = {"enc": (8, 5), "left": (5, 5), "dec": (5, 8), "right": (5, 5), "cls": (5, 5)}
+    model = wired(run, **{name: nn.Linear(*ends) for name, ends in widths.items()}).eval()
+    x = torch.randn(240, 8, generator=torch.Generator().manual_seed(1))
+    report = credit_report(model, [x]) if with_report else None
+    order = drop_order(model, [x], report, max_drop=10.0, steps=1)
+    with torch.no_grad():
+        z = model.enc(x).tanh()
+        own = {"left": model.dec(z + model.left(z)), "right": z * model.cls(z + model.right(z))}
+        gone = {"left": model.dec(2 * z), "right": z * model.cls(2 * z)}
+    expected = {
+        name: float((gone[name] - y).square().sum() / (y - y.mean(0)).square().sum()) / 2
+        for name, y in own.items()
+    }
+    assert {*order.candidates} >= {"left", "right"}
+    found = {name: order.remaining[0, order.candidates.index(name)] for name in expected}
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert not [name for name, why in order.refused.items() if "none of the outputs" in why]
+    assert order.notes[0].startswith("effects are averaged over 2 outputs, those of dec, output#2")

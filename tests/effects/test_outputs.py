@@ -13,7 +13,14 @@ from small import wired
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report, drop_order
+from lightning_koopman import (
+    CreditReport,
+    KoopmanCreditMonitor,
+    Options,
+    component_effects,
+    credit_report,
+    drop_order,
+)
 from lightning_koopman.effects.scoring import Outputs, kl_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
@@ -610,3 +617,261 @@ def test_noise_that_is_decoded_for_a_picture_counts_nowhere(when, tmp_path):
     expected = component_effects(model, batches, plain)
     assert found.n_samples == expected.n_samples
     assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
+
+
+def inner_first(decoder: str = "dec") -> nn.Module:
+    """Returns a latent, what is decoded of it, and a mixture of it with what another head gives."""
+
+    def run(m: nn.Module, x: Tensor) -> Any:
+        z = m.enc(x).tanh()
+        return z, getattr(m, decoder)(z), z[:, :2] * m.cls(z)
+
+    torch.manual_seed(0)
+    return wired(
+        run, **{"enc": nn.Linear(8, 5), decoder: nn.Linear(5, 8), "cls": nn.Linear(5, 2)}
+    ).eval()
+
+
+def shares(own: tuple[Tensor, ...], altered: tuple[Tensor, ...]) -> float:
+    """Return by how much of their variance outputs move, averaged over them."""
+    moved = [
+        (b.double() - a.double()).square().sum() / (a.double() - a.double().mean(0)).square().sum()
+        for a, b in zip(own, altered, strict=True)
+    ]
+    return float(sum(moved)) / len(moved)
+
+
+def with_means(model: nn.Module, x: Tensor, decoder: str = "dec") -> dict[str, float]:
+    """Return what the mean in place of each layer does to the last two tensors, by hand."""
+    dec = getattr(model, decoder)
+    with torch.no_grad():
+        a = model.enc(x)
+        z, of_mean = a.tanh(), a.mean(0).tanh()
+        y, p = dec(z), model.cls(z)
+        altered = {
+            "enc": (dec(of_mean), of_mean[:2] * model.cls(of_mean)),
+            decoder: (y.mean(0), z[:, :2] * p),
+            "cls": (y, z[:, :2] * p.mean(0)),
+        }
+        return {name: shares((y, z[:, :2] * p), pair) for name, pair in altered.items()}
+
+
+def by_name(effects: Any) -> dict[str, float]:
+    return dict(zip(effects.components, effects.values["skip"], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["a report", "one from JSON", "no report", "named components"])
+@pytest.mark.parametrize("decoder", ["dec", "output"])
+def test_a_mixture_counts_beside_the_head_that_the_chain_ends_with(kind, decoder):
+    """Where a component is called output, mixtures are called returned."""
+    model, x = inner_first(decoder), dataset().tensors[0]
+    named = ["cls", "enc", decoder] if kind == "named components" else None
+    report = None if kind == "no report" else credit_report(model, [x], components=named)
+    mixed = "returned#2" if decoder == "output" else "output#2"
+    if report is not None:
+        assert report.components[-1] == f"{decoder}+{mixed}"
+    if kind == "one from JSON":
+        report = CreditReport.from_dict(report.to_dict())
+    effects = component_effects(model, [x], report)
+    assert by_name(effects) == pytest.approx(with_means(model, x, decoder), rel=1e-4)
+    assert effects.notes == (
+        f"effects are averaged over 2 outputs, those of {decoder}, {mixed}, each in units of its own "
+        "standard deviation over the first batch",
+    )
+    assert effects.doubts["skip"] == ((), (), ())
+
+
+def test_a_mixture_is_found_in_what_a_function_makes_of_the_outputs():
+    model, x = inner_first(), dataset().tensors[0]
+
+    def turned(m: nn.Module, batch: Tensor) -> Any:
+        latent, decoded, mixed = m(batch)
+        return [latent, mixed.mul(3).unsqueeze(2), {"decoded": -decoded}]
+
+    effects = component_effects(
+        model, [x], credit_report(model, [x], forward_fn=turned), forward_fn=turned
+    )
+    assert by_name(effects) == pytest.approx(with_means(model, x), rel=1e-4)
+
+    def without(m: nn.Module, batch: Tensor) -> Any:
+        return m(batch)[:2]
+
+    effects = component_effects(model, [x], credit_report(model, [x]), forward_fn=without)
+    assert effects.notes[0] == (
+        "the model does not return what 'output#2' gives, so effects on it are not seen"
+    )
+    with torch.no_grad():
+        z = model.enc(x).tanh()
+        expected = shares((model.dec(z),), (model.dec(model.enc(x).mean(0).tanh()),))
+    assert effects.values["skip"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_chain_may_end_with_mixtures_alone_and_each_counts():
+    """The parts of a sum, and what they leave of the input, behind a latent."""
+
+    def run(m: nn.Module, x: Tensor) -> Any:
+        h = m.a(x)
+        both = m.b(h.relu()) + m.c(x)
+        return h, both, x - 2 * both
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(8, 6), b=nn.Linear(6, 8), c=nn.Linear(8, 8)).eval()
+    x = dataset().tensors[0]
+    report = credit_report(model, [x])
+    assert report.components[-1] == "output#1+output#2"
+    with torch.no_grad():
+        h, c = model.a(x), model.c(x)
+        b = model.b(h.relu())
+        sums = {"a": model.b(h.mean(0).relu()) + c, "b": b.mean(0) + c, "c": b + x}
+        expected = {
+            name: shares((b + c, x - 2 * (b + c)), (both, x - 2 * both)) for name, both in sums.items()
+        }
+    effects = component_effects(model, [x], report)
+    assert by_name(effects) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_a_function_of_the_report_takes_is_not_taken_for_a_mixture():
+    """It has the name that the first tensor returned has, if that is a mixture."""
+
+    def run(m: nn.Module, x: Tensor) -> Any:
+        return m.a(x) + m.b(x), m.c(m.a(x).relu())
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(8, 6), b=nn.Linear(8, 6), c=nn.Linear(6, 3)).eval()
+    x = dataset().tensors[0]
+    report = credit_report(model, [x], options=Options(output=lambda returned: returned[1]))
+    assert report.components[-1] == "output"
+    for each in (report, CreditReport.from_dict(report.to_dict())):
+        effects = component_effects(model, [x], each)
+        assert effects.notes[0].startswith("effects are about the first of 2 tensors that the model")
+
+
+def labelled_as(columns: int, x: Tensor, y: Tensor) -> list[Any]:
+    """Give labels with as many axes of size 1 behind their own."""
+    y = y.reshape(*y.shape, *[1] * columns)
+    return [{"x": a, "target": b} for a, b in zip(x.split(40), y.split(40), strict=True)]
+
+
+def on_x(model: nn.Module, batch: Any) -> Any:
+    return model(batch["x"])
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("decide", [False, True])
+def test_labels_as_a_column_are_labels(columns, decide):
+    """The accuracy and the divergence, by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = dataset().tensors
+    batches = labelled_as(columns, x, y)
+    with torch.no_grad():
+        before = model(x)
+        h = model[:2](x)
+        after = model[4](h)
+    right = float((before.argmax(1) == y).double().mean())
+    if decide:
+        order = drop_order(model, batches, forward_fn=on_x, max_drop=1.0)
+        assert (order.scale, order.metric_before) == ("kl", pytest.approx(right))
+        return
+    effects = component_effects(model, batches, forward_fn=on_x, how="both", probes=3)
+    flat = component_effects(model, labelled_as(0, x, y), forward_fn=on_x, how="both", probes=3)
+    assert effects.scale == "kl"
+    assert effects.metric_before == pytest.approx(right)
+    moved = kl_divergence(before, after)
+    assert effects.values["skip"][1] == pytest.approx(float(moved.mean()), rel=1e-4)
+    assert effects.metric["skip"][1] == pytest.approx(float((after.argmax(1) == y).double().mean()))
+    for name in ("values", "stderr", "metric", "metric_stderr", "predicted"):
+        assert np.array_equal(getattr(effects, name)["skip"], getattr(flat, name)["skip"])
+    assert effects.notes == flat.notes == ()
+
+
+@pytest.mark.parametrize("layout", ["positions", "maps", "rows"])
+def test_targets_of_positions_may_have_an_axis_more(layout):
+    torch.manual_seed(0)
+    x = torch.randn(120, 5, 6)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    with torch.no_grad():
+        y = model(x).argmax(-1)
+    y[::3] = -100
+    net = wired(
+        {
+            "positions": lambda m, x: m.net(x),
+            "maps": lambda m, x: m.net(x).transpose(1, 2),
+            "rows": lambda m, x: m.net(x).reshape(-1, 4),
+        }[layout],
+        net=model,
+    )
+    found = [component_effects(net, labelled_as(k, x, y), forward_fn=on_x) for k in (0, 1)]
+    for effects in found:
+        assert (effects.scale, effects.metric_before, effects.n_samples) == ("kl", 1.0, 120)
+    assert np.array_equal(found[0].values["skip"], found[1].values["skip"])
+
+
+def test_labels_of_a_causal_model_may_be_a_column():
+    model, ids = language_model(), torch.randint(20, (60, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right = float((model(ids, ids)["logits"].argmax(-1)[:, :-1] == ids[:, 1:]).double().mean())
+    effects = component_effects(model, [{"input_ids": ids, "labels": ids[..., None]}])
+    assert effects.metric_before == pytest.approx(right)
+
+
+@pytest.mark.parametrize("members", [2, 3])
+def test_labels_as_a_column_are_those_of_each_output_with_these_classes(members):
+    model, (x, y) = ensemble(members=members), dataset().tensors
+    with torch.no_grad():
+        hits = [float((part(x).argmax(1) == y).double().mean()) for part in model.children()]
+    found = [component_effects(model, labelled_as(k, x, y), forward_fn=on_x) for k in (0, 1)]
+    assert [each.scale for each in found] == ["kl", "kl"]
+    assert found[1].metric_before == pytest.approx(sum(hits) / members)
+    assert np.array_equal(found[0].values["skip"], found[1].values["skip"])
+
+
+def test_scores_beside_features_are_told_by_a_column_too():
+    torch.manual_seed(0)
+    parts = {"features": nn.Linear(8, 20), "scores": nn.Linear(8, 12)}
+    model = wired(lambda m, x: (m.features(x), m.scores(x)), **parts)
+    x = torch.randn(400, 8)
+    with torch.no_grad():
+        y = model.scores(x).argmax(1)
+    effects = component_effects(model, [(x, y[:, None])], credit_report(model, [x]))
+    assert (effects.scale, effects.metric_before) == ("kl", 1.0)
+    assert effects.notes[0].startswith("effects are about one of 2 outputs, that of scores")
+
+
+@pytest.mark.parametrize("targets", ["numbers", "counts"])
+def test_columns_of_a_regression_are_no_classes(targets):
+    """Numbers beside a single output, or beside several; and whole ones beside a single output."""
+    x = dataset().tensors[0]
+    for width in (1,) if targets == "counts" else (1, 3):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, width))
+        y = x[:, :1].exp() if targets == "numbers" else x[:, :1].exp().long()
+        seen: list[Any] = []
+
+        def metric(outputs: Tensor, given: Tensor, seen: list[Any] = seen) -> float:
+            seen.append((outputs.shape, given))
+            return 0.0
+
+        effects = component_effects(net, [(x, y)])
+        assert effects.scale == "relative"
+        assert math.isnan(effects.metric_before)
+        assert effects.notes == ()
+        with torch.no_grad():
+            expected = shares((net(x),), (net[2](net[:2](x).mean(0)),))
+        assert effects.values["skip"][0] == pytest.approx(expected, rel=1e-4)
+        component_effects(net, [(x, y)], metric=metric)
+        assert seen[0][0] == (160, width)
+        assert torch.equal(seen[0][1], y)
+
+
+def test_a_metric_is_given_labels_as_they_are_in_the_batches():
+    model, (x, y) = nn.Linear(8, 3), dataset().tensors
+    seen: list[Tensor] = []
+
+    def metric(outputs: Tensor, targets: Tensor) -> float:
+        seen.append(targets)
+        return 0.0
+
+    effects = component_effects(model, [(x, y[:, None])], metric=metric)
+    assert effects.scale == "kl"
+    assert torch.equal(seen[0], y[:, None])

@@ -102,7 +102,7 @@ def test_tuples_give_their_first_tensor(tuple_net):
     with torch.no_grad():
         sequence, _ = tuple_net.gru(tuple_net.embed(x))
     states = recorded(tuple_net, x)
-    assert list(states) == [INPUT, "embed", "gru", "head"]
+    assert list(states) == [INPUT, "embed", "gru", "gru#0:1", "head"]
     assert torch.equal(states["gru"], sequence)
 
 

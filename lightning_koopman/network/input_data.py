@@ -1,0 +1,160 @@
+"""Tells what the tensors that a component takes hold of a batch: all of its data, a part, or a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.network.tensors import is_real, varies
+
+
+def is_mask(tensor: Tensor) -> bool:
+    """Check whether a tensor holds nothing but 0 and 1, or 0 and what no softmax lets through."""
+    if not tensor.numel():
+        return True
+    low = tensor.amin()
+    marks = tensor == torch.where(low < _SHUT_OUT, low, 1)
+    if not bool((marks | (tensor == 0)).all()):
+        return False
+    # A single 1 in each row is a class.
+    return tensor.ndim != 2 or tensor.shape[1] < 2 or not bool((tensor.sum(dim=1) == 1).all())
+
+
+_SHUT_OUT = -1e3
+"""What is below this, added to a score, is a mask."""
+
+
+def are_alike(other: Tensor, first: Tensor) -> bool:
+    """Check whether a tensor may hold data of the same samples as another one, and is no mask."""
+    if any(t.is_nested or t.is_quantized or t.layout is not torch.strided for t in (other, first)):
+        return False
+    if not other.ndim or other.shape[:1] != first.shape[:1] or not bool(other.isfinite().all()):
+        return False
+    return max(other.ndim, first.ndim) < 3 or not is_mask(other)
+
+
+def is_integer_data(other: Tensor, first: Tensor) -> bool:
+    """Check whether a tensor holds integers that tell samples apart, beside a floating-point one."""
+    if is_real(other) or other.dtype == torch.bool or other.is_complex() or first.is_nested:
+        return False
+    if not other.ndim or other.shape[:1] != first.shape[:1] or not varies(other) or is_mask(other):
+        return False
+    if other.ndim > 1:
+        return True
+    # Lengths say what a tensor holds, and the numbers of graphs which of its rows belong together.
+    steps = other.diff()
+    counts = bool(((steps == 0) | (steps == 1)).all()) and not bool(other[0])
+    return not counts and (first.ndim < 3 or int(other.max()) not in first.shape[1:])
+
+
+_PROBED = 16
+"""Samples by which it is told whether a tensor holds all of another one."""
+
+
+def holds_all_of(tensor: Tensor, data: Tensor) -> bool:
+    """Check whether a tensor is data but for offsets, factors and order, or has them beside others."""
+    both = tensor, data
+    if any(not t.is_floating_point() or t.is_nested or t.layout is not torch.strided for t in both):
+        return True
+    if not data.numel() or tensor.shape[:1] != data.shape[:1]:
+        return False
+    if tensor.numel() != data.numel():
+        return _has_beside(tensor, data)
+    if len(tensor) < 4:
+        # Too few to tell.
+        return True
+    given, made = (t[:_PROBED].detach().flatten(1).double() for t in (data, tensor))
+    if torch.equal(given[:2].sort(dim=1).values, made[:2].sort(dim=1).values):
+        return True
+    given, made = given - given.mean(dim=0), made - made.mean(dim=0)
+    squares = given.square().sum(dim=0)
+    factor = (given * made).sum(dim=0) / torch.where(squares > 0, squares, 1.0)
+    rest = (made - factor * given).abs().max()
+    return bool(rest <= 1e-4 * made.abs().max()) and bool(((factor != 0) | (squares == 0)).all())
+
+
+def _has_beside(tensor: Tensor, data: Tensor) -> bool:
+    """Check whether a tensor has data at some place along an axis, as concatenation puts them."""
+    if tensor.ndim != data.ndim:
+        return False
+    tensor, data = tensor[:2], data[:2].to(tensor)
+    for axis in range(1, data.ndim):
+        size, room = data.shape[axis], tensor.shape[axis] - data.shape[axis]
+        alike = (
+            tensor.shape[:axis] == data.shape[:axis]
+            and tensor.shape[axis + 1 :] == data.shape[axis + 1 :]
+        )
+        if alike and any(torch.equal(tensor.narrow(axis, i, size), data) for i in range(room + 1)):
+            return True
+    return False
+
+
+class Coverage:
+    """Which parts of some tensors were taken, told by views of their memory."""
+
+    def __init__(self) -> None:
+        # By memory, where the tensor begins, and a mark for each place behind; none if all were taken.
+        self._taken: dict[tuple[int, torch.dtype], tuple[int, Tensor | None]] = {}
+
+    def clear(self) -> None:
+        """Forget what was taken."""
+        self._taken.clear()
+
+    def open(self, whole: Tensor) -> None:
+        """Get ready to note which parts of a tensor are taken."""
+        key, span = _memory(whole), _span(whole)
+        if key is not None and key not in self._taken:
+            self._taken[key] = int(whole.storage_offset()), torch.zeros(span, dtype=torch.bool)
+
+    def add(self, part: Tensor) -> None:
+        """Note a view as taken."""
+        self.open(part)
+        key = _memory(part)
+        if key is None or not part.numel() or (marks := self._marks(key, part)) is None:
+            return
+        marks.fill_(True)
+        start, every = self._taken[key]
+        if every is not None and bool(every.all()):
+            self._taken[key] = start, None
+
+    def knows(self, part: Tensor) -> bool:
+        """Check whether a view is one of a tensor of which parts were taken."""
+        return _memory(part) in self._taken
+
+    def misses(self, part: Tensor) -> bool:
+        """Check whether there is more in a view than was taken."""
+        key = _memory(part)
+        if key is None or key not in self._taken or self._taken[key][1] is None:
+            return False
+        marks = self._marks(key, part)
+        return marks is None or not bool(marks.all())
+
+    def _marks(self, key: tuple[int, torch.dtype], part: Tensor) -> Tensor | None:
+        """Return the marks of a view, or none where it reaches beyond what is marked."""
+        start, marks = self._taken[key]
+        offset = part.storage_offset() - start
+        if marks is None or offset < 0 or offset + _span(part) > len(marks):
+            return None
+        axes = [(n, step) for n, step in zip(part.shape, part.stride(), strict=True) if step and n > 1]
+        axes.sort(key=lambda axis: axis[1])
+        reach = 0
+        for size, step in axes:
+            if step <= reach:
+                # Windows that overlap: all that lies between their first value and their last.
+                return marks[offset : offset + _span(part)]
+            reach += (size - 1) * step
+        return marks.as_strided([n for n, _ in axes], [step for _, step in axes], offset)
+
+
+def _span(tensor: Tensor) -> int:
+    """Return how many places of memory lie between the first and the last value of a tensor."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * step for size, step in pairs) if tensor.numel() else 0
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.dtype] | None:
+    """Tell the memory of a tensor from others'; nothing where it has none of its own."""
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return None
+    memory, end = tensor.untyped_storage(), tensor.storage_offset() + _span(tensor)
+    return (memory._cdata, tensor.dtype) if end * tensor.element_size() <= memory.nbytes() else None

@@ -1,0 +1,344 @@
+"""Components that take, or give, several tensors; data that come changed, in part, or on other ways."""
+
+import numpy as np
+import pytest
+import torch
+from small import wired
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from lightning_koopman import credit_report
+from lightning_koopman.network.rows import call_of, further_name
+
+
+def r2_of(model: nn.Module, *data: Tensor, size: int = 100) -> dict[str, float]:
+    """R² of every component, over batches of some tensors that the network is called with."""
+    return by_name(report_of(model, *data, size=size))
+
+
+def report_of(model: nn.Module, *data: Tensor, size: int = 100):
+    batches = list(zip(*(tensor.split(size) for tensor in data), strict=True))
+    return credit_report(model.eval(), batches, forward_fn=lambda m, batch: m(*batch))
+
+
+def by_name(report) -> dict[str, float]:
+    return dict(zip(report.components, report.r2.tolist(), strict=True))
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+class Merge(nn.Module):
+    """Linear in all that it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor, y: Tensor, state: Tensor | float = 0.0) -> Tensor:
+        return self.a(x) + self.b(y) + state
+
+
+HOW = {
+    "two tensors": lambda m, x, y: m.merge(x, y),
+    "parts of one": lambda m, x, y: m.merge(x[:, :3], x[:, 3:]),
+    "copies of parts": lambda m, x, y: m.merge(x[:, :3].clone(), x[:, 3:].clone()),
+    "beside a state": lambda m, x, y: m.merge(x, y, m.stem(y)),
+    "by name": lambda m, x, y: m.merge(y=y, x=x),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_all_data_that_a_component_takes_are_inputs(how):
+    model = wired(
+        lambda m, x, y: m.last(torch.tanh(m.merge_of(x, y))),
+        merge=Merge(), stem=nn.Linear(4, 8), last=nn.Linear(8, 3),
+    )  # fmt: skip
+    model.merge_of = lambda x, y: HOW[how](model, x, y)
+    whole = "parts" in how
+    x, y = drawn(600, 7 if whole else 3), drawn(600, 4, seed=2)
+    report = report_of(model, x, y)
+    assert by_name(report)["merge"] == pytest.approx(1, abs=1e-6)
+    assert "input" in report.reads["merge"][-1]
+    assert not any("beside" in note for note in report.notes)
+
+
+def test_masks_that_are_given_beside_data_are_no_inputs():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.layer(x) * mask[..., None]
+
+    model = wired(lambda m, x, mask: m.last(m.first(x, mask)), first=Masked(), last=nn.Linear(4, 2))
+    for mask in (drawn(300, 5) > -1, torch.where(drawn(300, 5) > -1, 0.0, -1e9)):
+        assert report_of(model, drawn(300, 5, 3), mask.float()).reference.states[0] == "input"
+
+
+def test_integers_beside_numbers_are_told():
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.layer = nn.Embedding(5, 4), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, kind: Tensor) -> Tensor:
+            return self.layer(x) + self.table(kind)
+
+    model = wired(lambda m, x, k: m.last(m.embed(x, k)), embed=Embed(), last=nn.Linear(4, 2))
+    x, kinds = drawn(400, 3), torch.randint(5, (400,))
+    note = "integers of the batch that go into embed beside other numbers are not seen by operators"
+    assert any(note in found for found in report_of(model, x, kinds).notes)
+    # Taken by a module of its own, they are.
+    apart = wired(
+        lambda m, x, k: m.last(m.layer(x) + m.table(k)),
+        table=model.embed.table, layer=model.embed.layer, last=model.last,
+    )  # fmt: skip
+    report = report_of(apart, x, kinds)
+    assert not any("integers" in found for found in report.notes)
+    assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+
+
+def test_random_numbers_that_go_into_a_component_are_told():
+    model = wired(
+        lambda m, x: m.last(m.mean(x) + torch.randn(len(x), 4)),
+        mean=nn.Linear(3, 4), last=nn.Linear(4, 2),
+    )  # fmt: skip
+    notes = report_of(model, drawn(400, 3)).notes
+    assert any("random numbers go into last that operators do not see" in note for note in notes)
+
+
+def test_attention_without_dropout_draws_nothing():
+    block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = wired(lambda m, x: m.last(m.block(x)[:, 0]), block=block, last=nn.Linear(8, 2))
+    assert not any("random" in note for note in report_of(model, drawn(300, 4, 8)).notes)
+
+
+def test_what_is_left_of_data_is_not_all_of_them():
+    # Each is linear in all of x.
+    def less_last(m, x):
+        return m.out(m.linear(x - x[:, -1:])) + x[:, -1:]
+
+    def trend(m, x):
+        mean = x.mean(1, keepdim=True).expand(-1, 12).contiguous()
+        return m.linear(x - mean) + m.out(mean[:, :4])
+
+    x = drawn(600, 12) + 3 * drawn(600, 1, seed=2)
+    for forward in (less_last, trend):
+        net = wired(forward, linear=nn.Linear(12, 4), out=nn.Linear(4, 4))
+        report = report_of(net, x)
+        np.testing.assert_allclose(report.r2, 1, atol=1e-6)
+        np.testing.assert_allclose(report.chain_r2, 1, atol=1e-6)
+
+
+def test_another_part_of_a_tensor_may_come_later():
+    def forward(m, y, f):
+        return m.head(m.dec(torch.cat([m.enc(torch.cat([y, f[:, :4]], 1)), f[:, 4:]], 1)))
+
+    def in_place(m, y, f):
+        return m.head(m.dec(torch.cat([m.enc(f[:, :4]), f[:, 4:]], 1)))
+
+    for way, width in ((forward, 10), (in_place, 4)):
+        net = wired(way, enc=nn.Linear(width, 16), dec=nn.Linear(20, 12), head=nn.Linear(12, 4))
+        found = r2_of(net, drawn(600, 6), 3 * drawn(600, 8, seed=2))
+        assert found == pytest.approx({"enc": 1, "dec": 1, "head": 1}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda x: x + torch.arange(12.0).view(3, 4),
+        lambda x: x * torch.arange(1, 13.0).view(3, 4),
+        lambda x: x.transpose(1, 2).contiguous(),
+    ],
+    ids=["moved", "scaled", "turned"],
+)
+def test_data_that_came_whole_are_known_from_then_on(changed):
+    model = wired(
+        lambda m, x: m.last(torch.cat([m.first(changed(x).flatten(1)), x.flatten(1)], 1)),
+        first=nn.Linear(12, 4), last=nn.Linear(16, 2),
+    )  # fmt: skip
+    report = report_of(model, drawn(400, 3, 4))
+    assert report.reference.states[0] == "input"
+    assert report.reads["last"] == ("first", "input")
+    assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_state_that_a_module_keeps_for_itself_is_read_when_it_is_used():
+    class Reversible(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor, back: bool) -> Tensor:
+            if back:
+                return x * self.weight + self.mean
+            self.mean = x.mean(1, keepdim=True)
+            return (x - self.mean) * self.weight
+
+    model = wired(
+        lambda m, x: m.rev(m.linear(m.rev(x, False)), True), rev=Reversible(), linear=nn.Linear(8, 4)
+    )
+    report = report_of(model, drawn(500, 8) + 2 * drawn(500, 1, seed=2))
+    assert report.components == ("rev", "linear", "rev#1")
+    assert report.reads["rev#1"] == ("linear", "input")
+    assert by_name(report)["rev#1"] == pytest.approx(1, abs=1e-6)
+
+
+class Both(nn.Module):
+    """Gives two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.a(x)), torch.tanh(self.b(x))
+
+
+def test_the_state_is_what_is_read_of_what_a_component_gives():
+    x = drawn(500, 6)
+    parts = {"both": Both(), "a": nn.Linear(8, 7), "b": nn.Linear(5, 7), "last": nn.Linear(7, 3)}
+    first = wired(lambda m, x: m.last(m.a(m.both(x)[0])), **parts)
+    second = wired(lambda m, x: m.last(m.b(m.both(x)[1])), **parts)
+
+    def together(m, x):
+        left, right = m.both(x)
+        return m.last(m.a(left) + m.b(right))
+
+    widths = {net: report_of(net, x).widths[0] for net in (first, second, wired(together, **parts))}
+    assert list(widths.values()) == [8, 5, 13]
+    for net in widths:
+        report = report_of(net, x)
+        assert report.components[0] == "both"
+        assert report.parameters[0] == 91
+        np.testing.assert_allclose(report.r2[1:], 1, atol=1e-6)
+
+
+def test_a_network_that_ends_with_several_tensors_is_credited_for_all():
+    model = wired(lambda m, x: m.last(torch.tanh(m.first(x))), first=nn.Linear(4, 6), last=Both())
+    report = report_of(model, drawn(400, 4))
+    assert report.components == ("first", "last")
+    assert report.widths == (6, 13)
+    assert report.directions == 4  # as many as the network takes numbers
+
+
+def test_what_is_passed_on_and_what_nobody_reads_is_no_state():
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.tanh(self.layer(x)), other, x.square()
+
+    def forward(m, x, scale):
+        x, scale, _ = m.a(x, scale)
+        x, scale, _ = m.b(x, scale)
+        return m.last(x)
+
+    model = wired(forward, a=Passes(), b=Passes(), last=nn.Linear(4, 2))
+    report = report_of(model, drawn(400, 4), drawn(400, 1, seed=2))
+    assert report.widths == (4, 4, 2)
+
+
+def test_distributions_are_followed():
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean, self.scale = nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Normal:
+            return Normal(self.mean(x), self.scale(x).exp())
+
+    def forward(m, x):
+        return m.last(m.decoder(m.encoder(torch.tanh(m.first(x))).mean))
+
+    parts = {"first": nn.Linear(3, 6), "encoder": Encoder(), "decoder": nn.Linear(4, 5)}
+    report = report_of(wired(forward, **parts, last=nn.Linear(5, 2)), drawn(400, 3))
+    assert report.components == ("first", "encoder", "decoder", "last")
+    assert report.reads["decoder"] == ("encoder",)
+    np.testing.assert_allclose(report.r2[2:], 1, atol=1e-6)
+
+
+def test_the_chain_ends_with_what_is_returned():
+    def forward(m, x):
+        y = m.head(torch.tanh(m.body(x)))
+        m.aside(y)
+        return y
+
+    model = wired(forward, body=nn.Linear(4, 6), head=nn.Linear(6, 3), aside=nn.Linear(3, 5))
+    report = report_of(model, drawn(400, 4))
+    assert report.components == ("body", "head")
+    assert any("nothing leads from there to it: aside" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_components_may_be_called_as_the_ends_of_a_network_are(name):
+    def forward(m, x):
+        return m.last(torch.tanh(m.get_submodule(name)(x)))
+
+    model = wired(forward, **{name: nn.Linear(4, 6)}, last=nn.Linear(6, 3))
+    report = report_of(model, drawn(400, 4))
+    assert report.components == (name, "last")
+    assert report.reads[name] == ("data" if name == "input" else "input",)
+    assert report.r2[0] == pytest.approx(1, abs=1e-6)
+
+
+def test_repeating_a_learned_token_is_no_merge_of_samples():
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(m, x):
+        y = m.embed(x)
+        token = m.tokens.token.repeat(len(x), 1, 1)
+        return m.head(m.encoder(torch.cat([y, token], 1).reshape(len(x), -1)))
+
+    parts = {"embed": nn.Linear(5, 8), "tokens": Tokens(), "encoder": nn.Linear(32, 6)}
+    model = wired(forward, **parts, head=nn.Linear(6, 2))
+    report = report_of(model, drawn(300, 3, 5))
+    assert report.components == ("embed", "encoder", "head")
+
+
+def test_names_of_further_tensors_tell_the_call():
+    for call in ("net.0", "net.0#1", "a"):
+        assert call_of(call) == call
+        assert call_of(further_name(call, 2)) == call
+
+
+def sorted_data() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A network that reads categories, which come sorted: one alone in the first batches."""
+    model = wired(
+        lambda m, x, k: m.last(torch.cat([m.first(x), m.table(k)], 1)),
+        first=nn.Linear(4, 4), table=nn.Embedding(5, 3), last=nn.Linear(7, 3),
+    )  # fmt: skip
+    x, kinds = drawn(600, 4), torch.arange(5).repeat_interleave(120)
+    return model.eval(), list(zip(x.split(60), kinds.split(60), strict=True))
+
+
+def test_what_varies_in_later_batches_alone_counts():
+    model, batches = sorted_data()
+
+    def forward(m, batch):
+        return m(*batch)
+
+    report = credit_report(model, batches, forward_fn=forward)
+    assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+    assert "table" in report.reference.states[0]
+    # A generator cannot be gone through again.
+    told = credit_report(model, iter(batches), forward_fn=forward)
+    note = "the same for every sample of the first batch, so left out, though not in later ones: table"
+    assert any(found.startswith(note) for found in told.notes)
+    assert not any(found.startswith("the same for every sample, ") for found in told.notes)
+    # Where it never varies, nothing is said of later batches.
+    same = credit_report(model, batches[:2], forward_fn=forward)
+    assert "the same for every sample, so left out: table" in same.notes
