@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import Normalize
 from lightning_koopman.koopman.regression import (
     RIDGE_GRID,
+    Spectrum,
     alive,
     choose_ridge,
     held_out_errors,
@@ -157,6 +158,10 @@ def _rescaled(given: Covariances, scales: Sequence[Tensor]) -> Covariances:
     )
 
 
+Limits = tuple[Tensor | None, Tensor | None]
+"""Orthonormal directions that a state varies in, and of a step's target that it reaches."""
+
+
 @dataclass(frozen=True)
 class Step:
     """The fit of one step to all samples.
@@ -168,6 +173,8 @@ class Step:
         smoothed: The operator under ten times the ridge weight, or the smallest there is.
         values: Kept variances of the regressors along their principal directions, descending.
         condition: Ratio of the largest to the smallest of them.
+        limits: By state that is read beside others, the directions that it varies in, and those of the
+            target that it reaches; ``None`` where these are all there can be.
     """
 
     tikhonov: float
@@ -176,11 +183,22 @@ class Step:
     smoothed: Tensor
     values: Tensor
     condition: float
+    limits: Mapping[int, Limits] = field(default_factory=dict)
+
+    def within_limits(self, block: Tensor, state: int) -> Tensor:
+        """Return what an operator says of a state without what can only be rounding.
+
+        However little that is, it would count as output directions that reach the state.
+        """
+        varies, reached = self.limits.get(state, (None, None))
+        if varies is not None:
+            block = varies @ (varies.T @ block)
+        return block if reached is None else block @ reached @ reached.T
 
 
 def fit_steps(whole: Split, tikhonov: float | None) -> list[Step]:
     """Fit every step to all samples, by one eigendecomposition each."""
-    steps = []
+    steps, ranges = [], dict[int, Tensor | None]()
     # One step after the other: the eigenvectors of all of them at once would fill the memory.
     for i in range(1, len(whole.layout.dims)):
         problem, weight, settled = spectrum(*whole.normal_equations(i)), tikhonov, True
@@ -189,8 +207,51 @@ def fit_steps(whole: Split, tikhonov: float | None) -> list[Step]:
             weight, settled = choose_ridge(errors), is_settled(errors)
         smoothed = problem.matrix(max(10 * weight, RIDGE_GRID[1]))
         matrix = problem.matrix(weight)
-        steps.append(Step(weight, settled, matrix, smoothed, problem.values, problem.condition))
+        limits = _limits(whole, i, problem, weight, ranges)
+        steps.append(Step(weight, settled, matrix, smoothed, problem.values, problem.condition, limits))
     return steps
+
+
+def relimited(split: Split, steps: Sequence[Step]) -> list[Step]:
+    """Return steps with their limits in the coordinates that states have without one fold."""
+    found, ranges = list(steps), dict[int, Tensor | None]()
+    for i, step in enumerate(steps, start=1):
+        if step.limits:
+            problem = spectrum(*(block[0] for block in split.normal_equations(i)))
+            found[i - 1] = replace(step, limits=_limits(split, i, problem, step.tikhonov, ranges))
+    return found
+
+
+def _limits(
+    split: Split, i: int, problem: Spectrum, weight: float, ranges: dict[int, Tensor | None]
+) -> dict[int, Limits]:
+    """Find what limits the states that step i reads; ``ranges`` keeps those found for others."""
+    read, train, limits = split.layout.parents[i], split.train, dict[int, Limits]()
+    if len(read) == 1:
+        # Whatever the operator says lies in the range of the state, and reaches all of the target.
+        return limits
+    # States that vary in all directions side by side do so each for itself.
+    deficient = len(problem.values) < len(problem.vectors)
+    variance, start = float(train.variances[i].sum()), 0
+    for p in read:
+        width = train.means[p].shape[-1]
+        entries, start = problem.vectors[start : start + width], start + width
+        if deficient and p not in ranges:
+            ranges[p] = _range(train[p, p].reshape(width, width))
+        varies, reached = ranges[p] if deficient else None, None
+        if weight == 0:
+            entries = entries if varies is None else varies.T @ entries
+            reached = problem.reached(entries, variance, split.count)
+        if varies is not None or reached is not None:
+            limits[p] = varies, reached
+    return limits
+
+
+def _range(covariance: Tensor) -> Tensor | None:
+    """Find the directions that a state varies in; ``None`` if it does in all."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = alive(values)
+    return None if bool(kept.all()) else vectors[:, kept]
 
 
 def refit_steps(split: Split, steps: Sequence[Step], *, anew: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -19,6 +19,7 @@ from lightning_koopman.koopman.chain import (
     held_out_folds,
     jackknife,
     refit_steps,
+    relimited,
     split_chain,
 )
 from lightning_koopman.koopman.moments import Layout, add_square
@@ -28,7 +29,11 @@ from lightning_koopman.koopman.regression import alive, spectrum
 
 
 def align_split(
-    split: Split, operators: Sequence[Tensor], columns: Sequence[int], targets: Sequence[int] | None
+    split: Split,
+    operators: Sequence[Tensor],
+    steps: Sequence[Step],
+    columns: Sequence[int],
+    targets: Sequence[int] | None,
 ) -> Alignment:
     """Align the operators of some folds."""
     directions = split.directions
@@ -36,7 +41,12 @@ def align_split(
         directions = torch.eye(len(directions)).to(directions)[:, list(targets)]
     # Whitened without a fold, an output may have fewer directions than over all samples.
     present = [column for column in columns if column < directions.shape[1]]
-    return align(split.blocks(operators), directions[:, present], split.layout.parents[1:])
+    parents = split.layout.parents[1:]
+    blocks = [
+        [step.within_limits(block, p) for block, p in zip(given, read, strict=True)]
+        for step, given, read in zip(steps, split.blocks(operators), parents, strict=True)
+    ]
+    return align(blocks, directions[:, present], parents)
 
 
 def mean_volumes(chain: Alignment, expected: Alignment | None = None) -> tuple[Tensor, Tensor]:
@@ -213,9 +223,9 @@ def compute_credits(
     steps = fit_steps(whole, options.tikhonov)
     asked = whole.output_rank if targets is None else len(targets)
     asked = asked if rank is None else min(asked, rank)
-    chain = align_split(whole, [step.matrix for step in steps], range(asked), targets)
+    chain = align_split(whole, [step.matrix for step in steps], steps, range(asked), targets)
     kept = chain.kept
-    smoothed = align_split(whole, [step.smoothed for step in steps], kept, targets)
+    smoothed = align_split(whole, [step.smoothed for step in steps], steps, kept, targets)
     means, lost = mean_volumes(smoothed, chain)
     shift = means.masked_fill(lost, torch.nan)[1:]
     ranks, known = state_ranks(whole, steps)
@@ -230,9 +240,10 @@ def compute_credits(
         if not errors:
             continue
         rest.append(refitted_ranks(split, known))
+        limited = steps if normalize == "none" else relimited(split, steps)
         for place in range(len(group)):
             one = split.fold(place)
-            refitted = align_split(one, [operator[place] for operator in own], kept, targets)
+            refitted = align_split(one, [operator[place] for operator in own], limited, kept, targets)
             without.append(volumes(one, refitted, chain))
     values |= r2.values()
     stderr = {name: torch.full_like(value, torch.nan) for name, value in values.items()}

@@ -56,6 +56,9 @@ _CLEAR = 1.5
 RCOND = 1e-12
 """Directions whose variance is below this share of the largest are taken as dead."""
 
+_EXACT = 1e-16
+"""Share of the targets' variance that double precision does not tell from none."""
+
 _SAFE_PIVOT = 1e-8
 """Cholesky is left for ``eigh``, which drops dead directions, where a pivot is below this share."""
 
@@ -86,6 +89,23 @@ class Spectrum:
     def matrix(self, tikhonov: float) -> Tensor:
         """Solve for the operator."""
         return self.vectors @ (self.filters(tikhonov)[:, None] * self.projected)
+
+    def reached(self, entries: Tensor, variance: float, count: float) -> Tensor | None:
+        """Find the directions of the targets that some regressors reach; ``None`` if all that could be.
+
+        The regressors, or n directions of them, are given by their entries of the vectors, ``(n, k)``;
+        ``variance`` is the squared deviation of the targets per sample, of which there are ``count``.
+        """
+        # Where nothing is reached, rounding is, and along directions that hardly vary it is not small.
+        # Beside its standard error it is: what the regressors add to those beside them, as a spread of
+        # the targets, then stays below what n weights make of the residual by chance.
+        unit = self.values.rsqrt()[:, None]
+        added = torch.linalg.qr(unit * entries.T).Q.T @ (unit * self.projected)
+        _, spreads, directions = torch.linalg.svd(added, full_matrices=False)
+        chance = 2 * (len(entries) + 1) / count * float(self.residual((0.0,), variance))
+        least = min(max(chance, _EXACT * variance), RCOND * variance)
+        kept = spreads.square() > least
+        return None if bool(kept.all()) else directions[kept].T
 
     def residual(self, grid: Sequence[float], variance: float) -> Tensor:
         """Compute the squared error per sample that each ridge weight leaves in sample.

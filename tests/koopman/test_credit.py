@@ -668,6 +668,112 @@ def test_unseen_directions_count_before_linear_steps_with_hardly_a_ridge(
     assert shifts.tolist() == pytest.approx([expected, 0, 0], rel=1e-14)
 
 
+# Rounding reaches no output.
+
+
+def as_recorded(states: Sequence[np.ndarray], dtype: Any) -> list[np.ndarray]:
+    return [x.astype(dtype) for x in states]
+
+
+def states_of_two_depths(spread: float, n: int = 400) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The head of b, and x, a, b and both heads; where x spreads little, all is near linear."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((n, 6))
+    a = np.tanh(spread * x @ rng.standard_normal((6, 12)))
+    b = np.tanh(a @ rng.standard_normal((12, 12)) / 2)
+    head = rng.standard_normal((12, 3))
+    return head, [x, a, b, np.hstack([a @ rng.standard_normal((12, 3)), b @ head])]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("spread", [1.0, 0.1, 0.03])
+def test_a_head_that_a_state_does_not_reach_is_not_credited_for_its_rounding(
+    spread: float, dtype: Any
+) -> None:
+    head, states = states_of_two_depths(spread)
+    credits = run(as_recorded(states, dtype), links=((), (), (1,)))
+    assert credits.operators[2].tikhonov == 0
+    jacobian = np.hstack([np.zeros((12, 3)), head]) @ oracles.pod(states[-1], 6)
+    # Three directions are carried by b: the first, for any three of them are independent.
+    expected = oracles.log_volume(jacobian[:, :3]) / 3
+    assert float(credits.values["credit"][1]) == pytest.approx(expected, abs=2e-3)
+    assert credits.volumes[1].isnan().tolist() == [False] * 3 + [True] * 3
+    assert credits.alignment.rank == 6
+    assert bool(credits.stable[1])
+    assert 0 < float(credits.stderr["credit"][1]) < 0.5
+
+
+def states_of_low_rank(n: int = 400) -> list[np.ndarray]:
+    """The states x, a, b, a + b, with a and b of two directions each, and b a function of x - a."""
+    rng = np.random.default_rng(0)
+
+    def branch(x: np.ndarray) -> np.ndarray:
+        hidden = np.maximum(x @ rng.standard_normal((6, 16)) / 2, 0)
+        return hidden @ rng.standard_normal((16, 2)) @ rng.standard_normal((2, 6)) / 4
+
+    x = rng.standard_normal((n, 6))
+    a = branch(x)
+    b = branch(x - a)
+    return [x, a, b, a + b]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_state_carries_no_more_directions_than_it_varies_in(dtype: Any) -> None:
+    states = states_of_low_rank()
+    credits = run(as_recorded(states, dtype), links=((), (0,), (1,)))
+    outputs = oracles.pod(states[-1], 4)
+    # The sum hands on b as it is, seen in the two directions that it has.
+    own = oracles.pod(states[2], 2)
+    expected = oracles.log_volume((own @ own.T @ outputs)[:, :2]) / 2
+    assert float(credits.values["credit"][1]) == pytest.approx(expected, abs=1e-5)
+    for state in (0, 1):
+        assert credits.volumes[state].isnan().tolist() == [False] * 2 + [True] * 2
+    assert credits.alignment.rank == 4
+
+
+@pytest.mark.parametrize("normalize", ["none", "rms", "whiten"])
+@pytest.mark.parametrize("kind", ["two depths", "low rank"])
+def test_states_in_single_precision_have_the_numbers_of_those_in_double(
+    kind: str, normalize: Any
+) -> None:
+    states = states_of_low_rank() if kind == "low rank" else states_of_two_depths(0.1)[1]
+    links = ((), (0,) if kind == "low rank" else (), (1,))
+    single, double = (
+        run(as_recorded(states, dtype), links=links, normalize=normalize)
+        for dtype in (np.float32, np.float64)
+    )
+    assert single.alignment.rank == double.alignment.rank
+    assert torch.equal(single.stable, double.stable)
+    assert bool(single.values["credit"].isfinite().all())
+    assert bool(single.stderr["credit"].isfinite().all())
+    assert_same(single, double, ("credit", "gain"), atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("gain", [1e-3, 1e-6])
+def test_a_branch_that_counts_for_little_keeps_all_its_directions(gain: float, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 6))
+    branch = np.tanh(2 * x @ rng.standard_normal((6, 6)))
+    credits = run(as_recorded([x, branch, x + gain * branch], dtype), links=((), (0,)))
+    assert credits.alignment.rank == 6
+    assert float(credits.values["credit"][0]) == pytest.approx(np.log(gain), abs=0.02)
+    assert not bool(credits.volumes[0].isnan().any())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_state_that_is_read_for_nothing_has_no_credit(constant: bool, dtype: Any) -> None:
+    x, a, b, heads = states_of_two_depths(1.0)[1]
+    idle = np.full_like(b, 1 / 3) if constant else b
+    credits = run(as_recorded([x, a, idle, heads[:, :3]], dtype), links=((), (), (1,)))
+    alone = run([x, a, heads[:, :3]])
+    assert math.isnan(float(credits.values["credit"][1]))
+    found = credits.values["credit"][[0, 2]]
+    assert torch.allclose(found, alone.values["credit"], rtol=0, atol=1e-5)
+    assert credits.alignment.rank == 3
+
+
 # Degenerate states, each with a stated answer.
 
 
