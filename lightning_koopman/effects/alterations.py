@@ -59,6 +59,7 @@ class Alterations:
         names: The components, in order of execution.
         inputs: Where each component's own input is read.
         outputs: Where its output is.
+        further: By component, where other tensors are that it gives and that reach the outputs.
         kinds: All kinds; the names of replacements are among them.
         maps: Linear maps from own input to output, by component, once :meth:`solve` has fitted them.
     """
@@ -88,12 +89,13 @@ class Alterations:
         self.names = tuple(parts)
         self.inputs = {name: HookPoint("in", calls[0]) for name, calls in parts.items()}
         self.outputs = {name: HookPoint("out", calls[-1]) for name, calls in parts.items()}
+        self.further: dict[str, tuple[HookPoint, ...]] = {}
         self._initial = None if initial is None else _cleaned(initial)
         self._replacements = {kind: _cleaned(weights) for kind, weights in replacements.items()}
         for kind, weights in self._replacements.items():
             _check_names(kind, weights, model)
         self._forms: defaultdict[HookPoint, RowForm] = defaultdict(RowForm)
-        self._units = {name: MeanAndSpread() for name in parts}
+        self._units: defaultdict[HookPoint, MeanAndSpread] = defaultdict(MeanAndSpread)
         self._fits: dict[str, LinearFit] = {}
         self._sizes: list[int] = []
         self._means: set[str] = set()
@@ -102,15 +104,15 @@ class Alterations:
     @property
     def read(self) -> list[HookPoint]:
         """What :meth:`update` wants to see."""
-        if {"linear", "skip"} & {*self.kinds}:
-            return [*self.inputs.values(), *self.outputs.values()]
-        return [*self.outputs.values()]
+        outputs = [*self.outputs.values(), *(point for each in self.further.values() for point in each)]
+        return [*self.inputs.values(), *outputs] if {"linear", "skip"} & {*self.kinds} else outputs
 
     def settle(
         self,
         values: Mapping[HookPoint, Tensor],
         merged: Mapping[HookPoint, tuple[int, ...] | None],
         output: Tensor,
+        further: Iterable[HookPoint] = (),
     ) -> None:
         """Find where the samples are in each state, as the first batch shows."""
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
@@ -130,6 +132,18 @@ class Alterations:
                 self._forms[point] = form_of(
                     name, value, len(output), merged.get(point), second=second, turned=turned
                 )
+            found = []
+            for point in sorted(point for point in further if point.call == self.outputs[name].call):
+                second = gives_batch_second(module, values[point])
+                form = form_of(
+                    name, values[point], len(output), merged.get(point), second=second, turned=turned
+                )
+                # What has no row per sample is not a sample's, and stays.
+                if len(by_sample(values[point], form)) == len(output):
+                    self._forms[point] = form
+                    found.append(point)
+            if found:
+                self.further[name] = tuple(found)
 
     def update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
         """Take the states that one batch has in the network as it is."""
@@ -142,7 +156,10 @@ class Alterations:
             output = self._rows(values, point)
             alike = source in values and values[source].shape == values[point].shape
             if "output_noise" in self.kinds or ("skip" in self.kinds and not alike):
-                self._units[name].update(output)
+                self._units[point].update(output)
+            if {"output_noise", "skip"} & {*self.kinds}:
+                for other in self.further.get(name, ()):
+                    self._units[other].update(self._rows(values, other))
             if "skip" in self.kinds and not alike:
                 self._means.add(name)
             if "linear" in self.kinds:
@@ -177,11 +194,11 @@ class Alterations:
 
     def spread(self, name: str) -> Tensor:
         """Return the standard deviation of a component's output noise, with its samples first."""
-        return self._strength * self._units[name].std
+        return self._strength * self._units[self.outputs[name]].std
 
     def puts_mean(self, kind: str, name: str) -> bool:
         """Return whether a mean over samples takes the place of what a component gives."""
-        return kind == "skip" and name in self._means
+        return kind == "skip" and (name in self._means or name in self.further)
 
     def groups(self) -> list[Tensor]:
         """Return the group of each sample, by batch; a group lies within a batch."""
@@ -213,8 +230,7 @@ class Alterations:
         moved towards that of a sample's group by the share :data:`SHIFT`.
         """
         source, point = self.inputs[name], self.outputs[name]
-        form, by_batch = self._forms[point], iter(groups)
-        axis = form.batch_axis
+        axis = self._forms[point].batch_axis
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
             given, rows = self._rows(values, source), output.movedim(axis, 0)
@@ -223,18 +239,46 @@ class Alterations:
                 residual = self.maps[name].left_out([given], residual)
             return (rows - residual).movedim(0, axis)
 
+        averaged = self._averaged(point, groups)
+
         def skipped(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
             if source in values and values[source].shape == output.shape:
                 return values[source]
-            rows, mean = output.movedim(axis, 0), self._units[name].mean.to(output)
-            if (groups_here := next(by_batch, None)) is not None:
-                own = form.samples(len(rows), len(groups_here))
-                mean = torch.lerp(mean, _means_of(rows, groups_here[own], mean), SHIFT)
-            return mean.expand_as(rows).movedim(0, axis)
+            return averaged(output, values)
 
         if kind != "output_noise":
             return linear if kind == "linear" else skipped
-        spread, generator = self.spread(name), torch.Generator()
+        return self._noisy(point)
+
+    def further_outputs(
+        self, kind: str, name: str, groups: Iterable[Tensor] = ()
+    ) -> dict[HookPoint, Alteration]:
+        """Return what takes the place of the other tensors that a component gives.
+
+        Where it is skipped, they are at their means; where it is made linear, they are what they were.
+        """
+        points = self.further.get(name, ()) if kind in ("skip", "output_noise") else ()
+        if kind == "output_noise":
+            return {point: self._noisy(point) for point in points}
+        return {point: self._averaged(point, groups) for point in points}
+
+    def _averaged(self, point: HookPoint, groups: Iterable[Tensor]) -> Alteration:
+        """Put its mean in a tensor's place, moved towards that of a sample's group if there are any."""
+        form, by_batch = self._forms[point], iter(groups)
+
+        def averaged(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+            rows, mean = output.movedim(form.batch_axis, 0), self._units[point].mean.to(output)
+            if (groups_here := next(by_batch, None)) is not None:
+                own = form.samples(len(rows), len(groups_here))
+                mean = torch.lerp(mean, _means_of(rows, groups_here[own], mean), SHIFT)
+            return mean.expand_as(rows).movedim(0, form.batch_axis)
+
+        return averaged
+
+    def _noisy(self, point: HookPoint) -> Alteration:
+        """Add noise to a tensor, in units of its standard deviation."""
+        axis = self._forms[point].batch_axis
+        spread, generator = self._strength * self._units[point].std, torch.Generator()
         # Draws on its own from here on: what the network itself draws must stay what it was.
         generator.manual_seed(int(torch.randint(2**62, ())))
 

@@ -25,6 +25,7 @@ from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
+from lightning_koopman.network.rows import call_of
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import CreditReport
 
@@ -64,10 +65,11 @@ def component_effects(
 
     The kinds, for a component that turns what it takes in, x, into y:
 
-    * ``skip``: y becomes x where the shapes agree, else its mean over samples.
+    * ``skip``: y becomes x where the shapes agree, else its mean over samples. Of several tensors, y is
+      the first; the others that reach the outputs become their means.
     * ``linear``: y becomes the ridge regression of y on the leading 256 directions of x, fitted on these
-      samples; each sample is predicted as if it had been left out of the fit. Of several tensors, x is
-      the first (doubt ``inputs``).
+      samples; each sample is predicted as if it had been left out of the fit. Of several tensors, x and
+      y are the first (doubts ``inputs`` and ``outputs``).
     * ``output_noise``: Gaussian noise of ``strength`` times each unit's standard deviation is added to
       y.
     * ``weight_noise``: Gaussian noise of ``strength`` times its own standard deviation is added to each
@@ -221,7 +223,7 @@ def effects_on(
                 target, values = target_of(runner.batches[0]), first.values
                 about = choose_outputs(runner, first, led, target, scale, metric)
                 output = runner.form.outputs(first.given, runner.batches[0])
-                alterations.settle(values, first.merged, output)
+                alterations.settle(values, first.merged, output, first.further)
             alterations.update(values, len(output))
             outputs.append(output.detach().cpu())
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
@@ -291,7 +293,8 @@ def _found(
     assert measurement.plan is not None
     known = measurement.capture.parts
     if components is None:
-        return measurement.parts, Ends.among(known, measurement.plan.states[-1])
+        ends = tuple(dict.fromkeys(map(call_of, measurement.plan.states[-1])))
+        return measurement.parts, Ends.among(known, ends)
     # Those that were named may end before the network does.
     return known, Ends()
 
@@ -354,12 +357,14 @@ def _change(
     groups: Sequence[Tensor] = (),
 ) -> Change:
     """Run a network in which some components are altered in one way, and compare the outputs."""
-    alter: dict[str, Alteration] = {}
+    alter: dict[HookPoint, Alteration] = {}
     read: list[HookPoint] = []
     if not alterations.touches_weights(kind):
         # In a set, the input of a component is not what its linear map was fitted to.
         how: dict[str, Any] = {"left_out": len(members) == 1, "groups": groups}
-        alter = {alterations.outputs[n].call: alterations.output(kind, n, **how) for n in members}
+        alter = {alterations.outputs[n]: alterations.output(kind, n, **how) for n in members}
+        for name in members:
+            alter |= alterations.further_outputs(kind, name, groups)
         read = [alterations.inputs[name] for name in members if kind != "output_noise"]
     with alterations.weights(kind, members):
         return before.compare(runner.stream(read, alter))
@@ -408,6 +413,7 @@ def _doubts(
         "leverage": any(float((fitted.leverage > 0.95).double().mean()) > 0.05 for fitted in maps),
         "gradient": math.isnan(value) and name not in effects.sets,
         "inputs": kind == "linear" and not partly.isdisjoint(members),
+        "outputs": (kind == "linear" or is_predicted) and any(n in alterations.further for n in members),
         "unsteady": unsteady > 0 and not value > 10 * unsteady,
     }
     return tuple(word for word, marked in marks.items() if marked)

@@ -33,7 +33,7 @@ from lightning_koopman.network.input_data import (
     is_integer_data,
     is_mask,
 )
-from lightning_koopman.network.provenance import Provenance, address_of
+from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, further_name
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
@@ -43,6 +43,7 @@ from lightning_koopman.network.tensors import (
     first_packed,
     first_real,
     first_tensor,
+    further_tensors,
     is_real,
     is_spread,
     padded,
@@ -570,19 +571,6 @@ class Capture:
         self._calls[id(module)] = call + 1
         return call
 
-    def _further(self, output: Any, first: Tensor, given: Any) -> list[tuple[int, Tensor]]:
-        """Find the tensors of an output beside the first that may be states, and are not passed on."""
-        seen = {address_of(tensor) for tensor in (first, *all_tensors(given))}
-        found = []
-        for place, tensor in enumerate(filter(is_real, all_tensors(output))):
-            held = tensor.ndim and tensor.numel() and not tensor.is_nested and not tensor.is_quantized
-            if not held or address_of(tensor) in seen:
-                continue
-            seen.add(address_of(tensor))
-            if self._passes or bool(tensor.isfinite().all()):
-                found.append((place, tensor))
-        return found
-
     def _with_own(self, name: str, origin: _Origin, output: Any) -> _Origin:
         """Add the states that reached a component past its arguments, as by attributes of its own."""
         if not origin.draws and self._provenance.draws(output):
@@ -618,7 +606,7 @@ class Capture:
         ignores_data = self._passes == 0 and given_data and self._provenance.is_untouched(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
         from_data = not self._provenance.is_untouched(tensor)
-        further = [] if isinstance(output, Tensor) else self._further(output, tensor, given)
+        further = [] if isinstance(output, Tensor) else further_tensors(output, tensor, given)
         self._provenance.mark(output, name, idle=is_idle)
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
@@ -637,6 +625,8 @@ class Capture:
                 )
             self._keep(tensor, recorded)
         for place, other in further:
+            if self._passes == 0 and not bool(other.isfinite().all()):
+                continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle)
             recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
-from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
+from lightning_koopman.network.hook_points import Alterations, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.replay import Step
@@ -116,7 +116,14 @@ def _call_by_name(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     parameters = inspect.signature(model.forward).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     if takes_all and (_positional(model) != 1 or next(iter(parameters)) in batch):
-        return model(**batch)
+        try:
+            return model(**batch)
+        except TypeError as error:
+            raise ValueError(
+                f"a batch with the entries {list(batch)} arrived, all of which "
+                f"{type(model).__name__}.forward says it takes, but it raised {error}; say how to run "
+                "the model with forward_fn=lambda model, batch: ..."
+            ) from error
     given = {name: value for name, value in batch.items() if name in parameters}
     missing = [
         name
@@ -261,6 +268,7 @@ class Followed(NamedTuple):
         made: For each of some calls, which of the tensors returned were made of what it gave.
         axes: For each of the tensors returned, which axes were merged into its first one.
         beside: Where further tensors that vary were given beside the one that was read.
+        further: Tensors beside the first of some calls that reach what was returned.
     """
 
     given: Any
@@ -269,6 +277,7 @@ class Followed(NamedTuple):
     made: dict[str, list[int]]
     axes: list[tuple[int, ...] | None]
     beside: frozenset[HookPoint]
+    further: frozenset[HookPoint]
 
 
 class ForwardRunner:
@@ -304,7 +313,7 @@ class ForwardRunner:
     def stream(
         self,
         read: Iterable[HookPoint] = (),
-        alter: Mapping[str, Alteration] | None = None,
+        alter: Alterations | None = None,
         update: Callable[[Mapping[HookPoint, Tensor]], None] | None = None,
     ) -> Iterator[Tensor]:
         """Run once over all batches, and give the outputs of one after the other."""
@@ -316,9 +325,7 @@ class ForwardRunner:
             del values  # not while whoever takes the outputs looks at them
             yield output.detach()
 
-    def run(
-        self, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
-    ) -> list[Tensor]:
+    def run(self, read: Iterable[HookPoint] = (), alter: Alterations | None = None) -> list[Tensor]:
         """Run once over all batches, and return the outputs of all of them, on the CPU."""
         return [output.cpu() for output in self.stream(read, alter)]
 
@@ -340,17 +347,25 @@ class ForwardRunner:
     def run_followed(self, read: Iterable[HookPoint], calls: Iterable[str] = ()) -> Followed:
         """Run over the first batch and follow the data."""
         made: dict[str, list[int]] = {call: [] for call in calls}
-        beside = set[HookPoint]()
+        beside, others = set[HookPoint](), dict[str, tuple[HookPoint, Tensor]]()
         with DataFlow() as flow:
+
+            def label(point: HookPoint, tensor: Tensor) -> None:
+                name = f"{point.call}:{point.place}"
+                others[name] = point, tensor.detach().clone()
+                flow.label(tensor, name, beside=True)
+
             labelled = {call: functools.partial(_labelled, flow, call) for call in made}
-            given, values = self._run(0, read, labelled, beside)
-        merged = {point: flow.merged(value) for point, value in values.items()}
+            given, values = self._run(0, read, labelled, beside, label)
         returned = list(tensors_inside(given))
+        further = dict(others[name] for name in others.keys() & flow.labels(returned))
+        values = {**values, **further}
+        merged = {point: flow.merged(value) for point, value in values.items()}
         for place, tensor in enumerate(returned):
             for call in flow.labels(tensor) & made.keys():
                 made[call].append(place)
         axes = [flow.merged(tensor) for tensor in returned]
-        return Followed(given, values, merged, made, axes, frozenset(beside))
+        return Followed(given, values, merged, made, axes, frozenset(beside), frozenset(further))
 
     def targets_of(
         self, outputs: Sequence[Tensor], target_of: Callable[[Any], Tensor | None]
@@ -360,7 +375,7 @@ class ForwardRunner:
         return [None if target is None else self.form.targets(target, o) for target, o in pairs]
 
     def run_batch(
-        self, number: int, read: Iterable[HookPoint] = (), alter: Mapping[str, Alteration] | None = None
+        self, number: int, read: Iterable[HookPoint] = (), alter: Alterations | None = None
     ) -> tuple[Tensor, Mapping[HookPoint, Tensor]]:
         """Run once over one batch, with random numbers that are its own and alike in every run.
 
@@ -373,14 +388,15 @@ class ForwardRunner:
         self,
         number: int,
         read: Iterable[HookPoint],
-        alter: Mapping[str, Alteration] | None,
+        alter: Alterations | None,
         beside: set[HookPoint] | None = None,
+        label: Callable[[HookPoint, Tensor], None] | None = None,
     ) -> tuple[Any, Mapping[HookPoint, Tensor]]:
         read = list(read)
         batch = to_device(self.batches[number], self._device)
         if torch.is_grad_enabled():
             batch = _ordinary(batch)
-        with random_states_kept(), HookPoints(self.model, read, alter, beside) as points:
+        with random_states_kept(), HookPoints(self.model, read, alter, beside, label) as points:
             seed_all(number)
             points.start_pass()
             given = self.forward_fn(self.model, batch)
@@ -396,7 +412,7 @@ class ForwardRunner:
             )
         for point in read:
             # What takes no floating-point tensor has nothing to read there.
-            if point.end == "out" and point not in points.values:
+            if point.end == "out" and not point.place and point not in points.values:
                 raise ValueError(
                     f"{point.call!r} did not run, though the report names it; pass the model and the "
                     "forward_fn that the report was measured with"

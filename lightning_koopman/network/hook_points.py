@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -11,11 +12,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.provenance import seconds_following
-from lightning_koopman.network.tensors import all_tensors, first_tensor, is_real, varies
+from lightning_koopman.network.tensors import (
+    all_tensors,
+    first_tensor,
+    further_tensors,
+    is_real,
+    varies,
+)
 
 
 class _Hook:
@@ -167,10 +175,12 @@ class HookPoint(NamedTuple):
     Attributes:
         end: What the call takes in (its first tensor), or what it gives out.
         call: Dotted module name; the second call in a pass reads ``name#1``.
+        place: Which of the tensors with samples that the call gives, where it is not the first.
     """
 
     end: Literal["in", "out"]
     call: str
+    place: int = 0
 
 
 Alteration = Callable[[Tensor, Mapping[HookPoint, Tensor]], Tensor]
@@ -189,6 +199,10 @@ def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
     return modules[name], int(number or 0)
 
 
+Alterations = Mapping[str, Alteration] | Mapping[HookPoint, Alteration]
+"""By call, what becomes of its first tensor, or by hook point."""
+
+
 def replace_first_tensor(value: Any, new: Tensor) -> Any:
     """Put a tensor where :func:`~lightning_koopman.network.tensors.first_tensor` found one.
 
@@ -198,13 +212,20 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
         (tensor([1, 2]), [tensor([0.])])
     """
     old = first_tensor(value)
-    return new if old is None else _with(value, old, new)
+    return new if old is None else replace_tensor(value, old, new)
 
 
-def _with(value: Any, old: Tensor, new: Tensor) -> Any:
+def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:
     """Put a tensor in the first place of another one."""
     if value is old:
         return new
+    if isinstance(value, Distribution):
+        value = copy.copy(value)
+        for name, part in vars(value).items():
+            if any(tensor is old for tensor in all_tensors(part)):
+                vars(value)[name] = replace_tensor(part, old, new)
+                break
+        return value
     if isinstance(value, Mapping):
         parts: Any = dict(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -213,7 +234,7 @@ def _with(value: Any, old: Tensor, new: Tensor) -> Any:
         parts = dict(enumerate(value))
     for key, part in parts.items():
         if any(tensor is old for tensor in all_tensors(part)):
-            parts[key] = _with(part, old, new)
+            parts[key] = replace_tensor(part, old, new)
             break
     if isinstance(value, dict):
         # Outputs such as those of transformers are mappings and dataclasses at once.
@@ -238,8 +259,10 @@ class HookPoints:
     """Hooks that read, and on demand replace, tensors at chosen module calls.
 
     Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
-    hooks come off at the end, also when an exception flies. To ``beside`` is added what is read where
-    further tensors that vary are given beside it.
+    hooks come off at the end, also when an exception flies. Calls are altered in their first tensor,
+    and in others where ``alter`` holds their places. To ``beside`` is added what is read where further
+    tensors that vary are given beside it; ``label`` is shown the further tensors that altered calls
+    give.
 
     Attributes:
         values: Copies of the tensors read in the current pass. A replaced output reads as replaced.
@@ -249,13 +272,17 @@ class HookPoints:
         self,
         model: nn.Module,
         read: Iterable[HookPoint] = (),
-        alter: Mapping[str, Alteration] | None = None,
+        alter: Alterations | None = None,
         beside: set[HookPoint] | None = None,
+        label: Callable[[HookPoint, Tensor], None] | None = None,
     ) -> None:
         self.values: dict[HookPoint, Tensor] = {}
-        self._beside = beside
+        self._beside, self._label = beside, label
         self._read = frozenset(read)
-        self._alter = dict(alter or {})
+        self._alter: dict[str, dict[int, Alteration]] = {}
+        for key, alteration in (alter or {}).items():
+            point = key if isinstance(key, HookPoint) else HookPoint("out", key)
+            self._alter.setdefault(point.call, {})[point.place] = alteration
         self._counts: dict[int, int] = {}
         calls = {point.call for point in self._read} | set(self._alter)
         self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
@@ -298,19 +325,31 @@ class HookPoints:
         call = calls.get(number)
         if call is None:
             return None
-        if call in self._alter:
-            tensor = first_tensor(output)
-            if tensor is None:
+        first, alter = first_tensor(output), self._alter.get(call, {})
+        given = (
+            {0: first} if isinstance(output, Tensor) else self._tensors(output, first, (args, kwargs))
+        )
+        for place, alteration in alter.items():
+            if (tensor := given.get(place)) is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
-            new = self._alter[call](tensor, self.values).to(tensor)
+            new = alteration(tensor, self.values).to(tensor)
             if new.stride() != tensor.stride():
                 # The user's code may view it, or write to it, as it does to what stood here.
                 new = torch.empty_like(tensor, requires_grad=False).copy_(new)
             if new is not tensor:
-                output = replace_first_tensor(output, new)
-        if HookPoint("out", call) in self._read:
-            self._keep(HookPoint("out", call), first_tensor(output))
-        return output if call in self._alter else None
+                output = replace_tensor(output, tensor, new)
+                given[place] = new
+        for place, tensor in given.items():
+            if place and self._label is not None and alter and tensor is not None:
+                self._label(HookPoint("out", call, place), tensor)
+            if HookPoint("out", call, place) in self._read:
+                self._keep(HookPoint("out", call, place), tensor)
+        return output if alter else None
+
+    @staticmethod
+    def _tensors(output: Any, first: Tensor | None, given: Any) -> dict[int, Tensor | None]:
+        """Return the tensors with samples that a call gives, by place."""
+        return {0: first} | ({} if first is None else dict(further_tensors(output, first, given)))
 
     def _keep(self, point: HookPoint, tensor: Tensor | None) -> None:
         if tensor is None:

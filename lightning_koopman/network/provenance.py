@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from lightning_koopman.network.tensors import all_tensors, tensors_inside
+from lightning_koopman.network.tensors import address_of, all_tensors, tensors_inside
 
 # These read a tensor's shape, never its values.
 _SHAPE_ONLY = frozenset({
@@ -293,14 +293,6 @@ def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _flat(value)
-
-
-def address_of(tensor: Tensor) -> int:
-    """Identify a tensor's memory; 0 where it has none of its own, as sparse tensors."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    if tensor.layout is not torch.strided or wrapped:
-        return 0
-    return int(tensor.untyped_storage()._cdata)
 
 
 _ORIGINS = frozenset({_OWN, _CHANCE, _UNKNOWN})

@@ -318,7 +318,9 @@ class Recording:
         try:
             number = len(self._returned)
             self._returned.append(all_tensors(output))
-            if self._flow is not None:
+            module = self._step.calls[number].module
+            # What holds nothing of the network's may be what prepares the data.
+            if self._flow is not None and _holds_tensors(module):
                 self._flow.label(output, f"{number}")
             tensor = None if self.steps else first_tensor(output)
             self._step.outputs.append(None if tensor is None else _copied(tensor))
@@ -371,6 +373,11 @@ class _Object:
 
     copy: Any
     n_rows: int
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    """Check whether a module has parameters or buffers."""
+    return any(True for held in (module.parameters(), module.buffers()) for _ in held)
 
 
 def _is_pure(module: nn.Module) -> bool:

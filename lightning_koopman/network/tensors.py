@@ -103,6 +103,32 @@ def first_tensor(value: Any) -> Tensor | None:
     return number
 
 
+def further_tensors(value: Any, first: Tensor, given: Any) -> list[tuple[int, Tensor]]:
+    """Find what a module gives beside the first tensor and does not pass on, and its places.
+
+    Example:
+        >>> x, mask, loss = torch.ones(2, 3), torch.zeros(2), torch.zeros(())
+        >>> [place for place, _ in further_tensors((loss, x, mask, 2 * mask), x, mask)]
+        [3]
+    """
+    seen = {address_of(tensor) for tensor in (first, *all_tensors(given))}
+    found = []
+    for place, tensor in enumerate(filter(is_real, all_tensors(value))):
+        held = tensor.ndim and tensor.numel() and not tensor.is_nested and not tensor.is_quantized
+        if held and address_of(tensor) not in seen:
+            seen.add(address_of(tensor))
+            found.append((place, tensor))
+    return found
+
+
+def address_of(tensor: Tensor) -> int:
+    """Identify a tensor's memory; 0 where it has none of its own, as sparse tensors."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    if tensor.layout is not torch.strided or wrapped:
+        return 0
+    return int(tensor.untyped_storage()._cdata)
+
+
 def first_real(value: Any) -> Tensor | None:
     """Find the first tensor as :func:`first_tensor` does, and none where that is complex."""
     try:

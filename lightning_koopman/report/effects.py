@@ -61,9 +61,9 @@ class Effects(JupyterMixin):
             prediction above half a nat orders, but does not size), ``samples`` (too few for the
             directions that a linear map has), ``leverage`` (single samples decide their own prediction),
             ``gradient`` (none leads there), ``inputs`` (a linear map is of the first tensor that the
-            component takes alone, though others vary too), ``unsteady`` (the network answers differently
-            when asked twice) and ``elsewhere`` (the component leads to other outputs alone, so there is
-            no number).
+            component takes alone, though others vary too), ``outputs`` (the same of those that it
+            gives), ``unsteady`` (the network answers differently when asked twice) and ``elsewhere``
+            (the component leads to other outputs alone, so there is no number).
         sets: By name of a set that was measured together, its members.
         folds: By predicted kind, the number of samples of each fold.
         pairs: By predicted kind, each fold's part of the second-order effects H, shape
@@ -324,7 +324,16 @@ def _said_doubts(effects: Effects) -> list[str]:
     """Return which doubts there are of which kinds, as a line."""
     found = {
         word: list(dict.fromkeys(k for k, rows in effects.doubts.items() for row in rows if word in row))
-        for word in ("saturated", "samples", "leverage", "gradient", "inputs", "unsteady", "elsewhere")
+        for word in (
+            "saturated",
+            "samples",
+            "leverage",
+            "gradient",
+            "inputs",
+            "outputs",
+            "unsteady",
+            "elsewhere",
+        )
     }
     said = [f"{word} ({', '.join(kinds)})" for word, kinds in found.items() if kinds]
     return [f"?: {', '.join(said)}"] if said else []

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_koopman.network.forward_runner import MeanAndSpread
+from lightning_koopman.network.forward_runner import MeanAndSpread, default_forward
 from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_first_tensor
 
 
@@ -99,3 +99,19 @@ def test_hook_points_without_a_tensor_are_named_and_no_hook_stays():
         with pytest.raises(ValueError, match=words), HookPoints(model, **arguments):
             model["words"](torch.ones(1))
     assert not model["words"]._forward_hooks
+
+
+def test_entries_that_what_forward_calls_does_not_take_are_told():
+    class Thin(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 2)
+
+        def forward(self, **kwargs: Tensor) -> Tensor:
+            return self.inner(**kwargs)
+
+    batch = {"input": torch.ones(2, 3), "target": torch.ones(2)}
+    said = "all of which Thin.forward says it takes, but it raised .*'target'.*forward_fn=lambda"
+    with pytest.raises(ValueError, match=said):
+        default_forward(Thin(), batch)
+    assert default_forward(Thin(), {"input": torch.ones(2, 3)}).shape == (2, 2)

@@ -102,6 +102,26 @@ def test_code_of_the_users_between_two_calls_is_not_left_out(step):
     assert recording.differs() == recording.reason
 
 
+def test_what_prepares_the_data_is_no_part_of_the_network():
+    model = parts_with_pad()
+
+    def step(m, x):
+        return m.decoder(m.encoder(m.pad(x[:, :2]) - x.mean(dim=1, keepdim=True)))
+
+    recording = recorded(model, step)
+    assert recording.reason is None
+    assert recording.differs() is None
+    # What it makes of a state is the network's all the same.
+    between = recorded(parts_with_pad(), lambda m, x: m.decoder(2 * m.pad(m.encoder(x))[:, :-2]))
+    assert between.reason == "the step runs code of its own before 'decoder'"
+
+
+def parts_with_pad() -> nn.Module:
+    model = parts()
+    model.pad = nn.ConstantPad1d((0, 2), 0.0)
+    return model
+
+
 @pytest.mark.parametrize(
     ("follow_from", "n_steps", "followed"), [(1, 2, True), (1, 1, False), (None, 3, False)]
 )

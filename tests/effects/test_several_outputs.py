@@ -1,0 +1,140 @@
+"""Effects of components that give several tensors."""
+
+import numpy as np
+import pytest
+import torch
+from small import wired
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from lightning_koopman import component_effects, credit_report
+from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_first_tensor
+
+
+class Both(nn.Module):
+    """Gives two tensors, the second as wide as what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.a(x)), torch.tanh(self.b(x))
+
+
+def built(forward) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    parts = {"both": Both(), "a": nn.Linear(3, 7), "b": nn.Linear(6, 7), "last": nn.Linear(7, 2)}
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+    return wired(forward, **parts).eval(), list(x.split(100))
+
+
+def second_alone(m, x):
+    return m.last(torch.tanh(m.b(m.both(x)[1])))
+
+
+def together(m, x):
+    left, right = m.both(x)
+    return m.last(torch.tanh(m.a(left) + m.b(right)))
+
+
+@torch.no_grad()
+def change(model: nn.Module, x: Tensor, replace) -> float:
+    """Squared change of the outputs, over their variance, if both tensors are replaced."""
+    before = model(x)
+    hook = model.both.register_forward_hook(lambda _, args, out: replace(*out))
+    after = model(x)
+    hook.remove()
+    return float((after - before).square().sum() / (before - before.mean(0)).square().sum())
+
+
+def means(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return left.mean(0).expand_as(left), right.mean(0).expand_as(right)
+
+
+@pytest.mark.parametrize("with_report", [True, False])
+@pytest.mark.parametrize("forward", [second_alone, together])
+def test_all_that_a_skipped_component_gives_is_at_its_mean(forward, with_report):
+    model, batches = built(forward)
+    report = credit_report(model, batches) if with_report else None
+    effects = component_effects(model, batches, report, ["skip"])
+    truth = change(model, torch.cat(batches), means)
+    assert truth > 0.1
+    assert effects.components[0] == "both"
+    assert effects.values["skip"][0] == pytest.approx(truth, rel=1e-4)
+    assert effects.doubts["skip"][0] == ()
+
+
+def test_a_second_tensor_that_nobody_reads_changes_nothing():
+    model, batches = built(lambda m, x: m.last(torch.tanh(m.a(m.both(x)[0]))))
+    effects = component_effects(model, batches, None, ["skip", "linear"])
+    assert effects.doubts["linear"][0] == ()
+    truth = change(model, torch.cat(batches), lambda left, right: (means(left, right)[0], right))
+    assert effects.values["skip"][0] == pytest.approx(truth, rel=1e-4)
+
+
+def test_where_the_first_alone_is_altered_a_doubt_says_so():
+    model, batches = built(together)
+    effects = component_effects(model, batches, None, ["linear", "weight_noise"], how="auto")
+    assert effects.doubts["linear"][0] == ("outputs",)
+    assert "outputs" not in effects.doubts["linear"][1]
+    predicted = component_effects(model, batches, None, ["weight_noise"], how="predicted")
+    assert "outputs" in predicted.doubts["weight_noise"][0]
+    measured = component_effects(model, batches, None, ["weight_noise"], how="measured")
+    assert "outputs" not in measured.doubts["weight_noise"][0]
+
+
+def test_noise_goes_on_all_of_them():
+    model, batches = built(second_alone)
+    effects = component_effects(model, batches, None, ["output_noise"], how="measured", strength=0.3)
+    torch.manual_seed(3)
+    x, runs = torch.cat(batches), []
+    for _ in range(20):
+        runs.append(change(model, x, lambda left, right: (left, right + 0.3 * noise_like(right))))
+    assert effects.values["output_noise"][0] == pytest.approx(np.mean(runs), rel=0.2)
+
+
+def noise_like(tensor: Tensor) -> Tensor:
+    return tensor.std(0) * torch.randn(tensor.shape)
+
+
+def test_states_of_an_encoder_that_alone_go_on_are_skipped():
+    class Translate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.LSTM(3, 8, batch_first=True)
+            self.decoder, self.head = nn.LSTM(2, 8, batch_first=True), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            _, state = self.encoder(x)
+            return self.head(self.decoder(torch.ones(len(x), 4, 2), state)[0])
+
+    torch.manual_seed(0)
+    model, batches = Translate().eval(), list(torch.randn(200, 5, 3).split(50))
+    effects = component_effects(model, batches, None, ["skip"])
+    # Nothing else of the data goes on: what is left has no variance over samples.
+    assert effects.values["skip"][0] == pytest.approx(1, abs=0.05)
+
+
+def test_parameters_of_a_distribution_are_replaced():
+    given = Normal(torch.zeros(3), torch.ones(3))
+    replaced = replace_first_tensor((given, 1), torch.full((3,), 2.0))
+    assert replaced[0].mean.tolist() == [2, 2, 2]
+    assert replaced[0].stddev.tolist() == [1, 1, 1]
+    assert given.mean.tolist() == [0, 0, 0]
+
+
+def test_each_tensor_of_a_call_is_altered_by_its_place():
+    model, (x, *_) = built(together)
+    points = {HookPoint("out", "both", 1): lambda tensor, _: torch.zeros_like(tensor)}
+    with torch.no_grad(), HookPoints(model, [HookPoint("out", "both", 1)], points) as hooks:
+        hooks.start_pass()
+        altered = model(x)
+    with torch.no_grad():
+        expected = model.last(torch.tanh(model.a(model.both(x)[0]) + model.b.bias))
+    torch.testing.assert_close(altered, expected)
+    assert hooks.values[HookPoint("out", "both", 1)].abs().sum() == 0
+    hooks = HookPoints(model, [], {HookPoint("out", "last", 1): points.popitem()[1]})
+    hooks.start_pass()
+    with hooks, pytest.raises(ValueError, match="'last' gave Tensor with no tensor to replace"):
+        model(x)
