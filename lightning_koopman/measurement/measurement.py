@@ -21,7 +21,7 @@ from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.isolation import undisturbed
-from lightning_koopman.network.plan import Plan, in_a_row, listed, make_plan
+from lightning_koopman.network.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
     OUTPUT,
@@ -85,6 +85,11 @@ class Measurement(Accumulator):
         self._earlier: list[Tensor] = []
         # Sizes of what ran in this pass, and did not run in the first.
         self._others: dict[str, tuple[int, ...]] = {}
+        # Shapes of what a call gave, and the first call of its pass; how many calls had other ones, and
+        # how many batches unlike numbers of rows in parts side by side.
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._first_shapes: dict[str, tuple[int, ...]] = {}
+        self._unlike_calls, self._unlike_batches = 0, 0
         # Which tensor of the batch says what graph each node belongs to, where the network pools them.
         self._pooled: int | None = None
         # States that vary, whatever the first batch says; and those that it says do not, with a sample
@@ -167,6 +172,7 @@ class Measurement(Accumulator):
     def start_pass(self, batch: Any = None) -> None:
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}
+        self._shapes, self._first_shapes = {}, {}
         self.capture.again, self._earlier = _weakly(self._take_again), []
         self.capture.start_pass(batch)
 
@@ -181,12 +187,27 @@ class Measurement(Accumulator):
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
-        if not self._earlier or self._is_whole(states):
+        if self._is_whole(states) or not self._earlier:
             self._take(states)
 
     def _is_whole(self, states: Mapping[str, Any]) -> bool:
-        """Check whether a call ran the whole chain; a step may also ask for features alone."""
-        return self.plan is None or self.plan.recorded <= states.keys()
+        """Check whether a call ran the whole chain on data like those of the first call of the step.
+
+        A step may also ask for features alone, or go on by single positions behind a past.
+        """
+        shapes, self._shapes = self._shapes, {}
+        self._first_shapes = self._first_shapes or shapes
+        if self.plan is None:
+            return True
+        unlike = self._by_state(shapes) != self._by_state(self._first_shapes)
+        self._unlike_calls += unlike
+        return self.plan.recorded <= states.keys() and not unlike
+
+    def _by_state(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the states of the chain, without the axis of their samples."""
+        assert self.plan is not None
+        axes = {name: self.plan.forms[name].batch_axis for name in self.plan.recorded & shapes.keys()}
+        return {name: shapes[name][:axis] + shapes[name][axis + 1 :] for name, axis in axes.items()}
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
         """Add up the states of one call of the network, in a step with others if ``again``."""
@@ -195,7 +216,14 @@ class Measurement(Accumulator):
         elif self._waits_for_lengths:
             states = self._all_rows([r for r in states.values() if r is not None])
         assert self.plan is not None
-        rows = self.plan.join(states, self._batches)
+        try:
+            rows = self.plan.join(states, self._batches)
+        except UnlikeRowsError:
+            # Parts that run on samples of their own may have as many in most batches, but not in all.
+            self._unlike_batches += 1
+            if self._named or 2 * self._unlike_batches > self._batches:
+                raise
+            return
         self._refuse_others(states, rows)
         first = next(iter(rows.values()))
         # A step may call the network twice on the same data, for a loss and for a metric.
@@ -314,6 +342,7 @@ class Measurement(Accumulator):
         return {r.name: self._rows(r.tensor, r, lengths) for r in records}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
+        self._shapes[recorded.name] = tuple(tensor.shape)
         if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
             return replace(recorded, tensor=detached_copy(tensor))
@@ -381,6 +410,17 @@ class Measurement(Accumulator):
             notes.append(
                 "samples are graphs, for the network pools their nodes: states of nodes and edges were "
                 "averaged over each graph"
+            )
+        if self._unlike_calls:
+            notes.append(
+                f"{self._unlike_calls} calls of the network on data of other shapes than in the first "
+                "call of their step, as by single positions behind a past, were left out"
+            )
+        if self._unlike_batches:
+            notes.append(
+                f"{self._unlike_batches} batches were left out, for parts side by side had unlike "
+                "numbers of rows there, as those do that run on other samples; name components without "
+                "them"
             )
         if self._silent:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")

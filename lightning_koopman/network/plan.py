@@ -291,6 +291,10 @@ _MOST_READ_BY_ENDS = 12
 """The same for a last step that stands for several heads."""
 
 
+class UnlikeRowsError(ValueError):
+    """Says that what stands side by side has not one row per sample each."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The chain, frozen for all later passes.
@@ -331,7 +335,7 @@ class Plan:
         for name, group in zip(self.names, self.states, strict=True):
             counts = {part: rows[part].shape[0] for part in group}
             if len(set(counts.values())) > 1:
-                raise ValueError(
+                raise UnlikeRowsError(
                     f"parallel components gave differing numbers of rows: {counts}. Rows are samples; "
                     "name other components with components=[...]."
                 )

@@ -342,3 +342,55 @@ def test_what_varies_in_later_batches_alone_counts():
     # Where it never varies, nothing is said of later batches.
     same = credit_report(model, batches[:2], forward_fn=forward)
     assert "the same for every sample, so left out: table" in same.notes
+
+
+class Stepwise(nn.Module):
+    """Takes a window at once, and then goes on by single steps, on what it gave itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = wired(
+            lambda m, x: m.head(torch.tanh(m.embed(x))), embed=nn.Linear(2, 8), head=nn.Linear(8, 2)
+        )
+
+    def run(self, x: Tensor, steps: int) -> Tensor:
+        outputs = [self.net(x)[:, -1:]]
+        for _ in range(steps):
+            outputs.append(self.net(outputs[-1]))
+        return torch.cat(outputs, 1)
+
+
+def test_calls_on_data_of_other_shapes_do_not_count():
+    model, x = Stepwise().eval(), drawn(400, 6, 2)
+    found = [
+        credit_report(model, x.split(100), forward_fn=lambda m, batch, k=k: m.run(batch, k))
+        for k in (0, 3)
+    ]
+    assert [report.n_samples for report in found] == [400, 400]
+    np.testing.assert_allclose(found[1].credit, found[0].credit, atol=1e-12)
+    assert any(
+        note.startswith("12 calls of the network on data of other shapes") for note in found[1].notes
+    )
+    assert not any("calls of the network" in note for note in found[0].notes)
+    # Those of the same shape do: two views of each sample.
+    views = credit_report(model, x.split(100), forward_fn=lambda m, b: (m.net(b), m.net(-b)))
+    assert views.n_samples == 800
+
+
+def test_a_part_that_runs_on_samples_of_its_own_costs_the_batches_alone_that_it_differs_in():
+    model = wired(
+        lambda m, x, labelled: (m.dec(m.enc(x)), m.cls(m.enc(labelled))),
+        enc=nn.Linear(8, 16), dec=nn.Linear(16, 8), cls=nn.Linear(16, 3),
+    ).eval()  # fmt: skip
+    batches = [(drawn(64, 8, seed=n), drawn(size, 8, seed=9)) for n, size in enumerate([64, 64, 25, 64])]
+
+    def forward(m, batch):
+        return m(*batch)
+
+    report = credit_report(model, batches, forward_fn=forward)
+    assert report.n_samples == 192
+    assert any(
+        note.startswith("1 batches were left out, for parts side by side") for note in report.notes
+    )
+    with pytest.raises(ValueError, match="parallel components gave differing numbers of rows"):
+        credit_report(model, batches, components=["enc", "dec", "cls"], forward_fn=forward)
