@@ -640,7 +640,7 @@ class Capture:
             self.noisy.append(name)
         added: set[str] = set()
         # What gives a number per sample compares them, as a rule.
-        if origin.raw and self._inner(origin.sources) and output.ndim > 1:
+        if (origin.raw or origin.beside) and self._inner(origin.sources) and output.ndim > 1:
             for place, tensor, copied in origin.beside:
                 found = self._add_input((id(module), call), place, tensor)
                 recorded = _recorded(found, module, copied, copied, frozenset())

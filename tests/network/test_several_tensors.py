@@ -394,3 +394,23 @@ def test_a_part_that_runs_on_samples_of_its_own_costs_the_batches_alone_that_it_
     )
     with pytest.raises(ValueError, match="parallel components gave differing numbers of rows"):
         credit_report(model, batches, components=["enc", "dec", "cls"], forward_fn=forward)
+
+
+def test_views_of_one_copy_are_parts_of_it():
+    class Select(nn.Module):
+        """Takes a state and several variables by name, as variable selection does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"b": nn.Linear(2, 6), "c": nn.Linear(3, 6)})
+
+        def forward(self, variables: dict[str, Tensor], context: Tensor) -> Tensor:
+            return context + sum(self.layers[name](x) for name, x in variables.items())
+
+    def forward(m, x, y):
+        both = torch.cat([x, y], 1)
+        context = m.first(both[:, :2])
+        return m.last(torch.tanh(m.select({"b": both[:, 2:4], "c": both[:, 4:]}, context)))
+
+    model = wired(forward, first=nn.Linear(2, 6), select=Select(), last=nn.Linear(6, 2))
+    assert r2_of(model, drawn(500, 3), drawn(500, 4, seed=2))["select"] == pytest.approx(1, abs=1e-6)
