@@ -429,6 +429,11 @@ class Measurement(Accumulator):
                 f"data of the batch that go into {listed(half_seen)} beside states are given to no call "
                 "of the whole network, so operators do not see them; let one forward() take both"
             )
+        if changed := [name for name in self.capture.changed if name in self.parts]:
+            notes.append(
+                f"data of the batch go into {listed(changed)} changed on the way (scaled, or in part), "
+                "and operators see them as they came; give them to forward() as they are taken"
+            )
         if uncounted := list(dict.fromkeys(self.capture.uncounted)):
             notes.append(
                 f"integers of the batch that go into {listed(uncounted)} beside other numbers are not "

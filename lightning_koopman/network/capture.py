@@ -121,6 +121,7 @@ class Capture:
         in_losses: The states that reach single numbers which it returned then, as losses are.
         given: What that ancestor, or else the network, was called with, by name.
         half_seen: Components that take data of the batch beside states, where no call shows the data.
+        changed: Components that take data of the batch mixed into states otherwise than they came.
         uncounted: Components that take integers of the batch beside floating-point numbers.
         noisy: Components that random numbers go into beside states, or that draw them.
     """
@@ -173,6 +174,7 @@ class Capture:
         # By component, the inputs that are mixed into states, and their places in the ancestor's call.
         self._mixed_in: dict[str, dict[str, int]] = {}
         self.half_seen: list[str] = []
+        self.changed: list[str] = []
         self.uncounted: list[str] = []
         self.noisy: list[str] = []
         self.returned: dict[str, frozenset[str]] = {}
@@ -355,6 +357,7 @@ class Capture:
                 self._input_names,
                 self._mixed_in,
                 self.half_seen,
+                self.changed,
                 self.uncounted,
                 self.noisy,
                 self._merged,
@@ -677,6 +680,8 @@ class Capture:
             if raw and raw <= labels and not is_mask(tensor):
                 added = self._add_input((id(self._ancestor), -1), place, tensor)
                 self._mixed_in.setdefault(name, {})[added] = place
+                if raw & self._provenance.changed and name not in self.changed:
+                    self.changed.append(name)
         data = filter(self._provenance.unclaimed, self._provenance.data_of(labels))
         if any(is_real(tensor) and not is_mask(tensor) for tensor in data):
             self.half_seen.append(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from lightning_koopman.network.input_data import holds_all_of
 from lightning_koopman.network.tensors import address_of, all_tensors, tensors_inside
 
 # These read a tensor's shape, never its values.
@@ -46,6 +47,7 @@ class DataFlow:
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
             numbers, and of what was read without a label.
+        on_mix: Called with what an operator reads, where that is several tensors, and their labels.
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
@@ -59,9 +61,14 @@ class DataFlow:
         frozenset({'input'})
     """
 
-    def __init__(self, *, origins: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        origins: bool = False,
+        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]]], None] | None = None,
+    ) -> None:
         self.error: Exception | None = None
-        self._origins = origins
+        self._origins, self._on_mix = origins, on_mix
         self._labels: dict[int, frozenset[str]] = {}
         self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
         # A weak reference keeps a storage's address from being given to another one.
@@ -122,6 +129,8 @@ class DataFlow:
         name = func._schema.name.rpartition("::")[2]
         known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
         labels = _NOTHING.union(*known)
+        if self._on_mix is not None and len(known) > 1:
+            self._on_mix(reads, known)
         if self._origins:
             if torch.Tag.nondeterministic_seeded in func.tags and not name.startswith(_MAY_DROP):
                 labels |= {_CHANCE}
@@ -303,6 +312,7 @@ class Provenance:
 
     Attributes:
         idle: States and inputs that were made of what the network holds: positions, learned queries.
+        changed: Labels of data of the batch that were put to states otherwise than they came.
     """
 
     def __init__(self) -> None:
@@ -311,20 +321,40 @@ class Provenance:
         self._batch: Any = None
         self._claimed: dict[str, str] = {}
         self._taken: set[str] = set()
+        self._inputs: set[str] = set()
         self.idle: set[str] = set()
+        self.changed: set[str] = set()
 
     def start_pass(self, batch: Any) -> None:
         """Forget the pass before."""
-        self._batch, self._claimed, self._taken, self.idle = batch, {}, set(), set()
+        self._batch, self._claimed = batch, {}
+        self._taken, self._inputs, self.idle, self.changed = set(), set(), set(), set()
         self._label_batch()
 
     def follow(self, own: Iterable[Tensor] = ()) -> None:
         """Begin to follow the data, and what the network holds itself."""
-        self._flow = DataFlow(origins=True)
+        self._flow = DataFlow(origins=True, on_mix=self._note_change)
         for tensor in own:
             self._flow.label(tensor, _OWN)
         self._label_batch()
         self._flow.__enter__()
+
+    def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> None:
+        """Note which data of the batch an operator puts to states otherwise than they came."""
+        known = [labels - _ORIGINS - self.idle for labels in known]
+        new = [{name for name in labels if self._is_new(name)} for labels in known]
+        # What comes alone with data is no state.
+        alone = [all(n.startswith(_BATCH) or n in self._inputs for n in labels) for labels in known]
+        if all(alone) or not any(new):
+            return
+        for tensor, names, is_data in zip(reads, new, alone, strict=True):
+            for data in self.data_of(frozenset(names)) if is_data else ():
+                if address_of(data) != address_of(tensor) and not holds_all_of(tensor, data):
+                    self.changed |= names
+
+    def _is_new(self, label: str) -> bool:
+        """Check whether a label is of data of the batch that are no input yet."""
+        return label.startswith(_BATCH) and label not in self._claimed
 
     def leave(self) -> None:
         """Stop following the data; safe to call twice."""
@@ -390,6 +420,7 @@ class Provenance:
     def claim(self, tensor: Tensor, name: str, *, whole: bool) -> None:
         """Let a tensor count as an input, and if it is the ``whole`` of what it is made of, that too."""
         if self._flow is not None:
+            self._inputs.add(name)
             labels = self._labels(tensor) - self.idle
             if labels and not whole:
                 self._flow.label(tensor, name)

@@ -414,3 +414,16 @@ def test_views_of_one_copy_are_parts_of_it():
 
     model = wired(forward, first=nn.Linear(2, 6), select=Select(), last=nn.Linear(6, 2))
     assert r2_of(model, drawn(500, 3), drawn(500, 4, seed=2))["select"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_data_that_are_scaled_by_sample_beside_a_state_are_told(scaled):
+    def forward(m, t, x):
+        size = x.abs().mean(1, keepdim=True) if scaled else 2.0
+        return m.last(m.mix(torch.cat([m.first(t), x / size], 1)))
+
+    model = wired(forward, first=nn.Linear(3, 4), mix=nn.Linear(12, 6), last=nn.Linear(6, 2))
+    report = report_of(model, drawn(500, 3), drawn(500, 8, seed=2) * drawn(500, 1, seed=3).exp())
+    told = [note for note in report.notes if note.startswith("data of the batch go into mix changed")]
+    assert bool(told) == scaled
+    assert (by_name(report)["mix"] > 0.999) != scaled
