@@ -424,12 +424,12 @@ class Measurement(Accumulator):
             )
         if self._silent:
             notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
-        if half_seen := [name for name in self.capture.half_seen if name in self.parts]:
+        if half_seen := [name for name in self.capture.inputs.half_seen if name in self.parts]:
             notes.append(
                 f"data of the batch that go into {listed(half_seen)} beside states are given to no call "
                 "of the whole network, so operators do not see them; let one forward() take both"
             )
-        if changed := [name for name in self.capture.changed if name in self.parts]:
+        if changed := [name for name in self.capture.inputs.changed if name in self.parts]:
             notes.append(
                 f"data of the batch go into {listed(changed)} changed on the way (scaled, or in part), "
                 "and operators see them as they came; give them to forward() as they are taken"

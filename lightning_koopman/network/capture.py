@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -26,13 +26,8 @@ from lightning_koopman.network.components import (
     without_component,
 )
 from lightning_koopman.network.hook_points import attach
-from lightning_koopman.network.input_data import (
-    Coverage,
-    are_alike,
-    holds_all_of,
-    is_integer_data,
-    is_mask,
-)
+from lightning_koopman.network.input_data import is_integer_data
+from lightning_koopman.network.inputs import Beside, Inputs
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, further_name
 from lightning_koopman.network.tensors import (
@@ -88,7 +83,7 @@ class _Origin(NamedTuple):
     is_loss: bool = False
     is_idle: bool = False
     raw: frozenset[str] = frozenset()
-    beside: tuple[tuple[int, Tensor, Tensor], ...] = ()
+    beside: tuple[Beside, ...] = ()
     draws: bool = False
 
 
@@ -120,8 +115,7 @@ class Capture:
             name. Empty where it was not called.
         in_losses: The states that reach single numbers which it returned then, as losses are.
         given: What that ancestor, or else the network, was called with, by name.
-        half_seen: Components that take data of the batch beside states, where no call shows the data.
-        changed: Components that take data of the batch mixed into states otherwise than they came.
+        inputs: What the network takes in.
         uncounted: Components that take integers of the batch beside floating-point numbers.
         noisy: Components that random numbers go into beside states, or that draw them.
     """
@@ -167,23 +161,15 @@ class Capture:
         self.parts: dict[str, tuple[str, ...]] = {}
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
-        self._input = INPUT if INPUT not in self.candidates else "data"
-        # By call, the tensors given that are inputs, by their places among all of them.
-        self._inputs: dict[tuple[int, int], dict[int, str]] = {}
-        self._input_names: set[str] = set()
-        # By component, the inputs that are mixed into states, and their places in the ancestor's call.
-        self._mixed_in: dict[str, dict[str, int]] = {}
-        self.half_seen: list[str] = []
-        self.changed: list[str] = []
         self.uncounted: list[str] = []
         self.noisy: list[str] = []
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self._mixed: dict[int, str] = {}
-        self._covered = Coverage()
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
         self._provenance = Provenance()
+        self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -262,7 +248,7 @@ class Capture:
             if self._unusable is not None:
                 raise ValueError(self._unusable)
             self._passes += 1
-            self._covered.clear()
+            self.inputs.end_pass()
             return self._states
         finally:
             for name in list(self._input_hooks):
@@ -353,16 +339,11 @@ class Capture:
         if self._passes == 0:
             for known in (
                 self.parts,
-                self._inputs,
-                self._input_names,
-                self._mixed_in,
-                self.half_seen,
-                self.changed,
+                self.inputs,
                 self.uncounted,
                 self.noisy,
                 self._merged,
                 self._superseded,
-                self._covered,
             ):
                 known.clear()
 
@@ -427,25 +408,31 @@ class Capture:
             self._foreign.add(key)
             return
         real = [] if tensor is None else list(filter(is_real, all_tensors(given)))
-        beside: list[tuple[int, Tensor, Tensor]] = []
+        beside: list[Beside] = []
         sources = self._provenance.of(given)
-        is_loss = bool(self._inner(sources) and self._provenance.others(given))
+        is_loss = bool(self.inputs.beyond(sources) and self._provenance.others(given))
         self._provenance.take(given)
         if tensor is not None and self._passes == 0:
-            beside = self._find_inputs(key, tensor, real, with_states=self._inner(sources))
+            beside = self.inputs.find(
+                key,
+                tensor,
+                real,
+                with_states=self.inputs.beyond(sources),
+                nothing_ran=not self._states.keys() - self._provenance.idle,
+            )
             sources = self._provenance.of(given)
             # Of parts of one tensor, whose labels are those of its memory, each is one.
-            sources = None if sources is None else sources | {*self._inputs.get(key, {}).values()}
-        for place, name in self._inputs.get(key, {}).items():
+            sources = None if sources is None else sources | {*self.inputs.at.get(key, {}).values()}
+        for place, name in self.inputs.at.get(key, {}).items():
             if place < len(real):
                 recorded = _recorded(name, module, given, real[place], frozenset())
                 is_idle = self._provenance.is_idle(real[place])
                 self._keep(real[place], replace(recorded, is_input=True, is_idle=is_idle))
         origin = _Origin(sources, tensor is not None, is_loss, self._provenance.is_idle(given))
         if self._passes == 0:
-            raw = self._provenance.unclaimed(given, self._covered.misses)
+            raw = self.inputs.unclaimed(given)
             origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
-            if tensor is not None and any(is_integer_data(t, tensor) for t in self._fresh(given)):
+            if tensor is not None and any(is_integer_data(t, tensor) for t in self.inputs.fresh(given)):
                 self.uncounted.append(self._names[id(module)])
         self._pending[id(module)] = origin
 
@@ -482,69 +469,7 @@ class Capture:
     def _takes_input(self, module: nn.Module) -> bool:
         """Check whether the module's input must be seen in the next pass."""
         seen = self._passes == 0 or id(module) in self._opened
-        return seen or any(taker == id(module) for taker, _ in self._inputs)
-
-    def _find_inputs(
-        self, key: tuple[int, int], first: Tensor, real: Sequence[Tensor], *, with_states: bool
-    ) -> list[tuple[int, Tensor, Tensor]]:
-        """Let data that a component takes be inputs; return those that it takes beside states."""
-        if self._provenance.is_idle(first):
-            # Behind learned queries come the data.
-            first = next((t for t in real if self._provenance.is_fresh(t)), first)
-        beside = []
-        for place, tensor in enumerate(real):
-            is_first = tensor is first
-            if not is_first and not (are_alike(tensor, first) and self._is_new(tensor)):
-                continue
-            if not is_first and with_states:
-                # What compares states with it, as losses do, shows by what it gives.
-                beside.append((place, tensor, detached_copy(tensor)))
-            elif not is_first or self._is_input(tensor) or self._is_further_part(tensor):
-                self._add_input(key, place, tensor)
-        return beside
-
-    def _is_new(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is made of data alone, of which some are no input yet."""
-        return self._provenance.is_fresh(tensor, self._input_names) is True or self._is_further_part(
-            tensor
-        )
-
-    def _fresh(self, given: Any) -> Iterator[Tensor]:
-        """Find the tensors given that are made of data of the batch which no input holds."""
-        return (t for t in all_tensors(given) if self._provenance.unclaimed(t))
-
-    def _add_input(self, key: tuple[int, int], place: int, tensor: Tensor) -> str:
-        """Let a tensor that is taken be an input from now on, and return its name."""
-        made_of = self._provenance.made_of(tensor)
-        for data in made_of:
-            self._covered.open(data)
-        whole = self._covered.knows(tensor)
-        self._covered.add(tensor)
-        if not whole and made_of and all(holds_all_of(tensor, data) for data in made_of):
-            whole = True
-            for data in made_of:
-                self._covered.add(data)
-        count = len(self._input_names)
-        name = f"{self._input}#{count}" if count else self._input
-        self._inputs.setdefault(key, {})[place] = name
-        self._input_names.add(name)
-        self._provenance.claim(tensor, name, whole=whole)
-        return name
-
-    def _is_input(self, tensor: Tensor) -> bool:
-        """Check whether a component takes data of the batch that no component has taken before."""
-        fresh = self._provenance.is_fresh(tensor, self._input_names)
-        return not self._states.keys() - self._provenance.idle if fresh is None else fresh
-
-    def _is_further_part(self, tensor: Tensor) -> bool:
-        """Check whether a component takes more of what an input is a part of, as steps in time are."""
-        sources = self._provenance.of(tensor)
-        if not sources or not sources <= self._input_names:
-            return False
-        if self._covered.knows(tensor):
-            return self._covered.misses(tensor)
-        # A copy of some part, nobody knows which: then it is more, unless all was taken.
-        return any(map(self._covered.misses, self._provenance.made_of(tensor)))
+        return seen or any(taker == id(module) for taker, _ in self.inputs.at)
 
     def _continues(self, output: Any, name: str, raw: Tensor) -> bool:
         """Check whether an output still holds a component's state, one row per sample."""
@@ -553,10 +478,6 @@ class Capture:
         if tensor is None or tensor.shape[:1] != raw.shape[:1]:
             return False
         return self._provenance.may_hold(tensor, name)
-
-    def _inner(self, sources: frozenset[str] | None) -> bool:
-        """Check whether a module reads what a component gave."""
-        return bool(sources and sources - self._input_names)
 
     def _is_loss(self, module: nn.Module, given: Any, output: Any, raw: Tensor) -> bool:
         """Check whether a module compares a state with data that no component takes, such as targets."""
@@ -639,31 +560,31 @@ class Capture:
         self, name: str, module: nn.Module, call: int, origin: _Origin, output: Tensor
     ) -> _Origin:
         """Record the data that a component takes mixed into states, or beside them, as inputs."""
-        if origin.draws and self._inner(origin.sources):
+        if origin.draws and self.inputs.beyond(origin.sources):
             self.noisy.append(name)
         added: set[str] = set()
         # What gives a number per sample compares them, as a rule.
-        if (origin.raw or origin.beside) and self._inner(origin.sources) and output.ndim > 1:
+        if (origin.raw or origin.beside) and self.inputs.beyond(origin.sources) and output.ndim > 1:
             for place, tensor, copied in origin.beside:
-                found = self._add_input((id(module), call), place, tensor)
+                found = self.inputs.add((id(module), call), place, tensor)
                 recorded = _recorded(found, module, copied, copied, frozenset())
                 self._keep(copied, replace(recorded, is_input=True))
                 added.add(found)
-            self._find_mixed_in(name, origin.raw)
+            self.inputs.find_mixed(name, origin.raw, self._call, (id(self._ancestor), -1))
         added |= self._keep_mixed_in(name)
         return origin._replace(sources=(origin.sources or frozenset()) | added) if added else origin
 
     def _mixed_into(self, name: str, tensor: Tensor) -> frozenset[str]:
         """Find the data that are mixed into states in a tensor that is returned."""
         # Of those that a component took in whatever form, for others may be targets.
-        raw = self._provenance.taken(self._provenance.unclaimed(tensor, self._covered.misses))
-        if raw and self._inner(self._provenance.of(tensor)) and tensor.ndim > 1:
-            self._find_mixed_in(name, raw)
-        return frozenset(self._mixed_in.get(name, ()))
+        raw = self._provenance.taken(self.inputs.unclaimed(tensor))
+        if raw and self.inputs.beyond(self._provenance.of(tensor)) and tensor.ndim > 1:
+            self.inputs.find_mixed(name, raw, self._call, (id(self._ancestor), -1))
+        return frozenset(self.inputs.mixed_in.get(name, ()))
 
     def _keep_mixed_in(self, name: str) -> set[str]:
         """Record the data that are mixed into what a component takes, and return their names."""
-        if not (mixed_in := self._mixed_in.get(name)):
+        if not (mixed_in := self.inputs.mixed_in.get(name)):
             return set()
         given = list(filter(is_real, all_tensors(self._call)))
         for added, place in mixed_in.items():
@@ -672,19 +593,6 @@ class Capture:
                 recorded = _recorded(added, self._model, tensor, tensor, frozenset())
                 self._keep(tensor, replace(recorded, is_input=True))
         return set(mixed_in)
-
-    def _find_mixed_in(self, name: str, labels: frozenset[str]) -> None:
-        """Find data of the batch, by their labels, among what the ancestor was called with."""
-        for place, tensor in enumerate(filter(is_real, all_tensors(self._call))):
-            raw = self._provenance.unclaimed(tensor, self._covered.misses)
-            if raw and raw <= labels and not is_mask(tensor):
-                added = self._add_input((id(self._ancestor), -1), place, tensor)
-                self._mixed_in.setdefault(name, {})[added] = place
-                if raw & self._provenance.changed and name not in self.changed:
-                    self.changed.append(name)
-        data = filter(self._provenance.unclaimed, self._provenance.data_of(labels))
-        if any(is_real(tensor) and not is_mask(tensor) for tensor in data):
-            self.half_seen.append(name)
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
         """Keep a state; the first pass shows how its rows came about."""
