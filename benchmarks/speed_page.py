@@ -21,12 +21,12 @@ passes on this machine ([what that decides](widths.md)).
 <!-- reports -->
 <!-- end -->
 
-With nothing on the other core, seven more processes gave 11.7 to 12.6 for the MLP's 4,096 samples, six
-1.49 to 1.69 for the convolutions and three 1.23 to 1.40 for ResNet-18. The convolutions take 0.3 s more,
-with and without a report, where glibc hands back behind each layer the memory of the network's own
-states (12.8 MB each); it does so in some processes, and in others not, and in one and the same now in
-the pass alone and now in the report. With its thresholds set so high that it never does, both sides take
-less, and the report 1.4 to 1.5 passes.
+Eight more processes gave 11.7 to 13.1 for the MLP's 4,096 samples, seven 1.49 to 1.83 for the
+convolutions and seven 1.23 to 1.40 for ResNet-18. The convolutions take 0.3 s more, with and
+without a report, where glibc hands back behind each layer the memory of the network's own states
+(12.8 MB each); it does so in some processes, and in others not, and in one and the same now in the
+pass alone and now in the report. With its thresholds set so high that it never does, both sides
+take less, and the report 1.4 to 1.5 passes.
 
 The floor is what the library calls alone take by which a report's numbers are defined, over the forward
 pass, each part the least of five runs: 1 for the pass itself; one pooling of each state and its
@@ -93,14 +93,14 @@ the calls to BLAS and LAPACK of point values (as above, without alignments of fo
 of drift: an operator for each fold, and what it and the old one miss of that fold and of all samples.
 With the products of states, and of the demo with one drawing of its figures; bases, which are kept while
 they fit, hooks and rows are not in it. So the target of the MLP's epoch is below its floor, and that of
-the demo a twentieth above it. Point values choose no ridge weight anew without each fold, which takes
+the demo just above it. Point values choose no ridge weight anew without each fold, which takes
 0.7 of their time where weights are not settled, and drift copies no operators, 0.75 of what holding old
 against new took. With states of up to 256, the CNN took 1.51, the transformer 1.18 and the small one
 2.41 on this machine.
 
 So by default not every epoch is measured: all of watching, with effects, figures and the report at the
 end, may take 5 % of the training's time (`max_overhead=0.05`), and 1.5 seconds in any case. The demo
-trains for less than two, so the 1.5 are what decides there; it then gets 5 to 25 measurements, by what
+trains for less than two, so the 1.5 are what decides there; it then gets 5 to 28 measurements, by what
 else the machine does. With each epoch measured, of 2.7 s that were counted on a busy machine, 1.1 were
 thirty reports, 0.7 drift, 0.3 rows and products, and 0.3 figures (2.1 before they were drawn with fewer
 texts, fewer pixels and three instead of six at a time):
