@@ -29,6 +29,7 @@ import test_architectures as by_hand  # ruff: ignore[module-import-not-at-top-of
 Made = tuple[nn.Module, Iterable[Any]]
 EVERYDAY = (
     "samples are few",
+    "states keep less than",
     "the data skips components",
     "takes no floating-point input",
     "joined into one state",
@@ -47,7 +48,7 @@ be made small are not among them.
 
 How to read a row: `layers.0` to `layers.2` stand for what lies between; `a+b` was joined, for the same
 components read both, or they are the heads that the network ends with. Notes that most reports hold (few
-samples, skip connections, embeddings that are x_0) are not repeated. {failures}
+samples, little variance kept, skip connections, embeddings that are x_0) are not repeated. {failures}
 """
 
 

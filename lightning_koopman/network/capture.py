@@ -26,7 +26,7 @@ from lightning_koopman.network.components import (
     without_component,
 )
 from lightning_koopman.network.hook_points import attach
-from lightning_koopman.network.input_data import is_integer_data
+from lightning_koopman.network.input_data import holds_numbers, is_integer_data
 from lightning_koopman.network.inputs import Beside, Inputs
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, further_name
@@ -549,7 +549,7 @@ class Capture:
                 )
             self._keep(tensor, recorded)
         for place, other in further:
-            if self._passes == 0 and not bool(other.isfinite().all()):
+            if self._passes == 0 and not holds_numbers(other):
                 continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle)

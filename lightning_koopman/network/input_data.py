@@ -24,11 +24,20 @@ _SHUT_OUT = -1e3
 """What is below this, added to a score, is a mask."""
 
 
+_TOO_LARGE = 1e15
+"""What is beyond this stands for infinity, as in scores that a softmax is to ignore."""
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """Check whether all values of a tensor are numbers that can be summed and squared."""
+    return bool((tensor.abs() < _TOO_LARGE).all())
+
+
 def are_alike(other: Tensor, first: Tensor) -> bool:
     """Check whether a tensor may hold data of the same samples as another one, and is no mask."""
     if any(t.is_nested or t.is_quantized or t.layout is not torch.strided for t in (other, first)):
         return False
-    if not other.ndim or other.shape[:1] != first.shape[:1] or not bool(other.isfinite().all()):
+    if not other.ndim or other.shape[:1] != first.shape[:1] or not holds_numbers(other):
         return False
     return max(other.ndim, first.ndim) < 3 or not is_mask(other)
 

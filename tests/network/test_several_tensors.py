@@ -249,6 +249,28 @@ def test_what_is_passed_on_and_what_nobody_reads_is_no_state():
     assert report.widths == (4, 4, 2)
 
 
+def test_scores_that_a_softmax_is_to_ignore_are_no_state():
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, before: Tensor | float) -> tuple[Tensor, Tensor]:
+            scores = x @ x.mT + before
+            scores = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), torch.finfo(x.dtype).min)
+            return torch.tanh(self.layer(scores.softmax(2) @ x)), scores
+
+    def forward(m, x):
+        x, scores = m.a(x, 0.0)
+        x, _ = m.b(x, scores)
+        return m.last(x[:, 0])
+
+    model = wired(forward, a=Scores(), b=Scores(), last=nn.Linear(4, 2))
+    report = report_of(model, drawn(400, 3, 4))
+    assert report.widths == (12, 12, 2)
+    assert np.isfinite(report.credit).all()
+
+
 def test_distributions_are_followed():
     class Encoder(nn.Module):
         def __init__(self) -> None:
