@@ -48,12 +48,11 @@ def is_integer_data(other: Tensor, first: Tensor) -> bool:
         return False
     if not other.ndim or other.shape[:1] != first.shape[:1] or not varies(other) or is_mask(other):
         return False
-    if other.ndim > 1:
-        return True
-    # Lengths say what a tensor holds, and the numbers of graphs which of its rows belong together.
+    # Positions, and the numbers of graphs that rows belong to, count up; lengths say how far.
     steps = other.diff()
-    counts = bool(((steps == 0) | (steps == 1)).all()) and not bool(other[0])
-    return not counts and (first.ndim < 3 or int(other.max()) not in first.shape[1:])
+    if bool(((steps == 0) | (steps == 1)).all()) and (other.ndim > 1 or not bool(other[0])):
+        return False
+    return other.ndim > 1 or first.ndim < 3 or int(other.max()) not in first.shape[1:]
 
 
 _PROBED = 16

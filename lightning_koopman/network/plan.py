@@ -69,15 +69,21 @@ def chain_ends(
     own = [r for r in records if not r.is_input and r.name not in returned]
     frozen = {r.name for r in own if r.is_frozen}
     reaching = in_losses.union(*returned.values())
-    # What the network computes beside what it returns does not keep a state from being an end.
-    used = reaching | {r.name for r in own if r.is_behind}
-    live = _reached(used & sources.keys(), sources) if reaching else set(sources)
-    read = {name for r in own if r.name in live for name in sources[r.name]}
-    unread = [r.name for r in own if r.name in live and r.name not in read]
-    if ends := [name for name in unread if name in reaching]:
-        ends = [name for name in ends if name not in frozen] or ends
-    else:
+
+    def unread_by(readers: Sequence[Recorded]) -> list[str]:
+        read = {name for r in readers for name in sources[r.name]}
+        return [r.name for r in own if r.name not in read]
+
+    unread = unread_by(own)
+    ends = [name for name in unread if name in reaching]
+    if reaching and not ends:
+        # All that is returned is read by something; what leads nowhere does not count as reading it.
+        used = reaching | {r.name for r in own if r.is_behind}
+        live = _reached(used & sources.keys(), sources)
+        ends = [n for n in unread_by([r for r in own if r.name in live]) if n in reaching]
+    if not ends:
         return _ends_of_calls([r.name for r in own], frozen, unread, sources)
+    ends = [name for name in ends if name not in frozen] or ends
     # What a returned tensor is made of may be no state by itself: a sum of branches is not the branches.
     alone = {name for made_of in returned.values() if len(made_of) == 1 for name in made_of}
     mixed = {
