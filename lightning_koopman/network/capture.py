@@ -75,6 +75,9 @@ class _Origin(NamedTuple):
         raw: Labels of the data of the batch in it that no component took before.
         beside: Data of the batch given beside states: their place among the tensors given, the tensors
             themselves, and copies of them.
+        taken: What it takes first, where that is data of the batch mixed into states that are made of
+            nothing but data themselves.
+        alone: Whether it reads nothing else, for what it takes is recorded as it is.
         draws: Whether random numbers are in it.
     """
 
@@ -84,6 +87,8 @@ class _Origin(NamedTuple):
     is_idle: bool = False
     raw: frozenset[str] = frozenset()
     beside: tuple[Beside, ...] = ()
+    taken: Beside | None = None
+    alone: bool = False
     draws: bool = False
 
 
@@ -432,6 +437,9 @@ class Capture:
         if self._passes == 0:
             raw = self.inputs.unclaimed(given)
             origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
+            if raw and tensor is not None and self._are_beginnings(sources):
+                place = next(i for i, other in enumerate(real) if other is tensor)
+                origin = origin._replace(taken=(place, tensor, detached_copy(tensor)))
             if tensor is not None and any(is_integer_data(t, tensor) for t in self.inputs.fresh(given)):
                 self.uncounted.append(self._names[id(module)])
         self._pending[id(module)] = origin
@@ -466,6 +474,11 @@ class Capture:
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.record_end(output)
 
+    def _are_beginnings(self, sources: frozenset[str] | None) -> bool:
+        """Check whether states read no others, as embeddings of integers do."""
+        known = (self._sources_of.get(name) for name in (sources or frozenset()) - self.inputs.names)
+        return all(origin is not None and not origin.sources for origin in known)
+
     def _takes_input(self, module: nn.Module) -> bool:
         """Check whether the module's input must be seen in the next pass."""
         seen = self._passes == 0 or id(module) in self._opened
@@ -499,6 +512,8 @@ class Capture:
         """Add the states that reached a component past its arguments, as by attributes of its own."""
         if not origin.draws and self._provenance.draws(output):
             self.noisy.append(name)
+        if origin.alone:
+            return origin
         own = (self._provenance.of(output) or frozenset()) & (self._states.keys() - {name})
         return origin._replace(sources=(origin.sources or frozenset()) | own) if own else origin
 
@@ -565,14 +580,33 @@ class Capture:
         added: set[str] = set()
         # What gives a number per sample compares them, as a rule.
         if (origin.raw or origin.beside) and self.inputs.beyond(origin.sources) and output.ndim > 1:
-            for place, tensor, copied in origin.beside:
-                found = self.inputs.add((id(module), call), place, tensor)
-                recorded = _recorded(found, module, copied, copied, frozenset())
-                self._keep(copied, replace(recorded, is_input=True))
-                added.add(found)
-            self.inputs.find_mixed(name, origin.raw, self._call, (id(self._ancestor), -1))
+            call_of_module = id(module), call
+            added |= {self._keep_beside(module, call_of_module, beside) for beside in origin.beside}
+            ancestor = id(self._ancestor), -1
+            taken = origin.taken if origin.raw & self._provenance.changed else None
+            if taken is None and not self.inputs.find_mixed(name, origin.raw, self._call, ancestor):
+                taken = origin.taken
+            if taken is not None:
+                # Data that no call shows as they are, mixed into what is made of data alone: an input.
+                self.inputs.without_mixed(name)
+                whole = self._keep_beside(module, call_of_module, taken, origin.sources)
+                return origin._replace(sources=frozenset({whole, *added}), alone=True)
         added |= self._keep_mixed_in(name)
         return origin._replace(sources=(origin.sources or frozenset()) | added) if added else origin
+
+    def _keep_beside(
+        self,
+        module: nn.Module,
+        call: tuple[int, int],
+        beside: Beside,
+        holds: frozenset[str] | None = None,
+    ) -> str:
+        """Let a tensor that was given be an input, behind the call that took it."""
+        place, tensor, copied = beside
+        name = self.inputs.add(call, place, tensor)
+        recorded = _recorded(name, module, copied, copied, frozenset())
+        self._keep(copied, replace(recorded, is_input=True, holds=holds or frozenset()))
+        return name
 
     def _mixed_into(self, name: str, tensor: Tensor) -> frozenset[str]:
         """Find the data that are mixed into states in a tensor that is returned."""

@@ -77,8 +77,11 @@ class Inputs:
                     self.add(call, place, tensor)
         return beside
 
-    def find_mixed(self, component: str, labels: frozenset[str], called_with: Any, call: Call) -> None:
-        """Find data of the batch, by their labels, among what the network was called with."""
+    def find_mixed(self, component: str, labels: frozenset[str], called_with: Any, call: Call) -> bool:
+        """Find data of the batch, by their labels, among what the network was called with.
+
+        Returns whether all of them were there.
+        """
         for place, tensor in enumerate(filter(is_real, all_tensors(called_with))):
             raw = self.unclaimed(tensor)
             if raw and raw <= labels and not is_mask(tensor):
@@ -89,6 +92,13 @@ class Inputs:
         data = filter(self._provenance.unclaimed, self._provenance.data_of(labels))
         if any(is_real(tensor) and not is_mask(tensor) for tensor in data):
             self.half_seen.append(component)
+            return False
+        return True
+
+    def without_mixed(self, component: str) -> None:
+        """Forget what was found mixed into what a component takes."""
+        self.mixed_in.pop(component, None)
+        self.half_seen = [other for other in self.half_seen if other != component]
 
     def add(self, call: Call, place: int, tensor: Tensor) -> str:
         """Let a tensor that is taken be an input from now on, and return its name."""

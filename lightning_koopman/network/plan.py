@@ -121,6 +121,9 @@ def by_call(
         sources = None if sources is None else frozenset(map(call_of, sources)) - {call}
         chosen.append(replace(inside[0], name=call, sources=sources))
     made_of = {name: frozenset(map(call_of, names)) for name, names in returned.items()}
+    # What an input holds and nothing else reads is no state of its own.
+    held = frozenset[str]().union(*(r.holds for r in records)) - read - reaching
+    chosen = [record for record in chosen if record.name not in held]
     return chosen, tensors, made_of, frozenset(map(call_of, in_losses))
 
 

@@ -45,6 +45,7 @@ class Recorded:
         is_input: Whether it is what the network takes in.
         from_data: Whether data of the batch are known to reach it.
         is_behind: Whether the components' common ancestor had returned before.
+        holds: The states that are mixed into it, where it is an input.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Recorded:
     is_input: bool = False
     from_data: bool = False
     is_behind: bool = False
+    holds: frozenset[str] = frozenset()
     merged: tuple[int, ...] | None = None
 
 

@@ -340,24 +340,35 @@ def test_windows_that_overlap_are_steps_of_one_input():
     assert report.r2[0] > 0.999999
 
 
-def test_data_that_only_a_step_mixes_into_states_are_missed_with_a_note():
+@pytest.mark.parametrize("deep", [False, True])
+def test_data_that_only_a_step_mixes_into_states(deep):
     model = nn.ModuleDict({
         "label": nn.Embedding(3, 8),
         "mix": nn.Linear(16, 6),
         "head": nn.Linear(6, 3),
     })
+    if deep:
+        model["deeper"] = nn.Linear(8, 8)
 
     def step(m: Any, batch: Any) -> Tensor:
         x, y = batch
-        return m["head"](torch.tanh(m["mix"](torch.cat([x, m["label"](y)], dim=1))))
+        known = torch.tanh(m["deeper"](m["label"](y))) if deep else m["label"](y)
+        return m["head"](torch.tanh(m["mix"](torch.cat([x, known], dim=1))))
 
     x, y = torch.randn(300, 8), torch.randint(0, 3, (300,))
     batches = list(zip(x.split(50), y.split(50), strict=True))
     report = credit_report(model, batches, forward_fn=step)
-    assert report.reference.states == ("label", "mix", "head")
-    assert any(
-        note.startswith("data of the batch that go into mix beside states") for note in report.notes
-    )
+    note = "data of the batch that go into mix beside states are given to no call of the whole network"
+    told = any(found.startswith(note) for found in report.notes)
+    if deep:
+        # What reads a component with a credit must not hide it.
+        assert report.reads["mix"] == ("deeper",)
+        assert told
+    else:
+        # Behind an embedding, what the layer takes is an input as it is.
+        assert report.reference.states == ("input", "mix", "head")
+        assert report.r2[0] == pytest.approx(1, abs=1e-6)
+        assert not told
 
 
 def test_masks_that_states_are_multiplied_by_are_no_inputs():

@@ -449,3 +449,15 @@ def test_data_that_are_scaled_by_sample_beside_a_state_are_told(scaled):
     told = [note for note in report.notes if note.startswith("data of the batch go into mix changed")]
     assert bool(told) == scaled
     assert (by_name(report)["mix"] > 0.999) != scaled
+
+
+def test_data_scaled_beside_an_embedding_are_an_input_as_they_are_taken():
+    def forward(m, x, kind):
+        scaled = x / x.abs().mean(1, keepdim=True)
+        return m.last(m.mix(torch.cat([m.table(kind), scaled], 1)))
+
+    model = wired(forward, table=nn.Embedding(4, 3), mix=nn.Linear(11, 6), last=nn.Linear(6, 2))
+    report = report_of(model, drawn(500, 8) * drawn(500, 1, seed=3).exp(), torch.randint(4, (500,)))
+    assert report.reference.states == ("input", "mix", "last")
+    assert by_name(report)["mix"] == pytest.approx(1, abs=1e-6)
+    assert not any("changed" in note or "left out" in note for note in report.notes)
