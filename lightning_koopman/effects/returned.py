@@ -89,7 +89,7 @@ def run_followed(
     calls, flow = {*calls, *ends.calls}, DataFlow()
     if not ends.mixed:
         followed = runner.run_followed(read, calls)
-        return followed, [(end, followed.made[end]) for end in ends.calls]
+        return followed, _led_to(followed, ends.calls)
 
     def keep(tensor: Tensor, recorded: Recorded) -> None:
         if recorded.name in ends.mixed:
@@ -101,10 +101,19 @@ def run_followed(
         capture.start_pass(runner.batches[0])
         followed = runner.run_followed(read, calls)
         capture.end_pass()
-    led = [(end, followed.made[end]) for end in ends.calls]
+    led = _led_to(followed, ends.calls)
     labels = [flow.labels(tensor) for tensor in tensors_inside(followed.given)]
     led += [(name, [k for k, known in enumerate(labels) if name in known]) for name in ends.mixed]
     return followed, led
+
+
+def _led_to(followed: Followed, calls: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Return which tensors some calls led to, by each tensor that they give."""
+    led = []
+    for call in calls:
+        led.append((call, followed.made[call]))
+        led += [(call, found) for point, found in sorted(followed.further.items()) if point.call == call]
+    return led
 
 
 class Choice(NamedTuple):
@@ -153,7 +162,7 @@ def choose_outputs(
     if len(places) > 1:
         chosen, axis = _which_count([tensors[p] for p in kept], target, scale, metric)
         kept = [kept[k] for k in chosen]
-    named = ", ".join(end for end, found in led if {*found} & {*kept})
+    named = ", ".join(dict.fromkeys(end for end, found in led if {*found} & {*kept}))
     if len(kept) < len(places):
         which = "one" if len(kept) == 1 else f"{len(kept)}"
         notes.append(

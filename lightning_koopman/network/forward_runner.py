@@ -268,7 +268,7 @@ class Followed(NamedTuple):
         made: For each of some calls, which of the tensors returned were made of what it gave.
         axes: For each of the tensors returned, which axes were merged into its first one.
         beside: Where further tensors that vary were given beside the one that was read.
-        further: Tensors beside the first of some calls that reach what was returned.
+        further: Tensors beside the first of some calls, and which of the tensors returned they led to.
     """
 
     given: Any
@@ -277,7 +277,7 @@ class Followed(NamedTuple):
     made: dict[str, list[int]]
     axes: list[tuple[int, ...] | None]
     beside: frozenset[HookPoint]
-    further: frozenset[HookPoint]
+    further: dict[HookPoint, list[int]]
 
 
 class ForwardRunner:
@@ -359,13 +359,17 @@ class ForwardRunner:
             given, values = self._run(0, read, labelled, beside, label)
         returned = list(tensors_inside(given))
         further = dict(others[name] for name in others.keys() & flow.labels(returned))
+        led = {
+            point: [k for k, t in enumerate(returned) if f"{point.call}:{point.place}" in flow.labels(t)]
+            for point in further
+        }
         values = {**values, **further}
         merged = {point: flow.merged(value) for point, value in values.items()}
         for place, tensor in enumerate(returned):
             for call in flow.labels(tensor) & made.keys():
                 made[call].append(place)
         axes = [flow.merged(tensor) for tensor in returned]
-        return Followed(given, values, merged, made, axes, frozenset(beside), frozenset(further))
+        return Followed(given, values, merged, made, axes, frozenset(beside), led)
 
     def targets_of(
         self, outputs: Sequence[Tensor], target_of: Callable[[Any], Tensor | None]

@@ -138,3 +138,14 @@ def test_each_tensor_of_a_call_is_altered_by_its_place():
     hooks.start_pass()
     with hooks, pytest.raises(ValueError, match="'last' gave Tensor with no tensor to replace"):
         model(x)
+
+
+def test_all_that_a_network_ends_with_counts():
+    torch.manual_seed(0)
+    parts = {"first": nn.Linear(4, 6), "last": Both()}
+    model = wired(lambda m, x: m.last(torch.tanh(m.first(x))), **parts).eval()
+    batches = list(torch.randn(400, 4).split(100))
+    effects = component_effects(model, batches, None, ["skip"])
+    assert any("averaged over 2 outputs, those of last" in note for note in effects.notes)
+    # What does not depend on the input any more misses all of the variance, of either.
+    assert effects.values["skip"].tolist() == pytest.approx([1, 1], rel=0.05)
