@@ -58,6 +58,9 @@ def is_integer_data(other: Tensor, first: Tensor) -> bool:
 _PROBED = 16
 """Samples by which it is told whether a tensor holds all of another one."""
 
+_SAME = 1e-4
+"""Share of the largest value that offsets and factors may leave."""
+
 
 def holds_all_of(tensor: Tensor, data: Tensor) -> bool:
     """Check whether a tensor is data but for offsets, factors and order, or has them beside others."""
@@ -71,21 +74,23 @@ def holds_all_of(tensor: Tensor, data: Tensor) -> bool:
     if len(tensor) < 4:
         # Too few to tell.
         return True
-    given, made = (t[:_PROBED].detach().flatten(1).double() for t in (data, tensor))
+    # A network may move data to a device by itself.
+    given, made = (t[:_PROBED].detach().flatten(1).cpu().double() for t in (data, tensor))
+    rounding = max(_SAME, *(4 * torch.finfo(t.dtype).eps for t in both))
     if torch.equal(given[:2].sort(dim=1).values, made[:2].sort(dim=1).values):
         return True
     given, made = given - given.mean(dim=0), made - made.mean(dim=0)
     squares = given.square().sum(dim=0)
     factor = (given * made).sum(dim=0) / torch.where(squares > 0, squares, 1.0)
     rest = (made - factor * given).abs().max()
-    return bool(rest <= 1e-4 * made.abs().max()) and bool(((factor != 0) | (squares == 0)).all())
+    return bool(rest <= rounding * made.abs().max()) and bool(((factor != 0) | (squares == 0)).all())
 
 
 def _has_beside(tensor: Tensor, data: Tensor) -> bool:
     """Check whether a tensor has data at some place along an axis, as concatenation puts them."""
     if tensor.ndim != data.ndim:
         return False
-    tensor, data = tensor[:2], data[:2].to(tensor)
+    tensor, data = tensor[:2].detach().cpu(), data[:2].detach().to("cpu", tensor.dtype)
     for axis in range(1, data.ndim):
         size, room = data.shape[axis], tensor.shape[axis] - data.shape[axis]
         alike = (

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from lightning_koopman import credit_report
+from lightning_koopman.network.input_data import holds_all_of
 from lightning_koopman.network.rows import call_of, further_name
 
 
@@ -157,8 +158,9 @@ def test_another_part_of_a_tensor_may_come_later():
         lambda x: x + torch.arange(12.0).view(3, 4),
         lambda x: x * torch.arange(1, 13.0).view(3, 4),
         lambda x: x.transpose(1, 2).contiguous(),
+        lambda x: torch.cat([x, x.new_ones(len(x), 3, 4)], 2)[..., :4].clone(),
     ],
-    ids=["moved", "scaled", "turned"],
+    ids=["moved", "scaled", "turned", "cut out"],
 )
 def test_data_that_came_whole_are_known_from_then_on(changed):
     model = wired(
@@ -169,6 +171,27 @@ def test_data_that_came_whole_are_known_from_then_on(changed):
     assert report.reference.states[0] == "input"
     assert report.reads["last"] == ("first", "input")
     assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("made", "whole"),
+    [
+        (lambda x: 2 * x + torch.arange(6.0), True),
+        (lambda x: x.bfloat16(), True),
+        (lambda x: x.flip(1), True),
+        (lambda x: torch.cat([torch.ones(20, 2), x], 1), True),
+        (lambda x: x - x[:, -1:], False),
+        (lambda x: x / x.norm(dim=1, keepdim=True), False),
+        (lambda x: x * torch.tensor([1, 1, 1, 0, 1, 1.0]), False),
+        (lambda x: x[:, :5], False),
+        (lambda x: x.relu(), False),
+        (lambda x: x[:3] + 1, True),  # three samples tell nothing
+    ],
+)
+def test_whether_a_tensor_holds_all_of_another_one_is_told_by_its_values(made, whole):
+    x = drawn(20, 6)
+    tensor = made(x)
+    assert holds_all_of(tensor, x[: len(tensor)]) == whole
 
 
 def test_a_state_that_a_module_keeps_for_itself_is_read_when_it_is_used():
