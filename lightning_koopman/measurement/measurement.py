@@ -196,12 +196,12 @@ class Measurement(Accumulator):
         A step may also ask for features alone, or go on by single positions behind a past.
         """
         shapes, self._shapes = self._shapes, {}
+        if self.plan is not None and not self.plan.recorded <= states.keys():
+            return False
         self._first_shapes = self._first_shapes or shapes
-        if self.plan is None:
-            return True
-        unlike = self._by_state(shapes) != self._by_state(self._first_shapes)
+        unlike = self.plan is not None and self._by_state(shapes) != self._by_state(self._first_shapes)
         self._unlike_calls += unlike
-        return self.plan.recorded <= states.keys() and not unlike
+        return not unlike
 
     def _by_state(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the states of the chain, without the axis of their samples."""
