@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from lightning_koopman.network.input_data import holds_all_of
+from lightning_koopman.network.input_data import holds_all_of, is_mask
 from lightning_koopman.network.tensors import address_of, all_tensors, tensors_inside
 
 # These read a tensor's shape, never its values.
@@ -47,7 +47,8 @@ class DataFlow:
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
             numbers, and of what was read without a label.
-        on_mix: Called with what an operator reads, where that is several tensors, and their labels.
+        on_mix: Called with what an operator reads, where that is several tensors, and their labels; says
+            of which ones the labels go no further.
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
@@ -65,7 +66,7 @@ class DataFlow:
         self,
         *,
         origins: bool = False,
-        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]]], None] | None = None,
+        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]]], set[int]] | None = None,
     ) -> None:
         self.error: Exception | None = None
         self._origins, self._on_mix = origins, on_mix
@@ -128,9 +129,10 @@ class DataFlow:
         reads = list(_flat((*args, *kwargs.values())))
         name = func._schema.name.rpartition("::")[2]
         known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
-        labels = _NOTHING.union(*known)
+        ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
-            self._on_mix(reads, known)
+            ends = self._on_mix(reads, known)
+        labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
             if torch.Tag.nondeterministic_seeded in func.tags and not name.startswith(_MAY_DROP):
                 labels |= {_CHANCE}
@@ -339,18 +341,28 @@ class Provenance:
         self._label_batch()
         self._flow.__enter__()
 
-    def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> None:
-        """Note which data of the batch an operator puts to states otherwise than they came."""
+    def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> set[int]:
+        """Note which data of the batch an operator puts to states otherwise than they came.
+
+        Masks say which entries count, and are nothing that a state is made of: they are returned.
+        """
         known = [labels - _ORIGINS - self.idle for labels in known]
         new = [{name for name in labels if self._is_new(name)} for labels in known]
         # What comes alone with data is no state.
         alone = [all(n.startswith(_BATCH) or n in self._inputs for n in labels) for labels in known]
+        masks = set[int]()
         if all(alone) or not any(new):
-            return
-        for tensor, names, is_data in zip(reads, new, alone, strict=True):
-            for data in self.data_of(frozenset(names)) if is_data else ():
+            return masks
+        for place, (tensor, names, is_data) in enumerate(zip(reads, new, alone, strict=True)):
+            if not names or not is_data:
+                continue
+            if tensor.dtype == torch.bool or (tensor.is_floating_point() and is_mask(tensor)):
+                masks.add(place)
+                continue
+            for data in self.data_of(frozenset(names)):
                 if address_of(data) != address_of(tensor) and not holds_all_of(tensor, data):
                     self.changed |= names
+        return masks
 
     def _is_new(self, label: str) -> bool:
         """Check whether a label is of data of the batch that are no input yet."""

@@ -484,3 +484,14 @@ def test_data_scaled_beside_an_embedding_are_an_input_as_they_are_taken():
     assert report.reference.states == ("input", "mix", "last")
     assert by_name(report)["mix"] == pytest.approx(1, abs=1e-6)
     assert not any("changed" in note or "left out" in note for note in report.notes)
+
+
+def test_masks_made_of_data_are_nothing_that_a_state_is_made_of():
+    def forward(m, x):
+        h = m.first(x - x.mean(1, keepdim=True))
+        return m.last(h * (x > -2).float() + torch.zeros_like(h).masked_fill(x > 9, -1e9))
+
+    model = wired(forward, first=nn.Linear(6, 6), last=nn.Linear(6, 2))
+    report = report_of(model, drawn(400, 6))
+    assert report.reads["last"] == ("first",)
+    assert report.notes == ()
