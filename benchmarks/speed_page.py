@@ -73,8 +73,8 @@ of the time, and be 6 to 90 times too small where units wake in one fold alone. 
 would halve the largest part of an MLP's report; they are not used, for reasons given below.
 
 `Options(errors=False)` gives point values alone: a third less at the end of a report. Measurements of
-one network after another may keep their POD bases while these fit (within a hundredth of the variance),
-which takes nearly all of the first samples' extra cost away.
+one network after another may keep their POD bases while these fit (within a hundredth of what they
+kept of all samples), which takes nearly all of the first samples' extra cost away.
 
 ## Watching a training
 

@@ -549,7 +549,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             )
             # The last report is about the coordinates of its own weights.
             if self.drift and self._watched is not None and not self._final:
-                self._measurement.earlier = self._watched.basis
+                self._measurement.earlier = self._watched.lasting_basis
 
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""

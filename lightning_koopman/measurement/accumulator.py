@@ -297,6 +297,23 @@ class Accumulator:
         self._moments = added[: moments.numel()].view_as(moments)
         self._spreads = added[moments.numel() :]
 
+    @property
+    def lasting_basis(self) -> Basis | None:
+        """The basis for later measurements, and what share of all samples' variance it keeps.
+
+        Of the rows that directions were fitted to they keep nearly all, and of others never as much.
+        """
+        if self.basis is None or self._spreads is None or self._moments is None:
+            return self.basis
+        found = self.basis.kept(self._spreads, int(self._moments[:, 0].sum()))
+        before = () if self.earlier is None else self.earlier.kept_variance
+        known = before if len(before) == len(found) else (None,) * len(found)
+        shares = (
+            own if own == old else min(own, share)
+            for own, old, share in zip(self.basis.kept_variance, known, found, strict=True)
+        )
+        return replace(self.basis, kept_variance=tuple(shares))
+
     def moments(self) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
         """Return all that was added up, what it holds and the offsets that it is about."""
         self.flush()

@@ -39,6 +39,7 @@ trainer:
           tikhonov: 1e-3
           targets: [0, 2]
         prefix: {prefix}
+        max_overhead: 1000000.0
         on_error: raise
 model:
   width: 9

@@ -200,3 +200,40 @@ def test_the_number_of_samples_advised_is_enough_once_it_is_taken(n_samples, obs
     report, warned = wide_report(enough, observables)
     assert warned == []
     assert "samples are few" not in "".join(report.notes)
+
+
+def test_a_basis_is_held_to_what_it_keeps_of_all_samples():
+    torch.manual_seed(0)
+    # Of few rows, directions keep much that others do not have.
+    rows = torch.randn(600, 30) @ torch.diag(torch.linspace(3, 1, 30))
+    first = Accumulator(Options(max_dim=10))
+    first.push({"input": rows[:, :2], "wide": rows})
+    own, lasting = first.moments() and first.basis, first.lasting_basis
+    assert own is not None
+    assert lasting is not None
+    vectors = own.vectors[1]
+    assert vectors is not None
+    centred = (rows - rows.mean(dim=0)).double()
+    kept = float((centred @ vectors.double()).square().sum() / centred.square().sum())
+    assert lasting.kept_variance == (1.0, pytest.approx(kept, rel=1e-5))
+    assert lasting.kept_variance[1] < own.kept_variance[1] - 0.05
+
+    def later(states: Tensor, earlier: Any) -> Accumulator:
+        again = Accumulator(Options(max_dim=10))
+        again.earlier = earlier
+        again.push({"input": states[:, :2], "wide": states})
+        again.flush()
+        return again
+
+    # The same samples after some training: the directions are as good as before.
+    moved = rows + 0.5 * torch.randn(600, 30)
+    again = later(moved, lasting)
+    assert torch.equal(again.basis.vectors[1], vectors)
+    assert again.lasting_basis.kept_variance == lasting.kept_variance
+    assert not torch.equal(later(moved, own).basis.vectors[1], vectors)
+    # Turned, they are not.
+    assert not torch.equal(later(rows.flip(1), lasting).basis.vectors[1], vectors)
+
+
+def test_nothing_measured_has_no_basis_to_last():
+    assert Accumulator(Options()).lasting_basis is None
