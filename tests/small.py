@@ -34,3 +34,14 @@ def wired(forward: Callable[..., Any], **parts: nn.Module) -> Any:
     for name, part in parts.items():
         model.add_module(name, part)
     return model
+
+
+class Both(nn.Module):
+    """Gives two tensors, of the widths ``a`` and ``b``."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, a), nn.Linear(6, b)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.a(x)), torch.tanh(self.b(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ def credit_report(
         )
     measurement = Measurement(model, components, options, max_samples=max_samples)
     measurement.run(model, batches, forward_fn)
-    if (varying := measurement.varying) and iter(batches) is not batches:
+    if (varying := measurement.varying) and not isinstance(batches, Iterator):
         # Once more, now that it is known what varies behind the first batch.
         measurement = Measurement(model, components, options, max_samples=max_samples, varying=varying)
         measurement.run(model, batches, forward_fn)

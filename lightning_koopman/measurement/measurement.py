@@ -304,8 +304,8 @@ class Measurement(Accumulator):
             in_losses=in_losses,
             varying=self._varying,
         )
-        if len(self.plan.states) < 2 and self.plan.notes:
-            (name,), why = self.plan.names, "; ".join(self.plan.notes)
+        if len(self.plan.states) < 2 and (told := self.plan.told()):
+            (name,), why = self.plan.names, "; ".join(told)
             self.plan = None
             raise ValueError(
                 f"{name!r} alone has one row per sample, so nothing can be credited: {why}. Give the "
@@ -389,15 +389,7 @@ class Measurement(Accumulator):
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
         # A process that saw no batch made no plan; its report is not the one that is logged.
-        notes = [*self.notes, *(() if self.plan is None else self.plan.notes)]
-        if self.plan is not None and (varying := self.varying):
-            notes = [note for note in notes if not note.startswith("the same for every sample, ")]
-            if still := [name for name in self.plan.alike if name not in varying]:
-                notes.append(f"the same for every sample, so left out: {listed(still)}")
-            notes.append(
-                f"the same for every sample of the first batch, so left out, though not in later ones: "
-                f"{listed(varying)}; shuffle the data"
-            )
+        notes = [*self.notes, *(() if self.plan is None else self.plan.told(self.varying))]
         if (lift := self.options.observables) is not None:
             called = lift if isinstance(lift, str) else getattr(lift, "__name__", "a function")
             notes.append(

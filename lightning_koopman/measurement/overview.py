@@ -155,7 +155,7 @@ def describe_components(
     plan = make_plan(
         records, batch=batch, named=named, max_dim=max_dim, returned=returned, in_losses=in_losses
     )
-    notes = list(plan.notes)
+    notes = plan.told()
     if silent:
         notes.append(f"never ran, so left out: {', '.join(map(repr, silent))}")
     valid = valid_positions(batch)

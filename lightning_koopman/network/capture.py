@@ -547,29 +547,28 @@ class Capture:
         from_data = not self._provenance.is_untouched(tensor)
         further = [] if isinstance(output, Tensor) else further_tensors(output, tensor, given)
         self._provenance.mark(output, name, idle=is_idle)
+        facts: dict[str, Any] = {}
+        if self._passes == 0:
+            component = self.components[name.partition("#")[0]]
+            facts = {
+                "is_frozen": is_frozen(component, self._trained),
+                "is_idle": is_idle,
+                "from_data": from_data,
+                "is_behind": self._called and not self._nested,
+            }
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
             recorded = _recorded(
                 name, module, output, tensor, origin.sources, origin.from_float, origin.is_loss
             )
-            if self._passes == 0:
-                component = self.components[name.partition("#")[0]]
-                recorded = replace(
-                    recorded,
-                    is_frozen=is_frozen(component, self._trained),
-                    ignores_data=ignores_data,
-                    is_idle=is_idle,
-                    from_data=from_data,
-                    is_behind=self._called and not self._nested,
-                )
-            self._keep(tensor, recorded)
+            self._keep(tensor, replace(recorded, ignores_data=ignores_data, **facts))
         for place, other in further:
             if self._passes == 0 and not holds_numbers(other):
                 continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle)
             recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
-            self._keep(other, replace(recorded, is_idle=is_idle))
+            self._keep(other, replace(recorded, **facts))
 
     def _with_mixed_in(
         self, name: str, module: nn.Module, call: int, origin: _Origin, output: Tensor

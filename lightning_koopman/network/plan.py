@@ -201,8 +201,6 @@ def leave_out_unfit(
         else:
             continue
         _bypass(record.name, sources)
-    if constant:
-        notes.append(f"the same for every sample, so left out: {listed(constant)}")
     if misfit:
         notes.append(f"without one row for each of {n_samples} samples, so left out: {listed(misfit)}")
     return constant
@@ -313,9 +311,9 @@ class Plan:
         names: Names of the states themselves.
         links: For each step i = 1 … L, the states it reads.
         forms: How each recorded tensor becomes rows.
-        notes: What a reader of the report must know.
-        alike: Names that are left out for they were the same for all samples of the first batch, though
-            data reach them.
+        notes: What a reader of the report must know beside what :attr:`constant` says.
+        constant: Names that are left out for they were the same for all samples of the first batch.
+        alike: Those of them that data reach.
     """
 
     states: tuple[tuple[str, ...], ...]
@@ -323,7 +321,20 @@ class Plan:
     links: tuple[tuple[int, ...], ...]
     forms: Mapping[str, RowForm]
     notes: tuple[str, ...]
+    constant: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+
+    def told(self, varying: Collection[str] = ()) -> list[str]:
+        """Return what a reader must know, if later batches showed that some constants vary."""
+        notes = []
+        if same := [name for name in self.constant if name not in varying]:
+            notes.append(f"the same for every sample, so left out: {listed(same)}")
+        if varying:
+            notes.append(
+                "the same for every sample of the first batch, so left out, though not in later ones: "
+                f"{listed([*varying])}; shuffle the data"
+            )
+        return [*notes, *self.notes]
 
     @cached_property
     def recorded(self) -> frozenset[str]:
@@ -395,10 +406,10 @@ def make_plan(
     ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
-    alike: list[str] = []
+    constant: list[str] = []
     if not named:
         kept = [ends[-1]] if len(ends) == 1 else []
-        alike = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes)
+        constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     sources = leading_to(ends, sources, notes)
     states = _in_order(sources, ends)
@@ -416,8 +427,14 @@ def make_plan(
     whole = tuple(tuple(r.name for name in group for r in tensors[name]) for group in states)
     # Sorted data may vary in later batches alone.
     reached = {r.name for r in records if (r.from_data or r.is_input) and not r.ignores_data}
-    alike = [name for name in alike if name in reached]
-    return replace(plan, states=whole, links=cut, notes=tuple(notes), alike=tuple(alike))
+    return replace(
+        plan,
+        states=whole,
+        links=cut,
+        notes=tuple(notes),
+        constant=tuple(constant),
+        alike=tuple(name for name in constant if name in reached),
+    )
 
 
 def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from small import wired
+from small import Both, wired
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -11,20 +11,9 @@ from lightning_koopman import component_effects, credit_report
 from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_first_tensor
 
 
-class Both(nn.Module):
-    """Gives two tensors, the second as wide as what it takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 6)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.tanh(self.a(x)), torch.tanh(self.b(x))
-
-
 def built(forward) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
-    parts = {"both": Both(), "a": nn.Linear(3, 7), "b": nn.Linear(6, 7), "last": nn.Linear(7, 2)}
+    parts = {"both": Both(3, 6), "a": nn.Linear(3, 7), "b": nn.Linear(6, 7), "last": nn.Linear(7, 2)}
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
     return wired(forward, **parts).eval(), list(x.split(100))
 
@@ -142,7 +131,7 @@ def test_each_tensor_of_a_call_is_altered_by_its_place():
 
 def test_all_that_a_network_ends_with_counts():
     torch.manual_seed(0)
-    parts = {"first": nn.Linear(4, 6), "last": Both()}
+    parts = {"first": nn.Linear(4, 6), "last": Both(3, 6)}
     model = wired(lambda m, x: m.last(torch.tanh(m.first(x))), **parts).eval()
     batches = list(torch.randn(400, 4).split(100))
     effects = component_effects(model, batches, None, ["skip"])

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from small import wired
+from small import Both, wired
 from torch import Tensor, nn
 from torch.distributions import Normal
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import credit_report
+from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.input_data import holds_all_of
 from lightning_koopman.network.rows import call_of, further_name
 
@@ -215,20 +217,9 @@ def test_a_state_that_a_module_keeps_for_itself_is_read_when_it_is_used():
     assert by_name(report)["rev#1"] == pytest.approx(1, abs=1e-6)
 
 
-class Both(nn.Module):
-    """Gives two tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.tanh(self.a(x)), torch.tanh(self.b(x))
-
-
 def test_the_state_is_what_is_read_of_what_a_component_gives():
     x = drawn(500, 6)
-    parts = {"both": Both(), "a": nn.Linear(8, 7), "b": nn.Linear(5, 7), "last": nn.Linear(7, 3)}
+    parts = {"both": Both(8, 5), "a": nn.Linear(8, 7), "b": nn.Linear(5, 7), "last": nn.Linear(7, 3)}
     first = wired(lambda m, x: m.last(m.a(m.both(x)[0])), **parts)
     second = wired(lambda m, x: m.last(m.b(m.both(x)[1])), **parts)
 
@@ -246,7 +237,7 @@ def test_the_state_is_what_is_read_of_what_a_component_gives():
 
 
 def test_a_network_that_ends_with_several_tensors_is_credited_for_all():
-    model = wired(lambda m, x: m.last(torch.tanh(m.first(x))), first=nn.Linear(4, 6), last=Both())
+    model = wired(lambda m, x: m.last(torch.tanh(m.first(x))), first=nn.Linear(4, 6), last=Both(8, 5))
     report = report_of(model, drawn(400, 4))
     assert report.components == ("first", "last")
     assert report.widths == (6, 13)
@@ -495,3 +486,37 @@ def test_masks_made_of_data_are_nothing_that_a_state_is_made_of():
     report = report_of(model, drawn(400, 6))
     assert report.reads["last"] == ("first",)
     assert report.notes == ()
+
+
+def test_what_is_known_of_a_component_holds_for_all_tensors_that_it_gives():
+    model = wired(lambda m, x: m.last(m.both(x)[1]), both=Both(8, 5), last=nn.Linear(5, 2))
+    model.both.requires_grad_(requires_grad=False)
+    with torch.no_grad(), Capture(model, keep=lambda _, recorded: recorded, follow=True) as capture:
+        capture.start_pass(x := drawn(20, 6))
+        model(x)
+        states = capture.end_pass()
+    assert [states[name].is_frozen for name in ("both", "both#0:1", "last")] == [True, True, False]
+    assert states["both#0:1"].from_data
+
+
+def test_constants_are_told_beside_what_varies_in_later_batches():
+    model, batches = sorted_data()
+    model.places = nn.Embedding(4, 4)
+
+    def forward(m, batch):
+        x, kinds = batch
+        places = m.places(torch.arange(4))[:, 0]
+        return m.last(torch.cat([m.first(x + places), m.table(kinds)], 1))
+
+    notes = credit_report(model, iter(batches), forward_fn=forward).notes
+    assert "the same for every sample, so left out: places" in notes
+    assert any(note.startswith("the same for every sample of the first batch") for note in notes)
+
+
+def test_a_second_look_leaves_random_states_alone():
+    model, batches = sorted_data()
+    data = TensorDataset(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+    before = torch.get_rng_state()
+    report = credit_report(model, DataLoader(data, 60), forward_fn=lambda m, batch: m(*batch))
+    assert "table" in report.reference.states[0]
+    assert torch.equal(torch.get_rng_state(), before)
