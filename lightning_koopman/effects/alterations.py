@@ -117,33 +117,31 @@ class Alterations:
         """Find where the samples are in each state, as the first batch shows."""
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
+
+        def form(name: str, point: HookPoint) -> RowForm:
+            value = values[point]
+            second = gives_batch_second(modules[name], value)
+            return form_of(name, value, len(output), merged.get(point), second=second, turned=turned)
+
         for name, module in modules.items():
             for point in (self.outputs[name], self.inputs[name]):
                 if (value := values.get(point)) is None:
                     continue
-                second = gives_batch_second(module, value)
-                if second and output.shape[1:2] == value.shape[1:2] and output.ndim > 1:
+                alike = output.ndim > 1 and output.shape[1:2] == value.shape[1:2]
+                if alike and gives_batch_second(module, value):
                     raise ValueError(
                         f"the outputs have shape {tuple(output.shape)}, and {name!r} gives the samples "
                         "along the second axis; put them first in the outputs, with forward_fn=lambda "
                         "model, batch: model(batch).transpose(0, 1), and in the targets"
                     )
                 _check_samples(name, value, len(output))
-                self._forms[point] = form_of(
-                    name, value, len(output), merged.get(point), second=second, turned=turned
-                )
-            found = []
-            for point in sorted(point for point in further if point.call == self.outputs[name].call):
-                second = gives_batch_second(module, values[point])
-                form = form_of(
-                    name, values[point], len(output), merged.get(point), second=second, turned=turned
-                )
-                # What has no row per sample is not a sample's, and stays.
-                if len(by_sample(values[point], form)) == len(output):
-                    self._forms[point] = form
-                    found.append(point)
-            if found:
-                self.further[name] = tuple(found)
+                self._forms[point] = form(name, point)
+            others = {p: form(name, p) for p in sorted(further) if p.call == self.outputs[name].call}
+            # What has no row per sample is not a sample's, and stays.
+            others = {p: f for p, f in others.items() if len(by_sample(values[p], f)) == len(output)}
+            self._forms.update(others)
+            if others:
+                self.further[name] = tuple(others)
 
     def update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
         """Take the states that one batch has in the network as it is."""
@@ -192,9 +190,9 @@ class Alterations:
         self.maps |= {name: fit.solve() for name, fit in self._fits.items()}
         self._fits = {}
 
-    def spread(self, name: str) -> Tensor:
-        """Return the standard deviation of a component's output noise, with its samples first."""
-        return self._strength * self._units[self.outputs[name]].std
+    def spread(self, point: HookPoint) -> Tensor:
+        """Return the standard deviation of the noise on a tensor, with its samples first."""
+        return self._strength * self._units[point].std
 
     def puts_mean(self, kind: str, name: str) -> bool:
         """Return whether a mean over samples takes the place of what a component gives."""
@@ -278,7 +276,7 @@ class Alterations:
     def _noisy(self, point: HookPoint) -> Alteration:
         """Add noise to a tensor, in units of its standard deviation."""
         axis = self._forms[point].batch_axis
-        spread, generator = self._strength * self._units[point].std, torch.Generator()
+        spread, generator = self.spread(point), torch.Generator()
         # Draws on its own from here on: what the network itself draws must stay what it was.
         generator.manual_seed(int(torch.randint(2**62, ())))
 
@@ -290,8 +288,9 @@ class Alterations:
 
     def noise_of(self, name: str, gradient: Tensor) -> Tensor:
         """Return a gradient times the standard deviation of output noise, with samples first."""
-        axis = self._forms[self.outputs[name]].batch_axis
-        return (self.spread(name).to(gradient.device) * gradient.movedim(axis, 0)).movedim(0, axis)
+        point = self.outputs[name]
+        axis = self._forms[point].batch_axis
+        return (self.spread(point).to(gradient.device) * gradient.movedim(axis, 0)).movedim(0, axis)
 
     def rows_by_sample(self, name: str, tensor: Tensor, n_samples: int) -> Tensor:
         """Return one row per sample of what lies where a component's output does."""

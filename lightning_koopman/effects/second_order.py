@@ -147,7 +147,7 @@ def _displacements(
 
         return alter
 
-    alter = {points[name].call: held(name) for name in names}
+    alter = {points[name]: held(name) for name in names}
     draws = 1 if alterations.draws_nothing(kind) else min(draws, n_samples)
     groups = alterations.sharing_weights()
     found: dict[int, dict[int, Tensor]] = {}
@@ -206,7 +206,7 @@ def _tracked(
 
         return alter
 
-    alter = {alterations.outputs[name].call: track(name) for name in alterations.names}
+    alter = {alterations.outputs[name]: track(name) for name in alterations.names}
     read = dict.fromkeys((*alterations.read, *alterations.outputs.values()))
     with torch.enable_grad(), _no_reentrant_checkpoints():
         output, values = runner.run_batch(number, read, alter)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
-from lightning_koopman.network.hook_points import Alterations, HookPoint, HookPoints
+from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.replay import Step
+from lightning_koopman.network.rows import further_name
 from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,
@@ -313,7 +314,7 @@ class ForwardRunner:
     def stream(
         self,
         read: Iterable[HookPoint] = (),
-        alter: Alterations | None = None,
+        alter: Mapping[HookPoint, Alteration] | None = None,
         update: Callable[[Mapping[HookPoint, Tensor]], None] | None = None,
     ) -> Iterator[Tensor]:
         """Run once over all batches, and give the outputs of one after the other."""
@@ -325,7 +326,9 @@ class ForwardRunner:
             del values  # not while whoever takes the outputs looks at them
             yield output.detach()
 
-    def run(self, read: Iterable[HookPoint] = (), alter: Alterations | None = None) -> list[Tensor]:
+    def run(
+        self, read: Iterable[HookPoint] = (), alter: Mapping[HookPoint, Alteration] | None = None
+    ) -> list[Tensor]:
         """Run once over all batches, and return the outputs of all of them, on the CPU."""
         return [output.cpu() for output in self.stream(read, alter)]
 
@@ -351,25 +354,27 @@ class ForwardRunner:
         with DataFlow() as flow:
 
             def label(point: HookPoint, tensor: Tensor) -> None:
-                name = f"{point.call}:{point.place}"
+                name = further_name(point.call, point.place)
                 others[name] = point, tensor.detach().clone()
                 flow.label(tensor, name, beside=True)
 
-            labelled = {call: functools.partial(_labelled, flow, call) for call in made}
+            labelled = {
+                HookPoint("out", call): functools.partial(_labelled, flow, call) for call in made
+            }
             given, values = self._run(0, read, labelled, beside, label)
-        returned = list(tensors_inside(given))
-        further = dict(others[name] for name in others.keys() & flow.labels(returned))
-        led = {
-            point: [k for k, t in enumerate(returned) if f"{point.call}:{point.place}" in flow.labels(t)]
-            for point in further
-        }
-        values = {**values, **further}
-        merged = {point: flow.merged(value) for point, value in values.items()}
+        returned, values = list(tensors_inside(given)), dict(values)
+        further: dict[HookPoint, list[int]] = {}
         for place, tensor in enumerate(returned):
-            for call in flow.labels(tensor) & made.keys():
+            labels = flow.labels(tensor)
+            for call in labels & made.keys():
                 made[call].append(place)
+            for name in labels & others.keys():
+                point, value = others[name]
+                values[point] = value
+                further.setdefault(point, []).append(place)
+        merged = {point: flow.merged(value) for point, value in values.items()}
         axes = [flow.merged(tensor) for tensor in returned]
-        return Followed(given, values, merged, made, axes, frozenset(beside), led)
+        return Followed(given, values, merged, made, axes, frozenset(beside), further)
 
     def targets_of(
         self, outputs: Sequence[Tensor], target_of: Callable[[Any], Tensor | None]
@@ -379,7 +384,10 @@ class ForwardRunner:
         return [None if target is None else self.form.targets(target, o) for target, o in pairs]
 
     def run_batch(
-        self, number: int, read: Iterable[HookPoint] = (), alter: Alterations | None = None
+        self,
+        number: int,
+        read: Iterable[HookPoint] = (),
+        alter: Mapping[HookPoint, Alteration] | None = None,
     ) -> tuple[Tensor, Mapping[HookPoint, Tensor]]:
         """Run once over one batch, with random numbers that are its own and alike in every run.
 
@@ -392,7 +400,7 @@ class ForwardRunner:
         self,
         number: int,
         read: Iterable[HookPoint],
-        alter: Alterations | None,
+        alter: Mapping[HookPoint, Alteration] | None,
         beside: set[HookPoint] | None = None,
         label: Callable[[HookPoint, Tensor], None] | None = None,
     ) -> tuple[Any, Mapping[HookPoint, Tensor]]:

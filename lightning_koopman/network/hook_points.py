@@ -199,10 +199,6 @@ def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
     return modules[name], int(number or 0)
 
 
-Alterations = Mapping[str, Alteration] | Mapping[HookPoint, Alteration]
-"""By call, what becomes of its first tensor, or by hook point."""
-
-
 def replace_first_tensor(value: Any, new: Tensor) -> Any:
     """Put a tensor where :func:`~lightning_koopman.network.tensors.first_tensor` found one.
 
@@ -259,10 +255,9 @@ class HookPoints:
     """Hooks that read, and on demand replace, tensors at chosen module calls.
 
     Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
-    hooks come off at the end, also when an exception flies. Calls are altered in their first tensor,
-    and in others where ``alter`` holds their places. To ``beside`` is added what is read where further
-    tensors that vary are given beside it; ``label`` is shown the further tensors that altered calls
-    give.
+    hooks come off at the end, also when an exception flies. To ``beside`` is added what is read where
+    further tensors that vary are given beside it; ``label`` is shown the further tensors that altered
+    calls give.
 
     Attributes:
         values: Copies of the tensors read in the current pass. A replaced output reads as replaced.
@@ -272,7 +267,7 @@ class HookPoints:
         self,
         model: nn.Module,
         read: Iterable[HookPoint] = (),
-        alter: Alterations | None = None,
+        alter: Mapping[HookPoint, Alteration] | None = None,
         beside: set[HookPoint] | None = None,
         label: Callable[[HookPoint, Tensor], None] | None = None,
     ) -> None:
@@ -280,8 +275,7 @@ class HookPoints:
         self._beside, self._label = beside, label
         self._read = frozenset(read)
         self._alter: dict[str, dict[int, Alteration]] = {}
-        for key, alteration in (alter or {}).items():
-            point = key if isinstance(key, HookPoint) else HookPoint("out", key)
+        for point, alteration in (alter or {}).items():
             self._alter.setdefault(point.call, {})[point.place] = alteration
         self._counts: dict[int, int] = {}
         calls = {point.call for point in self._read} | set(self._alter)

@@ -408,8 +408,8 @@ class Provenance:
         labels = _NOTHING if self._flow is None else self._flow.labels(tensor)
         data = labels - _ORIGINS - self.idle
         if data:
-            new = {name for name in data if name.startswith(_BATCH) and name not in self._claimed}
-            return bool(new) and all(name in inputs or name.startswith(_BATCH) for name in data)
+            alone = all(name in inputs or name.startswith(_BATCH) for name in data)
+            return alone and any(map(self._is_new, data))
         if _CHANCE in labels and _UNKNOWN not in labels:
             return True
         return None if _UNKNOWN in labels or not labels - {_OWN} else False
@@ -477,8 +477,7 @@ class Provenance:
             # What is true or false is a mask, not a target.
             if tensor.dtype != torch.bool
             and any(
-                label.startswith(_BATCH) and label not in self._claimed and label not in self._taken
-                for label in self._flow.labels(tensor)
+                self._is_new(label) and label not in self._taken for label in self._flow.labels(tensor)
             )
         ]
 

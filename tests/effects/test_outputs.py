@@ -341,13 +341,19 @@ def test_outputs_whose_largest_is_always_the_same_one_are_no_class_scores_of_tha
     )
 
 
-def test_where_features_stand_beside_scores_these_count():
+def features_beside_scores() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network that gives features before its scores, samples, and the classes that it tells them."""
     torch.manual_seed(0)
     parts = {"features": nn.Linear(8, 20), "scores": nn.Linear(8, 12)}
     model = wired(lambda m, x: (m.features(x), m.scores(x)), **parts)
     x = torch.randn(400, 8)
     with torch.no_grad():
         y = model.scores(x).argmax(1)
+    return model, x, y
+
+
+def test_where_features_stand_beside_scores_these_count():
+    model, x, y = features_beside_scores()
     effects = component_effects(model, [(x, y)], credit_report(model, [x]))
     assert effects.scale == "kl"
     assert effects.notes[0].startswith("effects are about one of 2 outputs, that of scores")
@@ -827,12 +833,7 @@ def test_labels_as_a_column_are_those_of_each_output_with_these_classes(members)
 
 
 def test_scores_beside_features_are_told_by_a_column_too():
-    torch.manual_seed(0)
-    parts = {"features": nn.Linear(8, 20), "scores": nn.Linear(8, 12)}
-    model = wired(lambda m, x: (m.features(x), m.scores(x)), **parts)
-    x = torch.randn(400, 8)
-    with torch.no_grad():
-        y = model.scores(x).argmax(1)
+    model, x, y = features_beside_scores()
     effects = component_effects(model, [(x, y[:, None])], credit_report(model, [x]))
     assert (effects.scale, effects.metric_before) == ("kl", 1.0)
     assert effects.notes[0].startswith("effects are about one of 2 outputs, that of scores")

@@ -94,7 +94,10 @@ def test_hook_points_without_a_tensor_are_named_and_no_hook_stays():
     model = nn.ModuleDict({"words": Words()})
     for arguments, words in (
         ({"read": [HookPoint("out", "words")]}, "'words' has no floating-point tensor to read"),
-        ({"alter": {"words": lambda given, _: given}}, "'words' gave str with no tensor to replace"),
+        (
+            {"alter": {HookPoint("out", "words"): lambda given, _: given}},
+            "'words' gave str with no tensor to replace",
+        ),
     ):
         with pytest.raises(ValueError, match=words), HookPoints(model, **arguments):
             model["words"](torch.ones(1))
