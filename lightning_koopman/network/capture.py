@@ -541,10 +541,8 @@ class Capture:
         origin = self._sources_of[name]
         if self._passes == 0:
             origin = self._sources_of[name] = self._with_own(name, origin, output)
-        given_data = bool(origin.sources) or not origin.from_float
-        ignores_data = self._passes == 0 and given_data and self._provenance.is_untouched(tensor)
+        untouched = self._provenance.is_untouched(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
-        from_data = not self._provenance.is_untouched(tensor)
         further = [] if isinstance(output, Tensor) else further_tensors(output, tensor, given)
         self._provenance.mark(output, name, idle=is_idle)
         facts: dict[str, Any] = {}
@@ -553,7 +551,7 @@ class Capture:
             facts = {
                 "is_frozen": is_frozen(component, self._trained),
                 "is_idle": is_idle,
-                "from_data": from_data,
+                "from_data": not untouched,
                 "is_behind": self._called and not self._nested,
             }
         # The first pass shows which modules are followed by one that speaks for the component.
@@ -561,14 +559,17 @@ class Capture:
             recorded = _recorded(
                 name, module, output, tensor, origin.sources, origin.from_float, origin.is_loss
             )
-            self._keep(tensor, replace(recorded, ignores_data=ignores_data, **facts))
+            if facts:
+                given_data = bool(origin.sources) or not origin.from_float
+                recorded = replace(recorded, ignores_data=given_data and untouched, **facts)
+            self._keep(tensor, recorded)
         for place, other in further:
             if self._passes == 0 and not holds_numbers(other):
                 continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle)
             recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
-            self._keep(other, replace(recorded, **facts))
+            self._keep(other, replace(recorded, **facts) if facts else recorded)
 
     def _with_mixed_in(
         self, name: str, module: nn.Module, call: int, origin: _Origin, output: Tensor
