@@ -184,7 +184,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._in_hooks = 0.0
         self._due_epoch = self._final = False
         self._newest: dict[str, Tensor] = {}
-        self._rides_along = True
+        self._rides_along, self._in_batch = True, False
         self._from_training = False
         self._recording: Recording | None = None
         self._steps_of_training: Recording | None = None
@@ -314,6 +314,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Put the hooks on for one batch."""
         if dataloader_idx == 0 and self._wants_more:
             assert self._measurement is not None
+            self._in_batch = True
             self._record(batch)
             if self._rides_along:
                 self._measurement.start_pass(batch)
@@ -331,8 +332,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
     ) -> None:
         """Take the hooks off again and add up what they saw."""
         measurement, recording = self._measurement, self._recording
-        if dataloader_idx != 0 or not self._wants_more or measurement is None:
+        # A step that calls the network many times may have given all samples before it ended.
+        if dataloader_idx != 0 or not self._in_batch or measurement is None:
             return
+        self._in_batch = False
         measurement.capture.remove()
         self.budget.add(seconds_in_hooks() - self._in_hooks)
         # Now, for averaged weights may be in place for no longer than validation runs.
@@ -708,6 +711,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.sync_pending, self._failure = False, None
 
     def _give_up(self) -> None:
+        self._in_batch = False
         if self._recording is not None:
             self._recording.close()
         if self._measurement is not None:

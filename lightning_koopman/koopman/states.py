@@ -208,7 +208,13 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
     # The smaller of the two Gram matrices has the same non-zero spectrum.
     tall = rows.shape[0] >= rows.shape[1]
     gram = _upper_square(centred if tall else centred.T)
-    values, vectors = torch.linalg.eigh(gram, UPLO="U")
+    try:
+        values, vectors = torch.linalg.eigh(gram, UPLO="U")
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        # In single precision LAPACK fails on many equal or vanishing directions, as one-hot data have.
+        if rows.dtype == torch.float64:
+            raise
+        return None
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     kept = min(max_dim, int((values > least * values[0]).sum()))
     if kept == 0 or (rows.dtype != torch.float64 and kept < max_dim):

@@ -81,11 +81,18 @@ class Accumulator:
         fitted = isinstance(lift, str) or any(width > max_dim for width in self.chain.widths)
         return self._shared and self.basis is None and fitted
 
-    def push(self, rows: Mapping[str, Tensor], links: tuple[tuple[int, ...], ...] = ()) -> None:
+    def push(
+        self,
+        rows: Mapping[str, Tensor],
+        links: tuple[tuple[int, ...], ...] = (),
+        told_by: Tensor | None = None,
+    ) -> None:
         """Add one batch of rows by state, each ``(n_samples, D_i)``, in the order of the chain.
 
-        The first batch says what each step reads. Values that are not finite are found at once on the
-        CPU, and once a block is full on a device, which would otherwise be waited for in every batch.
+        The first batch says what each step reads. The folds are told by the rows of the first state, or
+        by others as many, where samples come again otherwise. Values that are not finite are found at
+        once on the CPU, and once a block is full on a device, which would otherwise be waited for in
+        every batch.
         """
         batch, self._batches = self._batches, self._batches + 1
         self._check(rows, batch, links)
@@ -96,6 +103,8 @@ class Accumulator:
         taken = min(arrived, max(0, room))
         if taken:
             blocks = list(rows.values())
+            # In front, what tells the folds.
+            blocks.insert(0, blocks[0] if told_by is None else told_by)
             self._gather(blocks if taken == arrived else [block[:taken] for block in blocks])
         self.n_seen += arrived
         self.n_samples += taken
@@ -137,9 +146,9 @@ class Accumulator:
             taken, start = [part[start : start + count] for part in rows], start + count
             if self.basis is not None:
                 if not self._block:
-                    self.basis = self.basis.like(taken)
+                    self.basis = self.basis.like(taken[1:])
                 # Wide rows do not wait: what is gathered are states, and the input that tells the folds.
-                taken = [taken[0], *self._project(taken)]
+                taken = [taken[0], *self._project(taken[1:])]
             if not self._block:
                 self._block = [part.new_empty(size, part.shape[1]) for part in taken]
             for block, part in zip(self._block, taken, strict=True):
@@ -169,8 +178,8 @@ class Accumulator:
         self._refuse_odd()
         rows = [exactly(block) for block in rows]
         if self.basis is None:
-            self.basis = self._fit_basis(rows)
-            rows = [rows[0], *self._project(rows)]
+            self.basis = self._fit_basis(rows[1:])
+            rows = [rows[0], *self._project(rows[1:])]
         fresh, self._fresh = self._fresh, None
         if fresh is not None:
             fresh = exactly(fresh).double()
@@ -261,7 +270,7 @@ class Accumulator:
 
     def first_rows(self, count: int) -> list[Tensor]:
         """Copy the first rows that are held, at most ``count``, one block per state."""
-        return split_rows(self._held, count)[0]
+        return split_rows(self._held, count)[0][1:]
 
     def merge(self, shares: Sequence[Share], device: torch.device) -> None:
         """Add up the samples of all processes; collectives that each of them must join."""

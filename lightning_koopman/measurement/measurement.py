@@ -90,6 +90,9 @@ class Measurement(Accumulator):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._first_shapes: dict[str, tuple[int, ...]] = {}
         self._unlike_calls, self._unlike_batches = 0, 0
+        # What told the folds of the first call of a step, and how many samples are of later ones.
+        self._told_by: Tensor | None = None
+        self._n_again = 0
         # Which tensor of the batch says what graph each node belongs to, where the network pools them.
         self._pooled: int | None = None
         # States that vary, whatever the first batch says; and those that it says do not, with a sample
@@ -174,6 +177,7 @@ class Measurement(Accumulator):
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}
         self._shapes, self._first_shapes = {}, {}
         self.capture.again, self._earlier = _weakly(self._take_again), []
+        self._told_by = None
         self.capture.start_pass(batch)
 
     def end_pass(self) -> None:
@@ -231,7 +235,13 @@ class Measurement(Accumulator):
             return
         if self._followed is not None and not self.chain.names:
             self._followed.check_widths([block.shape[1] for block in rows.values()])
-        self.push(rows, self.plan.links)
+        before, n_rows = self._told_by, self.n_samples
+        told_by = before if before is not None and len(before) == len(first) else first
+        self.push(rows, self.plan.links, told_by)
+        if before is None:
+            self._told_by = first
+        elif told_by is before:
+            self._n_again += self.n_samples - n_rows
         if again:
             self._earlier.append(first)
 
@@ -286,12 +296,13 @@ class Measurement(Accumulator):
         returned, in_losses = self.capture.returned, self.capture.in_losses
         if (error := self.capture.untraced) is not None:
             records, returned = in_a_row([r for r in records if r.name not in returned]), {}
+            self.capture.inputs.keep({record.name for record in records})
             in_losses = frozenset()
             self._untraced = (
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
             )
-        self._pooled = pooling_index(records, self._batch)
+        self._pooled = pooling_index(records, self.capture.returned_rows, self._batch)
         records = [replace(r, tensor=self._by_sample(r.tensor)) for r in records]
         self.plan = make_plan(
             records,
@@ -401,7 +412,13 @@ class Measurement(Accumulator):
         if self._pooled is not None:
             notes.append(
                 "samples are graphs, for the network pools their nodes: states of nodes and edges were "
-                "averaged over each graph"
+                "averaged over each graph, so that what takes their sums or maxima looks less linear "
+                "than it is"
+            )
+        if self._n_again:
+            notes.append(
+                f"steps call the network several times: {self._n_again} of {self.n_samples} samples are "
+                "later calls, and standard errors take these for samples seen again"
             )
         if self._unlike_calls:
             notes.append(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from lightning_koopman.network.components import (
     first_name,
     has_parameters,
     inner_components,
+    inner_transparent,
     is_frozen,
     named_components,
     transparent_modules,
@@ -32,8 +34,10 @@ from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, further_name
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
+    Given,
     all_tensors,
     are_data,
+    compares_samples,
     detached_copy,
     first_packed,
     first_real,
@@ -79,6 +83,7 @@ class _Origin(NamedTuple):
             nothing but data themselves.
         alone: Whether it reads nothing else, for what it takes is recorded as it is.
         draws: Whether random numbers are in it.
+        parts: By input that it takes, those that have the same labels.
     """
 
     sources: frozenset[str] | None = None
@@ -90,6 +95,7 @@ class _Origin(NamedTuple):
     taken: Beside | None = None
     alone: bool = False
     draws: bool = False
+    parts: Mapping[str, frozenset[str]] = MappingProxyType({})
 
 
 class Capture:
@@ -118,6 +124,7 @@ class Capture:
         returned: The states that reach each tensor with samples that the components' common ancestor
             returned in the first pass; those of several states are recorded themselves, under the same
             name. Empty where it was not called.
+        returned_rows: How many rows the tensors that it returned then have.
         in_losses: The states that reach single numbers which it returned then, as losses are.
         given: What that ancestor, or else the network, was called with, by name.
         inputs: What the network takes in.
@@ -148,6 +155,7 @@ class Capture:
             self.components = with_output(model, self.components, self.end)
         self.chosen = tuple(self.components)
         self._within = {} if self._named else inner_components(model, self.components)
+        self._transparent_within = inner_transparent(self.components, self._within)
         self._inner_hooks: dict[str, ExitStack] = {}
         # Components of which parts stand for themselves, and those whose calls are under way, by id.
         self._opened: set[int] = set()
@@ -170,7 +178,10 @@ class Capture:
         self.noisy: list[str] = []
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
+        self.returned_rows: set[int] = set()
         self._mixed: dict[int, str] = {}
+        # Where calls that hand on what they take have what they make, by place.
+        self._made_at: dict[tuple[int, int], tuple[int, ...]] = {}
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
         self._provenance = Provenance()
@@ -198,6 +209,10 @@ class Capture:
                     after = functools.partial(self._on_inner_output, name)
                     taken = attach(module, before=before, after=after)
                     self._inner_hooks[name] = hooks.enter_context(taken)
+            for module, owners in self._transparent_within:
+                if self._passes == 0 or any(id(module) == merged for merged, _ in self._merged):
+                    inner = functools.partial(self._on_inner_transparent, owners)
+                    hooks.enter_context(attach(module, after=inner))
             for module in self._transparent:
                 hooks.enter_context(attach(module, after=self._on_transparent))
             if self.end is not None and self.end not in self.components:
@@ -237,6 +252,7 @@ class Capture:
         self._calls: dict[int, int] = {}
         self.skipped: list[str] = []
         self._pending: dict[int, _Origin] = {}
+        self._given: dict[int, Given] = {}
         self._sources_of: dict[str, _Origin] = {}
         self._call: Any = ()
         self._raw: Tensor | None = None
@@ -371,7 +387,10 @@ class Capture:
         for place, tensor in enumerate(tensors_inside(output)):
             if first and not tensor.ndim:
                 self.in_losses |= self._provenance.of(tensor) or frozenset()
+            if first and compares_samples(tensor, all_tensors(self._call), module):
+                continue
             if first and tensor.ndim and is_real(tensor):
+                self.returned_rows |= set() if tensor.is_nested else {len(tensor)}
                 name = OUTPUT if OUTPUT not in self.components else "returned"
                 name = f"{name}#{len(self.returned)}" if self.returned else name
                 sources = self._provenance.of(tensor)
@@ -407,6 +426,8 @@ class Capture:
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._running.add(id(module))
         given = args, kwargs
+        if self._passes == 0:
+            self._given[id(module)] = Given(given)
         tensor = first_real(given)
         key = (id(module), self._calls.get(id(module), 0))
         if self._is_foreign(args, kwargs):
@@ -414,6 +435,7 @@ class Capture:
             return
         real = [] if tensor is None else list(filter(is_real, all_tensors(given)))
         beside: list[Beside] = []
+        parts: dict[str, frozenset[str]] = {}
         sources = self._provenance.of(given)
         is_loss = bool(self.inputs.beyond(sources) and self._provenance.others(given))
         self._provenance.take(given)
@@ -421,21 +443,25 @@ class Capture:
             beside = self.inputs.find(
                 key,
                 tensor,
-                real,
+                list(all_tensors(given)),
                 with_states=self.inputs.beyond(sources),
                 nothing_ran=not self._states.keys() - self._provenance.idle,
             )
             sources = self._provenance.of(given)
             # Of parts of one tensor, whose labels are those of its memory, each is one.
             sources = None if sources is None else sources | {*self.inputs.at.get(key, {}).values()}
+            own = {name: real[place] for place, name in self.inputs.at.get(key, {}).items()}
+            parts = {name: self._provenance.of(part) or frozenset() for name, part in own.items()}
         for place, name in self.inputs.at.get(key, {}).items():
             if place < len(real):
                 recorded = _recorded(name, module, given, real[place], frozenset())
                 is_idle = self._provenance.is_idle(real[place])
                 self._keep(real[place], replace(recorded, is_input=True, is_idle=is_idle))
-        origin = _Origin(sources, tensor is not None, is_loss, self._provenance.is_idle(given))
+        is_idle = self._provenance.is_idle(given)
+        origin = _Origin(sources, tensor is not None, is_loss, is_idle, parts=parts)
         if self._passes == 0:
-            raw = self.inputs.unclaimed(given)
+            # Data in a tensor of their own are beside states, not mixed into them.
+            raw = self.inputs.unclaimed([t for t in all_tensors(given) if self._provenance.of(t)])
             origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
             if raw and tensor is not None and self._are_beginnings(sources):
                 place = next(i for i, other in enumerate(real) if other is tensor)
@@ -462,13 +488,21 @@ class Capture:
         name, *recorded_by = self._current
         if (
             self._passes == 0
-            and self._continues(output, name, self._raw)
+            and self._continues(module, output, name, self._raw)
             and not self._is_loss(module, (args, kwargs), output, self._raw)
         ):
             self._merged.add((id(module), call))
             self._superseded.add((recorded_by[0], recorded_by[1]))
         if (id(module), call) in self._merged:
             self._record(name, module, call, output, (args, kwargs))
+
+    @_kept_out_of_the_forward
+    def _on_inner_transparent(
+        self, owners: set[int], module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """Let it belong to a part of a component that is not called as a whole."""
+        if not owners & self._running:
+            self._on_transparent(module, args, kwargs, output)
 
     @_kept_out_of_the_forward
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -484,11 +518,15 @@ class Capture:
         seen = self._passes == 0 or id(module) in self._opened
         return seen or any(taker == id(module) for taker, _ in self.inputs.at)
 
-    def _continues(self, output: Any, name: str, raw: Tensor) -> bool:
+    def _continues(self, module: nn.Module, output: Any, name: str, raw: Tensor) -> bool:
         """Check whether an output still holds a component's state, one row per sample."""
         # A module may look at a state for its type or length alone, as rotary embeddings do.
         tensor = first_real(output)
-        if tensor is None or tensor.shape[:1] != raw.shape[:1]:
+        if (
+            tensor is None
+            or tensor.shape[:1] != raw.shape[:1]
+            or compares_samples(tensor, [raw], module)
+        ):
             return False
         return self._provenance.may_hold(tensor, name)
 
@@ -518,7 +556,7 @@ class Capture:
         return origin._replace(sources=(origin.sources or frozenset()) | own) if own else origin
 
     def _record(self, name: str, module: nn.Module, call: int, output: Any, given: Any) -> None:
-        tensor = first_real(output)
+        tensor, further = self._made(module, call, output, given)
         if tensor is None:
             self._unusable = (
                 f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "
@@ -531,20 +569,23 @@ class Capture:
         self._unusable = None
         if self._passes == 0:
             _refuse_part(name, module, tensor)
+        before, made = self._given.pop(id(module), None), output
+        if before is not None and not isinstance(output, Tensor):
+            made = [t for t in all_tensors(output) if t is tensor or not before.passes(t)]
         self._raw, self._current = tensor, (name, id(module), call)
         if self._passes == 0:
             called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
             self.parts[name] = (*self.parts.get(name, ()), called)
         if name not in self._sources_of:
             origin = self._pending.get(id(module), _Origin())
+            origin = self._in_effect(origin, made)
             self._sources_of[name] = self._with_mixed_in(name, module, call, origin, tensor)
         origin = self._sources_of[name]
         if self._passes == 0:
-            origin = self._sources_of[name] = self._with_own(name, origin, output)
+            origin = self._sources_of[name] = self._with_own(name, origin, made)
         untouched = self._provenance.is_untouched(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
-        further = [] if isinstance(output, Tensor) else further_tensors(output, tensor, given)
-        self._provenance.mark(output, name, idle=is_idle)
+        self._provenance.mark(made, name, idle=is_idle)
         facts: dict[str, Any] = {}
         if self._passes == 0:
             component = self.components[name.partition("#")[0]]
@@ -553,6 +594,8 @@ class Capture:
                 "is_idle": is_idle,
                 "from_data": not untouched,
                 "is_behind": self._called and not self._nested,
+                # A module that continues a component is known to compare none.
+                "is_pairwise": before is not None and compares_samples(tensor, before.tensors, module),
             }
         # The first pass shows which modules are followed by one that speaks for the component.
         if (id(module), call) not in self._superseded:
@@ -570,6 +613,38 @@ class Capture:
             self._provenance.mark(other, other_name, idle=is_idle)
             recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
             self._keep(other, replace(recorded, **facts) if facts else recorded)
+
+    def _made(
+        self, module: nn.Module, call: int, output: Any, given: Any
+    ) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
+        """Find what a call makes: its state, and further tensors with their places."""
+        if isinstance(output, Tensor):
+            return first_real(output), []
+        key, before = (id(module), call), self._given.get(id(module))
+        real = list(filter(is_real, all_tensors(output)))
+        if (places := self._made_at.get(key)) is not None:
+            found = [(place, real[place]) for place in places if place < len(real)]
+            return (found[0][1], found[1:]) if found else (None, [])
+        first = first_real(output) if before is None else before.first_made(output)
+        if first is None:
+            return None, []
+        further = further_tensors(
+            output, first, all_tensors(given) if before is None else before.tensors
+        )
+        if before is not None and any(map(before.passes, real)):
+            place = next(i for i, tensor in enumerate(real) if tensor is first)
+            self._made_at[key] = (place, *(i for i, _ in further))
+        return first, further
+
+    def _in_effect(self, origin: _Origin, made: Any) -> _Origin:
+        """Leave out of what a component was given what did not reach what it made of it."""
+        exact = self._provenance.exactly(made)
+        if self._passes or exact is None or not origin.sources or not origin.sources & exact:
+            return origin
+        raw = self.inputs.unclaimed(made)
+        beside = tuple(each for each in origin.beside if self._provenance.may_reach(each[1], made))
+        exact |= {name for name, alike in origin.parts.items() if alike & exact}
+        return origin._replace(sources=origin.sources & exact, raw=origin.raw & raw, beside=beside)
 
     def _with_mixed_in(
         self, name: str, module: nn.Module, call: int, origin: _Origin, output: Tensor

@@ -369,6 +369,26 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
     return found
 
 
+def inner_transparent(
+    chosen: Mapping[str, nn.Module], inner: Mapping[str, tuple[nn.Module, set[int]]]
+) -> list[tuple[nn.Module, set[int]]]:
+    """List the activations and the like that belong to the part of a component right before them.
+
+    With each comes which components it is inside of, by ``id``.
+    """
+    owners = _inside(chosen.values())
+    parts = {name: part for name, (part, _) in inner.items()}
+    opened = {owner for _, within in inner.values() for owner in within}
+    found = {
+        id(module): (module, owners[id(module)])
+        for component in chosen.values()
+        if id(component) in opened
+        for module in transparent_modules(component, parts)
+        if not is_norm(module)
+    }
+    return list(found.values())
+
+
 def without_component(model: nn.Module, holders: Iterable[nn.Module]) -> dict[str, int]:
     """Count the parameters that none of some modules holds, by name."""
     held = {id(parameter) for module in holders for parameter in module.parameters()}

@@ -74,8 +74,18 @@ def check_batches(batches: object) -> None:
         )
 
 
+_LIGHTNING = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
+
+
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch as data loaders give it; what cannot be mapped is handed over whole."""
+    # A LightningModule's own passes on to that of torch, which is missing.
+    package = type(model).forward.__module__
+    if "forward" not in vars(model) and package in ("torch.nn.modules.module", *_LIGHTNING):
+        raise ValueError(
+            f"{type(model).__name__} has no forward() of its own; say how to run it with "
+            "forward_fn=lambda model, batch: model.net(batch[0]), or pass the network inside it"
+        )
     if isinstance(batch, Mapping):
         return _call_by_name(model, batch)
     if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) and batch:
@@ -147,7 +157,9 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Move the tensors of a nested batch; nothing waits for what goes to a GPU."""
     if hasattr(value, "to") and callable(value.to):
         ordered = isinstance(value, Tensor | PackedSequence) and need_not_wait(device)
-        return value.to(device, non_blocking=True) if ordered else value.to(device)
+        moved = value.to(device, non_blocking=True) if ordered else value.to(device)
+        # Objects of a user's may move in place, and return nothing.
+        return value if moved is None else moved
     if isinstance(value, Mapping):
         return {name: to_device(part, device) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -18,6 +18,7 @@ from torch.jit import ScriptModule
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.provenance import seconds_following
 from lightning_koopman.network.tensors import (
+    Given,
     all_tensors,
     first_tensor,
     further_tensors,
@@ -278,6 +279,8 @@ class HookPoints:
         for point, alteration in (alter or {}).items():
             self._alter.setdefault(point.call, {})[point.place] = alteration
         self._counts: dict[int, int] = {}
+        self._given: dict[str, Given] = {}
+        self._tables: dict[str, list[dict[Any, Any]]] = {}
         calls = {point.call for point in self._read} | set(self._alter)
         self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
         for call in calls:
@@ -301,10 +304,18 @@ class HookPoints:
         """Forget what was read and count calls anew."""
         self.values = {}
         self._counts = {}
+        self._given, self._tables = {}, {}
 
     def _before(self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any) -> None:
-        point = HookPoint("in", calls.get(self._counts.get(id(module), 0), ""))
-        if point in self._read and (tensor := first_tensor((args, kwargs))) is not None:
+        call = calls.get(self._counts.get(id(module), 0))
+        if call is None:
+            return
+        point, self._given[call] = HookPoint("in", call), Given((args, kwargs))
+        tables = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Mapping)]
+        if tables and point in self._read:
+            # Which entry it takes shows by the one that it writes.
+            self._tables[call] = [dict(table) for table in tables]
+        elif point in self._read and (tensor := first_tensor((args, kwargs))) is not None:
             self.values[point] = tensor.detach().clone()
             if self._beside is not None and any(
                 _is_beside(t, tensor) for t in all_tensors((args, kwargs))
@@ -319,10 +330,11 @@ class HookPoints:
         call = calls.get(number)
         if call is None:
             return None
-        first, alter = first_tensor(output), self._alter.get(call, {})
-        given = (
-            {0: first} if isinstance(output, Tensor) else self._tensors(output, first, (args, kwargs))
-        )
+        before, alter = self._given.pop(call), self._alter.get(call, {})
+        first = first_tensor(output) if isinstance(output, Tensor) else before.first_made(output)
+        given = {0: first} if isinstance(output, Tensor) else self._tensors(output, first, before)
+        for table in self._tables.pop(call, ()):
+            self._keep_entry(HookPoint("in", call), table, output, first)
         for place, alteration in alter.items():
             if (tensor := given.get(place)) is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
@@ -341,9 +353,20 @@ class HookPoints:
         return output if alter else None
 
     @staticmethod
-    def _tensors(output: Any, first: Tensor | None, given: Any) -> dict[int, Tensor | None]:
+    def _tensors(output: Any, first: Tensor | None, given: Given) -> dict[int, Tensor | None]:
         """Return the tensors with samples that a call gives, by place."""
-        return {0: first} | ({} if first is None else dict(further_tensors(output, first, given)))
+        further = [] if first is None else further_tensors(output, first, given.tensors)
+        return {0: first, **dict(further)}
+
+    def _keep_entry(
+        self, point: HookPoint, table: Mapping[Any, Any], output: Any, made: Tensor | None
+    ) -> None:
+        """Read what a call was given where its output is: the entry that it takes and writes anew."""
+        if not isinstance(output, Mapping):
+            return
+        key = next((key for key, value in output.items() if value is made), None)
+        if isinstance(tensor := table.get(key), Tensor) and is_real(tensor):
+            self.values[point] = tensor.detach().clone()
 
     def _keep(self, point: HookPoint, tensor: Tensor | None) -> None:
         if tensor is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,20 @@ def are_alike(other: Tensor, first: Tensor) -> bool:
     return max(other.ndim, first.ndim) < 3 or not is_mask(other)
 
 
+def is_edge_index(tensor: Tensor) -> bool:
+    """Check whether a tensor may say which nodes of a graph each edge joins."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        return False
+    return tensor.ndim == 2 and len(tensor) == 2 and tensor.dtype == torch.int64
+
+
+def is_of_edges(tensor: Tensor, indices: Sequence[Tensor]) -> bool:
+    """Check whether a tensor has a row for each edge of an index."""
+    if not indices or tensor.is_nested or not tensor.ndim:
+        return False
+    return any(len(tensor) == index.shape[1] for index in indices)
+
+
 def is_integer_data(other: Tensor, first: Tensor) -> bool:
     """Check whether a tensor holds integers that tell samples apart, beside a floating-point one."""
     if is_real(other) or other.dtype == torch.bool or other.is_complex() or first.is_nested:
@@ -75,7 +91,8 @@ def holds_all_of(tensor: Tensor, data: Tensor) -> bool:
         # Too few to tell.
         return True
     # A network may move data to a device by itself.
-    given, made = (t[:_PROBED].detach().flatten(1).cpu().double() for t in (data, tensor))
+    few = (t[:_PROBED].detach().cpu().double() for t in (data, tensor))
+    given, made = (t.reshape(len(t), -1) for t in few)
     rounding = max(_SAME, *(4 * torch.finfo(t.dtype).eps for t in both))
     if torch.equal(given[:2].sort(dim=1).values, made[:2].sort(dim=1).values):
         return True

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_koopman.network.input_data import Coverage, are_alike, holds_all_of, is_mask
+from lightning_koopman.network.input_data import (
+    Coverage,
+    are_alike,
+    holds_all_of,
+    is_edge_index,
+    is_mask,
+    is_of_edges,
+)
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.tensors import all_tensors, detached_copy, is_real
 
@@ -44,6 +51,15 @@ class Inputs:
         for known in (self.names, self.at, self.mixed_in, self.half_seen, self.changed, self._covered):
             known.clear()
 
+    def keep(self, names: Collection[str]) -> None:
+        """Forget all inputs but some."""
+        self.names &= {*names}
+        self.at = {
+            call: {place: name for place, name in taken.items() if name in self.names}
+            for call, taken in self.at.items()
+        }
+        self.mixed_in.clear()
+
     def end_pass(self) -> None:
         """Let go of the data of the pass."""
         self._covered.clear()
@@ -62,14 +78,15 @@ class Inputs:
         """Let data that a component takes be inputs; return those that it takes beside states."""
         if self._provenance.is_idle(first):
             # Behind learned queries come the data.
-            first = next((t for t in given if self._provenance.is_fresh(t)), first)
+            first = next((t for t in filter(is_real, given) if self._provenance.is_fresh(t)), first)
         beside: list[Beside] = []
-        for place, tensor in enumerate(given):
+        indices = list(filter(is_edge_index, given))
+        for place, tensor in enumerate(filter(is_real, given)):
             if tensor is first:
                 fresh = self._provenance.is_fresh(tensor, self.names)
                 if self._is_further_part(tensor) or (nothing_ran if fresh is None else fresh):
                     self.add(call, place, tensor)
-            elif are_alike(tensor, first) and self._is_new(tensor):
+            elif (are_alike(tensor, first) or is_of_edges(tensor, indices)) and self._is_new(tensor):
                 if with_states:
                     # What compares states with it, as losses do, shows by what it gives.
                     beside.append((place, tensor, detached_copy(tensor)))

@@ -216,11 +216,11 @@ def _bypass(name: str, sources: dict[str, set[str]]) -> None:
 
 
 def leading_to(
-    ends: Sequence[str], sources: dict[str, set[str]], notes: list[str]
+    ends: Sequence[str], sources: dict[str, set[str]], inputs: Collection[str], notes: list[str]
 ) -> dict[str, set[str]]:
-    """Keep what leads to the ends of the chain."""
+    """Keep what leads to the ends of the chain; of the rest, what is no input is told."""
     reached = _reached(ends, sources)
-    aside = [name for name in sources if name not in reached]
+    aside = [name for name in sources if name not in reached and name not in inputs]
     if aside:
         notes.append(
             f"this report is about {listed(ends)}; left out, for nothing leads from there to it: "
@@ -403,22 +403,33 @@ def make_plan(
             _bypass(name, sources)
         notes.append(f"these compare what the network gives with targets, so left out: {listed(losses)}")
         records = [r for r in records if r.name not in losses]
+    pairwise = [r.name for r in records if r.is_pairwise and r.name != end and r.name in sources]
+    if pairwise and not named:
+        for name in pairwise:
+            _bypass(name, sources)
+        notes.append(
+            f"these compare the samples of a batch with one another, so left out: {listed(pairwise)}"
+        )
+        records = [r for r in records if r.name not in pairwise]
     ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
     constant: list[str] = []
-    if not named:
-        kept = [ends[-1]] if len(ends) == 1 else []
+    kept = {ends[-1]} if len(ends) == 1 else set()
+    if named:
+        # Named ones stay; data beside them, as features of edges beside nodes, need not.
+        kept = {record.name for record in records if not record.is_input}
+    if not named or not all(sources.get(name, True) for name in kept):
         constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
-    sources = leading_to(ends, sources, notes)
+    inputs = {record.name for record in records if record.is_input}
+    sources = leading_to(ends, sources, inputs, notes)
     states = _in_order(sources, ends)
     place = {name: i for i, group in enumerate(states) for name in group}
     links = tuple(
         tuple(sorted({place[source] for name in group for source in sources[name]}, reverse=True))
         for group in states[1:]
     )
-    inputs = {record.name for record in records if record.is_input}
     names = tuple(_called(group, by_name, inputs) for group in states)
     plan = Plan(states, names, links, forms, ())
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]

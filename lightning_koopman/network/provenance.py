@@ -392,6 +392,15 @@ class Provenance:
         known = {self._claimed.get(label, label) for label in self._labels(value)}
         return frozenset(name for name in known if not name.startswith(_BATCH))
 
+    def exactly(self, value: Any) -> frozenset[str] | None:
+        """Find which states a value was computed from, ``None`` where some of it is not known."""
+        labels = _NOTHING if self._flow is None else self._flow.labels(value)
+        return None if _UNKNOWN in labels or self.error is not None else self.of(value)
+
+    def may_reach(self, tensor: Tensor, value: Any) -> bool:
+        """Check whether a value may have been computed from what a tensor was."""
+        return bool(self._labels(tensor) & self._labels(value))
+
     def _labels(self, value: Any) -> frozenset[str]:
         """Read which data and states a value was computed from, by their labels."""
         return _NOTHING if self._flow is None else self._flow.labels(value) - _ORIGINS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -45,6 +45,7 @@ class Recorded:
         is_input: Whether it is what the network takes in.
         from_data: Whether data of the batch are known to reach it.
         is_behind: Whether the components' common ancestor had returned before.
+        is_pairwise: Whether it has a value for each pair of samples in the batch.
         holds: The states that are mixed into it, where it is an input.
     """
 
@@ -61,6 +62,7 @@ class Recorded:
     is_input: bool = False
     from_data: bool = False
     is_behind: bool = False
+    is_pairwise: bool = False
     holds: frozenset[str] = frozenset()
     merged: tuple[int, ...] | None = None
 
@@ -327,18 +329,19 @@ def valid_positions(batch: Any) -> Tensor | None:
     return None
 
 
-def pooling_index(records: Sequence[Recorded], batch: Any) -> int | None:
+def pooling_index(records: Sequence[Recorded], returned_rows: Collection[int], batch: Any) -> int | None:
     """Find which tensor of a batch says what sample each row belongs to, where rows are nodes of graphs.
 
-    So it is where the last state has fewer rows than others, and one integer for each of those counts
-    up to it.
+    So it is where the last state, or all that the network returns, has fewer rows than others, and one
+    integer for each of those counts up to it.
     """
     sizes = {record.tensor.shape[0] for record in records if record.tensor.ndim}
-    last = records[-1].tensor
+    ends = {records[-1].tensor.shape[0]} if records[-1].tensor.ndim else set()
     for place, index in enumerate(tensors_inside(batch)):
-        if index.ndim == 1 and not index.is_floating_point() and len(index) in sizes and last.ndim:
-            counts = bool((index.diff() >= 0).all()) and index[0] == 0 and len(index) > len(last)
-            if counts and int(index[-1]) + 1 == len(last):
+        if index.ndim == 1 and not index.is_floating_point() and len(index) in sizes:
+            counts = bool((index.diff() >= 0).all()) and index[0] == 0
+            pooled = ends if len(index) in returned_rows else {*ends, *returned_rows}
+            if counts and int(index[-1]) + 1 in pooled - {len(index)}:
                 return place
     return None
 

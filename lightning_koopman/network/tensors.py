@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,15 +103,58 @@ def first_tensor(value: Any) -> Tensor | None:
     return number
 
 
-def further_tensors(value: Any, first: Tensor, given: Any) -> list[tuple[int, Tensor]]:
+class Given:
+    """The tensors that a call is given, as they are before it runs.
+
+    A module may hand on what it took beside what it makes, and write that into the very dictionary that
+    it took: what it was given shows before the call alone.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> given = Given({"x": x})
+        >>> given.first_made({"x": x, "h": 2 * x})
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.tensors = all_tensors(value)
+        self._known = {id(tensor): (tensor, _state_of(tensor)) for tensor in self.tensors}
+
+    def passes(self, tensor: Tensor) -> bool:
+        """Check whether a tensor is one that was given, and holds what it held."""
+        before = self._known.get(id(tensor))
+        return before is not None and before[1] == _state_of(tensor)
+
+    def first_made(self, value: Any) -> Tensor | None:
+        """Find the first tensor that a call gives as :func:`first_real` does, but for what it hands on.
+
+        Where it gives nothing else, that is what it gives.
+        """
+        first = first_real(value)
+        if first is None or isinstance(value, Tensor) or not self.passes(first):
+            return first
+        made = (t for t in all_tensors(value) if is_real(t) and t.ndim and not self.passes(t))
+        return next(made, first)
+
+
+def _state_of(tensor: Tensor) -> float:
+    """Tell whether a tensor was written to between two times."""
+    if not tensor.is_inference():
+        return tensor._version
+    # Made under inference mode, a tensor counts no writes.
+    return float(tensor.sum()) if is_real(tensor) and not tensor.is_quantized else 0.0
+
+
+def further_tensors(value: Any, first: Tensor, given: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
     """Find what a module gives beside the first tensor and does not pass on, and its places.
 
     Example:
         >>> x, mask, loss = torch.ones(2, 3), torch.zeros(2), torch.zeros(())
-        >>> [place for place, _ in further_tensors((loss, x, mask, 2 * mask), x, mask)]
+        >>> [place for place, _ in further_tensors((loss, x, mask, 2 * mask), x, [mask])]
         [3]
     """
-    seen = {address_of(tensor) for tensor in (first, *all_tensors(given))}
+    seen = {address_of(tensor) for tensor in (first, *given)}
     found = []
     for place, tensor in enumerate(filter(is_real, all_tensors(value))):
         held = tensor.ndim and tensor.numel() and not tensor.is_nested and not tensor.is_quantized
@@ -119,6 +162,17 @@ def further_tensors(value: Any, first: Tensor, given: Any) -> list[tuple[int, Te
             seen.add(address_of(tensor))
             found.append((place, tensor))
     return found
+
+
+def compares_samples(tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:
+    """Check whether a tensor that a module made has a value for each pair of samples."""
+    if tensor.is_nested or tensor.ndim != 2 or len(tensor) < 2 or len(tensor) != tensor.shape[1]:
+        return False
+    before = [t for t in given if not t.is_nested]
+    widths = {size for t in before for size in t.shape[1:]}
+    # As many units as there are samples may be what the module is made for.
+    widths |= {size for weight in module.parameters() for size in weight.shape}
+    return len(tensor) not in widths and all(t.numel() != tensor.numel() for t in before)
 
 
 def address_of(tensor: Tensor) -> int:

@@ -596,3 +596,26 @@ def test_a_measurement_is_freed_as_soon_as_the_next_is_done(tmp_path):
         assert [measurement() is None for measurement in alive[:2]] == [True, True]
     finally:
         gc.enable()
+
+
+def test_a_step_that_gives_all_samples_by_many_calls_leaves_no_hook_behind(tmp_path):
+    class Solver(LitNet):
+        """Calls its network again and again, as solvers of differential equations do."""
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            for call in range(6):
+                self(batch[0] * (1 + 0.1 * call))
+            seen.append(hooks_on(self))
+
+    class Behind(L.Callback):
+        def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            left.append((hooks_on(module), torch._C._len_torch_dispatch_stack()))
+
+    seen: list[int] = []
+    left: list[tuple[int, int]] = []
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, figures=False, max_samples=100)
+    quiet_trainer(tmp_path, [monitor, Behind()], max_epochs=2).fit(Solver(), *loaders())
+    assert monitor.report.n_samples == 100
+    assert any(seen)
+    assert set(left) == {(0, 0)}
+    torch.empty(2)

@@ -200,6 +200,24 @@ def test_directions_below_the_rounding_of_single_precision_are_found_in_double()
     assert torch.allclose(basis, pod_basis(rows.double(), 15)[0])
 
 
+def test_where_single_precision_fails_directions_are_found_in_double(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    expected, _ = pod_basis(rows.double(), 5)
+    solve = torch.linalg.eigh
+
+    def fails(matrix: Tensor, **options: str) -> tuple[Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("the algorithm failed to converge")
+        return solve(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    basis, _ = pod_basis(rows, 5)
+    assert basis is not None
+    assert torch.equal(basis, expected)
+
+
 @pytest.fixture(scope="module")
 def earlier() -> tuple[Basis, Tensor, Tensor]:
     """A basis, the rows that it was fitted to, and as many others of the same distribution."""

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import NamedTuple
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.forward_runner import MeanAndSpread, default_forward
+from lightning_koopman.network.forward_runner import MeanAndSpread, default_forward, to_device
 from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_first_tensor
 
 
@@ -118,3 +119,29 @@ def test_entries_that_what_forward_calls_does_not_take_are_told():
     with pytest.raises(ValueError, match=said):
         default_forward(Thin(), batch)
     assert default_forward(Thin(), {"input": torch.ones(2, 3)}).shape == (2, 2)
+
+
+def test_batches_that_move_in_place_are_kept():
+    @dataclasses.dataclass
+    class Graphs:
+        nodes: Tensor
+
+        def to(self, device: torch.device) -> None:
+            self.nodes = self.nodes.to(device)
+
+    batch = Graphs(torch.ones(2, 3))
+    assert to_device((batch, 1), torch.device("cpu")) == (batch, 1)
+
+
+@pytest.mark.parametrize("kind", [nn.Module, L.LightningModule])
+def test_a_module_without_a_pass_of_its_own_says_how_to_give_one(kind):
+    class Bare(kind):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+    model, x = Bare(), torch.ones(4, 3)
+    with pytest.raises(ValueError, match=r"Bare has no forward\(\) of its own; say how to run it"):
+        default_forward(model, x)
+    model.forward = model.net.forward
+    assert default_forward(model, x).shape == (4, 2)

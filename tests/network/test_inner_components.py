@@ -197,3 +197,35 @@ def test_what_gives_a_single_number_is_left_out():
     model.penalty = Mean(8, 1)
     report = credit_report(model, rows(6))
     assert report.components == ("first", "last")
+
+
+def test_activations_belong_to_parts_that_are_called_in_place_of_the_whole():
+    class Lazy(nn.Module):
+        """Gives a function, as flows give transformations, and is itself called on nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 6))
+
+        def forward(self) -> nn.Module:
+            return self.net
+
+    class Network(nn.Module):
+        def __init__(self, *, lazy: bool) -> None:
+            super().__init__()
+            self.blocks, self.lazy = nn.ModuleList(Lazy() for _ in range(2)), lazy
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block()(x) if self.lazy else block.net(x)
+            return x
+
+    reports = []
+    for lazy in (False, True):
+        torch.manual_seed(0)
+        reports.append(credit_report(Network(lazy=lazy), rows(6)))
+    for report in reports:
+        assert report.parts["blocks.0.net.0"] == ("blocks.0.net.0", "blocks.0.net.1")
+        # What is linear is told to be.
+        assert report.r2[[1, 3]] == pytest.approx([1, 1], abs=1e-9)
+    np.testing.assert_allclose(reports[0].r2, reports[1].r2)

@@ -520,3 +520,27 @@ def test_a_second_look_leaves_random_states_alone():
     report = credit_report(model, DataLoader(data, 60), forward_fn=lambda m, batch: m(*batch))
     assert "table" in report.reference.states[0]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_data_of_one_axis_that_come_changed_are_followed():
+    model = wired(
+        lambda m, x, w: m.last((m.first(x).squeeze(1) * (w - 1) / 2)[:, None]),
+        first=nn.Linear(3, 1), last=nn.Linear(1, 2),
+    )  # fmt: skip
+    report = report_of(model, drawn(300, 3), drawn(300, seed=2))
+    assert not any("could not be followed" in note for note in report.notes)
+    assert report.reads["last"] == ("first", "input+input#1")
+
+
+def test_where_data_are_lost_later_batches_run_what_the_first_one_did(monkeypatch):
+    def fails(*_: object) -> None:
+        raise IndexError("of this project's own")
+
+    monkeypatch.setattr("lightning_koopman.network.provenance.holds_all_of", fails)
+    model = wired(
+        lambda m, x, y, w: m.last(m.merge(x, y, torch.tanh(m.stem(y))) * (w - 1)),
+        merge=Merge(), stem=nn.Linear(4, 8), last=nn.Linear(8, 3),
+    )  # fmt: skip
+    report = report_of(model, drawn(300, 3), drawn(300, 4, seed=2), drawn(300, 8, seed=3))
+    assert any("the data could not be followed (IndexError" in note for note in report.notes)
+    assert report.components == ("stem", "merge", "last")

@@ -1,0 +1,101 @@
+"""Networks on graphs in plain torch: edges beside nodes, and pooling behind the last layer."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman import credit_report
+
+
+def pooled(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """Average rows by their index."""
+    sums = values.new_zeros(count, values.shape[1]).index_add_(0, index, values)
+    return sums / torch.bincount(index, minlength=count).clamp_min(1)[:, None]
+
+
+class Convolution(nn.Module):
+    """Linear in nodes and in the mean of edges that arrive at each."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.nodes, self.edges = nn.Linear(width, 8), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor, ends: Tensor, edges: Tensor) -> Tensor:
+        return self.nodes(x) + 3 * self.edges(pooled(edges, ends[1], len(x)))
+
+
+class Network(nn.Module):
+    def __init__(self, *, head_first: bool = False, embeds: bool = False, pools: bool = True) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 4) if embeds else None
+        self.conv, self.head = Convolution(), nn.Linear(8, 2)
+        self.head_first, self.pools = head_first, pools
+
+    def forward(self, x: Tensor, ends: Tensor, edges: Tensor, index: Tensor) -> Tensor:
+        x = self.conv(x if self.table is None else self.table(x), ends, edges)
+        if not self.pools:
+            return self.head(x.relu())
+        count = int(index[-1]) + 1
+        if self.head_first:
+            return pooled(self.head(x), index, count)
+        return self.head(pooled(x, index, count))
+
+
+def graphs(*, integers: bool = False, n_batches: int = 6) -> list[dict[str, Tensor]]:
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(n_batches):
+        sizes = torch.randint(5, 15, (64,), generator=generator)
+        index = torch.arange(64).repeat_interleave(sizes)
+        first = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])[index]
+        # Two edges arrive at every node, each from within the graph.
+        starts = torch.rand(2, len(index), generator=generator) * sizes[index] + first
+        ends = torch.stack([starts.long().flatten(), torch.arange(len(index)).repeat(2)])
+        own = torch.randn(64, 4, generator=generator)[index[ends[0]]]
+        x = torch.randint(20, (len(index),), generator=generator)
+        batches.append({
+            "x": x if integers else torch.randn(len(index), 4, generator=generator),
+            "ends": ends,
+            "edges": own + torch.randn(ends.shape[1], 4, generator=generator),
+            "index": index,
+        })  # fmt: skip
+    return batches
+
+
+@pytest.mark.parametrize("head_first", [False, True])
+def test_edges_are_inputs_and_graphs_are_samples(head_first):
+    torch.manual_seed(0)
+    report = credit_report(Network(head_first=head_first), graphs(), components=["conv", "head"])
+    assert report.n_samples == 6 * 64
+    # All of it is linear in what nodes and edges are on average, up to how often edges start where.
+    assert report.r2 == pytest.approx([1, 1], abs=0.02)
+    assert report.reads["conv"] == ("input+input#1",)
+    assert any("samples are graphs" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_edges_beside_nodes_that_are_samples_are_left_out_with_a_note(named):
+    torch.manual_seed(0)
+    model = Network(embeds=True, pools=False)
+    components = ["table", "conv", "head"] if named else None
+    report = credit_report(model, graphs(integers=True), components=components)
+    assert report.reads["conv"] == ("table",)
+    n_nodes = sum(len(batch["x"]) for batch in graphs(integers=True))
+    assert report.n_samples == n_nodes
+    assert any("so left out: input (" in note for note in report.notes)
+    assert any("'table' takes no floating-point input" in note for note in report.notes)
+
+
+def test_edges_that_are_told_later_are_not_said_to_be_changed():
+    class Two(Network):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = Convolution(8)
+
+        def forward(self, x: Tensor, ends: Tensor, edges: Tensor, index: Tensor) -> Tensor:
+            x = self.second(self.conv(x, ends, edges).relu(), ends, edges)
+            return self.head(pooled(x, index, int(index[-1]) + 1))
+
+    torch.manual_seed(0)
+    report = credit_report(Two(), graphs(), components=["conv", "second", "head"])
+    assert report.reads["second"] == ("conv", "input+input#1")
+    assert not any("changed on the way" in note for note in report.notes)
