@@ -166,8 +166,8 @@ class Alterations:
     def _update_fit(self, name: str, values: Mapping[HookPoint, Tensor], output: Tensor) -> None:
         if self.inputs[name] not in values:
             raise ValueError(
-                f"{name!r} takes no floating-point tensor, so nothing linear can take its place; leave "
-                "it out with components=[...], or leave out the kind 'linear'"
+                f"{name!r} takes no floating-point tensor, or one of a dictionary, so nothing linear "
+                "can take its place; leave it out with components=[...], or leave out the kind 'linear'"
             )
         given = self._rows(values, self.inputs[name])
         fit = self._fits.setdefault(name, LinearFit(seed=self._seed))

@@ -26,6 +26,7 @@ from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
     OUTPUT,
     Recorded,
+    by_sample,
     call_of,
     pooled_by,
     pooling_index,
@@ -327,11 +328,33 @@ class Measurement(Accumulator):
             self.plan = self._followed.coordinates(self.plan)
         known = {r.lengths is not None for r in records if r.name in self.plan.recorded}
         self._waits_for_lengths = self._valid is None and known == {True, False}
+        self._note_masks(records)
         rows = self._all_rows(records)
         self._work = self._work_of(records) / max(
             1, *(len(block) for block in rows.values() if block is not None)
         )
         return rows
+
+    def _note_masks(self, records: Sequence[Recorded]) -> None:
+        """Say so where the mask of a batch is about the positions of some sequences alone."""
+        assert self.plan is not None
+        valid = self._valid
+        if valid is None or valid.ndim < 2 or bool(valid.all()):
+            return
+        lengths = {}
+        for record in records:
+            if record.name in self.plan.recorded:
+                form = self.plan.forms[record.name]
+                values = by_sample(record.tensor, form)
+                if values.ndim == 3 and form.reduce in ("pool", "mean", "last"):
+                    lengths[record.name] = values.shape[2 if form.channels_first else 1]
+        others = [name for name, length in lengths.items() if length != valid.shape[1]]
+        if others and len(others) < len(lengths):
+            self.notes.append(
+                f"the mask of the batch has {valid.shape[1]} positions, other than {listed(others)}, of "
+                "which padding is averaged too: what reads states of both kinds looks less linear than "
+                "it is"
+            )
 
     def _work_of(self, records: Sequence[Recorded]) -> float:
         """Estimate the multiplications of one pass: each weight once per position of its output."""

@@ -119,12 +119,16 @@ class Given:
 
     def __init__(self, value: Any) -> None:
         self.tensors = all_tensors(value)
-        self._known = {id(tensor): (tensor, _state_of(tensor)) for tensor in self.tensors}
+        self._known = {id(tensor): (tensor, _mark_of(tensor)) for tensor in self.tensors}
 
     def passes(self, tensor: Tensor) -> bool:
         """Check whether a tensor is one that was given, and holds what it held."""
-        before = self._known.get(id(tensor))
-        return before is not None and before[1] == _state_of(tensor)
+        if id(tensor) not in self._known:
+            return False
+        _, mark = self._known[id(tensor)]
+        if isinstance(mark, Tensor):
+            return torch.equal(mark, tensor[:1])
+        return mark is None or mark == tensor._version
 
     def first_made(self, value: Any) -> Tensor | None:
         """Find the first tensor that a call gives as :func:`first_real` does, but for what it hands on.
@@ -138,12 +142,13 @@ class Given:
         return next(made, first)
 
 
-def _state_of(tensor: Tensor) -> float:
-    """Tell whether a tensor was written to between two times."""
+def _mark_of(tensor: Tensor) -> int | Tensor | None:
+    """Return what tells whether a tensor is written to later; nothing where that cannot be told."""
     if not tensor.is_inference():
         return tensor._version
-    # Made under inference mode, a tensor counts no writes.
-    return float(tensor.sum()) if is_real(tensor) and not tensor.is_quantized else 0.0
+    # Made under inference mode, a tensor counts no writes; these change its first sample, as a rule.
+    plain = tensor.ndim and tensor.layout is torch.strided and not tensor.is_nested
+    return tensor[:1].clone() if plain and not tensor.is_quantized else None
 
 
 def further_tensors(value: Any, first: Tensor, given: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
