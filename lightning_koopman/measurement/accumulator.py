@@ -17,6 +17,7 @@ from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, spli
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
+from lightning_koopman.network.plan import listed
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
 
@@ -217,8 +218,9 @@ class Accumulator:
         if names != self.chain.names:
             odd = sorted(set(names) ^ set(self.chain.names)) or list(names)
             raise ValueError(
-                f"batch {batch} ran the components {names}, the batches before it {self.chain.names} "
-                f"(difference: {odd}). Choose components that run in every pass with components=[...]."
+                f"batch {batch} ran the components {listed(names)}, the batches before it "
+                f"{listed(self.chain.names)} (difference: {listed(odd)}). Choose components that run "
+                "equally often in every pass with components=[...]."
             )
         n_samples = next(iter(rows.values())).shape[0]
         for (name, block), width in zip(rows.items(), self.chain.widths, strict=True):

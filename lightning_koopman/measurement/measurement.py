@@ -258,7 +258,8 @@ class Measurement(Accumulator):
         if others:
             raise ValueError(
                 f"batch {self._batches} also ran {listed(others)}, which the first one did not, before "
-                f"{order[last]!r}. Choose components that run in every pass with components=[...]."
+                f"{order[last]!r}. Choose components that run equally often in every pass with "
+                "components=[...]."
             )
 
     def _take_again(self, states: dict[str, Any]) -> None:

@@ -347,9 +347,9 @@ class Plan:
         missing = [name for name in expected if name not in rows]
         if missing:
             raise ValueError(
-                f"batch {batch} ran the components {tuple(rows)}, the batches before it "
-                f"{tuple(expected)} (difference: {missing}). Choose components that run in every pass "
-                "with components=[...]."
+                f"batch {batch} ran the components {listed(list(rows))}, the batches before it "
+                f"{listed(expected)} (difference: {listed(missing)}). Choose components that run "
+                "equally often in every pass with components=[...]."
             )
         joined = {}
         for name, group in zip(self.names, self.states, strict=True):

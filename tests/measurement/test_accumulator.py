@@ -118,8 +118,8 @@ def test_states_that_change_their_shape_or_name_are_refused():
     first = {"input": torch.randn(5, 3), "a": torch.randn(5, 2)}
     reducer.push(first)
     for states, message in (
-        (first | {"b": torch.randn(5, 2)}, r"batch 1 ran the components .*difference: \['b'\]"),
-        (dict(reversed(first.items())), r"batch 2 ran the components \('a', 'input'\)"),
+        (first | {"b": torch.randn(5, 2)}, r"batch 1 ran the components .*difference: b\)"),
+        (dict(reversed(first.items())), r"batch 2 ran the components a, input"),
         (first | {"a": torch.randn(4, 2)}, "'a' gave 4 rows in batch 3, but 'input' has 5"),
         (first | {"a": torch.randn(5, 7)}, "'a' gave 7 values per sample in batch 4, but 2 before"),
     ):

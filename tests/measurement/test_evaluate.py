@@ -597,7 +597,7 @@ def sequences(*lengths: int) -> list[Tensor]:
     ("extra", "lengths", "message"),
     [
         ("a call", (2, 3), "batch 1 also ran cell, which the first one did not, before 'end'"),
-        ("a call", (3, 2), r"batch 1 ran the components .* \(difference: \['cell'\]\)"),
+        ("a call", (3, 2), r"batch 1 ran the components .* \(difference: cell\)"),
         ("a module", (2, 3), "batch 1 also ran block, which the first one did not, before 'end'"),
     ],
 )
