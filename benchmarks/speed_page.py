@@ -21,12 +21,12 @@ passes on this machine ([what that decides](widths.md)).
 <!-- reports -->
 <!-- end -->
 
-Eight more processes gave 11.7 to 13.1 for the MLP's 4,096 samples, seven 1.49 to 1.83 for the
-convolutions and seven 1.23 to 1.40 for ResNet-18. The convolutions take 0.3 s more, with and
-without a report, where glibc hands back behind each layer the memory of the network's own states
-(12.8 MB each); it does so in some processes, and in others not, and in one and the same now in the
-pass alone and now in the report. With its thresholds set so high that it never does, both sides
-take less, and the report 1.4 to 1.5 passes.
+Fifteen more processes, on other days too, gave 11.6 to 13.5 for the MLP's 4,096 samples, seven 1.49
+to 1.83 for the convolutions and seven 1.23 to 1.40 for ResNet-18. The convolutions take 0.3 s more,
+with and without a report, where glibc hands back behind each layer the memory of the network's own
+states (12.8 MB each); it does so in some processes, and in others not, and in one and the same now
+in the pass alone and now in the report. With its thresholds set so high that it never does, both
+sides take less, and the report 1.4 to 1.5 passes.
 
 The floor is what the library calls alone take by which a report's numbers are defined, over the forward
 pass, each part the least of five runs: 1 for the pass itself; one pooling of each state and its

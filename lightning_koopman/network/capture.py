@@ -556,7 +556,8 @@ class Capture:
         return origin._replace(sources=(origin.sources or frozenset()) | own) if own else origin
 
     def _record(self, name: str, module: nn.Module, call: int, output: Any, given: Any) -> None:
-        tensor, further = self._made(module, call, output, given)
+        before = self._given.pop(id(module), None)
+        tensor, further = self._made((id(module), call), before, output, given)
         if tensor is None:
             self._unusable = (
                 f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "
@@ -569,7 +570,7 @@ class Capture:
         self._unusable = None
         if self._passes == 0:
             _refuse_part(name, module, tensor)
-        before, made = self._given.pop(id(module), None), output
+        made = output
         if before is not None and not isinstance(output, Tensor):
             made = [t for t in all_tensors(output) if t is tensor or not before.passes(t)]
         self._raw, self._current = tensor, (name, id(module), call)
@@ -615,12 +616,14 @@ class Capture:
             self._keep(other, replace(recorded, **facts) if facts else recorded)
 
     def _made(
-        self, module: nn.Module, call: int, output: Any, given: Any
+        self, key: tuple[int, int], before: Given | None, output: Any, given: Any
     ) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
-        """Find what a call makes: its state, and further tensors with their places."""
+        """Find what a call makes: its state, and further tensors with their places.
+
+        What it was given ``before`` it ran is known in the first pass, which shows the places.
+        """
         if isinstance(output, Tensor):
             return first_real(output), []
-        key, before = (id(module), call), self._given.get(id(module))
         real = list(filter(is_real, all_tensors(output)))
         if (places := self._made_at.get(key)) is not None:
             found = [(place, real[place]) for place in places if place < len(real)]
@@ -628,12 +631,11 @@ class Capture:
         first = first_real(output) if before is None else before.first_made(output)
         if first is None:
             return None, []
-        further = further_tensors(
-            output, first, all_tensors(given) if before is None else before.tensors
-        )
+        known = all_tensors(given) if before is None else before.tensors
+        further = further_tensors(output, first, known)
         if before is not None and any(map(before.passes, real)):
-            place = next(i for i, tensor in enumerate(real) if tensor is first)
-            self._made_at[key] = (place, *(i for i, _ in further))
+            own = [place for place, tensor in enumerate(real) if tensor is first]
+            self._made_at[key] = (*own[:1], *(place for place, _ in further))
         return first, further
 
     def _in_effect(self, origin: _Origin, made: Any) -> _Origin:

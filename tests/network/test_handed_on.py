@@ -163,3 +163,19 @@ def test_as_many_units_as_samples_are_no_comparison():
     report = credit_report(model, ROWS)
     assert report.widths == (100, 100)
     assert report.parts["2"] == ("2", "3")
+
+
+def test_a_module_that_calls_itself_is_altered_as_any_other():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, again: bool = True) -> tuple[Tensor, int]:
+            x = torch.tanh(self.layer(x))
+            return self(x, again=False) if again else (x, 0)
+
+    torch.manual_seed(0)
+    model = wired(lambda m, x: m.last(m.twice(x)[0]), twice=Twice(), last=nn.Linear(6, 2))
+    effects = component_effects(model, ROWS, kinds=("skip", "output_noise"))
+    assert all(np.isfinite(values).all() for values in effects.values.values())
