@@ -30,6 +30,9 @@ MaxSamples = int | Literal["enough"] | None
 _KEPT = 0.99
 # Of a state's variance: less may move R² and nonlinearity by what is shown of them.
 
+_FEW_KINDS = 4
+# So many samples of each input, at least, make folds of few inputs.
+
 _MOST_ROWS = 4096
 _MOST_VALUES = 2**22
 # Rows are gathered until a fold's share of them makes products fast, within this many values in all.
@@ -69,6 +72,8 @@ class Accumulator:
         # What tells how much bases keep: of all samples, and of those of a block, on their device.
         self._spreads: Tensor | None = None
         self._fresh: Tensor | None = None
+        # How many inputs differ among the first samples, and how many these are.
+        self._kinds = 0, 0
         # Smallest and largest value of each state, by batch, which only the device knows yet.
         self._extremes: list[tuple[int, Tensor]] = []
         self._held: list[list[Tensor]] = []
@@ -186,6 +191,8 @@ class Accumulator:
             fresh = exactly(fresh).double()
             self._spreads = fresh if self._spreads is None else self._spreads + fresh
         keys = sample_keys(rows[0], self.options.seed)
+        if self._moments is None:
+            self._kinds = int((keys.sort().values.diff() != 0).sum()) + 1, len(keys)
         self._sum(self.basis.lift(rows[1:], self.options.observables), keys)
 
     def _project(self, rows: list[Tensor]) -> list[Tensor]:
@@ -357,6 +364,7 @@ class Accumulator:
         options, names, n_samples = self.options, self.chain.names, int(moments[:, 0].sum())
         kept = self.basis.kept(self._spreads, n_samples)
         notes = [*notes, *self._left_out(kept)]
+        self._note_kinds(notes)
         report = report_on(
             layout,
             self.credits(),
@@ -373,6 +381,15 @@ class Accumulator:
             # Drift needs operators without each fold, as error bars do.
             return replace(report, reads=reads)
         return replace(report, reads=reads, reference=self.reference(step))
+
+    def _note_kinds(self, notes: list[str]) -> None:
+        """Tell where folds leave out all samples of some inputs, as of data of few kinds."""
+        kinds, count = self._kinds
+        if 0 < _FEW_KINDS * kinds <= count:
+            notes.append(
+                f"the first {count} samples have {kinds} different inputs, and folds leave out all "
+                "samples of an input together: R² and errors are about inputs that were not seen before"
+            )
 
     def _left_out(self, kept: Sequence[float]) -> list[str]:
         """Tell what the bases leave out, where that is enough to be read in the numbers."""

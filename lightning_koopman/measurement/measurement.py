@@ -421,6 +421,11 @@ class Measurement(Accumulator):
         """States that were left out for they did not vary in the first batch, and did in later ones."""
         return [name for name, (_, differs) in self._alike.items() if bool(differs > 0)]
 
+    def _note_kinds(self, notes: list[str]) -> None:
+        # Later calls of a step are told by the inputs of the first.
+        if not self._n_again:
+            super()._note_kinds(notes)
+
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
         # A process that saw no batch made no plan; its report is not the one that is logged.

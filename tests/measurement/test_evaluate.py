@@ -189,6 +189,23 @@ def test_calls_on_the_same_samples_make_no_smaller_errors(mlp):
         np.testing.assert_allclose(errors[1][name], errors[0][name], rtol=0.3, atol=1e-12)
 
 
+@pytest.mark.parametrize("kinds", [12, 120])
+def test_data_of_few_kinds_are_told(kinds):
+    class Ring(nn.Linear):
+        """Reads what stands before each sample too, as atoms read their neighbours."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.3 * x.roll(1, 0))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Ring(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    table = samples(kinds)
+    batches = [table[torch.randint(kinds, (100,))] for _ in range(4)]
+    notes = credit_report(model, batches).notes
+    told = "the first 256 samples have 12 different inputs, and folds leave out all samples of an input"
+    assert any(told in note for note in notes) == (kinds == 12)
+
+
 def test_a_further_call_that_skips_components_does_not_count(mlp):
     class Features(nn.Module):
         def __init__(self) -> None:
