@@ -337,24 +337,27 @@ class Measurement(Accumulator):
         return rows
 
     def _note_masks(self, records: Sequence[Recorded]) -> None:
-        """Say so where the mask of a batch is about the positions of some sequences alone."""
+        """Say so where states have other positions than the masked ones that they are made of."""
         assert self.plan is not None
         valid = self._valid
         if valid is None or valid.ndim < 2 or bool(valid.all()):
             return
-        lengths = {}
+        masked, others = set[str](), []
         for record in records:
             if record.name in self.plan.recorded:
                 form = self.plan.forms[record.name]
                 values = by_sample(record.tensor, form)
-                if values.ndim == 3 and form.reduce in ("pool", "mean", "last"):
-                    lengths[record.name] = values.shape[2 if form.channels_first else 1]
-        others = [name for name, length in lengths.items() if length != valid.shape[1]]
-        if others and len(others) < len(lengths):
+                if values.ndim != 3 or form.reduce not in ("pool", "mean", "last"):
+                    continue
+                if values.shape[2 if form.channels_first else 1] == valid.shape[1]:
+                    masked.add(record.name)
+                elif masked & (record.sources or frozenset()):
+                    others.append(record.name)
+        if others:
             self.notes.append(
-                f"the mask of the batch has {valid.shape[1]} positions, other than {listed(others)}, of "
-                "which padding is averaged too: what reads states of both kinds looks less linear than "
-                "it is"
+                f"the mask of the batch has {valid.shape[1]} positions; {listed(others)}, made of what "
+                "it is about, have others, of which all are averaged: where padding is among them, they "
+                "look less linear than they are"
             )
 
     def _work_of(self, records: Sequence[Recorded]) -> float:

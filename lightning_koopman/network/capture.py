@@ -365,6 +365,7 @@ class Capture:
                 self.noisy,
                 self._merged,
                 self._superseded,
+                self._made_at,
             ):
                 known.clear()
 
@@ -433,7 +434,8 @@ class Capture:
         if self._is_foreign(args, kwargs):
             self._foreign.add(key)
             return
-        real = [] if tensor is None else list(filter(is_real, all_tensors(given)))
+        tensors = all_tensors(given)
+        real = [] if tensor is None else list(filter(is_real, tensors))
         beside: list[Beside] = []
         parts: dict[str, frozenset[str]] = {}
         sources = self._provenance.of(given)
@@ -443,16 +445,17 @@ class Capture:
             beside = self.inputs.find(
                 key,
                 tensor,
-                list(all_tensors(given)),
+                tensors,
                 with_states=self.inputs.beyond(sources),
                 nothing_ran=not self._states.keys() - self._provenance.idle,
             )
             sources = self._provenance.of(given)
+        own = self.inputs.at.get(key, {})
+        if own and self._passes == 0:
             # Of parts of one tensor, whose labels are those of its memory, each is one.
-            sources = None if sources is None else sources | {*self.inputs.at.get(key, {}).values()}
-            own = {name: real[place] for place, name in self.inputs.at.get(key, {}).items()}
-            parts = {name: self._provenance.of(part) or frozenset() for name, part in own.items()}
-        for place, name in self.inputs.at.get(key, {}).items():
+            sources = None if sources is None else sources | {*own.values()}
+            parts = {n: self._provenance.of(real[place]) or frozenset() for place, n in own.items()}
+        for place, name in own.items():
             if place < len(real):
                 recorded = _recorded(name, module, given, real[place], frozenset())
                 is_idle = self._provenance.is_idle(real[place])
@@ -461,7 +464,7 @@ class Capture:
         origin = _Origin(sources, tensor is not None, is_loss, is_idle, parts=parts)
         if self._passes == 0:
             # Data in a tensor of their own are beside states, not mixed into them.
-            raw = self.inputs.unclaimed([t for t in all_tensors(given) if self._provenance.of(t)])
+            raw = self.inputs.unclaimed([t for t in tensors if self._provenance.of(t)])
             origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
             if raw and tensor is not None and self._are_beginnings(sources):
                 place = next(i for i, other in enumerate(real) if other is tensor)
@@ -628,7 +631,9 @@ class Capture:
         if (places := self._made_at.get(key)) is not None:
             found = [(place, real[place]) for place in places if place < len(real)]
             return (found[0][1], found[1:]) if found else (None, [])
-        first = first_real(output) if before is None else before.first_made(output)
+        first = first_real(output)
+        if before is not None:
+            first = before.first_made(output, first)
         if first is None:
             return None, []
         known = all_tensors(given) if before is None else before.tensors

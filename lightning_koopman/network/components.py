@@ -376,14 +376,15 @@ def inner_transparent(
 
     With each comes which components it is inside of, by ``id``.
     """
-    owners = _inside(chosen.values())
-    parts = {name: part for name, (part, _) in inner.items()}
-    opened = {owner for _, within in inner.values() for owner in within}
+    owners, parts = _inside(chosen.values()), dict[int, dict[str, nn.Module]]()
+    for name, (part, within) in inner.items():
+        for owner in within:
+            parts.setdefault(owner, {})[name] = part
     found = {
         id(module): (module, owners[id(module)])
         for component in chosen.values()
-        if id(component) in opened
-        for module in transparent_modules(component, parts)
+        if id(component) in parts
+        for module in transparent_modules(component, parts[id(component)])
         if not is_norm(module)
     }
     return list(found.values())

@@ -80,8 +80,11 @@ _LIGHTNING = ("lightning.pytorch.core.module", "pytorch_lightning.core.module")
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch as data loaders give it; what cannot be mapped is handed over whole."""
     # A LightningModule's own passes on to that of torch, which is missing.
-    package = type(model).forward.__module__
-    if "forward" not in vars(model) and package in ("torch.nn.modules.module", *_LIGHTNING):
+    own = getattr(type(model), "forward", None)
+    if "forward" not in vars(model) and getattr(own, "__module__", None) in (
+        "torch.nn.modules.module",
+        *_LIGHTNING,
+    ):
         raise ValueError(
             f"{type(model).__name__} has no forward() of its own; say how to run it with "
             "forward_fn=lambda model, batch: model.net(batch[0]), or pass the network inside it"

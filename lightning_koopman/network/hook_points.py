@@ -333,7 +333,7 @@ class HookPoints:
         alter = self._alter.get(call, {})
         # A module that calls itself begins as one call and ends as two.
         before = self._given.pop(call, None) or Given((args, kwargs))
-        first = first_tensor(output) if isinstance(output, Tensor) else before.first_made(output)
+        first = before.first_made(output, first_tensor(output))
         given = {0: first} if isinstance(output, Tensor) else self._tensors(output, first, before)
         for table in self._tables.pop(call, ()):
             self._keep_entry(HookPoint("in", call), table, output, first)

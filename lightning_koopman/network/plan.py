@@ -215,6 +215,15 @@ def _bypass(name: str, sources: dict[str, set[str]]) -> None:
             read.update(own)
 
 
+def _without(
+    names: Sequence[str], records: Sequence[Recorded], sources: dict[str, set[str]]
+) -> list[Recorded]:
+    """Take several states out of the graph, and return the others."""
+    for name in names:
+        _bypass(name, sources)
+    return [record for record in records if record.name not in names]
+
+
 def leading_to(
     ends: Sequence[str], sources: dict[str, set[str]], inputs: Collection[str], notes: list[str]
 ) -> dict[str, set[str]]:
@@ -399,18 +408,14 @@ def make_plan(
     sources = sources_of(records, notes)
     losses = _losses(records, returned, end)
     if losses and not named:
-        for name in losses:
-            _bypass(name, sources)
         notes.append(f"these compare what the network gives with targets, so left out: {listed(losses)}")
-        records = [r for r in records if r.name not in losses]
+        records = _without(losses, records, sources)
     pairwise = [r.name for r in records if r.is_pairwise and r.name != end and r.name in sources]
     if pairwise and not named:
-        for name in pairwise:
-            _bypass(name, sources)
         notes.append(
             f"these compare the samples of a batch with one another, so left out: {listed(pairwise)}"
         )
-        records = [r for r in records if r.name not in pairwise]
+        records = _without(pairwise, records, sources)
     ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
@@ -419,7 +424,7 @@ def make_plan(
     if named:
         # Named ones stay; data beside them, as features of edges beside nodes, need not.
         kept = {record.name for record in records if not record.is_input}
-    if not named or not all(sources.get(name, True) for name in kept):
+    if not named or any(not sources[name] for name in kept & sources.keys()):
         constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     inputs = {record.name for record in records if record.is_input}

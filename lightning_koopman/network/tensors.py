@@ -112,7 +112,7 @@ class Given:
     Example:
         >>> x = torch.ones(2, 3)
         >>> given = Given({"x": x})
-        >>> given.first_made({"x": x, "h": 2 * x})
+        >>> given.first_made({"x": x, "h": 2 * x}, x)
         tensor([[2., 2., 2.],
                 [2., 2., 2.]])
     """
@@ -130,12 +130,11 @@ class Given:
             return torch.equal(mark, tensor[:1])
         return mark is None or mark == tensor._version
 
-    def first_made(self, value: Any) -> Tensor | None:
-        """Find the first tensor that a call gives as :func:`first_real` does, but for what it hands on.
+    def first_made(self, value: Any, first: Tensor | None) -> Tensor | None:
+        """Find the ``first`` tensor that a call gives, or, if it hands that on, the first that it makes.
 
-        Where it gives nothing else, that is what it gives.
+        Where it makes none, what it hands on is what it gives.
         """
-        first = first_real(value)
         if first is None or isinstance(value, Tensor) or not self.passes(first):
             return first
         made = (t for t in all_tensors(value) if is_real(t) and t.ndim and not self.passes(t))

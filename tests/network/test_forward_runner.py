@@ -145,3 +145,4 @@ def test_a_module_without_a_pass_of_its_own_says_how_to_give_one(kind):
         default_forward(model, x)
     model.forward = model.net.forward
     assert default_forward(model, x).shape == (4, 2)
+    assert default_forward(torch.jit.script(model.net), x).shape == (4, 2)

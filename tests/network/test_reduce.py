@@ -165,25 +165,26 @@ def test_a_mask_without_a_name_leaves_padding_out_of_all_states(kind: type[Padde
 
 
 @pytest.mark.parametrize("prompts", [0, 3])
-def test_a_mask_that_is_about_some_sequences_alone_is_told(prompts: int) -> None:
+def test_positions_that_a_mask_is_not_about_are_told(prompts: int) -> None:
     class Prompted(nn.Module):
         """Puts learned positions in front of a sequence."""
 
         def __init__(self) -> None:
             super().__init__()
             self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.beside = nn.Linear(3, 2)
             self.prompts = nn.Parameter(torch.randn(prompts, 8))
 
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            h = self.first(x)
-            return self.last(torch.cat([self.prompts.expand(len(x), -1, -1), h], 1))
+        def forward(self, x: Tensor, image: Tensor, attention_mask: Tensor) -> Tensor:
+            h = torch.cat([self.prompts.expand(len(x), -1, -1), self.first(x)], 1)
+            return self.last(h) + self.beside(image).mean(1, keepdim=True)
 
     torch.manual_seed(0)
     mask = torch.arange(6) < torch.randint(2, 7, (400, 1))
-    batches = [
-        {"x": x, "attention_mask": m}
-        for x, m in zip(torch.randn(400, 6, 3).split(100), mask.split(100), strict=True)
-    ]
+    # The mask is about none of the images.
+    parts = {"x": torch.randn(400, 6, 3), "image": torch.randn(400, 5, 3), "attention_mask": mask}
+    batches = [{name: part[i : i + 100] for name, part in parts.items()} for i in range(0, 400, 100)]
     notes = credit_report(Prompted(), batches).notes
-    told = "the mask of the batch has 6 positions, other than last, of which padding is averaged too"
+    told = "the mask of the batch has 6 positions; last, made of what it is about, have others"
     assert any(told in note for note in notes) == (prompts > 0)
+    assert any("the mask of the batch" in note for note in notes) == (prompts > 0)
