@@ -122,7 +122,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
             without it, once it takes more than 1.5 seconds. Measurements are taken in even distances,
-            and fewer where each takes long. Seven tenths are planned to be spent, for not all that
+            and fewer where each takes long. Six tenths are planned to be spent, for not all that
             watching does to a training can be counted.
         every_n_epochs: Measure in every n-th epoch whatever it takes, and always in the first and the
             last.

@@ -200,18 +200,6 @@ def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
     return modules[name], int(number or 0)
 
 
-def replace_first_tensor(value: Any, new: Tensor) -> Any:
-    """Put a tensor where :func:`~lightning_koopman.network.tensors.first_tensor` found one.
-
-    Example:
-        >>> import torch
-        >>> replace_first_tensor((torch.tensor([1, 2]), [torch.ones(1)]), torch.zeros(1))
-        (tensor([1, 2]), [tensor([0.])])
-    """
-    old = first_tensor(value)
-    return new if old is None else replace_tensor(value, old, new)
-
-
 def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:
     """Put a tensor in the first place of another one."""
     if value is old:

@@ -310,9 +310,7 @@ class Recording:
             args, kwargs = self._kept(args, name), self._kept(kwargs, name)
             self._step.calls.append(_Call(module, direct, args, kwargs))
         except Exception as error:  # the user's own step must not end because of ours
-            self._reason = (
-                self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
-            )
+            self._refuse(error)
 
     def _end(self, output: Any) -> None:
         try:
@@ -325,9 +323,7 @@ class Recording:
             tensor = None if self.steps else first_tensor(output)
             self._step.outputs.append(None if tensor is None else _copied(tensor))
         except Exception as error:
-            self._reason = (
-                self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
-            )
+            self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
         self._reason = self._reason or f"a call could not be copied ({type(error).__name__}: {error})"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_first_tensor
+from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_tensor
 
 
 def built(forward) -> tuple[nn.Module, list[Tensor]]:
@@ -107,7 +107,7 @@ def test_states_of_an_encoder_that_alone_go_on_are_skipped():
 
 def test_parameters_of_a_distribution_are_replaced():
     given = Normal(torch.zeros(3), torch.ones(3))
-    replaced = replace_first_tensor((given, 1), torch.full((3,), 2.0))
+    replaced = replace_tensor((given, 1), given.loc, torch.full((3,), 2.0))
     assert replaced[0].mean.tolist() == [2, 2, 2]
     assert replaced[0].stddev.tolist() == [1, 1, 1]
     assert given.mean.tolist() == [0, 0, 0]

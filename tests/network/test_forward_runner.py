@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.forward_runner import MeanAndSpread, default_forward, to_device
-from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_first_tensor
+from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_tensor
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
@@ -49,11 +49,9 @@ def test_streamed_means_are_over_axes_that_vary_too(at_once, monkeypatch):
 
 
 def test_hook_points_read_and_replace_nested_outputs():
-    class Out(dict):
-        pass
-
-    value = {"a": torch.tensor([1]), "b": [torch.ones(2)]}
-    assert replace_first_tensor(value, torch.zeros(2))["b"][0].sum() == 0
+    old = torch.ones(2)
+    value = {"a": torch.tensor([1]), "b": [old]}
+    assert replace_tensor(value, old, torch.zeros(2))["b"][0].sum() == 0
     assert value["b"][0].sum() == 2
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
     with HookPoints(net, [HookPoint("in", "1"), HookPoint("out", "1")]) as points:
@@ -64,8 +62,8 @@ def test_hook_points_read_and_replace_nested_outputs():
     assert points.values[HookPoint("out", "1")].sum() == 0
 
 
-def test_first_tensors_are_replaced_in_any_container():
-    new = torch.ones(2)
+def test_tensors_are_replaced_in_any_container():
+    old, new = torch.zeros(2), torch.ones(2)
 
     @dataclasses.dataclass
     class Kept:
@@ -76,15 +74,12 @@ def test_first_tensors_are_replaced_in_any_container():
         a: torch.Tensor
         b: str
 
-    class Both(dict):
-        pass
-
-    held = replace_first_tensor(Kept("x", torch.zeros(2)), new)
+    held = replace_tensor(Kept("x", old), old, new)
     assert (held.name, held.value) == ("x", new)
     assert type(held) is Kept
-    assert replace_first_tensor(Pair(torch.zeros(2), "b"), new) == Pair(new, "b")
-    assert replace_first_tensor({"n": 1, "x": torch.zeros(2)}, new) == {"n": 1, "x": new}
-    assert replace_first_tensor([torch.zeros(2)], new) == [new]
+    assert replace_tensor(Pair(old, "b"), old, new) == Pair(new, "b")
+    assert replace_tensor({"n": 1, "x": old}, old, new) == {"n": 1, "x": new}
+    assert replace_tensor([old], old, new) == [new]
 
 
 def test_hook_points_without_a_tensor_are_named_and_no_hook_stays():
