@@ -101,15 +101,16 @@ def _align(
     tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor], Sequence[int], int
 ]:
     """Go backward once; stop, and tell the independent columns, where a Jacobian has lost rank."""
-    rank = outputs.shape[1]
+    rank, last = outputs.shape[1], len(operators)
     identity = torch.eye(rank, dtype=outputs.dtype, device=outputs.device)
-    bases, factors = [outputs], [identity]
+    # J_i = bases[i] R_i, where R_i is that of the nearest child where the state does not carry all.
+    bases, factors = {last: outputs}, {last: identity}
     aligned: list[Tensor] = []
-    volumes = [torch.zeros(rank, dtype=outputs.dtype, device=outputs.device)]
-    last = len(operators)
-    # relative[c] = R_c R_i^{-1}, where i is the nearest state that carries all directions; forming
-    # J_{i-1} R_i^{-1} keeps every factor well scaled.
-    relative, carried = {last: identity}, volumes[0]
+    logs = {last: outputs.new_zeros(rank)}
+    volumes = [logs[last]]
+    # between[a, b] = R_a R_b^{-1}, of states that others still read. Forming J_i R_c^{-1} keeps every
+    # factor well scaled, and products of steps lose nothing where one branch is far weaker than another.
+    between, live, nearest = {(last, last): identity}, [last], last
     for state in range(last - 1, -1, -1):
         width = next(
             block.shape[0]
@@ -117,32 +118,55 @@ def _align(
             for block, p in zip(blocks, read, strict=True)
             if p == state
         )
-        paths = []
-        for child, ratio in relative.items():
-            if state in parents[child - 1]:
-                block = operators[child - 1][list(parents[child - 1]).index(state)]
-                step = block @ bases[child - state - 1]
-                paths.append(step if ratio is identity else step @ ratio)
-        jacobian = sum(paths[1:], start=paths[0]) if paths else outputs.new_zeros(width, rank)
-        needed = {c: ratio for c, ratio in relative.items() if min(parents[c - 1]) < state}
-        solved = _triangular(jacobian)
+        steps = {
+            c: operators[c - 1][list(parents[c - 1]).index(state)] @ bases[c]
+            for c in live
+            if state in parents[c - 1]
+        }
+        unit, jacobian, solved = _in_best_units(steps, between, outputs.new_zeros(width, rank), nearest)
+        needed = [c for c in live if min(parents[c - 1]) < state]
         if solved is None and not needed:
             return ((), (), (), torch.empty(0)), _independent(jacobian), state
+        basis, triangle, inverse = solved or (jacobian, identity, identity)
+        bases[state], factors[state] = basis, triangle @ factors[unit]
+        logs[state] = logs[unit] + triangle.diagonal().abs().log()
+        others = {*needed, nearest}
+        between = {
+            **{(a, b): between[a, b] for a in others for b in others},
+            **{(state, c): triangle @ between[unit, c] for c in others},
+            **{(c, state): between[c, unit] @ inverse for c in others},
+            (state, state): identity,
+        }
         if solved is None:
-            bases.insert(0, jacobian)
-            aligned.insert(0, torch.full_like(identity, torch.nan))
-            factors.insert(0, factors[0])
-            volumes.insert(0, carried + _volumes(jacobian))
-            relative = {state: identity} | needed
-            continue
-        basis, triangle, inverse = solved
-        bases.insert(0, basis)
-        aligned.insert(0, triangle)
-        factors.insert(0, triangle @ factors[0])
-        carried = carried + triangle.diagonal().abs().log()
-        volumes.insert(0, carried)
-        relative = {state: identity} | {c: ratio @ inverse for c, ratio in needed.items()}
-    return (tuple(bases), tuple(aligned), tuple(factors), torch.stack(volumes)), range(rank), 0
+            aligned.append(torch.full_like(identity, torch.nan))
+            volumes.append(logs[unit] + _volumes(jacobian))
+        else:
+            aligned.append(between[state, nearest])
+            volumes.append(logs[state])
+            nearest = state
+        live = [state, *needed]
+    back = range(last + 1)
+    parts = tuple(bases[i] for i in back), tuple(aligned[::-1]), tuple(factors[i] for i in back)
+    return (*parts, torch.stack(volumes[::-1])), range(rank), 0
+
+
+def _in_best_units(
+    steps: dict[int, Tensor], between: dict[tuple[int, int], Tensor], nothing: Tensor, nearest: int
+) -> tuple[int, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """Return the child in whose units a Jacobian shows most directions, the Jacobian, and its factors.
+
+    In units of a weak branch, what leads past it is so large that the branch itself is lost beside it; a
+    direction is lost only if it is in the units of every child. ``steps`` holds K_c Q_c by child.
+    """
+    found = []
+    for unit in steps or [nearest]:
+        paths = [s if c == unit else s @ between[c, unit] for c, s in steps.items()]
+        jacobian = sum(paths[1:], start=paths[0]) if paths else nothing
+        solved = _triangular(jacobian)
+        found.append((unit, jacobian, solved))
+        if solved is not None:
+            return found[-1]
+    return max(found, key=lambda each: len(_independent(each[1])))
 
 
 def _triangular(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

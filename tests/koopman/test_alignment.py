@@ -250,6 +250,28 @@ def test_steps_that_read_several_states_have_the_dense_total_derivative(
         assert torch.equal(align(operators, torch.from_numpy(outputs)).log_volumes, chain.log_volumes)
 
 
+@pytest.mark.parametrize("weak", [1, 2, 4, 8])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_leads_past_a_weak_branch_is_not_lost_beside_it(weak: int, seed: int) -> None:
+    """Steps whose spread is far from the cut-off each, and all together far below it, beside a skip."""
+    rng = np.random.default_rng(seed)
+    steps = []
+    for _ in range(weak):
+        left, right = (np.linalg.qr(rng.standard_normal((8, 8)))[0] for _ in range(2))
+        steps.append(left @ np.diag(np.logspace(0, -3.5, 8)) @ right)
+    first, last, past = (rng.standard_normal((8, 8)) for _ in range(3))
+    operators = [[torch.from_numpy(m)] for m in (first, *steps)]
+    operators.append([torch.from_numpy(last), torch.from_numpy(past)])
+    parents = [*((i,) for i in range(weak + 1)), (weak + 1, 1)]
+    chain = align(operators, torch.eye(8, dtype=torch.float64), parents)
+    assert chain.kept == tuple(range(8))
+    jacobian = first @ (dense_product([*steps, last]) + past)
+    assert np.allclose(chain.jacobian(0).numpy(), jacobian, rtol=0, atol=1e-10 * abs(jacobian).max())
+    assert float(chain.log_volumes[0].sum()) == pytest.approx(log_volume(jacobian), abs=1e-9)
+    gains = sum(np.linalg.slogdet(operator.numpy())[1] for operator in chain.operators)
+    assert gains == pytest.approx(float(chain.log_volumes[0].sum()), abs=1e-9)
+
+
 def test_operators_that_do_not_fit_together_are_refused() -> None:
     weights = [torch.ones(4, 3), torch.ones(2, 5)]
     with pytest.raises(ValueError, match=r"operator 1 gives 3 values, but 2 were expected behind it"):
