@@ -23,6 +23,7 @@ from lightning_koopman.network.tensors import (
     first_tensor,
     further_tensors,
     is_real,
+    is_wrapper,
     varies,
 )
 
@@ -204,7 +205,7 @@ def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:
     """Put a tensor in the first place of another one."""
     if value is old:
         return new
-    if isinstance(value, Distribution):
+    if isinstance(value, Distribution) or is_wrapper(value):
         value = copy.copy(value)
         for name, part in vars(value).items():
             if any(tensor is old for tensor in all_tensors(part)):

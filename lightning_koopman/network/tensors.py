@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -52,9 +53,21 @@ def _collect(value: Any, found: list[Tensor]) -> None:
     elif not isinstance(value, _HOLD_NONE):
         for part in parts_of(value):
             _collect(part, found)
+        if is_wrapper(value):
+            found += (part for part in vars(value).values() if isinstance(part, Tensor))
 
 
 _HOLD_NONE = (type(None), str, int, float, nn.Module)
+
+
+def is_wrapper(value: Any) -> bool:
+    """Check whether a value is an object of a class of somebody's own that may hold tensors."""
+    known = (*_HOLD_NONE, Tensor, Mapping, tuple, list, type, FunctionType, Distribution)
+    return (
+        hasattr(value, "__dict__")
+        and not isinstance(value, known)
+        and not dataclasses.is_dataclass(value)
+    )
 
 
 _DEEPEST = 4
