@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import altered_parts
+from lightning_koopman.effects.alterations import altered_parts, counted_as_in
 from lightning_koopman.effects.component_effects import effects_on
 from lightning_koopman.effects.returned import Ends
 from lightning_koopman.effects.targets import (
@@ -20,6 +21,7 @@ from lightning_koopman.effects.targets import (
     TARGET_KEYS,
     TOKENS,
     Fit,
+    TargetSearch,
     are_scores,
     as_classes,
     find_target,
@@ -48,14 +50,31 @@ def passes(report: CreditReport, kinds: Sequence[str]) -> int:
 
 
 def labels_in(batch: Any) -> dict[str, Tensor]:
-    """Return what may be classes in a batch as data loaders give it, and the tokens that they may be."""
+    """Return what may be classes in a batch as data loaders give it, and the tokens that they may be.
+
+    Of a batch in order, those are all integers that follow its input: which of these the network takes
+    is not known yet. What then stands there is kept as nothing but a mark.
+    """
     target = find_target(batch)
-    if target is None or target.dtype not in _INTEGERS or not target.ndim:
+    if target is None or not _may_be_classes(target):
         return {}
-    told, tokens = {TARGET_KEYS[0]: target}, batch.get(TOKENS) if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping):
+        integers = list(itertools.takewhile(_may_be_classes, batch[1:]))
+        rest = [torch.empty(0)] if len(integers) + 1 < len(batch) else []
+        return {f"{k}": entry for k, entry in enumerate([*integers, *rest], 1)}
+    told, tokens = {TARGET_KEYS[0]: target}, batch.get(TOKENS)
     if isinstance(tokens, Tensor) and tokens.shape == without_single(target, tokens.ndim).shape:
         told[TOKENS] = tokens
     return told
+
+
+def _may_be_classes(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.dtype in _INTEGERS and entry.ndim > 0
+
+
+def _in_order(told: Mapping[str, Tensor]) -> Any:
+    """Return what was kept of a batch as it stood there, with nothing for its input."""
+    return (None, *told.values()) if "1" in told else told
 
 
 def measure_effects(
@@ -87,16 +106,23 @@ def measure_effects(
             break
         taken.append(step)
 
+    search = TargetSearch(_in_order(taken[0].told))
+    search.see_taken(taken[0].revive())
+
     def forward(_: nn.Module, step: Step) -> Any:
         with around():
-            # Where nothing tells the outputs apart, they are those of the last call.
-            return step.run()[::-1]
+            returned = step.run()
+        search.see_given(returned)
+        # Where nothing tells the outputs apart, they are those of the last call.
+        return returned[::-1]
 
     fits: list[Fit] = []
 
     def target_of(step: Step) -> Tensor | None:
-        target = find_target(step.told)
-        return target if target is None else where_predicted(step.told, target)
+        target = search.target_of(_in_order(step.told))
+        if target is None or not _may_be_classes(target):
+            return None
+        return where_predicted(step.told, target)
 
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         pairs = zip(outputs, known, strict=True)
@@ -108,6 +134,7 @@ def measure_effects(
         return known if told else [None] * len(known)
 
     runner = ForwardRunner(model, taken, forward)
+    runner.counted_in = counted_as_in(model, report)
     found = effects_on(
         runner,
         parts,
@@ -158,4 +185,5 @@ def pooled(found: Sequence[Effects]) -> Effects:
         metric_before=float(weights @ [each.metric_before for each in found]),
         n_samples=int(sizes.sum()),
         doubts=doubts,
+        notes=tuple(dict.fromkeys(note for each in found for note in each.notes)),
     )

@@ -15,15 +15,17 @@ import torch
 from numpy.typing import NDArray
 from rich.jupyter import JupyterMixin
 from rich.markup import escape
-from scipy.optimize import LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from lightning_koopman.decisions.steps import component_calls, find_outputs
+from lightning_koopman.decisions.steps import component_calls, find_outputs, is_finite, told_apart
 from lightning_koopman.decisions.swaps import copied_with
 from lightning_koopman.effects.alterations import Alterations
-from lightning_koopman.effects.replacements import quantized_weights
+from lightning_koopman.effects.replacements import other_matrices, quantized_weights
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
+from lightning_koopman.network.arguments import INTEGER, NUMBER, check_given, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
@@ -43,8 +45,10 @@ class BitWidths(JupyterMixin):
         bits: By component, the number of bits that was chosen.
         weights: By component, how many weights have them.
         options: The numbers of bits that there were to choose from.
-        average: Bits per weight, which must not exceed the budget.
-        budget: Bits per weight that were admitted.
+        average: Bits per weight, over all weight matrices of the components: those that no layer
+            multiplies by (tables, matrices of modules of one's own) keep the bits that they have, and a
+            note says so.
+        budget: Bits per weight that were admitted, over those that are rounded.
         effects: Effect on the outputs of giving one component that many bits, the rest of the network as
             it is, shape ``(components, options)``.
         effects_stderr: Standard errors of the effects over samples.
@@ -212,9 +216,9 @@ def bit_widths(
         model: Any module; it is left exactly as it was found.
         batches: Data to measure on: tensors, tuples of input and target, or mappings.
         report: Names the components; ``None`` chooses them as :func:`lightning_koopman.credit_report`
-            does. Those without linear or convolutional layers keep their weights.
+            does. Those that hold no layer with weights to be rounded keep theirs.
         bits: Numbers of bits to choose from, 2 to 8.
-        average: Bits per weight, over the weights of all components.
+        average: Bits per weight, over the weights of all components that are rounded.
         components: Names or glob patterns of those that are rounded; ``None`` takes all.
         group_size: Inputs that share a scale; ``None`` takes all of an output channel.
         metric: Called as ``metric(outputs, targets)``; ``None`` takes the accuracy where targets are
@@ -230,6 +234,10 @@ def bit_widths(
         ValueError: If an argument is out of range, no sample arrives, or nothing can be rounded.
         ImportError: If ``torchao`` is missing.
     """
+    check_type((Sequence, "a list of integers, such as (8, 4)"), bits=bits)
+    check_type(INTEGER, **{f"bits[{place}]": each for place, each in enumerate(bits)})
+    check_type(NUMBER, average=average)
+    check_given(INTEGER, group_size=group_size)
     options = tuple(sorted({*bits}, reverse=True))
     if not options or not min(options) <= average:
         raise ValueError(f"average is {average}, below all of bits={tuple(bits)}; give fewer or more")
@@ -242,38 +250,66 @@ def bit_widths(
         parts, counts = _with_weights(calls, rounded[options[0]])
         if not parts:
             raise ValueError(
-                f"none of {tuple(calls)} holds a linear or convolutional layer, whose weights could be "
-                "rounded; name other components"
+                f"none of {tuple(calls)} holds a linear, convolutional, attention or recurrent layer, "
+                "whose weights could be rounded; name other components"
             )
         altered = _Rounded(runner, outputs, parts, rounded)
-        names = tuple(parts)
-        found = [[altered.alone(name, option) for option in options] for name in names]
+        tried = {name: [altered.alone(name, option) for option in options] for name in parts}
+        notes = list(outputs.notes)
+        for name, row in tried.items():
+            odd = [b for b, (m, _) in zip(options, row, strict=True) if not is_finite(m, outputs)]
+            notes.extend(text for b in odd for text in told_apart([name], f"rounded to {b} bits"))
+        names = tuple(name for name, row in tried.items() if any(is_finite(m, outputs) for m, _ in row))
+        if not names:
+            raise ValueError(
+                f"with any of {tuple(parts)} rounded, outputs or metric are not finite, so nothing can "
+                "be chosen; give other batches or larger numbers of bits"
+            )
+        counts = counts[[name in names for name in parts]]
+        found = [tried[name] for name in names]
         effects = np.array([[measured.effect for measured, _ in row] for row in found])
-        pairs = _pairs(effects, torch.stack([z for row in found for _, z in row]))
+        known = np.array([[is_finite(measured, outputs) for measured, _ in row] for row in found])
         costs, allowed = np.outer(counts, options), average * counts.sum()
+        if np.where(known, costs, np.inf).min(axis=1).sum() > allowed * (1 + 1e-12):
+            raise ValueError(
+                f"average is {average}, and with so few bits outputs or metric are not finite; admit "
+                "more"
+            )
+        ranked = np.where(known, effects, np.inf)
+        pairs = _pairs(ranked, torch.stack([z for row in found for _, z in row]))
 
         @functools.cache  # a choice comes up again, near the next one
         def together(places: tuple[int, ...]) -> Measured:
             return altered.together(dict(zip(names, (options[k] for k in places), strict=True)))
 
-        exact = solve_exactly(effects, costs, allowed)
+        exact = solve_exactly(ranked, costs, allowed)
         chosen = {"milp": exact, "exchange": exchange(pairs, costs, allowed, exact)}
         improved = {
             solver: improve(pairs, costs, allowed, (start, together(start)), together)
             for solver, start in chosen.items()
         }
-        solver = min(improved, key=lambda name: improved[name][1].effect)
+        solver = min(improved, key=lambda name: _rank(improved[name][1]))
         places, best = improved[solver]
         alike = {b: altered.together(dict.fromkeys(names, b)).effect for b in options if b <= average}
-    final, notes = tuple(options[k] for k in places), list(outputs.notes)
+    final = tuple(options[k] for k in places)
     for name, why in refused.items():
         notes.append(f"{name!r} keeps its weights: {why}")
+    parts = {name: parts[name] for name in names}
+    modules = [find_module(model, call)[0] for own in parts.values() for call in own]
+    kept = other_matrices(modules)
+    size, spent = sum(p.numel() for p in kept), sum(8 * p.nbytes for p in kept)
+    if kept:
+        notes.append(
+            f"{size:,} of {size + int(counts.sum()):,} weights of the components are in no layer that "
+            f"can be rounded and keep {spent / size:.3g} bits; the bits per weight count them, the "
+            "budget does not"
+        )
     return BitWidths(
         components=names,
         bits=final,
         weights=tuple(int(n) for n in counts),
         options=options,
-        average=float(np.dot(final, counts) / counts.sum()),
+        average=float((np.dot(final, counts) + spent) / (counts.sum() + size)),
         budget=average,
         effects=effects,
         effects_stderr=np.array([[measured.effect_stderr for measured, _ in row] for row in found]),
@@ -342,9 +378,14 @@ def _kind(option: int) -> str:
 
 
 def _pairs(effects: NDArray[np.float64], moved: Tensor) -> NDArray[np.float64]:
-    """Return H over components and options, shape ``(L, B, L, B)``, with the effects on its diagonal."""
+    """Return H over components and options, shape ``(L, B, L, B)``, with the effects on its diagonal.
+
+    What must not be chosen has an infinite effect, and none together with others.
+    """
+    known = np.isfinite(effects).reshape(-1)
+    moved = torch.where(torch.from_numpy(known)[:, None], moved, 0.0)
     unit = moved / moved.norm(dim=1, keepdim=True).clamp_min(1e-300)
-    sizes = np.sqrt(effects.reshape(-1))
+    sizes = np.sqrt(np.where(known, effects.reshape(-1), 0.0))
     pairs = (unit @ unit.T).numpy() * np.outer(sizes, sizes)
     np.fill_diagonal(pairs, effects.reshape(-1))
     return np.asarray(pairs.reshape(*effects.shape, *effects.shape))
@@ -355,6 +396,8 @@ def solve_exactly(
 ) -> tuple[int, ...]:
     """Choose one option per row, at the least sum of effects, by an integer programme.
 
+    An option whose effect is infinite is not chosen.
+
     Example:
         >>> effects = np.array([[0.0, 5.0], [0.0, 1.0]])
         >>> solve_exactly(effects, np.array([[4.0, 2.0], [4.0, 2.0]]), 6.0)
@@ -363,11 +406,13 @@ def solve_exactly(
     rows, options = effects.shape
     one_each = np.kron(np.eye(rows), np.ones(options))
     # Effects of many orders of magnitude would be lost in the solver's tolerance.
-    weights = effects / max(effects.max(), 1e-300)
+    known = np.isfinite(effects)
+    weights = np.where(known, effects, 0.0)
+    weights = weights / max(weights.max(), 1e-300)
     found = milp(
         weights.reshape(-1),
         integrality=np.ones(effects.size),
-        bounds=(0, 1),
+        bounds=Bounds(0, known.reshape(-1).astype(float)),
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(costs.reshape(1, -1), -np.inf, allowed * (1 + 1e-12)),
@@ -412,6 +457,11 @@ def exchange(
         chosen = best
 
 
+def _rank(measured: Measured) -> float:
+    """Return what is to be small: an effect, and more than any where it is not finite."""
+    return measured.effect if math.isfinite(measured.effect) else math.inf
+
+
 def improve(
     pairs: NDArray[np.float64],
     costs: NDArray[np.float64],
@@ -424,7 +474,7 @@ def improve(
     while True:
         near = sorted(changes(costs, allowed, chosen), key=lambda new: summed(pairs, new))
         tried = {new: measure(new) for new in near[: len(costs)]}
-        best = min(tried, key=lambda new: tried[new].effect, default=chosen)
-        if best == chosen or not tried[best].effect < now.effect:
+        best = min(tried, key=lambda new: _rank(tried[new]), default=chosen)
+        if best == chosen or not _rank(tried[best]) < _rank(now):
             return chosen, now
         chosen, now = best, tried[best]

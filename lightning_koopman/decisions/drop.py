@@ -21,12 +21,15 @@ from lightning_koopman.decisions.steps import (
     cost_of,
     failure_with,
     find_outputs,
+    is_finite,
     is_within,
     look_at,
     loss_of,
+    told_apart,
 )
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
+from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import Scale
@@ -67,6 +70,7 @@ class DropOrder(Steps):
         Raises:
             ValueError: If the order has fewer steps.
         """
+        check_given(INTEGER, steps=steps)
         count = self.within if steps is None else steps
         if not 0 <= count <= len(self.components):
             raise ValueError(f"steps is {steps}; the order has {len(self.components)}")
@@ -78,6 +82,8 @@ class DropOrder(Steps):
         """What may go, in one line."""
         if not self.candidates:
             return "No component gives what it takes in shape, so none can be dropped."
+        if not self.components:
+            return "Nothing can go: no outputs were finite without it."
         if not self.dropped:
             return (
                 f"Nothing can go within {self.max_drop:g} {self._unit()}: the first costs "
@@ -126,7 +132,8 @@ def drop_order(
     A component is dropped by giving on what it takes in, so only one whose output has its input's shape
     can go; the others are named with the reason. Each step measures, for all components that are left,
     how far the outputs move from those of the whole network if it went too, and drops the one that moves
-    them least. One pass over the samples per step and component that is left.
+    them least. One without which the outputs or the metric are not finite is never chosen, and a note
+    says so. One pass over the samples per step and component that is left.
 
     Args:
         model: Any module; it is left exactly as it was found.
@@ -162,6 +169,7 @@ def drop_order(
         ('1', 0.0)
     """
     check_max_drop(max_drop)
+    check_given(INTEGER, steps=steps)
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}; it must be 1 or above, or None to go by max_drop")
     runner = runner_on(model, batches, samples, forward_fn)
@@ -169,10 +177,12 @@ def drop_order(
         calls, ends = component_calls(runner, report, components)
         outputs, refused = find_outputs(runner, calls, ends, scale, metric)
         swaps = _droppable(runner, calls, refused)
-        order, remaining = _order(runner, outputs, swaps, max_drop, steps)
+        order, remaining, unknown = _order(runner, outputs, swaps, max_drop, steps)
         before = cost_of(runner)
+    fields = as_fields(order, outputs)
+    fields["notes"] = (*fields["notes"], *told_apart(unknown, "dropped"))
     return DropOrder(
-        **as_fields(order, outputs),
+        **fields,
         cost_before=before,
         candidates=tuple(swaps),
         refused=refused,
@@ -230,10 +240,14 @@ def _order(
     swaps: Mapping[str, Skipped],
     max_drop: float,
     steps: int | None,
-) -> tuple[list[Step], list[list[float]]]:
-    """Drop the component whose loss moves the outputs least, again and again; return all effects."""
+) -> tuple[list[Step], list[list[float]], list[str]]:
+    """Drop the component whose loss moves the outputs least, again and again; return all effects.
+
+    What comes back last are those that were left for there was no finite number to choose them by.
+    """
     order: list[Step] = []
     remaining: list[list[float]] = []
+    unknown: list[str] = []
     for _ in range(len(swaps) if steps is None else min(steps, len(swaps))):
         gone = [swaps[step.name] for step in order]
         tried: dict[str, Measured] = {}
@@ -241,10 +255,14 @@ def _order(
             if swap not in gone:
                 with swapped(runner.model, [*gone, swap]):
                     tried[name] = over_draws([outputs.compare(runner.stream())])
-        best = min(tried, key=lambda name: tried[name].effect)
+        unknown = [name for name in tried if not is_finite(tried[name], outputs)]
+        if len(unknown) == len(tried):
+            break
+        known = [name for name in tried if name not in unknown]
+        best = min(known, key=lambda name: tried[name].effect)
         with swapped(runner.model, [*gone, swaps[best]]):
             order.append(Step(best, tried[best], cost_of(runner)))
         remaining.append([tried[name].effect if name in tried else math.nan for name in swaps])
         if steps is None and not is_within(loss_of(tried[best], outputs), max_drop):
             break
-    return order, remaining
+    return order, remaining, unknown

@@ -24,9 +24,11 @@ from lightning_koopman.decisions.steps import (
     cost_of,
     failure_with,
     find_outputs,
+    is_finite,
     is_within,
     look_at,
     loss_of,
+    told_apart,
 )
 from lightning_koopman.decisions.swaps import (
     LinearComponent,
@@ -37,6 +39,7 @@ from lightning_koopman.decisions.swaps import (
 )
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
+from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
 from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
@@ -202,6 +205,8 @@ def linearize(
         raise ValueError("the model went through torch.compile; linearize the module it was made from")
     check_copyable(model)
     check_max_drop(max_drop)
+    check_type(NUMBER, variance=variance, budget=budget)
+    check_type(INTEGER, max_dim=max_dim, seed=seed)
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
     if not 0 <= budget < 1:
@@ -221,8 +226,10 @@ def linearize(
         before = cost_of(runner)
         swaps = [] if not steps else maps.swaps(search.groups(search.chosen))
         seconds, slower = _compare_times(runner, swaps)
+    fields = as_fields(steps, search.outputs)
+    fields["notes"] = (*fields["notes"], *told_apart(search.unknown, "linear"))
     found = Linearized(
-        **as_fields(steps, search.outputs),
+        **fields,
         cost_before=before,
         candidates=tuple(name for name in calls if name not in refused),
         refused=refused,
@@ -244,7 +251,10 @@ def _two_parts(batches: Iterable[Any], fit_batches: Iterable[Any] | None) -> tup
     check_batches(batches if fit_batches is None else fit_batches)
     if fit_batches is not None:
         with random_states_kept(fit_batches):
-            return list(fit_batches), batches
+            fit_on = list(fit_batches)
+        if not fit_on:
+            raise ValueError("fit_batches holds no batch; give some to fit maps on, or leave it out")
+        return fit_on, batches
     with random_states_kept(batches):
         given = list(batches)
     if len(given) == 1:
@@ -388,6 +398,16 @@ class _Search:
         self.chosen = self._exchange(options, min(found, key=lambda chosen: self._worth(chosen)[0]))
         return [self._try(self.chosen[: count + 1])[0] for count in range(len(self.chosen))]
 
+    @property
+    def unknown(self) -> list[str]:
+        """Components with which the outputs or the metric were never finite."""
+        tried = {name: False for name in self._order}
+        for which, (measured, *_) in self._tried.items():
+            for name, _ in which:
+                tried[name] |= is_finite(measured, self.outputs)
+        seen = {name for which in self._tried for name, _ in which}
+        return [name for name, known in tried.items() if name in seen and not known]
+
     def groups(self, chosen: Sequence[_Option]) -> list[_Group]:
         """Find the modules that become one map each; a bare linear layer by itself stays."""
         groups: list[_Group] = []
@@ -427,6 +447,7 @@ class _Search:
     def _fits(self, step: Step) -> bool:
         """Check whether the loss of a step is admitted, and nothing larger that may not be."""
         kept = is_within(loss_of(step.measured, self.outputs), self._max_drop)
+        kept = kept and is_finite(step.measured, self.outputs)
         return kept and (self._allow_larger or not self._larger(step.cost))
 
     def _admitted(self, option: _Option, step: Step, after: float, least: float) -> bool:

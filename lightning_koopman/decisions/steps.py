@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -22,14 +22,15 @@ from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swa
 from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs
-from lightning_koopman.effects.targets import find_target
+from lightning_koopman.effects.targets import TargetSearch
+from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.plan import ends_of
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
-from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.report import REPORT, CreditReport
 from lightning_koopman.report.text import Fitted, as_text, with_share
 
 if TYPE_CHECKING:
@@ -228,6 +229,19 @@ def loss_of(measured: Measured, outputs: Outputs) -> float:
     return measured.effect if math.isnan(outputs.metric) else outputs.metric - measured.metric
 
 
+def is_finite(measured: Measured, outputs: Outputs) -> bool:
+    """Check whether an effect and the loss are numbers that others can be compared with."""
+    return math.isfinite(measured.effect) and math.isfinite(loss_of(measured, outputs))
+
+
+def told_apart(names: Iterable[str], how: str) -> list[str]:
+    """Say of components that they were not chosen, for there is no number to choose them by."""
+    notes: list[str] = []
+    for name in names:
+        notes.append(f"with {name!r} {how}, outputs or metric are not finite, so it was not chosen")
+    return notes
+
+
 def is_within(loss: float, max_drop: float) -> bool:
     """Check whether a loss is admitted; 0.93 − 0.92, which is 0.01 but for rounding, is within 0.01."""
     return loss <= max_drop + _ROUNDING
@@ -235,6 +249,7 @@ def is_within(loss: float, max_drop: float) -> bool:
 
 def check_max_drop(max_drop: float) -> None:
     """Refuse a loss below 0."""
+    check_type(NUMBER, max_drop=max_drop)
     if not max_drop >= 0:
         raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
 
@@ -246,6 +261,7 @@ def component_calls(
 
     The second that comes back is what the network ends with, where that is known.
     """
+    check_given(REPORT, report=report)
     if report is not None:
         calls, ends = altered_parts(report), Ends.of(report)
     else:
@@ -277,12 +293,14 @@ def find_outputs(
 ) -> tuple[Outputs, dict[str, str]]:
     """Run the network as it is; return its outputs, and why components that lead elsewhere stay."""
     last = {name: own[-1] for name, own in calls.items()}
-    first, led = run_followed(runner, (), last.values(), ends)
-    about = choose_outputs(runner, first, led, find_target(runner.batches[0]), scale, metric)
+    search = TargetSearch(runner.batches[0])
+    first, led = run_followed(runner, (), last.values(), ends, search)
+    target = search.target_of(runner.batches[0])
+    about = choose_outputs(runner, first, led, target, scale, metric)
     outputs: list[Tensor] = []
     for number in runner.until_enough(outputs):
         outputs.append(runner.run_batch(number)[0].detach().cpu())
-    targets = runner.targets_of(outputs, find_target)
+    targets = runner.targets_of(outputs, search.target_of)
     known, doubted = only_classes(runner, outputs, targets, scale, metric)
     notes = (*about.notes, *runner.notes, *doubted)
     why = "it leads to none of the outputs that are looked at"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.network.arguments import MODULE, check_type
 from lightning_koopman.network.components import clean_modules, clean_name
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
@@ -50,7 +51,7 @@ class _Swap(nn.Module):
 
 
 class Skipped(_Swap):
-    """Gives the first tensor that it takes, in place of a component that was dropped."""
+    """Gives a copy of the first tensor that it takes, in place of a component that was dropped."""
 
     def __init__(self, replaces: Sequence[str] = (), in_tuple: bool = False) -> None:
         super().__init__()
@@ -59,7 +60,9 @@ class Skipped(_Swap):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what came in."""
         tensor = first_tensor((args, kwargs))
-        return (tensor,) if self.in_tuple else tensor
+        # What follows may change what it takes in place, and others read what came in.
+        given = None if tensor is None else tensor.clone()
+        return (given,) if self.in_tuple else given
 
     def options(self) -> dict[str, Any]:
         """Return what it is built from, as plain values."""
@@ -153,6 +156,11 @@ def put_back(model: nn.Module, modules: Iterable[nn.Module]) -> Generator[None, 
 def put_in_place(model: nn.Module, swap: Swap) -> None:
     """Put a swap wherever the first module it replaces is, and nothing where the others are."""
     modules = dict(clean_modules(model))
+    if missing := [name for name in swap.replaces if name not in modules]:
+        raise ValueError(
+            f"{type(model).__name__} has no module {missing[0]!r}, in whose place another goes; pass "
+            "the network that was decided on, or one of its architecture"
+        )
     first, *others = (modules[name] for name in swap.replaces)
     swap.stand_for(first)
     for module in (first, *others):
@@ -175,17 +183,20 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 
 def check_copyable(model: nn.Module) -> None:
     """Refuse a network that keeps functions of its own: a copy's would run the original's modules."""
-    own = {id(module) for module in model.modules()}
+    if _holds_function(model, model):
+        copied_with(model, ())
+
+
+def _holds_function(model: nn.Module, of: nn.Module) -> tuple[str, str] | None:
+    """Find what holds a function that refers to modules of a network: its owner and its name."""
+    own = {id(module) for module in of.modules()}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             held = list(value.values()) if isinstance(value, dict) else value
             functions = held if isinstance(held, list | tuple | set) else [held]
             if key not in _OF_TORCH and any(_refers_to(own, function) for function in functions):
-                owner = clean_name(name) or type(model).__name__
-                raise ValueError(
-                    f"{key!r} of {owner!r} holds a function that refers to a module of the network, so "
-                    "that of a copy would still run the original's; make it a method"
-                )
+                return clean_name(name) or type(model).__name__, key
+    return None
 
 
 def _refers_to(modules: set[int], function: Any) -> bool:
@@ -201,10 +212,17 @@ def _refers_to(modules: set[int], function: Any) -> bool:
 
 def copied_with(model: nn.Module, swaps: Iterable[Swap]) -> nn.Module:
     """Copy a network, also where a module holds a tensor with a graph, and put swaps in place."""
-    check_copyable(model)
+    check_type(MODULE, model=model)
     held = (value for module in model.modules() for value in vars(module).values())
     graphs = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
     new = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in graphs})
+    # Some make their functions anew when they are copied, as metrics do.
+    if found := _holds_function(new, model):
+        owner, key = found
+        raise ValueError(
+            f"{key!r} of {owner!r} holds a function that refers to a module of the network, so that of "
+            "a copy would still run the original's; make it a method"
+        )
     for swap in swaps:
         put_in_place(new, swap)
     return new

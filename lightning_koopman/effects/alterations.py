@@ -13,11 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_koopman.effects.derived_weights import derived_weights, reset, set_derived
+from lightning_koopman.effects.derived_weights import (
+    UnalterableError,
+    derived_weights,
+    reset,
+    set_derived,
+)
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
-from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.components import clean_name, common_ancestor
 from lightning_koopman.network.forward_runner import MeanAndSpread
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
+from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.rows import (
     RowForm,
     by_sample,
@@ -36,12 +42,21 @@ _GROUPS, _GROUP_SIZE = 32, 8
 MAP_BYTES = 2**33
 """Most bytes that linear maps of all components may take together."""
 
+NONE_TO_ALTER = (
+    "no component reads another one, so the chain has none that could be altered; those that you name "
+    "are, by component_effects(model, batches, components=[...]) without a report"
+)
+"""Why there are no effects of a network such as one of embeddings alone."""
+
 SHIFT = 0.2
 """How far a mean is moved towards that of a group: so little that the outputs follow along a line."""
 
 
 def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
     """Return the module calls of every component that can be altered, in order of execution."""
+    reference = report.reference
+    if not report.parts and reference is not None and reference.modules and not reference.parts:
+        raise ValueError(NONE_TO_ALTER)
     if not report.parts:
         raise ValueError(
             "the report does not say which modules its components are made of; measure it with "
@@ -50,6 +65,22 @@ def altered_parts(report: CreditReport) -> dict[str, tuple[str, ...]]:
     # What is joined into one state is altered one by one.
     single = set(report.components) <= set(report.parts)
     return {n: calls for n, calls in report.parts.items() if not single or n in report.components}
+
+
+def counted_in(model: nn.Module, names: Iterable[str]) -> nn.Module | None:
+    """Find the module in which calls of components are counted: the one that holds all that were chosen.
+
+    So they are where a report is made, too, in which its calls in one pass are rows of the same states.
+    """
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    return common_ancestor(model, [modules[name] for name in names if name in modules])
+
+
+def counted_as_in(model: nn.Module, report: CreditReport) -> nn.Module | None:
+    """Find the module in which the calls that a report names were counted."""
+    if report.reference is not None and report.reference.modules:
+        return counted_in(model, report.reference.modules)
+    return counted_in(model, {call.partition("#")[0] for own in report.parts.values() for call in own})
 
 
 class Alterations:
@@ -62,6 +93,8 @@ class Alterations:
         further: By component, where other tensors are that it gives and that reach the outputs.
         kinds: All kinds; the names of replacements are among them.
         maps: Linear maps from own input to output, by component, once :meth:`solve` has fitted them.
+        refused: By kind and component, why it cannot be altered in that way.
+        unsettled: By component, why its samples cannot be told apart.
     """
 
     def __init__(
@@ -98,8 +131,12 @@ class Alterations:
         self._units: defaultdict[HookPoint, MeanAndSpread] = defaultdict(MeanAndSpread)
         self._fits: dict[str, LinearFit] = {}
         self._sizes: list[int] = []
+        # By point, in how many calls of the network it was in each batch.
+        self._rounds: defaultdict[HookPoint, list[int]] = defaultdict(list)
         self._means: set[str] = set()
         self.maps: dict[str, LinearMap] = {}
+        self.refused: dict[str, dict[str, str]] = {kind: {} for kind in self.kinds}
+        self.unsettled: dict[str, str] = {}
 
     @property
     def read(self) -> list[HookPoint]:
@@ -113,8 +150,9 @@ class Alterations:
         merged: Mapping[HookPoint, tuple[int, ...] | None],
         output: Tensor,
         further: Iterable[HookPoint] = (),
+        n_given: int = 0,
     ) -> None:
-        """Find where the samples are in each state, as the first batch shows."""
+        """Find where the samples are in each state, as the first batch, of ``n_given``, shows."""
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
 
@@ -125,7 +163,7 @@ class Alterations:
 
         for name, module in modules.items():
             for point in (self.outputs[name], self.inputs[name]):
-                if (value := values.get(point)) is None:
+                if (value := values.get(point)) is None or value.is_nested:
                     continue
                 alike = output.ndim > 1 and output.shape[1:2] == value.shape[1:2]
                 if alike and gives_batch_second(module, value):
@@ -134,52 +172,110 @@ class Alterations:
                         "along the second axis; put them first in the outputs, with forward_fn=lambda "
                         "model, batch: model(batch).transpose(0, 1), and in the targets"
                     )
-                _check_samples(name, value, len(output))
-                self._forms[point] = form(name, point)
+        self._refuse_turned(values, output, n_given)
+        for name in self.names:
+            try:
+                for point in (self.outputs[name], self.inputs[name]):
+                    if (value := values.get(point)) is not None:
+                        _check_samples(name, value, len(output))
+                        self._forms[point] = form(name, point)
+            except ValueError as error:
+                self._unsettle(name, error)
+                continue
             others = {p: form(name, p) for p in sorted(further) if p.call == self.outputs[name].call}
             # What has no row per sample is not a sample's, and stays.
             others = {p: f for p, f in others.items() if len(by_sample(values[p], f)) == len(output)}
             self._forms.update(others)
             if others:
                 self.further[name] = tuple(others)
+        if "reinit" in self.kinds and self._initial is None:
+            for name in self.names:
+                try:
+                    with random_states_kept(), self.weights("reinit", [name]):
+                        pass
+                except UnalterableError as error:
+                    self.refused["reinit"][name] = str(error)
 
-    def update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
-        """Take the states that one batch has in the network as it is."""
+    def _refuse_turned(self, values: Mapping[HookPoint, Tensor], output: Tensor, n_given: int) -> None:
+        """Refuse outputs of which the second axis has as many entries as components have samples."""
+        given = [values[p].shape for p in self.outputs.values() if not values[p].is_nested]
+        turned = {shape[:1] for shape in given} == {(n_given,)} == {output.shape[1:2]}
+        if turned and not any(len(output) in shape[:2] for shape in given):
+            raise ValueError(
+                f"the outputs have shape {tuple(output.shape)}, and components give {n_given} samples, "
+                "as the second axis of the outputs does; put samples first in them, with "
+                "forward_fn=lambda model, batch: model(batch).transpose(0, 1), and in the targets"
+            )
+
+    def _unsettle(self, name: str, error: ValueError) -> None:
+        """Leave a component alone whose samples cannot be told apart, but for its weights."""
+        self.unsettled.setdefault(name, str(error))
+        for kind in self.kinds:
+            if not self.touches_weights(kind):
+                self.refused[kind].setdefault(name, self.unsettled[name])
+
+    def update(self, rounds: Sequence[Mapping[HookPoint, Tensor]], n_samples: int) -> None:
+        """Take the states that one batch has in the network as it is, in each call of the network."""
         self._sizes.append(n_samples)
+        for point in {point for values in rounds for point in values}:
+            self._rounds[point].append(sum(point in values for values in rounds))
+        for values in rounds:
+            self._update(values, n_samples)
+
+    def _update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
         for name in self.names:
             source, point = self.inputs[name], self.outputs[name]
-            for read in (point, source):
-                if read in values:
-                    _check_samples(name, values[read], n_samples)
-            output = self._rows(values, point)
-            alike = source in values and values[source].shape == values[point].shape
-            if "output_noise" in self.kinds or ("skip" in self.kinds and not alike):
+            if point not in values or name in self.unsettled:
+                continue
+            try:
+                for read in (point, source):
+                    if read in values:
+                        _check_samples(name, values[read], n_samples)
+            except ValueError as error:
+                self._unsettle(name, error)
+                continue
+            self._update_one(name, values)
+
+    def _update_one(self, name: str, values: Mapping[HookPoint, Tensor]) -> None:
+        source, point = self.inputs[name], self.outputs[name]
+        asked = {kind for kind in self.kinds if name not in self.refused[kind]}
+        output = self._rows(values, point)
+        alike = source in values and values[source].shape == values[point].shape
+        try:
+            if "output_noise" in asked or ("skip" in asked and not alike):
                 self._units[point].update(output)
-            if {"output_noise", "skip"} & {*self.kinds}:
-                for other in self.further.get(name, ()):
+            if {"output_noise", "skip"} & asked:
+                for other in (p for p in self.further.get(name, ()) if p in values):
                     self._units[other].update(self._rows(values, other))
-            if "skip" in self.kinds and not alike:
-                self._means.add(name)
-            if "linear" in self.kinds:
+        except ValueError as error:
+            for kind in {"output_noise", "skip"} & {*self.kinds}:
+                self.refused[kind].setdefault(name, str(error))
+        if "skip" in asked and not alike:
+            self._means.add(name)
+        if "linear" in asked:
+            try:
                 self._update_fit(name, values, output)
+            except UnalterableError as error:
+                self.refused["linear"][name] = str(error)
+                self._fits.pop(name, None)
 
     def _update_fit(self, name: str, values: Mapping[HookPoint, Tensor], output: Tensor) -> None:
         if self.inputs[name] not in values:
-            raise ValueError(
+            raise UnalterableError(
                 f"{name!r} takes no floating-point tensor, or one of a dictionary, so nothing linear "
                 "can take its place; leave it out with components=[...], or leave out the kind 'linear'"
             )
         given = self._rows(values, self.inputs[name])
         fit = self._fits.setdefault(name, LinearFit(seed=self._seed))
         if len(given) != len(output) or not fit.takes([given], output):
-            raise ValueError(
+            raise UnalterableError(
                 f"{name!r} takes {tuple(given.shape)} and gives {tuple(output.shape)}, other shapes "
                 "than in the batch before or another number of samples, so no linear map can take its "
                 "place; pad all batches alike, or leave out the kind 'linear'"
             )
         fit.update([given], output)
         if sum(each.nbytes for each in self._fits.values()) > MAP_BYTES:
-            raise ValueError(
+            raise UnalterableError(
                 f"with that of {name!r}, which gives {output[0].numel()} values per sample, linear maps "
                 f"would take {MAP_BYTES / 2**30:.0f} GiB and more; choose fewer with components=[...], "
                 "or leave out the kind 'linear'"
@@ -262,7 +358,9 @@ class Alterations:
 
     def _averaged(self, point: HookPoint, groups: Iterable[Tensor]) -> Alteration:
         """Put its mean in a tensor's place, moved towards that of a sample's group if there are any."""
-        form, by_batch = self._forms[point], iter(groups)
+        form = self._forms[point]
+        each = zip(groups, self._rounds[point], strict=False)
+        by_batch = (group for group, times in each for _ in range(times))
 
         def averaged(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
             rows, mean = output.movedim(form.batch_axis, 0), self._units[point].mean.to(output)
@@ -336,8 +434,28 @@ class Alterations:
         return values[point].movedim(self._forms[point].batch_axis, 0)
 
 
+@contextmanager
+def padded_sequences(model: nn.Module) -> Generator[bool, None, None]:
+    """Let encoders of torch compute on padded sequences, for nested tensors cannot be altered.
+
+    What comes is whether there are such encoders.
+    """
+    nesting = any(getattr(module, "use_nested_tensor", False) for module in model.modules())
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(before and not nesting)
+        yield nesting and before
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _check_samples(name: str, tensor: Tensor, n_samples: int) -> None:
     """Refuse a state that has the samples neither along the first nor along the second axis."""
+    if tensor.is_nested:
+        raise ValueError(
+            f"{name!r} gave a nested tensor, in which nothing can be put in a sample's place; let it be "
+            "padded, or choose other components"
+        )
     shape = tensor.shape
     first = bool(shape) and n_samples > 0 and shape[0] % n_samples == 0
     if not first and (len(shape) < 2 or not n_samples or shape[1] != n_samples):
@@ -404,7 +522,7 @@ def _draw_anew(name: str, module: nn.Module) -> None:
         if id(part) in deriving or reset(part, inner):
             continue
         if any(parameter is not None for parameter in part._parameters.values()):
-            raise ValueError(
+            raise UnalterableError(
                 f"{inner!r} ({type(part).__name__}) has parameters but no reset_parameters; pass the "
                 "weights it started from with initial=state_dict"
             )

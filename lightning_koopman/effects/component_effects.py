@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,20 +15,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_koopman.effects.alterations import SHIFT, Alterations, Weights, altered_parts
+from lightning_koopman.effects.alterations import (
+    NONE_TO_ALTER,
+    SHIFT,
+    Alterations,
+    Weights,
+    altered_parts,
+    counted_as_in,
+    counted_in,
+    padded_sequences,
+)
 from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
-from lightning_koopman.effects.scoring import Change, Metric, Outputs, over_draws
+from lightning_koopman.effects.scoring import Change, Measured, Metric, Outputs, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
-from lightning_koopman.effects.targets import find_target
+from lightning_koopman.effects.targets import TargetSearch
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network.arguments import (
+    INTEGER,
+    NUMBER,
+    STATE_DICT,
+    check_given,
+    check_type,
+)
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on, samples_in
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
 from lightning_koopman.network.rows import call_of
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
-from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.report import REPORT, CreditReport
 
 How = Literal["auto", "measured", "predicted", "both"]
 
@@ -93,9 +110,14 @@ def component_effects(
     classes of one of them, that one alone counts; where they are of several of one shape, these. A note
     says so, and what leads to none of the outputs that count has no effect: NaN, not 0.
 
-    A module that runs several times is altered in all its calls by the kinds that touch weights, in one
-    call by the others. The model is left exactly as it was found, gradients included, also when an
-    exception flies.
+    A module that runs several times is altered in all its calls by the kinds that touch weights, and by
+    the others in the one that its row names: ``block#1`` is the second. Where one pass calls the whole
+    network several times (two inputs, augmented views, steps of a loop), calls are counted anew in each,
+    as in the report: a row is about that call in each of them, and so are means, deviations and linear
+    maps. A call in which a component gives a tensor of another shape than in the first is left as it is,
+    and a note says so.
+
+    The model is left exactly as it was found, gradients included, also when an exception flies.
 
     Args:
         model: A trained network.
@@ -130,9 +152,9 @@ def component_effects(
         The effects; ``dataclasses.replace(report, effects=...)`` puts them beside the credits.
 
     Raises:
-        ValueError: If an argument is out of range, the report does not belong to the model, a component
-            cannot be altered in that way, or there is nothing to predict from: the outputs carry no
-            gradient.
+        ValueError: If an argument is out of range, the report does not belong to the model, no component
+            can be altered in any of these ways, or there is nothing to predict from: the outputs carry
+            no gradient. Where some can, a note says why others cannot, whose numbers are NaN.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -144,9 +166,15 @@ def component_effects(
         >>> bool(effects.metric["skip"][1] < effects.metric_before)
         True
     """
+    check_given(REPORT, report=report)
+    check_given((Mapping, "state_dicts by name, as {'pruned': weights}"), replacements=replacements)
+    state_dicts = {f"replacements[{name!r}]": each for name, each in (replacements or {}).items()}
+    check_type(STATE_DICT, **state_dicts)
+    check_given(STATE_DICT, initial=initial)
     runner = runner_on(model, batches, samples, forward_fn)
     if report is not None:
         parts, ends = _chosen(altered_parts(report), components), Ends.of(report)
+        runner.counted_in = counted_as_in(model, report)
     else:
         parts, ends = _found(runner, components)
     return effects_on(
@@ -183,16 +211,19 @@ def effects_on(
     scale: Scale | None = None,
     probes: int = 2,
     seed: int = 0,
-    target_of: Callable[[Any], Tensor | None] = find_target,
+    target_of: Callable[[Any], Tensor | None] | None = None,
     targets: Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
     | None = None,
 ) -> Effects:
     """Compute effects with whatever runs the network: on data, or on calls that were recorded.
 
     ``parts`` holds the module calls of each component, see :func:`altered_parts`, and ``ends`` what the
-    network ends with. ``target_of`` finds the targets of a batch; ``targets`` is called with the outputs
+    network ends with. ``target_of`` finds the targets of a batch, where the batch itself and what the
+    network takes of it do not tell; ``targets`` is called with the outputs
     of all batches and with these, and returns those that count.
     """
+    check_type(INTEGER, probes=probes, draws=1 if draws is None else draws, seed=seed)
+    check_type(NUMBER, strength=strength)
     for name, value in (("probes", probes), ("draws", 1 if draws is None else draws)):
         if value < 1:
             raise ValueError(f"{name} is {value}; at least one is needed")
@@ -212,22 +243,37 @@ def effects_on(
         k for k in kinds if how in ("measured", "both") or (how == "auto" and k in _CHEAPER_MEASURED)
     ]
     to_predict = [k for k in kinds if how in ("predicted", "both") or k not in to_measure]
-    with undisturbed(runner.model):
+    with undisturbed(runner.model), padded_sequences(runner.model) as nesting:
         outputs: list[Tensor] = []
+        unlike = 0
         for number in runner.until_enough(outputs):
             if number:
-                output, values = runner.run_batch(number, alterations.read)
+                output, rounds = runner.run_batch(number, alterations.read)
             else:
                 last = [point.call for point in alterations.outputs.values()]
-                first, led = run_followed(runner, alterations.read, last, ends)
+                search = TargetSearch(runner.batches[0])
+                first, led = run_followed(runner, alterations.read, last, ends, search)
+                target_of = search.target_of if target_of is None else target_of
                 target, values = target_of(runner.batches[0]), first.values
                 about = choose_outputs(runner, first, led, target, scale, metric)
                 output = runner.form.outputs(first.given, runner.batches[0])
-                alterations.settle(values, first.merged, output, first.further)
-            alterations.update(values, len(output))
+                size = samples_in(runner.batches[0])
+                alterations.settle(values, first.merged, output, first.further, size)
+                # Further tensors were read in the first call alone.
+                once = first.n_rounds == 1
+                rounds = [values] if once else runner.run_batch(0, alterations.read)[1]
+            unlike += runner.unlike
+            alterations.update(rounds, len(output))
             outputs.append(output.detach().cpu())
+        assert target_of is not None
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
-        notes = (*about.notes, *runner.notes)
+        found_notes = [*about.notes, *runner.notes]
+        if unlike:
+            found_notes.append(
+                f"{unlike} calls of components gave tensors of another shape than in the first call of "
+                "the network in the same pass, and were left as they are"
+            )
+        notes = tuple(found_notes)
         if targets is not None:
             known = targets(outputs, known)
         else:
@@ -235,7 +281,11 @@ def effects_on(
             notes = (*notes, *doubted)
         before = Outputs(outputs, runner.batches, scale, metric, known, notes)
         alterations.solve()
+        refused = _refused(alterations, [k for k in to_predict if k not in to_measure])
+        notes = (*before.notes, *refused)
         unsteady = _unsteadiness(runner, outputs, before)
+        if nesting:
+            notes = (*notes, *_changed_by_padding(runner, outputs[0]))
         measured = {
             kind: _measure(alterations, runner, before, kind, rows, draws, seed) for kind in to_measure
         }
@@ -252,6 +302,9 @@ def effects_on(
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
     unseen = {n for n, point in alterations.outputs.items() if point.call in about.unseen}
+    reached = {
+        name for each in second.values() for name in itertools.compress(alterations.names, each.reached)
+    }
     partly = {n for n, point in alterations.inputs.items() if point in first.beside}
     seen = np.array([1.0 if set(members) - unseen else math.nan for members in rows.values()])
     effects = Effects(
@@ -276,12 +329,49 @@ def effects_on(
         kind: tuple(
             ("elsewhere",)
             if math.isnan(seen[i])
-            else _doubts(effects, alterations, kind, i, unsteady, partly)
-            for i in range(len(rows))
+            else ("refused",)
+            if not alterations.refused[kind].keys().isdisjoint(members)
+            else _doubts(effects, alterations, kind, i, unsteady, partly, reached)
+            for i, members in enumerate(rows.values())
         )
         for kind in kinds
     }
     return dataclasses.replace(effects, doubts=doubts)
+
+
+def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[str]:
+    """Say which components cannot be altered in which ways; an error where none can in any."""
+    for kind in only_predicted:
+        for name, why in alterations.unsettled.items():
+            alterations.refused[kind].setdefault(name, why)
+    found: dict[tuple[str, str], list[str]] = {}
+    for kind, names in alterations.refused.items():
+        for name, why in names.items():
+            found.setdefault((name, why), []).append(kind)
+    if all(len(names) == len(alterations.names) for names in alterations.refused.values()):
+        message = next(why for _, why in found)
+        raise ValueError(message)
+    notes: list[str] = []
+    for (name, why), kinds in found.items():
+        notes.append(f"no effect {', '.join(kinds)} of {name!r}: {why}")
+    return notes
+
+
+def _changed_by_padding(runner: ForwardRunner, output: Tensor) -> list[str]:
+    """Say so where a network gives something else as soon as it leaves out what is padded."""
+    notes: list[str] = []
+    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        nested = runner.run_batch(0)[0].detach().cpu()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(False)
+    if not _are_close(nested, output):
+        notes.append(
+            "in eval mode nn.TransformerEncoder leaves out padding, and effects are measured with "
+            "padding computed, as in training: the outputs differ, so mask positions where they are "
+            "pooled"
+        )
+    return notes
 
 
 def _found(
@@ -291,6 +381,9 @@ def _found(
     measurement = Measurement(runner.model, components, DEFAULTS)
     measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
     assert measurement.plan is not None
+    if not (measurement.parts if components is None else measurement.capture.parts):
+        raise ValueError(NONE_TO_ALTER)
+    runner.counted_in = counted_in(runner.model, measurement.capture.chosen)
     known = measurement.capture.parts
     if components is None:
         ends = tuple(dict.fromkeys(map(call_of, measurement.plan.states[-1])))
@@ -335,6 +428,9 @@ def _measure(
     number = 1 if alterations.draws_nothing(kind) else draws or number
     found = []
     for i, members in enumerate(rows.values()):
+        if not alterations.refused[kind].keys().isdisjoint(members):
+            found.append(Measured(*[math.nan] * 4))
+            continue
         # The generators' states are the user's: undisturbed puts them back.
         seed_all(seed + i)
         altered = functools.partial(_change, alterations, runner, before, kind, members)
@@ -385,13 +481,17 @@ def _with_sets(
 def _unsteadiness(runner: ForwardRunner, outputs: Sequence[Tensor], before: Outputs) -> float:
     """Return the effect of nothing at all: by how much the network changes when asked twice."""
     again = runner.run_batch(0)[0].detach().cpu()
-    if torch.equal(again, outputs[0]):
-        return 0.0
-    atol = 1e-5 * float(outputs[0].abs().max()) if outputs[0].numel() else 0.0
-    if again.shape == outputs[0].shape and torch.allclose(again, outputs[0], 1e-3, atol, equal_nan=True):
+    if _are_close(again, outputs[0]):
         return 0.0
     moved = before.compare([again, *outputs[1:]]).effect
     return moved * before.n_samples / max(1, len(again))
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    """Check whether outputs are equal but for rounding."""
+    # Some are NaN or infinite where they do not count.
+    atol = 1e-5 * float(other.abs().nan_to_num(0.0, 0.0).max()) if other.numel() else 0.0
+    return one.shape == other.shape and torch.allclose(one, other, 1e-3, atol, equal_nan=True)
 
 
 def _doubts(
@@ -401,6 +501,7 @@ def _doubts(
     row: int,
     unsteady: float,
     partly: set[str],
+    reached: set[str],
 ) -> tuple[str, ...]:
     """Return the reasons not to believe one number."""
     name, value = effects.components[row], float(effects.values[kind][row])
@@ -411,7 +512,8 @@ def _doubts(
         "saturated": is_predicted and effects.scale == "kl" and value > SATURATED,
         "samples": any(float(fitted.leverage.mean()) > 0.5 for fitted in maps),
         "leverage": any(float((fitted.leverage > 0.95).double().mean()) > 0.05 for fitted in maps),
-        "gradient": math.isnan(value) and name not in effects.sets,
+        "infinite": not math.isfinite(value) and (not is_predicted or name in reached),
+        "gradient": is_predicted and name not in reached and name not in effects.sets,
         "inputs": kind == "linear" and not partly.isdisjoint(members),
         "outputs": (kind == "linear" or is_predicted) and any(n in alterations.further for n in members),
         "unsteady": unsteady > 0 and not value > 10 * unsteady,

@@ -12,6 +12,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+
+class UnalterableError(ValueError):
+    """A component cannot be altered in some way, through no fault of an argument."""
+
+
 _POWER_ITERATIONS = 15
 """As many as torch makes for a new spectral norm."""
 
@@ -77,7 +82,7 @@ def set_derived(part: nn.Module, key: str, source: Any, weight: Tensor, name: st
             try:
                 value = step.right_inverse(value)  # type: ignore[operator]
             except Exception as error:  # other people's code, or none at all
-                raise ValueError(
+                raise UnalterableError(
                     f"{name!r} is derived by {type(step).__name__}, which cannot be set to another "
                     f"weight ({type(error).__name__}: {error}); pass what it is derived from, "
                     "in a state_dict of this network (initial=, replacements=)"

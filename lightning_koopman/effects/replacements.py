@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_koopman.effects.derived_weights import derived_weights
 from lightning_koopman.network.components import clean_name
 
 _MOST_BITS = 8
+
+_WITH_PRODUCTS = (
+    *(nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention),
+    *(nn.RNNBase, nn.RNNCellBase),
+)
 
 
 def quantized_weights(
     model: nn.Module, bits: int, *, group_size: int | None = None
 ) -> dict[str, Tensor]:
-    """Round the weights of linear and convolutional layers to integers of a few bits.
+    """Round the weights of linear, convolutional, attention and recurrent layers to a few bits.
 
-    Symmetric round-to-nearest with one scale per output channel, or per group of ``group_size``
-    neighbouring inputs of it, by ``torchao``: what weight-only quantisation does before any calibration.
+    Those are the weight matrices of ``nn.Linear``, ``nn.Bilinear``, convolutions, ``nn.RNN``,
+    ``nn.LSTM``, ``nn.GRU`` and their cells, and ``nn.MultiheadAttention``; biases, embeddings and what
+    other modules hold stay. Symmetric round-to-nearest to integers with one scale per output channel, or
+    per group of ``group_size`` neighbouring inputs of it, by ``torchao``: what weight-only quantisation
+    does before any calibration.
 
     Args:
         model: The network; it is left alone.
@@ -70,13 +80,13 @@ def quantized_weights(
 
 
 def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
-    """Set the smallest weights of each linear and convolutional layer to zero.
+    """Set the smallest weights of each weight matrix to zero, of those that are rounded by the above.
 
-    By ``torch.nn.utils.prune``, by magnitude within each layer.
+    By ``torch.nn.utils.prune``, by magnitude within each matrix.
 
     Args:
         model: The network; it is left alone.
-        amount: Share of each layer's weights, between 0 and 1.
+        amount: Share of each matrix's weights, between 0 and 1.
 
     Returns:
         By name in ``model.state_dict()``, the pruned weights; for
@@ -102,7 +112,27 @@ def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Find the weights of linear and convolutional layers, also where they are derived from others."""
+    """Find the matrices of layers that multiply by them, also where they are derived from others."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            yield clean_name(f"{name}.weight" if name else "weight"), module.weight.detach()
+        if not isinstance(module, _WITH_PRODUCTS):
+            continue
+        derived = derived_weights(module)
+        sources = {f"{key}{end}" for key in derived for end in ("_g", "_v", "_orig")}
+        for key in dict.fromkeys((*module._parameters, *derived)):
+            weight = getattr(module, key, None)
+            if key not in sources and "weight" in key and weight is not None and weight.ndim > 1:
+                yield clean_name(f"{name}.{key}" if name else key), weight.detach()
+
+
+def other_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Find the matrices that modules hold beside those of layers that multiply by them, each once."""
+    held = {id(part): part for module in modules for part in module.modules()}.values()
+    layers = [part for part in held if isinstance(part, _WITH_PRODUCTS)]
+    # What a weight is derived from is in a module of its own, or beside it.
+    known = {id(p) for layer in layers for p in layer._parameters.values()}
+    lists = [
+        part for layer in layers for part in layer.modules() if isinstance(part, ParametrizationList)
+    ]
+    known |= {id(p) for part in lists for p in part.parameters()}
+    found = {id(p): p for part in held for p in part._parameters.values() if p is not None}
+    return [p for key, p in found.items() if key not in known and p.ndim > 1 and p.is_floating_point()]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_koopman.effects.scoring import Metric
 from lightning_koopman.effects.targets import (
     NO_CLASSES,
     Fit,
+    TargetSearch,
     are_classes,
     are_scores,
     as_classes,
@@ -27,7 +29,7 @@ from lightning_koopman.network.forward_runner import (
     has_samples,
     samples_in,
 )
-from lightning_koopman.network.hook_points import HookPoint
+from lightning_koopman.network.hook_points import HookPoint, attach, find_module
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second
 from lightning_koopman.network.tensors import tensors_inside
@@ -83,10 +85,43 @@ class Ends(NamedTuple):
 
 
 def run_followed(
-    runner: ForwardRunner, read: Iterable[HookPoint], calls: Iterable[str], ends: Ends
+    runner: ForwardRunner,
+    read: Iterable[HookPoint],
+    calls: Iterable[str],
+    ends: Ends,
+    search: TargetSearch | None = None,
 ) -> tuple[Followed, list[tuple[str, list[int]]]]:
-    """Run over the first batch, and find which tensors each of some calls and each end led to."""
-    calls, flow = {*calls, *ends.calls}, DataFlow()
+    """Run over the first batch, and find which tensors each of some calls and each end led to.
+
+    The ``search`` is shown what the outermost calls of modules that hold any of them take and give.
+    """
+    calls = {*calls, *ends.calls}
+    if search is None:
+        return _run_followed(runner, read, calls, ends)
+    depth: list[None] = []
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if not depth:
+            search.see_taken((args, kwargs))
+        depth.append(None)
+
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        depth.pop()
+        if not depth:
+            search.see_given(output)
+
+    parts = {find_module(runner.model, call)[0] for call in calls}
+    with ExitStack() as hooks:
+        for module in runner.model.modules():
+            if not parts.isdisjoint(module.modules()):
+                hooks.enter_context(attach(module, before=before, after=after, first=True))
+        return _run_followed(runner, read, calls, ends)
+
+
+def _run_followed(
+    runner: ForwardRunner, read: Iterable[HookPoint], calls: set[str], ends: Ends
+) -> tuple[Followed, list[tuple[str, list[int]]]]:
+    flow = DataFlow()
     if not ends.mixed:
         followed = runner.run_followed(read, calls)
         return followed, _led_to(followed, ends.calls)

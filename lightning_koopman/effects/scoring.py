@@ -20,6 +20,7 @@ from lightning_koopman.effects.targets import (
     find_target,
     where_predicted,
 )
+from lightning_koopman.network.arguments import check_given
 from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread, chunks, rows_at_once
 from lightning_koopman.report.effects import Scale
 
@@ -38,10 +39,18 @@ def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
     return torch.cat([_divergence(*part) for part in parts]).view(p.shape[:-1])
 
 
+def _over_classes(outputs: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function to rows of classes, a few at once; what comes back has no axis of classes."""
+    moved = outputs.movedim(axis, -1)
+    rows = moved.reshape(-1, moved.shape[-1])
+    parts = torch.split(rows, rows_at_once(rows))
+    return torch.cat([function(part) for part in parts]).view(moved.shape[:-1])
+
+
 def _divergence(original: Tensor, altered: Tensor) -> Tensor:
     p, q = original.double().log_softmax(1), altered.double().log_softmax(1)
     # xlogy-like: a class of probability 0 adds nothing, also where q is -inf.
-    return torch.where(p.exp() > 0, p.exp() * (p - q), 0.0).sum(1)
+    return torch.where(p.exp() == 0, 0.0, p.exp() * (p - q)).sum(1)
 
 
 def _squares(original: Tensor, altered: Tensor) -> Tensor:
@@ -156,6 +165,12 @@ def _ratio(parts: Tensor, whole: Tensor) -> tuple[float, float]:
 
 Metric = Callable[[Tensor, Tensor], Any]
 
+PROBABILITIES = (
+    "the outputs are class probabilities, so divergences are between these, and what an alteration "
+    "makes of one that is not above 0 counts as the smallest number above it"
+)
+"""What a reader must know where a network ends with a softmax."""
+
 
 class Outputs:
     """A network's outputs, to set altered ones against.
@@ -177,6 +192,7 @@ class Outputs:
         targets: Sequence[Tensor | None] | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
+        check_given((Callable, "a function, called as metric(outputs, targets)"), metric=metric)
         self.notes = notes
         self._outputs = tuple(outputs)
         if not self._outputs:
@@ -217,6 +233,12 @@ class Outputs:
                 self._counts = counts
             if metric is None:
                 self._targets = moved
+        self._check_finite()
+        self._are_probabilities = self.scale == "kl" and self._sum_to_one()
+        if self._are_probabilities:
+            all_notes = list(notes)
+            all_notes.append(PROBABILITIES)
+            self.notes = tuple(all_notes)
         self.has_metric = self._metric is not None
         self.n_samples = sum(map(len, self._outputs))
         # Of the accuracy, what each sample adds to it: its right classes, and all its classes.
@@ -245,7 +267,8 @@ class Outputs:
                     f"{tuple(own.shape)}, which do not compare; return others from forward_fn"
                 )
             if self.scale == "kl":
-                divergence = kl_divergence(own.to(other.device), other, self._axis).cpu()
+                own = self._logits(own.to(other.device))
+                divergence = kl_divergence(own, self._logits(other), self._axis).cpu()
                 moved.append(_by_sample(self._counted(batch, divergence)))
             else:
                 moved.append(_squares(own.to(other.device), other).cpu())
@@ -281,20 +304,56 @@ class Outputs:
         # A product would make NaN of an infinity that does not count.
         return values if self._counts is None else torch.where(self._counts[batch], values, 0.0)
 
+    def _check_finite(self) -> None:
+        """Refuse outputs that no others compare with; a logit of minus infinity rules out its class."""
+        for batch, output in enumerate(self._outputs):
+            if self.scale == "kl":
+                sums = _over_classes(output, self._axis, lambda rows: rows.double().logsumexp(1))
+                known = bool(self._counted(batch, sums).isfinite().all())
+            else:
+                known = all(bool(output[place].isfinite().all()) for place in chunks(output))
+            if not known:
+                kind = "NaN" if output.isnan().any() else "infinity"
+                raise ValueError(
+                    f"the outputs of batch {batch} hold {kind}, with which no others compare. Find the "
+                    "sample or the layer with torch.autograd.set_detect_anomaly(True), or leave the "
+                    "batch out."
+                )
+
+    def _sum_to_one(self) -> bool:
+        """Check whether outputs are class probabilities, up to their rounding."""
+
+        def off(rows: Tensor) -> Tensor:
+            return torch.maximum((rows.double().sum(1) - 1).abs(), -rows.double().amin(1))
+
+        sums = [_over_classes(output, self._axis, off) for output in self._outputs]
+        rounding = max(1e-4, 4 * torch.finfo(self._outputs[0].dtype).eps)
+        return all(bool((self._counted(k, each) <= rounding).all()) for k, each in enumerate(sums))
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        """Return what the softmax makes class probabilities of."""
+        if not self._are_probabilities:
+            return outputs
+        return outputs.clamp_min(torch.finfo(outputs.dtype).tiny).log()
+
     def metric_root(self, output: Tensor, vectors: Tensor, batch: int) -> Tensor:
         """Apply a root B of the quadratic form that small changes of one batch are measured by.
 
         The change by a small displacement z of the outputs is ``|Bᵀz|²``, summed over samples, over
         the sum of :attr:`shares`. For the KL divergence ``B Bᵀ = (diag p - p pᵀ) / 2``, half the
-        softmax's Fisher information; for the relative change B is the identity.
+        softmax's Fisher information, taken by the logits that the outputs are, or are exponentials of;
+        for the relative change B is the identity.
         """
         if self.scale == "relative":
             return vectors
-        p = output.detach().softmax(self._axis)
+        p = self._logits(output.detach()).softmax(self._axis)
         if self._counts is not None:
             vectors = vectors * self._counts[batch].unsqueeze(self._axis).to(vectors)
         scaled = p.sqrt() * vectors
-        return (scaled - p * scaled.sum(self._axis, keepdim=True)) / math.sqrt(2)
+        root = (scaled - p * scaled.sum(self._axis, keepdim=True)) / math.sqrt(2)
+        # The logits of probabilities move by their displacement over themselves.
+        tiny = torch.finfo(p.dtype).tiny
+        return root / output.detach().clamp_min(tiny) if self._are_probabilities else root
 
     def displacement(self, altered: Iterable[Tensor]) -> Tensor:
         """Return a vector to altered outputs, whose square is the change to second order.
@@ -303,9 +362,9 @@ class Outputs:
         """
         moved = []
         for batch, (own, other) in enumerate(zip(self._outputs, altered, strict=True)):
-            z = other.double() - own.double()
+            z = self._logits(other).double() - self._logits(own).double()
             if self.scale == "kl":
-                p = own.double().softmax(self._axis)
+                p = self._logits(own).double().softmax(self._axis)
                 z = (p / 2).sqrt() * (z - (p * z).sum(self._axis, keepdim=True))
                 z = self._counted(batch, z.movedim(self._axis, 0))
             moved.append(z.flatten())
@@ -320,7 +379,15 @@ class Outputs:
     def _metric_of(self, outputs: Sequence[Tensor]) -> float:
         assert self._metric is not None
         assert self._targets is not None
-        return float(self._metric(torch.cat(list(outputs)), torch.cat(self._targets)))
+        found = self._metric(torch.cat(list(outputs)), torch.cat(self._targets))
+        try:
+            return float(found)
+        except (TypeError, ValueError, RuntimeError):
+            size = f" of shape {tuple(found.shape)}" if hasattr(found, "shape") else ""
+            raise ValueError(
+                f"metric returned {type(found).__name__}{size}; let it return one number, larger where "
+                "outputs are better"
+            ) from None
 
 
 def _mean(outputs: Sequence[Tensor]) -> Tensor:

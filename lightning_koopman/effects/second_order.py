@@ -25,9 +25,11 @@ _FOLDS = 5
 _OTHER_DRAWS = 1_000_003
 """Added to the seed, so that noise differs from that of effects measured with the same seed."""
 
-Gradients = Sequence[Tensor | None]
-Moved = Mapping[int, Mapping[int, Tensor]]
-"""By altered component, the rows that each component's own output is displaced by."""
+Gradients = Sequence[Sequence[Tensor | None]]
+"""By component, of what it gives in each call of the network."""
+
+Moved = Mapping[int, Mapping[int, Sequence[Tensor]]]
+"""By altered component, the rows that each component's own output is displaced by, by call likewise."""
 
 
 class SecondOrder(NamedTuple):
@@ -38,12 +40,14 @@ class SecondOrder(NamedTuple):
         stderr: Delete-one-fold jackknife errors.
         pairs: Each fold's part of H, shape ``(folds, L, L)``.
         folds: Samples of each fold.
+        reached: Whether a gradient leads from the outputs to a component.
     """
 
     values: NDArray[np.float64]
     stderr: NDArray[np.float64]
     pairs: NDArray[np.float64]
     folds: NDArray[np.float64]
+    reached: NDArray[np.bool_]
 
 
 def predict(
@@ -70,10 +74,10 @@ def predict(
     each = max(1, -(-(draws or 2) // n_batches))
     for number in range(n_batches):
         seed_all(_OTHER_DRAWS + seed + number)
-        output, handles, values = _tracked(alterations, runner, number)
+        output, handles, rounds = _tracked(alterations, runner, number)
         count, exact = len(output), output[0].numel() <= probes
         found = _pulled_back(output, handles, before, number, probes)
-        reached |= torch.tensor([gradient is not None for gradient in found[0]])
+        reached |= torch.tensor([any(g is not None for g in calls) for calls in found[0]])
         # The weights that are altered from here on would spoil the graph.
         del output, handles
         for kind in kinds:
@@ -86,7 +90,7 @@ def predict(
             folds[kind] += torch.bincount(fold, minlength=_FOLDS)
             moved: Moved = {}
             if kind != "output_noise":
-                moved = _displacements(alterations, runner, kind, number, values, count, each)
+                moved = _displacements(alterations, runner, kind, number, rounds, count, each)
             for gradients in found:
                 if kind == "output_noise":
                     squares = _noise_squares(alterations, gradients, count)
@@ -109,6 +113,8 @@ def _finished(
     alterations: Alterations, kind: str, pairs: Tensor, sizes: Tensor, reached: Tensor, before: Outputs
 ) -> SecondOrder:
     pairs = pairs / before.shares.sum()
+    altered = torch.tensor([name not in alterations.refused[kind] for name in alterations.names])
+    reached = reached & altered
     pairs[:, ~reached] = torch.nan
     pairs[:, :, ~reached] = torch.nan
     if alterations.touches_weights(kind):
@@ -117,7 +123,7 @@ def _finished(
             for i in group:
                 pairs[:, i, [j for j in group if j != i]] = torch.nan
     values, stderr = with_folds(pairs.diagonal(dim1=1, dim2=2), sizes)
-    return SecondOrder(*(tensor.numpy() for tensor in (values, stderr, pairs, sizes)))
+    return SecondOrder(*(tensor.numpy() for tensor in (values, stderr, pairs, sizes, reached)))
 
 
 def _displacements(
@@ -125,43 +131,56 @@ def _displacements(
     runner: ForwardRunner,
     kind: str,
     number: int,
-    values: Mapping[HookPoint, Tensor],
+    rounds: Sequence[Mapping[HookPoint, Tensor]],
     n_samples: int,
     draws: int,
 ) -> Moved:
     """Displace the output of each component by altering it on the input that it has as it is."""
     names, points = alterations.names, alterations.outputs
+    settled = [i for i, name in enumerate(names) if name not in alterations.unsettled]
+    by_call = {names[i]: [values for values in rounds if points[names[i]] in values] for i in settled}
     if not alterations.touches_weights(kind):
-        moved: dict[int, dict[int, Tensor]] = {}
+        moved: dict[int, dict[int, list[Tensor]]] = {}
         for i, name in enumerate(names):
-            output = values[points[name]]
-            altered = alterations.output(kind, name)(output, values).to(output.device)
-            moved[i] = {i: alterations.rows_by_sample(name, altered - output, n_samples)}
+            if name in alterations.refused[kind]:
+                continue
+            alter_one = alterations.output(kind, name)
+            moved[i] = {i: []}
+            for values in by_call[name]:
+                output = values[points[name]]
+                altered = alter_one(output, values).to(output.device)
+                moved[i][i].append(alterations.rows_by_sample(name, altered - output, n_samples))
         return moved
-    given: dict[str, Tensor] = {}
+    given: dict[str, list[Tensor]] = {}
 
     def held(name: str) -> Alteration:
         def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-            given[name] = output.detach().clone()
-            return values[points[name]].clone()
+            given[name].append(output.detach().clone())
+            return by_call[name][len(given[name]) - 1][points[name]].clone()
 
         return alter
 
-    alter = {points[name]: held(name) for name in names}
+    alter = {points[names[i]]: held(names[i]) for i in settled}
     draws = 1 if alterations.draws_nothing(kind) else min(draws, n_samples)
     groups = alterations.sharing_weights()
-    found: dict[int, dict[int, Tensor]] = {}
+    found: dict[int, dict[int, list[Tensor]]] = {}
     for turn in range(max(map(len, groups))):
         altered_groups = [group for group in groups if turn < len(group)]
-        rows: dict[int, Tensor] = {}
+        rows: dict[int, list[Tensor]] = {}
         for draw in range(draws):
-            with alterations.weights(kind, [names[group[turn]] for group in altered_groups]):
+            given = {name: [] for name in names}
+            turned = [names[group[turn]] for group in altered_groups]
+            turned = [name for name in turned if name not in alterations.refused[kind]]
+            with alterations.weights(kind, turned):
                 runner.run_batch(number, alter=alter)
-            for i, name in enumerate(names):
-                moved_by = given[name] - values[points[name]]
-                new = alterations.rows_by_sample(name, moved_by, n_samples)
-                rows.setdefault(i, new)[draw::draws] = new[draw::draws]
-        found |= {group[turn]: {j: rows[j] for j in group} for group in altered_groups}
+            for i in settled:
+                name = names[i]
+                pairs = zip(given[name], by_call[name], strict=True)
+                moves = [altered - values[points[name]] for altered, values in pairs]
+                new = [alterations.rows_by_sample(name, move, n_samples) for move in moves]
+                for kept, drawn in zip(rows.setdefault(i, new), new, strict=True):
+                    kept[draw::draws] = drawn[draw::draws]
+        found |= {group[turn]: {j: rows[j] for j in group if j in rows} for group in altered_groups}
     return found
 
 
@@ -169,58 +188,63 @@ def _changes(alterations: Alterations, gradients: Gradients, moved: Moved, n_sam
     """Change of one combination of the outputs, shape ``(n_samples, components)``."""
     names = alterations.names
     rows = {
-        i: alterations.rows_by_sample(names[i], gradient, n_samples)
-        for i, gradient in enumerate(gradients)
+        (i, k): alterations.rows_by_sample(names[i], gradient, n_samples)
+        for i, calls in enumerate(gradients)
+        for k, gradient in enumerate(calls)
         if gradient is not None
     }
     change = torch.zeros(n_samples, len(names), dtype=torch.float64)
     for i, parts in moved.items():
-        for j, delta in parts.items():
-            if j in rows:
-                change[:, i] += torch.einsum("nd,nd->n", rows[j], delta.to(rows[j])).double().cpu()
+        each = ((rows.get((j, k)), delta) for j, calls in parts.items() for k, delta in enumerate(calls))
+        for own, delta in each:
+            if own is not None:
+                change[:, i] += torch.einsum("nd,nd->n", own, delta.to(own)).double().cpu()
     return change
 
 
 def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: int) -> Tensor:
     """Mean squared change of one combination of the outputs by output noise, the same shape."""
     change = torch.zeros(n_samples, len(gradients), dtype=torch.float64)
-    for i, (name, gradient) in enumerate(zip(alterations.names, gradients, strict=True)):
-        if gradient is not None:
-            noise = alterations.noise_of(name, gradient)
-            rows = alterations.rows_by_sample(name, noise, n_samples)
-            change[:, i] = rows.square().sum(dim=1).double().cpu()
+    for i, (name, calls) in enumerate(zip(alterations.names, gradients, strict=True)):
+        for gradient in calls:
+            if gradient is not None:
+                noise = alterations.noise_of(name, gradient)
+                rows = alterations.rows_by_sample(name, noise, n_samples)
+                change[:, i] += rows.square().sum(dim=1).double().cpu()
     return change
 
 
 def _tracked(
     alterations: Alterations, runner: ForwardRunner, number: int
-) -> tuple[Tensor, list[Tensor], Mapping[HookPoint, Tensor]]:
+) -> tuple[Tensor, list[list[Tensor]], Sequence[Mapping[HookPoint, Tensor]]]:
     """Run with gradients: the output, what to ask gradients for, and the states as they are."""
-    handles: dict[str, Tensor] = {}
+    handles: dict[str, list[Tensor]] = {name: [] for name in alterations.names}
 
     def track(name: str) -> Alteration:
         def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-            handles[name] = output if output.requires_grad else output.detach().requires_grad_()
+            handle = output if output.requires_grad else output.detach().requires_grad_()
+            handles[name].append(handle)
             # What follows may change its input in place.
-            return handles[name].clone()
+            return handle.clone()
 
         return alter
 
-    alter = {alterations.outputs[name]: track(name) for name in alterations.names}
+    settled = [name for name in alterations.names if name not in alterations.unsettled]
+    alter = {alterations.outputs[name]: track(name) for name in settled}
     read = dict.fromkeys((*alterations.read, *alterations.outputs.values()))
     with torch.enable_grad(), _no_reentrant_checkpoints():
-        output, values = runner.run_batch(number, read, alter)
+        output, rounds = runner.run_batch(number, read, alter)
     if not output.requires_grad:
         raise ValueError(
             "the outputs carry no gradient, so no effect can be predicted; give a forward_fn that "
             "neither detaches them nor runs under torch.no_grad or torch.inference_mode, or measure "
             "with how='measured'"
         )
-    return output, [handles[name] for name in alterations.names], values
+    return output, [handles[name] for name in alterations.names], rounds
 
 
 def _pulled_back(
-    output: Tensor, handles: Sequence[Tensor], outputs: Outputs, batch: int, probes: int
+    output: Tensor, handles: Sequence[Sequence[Tensor]], outputs: Outputs, batch: int, probes: int
 ) -> list[Gradients]:
     """Return the gradients of enough combinations of a batch's outputs: all of them, or random ones."""
     size = output[0].numel()
@@ -234,11 +258,13 @@ def _pulled_back(
             vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
         weights = outputs.metric_root(output, vectors.reshape(output.shape), batch)
         try:
-            found.append(
+            asked = [handle for calls in handles for handle in calls]
+            given = iter(
                 torch.autograd.grad(
-                    output, handles, weights, retain_graph=k + 1 < number, allow_unused=True
+                    output, asked, weights, retain_graph=k + 1 < number, allow_unused=True
                 )
             )
+            found.append([[next(given) for _ in calls] for calls in handles])
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise

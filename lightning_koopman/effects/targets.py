@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_koopman.network.tensors import tensors_inside
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 """Where targets are looked for in a batch that is a mapping."""
@@ -24,9 +27,56 @@ def find_target(batch: Any) -> Tensor | None:
     target = None
     if isinstance(batch, Mapping):
         target = next((batch[key] for key in TARGET_KEYS if key in batch), None)
-    elif isinstance(batch, tuple | list) and len(batch) > 1:
+    elif _is_row(batch):
         target = batch[1]
     return target if isinstance(target, Tensor) else None
+
+
+def _is_row(batch: Any) -> bool:
+    """Check whether a batch is an input with more beside it, in order."""
+    return isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) and len(batch) > 1
+
+
+class TargetSearch:
+    """Finds where batches hold targets: first behind the input in what the network is not called with.
+
+    Lengths, times and ids are integers as labels are, but the network takes them. One that is called
+    with all there is may be so with its targets: a row per position, as in teacher forcing, is taken for
+    these, and so is whatever it is if a loss comes back. In a mapping, names tell.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self._entries = list(batch) if _is_row(batch) else []
+        self._taken: set[int] = set()
+        self._gives_loss = False
+
+    def see_taken(self, given: Any) -> None:
+        """Look at what an outermost call of the network takes, before it runs."""
+        shapes = {entry.shape for entry in self._entries[1:] if isinstance(entry, Tensor)}
+        tensors = [t.cpu() for t in tensors_inside(given) if not t.is_nested and t.shape in shapes]
+        for place, entry in enumerate(self._entries):
+            if place and isinstance(entry, Tensor) and any(_are_equal(entry.cpu(), t) for t in tensors):
+                self._taken.add(place)
+
+    def see_given(self, returned: Any) -> None:
+        """Look at what an outermost call of the network gives."""
+        numbers = (t for t in tensors_inside(returned) if not t.ndim and t.is_floating_point())
+        self._gives_loss |= any(True for _ in numbers)
+
+    def target_of(self, batch: Any) -> Tensor | None:
+        """Return the targets of a batch like the one that was seen."""
+        if not _is_row(batch):
+            return find_target(batch)
+        place = next((k for k in range(1, len(batch)) if k not in self._taken), None)
+        target = batch[1 if place is None else place]
+        if not isinstance(target, Tensor):
+            return None
+        told = target.is_floating_point() or self._gives_loss or target.numel() > len(target)
+        return target if place is not None or told else None
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def where_predicted(batch: Any, target: Tensor) -> Tensor:

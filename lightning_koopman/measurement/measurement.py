@@ -32,7 +32,7 @@ from lightning_koopman.network.rows import (
     pooling_index,
     valid_positions,
 )
-from lightning_koopman.network.tensors import detached_copy, exact_device, tensors_inside
+from lightning_koopman.network.tensors import detached_copy, exact_device, plain, tensors_inside
 from lightning_koopman.report.report import CreditReport
 
 TOLERANCE = 0.05
@@ -384,7 +384,7 @@ class Measurement(Accumulator):
         if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
             return replace(recorded, tensor=detached_copy(tensor))
-        return self._rows(self._by_sample(tensor), recorded)
+        return self._rows(self._by_sample(plain(tensor)), recorded)
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
         """Average nodes over each graph, where that is what the network goes on with."""
@@ -402,6 +402,8 @@ class Measurement(Accumulator):
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
         form = self.plan.forms[recorded.name]
+        if recorded.orders:
+            tensor = replace(recorded, tensor=tensor).in_order(form)
         if tensor.ndim == 2 and form.group == 1:
             return form.rows(tensor)
         valid = valid_positions(self.capture.given) if self._valid is None else self._valid

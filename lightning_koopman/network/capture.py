@@ -31,7 +31,13 @@ from lightning_koopman.network.hook_points import attach
 from lightning_koopman.network.input_data import holds_numbers, is_integer_data
 from lightning_koopman.network.inputs import Beside, Inputs
 from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.rows import INPUT, OUTPUT, Recorded, further_name
+from lightning_koopman.network.rows import (
+    INPUT,
+    OUTPUT,
+    Recorded,
+    further_name,
+    with_lengths_in_order,
+)
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
     Given,
@@ -184,6 +190,8 @@ class Capture:
         self._made_at: dict[tuple[int, int], tuple[int, ...]] = {}
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
+        # Whether rows are in an order of the network's own, which may be another one in each batch.
+        self._reorders = False
         self._provenance = Provenance()
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         self.start_pass()
@@ -230,6 +238,7 @@ class Capture:
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
         self._hooks.close()
+        self._provenance.leave()
         self._input_hooks.clear()
         self._inner_hooks.clear()
 
@@ -245,6 +254,8 @@ class Capture:
         self._outer: dict[str, Any] = {}
         self._start_call()
         self._provenance.start_pass(batch)
+        if self._reorders and self._passes and batch is not None:
+            self._provenance.follow_rows(_held_by(self._model))
 
     def _start_call(self) -> None:
         """Forget what was recorded of the call before."""
@@ -262,7 +273,7 @@ class Capture:
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
         self._provenance.leave()
-        error = self._error
+        error = self._error or self._provenance.lost_order
         try:
             if error is not None:
                 raise error
@@ -714,6 +725,9 @@ class Capture:
         """Keep a state; the first pass shows how its rows came about."""
         if self._passes == 0:
             recorded = replace(recorded, merged=self._provenance.merged(tensor))
+        if orders := self._provenance.orders(recorded.tensor):
+            self._reorders |= any(order.is_of_all for order in orders.values())
+            recorded = with_lengths_in_order(replace(recorded, orders=orders))
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
+from lightning_koopman.network.arguments import INTEGER, check_given, check_type
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
 from lightning_koopman.network.provenance import DataFlow
@@ -24,6 +24,7 @@ from lightning_koopman.network.tensors import (
     exact_device,
     first_tensor,
     need_not_wait,
+    plain,
     tensors_inside,
 )
 
@@ -57,6 +58,15 @@ def check_batches(batches: object) -> None:
         raise ValueError(
             f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
             "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
+        )
+    tensors = batches if isinstance(batches, tuple | list) else ()
+    # Batches of inputs alone differ in neither.
+    kinds = {(t.ndim, t.is_floating_point()) for t in tensors if isinstance(t, Tensor)}
+    if len(kinds) > 1 and all(isinstance(t, Tensor) for t in tensors):
+        raise ValueError(
+            f"batches is a {kind} of tensors of the shapes {tuple(tensors[0].shape)}, "
+            f"{tuple(tensors[1].shape)}, …, each of which would be taken for a batch; pass [(x, y)] "
+            "for a single batch of an input and its target"
         )
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise ValueError(
@@ -280,6 +290,7 @@ class Followed(NamedTuple):
     Attributes:
         given: What the model returned.
         values: What was read.
+        n_rounds: How often calls were counted anew.
         merged: Which axes were merged into the first axis of that.
         made: For each of some calls, which of the tensors returned were made of what it gave.
         axes: For each of the tensors returned, which axes were merged into its first one.
@@ -289,6 +300,7 @@ class Followed(NamedTuple):
 
     given: Any
     values: Mapping[HookPoint, Tensor]
+    n_rounds: int
     merged: dict[HookPoint, Any]
     made: dict[str, list[int]]
     axes: list[tuple[int, ...] | None]
@@ -303,6 +315,8 @@ class ForwardRunner:
         batches: The batches; once :meth:`until_enough` went over them, those that it came to.
         form: What the outputs are.
         notes: What a reader must know of the samples that were looked at.
+        counted_in: Where calls are counted anew, see :class:`HookPoints`.
+        unlike: How many outputs were left alone for their shape in the run before.
     """
 
     def __init__(
@@ -319,6 +333,8 @@ class ForwardRunner:
         self.forward_fn = default_forward if forward_fn is None else forward_fn
         self.form = OutputForm()
         self.notes: list[str] = []
+        self.counted_in: nn.Module | None = None
+        self.unlike = 0
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
             raise ValueError(
@@ -335,10 +351,12 @@ class ForwardRunner:
         """Run once over all batches, and give the outputs of one after the other."""
         read = list(read)
         for number in range(len(self.batches)):
-            output, values = self.run_batch(number, read, alter)
+            output, rounds = self.run_batch(number, read, alter)
             if update is not None:
-                update(values)
-            del values  # not while whoever takes the outputs looks at them
+                for values in rounds:
+                    update(values)
+                    del values
+            del rounds  # not while whoever takes the outputs looks at them
             yield output.detach()
 
     def run(
@@ -370,14 +388,14 @@ class ForwardRunner:
 
             def label(point: HookPoint, tensor: Tensor) -> None:
                 name = further_name(point.call, point.place)
-                others[name] = point, tensor.detach().clone()
+                if name in others:
+                    return
+                others[name] = point, plain(tensor).detach().clone()
                 flow.label(tensor, name, beside=True)
 
-            labelled = {
-                HookPoint("out", call): functools.partial(_labelled, flow, call) for call in made
-            }
-            given, values = self._run(0, read, labelled, beside, label)
-        returned, values = list(tensors_inside(given)), dict(values)
+            labelled = {HookPoint("out", call): _labels_once(flow, call) for call in made}
+            given, rounds = self._run(0, read, labelled, beside, label)
+        returned, values = list(tensors_inside(given)), dict(rounds[0])
         further: dict[HookPoint, list[int]] = {}
         for place, tensor in enumerate(returned):
             labels = flow.labels(tensor)
@@ -389,7 +407,7 @@ class ForwardRunner:
                 further.setdefault(point, []).append(place)
         merged = {point: flow.merged(value) for point, value in values.items()}
         axes = [flow.merged(tensor) for tensor in returned]
-        return Followed(given, values, merged, made, axes, frozenset(beside), further)
+        return Followed(given, values, len(rounds), merged, made, axes, frozenset(beside), further)
 
     def targets_of(
         self, outputs: Sequence[Tensor], target_of: Callable[[Any], Tensor | None]
@@ -403,13 +421,14 @@ class ForwardRunner:
         number: int,
         read: Iterable[HookPoint] = (),
         alter: Mapping[HookPoint, Alteration] | None = None,
-    ) -> tuple[Tensor, Mapping[HookPoint, Tensor]]:
+    ) -> tuple[Tensor, Sequence[Mapping[HookPoint, Tensor]]]:
         """Run once over one batch, with random numbers that are its own and alike in every run.
 
         A network that draws in eval mode would otherwise differ from itself as much as by an alteration.
+        What was read comes back by call of ``counted_in``.
         """
-        given, values = self._run(number, read, alter)
-        return self.form.outputs(given, self.batches[number]), values
+        given, rounds = self._run(number, read, alter)
+        return self.form.outputs(given, self.batches[number]), rounds
 
     def _run(
         self,
@@ -418,15 +437,17 @@ class ForwardRunner:
         alter: Mapping[HookPoint, Alteration] | None,
         beside: set[HookPoint] | None = None,
         label: Callable[[HookPoint, Tensor], None] | None = None,
-    ) -> tuple[Any, Mapping[HookPoint, Tensor]]:
+    ) -> tuple[Any, Sequence[Mapping[HookPoint, Tensor]]]:
         read = list(read)
         batch = to_device(self.batches[number], self._device)
         if torch.is_grad_enabled():
             batch = _ordinary(batch)
-        with random_states_kept(), HookPoints(self.model, read, alter, beside, label) as points:
+        points = HookPoints(self.model, read, alter, beside, label, self.counted_in)
+        with random_states_kept(), points:
             seed_all(number)
             points.start_pass()
             given = self.forward_fn(self.model, batch)
+            self.unlike = points.unlike
         if first_tensor(given) is None:
             raise ValueError(
                 f"the model gave {type(given).__name__} with no floating-point tensor; return the "
@@ -439,12 +460,12 @@ class ForwardRunner:
             )
         for point in read:
             # What takes no floating-point tensor has nothing to read there.
-            if point.end == "out" and not point.place and point not in points.values:
+            if point.end == "out" and not point.place and point not in points.rounds[0]:
                 raise ValueError(
                     f"{point.call!r} did not run, though the report names it; pass the model and the "
                     "forward_fn that the report was measured with"
                 )
-        return given, points.values
+        return given, points.rounds
 
 
 def has_samples(tensor: Tensor) -> bool:
@@ -452,9 +473,17 @@ def has_samples(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.ndim > 0
 
 
-def _labelled(flow: DataFlow, call: str, output: Tensor, _: Any) -> Tensor:
-    flow.label(output, call, beside=True)
-    return output
+def _labels_once(flow: DataFlow, call: str) -> Alteration:
+    """Label what a call gives where calls are counted first."""
+    labelled: list[None] = []
+
+    def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+        if not labelled:
+            flow.label(output, call, beside=True)
+            labelled.append(None)
+        return output
+
+    return alter
 
 
 def rows_at_once(values: Tensor) -> int:
@@ -546,6 +575,8 @@ def runner_on(
     model: nn.Module, batches: Iterable[Any], samples: int, forward_fn: ForwardFn | None
 ) -> ForwardRunner:
     """Return what runs a model on the first samples."""
+    check_type(INTEGER, samples=samples)
+    check_given((Callable, "a function, called as forward_fn(model, batch)"), forward_fn=forward_fn)
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least one is needed")
     check_arguments(model, batches)

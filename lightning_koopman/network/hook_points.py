@@ -20,10 +20,12 @@ from lightning_koopman.network.provenance import seconds_following
 from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
+    derived,
     first_tensor,
     further_tensors,
     is_real,
     is_wrapper,
+    plain,
     varies,
 )
 
@@ -247,10 +249,14 @@ class HookPoints:
     Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
     hooks come off at the end, also when an exception flies. To ``beside`` is added what is read where
     further tensors that vary are given beside it; ``label`` is shown the further tensors that altered
-    calls give.
+    calls give. Calls are counted anew where ``counted_in``, which holds all modules, is called again in
+    the same pass: what is read or replaced in its first call is so in each, but for tensors of another
+    shape than in the first.
 
     Attributes:
-        values: Copies of the tensors read in the current pass. A replaced output reads as replaced.
+        rounds: Copies of the tensors read in the current pass, by call of ``counted_in``. A replaced
+            output reads as replaced.
+        unlike: How many outputs were left alone in this pass for their shape.
     """
 
     def __init__(
@@ -260,16 +266,14 @@ class HookPoints:
         alter: Mapping[HookPoint, Alteration] | None = None,
         beside: set[HookPoint] | None = None,
         label: Callable[[HookPoint, Tensor], None] | None = None,
+        counted_in: nn.Module | None = None,
     ) -> None:
-        self.values: dict[HookPoint, Tensor] = {}
-        self._beside, self._label = beside, label
+        self._beside, self._label, self._counted_in = beside, label, counted_in
         self._read = frozenset(read)
         self._alter: dict[str, dict[int, Alteration]] = {}
         for point, alteration in (alter or {}).items():
             self._alter.setdefault(point.call, {})[point.place] = alteration
-        self._counts: dict[int, int] = {}
-        self._given: dict[str, Given] = {}
-        self._tables: dict[str, list[dict[Any, Any]]] = {}
+        self.start_pass()
         calls = {point.call for point in self._read} | set(self._alter)
         self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
         for call in calls:
@@ -279,6 +283,9 @@ class HookPoints:
 
     def __enter__(self) -> HookPoints:
         with ExitStack() as hooks:
+            if self._counted_in is not None:
+                within = attach(self._counted_in, before=self._on_round, after=self._on_round_end)
+                hooks.enter_context(within)
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
                 after = functools.partial(self._after, calls)
@@ -291,9 +298,38 @@ class HookPoints:
 
     def start_pass(self) -> None:
         """Forget what was read and count calls anew."""
-        self.values = {}
-        self._counts = {}
-        self._given, self._tables = {}, {}
+        self.rounds: list[dict[HookPoint, Tensor]] = []
+        self.unlike = 0
+        self._shapes: dict[HookPoint, torch.Size | None] = {}
+        self._depth, self._entered = 0, False
+        self._start_round()
+
+    @property
+    def values(self) -> dict[HookPoint, Tensor]:
+        """Copies of the tensors read since calls are counted."""
+        return self.rounds[-1]
+
+    def _start_round(self) -> None:
+        self.rounds.append({})
+        self._counts: dict[int, int] = {}
+        self._given: dict[str, Given] = {}
+        self._tables: dict[str, list[dict[Any, Any]]] = {}
+
+    def _on_round(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            # What ran before the first call counts with it.
+            if self._entered:
+                self._start_round()
+            self._entered = True
+
+    def _on_round_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._depth -= 1
+
+    def _is_like_first(self, point: HookPoint, tensor: Tensor) -> bool:
+        """Check whether a tensor has the shape that it had where calls were counted first."""
+        own = None if tensor.is_nested else tensor.shape
+        return self._shapes.setdefault(point, own) == own or len(self.rounds) == 1
 
     def _before(self, calls: Mapping[int, str], module: nn.Module, args: Any, kwargs: Any) -> None:
         call = calls.get(self._counts.get(id(module), 0))
@@ -305,7 +341,7 @@ class HookPoints:
             # Which entry it takes shows by the one that it writes.
             self._tables[call] = [dict(table) for table in tables]
         elif point in self._read and (tensor := first_tensor((args, kwargs))) is not None:
-            self.values[point] = tensor.detach().clone()
+            self.values[point] = plain(tensor).detach().clone()
             if self._beside is not None and any(
                 _is_beside(t, tensor) for t in all_tensors((args, kwargs))
             ):
@@ -326,14 +362,22 @@ class HookPoints:
         given = {0: first} if isinstance(output, Tensor) else self._tensors(output, first, before)
         for table in self._tables.pop(call, ()):
             self._keep_entry(HookPoint("in", call), table, output, first)
+        point = HookPoint("out", call)
+        counts = bool(alter) or point in self._read
+        if counts and first is not None and not self._is_like_first(point, first):
+            self.unlike += 1
+            return None
         for place, alteration in alter.items():
             if (tensor := given.get(place)) is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
-            new = alteration(tensor, self.values).to(tensor)
-            if new.stride() != tensor.stride():
-                # The user's code may view it, or write to it, as it does to what stood here.
-                new = torch.empty_like(tensor, requires_grad=False).copy_(new)
-            if new is not tensor:
+            old = plain(tensor)
+            new = alteration(old, self.values)
+            if new is not old:
+                new = new.to(old)
+                if new.stride() != old.stride():
+                    # The user's code may view it, or write to it, as it does to what stood here.
+                    new = torch.empty_like(old, requires_grad=False).copy_(new)
+                new = new if old is tensor else derived(new, type(tensor), vars(tensor))
                 output = replace_tensor(output, tensor, new)
                 given[place] = new
         for place, tensor in given.items():
@@ -357,9 +401,9 @@ class HookPoints:
             return
         key = next((key for key, value in output.items() if value is made), None)
         if isinstance(tensor := table.get(key), Tensor) and is_real(tensor):
-            self.values[point] = tensor.detach().clone()
+            self.values[point] = plain(tensor).detach().clone()
 
     def _keep(self, point: HookPoint, tensor: Tensor | None) -> None:
         if tensor is None:
             raise ValueError(f"{point.call!r} has no floating-point tensor to read")
-        self.values[point] = tensor.detach().clone()
+        self.values[point] = plain(tensor).detach().clone()

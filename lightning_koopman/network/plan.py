@@ -196,7 +196,7 @@ def leave_out_unfit(
             constant.append(record.name)
         elif not sources[record.name] and n_samples > 1 and alike:
             constant.append(record.name)
-        elif len(rows) != n_samples:
+        elif len(rows) != n_samples or record.strays(forms[record.name]):
             misfit.append(f"{record.name} {shape}")
         else:
             continue
@@ -416,6 +416,9 @@ def make_plan(
             f"these compare the samples of a batch with one another, so left out: {listed(pairwise)}"
         )
         records = _without(pairwise, records, sources)
+    mixed = {r.name for r in records if r.mixes(forms[r.name]) or r.strays(forms[r.name])}
+    # What is mixed once stays mixed.
+    met = [r.name for r in records if r.name in mixed and not (r.is_input or mixed & sources[r.name])]
     ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
@@ -429,6 +432,11 @@ def make_plan(
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     inputs = {record.name for record in records if record.is_input}
     sources = leading_to(ends, sources, inputs, notes)
+    if met := [name for name in met if name in sources]:
+        notes.append(
+            f"rows of several samples meet in {listed(met)}, and operators see one of them, so what the "
+            "others do counts as unexplained and as nonlinear"
+        )
     states = _in_order(sources, ends)
     place = {name: i for i, group in enumerate(states) for name in group}
     links = tuple(

@@ -14,6 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lightning_koopman.network.input_data import holds_all_of, is_mask
+from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
+from lightning_koopman.network.subclasses import MadeUnwatched
 from lightning_koopman.network.tensors import address_of, all_tensors, tensors_inside
 
 # These read a tensor's shape, never its values.
@@ -46,7 +48,7 @@ class DataFlow:
 
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
-            numbers, and of what was read without a label.
+            numbers, and of what was read without a label, and orders of rows.
         on_mix: Called with what an operator reads, where that is several tensors, and their labels; says
             of which ones the labels go no further.
 
@@ -72,6 +74,7 @@ class DataFlow:
         self._origins, self._on_mix = origins, on_mix
         self._labels: dict[int, frozenset[str]] = {}
         self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
+        self._rows = RowOrders(self._is_data, self._is_own, self.merged, self._keep_address)
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
 
@@ -117,6 +120,29 @@ class DataFlow:
             return None
         return self._merged.get(address_of(tensor), {}).get(tensor.shape[0])
 
+    def orders(self, tensor: Tensor) -> Orders:
+        """Read which rows a tensor's rows are, where operators took them in another order."""
+        if self.error is None:
+            try:
+                return self._rows.of(tensor)
+            except Exception as error:
+                self.error = error
+        return NO_ORDERS
+
+    def begin(self, tensor: Tensor) -> None:
+        """Let a tensor's rows count as those of the batch, if they are no order of all of them."""
+        if self.error is None:
+            try:
+                self._rows.begin(tensor)
+            except Exception as error:
+                self.error = error
+
+    def _is_data(self, tensor: Tensor) -> bool:
+        return not self._get(tensor) <= _ORIGINS
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return self._get(tensor) == {_OWN}
+
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Pass labels on from what an operator read to what it wrote."""
         if self.error is None:
@@ -129,12 +155,14 @@ class DataFlow:
         reads = list(_flat((*args, *kwargs.values())))
         name = func._schema.name.rpartition("::")[2]
         known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
+        if self._origins and known and (sorts := self._rows.follow(name, args, reads, out)):
+            reads, known = _without_sorts(reads, known, sorts)
         ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
             ends = self._on_mix(reads, known)
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
-            if torch.Tag.nondeterministic_seeded in func.tags and not name.startswith(_MAY_DROP):
+            if torch.Tag.nondeterministic_seeded in func.tags and not _is_off(name, args):
                 labels |= {_CHANCE}
             elif name in _COORDINATES:
                 labels |= {_OWN}
@@ -156,7 +184,9 @@ class DataFlow:
             if address_of(tensor) not in places:
                 self._set(tensor, labels)
                 self._set_merged(tensor, merged)
-        if isinstance(out, Tensor) and (axes := _merged_axes(name, args, out)):
+        # Parts of one tensor are put together to no more than it was.
+        grows = isinstance(out, Tensor) and not self._rows.is_whole_again
+        if grows and (axes := _merged_axes(name, args, out)):
             # What was read may be merged itself.
             place = 1 if axes[0] < 0 else 0
             whole = (
@@ -190,9 +220,31 @@ class DataFlow:
             self._labels[address] = labels
             self._keep_address(tensor, address)
 
-    def _keep_address(self, tensor: Tensor, address: int) -> None:
+    def _keep_address(self, tensor: Tensor, address: int | None = None) -> None:
+        address = address_of(tensor) if address is None else address
         if address not in self._alive:
             self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _is_off(name: str, args: tuple[Any, ...]) -> bool:
+    """Check whether an operator that may draw random numbers draws none."""
+    # Of nested tensors, torch asks for dropout in eval mode, too.
+    evaluated = name == "native_dropout" and len(args) > 2 and args[2] is False
+    return evaluated or name.startswith(_MAY_DROP)
+
+
+def _without_sorts(
+    reads: Sequence[Tensor], known: Sequence[frozenset[str]], sorts: Sequence[Tensor]
+) -> tuple[list[Tensor], list[frozenset[str]]]:
+    """Leave out data that all rows are sorted by, but not states, which may choose experts so."""
+    left = []
+    for tensor, labels in zip(reads, known, strict=True):
+        if any(tensor is index for index in sorts):
+            labels = frozenset(n for n in labels - _ORIGINS if not n.startswith(_BATCH))
+            if not labels:
+                continue
+        left.append((tensor, labels))
+    return [tensor for tensor, _ in left], [labels for _, labels in left]
 
 
 def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:
@@ -280,6 +332,7 @@ class _WatchOfThread(threading.local):
 
     def add(self, flow: DataFlow) -> None:
         if not self.watch.flows and not self._entered:
+            _SUBCLASSES.begin()
             self.watch.__enter__()  # type: ignore[no-untyped-call]
         self.watch.flows.append(flow)
 
@@ -288,8 +341,10 @@ class _WatchOfThread(threading.local):
         self.watch.flows = [other for other in self.watch.flows if other is not flow]
         if not self.watch.flows and self._entered:
             self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            _SUBCLASSES.end()
 
 
+_SUBCLASSES = MadeUnwatched()
 _WATCH = _WatchOfThread()
 
 
@@ -315,11 +370,15 @@ class Provenance:
     Attributes:
         idle: States and inputs that were made of what the network holds: positions, learned queries.
         changed: Labels of data of the batch that were put to states otherwise than they came.
+        lost_order: What kept the order of rows from being followed in a later pass, if anything did.
     """
 
     def __init__(self) -> None:
         self._error: Exception | None = None
         self._flow: DataFlow | None = None
+        # Of later passes, only the order of rows is asked.
+        self._order: DataFlow | None = None
+        self.lost_order: Exception | None = None
         self._batch: Any = None
         self._claimed: dict[str, str] = {}
         self._taken: set[str] = set()
@@ -340,6 +399,20 @@ class Provenance:
             self._flow.label(tensor, _OWN)
         self._label_batch()
         self._flow.__enter__()
+
+    def follow_rows(self, own: Iterable[Tensor] = ()) -> None:
+        """Begin to follow in what order rows are, and nothing else."""
+        self._order = DataFlow(origins=True)
+        for tensor in own:
+            self._order.label(tensor, _OWN)
+        for tensor in tensors_inside(self._batch):
+            self._order.label(tensor, _BATCH)
+        self._order.__enter__()
+
+    def orders(self, tensor: Tensor) -> Orders:
+        """Find which rows a tensor's rows are, see :meth:`DataFlow.orders`."""
+        flow = self._flow or self._order
+        return NO_ORDERS if flow is None else flow.orders(tensor)
 
     def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.
@@ -374,6 +447,10 @@ class Provenance:
         if flow is not None:
             flow.__exit__()
             self._error = flow.error
+        order, self._order = self._order, None
+        if order is not None:
+            order.__exit__()
+            self.lost_order = order.error
 
     @property
     def error(self) -> Exception | None:
@@ -442,6 +519,7 @@ class Provenance:
         """Let a tensor count as an input, and if it is the ``whole`` of what it is made of, that too."""
         if self._flow is not None:
             self._inputs.add(name)
+            self._flow.begin(tensor)
             labels = self._labels(tensor) - self.idle
             if labels and not whole:
                 self._flow.label(tensor, name)

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from lightning_koopman.network.components import clean_name, common_ancestor, transparent_modules
 from lightning_koopman.network.hook_points import attach, is_wrapped, wrap
 from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.tensors import all_tensors, exactly, first_tensor, need_not_wait
+from lightning_koopman.network.tensors import (
+    all_tensors,
+    derived,
+    exactly,
+    first_tensor,
+    need_not_wait,
+    plain,
+)
 
 BYTES_KEPT = 256 * 2**20
 """Most bytes of arguments that are kept to be run again."""
@@ -35,10 +42,12 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class _Kept:
-    """A copy of a tensor, on the CPU, and where it was."""
+    """A copy of a tensor, on the CPU, where it was, and of which derived class with which attributes."""
 
     copy: Tensor
     device: torch.device
+    kind: type[Tensor] = Tensor
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -264,7 +273,7 @@ class Recording:
             if old is None or tensor is None:
                 continue
             # Compared where it is: only there, a copy that nobody waited for is complete.
-            tensor, old = tensor.detach(), old.to(tensor.device)
+            tensor, old = plain(tensor).detach(), old.to(tensor.device)
             scale = float(old.abs().max()) if old.numel() else 0.0
             if tensor.shape != old.shape or not torch.allclose(
                 exactly(tensor).double(),
@@ -355,12 +364,15 @@ class Recording:
         if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
             self._reason = self._reason or f"the step runs code of its own before {name!r}"
         self._step.n_bytes += tensor.nbytes
-        return _Kept(_copied(tensor), tensor.device)
+        kept = _Kept(_copied(tensor), tensor.device)
+        if type(tensor) in (Tensor, nn.Parameter) or type(kept.copy) is not Tensor:
+            return kept
+        return replace(kept, kind=type(tensor), attributes={**vars(tensor)})
 
 
 def _copied(tensor: Tensor) -> Tensor:
     """Copy a tensor to the CPU without waiting for a GPU; what runs there later finds it complete."""
-    return tensor.detach().to("cpu", copy=True, non_blocking=need_not_wait(tensor.device))
+    return plain(tensor).detach().to("cpu", copy=True, non_blocking=need_not_wait(tensor.device))
 
 
 @dataclass(frozen=True)
@@ -406,7 +418,8 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 def _revived(value: Any) -> Any:
     def revive(part: Any) -> Any:
         if isinstance(part, _Kept):
-            return part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
+            made = part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
+            return made if part.kind is Tensor else derived(made, part.kind, part.attributes)
         return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
 
     return _mapped(value, revive)

@@ -6,7 +6,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_koopman.network.row_order import NO_ORDERS, Orders, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of, tensors_inside
 
 INPUT = "input"
@@ -47,6 +48,7 @@ class Recorded:
         is_behind: Whether the components' common ancestor had returned before.
         is_pairwise: Whether it has a value for each pair of samples in the batch.
         holds: The states that are mixed into it, where it is an input.
+        orders: Which rows its rows are, where the network took rows in another order.
     """
 
     name: str
@@ -65,6 +67,49 @@ class Recorded:
     is_pairwise: bool = False
     holds: frozenset[str] = frozenset()
     merged: tuple[int, ...] | None = None
+    orders: Orders = field(default_factory=dict)
+
+    def in_order(self, form: RowForm) -> Tensor:
+        """Return the tensor with its rows in the order of the batch."""
+        if not self._may_be_out_of_order(form):
+            return self.tensor
+        places = sample_places(*form.rows_of(self.tensor), self.orders)
+        if places is None:
+            return self.tensor
+        return self.tensor.detach().index_select(form.batch_axis, places.to(self.tensor.device))
+
+    def strays(self, form: RowForm) -> bool:
+        """Check whether rows are known not to be those of all samples, each as often as others."""
+        if not self._may_be_out_of_order(form):
+            return False
+        n_rows, samples = form.rows_of(self.tensor)
+        found = rows_found(n_rows, samples, self.orders)
+        return found is not None and not torch.equal(found.sort()[0], samples.sort()[0])
+
+    def mixes(self, form: RowForm) -> bool:
+        """Check whether rows of several samples were put together."""
+        if not self._may_be_out_of_order(form):
+            return False
+        n_rows, samples = form.rows_of(self.tensor)
+        orders = (self.orders.get(size) for size in {n_rows, int(samples.max()) + 1})
+        return any(order is not None and order.is_of_all and order.mixed for order in orders)
+
+    def _may_be_out_of_order(self, form: RowForm) -> bool:
+        if not self.orders or not self.tensor.numel():
+            return False
+        # Of two axes of one size, orders are told along the first.
+        return form.batch_axis == 0 or self.tensor.shape[0] != self.tensor.shape[1]
+
+
+def with_lengths_in_order(recorded: Recorded) -> Recorded:
+    """Put packed sequences, and their lengths, in the order of the batch."""
+    lengths, form = recorded.lengths, RowForm()
+    if lengths is None or not recorded.orders:
+        return recorded
+    of_lengths = replace(recorded, tensor=lengths)
+    return replace(
+        recorded, tensor=recorded.in_order(form), lengths=of_lengths.in_order(form), orders=NO_ORDERS
+    )
 
 
 def further_name(call: str, place: int) -> str:
@@ -136,6 +181,11 @@ class RowForm:
     def samples(self, n_rows: int, n_samples: int) -> Tensor:
         """Return the sample of each entry of the batch axis, in any batch."""
         return torch.arange(n_rows) // (self.run or n_rows // n_samples) % n_samples
+
+    def rows_of(self, tensor: Tensor) -> tuple[int, Tensor]:
+        """Count the rows along the axis of samples, and return the sample of each."""
+        n_rows = tensor.shape[self.batch_axis]
+        return n_rows, self.samples(n_rows, max(1, n_rows // self.group))
 
     def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
         """Apply the form; of sequences, use what :func:`valid_positions` or lengths say holds data."""
@@ -386,6 +436,7 @@ def row_forms(
                 second=record.name in second,
                 turned=turned,
                 followed=record.sources is not None,
+                picked=_is_picked(record, n_samples),
             )
         values = by_sample(record.tensor, form)
         first = has_channels_first(values, record.module)
@@ -394,6 +445,13 @@ def row_forms(
             form, channels_first=first, grid=grid, reduce=chosen, is_input=record.is_input
         )
     return forms
+
+
+def _is_picked(record: Recorded, n_samples: int) -> bool:
+    """Check whether the rows along the first axis were picked from those of samples."""
+    order = record.orders.get(record.tensor.shape[0])
+    # Of three axes, the first may be positions that were turned.
+    return order is not None and order.moved and (record.tensor.ndim == 2 or order.base == n_samples)
 
 
 def has_batch_second(module: nn.Module) -> bool:
@@ -416,12 +474,13 @@ def form_of(
     second: bool,
     turned: bool,
     followed: bool = False,
+    picked: bool = False,
 ) -> RowForm:
     """Find where a state's samples are.
 
     ``second`` says that its module has them along axis 1, ``turned`` that any module has. Where the data
     was ``followed``, several rows are a sample's only if a merge was seen: some may be all that is left
-    of many, as an expert's share of positions.
+    of many, as an expert's share of positions. Rows that were ``picked`` are along the first axis.
     """
     shape = tensor.shape
     untold = (
@@ -430,7 +489,9 @@ def form_of(
     )
     if n_samples < 2 or shape[0] <= n_samples:
         merged = None
-    if merged is None and len(shape) > 1 and shape[1] == n_samples:
+    # Two axes are rows and units as a rule, and as many units as samples happen.
+    may_be_second = second or (not picked and (turned or len(shape) > 2))
+    if merged is None and may_be_second and len(shape) > 1 and shape[1] == n_samples:
         if shape[0] != n_samples or second:
             return RowForm(batch_axis=1)
         if turned and len(shape) == 3:

@@ -291,7 +291,23 @@ def detached_copy(tensor: Tensor) -> Tensor:
     """Copy a tensor, for a later in-place module may overwrite it."""
     if tensor.layout is not torch.strided:
         tensor = tensor.to_dense()
-    return tensor.detach().clone()
+    return plain(tensor).detach().clone()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """View a tensor of a class derived by somebody, whose methods may need what a copy has not."""
+    kind: Any = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return Tensor.as_subclass(tensor, Tensor)
+
+
+def derived(tensor: Tensor, kind: type[Tensor], attributes: Mapping[str, Any]) -> Tensor:
+    """Make a plain tensor one of a class derived by somebody, with its attributes."""
+    made = tensor.as_subclass(kind)
+    vars(made).update(attributes)
+    return made
 
 
 def is_spread(tensor: Any) -> bool:

@@ -44,7 +44,8 @@ class Effects(JupyterMixin):
     Attributes:
         components: Names, in order of execution; after them the sets that were measured together.
         values: By kind of alteration, the change of the outputs; NaN where no gradient leads from the
-            outputs to the component, or it leads to other outputs alone.
+            outputs to the component, it leads to other outputs alone, it cannot be altered so, or
+            altered outputs are NaN.
         stderr: Standard errors of the values, by kind: over samples, which are taken as independent, and
             over draws where there are several; NaN where there is a single sample.
         how: By kind, ``"measured"`` or ``"predicted"``.
@@ -60,10 +61,12 @@ class Effects(JupyterMixin):
         doubts: By kind, for each component the reasons not to believe the number: ``saturated`` (a
             prediction above half a nat orders, but does not size), ``samples`` (too few for the
             directions that a linear map has), ``leverage`` (single samples decide their own prediction),
+            ``infinite`` (of the altered outputs some are NaN, infinite or beyond all numbers),
             ``gradient`` (none leads there), ``inputs`` (a linear map is of the first tensor that the
             component takes alone, though others vary too), ``outputs`` (the same of those that it
-            gives), ``unsteady`` (the network answers differently when asked twice) and ``elsewhere``
-            (the component leads to other outputs alone, so there is no number).
+            gives), ``unsteady`` (the network answers differently when asked twice), ``elsewhere``
+            (the component leads to other outputs alone, so there is no number) and ``refused`` (it
+            cannot be altered in this way, as a note says, so there is none).
         sets: By name of a set that was measured together, its members.
         folds: By predicted kind, the number of samples of each fold.
         pairs: By predicted kind, each fold's part of the second-order effects H, shape
@@ -328,11 +331,13 @@ def _said_doubts(effects: Effects) -> list[str]:
             "saturated",
             "samples",
             "leverage",
+            "infinite",
             "gradient",
             "inputs",
             "outputs",
             "unsteady",
             "elsewhere",
+            "refused",
         )
     }
     said = [f"{word} ({', '.join(kinds)})" for word, kinds in found.items() if kinds]

@@ -328,3 +328,7 @@ def _spans(numbers: Sequence[int]) -> str:
 
 def _numpy(tensor: Tensor) -> NDArray[np.float64]:
     return tensor.detach().cpu().numpy().astype(np.float64)
+
+
+REPORT = (CreditReport, "what credit_report returns, or CreditReport.from_json reads")
+"""What is told of an argument that must be a report."""

@@ -24,6 +24,10 @@ class ReportFormatError(ValueError):
 @contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
     """Yield a temporary file to write, which takes a file's place when the context ends."""
+    if not (folder := Path(path).parent).is_dir():
+        raise FileNotFoundError(
+            f"{os.fspath(path)} cannot be written, for there is no folder {folder}; make it first"
+        )
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -269,5 +269,7 @@ def test_errors_say_what_arrived_and_what_to_do() -> None:
         bit_widths(net, [inputs()], bits=[9, 2])
     norms = nn.Sequential(nn.LayerNorm(6), nn.LayerNorm(6))
     report = credit_report(norms, [inputs()], components=["0", "1"])
-    with pytest.raises(ValueError, match=r"none of \('0', '1'\) holds a linear or convolutional layer"):
+    with pytest.raises(
+        ValueError, match=r"none of \('0', '1'\) holds a linear, convolutional, attention"
+    ):
         bit_widths(norms, [inputs()], report)

@@ -142,8 +142,11 @@ def test_a_parametrization_without_a_way_back_is_named():
     parametrize.register_parametrization(net[0], "weight", Doubled())
     batches = torch.randn(100, 4).split(50)
     words = "'0.weight' is derived by Doubled, which cannot be set to another weight"
+    found = component_effects(net, batches, kinds=["reinit"])
+    assert found.doubts["reinit"] == (("refused",), ())
+    assert words in found.notes[-1]
     with pytest.raises(ValueError, match=words):
-        component_effects(net, batches, kinds=["reinit"])
+        component_effects(net, batches, kinds=["reinit"], components=["0"])
     found = component_effects(net, batches, kinds=["reinit"], initial=net.state_dict())
     assert found.values["reinit"].max() == 0
 

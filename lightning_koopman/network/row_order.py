@@ -1,0 +1,579 @@
+"""Tells which sample each row of a tensor is of, where a network puts rows in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.network.tensors import address_of
+
+
+class Order(NamedTuple):
+    """Which rows of a tensor before it the rows of a tensor are.
+
+    Attributes:
+        rows: Their places there, -1 for rows of none.
+        base: How many rows there were.
+        moved: Whether rows were picked on the way, so that another batch may have another order.
+        mixed: Whether rows of several orders were put together.
+    """
+
+    rows: Tensor
+    base: int
+    moved: bool = True
+    mixed: bool = False
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether it may be an order of all rows that there were."""
+        return len(self.rows) == self.base
+
+    @property
+    def is_own(self) -> bool:
+        """Whether each row is in its own place."""
+        return self.is_of_all and torch.equal(self.filled(), _places(self.base, self.rows))
+
+    def filled(self) -> Tensor:
+        """Return the places, their own for rows of none."""
+        return torch.where(self.rows < 0, _places(len(self.rows), self.rows), self.rows)
+
+
+Orders = Mapping[int, Order]
+"""Orders by the number of rows that an axis must have for them."""
+
+NO_ORDERS: Orders = MappingProxyType({})
+
+_ROW = 0
+"""In place of a number of rows: that of a single one, without an axis of its own."""
+
+_SLICES = frozenset({"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
+_PUTS = frozenset({
+    *("index_put", "_index_put_impl", "index_copy", "index_add", "index_reduce"),
+    *("scatter", "scatter_add", "scatter_reduce"),
+})
+_ADDS = ("index_add", "index_reduce", "scatter_add", "scatter_reduce")
+
+
+class RowOrders:
+    """The orders of rows of all tensors of one pass, by their memory, as views share it.
+
+    Rows are told along the first axis, and picked ones along the second of three. What is not told apart
+    (neighbours of each row, sums over rows) counts as in order.
+
+    Args:
+        is_data: Tells whether a tensor is made of the batch.
+        is_fixed: Tells whether an index is the same for every batch of this size.
+        merged: Tells which axes were merged into a tensor's first one.
+        keep: Called with each tensor that has orders, so that its address is not given to another.
+
+    Attributes:
+        is_whole_again: Whether the last operator put together the parts of one tensor.
+    """
+
+    is_whole_again = False
+
+    def __init__(
+        self,
+        is_data: Callable[[Tensor], bool],
+        is_fixed: Callable[[Tensor], bool],
+        merged: Callable[[Tensor], tuple[int, ...] | None],
+        keep: Callable[[Tensor], None],
+    ) -> None:
+        self._is_data, self._is_fixed, self._merged, self._keep = is_data, is_fixed, merged, keep
+        # Views that are slices have orders of their own, beside those of all of the memory.
+        self._of: dict[int, dict[Any, Orders]] = {}
+
+    def of(self, tensor: Tensor) -> Orders:
+        """Return the orders of a tensor's rows."""
+        if tensor.is_nested or not (known := self._of.get(address_of(tensor))):
+            return NO_ORDERS
+        view = _view(tensor)
+        return known[view] if view in known else known.get(None, NO_ORDERS)
+
+    def begin(self, tensor: Tensor) -> None:
+        """Let rows of samples that were drawn, some of them again, count as those of a batch."""
+        orders = self.of(tensor)
+        drawn = [s for s, o in orders.items() if o.is_of_all and not _are_different(o.filled())]
+        if drawn:
+            self._of[address_of(tensor)] = {None: {s: orders[s] for s in orders.keys() - {*drawn}}}
+
+    def follow(
+        self, name: str, args: Sequence[Any], reads: Sequence[Tensor], out: Any
+    ) -> Sequence[Tensor]:
+        """Pass orders on from what an operator read to what it wrote.
+
+        Returned are indices that put all rows in another order: nothing is made of their values. What
+        takes some rows may treat these otherwise than others.
+        """
+        plain = name.removesuffix("_")
+        self._indices: list[Tensor] = []
+        self.is_whole_again = False
+        if any(tensor.is_nested or not address_of(tensor) for tensor in reads):
+            return ()
+        found = self._changed(plain, args, out)
+        if found is None:
+            if not self._of:
+                return ()
+            joined = self._joined(reads)
+            found = [(tensor, joined) for tensor in _tensors(out)]
+        places = {address_of(tensor) for tensor in reads}
+        for tensor, orders in found:
+            written = plain != name or address_of(tensor) not in places
+            self._set(tensor, orders, is_view=not written)
+        return self._indices
+
+    def _set(self, tensor: Tensor, orders: Orders, *, is_view: bool) -> None:
+        address = address_of(tensor)
+        if not address or tensor.is_nested or (not orders and address not in self._of):
+            return
+        known = self._of.setdefault(address, {})
+        own = known.get(_view(tensor))
+        if is_view or (own is not None and not _is_whole(tensor)):
+            if own is not None or not _same(orders, known.get(None, NO_ORDERS)):
+                known[_view(tensor)] = orders
+        else:
+            self._of[address] = {None: orders}
+        self._keep(tensor)
+
+    def _changed(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
+        """Return the orders that an operator made, ``None`` where it leaves rows as they are."""
+        if name in _SLICES and args and isinstance(args[0], Tensor):
+            return self._sliced(name, args, out)
+        if name in ("sort", "topk") and isinstance(out, tuple | list):
+            source, (values, index) = args[0], out
+            if not source.ndim or source.numel() != len(source):
+                return None
+            return [(values, self._taken(source, 0, index.flatten())), (index, NO_ORDERS)]
+        if name == "cat":
+            return self._put_together(args, out)
+        if name in ("select", "unbind"):
+            return self._single(name, args, out)
+        if name == "stack":
+            return self._stacked(args, out)
+        if name == "_pack_padded_sequence":
+            return self._packed(args, out)
+        if name == "copy":
+            return self._copied(args[0], args[1], out)
+        if name in _PUTS:
+            return self._put(name, args, out)
+        if not (isinstance(out, Tensor) and args and isinstance(args[0], Tensor)):
+            return None
+        picked = _picked(name, args, out)
+        if picked is None:
+            return None
+        axis, index = picked
+        source = args[0]
+        if not (self.of(source) or self._is_data(source)):
+            # What a table holds is as the numbers are that it is asked for.
+            return None
+        if index is None:
+            return [(out, self._scrambled(source, axis, name))]
+        indices = list(_tensors(args[1:]))
+        fixed = name not in ("flip", "roll") and all(map(self._is_fixed, indices))
+        are_all = len(index) == source.shape[axis] and _are_different(index)
+        if len(indices) == 1 and self._is_data(source) and are_all:
+            self._indices = indices
+        return [(out, self._taken(source, axis, index, moved=not fixed))]
+
+    def _sliced(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
+        source, axis = args[0], _argument(args, 1 if name == "slice" else 2, 0)
+        if not source.ndim or axis % source.ndim:
+            return None
+        size, parts = source.shape[0], list(_tensors(out))
+        if len(parts) == 1 and len(parts[0]) == size:
+            return None
+        rows = _places(size, source)
+        if name == "slice":
+            start, end, step = (
+                _argument(args, place, usual) for place, usual in ((2, 0), (3, None), (4, 1))
+            )
+            pieces = [rows[slice(start, end, step)]]
+        else:
+            pieces = list(rows.tensor_split([*accumulate(map(len, parts))][:-1]))
+        return [
+            (part, self._taken(source, 0, piece, moved=False))
+            for part, piece in zip(parts, pieces, strict=True)
+        ]
+
+    def _taken(self, source: Tensor, axis: int, index: Tensor, *, moved: bool = True) -> Orders:
+        """Return the orders of rows that were taken along an axis."""
+        known, size = self.of(source), source.shape[axis]
+        before = known.get(size)
+        if before is None and not self._is_data(source):
+            return known
+        index = index.long() % max(1, size)
+        merged = (self._merged(source) or ()) if axis == 0 else ()
+        if before is not None:
+            order = before._replace(
+                rows=before.rows[index.to(before.rows.device)], moved=moved or before.moved
+            )
+        elif len(merged) == 2 and merged[0] < 0:
+            order = Order(index % merged[1], merged[1], moved)
+        else:
+            order = Order(index, size, moved)
+        undone = not order.mixed and order.is_own
+        undone = undone and (not order.moved or (before is not None and not before.is_own))
+        if axis and source.shape[0] == size and not (undone and before is not None):
+            # Of two axes of one size, the second are positions, unless it brings rows back.
+            return known
+        others = _without(known, size)
+        if len(index) in others and not (merged or moved):
+            # Of packed sequences, that of the samples, in whatever step.
+            return others
+        return others if undone else {**others, len(index): order}
+
+    def _scrambled(self, source: Tensor, axis: int, name: str) -> Orders:
+        """Return the orders where rows are made of several ones, or of neighbours that are named."""
+        size, known = source.shape[axis], self.of(source)
+        others = _without(known, size)
+        if name != "gather" or not (size in known or self._is_data(source)):
+            return others
+        return {**others, size: Order(_places(size, source), size, mixed=True)}
+
+    def _put_together(self, args: Sequence[Any], out: Tensor) -> list[tuple[Tensor, Orders]] | None:
+        parts = [part for part in args[0] if part.ndim == out.ndim]
+        axis = _axis_of_rows(out, _argument(args, 1, 0))
+        if axis is None or not self._of:
+            return None
+        known = [self.of(part).get(part.shape[axis]) for part in parts]
+        if not any(order is not None for order in known):
+            return None
+        rows, bases = [], set()
+        for part, order in zip(parts, known, strict=True):
+            if order is not None:
+                rows.append(order.rows)
+                bases.add(order.base)
+            elif self._is_data(part):
+                rows.append(_places(part.shape[axis], part))
+                bases |= {part.shape[axis]} if part.shape[axis] else set()
+            else:
+                rows.append(torch.full_like(_places(part.shape[axis], part), -1))
+        sizes = {part.shape[axis] for part in parts}
+        # Steps of packed sequences have that of the samples, too.
+        steps = len(sizes) > 1
+        others = {
+            size: order
+            for size, order in self._joined(parts).items()
+            if size not in sizes or (steps and order.is_of_all and not order.mixed)
+        }
+        if len(bases) != 1:
+            return [(out, others)]
+        device = rows[0].device
+        seen = [order for order in known if order is not None]
+        order = Order(
+            torch.cat([each.to(device) for each in rows]),
+            bases.pop(),
+            any(each.moved for each in seen),
+            any(each.mixed for each in seen),
+        )
+        self.is_whole_again = order.is_of_all
+        undone = not (order.moved or order.mixed) and order.is_own
+        return [(out, others if undone else {**others, out.shape[axis]: order})]
+
+    def _single(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
+        """Remember which row a row was."""
+        source, axis = args[0], _argument(args, 1, 0)
+        size = source.shape[0] if source.ndim else 0
+        if size < 2 or axis % source.ndim or not self._is_data(source):
+            return None
+        known, parts = self.of(source), list(_tensors(out))
+        first = args[2] % size if name == "select" else 0
+        before = known.get(size) or Order(_places(size, source), size, moved=False)
+        return [
+            (part, {**_without(known, size), _ROW: before._replace(rows=before.rows[i : i + 1])})
+            for i, part in enumerate(parts, start=first)
+        ]
+
+    def _stacked(self, args: Sequence[Any], out: Tensor) -> list[tuple[Tensor, Orders]] | None:
+        """Put single rows together."""
+        known = [self.of(part).get(_ROW) for part in args[0]]
+        rows = [order for order in known if order is not None]
+        others = _without(self._joined(args[0]), _ROW)
+        alike = len(rows) == len(known) and len({order.base for order in rows}) == 1
+        if _argument(args, 1, 0) % out.ndim or not alike:
+            return [(out, others)] if rows else None
+        order = rows[0]._replace(
+            rows=torch.cat([each.rows.to(rows[0].rows.device) for each in rows]),
+            moved=any(each.moved for each in rows),
+            mixed=any(each.mixed for each in rows),
+        )
+        undone = not (order.moved or order.mixed) and order.is_own
+        return [(out, others if undone else {**others, len(rows): order})]
+
+    def _packed(self, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]]:
+        source, (data, sizes) = args[0], out
+        n_samples = source.shape[0 if args[2] else 1]
+        known = self.of(source)
+        before = known.get(n_samples)
+        if before is None and not self._is_data(source):
+            return [(data, known)]
+        steps = torch.cat([torch.arange(size) for size in sizes.tolist()]).to(source.device)
+        order = Order(steps, n_samples, moved=False)
+        if before is not None:
+            order = before._replace(rows=before.rows[steps.to(before.rows.device)])
+        return [(data, {len(steps): order} | dict(known))]
+
+    def _copied(self, target: Tensor, source: Tensor, out: Tensor) -> list[tuple[Tensor, Orders]] | None:
+        if _is_whole(target):
+            return [(out, self._joined([source]))]
+        size, known = target.shape[0] if target.ndim else 0, self.of(source)
+        order, width = known.get(size), target.stride(0) if target.ndim else 0
+        if _ROW in known and target.is_contiguous():
+            order, size, width = known[_ROW], 1, target.numel()
+        if order is None or source.ndim != target.ndim or not width or target.numel() != size * width:
+            return None
+        whole = target.untyped_storage().nbytes() // target.element_size() // width
+        start = target.storage_offset() // width
+        before = self._of.get(address_of(target), {}).get(None, NO_ORDERS)
+        rows = self._placed(
+            before, whole, self._is_data(target), start + _places(size, target), order, adds=False
+        )
+        self._of[address_of(target)] = {None: rows}
+        self._keep(target)
+        return []
+
+    def _put(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
+        """Return the orders of what rows were put into."""
+        target = args[0]
+        if name.endswith(("index_put", "index_put_impl")):
+            indices, source, adds = list(_tensors(args[1])), args[2], bool(_argument(args, 3, False))
+            found = _index_of(target, args[1]) if len(indices) == 1 else None
+            axis, places = (None, None) if found is None else found
+        else:
+            dim, index, source = args[1:4]
+            indices, axis, adds = [index], _axis_of_rows(target, dim), name in _ADDS
+            places = None if axis is None else _rows_of_index(index, axis)
+        if axis is None or places is None or not isinstance(source, Tensor):
+            return None
+        known, order = self.of(source), None
+        if source.ndim == target.ndim and source.shape[axis] == len(places):
+            plain = Order(_places(len(places), source), len(places), moved=False)
+            order = known.get(len(places), plain)
+        elif len(places) == 1 and source.ndim == target.ndim - 1:
+            # Torch leaves out the axis of a single row.
+            order = known.get(1, known.get(_ROW))
+        if order is None or not self._is_data(source):
+            return [(out, self.of(target))]
+        fixed = all(map(self._is_fixed, indices))
+        if len(places) == target.shape[axis] and _are_different(places):
+            self._indices = indices
+        known = self._placed(
+            {**_without(_without(known, len(places)), _ROW), **self.of(target)},
+            target.shape[axis],
+            self._is_data(target),
+            places,
+            order._replace(moved=order.moved or not fixed),
+            adds=adds,
+            undoes=not fixed,
+        )
+        return [(out, known)]
+
+    def _placed(
+        self,
+        known: Orders,
+        size: int,
+        is_data: bool,
+        places: Tensor,
+        order: Order,
+        *,
+        adds: bool,
+        undoes: bool = False,
+    ) -> Orders:
+        """Return orders where rows of a known order were put into some places."""
+        before = known.get(size)
+        if before is None and is_data:
+            before = Order(_places(size, order.rows), size, moved=False)
+        places = places.long().to(order.rows.device) % max(1, size)
+        if len(places) > size or not _are_different(places):
+            # Sums over several rows, as over neighbours, are of the row that they are put into.
+            return known
+        if before is not None and before.base != order.base:
+            return known
+        rows = torch.full((size,), -1, device=order.rows.device)
+        rows = rows if before is None else before.rows.to(rows).clone()
+        old = rows[places]
+        mixed = adds and bool(((old >= 0) & (old != order.rows)).any())
+        if not mixed:
+            rows[places] = order.rows
+        moved = order.moved or (before is not None and before.moved)
+        mixed = mixed or order.mixed or (before is not None and before.mixed)
+        after = Order(rows, order.base, moved, mixed)
+        if not mixed and after.is_own and (not after.moved or (undoes and not order.is_own)):
+            return _without(known, size)
+        return {**known, size: after}
+
+    def _joined(self, reads: Sequence[Tensor]) -> Orders:
+        """Return the orders of what is made of several tensors, row by row."""
+        orders = [self.of(tensor) for tensor in reads]
+        known = [each for each in orders if each]
+        if not known:
+            return NO_ORDERS
+        if len(known) == len(orders) and all(each is known[0] for each in known):
+            return known[0]
+        in_order = [
+            self._sizes(tensor) - each.keys() for tensor, each in zip(reads, orders, strict=True)
+        ]
+        if len(known) == 1 and not any(sizes & known[0].keys() for sizes in in_order):
+            return known[0]
+        joined = {}
+        for size in {size for each in known for size in each}:
+            found = [each[size] for each in known if size in each]
+            order = _agreed(size, found, any(size in sizes for sizes in in_order))
+            if order is not None:
+                joined[size] = order
+        return joined
+
+    def _sizes(self, tensor: Tensor) -> set[int]:
+        """Return how many rows a tensor of data may have, as far as their order is told."""
+        if not self._is_data(tensor):
+            return set()
+        return {*tensor.shape[: 1 if tensor.ndim < 3 else 2], *(self._merged(tensor) or ())}
+
+
+def _agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:
+    """Return the order of rows that were put together row by row, some of them ``plain`` ones."""
+    first = found[0]
+    if not plain and all(order.rows is first.rows for order in found):
+        return first
+    rows, differ = first.rows, False
+    others = [order.rows for order in found[1:]]
+    bases = {order.base for order in found}
+    if plain:
+        others.append(_places(size, rows))
+        bases.add(size)
+    if len(bases) > 1:
+        return None
+    for other in others:
+        other = other.to(rows)
+        differ = differ or bool(((rows >= 0) & (other >= 0) & (rows != other)).any())
+        rows = torch.where(rows < 0, other, rows)
+    if differ and first.base != size:
+        return None
+    if differ:
+        own = plain or any(order.is_own for order in found)
+        rows = _places(size, rows) if own else first.filled()
+    moved, mixed = (any(order[k] for order in found) for k in (2, 3))
+    return Order(rows, first.base, moved, differ or mixed)
+
+
+def _axis_of_rows(tensor: Tensor, dim: int) -> int | None:
+    """Return an axis along which rows are told, if it is one."""
+    axis = dim % max(1, tensor.ndim)
+    if axis == 0 and tensor.ndim:
+        return 0
+    return 1 if axis == 1 and tensor.ndim == 3 else None
+
+
+def _picked(name: str, args: Sequence[Any], out: Tensor) -> tuple[int, Tensor | None] | None:
+    """Return the axis along which an operator takes rows, and which; no index if it mixes them."""
+    source = args[0]
+    if name == "index":
+        found = _index_of(source, args[1])
+        if found is None or found[1] is None or len(found[1]) in out.shape[:2]:
+            return found
+        return found[0], None
+    if name == "index_select":
+        axis = _axis_of_rows(source, args[1])
+        return None if axis is None else (axis, args[2].reshape(-1))
+    if name == "gather" and source.ndim and args[1] % source.ndim == 0:
+        return 0, _rows_of_index(args[2], 0)
+    if name == "embedding" and args[1].numel() == max(args[1].shape, default=1):
+        return 0, args[1].reshape(-1)
+    if name == "flip" and source.ndim and 0 in {dim % source.ndim for dim in args[1]}:
+        return 0, _places(source.shape[0], source).flip(0)
+    if name == "roll" and source.ndim:
+        dims = [dim % source.ndim for dim in _argument(args, 2, ())]
+        dims = dims or ([0] if source.ndim == 1 else [])
+        shift = sum(by for by, dim in zip(args[1], dims, strict=True) if dim == 0) if dims else 0
+        return (0, _places(source.shape[0], source).roll(shift)) if shift else None
+    return None
+
+
+def _index_of(tensor: Tensor, indices: Sequence[Tensor | None]) -> tuple[int, Tensor | None] | None:
+    """Return the axis of rows that is indexed, and by which rows, if they can be told."""
+    axis = next((k for k, index in enumerate(indices) if index is not None), tensor.ndim)
+    if axis > 1 or (axis == 1 and tensor.ndim != 3):
+        return None
+    index = indices[axis]
+    assert index is not None
+    if index.dtype in (torch.bool, torch.uint8):
+        return axis, index.nonzero()[:, 0] if index.ndim == 1 else None
+    if not index.ndim:
+        return None
+    return axis, index.reshape(-1) if index.numel() == max(index.shape) else None
+
+
+def _rows_of_index(index: Tensor, axis: int) -> Tensor | None:
+    """Return the rows that an index with an entry for each value names, if it names whole ones."""
+    if index.ndim < 2:
+        return index.reshape(-1)
+    rows = index.movedim(axis, 0).flatten(1)
+    alike = rows.shape[1] > 0 and bool((rows == rows[:, :1]).all())
+    return rows[:, 0] if alike else None
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Check whether a tensor is all of its memory."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _view(tensor: Tensor) -> tuple[Any, ...]:
+    """Tell views of one memory apart."""
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _are_different(places: Tensor) -> bool:
+    return bool((places.sort()[0].diff() != 0).all())
+
+
+def _same(orders: Orders, others: Orders) -> bool:
+    alike = orders.keys() == others.keys()
+    return alike and all(order.rows is others[size].rows for size, order in orders.items())
+
+
+def _without(orders: Orders, size: int) -> Orders:
+    return {s: order for s, order in orders.items() if s != size}
+
+
+def _places(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)
+
+
+def _argument(args: Sequence[Any], place: int, usual: Any) -> Any:
+    return args[place] if len(args) > place and args[place] is not None else usual
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for part in value:
+            yield from _tensors(part)
+
+
+def sample_places(n_rows: int, samples: Tensor, orders: Orders) -> Tensor | None:
+    """Return which row to put where, so that rows are those of ``samples``; ``None`` if all are.
+
+    An order that is none of all samples cannot be undone, and leaves rows where they are.
+    """
+    own = rows_found(n_rows, samples, orders)
+    if own is None or torch.equal(own, samples) or not torch.equal(own.sort()[0], samples.sort()[0]):
+        return None
+    places = torch.empty_like(samples)
+    places[samples.argsort(stable=True)] = own.argsort(stable=True)
+    return places
+
+
+def rows_found(n_rows: int, samples: Tensor, orders: Orders) -> Tensor | None:
+    """Return the sample that each row is of, if an order tells; in order they are ``samples``."""
+    n_samples = int(samples.max()) + 1 if len(samples) else 0
+    if (order := orders.get(n_rows)) is not None and order.base == n_samples:
+        return torch.where(order.rows.cpu() < 0, samples, order.rows.cpu())
+    if (order := orders.get(n_samples)) is not None and order.is_of_all:
+        return order.filled().cpu()[samples]
+    return None

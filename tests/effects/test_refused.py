@@ -1,0 +1,203 @@
+"""A component that cannot be altered in one way has no number there, with the reason; the others do."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from lightning_koopman import component_effects, credit_report
+from lightning_koopman.effects.alterations import altered_parts
+
+NESTED = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Bare(nn.Module):
+    """Has weights and no way to draw them anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(1 + torch.arange(8.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def with_bare() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), Bare(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("how", ["measured", "predicted", "both"])
+def test_what_cannot_be_drawn_anew_takes_no_number_from_the_others(how):
+    net, batches = with_bare(), list(normal(120, 4).split(40))
+    kinds = ["reinit", "skip", "weight_noise"]
+    found = component_effects(
+        net, batches, kinds=kinds, how=how, sets=[{"0", "1"}] if how != "predicted" else []
+    )
+    rows = [False, True, False, *([True] if how != "predicted" else [])]
+    assert np.isnan(found.values["reinit"]).tolist() == rows
+    assert np.isnan(found.stderr["reinit"]).tolist() == rows
+    assert found.doubts["reinit"][1] == ("refused",)
+    assert np.isfinite(found.values["skip"]).all()
+    assert np.isfinite(found.values["weight_noise"]).all()
+    assert [n for n in found.notes if "no effect" in n] == [
+        "no effect reinit of '1': '1' (Bare) has parameters but no reset_parameters; pass the weights "
+        "it started from with initial=state_dict"
+    ]
+    assert "refused (reinit)" in str(found)
+    # Draws of weights that are predicted follow one another.
+    without = component_effects(net, batches, kinds=kinds[1:], how=how)
+    for kind in kinds[1 : 2 if how == "predicted" else 3]:
+        assert found.values[kind][:3] == pytest.approx(without.values[kind])
+
+
+def test_it_is_an_error_where_nothing_at_all_can_be_altered():
+    net = with_bare()
+    with pytest.raises(ValueError, match=r"'1' \(Bare\) has parameters but no reset_parameters"):
+        component_effects(net, [normal(40, 4)], kinds=["reinit"], components=["1"])
+    # What the user gives for it is looked at as before.
+    with pytest.raises(ValueError, match="initial has nothing for"):
+        component_effects(net, [normal(40, 4)], kinds=["reinit"], initial={"0.weight": net[0].weight})
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.out = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.out(self.rnn(packed)[1][0])
+
+
+@pytest.mark.parametrize("how", ["measured", "predicted"])
+def test_a_packed_sequence_is_altered_in_its_weights_alone(how):
+    net, lengths = Packed(), torch.arange(60) % 6 + 1
+    batches = list(zip(normal(60, 6, 4).split(20), lengths.split(20), strict=True))
+    kinds = ["skip", "linear", "output_noise", "weight_noise"]
+    found = component_effects(net, batches, kinds=kinds, how=how)
+    known = {kind: np.isfinite(values).tolist() for kind, values in found.values.items()}
+    by_weights = {"weight_noise": [how == "measured", True]}
+    assert known == {kind: [False, True] for kind in kinds[:3]} | by_weights
+    (note,) = [n for n in found.notes if "no effect" in n]
+    assert note.startswith(
+        f"no effect {', '.join(kinds[: 3 if how == 'measured' else 4])} of 'rnn': 'rnn' gave"
+    )
+    alone = component_effects(net, batches, components=["out"], kinds=kinds, how=how)
+    for kind in kinds[:2]:
+        assert found.values[kind][1] == pytest.approx(alone.values[kind][0])
+
+
+class Masked(nn.Module):
+    """Computes on nested tensors in eval mode, as encoders of torch do with a mask."""
+
+    def __init__(self, pools_all: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.1)
+        self.embed, self.encoder = nn.Linear(6, 16), nn.TransformerEncoder(layer, 2)
+        self.out, self.pools_all = nn.Linear(16, 2), pools_all
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        padding = torch.arange(x.shape[1]) >= lengths[:, None]
+        h = self.encoder(self.embed(x), src_key_padding_mask=padding)
+        if self.pools_all:
+            return self.out(h.mean(1))
+        return self.out(h.masked_fill(padding[..., None], 0).sum(1) / lengths[:, None])
+
+
+@NESTED
+def test_layers_on_nested_tensors_are_altered_as_on_padded_ones():
+    net = Masked().eval()
+    x, lengths = normal(96, 5, 6), torch.arange(96) % 4 + 2
+    batches = list(zip(x.split(32), lengths.split(32), strict=True))
+    found = component_effects(net, batches)
+    assert found.components == ("embed", "encoder.layers.0", "encoder.layers.1", "out")
+    assert found.notes == ()
+    with torch.no_grad():
+        # Without one layer, by an encoder that has the other alone.
+        own = net(x, lengths)
+        for i in range(2):
+            other = Masked().eval()
+            other.encoder.layers = nn.ModuleList([net.encoder.layers[1 - i]])
+            altered = other(x, lengths)
+            expected = (altered - own).square().sum() / (own - own.mean(0)).square().sum()
+            assert found.values["skip"][1 + i] == pytest.approx(float(expected), rel=1e-4)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@NESTED
+def test_where_padding_counts_in_the_outputs_it_is_said():
+    x, lengths = normal(64, 5, 6), torch.arange(64) % 4 + 2
+    found = component_effects(Masked(pools_all=True).eval(), [(x, lengths)])
+    assert "mask positions where they are pooled" in found.notes[-1]
+
+
+class Jagged(nn.Module):
+    """Makes a nested tensor itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = enumerate(self.embed(x).unbind())
+        nested = torch.nested.as_nested_tensor([row[: 1 + i % 3] for i, row in rows])
+        return self.out(torch.nested.to_padded_tensor(self.inner(nested), 0.0, (len(x), 3, 4)).sum(1))
+
+
+@NESTED
+def test_nested_tensors_of_somebodys_own_have_no_number_and_a_note():
+    batches = list(normal(60, 3, 4).split(20))
+    found = component_effects(Jagged(), batches, kinds=["skip", "output_noise"])
+    assert np.isnan(found.values["skip"]).tolist() == [False, True, False]
+    assert "'inner' gave a nested tensor" in found.notes[-1]
+
+
+class Factors(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item = nn.Embedding(9, 4), nn.Embedding(7, 4)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return (self.user(user) * self.item(item)).sum(1, keepdim=True)
+
+
+def test_embeddings_alone_are_altered_by_name():
+    batches = [(torch.arange(63) % 9, torch.arange(63) % 7)]
+    for parts in (
+        lambda: component_effects(Factors(), batches),
+        lambda: altered_parts(credit_report(Factors(), batches)),
+    ):
+        with pytest.raises(ValueError, match="no component reads another one, so the chain has none"):
+            parts()
+    found = component_effects(Factors(), batches, components=["user", "item"])
+    assert (found.values["skip"] > 0).all()
+
+
+class Unrolled(nn.Module):
+    """Gives one output per step of time, along the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.last(torch.tanh(self.first(x) * (t + 1) / 3)) for t in range(6)])
+
+
+@pytest.mark.parametrize("size", [50, 60])
+def test_outputs_with_time_in_front_are_named_as_what_is_turned(size):
+    batches = list(normal(120, 8).split(size))
+    with pytest.raises(ValueError, match=rf"\(6, {size}, 4\), and components give {size} samples"):
+        component_effects(Unrolled(), batches)
+    turned = component_effects(Unrolled(), batches, forward_fn=lambda m, b: m(b).transpose(0, 1))
+    assert np.isfinite(turned.values["skip"]).all()

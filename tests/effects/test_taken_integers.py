@@ -1,0 +1,82 @@
+"""Integers that the network is called with (lengths, times, ids) are no targets; others are."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman import component_effects, drop_order
+from lightning_koopman.callback.recorded_effects import labels_in
+from lightning_koopman.effects.targets import TargetSearch
+
+
+class Timed(nn.Module):
+    """Takes an integer beside its input, as many values of it as it has outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.first(x)) * (1 + t[:, None])))
+
+
+X = torch.randn(120, 5, generator=torch.Generator().manual_seed(0))
+T = torch.randint(0, 4, (120,), generator=torch.Generator().manual_seed(1))
+
+
+def split(*parts: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(part.split(40) for part in parts), strict=True))
+
+
+def test_the_label_behind_a_length_is_the_target():
+    net = Timed()
+    right = net(X, T).argmax(1)
+    label = torch.where(torch.arange(120) < 90, right, (right + 1) % 4)
+    found = component_effects(net, split(X, T, label))
+    assert (found.scale, found.metric_before, found.notes) == ("kl", 0.75, ())
+    order = drop_order(net, split(X, T, label), max_drop=1.0)
+    assert (order.scale, order.metric_before, order.notes) == ("kl", 0.75, ())
+
+
+@pytest.mark.parametrize("more", [(), (torch.randn(120, 4),)], ids=["nothing", "numbers"])
+def test_without_labels_there_is_no_accuracy_and_no_word_of_classes(more):
+    found = component_effects(Timed(), split(X, T, *more))
+    assert (found.scale, found.metric, found.notes) == ("relative", {}, ())
+
+
+class Losing(Timed):
+    def forward(self, x: Tensor, t: Tensor) -> Any:
+        logits = super().forward(x, torch.zeros_like(t))
+        return logits, nn.functional.cross_entropy(logits, t)
+
+
+def test_labels_that_a_network_takes_for_its_loss_stay_labels():
+    net = Losing()
+    label = net(X, T)[0].argmax(1)
+    found = component_effects(net, split(X, label), forward_fn=lambda m, b: m(*b)[0])
+    assert (found.scale, found.metric_before) == ("kl", 1.0)
+
+
+def test_what_was_not_taken_stays_where_it_was():
+    x, y, extra = X[:40], T[:40], torch.arange(40)
+    search = TargetSearch((x, y, extra))
+    search.see_taken((x, {"beside": extra}))
+    assert search.target_of((x, y, extra)) is y
+    search.see_taken([y.double()])
+    assert search.target_of((x, y, extra)) is None
+    tokens = torch.arange(12).view(3, 4)
+    search = TargetSearch([x, tokens])
+    search.see_taken(tokens.clone())
+    assert search.target_of([x, tokens]) is tokens
+    assert TargetSearch({"x": x, "labels": y}).target_of({"x": x, "labels": y}) is y
+    assert TargetSearch(x).target_of(x) is None
+
+
+def test_integers_that_are_kept_of_a_batch_stop_at_other_numbers():
+    x, y = X[:40], T[:40]
+    assert {name: t.tolist() for name, t in labels_in((x, y)).items()} == {"1": y.tolist()}
+    assert list(labels_in((x, y, y, x, y))) == ["1", "2", "3"]
+    assert labels_in((x, y, y, x, y))["3"].numel() == 0

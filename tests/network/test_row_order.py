@@ -1,0 +1,496 @@
+"""Rows that a network sorts, shuffles or turns are those of their samples again, or are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small import wired
+from torch import Tensor, nn
+from torch.nn.functional import dropout, embedding
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from lightning_koopman import credit_report
+from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.row_order import RowOrders
+
+BETWEEN: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {}
+"""How a middle layer is given rows in another order, and what it gives is brought back."""
+
+
+def way(run: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    BETWEEN[run.__name__] = run
+    return run
+
+
+def sorts(x: Tensor) -> Tensor:
+    return x[:, 0].argsort()
+
+
+@way
+def index(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return b(h[p])[p.argsort()]
+
+
+@way
+def index_select(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return b(h.index_select(0, p)).index_select(0, p.argsort())
+
+
+@way
+def gather(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)[:, None].expand_as(h)
+    return b(h.gather(0, p)).gather(0, p.argsort(0))
+
+
+@way
+def scatter(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)[:, None].expand_as(h)
+    return torch.zeros_like(h).scatter(0, p, b(h.gather(0, p)))
+
+
+@way
+def index_put(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p, y = sorts(x), torch.empty_like(h)
+    y[p] = b(h[p])
+    return y
+
+
+@way
+def index_add(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return torch.zeros_like(h).index_add(0, p, b(h[p]))
+
+
+@way
+def index_copy(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return torch.zeros_like(h).index_copy_(0, p, b(h[p]))
+
+
+@way
+def embedded(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return embedding(p.argsort(), b(embedding(p, h)))
+
+
+@way
+def flip(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.flip(0)).flip(0)
+
+
+@way
+def roll(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.roll(1, 0)).roll(-1, 0)
+
+
+@way
+def slices(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    z = b(torch.cat([h[-7:], h[:-7]]))
+    return torch.cat([z[7:], z[:7]])
+
+
+@way
+def single_rows(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order = sorted(range(len(x)), key=x[:, 0].tolist().__getitem__)
+    z = b(torch.stack([h[i] for i in order])).unbind()
+    return torch.stack([z[order.index(i)] for i in range(len(x))])
+
+
+@way
+def never_back(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h[sorts(x)])
+
+
+@way
+def sorted_twice(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h[sorts(x)][x[:, 1].argsort()])
+
+
+@way
+def at_random(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h[torch.randperm(len(h))])
+
+
+def network(between: Callable[[nn.Module, Tensor, Tensor], Tensor], width: int = 4) -> Any:
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.c(between(m.b, m.a(x), x))
+
+    torch.manual_seed(0)
+    return wired(run, a=nn.Linear(4, width), b=nn.Linear(width, width), c=nn.Linear(width, 4))
+
+
+def plain(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h)
+
+
+def samples(n: int = 300) -> Tensor:
+    return torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_a_linear_layer_is_linear_in_whatever_order_its_rows_are(between):
+    # The last batch is smaller than the others.
+    model, batches = network(between), samples().split(64)
+    report = credit_report(model, batches)
+    expected = credit_report(network(plain), batches)
+    assert report.r2[1:] == pytest.approx(1, abs=1e-6)
+    assert report.credit == pytest.approx(expected.credit, abs=1e-5)
+    assert report.notes == expected.notes
+    # By hand: the last two layers are square matrices.
+    weights = [torch.linalg.slogdet(part.weight.double())[1].item() for part in (model.b, model.c)]
+    assert report.gain[1:] == pytest.approx([w / 4 for w in weights], abs=1e-3)
+
+
+def by_halves(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    m = x[:, 0] > 0
+    z, y = b(torch.cat([h[m], h[~m]])), torch.empty_like(h)
+    y[m], y[~m] = z[: m.sum()], z[m.sum() :]
+    return y
+
+
+def by_buffer(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    m, y = x[:, 0] > 0, torch.empty_like(h)
+    y[: m.sum()], y[m.sum() :] = h[m], h[~m]
+    return b(y)
+
+
+def by_masks(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    m = x[:, :1] > 0
+    z = b(torch.cat([h[m[:, 0]], h[~m[:, 0]]]))
+    z, w = z.split([int(m.sum()), int((~m).sum())])
+    return torch.zeros_like(h).masked_scatter(m, z).masked_scatter(~m, w)
+
+
+def by_values(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    v, p = x[:, 0].sort()
+    return b(h[p] + v[:, None])[p.argsort()]
+
+
+@pytest.mark.parametrize("between", [by_halves, by_buffer, by_masks, by_values])
+@pytest.mark.parametrize("first", ["mixed", "sorted"])
+def test_rows_that_their_values_chose_are_those_of_their_samples(between, first):
+    """Also where they say nothing in the first batch, and are in order there."""
+    x = samples()
+    if first == "sorted":
+        head = x[:64]
+        x = torch.cat([head[head[:, 0].argsort(descending=between is not by_values)], x[64:]])
+    report = credit_report(network(between), x.split(64))
+    assert report.r2[1:] == pytest.approx(1, abs=1e-6)
+    assert not any("dead" in note for note in report.notes)
+
+
+def recurrent(kind: Callable[..., nn.Module], first: bool, takes: str, by_hand: bool) -> Any:
+    """A network on sequences of unlike lengths, which sorts its batch itself or lets torch do so."""
+
+    def run(m: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+        e = m.emb(x)
+        if by_hand:
+            lengths, p = lengths.sort(descending=True, stable=True)
+            e = e[p]
+        e = e if first else e.transpose(0, 1)
+        packed = pack_padded_sequence(e, lengths, batch_first=first, enforce_sorted=by_hand)
+        out, state = m.rnn(packed)
+        state = state[0] if kind is nn.LSTM else state
+        z = state[-1]
+        if takes == "outputs":
+            out, lengths = pad_packed_sequence(out, batch_first=first)
+            z = out.sum(1 if first else 0) / lengths[:, None]
+        z = m.mid(z)
+        return m.out(z[p.argsort()] if by_hand else z)
+
+    torch.manual_seed(0)
+    rnn = kind(4, 8, 2, batch_first=first)
+    return wired(run, emb=nn.Linear(3, 4), rnn=rnn, mid=nn.Linear(8, 6), out=nn.Linear(6, 2))
+
+
+# With batches of eight, several steps of few sequences have as many rows as there are samples.
+@pytest.mark.parametrize("size", [40, 8])
+@pytest.mark.parametrize("takes", ["state", "outputs"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_sequences_sorted_by_hand_are_those_that_torch_sorts(kind, first, takes, size):
+    draw = torch.Generator().manual_seed(2)
+    x, lengths = torch.randn(160, 5, 3, generator=draw), torch.randint(1, 6, (160,), generator=draw)
+    batches = list(zip(x.split(size), lengths.split(size), strict=True))
+    report, expected = (
+        credit_report(recurrent(kind, first, takes, by), batches) for by in (True, False)
+    )
+    assert report.components == expected.components
+    assert report.r2 == pytest.approx(expected.r2, abs=1e-4)
+    assert report.credit == pytest.approx(expected.credit, abs=1e-3)
+    assert report.notes == expected.notes
+    assert report.r2[-1] > 1 - 1e-6
+
+
+@pytest.mark.parametrize("how", ["embedding", "index"])
+def test_what_a_table_holds_is_in_the_order_of_the_numbers(how):
+    def run(m: nn.Module, ids: Tensor, x: Tensor) -> Tensor:
+        p = x[:, 0].argsort()
+        e = m.table.weight[ids[p]] if how == "index" else m.table(ids[p])
+        return m.c(torch.cat([m.a(e), m.b(x[p])], 1))
+
+    torch.manual_seed(0)
+    parts = {"table": nn.Embedding(40, 4), "a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    x, ids = samples(), torch.arange(300) % 40
+    batches = list(zip(ids.split(60), x.split(60), strict=True))
+    report = credit_report(wired(run, **parts, c=nn.Linear(8, 3)), batches)
+    assert report.r2[-1] == pytest.approx(1, abs=1e-6)
+
+
+MEETS = "rows of several samples meet in {}, and operators see one of them, so what the others do counts"
+
+
+@pytest.mark.parametrize("how", ["beside", "added", "nearest"])
+def test_rows_of_several_samples_are_told_where_they_meet(how):
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        other = h.roll(1, 0)
+        if how == "nearest":
+            other = h[(torch.cdist(h, h) + 1e9 * torch.eye(len(h))).argmin(1)]
+        return m.c(m.b(torch.cat([h, other], 1) if how == "beside" else torch.cat([h + other, h], 1)))
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(8, 6), c=nn.Linear(6, 3))
+    report = credit_report(model, samples().split(64))
+    # What is behind reads rows that each have their place, and is not named.
+    assert [note for note in report.notes if note.startswith("rows of")] == [
+        MEETS.format("b") + " as unexplained and as nonlinear"
+    ]
+    assert report.r2[1] < 0.95
+    assert report.r2[2] == pytest.approx(1, abs=1e-6)
+
+
+def test_rows_and_rolled_ones_in_one_call_are_two_states_of_each_sample():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x)
+        own, other = m.b(torch.cat([h, h.roll(1, 0)])).chunk(2)
+        return m.c(own - other)
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+    report = credit_report(model, samples().split(64))
+    assert report.r2[1] == pytest.approx(1, abs=1e-6)
+    assert [note for note in report.notes if note.startswith(MEETS.format("c"))]
+
+
+def test_a_mixed_input_is_an_input():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.b(m.a(0.7 * x + 0.3 * x.roll(1, 0)))
+
+    torch.manual_seed(0)
+    report = credit_report(wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), samples().split(64))
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+    assert not [note for note in report.notes if note.startswith("rows of")]
+
+
+def test_rows_drawn_with_replacement_are_left_out_or_told():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.a(x))
+        h = m.b(h[torch.arange(len(h)) // 2]) if m.where == "inside" else m.b(h)
+        return m.c(h if m.where == "inside" else h[torch.arange(len(h)) // 2])
+
+    notes = {}
+    for where in ("inside", "end"):
+        torch.manual_seed(0)
+        model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+        model.where = where
+        notes[where] = credit_report(model, samples().split(50)).notes
+    assert notes["inside"][0] == "without one row for each of 50 samples, so left out: b (50, 4)"
+    assert notes["end"][0].startswith(MEETS.format("c"))
+
+
+def test_an_input_of_drawn_rows_is_an_input():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.b(m.a(x[torch.arange(len(x)) // 2]))
+
+    torch.manual_seed(0)
+    report = credit_report(wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), samples().split(50))
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+    assert not [note for note in report.notes if "rows" in note or "row for" in note]
+
+
+def test_positions_turned_back_to_front_stay_where_they_are():
+    """Along other axes than that of the samples, nothing is undone."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x).transpose(0, 1)
+        return m.c(m.b(h.flip(0) if m.turned else h).transpose(0, 1))
+
+    x = torch.randn(200, 7, 4, generator=torch.Generator().manual_seed(1))
+    reports = []
+    for turned in (True, False):
+        torch.manual_seed(0)
+        rnn = nn.RNN(4, 4)
+        model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3), rnn=rnn)
+        model.turned = turned
+        reports.append(credit_report(model, x.split(20), components=["a", "b", "c"], reduce="last"))
+    # The last position of one is made of the first of the other.
+    assert reports[1].r2 == pytest.approx(1, abs=1e-6)
+    assert reports[0].r2[1] < 0.1
+
+
+def step(draw: torch.Generator, t: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Put rows in another order, in one of many ways; ``key`` goes with them and decides."""
+    n, how = len(t), int(torch.randint(12, (), generator=draw))
+    p = torch.randperm(n, generator=draw)
+    k = int(torch.randint(1, n, (), generator=draw))
+    both = torch.cat([t, key[:, None]], 1)
+    if how == 0:
+        both = both[p]
+    elif how == 1:
+        both = both.flip(0)
+    elif how == 2:
+        both = both.roll(k, 0)
+    elif how == 3:
+        both = torch.cat([both[k:], both[:k]])
+    elif how == 4:
+        m = both[:, 1] > 0
+        both = torch.cat([both[m], both[~m]])
+    elif how == 5:
+        both = torch.zeros_like(both).index_add(0, p, both)
+    elif how == 6:
+        parts = both.split([k, n - k])
+        both = torch.empty_like(both)
+        both[p[:k]], both[p[k:]] = parts
+    elif how == 7:
+        new = torch.empty_like(both)
+        new[k:], new[:k] = both[: n - k], both[n - k :]
+        both = new
+    elif how == 8:
+        both = torch.stack(both.unbind()[::-1])
+    elif how == 9:
+        both = both.unsqueeze(0).expand(3, -1, -1)[:, p].transpose(0, 1)[:, 1]
+    elif how == 10:
+        new = torch.empty_like(both)
+        for i in range(n):
+            new[p[i] if k % 2 else int(p[i])] = both[i]
+        both = new
+    else:
+        both = both.t().clone().t()[both[:, 1].argsort()].sin().asin()
+    return both[:, :-1], both[:, -1]
+
+
+# The last: what was cut into equal parts before is cut into others.
+@pytest.mark.parametrize("seed", [*range(60), 1231])
+def test_orders_are_those_of_rows_that_carry_their_own_numbers(seed):
+    draw = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(4, 30, (), generator=draw))
+    # Small, so that a round trip through the sine changes nothing.
+    numbers = torch.arange(n) / 100
+    x = torch.cat([numbers[:, None], torch.randn(n, 1, generator=draw).clamp(-1, 1)], 1)
+    flow = DataFlow(origins=True)
+    flow.label(x, "batch:0")
+    with flow:
+        t, key = x, x[:, 1]
+        for _ in range(int(torch.randint(1, 6, (), generator=draw))):
+            t, key = step(draw, t, key)
+        t = t * 1
+    assert flow.error is None
+    order = flow.orders(t).get(n)
+    rows = torch.arange(n) if order is None else order.filled()
+    assert order is None or (order.base == n and not order.mixed)
+    assert rows.tolist() == (t[:, 0] * 100).round().long().tolist()
+
+
+def test_what_no_longer_tells_the_order_ends_the_measurement(monkeypatch):
+    passes, begin = [], DataFlow.__enter__
+
+    def enter(self: DataFlow) -> DataFlow:
+        passes.append(self)
+        return begin(self)
+
+    def follow(self: RowOrders, *given: Any) -> Any:
+        if len(passes) > 1:
+            raise RuntimeError("no order")
+        return own(self, *given)
+
+    own = RowOrders.follow
+    monkeypatch.setattr(DataFlow, "__enter__", enter)
+    monkeypatch.setattr(RowOrders, "follow", follow)
+    with pytest.raises(RuntimeError, match="no order"):
+        credit_report(network(index), samples().split(64))
+
+
+def test_later_passes_are_followed_only_where_rows_are_in_another_order(monkeypatch):
+    passes, begin = [], DataFlow.__enter__
+
+    def enter(self: DataFlow) -> DataFlow:
+        passes.append(self)
+        return begin(self)
+
+    monkeypatch.setattr(DataFlow, "__enter__", enter)
+    for between, expected in ((plain, 1), (flip, 5)):
+        passes.clear()
+        credit_report(network(between), samples().split(64))
+        assert len(passes) == expected
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_an_experts_share_of_as_many_units_as_samples_is_no_row_per_sample(size):
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.relu(m.inp(x))
+        _, taken = m.gate(h).softmax(1).topk(12, dim=0)
+        both = (m.one(h[taken[:, 0]]), m.two(h[taken[:, 1]]))
+        for i, expert in enumerate(both):
+            h = h.index_add(0, taken[:, i], expert)
+        return m.out(h)
+
+    torch.manual_seed(0)
+    d = 32
+    parts = dict(inp=nn.Linear(4, d), gate=nn.Linear(d, 2), one=nn.Linear(d, d), two=nn.Linear(d, d))
+    model = wired(run, **parts, out=nn.Linear(d, 2))
+    report = credit_report(model, samples(512).split(size))
+    left = f"without one row for each of {size} samples, so left out: one (12, 32), two (12, 32)"
+    assert left in report.notes
+    assert not {"one", "two", "one+two"} & set(report.components)
+
+
+def test_states_with_the_samples_second_are_found_where_modules_have_them_so():
+    class Sums(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            return self.line(h).sum(2)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(6, 6)
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.out(m.sums(m.rnn(x.transpose(0, 1))[0]).t())
+
+    torch.manual_seed(0)
+    model = wired(run, rnn=nn.RNN(3, 6), sums=Sums(), out=nn.Linear(5, 2))
+    x = torch.randn(300, 5, 3, generator=torch.Generator().manual_seed(1))
+    report = credit_report(model, x.split(20), components=["rnn", "sums", "out"])
+    assert report.r2[-1] == pytest.approx(1, abs=1e-6)
+
+
+NOISE = "random numbers go into"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_dropout_that_is_off_draws_nothing_of_nested_tensors_either():
+    def run(m: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+        padding = torch.arange(x.shape[1])[None] >= lengths[:, None]
+        h = m.encoder(m.emb(x), src_key_padding_mask=padding)
+        h = dropout(h, training=True) if m.drops else h
+        return m.out(h.sum(1))
+
+    draw = torch.Generator().manual_seed(1)
+    x, lengths = torch.randn(240, 5, 6, generator=draw), torch.randint(2, 6, (240,), generator=draw)
+    lengths[::40] = 5
+    notes = {}
+    for drops in (False, True):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.1)
+        encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True)
+        model = wired(run, emb=nn.Linear(6, 16), encoder=encoder, out=nn.Linear(16, 2)).eval()
+        model.drops = drops
+        batches = list(zip(x.split(40), lengths.split(40), strict=True))
+        notes[drops] = [n for n in credit_report(model, batches).notes if n.startswith(NOISE)]
+    assert notes[False] == []
+    assert notes[True]
