@@ -101,8 +101,9 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
             self._forget()
             if self.on_error == "raise":
                 raise
+            why = str(error).removesuffix(".") or type(error).__name__
             self._warn_once(
-                f"Koopman credit skipped: {str(error).removesuffix('.')}. Training continues; later "
+                f"Koopman credit skipped: {why}. Training continues; later "
                 "measurements are retried (shown once).",
                 kind="error",
             )

@@ -118,7 +118,7 @@ def weight_sums(trainer: Any, pl_module: Any) -> list[Tensor]:
     held = list(pl_module.parameters())
     for module in pl_module.modules():
         # Others are caches, and integers count: any pass may change them.
-        saved = module._buffers.keys() - module._non_persistent_buffers_set
+        saved = {*module._buffers.keys()} - {*module._non_persistent_buffers_set}
         held += [module._buffers[name] for name in sorted(saved)]
     return [_sums(tensor) for tensor in held if _is_told(tensor)]
 

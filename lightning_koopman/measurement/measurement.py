@@ -83,7 +83,7 @@ class Measurement(Accumulator):
         self._valid: Tensor | None = None
         # Where a state behind others says which positions hold data, rows are made when all have run.
         self._waits_for_lengths = False
-        self._earlier: list[Tensor] = []
+        self._earlier: list[list[Tensor]] = []
         # Sizes of what ran in this pass, and did not run in the first.
         self._others: dict[str, tuple[int, ...]] = {}
         # Shapes of what a call gave, and the first call of its pass; how many calls had other ones, and
@@ -230,21 +230,21 @@ class Measurement(Accumulator):
                 raise
             return
         self._refuse_others(states, rows)
-        first = next(iter(rows.values()))
+        first, *_ = blocks = list(rows.values())
         # A step may call the network twice on the same data, for a loss and for a metric.
-        if any(torch.equal(first, other) for other in self._earlier):
+        if any(all(map(torch.equal, blocks, others)) for others in self._earlier):
             return
         if self._followed is not None and not self.chain.names:
             self._followed.check_widths([block.shape[1] for block in rows.values()])
         before, n_rows = self._told_by, self.n_samples
-        told_by = before if before is not None and len(before) == len(first) else first
+        told_by = first if before is None else torch.cat([before, first[len(before) :]])[: len(first)]
         self.push(rows, self.plan.links, told_by)
         if before is None:
             self._told_by = first
-        elif told_by is before:
+        else:
             self._n_again += self.n_samples - n_rows
         if again:
-            self._earlier.append(first)
+            self._earlier.append(blocks)
 
     def _refuse_others(self, states: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
         """Refuse a pass in which components ran in between that did not run in the first."""
@@ -416,6 +416,9 @@ class Measurement(Accumulator):
 
     def _compare(self, name: str, tensor: Tensor) -> None:
         """Find out whether a state varies that did not in the first batch; a device is not asked."""
+        assert self.plan is not None
+        if name in self.plan.forms:
+            tensor = by_sample(tensor, self.plan.forms[name])
         sample, differs = self._alike.get(name, (tensor[:1].detach().clone(), torch.zeros(())))
         if sample.shape[1:] == tensor.shape[1:]:
             differs = differs.to(tensor.device) + (tensor != sample).any()

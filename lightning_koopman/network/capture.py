@@ -515,8 +515,12 @@ class Capture:
         self, owners: set[int], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
         """Let it belong to a part of a component that is not called as a whole."""
-        if not owners & self._running:
+        # In later passes nobody tells which components run.
+        merged = (id(module), self._calls.get(id(module), 0)) in self._merged
+        if merged if self._passes else not owners & self._running:
             self._on_transparent(module, args, kwargs, output)
+        else:
+            self._count(module)
 
     @_kept_out_of_the_forward
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

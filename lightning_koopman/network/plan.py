@@ -189,7 +189,7 @@ def leave_out_unfit(
             continue
         shape = tuple(record.tensor.shape)
         rows = by_sample(record.tensor, forms[record.name])
-        alike = len(rows) == 1 or not varies(record.tensor)
+        alike = len(rows) == 1 or not varies(rows)
         apart = record.is_idle or alike or shape[0] != n_samples
         if record.ignores_data and n_samples > 1 and apart:
             sources[record.name] = set()
@@ -247,6 +247,9 @@ def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tup
         for source in read:
             readers[source].add(name)
     calls = Counter(_module(name) for name in sources)
+    # What the ends alone read of a module that runs in a loop: an output of each of its steps.
+    last = [name for name in sources if readers[name] and readers[name] <= {*ends}]
+    steps = {m for m, count in Counter(map(_module, last)).items() if count > _MOST_READ}
 
     def joined(*, by_module: bool) -> list[list[str]]:
         alike: dict[Any, list[str]] = {}
@@ -254,6 +257,8 @@ def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tup
             kind: Any = frozenset(readers[name])
             if by_module and calls[_module(name)] > 1:
                 kind = (_module(name), depth[name])
+                if name in last and _module(name) in steps:
+                    kind = (_module(name), "last")
             kind = "input" if not read else "end" if name in ends else kind
             alike.setdefault(kind, []).append(name)
         return list(alike.values())
@@ -271,10 +276,14 @@ def _module(name: str) -> str:
 def _called(group: Sequence[str], ran: Iterable[str], inputs: Collection[str]) -> str:
     """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module.
 
+    Where many are all calls of one module, they are ``module#*``.
     Many inputs, as the steps of a sequence that one cell takes in turn, are the input.
     """
     if len(group) > 2 and all(name in inputs for name in group):
         return _module(group[0])
+    module = _module(group[0])
+    if len(group) > 2 and {name for name in ran if _module(name) == module} == set(group):
+        return f"{module}#*"
     prefix, dot, _ = group[0].rpartition(".")
     while dot and len(group) > 2:
         if {name for name in ran if name.startswith(f"{prefix}.")} == set(group):
@@ -447,6 +456,12 @@ def make_plan(
     plan = Plan(states, names, links, forms, ())
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
     cut = tuple(read[:most] for read, most in zip(links, limits, strict=False))
+    # What nothing would read any more is not left out.
+    known = {p for read in cut for p in read}
+    cut = tuple(
+        (*left, *(p for p in read[len(left) :] if p not in known))
+        for left, read in zip(cut, links, strict=False)
+    )
     notes += _graph_notes(plan, cut, inputs)
     whole = tuple(tuple(r.name for name in group for r in tensors[name]) for group in states)
     # Sorted data may vary in later batches alone.

@@ -1,0 +1,203 @@
+"""Networks called several times on one input, loops with an output per step, parts run elsewhere."""
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_koopman import KoopmanCreditMonitor, credit_report
+
+
+class Neuron(nn.Module):
+    """Keeps what came before, as spiking neurons do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held = self.held * 0.8 + x
+        return torch.sigmoid(8 * (self.held - 1))
+
+
+class Spiking(nn.Module):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.net = nn.Sequential(nn.Linear(8, 16), Neuron(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.net[1].held = 0.0
+        return sum(self.net(x) for _ in range(self.steps)) / self.steps
+
+
+def fit(x: Tensor, y: Tensor) -> float:
+    """Share of the variance that ordinary least squares explain."""
+    design = np.c_[x.double().numpy(), np.ones(len(x))]
+    target = y.detach().double().numpy()
+    left = target - design @ np.linalg.lstsq(design, target, rcond=None)[0]
+    return 1 - (left**2).sum() / ((target - target.mean(axis=0)) ** 2).sum()
+
+
+def test_calls_on_the_same_input_count_where_states_differ():
+    torch.manual_seed(0)
+    net, x = Spiking(4).eval(), torch.randn(800, 8)
+    report = credit_report(net, x.split(100), max_samples=None)
+    assert report.n_samples == 4 * 800
+    assert "2400 of 3200 samples are later calls" in " ".join(report.notes)
+    net.net[1].held, states = 0.0, []
+    states = [net.net[1](net.net[0](x)) for _ in range(4)]
+    expected = fit(x.repeat(4, 1), torch.cat(states))
+    assert report.r2[0] == pytest.approx(expected, abs=0.02)
+    # Calls that give the same again, as for a loss and a metric, count once.
+    plain = Spiking(4).eval()
+    plain.net[1] = nn.Tanh()
+    plain.net[1].held = None
+    assert credit_report(plain, x.split(100), max_samples=None).n_samples == 800
+
+
+class Loop(nn.Module):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.cell, self.out, self.steps = nn.GRUCell(3, 8), nn.Linear(8, 2), steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, outputs = x.new_zeros(len(x), 8), []
+        for t in range(self.steps):
+            h = self.cell(x[:, t], h)
+            outputs.append(self.out(h))
+        return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("steps", [6, 7, 12])
+def test_a_loop_with_an_output_of_each_step_has_a_report(steps: int):
+    torch.manual_seed(0)
+    report = credit_report(Loop(steps).eval(), torch.randn(600, steps, 3).split(200))
+    cells = ["cell", *(f"cell#{t}" for t in range(1, steps))]
+    assert set(cells) < set(report.components)
+    assert ("out#*" in report.components) == (steps > 6)
+    assert np.isfinite(report.credit).all()
+    assert min(report.r2[report.components.index(cell)] for cell in cells) > 0.8
+    if steps > 6:
+        assert f"'out#*' reads {steps} states; the furthest {steps - 6} were left out" in report.notes
+
+
+class ReadTwice(nn.Module):
+    """Two layers read what a loop gave in ten steps, both of them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop, self.a, self.b = Loop(10), nn.Linear(20, 6), nn.Linear(26, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        o = self.loop(x).flatten(1)
+        return self.b(torch.cat([torch.tanh(self.a(o)), o], 1))
+
+
+def test_no_state_is_left_that_nothing_reads():
+    torch.manual_seed(0)
+    net, names = ReadTwice().eval(), ["loop.cell", "loop.out", "a", "b"]
+    report = credit_report(net, torch.randn(600, 10, 3).split(200), components=names)
+    parents = report.reference.parents
+    assert {p for read in parents for p in read} == set(range(len(parents)))
+    assert np.isfinite(report.r2).all()
+
+
+class Lifted(nn.Module):
+    """Has no parameters, and another number of axes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(-2)
+
+
+class Block(nn.Module):
+    """Gives a function of its own beside its output, as hyper-connections do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.linear = Lifted(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor):
+        return torch.tanh(self.linear(self.lift(x).squeeze(-2))), lambda out: self.lift(out)
+
+
+class Connected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), Block()
+        self.branch, self.out = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, add = self.block(self.first(x))
+        return self.out(add(self.branch(h)).squeeze(-2).mean(1))
+
+
+def test_a_part_that_runs_inside_and_outside_its_component_is_told_alike_in_all_batches():
+    torch.manual_seed(0)
+    net, x = Connected().eval(), torch.randn(600, 5, 8)
+    whole, parts = (credit_report(net, x.split(size), max_samples=None) for size in (600, 100))
+    assert parts.components == whole.components
+    assert "branch" in parts.components
+    np.testing.assert_allclose(parts.r2, whole.r2, atol=1e-6)
+
+
+class TimeFirst(nn.Module):
+    """Shows one image in each step of time, which is the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.RNN(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.unsqueeze(0).repeat(4, 1, 1)))
+        return self.c(self.b(h)[0]).mean(0)
+
+
+def test_states_that_repeat_over_time_vary_over_samples():
+    torch.manual_seed(0)
+    report = credit_report(TimeFirst().eval(), torch.randn(400, 8).split(50))
+    assert report.components[0].startswith("a")
+    assert not any("same for every sample" in note for note in report.notes)
+
+
+class Traced(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = torch.jit.trace(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), torch.randn(4, 8))
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.part(x))
+
+    def training_step(self, batch, _):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, _):
+        self.training_step(batch, _)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_part_keeps_no_callback_from_its_report():
+    torch.manual_seed(0)
+    x = torch.randn(200, 8)
+    loader = DataLoader(TensorDataset(x, x[:, :2]), 50)
+    monitor = KoopmanCreditMonitor(figures=False, effects=(), on_error="raise")
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[monitor], **quiet)
+    trainer.fit(Traced(), loader, loader)
+    assert {"net.0", "net.2"} <= set(monitor.report.components)
+
+
+def test_calls_of_unlike_length_are_later_calls_too():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+    for sizes in ((32, 24), (24, 32)):
+        batches = [tuple(torch.randn(size, 8) for size in sizes) for _ in range(8)]
+        report = credit_report(
+            net, batches, forward_fn=lambda m, batch: [m(part) for part in batch], max_samples=None
+        )
+        assert report.n_samples == 8 * sum(sizes)
+        assert f"{8 * sizes[1]} of {8 * sum(sizes)} samples are later calls" in " ".join(report.notes)
