@@ -379,7 +379,8 @@ def _found(
 ) -> tuple[dict[str, tuple[str, ...]], Ends]:
     """Find the components of a network and where it ends, by a pass over the first batch."""
     measurement = Measurement(runner.model, components, DEFAULTS)
-    measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
+    with runner.as_found(runner.batches[0]):
+        measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
     assert measurement.plan is not None
     if not (measurement.parts if components is None else measurement.capture.parts):
         raise ValueError(NONE_TO_ALTER)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -182,14 +183,14 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _ordinary(value: Any) -> Any:
-    """Copy tensors that were made under inference mode, of which autograd would save none."""
+def _ordinary(value: Any, *, copy: bool) -> Any:
+    """Copy tensors that were made under inference mode, of which autograd would save none, or all."""
     if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
+        return value.clone() if copy or value.is_inference() else value
     if isinstance(value, dict):
-        return {name: _ordinary(part) for name, part in value.items()}
+        return {name: _ordinary(part, copy=copy) for name, part in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_ordinary(part) for part in value)
+        return type(value)(_ordinary(part, copy=copy) for part in value)
     return value
 
 
@@ -335,6 +336,7 @@ class ForwardRunner:
         self.notes: list[str] = []
         self.counted_in: nn.Module | None = None
         self.unlike = 0
+        self._writes: bool | None = None
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
             raise ValueError(
@@ -440,10 +442,14 @@ class ForwardRunner:
     ) -> tuple[Any, Sequence[Mapping[HookPoint, Tensor]]]:
         read = list(read)
         batch = to_device(self.batches[number], self._device)
+        as_found: AbstractContextManager[None] = nullcontext()
         if torch.is_grad_enabled():
-            batch = _ordinary(batch)
+            # Backward passes need what was written.
+            batch = _ordinary(batch, copy=self._writes is True)
+        else:
+            as_found = self.as_found(batch)
         points = HookPoints(self.model, read, alter, beside, label, self.counted_in)
-        with random_states_kept(), points:
+        with random_states_kept(), as_found, points:
             seed_all(number)
             points.start_pass()
             given = self.forward_fn(self.model, batch)
@@ -466,6 +472,20 @@ class ForwardRunner:
                     "forward_fn that the report was measured with"
                 )
         return given, points.rounds
+
+    @contextmanager
+    def as_found(self, batch: Any) -> Generator[None, None, None]:
+        """Put back what a pass writes into its batch, which the next one takes again."""
+        tensors = () if self._writes is False else tensors_inside(batch)
+        kept = [(t, t._version, plain(t).detach().clone()) for t in tensors if not t.is_inference()]
+        try:
+            yield
+        finally:
+            written = [(tensor, copy) for tensor, version, copy in kept if tensor._version != version]
+            # What the first pass leaves alone, the others do.
+            self._writes = self._writes or (bool(written) if kept else self._writes)
+            for tensor, copy in written:
+                plain(tensor).detach().copy_(copy)
 
 
 def has_samples(tensor: Tensor) -> bool:
