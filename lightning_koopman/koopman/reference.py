@@ -5,8 +5,8 @@ new states, less the share that an operator fitted to these leaves. Both are hel
 of the reference there is one operator without each fold, and a sample that is in both sets of samples is
 in the same fold of both. What a finite sample adds to the error of an operator is the spread of the
 operators without each fold; it is taken off both shares. So drift is 0 in the mean where the component
-does what it did and the states are distributed as they were, over the same samples or over others, few
-or many.
+does what it did and the states are distributed as they were, over the same samples or over others. With
+others that are few for the width it is below 0, for what is taken off the new share is then too little.
 """
 
 from __future__ import annotations
