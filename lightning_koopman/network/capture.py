@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
@@ -90,6 +90,7 @@ class _Origin(NamedTuple):
         alone: Whether it reads nothing else, for what it takes is recorded as it is.
         draws: Whether random numbers are in it.
         parts: By input that it takes, those that have the same labels.
+        integers: Integers of the batch in it, beside floating-point numbers.
     """
 
     sources: frozenset[str] | None = None
@@ -102,6 +103,7 @@ class _Origin(NamedTuple):
     alone: bool = False
     draws: bool = False
     parts: Mapping[str, frozenset[str]] = MappingProxyType({})
+    integers: Sequence[Tensor] = ()
 
 
 class Capture:
@@ -480,8 +482,9 @@ class Capture:
             if raw and tensor is not None and self._are_beginnings(sources):
                 place = next(i for i, other in enumerate(real) if other is tensor)
                 origin = origin._replace(taken=(place, tensor, detached_copy(tensor)))
-            if tensor is not None and any(is_integer_data(t, tensor) for t in self.inputs.fresh(given)):
-                self.uncounted.append(self._names[id(module)])
+            if tensor is not None:
+                fresh = self.inputs.fresh(given)
+                origin = origin._replace(integers=[t for t in fresh if is_integer_data(t, tensor)])
         self._pending[id(module)] = origin
 
     @_kept_out_of_the_forward
@@ -598,6 +601,10 @@ class Capture:
         if name not in self._sources_of:
             origin = self._pending.get(id(module), _Origin())
             origin = self._in_effect(origin, made)
+            known = self._provenance.exactly(made) is not None
+            reach = (t for t in origin.integers if not known or self._provenance.may_reach(t, made))
+            if origin.from_float and any(True for _ in reach):
+                self.uncounted.append(self._names[id(module)])
             self._sources_of[name] = self._with_mixed_in(name, module, call, origin, tensor)
         origin = self._sources_of[name]
         if self._passes == 0:
@@ -661,9 +668,13 @@ class Capture:
     def _in_effect(self, origin: _Origin, made: Any) -> _Origin:
         """Leave out of what a component was given what did not reach what it made of it."""
         exact = self._provenance.exactly(made)
-        if self._passes or exact is None or not origin.sources or not origin.sources & exact:
+        if self._passes or exact is None or not origin.sources:
             return origin
         raw = self.inputs.unclaimed(made)
+        if not origin.sources & exact:
+            # Such as the integers of a batch alone, where it was given all of the batch.
+            from_batch = raw and not exact
+            return origin._replace(sources=exact, from_float=False, raw=raw) if from_batch else origin
         beside = tuple(each for each in origin.beside if self._provenance.may_reach(each[1], made))
         exact |= {name for name, alike in origin.parts.items() if alike & exact}
         return origin._replace(sources=origin.sources & exact, raw=origin.raw & raw, beside=beside)
