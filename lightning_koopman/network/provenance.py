@@ -332,7 +332,7 @@ class _WatchOfThread(threading.local):
 
     def add(self, flow: DataFlow) -> None:
         if not self.watch.flows and not self._entered:
-            _SUBCLASSES.begin()
+            _SUBCLASSES.begin(self.watch)
             self.watch.__enter__()  # type: ignore[no-untyped-call]
         self.watch.flows.append(flow)
 
@@ -341,7 +341,7 @@ class _WatchOfThread(threading.local):
         self.watch.flows = [other for other in self.watch.flows if other is not flow]
         if not self.watch.flows and self._entered:
             self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            _SUBCLASSES.end()
+            _SUBCLASSES.end(self.watch)
 
 
 _SUBCLASSES = MadeUnwatched()

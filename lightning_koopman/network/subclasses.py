@@ -20,22 +20,24 @@ class MadeUnwatched:
     """
 
     def __init__(self) -> None:
-        self._lock, self._asked = threading.Lock(), 0
-        self._undo: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._askers: set[int] = set()
+        self._undo: dict[type, Callable[[], None]] = {}
 
-    def begin(self) -> None:
-        """Ask for it, once more."""
+    def begin(self, asker: object) -> None:
+        """Let one ask for it; safe where an interrupt kept it from ending."""
         with self._lock:
-            self._asked += 1
-            if self._asked == 1:
-                self._undo = [_patched(kind) for kind in list(_derived(Tensor)) if _makes(kind)]
+            self._askers.add(id(asker))
+            for kind in [kind for kind in _derived(Tensor) if _makes(kind)]:
+                if kind not in self._undo:
+                    self._undo[kind] = _patched(kind)
 
-    def end(self) -> None:
-        """Ask for it no longer."""
+    def end(self, asker: object) -> None:
+        """Let it ask no longer."""
         with self._lock:
-            self._asked -= 1
-            while self._undo and not self._asked:
-                self._undo.pop()()
+            self._askers.discard(id(asker))
+            while self._undo and not self._askers:
+                self._undo.popitem()[1]()
 
 
 def _derived(kind: type) -> Iterator[type]:

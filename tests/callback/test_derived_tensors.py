@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
 from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.subclasses import MadeUnwatched
 
 
 class Made(Tensor):
@@ -29,16 +30,16 @@ class Named(Tensor):
     @classmethod
     def of(cls, x):
         made = x.as_subclass(cls)
-        made.names = ["a", "b"]
+        made.columns = ["a", "b"]
         return made
 
     def __getitem__(self, place):
-        assert self.names
+        assert self.columns
         return super().__getitem__(place)
 
     def clone(self, *args, **kwargs):
         made = super().clone(*args, **kwargs)
-        made.names = self.names
+        made.columns = self.columns
         return made
 
 
@@ -113,7 +114,7 @@ def test_what_a_derived_class_needs_is_not_asked_of_copies():
 
 
 class Wrapped(nn.Module):
-    """Gives a tensor of a derived class, which the next one asks for its names."""
+    """Gives a tensor of a derived class, which the next one asks for its columns."""
 
     def __init__(self, named):
         super().__init__()
@@ -143,3 +144,18 @@ def test_what_stands_in_for_a_derived_tensor_is_one_with_its_attributes():
     expected, found = (component_effects(net, batches, report, kinds) for net in (plain, named))
     for kind in kinds:
         np.testing.assert_array_equal(found.values[kind], expected.values[kind])
+
+
+def test_an_interrupt_leaves_no_maker_patched_for_good():
+    own, made, watch = vars(Made)["__new__"], MadeUnwatched(), object()
+    # The second time, the first had no end.
+    made.begin(watch)
+    made.begin(watch)
+    assert vars(Made)["__new__"] is not own
+    made.end(watch)
+    made.end(watch)
+    assert vars(Made)["__new__"] is own
+    made.begin(watch)
+    assert vars(Made)["__new__"] is not own
+    made.end(watch)
+    assert vars(Made)["__new__"] is own
