@@ -100,7 +100,7 @@ class Measurement(Accumulator):
         # and whether any other differs from it.
         self._varying = frozenset(varying)
         self._alike: dict[str, tuple[Tensor, Tensor]] = {}
-        self._silent: list[str] = []
+        self._silent: list[str] | None = None
         self._skipped: list[str] = []
         self._untraced: str | None = None
         if like is not None:
@@ -183,7 +183,9 @@ class Measurement(Accumulator):
 
     def end_pass(self) -> None:
         """Add up what the capture recorded in the pass that just ended."""
-        self._silent, self._skipped = self.capture.silent, self.capture.skipped
+        silent, self._skipped = self.capture.silent, self.capture.skipped
+        known = silent if self._silent is None else self._silent
+        self._silent = [name for name in known if name in silent]
         # Of the first pass, rows are made when what it was given is forgotten.
         self._valid = valid_positions(self.capture.given) if self._valid is None else self._valid
         states = self.capture.end_pass()

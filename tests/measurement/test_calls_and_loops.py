@@ -191,6 +191,33 @@ def test_a_traced_part_keeps_no_callback_from_its_report():
     assert {"net.0", "net.2"} <= set(monitor.report.components)
 
 
+class Experts(nn.Module):
+    """Sends each sample to one of three layers; those of the last are rare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.experts, self.spare = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.inp(x))
+        kind, given = (x[:, 0] > 0).long() + (x[:, 0] > 1).long(), torch.zeros_like(h)
+        for k, expert in enumerate(self.experts):
+            places = (kind == k).nonzero()[:, 0]
+            if len(places):
+                given = given.index_add(0, places, expert(h[places]))
+        return self.out(h + given)
+
+
+def test_what_ran_in_one_batch_is_not_told_as_never_run():
+    torch.manual_seed(0)
+    x = torch.randn(256, 4)
+    batches = x[x[:, 0].argsort(descending=True)].split(128)
+    assert not (batches[1][:, 0] > 1).any()
+    notes = credit_report(Experts().eval(), batches).notes
+    assert [note for note in notes if "never ran" in note] == ["never ran, so left out: 'spare'"]
+
+
 def test_calls_of_unlike_length_are_later_calls_too():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
