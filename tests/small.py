@@ -36,6 +36,11 @@ def wired(forward: Callable[..., Any], **parts: nn.Module) -> Any:
     return model
 
 
+def around(size: int, forward: Callable[..., Any]) -> Any:
+    """Make a module of a linear layer ``inner``, and of a pass that says what is done with it."""
+    return wired(forward, inner=nn.Linear(size, size))
+
+
 class Both(nn.Module):
     """Gives two tensors, of the widths ``a`` and ``b``."""
 

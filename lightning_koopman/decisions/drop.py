@@ -179,10 +179,8 @@ def drop_order(
         swaps = _droppable(runner, calls, refused)
         order, remaining, unknown = _order(runner, outputs, swaps, max_drop, steps)
         before = cost_of(runner)
-    fields = as_fields(order, outputs)
-    fields["notes"] = (*fields["notes"], *told_apart(unknown, "dropped"))
     return DropOrder(
-        **fields,
+        **as_fields(order, outputs, told_apart(unknown, "dropped")),
         cost_before=before,
         candidates=tuple(swaps),
         refused=refused,

@@ -226,10 +226,8 @@ def linearize(
         before = cost_of(runner)
         swaps = [] if not steps else maps.swaps(search.groups(search.chosen))
         seconds, slower = _compare_times(runner, swaps)
-    fields = as_fields(steps, search.outputs)
-    fields["notes"] = (*fields["notes"], *told_apart(search.unknown, "linear"))
     found = Linearized(
-        **fields,
+        **as_fields(steps, search.outputs, told_apart(search.unknown, "linear")),
         cost_before=before,
         candidates=tuple(name for name in calls if name not in refused),
         refused=refused,

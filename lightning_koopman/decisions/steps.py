@@ -209,8 +209,8 @@ class Steps(JupyterMixin):
         return as_text(self)
 
 
-def as_fields(steps: Sequence[Step], outputs: Outputs) -> dict[str, Any]:
-    """Return what was measured step by step as fields of :class:`Steps`."""
+def as_fields(steps: Sequence[Step], outputs: Outputs, notes: Iterable[str]) -> dict[str, Any]:
+    """Return what was measured step by step as fields of :class:`Steps`, with ``notes`` on it."""
     measured = np.array([step.measured for step in steps]).reshape(-1, len(Measured._fields))
     names = ("effect", "effect_stderr", "metric", "metric_stderr")
     return {
@@ -220,7 +220,7 @@ def as_fields(steps: Sequence[Step], outputs: Outputs) -> dict[str, Any]:
         "costs": tuple(step.cost for step in steps),
         "scale": outputs.scale,
         "n_samples": outputs.n_samples,
-        "notes": outputs.notes,
+        "notes": (*outputs.notes, *notes),
     }
 
 

@@ -33,18 +33,15 @@ def kl_divergence(original: Tensor, altered: Tensor, axis: int = 1) -> Tensor:
         >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]])).tolist()
         [0.0]
     """
-    p, q = (logits.movedim(axis, -1) for logits in (original, altered))
-    rows = [logits.reshape(-1, logits.shape[-1]) for logits in (p, q)]
-    parts = zip(*(torch.split(part, rows_at_once(part)) for part in rows), strict=True)
-    return torch.cat([_divergence(*part) for part in parts]).view(p.shape[:-1])
+    return _over_classes(_divergence, axis, original, altered)
 
 
-def _over_classes(outputs: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+def _over_classes(function: Callable[..., Tensor], axis: int, *outputs: Tensor) -> Tensor:
     """Apply a function to rows of classes, a few at once; what comes back has no axis of classes."""
-    moved = outputs.movedim(axis, -1)
-    rows = moved.reshape(-1, moved.shape[-1])
-    parts = torch.split(rows, rows_at_once(rows))
-    return torch.cat([function(part) for part in parts]).view(moved.shape[:-1])
+    moved = [each.movedim(axis, -1) for each in outputs]
+    rows = [each.reshape(-1, each.shape[-1]) for each in moved]
+    parts = zip(*(torch.split(part, rows_at_once(part)) for part in rows), strict=True)
+    return torch.cat([function(*part) for part in parts]).view(moved[0].shape[:-1])
 
 
 def _divergence(original: Tensor, altered: Tensor) -> Tensor:
@@ -308,7 +305,7 @@ class Outputs:
         """Refuse outputs that no others compare with; a logit of minus infinity rules out its class."""
         for batch, output in enumerate(self._outputs):
             if self.scale == "kl":
-                sums = _over_classes(output, self._axis, lambda rows: rows.double().logsumexp(1))
+                sums = _over_classes(lambda rows: rows.double().logsumexp(1), self._axis, output)
                 known = bool(self._counted(batch, sums).isfinite().all())
             else:
                 known = all(bool(output[place].isfinite().all()) for place in chunks(output))
@@ -326,7 +323,7 @@ class Outputs:
         def off(rows: Tensor) -> Tensor:
             return torch.maximum((rows.double().sum(1) - 1).abs(), -rows.double().amin(1))
 
-        sums = [_over_classes(output, self._axis, off) for output in self._outputs]
+        sums = [_over_classes(off, self._axis, output) for output in self._outputs]
         rounding = max(1e-4, 4 * torch.finfo(self._outputs[0].dtype).eps)
         return all(bool((self._counted(k, each) <= rounding).all()) for k, each in enumerate(sums))
 

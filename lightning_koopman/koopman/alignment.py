@@ -133,8 +133,8 @@ def _align(
         others = {*needed, nearest}
         between = {
             **{(a, b): between[a, b] for a in others for b in others},
-            **{(state, c): triangle @ between[unit, c] for c in others},
-            **{(c, state): between[c, unit] @ inverse for c in others},
+            **{(state, c): _times(triangle, between[unit, c], identity) for c in others},
+            **{(c, state): _times(between[c, unit], inverse, identity) for c in others},
             (state, state): identity,
         }
         if solved is None:
@@ -148,6 +148,13 @@ def _align(
     back = range(last + 1)
     parts = tuple(bases[i] for i in back), tuple(aligned[::-1]), tuple(factors[i] for i in back)
     return (*parts, torch.stack(volumes[::-1])), range(rank), 0
+
+
+def _times(left: Tensor, right: Tensor, identity: Tensor) -> Tensor:
+    """Multiply, but for the identity: in a chain without skips that is all there is between states."""
+    if right is identity:
+        return left
+    return right if left is identity else left @ right
 
 
 def _in_best_units(

@@ -601,9 +601,7 @@ class Capture:
         if name not in self._sources_of:
             origin = self._pending.get(id(module), _Origin())
             origin = self._in_effect(origin, made)
-            known = self._provenance.exactly(made) is not None
-            reach = (t for t in origin.integers if not known or self._provenance.may_reach(t, made))
-            if origin.from_float and any(True for _ in reach):
+            if origin.from_float and any(self._may_read(t, made) for t in origin.integers):
                 self.uncounted.append(self._names[id(module)])
             self._sources_of[name] = self._with_mixed_in(name, module, call, origin, tensor)
         origin = self._sources_of[name]
@@ -678,6 +676,10 @@ class Capture:
         beside = tuple(each for each in origin.beside if self._provenance.may_reach(each[1], made))
         exact |= {name for name, alike in origin.parts.items() if alike & exact}
         return origin._replace(sources=origin.sources & exact, raw=origin.raw & raw, beside=beside)
+
+    def _may_read(self, tensor: Tensor, made: Any) -> bool:
+        """Check whether a tensor that a component was given may be in what it made."""
+        return self._provenance.exactly(made) is None or self._provenance.may_reach(tensor, made)
 
     def _with_mixed_in(
         self, name: str, module: nn.Module, call: int, origin: _Origin, output: Tensor

@@ -248,7 +248,7 @@ def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tup
             readers[source].add(name)
     calls = Counter(_module(name) for name in sources)
     # What the ends alone read of a module that runs in a loop: an output of each of its steps.
-    last = [name for name in sources if readers[name] and readers[name] <= {*ends}]
+    last = {name for name in sources if readers[name] and readers[name] <= {*ends}}
     steps = {m for m, count in Counter(map(_module, last)).items() if count > _MOST_READ}
 
     def joined(*, by_module: bool) -> list[list[str]]:

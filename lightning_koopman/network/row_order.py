@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import address_of
+from lightning_koopman.network.tensors import address_of, all_tensors
 
 
 class Order(NamedTuple):
@@ -120,7 +120,7 @@ class RowOrders:
             if not self._of:
                 return ()
             joined = self._joined(reads)
-            found = [(tensor, joined) for tensor in _tensors(out)]
+            found = [(tensor, joined) for tensor in all_tensors(out)]
         places = {address_of(tensor) for tensor in reads}
         for tensor, orders in found:
             written = plain != name or address_of(tensor) not in places
@@ -173,7 +173,7 @@ class RowOrders:
             return None
         if index is None:
             return [(out, self._scrambled(source, axis, name))]
-        indices = list(_tensors(args[1:]))
+        indices = all_tensors(args[1:])
         fixed = name not in ("flip", "roll") and all(map(self._is_fixed, indices))
         are_all = len(index) == source.shape[axis] and _are_different(index)
         if len(indices) == 1 and self._is_data(source) and are_all:
@@ -184,7 +184,7 @@ class RowOrders:
         source, axis = args[0], _argument(args, 1 if name == "slice" else 2, 0)
         if not source.ndim or axis % source.ndim:
             return None
-        size, parts = source.shape[0], list(_tensors(out))
+        size, parts = source.shape[0], all_tensors(out)
         if len(parts) == 1 and len(parts[0]) == size:
             return None
         rows = _places(size, source)
@@ -281,7 +281,7 @@ class RowOrders:
         size = source.shape[0] if source.ndim else 0
         if size < 2 or axis % source.ndim or not self._is_data(source):
             return None
-        known, parts = self.of(source), list(_tensors(out))
+        known, parts = self.of(source), all_tensors(out)
         first = args[2] % size if name == "select" else 0
         before = known.get(size) or Order(_places(size, source), size, moved=False)
         return [
@@ -341,7 +341,7 @@ class RowOrders:
         """Return the orders of what rows were put into."""
         target = args[0]
         if name.endswith(("index_put", "index_put_impl")):
-            indices, source, adds = list(_tensors(args[1])), args[2], bool(_argument(args, 3, False))
+            indices, source, adds = all_tensors(args[1]), args[2], bool(_argument(args, 3, False))
             found = _index_of(target, args[1]) if len(indices) == 1 else None
             axis, places = (None, None) if found is None else found
         else:
@@ -546,14 +546,6 @@ def _places(count: int, like: Tensor) -> Tensor:
 
 def _argument(args: Sequence[Any], place: int, usual: Any) -> Any:
     return args[place] if len(args) > place and args[place] is not None else usual
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        for part in value:
-            yield from _tensors(part)
 
 
 def sample_places(n_rows: int, samples: Tensor, orders: Orders) -> Tensor | None:

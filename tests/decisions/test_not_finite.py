@@ -5,45 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small import around
 from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, drop_order, linearize
 from lightning_koopman.decisions.bits import solve_exactly, summed
 
 
-class Positive(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.softplus(self.inner(x)) + 0.1
-
-
-class Logarithm(nn.Module):
-    """Gives NaN for what the component before it takes, and for what a linear map makes of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.log())
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + 1e-3 * self.inner(x)
-
-
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    parts = (Positive(), Logarithm(), Residual(), Residual(), nn.Linear(8, 3))
-    return nn.Sequential(*parts).eval()
+    positive = around(8, lambda m, x: nn.functional.softplus(m.inner(x)) + 0.1)
+    # Gives NaN for what the component before it takes, and for what a linear map makes of it.
+    logarithm = around(8, lambda m, x: m.inner(x.log()))
+    residual = (around(8, lambda m, x: x + 1e-3 * m.inner(x)) for _ in range(2))
+    return nn.Sequential(positive, logarithm, *residual, nn.Linear(8, 3)).eval()
 
 
 def labelled(net: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from effect_nets import batched, data, mlp
+from small import around
 from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, component_effects, drop_order, linearize
@@ -70,30 +71,11 @@ def test_bits_are_not_chosen_for_a_network_whose_outputs_are_nan():
         bit_widths(net, batches)
 
 
-class Root(nn.Module):
-    """Gives NaN for what is below 0."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.sqrt())
-
-
-class Positive(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x).exp()
-
-
 @pytest.mark.parametrize("scale", ["kl", "relative"])
 def test_an_alteration_that_makes_outputs_nan_has_no_effect_of_0(scale):
     torch.manual_seed(0)
-    net = nn.Sequential(Positive(), Root(), nn.Linear(5, 5), nn.Linear(5, 3)).eval()
+    positive, root = around(5, lambda m, x: m.inner(x).exp()), around(5, lambda m, x: m.inner(x.sqrt()))
+    net = nn.Sequential(positive, root, nn.Linear(5, 5), nn.Linear(5, 3)).eval()
     found = component_effects(net, batched(*data()), scale=scale, sets=[{"0", "2"}], how="both")
     assert np.isnan(found.values["skip"]).tolist() == [True, False, False, False, True]
     assert found.doubts["skip"][0] == found.doubts["skip"][4] == ("infinite",)
