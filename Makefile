@@ -8,6 +8,7 @@ check: ## Lint, formatting and types, as pre-commit and CI run them
 	ruff check .
 	ruff format --check .
 	mypy
+	mypy --config-file benchmarks/mypy.ini
 
 test: ## Quick tests and doctests
 	pytest

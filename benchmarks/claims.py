@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_koopman import KoopmanCredit, Options, fit_operator
 from lightning_koopman.koopman.lifts import fit_lift
+from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
 
 SEEDS = (0, 1, 2)
@@ -61,11 +62,13 @@ class States(Measurement):
 
     def of(self, model: nn.Module, x: Tensor) -> list[Tensor]:
         """Run the model and give its states."""
-        kept: list[Any] = []
-        self.accumulator.take = kept.extend
+        self.kept: list[list[Tensor]] = []
         self.run(model, x.split(250))
-        self.accumulator.flush()
-        return [torch.cat(blocks) for blocks in zip(*(s.states for s in kept), strict=True)]
+        self.flush()
+        return [torch.cat(blocks) for blocks in zip(*self.kept, strict=True)]
+
+    def _sum(self, states: list[Tensor], keys: Tensor) -> None:
+        self.kept.append(states)
 
 
 def resnet() -> nn.Sequential:
@@ -151,10 +154,12 @@ def chain(model: nn.Module, fit_on: Tensor, test_on: Tensor) -> list[tuple[str, 
 
 def leaves(model: nn.Module, x: Tensor) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """R² of every leaf by how many earlier states its operator sees."""
-    states = States(model, max_dim=64)
+    states = States(model, options=Options(max_dim=64))
     given = states.of(model, x)
     assert states.plan is not None
-    ways = {f"delay {d}": {"options": Options(delay=d)} for d in (1, 3, len(given) - 1)}
+    ways: dict[str, dict[str, Any]] = {
+        f"delay {d}": {"options": Options(delay=d)} for d in (1, 3, len(given) - 1)
+    }
     ways["links found"] = {"links": states.plan.links}
     found = {}
     for way, options in ways.items():
@@ -291,8 +296,8 @@ samples.
 {goals}
 ## The ResNet, state by state
 
-State vectors of at most 256 values; operators fitted on the training samples, with the ridge weight that
-their held-out folds choose.
+State vectors of at most {DEFAULTS.max_dim} values; operators fitted on the training samples, with the
+ridge weight that their held-out folds choose.
 
 {detail}
 ## A residual MLP, leaf by leaf

@@ -47,9 +47,9 @@ class Watched(Measurement):
         self.kept: list[list[Tensor]] = []
         self.run(model, data)
 
-    def push(self, rows: Mapping[str, Tensor], links: tuple[tuple[int, ...], ...] = ()) -> None:
+    def push(self, rows: Mapping[str, Tensor], *told: Any, **others: Any) -> None:
         self.kept.append([block.clone() for block in rows.values()])
-        super().push(rows, links)
+        super().push(rows, *told, **others)
 
     def arrays(self) -> list[Array]:
         return [torch.cat(blocks).double().numpy() for blocks in zip(*self.kept, strict=True)]

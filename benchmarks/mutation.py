@@ -134,7 +134,7 @@ def changes(name: str) -> Iterator[Change]:
         is_constant = node in tree.body and isinstance(node, ast.Assign) and is_number
         if not inside and not is_constant:
             continue
-        function = inside or ast.unparse(node.targets[0])
+        function = inside or (ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else "")
         before = module.code_for_node(mutation.original_node).strip()
         after = module.code_for_node(mutation.mutated_node).strip()
         alike[function, before, after] += 1
@@ -191,7 +191,9 @@ def make(change: Change) -> None:
     compiled = compile(change.code, str(file_of(change.module)), "exec")
     function.__code__ = dict(codes(compiled))[change.function]
     node = next(
-        node for node, _, inside in statements(ast.parse(change.code)) if inside == change.function
+        node
+        for node, _, inside in statements(ast.parse(change.code))
+        if inside == change.function and isinstance(node, ast.FunctionDef)
     )
     given = [ast.unparse(default) for default in node.args.defaults]
     function.__defaults__ = tuple(eval(text, vars(module)) for text in given) or None

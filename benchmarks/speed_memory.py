@@ -61,7 +61,7 @@ def probe(kind: str, components: int, width: int, samples: int, folds: int = 5) 
         credit_report(net, batches(), max_samples=None, options=Options(folds=folds))
     else:
         rows = torch.cat(list(batches()))
-        for layer in net:
+        for layer in net.children():
             if isinstance(layer, nn.Linear):
                 LayerConductance(net, layer).attribute(rows, target=0, n_steps=50)
     return peak() - before, time.process_time() - start - (forward if kind == "report" else 0)

@@ -267,7 +267,7 @@ def drift_calls(layout: Layout) -> None:
 def against_conductance() -> dict[str, float]:
     """Captum's conductance of every component at 50 steps against one report, on the same samples."""
     model, rows = mlp().eval(), torch.randn(2048, 64)
-    layers = [part for part in model if isinstance(part, nn.Linear)]
+    layers = [part for part in model.children() if isinstance(part, nn.Linear)]
 
     def conductance() -> None:
         for layer in layers:

@@ -24,7 +24,7 @@ from speed_monitor import table
 from speed_networks import digits, paired, resnet, six_convolutions
 from torch import nn
 
-from lightning_koopman import CreditReport, credit_report
+from lightning_koopman import CreditReport, Options, credit_report
 from lightning_koopman.network.forward_runner import default_forward
 
 WIDTHS = (64, 128, 256)
@@ -91,11 +91,12 @@ def kept() -> str:
                 default_forward(network, batch)
 
         def report(width: int, batches: Data = choose, network: nn.Module = network) -> CreditReport:
-            return credit_report(network, batches, max_samples=1024, max_dim=width)
+            return credit_report(network, batches, max_samples=1024, options=Options(max_dim=width))
 
         reports = {width: (report(width), report(width, test)) for width in WIDTHS}
         for width, (first, second) in reports.items():
-            cost = paired(forward, functools.partial(credit_report, network, choose, max_dim=width), 3)
+            seen = functools.partial(credit_report, network, choose, options=Options(max_dim=width))
+            cost = paired(forward, seen, 3)
             share, widest = np.asarray(first.variance_kept), reports[WIDTHS[-1]][0]
             order = [order_of(getattr(first, number), getattr(widest, number)) for number in NUMBERS]
             rows.append([
