@@ -72,12 +72,18 @@ class _Call:
 
     Attributes:
         direct: Whether ``forward`` itself was called, which fires no hook.
+        idle: Watched modules that did not run within the call, by ``id``.
     """
 
     module: nn.Module
     direct: bool
     args: Any
     kwargs: Any
+    idle: frozenset[int] = frozenset()
+
+    def runs(self, parts: Collection[nn.Module]) -> bool:
+        """Check whether the call runs all of some modules, as far as can be told."""
+        return {*parts} <= {m for m in self.module.modules() if id(m) not in self.idle}
 
 
 @dataclass
@@ -114,7 +120,7 @@ class Step:
     def without_strangers(self, parts: Collection[nn.Module]) -> Step:
         """Leave out calls that have nothing to do with one that runs all parts, if any does."""
         read = [_read_by(call) for call in self.calls]
-        kept = {i for i, c in enumerate(self.calls) if {*parts} <= {*c.module.modules()}}
+        kept = {i for i, call in enumerate(self.calls) if call.runs(parts)}
         before: set[int] = set()
         while kept and kept != before:
             before = set(kept)
@@ -185,6 +191,8 @@ class Recording:
         parts = {id(module) for module in (*components.values(), *between)}
         self._names = {id(m): clean_name(n) or type(m).__name__ for n, m in model.named_modules()}
         self._carriers = list(_carriers(model, parts))
+        self._watched = frozenset(map(id, self._carriers))
+        self._ran: set[int] = set()
         self._ancestor = common_ancestor(model, components.values())
         if getattr(model, "_compiler_ctx", None) is not None:
             self._reason, self._carriers = "the whole module is compiled", []
@@ -295,6 +303,7 @@ class Recording:
         counts = is_wrapped(forward) or forward is self._own.get(id(module))
         if counts and not any(self._inside):
             self._begin(module, args, kwargs, direct=False)
+        self._ran.add(id(module))
         self._inside.append(counts)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -302,9 +311,13 @@ class Recording:
             self._end(output)
 
     def _around(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if any(self._inside):
+        compiled, nested = module._compiled_call_impl is not None, any(self._inside)
+        if not nested:
+            self._begin(module, args, kwargs, direct=not compiled)
+        # Nothing is hung inside compiled modules.
+        self._ran |= {id(m) for m in module.modules()} if compiled else {id(module)}
+        if nested:
             return forward(*args, **kwargs)
-        self._begin(module, args, kwargs, direct=module._compiled_call_impl is None)
         self._inside.append(True)
         try:
             output = forward(*args, **kwargs)
@@ -314,6 +327,7 @@ class Recording:
         return output
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any, *, direct: bool) -> None:
+        self._ran = set()
         try:
             name = self._names[id(module)]
             args, kwargs = self._kept(args, name), self._kept(kwargs, name)
@@ -325,9 +339,10 @@ class Recording:
         try:
             number = len(self._returned)
             self._returned.append(all_tensors(output))
-            module = self._step.calls[number].module
+            call = self._step.calls[number]
+            call.idle = self._watched - self._ran
             # What holds nothing of the network's may be what prepares the data.
-            if self._flow is not None and _holds_tensors(module):
+            if self._flow is not None and _holds_tensors(call.module):
                 self._flow.label(output, f"{number}")
             tensor = None if self.steps else first_tensor(output)
             self._step.outputs.append(None if tensor is None else _copied(tensor))

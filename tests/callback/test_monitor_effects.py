@@ -309,6 +309,51 @@ def test_a_mixture_that_the_network_returns_counts_beside_the_head_at_the_end(tm
     assert found.notes[0].startswith("effects are averaged over 2 outputs, those of net.dec, output#2")
 
 
+class Adversaries(LitNet):
+    """As Lightning's own template has it: ``forward`` is the generator's, the step judges both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict(
+            {
+                "make": nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)),
+                "judge": nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)),
+            }
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net["make"](x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        made, real = self.net["judge"](self(batch[0])), self.net["judge"](batch[1])
+        return nn.functional.softplus(-made).mean() + nn.functional.softplus(real).mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.training_step(batch, batch_idx)
+
+
+def test_calls_beside_a_forward_that_runs_one_part_alone_are_run_again(tmp_path: Any) -> None:
+    """The mean in place of a score takes what this score varies by of what both do."""
+    torch.manual_seed(0)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    x = dataset(seed=1).tensors[0]
+    real = torch.randn(len(x), 8)
+    trainer.fit(Adversaries(), *(DataLoader(TensorDataset(x, real), 80) for _ in range(2)))
+    assert monitor.report is not None
+    found = monitor.report.effects
+    assert found is not None
+    module = trainer.lightning_module.eval()
+    with torch.no_grad():
+        scores = [module.net["judge"](module(x)), module.net["judge"](real)]
+    # Each in units of its own deviation over the first batch.
+    spreads = [float(score.var() / score[:80].var()) for score in scores]
+    skipped = dict(zip(found.components, found.values["skip"], strict=True))
+    for name, spread in zip(("net.judge.2", "net.judge.2#1"), spreads, strict=True):
+        assert skipped[name] == pytest.approx(spread / sum(spreads), rel=1e-4)
+    assert skipped["net.make.0"] > 0
+
+
 class Words(LightningTransformer):
     """Lightning's own language model, whose pass gives a row per word, on sentences that count."""
 
