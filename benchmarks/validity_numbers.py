@@ -141,7 +141,7 @@ def baselines(
 
 
 def reported(network: nn.Sequential, initial: dict[str, Tensor], x: Tensor, labels: Tensor) -> Numbers:
-    """What ``credit_report`` and ``component_effects`` give with the defaults of 0.2.0.
+    """What ``credit_report`` and ``component_effects`` give with their defaults.
 
     Effects are predicted from the first 1000 samples, in batches of 200.
     """
@@ -150,8 +150,7 @@ def reported(network: nn.Sequential, initial: dict[str, Tensor], x: Tensor, labe
     for mode in ("none", "whiten"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few samples, components in doubt
-            # States as wide as they were by default when the page was written.
-            options = Options(normalize=mode, max_dim=256)
+            options = Options(normalize=mode)
             report = credit_report(network, x.split(200), components=names, options=options)
         if report.components != tuple(names):
             raise RuntimeError(f"the report holds components {report.components}, not {names}")
