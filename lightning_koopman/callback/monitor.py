@@ -91,7 +91,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     Where the step runs code of its own between two calls, or a call does not give again what it gave,
     the watched report stands, and its note says why.
 
-    Each fit begins a new :attr:`history`, of reports, and new :attr:`drifts`.
+    Each fit begins a new :attr:`history`, of reports, and new :attr:`drifts`. ``trainer.validate`` adds
+    a report on the weights that it runs with, as complete as the last one of a training;
+    ``trainer.test`` is not watched.
 
     With several processes (``ddp``, ``ddp_fork``, ``ddp_spawn``) the samples of all of them count, each
     once: the moments are summed over the processes, and every one of them gets the same report, which is
@@ -110,14 +112,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
         figures: Whether loggers that take them get figures, a closing table and, in TensorBoard, a run
             per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
-            ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report,
-            and for others as far as 15 % of ``max_overhead`` pay for them, on up to 512 samples of the
-            recorded calls. They are in :attr:`report` and ``<prefix>/<kind>/<component>``. Where every
-            recorded batch holds one integer per sample (as second entry, or under a name such as
-            ``labels``) and these are classes of the outputs (as many as there are outputs, or named by
-            the network more often than chance allows), effects are mean KL divergences in nats, with the
-            accuracy that is lost; otherwise mean squared changes over the outputs' variance.
-            ``report.effects.scale`` says which.
+            ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report of
+            a training and that of ``trainer.validate``, and for others as far as 15 % of
+            ``max_overhead`` pay for them, on up to 512 samples of the recorded calls. They are in
+            :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds one
+            integer per sample (as second entry, or under a name such as ``labels``) and these are
+            classes of the outputs (as many as there are outputs, or named by the network more often than
+            chance allows), effects are mean KL divergences in nats, with the accuracy that is lost;
+            otherwise mean squared changes over the outputs' variance. ``report.effects.scale`` says
+            which.
         drift: Whether each measurement is held against the one before, which tells the components that
             still learn: :attr:`drifts`, and ``<prefix>/drift/<component>``.
         max_overhead: Most time that watching may take, as a share of the time that the training takes
@@ -249,6 +252,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._resuming:
             self.history, self.drifts = [], []
             self._writer.reset()
+        else:
+            self.budget.start(0)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Remember the step that a checkpoint's weights belong to."""
@@ -557,7 +562,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""
         recording = self._recording
-        if self._checked or self._elsewhere or trainer.state.fn != "fit" or recording is None:
+        if self._checked or self._elsewhere or recording is None:
             return
         self._checked = True
         try:
@@ -761,7 +766,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
         With several processes, each of them must call this, whatever became of its report.
         """
-        if not self.effects or trainer.state.fn != "fit":
+        if not self.effects:
             return None, None
         if report is not None:
             self._expect_effects(trainer, report)
@@ -782,7 +787,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         return (pooled(everybody) if everybody else None), why
 
     def _expect_effects(self, trainer: Any, report: CreditReport) -> None:
-        """Let the budget keep back what effects will take at the end, at most a third of all."""
+        """Let the budget keep back what effects will take at the end of a training, at most a third."""
+        if trainer.state.fn != "fit":
+            return
         rows, last = passes(report, self.effects) * SAMPLES, last_step(trainer)
         most = self.budget.allowed(trainer.global_step, last) / 3
         self.budget.expect("effects", min(rows * self._row_s, most))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich import progress
@@ -37,6 +39,7 @@ def report(
     """
     from lightning_koopman.report.files import read_reports, write_reports
 
+    check_writable(out)
     reports = read_reports(file, may_be_empty=False)
     if out is None:
         show_reports(reports)
@@ -103,9 +106,36 @@ def merge(reports: list[str], out: str) -> None:
     """
     from lightning_koopman.report.files import merge_reports, write_reports
 
+    check_writable(out)
     merged = merge_reports(reports)
     write_reports(merged, out)
     Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
+
+
+def check_writable(*paths: str | None, figure: str | None = None) -> None:
+    """Refuse files that could not be written before the work is done that is to be in them."""
+    for path in filter(None, (*paths, figure)):
+        if not (folder := Path(path).parent).is_dir():
+            raise FileNotFoundError(
+                f"{path} cannot be written, for there is no folder {folder}; make it first"
+            )
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} cannot be written, for it is a folder; name a file in it")
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"{path} cannot be written, for no file can be made in {folder} ({error.strerror}); "
+                "name another folder"
+            ) from None
+    if figure is not None and (kind := Path(figure).suffix[1:].lower()):
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        if kind not in (known := FigureCanvasBase.get_supported_filetypes()):
+            raise ValueError(
+                f"{figure} is no figure that can be drawn; end its name in .{', .'.join(known)}"
+            )
 
 
 def say_written(*paths: str | None) -> None:
@@ -189,6 +219,7 @@ def evaluate(
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
     from lightning_koopman.report.files import read_known, write_with_known
 
+    check_writable(out, reference)
     part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if part is None:
         raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n")

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_koopman.cli.commands import say_written
+from lightning_koopman.cli.commands import check_writable, say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained, fit_and_choose
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.report.effects import Kind, Scale
@@ -51,6 +51,7 @@ class Task:
     trust_checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        check_writable(self.out, figure=self.figure)
         found = build_trained(self.model, self.ckpt, self.trust_checkpoint)
         self.network, self.checkpoint = found
         torch.manual_seed(self.seed)  # for loaders that shuffle

@@ -6,7 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from lightning_koopman.cli.commands import say_written
+from lightning_koopman.cli.commands import check_writable, say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained
 
 
@@ -37,7 +37,8 @@ def drift(
     from lightning_koopman.measurement import drift as measurement
     from lightning_koopman.report.reference_file import read_reference
 
-    # Whatever is wrong with it should be known before a model is built.
+    # Whatever is wrong should be known before a model is built.
+    check_writable(out, figure=figure)
     read_reference(reference)
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint, weights)
     batches = build_batches(data, checkpoint.data_hyper_parameters)

@@ -18,7 +18,13 @@ from rich.markup import escape
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from lightning_koopman.decisions.steps import component_calls, find_outputs, is_finite, told_apart
+from lightning_koopman.decisions.steps import (
+    component_calls,
+    explained,
+    find_outputs,
+    is_finite,
+    told_apart,
+)
 from lightning_koopman.decisions.swaps import copied_with
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.replacements import other_matrices, quantized_weights
@@ -46,8 +52,8 @@ class BitWidths(JupyterMixin):
         weights: By component, how many weights have them.
         options: The numbers of bits that there were to choose from.
         average: Bits per weight, over all weight matrices of the components: those that no layer
-            multiplies by (tables, matrices of modules of one's own) keep the bits that they have, and a
-            note says so.
+            multiplies by (tables, matrices of modules that do more than that) keep the bits that they
+            have, and a note says so.
         budget: Bits per weight that were admitted, over those that are rounded.
         effects: Effect on the outputs of giving one component that many bits, the rest of the network as
             it is, shape ``(components, options)``.
@@ -243,8 +249,9 @@ def bit_widths(
         raise ValueError(f"average is {average}, below all of bits={tuple(bits)}; give fewer or more")
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
-        calls, ends = component_calls(runner, report, components)
-        outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        with explained(runner):
+            calls, ends = component_calls(runner, report, components)
+            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
         calls = {name: own for name, own in calls.items() if name not in refused}
         rounded = {option: quantized_weights(model, option, group_size=group_size) for option in options}
         parts, counts = _with_weights(calls, rounded[options[0]])

@@ -19,6 +19,7 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
+    explained,
     failure_with,
     find_outputs,
     is_finite,
@@ -174,8 +175,9 @@ def drop_order(
         raise ValueError(f"steps is {steps}; it must be 1 or above, or None to go by max_drop")
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
-        calls, ends = component_calls(runner, report, components)
-        outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        with explained(runner):
+            calls, ends = component_calls(runner, report, components)
+            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
         swaps = _droppable(runner, calls, refused)
         order, remaining, unknown = _order(runner, outputs, swaps, max_drop, steps)
         before = cost_of(runner)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -22,12 +23,14 @@ from lightning_koopman.decisions.steps import (
     check_max_drop,
     component_calls,
     cost_of,
+    explained,
     failure_with,
     find_outputs,
     is_finite,
     is_within,
     look_at,
     loss_of,
+    refuse_samples,
     told_apart,
 )
 from lightning_koopman.decisions.swaps import (
@@ -54,9 +57,12 @@ _POSITIONS = 64
 _LEAST_RANK = 16
 """Maps of whole tensors are not tried where so few directions need more parameters than before."""
 _SLOWER = 1.02
-"""A network counts as slower beyond this ratio, and beyond twice the error of what was measured."""
-_ERROR_OF_MEDIAN = math.sqrt(math.pi / 2) * 1.4826
-"""Standard error of the median of one normal number, over its median absolute deviation."""
+"""A network counts as slower beyond this ratio, and beyond the error of what was measured."""
+_PASSES = (12, 24, 48)
+"""After how many passes of both networks it is asked which one is slower; the last answer stands."""
+_QUANTILE, _ERRORS = 0.15, 1.8
+"""Times are compared where few passes are shorter, for other work only makes passes longer: within so
+many standard errors of the quantile."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,7 +71,8 @@ class Linearized(Steps):
 
     Attributes:
         model: The new network; all of ``components`` are linear in it.
-        seconds: Median time of one pass over the first batch, before and after.
+        seconds: Time of one pass over the first batch, before and after, on one thread: what few of the
+            passes stay below, for other work on the machine only makes them longer.
         slower: Whether it is slower beyond the error of that.
     """
 
@@ -207,6 +214,8 @@ def linearize(
     check_max_drop(max_drop)
     check_type(NUMBER, variance=variance, budget=budget)
     check_type(INTEGER, max_dim=max_dim, seed=seed)
+    if max_dim < 1:
+        raise ValueError(f"max_dim is {max_dim}; a linear map needs at least one direction of its input")
     if not 0 < variance <= 1:
         raise ValueError(f"variance is {variance}; it must lie above 0 and at most at 1")
     if not 0 <= budget < 1:
@@ -214,9 +223,13 @@ def linearize(
     fit_on, choose_on = _two_parts(batches, fit_batches)
     runner = runner_on(model, choose_on, samples, forward_fn)
     with undisturbed(model):
-        calls, ends = component_calls(runner, report, components)
-        outputs, refused = find_outputs(runner, calls, ends, scale, metric)
-        maps = _Maps(ForwardRunner(model, fit_on, forward_fn), max_dim, variance, seed)
+        with explained(runner, fit_on):
+            calls, ends = component_calls(runner, report, components)
+            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        fitting = ForwardRunner(model, fit_on, forward_fn)
+        with explained(fitting):
+            refuse_samples(fitting, fitting.run_batch(0)[0])
+        maps = _Maps(fitting, max_dim, variance, seed)
         refused = maps.check({n: c for n, c in calls.items() if n not in refused}) | refused
         if components is not None and refused:
             name, why = next(iter(refused.items()))
@@ -552,10 +565,28 @@ def as_component(
 def _measure_of(cost: CostName) -> _Measure:
     """Return what measures the cost that is to be saved."""
     if cost == "seconds":
-        return lambda runner, _: float(np.median([_seconds(runner) for _ in range(10)]))
+        return lambda runner, _: _least_seconds(runner)
     if cost in ("flops", "parameters"):
         return lambda _, found: float(getattr(found, cost))
     raise ValueError(f"cost is {cost!r}; choose 'flops', 'parameters' or 'seconds'")
+
+
+@contextmanager
+def _on_one_thread() -> Generator[None, None, None]:
+    """Compute on one thread: where cores are busy, several wait for each other longer than they work."""
+    threads = torch.get_num_threads()
+    if threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
+
+
+def _least_seconds(runner: ForwardRunner) -> float:
+    with _on_one_thread():
+        return min(_seconds(runner) for _ in range(10))
 
 
 def _seconds(runner: ForwardRunner) -> float:
@@ -567,18 +598,27 @@ def _seconds(runner: ForwardRunner) -> float:
 
 
 def _compare_times(
-    runner: ForwardRunner, swaps: Sequence[LinearComponent], repeats: int = 30
+    runner: ForwardRunner, swaps: Sequence[LinearComponent]
 ) -> tuple[tuple[float, float], bool]:
     """Time both networks in turns, so that both see the same machine; see if the new one is slower."""
-    times = np.empty((2, repeats))
-    for turn in range(repeats):
-        # Whichever runs second finds the caches as the first one left them.
-        for which in (0, 1) if turn % 2 == 0 else (1, 0):
-            with swapped(runner.model, swaps if which else []):
-                times[which, turn] = _seconds(runner)
-    ratios = np.log(times[1] / times[0])
-    # What else the machine does is in some turns only, which hardly move the median.
-    ratio = np.median(ratios)
-    error = _ERROR_OF_MEDIAN * np.median(abs(ratios - ratio)) / math.sqrt(repeats)
-    slower = bool(swaps) and ratio - 2 * error > math.log(_SLOWER)
-    return (float(np.median(times[0])), float(np.median(times[1]))), bool(slower)
+    if not swaps:
+        seconds = _least_seconds(runner)
+        return (seconds, seconds), False
+    times: list[tuple[float, float]] = []
+    with _on_one_thread():
+        for count in _PASSES:
+            while len(times) < count:
+                pair = {}
+                # Whichever runs second finds the caches as the first one left them.
+                for new in (False, True) if len(times) % 2 == 0 else (True, False):
+                    with swapped(runner.model, swaps if new else []):
+                        pair[new] = _seconds(runner)
+                times.append((pair[False], pair[True]))
+            before, after = np.sort(times, axis=0).T
+            middle, error = count * _QUANTILE, _ERRORS * math.sqrt(count * _QUANTILE * (1 - _QUANTILE))
+            low, high = max(0, math.floor(middle - error)), math.ceil(middle + error)
+            slower = after[low] > _SLOWER * before[high]
+            if slower or after[high] < _SLOWER * before[low]:
+                break
+    typical = np.quantile(times, _QUANTILE, axis=0)
+    return (float(typical[0]), float(typical[1])), bool(slower)

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swapped
 from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs
-from lightning_koopman.effects.targets import TargetSearch
+from lightning_koopman.effects.targets import TargetSearch, find_target
 from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1e-12
 """A difference of two accuracies is off by less."""
+
+SINGLE_SAMPLES = (
+    "batches holds single samples, whose first axis would be taken for that of samples; pass "
+    "DataLoader(batches, batch_size=256)"
+)
 
 
 @dataclass(frozen=True)
@@ -254,6 +260,55 @@ def check_max_drop(max_drop: float) -> None:
         raise ValueError(f"max_drop is {max_drop}; it must be 0 or above")
 
 
+@contextmanager
+def explained(runner: ForwardRunner, before: Sequence[Any] = ()) -> Generator[None, None, None]:
+    """Tell what may be wrong with the data, of which ``before`` comes first, where a network fails."""
+    try:
+        yield
+    except Exception as error:
+        first, given = runner.batches[0], [*before, *runner.batches]
+        target = find_target(first)
+        lone = isinstance(error, TypeError) and target is not None and not target.ndim
+        if lone or (_given(runner, first) is None and _given_one(runner) is not None):
+            raise ValueError(SINGLE_SAMPLES) from error
+        if len(given) == 2 and all(isinstance(t, Tensor) and t.ndim for t in given):
+            alike = len(given[0]) == len(given[1]) and given[0].shape != given[1].shape
+            if alike and [_given(runner, t) is None for t in given] == [False, True]:
+                runs, fails = (tuple(t.shape) for t in given)
+                raise ValueError(
+                    f"the network runs on a tensor of shape {runs}, but on one of shape {fails} raised "
+                    f"{type(error).__name__}: {error}; if they are an input and its target, pass "
+                    "[(x, y)], for each would be taken for a batch"
+                ) from error
+        raise
+
+
+def refuse_samples(runner: ForwardRunner, output: Tensor) -> None:
+    """Refuse samples of one axis: a network takes it for features, and gives no row for each of them."""
+    taken = first_tensor(runner.batches[0])
+    if taken is not None and taken.ndim == 1 and len(taken) != len(output):
+        one = _given_one(runner)
+        if one is not None and one.shape == (1, *output.shape):
+            raise ValueError(SINGLE_SAMPLES)
+
+
+def _given(runner: ForwardRunner, batch: Any) -> Tensor | None:
+    """Run the network on another batch; return its outputs, or nothing where it fails."""
+    try:
+        return ForwardRunner(runner.model, [batch], runner.forward_fn).run_batch(0)[0]
+    except Exception:  # other people's code, which failed before
+        return None
+
+
+def _given_one(runner: ForwardRunner) -> Tensor | None:
+    """Run the network as if the first batch were a sample."""
+    try:
+        batch = default_collate(runner.batches[:1])
+    except Exception:  # of kinds that no loader takes
+        return None
+    return _given(runner, batch)
+
+
 def component_calls(
     runner: ForwardRunner, report: CreditReport | None, components: Sequence[str] | None
 ) -> tuple[dict[str, tuple[str, ...]], Ends]:
@@ -300,6 +355,7 @@ def find_outputs(
     outputs: list[Tensor] = []
     for number in runner.until_enough(outputs):
         outputs.append(runner.run_batch(number)[0].detach().cpu())
+    refuse_samples(runner, outputs[0])
     targets = runner.targets_of(outputs, search.target_of)
     known, doubted = only_classes(runner, outputs, targets, scale, metric)
     notes = (*about.notes, *runner.notes, *doubted)

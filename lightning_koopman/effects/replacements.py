@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_koopman.effects.derived_weights import derived_weights
 from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.isolation import undisturbed
 
 _MOST_BITS = 8
 
@@ -18,6 +20,7 @@ _WITH_PRODUCTS = (
     *(nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention),
     *(nn.RNNBase, nn.RNNCellBase),
 )
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 def quantized_weights(
@@ -26,8 +29,10 @@ def quantized_weights(
     """Round the weights of linear, convolutional, attention and recurrent layers to a few bits.
 
     Those are the weight matrices of ``nn.Linear``, ``nn.Bilinear``, convolutions, ``nn.RNN``,
-    ``nn.LSTM``, ``nn.GRU`` and their cells, and ``nn.MultiheadAttention``; biases, embeddings and what
-    other modules hold stay. Symmetric round-to-nearest to integers with one scale per output channel, or
+    ``nn.LSTM``, ``nn.GRU`` and their cells, and ``nn.MultiheadAttention``, and the one matrix of any
+    other module that multiplies by it and may add a bias, whichever way round it is stored (``Conv1D``
+    of transformers): it is called on a few rows to see that. Biases, embeddings and what other modules
+    hold stay. Symmetric round-to-nearest to integers with one scale per output channel, or
     per group of ``group_size`` neighbouring inputs of it, by ``torchao``: what weight-only quantisation
     does before any calibration.
 
@@ -55,8 +60,8 @@ def quantized_weights(
         ) from error
     found = {}
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    for name, weight in _weights(model):
-        rows = weight.flatten(1)
+    for name, weight, turned in _weights(model):
+        rows = weight.T if turned else weight.flatten(1)
         size = rows.shape[1] if group_size is None else group_size
         if size < 1 or rows.shape[1] % size:
             raise ValueError(
@@ -74,8 +79,8 @@ def quantized_weights(
         whole = primitives.quantize_affine(groups, block, scale, zero, torch.int8, lowest, highest)
         again = primitives.dequantize_affine(
             whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=weight.dtype
-        )[:, :size]
-        found[name] = again.reshape(weight.shape)
+        )[:, :size].reshape(rows.shape)
+        found[name] = again.T.contiguous() if turned else again.reshape(weight.shape)
     return found
 
 
@@ -103,7 +108,7 @@ def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
     if not 0 <= amount <= 1:
         raise ValueError(f"amount is {amount}; it is the share of weights to prune, between 0 and 1")
     found = {}
-    for name, weight in _weights(model):
+    for name, weight, _ in _weights(model):
         layer = nn.Module()
         layer.weight = nn.Parameter(weight.clone())
         prune.L1Unstructured.apply(layer, "weight", amount=float(amount))  # type: ignore[no-untyped-call]
@@ -111,23 +116,53 @@ def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
     return found
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Find the matrices of layers that multiply by them, also where they are derived from others."""
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Find the matrices of layers that multiply by them, and whether inputs are along the first axis."""
     for name, module in model.named_modules():
-        if not isinstance(module, _WITH_PRODUCTS):
-            continue
-        derived = derived_weights(module)
-        sources = {f"{key}{end}" for key in derived for end in ("_g", "_v", "_orig")}
-        for key in dict.fromkeys((*module._parameters, *derived)):
-            weight = getattr(module, key, None)
-            if key not in sources and "weight" in key and weight is not None and weight.ndim > 1:
-                yield clean_name(f"{name}.{key}" if name else key), weight.detach()
+        for key, turned in _multiplied(module).items():
+            yield clean_name(f"{name}.{key}" if name else key), getattr(module, key).detach(), turned
+
+
+def _multiplied(module: nn.Module) -> dict[str, bool]:
+    """Find a module's own matrices that it multiplies by, also where they are derived from others."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}
+    derived = derived_weights(module)
+    sources = {f"{key}{end}" for key in derived for end in ("_g", "_v", "_orig")}
+    names = [name for name in dict.fromkeys((*module._parameters, *derived)) if name not in sources]
+    own = {name: weight for name in names if (weight := getattr(module, name, None)) is not None}
+    own = {name: weight for name, weight in own.items() if not is_lazy(weight) and weight.ndim > 1}
+    if isinstance(module, _WITH_PRODUCTS):
+        return {name: False for name in own if "weight" in name}
+    if len(own) != 1 or {*module._modules} - {"parametrizations"} or isinstance(module, _TABLES):
+        return {}
+    ((name, weight),) = own.items()
+    which = next((turned for turned in (False, True) if _is_product(module, weight, turned)), None)
+    return {} if which is None else {name: which}
+
+
+def _is_product(module: nn.Module, weight: Tensor, turned: bool) -> bool:
+    """Check on a few rows whether a module does nothing but multiply by a matrix and add a bias."""
+    if weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    matrix = weight.detach() if turned else weight.detach().T
+    drawn = torch.randn(4, len(matrix), generator=torch.Generator().manual_seed(0))
+    with undisturbed(module):
+        try:
+            rows = drawn.to(matrix)
+            bias = module.forward(torch.zeros_like(rows))
+            given, product = module.forward(rows), rows @ matrix
+            off, size = (given - bias - product).norm(), torch.maximum(product.norm(), bias.norm())
+            near = off <= torch.finfo(weight.dtype).eps ** 0.5 * size
+            return given.shape == product.shape and bool(product.any()) and bool(near)
+        except Exception:  # other people's code, on rows that it was not made for
+            return False
 
 
 def other_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     """Find the matrices that modules hold beside those of layers that multiply by them, each once."""
     held = {id(part): part for module in modules for part in module.modules()}.values()
-    layers = [part for part in held if isinstance(part, _WITH_PRODUCTS)]
+    layers = [part for part in held if _multiplied(part)]
     # What a weight is derived from is in a module of its own, or beside it.
     known = {id(p) for layer in layers for p in layer._parameters.values()}
     lists = [
