@@ -3,10 +3,9 @@ r"""What a network did on some samples, to be held against what it, or another, 
 Per component, drift is the share of variance that the operator of the reference leaves unexplained on
 new states, less the share that an operator fitted to these leaves. Both are held out by the same folds:
 of the reference there is one operator without each fold, and a sample that is in both sets of samples is
-in the same fold of both. What a finite sample adds to the error of an operator is the spread of the
-operators without each fold; it is taken off both shares. So drift is 0 in the mean where the component
-does what it did and the states are distributed as they were, over the same samples or over others. With
-others that are few for the width it is below 0, for what is taken off the new share is then too little.
+in the same fold of both. What a finite sample adds to the error of an operator is read off how far the
+residuals of two operators agree, and taken off both shares. So drift is about 0 in the mean where the
+component does what it did and the states are distributed as they were, over the same samples or others.
 """
 
 from __future__ import annotations
@@ -180,11 +179,13 @@ def unexplained(
     center: Sequence[Tensor],
     operators: Sequence[Tensor],
     means: Sequence[Tensor],
+    n_samples: int,
     own: Sequence[Tensor] | None = None,
 ) -> Shares:
     """Hold the operators of a reference against the moments of new states in its coordinates.
 
-    ``own`` are the operators of the new states, where :func:`fold_operators` found them before.
+    ``n_samples`` is how many samples the reference was measured on. ``own`` are the operators of the
+    new states, where :func:`fold_operators` found them before.
     """
     total = moments.sum(dim=0)
     counts = moments[:, 0]
@@ -198,9 +199,10 @@ def unexplained(
     tests, rest = covariances(layout, moments), covariances(layout, total, without=moments)
     everything = covariances(layout, total)
     count = float(everything.count)
-    # By step: squared errors of old and new operators and the squares that they are of, by fold; what
-    # chance adds to the errors; and the variance of their difference.
-    sums, excess, chance = [], [], []
+    # By step and fold: squared errors of old operators, their products with those of the mean operator,
+    # both of new ones, and the squares that they are of; what all operators leave of all samples; and
+    # the squares of the new mean operator, in the unit of the ridge.
+    sums, wholes, sizes = [], [], []
     for i, read in enumerate(layout.parents[1:], start=1):
         x_old, x_new, x = (torch.cat([m[p] for p in read], 1) for m in (about, rest.means, tests.means))
         old = Affine(operators[i - 1].to(moments), x_old, about[i])
@@ -208,29 +210,37 @@ def unexplained(
         c_xx, c_xy = tests.normal_equations(read, i)
         y, variance = tests.means[i], tests.variances[i].sum(dim=1)
         moved = (y - rest.means[i]).square().sum(dim=1)
-        errors = [operator.errors(c_xx, c_xy, x, y) for operator in (old.of(held), new)]
-        sums.append(tests.count * torch.stack([variance + part for part in (*errors, moved)]))
-        spreads, apart = _over_folds(everything, read, i, (old, new))
-        excess.append(count * torch.tensor(spreads))
-        chance.append(count * apart**0.5)
-    squares, more = torch.stack(sums, dim=2).cpu(), torch.stack(excess, dim=1)
-
-    def shares(errors: Tensor, more: Tensor) -> Tensor:
-        variance = errors[2]
-        return torch.where(variance > 0, (errors[:2] - more) / variance, torch.nan)
-
+        both, c_yx = ((old, old.mean()), (new, new.mean())), c_xy.mT.contiguous()
+        parts = [part for one, mean in both for part in one.of(held).errors(c_xx, c_yx, x, y, mean)]
+        sums.append(tests.count * torch.stack([variance + part for part in (*parts, moved)]))
+        wholes.append([count * part for part in _over_all(everything, read, i, both)])
+        unit, entries = torch.cat([everything.variances[p] for p in read]), both[1][1].entries
+        sizes.append(count * float(unit.sum() * (entries @ entries)) / max(1, len(unit)))
+    squares = torch.stack(sums, dim=2).cpu()
+    folds = [torch.stack(each, dim=1).cpu() for each in zip(*wholes, strict=True)]
+    crossed, squares = squares[[1, 3]].sum(dim=1), squares[[0, 2, 4]]
+    errors = squares[:2].sum(dim=1)
+    lasting = torch.stack([_lasting(*each) for each in zip(errors, crossed, folds, strict=True)])
+    squares[:2] *= lasting[:, None]
     whole, counts = squares.sum(dim=1), moments[:, 0].cpu()
-    left = 1 - counts / counts.sum()
-    value = shares(whole, more)
-    without = shares(whole[:, None] - squares, left[:, None] * more[:, None])
+
+    def shares(errors: Tensor) -> Tensor:
+        return torch.where(errors[2] > 0, errors[:2] / errors[2], torch.nan)
+
+    value, without = shares(whole), shares(whole[:, None] - squares)
     stderr = jackknife(value[0] - value[1], without[0] - without[1], float(counts.sum()), counts)
     # The jackknife above takes operators as given. What their own samples' chance does to the errors is
     # paired by fold too, so that it cancels over samples that are in both.
-    chanced = torch.tensor(chance, dtype=torch.float64) / whole[2]
-    # What was taken off counts as uncertain in full: with a ridge, samples of differing number shrink
-    # the operators differently too, which the spread does not show.
-    correction = (more[0] - more[1]) / whole[2]
-    stderr = (stderr.square() + chanced.square() + correction.square()).sqrt()
+    gaps = [share * each[:-1] for share, each in zip(lasting, folds, strict=True)]
+    if len(gaps[0]) == len(gaps[1]):  # else there is a fold without new samples, and nothing to pair
+        gaps = [gaps[0] - gaps[1]]
+    chanced = torch.stack([(len(gap) - 1) * gap.var(dim=0, correction=0) for gap in gaps]).sum(dim=0)
+    # Where samples are few, a ridge shrinks operators as one of about 1 / lasting times its weight would
+    # with many. What differing numbers of samples make of that is in no share above.
+    few, many = sorted((n_samples, int(total[0])))
+    weights = (1 - few / many) * RIDGE * (1 / lasting[0] - 1 / lasting[1])
+    shrunk = weights * torch.tensor(sizes, dtype=torch.float64)
+    stderr = (stderr.square() + (chanced + shrunk.square()) / whole[2].square()).sqrt()
     return Shares(value[0], value[1], stderr, len(held) - 1)
 
 
@@ -252,12 +262,30 @@ class Affine:
         """Return what each operator makes of a state of its own, or of one and the same."""
         return self.y_means + ((x - self.x_means)[:, None] @ self.matrices)[:, 0]
 
-    def errors(self, c_xx: Tensor, c_xy: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Compute the squared errors per sample, less the variance of the target about its own mean."""
-        # Transposed, for solvers give matrices by columns.
-        rest = torch.baddbmm(c_xy.mT, self.matrices.mT, c_xx, beta=-2)
-        missed = (y - self.at(x)).square().sum(dim=1)
-        return _dots(self.matrices.mT, rest) + missed
+    @property
+    def entries(self) -> Tensor:
+        """All entries, by columns, as solvers give them."""
+        return self.matrices.mT.flatten(-2)
+
+    def mean(self) -> Affine:
+        """Return their mean, as one operator."""
+        x = self.x_means.mean(dim=0)
+        return Affine(self.matrices.mT.mean(dim=0).mT, x, self.at(x).mean(dim=0))
+
+    def errors(
+        self, c_xx: Tensor, c_yx: Tensor, x: Tensor, y: Tensor, mean: Affine
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the squared errors per sample, and the products with those of the mean operator.
+
+        Both are less the variance of the target about its own mean.
+        """
+        matrices = self.matrices.mT
+        rest, fitted = torch.baddbmm(c_yx, matrices, c_xx, beta=-1), _dots(matrices, c_yx)
+        missed = y - self.at(x)
+        also_missed = y - mean.y_means - (x - mean.x_means) @ mean.matrices
+        squares = _dots(matrices, rest) + missed.square().sum(dim=1)
+        products = rest.flatten(1) @ mean.entries + (missed * also_missed).sum(dim=1)
+        return squares - fitted, products - fitted
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
@@ -265,31 +293,38 @@ def _dots(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)])
 
 
-def _over_folds(
-    given: Covariances, read: Sequence[int], i: int, both: Sequence[Affine]
-) -> tuple[list[float], float]:
-    """Compute what chance adds to the errors of old and new operators, and how it moves their gap.
-
-    The first is the summed squared distance of the operators' predictions from their mean; the second
-    the jackknife variance of the gap between the errors, over the folds that the operators leave out.
-    """
+def _over_all(
+    given: Covariances, read: Sequence[int], i: int, pairs: Sequence[tuple[Affine, Affine]]
+) -> list[Tensor]:
+    """Compute the squared errors of operators over all samples, and last that of their mean."""
     c_xx, c_xy = given.normal_equations(read, i)
     x = torch.cat([given.means[p] for p in read])
-    spreads, errors = [], []
-    for operator in both:
-        matrices, at_mean = operator.matrices.mT, operator.at(x)
-        products = matrices @ c_xx
-        squares = _dots(matrices, products)
-        # Σ (K - K̄)ᵀ C (K - K̄) = Σ KᵀCK - n K̄ᵀCK̄
-        spread = squares.sum() - torch.sum(matrices.mean(dim=0) * products.sum(dim=0))
-        spreads.append(float(spread + (at_mean - at_mean.mean(dim=0)).square().sum()))
-        missed = (given.means[i] - at_mean).square().sum(dim=1)
-        errors.append(squares - 2 * matrices.flatten(1) @ c_xy.T.flatten() + missed)
-    if len(errors[0]) != len(errors[1]):
-        # A fold without new samples: nothing to pair.
-        return spreads, float(sum((len(e) - 1) * e.var(correction=0) for e in errors))
-    difference = errors[0] - errors[1]
-    return spreads, float((len(difference) - 1) * difference.var(correction=0))
+    found = []
+    for operator, mean in pairs:
+        matrices, missed = operator.matrices.mT, given.means[i] - operator.at(x)
+        products, fitted = matrices @ c_xx, operator.entries @ c_xy.T.flatten()
+        errors = _dots(matrices, products) - 2 * fitted + missed.square().sum(dim=1)
+        of_mean = (products.flatten(1) @ mean.entries - 2 * fitted).mean()
+        of_mean = of_mean + missed.mean(dim=0).square().sum()
+        found.append(given.variances[i].sum() + torch.cat([errors, of_mean[None]]))
+    return found
+
+
+def _lasting(own: Tensor, crossed: Tensor, whole: Tensor) -> Tensor:
+    """Compute the share of held-out errors that operators of very many samples would leave.
+
+    ``own`` are the errors, ``crossed`` their products with those of the mean operator, and ``whole`` the
+    errors of each operator, and last of the mean one, over all samples.
+    """
+    folds = len(whole) - 1
+    seen = whole[:-1].sum(dim=0) - own
+    # Products of the residuals of two operators, summed over those of which one saw the sample, or both.
+    once = folds * crossed - own
+    both = folds**2 * whole[-1] - own - seen - 2 * once
+    agreement = both / (seen * (folds - 2)) if folds > 2 else once / (seen * own).sqrt()
+    # Less than 0.01 is noise of far too few samples, and the errors of a drift are divided by it.
+    agreement = agreement.nan_to_num(nan=1.0).clamp(0.01, 1)
+    return agreement / (folds - 1 - (folds - 2) * agreement)
 
 
 _ROUNDING = 1e-6

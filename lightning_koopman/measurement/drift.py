@@ -84,7 +84,8 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     """Compute the drift since a reference from what a measurement has added up, without another pass."""
     layout, moments, center = measurement.moments()
     own = measurement.reference().operators
-    shares = unexplained(layout, moments, center, reference.operators, reference.means, own)
+    old = (reference.operators, reference.means, reference.n_samples)
+    shares = unexplained(layout, moments, center, *old, own)
     value = shares.old - shares.new
     return Drift(
         components=reference.components,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,7 +38,8 @@ def shares_of(
 ) -> Shares:
     center = [torch.from_numpy(state.mean(0)) + 0.3 for state in old]
     reference = fold_operators(layout, moments_of(layout, old, old_folds, center), center)
-    return unexplained(layout, moments_of(layout, new, new_folds, center), center, *reference)
+    moments = moments_of(layout, new, new_folds, center)
+    return unexplained(layout, moments, center, *reference, len(old[0]))
 
 
 def chain(
@@ -63,54 +65,86 @@ class Affine:
         return self.y + (x - self.x) @ self.matrix
 
 
-def excess(operators: Sequence[Affine], x: Array) -> float:
-    """Summed squared distance of the operators' predictions from their mean, per sample."""
-    predicted = np.stack([operator(x) for operator in operators])
-    return float(((predicted - predicted.mean(0)) ** 2).sum() / len(x))
+def lasting(operators: Sequence[Affine], x: Array, y: Array, folds: Array) -> float:
+    """The share of held-out errors that very many samples would leave, pair by pair of operators."""
+    residuals = [y - operator(x) for operator in operators]
+    count, products, squares = len(operators), 0.0, 0.0
+    for g, h in itertools.permutations(range(count), 2):
+        # Both saw the sample; with two folds, one did.
+        chosen = (folds != g) & (folds != h) if count > 2 else folds != g
+        products += (residuals[g][chosen] * residuals[h][chosen]).sum() / max(1, count - 2)
+    for g in range(count):
+        squares += (residuals[g][folds != g] ** 2).sum()
+    if count == 2:
+        squares = (squares * sum((residuals[g][folds == g] ** 2).sum() for g in range(2))) ** 0.5
+    agreement = min(max(products / squares, 0.01), 1.0)
+    return agreement / (count - 1 - (count - 2) * agreement)
 
 
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize(("delay", "links"), [(1, ()), (2, ()), (1, ((0,), (1, 0)))])
 def test_shares_and_errors_are_those_of_explicit_regressions_on_explicit_folds(
-    rng: np.random.Generator, delay: int, links: tuple[tuple[int, ...], ...]
+    rng: np.random.Generator, delay: int, links: tuple[tuple[int, ...], ...], count: int
 ) -> None:
     old, new = chain(rng, 90), chain(rng, 120, shift=0.4)
     new[1] += 0.5
-    old_folds, new_folds = np.arange(90) % FOLDS, rng.integers(0, FOLDS, 120)
-    layout = Layout((4, 5, 3), FOLDS, delay, links)
+    old_folds, new_folds = np.arange(90) % count, rng.integers(0, count, 120)
+    layout = Layout((4, 5, 3), count, delay, links)
     found = shares_of(layout, old, new, old_folds, new_folds)
     for i, read in ((1, (0,)), (2, layout.parents[2])):
         assert len(read) == (1 if layout.parents[2] == (1,) or i == 1 else 2)
         x, y = np.concatenate([new[p] for p in read], axis=1), new[i]
         old_x, old_y = np.concatenate([old[p] for p in read], axis=1), old[i]
-        before = [Affine(old_x[old_folds != f], old_y[old_folds != f]) for f in range(FOLDS)]
-        now = [Affine(x[new_folds != f], y[new_folds != f]) for f in range(FOLDS)]
-        squares = np.zeros((FOLDS, 3))
-        for f in range(FOLDS):
+        before = [Affine(old_x[old_folds != f], old_y[old_folds != f]) for f in range(count)]
+        now = [Affine(x[new_folds != f], y[new_folds != f]) for f in range(count)]
+        squares = np.zeros((count, 3))
+        for f in range(count):
             inside = new_folds == f
             fits = (before[f](x[inside]), now[f](x[inside]), y[~inside].mean(0))
             squares[f] = [((y[inside] - fit) ** 2).sum() for fit in fits]
-        more = np.array([excess(before, x), excess(now, x)])
-
-        def share(kept: Array, squares: Array = squares, more: Array = more) -> Array:
-            summed = squares[kept].sum(0)
-            return (summed[:2] - np.isin(new_folds, np.flatnonzero(kept)).sum() * more) / summed[2]
-
-        value = share(np.ones(FOLDS, bool))
-        rest = np.array([share(np.arange(FOLDS) != f) @ [1, -1] for f in range(FOLDS)])
+        kept = np.array([lasting(each, x, y, new_folds) for each in (before, now)])
+        assert ((kept > 0.3) & (kept < 1)).all()
+        value = kept * squares[:, :2].sum(0) / squares[:, 2].sum()
+        without = squares.sum(0) - squares
+        rest = (kept * without[:, :2] / without[:, 2:]) @ [1, -1]
         # The jackknife of folds of unequal size (Busing et al. 1999).
         h = 120 / np.bincount(new_folds)
         drift = value @ [1, -1]
         pseudo = h * drift - (h - 1) * rest
-        centre = FOLDS * drift - ((1 - 1 / h) * rest).sum()
+        centre = count * drift - ((1 - 1 / h) * rest).sum()
         jackknife = (((pseudo - centre) ** 2) / (h - 1)).mean()
-        correction = 120 * (more @ [1, -1]) / squares[:, 2].sum()
+        weight = RIDGE * x.var(0).mean() * (1 / kept[0] - 1 / kept[1])
+        size = (np.mean([fit.matrix for fit in now], axis=0) ** 2).sum()
+        # The reference has 90 samples.
+        shrunk = (1 - 90 / 120) * 120 * weight * size / squares[:, 2].sum()
         whole = np.array([[((y - fit(x)) ** 2).sum() for fit in fits] for fits in (before, now)])
+        whole *= kept[:, None]
         apart = (whole[0] - whole[1]) / squares[:, 2].sum()
-        chance = (FOLDS - 1) / FOLDS * ((apart - apart.mean()) ** 2).sum()
+        chance = (count - 1) / count * ((apart - apart.mean()) ** 2).sum()
         assert [float(found.old[i - 1]), float(found.new[i - 1])] == pytest.approx(value, abs=1e-6)
-        stderr = (jackknife + chance + correction**2) ** 0.5
+        stderr = (jackknife + chance + shrunk**2) ** 0.5
         assert float(found.stderr[i - 1]) == pytest.approx(stderr, rel=1e-4)
-    assert found.freedom == FOLDS - 1
+    assert found.freedom == count - 1
+
+
+def test_a_fold_without_new_samples_leaves_its_old_operator_one_that_sees_all(
+    rng: np.random.Generator,
+) -> None:
+    (old_x, old_y), (x, y) = ([s[0], s[1]] for s in (chain(rng, 90, (4, 5)), chain(rng, 60, (4, 5))))
+    old_folds, folds = np.arange(90) % FOLDS, np.arange(60) % (FOLDS - 1)
+    found = shares_of(Layout((4, 5), FOLDS), [old_x, old_y], [x, y], old_folds, folds)
+    before = [Affine(old_x[old_folds != f], old_y[old_folds != f]) for f in range(FOLDS)]
+    now = [Affine(x[folds != f], y[folds != f]) for f in range(FOLDS - 1)]
+    squares = np.zeros(3)
+    for f in range(FOLDS - 1):
+        inside = folds == f
+        fits = (before[f](x[inside]), now[f](x[inside]), y[~inside].mean(0))
+        squares += [((y[inside] - fit) ** 2).sum() for fit in fits]
+    expected = [lasting(each, x, y, folds) * e for each, e in zip((before, now), squares, strict=False)]
+    shares = [float(found.old[0]), float(found.new[0])]
+    assert shares == pytest.approx(np.array(expected) / squares[2], abs=1e-6)
+    assert found.freedom == FOLDS - 2
+    assert np.isfinite(found.stderr).all()
 
 
 def test_the_same_samples_of_the_same_network_drift_by_rounding_alone(rng: np.random.Generator) -> None:
@@ -131,6 +165,24 @@ def test_on_other_samples_drift_is_zero_in_the_mean_however_many_they_are(
         drifts.append((found.old - found.new).numpy())
     mean, error = np.mean(drifts, 0), np.std(drifts, 0) / 40**0.5
     assert (np.abs(mean) < 4 * error + 0.003).all()
+
+
+@pytest.mark.parametrize(("n_old", "n_new"), [(40, 40), (60, 60), (60, 500), (500, 60)])
+def test_few_samples_leave_the_share_that_is_noise(n_old: int, n_new: int) -> None:
+    # By construction: 24 variables through an orthogonal matrix, and noise of a third of the variance.
+    rng, count, width = np.random.default_rng(5), 5, 24
+    weights = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    found = []
+    for _ in range(40):
+        x = [rng.normal(size=(n, width)) for n in (n_old, n_new)]
+        old, new = ([z, z @ weights + rng.normal(size=z.shape) / 2**0.5] for z in x)
+        folds = [np.arange(n) % count for n in (n_old, n_new)]
+        shares = shares_of(Layout((width, width), count), old, new, *folds)
+        found.append([float(shares.old[0]), float(shares.new[0])])
+    mean, error = np.mean(found, 0), np.std(found, 0) / 40**0.5
+    # The ridge leaves up to .01 more.
+    assert np.abs(mean - 1 / 3).max() < 0.02 + 4 * error.max()
+    assert abs(mean[0] - mean[1]) < 0.01 + 4 * error.max()
 
 
 def test_a_component_that_only_moved_its_mean_has_drifted(rng: np.random.Generator) -> None:
