@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.harmless import (
@@ -20,6 +20,7 @@ from lightning_koopman.callback.harmless import (
 )
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.callback.recorded_effects import (
+    FEWEST,
     SAMPLES,
     labels_in,
     measure_effects,
@@ -64,6 +65,24 @@ _HISTORY_SAVED = 100
 _FIRST_FIGURES = 0.3
 """Seconds that the figures of a report take, until they were drawn once: Matplotlib is imported then."""
 
+_FEW_EFFECTS = 1.0
+"""Seconds that effects on the fewest samples that tell anything may take at the end in any case."""
+
+
+def _is_last_batch(trainer: Any) -> bool:
+    """Check whether a training's validation ends with this batch, as far as the loop knows by now."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    return bool(trainer.state.fn == "fit" and loop.batch_progress.is_last_batch)
+
+
+def _copied_buffers(pl_module: Any) -> list[tuple[dict[str, Tensor | None], dict[str, Tensor]]]:
+    """Copy the buffers of modules, beside the dictionaries that hold them."""
+    # Those of compiled scripts are in no dictionary that could be put back.
+    held = [m._buffers for m in pl_module.modules() if m._buffers and isinstance(m._buffers, dict)]
+    plain = [{name: t for name, t in each.items() if type(t) is Tensor} for each in held]
+    copies = [{name: tensor.clone() for name, tensor in each.items()} for each in plain]
+    return list(zip(held, copies, strict=True))
+
 
 class KoopmanCreditMonitor(HarmlessCallback):
     """Watch the Koopman credit of every component while a network trains.
@@ -84,12 +103,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
     of training :attr:`report` holds a report on the final weights.
 
     How the network is run is never guessed. The outermost calls that a step makes of the network's parts
-    are recorded with their arguments, up to 256 MiB, and run again in eval mode where more than the
-    watched pass is needed: at the end of a training that stopped between validations, at the end of each
-    epoch where there is no validation loop or it runs no component (then on training steps, which a
-    warning says), and behind each batch where parts went through ``torch.compile``, which take no hooks.
-    Where the step runs code of its own between two calls, or a call does not give again what it gave,
-    the watched report stands, and its note says why.
+    are recorded with their arguments, up to 256 MiB, and run again, in the modes (train or eval) that
+    validation ran in, where more than the watched pass is needed: at the end of a training that stopped
+    between validations, at the end of each epoch where there is no validation loop or it runs no
+    component (then on training steps, in eval mode, which a warning says), and behind each batch where
+    parts went through ``torch.compile``, which take no hooks. Where the step runs code of its own
+    between two calls, or a call does not give again what it gave, the watched report stands, and its
+    note says why.
 
     Each fit begins a new :attr:`history`, of reports, and new :attr:`drifts`. ``trainer.validate`` adds
     a report on the weights that it runs with, as complete as the last one of a training;
@@ -114,7 +134,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report of
             a training and that of ``trainer.validate``, and for others as far as 15 % of
-            ``max_overhead`` pay for them, on up to 512 samples of the recorded calls. They are in
+            ``max_overhead`` pay for them, on up to 512 samples of the recorded calls. The last have at
+            least 64 where these take less than a second, and a note where there are fewer. They are in
             :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds one
             integer per sample (as second entry, or under a name such as ``labels``) and these are
             classes of the outputs (as many as there are outputs, or named by the network more often than
@@ -200,6 +221,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         # What tells the weights that were measured last, whether others may still change them when
         # training ends, and whether the module holds others for now.
         self._weights: list[Tensor] = []
+        # What the first watched step ran with: the modules' modes, and buffers that it may have written.
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor]]] = []
         self._open = self._elsewhere = False
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
@@ -320,6 +344,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if dataloader_idx == 0 and self._wants_more:
             assert self._measurement is not None
             self._in_batch = True
+            if not (self._checked or self._weights):
+                with plain_numerics(pl_module):
+                    self._buffers = _copied_buffers(pl_module)
             self._record(batch)
             if self._rides_along:
                 self._measurement.start_pass(batch)
@@ -337,17 +364,27 @@ class KoopmanCreditMonitor(HarmlessCallback):
     ) -> None:
         """Take the hooks off again and add up what they saw."""
         measurement, recording = self._measurement, self._recording
-        # A step that calls the network many times may have given all samples before it ended.
-        if dataloader_idx != 0 or not self._in_batch or measurement is None:
+        if measurement is None:
             return
-        self._in_batch = False
-        measurement.capture.remove()
-        self.budget.add(seconds_in_hooks() - self._in_hooks)
-        # Now, for averaged weights may be in place for no longer than validation runs.
-        self._weights = self._weights or weight_sums(trainer, pl_module)
+        # A step that calls the network many times may have given all samples before it ended.
+        watched = dataloader_idx == 0 and self._in_batch
+        if watched:
+            self._in_batch = False
+            measurement.capture.remove()
+            self.budget.add(seconds_in_hooks() - self._in_hooks)
+        if not self._weights:
+            self._modes = [(module, module.training) for module in pl_module.modules()]
+        # Now, for averaged weights may be in place for no longer than validation runs; and once more at
+        # its end, for buffers that its own passes write, as statistics of batches, are as validated.
+        if not self._weights or _is_last_batch(trainer):
+            self._weights = weight_sums(trainer, pl_module)
+        if not watched:
+            return
         step = None if recording is None else recording.end_step(valid_positions(batch))
         idle = self._rides_along and not measurement.capture.ran
         if idle and trainer.state.fn == "fit" and not self.sync_pending:
+            # An error of a hook, which this raises, may be why nothing was recorded.
+            measurement.capture.end_pass()
             self._forget()
             self._recording, self._recorded_training = self._steps_of_training, True
             self._watch_training("validation runs no component")
@@ -363,7 +400,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     "compiled parts take no hooks, and their calls cannot be run again eagerly: "
                     f"{recording.reason or 'none was seen'}"
                 )
-            measurement.replay(pl_module, [step], trainer.precision_plugin.forward_context)
+            measurement.replay(pl_module, [step], self._as_watched(trainer))
 
     @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -513,7 +550,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._forget()
         self._recording = self._steps_of_training = self._watched = self._differs = None
         self._from_training = self._checked = self._recorded_training = False
-        self._weights, self._open, self._elsewhere = [], False, False
+        self._weights, self._modes, self._buffers = [], [], []
+        self._open = self._elsewhere = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._newest, self._due_epoch = {}, False
 
@@ -565,20 +603,33 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._checked or self._elsewhere or recording is None:
             return
         self._checked = True
+        copies, self._buffers = self._buffers, []
         try:
             refuse_sharded_weights(trainer)
         except RuntimeError as why:
             self._differs = str(why)
             return
-        with (
-            plain_numerics(pl_module),
-            undisturbed(pl_module),
-            trainer.precision_plugin.forward_context(),
-        ):
+        with plain_numerics(pl_module), undisturbed(pl_module), self._as_watched(trainer)():
+            for held, before in copies:
+                held.update(before)
             start = self.budget.clock()
             self._differs = recording.differs()
             rows = sum(step.n_rows for step in recording.steps[:1])
             self._row_s = (self.budget.clock() - start) / max(1, rows)
+
+    def _as_watched(self, trainer: Any) -> Callable[[], AbstractContextManager[None]]:
+        """Return what stands around recorded calls of a model that is put back behind them."""
+        modes = [] if self._recorded_training else self._modes
+
+        @contextmanager
+        def around() -> Generator[None, None, None]:
+            for module, mode in modes:
+                if module.training != mode:
+                    module.train(mode)
+            with trainer.precision_plugin.forward_context():
+                yield
+
+        return around
 
     def _changed(self, trainer: Any, pl_module: Any) -> bool:
         """Check whether the weights are others than those that were measured; alike in all processes."""
@@ -622,8 +673,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 # A process that never got a batch only waits for the others.
                 steps = () if recording is None else recording.steps
                 wanted = itertools.takewhile(lambda _: self._wants_more, steps)
-                around = trainer.precision_plugin.forward_context
-                self._measurement.replay(pl_module, wanted, around)
+                self._measurement.replay(pl_module, wanted, self._as_watched(trainer))
         except Exception as error:
             if not self.sync_pending:
                 raise
@@ -680,6 +730,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
             notes = list(report.notes)
             notes.append(f"effects were not measured: {why}")
             return replace(report, notes=tuple(notes))
+        if effects is not None and effects.n_samples < FEWEST:
+            notes = list(effects.notes)
+            notes.append(
+                f"effects rest on {effects.n_samples} samples alone; component_effects measures them on "
+                "more"
+            )
+            effects = replace(effects, notes=tuple(notes))
         return replace(report, effects=effects)
 
     def _with_errors(self) -> bool:
@@ -804,13 +861,16 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Measure effects on this process's samples."""
         if report is None:
             return None, None
-        per_row = passes(report, self.effects) * self._row_s
+        per_row = max(passes(report, self.effects) * self._row_s, 1e-12)
         why, recording = self._no_replay, self._recording
         if why is not None or recording is None or not recording.steps:
             return None, (why or "no call was recorded") if self._final else None
-        room = self.budget.left("effects") if self._final else self.budget.room("effects")
-        if not self._final and room < per_row * recording.steps[0].n_rows:
-            return None, None
+        if self._final:
+            room = max(self.budget.left("effects"), min(FEWEST * per_row, _FEW_EFFECTS))
+        else:
+            room, recorded = self.budget.room("effects"), sum(step.n_rows for step in recording.steps)
+            if room < per_row * max(recording.steps[0].n_rows, min(FEWEST, recorded)):
+                return None, None
         start = self.budget.clock()
         with self.budget.apart("effects"):
             try:
@@ -820,8 +880,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
                     recording.steps,
                     report,
                     self.effects,
-                    trainer.precision_plugin.forward_context,
-                    samples=room / max(per_row, 1e-12),
+                    self._as_watched(trainer),
+                    samples=room / per_row,
                     agree=agree,
                 )
             except Exception as error:

@@ -38,6 +38,9 @@ from lightning_koopman.report.report import CreditReport
 SAMPLES = 512
 """Most samples that effects are measured on."""
 
+FEWEST = 64
+"""Samples below which effects say little, so that more steps are run where there are any."""
+
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -89,9 +92,9 @@ def measure_effects(
 ) -> Effects:
     """Measure effects by running recorded steps again, on what the report's last components give.
 
-    Taken are whole steps, as many as hold so many samples, and at least one, of those that call what
-    most of them call: some may also run the network on other data, say to draw a picture. ``agree``
-    collects how the targets of all processes fit.
+    Taken are whole steps, as many as hold so many samples, or, where these are few, until they do, of
+    those that call what most of them call: some may also run the network on other data, say to draw a
+    picture. ``agree`` collects how the targets of all processes fit.
     """
     parts = altered_parts(report)
     modules = {find_module(model, call)[0] for calls in parts.values() for call in calls}
@@ -101,10 +104,18 @@ def measure_effects(
     steps = [step for step, kind in zip(steps, kinds_of_step, strict=True) if kind == usual]
     taken, n_rows = list(steps[:1]), sum(step.n_rows for step in steps[:1])
     for step in steps[1:]:
-        n_rows += step.n_rows
-        if n_rows > min(samples, SAMPLES):
+        if n_rows >= min(samples, FEWEST) and n_rows + step.n_rows > min(samples, SAMPLES):
             break
+        n_rows += step.n_rows
         taken.append(step)
+    run_again = {module for call in taken[0].calls for module in call.module.modules()}
+    for name in itertools.chain.from_iterable(parts.values()):
+        if find_module(model, name)[0] not in run_again:
+            raise ValueError(
+                f"no recorded call runs {name!r}, which the report names: only calls of modules can be "
+                "run again, not those of forward() itself or of compiled code; call the module, or "
+                "what holds it"
+            )
 
     search = TargetSearch(_in_order(taken[0].told))
     search.see_taken(taken[0].revive())
@@ -125,6 +136,8 @@ def measure_effects(
         return where_predicted(step.told, target)
 
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        if sum(map(len, outputs)) < 2:
+            raise ValueError("the calls that were run again hold one sample, whose mean is itself")
         pairs = zip(outputs, known, strict=True)
         known = [t if t is None else as_classes(output, t) for output, t in pairs]
         # As many targets as outputs have positions are hardly a coincidence.

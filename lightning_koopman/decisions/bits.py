@@ -27,7 +27,11 @@ from lightning_koopman.decisions.steps import (
 )
 from lightning_koopman.decisions.swaps import copied_with
 from lightning_koopman.effects.alterations import Alterations
-from lightning_koopman.effects.replacements import other_matrices, quantized_weights
+from lightning_koopman.effects.replacements import (
+    is_stored_otherwise,
+    other_matrices,
+    quantized_weights,
+)
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_given, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
@@ -111,8 +115,11 @@ class BitWidths(JupyterMixin):
         with ExitStack() as altered:
             for name, option in zip(self.components, self.bits, strict=True):
                 altered.enter_context(alterations.weights(_kind(option), [name]))
-            values = {key: value.clone() for key, value in new.state_dict().items()}
-        new.load_state_dict(values)
+            tensors = [tensor for calls in self.parts.values() for tensor in _held(new, calls)]
+            values = [tensor.detach().clone() for tensor in tensors]
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
         return new
 
     def to_frame(self) -> DataFrame:
@@ -222,7 +229,8 @@ def bit_widths(
         model: Any module; it is left exactly as it was found.
         batches: Data to measure on: tensors, tuples of input and target, or mappings.
         report: Names the components; ``None`` chooses them as :func:`lightning_koopman.credit_report`
-            does. Those that hold no layer with weights to be rounded keep theirs.
+            does. Those that hold no layer with weights to be rounded, or such as are quantised already
+            or derived from others that cannot be set so, keep theirs.
         bits: Numbers of bits to choose from, 2 to 8.
         average: Bits per weight, over the weights of all components that are rounded.
         components: Names or glob patterns of those that are rounded; ``None`` takes all.
@@ -255,12 +263,24 @@ def bit_widths(
         calls = {name: own for name, own in calls.items() if name not in refused}
         rounded = {option: quantized_weights(model, option, group_size=group_size) for option in options}
         parts, counts = _with_weights(calls, rounded[options[0]])
+        otherwise = "they are not stored as the numbers that they stand for, as those quantised already"
+        for name in (name for name in calls if name not in parts):
+            if any(map(is_stored_otherwise, _held(model, calls[name]))):
+                refused[name] = otherwise
         if not parts:
             raise ValueError(
                 f"none of {tuple(calls)} holds a linear, convolutional, attention or recurrent layer, "
                 "whose weights could be rounded; name other components"
             )
         altered = _Rounded(runner, outputs, parts, rounded)
+        refused |= (stay := altered.unsettable())
+        if len(stay) == len(parts):
+            raise ValueError(
+                f"the weights of {tuple(parts)} cannot be rounded: {next(iter(stay.values()))}; name "
+                "other components"
+            )
+        counts = counts[[name not in stay for name in parts]]
+        parts = {name: own for name, own in parts.items() if name not in stay}
         tried = {name: [altered.alone(name, option) for option in options] for name in parts}
         notes = list(outputs.notes)
         for name, row in tried.items():
@@ -304,7 +324,7 @@ def bit_widths(
     parts = {name: parts[name] for name in names}
     modules = [find_module(model, call)[0] for own in parts.values() for call in own]
     kept = other_matrices(modules)
-    size, spent = sum(p.numel() for p in kept), sum(8 * p.nbytes for p in kept)
+    size, spent = sum(p.numel() for p in kept), sum(8 * _nbytes(p) for p in kept)
     if kept:
         notes.append(
             f"{size:,} of {size + int(counts.sum()):,} weights of the components are in no layer that "
@@ -335,6 +355,13 @@ def bit_widths(
     )
 
 
+def _held(model: nn.Module, calls: Iterable[str]) -> list[Tensor]:
+    """Return the parameters and buffers of some modules, each once."""
+    modules = [find_module(model, call)[0] for call in calls]
+    held = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return list({id(tensor): tensor for tensor in held}.values())
+
+
 def _with_weights(
     calls: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor]
 ) -> tuple[dict[str, tuple[str, ...]], NDArray[np.float64]]:
@@ -352,6 +379,12 @@ def _with_weights(
     return parts, np.array(counts, dtype=np.float64)
 
 
+def _nbytes(weight: Tensor) -> int:
+    """Return the size of a weight as it is stored."""
+    flatten = getattr(weight, "__tensor_flatten__", None) if is_stored_otherwise(weight) else None
+    return sum(_nbytes(getattr(weight, name)) for name in flatten()[0]) if flatten else weight.nbytes
+
+
 class _Rounded:
     """Runs a network with some of its weights rounded."""
 
@@ -365,6 +398,10 @@ class _Rounded:
         kinds = {_kind(option): weights for option, weights in rounded.items()}
         self._alterations = Alterations(runner.model, parts, tuple(kinds), replacements=kinds)
         self._runner, self._outputs = runner, outputs
+
+    def unsettable(self) -> dict[str, str]:
+        """Say why the weights of components cannot be set to others."""
+        return {name: error.why for (_, name), error in self._alterations.unsettable().items()}
 
     def alone(self, name: str, option: int) -> tuple[Measured, Tensor]:
         """Round one component: the effect, and how that moves the outputs, in the metric of effects."""

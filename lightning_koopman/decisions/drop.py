@@ -90,10 +90,11 @@ class DropOrder(Steps):
                 f"Nothing can go within {self.max_drop:g} {self._unit()}: the first costs "
                 f"{self.loss[0]:.3g}."
             )
-        gone = 1 - self.costs[self.within - 1].parameters / self.cost_before.parameters
+        whole, left = self.cost_before.parameters, self.costs[self.within - 1].parameters
+        gone = f" ({1 - left / whole:.0%} of the parameters)" if whole else ""
         return (
-            f"{self.within} of {len(self.candidates)} can go within {self.max_drop:g} {self._unit()} "
-            f"({gone:.0%} of the parameters): {', '.join(self.dropped)}."
+            f"{self.within} of {len(self.candidates)} can go within {self.max_drop:g} "
+            f"{self._unit()}{gone}: {', '.join(self.dropped)}."
         )
 
     @property

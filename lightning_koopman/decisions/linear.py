@@ -121,8 +121,8 @@ class Linearized(Steps):
         warning = f"LARGER ({', '.join(self.larger)}): " if self.larger else ""
         after = self.costs[-1] if self.costs else self.cost_before
         return (
-            f"{warning}{after.parameters / self.cost_before.parameters:.0%} of the parameters, "
-            f"{after.flops / max(1, self.cost_before.flops):.0%} of the FLOPs, "
+            f"{warning}{_share(after.parameters, self.cost_before.parameters)} parameters, "
+            f"{_share(after.flops, self.cost_before.flops)} FLOPs, "
             f"{1000 * self.seconds[1]:.3g} ms per batch after {1000 * self.seconds[0]:.3g} ms"
         )
 
@@ -132,6 +132,10 @@ class Linearized(Steps):
     def __rich__(self) -> Fitted:
         title = f"{self.headline}\nMade linear one after the other"
         return self._table(title, self.verdict, self.next_step)
+
+
+def _share(after: int, before: int) -> str:
+    return f"{after / before:.0%} of the" if before else f"{after:,} after 0"
 
 
 def linearize(
@@ -318,6 +322,9 @@ class _Maps:
             return "it takes more than one tensor, or no floating-point tensor first"
         if not isinstance(given, Tensor) or taken is None or min(taken.ndim, given.ndim) < 2:
             return f"it gives {type(given).__name__}, not one tensor of rows"
+        rows = [len(call.given) for call in calls if isinstance(call.given, Tensor) and call.given.ndim]
+        if len(taken) not in rows:
+            return f"it turns {len(taken)} rows into {len(given)}"
         return ""
 
     def forms(self, calls: tuple[str, ...], everything: bool) -> list[_Group]:
@@ -332,20 +339,21 @@ class _Maps:
         taken = self._places(self._seen[calls[0]].taken, axis)
         parts = [calls[:count] for count in range(len(calls), 0, -1)]
         given = [self._places(self._seen[part[-1]].given, axis) for part in parts]
-        alike = [part for part, places in zip(parts, given, strict=True) if taken and places == taken]
+        alike = [p for p, places in zip(parts, given, strict=True) if taken[1:] and places == taken]
         tensors = (self._seen[calls[0]].taken, self._seen[calls[-1]].given)
         least = _LEAST_RANK * sum(tensor[0].numel() for tensor in tensors if tensor is not None)
         modules = [find_module(self._runner.model, call)[0] for call in calls]
         own = {id(p): p.numel() for part in modules for p in part.parameters()}
-        whole = [_Group(calls, None)] if everything or least < sum(own.values()) or not alike else []
+        tried = everything or least < sum(own.values()) or not alike
+        whole = [_Group(calls, None)] if tried and given[0][:1] == taken[:1] else []
         return [*whole, *(_Group(part, axis) for part in alike[:1])]
 
     @staticmethod
     def _places(tensor: Any, axis: int) -> list[int]:
-        """Return the sizes of all axes but those of samples and channels."""
+        """Return the sizes of all axes but that of channels."""
         sizes = list(tensor.shape) if isinstance(tensor, Tensor) else [0, 0]
         del sizes[axis]
-        return sizes[1:]
+        return sizes
 
     def swaps(self, groups: Sequence[_Group]) -> list[LinearComponent]:
         """Return what takes the place of groups of modules."""

@@ -18,6 +18,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swapped
 from lightning_koopman.effects.alterations import altered_parts
@@ -27,7 +28,7 @@ from lightning_koopman.effects.targets import TargetSearch, find_target
 from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
-from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.hook_points import attach, find_module, that_mind_hooks
 from lightning_koopman.network.plan import ends_of
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
@@ -62,18 +63,25 @@ class Cost:
     flops: int
 
 
+class _NoModules(ModuleTracker):
+    """Tells the counter of no module, for that takes hooks on gradients, which not all networks bear.
+
+    Some differentiate in their forward, or take views of weights that ask for gradients.
+    """
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 def cost_of(runner: ForwardRunner) -> Cost:
     """Measure what a network costs."""
-    # The counter fails where a module takes a view of weights that ask for gradients (learned queries).
-    asking = [p for p in runner.model.parameters() if p.is_leaf and p.requires_grad]
-    try:
-        for parameter in asking:
-            parameter.requires_grad_(False)
-        with FlopCounterMode(display=False) as counter:
-            runner.run_batch(0)
-    finally:
-        for parameter in asking:
-            parameter.requires_grad_(True)
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    with counter:
+        runner.run_batch(0)
     return Cost(sum(p.numel() for p in runner.model.parameters()), counter.get_total_flops())
 
 
@@ -198,11 +206,13 @@ class Steps(JupyterMixin):
             "component": self.components,
             f"effect ({UNITS[self.scale]})": list(map(with_share, self.effect, self.effect_stderr)),
             name: metrics,
-            "parameters left": [f"{cost.parameters / own.parameters:.0%}" for cost in self.costs],
+            "parameters left": [f"{c.parameters / max(1, own.parameters):.0%}" for c in self.costs],
             "FLOPs left": [f"{cost.flops / max(1, own.flops):.0%}" for cost in self.costs],
         }
         if no_metric:
             del columns[name]
+        if own.parameters == 0:
+            del columns["parameters left"]
         if own.flops == 0:
             del columns["FLOPs left"]
         styles = [None if i < self.within else "dim" for i in range(len(self.components))]
@@ -420,7 +430,8 @@ def look_at(runner: ForwardRunner, components: Mapping[str, Sequence[str]]) -> d
         modules = {call: find_module(runner.model, call)[0] for call in seen}
         for call, module in modules.items():
             ends = (functools.partial(before, call), functools.partial(after, call))
-            hooks.enter_context(attach(module, before=ends[0], after=ends[1]))
+            unseen = that_mind_hooks(runner.model)
+            hooks.enter_context(attach(module, before=ends[0], after=ends[1], unseen=unseen))
         hooks.enter_context(_witnessed(runner.model, modules, seen))
         runner.run_batch(0)
     return seen

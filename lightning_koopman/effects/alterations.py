@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -188,13 +189,20 @@ class Alterations:
             self._forms.update(others)
             if others:
                 self.further[name] = tuple(others)
-        if "reinit" in self.kinds and self._initial is None:
+        for (kind, name), reason in self.unsettable().items():
+            self.refused[kind][name] = str(reason)
+
+    def unsettable(self) -> dict[tuple[str, str], UnalterableError]:
+        """Find the components whose weights cannot be set as some kind asks, by kind and component."""
+        found = {}
+        for kind in (k for k in self.kinds if self.touches_weights(k) and k != "weight_noise"):
             for name in self.names:
                 try:
-                    with random_states_kept(), self.weights("reinit", [name]):
+                    with random_states_kept(), self.weights(kind, [name]):
                         pass
                 except UnalterableError as error:
-                    self.refused["reinit"][name] = str(error)
+                    found[kind, name] = error
+        return found
 
     def _refuse_turned(self, values: Mapping[HookPoint, Tensor], output: Tensor, n_given: int) -> None:
         """Refuse outputs of which the second axis has as many entries as components have samples."""
@@ -328,10 +336,14 @@ class Alterations:
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
             given, rows = self._rows(values, source), output.movedim(axis, 0)
-            residual = rows - self.maps[name]([given])
+            mapped, constant = self.maps[name]([given]), rows.detach()
+            residual = constant - mapped.detach()
             if left_out:
-                residual = self.maps[name].left_out([given], residual)
-            return (rows - residual).movedim(0, axis)
+                residual = self.maps[name].left_out([given.detach()], residual)
+            new = constant - residual
+            # What a network that differentiates itself is to follow is the map, not what it predicts.
+            new = new + (mapped - mapped.detach()) if mapped.requires_grad else new
+            return new.movedim(0, axis)
 
         averaged = self._averaged(point, groups)
 
@@ -363,7 +375,8 @@ class Alterations:
         by_batch = (group for group, times in each for _ in range(times))
 
         def averaged(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-            rows, mean = output.movedim(form.batch_axis, 0), self._units[point].mean.to(output)
+            rows = output.detach().movedim(form.batch_axis, 0)
+            mean = self._units[point].mean.to(output)
             if (groups_here := next(by_batch, None)) is not None:
                 own = form.samples(len(rows), len(groups_here))
                 mean = torch.lerp(mean, _means_of(rows, groups_here[own], mean), SHIFT)
@@ -491,8 +504,10 @@ def _restored(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
     finally:
         with torch.no_grad():
             for own, before, values in saved:
-                own.clear()
-                own.update(before)
+                # Those of a scripted module stay the objects that they are.
+                if isinstance(own, dict):
+                    own.clear()
+                    own.update(before)
                 for key, value in values.items():
                     own[key].copy_(value)
 
@@ -503,7 +518,9 @@ def _cleaned(weights: Weights) -> dict[str, Tensor]:
 
 def _check_names(kind: str, weights: Weights, model: nn.Module) -> None:
     """Refuse weights under names that the network does not have."""
-    known = {*_cleaned(model.state_dict())}
+    own = (model.named_parameters, model.named_buffers)
+    named = itertools.chain(model.state_dict(), *(dict(of(remove_duplicate=False)) for of in own))
+    known = set(map(clean_name, named))
     for name, part in model.named_modules():
         known |= {clean_name(f"{name}.{key}" if name else key) for key in derived_weights(part)}
     if strangers := [name for name in weights if name not in known]:
@@ -532,18 +549,36 @@ def _replace(
     name: str, module: nn.Module, weights: Weights, argument: str, *, complete: bool = False
 ) -> None:
     """Put given weights and buffers in a module's place; those that are not given stay."""
-    for inner, tensor in module.state_dict(keep_vars=True).items():
-        key = clean_name(f"{name}.{inner}")
-        if key in weights or complete:
+    shown = {clean_name(f"{name}.{inner}"): t for inner, t in module.state_dict(keep_vars=True).items()}
+    own = (module.named_parameters, module.named_buffers)
+    each = itertools.chain(*(named(prefix=name, remove_duplicate=False) for named in own))
+    known = {clean_name(key): tensor for key, tensor in each}
+    # A state_dict may show a weight under another name, or not at all.
+    held = {id(tensor) for tensor in known.values()}
+    known |= {key: tensor for key, tensor in shown.items() if id(tensor) in held}
+    for key, tensor in known.items():
+        if key in weights or (complete and key in shown):
             _check_shape(key, weights.get(key), tensor.shape, argument)
             tensor.copy_(_dense(weights[key]))
     for inner, part in module.named_modules(prefix=name):
         for key, source in derived_weights(part).items():
             whole = clean_name(f"{inner}.{key}")
             if whole in weights:
-                _check_shape(whole, weights[whole], getattr(part, key).shape, argument)
-                target = getattr(part, key).detach()
-                set_derived(part, key, source, _dense(weights[whole]).to(target), whole)
+                known[whole] = getattr(part, key).detach()
+                _check_shape(whole, weights[whole], known[whole].shape, argument)
+                set_derived(part, key, source, _dense(weights[whole]).to(known[whole]), whole)
+    others = [key for key in weights if key.startswith(f"{name}.") and key not in known]
+    now = _cleaned(module.state_dict(prefix=f"{name}.")) if others else {}
+    for key in others:
+        if isinstance(weights[key], Tensor) and not _are_equal(now.get(key), weights[key]):
+            raise UnalterableError(
+                f"{argument} has a tensor for {key!r}, which is made for the state_dict alone, so that "
+                "nothing is set by it; pass a state_dict without it"
+            )
+
+
+def _are_equal(one: Tensor | None, other: Tensor) -> bool:
+    return isinstance(one, Tensor) and torch.equal(_dense(one), _dense(other).to(_dense(one)))
 
 
 def _check_shape(key: str, given: Tensor | None, shape: torch.Size, argument: str) -> None:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 
 class UnalterableError(ValueError):
-    """A component cannot be altered in some way, through no fault of an argument."""
+    """A component cannot be altered in some way, through no fault of an argument.
+
+    Attributes:
+        why: The reason, without what to do about it.
+    """
+
+    def __init__(self, why: str, what_to_do: str = "") -> None:
+        super().__init__(f"{why}; {what_to_do}" if what_to_do else why)
+        self.why = why
 
 
 _POWER_ITERATIONS = 15
 """As many as torch makes for a new spectral norm."""
 
 
+_WHAT_TO_PASS = "pass what it is derived from, in a state_dict of this network (initial=, replacements=)"
+
+
 def derived_weights(part: nn.Module) -> dict[str, Any]:
     """Return what derives weights of a module itself, by the weight's name."""
     found: dict[str, Any] = {}
+    if isinstance(part, torch.jit.ScriptModule):
+        return found
     parametrizations = part._modules.get("parametrizations")
     if parametrize.is_parametrized(part) and isinstance(parametrizations, nn.ModuleDict):
         found.update(parametrizations.items())
@@ -53,7 +68,8 @@ def reset(part: nn.Module, name: str) -> bool:
                 if tensor is not None and (drawn_anew := new.get(key)) is not None:
                     tensor.copy_(drawn_anew)
         for key, source in derived.items():
-            set_derived(part, key, source, getattr(target, key).detach(), f"{name}.{key}")
+            _set(part, key, source, getattr(target, key).detach(), f"{name}.{key}")
+            _follow(part, key, source)
     return True
 
 
@@ -75,7 +91,27 @@ def _plain(part: nn.Module, derived: Mapping[str, Any]) -> nn.Module:
 
 
 def set_derived(part: nn.Module, key: str, source: Any, weight: Tensor, name: str) -> None:
-    """Set the weights that one is derived from so that it results."""
+    """Set the weights that one is derived from so that it results; refuse where another one does."""
+    # In train mode, estimates would move on.
+    with in_mode(part, False):
+        before = _derived(part, key, source)
+        _set(part, key, source, weight, name)
+        estimate = _estimate(part, key, source)
+        if estimate is not None and (found := _derived(part, key, source)).any():
+            # A spectral norm divides by an estimate, which is a multiple of this vector.
+            estimate.div_((weight * found).sum() / found.square().sum())
+        off, moved = (_derived(part, key, source) - weight).norm(), (before - weight).norm()
+    if off > 0.01 * moved + torch.finfo(weight.dtype).eps ** 0.5 * weight.norm():
+        steps = list(source) if isinstance(source, parametrize.ParametrizationList) else [source]
+        how = ", ".join(type(step).__name__ for step in steps)
+        raise UnalterableError(
+            f"{name!r} is derived by {how}, which makes another weight of the one that is asked for",
+            _WHAT_TO_PASS,
+        )
+
+
+def _set(part: nn.Module, key: str, source: Any, weight: Tensor, name: str) -> None:
+    """Set the weights that one is derived from."""
     if isinstance(source, parametrize.ParametrizationList):
         value: Any = weight
         for step in reversed(list(source)):
@@ -84,34 +120,61 @@ def set_derived(part: nn.Module, key: str, source: Any, weight: Tensor, name: st
             except Exception as error:  # other people's code, or none at all
                 raise UnalterableError(
                     f"{name!r} is derived by {type(step).__name__}, which cannot be set to another "
-                    f"weight ({type(error).__name__}: {error}); pass what it is derived from, "
-                    "in a state_dict of this network (initial=, replacements=)"
+                    f"weight ({type(error).__name__}: {error})",
+                    _WHAT_TO_PASS,
                 ) from error
         if source.is_tensor:
             source.original.copy_(value)
         else:
             for i, tensor in enumerate(value):
                 getattr(source, f"original{i}").copy_(tensor)
-        _follow(source, source)
     elif isinstance(source, WeightNorm):
         getattr(part, f"{key}_g").copy_(torch.norm_except_dim(weight, 2, source.dim))
         getattr(part, f"{key}_v").copy_(weight)
     else:
         getattr(part, f"{key}_orig").copy_(weight)
-        if isinstance(source, SpectralNorm):
-            _follow(part, lambda: source(part, ()))
 
 
-def _follow(part: nn.Module, derive: Callable[[], Any]) -> None:
+def _derived(part: nn.Module, key: str, source: Any) -> Tensor:
+    """Return the weight that results."""
+    found: Tensor
+    if isinstance(source, BasePruningMethod):
+        found = source.apply_mask(part)  # type: ignore[no-untyped-call]
+    elif isinstance(source, SpectralNorm):
+        found = source.compute_weight(part, do_power_iteration=part.training)
+    else:
+        found = source.compute_weight(part) if isinstance(source, WeightNorm) else source()
+    return found.detach()
+
+
+def _estimate(part: nn.Module, key: str, source: Any) -> Tensor | None:
+    """Find the vector that a spectral norm estimates a norm with."""
+    if isinstance(source, SpectralNorm):
+        return part.get_buffer(f"{key}_u")
+    steps = list(source) if isinstance(source, parametrize.ParametrizationList) else []
+    # Of a vector, the norm is not estimated.
+    known = len(steps) == 1 and isinstance(steps[0], _SpectralNorm)
+    return steps[0]._buffers.get("_u") if known else None
+
+
+def _follow(part: nn.Module, key: str, source: Any) -> None:
     """Let running estimates, as of the largest singular value, follow a weight that was drawn anew."""
-    if not any(True for _ in part.buffers()):
-        return
-    training = [(module, module.training) for module in part.modules()]
+    holder = source if isinstance(source, nn.Module) else part
+    if any(True for _ in holder.buffers()):
+        with in_mode(part, True):
+            for _ in range(_POWER_ITERATIONS):
+                _derived(part, key, source)
+
+
+@contextmanager
+def in_mode(module: nn.Module, training: bool) -> Generator[None, None, None]:
+    """Put a module and its parts in train or eval mode while the context lasts; no method is called."""
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    before = [(part, part.training) for part in parts]
     try:
-        for module, _ in training:
-            module.training = True
-        for _ in range(_POWER_ITERATIONS):
-            derive()
+        for part in parts:
+            part.training = training
+        yield
     finally:
-        for module, mode in training:
-            module.training = mode
+        for part, mode in before:
+            part.training = mode

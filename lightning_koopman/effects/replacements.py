@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_koopman.effects.derived_weights import derived_weights
+from lightning_koopman.effects.derived_weights import derived_weights, in_mode
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.tensors import is_spread
 
 _MOST_BITS = 8
 
@@ -34,7 +35,8 @@ def quantized_weights(
     of transformers): it is called on a few rows to see that. Biases, embeddings and what other modules
     hold stay. Symmetric round-to-nearest to integers with one scale per output channel, or
     per group of ``group_size`` neighbouring inputs of it, by ``torchao``: what weight-only quantisation
-    does before any calibration.
+    does before any calibration. Weights of double precision are rounded in single, which ``torchao``
+    takes, and those that are quantised already stay.
 
     Args:
         model: The network; it is left alone.
@@ -62,6 +64,7 @@ def quantized_weights(
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     for name, weight, turned in _weights(model):
         rows = weight.T if turned else weight.flatten(1)
+        rows = rows.float() if rows.dtype == torch.float64 else rows
         size = rows.shape[1] if group_size is None else group_size
         if size < 1 or rows.shape[1] % size:
             raise ValueError(
@@ -78,8 +81,9 @@ def quantized_weights(
         )
         whole = primitives.quantize_affine(groups, block, scale, zero, torch.int8, lowest, highest)
         again = primitives.dequantize_affine(
-            whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=weight.dtype
+            whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=rows.dtype
         )[:, :size].reshape(rows.shape)
+        again = again.to(weight.dtype)
         found[name] = again.T.contiguous() if turned else again.reshape(weight.shape)
     return found
 
@@ -116,11 +120,15 @@ def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
     return found
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+def _weights(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
     """Find the matrices of layers that multiply by them, and whether inputs are along the first axis."""
-    for name, module in model.named_modules():
-        for key, turned in _multiplied(module).items():
-            yield clean_name(f"{name}.{key}" if name else key), getattr(module, key).detach(), turned
+    # In train mode, what a weight is derived by may change as it is asked for.
+    with in_mode(model, False):
+        return [
+            (clean_name(f"{name}.{key}" if name else key), getattr(module, key).detach(), turned)
+            for name, module in model.named_modules()
+            for key, turned in _multiplied(module).items()
+        ]
 
 
 def _multiplied(module: nn.Module) -> dict[str, bool]:
@@ -130,8 +138,10 @@ def _multiplied(module: nn.Module) -> dict[str, bool]:
     derived = derived_weights(module)
     sources = {f"{key}{end}" for key in derived for end in ("_g", "_v", "_orig")}
     names = [name for name in dict.fromkeys((*module._parameters, *derived)) if name not in sources]
-    own = {name: weight for name in names if (weight := getattr(module, name, None)) is not None}
+    with in_mode(module, False):
+        own = {name: weight for name in names if (weight := getattr(module, name, None)) is not None}
     own = {name: weight for name, weight in own.items() if not is_lazy(weight) and weight.ndim > 1}
+    own = {name: weight for name, weight in own.items() if not is_stored_otherwise(weight)}
     if isinstance(module, _WITH_PRODUCTS):
         return {name: False for name in own if "weight" in name}
     if len(own) != 1 or {*module._modules} - {"parametrizations"} or isinstance(module, _TABLES):
@@ -139,6 +149,12 @@ def _multiplied(module: nn.Module) -> dict[str, bool]:
     ((name, weight),) = own.items()
     which = next((turned for turned in (False, True) if _is_product(module, weight, turned)), None)
     return {} if which is None else {name: which}
+
+
+def is_stored_otherwise(weight: Tensor) -> bool:
+    """Check whether a weight is not stored as the numbers that it stands for, as a quantised one."""
+    derived = type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return weight.is_quantized or (derived and not is_spread(weight))
 
 
 def _is_product(module: nn.Module, weight: Tensor, turned: bool) -> bool:

@@ -266,6 +266,11 @@ def _pulled_back(
             )
             found.append([[next(given) for _ in calls] for calls in handles])
         except RuntimeError as error:
+            if "backward through the graph a second time" in str(error):
+                raise ValueError(
+                    "the network runs a backward pass of its own, which frees what effects are "
+                    "predicted from; measure with how='measured'"
+                ) from error
             if "checkpoint" not in str(error).lower():
                 raise
             raise ValueError(

@@ -203,6 +203,8 @@ class Measurement(Accumulator):
         A step may also ask for features alone, or go on by single positions behind a past.
         """
         shapes, self._shapes = self._shapes, {}
+        if self.plan is None:
+            shapes = {name: tuple(record.tensor.shape) for name, record in states.items()}
         if self.plan is not None and not self.plan.recorded <= states.keys():
             return False
         self._first_shapes = self._first_shapes or shapes
@@ -318,6 +320,7 @@ class Measurement(Accumulator):
             returned=returned,
             in_losses=in_losses,
             varying=self._varying,
+            in_turns=frozenset() if self._named else self.capture.in_turns(records),
         )
         if len(self.plan.states) < 2 and (told := self.plan.told()):
             (name,), why = self.plan.names, "; ".join(told)
@@ -400,10 +403,11 @@ class Measurement(Accumulator):
             if recorded.name in self.plan.alike and tensor.ndim and len(tensor):
                 self._compare(recorded.name, tensor)
             call = call_of(recorded.name)
-            if call not in self.plan.forms and call not in self.capture.parts:
+            known = call in self.plan.forms or call in self.capture.parts
+            if not known and call.partition("#")[0] not in self.plan.in_turns:
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
-        form = self.plan.forms[recorded.name]
+        form = self.plan.forms[recorded.name].in_batch(tensor, self._batch)
         if recorded.orders:
             tensor = replace(recorded, tensor=tensor).in_order(form)
         if tensor.ndim == 2 and form.group == 1:
@@ -470,8 +474,7 @@ class Measurement(Accumulator):
                 "numbers of rows there, as those do that run on other samples; name components without "
                 "them"
             )
-        if self._silent:
-            notes.append(f"never ran, so left out: {', '.join(map(repr, self._silent))}")
+        notes += self.capture.told(self._silent or ())
         if half_seen := [name for name in self.capture.inputs.half_seen if name in self.parts]:
             notes.append(
                 f"data of the batch that go into {listed(half_seen)} beside states are given to no call "

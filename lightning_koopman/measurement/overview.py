@@ -153,11 +153,15 @@ def describe_components(
         records, returned = in_a_row([r for r in records if r.name not in returned]), {}
         in_losses = frozenset()
     plan = make_plan(
-        records, batch=batch, named=named, max_dim=max_dim, returned=returned, in_losses=in_losses
+        records,
+        batch=batch,
+        named=named,
+        max_dim=max_dim,
+        returned=returned,
+        in_losses=in_losses,
+        in_turns=frozenset() if named else capture.in_turns(records),
     )
-    notes = plan.told()
-    if silent:
-        notes.append(f"never ran, so left out: {', '.join(map(repr, silent))}")
+    notes = plan.told() + capture.told(silent)
     valid = valid_positions(batch)
     rows = tuple(
         _row(model, record, plan, taken, valid) for record in records if record.name in capture.parts

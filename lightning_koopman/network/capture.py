@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
@@ -18,16 +18,17 @@ from lightning_koopman.network.components import (
     clean_name,
     common_ancestor,
     first_name,
-    has_parameters,
+    in_turns,
     inner_components,
     inner_transparent,
     is_frozen,
     named_components,
     transparent_modules,
     with_output,
+    with_tables,
     without_component,
 )
-from lightning_koopman.network.hook_points import attach
+from lightning_koopman.network.hook_points import attach, that_mind_hooks
 from lightning_koopman.network.input_data import holds_numbers, is_integer_data
 from lightning_koopman.network.inputs import Beside, Inputs
 from lightning_koopman.network.provenance import Provenance
@@ -38,6 +39,7 @@ from lightning_koopman.network.rows import (
     further_name,
     with_lengths_in_order,
 )
+from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     LET_IT_BE_WHOLE,
     Given,
@@ -113,8 +115,9 @@ class Capture:
     :meth:`start_pass`, or where the components' common ancestor is called again; :meth:`end_pass`
     returns what was recorded, or raises what went wrong in a hook. Components are named in order of
     execution; one that runs several times appears as ``name``, ``name#1``, …. The output of a
-    parameter-free module that directly consumes a component's output belongs to that component. The
-    first pass shows which inputs are the network's, and what speaks for a component; later ones follow.
+    parameter-free module that directly consumes a component's output belongs to that component, unless
+    something else reads that output, too. The first pass shows which inputs are the network's, and what
+    speaks for a component; later ones follow.
 
     Attributes:
         again: Called with the states of a call of the common ancestor where another one follows in the
@@ -169,17 +172,23 @@ class Capture:
         self._opened: set[int] = set()
         self._running: set[int] = set()
         self._transparent = [] if self._named else transparent_modules(model, self.components)
+        # Which of them states choose entries of, as quantisers do, shows in the first pass.
+        self._tables = {} if self._named else with_tables(model, self.components)
+        self._looking_up: list[int] = []
         holders = [*self.components.values(), *self._transparent]
         self.homeless = {} if self._named else without_component(model, holders)
         self._model, self.keep, self._follow, self._trained = model, keep, follow, trained
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
+        self._attach = functools.partial(attach, unseen=that_mind_hooks(model))
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
         self._passes = 0
         self.again: Callable[[dict[str, Any]], None] | None = None
         self.parts: dict[str, tuple[str, ...]] = {}
+        # Components that did not run, and whose weights were read.
+        self._used: set[str] = set()
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
         self.uncounted: list[str] = []
@@ -192,8 +201,8 @@ class Capture:
         self._made_at: dict[tuple[int, int], tuple[int, ...]] = {}
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
-        # Whether rows are in an order of the network's own, which may be another one in each batch.
-        self._reorders = False
+        # States whose rows are in an order of the network's own, which may be another one in each batch.
+        self._moved: set[str] = set()
         self._provenance = Provenance()
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         self.start_pass()
@@ -202,34 +211,42 @@ class Capture:
         with ExitStack() as hooks:
             ancestor = self._ancestor
             if ancestor is not None:
-                hooks.enter_context(attach(ancestor, before=self._on_ancestor, after=self._on_returned))
+                around = self._attach(ancestor, before=self._on_ancestor, after=self._on_returned)
+                hooks.enter_context(around)
             if ancestor is not self._model:
-                hooks.enter_context(attach(self._model, before=self._on_model))
-            whole = {n: module for n, module in self.components.items() if n not in self._within}
+                hooks.enter_context(self._attach(self._model, before=self._on_model))
+            others = self._within.keys() | self._tables
+            whole = {name: module for name, module in self.components.items() if name not in others}
             for name, module in whole.items():
                 direct = self._direct if self._passes == 0 or id(module) in self._direct else None
                 if self._takes_input(module):
-                    taken = attach(module, before=self._on_input, direct=direct)
+                    taken = self._attach(module, before=self._on_input, direct=direct)
                     self._input_hooks[name] = hooks.enter_context(taken)
                 on_output = functools.partial(self._on_output, name)
-                hooks.enter_context(attach(module, after=on_output, direct=direct))
+                hooks.enter_context(self._attach(module, after=on_output, direct=direct))
             for name, (module, _) in self._within.items():
                 if self._passes == 0 or name in self.components:
                     before = functools.partial(self._on_inner_input, name)
                     after = functools.partial(self._on_inner_output, name)
-                    taken = attach(module, before=before, after=after)
+                    taken = self._attach(module, before=before, after=after)
                     self._inner_hooks[name] = hooks.enter_context(taken)
             for module, owners in self._transparent_within:
                 if self._passes == 0 or any(id(module) == merged for merged, _ in self._merged):
                     inner = functools.partial(self._on_inner_transparent, owners)
-                    hooks.enter_context(attach(module, after=inner))
+                    hooks.enter_context(self._attach(module, after=inner))
+            tables = {n: m for n, m in self._tables.items() if self._passes == 0 or n in self.components}
+            for name, module in tables.items():
+                on_output = functools.partial(self._on_table_output, name)
+                taken = self._attach(module, before=self._on_table_input, after=on_output)
+                hooks.enter_context(taken)
             for module in self._transparent:
-                hooks.enter_context(attach(module, after=self._on_transparent))
+                if all(module is not other for other in tables.values()):
+                    hooks.enter_context(self._attach(module, after=self._on_transparent))
             if self.end is not None and self.end not in self.components:
                 end = dict(clean_modules(self._model))[self.end]
-                hooks.enter_context(attach(end, after=self._on_end))
+                hooks.enter_context(self._attach(end, after=self._on_end))
             if self._follow and self._passes == 0:
-                hooks.callback(self._provenance.leave)
+                hooks.callback(self._leave)
                 self._provenance.follow(_held_by(self._model))
             self._hooks = hooks.pop_all()
         return self
@@ -240,9 +257,16 @@ class Capture:
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
         self._hooks.close()
-        self._provenance.leave()
+        self._leave()
         self._input_hooks.clear()
         self._inner_hooks.clear()
+
+    def _leave(self) -> None:
+        """Stop following the data, and keep what it said of components that did not run."""
+        if self._provenance.follows:
+            silent = {name: self.components[name] for name in self.silent}
+            self._used = {n for n, m in silent.items() if self._provenance.has_read(_held_by(m))}
+        self._provenance.leave()
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass."""
@@ -250,13 +274,14 @@ class Capture:
         self._error: Exception | None = None
         self._ran: set[int] = set()
         self._running.clear()
+        self._looking_up.clear()
         self._nested = 0
         self._called = False
         self.given: dict[str, Any] = {}
         self._outer: dict[str, Any] = {}
         self._start_call()
         self._provenance.start_pass(batch)
-        if self._reorders and self._passes and batch is not None:
+        if self._moved and self._passes and batch is not None:
             self._provenance.follow_rows(_held_by(self._model))
 
     def _start_call(self) -> None:
@@ -271,16 +296,32 @@ class Capture:
         self._raw: Tensor | None = None
         self._current: tuple[str, int, int] | None = None
         self._unusable: str | None = None
+        self._stages = Stages(self._provenance)
+
+    def _take_apart(self) -> None:
+        """Let what continues a component go on for itself where something else reads that state, too."""
+        for name, stage, kept, calls, readers in self._stages.apart():
+            self._states[name] = kept
+            self.parts[name] = self.parts[name][: stage + 1]
+            self._superseded.difference_update(calls[stage:])
+            self._merged.difference_update(calls[stage + 1 :])
+            for reader, further in readers.items():
+                if isinstance(record := self._states.get(reader), Recorded):
+                    sources = (record.sources or frozenset()) | further
+                    self._states[reader] = replace(record, sources=sources)
+                if reader in self.returned:
+                    self.returned[reader] |= further
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
-        self._provenance.leave()
+        self._leave()
         error = self._error or self._provenance.lost_order
         try:
             if error is not None:
                 raise error
             if self._unusable is not None:
                 raise ValueError(self._unusable)
+            self._take_apart()
             self._passes += 1
             self.inputs.end_pass()
             return self._states
@@ -294,8 +335,9 @@ class Capture:
 
     @property
     def candidates(self) -> dict[str, nn.Module]:
-        """The chosen modules and their parts, by name, of which the first pass may call either."""
-        return {**self.components, **{name: part for name, (part, _) in self._within.items()}}
+        """All modules, by name, of which the first pass may make components."""
+        parts = {name: part for name, (part, _) in self._within.items()}
+        return {**self.components, **parts, **self._tables}
 
     @property
     def untraced(self) -> Exception | None:
@@ -316,17 +358,39 @@ class Capture:
     def silent(self) -> list[str]:
         """Chosen components that did not run in the current pass."""
         called = self._ran | set(self._calls) | self._opened
-        if all(id(module) in called for module in self.components.values()):
-            return []
-        ran = [module for module in self.components.values() if id(module) in called]
+        return [name for name, module in self.components.items() if id(module) not in called]
+
+    def told(self, silent: Collection[str]) -> list[str]:
+        """Return what a reader must know of components that ran in no pass."""
+        ran = [module for name, module in self.components.items() if name not in silent]
         held = {id(parameter) for module in ran for parameter in module.parameters()}
-        return [
-            name
-            for name, module in self.components.items()
-            if id(module) not in called
-            # Its weights may be those of a component that ran, as of embeddings that others share.
-            and not (has_parameters(module) and {id(p) for p in module.parameters()} <= held)
-        ]
+        unread, used = list[str](), list[str]()
+        for name in silent:
+            weights = list(self.components[name].parameters())
+            # They may be those of a component that ran, as of embeddings that others share.
+            if not weights or not held.issuperset(map(id, weights)):
+                (used if name in self._used else unread).append(name)
+        notes = []
+        if unread:
+            notes.append(f"never ran, so left out: {', '.join(map(repr, unread))}")
+        if used:
+            notes.append(
+                "used by their weights alone, or where no call can be recorded, so left out: "
+                f"{', '.join(map(repr, used))}"
+            )
+        return notes
+
+    def in_turns(self, records: Iterable[Recorded]) -> frozenset[str]:
+        """Find the components that the network sends samples to in turns, by what one pass recorded."""
+        ran: dict[str, set[str]] = {}
+        moved = set[str]()
+        for record in records:
+            name = record.name.partition("#")[0]
+            if name in self.components:
+                read = (source.partition("#")[0] for source in record.sources or ())
+                ran.setdefault(name, set()).update(read)
+                moved |= {name} if record.orders else set()
+        return in_turns(self._model, self.components, ran, moved)
 
     def record_end(self, value: Any) -> None:
         """Record a state that no component gave, such as the network's own output, as the last one."""
@@ -334,6 +398,7 @@ class Capture:
         if self._closed or (name in self._states and name != OUTPUT):
             return
         self._states.pop(name, None)
+        self._stages.read(name, value)
         sources, tensor = self._provenance.of(value), first_tensor(value)
         if tensor is None:
             raise ValueError(
@@ -352,6 +417,7 @@ class Capture:
         elif self._states and self.again is None:
             self._closed = True
         elif self._states:
+            self._take_apart()
             states, self._passes = self._states, self._passes + 1
             self._ran |= set(self._calls)
             self._start_call()
@@ -411,11 +477,12 @@ class Capture:
                 if sources:
                     sources |= self._mixed_into(name, tensor)
                     self.returned[name] = sources
-                    if len(sources) > 1:
+                    if len(sources) > 1 or sources & self._moved:
                         self._mixed[place] = name
             if place in self._mixed:
                 name = self._mixed[place]
                 sources = self.returned[name]
+                self._stages.read(name, tensor)
                 self._keep_mixed_in(name)
                 self._keep(tensor, _recorded(name, module, tensor, tensor, sources))
 
@@ -476,8 +543,11 @@ class Capture:
         is_idle = self._provenance.is_idle(given)
         origin = _Origin(sources, tensor is not None, is_loss, is_idle, parts=parts)
         if self._passes == 0:
+            self._stages.forget_freed(given)
             # Data in a tensor of their own are beside states, not mixed into them.
-            raw = self.inputs.unclaimed([t for t in tensors if self._provenance.of(t)])
+            own_places = {id(other) for _, other, _ in beside}
+            mixed = [t for t in tensors if self._provenance.of(t) and id(t) not in own_places]
+            raw = self.inputs.unclaimed(mixed)
             origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
             if raw and tensor is not None and self._are_beginnings(sources):
                 place = next(i for i, other in enumerate(real) if other is tensor)
@@ -524,6 +594,28 @@ class Capture:
             self._on_transparent(module, args, kwargs, output)
         else:
             self._count(module)
+
+    @_kept_out_of_the_forward
+    def _on_table_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._looking_up.append(self._provenance.lookups)
+
+    @_kept_out_of_the_forward
+    def _on_table_output(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """Let a module that looks up entries of its own, as states choose them, be a component."""
+        looks_up = self._provenance.lookups > (self._looking_up.pop() if self._looking_up else 0)
+        if looks_up and self._looking_up:
+            # What it is part of speaks for it.
+            return
+        if name not in self.components and looks_up and first_real(output) is not None:
+            self.components[name] = module
+        if name in self.components:
+            if self._takes_input(module):
+                self._on_input(module, args, kwargs)
+            self._on_output(name, module, args, kwargs, output)
+        elif any(module is other for other in self._transparent):
+            self._on_transparent(module, args, kwargs, output)
 
     @_kept_out_of_the_forward
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -607,9 +699,14 @@ class Capture:
         origin = self._sources_of[name]
         if self._passes == 0:
             origin = self._sources_of[name] = self._with_own(name, origin, made)
-        untouched = self._provenance.is_untouched(tensor)
+            if (id(module), call) not in self._merged:
+                self._stages.read(name, given, made)
+        untouched, made_of = self._provenance.is_untouched(tensor), self._provenance.of(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
+        beside = [other for _, other in further]
+        masks = self._provenance.masks(beside) if self._passes == 0 and not is_idle else []
         self._provenance.mark(made, name, idle=is_idle)
+        self._provenance.own(masks)
         facts: dict[str, Any] = {}
         if self._passes == 0:
             component = self.components[name.partition("#")[0]]
@@ -630,8 +727,10 @@ class Capture:
                 given_data = bool(origin.sources) or not origin.from_float
                 recorded = replace(recorded, ignores_data=given_data and untouched, **facts)
             self._keep(tensor, recorded)
+            if facts and self._transparent:
+                self._stages.add(name, (id(module), call), tensor, self._states[name], made_of)
         for place, other in further:
-            if self._passes == 0 and not holds_numbers(other):
+            if self._passes == 0 and (any(other is mask for mask in masks) or not holds_numbers(other)):
                 continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle)
@@ -693,8 +792,9 @@ class Capture:
             call_of_module = id(module), call
             added |= {self._keep_beside(module, call_of_module, beside) for beside in origin.beside}
             ancestor = id(self._ancestor), -1
-            taken = origin.taken if origin.raw & self._provenance.changed else None
-            if taken is None and not self.inputs.find_mixed(name, origin.raw, self._call, ancestor):
+            as_it_came = self._called and not origin.raw & self._provenance.changed
+            taken = None if as_it_came else origin.taken
+            if taken is None and not self.inputs.find_mixed(name, origin.raw, self._data, ancestor):
                 taken = origin.taken
             if taken is not None:
                 # Data that no call shows as they are, mixed into what is made of data alone: an input.
@@ -723,14 +823,14 @@ class Capture:
         # Of those that a component took in whatever form, for others may be targets.
         raw = self._provenance.taken(self.inputs.unclaimed(tensor))
         if raw and self.inputs.beyond(self._provenance.of(tensor)) and tensor.ndim > 1:
-            self.inputs.find_mixed(name, raw, self._call, (id(self._ancestor), -1))
+            self.inputs.find_mixed(name, raw, self._data, (id(self._ancestor), -1))
         return frozenset(self.inputs.mixed_in.get(name, ()))
 
     def _keep_mixed_in(self, name: str) -> set[str]:
         """Record the data that are mixed into what a component takes, and return their names."""
         if not (mixed_in := self.inputs.mixed_in.get(name)):
             return set()
-        given = list(filter(is_real, all_tensors(self._call)))
+        given = self._data
         for added, place in mixed_in.items():
             if place < len(given) and added not in self._states:
                 tensor = given[place]
@@ -738,12 +838,18 @@ class Capture:
                 self._keep(tensor, replace(recorded, is_input=True))
         return set(mixed_in)
 
+    @property
+    def _data(self) -> list[Tensor]:
+        """What the network is called with, or else the batch of a step that calls its parts itself."""
+        given = all_tensors(self._call) if self._called else self._provenance.data
+        return list(filter(is_real, given))
+
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
         """Keep a state; the first pass shows how its rows came about."""
         if self._passes == 0:
             recorded = replace(recorded, merged=self._provenance.merged(tensor))
         if orders := self._provenance.orders(recorded.tensor):
-            self._reorders |= any(order.is_of_all for order in orders.values())
+            self._moved |= {recorded.name} if any(o.is_of_all for o in orders.values()) else set()
             recorded = with_lengths_in_order(replace(recorded, orders=orders))
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -142,6 +143,8 @@ class _Tree:
         named = [
             (clean_name(f"{prefix}.{name}" if prefix else name), unwrapped(child))
             for name, child in module.named_children()
+            # What a weight is derived by gives no state.
+            if name != "parametrizations" or not is_parametrized(module)
         ]
         return [(name, child) for name, child in named if self._holds_weights(name, child)]
 
@@ -173,7 +176,7 @@ class _Tree:
             if not self.children(module, name):
                 return [(name, module)]
             children = self.children(module, name)
-        if isinstance(module, _CONTAINERS):
+        if _is_container(module):
             return list(self.opened(children))
         return [(name, module)]
 
@@ -195,7 +198,7 @@ class _Tree:
             elif _is_one_layer(child) and not isinstance(child, nn.Sequential):
                 # A list is never called itself: its layer stands for it.
                 yield inner[-1]
-            elif (isinstance(child, _CONTAINERS) and not _is_one_layer(child)) or opens:
+            elif (_is_container(child) and not _is_one_layer(child)) or opens:
                 yield from self.opened(inner)
             else:
                 yield name, child
@@ -205,6 +208,13 @@ class _Tree:
         inside = {id(part) for part in module.modules()}
         others = [of_list for other, of_list in self._alike[type(module)] if id(other) not in inside]
         return any(others) or len(others) > 1
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Check whether a module is a container that computes with no weights of its own."""
+    own = next(module.parameters(recurse=False), None) is not None
+    called = type(module).forward is not nn.Module.forward
+    return isinstance(module, _CONTAINERS) and not (own and called)
 
 
 def _is_only_norm(module: nn.Module) -> bool:
@@ -283,9 +293,11 @@ def named_components(
     """Choose the modules that are reported as components.
 
     Without ``components``, the module tree is walked as a person would draw it: wrappers around a single
-    child are unwrapped; ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened, as are modules
-    that hold a list of blocks; of modules that repeat, only stages (little more than a list of blocks)
-    are opened; modules without parameters belong to the component before them.
+    child are unwrapped; ``Sequential``, ``ModuleList`` and ``ModuleDict`` are opened, unless they
+    compute with weights of their own, as are modules that hold a list of blocks; of modules that repeat,
+    only stages (little more than a list of blocks) are opened; modules without parameters belong to the
+    component before them. Of these, the first pass makes components of those that look entries of a
+    table of their own up where states choose them.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -367,6 +379,52 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
             found.append(module)
             inside |= _inside([module]).keys()
     return found
+
+
+def with_tables(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """List modules without weights that hold tables outside of components, such as codebooks."""
+    inside, own = _inside(chosen.values()).keys(), {id(module) for module in chosen.values()}
+    return {
+        name: module
+        for name, module in clean_modules(model)
+        if id(module) not in inside
+        and not has_weights(module)
+        and own.isdisjoint(map(id, module.modules()))
+        and not isinstance(module, torch.jit.ScriptModule)
+        and any(buffer.is_floating_point() and buffer.ndim > 1 for buffer in module.buffers())
+    }
+
+
+def in_turns(
+    model: nn.Module, chosen: Iterable[str], ran: Mapping[str, Collection[str]], moved: Iterable[str]
+) -> frozenset[str]:
+    """Find components that a network sends samples to in turns, as experts of a mixture.
+
+    They are in members of one list, of which none reads another and some did not run. ``ran`` says what
+    each component read that did, and ``moved`` which of them took rows as the network put them.
+    """
+    modules, found = dict(clean_modules(model)), set[str]()
+    for name in moved:
+        path = name.split(".")
+        for depth in range(1, len(path)):
+            holder = ".".join(path[:depth])
+            if not isinstance(modules.get(holder), nn.ModuleList | nn.ModuleDict):
+                continue
+            members: dict[str, set[str]] = {}
+            for other in chosen:
+                if other.startswith(f"{holder}."):
+                    members.setdefault(other.split(".")[depth], set()).add(other)
+            kind = type(modules.get(f"{holder}.{path[depth]}"))
+            members = {k: m for k, m in members.items() if type(modules.get(f"{holder}.{k}")) is kind}
+            everything = set[str]().union(*members.values())
+            apart = all(
+                (everything - own).isdisjoint(ran[part])
+                for own in members.values()
+                for part in own & ran.keys()
+            )
+            if apart and any(own.isdisjoint(ran) for own in members.values()):
+                found |= everything
+    return frozenset(found)
 
 
 def inner_transparent(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,
     first_tensor,
+    is_wrapper,
     need_not_wait,
     plain,
     tensors_inside,
@@ -169,6 +172,7 @@ def _call_by_name(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Move the tensors of a nested batch; nothing waits for what goes to a GPU."""
+    value = _own(value)
     if hasattr(value, "to") and callable(value.to):
         ordered = isinstance(value, Tensor | PackedSequence) and need_not_wait(device)
         moved = value.to(device, non_blocking=True) if ordered else value.to(device)
@@ -181,6 +185,17 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(to_device(part, device) for part in value)
     return value
+
+
+def _own(value: Any) -> Any:
+    """Copy an object whose attributes a network may set anew, as graph libraries have it."""
+    if not is_wrapper(value) and (not dataclasses.is_dataclass(value) or isinstance(value, type)):
+        return value
+    try:
+        return copy.copy(value)
+    except Exception:
+        # Whoever refuses to be copied is not to be kept from being run.
+        return value
 
 
 def _ordinary(value: Any, *, copy: bool) -> Any:

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -68,14 +68,18 @@ def attach(
     after: Callable[[nn.Module, Any, Any, Any], Any] | None = None,
     first: bool = False,
     direct: set[int] | None = None,
+    unseen: Collection[int] = (),
 ) -> ExitStack:
     """Hang hooks on a module, before all others if ``first``, until the stack returned is closed.
 
     With ``direct``, they also see calls of ``module.forward`` itself, which fires no hook of torch's;
-    the set remembers such modules by their ``id``.
+    the set remembers such modules by their ``id``. Nothing that a module can see is hung on those that
+    are ``unseen``, by their ``id``.
     """
     forward = vars(module).get("forward")
     own = module._compiled_call_impl is None and (forward is None or is_wrapped(forward))
+    if own and id(module) in unseen and not (module._forward_hooks or module._forward_pre_hooks):
+        return wrap(module, "forward", functools.partial(_around_forward, module, before, after))
     # Scripted modules refuse hooks, but run those they have where code that is not scripted calls them.
     taker: Any = super(ScriptModule, module) if isinstance(module, ScriptModule) else module
     with ExitStack() as hooks:
@@ -88,6 +92,29 @@ def attach(
             hooks.enter_context(_watch_direct_calls(module, before, after, direct))
         kept = hooks.pop_all()
     return kept
+
+
+def _around_forward(
+    module: nn.Module,
+    before: Callable[..., Any] | None,
+    after: Callable[..., Any] | None,
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """Call what would be hooks."""
+    if before is not None and (given := _Hook(before)(module, args, kwargs)) is not None:
+        args, kwargs = given
+    output = forward(*args, **kwargs)
+    changed = None if after is None else _Hook(after)(module, args, kwargs, output)
+    return output if changed is None else changed
+
+
+def that_mind_hooks(model: nn.Module) -> frozenset[int]:
+    """Find the modules, by ``id``, that compute in another way where hooks are seen on them."""
+    # The fast path of torch's encoder layers, in bfloat16 for one, gives other values than the slow one.
+    layers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
+    return frozenset(id(part) for layer in layers for part in layer.modules())
 
 
 def _watch_direct_calls(
@@ -188,7 +215,10 @@ class HookPoint(NamedTuple):
 
 
 Alteration = Callable[[Tensor, Mapping[HookPoint, Tensor]], Tensor]
-"""Takes what a call gave out and what was read so far; gives what to put in its place."""
+"""Takes what a call gave out and what was read so far; gives what to put in its place.
+
+Where the network differentiates what the call gave, what was read is in its graph, too.
+"""
 
 
 def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
@@ -214,24 +244,68 @@ def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:
                 vars(value)[name] = replace_tensor(part, old, new)
                 break
         return value
+    of_class = dataclasses.is_dataclass(value) and not isinstance(value, type)
     if isinstance(value, Mapping):
         parts: Any = dict(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif of_class:
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     else:
         parts = dict(enumerate(value))
-    for key, part in parts.items():
-        if any(tensor is old for tensor in all_tensors(part)):
-            parts[key] = replace_tensor(part, old, new)
-            break
-    if isinstance(value, dict):
+    key = next((k for k, part in parts.items() if _holds(part, old)), None)
+    if key is None:
+        return value
+    part = parts[key] = replace_tensor(parts[key], old, new)
+    if of_class:
         # Outputs such as those of transformers are mappings and dataclasses at once.
-        return dataclasses.replace(value, **parts) if dataclasses.is_dataclass(value) else parts
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **parts)
+        return _with_field(value, key, part)
+    if isinstance(value, Mapping):
+        return parts if type(value) is dict else _with_entry(value, key, parts, new)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*parts.values())
-    return parts if isinstance(value, Mapping) else type(value)(parts.values())
+    return type(value)(parts.values())
+
+
+def _holds(value: Any, tensor: Tensor) -> bool:
+    return any(other is tensor for other in all_tensors(value))
+
+
+def _with_field(value: Any, name: str, part: Any) -> Any:
+    """Copy a dataclass with a field replaced, also where its class is not made of its fields alone."""
+    with suppress(Exception):
+        # As tensordict has it, whose classes are made of more than their fields.
+        made = type(value).clone(value, recurse=False)
+        setattr(made, name, part)
+        return made
+    with suppress(Exception):  # a constructor of somebody's own
+        return dataclasses.replace(value, **{name: part})
+    made = copy.copy(value)
+    object.__setattr__(made, name, part)
+    return made
+
+
+def _with_entry(table: Any, key: Any, entries: dict[Any, Any], new: Tensor) -> Any:
+    """Copy a mapping with the entry that holds a tensor, as one of its class where that can be done."""
+    before, kind = table[key], type(table)
+    copies: list[Callable[[], Any]] = [
+        # As tensordict has it, where other copies share their entries with what they are of.
+        lambda: kind.clone(table, recurse=False),
+        lambda: copy.copy(table),
+        lambda: kind(entries),
+    ]
+    for copied in copies:
+        try:
+            made = copied()
+            made[key] = entries[key]
+            for name, attribute in getattr(made, "__dict__", {}).items():
+                if attribute is before:
+                    vars(made)[name] = entries[key]
+            if _holds(table[key], new):
+                table[key] = before
+            elif _holds(made[key], new):
+                return made
+        except Exception:  # other people's code, which may refuse any of this
+            continue
+    return entries
 
 
 def _is_beside(other: Tensor, first: Tensor) -> bool:
@@ -279,6 +353,7 @@ class HookPoints:
         for call in calls:
             module, number = find_module(model, call)
             self._watched.setdefault(id(module), (module, {}))[1][number] = call
+        self._attach = functools.partial(attach, unseen=that_mind_hooks(model))
         self._hooks = ExitStack()
 
     def __enter__(self) -> HookPoints:
@@ -289,7 +364,7 @@ class HookPoints:
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
                 after = functools.partial(self._after, calls)
-                hooks.enter_context(attach(module, before=before, after=after, direct=set()))
+                hooks.enter_context(self._attach(module, before=before, after=after, direct=set()))
             self._hooks = hooks.pop_all()
         return self
 
@@ -311,6 +386,7 @@ class HookPoints:
 
     def _start_round(self) -> None:
         self.rounds.append({})
+        self._in_graph: dict[HookPoint, Tensor] = {}
         self._counts: dict[int, int] = {}
         self._given: dict[str, Given] = {}
         self._tables: dict[str, list[dict[Any, Any]]] = {}
@@ -341,7 +417,7 @@ class HookPoints:
             # Which entry it takes shows by the one that it writes.
             self._tables[call] = [dict(table) for table in tables]
         elif point in self._read and (tensor := first_tensor((args, kwargs))) is not None:
-            self.values[point] = plain(tensor).detach().clone()
+            self._keep(point, tensor)
             if self._beside is not None and any(
                 _is_beside(t, tensor) for t in all_tensors((args, kwargs))
             ):
@@ -371,9 +447,13 @@ class HookPoints:
             if (tensor := given.get(place)) is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
             old = plain(tensor)
-            new = alteration(old, self.values)
+            known = {**self.values, **self._in_graph} if old.requires_grad else self.values
+            new = alteration(old, known)
             if new is not old:
                 new = new.to(old)
+                if old.requires_grad and torch.is_grad_enabled() and not new.requires_grad:
+                    # A network that differentiates its own outputs needs a path here; nothing takes it.
+                    new = torch.where(torch.ones_like(old, dtype=torch.bool), new, old)
                 if new.stride() != old.stride():
                     # The user's code may view it, or write to it, as it does to what stood here.
                     new = torch.empty_like(old, requires_grad=False).copy_(new)
@@ -401,9 +481,12 @@ class HookPoints:
             return
         key = next((key for key, value in output.items() if value is made), None)
         if isinstance(tensor := table.get(key), Tensor) and is_real(tensor):
-            self.values[point] = plain(tensor).detach().clone()
+            self._keep(point, tensor)
 
     def _keep(self, point: HookPoint, tensor: Tensor | None) -> None:
         if tensor is None:
             raise ValueError(f"{point.call!r} has no floating-point tensor to read")
-        self.values[point] = plain(tensor).detach().clone()
+        copied = plain(tensor).clone()
+        self.values[point] = copied.detach()
+        if copied.requires_grad and self._alter:
+            self._in_graph[point] = copied

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,8 +12,11 @@ from lightning_koopman.network.tensors import is_real, varies
 
 
 def is_mask(tensor: Tensor) -> bool:
-    """Check whether a tensor holds nothing but 0 and 1, or 0 and what no softmax lets through."""
-    if not tensor.numel():
+    """Check whether a tensor holds nothing but 0 and 1, or 0 and what no softmax lets through.
+
+    What it lets through may also be what the network adds, the same for all samples.
+    """
+    if not tensor.numel() or shuts_out(tensor):
         return True
     low = tensor.amin()
     marks = tensor == torch.where(low < _SHUT_OUT, low, 1)
@@ -20,6 +24,14 @@ def is_mask(tensor: Tensor) -> bool:
         return False
     # A single 1 in each row is a class.
     return tensor.ndim != 2 or tensor.shape[1] < 2 or not bool((tensor.sum(dim=1) == 1).all())
+
+
+def shuts_out(tensor: Tensor) -> bool:
+    """Check whether samples differ in nothing but in which scores no softmax lets through."""
+    if not tensor.is_floating_point() or tensor.is_nested or tensor.ndim < 2 or len(tensor) < 2:
+        return False
+    out = tensor < _SHUT_OUT
+    return bool(out.any()) and bool((out | (tensor == tensor.amax(dim=0))).all())
 
 
 _SHUT_OUT = -1e3
@@ -123,8 +135,7 @@ class Coverage:
     """Which parts of some tensors were taken, told by views of their memory."""
 
     def __init__(self) -> None:
-        # By memory, where the tensor begins, and a mark for each place behind; none if all were taken.
-        self._taken: dict[tuple[int, torch.dtype], tuple[int, Tensor | None]] = {}
+        self._taken: dict[tuple[int, torch.dtype], _Marks] = {}
 
     def clear(self) -> None:
         """Forget what was taken."""
@@ -132,20 +143,13 @@ class Coverage:
 
     def open(self, whole: Tensor) -> None:
         """Get ready to note which parts of a tensor are taken."""
-        key, span = _memory(whole), _span(whole)
-        if key is not None and key not in self._taken:
-            self._taken[key] = int(whole.storage_offset()), torch.zeros(span, dtype=torch.bool)
+        if (key := _memory(whole)) is not None:
+            self._taken.setdefault(key, _Marks())
 
     def add(self, part: Tensor) -> None:
         """Note a view as taken."""
-        self.open(part)
-        key = _memory(part)
-        if key is None or not part.numel() or (marks := self._marks(key, part)) is None:
-            return
-        marks.fill_(True)
-        start, every = self._taken[key]
-        if every is not None and bool(every.all()):
-            self._taken[key] = start, None
+        if (key := _memory(part)) is not None:
+            self._taken.setdefault(key, _Marks()).of(part)[...] = 1
 
     def knows(self, part: Tensor) -> bool:
         """Check whether a view is one of a tensor of which parts were taken."""
@@ -154,26 +158,61 @@ class Coverage:
     def misses(self, part: Tensor) -> bool:
         """Check whether there is more in a view than was taken."""
         key = _memory(part)
-        if key is None or key not in self._taken or self._taken[key][1] is None:
-            return False
-        marks = self._marks(key, part)
-        return marks is None or not bool(marks.all())
+        return key in self._taken and not bool(self._taken[key].of(part).all())
 
-    def _marks(self, key: tuple[int, torch.dtype], part: Tensor) -> Tensor | None:
-        """Return the marks of a view, or none where it reaches beyond what is marked."""
-        start, marks = self._taken[key]
-        offset = part.storage_offset() - start
-        if marks is None or offset < 0 or offset + _span(part) > len(marks):
-            return None
-        axes = [(n, step) for n, step in zip(part.shape, part.stride(), strict=True) if step and n > 1]
-        axes.sort(key=lambda axis: axis[1])
-        reach = 0
-        for size, step in axes:
-            if step <= reach:
-                # Windows that overlap: all that lies between their first value and their last.
-                return marks[offset : offset + _span(part)]
-            reach += (size - 1) * step
-        return marks.as_strided([n for n, _ in axes], [step for _, step in axes], offset)
+
+class LabelsByView:
+    """The labels of parts of a memory, told by views of it.
+
+    Example:
+        >>> x = torch.zeros(4, 3)
+        >>> labels = LabelsByView(frozenset({"x"}))
+        >>> labels.set(x[:, :2], frozenset({"past"}))
+        >>> [sorted(labels.of(part)) for part in (x, x[:, 0], x[:, 2])]
+        [['past', 'x'], ['past'], ['x']]
+    """
+
+    def __init__(self, whole: frozenset[str]) -> None:
+        self._known, self._marks = [whole], dict[int, _Marks]()
+
+    def of(self, part: Tensor) -> frozenset[str]:
+        """Read the labels of a view."""
+        if self._marks.keys() != {part.element_size()}:
+            # What counts in other units may be any of it.
+            return self._known[0].union(*self._known)
+        marks = self._marks[part.element_size()].of(part)
+        found = {int(marks.min()), int(marks.max())} if marks.size else set()
+        if len(found) > 1:
+            found = {*np.unique(marks).tolist()}
+        return frozenset[str]().union(*(self._known[mark] for mark in found))
+
+    def set(self, part: Tensor, labels: frozenset[str]) -> None:
+        """Replace the labels of a view."""
+        if labels not in self._known:
+            self._known.append(labels)
+        self._marks.setdefault(part.element_size(), _Marks()).of(part)[...] = self._known.index(labels)
+
+
+class _Marks:
+    """A number for each place of a memory, by views; 0 where none was written."""
+
+    def __init__(self) -> None:
+        self._start, self._values = 0, np.zeros(0, dtype=np.int32)
+
+    def of(self, part: Tensor) -> np.ndarray:
+        """Return the marks of a view, to be read and written."""
+        if not part.numel():
+            return np.zeros(part.shape, dtype=np.int32)
+        begin = int(part.storage_offset())
+        end, held = begin + _span(part), len(self._values)
+        start = min(begin, self._start) if held else begin
+        before = self._start - start if held else 0
+        if before or end - start > held:
+            values = np.zeros(max(end - start, before + held), dtype=np.int32)
+            values[before : before + held] = self._values
+            self._start, self._values = start, values
+        steps = [step * self._values.itemsize for step in part.stride()]
+        return np.lib.stride_tricks.as_strided(self._values[begin - start :], part.shape, steps)
 
 
 def _span(tensor: Tensor) -> int:

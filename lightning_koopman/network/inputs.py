@@ -32,7 +32,7 @@ class Inputs:
         names: All inputs.
         at: By call, those that it takes, by their places among the tensors given.
         mixed_in: By component, those that are mixed into states which it takes, and their places among
-            what the network was called with.
+            what the network is given.
         half_seen: Components that take data of the batch beside states, where no call shows the data.
         changed: Components that take data of the batch mixed into states otherwise than they came.
     """
@@ -94,19 +94,21 @@ class Inputs:
                     self.add(call, place, tensor)
         return beside
 
-    def find_mixed(self, component: str, labels: frozenset[str], called_with: Any, call: Call) -> bool:
-        """Find data of the batch, by their labels, among what the network was called with.
+    def find_mixed(
+        self, component: str, labels: frozenset[str], given: Sequence[Tensor], call: Call
+    ) -> bool:
+        """Find data of the batch, by their labels, among what the network is given.
 
         Returns whether all of them were there.
         """
-        for place, tensor in enumerate(filter(is_real, all_tensors(called_with))):
+        for place, tensor in enumerate(given):
             raw = self.unclaimed(tensor)
             if raw and raw <= labels and not is_mask(tensor):
                 added = self.add(call, place, tensor)
                 self.mixed_in.setdefault(component, {})[added] = place
                 if raw & self._provenance.changed and component not in self.changed:
                     self.changed.append(component)
-        data = filter(self._provenance.unclaimed, self._provenance.data_of(labels))
+        data = filter(self.unclaimed, self._provenance.data_of(labels))
         if any(is_real(tensor) and not is_mask(tensor) for tensor in data):
             self.half_seen.append(component)
             return False

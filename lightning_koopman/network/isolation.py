@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Generator
+from collections import OrderedDict, deque
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,11 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_koopman.network.tensors import is_wrapper
+
 _INSIDE = (
     *("_parameters", "_buffers", "_modules", "_backward_hooks", "_backward_pre_hooks"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
+
+_PLAIN = frozenset({bool, int, float, str, type(None), tuple, list, dict, OrderedDict, set, deque})
+"""What most attributes of modules are, and no objects of somebody's own."""
 
 
 @contextmanager
@@ -27,8 +32,9 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     Each module's own mode, its weights, buffers and attributes and all random states are restored, also
     when the body raises: a forward pass may write weights, and so may a change of mode (adapters that
     merge). So is what tensors, lists, dictionaries and sets hold that are attributes, as metrics keep
-    their sums; and what a LightningModule logs is not logged. Compiled modules run eagerly inside,
-    because hooks that are added after compilation never fire otherwise.
+    their sums, and which tensors other objects hold that are; and what a LightningModule logs is not
+    logged. Compiled modules run eagerly inside, because hooks that are added after compilation never
+    fire otherwise.
     """
     # Asked for only where needed: the first use of set_stance imports the whole compiler.
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
@@ -57,6 +63,8 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
     ]
     own = [value for module in model.modules() for value in vars(module).values()]
     held = [(value, value.copy()) for value in own if type(value) in (list, dict, set, deque)]
+    rest = (value for value in own if type(value) not in _PLAIN)
+    objects = [(vars(value), dict(vars(value))) for value in rest if is_wrapper(value)]
     others = [value for value in own if type(value) is Tensor]
     tensors = [
         (tensor, data, data.clone())
@@ -74,6 +82,8 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
             _refill(values, before)
         for value, before in held:
             _refill(value, before)
+        for now, then in objects:
+            _put_tensors_back(now, then)
         for tensor, data, copy in tensors:
             if tensor.data_ptr() != data.data_ptr():
                 tensor.data = data
@@ -93,6 +103,17 @@ def _refill(container: Any, before: Any) -> None:
         container.update(before)
     else:
         container.extend(before)
+
+
+def _put_tensors_back(attributes: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Put back which tensors are an object's attributes, and leave all others alone."""
+    for name in attributes.keys() | before.keys():
+        now, then = attributes.get(name), before.get(name)
+        if now is not then and (isinstance(now, Tensor) or isinstance(then, Tensor)):
+            if name in before:
+                attributes[name] = then
+            else:
+                del attributes[name]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,7 @@ def chain_ends(
     sources: Mapping[str, set[str]],
     returned: Mapping[str, frozenset[str]],
     in_losses: frozenset[str] = frozenset(),
+    in_turns: Set[str] = frozenset(),
 ) -> list[str]:
     """List the states that no component reads and that what the network returned is made of.
 
@@ -84,12 +85,14 @@ def chain_ends(
     if not ends:
         return _ends_of_calls([r.name for r in own], frozen, unread, sources)
     ends = [name for name in ends if name not in frozen] or ends
-    # What a returned tensor is made of may be no state by itself: a sum of branches is not the branches.
-    alone = {name for made_of in returned.values() if len(made_of) == 1 for name in made_of}
+    # What a returned tensor is made of may be no state by itself: a sum of branches is not the branches,
+    # nor are samples that one of several experts got.
+    of_one = {name for name, made_of in returned.items() if len(made_of) == 1 and not made_of & in_turns}
+    alone = {name for each in of_one for name in returned[each]}
     mixed = {
         name: made_of & set(ends)
         for name, made_of in returned.items()
-        if len(made_of) > 1 and made_of & set(ends) and not made_of & set(ends) & alone
+        if name not in of_one and made_of & set(ends) and not made_of & set(ends) & alone
     }
     covered = {part for parts in mixed.values() for part in parts}
     return [*(name for name in ends if name not in covered), *mixed]
@@ -180,10 +183,11 @@ def leave_out_unfit(
     kept: Collection[str],
     batch: Any,
     notes: list[str],
+    in_turns: Collection[str] = (),
 ) -> list[str]:
     """Take out of the graph what holds no row per sample, or the same for every sample; return these."""
     n_samples, _ = batch_size(records, batch)
-    constant, misfit = [], []
+    constant, misfit, alone = [], [], []
     for record in records:
         if record.name in kept or record.name not in sources or callable(forms[record.name].reduce):
             continue
@@ -198,11 +202,18 @@ def leave_out_unfit(
             constant.append(record.name)
         elif len(rows) != n_samples or record.strays(forms[record.name]):
             misfit.append(f"{record.name} {shape}")
+        elif record.name in in_turns:
+            alone.append(record.name)
         else:
             continue
         _bypass(record.name, sources)
     if misfit:
         notes.append(f"without one row for each of {n_samples} samples, so left out: {listed(misfit)}")
+    if alone:
+        notes.append(
+            "the network sends samples to one part or another, in the first batch all of them to these, "
+            f"so left out: {listed(alone)}"
+        )
     return constant
 
 
@@ -236,6 +247,20 @@ def leading_to(
             f"{listed(aside)}; choose another output with output="
         )
     return {name: read for name, read in sources.items() if name in reached}
+
+
+def _passed(
+    ends: Sequence[str],
+    sources: Mapping[str, set[str]],
+    inputs: Collection[str],
+    returned: Mapping[str, frozenset[str]],
+) -> list[str]:
+    """List what the first tensor returned is made of, where these are on the way to the ends alone."""
+    # Behind it may be hidden states and caches, which are no outputs.
+    first, made_of = next(iter(returned.items()), ("", frozenset[str]()))
+    if first in ends or not made_of.isdisjoint(ends):
+        return []
+    return [name for name in sources if name in made_of and name not in inputs]
 
 
 def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -332,6 +357,7 @@ class Plan:
         notes: What a reader of the report must know beside what :attr:`constant` says.
         constant: Names that are left out for they were the same for all samples of the first batch.
         alike: Those of them that data reach.
+        in_turns: Components that get other samples in each batch, or none.
     """
 
     states: tuple[tuple[str, ...], ...]
@@ -341,6 +367,7 @@ class Plan:
     notes: tuple[str, ...]
     constant: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
+    in_turns: frozenset[str] = frozenset()
 
     def told(self, varying: Collection[str] = ()) -> list[str]:
         """Return what a reader must know, if later batches showed that some constants vary."""
@@ -393,6 +420,7 @@ def make_plan(
     returned: Mapping[str, frozenset[str]] | None = None,
     in_losses: frozenset[str] = frozenset(),
     varying: Collection[str] = (),
+    in_turns: frozenset[str] = frozenset(),
 ) -> Plan:
     """Settle the chain: states in order of execution, each step linked to what it reads.
 
@@ -428,7 +456,12 @@ def make_plan(
     mixed = {r.name for r in records if r.mixes(forms[r.name]) or r.strays(forms[r.name])}
     # What is mixed once stays mixed.
     met = [r.name for r in records if r.name in mixed and not (r.is_input or mixed & sources[r.name])]
-    ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses)
+    turned = {
+        r.name
+        for r in records
+        if _module(r.name) in in_turns and any(order.is_of_all for order in r.orders.values())
+    }
+    ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses, turned)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
     constant: list[str] = []
@@ -437,10 +470,16 @@ def make_plan(
         # Named ones stay; data beside them, as features of edges beside nodes, need not.
         kept = {record.name for record in records if not record.is_input}
     if not named or any(not sources[name] for name in kept & sources.keys()):
-        constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes)
+        constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes, turned)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     inputs = {record.name for record in records if record.is_input}
     sources = leading_to(ends, sources, inputs, notes)
+    if end is None and (passed := _passed(ends, sources, inputs, returned)):
+        notes.append(
+            f"this report is about {listed(ends)}; the first tensor that the network returns is made of "
+            f"{listed(passed)}, and counts only as far as that leads there; choose another output with "
+            "output="
+        )
     if met := [name for name in met if name in sources]:
         notes.append(
             f"rows of several samples meet in {listed(met)}, and operators see one of them, so what the "
@@ -473,6 +512,7 @@ def make_plan(
         notes=tuple(notes),
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
+        in_turns=in_turns - {_module(name) for group in whole for name in group},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from lightning_koopman.network.input_data import holds_all_of, is_mask
+from lightning_koopman.network.input_data import LabelsByView, holds_all_of, is_mask, shuts_out
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
 from lightning_koopman.network.subclasses import MadeUnwatched
-from lightning_koopman.network.tensors import address_of, all_tensors, tensors_inside
+from lightning_koopman.network.tensors import address_of, all_tensors, tensors_inside, varies
 
 # These read a tensor's shape, never its values.
 _SHAPE_ONLY = frozenset({
@@ -27,12 +28,18 @@ _SHAPE_ONLY = frozenset({
 # These make coordinates, of nothing. What others make so may be written to by code that nobody sees.
 _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices"})
 
+# These read entries of their first argument at places that another one holds.
+_LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
+
 # These may drop at random, and are marked so, but do not where a network is evaluated.
 _MAY_DROP = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_rnn", "rrelu")
 
 _BATCH, _OWN, _CHANCE, _UNKNOWN = "batch:", "own", "chance", "unknown"
 """Labels of the batch's tensors, of what the network holds and of coordinates, of random numbers, and of
 what came from elsewhere, as data do that went through NumPy."""
+
+_STAGE = "stage:"
+"""Label of a state before a further module continued it, beside that of the state."""
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -41,10 +48,10 @@ class DataFlow:
     """Labels that travel with the data, as long as the mode is entered.
 
     Every operator that torch runs passes on the labels of what it reads to what it writes. Tensors that
-    share memory share labels. Values are never touched, gradients never needed, and what cannot be
-    followed (a round trip through NumPy, a kernel that torch does not know of) only loses its labels.
-    An error of the bookkeeping itself never reaches the pass. Several may be entered at a time, and left
-    in any order.
+    share memory share labels, unless one of them was given its own. Values are never touched, gradients
+    never needed, and what cannot be followed (a round trip through NumPy, a kernel that torch does not
+    know of) only loses its labels. An error of the bookkeeping itself never reaches the pass. Several
+    may be entered at a time, and left in any order.
 
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
@@ -54,6 +61,8 @@ class DataFlow:
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
+        read: Memory that operators read, by its address.
+        lookups: How often entries of the network's own tables were read at places that states chose.
 
     Example:
         >>> flow, x = DataFlow(), torch.ones(3)
@@ -71,10 +80,13 @@ class DataFlow:
         on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]]], set[int]] | None = None,
     ) -> None:
         self.error: Exception | None = None
+        self.read: set[int] = set()
+        self.lookups = 0
         self._origins, self._on_mix = origins, on_mix
         self._labels: dict[int, frozenset[str]] = {}
+        self._parts: dict[int, LabelsByView] = {}
         self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
-        self._rows = RowOrders(self._is_data, self._is_own, self.merged, self._keep_address)
+        self._rows = RowOrders(self._is_data, self._is_own, self._merges, self._keep_address)
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
 
@@ -102,6 +114,17 @@ class DataFlow:
             except Exception as error:
                 self.error = error
 
+    def label_part(self, tensor: Tensor, name: str) -> None:
+        """Replace the labels of a tensor by one, and leave those of others that share its memory."""
+        if self.error is None:
+            try:
+                address, size = address_of(tensor), tensor.numel() * tensor.element_size()
+                if address and not tensor.is_nested and size < tensor.untyped_storage().nbytes():
+                    self._parts.setdefault(address, LabelsByView(self._get(tensor)))
+                self._set(tensor, frozenset({name}))
+            except Exception as error:
+                self.error = error
+
     def labels(self, value: Any) -> frozenset[str]:
         """Read the labels of all tensors in a value."""
         if self.error is None:
@@ -118,13 +141,16 @@ class DataFlow:
         """
         if self.error is not None or tensor.is_nested or not tensor.ndim:
             return None
-        return self._merged.get(address_of(tensor), {}).get(tensor.shape[0])
+        return self._merges(tensor).get(tensor.shape[0])
+
+    def _merges(self, tensor: Tensor) -> dict[int, tuple[int, ...]]:
+        return self._merged.get(address_of(tensor), {})
 
     def orders(self, tensor: Tensor) -> Orders:
         """Read which rows a tensor's rows are, where operators took them in another order."""
         if self.error is None:
             try:
-                return self._rows.of(tensor)
+                return self._rows.told(tensor)
             except Exception as error:
                 self.error = error
         return NO_ORDERS
@@ -155,8 +181,12 @@ class DataFlow:
         reads = list(_flat((*args, *kwargs.values())))
         name = func._schema.name.rpartition("::")[2]
         known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
+        if self._origins and known and self._merged:
+            self._rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
         if self._origins and known and (sorts := self._rows.follow(name, args, reads, out)):
             reads, known = _without_sorts(reads, known, sorts)
+        if self._origins and name in _LOOK_UP and len(known) > 1:
+            self.lookups += _is_lookup(reads, known)
         ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
             ends = self._on_mix(reads, known)
@@ -176,13 +206,18 @@ class DataFlow:
                     for tensor in _flat([given.get(argument.name)]):
                         self._set(tensor, labels)
         places = {address_of(tensor) for tensor in reads}
-        merged = {} if name in _SHAPE_ONLY else self._merges_of(reads)
+        merged = {}
+        if name not in _SHAPE_ONLY:
+            self.read |= places - {0}
+            merged = self._merges_of(reads)
         if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
             merged[out.shape[0]] = ()
         for tensor in _flat([out]):
             # A view keeps the labels of what it views.
             if address_of(tensor) not in places:
                 self._set(tensor, labels)
+                self._set_merged(tensor, merged)
+            elif func._schema.is_mutable:
                 self._set_merged(tensor, merged)
         # Parts of one tensor are put together to no more than it was.
         grows = isinstance(out, Tensor) and not self._rows.is_whole_again
@@ -191,7 +226,7 @@ class DataFlow:
             place = 1 if axes[0] < 0 else 0
             whole = (
                 *axes[:place],
-                *merged.get(axes[place], axes[place : place + 1]),
+                *(merged.get(axes[place]) or axes[place : place + 1]),
                 *axes[place + 1 :],
             )
             self._set_merged(out, {**merged, out.shape[0]: whole})
@@ -200,7 +235,9 @@ class DataFlow:
         found: dict[int, tuple[int, ...]] = {}
         for tensor in reads:
             for size, axes in self._merged.get(address_of(tensor), {}).items():
-                found[size] = axes if found.get(size, axes) == axes else ()
+                # Rows that were picked say nothing of how those beside them came about.
+                before = found.get(size) or axes
+                found[size] = before if axes in ((), before) else ()
         return found
 
     def _set_merged(self, tensor: Tensor, merged: dict[int, tuple[int, ...]]) -> None:
@@ -210,15 +247,21 @@ class DataFlow:
             self._keep_address(tensor, address)
 
     def _get(self, tensor: Tensor) -> frozenset[str]:
-        return self._labels.get(address_of(tensor), _NOTHING)
+        address = address_of(tensor)
+        parts = self._parts.get(address)
+        return self._labels.get(address, _NOTHING) if parts is None else parts.of(tensor)
 
     def _set(self, tensor: Tensor, labels: frozenset[str]) -> None:
         address = address_of(tensor)
         if address == 0:
             return
-        if labels or address in self._labels:
+        if address in self._parts:
+            self._parts[address].set(tensor, labels)
+        elif labels or address in self._labels:
             self._labels[address] = labels
-            self._keep_address(tensor, address)
+        else:
+            return
+        self._keep_address(tensor, address)
 
     def _keep_address(self, tensor: Tensor, address: int | None = None) -> None:
         address = address_of(tensor) if address is None else address
@@ -247,11 +290,24 @@ def _without_sorts(
     return [tensor for tensor, _ in left], [labels for _, labels in left]
 
 
+def _is_lookup(reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> bool:
+    """Check whether the entries of a table that the network holds are chosen by states."""
+    table = reads[0]
+    is_table = known[0] == {_OWN} and table.is_floating_point() and table.ndim > 1
+    # Integers of the batch are tokens, positions or steps in time.
+    chosen = (n for labels in known[1:] for n in labels - _ORIGINS if not n.startswith(_BATCH))
+    return is_table and any(True for _ in chosen)
+
+
 def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:
     """Check whether an operator takes rows in an order of its own."""
     if name == "index_select":
         return args[1] in (0, -args[0].ndim)
-    return name == "index" and bool(args[1]) and args[1][0] is not None
+    index = args[1][0] if name == "index" and args[1] else None
+    if index is None:
+        return False
+    # Neighbours that are named for each row are in its place.
+    return bool(index.dtype == torch.bool or index.numel() == max(index.shape, default=1))
 
 
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"})
@@ -311,12 +367,28 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = _run(func, args, kwargs)
         start = time.perf_counter()
         for flow in self.flows:
             flow.follow(func, args, kwargs, out)
         _Watch.seconds += time.perf_counter() - start
         return out
+
+
+_CASTS_INSIDE = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
+"""Operators that run others, whose arguments autocast casts."""
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Run an operator as it runs where nobody watches."""
+    if func._schema.name.rpartition("::")[2] in _CASTS_INSIDE:
+        # Below a dispatch mode autocast is off. On other devices these are not used with it.
+        with torch.overrides.enable_reentrant_dispatch():
+            casts = torch.is_autocast_enabled("cpu")
+        if casts:
+            with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutocastCPU, False):
+                return func(*args, **kwargs)
+    return func(*args, **kwargs)
 
 
 class _WatchOfThread(threading.local):
@@ -459,8 +531,13 @@ class Provenance:
 
     def _label_batch(self) -> None:
         if self._flow is not None:
-            for i, tensor in enumerate(tensors_inside(self._batch)):
-                self._flow.label(tensor, f"{_BATCH}{i}")
+            data = list(enumerate(self.data))
+            shared = Counter(address_of(tensor) for _, tensor in data)
+            # Past and future of a window are views of one series. Where these overlap, what is of both
+            # belongs to the smaller one, or the first, for inputs come before targets.
+            for i, tensor in sorted(data[::-1], key=lambda each: -each[1].numel()):
+                label = self._flow.label_part if shared[address_of(tensor)] > 1 else self._flow.label
+                label(tensor, f"{_BATCH}{i}")
 
     def of(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from."""
@@ -480,7 +557,8 @@ class Provenance:
 
     def _labels(self, value: Any) -> frozenset[str]:
         """Read which data and states a value was computed from, by their labels."""
-        return _NOTHING if self._flow is None else self._flow.labels(value) - _ORIGINS
+        labels = _NOTHING if self._flow is None else self._flow.labels(value) - _ORIGINS
+        return frozenset(name for name in labels if not name.startswith(_STAGE))
 
     def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Find which axes were merged into a tensor's first one, see :meth:`DataFlow.merged`."""
@@ -500,6 +578,21 @@ class Provenance:
             return True
         return None if _UNKNOWN in labels or not labels - {_OWN} else False
 
+    @property
+    def follows(self) -> bool:
+        """Whether the data is followed now."""
+        return self._flow is not None
+
+    @property
+    def lookups(self) -> int:
+        """How often states chose entries of the network's own tables, see :class:`DataFlow`."""
+        return 0 if self._flow is None else self._flow.lookups
+
+    def has_read(self, tensors: Iterable[Tensor]) -> bool:
+        """Check whether an operator read any of the tensors that a network holds."""
+        flow = self._flow
+        return flow is not None and not flow.read.isdisjoint(map(address_of, tensors))
+
     def is_untouched(self, tensor: Tensor) -> bool:
         """Check whether no data of the batch is known to have reached a tensor."""
         flow = self._flow
@@ -510,6 +603,24 @@ class Provenance:
         flow = self._flow
         known = [] if flow is None else [flow.labels(tensor) for tensor in all_tensors(value)]
         return bool(known) and all(labels and labels <= self.idle | {_OWN} for labels in known)
+
+    def masks(self, value: Any) -> list[Tensor]:
+        """Find the tensors that hold nothing but masks and what the network holds itself."""
+        real = filter(torch.is_floating_point, all_tensors(value))
+        return [tensor for tensor in real if self.is_idle(tensor) or self._is_mask(tensor)]
+
+    def _is_mask(self, tensor: Tensor) -> bool:
+        names = self._labels(tensor) - self.idle
+        if self._flow is None or not all(n.startswith(_BATCH) or n in self._inputs for n in names):
+            return False
+        # Zeros and ones may be data that something was made of.
+        return shuts_out(tensor) or not (names or varies(tensor))
+
+    def own(self, tensors: Iterable[Tensor]) -> None:
+        """Let tensors count as what the network holds itself."""
+        if self._flow is not None:
+            for tensor in tensors:
+                self._flow.label(tensor, _OWN)
 
     def draws(self, value: Any) -> bool:
         """Check whether there are random numbers in a value that are no input."""
@@ -522,13 +633,16 @@ class Provenance:
             self._flow.begin(tensor)
             labels = self._labels(tensor) - self.idle
             if labels and not whole:
-                self._flow.label(tensor, name)
+                self._flow.label_part(tensor, name)
                 return
             if not labels:
                 if self.is_idle(tensor):
                     self.idle.add(name)
                 self._flow.label(tensor, name)
-            self._claimed |= {label: name for label in labels if label.startswith(_BATCH)}
+            data = {label for label in labels if label.startswith(_BATCH)}
+            # A mask that cut it to size is no part of it.
+            masks = {n for n in data if all(t.dtype == torch.bool for t in self.data_of(frozenset({n})))}
+            self._claimed |= dict.fromkeys(data - masks or data, name)
 
     def unclaimed(
         self, value: Any, partly: Callable[[Tensor], bool] = lambda _: False
@@ -551,8 +665,12 @@ class Provenance:
 
     def data_of(self, labels: frozenset[str]) -> list[Tensor]:
         """Return the tensors of the batch that have some labels."""
-        data = enumerate(tensors_inside(self._batch))
-        return [tensor for i, tensor in data if f"{_BATCH}{i}" in labels]
+        return [tensor for i, tensor in enumerate(self.data) if f"{_BATCH}{i}" in labels]
+
+    @property
+    def data(self) -> Iterator[Tensor]:
+        """The tensors of the batch."""
+        return tensors_inside(self._batch)
 
     def others(self, value: Any) -> list[Tensor]:
         """Find the tensors made of data of the batch that no component has taken, such as targets."""
@@ -579,6 +697,17 @@ class Provenance:
             if idle:
                 self.idle.add(name)
             self._flow.label(value, name)
+
+    def mark_stage(self, tensor: Tensor, name: str, stage: int) -> None:
+        """Let what is computed from a state show which of its stages it was."""
+        if self._flow is not None and name not in self.idle:
+            self._flow.label(tensor, f"{_STAGE}{stage}:{name}", beside=True)
+
+    def stages(self, value: Any) -> set[tuple[str, int]]:
+        """Find which stages of which states a value was computed from."""
+        labels = _NOTHING if self._flow is None else self._flow.labels(value)
+        marks = (label.split(":", 2)[1:] for label in labels if label.startswith(_STAGE))
+        return {(name, int(stage)) for stage, name in marks}
 
     def may_hold(self, tensor: Tensor, name: str) -> bool:
         """Check whether a tensor may have been computed from a state."""

@@ -18,17 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_koopman.network.components import clean_name, common_ancestor, transparent_modules
-from lightning_koopman.network.hook_points import attach, is_wrapped, wrap
+from lightning_koopman.network.components import (
+    clean_name,
+    common_ancestor,
+    has_weights,
+    transparent_modules,
+)
+from lightning_koopman.network.hook_points import attach, is_wrapped, that_mind_hooks, wrap
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
+    address_of,
     all_tensors,
     derived,
     exactly,
     first_tensor,
     need_not_wait,
     plain,
+    tensors_inside,
 )
 
 BYTES_KEPT = 256 * 2**20
@@ -51,15 +59,21 @@ class _Kept:
 
 
 @dataclass(frozen=True)
-class _Fed:
+class _FedObject:
+    """An object of a class of its own that an earlier call of the step gave."""
+
+    call: int
+    place: int
+
+
+@dataclass(frozen=True)
+class _Fed(_FedObject):
     """A tensor that an earlier call of the step gave, or a view of its memory.
 
     Attributes:
         given: How that call laid its tensor out.
     """
 
-    call: int
-    place: int
     given: tuple[int, ...]
     size: torch.Size
     stride: tuple[int, ...]
@@ -131,7 +145,7 @@ class Step:
         place = {old: new for new, old in enumerate(sorted(kept))}
 
         def moved(part: Any) -> Any:
-            return replace(part, call=place[part.call]) if isinstance(part, _Fed) else part
+            return replace(part, call=place[part.call]) if isinstance(part, _FedObject) else part
 
         calls = [self.calls[i] for i in place]
         calls = [replace(c, args=_mapped(c.args, moved), kwargs=_mapped(c.kwargs, moved)) for c in calls]
@@ -154,7 +168,7 @@ def _read_by(call: _Call) -> set[int]:
     found: set[int] = set()
 
     def look(part: Any) -> None:
-        if isinstance(part, _Fed):
+        if isinstance(part, _FedObject):
             found.add(part.call)
 
     _mapped((call.args, call.kwargs), look)
@@ -167,6 +181,7 @@ class Recording:
     Use as a context manager around each step; :meth:`end_step` keeps what it recorded. Whether the
     user's own code stands between the calls of a step is told by following the data through one step,
     from number ``follow_from`` on; ``None`` never follows, for compiled code would be compiled anew.
+    Parts of a component may be called past it, until a step calls it as a whole alone.
 
     Attributes:
         steps: What was recorded.
@@ -185,17 +200,23 @@ class Recording:
         self.steps: list[Step] = []
         self._reason: str | None = None
         self._follow_from, self._followed = follow_from, False
+        self._called_none = False
         self.full = False
         self._budget = budget
         between = [m for m in transparent_modules(model, components) if _is_pure(m)]
         parts = {id(module) for module in (*components.values(), *between)}
+        inside = {id(m): [part for part in m.modules() if part is not m] for m in components.values()}
+        self._inside_of = {key: {*map(id, inner)} for key, inner in inside.items()}
+        inner = (part for each in inside.values() for part in each)
+        parts |= {id(part) for part in inner if has_weights(part) or _is_pure(part)}
         self._names = {id(m): clean_name(n) or type(m).__name__ for n, m in model.named_modules()}
-        self._carriers = list(_carriers(model, parts))
+        self._carriers = list({id(module): module for module in _carriers(model, parts)}.values())
         self._watched = frozenset(map(id, self._carriers))
         self._ran: set[int] = set()
         self._ancestor = common_ancestor(model, components.values())
         if getattr(model, "_compiler_ctx", None) is not None:
             self._reason, self._carriers = "the whole module is compiled", []
+        self._attach = functools.partial(attach, unseen=that_mind_hooks(model))
         self._hooks = ExitStack()
         self._flow: DataFlow | None = None
         self._step = Step()
@@ -206,6 +227,11 @@ class Recording:
         """Why nothing may be run again, if so."""
         if self._reason is None and not self._followed and any(len(s.calls) > 1 for s in self.steps):
             return "nobody could follow whether the step runs code of its own between its calls"
+        if self._reason is None and self._called_none and not self.steps and not self.full:
+            return (
+                "no step called a component as a module, nor what holds it or a part of it (forward() "
+                "itself, weights alone and compiled code cannot be recorded)"
+            )
         return self._reason
 
     @property
@@ -216,9 +242,11 @@ class Recording:
     def __enter__(self) -> Recording:
         self.close()
         self._step, self.recording = Step(), True
-        self._inside: list[bool] = []
+        self._inside: list[tuple[nn.Module, bool]] = []
         self._own = {id(module): vars(module).get("forward") for module in self._carriers}
         self._returned: list[list[Tensor]] = []
+        self._objects: list[list[tuple[Any, list[Tensor]]]] = []
+        self._data, self._made = set[int](), set[int]()
         with ExitStack() as hooks:
             if self._is_followed():
                 self._flow, self._followed = hooks.enter_context(DataFlow()), True
@@ -226,7 +254,7 @@ class Recording:
                 # A module compiled in place takes no hooks that come after compilation.
                 if module._compiled_call_impl is None:
                     hooks.enter_context(
-                        attach(module, before=self._before, after=self._after, first=True)
+                        self._attach(module, before=self._before, after=self._after, first=True)
                     )
                 else:
                     around = functools.partial(self._around, module)
@@ -251,7 +279,7 @@ class Recording:
         """Take all hooks off; safe to call twice."""
         self._hooks.close()
         self.recording = False
-        self._flow, self._returned = None, []
+        self._flow, self._returned, self._objects = None, [], []
 
     def keep(self, told: Mapping[str, Tensor]) -> None:
         """Copy parts of the batch of the step under way, before the step may change them."""
@@ -263,10 +291,24 @@ class Recording:
         self.close()
         step, self._step = self._step, Step()
         step.valid = valid
+        self._let_be(step)
+        self._called_none = self._called_none or not step.calls
         self.full = self.full or self.n_bytes + step.n_bytes > self._budget
         if step.calls and not self.full:
             self.steps.append(step)
         return step
+
+    def _let_be(self, step: Step) -> None:
+        """Hang nothing more inside components that a step calls as a whole alone."""
+        called = {id(call.module) for call in step.calls}
+        ran = set[int]().union(*(self._watched - call.idle for call in step.calls))
+        whole = [c for c, inner in self._inside_of.items() if c in ran and called.isdisjoint(inner)]
+        if not whole:
+            return
+        gone = set[int]().union(*(self._inside_of.pop(component) for component in whole))
+        gone -= set[int]().union(*self._inside_of.values())
+        self._carriers = [module for module in self._carriers if id(module) not in gone]
+        self._watched -= gone
 
     def differs(self) -> str | None:
         """Run the first step again and say what it does not give again, if anything.
@@ -301,28 +343,41 @@ class Recording:
         forward = vars(module).get("forward")
         # Under ddp a step itself arrives as a call, with the step in place of the module's own forward.
         counts = is_wrapped(forward) or forward is self._own.get(id(module))
-        if counts and not any(self._inside):
+        if counts and not self._is_within:
             self._begin(module, args, kwargs, direct=False)
         self._ran.add(id(module))
-        self._inside.append(counts)
+        self._inside.append((module, counts))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._inside and self._inside.pop() and not any(self._inside):
+        # Calls that ended in an error, which the user's code caught, never came here.
+        while self._inside:
+            began, counts = self._inside.pop()
+            if began is module:
+                break
+        else:
+            return
+        if counts and not self._is_within:
             self._end(output)
 
+    @property
+    def _is_within(self) -> bool:
+        """Whether a call that counts is under way."""
+        return any(counts for _, counts in self._inside)
+
     def _around(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        compiled, nested = module._compiled_call_impl is not None, any(self._inside)
+        compiled, nested = module._compiled_call_impl is not None, self._is_within
         if not nested:
             self._begin(module, args, kwargs, direct=not compiled)
         # Nothing is hung inside compiled modules.
         self._ran |= {id(m) for m in module.modules()} if compiled else {id(module)}
         if nested:
             return forward(*args, **kwargs)
-        self._inside.append(True)
+        depth = len(self._inside)
+        self._inside.append((module, True))
         try:
             output = forward(*args, **kwargs)
         finally:
-            self._inside.pop()
+            del self._inside[depth:]
         self._end(output)
         return output
 
@@ -339,11 +394,14 @@ class Recording:
         try:
             number = len(self._returned)
             self._returned.append(all_tensors(output))
+            self._objects.append([(each, list(tensors_inside(each))) for each in _objects_in(output)])
             call = self._step.calls[number]
             call.idle = self._watched - self._ran
             # What holds nothing of the network's may be what prepares the data.
-            if self._flow is not None and _holds_tensors(call.module):
-                self._flow.label(output, f"{number}")
+            if _holds_tensors(call.module):
+                self._made |= {*map(address_of, tensors_inside(output))} - {0}
+                if self._flow is not None:
+                    self._flow.label(output, f"{number}")
             tensor = None if self.steps else first_tensor(output)
             self._step.outputs.append(None if tensor is None else _copied(tensor))
         except Exception as error:
@@ -360,6 +418,8 @@ class Recording:
                 return self._kept_tensor(part, name)
             if isinstance(part, _NOT_COPIED):
                 return part
+            if (fed := self._fed_object(part, name)) is not None:
+                return fed
             made: dict[int, Any] = {}
             twin = copy.deepcopy(part, made)
             inside = [value for value in made.values() if isinstance(value, Tensor | np.ndarray)]
@@ -367,6 +427,21 @@ class Recording:
             return _Object(twin, max((len(value) for value in inside if value.ndim), default=1))
 
         return _mapped(value, keep)
+
+    def _fed_object(self, value: Any, name: str) -> _FedObject | None:
+        """Find an object among what earlier calls gave; others may not hold what these computed."""
+        inside = list(tensors_inside(value))
+        for call in reversed(range(len(self._objects))):
+            for place, (given, tensors) in enumerate(self._objects[call]):
+                if given is value and list(map(id, tensors)) == list(map(id, inside)):
+                    return _FedObject(call, place)
+        # What earlier calls took, and maybe handed on, is the step's own data.
+        inside = [tensor for tensor in inside if address_of(tensor) not in self._data]
+        self._data.update(map(address_of, inside))
+        labelled = self._flow is not None and (self._flow.labels(inside) or self._flow.error)
+        if labelled or not self._made.isdisjoint(map(address_of, inside)):
+            self._reason = self._reason or f"the step runs code of its own before {name!r}"
+        return None
 
     def _kept_tensor(self, tensor: Tensor, name: str) -> _Kept | _Fed:
         if tensor.layout is torch.strided:
@@ -378,6 +453,7 @@ class Recording:
                         return _Fed(call, place, given.stride(), tensor.size(), tensor.stride(), offset)
         if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
             self._reason = self._reason or f"the step runs code of its own before {name!r}"
+        self._data.add(address_of(tensor))
         self._step.n_bytes += tensor.nbytes
         kept = _Kept(_copied(tensor), tensor.device)
         if type(tensor) in (Tensor, nn.Parameter) or type(kept.copy) is not Tensor:
@@ -398,6 +474,18 @@ class _Object:
     n_rows: int
 
 
+def _objects_in(value: Any) -> list[Any]:
+    """Find what is neither a tensor nor a plain value in what a call gives, in order."""
+    found: list[Any] = []
+
+    def look(part: Any) -> None:
+        if not isinstance(part, (Tensor, *_NOT_COPIED)):
+            found.append(part)
+
+    _mapped(value, look)
+    return found
+
+
 def _holds_tensors(module: nn.Module) -> bool:
     """Check whether a module has parameters or buffers."""
     return any(True for held in (module.parameters(), module.buffers()) for _ in held)
@@ -410,8 +498,10 @@ def _is_pure(module: nn.Module) -> bool:
 
 
 def _carriers(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:
-    """Find the modules that hold any part; nothing is hung inside compiled ones."""
-    if isinstance(module, torch.jit.ScriptModule) or not any(id(m) in parts for m in module.modules()):
+    """Find the modules that hold any part, but for what is compiled, or computes weights."""
+    if isinstance(module, torch.jit.ScriptModule | ParametrizationList):
+        return
+    if not any(id(m) in parts for m in module.modules()):
         return
     yield module
     if module._compiled_call_impl is None and not hasattr(module, "_orig_mod"):
@@ -443,7 +533,8 @@ def _revived(value: Any) -> Any:
 def _fed(value: Any, returned: list[Any]) -> Any:
     def feed(part: Any) -> Any:
         if not isinstance(part, _Fed):
-            return part
+            fed = isinstance(part, _FedObject)
+            return _objects_in(returned[part.call])[part.place] if fed else part
         given = all_tensors(returned[part.call])[part.place]
         if given.stride() != part.given:
             # What was put in its place may be laid out in another way, and is viewed below.

@@ -51,12 +51,19 @@ NO_ORDERS: Orders = MappingProxyType({})
 _ROW = 0
 """In place of a number of rows: that of a single one, without an axis of its own."""
 
+_MET = -1
+"""In place of a number of rows: those that axes were merged into, and of which several then met."""
+
 _SLICES = frozenset({"slice", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"})
 _PUTS = frozenset({
     *("index_put", "_index_put_impl", "index_copy", "index_add", "index_reduce"),
     *("scatter", "scatter_add", "scatter_reduce"),
 })
+_PUTS_AT = ("index_put", "index_put_impl")
 _ADDS = ("index_add", "index_reduce", "scatter_add", "scatter_reduce")
+_COPIES = frozenset({"clone", "copy", "_to_copy"})
+_PRODUCTS = {"mm": 1, "addmm": 2, "_sparse_mm": 1, "_sparse_addmm": 2}
+"""Where products of matrices have the one of which rows are added up."""
 
 
 class RowOrders:
@@ -68,7 +75,7 @@ class RowOrders:
     Args:
         is_data: Tells whether a tensor is made of the batch.
         is_fixed: Tells whether an index is the same for every batch of this size.
-        merged: Tells which axes were merged into a tensor's first one.
+        merges: Tells which axes were merged into first ones of a tensor's memory, by their sizes.
         keep: Called with each tensor that has orders, so that its address is not given to another.
 
     Attributes:
@@ -81,12 +88,13 @@ class RowOrders:
         self,
         is_data: Callable[[Tensor], bool],
         is_fixed: Callable[[Tensor], bool],
-        merged: Callable[[Tensor], tuple[int, ...] | None],
+        merges: Callable[[Tensor], Mapping[int, tuple[int, ...]]],
         keep: Callable[[Tensor], None],
     ) -> None:
-        self._is_data, self._is_fixed, self._merged, self._keep = is_data, is_fixed, merged, keep
+        self._is_data, self._is_fixed, self._merges, self._keep = is_data, is_fixed, merges, keep
         # Views that are slices have orders of their own, beside those of all of the memory.
         self._of: dict[int, dict[Any, Orders]] = {}
+        self._met: dict[int, frozenset[int]] = {}
 
     def of(self, tensor: Tensor) -> Orders:
         """Return the orders of a tensor's rows."""
@@ -94,6 +102,13 @@ class RowOrders:
             return NO_ORDERS
         view = _view(tensor)
         return known[view] if view in known else known.get(None, NO_ORDERS)
+
+    def told(self, tensor: Tensor) -> Orders:
+        """Return the orders of a tensor's rows, and which rows that axes were merged into met before."""
+        known = self.of(tensor)
+        if not (met := self._met.get(address_of(tensor))):
+            return known
+        return {**known, _MET: Order(torch.tensor(sorted(met)), 0, moved=False)}
 
     def begin(self, tensor: Tensor) -> None:
         """Let rows of samples that were drawn, some of them again, count as those of a batch."""
@@ -126,6 +141,66 @@ class RowOrders:
             written = plain != name or address_of(tensor) not in places
             self._set(tensor, orders, is_view=not written)
         return self._indices
+
+    def follow_met(
+        self, name: str, args: Sequence[Any], reads: Sequence[Tensor], out: Any, *, by_entry: bool
+    ) -> None:
+        """Remember where rows meet that axes were merged into, as positions of a sample do.
+
+        ``by_entry`` says that each entry is made of those in the same place.
+        """
+        if any(tensor.is_nested for tensor in reads):
+            return
+        plain, places = name.removesuffix("_"), {address_of(tensor) for tensor in reads}
+        made = [t for t in all_tensors(out) if address_of(t)]
+        if plain == name:
+            made = [t for t in made if address_of(t) not in places]
+        if not made:
+            return
+        met = frozenset[int]().union(*(self._met.get(place, ()) for place in places))
+        for tensor in reads if plain not in _COPIES else ():
+            split = {size for size in self._known_merges(tensor) if self._is_split(tensor, size)}
+            if split and by_entry and made[0].numel() == tensor.numel():
+                same = (other for other in reads if address_of(other) == address_of(tensor))
+                split = split if any(_view(other) != _view(tensor) for other in same) else set()
+            met |= split
+        source = _added_up(plain, args)
+        if source is not None and plain in _PUTS and (merges := self._merges(source)):
+            met |= set() if self._goes_back(plain, args) else {*merges}
+        elif source is not None and source.ndim:
+            met |= {len(source)} & self._known_merges(source)
+        for tensor in made:
+            if met or address_of(tensor) in self._met:
+                self._met[address_of(tensor)] = met
+                self._keep(tensor)
+
+    def _goes_back(self, name: str, args: Sequence[Any]) -> bool:
+        """Check whether rows are put where they were taken from, as those of experts are."""
+        target, index, source = args[0], *args[1 if name.endswith(_PUTS_AT) else 2 :][:2]
+        indices = all_tensors(index)
+        places = _rows_of_index(indices[0], 0) if len(indices) == 1 else None
+        if places is None or not source.ndim or len(places) != len(source):
+            return False
+        order = self.of(source).get(len(places), Order(_places(len(places), source), len(places)))
+        alike = order.base == len(target) and torch.equal(order.rows.to(places), places)
+        return alike and _are_different(places)
+
+    def _known_merges(self, tensor: Tensor) -> set[int]:
+        """Return numbers of rows that are known to be merged of several axes."""
+        merges = self._merges(tensor).items()
+        return {size for size, axes in merges if sum(abs(length) > 1 for length in axes) > 1}
+
+    def _is_split(self, tensor: Tensor, size: int) -> bool:
+        """Check whether rows of some number are along several axes of a tensor, and are not a part."""
+        if not tensor.ndim or any(length % size == 0 for length in tensor.shape):
+            return False
+        held = tensor.untyped_storage().nbytes() // tensor.element_size()
+        if all(count < size or count % size for count in (tensor.numel(), held)):
+            # Such as a mean over all rows.
+            return False
+        known = self.of(tensor)
+        order = known.get(_ROW, known.get(len(tensor)))
+        return order is None or order.base != size
 
     def _set(self, tensor: Tensor, orders: Orders, *, is_view: bool) -> None:
         address = address_of(tensor)
@@ -207,7 +282,7 @@ class RowOrders:
         if before is None and not self._is_data(source):
             return known
         index = index.long() % max(1, size)
-        merged = (self._merged(source) or ()) if axis == 0 else ()
+        merged = self._merges(source).get(size, ()) if axis == 0 else ()
         if before is not None:
             order = before._replace(
                 rows=before.rows[index.to(before.rows.device)], moved=moved or before.moved
@@ -340,7 +415,7 @@ class RowOrders:
     def _put(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
         """Return the orders of what rows were put into."""
         target = args[0]
-        if name.endswith(("index_put", "index_put_impl")):
+        if name.endswith(_PUTS_AT):
             indices, source, adds = all_tensors(args[1]), args[2], bool(_argument(args, 3, False))
             found = _index_of(target, args[1]) if len(indices) == 1 else None
             axis, places = (None, None) if found is None else found
@@ -432,7 +507,8 @@ class RowOrders:
         """Return how many rows a tensor of data may have, as far as their order is told."""
         if not self._is_data(tensor):
             return set()
-        return {*tensor.shape[: 1 if tensor.ndim < 3 else 2], *(self._merged(tensor) or ())}
+        merged = self._merges(tensor).get(tensor.shape[0], ()) if tensor.ndim else ()
+        return {*tensor.shape[: 1 if tensor.ndim < 3 else 2], *merged}
 
 
 def _agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:
@@ -515,6 +591,29 @@ def _rows_of_index(index: Tensor, axis: int) -> Tensor | None:
     rows = index.movedim(axis, 0).flatten(1)
     alike = rows.shape[1] > 0 and bool((rows == rows[:, :1]).all())
     return rows[:, 0] if alike else None
+
+
+def _added_up(name: str, args: Sequence[Any]) -> Tensor | None:
+    """Return what an operator adds up rows of, or takes some of more than once, if it does."""
+    found: Any = None
+    if name in _PRODUCTS:
+        found = args[_PRODUCTS[name]]
+    elif name in _ADDS:
+        found = args[3]
+    elif name.endswith(_PUTS_AT):
+        found = args[2] if _argument(args, 3, False) else None
+    elif name == "index_select" or (name == "index" and len(all_tensors(args[1])) == 1):
+        by_name = name == "index_select"
+        picked = (_axis_of_rows(*args[:2]), args[2]) if by_name else _index_of(*args[:2])
+        if picked is not None and picked[0] == 0:
+            once = picked[1] is not None and _are_different(picked[1])
+            found = None if once else args[0]
+    return found if isinstance(found, Tensor) else None
+
+
+def have_met(orders: Orders, n_rows: int) -> bool:
+    """Check whether several of that many rows, which axes were merged into, were put together."""
+    return _MET in orders and n_rows in orders[_MET].rows
 
 
 def _is_whole(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman.network.row_order import NO_ORDERS, Orders, rows_found, sample_places
+from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of, tensors_inside
 
 INPUT = "input"
@@ -48,7 +48,7 @@ class Recorded:
         is_behind: Whether the components' common ancestor had returned before.
         is_pairwise: Whether it has a value for each pair of samples in the batch.
         holds: The states that are mixed into it, where it is an input.
-        orders: Which rows its rows are, where the network took rows in another order.
+        orders: Which rows its rows are, where the network took rows in another order, and which met.
     """
 
     name: str
@@ -92,7 +92,12 @@ class Recorded:
             return False
         n_rows, samples = form.rows_of(self.tensor)
         orders = (self.orders.get(size) for size in {n_rows, int(samples.max()) + 1})
-        return any(order is not None and order.is_of_all and order.mixed for order in orders)
+        mixed = any(order is not None and order.is_of_all and order.mixed for order in orders)
+        return mixed or (form.group == 1 and self.merged is not None and self.meet(n_rows))
+
+    def meet(self, n_rows: int) -> bool:
+        """Check whether several of that many rows, which axes were merged into, were put together."""
+        return have_met(self.orders, n_rows)
 
     def _may_be_out_of_order(self, form: RowForm) -> bool:
         if not self.orders or not self.tensor.numel():
@@ -168,6 +173,7 @@ class RowForm:
         grid: Cells that the spatial or sequence axes are pooled to.
         reduce: What is done with these axes.
         is_input: Whether it is what the network takes in, whose bits tell the folds.
+        of_batch: Whether several entries belong to each row of the batch.
     """
 
     batch_axis: int = 0
@@ -177,6 +183,7 @@ class RowForm:
     grid: tuple[int, ...] = ()
     reduce: Reduce = "pool"
     is_input: bool = False
+    of_batch: bool = False
 
     def samples(self, n_rows: int, n_samples: int) -> Tensor:
         """Return the sample of each entry of the batch axis, in any batch."""
@@ -186,6 +193,15 @@ class RowForm:
         """Count the rows along the axis of samples, and return the sample of each."""
         n_rows = tensor.shape[self.batch_axis]
         return n_rows, self.samples(n_rows, max(1, n_rows // self.group))
+
+    def in_batch(self, tensor: Tensor, batch: Any) -> RowForm:
+        """Return the form of a batch whose samples may have other numbers of rows each."""
+        if self.run > 1 or self.batch_axis or not self.of_batch or not tensor.ndim:
+            return self
+        given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+        group = len(tensor) // max(1, given)
+        alike = group == self.group or group * given != len(tensor)
+        return self if alike else replace(self, group=group)
 
     def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
         """Apply the form; of sequences, use what :func:`valid_positions` or lengths say holds data."""
@@ -419,6 +435,7 @@ def row_forms(
     """Settle how each recorded tensor becomes rows."""
     n_samples, second = batch_size(records, batch)
     turned = any(has_batch_second(record.module) for record in records)
+    given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
     forms = {}
     for record in records:
         chosen = _reduction(record.name, reduce)
@@ -442,7 +459,12 @@ def row_forms(
         first = has_channels_first(values, record.module)
         grid = pooled_grid(tuple(values.shape[1:]), max_dim, channels_first=first)
         forms[record.name] = replace(
-            form, channels_first=first, grid=grid, reduce=chosen, is_input=record.is_input
+            form,
+            channels_first=first,
+            grid=grid,
+            reduce=chosen,
+            is_input=record.is_input,
+            of_batch=form.group > 1 and n_samples == given,
         )
     return forms
 
@@ -542,8 +564,13 @@ def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
 
     least = min(sizes, default=0)
     if given and least > given and all(size % least == 0 for size in sizes) and least % given == 0:
-        # Several views, crops or time steps of each sample all the way: each is a row of its own.
-        return least, set()
+        # Several views, crops or time steps of each sample all the way: each is a row of its own, unless
+        # they meet on the way, or lie in several orders, and which are of one sample is known.
+        merges = [record.merged or () for record in records if record.tensor.shape[:1] == (least,)]
+        known = all(given in merged for merged in merges)
+        runs = {math.prod(merged[merged.index(given) + 1 :]) for merged in merges if known}
+        if len(runs) < 2 and not (known and any(record.meet(least) for record in records)):
+            return least, set()
     if given and all(fits(record) for record in records):
         return given, set()
     return (Counter(sizes).most_common(1)[0][0] if sizes else 0), set()

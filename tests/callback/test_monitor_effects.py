@@ -314,12 +314,10 @@ class Adversaries(LitNet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.ModuleDict(
-            {
-                "make": nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)),
-                "judge": nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)),
-            }
-        )
+        self.net = nn.ModuleDict({
+            "make": nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)),
+            "judge": nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)),
+        })
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net["make"](x)

@@ -118,6 +118,35 @@ def test_nested_tensors_become_padded_rows():
     assert np.isfinite(report.credit).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*samples are few")
+def test_nested_tensors_of_the_batch_itself_count_as_those_that_a_component_gives():
+    """Nothing stands before the encoder, so what its first layer takes is a nested batch."""
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 8, (400,))
+    lengths[::50] = 7
+    padding = torch.arange(7)[None] >= lengths[:, None]
+    x = torch.randn(400, 7, 8).masked_fill(padding[..., None], 0)
+    batches = list(zip(x.split(50), padding.split(50), strict=True))
+
+    def run(m: Any, x: Tensor, padding: Tensor) -> Tensor:
+        given = m.encoder(m.front(x), src_key_padding_mask=padding)
+        return m.head((given * ~padding[..., None]).sum(1) / (~padding).sum(1, keepdim=True))
+
+    same = nn.Linear(8, 8)
+    nn.init.eye_(same.weight)
+    nn.init.zeros_(same.bias)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    parts = {"encoder": nn.TransformerEncoder(layer, 2), "head": nn.Linear(8, 3)}
+    alone, behind = (
+        credit_report(wired(run, front=front, **parts).eval(), batches)
+        for front in (nn.Identity(), same)
+    )
+    assert alone.components == ("encoder.layers.0", "encoder.layers.1", "head")
+    assert behind.components == ("front", *alone.components)
+    assert alone.r2 == pytest.approx(behind.r2[1:], abs=0.01)
+    assert alone.credit == pytest.approx(behind.credit[1:], abs=0.01)
+
+
 class Cutting(nn.Linear):
     def __init__(self) -> None:
         super().__init__(6, 6)

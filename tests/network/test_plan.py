@@ -358,17 +358,30 @@ def test_data_that_only_a_step_mixes_into_states(deep):
     x, y = torch.randn(300, 8), torch.randint(0, 3, (300,))
     batches = list(zip(x.split(50), y.split(50), strict=True))
     report = credit_report(model, batches, forward_fn=step)
-    note = "data of the batch that go into mix beside states are given to no call of the whole network"
-    told = any(found.startswith(note) for found in report.notes)
     if deep:
-        # What reads a component with a credit must not hide it.
-        assert report.reads["mix"] == ("deeper",)
-        assert told
+        assert report.reads["mix"] == ("deeper", "label+input")
     else:
         # Behind an embedding, what the layer takes is an input as it is.
         assert report.reference.states == ("input", "mix", "head")
         assert report.r2[0] == pytest.approx(1, abs=1e-6)
-        assert not told
+    assert not any(note.startswith("data of the batch") for note in report.notes)
+
+
+@pytest.mark.parametrize("in_one", [False, True])
+def test_data_that_reach_a_call_past_its_arguments(in_one):
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.head(torch.tanh(m.mix(torch.cat([m.encode(x), m.beside], dim=1))))
+
+    def step(m: Any, batch: Any) -> Tensor:
+        x, m.beside = batch.split([8, 4], dim=1) if in_one else batch
+        return m(x)
+
+    model = wired(run, encode=nn.Linear(8, 6), mix=nn.Linear(10, 6), head=nn.Linear(6, 3))
+    x = list(torch.randn(300, 12).split(50))
+    batches = x if in_one else [(rows[:, :8].clone(), rows[:, 8:].clone()) for rows in x]
+    report = credit_report(model, batches, forward_fn=step)
+    note = "data of the batch that go into mix beside states are given to no call of the whole network"
+    assert any(found.startswith(note) for found in report.notes)
 
 
 def test_masks_that_states_are_multiplied_by_are_no_inputs():

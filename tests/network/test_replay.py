@@ -249,3 +249,64 @@ def test_what_is_put_in_place_of_an_output_may_be_laid_out_otherwise():
         assert torch.equal(step.run()[-1], plain)
     with attach(model.encoder, after=lambda m, args, kwargs, output: output[:1].expand(5, 3)):
         assert torch.equal(step.run()[-1], model.decoder(step.run()[0][1:4]))
+
+
+class Mapped(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Encodes(nn.Module):
+    """Gives an object, and beside it what it was given."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(4, 3), kind
+
+    def forward(self, graph: Graph) -> tuple[Any, Tensor]:
+        return self.kind(x=self.layer(graph.x)), graph.x
+
+
+class Decodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, given: Any, graph: Graph) -> Tensor:
+        return self.layer(given.x) + graph.x[:, :2]
+
+
+@pytest.mark.parametrize("kind", [Graph, Mapped])
+def test_objects_that_earlier_calls_gave_are_fed_again(kind):
+    model = parts()
+    model.encoder, model.decoder = Encodes(kind).eval(), Decodes().eval()
+
+    def step(m: Any, x: Tensor) -> Any:
+        graph = Graph(x)
+        return m.decoder(m.encoder(graph)[0], graph)
+
+    recording = recorded(model, step, n_steps=1)
+    assert recording.reason is None
+    with torch.no_grad():
+        model.encoder.layer.weight.mul_(2)
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(recording.steps[0].run()[-1], step(model, x))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda given: Graph(given.x),
+        lambda given: Graph(2 * given.x),
+        lambda given: setattr(given, "x", given.x + 1) or given,
+    ],
+)
+def test_objects_that_the_users_code_made_of_earlier_calls_are_not_run_again(changed):
+    model = parts()
+    model.encoder, model.decoder = Encodes(Graph).eval(), Decodes().eval()
+
+    def step(m: Any, x: Tensor) -> Any:
+        graph = Graph(x)
+        return m.decoder(changed(m.encoder(graph)[0]), graph)
+
+    recording = recorded(model, step, n_steps=1)
+    assert recording.reason == "the step runs code of its own before 'decoder'"

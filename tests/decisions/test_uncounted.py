@@ -1,0 +1,103 @@
+"""Decisions on networks that differentiate themselves, or have no parameters, or other rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman import credit_report, drop_order, linearize
+from lightning_koopman.decisions.steps import cost_of
+from lightning_koopman.network.forward_runner import ForwardRunner
+
+
+class Forces(nn.Module):
+    """Gives the derivative of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = h = x.detach().requires_grad_()
+            for block in self.blocks:
+                h = h + torch.tanh(block(h))
+            return torch.autograd.grad(self.head(h).tanh().sum(), x)[0]
+
+
+class Plain(nn.Module):
+    """Multiplies by a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(6) + 0.01 * torch.ones(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+class More(nn.Linear):
+    """Gives several rows for each that it takes, as the members of an ensemble do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(len(x), 3, 2).transpose(0, 1).reshape(-1, 2)
+
+
+def data() -> list[Tensor]:
+    return list(torch.randn(80, 6, generator=torch.Generator().manual_seed(1)).split(20))
+
+
+def test_operations_of_a_network_that_differentiates_itself_are_counted() -> None:
+    net = Forces()
+    # Forward, and the gradients of what is taken in: none are asked for of weights.
+    with torch.no_grad():
+        for p in net.parameters():
+            p.requires_grad_(False)
+    expected = 2 * (2 * 20 * (2 * 6 * 6 + 6))
+    assert cost_of(ForwardRunner(net, data())).flops == expected
+    for p in net.parameters():
+        p.requires_grad_(True)
+    assert cost_of(ForwardRunner(net, data())).flops == expected
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_decisions_on_a_network_that_differentiates_itself() -> None:
+    net = Forces()
+    order = drop_order(net, data(), components=["blocks.*"], steps=2)
+    x = torch.cat(data())
+    own, altered = net(x), order.apply(net, steps=1)(x)
+    h = x.clone().requires_grad_()
+    kept = h
+    for i, block in enumerate(net.blocks):
+        kept = kept + torch.tanh(kept if f"blocks.{i}" == order.components[0] else block(kept))
+    by_hand = torch.autograd.grad(net.head(kept).tanh().sum(), h)[0]
+    torch.testing.assert_close(altered, by_hand)
+    moved = (by_hand - own).square().mean(0).sum() / own.var(0, correction=0).sum()
+    assert order.effect[0] == pytest.approx(float(moved), rel=1e-4)
+    assert linearize(net, data(), allow_larger=True).cost_before.flops == order.cost_before.flops
+
+
+def test_a_network_without_parameters_is_shown() -> None:
+    net = nn.Sequential(Plain(), nn.Tanh(), Plain())
+    report = credit_report(net, data(), components=["0", "2"])
+    order = drop_order(net, data(), report, max_drop=10.0)
+    assert order.dropped
+    assert "parameters" not in str(order)
+    found = linearize(net, data(), report, max_drop=10.0, allow_larger=True)
+    assert found.components
+    assert found.headline.startswith("LARGER (parameters")
+    assert " after 0 parameters" in found.headline
+    assert "parameters left" not in str(found)
+
+
+def test_what_turns_rows_into_more_stays() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.ReLU(), More(6, 6))
+    found = linearize(net, data(), max_drop=10.0)
+    assert found.refused["4"] == "it turns 20 rows into 60"
+    assert "0" in found.candidates
+    with pytest.raises(ValueError, match="'4' cannot become linear: it turns 20 rows into 60"):
+        linearize(net, data(), components=["4"])

@@ -1,0 +1,182 @@
+"""A norm or an activation goes with the component before it, unless its raw output is read as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small import wired
+from torch import Tensor, nn
+
+from lightning_koopman import component_effects, credit_report
+from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.stages import Stages
+
+SAMPLES, BATCHES = 500, 5
+
+
+def around(net: Any, x: Tensor) -> Tensor:
+    x = net.first(x)
+    return net.head(x + net.branch(net.norm(x)))
+
+
+def around_as_function(net: Any, x: Tensor) -> Tensor:
+    """The same, where nobody sees the norm run."""
+    x = net.first(x)
+    return net.head(x + net.branch(type(net.norm).forward(net.norm, x)))
+
+
+def network(join: Callable[..., Tensor], norm: nn.Module) -> Any:
+    torch.manual_seed(1)
+    parts = {"first": nn.Linear(6, 8), "norm": norm, "branch": nn.Linear(8, 8), "head": nn.Linear(8, 3)}
+    return wired(join, **parts).eval()
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return list((3 * torch.randn(SAMPLES, 6, generator=generator)).chunk(BATCHES))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.ReLU(), nn.Tanh(), nn.Sigmoid()])
+def test_a_connection_around_a_norm_reads_what_the_component_gave(
+    batches: list[Tensor], norm: nn.Module
+) -> None:
+    report = credit_report(network(around, norm), batches)
+    expected = credit_report(network(around_as_function, norm), batches)
+    assert report.components == ("first", "branch", "head")
+    # What is given to the head is all that it reads, and it is linear.
+    assert report.r2[[0, 2]] == pytest.approx(1.0, abs=1e-6)
+    assert report.r2 == pytest.approx(expected.r2, abs=1e-9)
+    assert report.credit == pytest.approx(expected.credit, abs=1e-9)
+    assert report.parts["first"] == ("first",)
+    assert report.n_samples == SAMPLES
+
+
+def test_effects_alter_what_both_read(batches: list[Tensor]) -> None:
+    net = network(around, nn.LayerNorm(8))
+    found = component_effects(net, batches, credit_report(net, batches), ("skip",))
+    x = torch.cat(batches)
+    with torch.no_grad():
+        outputs = net(x)
+        first = net.first(x).mean(0).expand(SAMPLES, 8)
+        skipped = net.head(first + net.branch(net.norm(first)))
+    share = (skipped - outputs).square().sum() / (outputs - outputs.mean(0)).square().sum()
+    assert found.values["skip"][0] == pytest.approx(float(share), rel=1e-4)
+
+
+def test_the_earliest_stage_that_something_reads_is_the_state(batches: list[Tensor]) -> None:
+    def join(net: Any, x: Tensor) -> Tensor:
+        x = net.norm(net.first(x))
+        return net.head(x * net.gate(x))
+
+    parts = {"first": nn.Linear(6, 8), "norm": nn.LayerNorm(8), "gate": nn.Sigmoid()}
+    torch.manual_seed(0)
+    net = wired(join, **parts, head=nn.Linear(8, 3)).eval()
+    report = credit_report(net, batches)
+    assert report.parts["first"] == ("first", "norm")
+    x = torch.cat(batches)
+    with torch.no_grad():
+        normed = net.norm(net.first(x)).double()
+        outputs = net(x).double()
+    normed, outputs = normed - normed.mean(0), outputs - outputs.mean(0)
+    left = outputs - normed @ torch.linalg.lstsq(normed, outputs, driver="gelsd").solution
+    in_sample = 1 - float(left.square().sum() / outputs.square().sum())
+    assert report.r2[1] == pytest.approx(in_sample, abs=0.03)
+
+
+class Add(nn.Module):
+    """A sum as a module, as it is found where every step is one."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+
+def added(a: Tensor, b: Tensor) -> Tensor:
+    return a + b
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_what_a_later_stage_was_made_of_beside_is_read_as_well(
+    batches: list[Tensor], as_module: bool
+) -> None:
+    def join(net: Any, x: Tensor) -> Tensor:
+        first = net.first(x)
+        a = net.a(torch.relu(first))
+        return net.head(torch.cat([net.b(net.add(a, first)), net.c(torch.tanh(a))], 1))
+
+    torch.manual_seed(0)
+    parts = {"first": nn.Linear(6, 8), **{name: nn.Linear(8, 8) for name in "abc"}}
+    net = wired(join, **parts, head=nn.Linear(16, 3))
+    net.add = Add() if as_module else added
+    report = credit_report(net.eval(), batches)
+    assert report.reference is not None
+    reads = dict(zip(report.components, report.reference.parents, strict=True))
+    names = report.reference.states
+    assert [names[p] for p in reads["b+c"]] == ["a", "first"]
+    x = torch.cat(batches)
+    with torch.no_grad():
+        first = net.first(x)
+        a = net.a(torch.relu(first))
+        given = torch.cat([a, first], 1).double()
+        made = torch.cat([net.b(a + first), net.c(torch.tanh(a))], 1).double()
+    given, made = given - given.mean(0), made - made.mean(0)
+    left = made - given @ torch.linalg.lstsq(given, made, driver="gelsd").solution
+    r2 = 1 - float(left.square().sum() / made.square().sum())
+    assert report.r2[report.components.index("b+c")] == pytest.approx(r2, abs=0.02)
+
+
+def test_pooling_beside_a_skip_reads_what_was_given_before_it() -> None:
+    """A small U-net, each step of which is a module."""
+
+    def join(net: Any, x: Tensor) -> Tensor:
+        wide = net.wide(x)
+        up = nn.functional.interpolate(net.deep(net.pool(wide)), scale_factor=2)
+        return net.head(torch.cat([wide, up], 1))
+
+    torch.manual_seed(0)
+    parts = {"wide": nn.Conv2d(1, 4, 3, padding=1), "pool": nn.MaxPool2d(2)}
+    net = wired(join, **parts, deep=nn.Conv2d(4, 4, 1), head=nn.Conv2d(8, 1, 1)).eval()
+    report = credit_report(net, [torch.randn(50, 1, 4, 4) for _ in range(8)])
+    assert report.parts["wide"] == ("wide",)
+    assert report.r2[[0, 2]] == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_nothing_else_reads_goes_with_its_component(batches: list[Tensor], inplace: bool) -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(inplace), nn.Linear(8, 3), nn.Tanh()
+    report = credit_report(nn.Sequential(*layers).eval(), batches)
+    assert report.parts == {"0": ("0", "1", "2"), "3": ("3", "4")}
+
+
+def test_what_is_returned_beside_changes_nothing(batches: list[Tensor]) -> None:
+    """Hidden states are returned for whoever asks; a report may not depend on that."""
+
+    def alone(net: Any, x: Tensor) -> Tensor:
+        return net.head(net.act(net.first(x)))
+
+    def both(net: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        raw = net.first(x)
+        return net.head(net.act(raw)), raw
+
+    torch.manual_seed(0)
+    layers = {"first": nn.Linear(6, 8), "act": nn.ReLU(), "head": nn.Linear(8, 3)}
+    for forward in (alone, both):
+        report = credit_report(wired(forward, **layers).eval(), batches)
+        assert report.parts == {"first": ("first", "act"), "head": ("head",)}
+
+
+def test_copies_of_stages_that_nobody_holds_are_let_go(batches: list[Tensor]) -> None:
+    stages = Stages(Provenance())
+    raw, act = torch.randn(4, 3), torch.randn(4, 3)
+    held = torch.randn(4, 3)
+    for name, tensor in (("freed", raw), ("held", held)):
+        stages.add(name, (0, 0), tensor, "raw", None)
+        stages.add(name, (1, 0), act, "act", None)
+    del raw, tensor
+    stages.forget_freed(())
+    assert [stage.kept for stage in stages._stages["freed"]] == [None, "act"]
+    assert [stage.kept for stage in stages._stages["held"]] == ["raw", "act"]
