@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -121,14 +121,10 @@ def check_writable(*paths: str | None, figure: str | None = None) -> None:
             )
         if Path(path).is_dir():
             raise IsADirectoryError(f"{path} cannot be written, for it is a folder; name a file in it")
-        try:
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise OSError(
-                f"{path} cannot be written, for no file can be made in {folder} ({error.strerror}); "
-                "name another folder"
-            ) from None
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"{path} cannot be written, for no file can be made in {folder}; name another folder"
+            )
     if figure is not None and (kind := Path(figure).suffix[1:].lower()):
         from matplotlib.backend_bases import FigureCanvasBase
 
