@@ -112,7 +112,9 @@ def project(user_module):
 COMMAND = ["evaluate", "--model=disk_user:network", "--data=disk_user:batches", "--ckpt=1.ckpt"]
 
 
-@pytest.mark.parametrize(("spoil", "words"), [(fill, "No space left"), (read_only, "Read-only")])
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(fill, "No space left"), (read_only, "no file can be made in")]
+)
 def test_reports_that_cannot_be_written_leave_the_old_file_and_an_exit_code(
     spoil, words, project, tiny_disk, report, capsys
 ):
