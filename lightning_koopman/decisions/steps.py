@@ -28,7 +28,7 @@ from lightning_koopman.effects.targets import TargetSearch, find_target
 from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
-from lightning_koopman.network.hook_points import attach, find_module, that_mind_hooks
+from lightning_koopman.network.hook_points import attach_in, find_module
 from lightning_koopman.network.plan import ends_of
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
@@ -426,12 +426,12 @@ def look_at(runner: ForwardRunner, components: Mapping[str, Sequence[str]]) -> d
         seen[call].runs += 1
         seen[call].given = output
 
+    hang = attach_in(runner.model)
     with ExitStack() as hooks:
         modules = {call: find_module(runner.model, call)[0] for call in seen}
         for call, module in modules.items():
             ends = (functools.partial(before, call), functools.partial(after, call))
-            unseen = that_mind_hooks(runner.model)
-            hooks.enter_context(attach(module, before=ends[0], after=ends[1], unseen=unseen))
+            hooks.enter_context(hang(module, before=ends[0], after=ends[1]))
         hooks.enter_context(_witnessed(runner.model, modules, seen))
         runner.run_batch(0)
     return seen

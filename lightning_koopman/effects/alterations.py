@@ -516,11 +516,15 @@ def _cleaned(weights: Weights) -> dict[str, Tensor]:
     return {clean_name(name): tensor for name, tensor in weights.items()}
 
 
+def _held_by(module: nn.Module, name: str = "") -> dict[str, Tensor]:
+    """Return a module's parameters and buffers by name, also those that its state_dict does not show."""
+    own = (module.named_parameters, module.named_buffers)
+    return _cleaned(dict(itertools.chain(*(of(prefix=name, remove_duplicate=False) for of in own))))
+
+
 def _check_names(kind: str, weights: Weights, model: nn.Module) -> None:
     """Refuse weights under names that the network does not have."""
-    own = (model.named_parameters, model.named_buffers)
-    named = itertools.chain(model.state_dict(), *(dict(of(remove_duplicate=False)) for of in own))
-    known = set(map(clean_name, named))
+    known = {*_cleaned(model.state_dict()), *_held_by(model)}
     for name, part in model.named_modules():
         known |= {clean_name(f"{name}.{key}" if name else key) for key in derived_weights(part)}
     if strangers := [name for name in weights if name not in known]:
@@ -550,9 +554,7 @@ def _replace(
 ) -> None:
     """Put given weights and buffers in a module's place; those that are not given stay."""
     shown = {clean_name(f"{name}.{inner}"): t for inner, t in module.state_dict(keep_vars=True).items()}
-    own = (module.named_parameters, module.named_buffers)
-    each = itertools.chain(*(named(prefix=name, remove_duplicate=False) for named in own))
-    known = {clean_name(key): tensor for key, tensor in each}
+    known = _held_by(module, name)
     # A state_dict may show a weight under another name, or not at all.
     held = {id(tensor) for tensor in known.values()}
     known |= {key: tensor for key, tensor in shown.items() if id(tensor) in held}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,7 +29,7 @@ from lightning_koopman.network.forward_runner import (
     has_samples,
     samples_in,
 )
-from lightning_koopman.network.hook_points import HookPoint, attach, find_module, that_mind_hooks
+from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second
 from lightning_koopman.network.tensors import tensors_inside
@@ -112,7 +111,7 @@ def run_followed(
             search.see_given(output)
 
     parts = {find_module(runner.model, call)[0] for call in calls}
-    hang = functools.partial(attach, unseen=that_mind_hooks(runner.model))
+    hang = attach_in(runner.model)
     with ExitStack() as hooks:
         for module in runner.model.modules():
             if not parts.isdisjoint(module.modules()):

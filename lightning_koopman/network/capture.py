@@ -28,7 +28,7 @@ from lightning_koopman.network.components import (
     with_tables,
     without_component,
 )
-from lightning_koopman.network.hook_points import attach, that_mind_hooks
+from lightning_koopman.network.hook_points import attach_in
 from lightning_koopman.network.input_data import holds_numbers, is_integer_data
 from lightning_koopman.network.inputs import Beside, Inputs
 from lightning_koopman.network.provenance import Provenance
@@ -181,7 +181,7 @@ class Capture:
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
-        self._attach = functools.partial(attach, unseen=that_mind_hooks(model))
+        self._attach = attach_in(model)
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
         self._passes = 0

@@ -110,11 +110,12 @@ def _around_forward(
     return output if changed is None else changed
 
 
-def that_mind_hooks(model: nn.Module) -> frozenset[int]:
-    """Find the modules, by ``id``, that compute in another way where hooks are seen on them."""
+def attach_in(model: nn.Module) -> Callable[..., ExitStack]:
+    """Return :func:`attach` for the modules of a model, of which some compute otherwise under hooks."""
     # The fast path of torch's encoder layers, in bfloat16 for one, gives other values than the slow one.
     layers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
-    return frozenset(id(part) for layer in layers for part in layer.modules())
+    unseen = frozenset(id(part) for layer in layers for part in layer.modules())
+    return functools.partial(attach, unseen=unseen)
 
 
 def _watch_direct_calls(
@@ -134,11 +135,7 @@ def _watch_direct_calls(
             hooked.pop()
             return forward(*args, **kwargs)
         seen.add(id(module))
-        if before is not None:
-            before(module, args, kwargs)
-        output = forward(*args, **kwargs)
-        changed = None if after is None else after(module, args, kwargs, output)
-        return output if changed is None else changed
+        return _around_forward(module, before, after, forward, args, kwargs)
 
     hooks = wrap(module, "forward", around)
     hooks.enter_context(attach(module, before=begin))
@@ -353,7 +350,7 @@ class HookPoints:
         for call in calls:
             module, number = find_module(model, call)
             self._watched.setdefault(id(module), (module, {}))[1][number] = call
-        self._attach = functools.partial(attach, unseen=that_mind_hooks(model))
+        self._attach = attach_in(model)
         self._hooks = ExitStack()
 
     def __enter__(self) -> HookPoints:

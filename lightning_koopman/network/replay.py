@@ -26,7 +26,7 @@ from lightning_koopman.network.components import (
     has_weights,
     transparent_modules,
 )
-from lightning_koopman.network.hook_points import attach, is_wrapped, that_mind_hooks, wrap
+from lightning_koopman.network.hook_points import attach_in, is_wrapped, wrap
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
     address_of,
@@ -216,7 +216,7 @@ class Recording:
         self._ancestor = common_ancestor(model, components.values())
         if getattr(model, "_compiler_ctx", None) is not None:
             self._reason, self._carriers = "the whole module is compiled", []
-        self._attach = functools.partial(attach, unseen=that_mind_hooks(model))
+        self._attach = attach_in(model)
         self._hooks = ExitStack()
         self._flow: DataFlow | None = None
         self._step = Step()
@@ -438,10 +438,14 @@ class Recording:
         # What earlier calls took, and maybe handed on, is the step's own data.
         inside = [tensor for tensor in inside if address_of(tensor) not in self._data]
         self._data.update(map(address_of, inside))
-        labelled = self._flow is not None and (self._flow.labels(inside) or self._flow.error)
-        if labelled or not self._made.isdisjoint(map(address_of, inside)):
-            self._reason = self._reason or f"the step runs code of its own before {name!r}"
+        self._note_own_code(inside, name, made=not self._made.isdisjoint(map(address_of, inside)))
         return None
+
+    def _note_own_code(self, tensors: Any, name: str, *, made: bool = False) -> None:
+        """Note whether a call takes what the step's own code made of what earlier calls gave."""
+        labelled = self._flow is not None and (self._flow.labels(tensors) or self._flow.error)
+        if made or labelled:
+            self._reason = self._reason or f"the step runs code of its own before {name!r}"
 
     def _kept_tensor(self, tensor: Tensor, name: str) -> _Kept | _Fed:
         if tensor.layout is torch.strided:
@@ -451,8 +455,7 @@ class Recording:
                     if given.layout is torch.strided and given.untyped_storage()._cdata == storage:
                         offset = int(tensor.storage_offset() - given.storage_offset())
                         return _Fed(call, place, given.stride(), tensor.size(), tensor.stride(), offset)
-        if self._flow is not None and (self._flow.labels(tensor) or self._flow.error):
-            self._reason = self._reason or f"the step runs code of its own before {name!r}"
+        self._note_own_code(tensor, name)
         self._data.add(address_of(tensor))
         self._step.n_bytes += tensor.nbytes
         kept = _Kept(_copied(tensor), tensor.device)

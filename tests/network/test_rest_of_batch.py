@@ -112,13 +112,8 @@ def test_targets_that_a_step_compares_with_outputs_are_no_inputs():
 
 
 def test_steps_of_a_cell_are_no_input_twice():
-    class Cell(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(8, 6)
-
-        def forward(self, state: Tensor, now: Tensor) -> Tensor:
-            return torch.tanh(self.layer(torch.cat([state, now], dim=1)))
+    def go_on(m: Any, state: Tensor, now: Tensor) -> Tensor:
+        return torch.tanh(m.layer(torch.cat([state, now], dim=1)))
 
     def run(m: Any, x: Tensor) -> Tensor:
         state = m.begin(x[:, 0])
@@ -127,7 +122,8 @@ def test_steps_of_a_cell_are_no_input_twice():
         return m.head(state)
 
     torch.manual_seed(0)
-    model = wired(run, begin=nn.Linear(2, 6), cell=Cell(), head=nn.Linear(6, 3))
+    cell = wired(go_on, layer=nn.Linear(8, 6))
+    model = wired(run, begin=nn.Linear(2, 6), cell=cell, head=nn.Linear(6, 3))
     batches = list(torch.randn(600, 3, 2).split(100))
     for called in (None, run):
         report = credit_report(model, batches, forward_fn=called, components=["begin", "cell", "head"])
