@@ -69,7 +69,7 @@ def reset(part: nn.Module, name: str) -> bool:
                     tensor.copy_(drawn_anew)
         for key, source in derived.items():
             _set(part, key, source, getattr(target, key).detach(), f"{name}.{key}")
-            _follow(part, key, source)
+            _follow(part, source)
     return True
 
 
@@ -94,13 +94,13 @@ def set_derived(part: nn.Module, key: str, source: Any, weight: Tensor, name: st
     """Set the weights that one is derived from so that it results; refuse where another one does."""
     # In train mode, estimates would move on.
     with in_mode(part, False):
-        before = _derived(part, key, source)
+        before = _derived(part, source)
         _set(part, key, source, weight, name)
         estimate = _estimate(part, key, source)
-        if estimate is not None and (found := _derived(part, key, source)).any():
+        if estimate is not None and (found := _derived(part, source)).any():
             # A spectral norm divides by an estimate, which is a multiple of this vector.
             estimate.div_((weight * found).sum() / found.square().sum())
-        off, moved = (_derived(part, key, source) - weight).norm(), (before - weight).norm()
+        off, moved = (_derived(part, source) - weight).norm(), (before - weight).norm()
     if off > 0.01 * moved + torch.finfo(weight.dtype).eps ** 0.5 * weight.norm():
         steps = list(source) if isinstance(source, parametrize.ParametrizationList) else [source]
         how = ", ".join(type(step).__name__ for step in steps)
@@ -135,7 +135,7 @@ def _set(part: nn.Module, key: str, source: Any, weight: Tensor, name: str) -> N
         getattr(part, f"{key}_orig").copy_(weight)
 
 
-def _derived(part: nn.Module, key: str, source: Any) -> Tensor:
+def _derived(part: nn.Module, source: Any) -> Tensor:
     """Return the weight that results."""
     found: Tensor
     if isinstance(source, BasePruningMethod):
@@ -157,13 +157,13 @@ def _estimate(part: nn.Module, key: str, source: Any) -> Tensor | None:
     return steps[0]._buffers.get("_u") if known else None
 
 
-def _follow(part: nn.Module, key: str, source: Any) -> None:
+def _follow(part: nn.Module, source: Any) -> None:
     """Let running estimates, as of the largest singular value, follow a weight that was drawn anew."""
     holder = source if isinstance(source, nn.Module) else part
     if any(True for _ in holder.buffers()):
         with in_mode(part, True):
             for _ in range(_POWER_ITERATIONS):
-                _derived(part, key, source)
+                _derived(part, source)
 
 
 @contextmanager
