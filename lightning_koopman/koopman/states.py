@@ -88,8 +88,9 @@ class Basis:
             if vectors is None:
                 continue
             for block in blocks:
-                square = torch.linalg.vector_norm(block, dtype=exact).square()
-                sums += [square[None], block.sum(dim=0, dtype=exact)]
+                # Converted once: either sum would do so by itself, and takes three times as long then.
+                values = block.to(exact)
+                sums += [torch.dot(values.flatten(), values.flatten())[None], values.sum(dim=0)]
         return torch.cat([part.to(device, exact) for part in sums])
 
     @property

@@ -68,7 +68,8 @@ def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
         if self._closed:
             return
         try:
-            if are_data(args, kwargs):
+            # What a call gives, or what it takes: the last of what a hook is given, by torch's order.
+            if are_data(args[-2:], kwargs):
                 hook(self, *args, **kwargs)
         except Exception as error:
             self._error, self._closed = error, True
@@ -507,10 +508,12 @@ class Capture:
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._running.add(id(module))
         given = args, kwargs
-        if self._passes == 0:
-            self._given[id(module)] = Given(given)
-        tensor = first_real(given)
         key = (id(module), self._calls.get(id(module), 0))
+        if self._passes:
+            self._keep_inputs(self.inputs.at.get(key, {}), module, given)
+            return
+        self._given[id(module)] = Given(given)
+        tensor = first_real(given)
         if self._is_foreign(args, kwargs):
             self._foreign.add(key)
             return
@@ -521,7 +524,7 @@ class Capture:
         sources = self._provenance.of(given)
         is_loss = bool(self.inputs.beyond(sources) and self._provenance.others(given))
         self._provenance.take(given)
-        if tensor is not None and self._passes == 0:
+        if tensor is not None:
             beside = self.inputs.find(
                 key,
                 tensor,
@@ -531,31 +534,37 @@ class Capture:
             )
             sources = self._provenance.of(given)
         own = self.inputs.at.get(key, {})
-        if own and self._passes == 0:
+        if own:
             # Of parts of one tensor, whose labels are those of its memory, each is one.
             sources = None if sources is None else sources | {*own.values()}
             parts = {n: self._provenance.of(real[place]) or frozenset() for place, n in own.items()}
+        self._keep_inputs(own, module, given)
+        is_idle = self._provenance.is_idle(given)
+        origin = _Origin(sources, tensor is not None, is_loss, is_idle, parts=parts)
+        self._stages.forget_freed(given)
+        # Data in a tensor of their own are beside states, not mixed into them.
+        own_places = {id(other) for _, other, _ in beside}
+        mixed = [t for t in tensors if self._provenance.of(t) and id(t) not in own_places]
+        raw = self.inputs.unclaimed(mixed)
+        origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
+        if raw and tensor is not None and self._are_beginnings(sources):
+            place = next(i for i, other in enumerate(real) if other is tensor)
+            origin = origin._replace(taken=(place, tensor, detached_copy(tensor)))
+        if tensor is not None:
+            fresh = self.inputs.fresh(given)
+            origin = origin._replace(integers=[t for t in fresh if is_integer_data(t, tensor)])
+        self._pending[id(module)] = origin
+
+    def _keep_inputs(self, own: Mapping[int, str], module: nn.Module, given: Any) -> None:
+        """Record what a call takes of the network's inputs, by their places among what it is given."""
+        if not own or first_real(given) is None:
+            return
+        real = list(filter(is_real, all_tensors(given)))
         for place, name in own.items():
             if place < len(real):
                 recorded = _recorded(name, module, given, real[place], frozenset())
                 is_idle = self._provenance.is_idle(real[place])
                 self._keep(real[place], replace(recorded, is_input=True, is_idle=is_idle))
-        is_idle = self._provenance.is_idle(given)
-        origin = _Origin(sources, tensor is not None, is_loss, is_idle, parts=parts)
-        if self._passes == 0:
-            self._stages.forget_freed(given)
-            # Data in a tensor of their own are beside states, not mixed into them.
-            own_places = {id(other) for _, other, _ in beside}
-            mixed = [t for t in tensors if self._provenance.of(t) and id(t) not in own_places]
-            raw = self.inputs.unclaimed(mixed)
-            origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
-            if raw and tensor is not None and self._are_beginnings(sources):
-                place = next(i for i, other in enumerate(real) if other is tensor)
-                origin = origin._replace(taken=(place, tensor, detached_copy(tensor)))
-            if tensor is not None:
-                fresh = self.inputs.fresh(given)
-                origin = origin._replace(integers=[t for t in fresh if is_integer_data(t, tensor)])
-        self._pending[id(module)] = origin
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -669,8 +678,9 @@ class Capture:
         return origin._replace(sources=(origin.sources or frozenset()) | own) if own else origin
 
     def _record(self, name: str, module: nn.Module, call: int, output: Any, given: Any) -> None:
-        before = self._given.pop(id(module), None)
-        tensor, further = self._made((id(module), call), before, output, given)
+        """Record what a call gave, and in the first pass what it was made of."""
+        key, before = (id(module), call), self._given.pop(id(module), None)
+        tensor, further = self._made(key, before, output, given)
         if tensor is None:
             self._unusable = (
                 f"component {name!r} returned {type(output).__name__} with no floating-point tensor. "
@@ -681,61 +691,75 @@ class Capture:
             self.skipped.append(name)
             return
         self._unusable = None
+        self._raw, self._current = tensor, (name, *key)
         if self._passes == 0:
-            _refuse_part(name, module, tensor)
+            self._record_first(name, module, key, before, output, given, tensor, further)
+            return
+        self._keep_mixed_in(name)
+        # The first pass shows which modules are followed by one that speaks for the component.
+        if key not in self._superseded:
+            self._keep(tensor, _recorded(name, module, output, tensor, None))
+        for place, other in further:
+            other_name = further_name(name, place)
+            self._keep(other, _recorded(other_name, module, other, other, None))
+
+    def _record_first(
+        self,
+        name: str,
+        module: nn.Module,
+        key: tuple[int, int],
+        before: Given | None,
+        output: Any,
+        given: Any,
+        tensor: Tensor,
+        further: Sequence[tuple[int, Tensor]],
+    ) -> None:
+        """Record what a call gave, and find out what it was made of."""
+        _refuse_part(name, module, tensor)
         made = output
         if before is not None and not isinstance(output, Tensor):
             made = [t for t in all_tensors(output) if t is tensor or not before.passes(t)]
-        self._raw, self._current = tensor, (name, id(module), call)
-        if self._passes == 0:
-            called = self._names[id(module)] if call == 0 else f"{self._names[id(module)]}#{call}"
-            self.parts[name] = (*self.parts.get(name, ()), called)
+        called = self._names[id(module)] if key[1] == 0 else f"{self._names[id(module)]}#{key[1]}"
+        self.parts[name] = (*self.parts.get(name, ()), called)
         if name not in self._sources_of:
             origin = self._pending.get(id(module), _Origin())
             origin = self._in_effect(origin, made)
             if origin.from_float and any(self._may_read(t, made) for t in origin.integers):
                 self.uncounted.append(self._names[id(module)])
-            self._sources_of[name] = self._with_mixed_in(name, module, call, origin, tensor)
-        origin = self._sources_of[name]
-        if self._passes == 0:
-            origin = self._sources_of[name] = self._with_own(name, origin, made)
-            if (id(module), call) not in self._merged:
-                self._stages.read(name, given, made)
+            self._sources_of[name] = self._with_mixed_in(name, module, key[1], origin, tensor)
+        origin = self._sources_of[name] = self._with_own(name, self._sources_of[name], made)
+        if key not in self._merged:
+            self._stages.read(name, given, made)
         untouched, made_of = self._provenance.is_untouched(tensor), self._provenance.of(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
         beside = [other for _, other in further]
-        masks = self._provenance.masks(beside) if self._passes == 0 and not is_idle else []
+        masks = [] if is_idle else self._provenance.masks(beside)
         self._provenance.mark(made, name, idle=is_idle)
         self._provenance.own(masks)
-        facts: dict[str, Any] = {}
-        if self._passes == 0:
-            component = self.components[name.partition("#")[0]]
-            facts = {
-                "is_frozen": is_frozen(component, self._trained),
-                "is_idle": is_idle,
-                "from_data": not untouched,
-                "is_behind": self._called and not self._nested,
-                # A module that continues a component is known to compare none.
-                "is_pairwise": before is not None and compares_samples(tensor, before.tensors, module),
-            }
-        # The first pass shows which modules are followed by one that speaks for the component.
-        if (id(module), call) not in self._superseded:
+        component = self.components[name.partition("#")[0]]
+        facts: dict[str, Any] = {
+            "is_frozen": is_frozen(component, self._trained),
+            "is_idle": is_idle,
+            "from_data": not untouched,
+            "is_behind": self._called and not self._nested,
+            # A module that continues a component is known to compare none.
+            "is_pairwise": before is not None and compares_samples(tensor, before.tensors, module),
+        }
+        if key not in self._superseded:
             recorded = _recorded(
                 name, module, output, tensor, origin.sources, origin.from_float, origin.is_loss
             )
-            if facts:
-                given_data = bool(origin.sources) or not origin.from_float
-                recorded = replace(recorded, ignores_data=given_data and untouched, **facts)
-            self._keep(tensor, recorded)
-            if facts and self._transparent:
-                self._stages.add(name, (id(module), call), tensor, self._states[name], made_of)
+            given_data = bool(origin.sources) or not origin.from_float
+            self._keep(tensor, replace(recorded, ignores_data=given_data and untouched, **facts))
+            if self._transparent:
+                self._stages.add(name, key, tensor, self._states[name], made_of)
         for place, other in further:
-            if self._passes == 0 and (any(other is mask for mask in masks) or not holds_numbers(other)):
+            if any(other is mask for mask in masks) or not holds_numbers(other):
                 continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle)
             recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
-            self._keep(other, replace(recorded, **facts) if facts else recorded)
+            self._keep(other, replace(recorded, **facts))
 
     def _made(
         self, key: tuple[int, int], before: Given | None, output: Any, given: Any
@@ -765,7 +789,7 @@ class Capture:
     def _in_effect(self, origin: _Origin, made: Any) -> _Origin:
         """Leave out of what a component was given what did not reach what it made of it."""
         exact = self._provenance.exactly(made)
-        if self._passes or exact is None or not origin.sources:
+        if exact is None or not origin.sources:
             return origin
         raw = self.inputs.unclaimed(made)
         if not origin.sources & exact:

@@ -63,6 +63,16 @@ def check_batches(batches: object) -> None:
             f"batches is one tensor of shape {tuple(batches.shape)}, whose rows would each be taken "
             "for a batch; pass an iterable of batches, such as x.split(256) or [x]"
         )
+    if hasattr(batches, "__array__"):
+        raise ValueError(
+            f"batches is one table of numbers ({kind}), whose rows or columns would each be taken for a "
+            "batch; pass tensors, such as torch.as_tensor(x, dtype=torch.float32).split(256)"
+        )
+    if isinstance(batches, Mapping):
+        raise ValueError(
+            f"batches is a mapping ({kind}), whose keys would each be taken for a batch; pass [batch] "
+            "for a single batch, or one of the loaders that it holds"
+        )
     tensors = batches if isinstance(batches, tuple | list) else ()
     # Batches of inputs alone differ in neither.
     kinds = {(t.ndim, t.is_floating_point()) for t in tensors if isinstance(t, Tensor)}

@@ -523,6 +523,8 @@ def test_a_mapping_that_fails_whole_names_forward_fn():
         (None, samples(), r"batches is one tensor of shape \(300, 6\).*x\.split\(256\) or \[x\]"),
         (None, TensorDataset(samples()), r"batches is a dataset \(TensorDataset\).*DataLoader\(dataset"),
         (None, Digits(), r"batches is a DataModule \(Digits\).*then pass val_dataloader\(\)"),
+        (None, samples().numpy(), r"one table of numbers \(ndarray\).*torch\.as_tensor\(x, dtype"),
+        (None, {"x": samples()}, r"batches is a mapping \(dict\), whose keys .*pass \[batch\] for a"),
         (None, 3, "batches has type int; it must be an iterable of batches"),
         (None, iter([]), r"no sample arrived: .*a generator gives its batches only once"),
     ],

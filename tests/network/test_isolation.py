@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +153,36 @@ def test_hooks_that_a_network_hangs_on_itself_are_hung_on_once() -> None:
     credit_report(net, list(torch.randn(100, 4).split(50)))
     net(torch.randn(3, 4))
     assert net.seen == 2
+
+
+_MAPPED = """
+import ctypes, sys, torch
+from lightning_koopman.network.isolation import undisturbed
+
+class Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (*"abc", "mapped", *"defghi")]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Counts
+if sys.argv[1] == "after":
+    with undisturbed(torch.nn.Linear(1, 1)):
+        pass
+before = library.mallinfo2().mapped
+state = torch.empty(6 * 2**20)
+print(library.mallinfo2().mapped - before)
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="needs glibc 2.33",
+)
+def test_large_states_come_from_memory_that_stays() -> None:
+    # What is mapped for itself goes back to the system with each layer, and costs a fault per page anew.
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", _MAPPED, when], capture_output=True, text=True, check=True
+        ).stdout.split()[-1]
+        for when in ("before", "after")
+    ]
+    assert found == ["1", "0"]
