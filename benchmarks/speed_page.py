@@ -21,12 +21,13 @@ passes on this machine ([what that decides](widths.md)).
 <!-- reports -->
 <!-- end -->
 
-Fifteen more processes, on other days too, gave 11.6 to 13.5 for the MLP's 4,096 samples, seven 1.49
-to 1.83 for the convolutions and seven 1.23 to 1.40 for ResNet-18. The convolutions take 0.3 s more,
-with and without a report, where glibc hands back behind each layer the memory of the network's own
-states (12.8 MB each); it does so in some processes, and in others not, and in one and the same now
-in the pass alone and now in the report. With its thresholds set so high that it never does, both
-sides take less, and the report 1.4 to 1.5 passes.
+Six more processes gave 11.8 to 12.0 for the MLP's 4,096 samples, 1.47 to 1.54 for the convolutions and
+1.27 to 1.31 for ResNet-18. Left alone, glibc hands back behind each layer the memory of states as large
+as those of the convolutions (12.8 MB each), in some processes, and in others not: their own pass then
+took 0.95 s for 0.52, and a report of ResNet-18, in which it did so where the pass alone did not, 1.40
+passes for 1.31. It learns what to keep from the largest block that was freed, so each report frees one
+of 32 MiB first, which nobody wrote to. Trainings of the demo's CNN, whose states are smaller, take as
+long with it.
 
 The floor is what the library calls alone take by which a report's numbers are defined, over the forward
 pass, each part the least of five runs: 1 for the pass itself; one pooling of each state and its
@@ -53,8 +54,8 @@ of 64×56×56 in 4.9 ms, and in 33 by a product). Inputs are pooled by torch as 
 the folds, and may not depend on the size of a batch.
 
 Of what was tried, these are not in the package, for they brought nothing (one thread, AVX-512):
-symmetric products by SciPy's `dsyrk`; pooling by view and mean on a grid that divides takes 2.3 ms where
-one product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; the leading half of the
+symmetric products by SciPy's `dsyrk`; pooling by view and mean on a grid that divides takes 2.3 ms
+where one product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; the leading half of the
 eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment would
 save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing elsewhere.
 All folds at once take longer or as long where a state is 256 wide, for five matrices do not stay in the
@@ -63,14 +64,14 @@ by eigenvalues alone take twice as long as by a Cholesky factor (2.8 ms against 
 parts), whose inverse is found no faster by the routine made for it; all states side by side in one copy
 make products slower (38 ms against 30 for 4,096 samples of the MLP); sequences are pooled by a product
 as fast as now (0.34 ms against 0.36); grids of half as many cells (8 values a kept direction instead of
-16) make reports 1 to 4 % shorter and keep more of MiniLM's least state (0.71 instead of 0.57), but gains
-and nonlinearities of convolutions repeat 1.3 to 3 times less closely and drift marks 56 of 60 faults
-instead of 58; neither a ridge weight put on in place, nor fewer steps in hooks,
-nor a fixed threshold of glibc moved a report beyond noise. Standard errors of ranks take a fifth of the
-work over all folds; by their derivative they would be free, and 30 times too small for units that
-rarely wake; by the variances that are left along the directions of all samples they would take a third
-of the time, and be 6 to 90 times too small where units wake in one fold alone. Products in float32
-would halve the largest part of an MLP's report; they are not used, for reasons given below.
+16) make reports 1 to 4 % shorter and keep more of MiniLM's least state (0.71 instead of 0.57), but
+gains and nonlinearities of convolutions repeat 1.3 to 3 times less closely and drift marks 56 of 60
+faults instead of 58; a ridge weight put on in place did not move a report beyond noise. Standard errors
+of ranks take a fifth of the work over all folds; by their derivative they would be free, and 30 times
+too small for units that rarely wake; by the variances that are left along the directions of all samples
+they would take a third of the time, and be 6 to 90 times too small where units wake in one fold alone.
+Products in float32 would halve the largest part of an MLP's report; they are not used, for reasons
+given below.
 
 `Options(errors=False)` gives point values alone: a third less at the end of a report. Measurements of
 one network after another may keep their POD bases while these fit (within a hundredth of what they
@@ -86,6 +87,8 @@ small one 4 of width 64 and 8 tokens):
 
 <!-- epochs -->
 <!-- end -->
+
+Two more processes, beside other work, gave the CNN 1.22 and 1.23.
 
 A measurement has a part that does not depend on the network's own work: some milliseconds per
 component, and the POD bases where a state is wider than `max_dim`. The floor holds, for each component,
