@@ -53,7 +53,7 @@ def _let_freed_memory_stay() -> None:
     # By itself, glibc hands back what lies free beyond twice the largest block that was freed so far.
     # With large states it does so in each layer, which costs as much as a convolution. It learns from
     # blocks up to 32 MiB, and of one that nobody writes to no page is made.
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+    torch.UntypedStorage(2**25 - 2**16, device="cpu")  # type: ignore[no-untyped-call]
 
 
 def _log_nothing(*_: Any, **__: Any) -> None:
