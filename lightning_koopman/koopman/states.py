@@ -88,7 +88,7 @@ class Basis:
             if vectors is None:
                 continue
             for block in blocks:
-                # Converted once: either sum would do so by itself, and takes three times as long then.
+                # Either sum would convert them by itself, and the two then take half as long again.
                 values = block.to(exact)
                 sums += [torch.dot(values.flatten(), values.flatten())[None], values.sum(dim=0)]
         return torch.cat([part.to(device, exact) for part in sums])

@@ -68,7 +68,7 @@ def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
         if self._closed:
             return
         try:
-            # What a call gives, or what it takes: the last of what a hook is given, by torch's order.
+            # Torch gives a hook what the call takes, and behind it what it gave: the last two tell.
             if are_data(args[-2:], kwargs):
                 hook(self, *args, **kwargs)
         except Exception as error:
@@ -473,7 +473,7 @@ class Capture:
             if first and tensor.ndim and is_real(tensor):
                 self.returned_rows |= set() if tensor.is_nested else {len(tensor)}
                 name = OUTPUT if OUTPUT not in self.components else "returned"
-                name = f"{name}#{len(self.returned)}" if self.returned else name
+                name = _numbered(name, len(self.returned))
                 sources = self._provenance.of(tensor)
                 if sources:
                     sources |= self._mixed_into(name, tensor)
@@ -510,7 +510,7 @@ class Capture:
         given = args, kwargs
         key = (id(module), self._calls.get(id(module), 0))
         if self._passes:
-            self._keep_inputs(self.inputs.at.get(key, {}), module, given)
+            self._keep_inputs(key, module, given)
             return
         self._given[id(module)] = Given(given)
         tensor = first_real(given)
@@ -538,7 +538,7 @@ class Capture:
             # Of parts of one tensor, whose labels are those of its memory, each is one.
             sources = None if sources is None else sources | {*own.values()}
             parts = {n: self._provenance.of(real[place]) or frozenset() for place, n in own.items()}
-        self._keep_inputs(own, module, given)
+        self._keep_inputs(key, module, given)
         is_idle = self._provenance.is_idle(given)
         origin = _Origin(sources, tensor is not None, is_loss, is_idle, parts=parts)
         self._stages.forget_freed(given)
@@ -555,8 +555,9 @@ class Capture:
             origin = origin._replace(integers=[t for t in fresh if is_integer_data(t, tensor)])
         self._pending[id(module)] = origin
 
-    def _keep_inputs(self, own: Mapping[int, str], module: nn.Module, given: Any) -> None:
-        """Record what a call takes of the network's inputs, by their places among what it is given."""
+    def _keep_inputs(self, key: tuple[int, int], module: nn.Module, given: Any) -> None:
+        """Record what a call takes of the network's inputs."""
+        own = self.inputs.at.get(key)
         if not own or first_real(given) is None:
             return
         real = list(filter(is_real, all_tensors(given)))
@@ -573,7 +574,7 @@ class Capture:
         if (id(module), call) in self._foreign:
             # What reads it runs on other data, too.
             return
-        self._record(name if call == 0 else f"{name}#{call}", module, call, output, (args, kwargs))
+        self._record(_numbered(name, call), module, call, output, (args, kwargs))
 
     @_kept_out_of_the_forward
     def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -719,14 +720,14 @@ class Capture:
         made = output
         if before is not None and not isinstance(output, Tensor):
             made = [t for t in all_tensors(output) if t is tensor or not before.passes(t)]
-        called = self._names[id(module)] if key[1] == 0 else f"{self._names[id(module)]}#{key[1]}"
+        called = _numbered(self._names[id(module)], key[1])
         self.parts[name] = (*self.parts.get(name, ()), called)
         if name not in self._sources_of:
             origin = self._pending.get(id(module), _Origin())
             origin = self._in_effect(origin, made)
             if origin.from_float and any(self._may_read(t, made) for t in origin.integers):
                 self.uncounted.append(self._names[id(module)])
-            self._sources_of[name] = self._with_mixed_in(name, module, key[1], origin, tensor)
+            self._sources_of[name] = self._with_mixed_in(name, module, key, origin, tensor)
         origin = self._sources_of[name] = self._with_own(name, self._sources_of[name], made)
         if key not in self._merged:
             self._stages.read(name, given, made)
@@ -805,7 +806,7 @@ class Capture:
         return self._provenance.exactly(made) is None or self._provenance.may_reach(tensor, made)
 
     def _with_mixed_in(
-        self, name: str, module: nn.Module, call: int, origin: _Origin, output: Tensor
+        self, name: str, module: nn.Module, key: tuple[int, int], origin: _Origin, output: Tensor
     ) -> _Origin:
         """Record the data that a component takes mixed into states, or beside them, as inputs."""
         if origin.draws and self.inputs.beyond(origin.sources):
@@ -813,8 +814,7 @@ class Capture:
         added: set[str] = set()
         # What gives a number per sample compares them, as a rule.
         if (origin.raw or origin.beside) and self.inputs.beyond(origin.sources) and output.ndim > 1:
-            call_of_module = id(module), call
-            added |= {self._keep_beside(module, call_of_module, beside) for beside in origin.beside}
+            added |= {self._keep_beside(module, key, beside) for beside in origin.beside}
             ancestor = id(self._ancestor), -1
             as_it_came = self._called and not origin.raw & self._provenance.changed
             taken = None if as_it_came else origin.taken
@@ -823,7 +823,7 @@ class Capture:
             if taken is not None:
                 # Data that no call shows as they are, mixed into what is made of data alone: an input.
                 self.inputs.without_mixed(name)
-                whole = self._keep_beside(module, call_of_module, taken, origin.sources)
+                whole = self._keep_beside(module, key, taken, origin.sources)
                 return origin._replace(sources=frozenset({whole, *added}), alone=True)
         added |= self._keep_mixed_in(name)
         return origin._replace(sources=(origin.sources or frozenset()) | added) if added else origin
@@ -876,6 +876,11 @@ class Capture:
             self._moved |= {recorded.name} if any(o.is_of_all for o in orders.values()) else set()
             recorded = with_lengths_in_order(replace(recorded, orders=orders))
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
+
+
+def _numbered(name: str, call: int) -> str:
+    """Tell calls after the first from it by their number."""
+    return f"{name}#{call}" if call else name
 
 
 def _held_by(model: nn.Module) -> Iterator[Tensor]:
