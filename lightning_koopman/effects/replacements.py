@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_koopman.effects.derived_weights import derived_weights, in_mode
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.isolation import undisturbed
-from lightning_koopman.network.tensors import is_spread
+from lightning_koopman.network.sharded import is_spread
 
 _MOST_BITS = 8
 

@@ -485,12 +485,12 @@ class Measurement(Accumulator):
                 f"data of the batch go into {listed(changed)} changed on the way (scaled, or in part), "
                 "and operators see them as they came; give them to forward() as they are taken"
             )
-        if uncounted := list(dict.fromkeys(self.capture.uncounted)):
+        if uncounted := list(dict.fromkeys(self.capture.origins.uncounted)):
             notes.append(
                 f"integers of the batch that go into {listed(uncounted)} beside other numbers are not "
                 "seen by operators; let a module of their own take them, or give floating-point numbers"
             )
-        if noisy := [name for name in dict.fromkeys(self.capture.noisy) if name in self.parts]:
+        if noisy := [name for name in dict.fromkeys(self.capture.origins.noisy) if name in self.parts]:
             notes.append(
                 f"random numbers go into {listed(noisy)} that operators do not see, so what they do "
                 "counts as unexplained and as nonlinear"

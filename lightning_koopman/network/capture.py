@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,9 @@ from lightning_koopman.network.components import (
     without_component,
 )
 from lightning_koopman.network.hook_points import attach_in
-from lightning_koopman.network.input_data import holds_numbers, is_integer_data
-from lightning_koopman.network.inputs import Beside, Inputs
+from lightning_koopman.network.input_data import holds_numbers
+from lightning_koopman.network.inputs import Inputs
+from lightning_koopman.network.origins import Origins
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import (
     INPUT,
@@ -39,9 +39,9 @@ from lightning_koopman.network.rows import (
     further_name,
     with_lengths_in_order,
 )
+from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
-    LET_IT_BE_WHOLE,
     Given,
     all_tensors,
     are_data,
@@ -52,11 +52,9 @@ from lightning_koopman.network.tensors import (
     first_tensor,
     further_tensors,
     is_real,
-    is_spread,
     padded,
     tensors_inside,
     unpacked,
-    whole_here,
 )
 
 
@@ -75,38 +73,6 @@ def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
             self._error, self._closed = error, True
 
     return safe
-
-
-class _Origin(NamedTuple):
-    """What a module was given, as far as it is known.
-
-    Attributes:
-        sources: The states that it was computed from.
-        from_float: Whether a floating-point tensor is in it.
-        is_loss: Whether it is a state and data that no component takes.
-        is_idle: Whether nothing is in it but what the network holds itself.
-        raw: Labels of the data of the batch in it that no component took before.
-        beside: Data of the batch given beside states: their place among the tensors given, the tensors
-            themselves, and copies of them.
-        taken: What it takes first, where that is data of the batch mixed into states that are made of
-            nothing but data themselves.
-        alone: Whether it reads nothing else, for what it takes is recorded as it is.
-        draws: Whether random numbers are in it.
-        parts: By input that it takes, those that have the same labels.
-        integers: Integers of the batch in it, beside floating-point numbers.
-    """
-
-    sources: frozenset[str] | None = None
-    from_float: bool = True
-    is_loss: bool = False
-    is_idle: bool = False
-    raw: frozenset[str] = frozenset()
-    beside: tuple[Beside, ...] = ()
-    taken: Beside | None = None
-    alone: bool = False
-    draws: bool = False
-    parts: Mapping[str, frozenset[str]] = MappingProxyType({})
-    integers: Sequence[Tensor] = ()
 
 
 class Capture:
@@ -140,8 +106,7 @@ class Capture:
         in_losses: The states that reach single numbers which it returned then, as losses are.
         given: What that ancestor, or else the network, was called with, by name.
         inputs: What the network takes in.
-        uncounted: Components that take integers of the batch beside floating-point numbers.
-        noisy: Components that random numbers go into beside states, or that draw them.
+        origins: What the components of the first pass were made of.
     """
 
     def __init__(
@@ -192,8 +157,6 @@ class Capture:
         self._used: set[str] = set()
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
-        self.uncounted: list[str] = []
-        self.noisy: list[str] = []
         self.returned: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self.returned_rows: set[int] = set()
@@ -206,6 +169,8 @@ class Capture:
         self._moved: set[str] = set()
         self._provenance = Provenance()
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
+        whole = id(self._ancestor), -1
+        self.origins = Origins(self._provenance, self.inputs, self._names, whole)
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -290,9 +255,7 @@ class Capture:
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
         self.skipped: list[str] = []
-        self._pending: dict[int, _Origin] = {}
-        self._given: dict[int, Given] = {}
-        self._sources_of: dict[str, _Origin] = {}
+        self.origins.start_call()
         self._call: Any = ()
         self._raw: Tensor | None = None
         self._current: tuple[str, int, int] | None = None
@@ -441,8 +404,7 @@ class Capture:
             for known in (
                 self.parts,
                 self.inputs,
-                self.uncounted,
-                self.noisy,
+                self.origins,
                 self._merged,
                 self._superseded,
                 self._made_at,
@@ -512,48 +474,13 @@ class Capture:
         if self._passes:
             self._keep_inputs(key, module, given)
             return
-        self._given[id(module)] = Given(given)
-        tensor = first_real(given)
+        self.origins.keep_given(module, given)
         if self._is_foreign(args, kwargs):
             self._foreign.add(key)
             return
-        tensors = all_tensors(given)
-        real = [] if tensor is None else list(filter(is_real, tensors))
-        beside: list[Beside] = []
-        parts: dict[str, frozenset[str]] = {}
-        sources = self._provenance.of(given)
-        is_loss = bool(self.inputs.beyond(sources) and self._provenance.others(given))
-        self._provenance.take(given)
-        if tensor is not None:
-            beside = self.inputs.find(
-                key,
-                tensor,
-                tensors,
-                with_states=self.inputs.beyond(sources),
-                nothing_ran=not self._states.keys() - self._provenance.idle,
-            )
-            sources = self._provenance.of(given)
-        own = self.inputs.at.get(key, {})
-        if own:
-            # Of parts of one tensor, whose labels are those of its memory, each is one.
-            sources = None if sources is None else sources | {*own.values()}
-            parts = {n: self._provenance.of(real[place]) or frozenset() for place, n in own.items()}
+        self.origins.take(key, given, self._states.keys())
         self._keep_inputs(key, module, given)
-        is_idle = self._provenance.is_idle(given)
-        origin = _Origin(sources, tensor is not None, is_loss, is_idle, parts=parts)
         self._stages.forget_freed(given)
-        # Data in a tensor of their own are beside states, not mixed into them.
-        own_places = {id(other) for _, other, _ in beside}
-        mixed = [t for t in tensors if self._provenance.of(t) and id(t) not in own_places]
-        raw = self.inputs.unclaimed(mixed)
-        origin = origin._replace(raw=raw, beside=tuple(beside), draws=self._provenance.draws(given))
-        if raw and tensor is not None and self._are_beginnings(sources):
-            place = next(i for i, other in enumerate(real) if other is tensor)
-            origin = origin._replace(taken=(place, tensor, detached_copy(tensor)))
-        if tensor is not None:
-            fresh = self.inputs.fresh(given)
-            origin = origin._replace(integers=[t for t in fresh if is_integer_data(t, tensor)])
-        self._pending[id(module)] = origin
 
     def _keep_inputs(self, key: tuple[int, int], module: nn.Module, given: Any) -> None:
         """Record what a call takes of the network's inputs."""
@@ -583,15 +510,12 @@ class Capture:
         if self._current is None or self._raw is None or first_real(args) is not self._raw:
             return
         name, *recorded_by = self._current
-        if (
-            self._passes == 0
-            and self._continues(module, output, name, self._raw)
-            and not self._is_loss(module, (args, kwargs), output, self._raw)
-        ):
+        given = args, kwargs
+        if self._passes == 0 and self.origins.continues(module, given, output, name, self._raw):
             self._merged.add((id(module), call))
             self._superseded.add((recorded_by[0], recorded_by[1]))
         if (id(module), call) in self._merged:
-            self._record(name, module, call, output, (args, kwargs))
+            self._record(name, module, call, output, given)
 
     @_kept_out_of_the_forward
     def _on_inner_transparent(
@@ -631,56 +555,19 @@ class Capture:
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.record_end(output)
 
-    def _are_beginnings(self, sources: frozenset[str] | None) -> bool:
-        """Check whether states read no others, as embeddings of integers do."""
-        known = (self._sources_of.get(name) for name in (sources or frozenset()) - self.inputs.names)
-        return all(origin is not None and not origin.sources for origin in known)
-
     def _takes_input(self, module: nn.Module) -> bool:
         """Check whether the module's input must be seen in the next pass."""
         seen = self._passes == 0 or id(module) in self._opened
         return seen or any(taker == id(module) for taker, _ in self.inputs.at)
-
-    def _continues(self, module: nn.Module, output: Any, name: str, raw: Tensor) -> bool:
-        """Check whether an output still holds a component's state, one row per sample."""
-        # A module may look at a state for its type or length alone, as rotary embeddings do.
-        tensor = first_real(output)
-        if (
-            tensor is None
-            or tensor.shape[:1] != raw.shape[:1]
-            or compares_samples(tensor, [raw], module)
-        ):
-            return False
-        return self._provenance.may_hold(tensor, name)
-
-    def _is_loss(self, module: nn.Module, given: Any, output: Any, raw: Tensor) -> bool:
-        """Check whether a module compares a state with data that no component takes, such as targets."""
-        if isinstance(module, nn.modules.loss._Loss):
-            return True
-        tensor, others = first_real(output), self._provenance.others(given)
-        if tensor is None or not others:
-            return False
-        # Lengths or a mask of positions may say how to pool a sequence.
-        pools = raw.ndim > 2 and tensor.ndim > 1 and all(o.shape != tensor.shape for o in others)
-        return not pools
 
     def _count(self, module: nn.Module) -> int:
         call = self._calls.get(id(module), 0)
         self._calls[id(module)] = call + 1
         return call
 
-    def _with_own(self, name: str, origin: _Origin, output: Any) -> _Origin:
-        """Add the states that reached a component past its arguments, as by attributes of its own."""
-        if not origin.draws and self._provenance.draws(output):
-            self.noisy.append(name)
-        if origin.alone:
-            return origin
-        own = (self._provenance.of(output) or frozenset()) & (self._states.keys() - {name})
-        return origin._replace(sources=(origin.sources or frozenset()) | own) if own else origin
-
     def _record(self, name: str, module: nn.Module, call: int, output: Any, given: Any) -> None:
         """Record what a call gave, and in the first pass what it was made of."""
-        key, before = (id(module), call), self._given.pop(id(module), None)
+        key, before = (id(module), call), self.origins.pop_given(module)
         tensor, further = self._made(key, before, output, given)
         if tensor is None:
             self._unusable = (
@@ -716,19 +603,17 @@ class Capture:
         further: Sequence[tuple[int, Tensor]],
     ) -> None:
         """Record what a call gave, and find out what it was made of."""
-        _refuse_part(name, module, tensor)
+        refuse_part(name, module, tensor)
         made = output
         if before is not None and not isinstance(output, Tensor):
             made = [t for t in all_tensors(output) if t is tensor or not before.passes(t)]
         called = _numbered(self._names[id(module)], key[1])
         self.parts[name] = (*self.parts.get(name, ()), called)
-        if name not in self._sources_of:
-            origin = self._pending.get(id(module), _Origin())
-            origin = self._in_effect(origin, made)
-            if origin.from_float and any(self._may_read(t, made) for t in origin.integers):
-                self.uncounted.append(self._names[id(module)])
-            self._sources_of[name] = self._with_mixed_in(name, module, key, origin, tensor)
-        origin = self._sources_of[name] = self._with_own(name, self._sources_of[name], made)
+        origin, new = self.origins.of(name, key, made, tensor, self._states.keys(), self._call)
+        for added in new:
+            recorded = _recorded(added.name, module, added.copied, added.copied, frozenset())
+            self._keep(added.copied, replace(recorded, is_input=True, holds=added.holds))
+        self._keep_mixed_in(name)
         if key not in self._merged:
             self._stages.read(name, given, made)
         untouched, made_of = self._provenance.is_untouched(tensor), self._provenance.of(tensor)
@@ -787,86 +672,24 @@ class Capture:
             self._made_at[key] = (*own[:1], *(place for place, _ in further))
         return first, further
 
-    def _in_effect(self, origin: _Origin, made: Any) -> _Origin:
-        """Leave out of what a component was given what did not reach what it made of it."""
-        exact = self._provenance.exactly(made)
-        if exact is None or not origin.sources:
-            return origin
-        raw = self.inputs.unclaimed(made)
-        if not origin.sources & exact:
-            # Such as the integers of a batch alone, where it was given all of the batch.
-            from_batch = raw and not exact
-            return origin._replace(sources=exact, from_float=False, raw=raw) if from_batch else origin
-        beside = tuple(each for each in origin.beside if self._provenance.may_reach(each[1], made))
-        exact |= {name for name, alike in origin.parts.items() if alike & exact}
-        return origin._replace(sources=origin.sources & exact, raw=origin.raw & raw, beside=beside)
-
-    def _may_read(self, tensor: Tensor, made: Any) -> bool:
-        """Check whether a tensor that a component was given may be in what it made."""
-        return self._provenance.exactly(made) is None or self._provenance.may_reach(tensor, made)
-
-    def _with_mixed_in(
-        self, name: str, module: nn.Module, key: tuple[int, int], origin: _Origin, output: Tensor
-    ) -> _Origin:
-        """Record the data that a component takes mixed into states, or beside them, as inputs."""
-        if origin.draws and self.inputs.beyond(origin.sources):
-            self.noisy.append(name)
-        added: set[str] = set()
-        # What gives a number per sample compares them, as a rule.
-        if (origin.raw or origin.beside) and self.inputs.beyond(origin.sources) and output.ndim > 1:
-            added |= {self._keep_beside(module, key, beside) for beside in origin.beside}
-            ancestor = id(self._ancestor), -1
-            as_it_came = self._called and not origin.raw & self._provenance.changed
-            taken = None if as_it_came else origin.taken
-            if taken is None and not self.inputs.find_mixed(name, origin.raw, self._data, ancestor):
-                taken = origin.taken
-            if taken is not None:
-                # Data that no call shows as they are, mixed into what is made of data alone: an input.
-                self.inputs.without_mixed(name)
-                whole = self._keep_beside(module, key, taken, origin.sources)
-                return origin._replace(sources=frozenset({whole, *added}), alone=True)
-        added |= self._keep_mixed_in(name)
-        return origin._replace(sources=(origin.sources or frozenset()) | added) if added else origin
-
-    def _keep_beside(
-        self,
-        module: nn.Module,
-        call: tuple[int, int],
-        beside: Beside,
-        holds: frozenset[str] | None = None,
-    ) -> str:
-        """Let a tensor that was given be an input, behind the call that took it."""
-        place, tensor, copied = beside
-        name = self.inputs.add(call, place, tensor)
-        recorded = _recorded(name, module, copied, copied, frozenset())
-        self._keep(copied, replace(recorded, is_input=True, holds=holds or frozenset()))
-        return name
-
     def _mixed_into(self, name: str, tensor: Tensor) -> frozenset[str]:
         """Find the data that are mixed into states in a tensor that is returned."""
         # Of those that a component took in whatever form, for others may be targets.
         raw = self._provenance.taken(self.inputs.unclaimed(tensor))
         if raw and self.inputs.beyond(self._provenance.of(tensor)) and tensor.ndim > 1:
-            self.inputs.find_mixed(name, raw, self._data, (id(self._ancestor), -1))
+            self.inputs.find_mixed(name, raw, self.inputs.data(self._call), self.origins.ancestor)
         return frozenset(self.inputs.mixed_in.get(name, ()))
 
-    def _keep_mixed_in(self, name: str) -> set[str]:
-        """Record the data that are mixed into what a component takes, and return their names."""
+    def _keep_mixed_in(self, name: str) -> None:
+        """Record the data that are mixed into what a component takes."""
         if not (mixed_in := self.inputs.mixed_in.get(name)):
-            return set()
-        given = self._data
+            return
+        given = self.inputs.data(self._call)
         for added, place in mixed_in.items():
             if place < len(given) and added not in self._states:
                 tensor = given[place]
                 recorded = _recorded(added, self._model, tensor, tensor, frozenset())
                 self._keep(tensor, replace(recorded, is_input=True))
-        return set(mixed_in)
-
-    @property
-    def _data(self) -> list[Tensor]:
-        """What the network is called with, or else the batch of a step that calls its parts itself."""
-        given = all_tensors(self._call) if self._called else self._provenance.data
-        return list(filter(is_real, given))
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
         """Keep a state; the first pass shows how its rows came about."""
@@ -902,33 +725,6 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 
 _signature = functools.lru_cache(maxsize=64)(inspect.signature)
-
-
-def _refuse_part(name: str, module: nn.Module, tensor: Tensor) -> None:
-    """Refuse the units that one process holds of what tensor parallelism spread."""
-    width = getattr(module, "out_features", getattr(module, "embedding_dim", None))
-    if width is None or not is_spread(getattr(module, "weight", None)):
-        width = None
-        if any(map(is_spread, module.parameters())) and tensor.ndim and not tensor.is_nested:
-            width = _spread_width(module, tensor.shape[-1])
-    if width is not None and tensor.shape[-1] != width:
-        raise ValueError(
-            f"component {name!r} gave {tensor.shape[-1]} of its {width} units, and other processes the "
-            f"rest. {LET_IT_BE_WHOLE}"
-        )
-
-
-def _spread_width(module: nn.Module, given: int) -> int | None:
-    """Find how wide an output is of which a process holds ``given``, if weights say that it does.
-
-    So it is where that is the width of a part of some weight here, and of no whole one.
-    """
-    weights = list(module.parameters())
-    if any(given in weight.shape for weight in weights):
-        return None
-    local = ((weight, weight.to_local().shape) for weight in weights if hasattr(weight, "to_local"))
-    sizes = (pair for weight, part in local for pair in zip(weight.shape, part, strict=True))
-    return next((whole for whole, held in sizes if held == given), None)
 
 
 def _recorded(

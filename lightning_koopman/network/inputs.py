@@ -72,6 +72,10 @@ class Inputs:
         """Return the labels of the data in a value that are no inputs yet, or but in part."""
         return self._provenance.unclaimed(value, self._covered.misses)
 
+    def data(self, whole: Sequence[Any]) -> list[Tensor]:
+        """Find what the network is called with, or the batch of a step that calls its parts itself."""
+        return list(filter(is_real, all_tensors(whole) if whole else self._provenance.data))
+
     def find(
         self, call: Call, first: Tensor, given: Sequence[Tensor], *, with_states: bool, nothing_ran: bool
     ) -> list[Beside]:

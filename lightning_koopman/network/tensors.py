@@ -14,12 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-LET_IT_BE_WHOLE = (
-    "Under tensor parallelism, let it give whole outputs (output_layouts=Replicate()), or name "
-    "components that do with components=[...]."
-)
-"""What to do about a state of which each process holds a part."""
-
 
 def parts_of(value: Any) -> Iterator[Any]:
     """Return what a container holds, one level down."""
@@ -308,22 +302,6 @@ def derived(tensor: Tensor, kind: type[Tensor], attributes: Mapping[str, Any]) -
     made = tensor.as_subclass(kind)
     vars(made).update(attributes)
     return made
-
-
-def is_spread(tensor: Any) -> bool:
-    """Check whether a tensor is one over several processes."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole_here(tensor: Any) -> Tensor | None:
-    """Take a tensor that this process holds all of, without asking another process."""
-    if not is_spread(tensor):
-        return tensor  # type: ignore[no-any-return]
-    held = [
-        placement.is_replicate() or tensor.device_mesh.size(axis) == 1
-        for axis, placement in enumerate(tensor.placements)
-    ]
-    return tensor.to_local() if all(held) else None
 
 
 @functools.cache
