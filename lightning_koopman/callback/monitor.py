@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
     have_changed,
+    is_dealt_out,
     last_step,
     logged_step,
     may_be_last,
@@ -39,6 +40,7 @@ from lightning_koopman.callback.trainer_facts import (
     monitored_keys,
     plain_numerics,
     refuse_sharded_weights,
+    rows_per_batch,
     samples_for_rank,
     steps_ahead,
     trained_parameters,
@@ -48,12 +50,12 @@ from lightning_koopman.callback.trainer_facts import (
 from lightning_koopman.effects.targets import Fit
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
-from lightning_koopman.measurement.measurement import Measurement, merge_processes
+from lightning_koopman.measurement.measurement import Measurement, NoSamplesError, merge_processes
 from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.components import named_components
 from lightning_koopman.network.hook_points import seconds_in_hooks
 from lightning_koopman.network.isolation import is_compiled, undisturbed
-from lightning_koopman.network.replay import BYTES_KEPT, Recording
+from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
 from lightning_koopman.network.rows import valid_positions
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.effects import KINDS, Effects, Kind
@@ -210,8 +212,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._newest: dict[str, Tensor] = {}
         self._rides_along, self._in_batch = True, False
         self._from_training = False
+        # Why there is no validation to watch, for reports on training steps.
+        self._why_training = ""
         self._recording: Recording | None = None
-        self._steps_of_training: Recording | None = None
+        # What was recorded before, until a component runs in validation.
+        self._before: tuple[Recording | None, bool, int] = None, False, 0
+        # Number of the loader that is watched, known when it gives a batch; whether others gave some.
+        self._loader: int | None = None
+        self._other_loaders = False
+        # Whether a batch was watched in which no component ran, and up to where samples are no repeats.
+        self._left_out = False
+        self._unrepeated = self._batch_rows = 0
         self._watched: Measurement | None = None
         self._n_recorded = 0
         self._checked = self._recorded_training = False
@@ -301,7 +312,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             )
 
     def _watch_training(self, why: str) -> None:
-        self._from_training = True
+        self._from_training, self._why_training = True, why
         self._warn_once(
             f"{why}, so Koopman credit is about training steps: their calls are run once more, in eval "
             "mode, at the end of the epoch"
@@ -326,9 +337,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
         loader = first_loader(trainer.val_dataloaders)
+        before = self._recording, self._recorded_training, self._unrepeated
         self._begin(trainer, pl_module, loader, final=in_training and may_be_last(trainer))
         assert self._measurement is not None
-        self._steps_of_training = self._recording if self._recorded_training else None
+        # All processes watch the same one, also where the first gives this one nothing.
+        self._loader = 0 if trainer.world_size > 1 else None
+        self._other_loaders = False
+        self._before = before
         self._recording = Recording(
             pl_module,
             self._measurement.capture.components,
@@ -341,10 +356,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on for one batch."""
-        if dataloader_idx == 0 and self._wants_more:
+        if self._loader is None:
+            self._loader = dataloader_idx
+        if dataloader_idx != self._loader:
+            self._other_loaders = True
+        elif self._wants_more:
             assert self._measurement is not None
             self._in_batch = True
-            if not (self._checked or self._weights):
+            # Of several processes, ddp writes the buffers of the first into the others, before the step.
+            if trainer.world_size == 1 and not (self._checked or self._weights):
                 with plain_numerics(pl_module):
                     self._buffers = _copied_buffers(pl_module)
             self._record(batch)
@@ -367,28 +387,27 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if measurement is None:
             return
         # A step that calls the network many times may have given all samples before it ended.
-        watched = dataloader_idx == 0 and self._in_batch
+        watched = dataloader_idx == self._loader and self._in_batch
+        step = None
         if watched:
             self._in_batch = False
             measurement.capture.remove()
             self.budget.add(seconds_in_hooks() - self._in_hooks)
-        if not self._weights:
-            self._modes = [(module, module.training) for module in pl_module.modules()]
-        # Now, for averaged weights may be in place for no longer than validation runs; and once more at
-        # its end, for buffers that its own passes write, as statistics of batches, are as validated.
-        if not self._weights or _is_last_batch(trainer):
-            self._weights = weight_sums(trainer, pl_module)
-        if not watched:
+            step = None if recording is None else recording.end_step(valid_positions(batch))
+        left_out = watched and self._ran_nothing(measurement, step)
+        if not (left_out and measurement.capture.is_first):
+            if not self._weights:
+                self._modes = [(module, module.training) for module in pl_module.modules()]
+            # Now, for averaged weights may be in place for no longer than validation runs; and once more
+            # at its end, for buffers that its own passes write, as statistics of batches, are as
+            # validated.
+            if not self._weights or _is_last_batch(trainer):
+                self._weights = weight_sums(trainer, pl_module)
+        if left_out:
+            self._leave_out(measurement)
+        if left_out or not watched:
             return
-        step = None if recording is None else recording.end_step(valid_positions(batch))
-        idle = self._rides_along and not measurement.capture.ran
-        if idle and trainer.state.fn == "fit" and not self.sync_pending:
-            # An error of a hook, which this raises, may be why nothing was recorded.
-            measurement.capture.end_pass()
-            self._forget()
-            self._recording, self._recorded_training = self._steps_of_training, True
-            self._watch_training("validation runs no component")
-            return
+        self._before = None, False, 0
         with plain_numerics(pl_module):
             if self._rides_along:
                 measurement.end_pass()
@@ -396,11 +415,34 @@ class KoopmanCreditMonitor(HarmlessCallback):
             assert step is not None
             assert recording is not None
             if recording.reason is not None or not step.calls:
-                raise RuntimeError(
-                    "compiled parts take no hooks, and their calls cannot be run again eagerly: "
-                    f"{recording.reason or 'none was seen'}"
-                )
+                self._refuse_compiled()
             measurement.replay(pl_module, [step], self._as_watched(trainer))
+
+    def _refuse_compiled(self) -> NoReturn:
+        """Say what is wrong where compiled parts cannot be measured."""
+        reason = None if self._recording is None else self._recording.reason
+        raise RuntimeError(
+            "compiled parts take no hooks, and their calls cannot be run again eagerly: "
+            f"{reason or 'none was seen'}"
+        )
+
+    def _ran_nothing(self, measurement: Measurement, step: Step | None) -> bool:
+        """Check whether a batch ended in which no component ran, and nothing went wrong."""
+        if self._rides_along:
+            return not measurement.capture.ran and not measurement.capture.failed
+        # What could not be recorded shows at the end of the epoch where nothing was.
+        recording = self._recording
+        known = recording is not None and (recording.reason is None or not recording.steps)
+        return known and step is not None and not step.calls
+
+    def _leave_out(self, measurement: Measurement) -> None:
+        """Leave a batch out in which no component ran."""
+        self._left_out = True
+        # Where a sampler begins to repeat samples, as many fewer have come.
+        self._unrepeated -= self._batch_rows
+        if measurement.max_samples is not None:
+            most = min(measurement.max_samples, self._unrepeated)
+            measurement.max_samples = max(most, measurement.n_samples)
 
     @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -413,12 +455,38 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if self._elsewhere:
                 # Averaged weights were taken out again; when training ends they may be the final ones.
                 self._final = False
-            self._check_replay(trainer, pl_module)
+            if not self._nothing_ran:
+                self._check_replay(trainer, pl_module)
         except Exception as error:
             if not self.sync_pending:
                 raise
             self._fail(error)
-        self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
+        self._finish_watched(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
+
+    @property
+    def _nothing_ran(self) -> bool:
+        """Whether batches were watched, and no component ran in any of them."""
+        return self._left_out and self._measurement is not None and self._measurement.capture.is_first
+
+    def _finish_watched(self, trainer: Any, pl_module: Any, *, step: int) -> None:
+        """Compute the report, or find that validation runs no component; alike in all processes."""
+        measurement = self._measurement
+        if self._finish(trainer, pl_module, step=step):
+            return
+        if not self._rides_along:
+            self._refuse_compiled()
+        if trainer.state.fn != "fit":
+            assert measurement is not None
+            measurement.end_pass()  # which says so
+        self._recording, self._recorded_training, self._unrepeated = self._before
+        # What was watched before is run again when training ends.
+        if self._watched is None:
+            self._watch_training("validation runs no component")
+        else:
+            self._warn_once(
+                "validation ran no component in one epoch, which has no Koopman credit; later ones have "
+                "(shown once)"
+            )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """See that every key of ours exists, whatever was due, and became of it."""
@@ -493,9 +561,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if not self._due_epoch:
                 return
             if self._idle:
-                self._begin(trainer, pl_module, ())
+                # Calls of training steps are none of those that the others validate.
+                self._before = self._recording, self._recorded_training, self._unrepeated
+                self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
+                self._recording, self._recorded_training = None, False
             self._final = may_be_last(trainer)
-            self._finish(trainer, pl_module, step=step)
+            self._finish_watched(trainer, pl_module, step=step)
 
     @never_in_the_way
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -548,7 +619,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _forget_run(self) -> None:
         self._forget()
-        self._recording = self._steps_of_training = self._watched = self._differs = None
+        self._recording = self._watched = self._differs = None
+        self._before = None, False, 0
         self._from_training = self._checked = self._recorded_training = False
         self._weights, self._modes, self._buffers = [], [], []
         self._open = self._elsewhere = False
@@ -582,17 +654,26 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._most_seen = samples_for_rank(self.max_samples, part.count)
         own = samples_for_rank(self.max_samples, part.count, part.index)
         self._final = final or trainer.state.fn != "fit"
-        self._weights, self._elsewhere = [], False
+        self._weights, self._elsewhere, self._left_out = [], False, False
+        self._batch_rows = rows_per_batch(loader)
+        if like is None:
+            # Otherwise it is known of what was recorded, batches that were left out aside.
+            self._unrepeated = unrepeated_samples(loader)
         with plain_numerics(pl_module):
             self._measurement = Measurement(
                 pl_module,
                 self.components,
                 self.options,
-                max_samples=min(own, unrepeated_samples(loader)) if part.counts else 0,
+                max_samples=min(own, self._unrepeated) if part.counts else 0,
                 shared=self.sync_pending,
                 like=like,
                 trained=trained_parameters(trainer, pl_module),
             )
+            if part.count > 1 and not is_dealt_out(loader):
+                self._measurement.notes.append(
+                    "no DistributedSampler deals samples out to the processes: those that several of "
+                    "them are given count several times, and standard errors are too small then"
+                )
             # The last report is about the coordinates of its own weights.
             if self.drift and self._watched is not None and not self._final:
                 self._measurement.earlier = self._watched.lasting_basis
@@ -753,14 +834,25 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.history[-1] = replace(report, notes=(*report.notes, note))
         self._warn_once(f"the newest Koopman credit is {note}")
 
-    def _merged(self, pl_module: Any) -> Measurement:
-        """End the measurement, over the samples of all processes; every one of them must call this."""
+    def _merged(self, pl_module: Any) -> Measurement | None:
+        """End the measurement, over the samples of all processes; every one of them must call this.
+
+        There is none where batches came and no component ran in any.
+        """
         measurement, failure, sync_pending = self._measurement, self._failure, self.sync_pending
+        nothing_ran = self._nothing_ran
         self._forget()
         if sync_pending:
-            merge_processes(measurement, pl_module.device, failure)
+            try:
+                merge_processes(measurement, pl_module.device, failure)
+                nothing_ran = False
+            except NoSamplesError:
+                # All processes come here, or none.
+                if not any(gather(nothing_ran)):
+                    raise
+                nothing_ran = True
         assert measurement is not None
-        return measurement
+        return None if nothing_ran else measurement
 
     def _fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of."""
@@ -790,12 +882,16 @@ class KoopmanCreditMonitor(HarmlessCallback):
         first = not self.history and self._watched is None
         return bool(due or first or may_be_last(trainer))
 
-    def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> None:
+    def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> bool:
+        """Report what was measured; check whether any component ran."""
         validating = trainer.state.fn != "fit"
         weights_step = self._checkpoint_step if validating else None
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
             before, measurement = self._watched, self._merged(pl_module)
+            if measurement is None:
+                return False
             self._watched = measurement
+            self._note_samples(trainer, measurement)
         # An error from here on may be this process's own: it must not measure again alone.
         self._measured_at = trainer.global_step
         try:
@@ -815,6 +911,21 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 release_memory()
             if not validating:
                 self._plan(trainer, pl_module)
+        return True
+
+    def _note_samples(self, trainer: Any, measurement: Measurement) -> None:
+        """Say what a reader must know of the samples that were measured."""
+        if self._recorded_training:
+            measurement.notes.append(
+                f"{self._why_training}, so this is about samples of training steps, whose calls were "
+                "run once more in eval mode"
+            )
+        elif self._other_loaders:
+            number, count = (self._loader or 0) + 1, len(trainer.num_val_batches)
+            measurement.notes.append(
+                f"measured on validation loader {number} of {count} alone; what runs on others only "
+                "counts as never run"
+            )
 
     def _effects_of(
         self, trainer: Any, pl_module: Any, report: CreditReport | None

@@ -79,6 +79,18 @@ def unrepeated_samples(loader: Any) -> int:
     return samples_for_rank(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
 
 
+def rows_per_batch(loader: Any) -> int:
+    """Return how many samples a loader that has a sampler puts into a batch."""
+    return getattr(loader, "batch_size", None) or 1
+
+
+def is_dealt_out(loader: Any) -> bool:
+    """Check whether a loader has a sampler that deals samples out to processes."""
+    batches = getattr(loader, "batch_sampler", None)
+    samplers = (getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    return any(hasattr(sampler, "num_replicas") for sampler in samplers)
+
+
 def may_skip_validation(trainer: Any, pl_module: Any) -> bool:
     """Check whether a process may have no validation batch, for which Lightning calls no hook at all."""
     return trainer.world_size > 1 and any(

@@ -51,7 +51,12 @@ class _Parser(ArgumentParser):
             meant = f"; did you mean {_option(close[0])}?" if close else ""
             message = f"{command or 'lightning-koopman'} has no option {_option(stray[1])}{meant}"
         elif value := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
-            message = f"{_option(value[1])}: {value[2]}"
+            option = _option(value[1])
+            message = f"{option}: {value[2]}"
+            if inner := re.search(r"NestedArg\(key='([\w.]+)'", value[2]):
+                message = f"{command} has no option {_option(f'{value[1]}.{inner[1]}')}"
+                if value[1] in {"model", "data"}:
+                    message += f"; name a function that builds it so: {option} pkg.mod:function"
         elif 'expected "subcommand"' in message:
             message = f"name a command: {', '.join(_COMMANDS)}"
         elif wrong := re.match(r"argument subcommand: invalid choice: '(.*?)'", message):

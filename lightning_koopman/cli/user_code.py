@@ -14,6 +14,8 @@ from torch import nn
 
 from lightning_koopman.network.weights import Checkpoint, Weights, apply_checkpoint, load_checkpoint
 
+_HOOKS = ("lightning.pytorch.core.hooks", "pytorch_lightning.core.hooks")
+
 
 def build_model(
     name: str,
@@ -53,9 +55,8 @@ def fit_and_choose(name: str, hyper_parameters: Mapping[str, Any]) -> tuple[list
     """Build the batches to fit on, and others to choose on."""
     found = _build_data(name, hyper_parameters)
     if hasattr(found, "train_dataloader"):
-        found.prepare_data()
-        found.setup("fit")
-        return list(found.train_dataloader()), list(_validation_batches(found, name))
+        fitted = list(_of_stage(found, name, "fit", "train_dataloader"))
+        return fitted, list(_validation_batches(found, name))
     batches = list(_validation_batches(found, name))
     if len(batches) < 2:
         raise ValueError(
@@ -77,9 +78,7 @@ def _build_data(name: str, hyper_parameters: Mapping[str, Any]) -> Any:
 
 def _validation_batches(found: Any, name: str) -> Iterable[Any]:
     if hasattr(found, "val_dataloader"):
-        found.prepare_data()
-        found.setup("validate")
-        found = found.val_dataloader()
+        found = _of_stage(found, name, "validate", "val_dataloader")
     if isinstance(found, list | tuple) and found:
         first = found[0]
         found = first if hasattr(first, "__iter__") and hasattr(first, "dataset") else found
@@ -88,6 +87,19 @@ def _validation_batches(found: Any, name: str) -> Iterable[Any]:
             f"{name} gives an object of type {type(found).__name__}, which holds no batches"
         )
     return found
+
+
+def _of_stage(found: Any, name: str, stage: str, loader: str) -> Any:
+    """Return what a data module gives for a stage."""
+    make = getattr(found, loader)
+    # Lightning's own classes have every loader, to raise an error that speaks of the Trainer.
+    if getattr(make, "__module__", None) in _HOOKS:
+        raise ValueError(
+            f"{name} has no {loader}; name a DataModule that has one, or a function that gives batches"
+        )
+    found.prepare_data()
+    found.setup(stage)
+    return make()
 
 
 def _named_object(name: str) -> Any:

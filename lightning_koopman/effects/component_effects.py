@@ -255,7 +255,7 @@ def effects_on(
                 first, led = run_followed(runner, alterations.read, last, ends, search)
                 target_of = search.target_of if target_of is None else target_of
                 target, values = target_of(runner.batches[0]), first.values
-                about = choose_outputs(runner, first, led, target, scale, metric)
+                about = choose_outputs(runner, first, led, target, scale, metric, are_named=ends.named)
                 output = runner.form.outputs(first.given, runner.batches[0])
                 size = samples_in(runner.batches[0])
                 alterations.settle(values, first.merged, output, first.further, size)
@@ -386,11 +386,10 @@ def _found(
         raise ValueError(NONE_TO_ALTER)
     runner.counted_in = counted_in(runner.model, measurement.capture.chosen)
     known = measurement.capture.parts
+    last = tuple(dict.fromkeys(map(call_of, measurement.plan.states[-1])))
     if components is None:
-        ends = tuple(dict.fromkeys(map(call_of, measurement.plan.states[-1])))
-        return measurement.parts, Ends.among(known, ends)
-    # Those that were named may end before the network does.
-    return known, Ends()
+        return measurement.parts, Ends.among(known, last)
+    return known, Ends.among(known, last, measurement.capture.chosen, named=True)
 
 
 def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:

@@ -44,11 +44,13 @@ class Ends(NamedTuple):
         calls: Module calls.
         mixed: Names of tensors that the network returned, made of several states.
         modules: Names of the components that these were told from, where the user named them.
+        named: Whether the user is known to have named them, so that the network may go on behind them.
     """
 
     calls: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     modules: tuple[str, ...] | None = None
+    named: bool = False
 
     @classmethod
     def among(
@@ -56,12 +58,14 @@ class Ends(NamedTuple):
         parts: Mapping[str, Sequence[str]],
         names: Sequence[str],
         modules: tuple[str, ...] | None = None,
+        *,
+        named: bool = False,
     ) -> Ends:
         """Find the states that a chain ends with among its module calls; nothing if any is neither."""
         mixed = tuple(name for name in names if name not in parts)
         if not {name.partition("#")[0] for name in mixed} <= {OUTPUT, "returned"}:
             return cls()
-        return cls(tuple(parts[name][-1] for name in names if name in parts), mixed, modules)
+        return cls(tuple(parts[name][-1] for name in names if name in parts), mixed, modules, named)
 
     @classmethod
     def of(cls, report: CreditReport) -> Ends:
@@ -81,7 +85,7 @@ class Ends(NamedTuple):
             unknown = callable(reference.options.output) or "output" in reference.functions
         if unknown and OUTPUT not in report.parts:
             return cls()
-        return cls.among(report.parts, names, modules)
+        return cls.among(report.parts, names, modules, named=reference is not None and reference.named)
 
 
 def run_followed(
@@ -171,6 +175,8 @@ def choose_outputs(
     target: Tensor | None,
     scale: Scale | None,
     metric: Metric | None,
+    *,
+    are_named: bool = False,
 ) -> Choice:
     """Choose the outputs among what a model returned for the first batch, and tell the runner.
 
@@ -188,7 +194,9 @@ def choose_outputs(
         if not {*found} & {*places}:
             places.extend(found[:1])
     kept, axis = sorted(places) or possible[:1], None
-    if not places and len(possible) > 1:
+    # Behind components that were named, one end may lead to several heads.
+    forks = are_named and places == possible[:1] and any(len(found) > 1 for _, found in led)
+    if (not places and len(possible) > 1) or forks:
         notes.append(
             f"effects are about the first of {len(possible)} tensors that the model returns, of shape "
             f"{tuple(tensors[kept[0]].shape)}; return another from forward_fn to see those on it"

@@ -557,6 +557,10 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+class NoSamplesError(ValueError):
+    """No process saw a sample, which all of them learn."""
+
+
 def merge_processes(
     measurement: Measurement | None, device: torch.device, error: Exception | None = None
 ) -> None:
@@ -576,6 +580,6 @@ def merge_processes(
     if error is not None:
         raise error
     if not agreed(shares).count:
-        raise ValueError("no sample arrived: the batches were empty in every process")
+        raise NoSamplesError("no sample arrived: the batches were empty in every process")
     assert measurement is not None
     measurement.merge(shares, exact_device(device))

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,6 @@ from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
     are_data,
-    compares_samples,
     detached_copy,
     first_packed,
     first_real,
@@ -73,6 +73,22 @@ def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
             self._error, self._closed = error, True
 
     return safe
+
+
+class _Gave(NamedTuple):
+    """A state's tensor as a module call gave it.
+
+    Attributes:
+        tensor: A weak reference to it.
+        name: Of the state.
+        call: That gave it.
+        writes: How often its memory had been written to by then.
+    """
+
+    tensor: ReferenceType[Tensor]
+    name: str
+    call: tuple[int, int]
+    writes: int
 
 
 class Capture:
@@ -177,14 +193,21 @@ class Capture:
         with ExitStack() as hooks:
             ancestor = self._ancestor
             if ancestor is not None:
-                around = self._attach(ancestor, before=self._on_ancestor, after=self._on_returned)
+                around = self._attach(
+                    ancestor,
+                    before=self._on_ancestor,
+                    after=self._on_returned,
+                    direct=self._direct_calls_of(ancestor),
+                )
                 hooks.enter_context(around)
             if ancestor is not self._model:
-                hooks.enter_context(self._attach(self._model, before=self._on_model))
+                direct = self._direct_calls_of(self._model)
+                taken = self._attach(self._model, before=self._on_model, direct=direct)
+                hooks.enter_context(taken)
             others = self._within.keys() | self._tables
             whole = {name: module for name, module in self.components.items() if name not in others}
             for name, module in whole.items():
-                direct = self._direct if self._passes == 0 or id(module) in self._direct else None
+                direct = self._direct_calls_of(module)
                 if self._takes_input(module):
                     taken = self._attach(module, before=self._on_input, direct=direct)
                     self._input_hooks[name] = hooks.enter_context(taken)
@@ -196,10 +219,11 @@ class Capture:
                     after = functools.partial(self._on_inner_output, name)
                     taken = self._attach(module, before=before, after=after)
                     self._inner_hooks[name] = hooks.enter_context(taken)
+            before_transparent = self._on_transparent_input if self._passes == 0 else None
             for module, owners in self._transparent_within:
                 if self._passes == 0 or any(id(module) == merged for merged, _ in self._merged):
                     inner = functools.partial(self._on_inner_transparent, owners)
-                    hooks.enter_context(self._attach(module, after=inner))
+                    hooks.enter_context(self._attach(module, before=before_transparent, after=inner))
             tables = {n: m for n, m in self._tables.items() if self._passes == 0 or n in self.components}
             for name, module in tables.items():
                 on_output = functools.partial(self._on_table_output, name)
@@ -207,7 +231,8 @@ class Capture:
                 hooks.enter_context(taken)
             for module in self._transparent:
                 if all(module is not other for other in tables.values()):
-                    hooks.enter_context(self._attach(module, after=self._on_transparent))
+                    taken = self._attach(module, before=before_transparent, after=self._on_transparent)
+                    hooks.enter_context(taken)
             if self.end is not None and self.end not in self.components:
                 end = dict(clean_modules(self._model))[self.end]
                 hooks.enter_context(self._attach(end, after=self._on_end))
@@ -226,6 +251,10 @@ class Capture:
         self._leave()
         self._input_hooks.clear()
         self._inner_hooks.clear()
+
+    def _direct_calls_of(self, module: nn.Module) -> set[int] | None:
+        """Return where calls past a module's hooks are noted, if there may be any."""
+        return self._direct if self._passes == 0 or id(module) in self._direct else None
 
     def _leave(self) -> None:
         """Stop following the data, and keep what it said of components that did not run."""
@@ -257,8 +286,8 @@ class Capture:
         self.skipped: list[str] = []
         self.origins.start_call()
         self._call: Any = ()
-        self._raw: Tensor | None = None
-        self._current: tuple[str, int, int] | None = None
+        self._gave: dict[int, _Gave] = {}
+        self._continuing: dict[int, _Gave] = {}
         self._unusable: str | None = None
         self._stages = Stages(self._provenance)
 
@@ -317,6 +346,11 @@ class Capture:
     def ran(self) -> bool:
         """Whether any component ran in the current pass."""
         return bool(self._calls or self._ran)
+
+    @property
+    def failed(self) -> bool:
+        """Whether something went wrong in a hook of the current pass."""
+        return self._error is not None
 
     @property
     def silent(self) -> list[str]:
@@ -430,7 +464,7 @@ class Capture:
         for place, tensor in enumerate(tensors_inside(output)):
             if first and not tensor.ndim:
                 self.in_losses |= self._provenance.of(tensor) or frozenset()
-            if first and compares_samples(tensor, all_tensors(self._call), module):
+            if first and self._provenance.compares_samples(tensor, all_tensors(self._call), module):
                 continue
             if first and tensor.ndim and is_real(tensor):
                 self.returned_rows |= set() if tensor.is_nested else {len(tensor)}
@@ -503,19 +537,32 @@ class Capture:
             return
         self._record(_numbered(name, call), module, call, output, (args, kwargs))
 
+    def _find_gave(self, given: Any) -> _Gave | None:
+        """Find the state whose tensor a module takes first."""
+        tensor = first_real(given)
+        gave = self._gave.get(id(tensor))
+        return None if gave is None or gave.tensor() is not tensor else gave
+
+    @_kept_out_of_the_forward
+    def _on_transparent_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Remember which state a module takes, if nothing was written to it since it was given."""
+        gave = self._find_gave((args, kwargs))
+        raw = None if gave is None else gave.tensor()
+        if gave is not None and raw is not None and self._provenance.writes(raw) == gave.writes:
+            self._continuing[id(module)] = gave
+
     @_kept_out_of_the_forward
     def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Let what a parameter-free module made of a component's output count as that component's."""
-        call = self._count(module)
-        if self._current is None or self._raw is None or first_real(args) is not self._raw:
+        call, given = self._count(module), (args, kwargs)
+        gave = self._find_gave(given) if self._passes else self._continuing.pop(id(module), None)
+        if gave is None or (raw := gave.tensor()) is None:
             return
-        name, *recorded_by = self._current
-        given = args, kwargs
-        if self._passes == 0 and self.origins.continues(module, given, output, name, self._raw):
+        if self._passes == 0 and self.origins.continues(module, given, output, gave.name, raw):
             self._merged.add((id(module), call))
-            self._superseded.add((recorded_by[0], recorded_by[1]))
+            self._superseded.add(gave.call)
         if (id(module), call) in self._merged:
-            self._record(name, module, call, output, given)
+            self._record(gave.name, module, call, output, given)
 
     @_kept_out_of_the_forward
     def _on_inner_transparent(
@@ -532,6 +579,8 @@ class Capture:
     @_kept_out_of_the_forward
     def _on_table_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._looking_up.append(self._provenance.lookups)
+        if self._passes == 0:
+            self._on_transparent_input(module, args, kwargs)
 
     @_kept_out_of_the_forward
     def _on_table_output(
@@ -579,7 +628,7 @@ class Capture:
             self.skipped.append(name)
             return
         self._unusable = None
-        self._raw, self._current = tensor, (name, *key)
+        self._gave[id(tensor)] = _Gave(ref(tensor), name, key, self._provenance.writes(tensor))
         if self._passes == 0:
             self._record_first(name, module, key, before, output, given, tensor, further)
             return
@@ -629,7 +678,8 @@ class Capture:
             "from_data": not untouched,
             "is_behind": self._called and not self._nested,
             # A module that continues a component is known to compare none.
-            "is_pairwise": before is not None and compares_samples(tensor, before.tensors, module),
+            "is_pairwise": before is not None
+            and self._provenance.compares_samples(tensor, before.tensors, module),
         }
         if key not in self._superseded:
             recorded = _recorded(

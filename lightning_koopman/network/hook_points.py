@@ -23,6 +23,7 @@ from lightning_koopman.network.tensors import (
     derived,
     first_tensor,
     further_tensors,
+    in_order,
     is_real,
     is_wrapper,
     plain,
@@ -45,10 +46,10 @@ class _Hook:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
 
-    def __call__(self, *given: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
         start = time.perf_counter() - seconds_following()
         try:
-            return self._function(*given)
+            return self._function(module, args, in_order(module, kwargs), *output)
         finally:
             _Hook.seconds += time.perf_counter() - seconds_following() - start
 
@@ -148,8 +149,12 @@ class _Around:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
         self.own = name in vars(module)
-        self.inner = getattr(module, name)
+        self.inner = self.__wrapped__ = getattr(module, name)
         self.listeners: list[Callable[..., Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        # Other people's code looks at what it calls, as at its signature.
+        return getattr(self.inner, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         called = self.inner
@@ -409,15 +414,17 @@ class HookPoints:
         if call is None:
             return
         point, self._given[call] = HookPoint("in", call), Given((args, kwargs))
-        tables = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Mapping)]
-        if tables and point in self._read:
-            # Which entry it takes shows by the one that it writes.
-            self._tables[call] = [dict(table) for table in tables]
-        elif point in self._read and (tensor := first_tensor((args, kwargs))) is not None:
+        if point not in self._read:
+            return
+        tables = [dict(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Mapping)]
+        rest: Any = (args, kwargs)
+        if tables:
+            # Which entry it takes shows by the one that it writes; others hold options.
+            self._tables[call] = tables
+            rest = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, Mapping)]
+        if (tensor := first_tensor(rest)) is not None:
             self._keep(point, tensor)
-            if self._beside is not None and any(
-                _is_beside(t, tensor) for t in all_tensors((args, kwargs))
-            ):
+            if self._beside is not None and any(_is_beside(t, tensor) for t in all_tensors(rest)):
                 self._beside.add(point)
 
     def _after(

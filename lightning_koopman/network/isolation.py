@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -75,28 +75,61 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
     rest = (value for value in own if type(value) not in _PLAIN)
     objects = [(vars(value), dict(vars(value))) for value in rest if is_wrapper(value)]
     others = [value for value in own if type(value) is Tensor]
-    tensors = [
-        (tensor, data, data.clone())
-        for tensor in (*model.parameters(), *model.buffers(), *others)
-        for data in (tensor.data,)
-        if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
-    ]
+    weights = (*model.parameters(), *model.buffers(), *others)
+    inside = [value for tensor in weights for value in _own_numbers(tensor)]
+    with torch._C.DisableTorchFunctionSubclass():  # somebody's own class may refuse to be read
+        tensors = [
+            (tensor, data, data.clone())
+            for tensor in (*weights, *inside)
+            for data in (tensor.data,)
+            if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
+        ]
+    failure: Exception | None = None
+
+    def attempt(put_back: Callable[..., Any], *given: Any) -> None:
+        nonlocal failure
+        try:
+            put_back(*given)
+        except Exception as error:
+            failure = failure or error
+
     try:
         yield
     finally:
         for module, mode in modes:
             if module.training != mode:
-                module.train(mode)  # by the module's own method, which may do more than set a flag
+                attempt(module.train, mode)  # the module's own method, which may do more than set a flag
         for values, before in kept:
-            _refill(values, before)
+            attempt(_refill, values, before)
         for value, before in held:
-            _refill(value, before)
+            attempt(_refill, value, before)
         for now, then in objects:
-            _put_tensors_back(now, then)
+            attempt(_put_tensors_back, now, then)
         for tensor, data, copy in tensors:
-            if tensor.data_ptr() != data.data_ptr():
-                tensor.data = data
-            data.copy_(copy)
+            attempt(_rewrite, tensor, data, copy)
+    # Not within `finally`, where it would hide what the body raised.
+    if failure is not None:
+        raise failure
+
+
+def _own_numbers(tensor: Tensor) -> list[Tensor]:
+    """Return the attributes where a tensor that answers every call itself may keep its numbers."""
+    kind: Any = type(tensor)
+    answers = getattr(kind.__torch_function__, "__func__", None)
+    if (
+        answers in (None, Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
+        or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
+        return []
+    return [value for value in vars(tensor).values() if isinstance(value, Tensor)]
+
+
+def _rewrite(tensor: Tensor, data: Tensor, copy: Tensor) -> None:
+    """Give a tensor its memory and its numbers back."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor.data_ptr() != data.data_ptr():
+            tensor.data = data
+        data.copy_(copy)
 
 
 def _refill(container: Any, before: Any) -> None:

@@ -14,7 +14,6 @@ from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
-    compares_samples,
     detached_copy,
     first_real,
     is_real,
@@ -256,7 +255,7 @@ class Origins:
         if (
             tensor is None
             or tensor.shape[:1] != raw.shape[:1]
-            or compares_samples(tensor, [raw], module)
+            or self._provenance.compares_samples(tensor, [raw], module)
         ):
             return False
         return self._provenance.may_hold(tensor, name) and not self._is_loss(module, given, tensor, raw)

@@ -92,7 +92,10 @@ def chain_ends(
     mixed = {
         name: made_of & set(ends)
         for name, made_of in returned.items()
-        if name not in of_one and made_of & set(ends) and not made_of & set(ends) & alone
+        if name not in of_one
+        and made_of & set(ends)
+        # Ends put together and one of them hold what these ends hold.
+        and not (made_of <= set(ends) and made_of & alone)
     }
     covered = {part for parts in mixed.values() for part in parts}
     return [*(name for name in ends if name not in covered), *mixed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -10,14 +11,20 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lightning_koopman.network.input_data import LabelsByView, holds_all_of, is_mask, shuts_out
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
 from lightning_koopman.network.subclasses import MadeUnwatched
-from lightning_koopman.network.tensors import address_of, all_tensors, tensors_inside, varies
+from lightning_koopman.network.tensors import (
+    address_of,
+    all_tensors,
+    compares_samples,
+    tensors_inside,
+    varies,
+)
 
 # These read a tensor's shape, never its values.
 _SHAPE_ONLY = frozenset({
@@ -86,6 +93,8 @@ class DataFlow:
         self._labels: dict[int, frozenset[str]] = {}
         self._parts: dict[int, LabelsByView] = {}
         self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
+        self._writes: Counter[int] = Counter()
+        self._paired: dict[int, frozenset[int]] = {}
         self._rows = RowOrders(self._is_data, self._is_own, self._merges, self._keep_address)
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
@@ -163,6 +172,14 @@ class DataFlow:
             except Exception as error:
                 self.error = error
 
+    def writes(self, tensor: Tensor) -> int:
+        """Return how often the memory of a tensor was written to in place."""
+        return self._writes[address_of(tensor)] if self._writes else 0
+
+    def pairs(self, tensor: Tensor) -> bool:
+        """Check whether each of a tensor's rows met all of as many others in what it was made of."""
+        return len(tensor) in self._paired.get(address_of(tensor), ())
+
     def _is_data(self, tensor: Tensor) -> bool:
         return not self._get(tensor) <= _ORIGINS
 
@@ -190,6 +207,9 @@ class DataFlow:
         ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
             ends = self._on_mix(reads, known)
+        if func._schema.is_mutable:
+            lost = _overwritten(func, args, kwargs)
+            ends = ends | {i for i, read in enumerate(reads) if any(read is other for other in lost)}
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
             if torch.Tag.nondeterministic_seeded in func.tags and not _is_off(name, args):
@@ -205,6 +225,8 @@ class DataFlow:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in _flat([given.get(argument.name)]):
                         self._set(tensor, labels)
+                        # What is viewed otherwise from now on holds the same values.
+                        self._writes[address_of(tensor)] += torch.Tag.inplace_view not in func.tags
         places = {address_of(tensor) for tensor in reads}
         merged = {}
         if name not in _SHAPE_ONLY:
@@ -219,6 +241,11 @@ class DataFlow:
                 self._set_merged(tensor, merged)
             elif func._schema.is_mutable:
                 self._set_merged(tensor, merged)
+        if self._origins and known and (sizes := self._paired_by(name, reads, known, out)):
+            for tensor in _flat([out]):
+                if address := address_of(tensor):
+                    self._paired[address] = sizes
+                    self._keep_address(tensor, address)
         # Parts of one tensor are put together to no more than it was.
         grows = isinstance(out, Tensor) and not self._rows.is_whole_again
         if grows and (axes := _merged_axes(name, args, out)):
@@ -239,6 +266,19 @@ class DataFlow:
                 before = found.get(size) or axes
                 found[size] = before if axes in ((), before) else ()
         return found
+
+    def _paired_by(
+        self, name: str, reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
+    ) -> frozenset[int]:
+        """Return how many rows met each other in what an operator gave, or in what it read."""
+        sizes = frozenset[int]()
+        if self._paired:
+            sizes = sizes.union(*(self._paired.get(address_of(tensor), ()) for tensor in reads))
+        if isinstance(out, Tensor) and _may_hold_pairs(out):
+            data = [None if of <= _ORIGINS else read for of, read in zip(known, reads, strict=True)]
+            size = _n_paired(name, data, out)
+            sizes = sizes | {size} if size > 1 else sizes
+        return sizes
 
     def _set_merged(self, tensor: Tensor, merged: dict[int, tuple[int, ...]]) -> None:
         address = address_of(tensor)
@@ -267,6 +307,21 @@ class DataFlow:
         address = address_of(tensor) if address is None else address
         if address not in self._alive:
             self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+_OVERWRITE = {"copy_", "fill_", "zero_"}
+
+
+def _overwritten(func: Any, args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
+    """Find the tensors whose whole memory an operator writes to without reading it."""
+    of_self = func._schema.name.rpartition("::")[2] in _OVERWRITE
+    written = [args[0]] if of_self else [v for name, v in kwargs.items() if name == "out"]
+    return [
+        tensor
+        for tensor in _flat(written)
+        if not tensor.is_nested
+        and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    ]
 
 
 def _is_off(name: str, args: tuple[Any, ...]) -> bool:
@@ -308,6 +363,52 @@ def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:
         return False
     # Neighbours that are named for each row are in its place.
     return bool(index.dtype == torch.bool or index.numel() == max(index.shape, default=1))
+
+
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_cdist_forward", "_euclidean_dist"})
+
+
+def _may_hold_pairs(tensor: Tensor) -> bool:
+    """Check whether a tensor has two axes of one size in front, or behind one of heads."""
+    if tensor.is_nested:
+        return False
+    shape = tensor.shape
+    return len(shape) > 1 and (shape[0] == shape[1] or (len(shape) == 3 and shape[1] == shape[2]))
+
+
+def _n_paired(name: str, reads: Sequence[Tensor | None], out: Tensor) -> int:
+    """Return how many rows of data an operator puts to each of as many others; 0 where it does not.
+
+    It does as it multiplies two tensors of data, combines them along axes of their own, or takes rows
+    apart that were repeated. What it reads is ``None`` where that is no data.
+    """
+    data = [t for t in reads if t is not None and t.layout is torch.strided and not t.is_nested]
+    if name in _PRODUCTS:
+        both = all(read is not None for read in reads[-2:])
+        return out.shape[-1] if both and out.shape[-1] == out.shape[-2] else 0
+    if name in _VIEWS:
+        size = out.shape[0]
+        apart = size == out.shape[1] and any(read.shape[:1] == (size * size,) for read in data)
+        return size if apart else 0
+    for read in data:
+        # Expanded along one of two axes, as x[None] and x[:, None] are, whatever combines them later.
+        alike = read.ndim > 2 and read.shape[0] == read.shape[1] and read.shape[:2] == out.shape[:2]
+        if alike and (read.stride(0) == 0) != (read.stride(1) == 0):
+            return read.shape[0]
+    spread = [_spread_axes(read, out) for read in data] if len(data) > 1 else []
+    for one, other in itertools.combinations(spread, 2):
+        for axis in one - other:
+            if any(out.shape[axis] == out.shape[k] for k in other - one):
+                return out.shape[axis]
+    return 0
+
+
+def _spread_axes(tensor: Tensor, out: Tensor) -> set[int]:
+    """Find the axes of an operator's output along which something that it read is the same."""
+    missing = out.ndim - tensor.ndim
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    alike = {missing + axis for axis, (size, stride) in enumerate(sizes) if size == 1 or stride == 0}
+    return {axis for axis in alike | {*range(missing)} if axis >= 0 and out.shape[axis] > 1}
 
 
 _VIEWS = frozenset({"view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"})
@@ -697,6 +798,17 @@ class Provenance:
             if idle:
                 self.idle.add(name)
             self._flow.label(value, name)
+
+    def writes(self, tensor: Tensor) -> int:
+        """Return how often the memory of a tensor was written to in place."""
+        return 0 if self._flow is None else self._flow.writes(tensor)
+
+    def compares_samples(self, tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:
+        """Check whether a tensor that a module made has a value for each pair of samples."""
+        if not compares_samples(tensor, given, module):
+            return False
+        flow = self._flow
+        return flow is None or flow.error is not None or flow.pairs(tensor)
 
     def mark_stage(self, tensor: Tensor, name: str, stage: int) -> None:
         """Let what is computed from a state show which of its stages it was."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import FunctionType
@@ -80,6 +81,29 @@ class _Fed(_FedObject):
     offset: int
 
 
+@dataclass(frozen=True)
+class _Autocast:
+    """Whether products are cast on a kind of device, and to what."""
+
+    device_type: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls, device_type: str) -> _Autocast:
+        enabled = torch.is_autocast_enabled(device_type)
+        return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
+
+    def again(self) -> torch.autocast:
+        return torch.autocast(self.device_type, self.dtype if self.enabled else None, self.enabled)
+
+
+def _autocasts(tensors: Iterable[Tensor]) -> tuple[_Autocast, ...]:
+    """Tell what is cast now on the devices of some tensors, and on the CPU."""
+    kinds = dict.fromkeys(("cpu", *(tensor.device.type for tensor in tensors)))
+    return tuple(_Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind))
+
+
 @dataclass
 class _Call:
     """One outermost call, copied before it ran.
@@ -87,6 +111,7 @@ class _Call:
     Attributes:
         direct: Whether ``forward`` itself was called, which fires no hook.
         idle: Watched modules that did not run within the call, by ``id``.
+        autocasts: What the step let torch cast around the call.
     """
 
     module: nn.Module
@@ -94,6 +119,17 @@ class _Call:
     args: Any
     kwargs: Any
     idle: frozenset[int] = frozenset()
+    autocasts: tuple[_Autocast, ...] = ()
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        """Call the module as it was called."""
+        with ExitStack() as around:
+            for own in self.autocasts:
+                now = _Autocast.now(own.device_type)
+                # What stands there already, as a Trainer's precision, keeps the casts that it remembers.
+                if now != own and (now.enabled or own.enabled):
+                    around.enter_context(own.again())
+            return (self.module.forward if self.direct else self.module)(*args, **kwargs)
 
     def runs(self, parts: Collection[nn.Module]) -> bool:
         """Check whether the call runs all of some modules, as far as can be told."""
@@ -160,7 +196,7 @@ class Step:
         returned: list[Any] = []
         for call, taken in zip(self.calls, given or self.revive(), strict=True):
             args, kwargs = _fed(taken, returned)
-            returned.append((call.module.forward if call.direct else call.module)(*args, **kwargs))
+            returned.append(call.run(args, kwargs))
         return returned
 
 
@@ -199,7 +235,7 @@ class Recording:
     ) -> None:
         self.steps: list[Step] = []
         self._reason: str | None = None
-        self._follow_from, self._followed = follow_from, False
+        self._follow_from, self._followed, self._follows = follow_from, False, False
         self._called_none = False
         self.full = False
         self._budget = budget
@@ -248,8 +284,9 @@ class Recording:
         self._objects: list[list[tuple[Any, list[Tensor]]]] = []
         self._data, self._made = set[int](), set[int]()
         with ExitStack() as hooks:
-            if self._is_followed():
-                self._flow, self._followed = hooks.enter_context(DataFlow()), True
+            self._follows = self._is_followed()
+            if self._follows:
+                self._flow = hooks.enter_context(DataFlow())
             for module in self._carriers:
                 # A module compiled in place takes no hooks that come after compilation.
                 if module._compiled_call_impl is None:
@@ -290,6 +327,8 @@ class Recording:
         """Return the calls of the step that just ended, and keep them if they fit into the budget."""
         self.close()
         step, self._step = self._step, Step()
+        # A step without calls tells nothing.
+        self._followed = self._followed or (self._follows and bool(step.calls))
         step.valid = valid
         self._let_be(step)
         self._called_none = self._called_none or not step.calls
@@ -385,8 +424,10 @@ class Recording:
         self._ran = set()
         try:
             name = self._names[id(module)]
+            own = itertools.islice(module.parameters(), 1)
+            autocasts = _autocasts(itertools.chain(own, tensors_inside((args, kwargs))))
             args, kwargs = self._kept(args, name), self._kept(kwargs, name)
-            self._step.calls.append(_Call(module, direct, args, kwargs))
+            self._step.calls.append(_Call(module, direct, args, kwargs, autocasts=autocasts))
         except Exception as error:  # the user's own step must not end because of ours
             self._refuse(error)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -62,6 +63,29 @@ def is_wrapper(value: Any) -> bool:
         and not isinstance(value, known)
         and not dataclasses.is_dataclass(value)
     )
+
+
+def in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a call as ``forward`` has its parameters, not as the caller has.
+
+    Example:
+        >>> list(in_order(nn.Bilinear(1, 1, 1), {"input2": 0, "input1": 0}))
+        ['input1', 'input2']
+    """
+    if len(kwargs) < 2:
+        return kwargs
+    # That of the class, for somebody may listen to the instance's own.
+    names = _parameters(type(module).forward)
+    return {name: kwargs[name] for name in (*names, *kwargs) if name in kwargs}
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the parameters of a function, none where it does not tell."""
+    try:
+        return tuple(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 _DEEPEST = 4
@@ -176,7 +200,7 @@ def further_tensors(value: Any, first: Tensor, given: Sequence[Tensor]) -> list[
 
 
 def compares_samples(tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:
-    """Check whether a tensor that a module made has a value for each pair of samples."""
+    """Check whether a tensor that a module made may have a value for each pair of samples, by shape."""
     if tensor.is_nested or tensor.ndim != 2 or len(tensor) < 2 or len(tensor) != tensor.shape[1]:
         return False
     before = [t for t in given if not t.is_nested]

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 BELIEVED, DOUBTED, MARKED = "#1f6f8b", "#c9c9c9", "#d1495b"
 MOST_LABELS = 60
 _TALLEST = 22.0
+_NAME_LINE = 0.15
+"""Height of a name beside points, in inches."""
 
 _RUNS = ("#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a", "#425066")
 """TensorBoard's colours in its order, from the one that the first run below a training's own gets."""
@@ -167,9 +169,14 @@ def plot_effects(effects: Any, ax: Any = None, kinds: Sequence[str] | None = Non
     """Draw effects, one panel per kind: bars, or predicted against measured where both are known."""
     kinds, size = effects.kinds if kinds is None else kinds, len(effects.components)
     both = [kind for kind in kinds if kind in effects.predicted]
-    height = 3.6 if both else height_of(size, 0.3, 1.4)
+    height = (
+        max(3.6, height_of(min(size, MOST_LABELS), _NAME_LINE, 1.2))
+        if both
+        else height_of(size, 0.3, 1.4)
+    )
     room = [] if both else effects.components
-    width = max(4.5, 3.4 * len(kinds) + 1)
+    beside = 0.06 * max(map(len, effects.components), default=0) if both else 0
+    width = max(4.5, (3.4 + beside) * len(kinds) + 1)
     figure, axes = panels_on(ax, len(kinds), width, height, room, share=not both)
     unit = "mean KL [nats]" if effects.scale == "kl" else "relative squared change"
     for axis, kind in zip(axes, kinds, strict=True):
@@ -183,6 +190,7 @@ def plot_effects(effects: Any, ax: Any = None, kinds: Sequence[str] | None = Non
         axis.barh(range(size), effects.values[kind], xerr=effects.stderr[kind], color=colors, capsize=2)
         axis.set_title(f"{kind}, {effects.how[kind]}", fontsize="medium")
         axis.set_xlabel(unit)
+        axis.locator_params(axis="x", nbins=4)
         if both or axis is axes[0]:
             name_rows(axis, effects.components)
             axis.invert_yaxis()
@@ -204,11 +212,6 @@ def _against(axis: Any, effects: Any, kind: str) -> None:
         return
     names, numbers = np.array(effects.components)[shown], numbers[:, shown]
     axis.errorbar(*numbers, "o", ms=4, color="#1f6f8b", lw=0.8, capsize=2)
-    for place, i in enumerate(np.argsort(numbers[0])):
-        # Neighbours often lie close together: every second name stands to the right, below its point.
-        x, y, end = (5, -11, "left") if place % 2 else (-5, 5, "right")
-        style = {"fontsize": "x-small", "textcoords": "offset points"}
-        axis.annotate(names[i], (numbers[0, i], numbers[1, i]), xytext=(x, y), ha=end, **style)
     axis.margins(0.12)
     ends = [numbers[:2].min() / 1.5, numbers[:2].max() * 1.5]
     axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
@@ -217,6 +220,31 @@ def _against(axis: Any, effects: Any, kind: str) -> None:
         scale.set_major_locator(LogLocator(subs=(1, 3) if ends[1] < 100 * ends[0] else (1,), numticks=5))
         scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         scale.set_minor_formatter(NullFormatter())
+    _name_points(axis, names, *numbers[:2])
+
+
+def _name_points(axis: Any, names: Sequence[str], x: NDArray[Any], y: NDArray[Any]) -> None:
+    """Write names beside the axes, in the order of their points, each with a line to its own."""
+    order = np.argsort(y, kind="stable")[:: -(-len(names) // MOST_LABELS)]
+    inches = axis.get_window_extent().height / _figure_of(axis).dpi
+    gap = min(_NAME_LINE / inches, 1 / len(order))
+    low, high = np.log(axis.get_ylim())
+    slots = gap * np.arange(len(order))
+    # Each name stands as high as its point, or as near to that as those above and below it allow.
+    wanted = (np.log(y[order]) - low) / (high - low) - slots
+    above, below = np.maximum.accumulate(wanted), np.minimum.accumulate(wanted[::-1])[::-1]
+    heights = np.clip((above + below) / 2, 0, 1 - slots[-1]) + slots
+    line = {"arrowstyle": "-", "color": "#999999", "lw": 0.5, "shrinkB": 0}
+    for i, height in zip(order, heights, strict=True):
+        axis.annotate(
+            names[i],
+            (x[i], y[i]),
+            (1.04, height),
+            textcoords="axes fraction",
+            fontsize="x-small",
+            va="center",
+            arrowprops={**line, "relpos": (0, 0.5)},
+        )
 
 
 def axes_on(
@@ -255,7 +283,7 @@ def _figure(figure: Figure | None, width: float, height: float, names: Sequence[
         figure.set_layout_engine("constrained")
     else:
         left = min(0.4, (0.5 + 0.085 * max(map(len, names), default=0)) / width)
-        figure.subplots_adjust(left, 0.62 / height, 1 - 0.25 / width, 1 - 0.5 / height, wspace=0.12)
+        figure.subplots_adjust(left, 0.62 / height, 1 - 0.25 / width, 1 - 0.5 / height, wspace=0.2)
     return figure
 
 

@@ -142,6 +142,12 @@ UNUSABLE = {
     "evaluate --model a --data b": "error: evaluate needs --ckpt See lightning-koopman evaluate --help",
     "evaluate --trust-checkpoint": "error: evaluate needs --model, --data, --ckpt",
     "evaluate --model a --data b --ckpt c --options.max-dim x": "error: --options.max-dim: Expected",
+    "evaluate --model a --model.max-width 32 --data b --ckpt c": "error: evaluate has no option "
+    "--model.max-width; name a function that builds it so: --model pkg.mod:function See",
+    "drop --model a --data b --data.init_args.size 3 --ckpt c": "error: drop has no option --data.size; "
+    "name a function that builds it so: --data pkg.mod:function See",
+    "compare --before a --after b --model.width 3": "compare has no option --model.width; name",
+    "evaluate --model a --data b --ckpt c --ckpt.x 3": "error: evaluate has no option --ckpt.x See",
     "evaluat": "error: there is no command 'evaluat'; did you mean 'evaluate'? See",
     "xyz": "error: there is no command 'xyz'; choose one of compare,",
     "": "error: name a command: compare,",

@@ -83,6 +83,11 @@ ENDS: dict[str, tuple[Callable[[Any, Tensor], Any], dict[str, tuple[int, int]], 
         {"a": (8, 3), "b": (8, 3)},
         lambda m: torch.cat([m.w("a") + m.w("b"), m.w("b")], 1),
     ),
+    "a sum with what it was corrected by": (
+        lambda m, x: ((h := m.a(x)) + (c := m.c(m.b(h))), c),
+        {"a": (8, 4), "b": (4, 5), "c": (5, 4)},
+        lambda m: m.w("a") + m.w("a", "b", "c"),
+    ),
     "a head with one value per sample": (
         lambda m, x: (m.p(h := m.body(x)), m.v(h).squeeze(1)),
         {"body": (8, 8), "p": (8, 4), "v": (8, 1)},
