@@ -113,6 +113,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     between two calls, or a call does not give again what it gave, the watched report stands, and its
     note says why.
 
+    Of several validation loaders the first that gives a batch is measured, which a note says; batches in
+    which no component runs are left out.
+
     Each fit begins a new :attr:`history`, of reports, and new :attr:`drifts`. ``trainer.validate`` adds
     a report on the weights that it runs with, as complete as the last one of a training;
     ``trainer.test`` is not watched.

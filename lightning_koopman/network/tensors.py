@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -74,17 +74,17 @@ def in_order(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     if len(kwargs) < 2:
         return kwargs
-    # That of the class, for somebody may listen to the instance's own.
-    names = _parameters(type(module).forward)
+    names = _parameters(type(module))  # type: ignore[arg-type]
     return {name: kwargs[name] for name in (*names, *kwargs) if name in kwargs}
 
 
 @functools.lru_cache(maxsize=64)
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of the parameters of a function, none where it does not tell."""
+def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+    """Return the names of what the ``forward`` of a class takes, none where it does not tell."""
     try:
-        return tuple(inspect.signature(forward).parameters)
-    except (TypeError, ValueError):
+        # Not that of an instance, to which somebody may listen.
+        return tuple(inspect.signature(kind.forward).parameters)
+    except Exception:  # as of scripted modules; a hook may not end the user's pass
         return ()
 
 

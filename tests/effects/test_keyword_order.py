@@ -81,3 +81,8 @@ def test_names_that_a_signature_has_not_come_last_as_the_caller_has_them():
         forward = print
 
     assert list(in_order(Told(), {"z": 0, "b": 1})) == ["z", "b"]
+
+
+def test_scripted_modules_tell_no_names():
+    scripted = torch.jit.script(nn.Bilinear(2, 2, 2))
+    assert list(in_order(scripted, {"input2": 0, "input1": 1})) == ["input2", "input1"]
