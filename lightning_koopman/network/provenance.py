@@ -208,8 +208,7 @@ class DataFlow:
         if self._on_mix is not None and len(known) > 1:
             ends = self._on_mix(reads, known)
         if func._schema.is_mutable:
-            lost = _overwritten(func, args, kwargs)
-            ends = ends | {i for i, read in enumerate(reads) if any(read is other for other in lost)}
+            ends = ends | _overwritten(func, args, kwargs)
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
             if torch.Tag.nondeterministic_seeded in func.tags and not _is_off(name, args):
@@ -312,16 +311,19 @@ class DataFlow:
 _OVERWRITE = {"copy_", "fill_", "zero_"}
 
 
-def _overwritten(func: Any, args: tuple[Any, ...], kwargs: Any) -> list[Tensor]:
-    """Find the tensors whose whole memory an operator writes to without reading it."""
+def _overwritten(func: Any, args: tuple[Any, ...], kwargs: Any) -> set[int]:
+    """Find places of tensors that an operator is given to write over whole, without reading them."""
     of_self = func._schema.name.rpartition("::")[2] in _OVERWRITE
-    written = [args[0]] if of_self else [v for name, v in kwargs.items() if name == "out"]
-    return [
-        tensor
-        for tensor in _flat(written)
-        if not tensor.is_nested
+    given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
+    given += [(name == "out", arg) for name, arg in kwargs.items()]
+    tensors = [(is_written, tensor) for is_written, arg in given for tensor in _flat([arg])]
+    return {
+        place
+        for place, (is_written, tensor) in enumerate(tensors)
+        if is_written
+        and not tensor.is_nested
         and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-    ]
+    }
 
 
 def _is_off(name: str, args: tuple[Any, ...]) -> bool:

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from lightning_koopman import CreditReport, KoopmanCreditMonitor, credit_report
 from lightning_koopman.callback import monitor as callback
 from lightning_koopman.callback.trainer_facts import DataPart, is_dealt_out
+from lightning_koopman.measurement.measurement import NoSamplesError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the Trainer has no logger"),
@@ -155,7 +156,7 @@ def test_processes_find_alike_that_validation_runs_nothing(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nobody(*_: Any) -> None:
-        raise ValueError("no sample arrived: the batches were empty in every process")
+        raise NoSamplesError("no sample arrived: the batches were empty in every process")
 
     asked: list[bool] = []
 
