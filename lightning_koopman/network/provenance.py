@@ -195,8 +195,9 @@ class DataFlow:
                 self.error = error
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
-        reads = list(_flat((*args, *kwargs.values())))
-        name = func._schema.name.rpartition("::")[2]
+        name, given = func._schema.name.rpartition("::")[2], _flat((*args, *kwargs.values()))
+        lost = _overwritten(name, args, kwargs) if func._schema.is_mutable else ()
+        reads = [tensor for place, tensor in enumerate(given) if place not in lost]
         known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
         if self._origins and known and self._merged:
             self._rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
@@ -207,8 +208,6 @@ class DataFlow:
         ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
             ends = self._on_mix(reads, known)
-        if func._schema.is_mutable:
-            ends = ends | _overwritten(func, args, kwargs)
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
             if torch.Tag.nondeterministic_seeded in func.tags and not _is_off(name, args):
@@ -219,10 +218,10 @@ class DataFlow:
             if any(not of and read.numel() > 1 for of, read in zip(known, reads, strict=False)):
                 labels |= {_UNKNOWN}
         if func._schema.is_mutable:
-            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in _flat([given.get(argument.name)]):
+                    for tensor in _flat([named.get(argument.name)]):
                         self._set(tensor, labels)
                         # What is viewed otherwise from now on holds the same values.
                         self._writes[address_of(tensor)] += torch.Tag.inplace_view not in func.tags
@@ -311,11 +310,11 @@ class DataFlow:
 _OVERWRITE = {"copy_", "fill_", "zero_"}
 
 
-def _overwritten(func: Any, args: tuple[Any, ...], kwargs: Any) -> set[int]:
+def _overwritten(name: str, args: tuple[Any, ...], kwargs: Any) -> set[int]:
     """Find places of tensors that an operator is given to write over whole, without reading them."""
-    of_self = func._schema.name.rpartition("::")[2] in _OVERWRITE
+    of_self = name in _OVERWRITE
     given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
-    given += [(name == "out", arg) for name, arg in kwargs.items()]
+    given += [(keyword == "out", arg) for keyword, arg in kwargs.items()]
     tensors = [(is_written, tensor) for is_written, arg in given for tensor in _flat([arg])]
     return {
         place
