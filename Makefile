@@ -1,5 +1,5 @@
 # What a contributor runs; `make help` lists it.
-.PHONY: help check test slow gpu docs figures pictures ci
+.PHONY: help check test slow coverage gpu docs figures pictures ci
 
 help: ## Print this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -15,6 +15,9 @@ test: ## Quick tests and doctests
 
 slow: ## The long tests
 	pytest -m slow
+
+coverage: ## Quick tests, with the share of lines and branches they reach, 95 % at least
+	pytest --cov --cov-report=term
 
 gpu: ## The tests on a CUDA device
 	pytest -m gpu tests/gpu
