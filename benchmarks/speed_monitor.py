@@ -24,7 +24,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from lightning_koopman import KoopmanCreditMonitor
-from lightning_koopman.callback.budget import Budget
 from lightning_koopman.demo import DigitClassifier, Digits
 from lightning_koopman.koopman.moments import Layout
 
@@ -218,7 +217,7 @@ def minutes(seconds: float = 180) -> str:
             turns.append(Turn(turns[0]))
             monitor = KoopmanCreditMonitor(on_error="raise")
             # By processor seconds too, for on the clock on the wall it would count the other's turns.
-            monitor.budget = Budget(0.05, turns[1 - first].clock)
+            monitor.budget.clock = turns[1 - first].clock
             base, other = turns[first], turns[1 - first]
             other.monitor = monitor
             threads = [

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_koopman.callback.budget import Budget
+from lightning_koopman.callback.effects_in_time import EffectsInTime
 from lightning_koopman.callback.harmless import (
     HarmlessCallback,
     never_in_the_way,
     release_memory,
 )
 from lightning_koopman.callback.loggers import CreditWriter
-from lightning_koopman.callback.recorded_effects import (
-    FEWEST,
-    SAMPLES,
-    labels_in,
-    measure_effects,
-    passes,
-    pooled,
-)
+from lightning_koopman.callback.recorded_effects import labels_in
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
-    have_changed,
     is_dealt_out,
     last_step,
     logged_step,
@@ -40,14 +33,12 @@ from lightning_koopman.callback.trainer_facts import (
     monitored_keys,
     plain_numerics,
     refuse_sharded_weights,
-    rows_per_batch,
     samples_for_rank,
     steps_ahead,
     trained_parameters,
-    unrepeated_samples,
-    weight_sums,
 )
-from lightning_koopman.effects.targets import Fit
+from lightning_koopman.callback.watched_samples import WatchedSamples
+from lightning_koopman.callback.watched_state import WatchedState
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, NoSamplesError, merge_processes
@@ -58,7 +49,7 @@ from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
 from lightning_koopman.network.rows import valid_positions
 from lightning_koopman.report.drift import Drift
-from lightning_koopman.report.effects import KINDS, Effects, Kind
+from lightning_koopman.report.effects import KINDS, Kind
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -67,23 +58,20 @@ _HISTORY_SAVED = 100
 _FIRST_FIGURES = 0.3
 """Seconds that the figures of a report take, until they were drawn once: Matplotlib is imported then."""
 
-_FEW_EFFECTS = 1.0
-"""Seconds that effects on the fewest samples that tell anything may take at the end in any case."""
+
+@dataclass
+class _Recorded:
+    """Calls that may be run again, whether of training steps, and the samples that were measured."""
+
+    calls: Recording | None = None
+    of_training: bool = False
+    samples: WatchedSamples = field(default_factory=WatchedSamples)
 
 
 def _is_last_batch(trainer: Any) -> bool:
     """Check whether a training's validation ends with this batch, as far as the loop knows by now."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     return bool(trainer.state.fn == "fit" and loop.batch_progress.is_last_batch)
-
-
-def _copied_buffers(pl_module: Any) -> list[tuple[dict[str, Tensor | None], dict[str, Tensor]]]:
-    """Copy the buffers of modules, beside the dictionaries that hold them."""
-    # Those of compiled scripts are in no dictionary that could be put back.
-    held = [m._buffers for m in pl_module.modules() if m._buffers and isinstance(m._buffers, dict)]
-    plain = [{name: t for name, t in each.items() if type(t) is Tensor} for each in held]
-    copies = [{name: tensor.clone() for name, tensor in each.items()} for each in plain]
-    return list(zip(held, copies, strict=True))
 
 
 class KoopmanCreditMonitor(HarmlessCallback):
@@ -208,36 +196,24 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.history: list[CreditReport] = []
         self.drifts: list[Drift] = []
         self._measurement: Measurement | None = None
+        self._watched: Measurement | None = None
         self._failure: Exception | None = None
-        self._most_seen = 0
+        self._state = WatchedState()
+        self._effects = EffectsInTime(self.effects, self.budget)
         self._in_hooks = 0.0
         self._due_epoch = self._final = False
         self._newest: dict[str, Tensor] = {}
         self._rides_along, self._in_batch = True, False
-        self._from_training = False
         # Why there is no validation to watch, for reports on training steps.
-        self._why_training = ""
-        self._recording: Recording | None = None
-        # What was recorded before, until a component runs in validation.
-        self._before: tuple[Recording | None, bool, int] = None, False, 0
-        # Number of the loader that is watched, known when it gives a batch; whether others gave some.
-        self._loader: int | None = None
-        self._other_loaders = False
-        # Whether a batch was watched in which no component ran, and up to where samples are no repeats.
-        self._left_out = False
-        self._unrepeated = self._batch_rows = 0
-        self._watched: Measurement | None = None
+        self._why_training: str | None = None
+        # What was recorded, and, until a component runs in validation, what was recorded before.
+        self._recorded, self._before = _Recorded(), _Recorded()
         self._n_recorded = 0
-        self._checked = self._recorded_training = False
+        self._checked = False
         self._differs: str | None = None
-        self._row_s = 0.0
         self._measured_at: int | None = None
-        # What tells the weights that were measured last, whether others may still change them when
-        # training ends, and whether the module holds others for now.
-        self._weights: list[Tensor] = []
-        # What the first watched step ran with: the modules' modes, and buffers that it may have written.
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._buffers: list[tuple[dict[str, Tensor | None], dict[str, Tensor]]] = []
+        # Whether others may still change weights when training ends, and whether the module holds others
+        # than the measured ones for now.
         self._open = self._elsewhere = False
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
@@ -315,7 +291,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             )
 
     def _watch_training(self, why: str) -> None:
-        self._from_training, self._why_training = True, why
+        self._why_training = why
         self._warn_once(
             f"{why}, so Koopman credit is about training steps: their calls are run once more, in eval "
             "mode, at the end of the epoch"
@@ -326,7 +302,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Begin a measurement if one is due."""
         self._forget()
         in_training = trainer.state.fn == "fit"
-        if trainer.sanity_checking or (in_training and self._from_training):
+        if trainer.sanity_checking or (in_training and self._why_training):
             return
         due = self._due_epoch if may_skip_validation(trainer, pl_module) else self._is_due(trainer)
         if in_training and not due:
@@ -339,37 +315,30 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
+        before, self._recorded = self._recorded, replace(self._recorded)
         loader = first_loader(trainer.val_dataloaders)
-        before = self._recording, self._recorded_training, self._unrepeated
         self._begin(trainer, pl_module, loader, final=in_training and may_be_last(trainer))
         assert self._measurement is not None
-        # All processes watch the same one, also where the first gives this one nothing.
-        self._loader = 0 if trainer.world_size > 1 else None
-        self._other_loaders = False
         self._before = before
-        self._recording = Recording(
+        self._recorded.of_training = False
+        self._recorded.calls = Recording(
             pl_module,
             self._measurement.capture.components,
             follow_from=0 if self._rides_along else None,
         )
-        self._recorded_training = False
 
     @never_in_the_way
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Put the hooks on for one batch."""
-        if self._loader is None:
-            self._loader = dataloader_idx
-        if dataloader_idx != self._loader:
-            self._other_loaders = True
-        elif self._wants_more:
-            assert self._measurement is not None
+        if self._measurement is None:
+            return
+        if self._recorded.samples.takes(dataloader_idx) and self._wants_more:
             self._in_batch = True
             # Of several processes, ddp writes the buffers of the first into the others, before the step.
-            if trainer.world_size == 1 and not (self._checked or self._weights):
-                with plain_numerics(pl_module):
-                    self._buffers = _copied_buffers(pl_module)
+            if trainer.world_size == 1 and not (self._checked or self._state.is_known):
+                self._state.copy_buffers(pl_module)
             self._record(batch)
             if self._rides_along:
                 self._measurement.start_pass(batch)
@@ -386,11 +355,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
         dataloader_idx: int = 0,
     ) -> None:
         """Take the hooks off again and add up what they saw."""
-        measurement, recording = self._measurement, self._recording
+        measurement, recording = self._measurement, self._recorded.calls
         if measurement is None:
             return
         # A step that calls the network many times may have given all samples before it ended.
-        watched = dataloader_idx == self._loader and self._in_batch
+        watched = dataloader_idx == self._recorded.samples.loader and self._in_batch
         step = None
         if watched:
             self._in_batch = False
@@ -399,18 +368,18 @@ class KoopmanCreditMonitor(HarmlessCallback):
             step = None if recording is None else recording.end_step(valid_positions(batch))
         left_out = watched and self._ran_nothing(measurement, step)
         if not (left_out and measurement.capture.is_first):
-            if not self._weights:
-                self._modes = [(module, module.training) for module in pl_module.modules()]
+            if not self._state.is_known:
+                self._state.note_modes(pl_module)
             # Now, for averaged weights may be in place for no longer than validation runs; and once more
             # at its end, for buffers that its own passes write, as statistics of batches, are as
             # validated.
-            if not self._weights or _is_last_batch(trainer):
-                self._weights = weight_sums(trainer, pl_module)
+            if not self._state.is_known or _is_last_batch(trainer):
+                self._state.note_weights(trainer, pl_module)
         if left_out:
-            self._leave_out(measurement)
+            self._recorded.samples.leave_out(measurement)
         if left_out or not watched:
             return
-        self._before = None, False, 0
+        self._before = _Recorded()
         with plain_numerics(pl_module):
             if self._rides_along:
                 measurement.end_pass()
@@ -423,10 +392,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _refuse_compiled(self) -> NoReturn:
         """Say what is wrong where compiled parts cannot be measured."""
-        reason = None if self._recording is None else self._recording.reason
+        calls = self._recorded.calls
         raise RuntimeError(
             "compiled parts take no hooks, and their calls cannot be run again eagerly: "
-            f"{reason or 'none was seen'}"
+            f"{(calls and calls.reason) or 'none was seen'}"
         )
 
     def _ran_nothing(self, measurement: Measurement, step: Step | None) -> bool:
@@ -434,18 +403,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self._rides_along:
             return not measurement.capture.ran and not measurement.capture.failed
         # What could not be recorded shows at the end of the epoch where nothing was.
-        recording = self._recording
+        recording = self._recorded.calls
         known = recording is not None and (recording.reason is None or not recording.steps)
         return known and step is not None and not step.calls
-
-    def _leave_out(self, measurement: Measurement) -> None:
-        """Leave a batch out in which no component ran."""
-        self._left_out = True
-        # Where a sampler begins to repeat samples, as many fewer have come.
-        self._unrepeated -= self._batch_rows
-        if measurement.max_samples is not None:
-            most = min(measurement.max_samples, self._unrepeated)
-            measurement.max_samples = max(most, measurement.n_samples)
 
     @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -454,7 +414,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         try:
             if trainer.state.fn == "fit" and trainer.world_size == 1:
-                self._elsewhere = self._changed(trainer, pl_module)
+                self._elsewhere = self._state.differs(trainer, pl_module)
             if self._elsewhere:
                 # Averaged weights were taken out again; when training ends they may be the final ones.
                 self._final = False
@@ -469,7 +429,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @property
     def _nothing_ran(self) -> bool:
         """Whether batches were watched, and no component ran in any of them."""
-        return self._left_out and self._measurement is not None and self._measurement.capture.is_first
+        if self._measurement is None or not self._recorded.samples.left_out:
+            return False
+        return self._measurement.capture.is_first
 
     def _finish_watched(self, trainer: Any, pl_module: Any, *, step: int) -> None:
         """Compute the report, or find that validation runs no component; alike in all processes."""
@@ -481,7 +443,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if trainer.state.fn != "fit":
             assert measurement is not None
             measurement.end_pass()  # which says so
-        self._recording, self._recorded_training, self._unrepeated = self._before
+        self._recorded = self._before
         # What was watched before is run again when training ends.
         if self._watched is None:
             self._watch_training("validation runs no component")
@@ -507,26 +469,26 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Record the calls of an epoch's first steps where no validation was watched yet."""
         if batch_idx == 0:
             self._due_epoch = self._is_due(trainer, steps_ahead(trainer))
-        if self.history and not self._from_training:
+        if self.history and not self._why_training:
             return
         if batch_idx == 0 and self._due_epoch:
             parts = named_components(pl_module, self.components)
             # A training step is followed only where it makes several calls, which the first one shows.
             follow_from = None if is_compiled(pl_module) else 1
-            self._recording = Recording(pl_module, parts, follow_from=follow_from)
+            calls = Recording(pl_module, parts, follow_from=follow_from)
+            self._recorded = replace(self._recorded, calls=calls, of_training=True)
             self._n_recorded = 0
-            self._recorded_training = True
         wanted = samples_for_rank(self.max_samples, data_part(trainer).count)
-        recording = self._recording
+        recording = self._recorded.calls
         if recording is not None and not recording.full and self._n_recorded < wanted:
             self._record(batch)
 
     def _record(self, batch: Any) -> None:
         """Record the calls of the step that begins, and its targets."""
         self._in_hooks = seconds_in_hooks()
-        if self._recording is not None:
-            self._recording.__enter__()
-            self._recording.keep(labels_in(batch))
+        if (calls := self._recorded.calls) is not None:
+            calls.__enter__()
+            calls.keep(labels_in(batch))
 
     @never_in_the_way
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -541,18 +503,20 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._end_training_step(batch)
 
     def _end_training_step(self, batch: Any) -> None:
-        if self._recording is not None and self._recording.recording:
-            self._n_recorded += self._recording.end_step(valid_positions(batch)).n_rows
+        calls = self._recorded.calls
+        if calls is not None and calls.recording:
+            self._n_recorded += calls.end_step(valid_positions(batch)).n_rows
             self.budget.add(seconds_in_hooks() - self._in_hooks)
 
     @never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure on the recorded training steps where there is no validation to watch."""
         step = max(0, logged_step(trainer, None) - 1)
-        if self._from_training:
+        if self._why_training:
+            calls = self._recorded.calls
             if not self._due_epoch:
                 return
-            if self._recording is not None and (self._recording.steps or trainer.world_size > 1):
+            if calls is not None and (calls.steps or trainer.world_size > 1):
                 self._replay(
                     trainer,
                     pl_module,
@@ -565,9 +529,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 return
             if self._idle:
                 # Calls of training steps are none of those that the others validate.
-                self._before = self._recording, self._recorded_training, self._unrepeated
+                before, self._recorded = self._recorded, replace(self._recorded)
                 self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
-                self._recording, self._recorded_training = None, False
+                self._before = before
+                self._recorded.calls, self._recorded.of_training = None, False
             self._final = may_be_last(trainer)
             self._finish_watched(trainer, pl_module, step=step)
 
@@ -576,18 +541,18 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """See that the newest report is about the final weights and has errors, and draw it."""
         if trainer.global_step == 0:
             return
-        anybody = self._recording is not None or may_skip_validation(trainer, pl_module)
+        anybody = self._recorded.calls is not None or may_skip_validation(trainer, pl_module)
         known = self._measured_at == trainer.global_step or not anybody
-        changed = known and anybody and self._changed(trainer, pl_module)
+        changed = known and anybody and self._state.differs(trainer, pl_module)
         self._open = bool(may_change_weights(trainer, pl_module, self))
         # What runs behind this may change them again, so these are not measured.
         self._elsewhere = changed and self._open
         if known and (self._open or not changed):
             self._complete(trainer, pl_module)
         else:
-            if self._recorded_training and not self._from_training:
+            training = self._recorded.of_training
+            if training and not self._why_training:
                 self._watch_training("no validation was watched")
-            training = self._recorded_training
             loader = trainer.train_dataloader if training else trainer.val_dataloaders
             self._replay(trainer, pl_module, first_loader(loader), final=True, changed=changed)
         if self._logged_at is not None and trainer.is_global_zero:
@@ -601,7 +566,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Say so where the final weights are not those that the newest report is about."""
         if not (self._open and self._measured_at == trainer.global_step and self.history):
             return
-        if self._weights and have_changed(self._weights, weight_sums(trainer, pl_module)):
+        if self._state.differs_here(trainer, pl_module):
             others = ", ".join(may_change_weights(trainer, pl_module, self))
             warning = (
                 "weights were changed after the last Koopman credit, which is not about the final ones; "
@@ -622,10 +587,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _forget_run(self) -> None:
         self._forget()
-        self._recording = self._watched = self._differs = None
-        self._before = None, False, 0
-        self._from_training = self._checked = self._recorded_training = False
-        self._weights, self._modes, self._buffers = [], [], []
+        self._watched = self._differs = self._why_training = None
+        self._recorded, self._before, self._state = _Recorded(), _Recorded(), WatchedState()
+        self._checked = False
         self._open = self._elsewhere = False
         self._checkpoint_step = self._measured_at = self._logged_at = None
         self._newest, self._due_epoch = {}, False
@@ -638,7 +602,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     @property
     def _wants_more(self) -> bool:
         """Whether a measurement is under way that has not seen its samples yet."""
-        return self._measurement is not None and self._measurement.n_seen < self._most_seen
+        return self._measurement is not None and self._measurement.n_seen < self._recorded.samples.most
 
     def _begin(
         self,
@@ -652,27 +616,23 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Start measuring this process's share of the samples that a loader gives."""
         self.sync_pending = trainer.world_size > 1
         self._rides_along = not is_compiled(pl_module)
-        part = data_part(trainer)
-        # All stop at the same batch, or a model that talks to its other copies would wait forever.
-        self._most_seen = samples_for_rank(self.max_samples, part.count)
-        own = samples_for_rank(self.max_samples, part.count, part.index)
+        known = None if like is None else self._recorded.samples
+        samples = WatchedSamples.of(trainer, loader, self.max_samples, like=known)
+        self._recorded.samples = samples
         self._final = final or trainer.state.fn != "fit"
-        self._weights, self._elsewhere, self._left_out = [], False, False
-        self._batch_rows = rows_per_batch(loader)
-        if like is None:
-            # Otherwise it is known of what was recorded, batches that were left out aside.
-            self._unrepeated = unrepeated_samples(loader)
+        self._state.forget_weights()
+        self._elsewhere = False
         with plain_numerics(pl_module):
             self._measurement = Measurement(
                 pl_module,
                 self.components,
                 self.options,
-                max_samples=min(own, self._unrepeated) if part.counts else 0,
+                max_samples=samples.counted,
                 shared=self.sync_pending,
                 like=like,
                 trained=trained_parameters(trainer, pl_module),
             )
-            if part.count > 1 and not is_dealt_out(loader):
+            if data_part(trainer).count > 1 and not is_dealt_out(loader):
                 self._measurement.notes.append(
                     "no DistributedSampler deals samples out to the processes: those that several of "
                     "them are given count several times, and standard errors are too small then"
@@ -683,55 +643,33 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""
-        recording = self._recording
+        recording = self._recorded.calls
         if self._checked or self._elsewhere or recording is None:
             return
         self._checked = True
-        copies, self._buffers = self._buffers, []
+        put_back_buffers = self._state.forget_buffers()
         try:
             refuse_sharded_weights(trainer)
         except RuntimeError as why:
             self._differs = str(why)
             return
         with plain_numerics(pl_module), undisturbed(pl_module), self._as_watched(trainer)():
-            for held, before in copies:
-                held.update(before)
+            put_back_buffers()
             start = self.budget.clock()
             self._differs = recording.differs()
             rows = sum(step.n_rows for step in recording.steps[:1])
-            self._row_s = (self.budget.clock() - start) / max(1, rows)
+            self._effects.seconds_a_row = (self.budget.clock() - start) / max(1, rows)
 
     def _as_watched(self, trainer: Any) -> Callable[[], AbstractContextManager[None]]:
         """Return what stands around recorded calls of a model that is put back behind them."""
-        modes = [] if self._recorded_training else self._modes
-
-        @contextmanager
-        def around() -> Generator[None, None, None]:
-            for module, mode in modes:
-                if module.training != mode:
-                    module.train(mode)
-            with trainer.precision_plugin.forward_context():
-                yield
-
-        return around
-
-    def _changed(self, trainer: Any, pl_module: Any) -> bool:
-        """Check whether the weights are others than those that were measured; alike in all processes."""
-        changed = False
-        try:
-            if self._weights:
-                changed = have_changed(self._weights, weight_sums(trainer, pl_module))
-        finally:
-            if trainer.world_size > 1:
-                changed = any(gather(changed))
-        return changed
+        return self._state.around(trainer, modes=not self._recorded.of_training)
 
     def _replay(
         self, trainer: Any, pl_module: Any, loader: Any, *, final: bool, changed: bool = False
     ) -> None:
         """Measure once more, by running recorded calls again; no guess where they cannot be."""
-        recording = self._recording
-        like, reason = None if self._recorded_training else self._watched, self._no_replay
+        recording = self._recorded.calls
+        like, reason = None if self._recorded.of_training else self._watched, self._no_replay
         if reason is not None and trainer.world_size == 1 and self.history:
             self._complete(trainer, pl_module)
             self._keep_watched(trainer, reason)
@@ -741,7 +679,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             with plain_numerics(pl_module):
                 self._begin(trainer, pl_module, loader, like, final=final)
                 assert self._measurement is not None
-                self._weights = weight_sums(trainer, pl_module)
+                self._state.note_weights(trainer, pl_module)
                 if changed:
                     self._measurement.notes.append(
                         "weights were changed after the last measurement, as by pruning or averaging: "
@@ -771,8 +709,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Why recorded calls cannot be run again, if so."""
         if self._elsewhere:
             return "the weights are others than those that were measured"
-        differs = None if self._recorded_training else self._differs
-        return differs if self._recording is None else self._recording.reason or differs
+        differs, calls = None if self._recorded.of_training else self._differs, self._recorded.calls
+        return differs if calls is None else calls.reason or differs
 
     def _complete(self, trainer: Any, pl_module: Any) -> None:
         """Compute what the newest report was made without, errors and effects."""
@@ -807,21 +745,20 @@ class KoopmanCreditMonitor(HarmlessCallback):
                         report = replace(report, drift=drift.drift)
             except Exception:
                 # The others wait for the effects of this process.
-                self._effects_of(trainer, pl_module, None)
+                self._with_effects(trainer, pl_module, None)
                 raise
-            effects, why = self._effects_of(trainer, pl_module, report)
-        if effects is None and why is not None:
-            notes = list(report.notes)
-            notes.append(f"effects were not measured: {why}")
-            return replace(report, notes=tuple(notes))
-        if effects is not None and effects.n_samples < FEWEST:
-            notes = list(effects.notes)
-            notes.append(
-                f"effects rest on {effects.n_samples} samples alone; component_effects measures them on "
-                "more"
-            )
-            effects = replace(effects, notes=tuple(notes))
-        return replace(report, effects=effects)
+            return self._with_effects(trainer, pl_module, report) or report
+
+    def _with_effects(
+        self, trainer: Any, pl_module: Any, report: CreditReport | None
+    ) -> CreditReport | None:
+        """Measure effects on the recorded steps; every process must call this."""
+        calls = self._recorded.calls
+        known = [] if calls is None else calls.steps
+        steps = self._no_replay or known or "no call was recorded"
+        return self._effects.of_report(
+            trainer, pl_module, report, steps, self._as_watched(trainer), final=self._final
+        )
 
     def _with_errors(self) -> bool:
         """Check whether the report has errors: in a training under way only where that is asked for."""
@@ -869,8 +806,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _give_up(self) -> None:
         self._in_batch = False
-        if self._recording is not None:
-            self._recording.close()
+        if self._recorded.calls is not None:
+            self._recorded.calls.close()
         if self._measurement is not None:
             self._measurement.capture.remove()
             self._measurement = None
@@ -918,92 +855,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _note_samples(self, trainer: Any, measurement: Measurement) -> None:
         """Say what a reader must know of the samples that were measured."""
-        if self._recorded_training:
+        if self._recorded.of_training:
             measurement.notes.append(
                 f"{self._why_training}, so this is about samples of training steps, whose calls were "
                 "run once more in eval mode"
             )
-        elif self._other_loaders:
-            number, count = (self._loader or 0) + 1, len(trainer.num_val_batches)
+        elif (samples := self._recorded.samples).others:
+            number, count = (samples.loader or 0) + 1, len(trainer.num_val_batches)
             measurement.notes.append(
                 f"measured on validation loader {number} of {count} alone; what runs on others only "
                 "counts as never run"
             )
-
-    def _effects_of(
-        self, trainer: Any, pl_module: Any, report: CreditReport | None
-    ) -> tuple[Effects | None, str | None]:
-        """Measure effects for the last report and where there is room, or say why there are none.
-
-        With several processes, each of them must call this, whatever became of its report.
-        """
-        if not self.effects:
-            return None, None
-        if report is not None:
-            self._expect_effects(trainer, report)
-        if trainer.world_size == 1:
-            return self._own_effects(trainer, pl_module, report)
-        if not self._final:
-            return None, None
-        asked: list[Fit] = []
-
-        def agree(fit: Fit | None) -> list[Fit]:
-            asked.extend(each for each in gather(fit) if each is not None)
-            return asked
-
-        own, why = self._own_effects(trainer, pl_module, report, agree)
-        if not asked:
-            agree(None)
-        everybody = [found for found in gather(own) if found is not None]
-        return (pooled(everybody) if everybody else None), why
-
-    def _expect_effects(self, trainer: Any, report: CreditReport) -> None:
-        """Let the budget keep back what effects will take at the end of a training, at most a third."""
-        if trainer.state.fn != "fit":
-            return
-        rows, last = passes(report, self.effects) * SAMPLES, last_step(trainer)
-        most = self.budget.allowed(trainer.global_step, last) / 3
-        self.budget.expect("effects", min(rows * self._row_s, most))
-
-    def _own_effects(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        report: CreditReport | None,
-        agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
-    ) -> tuple[Effects | None, str | None]:
-        """Measure effects on this process's samples."""
-        if report is None:
-            return None, None
-        per_row = max(passes(report, self.effects) * self._row_s, 1e-12)
-        why, recording = self._no_replay, self._recording
-        if why is not None or recording is None or not recording.steps:
-            return None, (why or "no call was recorded") if self._final else None
-        if self._final:
-            room = max(self.budget.left("effects"), min(FEWEST * per_row, _FEW_EFFECTS))
-        else:
-            room, recorded = self.budget.room("effects"), sum(step.n_rows for step in recording.steps)
-            if room < per_row * max(recording.steps[0].n_rows, min(FEWEST, recorded)):
-                return None, None
-        start = self.budget.clock()
-        with self.budget.apart("effects"):
-            try:
-                refuse_sharded_weights(trainer)
-                found = measure_effects(
-                    pl_module,
-                    recording.steps,
-                    report,
-                    self.effects,
-                    self._as_watched(trainer),
-                    samples=room / per_row,
-                    agree=agree,
-                )
-            except Exception as error:
-                return None, str(error)
-        # Known better now than from one step run again.
-        self._row_s = (self.budget.clock() - start) / (found.n_samples * passes(report, self.effects))
-        self._expect_effects(trainer, report)
-        return found, None
 
     def _plan(self, trainer: Any, pl_module: Any) -> None:
         """Find when the next measurement is due, alike in all processes."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.utils.data import DistributedSampler
-
-from lightning_koopman.network.tensors import exact_device
 
 
 @contextmanager
@@ -116,53 +112,6 @@ def trained_parameters(trainer: Any, pl_module: Any) -> frozenset[int] | None:
     found = {id(p) for group in groups for p in group["params"]}
     # Strategies may hand the optimizers tensors of their own.
     return frozenset(found) if any(id(p) in found for p in pl_module.parameters()) else None
-
-
-def weight_sums(trainer: Any, pl_module: Any) -> list[Tensor]:
-    """Sum up each parameter and saved buffer, and take its norm, which tells whether any was changed.
-
-    Nothing waits for a device. Where each process holds a part of the weights, nothing is told.
-    """
-    try:
-        refuse_sharded_weights(trainer)
-    except RuntimeError:
-        return []
-    held = list(pl_module.parameters())
-    for module in pl_module.modules():
-        # Others are caches, and integers count: any pass may change them.
-        saved = {*module._buffers.keys()} - {*module._non_persistent_buffers_set}
-        held += [module._buffers[name] for name in sorted(saved)]
-    return [_sums(tensor) for tensor in held if _is_told(tensor)]
-
-
-def _is_told(tensor: Tensor | None) -> bool:
-    """Check whether a tensor holds real or complex numbers, or marks, all of them here."""
-    if tensor is None or is_lazy(tensor) or tensor.is_meta:
-        return False
-    numbers = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
-    return numbers and type(tensor.data) is Tensor and tensor.layout is torch.strided
-
-
-def _sums(tensor: Tensor) -> Tensor:
-    values = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    dtype = torch.float64 if exact_device(tensor.device) == tensor.device else torch.float32
-    values = values.float() if values.dtype == torch.bool else values
-    return torch.stack([values.sum(dtype=dtype), torch.linalg.vector_norm(values, dtype=dtype)])
-
-
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""Share of a tensor's norm by which its sum, of this type, differs between devices at most."""
-
-
-def have_changed(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
-    """Compare the sums of weights at two times."""
-    if len(before) != len(now):
-        return True
-    for pair in zip(before, now, strict=True):
-        old, new = (sums.cpu().double().nan_to_num() for sums in pair)
-        if bool(((old - new).abs() > max(_ROUNDING[sums.dtype] for sums in pair) * old[1]).any()):
-            return True
-    return False
 
 
 _CHANGE_WEIGHTS = {"WeightAveraging", "StochasticWeightAveraging"}

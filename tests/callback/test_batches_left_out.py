@@ -149,7 +149,7 @@ class Counted(KoopmanCreditMonitor):
 
     def _begin(self, *given: Any, **more: Any) -> None:
         super()._begin(*given, **more)
-        self.sync_pending = not self._from_training
+        self.sync_pending = not self._why_training
 
 
 def test_processes_find_alike_that_validation_runs_nothing(

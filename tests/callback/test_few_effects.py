@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
-from lightning_koopman.callback import monitor as shell
+from lightning_koopman.callback import effects_in_time
 from lightning_koopman.callback.budget import Budget
+from lightning_koopman.callback.effects_in_time import EffectsInTime
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -33,7 +34,7 @@ def test_the_last_report_has_effects_on_64_samples_where_the_budget_is_spent(
     size: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Budget, "left", lambda self, kind: -1.0)
-    monkeypatch.setattr(shell, "_FEW_EFFECTS", 1e3)  # seconds, for cores may be busy
+    monkeypatch.setattr(effects_in_time, "_FEW", 1e3)  # seconds, for cores may be busy
     monitor, model = trained(tmp_path, size)
     found = monitor.report.effects
     n_samples = 96 if size == 48 else 64
@@ -51,7 +52,7 @@ def test_effects_on_few_samples_say_so(tmp_path: Any, monkeypatch: pytest.Monkey
     assert monitor.report.effects.notes == (FEW.format(40),)
     # As many as may be, where a second does not hold more.
     monkeypatch.setattr(Budget, "left", lambda self, kind: -1.0)
-    monkeypatch.setattr(shell, "_FEW_EFFECTS", 0.0)
+    monkeypatch.setattr(effects_in_time, "_FEW", 0.0)
     monitor, _ = trained(tmp_path, 8)
     assert monitor.report.effects.n_samples == 8
     assert monitor.report.effects.notes == (FEW.format(8),)
@@ -61,7 +62,7 @@ def test_nothing_is_skipped_by_the_mean_of_one_sample(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Budget, "left", lambda self, kind: -1.0)
-    monkeypatch.setattr(shell, "_FEW_EFFECTS", 0.0)
+    monkeypatch.setattr(effects_in_time, "_FEW", 0.0)
     monitor, _ = trained(tmp_path, 1)
     assert monitor.report.effects is None
     assert (
@@ -75,17 +76,17 @@ def test_reports_before_the_last_have_effects_where_enough_samples_are_paid_for(
     rows: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched: list[Any] = []
-    own = KoopmanCreditMonitor._own_effects
+    own = EffectsInTime._own
 
-    def remember(self: Any, *given: Any) -> Any:
+    def remember(self: Any, *given: Any, **more: Any) -> Any:
         watched.append(self)
-        return own(self, *given)
+        return own(self, *given, **more)
 
     def room(self: Budget, kind: str) -> float:
         # Two components, of which each runs twice, and two passes more.
-        return (rows + 0.5) * 6 * watched[-1]._row_s
+        return (rows + 0.5) * 6 * watched[-1].seconds_a_row
 
-    monkeypatch.setattr(KoopmanCreditMonitor, "_own_effects", remember)
+    monkeypatch.setattr(EffectsInTime, "_own", remember)
     monkeypatch.setattr(Budget, "room", room)
     monitor, _ = trained(tmp_path, 8, epochs=2)
     first = monitor.history[0].effects

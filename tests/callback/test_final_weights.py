@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor, credit_report
-from lightning_koopman.callback.trainer_facts import have_changed, weight_sums
+from lightning_koopman.callback.watched_state import have_changed, weight_sums
 
 ROWS = torch.randn(320, 6, generator=torch.Generator().manual_seed(5))
 

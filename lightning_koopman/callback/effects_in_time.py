@@ -1,0 +1,156 @@
+"""Measures effects as far as the time that watching may take pays for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from lightning_koopman.callback.budget import Budget
+from lightning_koopman.callback.recorded_effects import (
+    FEWEST,
+    SAMPLES,
+    measure_effects,
+    passes,
+    pooled,
+)
+from lightning_koopman.callback.trainer_facts import last_step, refuse_sharded_weights
+from lightning_koopman.effects.targets import Fit
+from lightning_koopman.measurement.processes import gather
+from lightning_koopman.network.replay import Step
+from lightning_koopman.report.effects import Effects, Kind
+from lightning_koopman.report.report import CreditReport
+
+_FEW = 1.0
+"""Seconds that effects on the fewest samples that tell anything may take at the end in any case."""
+
+
+class EffectsInTime:
+    """Measures effects for the last report of a training, and for others where there is room.
+
+    Args:
+        kinds: Which effects.
+        budget: What pays for them.
+
+    Attributes:
+        seconds_a_row: What one sample took in one pass, last time.
+    """
+
+    def __init__(self, kinds: Sequence[Kind], budget: Budget) -> None:
+        self.kinds, self.budget = tuple(kinds), budget
+        self.seconds_a_row = 0.0
+
+    def of_report(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        report: CreditReport | None,
+        steps: Sequence[Step] | str,
+        around: Callable[[], AbstractContextManager[None]],
+        *,
+        final: bool,
+    ) -> CreditReport | None:
+        """Return a report with its effects, or with a note that says why it has none.
+
+        ``steps`` are recorded ones, or why there are none. With several processes, each of them must
+        call this, whatever became of its report.
+        """
+        effects, why = self._of_all(trainer, pl_module, report, steps, around, final=final)
+        if report is None or (effects is None and why is None):
+            return report
+        if effects is None:
+            notes = list(report.notes)
+            notes.append(f"effects were not measured: {why}")
+            return replace(report, notes=tuple(notes))
+        if effects.n_samples < FEWEST:
+            notes = list(effects.notes)
+            notes.append(
+                f"effects rest on {effects.n_samples} samples alone; component_effects measures them on "
+                "more"
+            )
+            effects = replace(effects, notes=tuple(notes))
+        return replace(report, effects=effects)
+
+    def _of_all(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        report: CreditReport | None,
+        steps: Sequence[Step] | str,
+        around: Callable[[], AbstractContextManager[None]],
+        *,
+        final: bool,
+    ) -> tuple[Effects | None, str | None]:
+        """Measure effects on the samples of all processes, or say why there are none."""
+        if not self.kinds:
+            return None, None
+        if report is not None:
+            self._expect(trainer, report)
+        if trainer.world_size == 1:
+            return self._own(trainer, pl_module, report, steps, around, final=final)
+        if not final:
+            return None, None
+        asked: list[Fit] = []
+
+        def agree(fit: Fit | None) -> list[Fit]:
+            asked.extend(each for each in gather(fit) if each is not None)
+            return asked
+
+        own, why = self._own(trainer, pl_module, report, steps, around, final=final, agree=agree)
+        if not asked:
+            agree(None)
+        everybody = [found for found in gather(own) if found is not None]
+        return (pooled(everybody) if everybody else None), why
+
+    def _expect(self, trainer: Any, report: CreditReport) -> None:
+        """Let the budget keep back what effects will take at the end of a training, at most a third."""
+        if trainer.state.fn != "fit":
+            return
+        rows, last = passes(report, self.kinds) * SAMPLES, last_step(trainer)
+        most = self.budget.allowed(trainer.global_step, last) / 3
+        self.budget.expect("effects", min(rows * self.seconds_a_row, most))
+
+    def _own(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        report: CreditReport | None,
+        steps: Sequence[Step] | str,
+        around: Callable[[], AbstractContextManager[None]],
+        *,
+        final: bool,
+        agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
+    ) -> tuple[Effects | None, str | None]:
+        """Measure effects on this process's samples."""
+        if report is None:
+            return None, None
+        if isinstance(steps, str):
+            return None, steps if final else None
+        per_row = max(passes(report, self.kinds) * self.seconds_a_row, 1e-12)
+        if final:
+            room = max(self.budget.left("effects"), min(FEWEST * per_row, _FEW))
+        else:
+            room, recorded = self.budget.room("effects"), sum(step.n_rows for step in steps)
+            if room < per_row * max(steps[0].n_rows, min(FEWEST, recorded)):
+                return None, None
+        start = self.budget.clock()
+        with self.budget.apart("effects"):
+            try:
+                refuse_sharded_weights(trainer)
+                found = measure_effects(
+                    pl_module,
+                    steps,
+                    report,
+                    self.kinds,
+                    around,
+                    samples=room / per_row,
+                    agree=agree,
+                )
+            except Exception as error:
+                return None, str(error)
+        # Known better now than from one step run again.
+        rows = found.n_samples * passes(report, self.kinds)
+        self.seconds_a_row = (self.budget.clock() - start) / rows
+        self._expect(trainer, report)
+        return found, None

@@ -1,0 +1,76 @@
+"""Which samples of the loaders a measurement takes in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_koopman.callback.trainer_facts import (
+    data_part,
+    rows_per_batch,
+    samples_for_rank,
+    unrepeated_samples,
+)
+from lightning_koopman.measurement.measurement import Measurement
+
+
+@dataclass
+class WatchedSamples:
+    """Counts samples, and knows which of several loaders is watched.
+
+    Attributes:
+        most: Samples behind which nothing more is taken. All processes stop at the same batch, or a
+            model that talks to its other copies would wait forever.
+        counted: How many of them count in this process, repeats aside.
+        unrepeated: How many a loader gives before its sampler begins to repeat some.
+        loader: Number of the loader that is watched, ``None`` until one gives a batch.
+        others: Whether other loaders gave batches.
+        left_out: Whether a batch was watched in which no component ran.
+    """
+
+    most: int = 0
+    counted: int = 0
+    unrepeated: int = 0
+    batch_rows: int = 1
+    loader: int | None = None
+    others: bool = False
+    left_out: bool = False
+
+    @staticmethod
+    def of(
+        trainer: Any, loader: Any, most: int, *, like: WatchedSamples | None = None
+    ) -> WatchedSamples:
+        """Find this process's share of the samples of a loader, ``most`` over all processes.
+
+        Samples that are run again are ``like`` those that were recorded.
+        """
+        part = data_part(trainer)
+        if like is None:
+            # All processes watch the same loader, also where the first gives this one nothing.
+            watched = 0 if trainer.world_size > 1 else None
+            like = WatchedSamples(unrepeated=unrepeated_samples(loader), loader=watched)
+        own = min(samples_for_rank(most, part.count, part.index), like.unrepeated)
+        return WatchedSamples(
+            most=samples_for_rank(most, part.count),
+            counted=own if part.counts else 0,
+            unrepeated=like.unrepeated,
+            batch_rows=rows_per_batch(loader),
+            loader=like.loader,
+            others=like.others,
+        )
+
+    def takes(self, loader: int) -> bool:
+        """Check whether a batch is of the loader that is watched: the first that gives one."""
+        if self.loader is None:
+            self.loader = loader
+        self.others = self.others or loader != self.loader
+        return loader == self.loader
+
+    def leave_out(self, measurement: Measurement) -> None:
+        """Leave a batch out in which no component ran."""
+        self.left_out = True
+        # Where a sampler begins to repeat samples, as many fewer have come.
+        self.unrepeated -= self.batch_rows
+        if measurement.max_samples is not None:
+            most = min(measurement.max_samples, self.unrepeated)
+            measurement.max_samples = max(most, measurement.n_samples)
