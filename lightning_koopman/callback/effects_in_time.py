@@ -25,6 +25,9 @@ from lightning_koopman.report.report import CreditReport
 _FEW = 1.0
 """Seconds that effects on the fewest samples that tell anything may take at the end in any case."""
 
+_Found = tuple[Effects | None, str | None]
+"""Effects, or why there are none; neither where none are asked for."""
+
 
 class EffectsInTime:
     """Measures effects for the last report of a training, and for others where there is room.
@@ -56,7 +59,11 @@ class EffectsInTime:
         ``steps`` are recorded ones, or why there are none. With several processes, each of them must
         call this, whatever became of its report.
         """
-        effects, why = self._of_all(trainer, pl_module, report, steps, around, final=final)
+
+        def own(agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit]) -> _Found:
+            return self._own(trainer, pl_module, report, steps, around, final=final, agree=agree)
+
+        effects, why = self._of_all(trainer, report, own, final=final)
         if report is None or (effects is None and why is None):
             return report
         if effects is None:
@@ -73,22 +80,15 @@ class EffectsInTime:
         return replace(report, effects=effects)
 
     def _of_all(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        report: CreditReport | None,
-        steps: Sequence[Step] | str,
-        around: Callable[[], AbstractContextManager[None]],
-        *,
-        final: bool,
-    ) -> tuple[Effects | None, str | None]:
+        self, trainer: Any, report: CreditReport | None, own: Callable[..., _Found], *, final: bool
+    ) -> _Found:
         """Measure effects on the samples of all processes, or say why there are none."""
         if not self.kinds:
             return None, None
         if report is not None:
             self._expect(trainer, report)
         if trainer.world_size == 1:
-            return self._own(trainer, pl_module, report, steps, around, final=final)
+            return own()
         if not final:
             return None, None
         asked: list[Fit] = []
@@ -97,10 +97,10 @@ class EffectsInTime:
             asked.extend(each for each in gather(fit) if each is not None)
             return asked
 
-        own, why = self._own(trainer, pl_module, report, steps, around, final=final, agree=agree)
+        mine, why = own(agree)
         if not asked:
             agree(None)
-        everybody = [found for found in gather(own) if found is not None]
+        everybody = [found for found in gather(mine) if found is not None]
         return (pooled(everybody) if everybody else None), why
 
     def _expect(self, trainer: Any, report: CreditReport) -> None:
@@ -120,8 +120,8 @@ class EffectsInTime:
         around: Callable[[], AbstractContextManager[None]],
         *,
         final: bool,
-        agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
-    ) -> tuple[Effects | None, str | None]:
+        agree: Callable[[Fit], Sequence[Fit]],
+    ) -> _Found:
         """Measure effects on this process's samples."""
         if report is None:
             return None, None
