@@ -20,6 +20,11 @@ from lightning_koopman.measurement.measurement import Measurement
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
 
+@pytest.fixture(autouse=True)
+def unhurried() -> None:
+    """How much time there is, is what is tested here."""
+
+
 class Clock:
     """Time that passes where a test says so."""
 

@@ -254,8 +254,8 @@ def test_processes_of_which_one_is_slow_skip_the_same_epochs(two):
 @pytest.mark.slow
 def test_forked_processes_give_the_report_of_one(tmp_path):
     # Three, whose parts differ in size and of which two may be left to go on.
-    configs = [config for i, config in enumerate(cases("ddp_fork", 3)) if i not in (0, 5, 9)]
-    check_against_one_process([*configs, configs[3] | {"delay": 2}], tmp_path)
+    configs = [config for i, config in enumerate(cases("ddp_fork", 3)) if i in (1, 3, 4, 7, 8, 10)]
+    check_against_one_process([*configs, configs[1] | {"delay": 2}], tmp_path)
 
 
 @pytest.mark.slow
