@@ -82,13 +82,13 @@ class _Gave(NamedTuple):
         tensor: A weak reference to it.
         name: Of the state.
         call: That gave it.
-        writes: How often its memory had been written to by then.
+        writes: The latest writes to it in place by then.
     """
 
     tensor: ReferenceType[Tensor]
     name: str
     call: tuple[int, int]
-    writes: int
+    writes: frozenset[str]
 
 
 class Capture:

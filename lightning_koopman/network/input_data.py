@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -164,6 +165,9 @@ class Coverage:
 class LabelsByView:
     """The labels of parts of a memory, told by views of it.
 
+    Attributes:
+        held: All labels that any part has, or had.
+
     Example:
         >>> x = torch.zeros(4, 3)
         >>> labels = LabelsByView(frozenset({"x"}))
@@ -173,46 +177,94 @@ class LabelsByView:
     """
 
     def __init__(self, whole: frozenset[str]) -> None:
-        self._known, self._marks = [whole], dict[int, _Marks]()
+        self.held, self._known, self._marks = whole, {whole: 0}, _Marks()
 
     def of(self, part: Tensor) -> frozenset[str]:
         """Read the labels of a view."""
-        if self._marks.keys() != {part.element_size()}:
-            # What counts in other units may be any of it.
-            return self._known[0].union(*self._known)
-        marks = self._marks[part.element_size()].of(part)
+        if not _has_places(part):
+            return self.held
+        marks, known = self._marks.of(part), [*self._known]
         found = {int(marks.min()), int(marks.max())} if marks.size else set()
         if len(found) > 1:
-            found = {*np.unique(marks).tolist()}
-        return frozenset[str]().union(*(self._known[mark] for mark in found))
+            found = {*np.flatnonzero(np.bincount(marks.ravel())).tolist()}
+        return frozenset[str]().union(*(known[mark] for mark in found))
 
     def set(self, part: Tensor, labels: frozenset[str]) -> None:
         """Replace the labels of a view."""
-        if labels not in self._known:
-            self._known.append(labels)
-        self._marks.setdefault(part.element_size(), _Marks()).of(part)[...] = self._known.index(labels)
+        if len(self._known) > np.iinfo(_MARK).max:
+            self._known, self._marks = {self.held: 0}, _Marks()
+        if not labels <= self.held:
+            self.held |= labels
+        self._marks.of(part)[...] = self._known.setdefault(labels, len(self._known))
+
+
+_MARK = np.uint16
 
 
 class _Marks:
-    """A number for each place of a memory, by views; 0 where none was written."""
+    """A number for each place of a memory, by views; 0 where none was written.
+
+    Places are as long as all views have in common, in bytes: of rows, one number is kept for each.
+    """
 
     def __init__(self) -> None:
-        self._start, self._values = 0, np.zeros(0, dtype=np.int32)
+        self._unit, self._start, self._values = 0, 0, np.zeros(0, dtype=_MARK)
 
     def of(self, part: Tensor) -> np.ndarray:
         """Return the marks of a view, to be read and written."""
         if not part.numel():
-            return np.zeros(part.shape, dtype=np.int32)
-        begin = int(part.storage_offset())
-        end, held = begin + _span(part), len(self._values)
-        start = min(begin, self._start) if held else begin
-        before = self._start - start if held else 0
-        if before or end - start > held:
-            values = np.zeros(max(end - start, before + held), dtype=np.int32)
+            return np.zeros(0, dtype=_MARK)
+        begin, axes, run = _layout(part)
+        unit = math.gcd(self._unit, begin, run, *(step for _, step in axes))
+        if (finer := self._unit // unit) > 1:
+            self._start, self._values = self._start * finer, self._values.repeat(finer)
+        self._unit, begin = unit, begin // unit
+        axes = [*((size, step // unit) for size, step in axes), (run // unit, 1)]
+        self._make_room(begin, begin + 1 + sum((size - 1) * step for size, step in axes))
+        width = self._values.itemsize
+        return np.ndarray(
+            shape=[size for size, _ in axes],
+            dtype=_MARK,
+            buffer=self._values,
+            offset=(begin - self._start) * width,
+            strides=[step * width for _, step in axes],
+        )
+
+    def _make_room(self, begin: int, end: int) -> None:
+        held = len(self._values)
+        start, stop = (self._start, self._start + held) if held else (begin, end)
+        # Each time as much again, for loops write one part after the other.
+        start = max(0, begin - held) if begin < start else start
+        stop = end + held if end > stop else stop
+        if stop - start > held:
+            values = np.zeros(stop - start, dtype=_MARK)
+            before = self._start - start if held else 0
             values[before : before + held] = self._values
             self._start, self._values = start, values
-        steps = [step * self._values.itemsize for step in part.stride()]
-        return np.lib.stride_tricks.as_strided(self._values[begin - start :], part.shape, steps)
+
+
+def _layout(tensor: Tensor) -> tuple[int, list[tuple[int, int]], int]:
+    """Return in bytes where a view begins, its axes, and what of it lies together along these."""
+    width, axes = tensor.element_size(), list[tuple[int, int]]()
+    run = width
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if step * width == run and not axes:
+            run *= size
+        elif step and size > 1:
+            axes.append((size, step * width))
+    return int(tensor.storage_offset()) * width, axes, run
+
+
+def _has_places(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def is_all_of_memory(tensor: Tensor) -> bool:
+    """Check whether no place of a tensor's memory is left out of it."""
+    if not _has_places(tensor):
+        return True
+    begin, _, run = _layout(tensor)
+    return begin == 0 and run >= tensor.untyped_storage().nbytes()
 
 
 def _span(tensor: Tensor) -> int:

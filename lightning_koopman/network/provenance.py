@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from lightning_koopman.network.input_data import LabelsByView, holds_all_of, is_mask, shuts_out
+from lightning_koopman.network.input_data import (
+    LabelsByView,
+    holds_all_of,
+    is_all_of_memory,
+    is_mask,
+    shuts_out,
+)
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
 from lightning_koopman.network.subclasses import MadeUnwatched
 from lightning_koopman.network.tensors import (
@@ -55,7 +61,7 @@ class DataFlow:
     """Labels that travel with the data, as long as the mode is entered.
 
     Every operator that torch runs passes on the labels of what it reads to what it writes. Tensors that
-    share memory share labels, unless one of them was given its own. Values are never touched, gradients
+    share memory share labels, until a part of it is written to. Values are never touched, gradients
     never needed, and what cannot be followed (a round trip through NumPy, a kernel that torch does not
     know of) only loses its labels. An error of the bookkeeping itself never reaches the pass. Several
     may be entered at a time, and left in any order.
@@ -93,7 +99,8 @@ class DataFlow:
         self._labels: dict[int, frozenset[str]] = {}
         self._parts: dict[int, LabelsByView] = {}
         self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
-        self._writes: Counter[int] = Counter()
+        self._written: dict[int, LabelsByView] = {}
+        self._writes = map(str, itertools.count())
         self._paired: dict[int, frozenset[int]] = {}
         self._rows = RowOrders(self._is_data, self._is_own, self._merges, self._keep_address)
         # A weak reference keeps a storage's address from being given to another one.
@@ -127,10 +134,7 @@ class DataFlow:
         """Replace the labels of a tensor by one, and leave those of others that share its memory."""
         if self.error is None:
             try:
-                address, size = address_of(tensor), tensor.numel() * tensor.element_size()
-                if address and not tensor.is_nested and size < tensor.untyped_storage().nbytes():
-                    self._parts.setdefault(address, LabelsByView(self._get(tensor)))
-                self._set(tensor, frozenset({name}))
+                self._set_part(tensor, frozenset({name}))
             except Exception as error:
                 self.error = error
 
@@ -172,16 +176,17 @@ class DataFlow:
             except Exception as error:
                 self.error = error
 
-    def writes(self, tensor: Tensor) -> int:
-        """Return how often the memory of a tensor was written to in place."""
-        return self._writes[address_of(tensor)] if self._writes else 0
+    def writes(self, tensor: Tensor) -> frozenset[str]:
+        """Return the latest writes in place to the memory that a tensor views."""
+        written = self._written.get(address_of(tensor)) if self._written else None
+        return _NOTHING if written is None else written.of(tensor)
 
     def pairs(self, tensor: Tensor) -> bool:
         """Check whether each of a tensor's rows met all of as many others in what it was made of."""
         return len(tensor) in self._paired.get(address_of(tensor), ())
 
     def _is_data(self, tensor: Tensor) -> bool:
-        return not self._get(tensor) <= _ORIGINS
+        return not self._held(tensor) <= _ORIGINS
 
     def _is_own(self, tensor: Tensor) -> bool:
         return self._get(tensor) == {_OWN}
@@ -197,17 +202,22 @@ class DataFlow:
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         name, given = func._schema.name.rpartition("::")[2], _flat((*args, *kwargs.values()))
         lost = _overwritten(name, args, kwargs) if func._schema.is_mutable else ()
-        reads = [tensor for place, tensor in enumerate(given) if place not in lost]
-        known = [] if name in _SHAPE_ONLY else list(map(self._get, reads))
+        kept = [(t, i in lost) for i, t in enumerate(given) if i not in lost or not is_all_of_memory(t)]
+        reads = [tensor for tensor, _ in kept]
+        # What a part holds is lost as well, but not what is told of all its memory.
+        over = {place for place, (_, is_lost) in enumerate(kept) if is_lost}
+        known = [] if name in _SHAPE_ONLY else self._known(func, kept, out)
         if self._origins and known and self._merged:
             self._rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
         if self._origins and known and (sorts := self._rows.follow(name, args, reads, out)):
             reads, known = _without_sorts(reads, known, sorts)
+            over = set()
         if self._origins and name in _LOOK_UP and len(known) > 1:
             self.lookups += _is_lookup(reads, known)
         ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
             ends = self._on_mix(reads, known)
+        ends |= over
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:
             if torch.Tag.nondeterministic_seeded in func.tags and not _is_off(name, args):
@@ -215,16 +225,18 @@ class DataFlow:
             elif name in _COORDINATES:
                 labels |= {_OWN}
             # A single number is hardly ever what a network reads.
-            if any(not of and read.numel() > 1 for of, read in zip(known, reads, strict=False)):
+            unlabelled = (i for i, of in enumerate(known) if not of and i not in ends)
+            if any(reads[i].numel() > 1 for i in unlabelled):
                 labels |= {_UNKNOWN}
         if func._schema.is_mutable:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in _flat([named.get(argument.name)]):
-                        self._set(tensor, labels)
+                        self._set_part(tensor, labels)
                         # What is viewed otherwise from now on holds the same values.
-                        self._writes[address_of(tensor)] += torch.Tag.inplace_view not in func.tags
+                        if torch.Tag.inplace_view not in func.tags:
+                            self._note_write(tensor)
         places = {address_of(tensor) for tensor in reads}
         merged = {}
         if name not in _SHAPE_ONLY:
@@ -284,6 +296,26 @@ class DataFlow:
             self._merged[address] = merged
             self._keep_address(tensor, address)
 
+    def _known(self, func: Any, kept: Sequence[tuple[Tensor, bool]], out: Any) -> list[frozenset[str]]:
+        """Read the labels of what an operator reads, of all the memory where it only writes or views."""
+        if not self._parts:
+            return [self._get(tensor) for tensor, _ in kept]
+        places = {address_of(tensor) for tensor, _ in kept}
+        views = func.is_view and all(address_of(tensor) in places for tensor in _flat([out]))
+        return [self._held(t) if views or is_lost else self._get(t) for t, is_lost in kept]
+
+    def _held(self, tensor: Tensor) -> frozenset[str]:
+        """Return all labels that a tensor's memory may have, in whatever part."""
+        parts = self._parts.get(address_of(tensor))
+        return self._get(tensor) if parts is None else parts.held
+
+    def _note_write(self, tensor: Tensor) -> None:
+        address, write = address_of(tensor), frozenset({next(self._writes)})
+        if not address or is_all_of_memory(tensor):
+            self._written[address] = LabelsByView(write)
+        else:
+            self._written.setdefault(address, LabelsByView(_NOTHING)).set(tensor, write)
+
     def _get(self, tensor: Tensor) -> frozenset[str]:
         address = address_of(tensor)
         parts = self._parts.get(address)
@@ -293,13 +325,31 @@ class DataFlow:
         address = address_of(tensor)
         if address == 0:
             return
-        if address in self._parts:
-            self._parts[address].set(tensor, labels)
-        elif labels or address in self._labels:
+        parts = self._parts.get(address)
+        if parts is not None and not is_all_of_memory(tensor):
+            parts.set(tensor, labels)
+        elif labels or address in self._labels or parts is not None:
+            self._parts.pop(address, None)
             self._labels[address] = labels
         else:
             return
         self._keep_address(tensor, address)
+
+    def _set_part(self, tensor: Tensor, labels: frozenset[str]) -> None:
+        """Replace the labels of a tensor, and leave those of others that share its memory."""
+        address = address_of(tensor)
+        before = self._labels.get(address, _NOTHING)
+        if address and address not in self._parts and labels != before and not is_all_of_memory(tensor):
+            self._forget_freed()
+            self._parts[address] = LabelsByView(before)
+        self._set(tensor, labels)
+
+    def _forget_freed(self) -> None:
+        """Let go of what is told by views, which takes room, where nobody holds the memory."""
+        for known in (self._parts, self._written):
+            for address in known.keys() & self._alive.keys():
+                if self._alive[address].expired():
+                    del known[address]
 
     def _keep_address(self, tensor: Tensor, address: int | None = None) -> None:
         address = address_of(tensor) if address is None else address
@@ -311,18 +361,12 @@ _OVERWRITE = {"copy_", "fill_", "zero_"}
 
 
 def _overwritten(name: str, args: tuple[Any, ...], kwargs: Any) -> set[int]:
-    """Find places of tensors that an operator is given to write over whole, without reading them."""
+    """Find places of tensors that an operator is given to write over, without reading them."""
     of_self = name in _OVERWRITE
     given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
     given += [(keyword == "out", arg) for keyword, arg in kwargs.items()]
     tensors = [(is_written, tensor) for is_written, arg in given for tensor in _flat([arg])]
-    return {
-        place
-        for place, (is_written, tensor) in enumerate(tensors)
-        if is_written
-        and not tensor.is_nested
-        and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-    }
+    return {i for i, (is_written, t) in enumerate(tensors) if is_written and not t.is_nested}
 
 
 def _is_off(name: str, args: tuple[Any, ...]) -> bool:
@@ -800,9 +844,9 @@ class Provenance:
                 self.idle.add(name)
             self._flow.label(value, name)
 
-    def writes(self, tensor: Tensor) -> int:
-        """Return how often the memory of a tensor was written to in place."""
-        return 0 if self._flow is None else self._flow.writes(tensor)
+    def writes(self, tensor: Tensor) -> frozenset[str]:
+        """Return the latest writes in place, see :meth:`DataFlow.writes`."""
+        return _NOTHING if self._flow is None else self._flow.writes(tensor)
 
     def compares_samples(self, tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:
         """Check whether a tensor that a module made has a value for each pair of samples."""
