@@ -181,7 +181,7 @@ class LabelsByView:
 
     def of(self, part: Tensor) -> frozenset[str]:
         """Read the labels of a view."""
-        if not _has_places(part):
+        if not (_has_places(part) and self._marks.may_hold(part)):
             return self.held
         marks, known = self._marks.of(part), [*self._known]
         found = {int(marks.min()), int(marks.max())} if marks.size else set()
@@ -191,14 +191,18 @@ class LabelsByView:
 
     def set(self, part: Tensor, labels: frozenset[str]) -> None:
         """Replace the labels of a view."""
-        if len(self._known) > np.iinfo(_MARK).max:
-            self._known, self._marks = {self.held: 0}, _Marks()
         if not labels <= self.held:
             self.held |= labels
-        self._marks.of(part)[...] = self._known.setdefault(labels, len(self._known))
+        if len(self._known) > np.iinfo(_MARK).max or not self._marks.may_hold(part):
+            # Of too many parts, each may be any.
+            self._known, self._marks = {self.held: 0}, _Marks()
+        else:
+            self._marks.of(part)[...] = self._known.setdefault(labels, len(self._known))
 
 
 _MARK = np.uint16
+_MOST_MARKS = 2**24
+"""Marks that are kept of one memory, 32 MiB of them."""
 
 
 class _Marks:
@@ -209,6 +213,14 @@ class _Marks:
 
     def __init__(self) -> None:
         self._unit, self._start, self._values = 0, 0, np.zeros(0, dtype=_MARK)
+
+    def may_hold(self, part: Tensor) -> bool:
+        """Check whether the marks of a memory of which this is a view are few enough."""
+        if not part.numel():
+            return True
+        begin, axes, run = _layout(part)
+        unit = math.gcd(self._unit, begin, run, *(step for _, step in axes))
+        return part.untyped_storage().nbytes() <= _MOST_MARKS * unit
 
     def of(self, part: Tensor) -> np.ndarray:
         """Return the marks of a view, to be read and written."""

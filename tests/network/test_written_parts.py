@@ -332,6 +332,14 @@ def test_beyond_what_can_be_told_apart_a_part_holds_what_the_memory_may(
     assert labels.of(x[299]) == {"299"}
     assert labels.of(x[0]) >= {"0"}
     assert labels.of(x) == {"x", *map(str, range(300))}
+    # Rows of two values take a mark each, columns one for each value.
+    monkeypatch.setattr(input_data, "_MOST_MARKS", 300)
+    labels = LabelsByView(frozenset({"x"}))
+    labels.set(x[:8], frozenset({"8"}))
+    labels.set(x[:0], frozenset())
+    assert [labels.of(part) for part in (x[:2], x[8:], x[:, 0])] == [{"8"}, {"x"}, {"x", "8"}]
+    labels.set(x[:, 0], frozenset({"0"}))
+    assert labels.of(x[8:]) == {"x", "8", "0"}
 
 
 def test_nothing_is_kept_of_memory_that_nobody_holds() -> None:
