@@ -43,7 +43,7 @@ from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, NoSamplesError, merge_processes
 from lightning_koopman.measurement.processes import agree_on_latest, gather
-from lightning_koopman.network.components import named_components
+from lightning_koopman.network.components import named_components, norms_beside
 from lightning_koopman.network.hook_points import seconds_in_hooks
 from lightning_koopman.network.isolation import is_compiled, undisturbed
 from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
@@ -473,6 +473,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if batch_idx == 0 and self._due_epoch:
             parts = named_components(pl_module, self.components)
+            if self.components is None:
+                norms, listed = norms_beside(pl_module, parts)
+                parts |= norms | listed
             # A training step is followed only where it makes several calls, which the first one shows.
             follow_from = None if is_compiled(pl_module) else 1
             calls = Recording(pl_module, parts, follow_from=follow_from)

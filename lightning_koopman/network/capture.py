@@ -22,7 +22,9 @@ from lightning_koopman.network.components import (
     inner_components,
     inner_transparent,
     is_frozen,
+    is_leaf,
     named_components,
+    norms_beside,
     transparent_modules,
     with_output,
     with_tables,
@@ -112,6 +114,7 @@ class Capture:
         parts: By state, in order of execution, the module calls that its component is made of. The last
             one gives the state. A second call of a module reads ``name#1``, as states do.
         skipped: Components that gave nothing to record in the current pass.
+        norms: Those of the components that belong to others where they run right behind a layer.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
         homeless: Number of values of each parameter that is in no component, where these were not named.
@@ -146,6 +149,12 @@ class Capture:
         self._named = components is not None
         if self.end is not None:
             self.components = with_output(model, self.components, self.end)
+        # Which of them belong to a layer shows in the first pass.
+        norms, listed = ({}, {}) if self._named else norms_beside(model, self.components)
+        self._listed = frozenset(map(id, listed.values()))
+        self.norms = {name: norm for name, norm in (norms | listed).items() if name != self.end}
+        self.components |= self.norms
+        self._alone: set[tuple[int, int]] = set()
         self.chosen = tuple(self.components)
         self._within = {} if self._named else inner_components(model, self.components)
         self._transparent_within = inner_transparent(self.components, self._within)
@@ -204,7 +213,7 @@ class Capture:
                 direct = self._direct_calls_of(self._model)
                 taken = self._attach(self._model, before=self._on_model, direct=direct)
                 hooks.enter_context(taken)
-            others = self._within.keys() | self._tables
+            others = {*self._within, *self._tables, *self.norms}
             whole = {name: module for name, module in self.components.items() if name not in others}
             for name, module in whole.items():
                 direct = self._direct_calls_of(module)
@@ -228,6 +237,11 @@ class Capture:
             for name, module in tables.items():
                 on_output = functools.partial(self._on_table_output, name)
                 taken = self._attach(module, before=self._on_table_input, after=on_output)
+                hooks.enter_context(taken)
+            for name, module in self.norms.items():
+                after = functools.partial(self._on_norm_output, name)
+                direct = self._direct_calls_of(module)
+                taken = self._attach(module, before=self._on_norm_input, after=after, direct=direct)
                 hooks.enter_context(taken)
             for module in self._transparent:
                 if all(module is not other for other in tables.values()):
@@ -441,6 +455,7 @@ class Capture:
                 self.origins,
                 self._merged,
                 self._superseded,
+                self._alone,
                 self._made_at,
             ):
                 known.clear()
@@ -601,6 +616,27 @@ class Capture:
             self._on_transparent(module, args, kwargs, output)
 
     @_kept_out_of_the_forward
+    def _on_norm_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Find whether a norm takes what a layer gave as it is, and so belongs to that layer."""
+        key = (id(module), self._calls.get(id(module), 0))
+        if self._passes == 0:
+            self._on_transparent_input(module, args, kwargs)
+            gave = self._continuing.get(id(module))
+            before = None if gave is None else self.components[gave.name.partition("#")[0]]
+            if before is None or not (id(module) in self._listed or is_leaf(before)):
+                self._continuing.pop(id(module), None)
+                self._alone.add(key)
+        if key in self._alone:
+            self._on_input(module, args, kwargs)
+
+    @_kept_out_of_the_forward
+    def _on_norm_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if (id(module), self._calls.get(id(module), 0)) in self._alone:
+            self._on_output(name, module, args, kwargs, output)
+        else:
+            self._on_transparent(module, args, kwargs, output)
+
+    @_kept_out_of_the_forward
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.record_end(output)
 
@@ -687,7 +723,7 @@ class Capture:
             )
             given_data = bool(origin.sources) or not origin.from_float
             self._keep(tensor, replace(recorded, ignores_data=given_data and untouched, **facts))
-            if self._transparent:
+            if self._transparent or self.norms:
                 self._stages.add(name, key, tensor, self._states[name], made_of)
         for place, other in further:
             if any(other is mask for mask in masks) or not holds_numbers(other):

@@ -97,6 +97,41 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Walk the module tree and choose, as :func:`named_components` tells."""
+    previous_is_leaf = False
+    for name, module in _parts(model):
+        if is_norm(module) and previous_is_leaf:
+            continue
+        previous_is_leaf = is_leaf(module)
+        yield name, module
+
+
+def norms_beside(
+    model: nn.Module, chosen: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """List the norms in no other component, and apart from them those of lists beside what they follow.
+
+    Where a norm is registered says nothing about where it runs; the first pass does. Those in lists go
+    with whole blocks, too, and others with single layers alone.
+    """
+    others = {name: module for name, module in chosen.items() if not is_norm(module)}
+    named = {id(part) for _, part in _parts(model)}
+    outside = {id(module) for module in transparent_modules(model, others)}
+    norms = {
+        name: module
+        for name, module in clean_modules(model)
+        if id(module) in outside and is_norm(module) and has_weights(module)
+    }
+    listed = {name: norm for name, norm in norms.items() if id(norm) not in named}
+    return {name: norm for name, norm in norms.items() if name not in listed}, listed
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Check whether a module has no parts."""
+    return not any(True for _ in module.children())
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Walk the module tree down to what a person would name."""
     tree = _Tree(model)
     name, node = "", model
     children = tree.children(node, name)
@@ -113,12 +148,7 @@ def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if len(parts) < 3:
         deeper = [inner for part in parts for inner in tree.open_wrapper(*part)]
         parts = deeper if len(deeper) > len(parts) else parts
-    previous_is_leaf = False
-    for part_name, module in parts:
-        if is_norm(module) and previous_is_leaf:
-            continue
-        previous_is_leaf = not any(True for _ in module.children())
-        yield part_name, module
+    yield from parts
 
 
 class _Tree:
@@ -297,7 +327,8 @@ def named_components(
     compute with weights of their own, as are modules that hold a list of blocks; of modules that repeat,
     only stages (little more than a list of blocks) are opened; modules without parameters belong to the
     component before them. Of these, the first pass makes components of those that look entries of a
-    table of their own up where states choose them.
+    table of their own up where states choose them. Norms belong to the layer registered before them, as
+    long as no pass shows where they run.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -374,7 +405,7 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
         if id(module) in inside or module is model:
             continue
         weighted = [part for part in module.children() if has_weights(part)]
-        leaf = isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children())
+        leaf = isinstance(module, torch.jit.ScriptModule) or is_leaf(module)
         if (is_norm(module) and not weighted) or (leaf and not has_weights(module)):
             found.append(module)
             inside |= _inside([module]).keys()
