@@ -55,8 +55,10 @@ from lightning_koopman.network.tensors import (
     further_tensors,
     is_real,
     padded,
+    plain,
     tensors_inside,
     unpacked,
+    varies,
 )
 
 
@@ -186,6 +188,8 @@ class Capture:
         self.in_losses: frozenset[str] = frozenset()
         self.returned_rows: set[int] = set()
         self._mixed: dict[int, str] = {}
+        # What is returned of the last state, where that is less than it or more was done.
+        self._further: set[str] = set()
         # Where calls that hand on what they take have what they make, by place.
         self._made_at: dict[tuple[int, int], tuple[int, ...]] = {}
         self._foreign: set[tuple[int, int]] = set()
@@ -301,6 +305,7 @@ class Capture:
         self.origins.start_call()
         self._call: Any = ()
         self._gave: dict[int, _Gave] = {}
+        self._last: tuple[str, Tensor] | None = None
         self._continuing: dict[int, _Gave] = {}
         self._unusable: str | None = None
         self._stages = Stages(self._provenance)
@@ -476,6 +481,7 @@ class Capture:
         if self._nested or not self._follow:
             return
         first = self._passes == 0 and not self.returned
+        further = self._beyond_last(output) if first else []
         for place, tensor in enumerate(tensors_inside(output)):
             if first and not tensor.ndim:
                 self.in_losses |= self._provenance.of(tensor) or frozenset()
@@ -489,14 +495,42 @@ class Capture:
                 if sources:
                     sources |= self._mixed_into(name, tensor)
                     self.returned[name] = sources
-                    if len(sources) > 1 or sources & self._moved:
+                    if any(tensor is other for other in further):
+                        self._further.add(name)
+                    if len(sources) > 1 or sources & self._moved or name in self._further:
                         self._mixed[place] = name
             if place in self._mixed:
                 name = self._mixed[place]
                 sources = self.returned[name]
                 self._stages.read(name, tensor)
                 self._keep_mixed_in(name)
-                self._keep(tensor, _recorded(name, module, tensor, tensor, sources))
+                recorded = _recorded(name, module, tensor, tensor, sources)
+                self._keep(tensor, replace(recorded, is_further=name in self._further))
+
+    def _beyond_last(self, output: Any) -> list[Tensor]:
+        """Find what is returned of the last state alone, if a part or with weights of its own."""
+        if self._named or self._last is None:
+            return []
+        name, state = self._last
+        parts, weighted = list[Tensor](), list[Tensor]()
+        for tensor in filter(is_real, tensors_inside(output)):
+            values = plain(tensor)
+            if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
+                continue
+            # Positions are pooled in states, and may be in what is returned.
+            alike = tensor.shape[:1] == state.shape[:1] and state.ndim in (2, tensor.ndim)
+            if not alike or not values.isfinite().all() or not varies(values):
+                continue
+            if tensor.numel() < state.numel():
+                parts.append(tensor)
+            elif self._provenance.holds_own(tensor):
+                # A shift alone, as by a bias, changes nothing that is reported.
+                shifted = tensor.shape == state.shape and torch.allclose(
+                    state + (values - state)[:1], values, rtol=1e-4
+                )
+                weighted += [] if shifted else [tensor]
+        whole = sum(part.numel() for part in parts) >= state.numel()
+        return weighted if whole else weighted + parts
 
     @_kept_out_of_the_forward
     def _on_inner_input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -701,6 +735,7 @@ class Capture:
         self._keep_mixed_in(name)
         if key not in self._merged:
             self._stages.read(name, given, made)
+        self._last = None if tensor.is_nested or not tensor.ndim else (name, plain(tensor))
         untouched, made_of = self._provenance.is_untouched(tensor), self._provenance.of(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
         beside = [other for _, other in further]

@@ -87,7 +87,12 @@ def chain_ends(
     ends = [name for name in ends if name not in frozen] or ends
     # What a returned tensor is made of may be no state by itself: a sum of branches is not the branches,
     # nor are samples that one of several experts got.
-    of_one = {name for name, made_of in returned.items() if len(made_of) == 1 and not made_of & in_turns}
+    further = {r.name for r in records if r.is_further}
+    of_one = {
+        name
+        for name, made_of in returned.items()
+        if len(made_of) == 1 and not made_of & in_turns and name not in further
+    }
     alone = {name for each in of_one for name in returned[each]}
     mixed = {
         name: made_of & set(ends)

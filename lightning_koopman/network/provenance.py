@@ -768,6 +768,10 @@ class Provenance:
             for tensor in tensors:
                 self._flow.label(tensor, _OWN)
 
+    def holds_own(self, value: Any) -> bool:
+        """Check whether what the network holds itself is in a value, beside what states are made of."""
+        return self._flow is not None and _OWN in self._flow.labels(value)
+
     def draws(self, value: Any) -> bool:
         """Check whether there are random numbers in a value that are no input."""
         return self._flow is not None and _CHANCE in self._flow.labels(value)

@@ -44,6 +44,7 @@ class Recorded:
         is_idle: Whether it is known to be made of nothing but what the network holds itself, such as a
             grid or learned queries.
         is_input: Whether it is what the network takes in.
+        is_further: Whether it is returned and made of one state by what no component does.
         from_data: Whether data of the batch are known to reach it.
         is_behind: Whether the components' common ancestor had returned before.
         is_pairwise: Whether it has a value for each pair of samples in the batch.
@@ -62,6 +63,7 @@ class Recorded:
     ignores_data: bool = False
     is_idle: bool = False
     is_input: bool = False
+    is_further: bool = False
     from_data: bool = False
     is_behind: bool = False
     is_pairwise: bool = False
