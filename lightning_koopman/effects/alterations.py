@@ -21,6 +21,7 @@ from lightning_koopman.effects.derived_weights import (
     set_derived,
 )
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
+from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.components import clean_name, common_ancestor
 from lightning_koopman.network.forward_runner import MeanAndSpread
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
@@ -149,6 +150,7 @@ class Alterations:
         self,
         values: Mapping[HookPoint, Tensor],
         merged: Mapping[HookPoint, tuple[int, ...] | None],
+        places: Mapping[HookPoint, tuple[Place | None, ...]],
         output: Tensor,
         further: Iterable[HookPoint] = (),
         n_given: int = 0,
@@ -156,11 +158,22 @@ class Alterations:
         """Find where the samples are in each state, as the first batch, of ``n_given``, shows."""
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
+        known = [(modules[n], p) for n, p in self.outputs.items() if p in values]
+        turning = [p for module, p in known if gives_batch_second(module, values[p])]
+        of_axis = int(any(places[point][1] == (1, 1) for point in turning))
 
         def form(name: str, point: HookPoint) -> RowForm:
             value = values[point]
             second = gives_batch_second(modules[name], value)
-            return form_of(name, value, len(output), merged.get(point), second=second, turned=turned)
+            return form_of(
+                name,
+                value,
+                len(output),
+                merged.get(point),
+                second=second,
+                turned=turned,
+                place=places[point][of_axis],
+            )
 
         for name, module in modules.items():
             for point in (self.outputs[name], self.inputs[name]):

@@ -258,7 +258,7 @@ def effects_on(
                 about = choose_outputs(runner, first, led, target, scale, metric, are_named=ends.named)
                 output = runner.form.outputs(first.given, runner.batches[0])
                 size = samples_in(runner.batches[0])
-                alterations.settle(values, first.merged, output, first.further, size)
+                alterations.settle(values, first.merged, first.places, output, first.further, size)
                 # Further tensors were read in the first call alone.
                 once = first.n_rounds == 1
                 rounds = [values] if once else runner.run_batch(0, alterations.read)[1]

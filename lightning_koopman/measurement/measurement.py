@@ -410,7 +410,7 @@ class Measurement(Accumulator):
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
         form = self.plan.forms[recorded.name].in_batch(tensor, self._batch)
-        if recorded.orders:
+        if recorded.orders or recorded.second_orders:
             tensor = replace(recorded, tensor=tensor).in_order(form)
         if tensor.ndim == 2 and form.group == 1:
             return form.rows(tensor)

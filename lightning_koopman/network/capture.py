@@ -816,9 +816,15 @@ class Capture:
         """Keep a state; the first pass shows how its rows came about."""
         if self._passes == 0:
             recorded = replace(recorded, merged=self._provenance.merged(tensor))
-        if orders := self._provenance.orders(recorded.tensor):
-            self._moved |= {recorded.name} if any(o.is_of_all for o in orders.values()) else set()
-            recorded = with_lengths_in_order(replace(recorded, orders=orders))
+        places = self._provenance.places(recorded.tensor)
+        if any(place is not None for place in places):
+            recorded = replace(recorded, places=places)
+        both = [self._provenance.orders(recorded.tensor, which) for which in range(2)]
+        if any(both):
+            moved = any(order.is_of_all for orders in both for order in orders.values())
+            self._moved |= {recorded.name} if moved else set()
+            recorded = replace(recorded, orders=both[0], second_orders=both[1])
+            recorded = with_lengths_in_order(recorded)
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
 from lightning_koopman.network.arguments import INTEGER, check_given, check_type
+from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
 from lightning_koopman.network.provenance import DataFlow
@@ -318,6 +319,7 @@ class Followed(NamedTuple):
         values: What was read.
         n_rounds: How often calls were counted anew.
         merged: Which axes were merged into the first axis of that.
+        places: Where the two first axes of the batch are in that, see :meth:`DataFlow.places`.
         made: For each of some calls, which of the tensors returned were made of what it gave.
         axes: For each of the tensors returned, which axes were merged into its first one.
         beside: Where further tensors that vary were given beside the one that was read.
@@ -328,6 +330,7 @@ class Followed(NamedTuple):
     values: Mapping[HookPoint, Tensor]
     n_rounds: int
     merged: dict[HookPoint, Any]
+    places: dict[HookPoint, tuple[Place | None, ...]]
     made: dict[str, list[int]]
     axes: list[tuple[int, ...] | None]
     beside: frozenset[HookPoint]
@@ -421,7 +424,7 @@ class ForwardRunner:
                 flow.label(tensor, name, beside=True)
 
             labelled = {HookPoint("out", call): _labels_once(flow, call) for call in made}
-            given, rounds = self._run(0, read, labelled, beside, label)
+            given, rounds = self._run(0, read, labelled, beside, label, flow)
         returned, values = list(tensors_inside(given)), dict(rounds[0])
         further: dict[HookPoint, list[int]] = {}
         for place, tensor in enumerate(returned):
@@ -433,8 +436,11 @@ class ForwardRunner:
                 values[point] = value
                 further.setdefault(point, []).append(place)
         merged = {point: flow.merged(value) for point, value in values.items()}
+        places = {point: flow.places(value) for point, value in values.items()}
         axes = [flow.merged(tensor) for tensor in returned]
-        return Followed(given, values, len(rounds), merged, made, axes, frozenset(beside), further)
+        return Followed(
+            given, values, len(rounds), merged, places, made, axes, frozenset(beside), further
+        )
 
     def targets_of(
         self, outputs: Sequence[Tensor], target_of: Callable[[Any], Tensor | None]
@@ -464,6 +470,7 @@ class ForwardRunner:
         alter: Mapping[HookPoint, Alteration] | None,
         beside: set[HookPoint] | None = None,
         label: Callable[[HookPoint, Tensor], None] | None = None,
+        flow: DataFlow | None = None,
     ) -> tuple[Any, Sequence[Mapping[HookPoint, Tensor]]]:
         read = list(read)
         batch = to_device(self.batches[number], self._device)
@@ -473,6 +480,8 @@ class ForwardRunner:
             batch = _ordinary(batch, copy=self._writes is True)
         else:
             as_found = self.as_found(batch)
+        if flow is not None:
+            flow.begin_axes(all_tensors(batch))
         points = HookPoints(self.model, read, alter, beside, label, self.counted_in)
         with random_states_kept(), as_found, points:
             seed_all(number)

@@ -464,6 +464,7 @@ def make_plan(
     mixed = {r.name for r in records if r.mixes(forms[r.name]) or r.strays(forms[r.name])}
     # What is mixed once stays mixed.
     met = [r.name for r in records if r.name in mixed and not (r.is_input or mixed & sources[r.name])]
+    untold = [r.name for r in records if r.may_be_turned(forms[r.name])]
     turned = {
         r.name
         for r in records
@@ -492,6 +493,11 @@ def make_plan(
         notes.append(
             f"rows of several samples meet in {listed(met)}, and operators see one of them, so what the "
             "others do counts as unexplained and as nonlinear"
+        )
+    if untold := [name for name in untold if name in sources]:
+        notes.append(
+            f"samples may be along the first or the second axis of {listed(untold)}, which are of one "
+            "size, and are taken to be along the first; take batches of another size where they are not"
         )
     states = _in_order(sources, ends)
     place = {name: i for i, group in enumerate(states) for name in group}

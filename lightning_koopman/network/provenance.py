@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from lightning_koopman.network.batch_axes import BatchAxes, Place
 from lightning_koopman.network.input_data import (
     LabelsByView,
     holds_all_of,
@@ -102,9 +103,11 @@ class DataFlow:
         self._written: dict[int, LabelsByView] = {}
         self._writes = map(str, itertools.count())
         self._paired: dict[int, frozenset[int]] = {}
-        self._rows = RowOrders(self._is_data, self._is_own, self._merges, self._keep_address)
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
+        self._axes = BatchAxes(self._keep_address)
+        # By which axis of the batch is taken for that of the samples.
+        self._rows = [self._rows_along(0)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied weak reference frees a storage twice, which ends the interpreter.
@@ -120,6 +123,31 @@ class DataFlow:
 
     def __exit__(self, *_: object) -> None:
         _WATCH.remove(self)
+
+    def _rows_along(self, which: int) -> RowOrders:
+        def is_along(tensor: Tensor, axis: int) -> bool | None:
+            return self._axes.is_along(tensor, axis, which)
+
+        return RowOrders(self._is_data, self._is_own, self._merges, is_along, self._keep_address)
+
+    def begin_axes(self, tensors: Iterable[Tensor]) -> None:
+        """Follow the first axes of the batch's tensors, too."""
+        if self.error is None:
+            try:
+                self._axes.begin(list(tensors))
+                if self._axes.is_square and len(self._rows) == 1:
+                    self._rows.append(self._rows_along(1))
+            except Exception as error:
+                self.error = error
+
+    def places(self, tensor: Tensor) -> tuple[Place | None, ...]:
+        """Find the two first axes of the batch in a tensor."""
+        if self.error is None:
+            try:
+                return tuple(self._axes.find(tensor, which) for which in range(2))
+            except Exception as error:
+                self.error = error
+        return None, None
 
     def label(self, value: Any, name: str, *, beside: bool = False) -> None:
         """Replace the labels of all tensors in a value by one, or put one ``beside`` them."""
@@ -159,11 +187,14 @@ class DataFlow:
     def _merges(self, tensor: Tensor) -> dict[int, tuple[int, ...]]:
         return self._merged.get(address_of(tensor), {})
 
-    def orders(self, tensor: Tensor) -> Orders:
-        """Read which rows a tensor's rows are, where operators took them in another order."""
+    def orders(self, tensor: Tensor, which: int = 0) -> Orders:
+        """Read which rows a tensor's rows are, where operators took them in another order.
+
+        Samples are taken to be along one of the two first axes of the batch.
+        """
         if self.error is None:
             try:
-                return self._rows.told(tensor)
+                return self._rows[min(which, len(self._rows) - 1)].told(tensor)
             except Exception as error:
                 self.error = error
         return NO_ORDERS
@@ -172,7 +203,8 @@ class DataFlow:
         """Let a tensor's rows count as those of the batch, if they are no order of all of them."""
         if self.error is None:
             try:
-                self._rows.begin(tensor)
+                for rows in self._rows:
+                    rows.begin(tensor)
             except Exception as error:
                 self.error = error
 
@@ -207,11 +239,15 @@ class DataFlow:
         # What a part holds is lost as well, but not what is told of all its memory.
         over = {place for place, (_, is_lost) in enumerate(kept) if is_lost}
         known = [] if name in _SHAPE_ONLY else self._known(func, kept, out)
-        if self._origins and known and self._merged:
-            self._rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
-        if self._origins and known and (sorts := self._rows.follow(name, args, reads, out)):
-            reads, known = _without_sorts(reads, known, sorts)
-            over = set()
+        if known:
+            self._axes.follow(func, args, reads, out)
+        if self._origins and known:
+            for rows in self._rows if self._merged else ():
+                rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
+            sorts, *_ = [rows.follow(name, args, reads, out) for rows in self._rows]
+            if sorts:
+                reads, known = _without_sorts(reads, known, sorts)
+                over = set()
         if self._origins and name in _LOOK_UP and len(known) > 1:
             self.lookups += _is_lookup(reads, known)
         ends = set[int]()
@@ -257,7 +293,7 @@ class DataFlow:
                     self._paired[address] = sizes
                     self._keep_address(tensor, address)
         # Parts of one tensor are put together to no more than it was.
-        grows = isinstance(out, Tensor) and not self._rows.is_whole_again
+        grows = isinstance(out, Tensor) and not self._rows[0].is_whole_again
         if grows and (axes := _merged_axes(name, args, out)):
             # What was read may be merged itself.
             place = 1 if axes[0] < 0 else 0
@@ -625,12 +661,18 @@ class Provenance:
             self._order.label(tensor, _OWN)
         for tensor in tensors_inside(self._batch):
             self._order.label(tensor, _BATCH)
+        self._order.begin_axes(self.data)
         self._order.__enter__()
 
-    def orders(self, tensor: Tensor) -> Orders:
+    def orders(self, tensor: Tensor, which: int = 0) -> Orders:
         """Find which rows a tensor's rows are, see :meth:`DataFlow.orders`."""
         flow = self._flow or self._order
-        return NO_ORDERS if flow is None else flow.orders(tensor)
+        return NO_ORDERS if flow is None else flow.orders(tensor, which)
+
+    def places(self, tensor: Tensor) -> tuple[Place | None, ...]:
+        """Find the two first axes of the batch in a tensor."""
+        flow = self._flow or self._order
+        return (None, None) if flow is None else flow.places(tensor)
 
     def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.
@@ -684,6 +726,7 @@ class Provenance:
             for i, tensor in sorted(data[::-1], key=lambda each: -each[1].numel()):
                 label = self._flow.label_part if shared[address_of(tensor)] > 1 else self._flow.label
                 label(tensor, f"{_BATCH}{i}")
+            self._flow.begin_axes(self.data)
 
     def of(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from."""

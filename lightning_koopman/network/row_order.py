@@ -76,6 +76,8 @@ class RowOrders:
         is_data: Tells whether a tensor is made of the batch.
         is_fixed: Tells whether an index is the same for every batch of this size.
         merges: Tells which axes were merged into first ones of a tensor's memory, by their sizes.
+        is_along: Tells whether an axis of a tensor is that of the samples, and not another one of that
+            size; ``None`` where this is not known.
         keep: Called with each tensor that has orders, so that its address is not given to another.
 
     Attributes:
@@ -89,9 +91,11 @@ class RowOrders:
         is_data: Callable[[Tensor], bool],
         is_fixed: Callable[[Tensor], bool],
         merges: Callable[[Tensor], Mapping[int, tuple[int, ...]]],
+        is_along: Callable[[Tensor, int], bool | None],
         keep: Callable[[Tensor], None],
     ) -> None:
         self._is_data, self._is_fixed, self._merges, self._keep = is_data, is_fixed, merges, keep
+        self._is_along = is_along
         # Views that are slices have orders of their own, beside those of all of the memory.
         self._of: dict[int, dict[Any, Orders]] = {}
         self._met: dict[int, frozenset[int]] = {}
@@ -278,8 +282,8 @@ class RowOrders:
     def _taken(self, source: Tensor, axis: int, index: Tensor, *, moved: bool = True) -> Orders:
         """Return the orders of rows that were taken along an axis."""
         known, size = self.of(source), source.shape[axis]
-        before = known.get(size)
-        if before is None and not self._is_data(source):
+        before, is_along = known.get(size), self._is_along(source, axis)
+        if is_along is False or (before is None and not self._is_data(source)):
             return known
         index = index.long() % max(1, size)
         merged = self._merges(source).get(size, ()) if axis == 0 else ()
@@ -293,7 +297,8 @@ class RowOrders:
             order = Order(index, size, moved)
         undone = not order.mixed and order.is_own
         undone = undone and (not order.moved or (before is not None and not before.is_own))
-        if axis and source.shape[0] == size and not (undone and before is not None):
+        is_second = axis and source.shape[0] == size and not is_along
+        if is_second and not (undone and before is not None):
             # Of two axes of one size, the second are positions, unless it brings rows back.
             return known
         others = _without(known, size)
@@ -305,6 +310,8 @@ class RowOrders:
     def _scrambled(self, source: Tensor, axis: int, name: str) -> Orders:
         """Return the orders where rows are made of several ones, or of neighbours that are named."""
         size, known = source.shape[axis], self.of(source)
+        if self._is_along(source, axis) is False:
+            return known
         others = _without(known, size)
         if name != "gather" or not (size in known or self._is_data(source)):
             return others
@@ -313,7 +320,7 @@ class RowOrders:
     def _put_together(self, args: Sequence[Any], out: Tensor) -> list[tuple[Tensor, Orders]] | None:
         parts = [part for part in args[0] if part.ndim == out.ndim]
         axis = _axis_of_rows(out, _argument(args, 1, 0))
-        if axis is None or not self._of:
+        if axis is None or not self._of or self._is_along(out, axis) is False:
             return None
         known = [self.of(part).get(part.shape[axis]) for part in parts]
         if not any(order is not None for order in known):
@@ -355,6 +362,8 @@ class RowOrders:
         source, axis = args[0], _argument(args, 1, 0)
         size = source.shape[0] if source.ndim else 0
         if size < 2 or axis % source.ndim or not self._is_data(source):
+            return None
+        if self._is_along(source, 0) is False:
             return None
         known, parts = self.of(source), all_tensors(out)
         first = args[2] % size if name == "select" else 0
@@ -425,6 +434,8 @@ class RowOrders:
             places = None if axis is None else _rows_of_index(index, axis)
         if axis is None or places is None or not isinstance(source, Tensor):
             return None
+        if self._is_along(target, axis) is False:
+            return [(out, self._joined([target, source]))]
         known, order = self.of(source), None
         if source.ndim == target.ndim and source.shape[axis] == len(places):
             plain = Order(_places(len(places), source), len(places), moved=False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of, tensors_inside
 
@@ -50,6 +51,8 @@ class Recorded:
         is_pairwise: Whether it has a value for each pair of samples in the batch.
         holds: The states that are mixed into it, where it is an input.
         orders: Which rows its rows are, where the network took rows in another order, and which met.
+        second_orders: The same, where samples are along the second axis of the batch.
+        places: Where the two first axes of the batch are, as far as that is known.
     """
 
     name: str
@@ -70,12 +73,14 @@ class Recorded:
     holds: frozenset[str] = frozenset()
     merged: tuple[int, ...] | None = None
     orders: Orders = field(default_factory=dict)
+    second_orders: Orders = field(default_factory=dict)
+    places: tuple[Place | None, ...] = (None, None)
 
     def in_order(self, form: RowForm) -> Tensor:
         """Return the tensor with its rows in the order of the batch."""
         if not self._may_be_out_of_order(form):
             return self.tensor
-        places = sample_places(*form.rows_of(self.tensor), self.orders)
+        places = sample_places(*form.rows_of(self.tensor), self._orders(form))
         if places is None:
             return self.tensor
         return self.tensor.detach().index_select(form.batch_axis, places.to(self.tensor.device))
@@ -85,7 +90,7 @@ class Recorded:
         if not self._may_be_out_of_order(form):
             return False
         n_rows, samples = form.rows_of(self.tensor)
-        found = rows_found(n_rows, samples, self.orders)
+        found = rows_found(n_rows, samples, self._orders(form))
         return found is not None and not torch.equal(found.sort()[0], samples.sort()[0])
 
     def mixes(self, form: RowForm) -> bool:
@@ -93,7 +98,8 @@ class Recorded:
         if not self._may_be_out_of_order(form):
             return False
         n_rows, samples = form.rows_of(self.tensor)
-        orders = (self.orders.get(size) for size in {n_rows, int(samples.max()) + 1})
+        known = self._orders(form)
+        orders = (known.get(size) for size in {n_rows, int(samples.max()) + 1})
         mixed = any(order is not None and order.is_of_all and order.mixed for order in orders)
         return mixed or (form.group == 1 and self.merged is not None and self.meet(n_rows))
 
@@ -101,11 +107,22 @@ class Recorded:
         """Check whether several of that many rows, which axes were merged into, were put together."""
         return have_met(self.orders, n_rows)
 
+    def may_be_turned(self, form: RowForm) -> bool:
+        """Check whether samples may as well be along the second axis, for all that is known."""
+        shape, is_data = self.tensor.shape, self.from_data and not self.is_idle
+        is_square = len(shape) > 2 and shape[0] == shape[1] > 1 and form.group == 1
+        is_first = form.batch_axis == 0 and self.lengths is None and not callable(form.reduce)
+        return is_data and is_square and is_first and self.places[form.of_axis] is None
+
     def _may_be_out_of_order(self, form: RowForm) -> bool:
-        if not self.orders or not self.tensor.numel():
+        if not self._orders(form) or not self.tensor.numel():
             return False
-        # Of two axes of one size, orders are told along the first.
-        return form.batch_axis == 0 or self.tensor.shape[0] != self.tensor.shape[1]
+        # Of two axes of one size, orders are told along the first, unless more is known.
+        is_first = form.batch_axis == 0 or self.tensor.shape[0] != self.tensor.shape[1]
+        return is_first or self.places[form.of_axis] == (form.batch_axis, 1)
+
+    def _orders(self, form: RowForm) -> Orders:
+        return self.second_orders if form.of_axis else self.orders
 
 
 def with_lengths_in_order(recorded: Recorded) -> Recorded:
@@ -176,6 +193,7 @@ class RowForm:
         reduce: What is done with these axes.
         is_input: Whether it is what the network takes in, whose bits tell the folds.
         of_batch: Whether several entries belong to each row of the batch.
+        of_axis: Which axis of the batch's tensors the samples are along.
     """
 
     batch_axis: int = 0
@@ -186,6 +204,7 @@ class RowForm:
     reduce: Reduce = "pool"
     is_input: bool = False
     of_batch: bool = False
+    of_axis: int = 0
 
     def samples(self, n_rows: int, n_samples: int) -> Tensor:
         """Return the sample of each entry of the batch axis, in any batch."""
@@ -438,12 +457,13 @@ def row_forms(
     n_samples, second = batch_size(records, batch)
     turned = any(has_batch_second(record.module) for record in records)
     given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+    of_axis = _axis_of_samples(records, batch, n_samples)
     forms = {}
     for record in records:
         chosen = _reduction(record.name, reduce)
         shape = record.tensor.shape
         if callable(chosen) or not shape:
-            forms[record.name] = RowForm(reduce=chosen, is_input=record.is_input)
+            forms[record.name] = RowForm(reduce=chosen, is_input=record.is_input, of_axis=of_axis)
             continue
         form = RowForm()
         if record.lengths is None:
@@ -456,6 +476,7 @@ def row_forms(
                 turned=turned,
                 followed=record.sources is not None,
                 picked=_is_picked(record, n_samples),
+                place=record.places[of_axis],
             )
         values = by_sample(record.tensor, form)
         first = has_channels_first(values, record.module)
@@ -466,9 +487,20 @@ def row_forms(
             grid=grid,
             reduce=chosen,
             is_input=record.is_input,
-            of_batch=form.group > 1 and n_samples == given,
+            of_batch=form.group > 1 and n_samples == given and not of_axis,
+            of_axis=of_axis,
         )
     return forms
+
+
+def _axis_of_samples(records: Sequence[Recorded], batch: Any, n_samples: int) -> int:
+    """Find which of the two first axes of the batch's tensors the samples are along."""
+    shape = next((t.shape for t in all_tensors(batch) if t.ndim > 1), (0, 0))
+    if shape[0] != shape[1]:
+        return int(n_samples == shape[1])
+    packed = (r.places[1] == (0, 1) for r in records if r.lengths is not None)
+    second = (r for r in records if r.lengths is None and gives_batch_second(r.module, r.tensor))
+    return int(any(packed) or any(record.places[1] == (1, 1) for record in second))
 
 
 def _is_picked(record: Recorded, n_samples: int) -> bool:
@@ -499,12 +531,14 @@ def form_of(
     turned: bool,
     followed: bool = False,
     picked: bool = False,
+    place: Place | None = None,
 ) -> RowForm:
     """Find where a state's samples are.
 
     ``second`` says that its module has them along axis 1, ``turned`` that any module has. Where the data
     was ``followed``, several rows are a sample's only if a merge was seen: some may be all that is left
-    of many, as an expert's share of positions. Rows that were ``picked`` are along the first axis.
+    of many, as an expert's share of positions. Rows that were ``picked`` are along the first axis. Of
+    several axes of as many entries, ``place`` says which are the samples, if that is known.
     """
     shape = tensor.shape
     untold = (
@@ -513,6 +547,8 @@ def form_of(
     )
     if n_samples < 2 or shape[0] <= n_samples:
         merged = None
+    if place in ((0, 1), (1, 1)) and shape[:2] == (n_samples, n_samples) and not second:
+        return RowForm(batch_axis=place.axis)
     # Two axes are rows and units as a rule, and as many units as samples happen.
     may_be_second = second or (not picked and (turned or len(shape) > 2))
     if merged is None and may_be_second and len(shape) > 1 and shape[1] == n_samples:
@@ -527,10 +563,12 @@ def form_of(
         return RowForm() if followed else RowForm(group=group)
     if n_samples not in merged:
         return RowForm()
-    # Of two axes of this size, the samples are the first, unless some module has them second.
-    if turned and merged.count(n_samples) > 1:
-        raise ValueError(untold)
     run = math.prod(merged[merged.index(n_samples) + 1 :])
+    if merged.count(n_samples) > 1:
+        # Of two axes of this size, the samples are the first, unless some module has them second.
+        if place is None and turned:
+            raise ValueError(untold)
+        run = run if place is None or place.axis else place.inner
     return RowForm(group=group, run=run if run < group else 0)
 
 

@@ -165,12 +165,6 @@ def test_effects_of_positions_first_are_those_of_samples_first(t):
     assert turned["output_noise"] == pytest.approx(plain["output_noise"], rel=0.3)
 
 
-def test_as_many_samples_as_positions_are_refused_where_either_could_be_first():
-    model = tagger(False, "turned back")
-    with pytest.raises(ValueError, match=r"'low', of shape \(49, 6\), belong to which of the 7 samples"):
-        credit_report(model, sequences().split(T))
-
-
 def test_outputs_with_positions_first_are_refused_by_effects():
     def run(m: nn.Module, x: Tensor) -> Tensor:
         return m.out(m.rnn(x)[0])

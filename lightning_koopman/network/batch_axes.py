@@ -1,0 +1,218 @@
+"""Follows where the first axes of the batch's tensors are in what is made of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.network.tensors import address_of, all_tensors
+
+_PICKS = frozenset({"flip", "gather", "index_select", "roll", "sort", "topk"})
+_PUTS = frozenset({"index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce"})
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_sparse_mm": 0, "_sparse_addmm": 1}
+"""Where products of matrices have the left one."""
+
+_PAIRS = frozenset({"_cdist_forward", "_euclidean_dist"})
+
+
+class Place(NamedTuple):
+    """Where an axis of the batch is.
+
+    Attributes:
+        axis: Of the tensor.
+        inner: How many entries further along it the next entry is, where axes were merged; else 1.
+    """
+
+    axis: int
+    inner: int = 1
+
+
+class BatchAxes:
+    """Where the first axis of the batch's tensors is, and the second where both are of one size.
+
+    It is known by the distance of its entries in memory, as views share it. What no rule tells is not
+    known, and what several tensors tell otherwise, as values of pairs of samples do, is not either.
+
+    Args:
+        keep: Called with each tensor of which something is known, so that its address is not given to
+            another.
+
+    Attributes:
+        is_square: Whether a tensor of the batch has as many entries along the second axis as along the
+            first.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], None]) -> None:
+        self._keep = keep
+        self.is_square = False
+        self._sizes: dict[int, int] = {}
+        self._steps: dict[int, dict[int, int]] = {}
+
+    def begin(self, tensors: Sequence[Tensor]) -> None:
+        """Let these be the batch's tensors."""
+        tensors = [t for t in tensors if address_of(t) and not t.is_nested and t.ndim]
+        if not tensors:
+            return
+        size = tensors[0].shape[0]
+        tensors = [tensor for tensor in tensors if tensor.shape[0] == size]
+        self.is_square = any(tensor.shape[1:2] == (size,) for tensor in tensors)
+        self._sizes = dict.fromkeys(range(2), size)
+        for tensor in tensors:
+            for axis in range(2 if tensor.shape[1:2] == (size,) else 1):
+                self._set(tensor, {axis: _step(tensor, Place(axis))}, is_part=True)
+
+    def find(self, tensor: Tensor, which: int) -> Place | None:
+        """Find an axis of the batch in a tensor."""
+        steps = {} if tensor.is_nested else self._steps.get(address_of(tensor), {})
+        return _place(tensor, steps.get(which, 0))
+
+    def is_along(self, tensor: Tensor, axis: int, which: int) -> bool | None:
+        """Tell whether a tensor's axis is one of the batch, or known to be another of that size."""
+        place, size = self.find(tensor, which), tensor.shape[axis]
+        if place is None:
+            other = self.find(tensor, 1 - which) == (axis, 1)
+            return False if other and size == self._sizes[which] else None
+        if place.inner > 1 or (place.axis == axis and size > self._sizes[which]):
+            return None
+        return place.axis == axis or (False if tensor.shape[place.axis] == size else None)
+
+    def follow(self, func: Any, args: Sequence[Any], reads: Sequence[Tensor], out: Any) -> None:
+        """Pass on what is known from what an operator read to what it wrote."""
+        if not self._steps:
+            return
+        known = [
+            (read, steps)
+            for read in reads
+            if (steps := self._steps.get(address_of(read))) and not read.is_nested
+        ]
+        is_mutable, addresses = func._schema.is_mutable, {address_of(read) for read in reads}
+        if not known and not is_mutable:
+            return
+        rule: _Rule | None = None
+        for tensor in [out] if isinstance(out, Tensor) else all_tensors(out):
+            address = address_of(tensor)
+            if address and not tensor.is_nested and (is_mutable or address not in addresses):
+                rule = rule or _Rule(func, args, self._sizes)
+                steps = {}
+                for which in self._sizes if self.is_square else (0,):
+                    found = set[int]()
+                    for read, of in known:
+                        place = _place(read, of.get(which, 0))
+                        axis = None if place is None else rule.axis(read, place, which, tensor)
+                        if place is not None and axis is not None:
+                            found.add(_step(tensor, Place(axis, place.inner)))
+                    if len(found) == 1:
+                        steps[which] = found.pop()
+                size = tensor.numel() * tensor.element_size()
+                is_part = is_mutable and size < tensor.untyped_storage().nbytes()
+                self._set(tensor, steps, is_part=is_part)
+
+    def _set(self, tensor: Tensor, steps: dict[int, int], *, is_part: bool) -> None:
+        address = address_of(tensor)
+        before = self._steps.get(address, {})
+        if is_part:
+            unlike = {which for which in before.keys() & steps if before[which] != steps[which]}
+            steps = {**before, **steps, **dict.fromkeys(unlike, 0)}
+        if steps or before:
+            self._steps[address] = steps
+            self._keep(tensor)
+
+
+class _Rule:
+    """Tells where an operator leaves an axis of what it reads."""
+
+    def __init__(self, func: Any, args: Sequence[Any], sizes: dict[int, int]) -> None:
+        self._name, self._by_entry, place = _kind(func)
+        self._args, self._sizes = args, sizes
+        dims = args[place] if place < len(args) else None
+        self._dims: Sequence[int] = [dims] if isinstance(dims, int) else dims or ()
+
+    def axis(self, read: Tensor, place: Place, which: int, out: Tensor) -> int | None:
+        """Return the axis of what was written that one of what was read became."""
+        axis = self._axis(read, place, which, out)
+        return axis if axis is not None and 0 <= axis < out.ndim and out.shape[axis] > 1 else None
+
+    def _axis(self, read: Tensor, place: Place, which: int, out: Tensor) -> int | None:
+        axis, name, args, more = place.axis, self._name, self._args, out.ndim - read.ndim
+        if name in _PRODUCTS:
+            left, right = args[_PRODUCTS[name] :][:2]
+            if read is left or read is right:
+                # That of the other matrix is summed over.
+                summed = read.ndim - (1 if read is left else 2)
+                return None if axis == summed else axis
+            return axis + more
+        if self._by_entry or name == "repeat":
+            alike = out.shape[axis + more] == read.shape[axis]
+            return axis + more if alike or name == "repeat" else None
+        if name == "stack":
+            dim = (args[1] if len(args) > 1 else 0) % out.ndim
+            return axis + (axis >= dim)
+        if name == "embedding":
+            return axis if read is args[1] else axis + args[1].ndim - 1 if axis else None
+        if name == "index":
+            return self._indexed(read, place, which)
+        if name == "_pack_padded_sequence":
+            is_rows = place == (0 if args[2] else 1, 1) and out.is_floating_point()
+            return 0 if is_rows else None
+        if name in _PAIRS or (name == "linear" and axis == read.ndim - 1):
+            return None
+        dims = {dim % read.ndim for dim in self._dims} if name != "cat" else set[int]()
+        if name in _PICKS and axis in dims and not self._is_pure(read, place, which):
+            return None
+        if not more:
+            alike = out.shape[axis] == read.shape[axis]
+            return axis if alike or name == "cat" or name in _PICKS or name in _PUTS else None
+        if more == -len(dims) and axis not in dims:
+            return axis - sum(dim < axis for dim in dims)
+        return None
+
+    def _is_pure(self, read: Tensor, place: Place, which: int) -> bool:
+        """Check whether an axis was merged with no other."""
+        return place.inner == 1 and read.shape[place.axis] <= self._sizes[which]
+
+    def _indexed(self, read: Tensor, place: Place, which: int) -> int | None:
+        source, given = self._args[:2]
+        indices = [(axis, index) for axis, index in enumerate(given) if index is not None]
+        if len(indices) != 1:
+            return None
+        start, index = indices[0]
+        is_mask, axis = index.dtype in (torch.bool, torch.uint8), place.axis
+        if read is not source:
+            return None if is_mask else start + axis
+        taken, given_back = (index.ndim, 1) if is_mask else (1, index.ndim)
+        if axis < start:
+            return axis
+        if axis >= start + taken:
+            return axis - taken + given_back
+        return start if taken == given_back == 1 and self._is_pure(read, place, which) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind(func: Any) -> tuple[str, bool, int]:
+    """Return an operator's name, whether it goes by entries, and where it is told of axes."""
+    name = func._schema.name.rpartition("::")[2].removesuffix("_")
+    name = "index_put" if "index_put" in name else name
+    places = (i for i, each in enumerate(func._schema.arguments) if each.name in ("dim", "dims"))
+    by_entry = torch.Tag.pointwise in func.tags or name == "copy"
+    return name, by_entry, next(places, len(func._schema.arguments))
+
+
+def _step(tensor: Tensor, place: Place) -> int:
+    """Return how many bytes further the next entry is."""
+    return tensor.stride(place.axis) * tensor.element_size() * place.inner
+
+
+def _place(tensor: Tensor, step: int) -> Place | None:
+    """Find along which axis entries are so far from one another."""
+    found, longest = None, 0
+    width = tensor.element_size()
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        stride *= width
+        if size > 1 and longest <= stride <= step < stride * size and step % stride == 0:
+            found = None if stride == longest else Place(axis, step // stride)
+            longest = stride
+    return found
