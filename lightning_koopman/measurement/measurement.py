@@ -497,8 +497,9 @@ class Measurement(Accumulator):
                 f"random numbers go into {listed(noisy)} that operators do not see, so what they do "
                 "counts as unexplained and as nonlinear"
             )
-        if homeless := [f"{name} ({count:,})" for name, count in self.capture.homeless.items()]:
-            notes.append(f"parameters in no component: {listed(homeless)}")
+        homeless = self.capture.homeless(self._silent or ())
+        if told := [f"{name} ({count:,})" for name, count in homeless.items()]:
+            notes.append(f"parameters in no component: {listed(told)}")
         if self._skipped:
             notes.append(f"gave no floating-point tensor, so left out: {', '.join(self._skipped)}")
         if (first := self._begins_without_input()) is not None:

@@ -119,7 +119,6 @@ class Capture:
         norms: Those of the components that belong to others where they run right behind a layer.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
-        homeless: Number of values of each parameter that is in no component, where these were not named.
         returned: The states that reach each tensor with samples that the components' common ancestor
             returned in the first pass; those of several states are recorded themselves, under the same
             name. Empty where it was not called.
@@ -168,8 +167,7 @@ class Capture:
         # Which of them states choose entries of, as quantisers do, shows in the first pass.
         self._tables = {} if self._named else with_tables(model, self.components)
         self._looking_up: list[int] = []
-        holders = [*self.components.values(), *self._transparent]
-        self.homeless = {} if self._named else without_component(model, holders)
+        self._holders = [*self.components.values(), *self._transparent]
         self._model, self.keep, self._follow, self._trained = model, keep, follow, trained
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._ancestor = common_ancestor(model, self.components.values())
@@ -649,6 +647,16 @@ class Capture:
         elif any(module is other for other in self._transparent):
             self._on_transparent(module, args, kwargs, output)
 
+    def homeless(self, silent: Collection[str]) -> dict[str, int]:
+        """Count the parameters that are in no component, by name, where components were not named."""
+        if self._named:
+            return {}
+        called = {call.partition("#")[0] for calls in self.parts.values() for call in calls}
+        # A norm of what something else reads as well is part of the step of what takes it.
+        apart = [norm for name, norm in self.norms.items() if name not in called and name not in silent]
+        holders = [m for m in self._holders if all(m is not norm for norm in apart)]
+        return without_component(self._model, holders)
+
     @_kept_out_of_the_forward
     def _on_norm_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Find whether a norm takes what a layer gave as it is, and so belongs to that layer."""
@@ -733,8 +741,8 @@ class Capture:
             recorded = _recorded(added.name, module, added.copied, added.copied, frozenset())
             self._keep(added.copied, replace(recorded, is_input=True, holds=added.holds))
         self._keep_mixed_in(name)
-        if key not in self._merged:
-            self._stages.read(name, given, made)
+        # What continues a state reads it at whatever stage it is, and others as they are.
+        self._stages.read(name, given, made, but=name if key in self._merged else None)
         self._last = None if tensor.is_nested or not tensor.ndim else (name, plain(tensor))
         untouched, made_of = self._provenance.is_untouched(tensor), self._provenance.of(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)

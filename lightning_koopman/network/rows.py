@@ -179,6 +179,15 @@ _CHANNEL_COUNTS: tuple[tuple[Any, str], ...] = (
     (nn.LayerNorm, "normalized_shape"),
 )
 
+_CHANNELS_TAKEN: tuple[tuple[Any, str], ...] = (
+    (nn.modules.conv._ConvNd, "in_channels"),
+    (nn.modules.batchnorm._BatchNorm, "num_features"),
+    (nn.modules.instancenorm._InstanceNorm, "num_features"),
+    (nn.GroupNorm, "num_channels"),
+    (nn.Linear, "in_features"),
+    (nn.LayerNorm, "normalized_shape"),
+)
+
 
 @dataclass(frozen=True)
 class RowForm:
@@ -374,17 +383,21 @@ def _cell_means(values: Tensor, cells: int, valid: Tensor | None) -> Tensor:
     return means
 
 
-def has_channels_first(tensor: Tensor, module: nn.Module) -> bool:
-    """Guess the layout of a module's output."""
+def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = False) -> bool:
+    """Guess the layout of a module's output, or of what it takes."""
     if tensor.ndim < 3:
         return False
-    for part in reversed(list(module.modules())):
-        for kind, attribute in _CHANNEL_COUNTS:
+    parts, counts = [*module.modules()], _CHANNELS_TAKEN if is_input else _CHANNEL_COUNTS
+    for part in parts if is_input else reversed(parts):
+        for kind, attribute in counts:
             if isinstance(part, kind):
                 count = getattr(part, attribute)
                 count = count[-1] if isinstance(count, tuple) else count
-                if (tensor.shape[1] == count) != (tensor.shape[-1] == count):
-                    return bool(tensor.shape[1] == count)
+                are_first, are_last = tensor.shape[1] == count, tensor.shape[-1] == count
+                # A linear layer that takes as many as there are along axis 1 mixes positions.
+                by_last = is_input and isinstance(part, nn.Linear | nn.LayerNorm)
+                if are_first != are_last and (are_last or not by_last):
+                    return bool(are_first)
     if tensor.ndim == 4 and tensor.shape[1] == tensor.shape[2] != tensor.shape[3]:
         return False
     return tensor.ndim > 3
@@ -479,7 +492,7 @@ def row_forms(
                 place=record.places[of_axis],
             )
         values = by_sample(record.tensor, form)
-        first = has_channels_first(values, record.module)
+        first = has_channels_first(values, record.module, is_input=record.is_input)
         grid = pooled_grid(tuple(values.shape[1:]), max_dim, channels_first=first)
         forms[record.name] = replace(
             form,

@@ -66,11 +66,11 @@ class Stages:
         memory = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         stages.append(_Stage(call, kept, memory, frozenset(sources or ()) - {name}))
 
-    def read(self, reader: str, *values: Any) -> None:
+    def read(self, reader: str, *values: Any, but: str | None = None) -> None:
         """Note which stages something is computed from, by what it takes or what was made of it."""
         read = self._readers.setdefault(reader, set())
         for value in values:
-            read |= self._provenance.stages(value)
+            read |= {mark for mark in self._provenance.stages(value) if mark[0] != but}
 
     def forget_freed(self, given: Any) -> None:
         """Let go of copies of stages that nobody holds, and that nothing reads, or is given now."""

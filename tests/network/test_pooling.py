@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_koopman import Options, credit_report
 from lightning_koopman.network.rows import (
     RowForm,
     by_sample,
@@ -232,3 +233,25 @@ def test_means_over_positions_keep_their_digits_under_autocast(masked):
         rows = form.rows(x, valid)
     assert torch.equal(rows, form.rows(x, valid))
     assert torch.allclose(rows.double(), form.rows(x.double(), valid), rtol=0, atol=1e-6)
+
+
+def test_an_input_has_its_channels_where_the_first_layer_takes_them():
+    x = torch.zeros(2, 3, 60)
+    assert has_channels_first(x, nn.Sequential(nn.Conv1d(3, 4, 1), nn.Linear(60, 5)), is_input=True)
+    assert not has_channels_first(x, nn.Sequential(nn.Linear(60, 3), nn.Conv1d(3, 4, 1)), is_input=True)
+    # Tokens may be mixed before channels are.
+    assert not has_channels_first(x, nn.Sequential(nn.Linear(3, 7), nn.Linear(60, 5)), is_input=True)
+    assert not has_channels_first(x, nn.Conv1d(60, 4, 1), is_input=True)
+
+
+@pytest.mark.parametrize("n_steps", [60, 600])
+def test_a_convolution_of_series_is_linear_in_the_means_of_its_channels(n_steps):
+    torch.manual_seed(0)
+    layers = nn.Conv1d(3, 4, 3, padding=1), nn.Conv1d(4, 2, 3, padding=1)
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(2, 2))
+    x = torch.randn(300, 3, 1) + 0.1 * torch.randn(300, 3, n_steps)
+    report = credit_report(net, x.split(60), options=Options(reduce="mean"))
+    by_hand = Options(reduce=lambda t: t.mean(2) if t.ndim == 3 else t)
+    expected = credit_report(net, x.split(60), options=by_hand)
+    assert report.r2 == pytest.approx(1, abs=1e-4)
+    assert report.credit == pytest.approx(expected.credit, abs=1e-6)

@@ -53,6 +53,31 @@ def test_a_connection_around_a_norm_reads_what_the_component_gave(
     assert report.credit == pytest.approx(expected.credit, abs=1e-9)
     assert report.parts["first"] == ("first",)
     assert report.n_samples == SAMPLES
+    # What only the branch reads is part of no component, and what it holds is told.
+    told = (
+        "parameters in no component: norm.weight (8), norm.bias (8)" in note for note in report.notes
+    )
+    assert any(told) == isinstance(norm, nn.LayerNorm)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.ReLU()])
+def test_a_connection_may_be_added_by_a_module(batches: list[Tensor], norm: nn.Module) -> None:
+    def added(net: Any, x: Tensor) -> Tensor:
+        x = net.first(x)
+        return net.head(net.add(net.branch(net.norm(x)), x))
+
+    net = network(added, norm)
+    net.add = Add()
+    report = credit_report(net, batches)
+    assert report.parts == {"first": ("first",), "branch": ("branch", "add"), "head": ("head",)}
+    # The last of three states is a sum of the first and of what the branch makes of it.
+    assert report.r2[[0, 2]] == pytest.approx(1.0, abs=1e-6)
+    twin = network(around, norm)
+    skip, expected = (
+        component_effects(each, batches, credit_report(each, batches), ("skip",)).values["skip"]
+        for each in (net, twin)
+    )
+    assert skip[0] == pytest.approx(expected[0], rel=1e-4)
 
 
 def test_effects_alter_what_both_read(batches: list[Tensor]) -> None:
