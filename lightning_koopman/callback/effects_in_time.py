@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lightning_koopman.callback.budget import Budget
@@ -59,10 +60,7 @@ class EffectsInTime:
         ``steps`` are recorded ones, or why there are none. With several processes, each of them must
         call this, whatever became of its report.
         """
-
-        def own(agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit]) -> _Found:
-            return self._own(trainer, pl_module, report, steps, around, final=final, agree=agree)
-
+        own = partial(self._own, trainer, pl_module, report, steps, around, final=final)
         effects, why = self._of_all(trainer, report, own, final=final)
         if report is None or (effects is None and why is None):
             return report
@@ -97,7 +95,7 @@ class EffectsInTime:
             asked.extend(each for each in gather(fit) if each is not None)
             return asked
 
-        mine, why = own(agree)
+        mine, why = own(agree=agree)
         if not asked:
             agree(None)
         everybody = [found for found in gather(mine) if found is not None]
@@ -120,7 +118,7 @@ class EffectsInTime:
         around: Callable[[], AbstractContextManager[None]],
         *,
         final: bool,
-        agree: Callable[[Fit], Sequence[Fit]],
+        agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
     ) -> _Found:
         """Measure effects on this process's samples."""
         if report is None:

@@ -315,12 +315,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
-        before, self._recorded = self._recorded, replace(self._recorded)
-        loader = first_loader(trainer.val_dataloaders)
-        self._begin(trainer, pl_module, loader, final=in_training and may_be_last(trainer))
+        self._begin_validation(trainer, pl_module, final=in_training and may_be_last(trainer))
         assert self._measurement is not None
-        self._before = before
-        self._recorded.of_training = False
         self._recorded.calls = Recording(
             pl_module,
             self._measurement.capture.components,
@@ -532,10 +528,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 return
             if self._idle:
                 # Calls of training steps are none of those that the others validate.
-                before, self._recorded = self._recorded, replace(self._recorded)
-                self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders))
-                self._before = before
-                self._recorded.calls, self._recorded.of_training = None, False
+                self._begin_validation(trainer, pl_module)
+                self._recorded.calls = None
             self._final = may_be_last(trainer)
             self._finish_watched(trainer, pl_module, step=step)
 
@@ -644,20 +638,25 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if self.drift and self._watched is not None and not self._final:
                 self._measurement.earlier = self._watched.lasting_basis
 
+    def _begin_validation(self, trainer: Any, pl_module: Any, *, final: bool = False) -> None:
+        """Start measuring what validation runs, and remember what was recorded before."""
+        before, self._recorded = self._recorded, replace(self._recorded)
+        self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders), final=final)
+        self._before, self._recorded.of_training = before, False
+
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""
         recording = self._recorded.calls
         if self._checked or self._elsewhere or recording is None:
             return
         self._checked = True
-        put_back_buffers = self._state.forget_buffers()
         try:
             refuse_sharded_weights(trainer)
         except RuntimeError as why:
             self._differs = str(why)
             return
         with plain_numerics(pl_module), undisturbed(pl_module), self._as_watched(trainer)():
-            put_back_buffers()
+            self._state.put_back_buffers()
             start = self.budget.clock()
             self._differs = recording.differs()
             rows = sum(step.n_rows for step in recording.steps[:1])

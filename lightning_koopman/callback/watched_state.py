@@ -42,15 +42,11 @@ class WatchedState:
             copies = [{name: tensor.clone() for name, tensor in each.items()} for each in plain]
         self._buffers = list(zip(held, copies, strict=True))
 
-    def forget_buffers(self) -> Callable[[], None]:
-        """Let go of copied buffers; returned is what puts them back."""
-        copies, self._buffers = self._buffers, []
-
-        def put_back() -> None:
-            for held, before in copies:
-                held.update(before)
-
-        return put_back
+    def put_back_buffers(self) -> None:
+        """Let modules have the buffers that were copied, and let go of these."""
+        for held, before in self._buffers:
+            held.update(before)
+        self._buffers = []
 
     def note_modes(self, pl_module: Any) -> None:
         """Remember which modules are in train mode."""

@@ -28,6 +28,7 @@ from lightning_koopman.network.hook_points import Alteration, HookPoint, find_mo
 from lightning_koopman.network.isolation import random_states_kept
 from lightning_koopman.network.rows import (
     RowForm,
+    are_second_of_batch,
     by_sample,
     form_of,
     gives_batch_second,
@@ -158,9 +159,8 @@ class Alterations:
         """Find where the samples are in each state, as the first batch, of ``n_given``, shows."""
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
-        known = [(modules[n], p) for n, p in self.outputs.items() if p in values]
-        turning = [p for module, p in known if gives_batch_second(module, values[p])]
-        of_axis = int(any(places[point][1] == (1, 1) for point in turning))
+        known = [(name, point) for name, point in self.outputs.items() if point in values]
+        of_axis = int(are_second_of_batch((modules[n], values[p], places[p]) for n, p in known))
 
         def form(name: str, point: HookPoint) -> RowForm:
             value = values[point]

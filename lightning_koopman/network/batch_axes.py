@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import address_of, all_tensors
+from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory
 
 _PICKS = frozenset({"flip", "gather", "index_select", "roll", "sort", "topk"})
 _PUTS = frozenset({"index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce"})
@@ -107,9 +107,7 @@ class BatchAxes:
                             found.add(_step(tensor, Place(axis, place.inner)))
                     if len(found) == 1:
                         steps[which] = found.pop()
-                size = tensor.numel() * tensor.element_size()
-                is_part = is_mutable and size < tensor.untyped_storage().nbytes()
-                self._set(tensor, steps, is_part=is_part)
+                self._set(tensor, steps, is_part=is_mutable and not is_all_of_memory(tensor))
 
     def _set(self, tensor: Tensor, steps: dict[int, int], *, is_part: bool) -> None:
         address = address_of(tensor)

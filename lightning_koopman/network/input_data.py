@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import is_real, varies
+from lightning_koopman.network.tensors import has_places, is_real, memory_layout, varies
 
 
 def is_mask(tensor: Tensor) -> bool:
@@ -181,7 +181,7 @@ class LabelsByView:
 
     def of(self, part: Tensor) -> frozenset[str]:
         """Read the labels of a view."""
-        if not (_has_places(part) and self._marks.may_hold(part)):
+        if not (has_places(part) and self._marks.may_hold(part)):
             return self.held
         marks, known = self._marks.of(part), [*self._known]
         found = {int(marks.min()), int(marks.max())} if marks.size else set()
@@ -218,7 +218,7 @@ class _Marks:
         """Check whether the marks of a memory of which this is a view are few enough."""
         if not part.numel():
             return True
-        begin, axes, run = _layout(part)
+        begin, axes, run = memory_layout(part)
         unit = math.gcd(self._unit, begin, run, *(step for _, step in axes))
         return part.untyped_storage().nbytes() <= _MOST_MARKS * unit
 
@@ -226,7 +226,7 @@ class _Marks:
         """Return the marks of a view, to be read and written."""
         if not part.numel():
             return np.zeros(0, dtype=_MARK)
-        begin, axes, run = _layout(part)
+        begin, axes, run = memory_layout(part)
         unit = math.gcd(self._unit, begin, run, *(step for _, step in axes))
         if (finer := self._unit // unit) > 1:
             self._start, self._values = self._start * finer, self._values.repeat(finer)
@@ -253,30 +253,6 @@ class _Marks:
             before = self._start - start if held else 0
             values[before : before + held] = self._values
             self._start, self._values = start, values
-
-
-def _layout(tensor: Tensor) -> tuple[int, list[tuple[int, int]], int]:
-    """Return in bytes where a view begins, its axes, and what of it lies together along these."""
-    width, axes = tensor.element_size(), list[tuple[int, int]]()
-    run = width
-    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if step * width == run and not axes:
-            run *= size
-        elif step and size > 1:
-            axes.append((size, step * width))
-    return int(tensor.storage_offset()) * width, axes, run
-
-
-def _has_places(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested
-
-
-def is_all_of_memory(tensor: Tensor) -> bool:
-    """Check whether no place of a tensor's memory is left out of it."""
-    if not _has_places(tensor):
-        return True
-    begin, _, run = _layout(tensor)
-    return begin == 0 and run >= tensor.untyped_storage().nbytes()
 
 
 def _span(tensor: Tensor) -> int:

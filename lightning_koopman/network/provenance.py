@@ -19,7 +19,6 @@ from lightning_koopman.network.batch_axes import BatchAxes, Place
 from lightning_koopman.network.input_data import (
     LabelsByView,
     holds_all_of,
-    is_all_of_memory,
     is_mask,
     shuts_out,
 )
@@ -29,6 +28,7 @@ from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
     compares_samples,
+    is_all_of_memory,
     tensors_inside,
     varies,
 )

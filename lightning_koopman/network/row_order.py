@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import address_of, all_tensors
+from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory
 
 
 class Order(NamedTuple):
@@ -212,7 +212,7 @@ class RowOrders:
             return
         known = self._of.setdefault(address, {})
         own = known.get(_view(tensor))
-        if is_view or (own is not None and not _is_whole(tensor)):
+        if is_view or (own is not None and not is_all_of_memory(tensor)):
             if own is not None or not _same(orders, known.get(None, NO_ORDERS)):
                 known[_view(tensor)] = orders
         else:
@@ -403,7 +403,7 @@ class RowOrders:
         return [(data, {len(steps): order} | dict(known))]
 
     def _copied(self, target: Tensor, source: Tensor, out: Tensor) -> list[tuple[Tensor, Orders]] | None:
-        if _is_whole(target):
+        if is_all_of_memory(target):
             return [(out, self._joined([source]))]
         size, known = target.shape[0] if target.ndim else 0, self.of(source)
         order, width = known.get(size), target.stride(0) if target.ndim else 0
@@ -625,11 +625,6 @@ def _added_up(name: str, args: Sequence[Any]) -> Tensor | None:
 def have_met(orders: Orders, n_rows: int) -> bool:
     """Check whether several of that many rows, which axes were merged into, were put together."""
     return _MET in orders and n_rows in orders[_MET].rows
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Check whether a tensor is all of its memory."""
-    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _view(tensor: Tensor) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -169,24 +169,16 @@ _POOLS: dict[int, Callable[..., Tensor]] = {
 _FINEST = (
     4  # values a kept direction: held-out R² of a small ResNet's blocks rose by .01 to .03 from 1 to 4
 )
-_CHANNEL_COUNTS: tuple[tuple[Any, str], ...] = (
-    (nn.modules.conv._ConvNd, "out_channels"),
-    (nn.modules.batchnorm._BatchNorm, "num_features"),
-    (nn.modules.instancenorm._InstanceNorm, "num_features"),
-    (nn.GroupNorm, "num_channels"),
-    (nn.Linear, "out_features"),
-    (nn.Embedding, "embedding_dim"),
-    (nn.LayerNorm, "normalized_shape"),
+_CHANNEL_COUNTS: tuple[tuple[Any, str, str | None], ...] = (
+    (nn.modules.conv._ConvNd, "out_channels", "in_channels"),
+    (nn.modules.batchnorm._BatchNorm, "num_features", "num_features"),
+    (nn.modules.instancenorm._InstanceNorm, "num_features", "num_features"),
+    (nn.GroupNorm, "num_channels", "num_channels"),
+    (nn.Linear, "out_features", "in_features"),
+    (nn.Embedding, "embedding_dim", None),
+    (nn.LayerNorm, "normalized_shape", "normalized_shape"),
 )
-
-_CHANNELS_TAKEN: tuple[tuple[Any, str], ...] = (
-    (nn.modules.conv._ConvNd, "in_channels"),
-    (nn.modules.batchnorm._BatchNorm, "num_features"),
-    (nn.modules.instancenorm._InstanceNorm, "num_features"),
-    (nn.GroupNorm, "num_channels"),
-    (nn.Linear, "in_features"),
-    (nn.LayerNorm, "normalized_shape"),
-)
+"""Where layers say how many channels they give, and how many they take."""
 
 
 @dataclass(frozen=True)
@@ -387,10 +379,11 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
     """Guess the layout of a module's output, or of what it takes."""
     if tensor.ndim < 3:
         return False
-    parts, counts = [*module.modules()], _CHANNELS_TAKEN if is_input else _CHANNEL_COUNTS
+    parts = [*module.modules()]
     for part in parts if is_input else reversed(parts):
-        for kind, attribute in counts:
-            if isinstance(part, kind):
+        for kind, given, taken in _CHANNEL_COUNTS:
+            attribute = taken if is_input else given
+            if attribute is not None and isinstance(part, kind):
                 count = getattr(part, attribute)
                 count = count[-1] if isinstance(count, tuple) else count
                 are_first, are_last = tensor.shape[1] == count, tensor.shape[-1] == count
@@ -512,8 +505,15 @@ def _axis_of_samples(records: Sequence[Recorded], batch: Any, n_samples: int) ->
     if shape[0] != shape[1]:
         return int(n_samples == shape[1])
     packed = (r.places[1] == (0, 1) for r in records if r.lengths is not None)
-    second = (r for r in records if r.lengths is None and gives_batch_second(r.module, r.tensor))
-    return int(any(packed) or any(record.places[1] == (1, 1) for record in second))
+    second = ((r.module, r.tensor, r.places) for r in records if r.lengths is None)
+    return int(any(packed) or are_second_of_batch(second))
+
+
+def are_second_of_batch(
+    states: Iterable[tuple[nn.Module, Tensor, Sequence[Place | None]]],
+) -> bool:
+    """Check whether a module of torch that has samples second has the second axis of the batch there."""
+    return any(places[1] == (1, 1) and gives_batch_second(m, tensor) for m, tensor, places in states)
 
 
 def _is_picked(record: Recorded, n_samples: int) -> bool:

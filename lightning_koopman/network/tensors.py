@@ -352,3 +352,28 @@ def need_not_wait(device: torch.device) -> bool:
 def exactly(tensor: Tensor) -> Tensor:
     """Move a tensor to where its statistics can be made, if that is elsewhere."""
     return tensor.to(exact_device(tensor.device))
+
+
+def memory_layout(tensor: Tensor) -> tuple[int, list[tuple[int, int]], int]:
+    """Return in bytes where a view begins, its axes, and what of it lies together along these."""
+    width, axes = tensor.element_size(), list[tuple[int, int]]()
+    run = width
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if step * width == run and not axes:
+            run *= size
+        elif step and size > 1:
+            axes.append((size, step * width))
+    return int(tensor.storage_offset()) * width, axes, run
+
+
+def has_places(tensor: Tensor) -> bool:
+    """Check whether each value of a tensor has a place of its own in memory."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def is_all_of_memory(tensor: Tensor) -> bool:
+    """Check whether no place of a tensor's memory is left out of it."""
+    if not has_places(tensor):
+        return True
+    begin, _, run = memory_layout(tensor)
+    return begin == 0 and run >= tensor.untyped_storage().nbytes()
