@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.components import (
+    around_of,
     clean_modules,
     clean_name,
     common_ancestor,
@@ -119,9 +120,10 @@ class Capture:
         norms: Those of the components that belong to others where they run right behind a layer.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
-        returned: The states that reach each tensor with samples that the components' common ancestor
-            returned in the first pass; those of several states are recorded themselves, under the same
-            name. Empty where it was not called.
+        returned: The states that reach each tensor with samples that the network returned in the first
+            pass. That is the outermost module around the components' common ancestor that was called,
+            if it called that once and returned what was followed, or else the ancestor. Those of several
+            states are recorded themselves, under the same name. Empty where nothing returned any.
         returned_rows: How many rows the tensors that it returned then have.
         in_losses: The states that reach single numbers which it returned then, as losses are.
         given: What that ancestor, or else the network, was called with, by name.
@@ -190,6 +192,8 @@ class Capture:
         self._further: set[str] = set()
         # Where calls that hand on what they take have what they make, by place.
         self._made_at: dict[tuple[int, int], tuple[int, ...]] = {}
+        # Whether what counts is returned by a module around the ancestor.
+        self._is_around = False
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
         # States whose rows are in an order of the network's own, which may be another one in each batch.
@@ -211,10 +215,12 @@ class Capture:
                     direct=self._direct_calls_of(ancestor),
                 )
                 hooks.enter_context(around)
-            if ancestor is not self._model:
-                direct = self._direct_calls_of(self._model)
-                taken = self._attach(self._model, before=self._on_model, direct=direct)
-                hooks.enter_context(taken)
+            for module in around_of(self._model, ancestor):
+                direct = self._direct_calls_of(module)
+                around = self._attach(
+                    module, before=self._on_around, after=self._on_around_returned, direct=direct
+                )
+                hooks.enter_context(around)
             others = {*self._within, *self._tables, *self.norms}
             whole = {name: module for name, module in self.components.items() if name not in others}
             for name, module in whole.items():
@@ -290,6 +296,9 @@ class Capture:
         self._called = False
         self.given: dict[str, Any] = {}
         self._outer: dict[str, Any] = {}
+        # What modules around the ancestor, whose calls run, were called with, and what it gave in them.
+        self._around: list[Any] = []
+        self._inner: tuple[nn.Module, Any] | None = None
         self._start_call()
         self._provenance.start_pass(batch)
         if self._moved and self._passes and batch is not None:
@@ -324,6 +333,7 @@ class Capture:
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
+        self._settle_inner()
         self._leave()
         error = self._error or self._provenance.lost_order
         try:
@@ -427,6 +437,7 @@ class Capture:
         self._nested += 1
         if self._nested > 1:
             return
+        self._settle_inner()
         if self._states and not self._called:
             self._begin_behind_others((args, kwargs))
         elif self._states and self.again is None:
@@ -439,9 +450,7 @@ class Capture:
             assert self.again is not None
             self.again(states)
         self._called, self._call = True, (args, kwargs)
-        # What this call is told of its own data comes first.
-        own = _arguments(module, args, kwargs)
-        self.given = own | {key: self._outer[key] for key in self._outer.keys() - own.keys()}
+        self.given = _with_arguments(self._outer, module, args, kwargs)
 
     def _begin_behind_others(self, given: Any) -> None:
         """Keep the states of parts that were called before, if this call reads them."""
@@ -469,21 +478,50 @@ class Capture:
         return behind and all(map(self._provenance.is_untouched, all_tensors((args, kwargs))))
 
     @_kept_out_of_the_forward
-    def _on_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.given = self._outer = _arguments(module, args, kwargs)
+    def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._around.append((args, kwargs))
+        self.given = self._outer = _with_arguments(self._outer, module, args, kwargs)
 
     @_kept_out_of_the_forward
     def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Find what the returned tensors were made of, and record those that mix several states."""
         self._nested -= 1
         if self._nested or not self._follow:
             return
+        if self._around and self._passes == 0 and not self.returned:
+            # What is around it may go on with what it gave, or call it again.
+            self._inner = module, output
+        elif not self._is_around:
+            self._note_returned(module, self._call, output)
+
+    @_kept_out_of_the_forward
+    def _on_around_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        call = self._around.pop()
+        if self._around:
+            return
+        if self._inner is not None:
+            made_of = map(self._provenance.of, all_tensors(output))
+            self._is_around = any(map(self.inputs.beyond, made_of))
+            if self._is_around:
+                self._inner = None
+            self._settle_inner()
+        if self._is_around:
+            self._note_returned(module, call, output)
+
+    @_kept_out_of_the_forward
+    def _settle_inner(self) -> None:
+        """Let what the ancestor gave stand for what the network gives."""
+        if self._inner is not None:
+            (module, output), self._inner = self._inner, None
+            self._note_returned(module, self._call, output)
+
+    def _note_returned(self, module: nn.Module, call: Any, output: Any) -> None:
+        """Find what the returned tensors were made of, and record those that mix several states."""
         first = self._passes == 0 and not self.returned
         further = self._beyond_last(output) if first else []
         for place, tensor in enumerate(tensors_inside(output)):
             if first and not tensor.ndim:
                 self.in_losses |= self._provenance.of(tensor) or frozenset()
-            if first and self._provenance.compares_samples(tensor, all_tensors(self._call), module):
+            if first and self._provenance.compares_samples(tensor, all_tensors(call), module):
                 continue
             if first and tensor.ndim and is_real(tensor):
                 self.returned_rows |= set() if tensor.is_nested else {len(tensor)}
@@ -491,7 +529,7 @@ class Capture:
                 name = _numbered(name, len(self.returned))
                 sources = self._provenance.of(tensor)
                 if sources:
-                    sources |= self._mixed_into(name, tensor)
+                    sources |= self._mixed_into(name, tensor, call)
                     self.returned[name] = sources
                     if any(tensor is other for other in further):
                         self._further.add(name)
@@ -501,7 +539,7 @@ class Capture:
                 name = self._mixed[place]
                 sources = self.returned[name]
                 self._stages.read(name, tensor)
-                self._keep_mixed_in(name)
+                self._keep_mixed_in(name, call)
                 recorded = _recorded(name, module, tensor, tensor, sources)
                 self._keep(tensor, replace(recorded, is_further=name in self._further))
 
@@ -710,7 +748,7 @@ class Capture:
         if self._passes == 0:
             self._record_first(name, module, key, before, output, given, tensor, further)
             return
-        self._keep_mixed_in(name)
+        self._keep_mixed_in(name, self._call)
         # The first pass shows which modules are followed by one that speaks for the component.
         if key not in self._superseded:
             self._keep(tensor, _recorded(name, module, output, tensor, None))
@@ -740,7 +778,7 @@ class Capture:
         for added in new:
             recorded = _recorded(added.name, module, added.copied, added.copied, frozenset())
             self._keep(added.copied, replace(recorded, is_input=True, holds=added.holds))
-        self._keep_mixed_in(name)
+        self._keep_mixed_in(name, self._call)
         # What continues a state reads it at whatever stage it is, and others as they are.
         self._stages.read(name, given, made, but=name if key in self._merged else None)
         self._last = None if tensor.is_nested or not tensor.ndim else (name, plain(tensor))
@@ -801,19 +839,19 @@ class Capture:
             self._made_at[key] = (*own[:1], *(place for place, _ in further))
         return first, further
 
-    def _mixed_into(self, name: str, tensor: Tensor) -> frozenset[str]:
+    def _mixed_into(self, name: str, tensor: Tensor, call: Any) -> frozenset[str]:
         """Find the data that are mixed into states in a tensor that is returned."""
         # Of those that a component took in whatever form, for others may be targets.
         raw = self._provenance.taken(self.inputs.unclaimed(tensor))
         if raw and self.inputs.beyond(self._provenance.of(tensor)) and tensor.ndim > 1:
-            self.inputs.find_mixed(name, raw, self.inputs.data(self._call), self.origins.ancestor)
+            self.inputs.find_mixed(name, raw, self.inputs.data(call), self.origins.ancestor)
         return frozenset(self.inputs.mixed_in.get(name, ()))
 
-    def _keep_mixed_in(self, name: str) -> None:
+    def _keep_mixed_in(self, name: str, call: Any) -> None:
         """Record the data that are mixed into what a component takes."""
         if not (mixed_in := self.inputs.mixed_in.get(name)):
             return
-        given = self.inputs.data(self._call)
+        given = self.inputs.data(call)
         for added, place in mixed_in.items():
             if place < len(given) and added not in self._states:
                 tensor = given[place]
@@ -857,6 +895,12 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         return dict(kwargs)
     return {**bound.arguments, **bound.arguments.get("kwargs", {})}
+
+
+def _with_arguments(outer: dict[str, Any], module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Put what a module is called with, which is about its own data, before what is known around it."""
+    own = _arguments(module, args, kwargs)
+    return own | {name: value for name, value in outer.items() if name not in own}
 
 
 _signature = functools.lru_cache(maxsize=64)(inspect.signature)

@@ -518,6 +518,19 @@ def common_ancestor(model: nn.Module, chosen: Iterable[nn.Module]) -> nn.Module 
     return ancestor
 
 
+def around_of(model: nn.Module, ancestor: nn.Module | None) -> list[nn.Module]:
+    """Find the modules around another one, or else the model, that can be called."""
+    if ancestor is None:
+        return [model]
+    return [
+        module
+        for module in model.modules()
+        if module is not ancestor
+        and any(part is ancestor for part in module.modules())
+        and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    ]
+
+
 def _matching(
     model: nn.Module, modules: dict[str, nn.Module], wanted: Sequence[Components]
 ) -> dict[str, nn.Module]:
