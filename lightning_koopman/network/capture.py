@@ -553,8 +553,7 @@ class Capture:
             values = plain(tensor)
             if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
                 continue
-            # Positions are pooled in states, and may be in what is returned.
-            alike = tensor.shape[:1] == state.shape[:1] and state.ndim in (2, tensor.ndim)
+            alike = 0 < tensor.ndim and (state.ndim == 2 or tensor.ndim <= state.ndim)
             if not alike or not values.isfinite().all() or not varies(values):
                 continue
             if tensor.numel() < state.numel():

@@ -436,6 +436,7 @@ def make_plan(
     not depend on one another, all that has no source, and all that the chain ends with.
     """
     notes: list[str] = []
+    records = _with_fitting_ends(records, batch)
     records, tensors, returned, in_losses = by_call(records, returned or {}, in_losses)
     by_name = {record.name: record for record in records}
     if end is not None and end not in by_name:
@@ -528,6 +529,16 @@ def make_plan(
         alike=tuple(name for name in constant if name in reached),
         in_turns=in_turns - {_module(name) for group in whole for name in group},
     )
+
+
+def _with_fitting_ends(records: Sequence[Recorded], batch: Any) -> Sequence[Recorded]:
+    """Leave out what is returned of the last state, if it has not one row for each sample of the states."""
+    states = [record for record in records if not record.is_further]
+    n_samples, _ = batch_size(states, batch)
+    ends = [record for record in records if record.is_further]
+    fit = [r for r in ends if batch_size([*states, r], batch)[0] == n_samples]
+    fit = [r for r in fit if n_samples in r.tensor.shape[:2]]
+    return records if len(fit) == len(ends) else [*states, *fit]
 
 
 def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:

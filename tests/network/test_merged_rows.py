@@ -136,8 +136,8 @@ def test_all_ways_to_mix_do_the_same(mix):
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_linear_layer_behind_points_that_met_is_linear(mix):
     report = credit_report(sets_of(MIXES[mix], flat=True, bend=False), points().split(48))
-    assert (report.n_samples, report.components) == (SAMPLES, ("a", "b", "c"))
-    assert list(report.widths) == [POINTS * UNITS, POINTS * UNITS, POINTS * 2]
+    assert (report.n_samples, report.components) == (SAMPLES, ("a", "b", "c", "output"))
+    assert list(report.widths) == [POINTS * UNITS, POINTS * UNITS, POINTS * 2, 2]
     assert report.r2 == pytest.approx(1, abs=1e-6)
     assert not report.notes
 
@@ -161,7 +161,7 @@ def test_points_put_together_behind_a_layer_that_took_sets_are_those_of_their_sa
     torch.manual_seed(0)
     model = wired(run, a=nn.Linear(3, UNITS), b=nn.Linear(UNITS, UNITS), c=nn.Linear(UNITS, 2))
     report = credit_report(model, points().split(48))
-    assert (report.n_samples, report.components) == (SAMPLES, ("a", "b", "c"))
+    assert (report.n_samples, report.components) == (SAMPLES, ("a", "b", "c", "output"))
     assert report.r2 == pytest.approx(1, abs=1e-6)
 
 

@@ -78,6 +78,57 @@ def test_effects_are_about_what_is_returned(given: str) -> None:
     assert found.values["skip"][0] == pytest.approx(float(share), rel=1e-3)
 
 
+POSITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "the last one": lambda y: y[:, -1],
+    "the first one": lambda y: y.select(1, 0),
+    "their mean": lambda y: y.mean(1),
+    "the mean of some": lambda y: y[:, 1:].mean(1),
+    "a sum with weights": lambda y: torch.einsum("ntk,t->nk", y, torch.tensor([1.0, 2.0, 4.0]).to(y)),
+    "two of three": lambda y: y[:, :2],
+    "one number": lambda y: y[:, 1, 0],
+}
+
+
+def scores(order: str, pick: Callable[[Tensor], Tensor]) -> Any:
+    """Make a network of sequences whose scores of all positions become what ``pick`` makes of them."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        axis = int(order == "samples first")
+        h = m.body(x if axis else x.transpose(0, 1))
+        y = m.head(h + h.mean(axis, keepdim=True))
+        return pick(y if axis else y.transpose(0, 1))
+
+    torch.manual_seed(0)
+    return wired(run, body=nn.Linear(2, 5), head=nn.Linear(5, 4)).double().eval()
+
+
+@pytest.mark.parametrize("pick", POSITIONS)
+@pytest.mark.parametrize("order", ["samples first", "time first"])
+def test_the_chain_ends_with_the_positions_that_are_returned(pick: str, order: str) -> None:
+    net = scores(order, POSITIONS[pick])
+    report = credit_report(net, [batch.view(-1, 3, 2) for batch in batches()], options=EXACT)
+
+    def run(x: Tensor) -> Tensor:
+        return net(x.view(-1, 3, 2)).reshape(len(x), -1)
+
+    assert (report.n_samples, report.components) == (400, ("body", "head", "output"))
+    assert report.total == pytest.approx(volume(run), abs=1e-6)
+
+
+def test_the_chain_ends_with_the_mean_over_an_image() -> None:
+    def net(end: Callable[[Tensor], Tensor], *more: nn.Module) -> Any:
+        torch.manual_seed(0)
+        parts = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 1), *more)
+        return wired(lambda m, x: end(m.parts(x)), parts=parts).eval()
+
+    images = list(torch.randn(300, 1, 8, 8, generator=torch.Generator().manual_seed(1)).split(50))
+    by_hand = credit_report(net(lambda y: y.mean((2, 3))), images)
+    by_module = credit_report(net(lambda y: y, nn.AdaptiveAvgPool2d(1), nn.Flatten()), images)
+    assert by_hand.components == (*by_module.components, "output")
+    assert by_hand.widths[-1] == by_module.widths[-1] == 4
+    assert by_hand.total == pytest.approx(by_module.total, abs=0.1)
+
+
 SAME: dict[str, Callable[[Any, Tensor], Any]] = {
     "as it is": lambda m, y: y,
     "in two parts": lambda m, y: y.chunk(2, 1),
