@@ -553,7 +553,7 @@ class Capture:
             values = plain(tensor)
             if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
                 continue
-            alike = 0 < tensor.ndim and (state.ndim == 2 or tensor.ndim <= state.ndim)
+            alike = tensor.ndim > 0 and (state.ndim == 2 or tensor.ndim <= state.ndim)
             if not alike or not values.isfinite().all() or not varies(values):
                 continue
             if tensor.numel() < state.numel():

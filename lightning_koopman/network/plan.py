@@ -532,7 +532,7 @@ def make_plan(
 
 
 def _with_fitting_ends(records: Sequence[Recorded], batch: Any) -> Sequence[Recorded]:
-    """Leave out what is returned of the last state, if it has not one row for each sample of the states."""
+    """Leave out what is returned of the last state, unless it has as many samples as the states."""
     states = [record for record in records if not record.is_further]
     n_samples, _ = batch_size(states, batch)
     ends = [record for record in records if record.is_further]
