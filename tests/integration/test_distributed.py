@@ -5,8 +5,8 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,21 @@ SCRIPT = Path(__file__).with_name("distributed_fit.py")
 BASE = {"n_samples": 101, "batch_size": 7, "max_dim": 256, "shards": "sampler"}
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
 def fit(configs: list[dict[str, Any]], folder: Path, timeout: float = 240) -> list[Path]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = warm.run([SCRIPT, json.dumps(configs), folder], env=environment, timeout=timeout)
+    done = warm.run([SCRIPT, json.dumps(configs), folder], env=environment(), timeout=timeout)
     # Lightning looks for a free port some time before it is used; another test may take it in between.
     if done.returncode and ("TCPStore::TCPStore(" in done.stderr or "EADDRINUSE" in done.stderr):
-        done = warm.run([SCRIPT, json.dumps(configs), folder], env=environment, timeout=timeout)
+        done = warm.run([SCRIPT, json.dumps(configs), folder], env=environment(), timeout=timeout)
     assert done.returncode == 0, done.stderr[-20_000:]
+    return places(configs, folder)
+
+
+def places(configs: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Give the folder of each training."""
     return [folder / str(place) for place in range(len(configs))]
 
 
@@ -49,19 +57,36 @@ def assert_same(given: dict[str, Any], expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(left.variance_kept, right.variance_kept, rtol=1e-9)
 
 
-@contextmanager
-def second_process(configs: list[dict[str, Any]], folder: Path) -> Generator[None, None, None]:
-    """Make this process the first of two, as torchrun or a cluster would start them."""
+def ranks(count: int) -> list[dict[str, str]]:
+    """Tell each process its rank, as torchrun or a cluster would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "LOCAL_RANK": "1"}
-    environment = os.environ | place | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+    return [place | {"LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def fit_side_by_side(configs: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Train as :func:`fit` does, where Lightning would start processes that import everything anew."""
+    command = [SCRIPT, json.dumps(configs), folder]
+    with ExitStack() as stack:
+        environments = [environment() | rank for rank in ranks(configs[0]["devices"])]
+        started = [stack.enter_context(warm.Program(command, env=each)) for each in environments]
+        for program in started:
+            done = program.wait(timeout=240)
+            assert done.returncode == 0, done.stderr[-20_000:]
+    return places(configs, folder)
+
+
+@contextmanager
+def second_process(configs: list[dict[str, Any]], folder: Path) -> Generator[None, None, None]:
+    """Make this process the first of two."""
+    here, there = ranks(2)
     with (
         pytest.MonkeyPatch.context() as patch,
-        warm.Program([SCRIPT, json.dumps(configs), folder], env=environment) as other,
+        warm.Program([SCRIPT, json.dumps(configs), folder], env=environment() | there) as other,
     ):
-        for name, value in (place | {"LOCAL_RANK": "0"}).items():
+        for name, value in here.items():
             patch.setenv(name, value)
         try:
             yield
@@ -75,9 +100,9 @@ def second_process(configs: list[dict[str, Any]], folder: Path) -> Generator[Non
                 torch.distributed.destroy_process_group()
 
 
-def fit_here(configs: list[dict[str, Any]], folder: Path) -> tuple[list[L.Trainer], list[Path]]:
+def fit_here(configs: list[dict[str, Any]], folder: Path) -> list[L.Trainer]:
     """Train in this process, and in a second one where the strategy asks for it."""
-    folders = [folder / str(place) for place in range(len(configs))]
+    folders = places(configs, folder)
     for path in folders:
         path.mkdir(parents=True)
     shared = configs[0]["devices"] > 1
@@ -86,15 +111,18 @@ def fit_here(configs: list[dict[str, Any]], folder: Path) -> tuple[list[L.Traine
         for trainer, path in zip(trainers, folders, strict=True):
             parent = {name: float(value) for name, value in trainer.callback_metrics.items()}
             (path / "parent.json").write_text(json.dumps(parent))
-    return trainers, folders
+    return trainers
 
 
-def check_against_one_process(configs: list[dict[str, Any]], tmp_path: Path) -> None:
+def check_against_one_process(
+    configs: list[dict[str, Any]], tmp_path: Path, fit: Callable[..., list[Path]] = fit
+) -> None:
     single = alone(configs)
     distinct = [config for i, config in enumerate(single) if config not in single[:i]]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, folders = fit_here(distinct, tmp_path / "one")
+        fit_here(distinct, tmp_path / "one")
+    folders = places(distinct, tmp_path / "one")
     ones = [folders[distinct.index(config)] for config in single]
     check_alike(configs, ones, fit(configs, tmp_path / "many"))
 
@@ -162,9 +190,8 @@ FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What was left by trainings in two processes, of which this one is the first."""
-    folder = tmp_path_factory.mktemp("two")
+def two(once):
+    """What was left by trainings in two processes, of which the first is one of pytest's."""
     many = BASE | {"strategy": "ddp", "devices": 2, "processes": 2}
     faults = [many | {"max_dim": 8, "break_numerics": fault[:2]} for fault in FAULTS]
     # Without a validation loop, the pass is ours.
@@ -173,11 +200,22 @@ def two(tmp_path_factory):
     faults[8] |= {"max_dim": BASE["max_dim"]}
     alike = many | {"every_n_epochs": None, "max_epochs": 6, "slow": [1, 0.2]}
     empty = [alike, many | {"shards": "none"}, many | {"shards": "skipping", "validate": True}]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _, ones = fit_here(alone(good()), folder / "one")
-        trainers, folders = fit_here([*good(), *faults, *empty], folder / "many")
-    return {"ones": ones, "folders": folders, "trainers": trainers}
+    configs = [*good(), *faults, *empty]
+
+    def fill(folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit_here(alone(good()), folder / "one")
+            trainers = fit_here(configs, folder / "many")
+        told = next(c for c in trainers[-1].callbacks if isinstance(c, Monitor)).told
+        (folder / "told.json").write_text(json.dumps(told))
+
+    folder = once("two", fill)
+    return {
+        "ones": places(good(), folder / "one"),
+        "folders": places(configs, folder / "many"),
+        "told": json.loads((folder / "told.json").read_text()),
+    }
 
 
 def test_two_processes_give_the_report_of_one(two):
@@ -236,8 +274,7 @@ def test_no_batch_in_any_process_and_a_validation_that_one_of_them_skips(two):
     for rank in read(two["folders"][-2]):
         assert rank["history"] == []
         assert any("the batches were empty in every process" in told for told in rank["warned"])
-    told = next(c for c in two["trainers"][-1].callbacks if isinstance(c, Monitor)).told
-    assert any("a process without a batch skips this validation" in message for message in told)
+    assert any("a process without a batch skips this validation" in told for told in two["told"])
 
 
 def test_processes_of_which_one_is_slow_skip_the_same_epochs(two):

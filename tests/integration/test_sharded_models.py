@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 
 from lightning_koopman import credit_report
 
@@ -95,7 +96,9 @@ def work(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(once):
-    folder = once("ranks", lambda folder: mp.spawn(work, args=(str(folder),), nprocs=2))
+    folder = once(
+        "ranks", lambda folder: start_processes(work, (str(folder),), 2, start_method=warm.METHOD)
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from test_distributed import BASE, check_against_one_process, fit, read
+from test_distributed import BASE, check_against_one_process, fit_side_by_side, read
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,8 @@ def test_spread_weights_give_the_report_of_one_process(tmp_path):
 
 def test_both_kinds_at_once_give_the_report_of_one_process(tmp_path):
     four = {"devices": 4, "processes": 4}
-    check_against_one_process(cases("2x2 whole", max_dim=8, max_samples=51, **four), tmp_path)
+    configs = cases("2x2 whole", max_dim=8, max_samples=51, **four)
+    check_against_one_process(configs, tmp_path, fit_side_by_side)
 
 
 FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_count"), (0, "_rows"), (1, "push")]
@@ -40,7 +41,7 @@ def runs(once):
     configs += [c for f in FAULTS for c in cases("1x2 whole", break_numerics=f, max_dim=8)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIGHTNING_NAMESPACE", "pytorch_lightning")
-        folder = once("strategies", lambda folder: fit(configs, folder))
+        folder = once("strategies", lambda folder: fit_side_by_side(configs, folder))
     return [read(folder / str(place)) for place in range(len(configs))]
 
 
