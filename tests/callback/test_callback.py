@@ -1,6 +1,8 @@
 import copy
 import gc
 import importlib.util
+import json
+import os
 import random
 import runpy
 import subprocess
@@ -441,6 +443,7 @@ import importlib, logging, pickle, sys, warnings
 warnings.simplefilter("ignore")
 {before}
 from lightning_koopman import KoopmanCreditMonitor
+assert {{"lightning", "pytorch_lightning"}} & set(sys.modules) == set({names})
 early = {early}
 {after}
 import torch
@@ -477,38 +480,40 @@ for name in {expected}:
 """
 
 
+FORKS = """
+import json, os, sys
+import torch._dynamo, torch.utils.tensorboard, torchmetrics  # what takes both namespaces seconds
+assert not {"lightning", "pytorch_lightning"} & set(sys.modules)
+for code in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        exec(code)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, code
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("before", "early", "after"),
-    [
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_no_namespace_is_imported_but_the_users_and_each_of_them_runs_the_callback(tmp_path):
+    pytest.importorskip("lightning")
+    pytest.importorskip("pytorch_lightning")
+    cases = [
         ([], False, ["pytorch_lightning"]),
         (["lightning"], True, ["pytorch_lightning"]),
         (["pytorch_lightning", "lightning"], False, []),
-    ],
-    ids=str,
-)
-def test_no_namespace_is_imported_but_the_users_and_each_of_them_runs_the_callback(
-    before, early, after, tmp_path
-):
-    for name in (*before, *after):
-        pytest.importorskip(name)
-    code = RUNS.format(
-        before="\n".join(f"import {name}" for name in before),
-        early='KoopmanCreditMonitor(on_error="raise")' if early else "None",
-        after="\n".join(f"import {name}" for name in after),
-        expected={"lightning.pytorch" if "lightning" in n[:9] else n for n in (*before, *after)},
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
-
-
-@pytest.mark.slow
-def test_the_callback_alone_imports_no_lightning():
-    code = (
-        "import sys; from lightning_koopman import KoopmanCreditMonitor;"
-        "print(sorted({'lightning', 'pytorch_lightning'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    ]
+    codes = [
+        RUNS.format(
+            before="\n".join(f"import {name}" for name in before),
+            names=before,
+            early='KoopmanCreditMonitor(on_error="raise")' if early else "None",
+            after="\n".join(f"import {name}" for name in after),
+            expected={"lightning.pytorch" if "lightning" in n[:9] else n for n in (*before, *after)},
+        )
+        for before, early, after in cases
+    ]
+    subprocess.run([sys.executable, "-c", FORKS, json.dumps(codes)], check=True, cwd=tmp_path)
 
 
 @pytest.mark.slow

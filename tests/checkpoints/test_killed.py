@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import small
+import warm
 
 from lightning_koopman.report.files import read_reports
 
@@ -48,9 +50,9 @@ def checkpoints(folder: Path, count: int) -> None:
         small.save(folder / "ckpt" / f"{step}.ckpt", step, 1 + step)
 
 
-def appears(path: Path, run: subprocess.Popen[bytes]) -> None:
+def appears(path: Path, ended: Callable[[], int | None]) -> None:
     until = time.monotonic() + 200
-    while not path.exists() and run.poll() is None and time.monotonic() < until:
+    while not path.exists() and ended() is None and time.monotonic() < until:
         time.sleep(0.02)
     assert path.exists()
 
@@ -61,7 +63,7 @@ def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path):
     with subprocess.Popen(
         COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as run:
-        appears(tmp_path / "r.json", run)
+        appears(tmp_path / "r.json", run.poll)
         # As a terminal does it: to the whole group.
         os.killpg(run.pid, signal.SIGINT)
         printed, told = (text.decode() for text in run.communicate(timeout=100))
@@ -76,13 +78,15 @@ def test_ctrl_c_at_the_command_keeps_what_was_measured(tmp_path):
 @pytest.mark.slow
 def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path):
     checkpoints(tmp_path, 4)
-    with subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.DEVNULL) as run:
-        appears(tmp_path / "r.json", run)
-        run.terminate()
-    assert run.returncode == -signal.SIGTERM
+    command = ["lightning-koopman", *COMMAND[3:]]
+    with warm.Program(command, tmp_path) as run:
+        appears(tmp_path / "r.json", lambda: run.process.exitcode)
+        run.process.terminate()
+        assert run.wait().returncode == -signal.SIGTERM
     kept = [report.to_dict() for report in read_reports(tmp_path / "r.json")]
     assert 1 <= len(kept) < 4
-    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = warm.run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert f"{len(kept)} of 4 reports taken over from r.json" in done.stderr
     found = [report.to_dict() for report in read_reports(tmp_path / "r.json")]
     assert len(found) == 4
@@ -93,7 +97,7 @@ def test_an_evaluation_that_is_terminated_goes_on_where_it_was(tmp_path):
 def test_a_file_is_whole_at_every_moment_until_its_writer_is_killed(tmp_path):
     path = tmp_path / "r.json"
     with subprocess.Popen([sys.executable, "-c", WRITER], cwd=tmp_path) as run:
-        appears(path, run)
+        appears(path, run.poll)
         until, seen = time.monotonic() + 2, set()
         while time.monotonic() < until:
             seen.add(len(read_reports(path)))

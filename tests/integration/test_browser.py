@@ -50,7 +50,8 @@ def page():
 @pytest.fixture(scope="module")
 def tensorboard(page, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "koopman_demo"
-    assert main(["demo", "--logdir", str(folder), "--epochs", "12"]) == 0
+    epochs = "12" if os.environ.get("KEEP_SCREENSHOTS") else "3"
+    assert main(["demo", "--logdir", str(folder), "--epochs", epochs]) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
