@@ -258,7 +258,14 @@ class Origins:
             or self._provenance.compares_samples(tensor, [raw], module)
         ):
             return False
+        if self._puts_together(given, name, raw):
+            return False
         return self._provenance.may_hold(tensor, name) and not self._is_loss(module, given, tensor, raw)
+
+    def _puts_together(self, given: Any, name: str, raw: Tensor) -> bool:
+        """Check whether a module is given other states beside one, as sums and attention are."""
+        beside = (self._provenance.of(t) for t in all_tensors(given) if t is not raw)
+        return any(self._inputs.beyond((sources or _NOTHING) - {name}) for sources in beside)
 
     def _is_loss(self, module: nn.Module, given: Any, tensor: Tensor, raw: Tensor) -> bool:
         """Check whether a module compares a state with data that no component takes, such as targets."""

@@ -68,16 +68,51 @@ def test_a_connection_may_be_added_by_a_module(batches: list[Tensor], norm: nn.M
 
     net = network(added, norm)
     net.add = Add()
-    report = credit_report(net, batches)
-    assert report.parts == {"first": ("first",), "branch": ("branch", "add"), "head": ("head",)}
-    # The last of three states is a sum of the first and of what the branch makes of it.
-    assert report.r2[[0, 2]] == pytest.approx(1.0, abs=1e-6)
-    twin = network(around, norm)
-    skip, expected = (
-        component_effects(each, batches, credit_report(each, batches), ("skip",)).values["skip"]
-        for each in (net, twin)
+    report, expected = credit_report(net, batches), credit_report(network(around, norm), batches)
+    assert report.parts == {"first": ("first",), "branch": ("branch",), "head": ("head",)}
+    assert report.reads == expected.reads
+    assert report.credit == pytest.approx(expected.credit, abs=1e-9)
+    skip, same = (
+        component_effects(each, batches, each_report, ("skip",)).values["skip"]
+        for each, each_report in ((net, report), (network(around, norm), expected))
     )
-    assert skip[0] == pytest.approx(expected[0], rel=1e-4)
+    assert skip == pytest.approx(same, rel=1e-6)
+
+
+class Together(nn.Module):
+    """Puts two values together, as what it is called with says."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return together(a, b)
+
+
+def together(a: Tensor, b: Tensor) -> Tensor:
+    return a * torch.sigmoid(b) + b
+
+
+BRANCHES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "two layers": lambda net, x: net.head(net.join(net.branch(x), net.other(x))),
+    "the other way": lambda net, x: net.head(net.join(net.other(x), net.branch(x))),
+    "behind an activation": lambda net, x: net.head(net.join(net.branch(x).relu(), net.other(x))),
+    "heads": lambda net, x: net.join(net.head(net.branch(x)), net.head(net.other(x))),
+}
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_branches_may_be_put_together_by_a_module(batches: list[Tensor], kind: str) -> None:
+    def net() -> Any:
+        torch.manual_seed(0)
+        layers = {"first": nn.Linear(6, 8), "branch": nn.Linear(8, 8), "other": nn.Linear(8, 8)}
+        made = wired(lambda m, x: BRANCHES[kind](m, m.first(x)), **layers, head=nn.Linear(8, 3))
+        return made.eval()
+
+    by_module, by_function = net(), net()
+    by_module.join, by_function.join = Together(), together
+    report, expected = credit_report(by_module, batches), credit_report(by_function, batches)
+    assert (report.components, report.parts) == (expected.components, expected.parts)
+    assert report.reads == expected.reads
+    assert report.credit == pytest.approx(expected.credit, abs=1e-9)
+    assert {"branch", "other"} <= set(report.parts)
 
 
 def test_effects_alter_what_both_read(batches: list[Tensor]) -> None:
