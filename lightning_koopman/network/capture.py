@@ -104,8 +104,8 @@ class Capture:
     returns what was recorded, or raises what went wrong in a hook. Components are named in order of
     execution; one that runs several times appears as ``name``, ``name#1``, …. The output of a
     parameter-free module that directly consumes a component's output belongs to that component, unless
-    something else reads that output, too, or the module consumes other states beside it. The first pass shows which inputs are the network's, and what
-    speaks for a component; later ones follow.
+    something else reads that output, too, or the module consumes other states beside it. The first pass
+    shows which inputs are the network's, and what speaks for a component; later ones follow.
 
     Attributes:
         again: Called with the states of a call of the common ancestor where another one follows in the
