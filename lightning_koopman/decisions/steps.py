@@ -337,7 +337,9 @@ def component_calls(
             records = list(capture.end_pass().values())
         calls, ends = capture.parts, Ends()
         if capture.untraced is None:
-            ends = Ends.among(calls, ends_of(records, capture.returned, capture.in_losses))
+            ends = Ends.among(
+                calls, ends_of(records, capture.returned.made_of, capture.returned.in_losses)
+            )
     patterns = [*calls] if components is None else components
     strangers = [p for p in patterns if not any(n == p or fnmatchcase(n, p) for n in calls)]
     if isinstance(components, str) or strangers:

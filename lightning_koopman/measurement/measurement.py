@@ -301,7 +301,7 @@ class Measurement(Accumulator):
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
         """Freeze the chain that the first pass showed, and return the rows of that pass."""
-        returned, in_losses = self.capture.returned, self.capture.in_losses
+        returned, in_losses = self.capture.returned.made_of, self.capture.returned.in_losses
         if (error := self.capture.untraced) is not None:
             records, returned = in_a_row([r for r in records if r.name not in returned]), {}
             self.capture.inputs.keep({record.name for record in records})
@@ -310,7 +310,7 @@ class Measurement(Accumulator):
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
             )
-        self._pooled = pooling_index(records, self.capture.returned_rows, self._batch)
+        self._pooled = pooling_index(records, self.capture.returned.rows, self._batch)
         records = [replace(r, tensor=self._by_sample(r.tensor)) for r in records]
         self.plan = make_plan(
             records,

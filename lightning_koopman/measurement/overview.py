@@ -148,7 +148,8 @@ def describe_components(
             f"no component ran in the forward pass; chosen were {list(capture.components)}. "
             "Name modules that the pass calls with components=[...]."
         )
-    named, returned, in_losses = components is not None, capture.returned, capture.in_losses
+    named = components is not None
+    returned, in_losses = capture.returned.made_of, capture.returned.in_losses
     if capture.untraced is not None:
         records, returned = in_a_row([r for r in records if r.name not in returned]), {}
         in_losses = frozenset()

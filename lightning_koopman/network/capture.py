@@ -36,6 +36,7 @@ from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.origins import Origins
 from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.returned import Returned
 from lightning_koopman.network.rows import (
     INPUT,
     OUTPUT,
@@ -57,9 +58,7 @@ from lightning_koopman.network.tensors import (
     is_real,
     padded,
     plain,
-    tensors_inside,
     unpacked,
-    varies,
 )
 
 
@@ -120,12 +119,9 @@ class Capture:
         norms: Those of the components that belong to others where they run right behind a layer.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
-        returned: The states that reach each tensor with samples that the network returned in the first
-            pass. That is the outermost module around the components' common ancestor that was called,
-            if it called that once and returned what was followed, or else the ancestor. Those of several
-            states are recorded themselves, under the same name. Empty where nothing returned any.
-        returned_rows: How many rows the tensors that it returned then have.
-        in_losses: The states that reach single numbers which it returned then, as losses are.
+        returned: What the network returned in the first pass. That is the outermost module around the
+            components' common ancestor that was called, if it called that once and returned what was
+            followed, or else the ancestor.
         given: What that ancestor, or else the network, was called with, by name.
         inputs: What the network takes in.
         origins: What the components of the first pass were made of.
@@ -184,12 +180,6 @@ class Capture:
         self._used: set[str] = set()
         self._superseded: set[tuple[int, int]] = set()
         self._merged: set[tuple[int, int]] = set()
-        self.returned: dict[str, frozenset[str]] = {}
-        self.in_losses: frozenset[str] = frozenset()
-        self.returned_rows: set[int] = set()
-        self._mixed: dict[int, str] = {}
-        # What is returned of the last state, where that is less than it or more was done.
-        self._further: set[str] = set()
         # Where calls that hand on what they take have what they make, by place.
         self._made_at: dict[tuple[int, int], tuple[int, ...]] = {}
         # Whether what counts is returned by a module around the ancestor.
@@ -202,6 +192,7 @@ class Capture:
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         whole = id(self._ancestor), -1
         self.origins = Origins(self._provenance, self.inputs, self._names, whole)
+        self.returned = Returned(self._provenance, self.inputs, whole)
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -328,8 +319,8 @@ class Capture:
                 if isinstance(record := self._states.get(reader), Recorded):
                     sources = (record.sources or frozenset()) | further
                     self._states[reader] = replace(record, sources=sources)
-                if reader in self.returned:
-                    self.returned[reader] |= further
+                if reader in self.returned.made_of:
+                    self.returned.made_of[reader] |= further
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
@@ -487,7 +478,7 @@ class Capture:
         self._nested -= 1
         if self._nested or not self._follow:
             return
-        if self._around and self._passes == 0 and not self.returned:
+        if self._around and self._passes == 0 and not self.returned.made_of:
             # What is around it may go on with what it gave, or call it again.
             self._inner = module, output
         elif not self._is_around:
@@ -515,57 +506,17 @@ class Capture:
             self._note_returned(module, self._call, output)
 
     def _note_returned(self, module: nn.Module, call: Any, output: Any) -> None:
-        """Find what the returned tensors were made of, and record those that mix several states."""
-        first = self._passes == 0 and not self.returned
-        further = self._beyond_last(output) if first else []
-        for place, tensor in enumerate(tensors_inside(output)):
-            if first and not tensor.ndim:
-                self.in_losses |= self._provenance.of(tensor) or frozenset()
-            if first and self._provenance.compares_samples(tensor, all_tensors(call), module):
-                continue
-            if first and tensor.ndim and is_real(tensor):
-                self.returned_rows |= set() if tensor.is_nested else {len(tensor)}
-                name = OUTPUT if OUTPUT not in self.components else "returned"
-                name = _numbered(name, len(self.returned))
-                sources = self._provenance.of(tensor)
-                if sources:
-                    sources |= self._mixed_into(name, tensor, call)
-                    self.returned[name] = sources
-                    if any(tensor is other for other in further):
-                        self._further.add(name)
-                    if len(sources) > 1 or sources & self._moved or name in self._further:
-                        self._mixed[place] = name
-            if place in self._mixed:
-                name = self._mixed[place]
-                sources = self.returned[name]
-                self._stages.read(name, tensor)
-                self._keep_mixed_in(name, call)
-                recorded = _recorded(name, module, tensor, tensor, sources)
-                self._keep(tensor, replace(recorded, is_further=name in self._further))
-
-    def _beyond_last(self, output: Any) -> list[Tensor]:
-        """Find what is returned of the last state alone, if a part or with weights of its own."""
-        if self._named or self._last is None:
-            return []
-        name, state = self._last
-        parts, weighted = list[Tensor](), list[Tensor]()
-        for tensor in filter(is_real, tensors_inside(output)):
-            values = plain(tensor)
-            if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
-                continue
-            alike = tensor.ndim > 0 and (state.ndim == 2 or tensor.ndim <= state.ndim)
-            if not alike or not values.isfinite().all() or not varies(values):
-                continue
-            if tensor.numel() < state.numel():
-                parts.append(tensor)
-            elif self._provenance.holds_own(tensor):
-                # A shift alone, as by a bias, changes nothing that is reported.
-                shifted = tensor.shape == state.shape and torch.allclose(
-                    state + (values - state)[:1], values, rtol=1e-4
-                )
-                weighted += [] if shifted else [tensor]
-        whole = sum(part.numel() for part in parts) >= state.numel()
-        return weighted if whole else weighted + parts
+        """Find what the returned tensors were made of, and record those that are states of their own."""
+        if self._passes == 0 and not self.returned.made_of:
+            name = OUTPUT if OUTPUT not in self.components else "returned"
+            last = None if self._named else self._last
+            self.returned.find(name, module, call, output, last, self._moved)
+        for end in self.returned.ends(output):
+            self._stages.read(end.name, end.tensor)
+            self._keep_mixed_in(end.name, call)
+            sources = self.returned.made_of[end.name]
+            recorded = _recorded(end.name, module, end.tensor, end.tensor, sources)
+            self._keep(end.tensor, replace(recorded, is_further=end.is_further))
 
     @_kept_out_of_the_forward
     def _on_inner_input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -837,14 +788,6 @@ class Capture:
             own = [place for place, tensor in enumerate(real) if tensor is first]
             self._made_at[key] = (*own[:1], *(place for place, _ in further))
         return first, further
-
-    def _mixed_into(self, name: str, tensor: Tensor, call: Any) -> frozenset[str]:
-        """Find the data that are mixed into states in a tensor that is returned."""
-        # Of those that a component took in whatever form, for others may be targets.
-        raw = self._provenance.taken(self.inputs.unclaimed(tensor))
-        if raw and self.inputs.beyond(self._provenance.of(tensor)) and tensor.ndim > 1:
-            self.inputs.find_mixed(name, raw, self.inputs.data(call), self.origins.ancestor)
-        return frozenset(self.inputs.mixed_in.get(name, ()))
 
     def _keep_mixed_in(self, name: str, call: Any) -> None:
         """Record the data that are mixed into what a component takes."""

@@ -1,0 +1,117 @@
+"""Finds in the first pass what the tensors that a network returns are made of, and which are states."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.network.inputs import Call, Inputs
+from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.tensors import all_tensors, is_real, plain, tensors_inside, varies
+
+
+class End(NamedTuple):
+    """A tensor that a network returns and that is a state of its own.
+
+    Attributes:
+        name: Of the state.
+        tensor: As it was returned.
+        is_further: Whether it is made of one state alone, by what no component does.
+    """
+
+    name: str
+    tensor: Tensor
+    is_further: bool
+
+
+class Returned:
+    """What a network returned in the first pass.
+
+    Attributes:
+        made_of: The states that reach each tensor with samples. Those of several states are states
+            themselves, under the same name, as is what is less than the last one or more was done with.
+        in_losses: The states that reach single numbers, as losses are.
+        rows: How many rows the tensors have.
+    """
+
+    def __init__(self, provenance: Provenance, inputs: Inputs, whole: Call) -> None:
+        self.made_of: dict[str, frozenset[str]] = {}
+        self.in_losses: frozenset[str] = frozenset()
+        self.rows: set[int] = set()
+        self._provenance, self._inputs, self._whole = provenance, inputs, whole
+        self._places: dict[int, str] = {}
+        self._further: set[str] = set()
+
+    def find(
+        self,
+        name: str,
+        module: nn.Module,
+        call: Any,
+        output: Any,
+        last: tuple[str, Tensor] | None,
+        moved: Set[str],
+    ) -> None:
+        """Find what returned tensors were made of.
+
+        Args:
+            name: Of the first of them.
+            module: That returned them.
+            call: What it was called with.
+            output: What it returned.
+            last: The name and the tensor of the last state, if what is made of it may be one, too.
+            moved: States whose rows are in an order of the network's own.
+        """
+        further = [] if last is None else self._beyond(*last, output)
+        for place, tensor in enumerate(tensors_inside(output)):
+            if not tensor.ndim:
+                self.in_losses |= self._provenance.of(tensor) or frozenset()
+            if self._provenance.compares_samples(tensor, all_tensors(call), module):
+                continue
+            if not tensor.ndim or not is_real(tensor):
+                continue
+            self.rows |= set() if tensor.is_nested else {len(tensor)}
+            if sources := self._provenance.of(tensor):
+                own = f"{name}#{len(self.made_of)}" if self.made_of else name
+                self.made_of[own] = sources = sources | self._mixed_into(own, tensor, call)
+                if any(tensor is other for other in further):
+                    self._further.add(own)
+                if len(sources) > 1 or sources & moved or own in self._further:
+                    self._places[place] = own
+
+    def ends(self, output: Any) -> list[End]:
+        """Find the tensors that are states of their own, in any pass."""
+        returned = enumerate(tensors_inside(output)) if self._places else ()
+        found = [(self._places[place], tensor) for place, tensor in returned if place in self._places]
+        return [End(name, tensor, name in self._further) for name, tensor in found]
+
+    def _mixed_into(self, name: str, tensor: Tensor, call: Any) -> frozenset[str]:
+        """Find the data that are mixed into states in a tensor."""
+        # Of those that a component took in whatever form, for others may be targets.
+        raw = self._provenance.taken(self._inputs.unclaimed(tensor))
+        if raw and self._inputs.beyond(self._provenance.of(tensor)) and tensor.ndim > 1:
+            self._inputs.find_mixed(name, raw, self._inputs.data(call), self._whole)
+        return frozenset(self._inputs.mixed_in.get(name, ()))
+
+    def _beyond(self, name: str, state: Tensor, output: Any) -> list[Tensor]:
+        """Find what is made of one state alone, if less than it or with weights of its own."""
+        parts, weighted = list[Tensor](), list[Tensor]()
+        for tensor in filter(is_real, tensors_inside(output)):
+            values = plain(tensor)
+            if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
+                continue
+            alike = tensor.ndim > 0 and (state.ndim == 2 or tensor.ndim <= state.ndim)
+            if not alike or not values.isfinite().all() or not varies(values):
+                continue
+            if tensor.numel() < state.numel():
+                parts.append(tensor)
+            elif self._provenance.holds_own(tensor):
+                # A shift alone, as by a bias, changes nothing that is reported.
+                shifted = tensor.shape == state.shape and torch.allclose(
+                    state + (values - state)[:1], values, rtol=1e-4
+                )
+                weighted += [] if shifted else [tensor]
+        whole = sum(part.numel() for part in parts) >= state.numel()
+        return weighted if whole else weighted + parts
