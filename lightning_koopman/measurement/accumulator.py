@@ -18,6 +18,7 @@ from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis
 from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.network.plan import listed
+from lightning_koopman.network.rows import INPUT
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
 
@@ -36,6 +37,11 @@ _FEW_KINDS = 4
 _MOST_ROWS = 4096
 _MOST_VALUES = 2**22
 # Rows are gathered until a fold's share of them makes products fast, within this many values in all.
+
+
+def _called(name: str) -> str:
+    """Say what a state is of."""
+    return "the network's input" if name == INPUT else f"component {name!r}"
 
 
 class Accumulator:
@@ -233,15 +239,16 @@ class Accumulator:
         for (name, block), width in zip(rows.items(), self.chain.widths, strict=True):
             if block.shape[0] != n_samples:
                 raise ValueError(
-                    f"component {name!r} gave {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
+                    f"{_called(name)} has {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
                     f"has {n_samples}. Rows are samples: axis 0 must be the batch axis. Where rows are "
                     "pooled, as nodes are to graphs, let the batch hold the graph of each node, in "
                     "order, or name the components behind the pooling with components=[...]."
                 )
             if block.shape[1] != width:
                 raise ValueError(
-                    f"component {name!r} gave {block.shape[1]} values per sample in batch {batch}, but "
-                    f"{width} before. Bring the samples to one size."
+                    f"{_called(name)} has {block.shape[1]} values per sample in batch {batch}, but "
+                    f"{width} before. Bring the samples to one size, or take a reduction whose width "
+                    "does not depend on it, such as reduce='mean'."
                 )
         blocks = list(rows.values())
         at_once = all(block.device.type == "cpu" for block in blocks)
@@ -263,9 +270,10 @@ class Accumulator:
             for name, ends in zip(self.chain.names, row, strict=True):
                 if not bool(torch.isfinite(ends).all()):
                     kind = "NaN" if bool(torch.isnan(ends).any()) else "infinity"
+                    found = "" if name == INPUT else " or the layer (torch.autograd.set_detect_anomaly)"
                     raise ValueError(
-                        f"component {name!r} gave {kind} in batch {batch}. Find the sample or the layer "
-                        "with torch.autograd.set_detect_anomaly(True), or leave the batch out."
+                        f"{_called(name)} holds {kind} in batch {batch}. Find the sample{found}, or "
+                        "leave the batch out."
                     )
 
     def share(self) -> Share:

@@ -290,7 +290,7 @@ def test_nan_states_warn_once_and_training_goes_on(tmp_path):
         trainer.fit(model, *loaders())
     said = [str(w.message) for w in caught if "Koopman credit skipped" in str(w.message)]
     assert len(said) == 1  # in epoch 2 every component gives NaN
-    assert "'net.4' gave NaN in batch 0" in said[0]
+    assert "'net.4' holds NaN in batch 0" in said[0]
     assert trainer.current_epoch == 3
     assert len(monitor.history) == 1
     assert hooks_on(model) == 0
@@ -298,7 +298,7 @@ def test_nan_states_warn_once_and_training_goes_on(tmp_path):
 
 def test_on_error_raise_raises(tmp_path):
     trainer = quiet_trainer(tmp_path, [KoopmanCreditMonitor(on_error="raise")], logger=Recorder())
-    with pytest.raises(ValueError, match=r"'net.4' gave NaN"):
+    with pytest.raises(ValueError, match=r"'net.4' holds NaN"):
         trainer.fit(Diverging(), *loaders())
 
 

@@ -120,8 +120,8 @@ def test_states_that_change_their_shape_or_name_are_refused():
     for states, message in (
         (first | {"b": torch.randn(5, 2)}, r"batch 1 ran the components .*difference: b\)"),
         (dict(reversed(first.items())), r"batch 2 ran the components a, input"),
-        (first | {"a": torch.randn(4, 2)}, "'a' gave 4 rows in batch 3, but 'input' has 5"),
-        (first | {"a": torch.randn(5, 7)}, "'a' gave 7 values per sample in batch 4, but 2 before"),
+        (first | {"a": torch.randn(4, 2)}, "'a' has 4 rows in batch 3, but 'input' has 5"),
+        (first | {"a": torch.randn(5, 7)}, "'a' has 7 values per sample in batch 4, but 2 before"),
     ):
         with pytest.raises(ValueError, match=message):
             reducer.push(states)

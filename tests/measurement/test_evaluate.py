@@ -415,12 +415,14 @@ def test_values_that_are_not_finite_name_component_and_batch(mlp, value, kind):
     batches[3] = batches[3].clone()
     batches[3][7, 2] = value = float(value)
     before = Snapshot(mlp)
-    with pytest.raises(ValueError, match=f"component 'input' gave {kind} in batch 3"):
+    with pytest.raises(
+        ValueError, match=f"the network's input holds {kind} in batch 3. Find the sample, or"
+    ):
         credit_report(mlp, batches)
     before.assert_unchanged()
     with torch.no_grad():
         mlp.second.bias[1] = value
-    with pytest.raises(ValueError, match=f"component 'second' gave {kind} in batch 0"):
+    with pytest.raises(ValueError, match=f"component 'second' holds {kind} in batch 0"):
         credit_report(mlp, samples().split(50))
 
 

@@ -93,7 +93,7 @@ def test_padding_is_left_out_at_any_padded_length(reduce: Any) -> None:
 def test_batches_of_differing_length_pool_by_default_and_cannot_be_flattened() -> None:
     net, batches = PerPosition(), [torch.randn(100, n, 3) for n in (6, 4, 9)]
     assert np.isfinite(credit_report(net, batches).credit).all()
-    with pytest.raises(ValueError, match="'input' gave 12 values per sample in batch 1, but 18 before"):
+    with pytest.raises(ValueError, match="input has 12 values per sample in batch 1, but 18 before"):
         credit_report(net, batches, options=Options(reduce="flatten"))
 
 
