@@ -290,7 +290,8 @@ class Affine:
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """Sum the products of all entries, for each of several matrices."""
-    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)])
+    products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return products
 
 
 def _over_all(

@@ -203,5 +203,5 @@ def held_out_errors(matrices: Tensor, test_xx: Tensor, test_xy: Tensor, variance
     matrices, test_xx, test_xy = (x if x.ndim == 3 else x[None] for x in (matrices, test_xx, test_xy))
     matrices = matrices.mT
     rest = torch.baddbmm(test_xy.mT, matrices, test_xx, beta=-2)
-    products = torch.bmm(rest.flatten(1)[:, None], matrices.flatten(1)[:, :, None])
-    return (variance + products[:, 0, 0]).clamp_min(0)
+    products: Tensor = torch.linalg.vecdot(rest.flatten(1), matrices.flatten(1))
+    return (variance + products).clamp_min(0)
