@@ -30,9 +30,13 @@ Operators = Sequence[Sequence[Tensor]]
 """For step i = 1 … L, one block of shape ``(d_p, d_i)`` a state p that it reads, the nearest first."""
 
 
+class OneByOneError(Exception):
+    """Of several chains at once, one may have lost a direction, so each must be aligned by itself."""
+
+
 @dataclass(frozen=True)
 class Alignment:
-    """Aligned operators and volumes of a chain.
+    """Aligned operators and volumes of a chain, or of several, which tensors then have an axis for.
 
     Attributes:
         bases: Q_0 … Q_L, each ``(d_i, r)``, with orthonormal columns where a state carries all
@@ -57,7 +61,7 @@ class Alignment:
     @property
     def rank(self) -> int:
         """Number r of aligned directions."""
-        return self.bases[0].shape[1]
+        return self.bases[0].shape[-1]
 
     def jacobian(self, state: int) -> Tensor:
         """Return J_i, how the chosen outputs answer to a state."""
@@ -71,24 +75,28 @@ def align(
 
     Where J_i has not full column rank, each column of ``outputs`` is dropped that adds nothing to those
     kept before it, unless other states lead around state i: then it is not followed through this one.
+    Several chains at once, along an axis in front of all tensors, must keep all columns.
+
+    Raises:
+        OneByOneError: If one of several chains may have lost a direction.
     """
     if parents is None:
         parents = [range(i, i - len(blocks), -1) for i, blocks in enumerate(operators)]
-    widths = {len(operators): outputs.shape[0]}
+    widths = {len(operators): outputs.shape[-2]}
     for step in range(len(operators), 0, -1):
         # Where no step reads a state, any width of it will do.
-        width = widths.setdefault(step, operators[step - 1][0].shape[1])
-        if operators[step - 1][0].shape[1] != width:
+        width = widths.setdefault(step, operators[step - 1][0].shape[-1])
+        if operators[step - 1][0].shape[-1] != width:
             raise ValueError(
-                f"operator {step} gives {operators[step - 1][0].shape[1]} values, but {width} were "
+                f"operator {step} gives {operators[step - 1][0].shape[-1]} values, but {width} were "
                 "expected behind it"
             )
         for block, state in zip(operators[step - 1], parents[step - 1], strict=True):
-            widths.setdefault(state, block.shape[0])
+            widths.setdefault(state, block.shape[-2])
     lost: list[int] = []
-    kept = list(range(outputs.shape[1]))
+    kept = list(range(outputs.shape[-1]))
     while True:
-        attempt, independent, state = _align(operators, outputs[:, kept], parents)
+        attempt, independent, state = _align(operators, outputs[..., kept], parents)
         if len(independent) == len(kept):
             return Alignment(*attempt, lost=tuple(lost), kept=tuple(kept))
         lost.insert(0, state)
@@ -101,19 +109,19 @@ def _align(
     tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor], Sequence[int], int
 ]:
     """Go backward once; stop, and tell the independent columns, where a Jacobian has lost rank."""
-    rank, last = outputs.shape[1], len(operators)
+    several, rank, last = outputs.shape[:-2], outputs.shape[-1], len(operators)
     identity = torch.eye(rank, dtype=outputs.dtype, device=outputs.device)
     # J_i = bases[i] R_i, where R_i is that of the nearest child where the state does not carry all.
     bases, factors = {last: outputs}, {last: identity}
     aligned: list[Tensor] = []
-    logs = {last: outputs.new_zeros(rank)}
+    logs = {last: outputs.new_zeros(*several, rank)}
     volumes = [logs[last]]
     # between[a, b] = R_a R_b^{-1}, of states that others still read. Forming J_i R_c^{-1} keeps every
     # factor well scaled, and products of steps lose nothing where one branch is far weaker than another.
     between, live, nearest = {(last, last): identity}, [last], last
     for state in range(last - 1, -1, -1):
         width = next(
-            block.shape[0]
+            block.shape[-2]
             for read, blocks in zip(parents[state:], operators[state:], strict=True)
             for block, p in zip(blocks, read, strict=True)
             if p == state
@@ -123,13 +131,14 @@ def _align(
             for c in live
             if state in parents[c - 1]
         }
-        unit, jacobian, solved = _in_best_units(steps, between, outputs.new_zeros(width, rank), nearest)
+        nothing = outputs.new_zeros(*several, width, rank)
+        unit, jacobian, solved = _in_best_units(steps, between, nothing, nearest)
         needed = [c for c in live if min(parents[c - 1]) < state]
         if solved is None and not needed:
             return ((), (), (), torch.empty(0)), _independent(jacobian), state
         basis, triangle, inverse = solved or (jacobian, identity, identity)
         bases[state], factors[state] = basis, triangle @ factors[unit]
-        logs[state] = logs[unit] + triangle.diagonal().abs().log()
+        logs[state] = logs[unit] + _diagonal(triangle).abs().log()
         others = {*needed, nearest}
         between = {
             **{(a, b): between[a, b] for a in others for b in others},
@@ -147,7 +156,7 @@ def _align(
         live = [state, *needed]
     back = range(last + 1)
     parts = tuple(bases[i] for i in back), tuple(aligned[::-1]), tuple(factors[i] for i in back)
-    return (*parts, torch.stack(volumes[::-1])), range(rank), 0
+    return (*parts, torch.stack(volumes[::-1], dim=-2)), range(rank), 0
 
 
 def _times(left: Tensor, right: Tensor, identity: Tensor) -> Tensor:
@@ -178,17 +187,21 @@ def _in_best_units(
 
 def _triangular(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Thin QR and the inverse of its triangle; ``None`` where the columns are not independent."""
-    rank = jacobian.shape[1]
-    if min(jacobian.shape) < rank:
+    rank = jacobian.shape[-1]
+    if jacobian.shape[-2] < rank:
         return None
     basis, triangle = torch.linalg.qr(jacobian)
     identity = torch.eye(rank, dtype=jacobian.dtype, device=jacobian.device)
     inverse = torch.linalg.solve_triangular(triangle, identity, upper=True)
     # Singular values are computed only where norms leave it open whether any is below the cut-off.
-    spread = float(torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse))
+    spread = float((torch.linalg.matrix_norm(triangle) * torch.linalg.matrix_norm(inverse)).max())
     if not spread * RANK_RTOL < _CLEARLY and len(_independent(jacobian)) < rank:
         return None
     return basis, triangle, inverse
+
+
+def _diagonal(triangle: Tensor) -> Tensor:
+    return triangle.diagonal(dim1=-2, dim2=-1)
 
 
 def _volumes(jacobian: Tensor) -> Tensor:
@@ -202,6 +215,8 @@ def _volumes(jacobian: Tensor) -> Tensor:
 
 def _independent(jacobian: Tensor) -> Sequence[int]:
     """Columns that each add to those before them, all of them where the rank is full."""
+    if jacobian.ndim > 2:
+        raise OneByOneError
     if jacobian.numel() == 0:
         return ()
     values = torch.linalg.svdvals(jacobian)

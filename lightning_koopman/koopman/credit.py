@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.alignment import Alignment, align
+from lightning_koopman.koopman.alignment import Alignment, OneByOneError, align
 from lightning_koopman.koopman.chain import (
     R2,
     Split,
@@ -35,30 +35,31 @@ def align_split(
     columns: Sequence[int],
     targets: Sequence[int] | None,
 ) -> Alignment:
-    """Align the operators of some folds."""
+    """Align the operators of all samples, of one fold, or of several at once."""
     directions = split.directions
     if targets is not None:
-        directions = torch.eye(len(directions)).to(directions)[:, list(targets)]
+        chosen = torch.eye(directions.shape[-2]).to(directions)[:, list(targets)]
+        directions = chosen.expand(*directions.shape[:-2], *chosen.shape)
     # Whitened without a fold, an output may have fewer directions than over all samples.
-    present = [column for column in columns if column < directions.shape[1]]
+    present = [column for column in columns if column < directions.shape[-1]]
     parents = split.layout.parents[1:]
     blocks = [
         [step.within_limits(block, p) for block, p in zip(given, read, strict=True)]
         for step, given, read in zip(steps, split.blocks(operators), parents, strict=True)
     ]
-    return align(blocks, directions[:, present], parents)
+    return align(blocks, directions[..., present], parents)
 
 
 def mean_volumes(chain: Alignment, expected: Alignment | None = None) -> tuple[Tensor, Tensor]:
     """Return the mean log-volume behind each state, and where it is not that of what was expected."""
     unlike = expected is not None and chain.rank != expected.rank
     if chain.rank == 0 or unlike:
-        means = torch.full((len(chain.log_volumes),), torch.nan, dtype=torch.float64)
+        means = torch.full(chain.log_volumes.shape[:-1], torch.nan, dtype=torch.float64)
         return means, means.isnan()
-    means = chain.log_volumes.nanmean(dim=1)
+    means = chain.log_volumes.nanmean(dim=-1)
     lost = means.isnan()
     if expected is not None:
-        lost |= (chain.log_volumes.isnan() != expected.log_volumes.isnan()).any(dim=1)
+        lost |= (chain.log_volumes.isnan() != expected.log_volumes.isnan()).any(dim=-1)
     return means, lost
 
 
@@ -67,25 +68,46 @@ def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -
     n_steps = len(split.layout.dims) - 1
     means, lost = mean_volumes(chain, expected)
     if bool(means.isnan().all()):
-        nan = torch.full((n_steps,), torch.nan, dtype=torch.float64)
-        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": nan[0]}
+        nan = means[..., 1:]
+        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": means[..., 0]}
     spread = [
-        split.train.variances[i].clamp_min(0).sqrt()[:, None] * chain.jacobian(i)
+        split.train.variances[i].clamp_min(0).sqrt()[..., None] * chain.jacobian(i)
         for i in range(1, n_steps + 1)
     ]
-    sensitivity = torch.stack([torch.linalg.matrix_norm(s).log() for s in spread])
+    sensitivity = torch.stack([torch.linalg.matrix_norm(s).log() for s in spread], dim=-1)
     # A dead branch has no gain; the gain of what stands behind it is that over what carries.
-    gain, before = torch.full_like(means[1:], torch.nan), means[0]
+    gains, before, known = [], means[..., 0], ~means.isnan()
     for i in range(1, n_steps + 1):
-        if not means[i].isnan():
-            gain[i - 1], before = before - means[i], means[i]
-    gone = torch.full_like(means, torch.nan)
+        gains.append(before - means[..., i])
+        before = torch.where(known[..., i], means[..., i], before)
+    moved = lost[..., 1:] | lost[..., :-1] & known[..., :-1]
     return {
-        "credit": torch.where(lost, gone, means)[1:],
-        "gain": torch.where(lost[1:] | lost[:-1] & ~means[:-1].isnan(), gone[1:], gain),
-        "sensitivity": torch.where(means[1:].isnan(), gone[1:], sensitivity),
-        "total": means[0],
+        "credit": means.masked_fill(lost, torch.nan)[..., 1:],
+        "gain": torch.stack(gains, dim=-1).masked_fill(moved, torch.nan),
+        "sensitivity": sensitivity.masked_fill(~known[..., 1:], torch.nan),
+        "total": means[..., 0],
     }
+
+
+def refitted_volumes(
+    split: Split,
+    operators: Sequence[Tensor],
+    steps: Sequence[Step],
+    targets: Sequence[int] | None,
+    expected: Alignment,
+) -> dict[str, Tensor]:
+    """Read the same off alignments without each fold, ``(folds, …)``."""
+    kept = expected.kept
+    try:
+        refitted = align_split(split, operators, steps, kept, targets)
+        return volumes(split, refitted, expected)
+    except OneByOneError:
+        each = []
+        for place in range(len(split.train.count)):
+            one = split.fold(place)
+            own = [operator[place] for operator in operators]
+            each.append(volumes(one, align_split(one, own, steps, kept, targets), expected))
+        return {name: torch.stack([found[name] for found in each]) for name in each[0]}
 
 
 RANK_SHARE = 1e-4
@@ -241,14 +263,11 @@ def compute_credits(
             continue
         rest.append(refitted_ranks(split, known))
         limited = steps if normalize == "none" else relimited(split, steps)
-        for place in range(len(group)):
-            one = split.fold(place)
-            refitted = align_split(one, [operator[place] for operator in own], limited, kept, targets)
-            without.append(volumes(one, refitted, chain))
+        without.append(refitted_volumes(split, own, limited, targets, chain))
     values |= r2.values()
     stderr = {name: torch.full_like(value, torch.nan) for name, value in values.items()}
-    if len(without) > 1:
-        replicates = {name: torch.stack([each[name] for each in without]) for name in without[0]}
+    if errors and sum(map(len, groups)) > 1:
+        replicates = {name: torch.cat([each[name] for each in without]) for name in without[0]}
         replicates |= {"rank": torch.cat(rest)} | r2.replicates()
         sizes, gaps = torch.cat(held_out), r2.gaps()
         for name, value in values.items():
