@@ -126,10 +126,12 @@ class Accumulator:
         held, self._held = self._held, []
         if held and self.basis is None:
             rows, held = split_rows(held, 2 * self.options.max_dim)
-            self._add(rows)
+            self._begin(rows)
         # Held by processes that first agreed on a basis.
         for later in held:
             self._gather(later)
+        if self._filled and self.basis is None:
+            self._begin([block[: self._filled] for block in self._block])
         if self._filled:
             self._add([block[: self._filled] for block in self._block])
         self._block, self._filled = [], 0
@@ -167,10 +169,11 @@ class Accumulator:
                 block[self._filled : self._filled + count] = part
             self._filled += count
             if self._filled == size:
-                full, self._filled = self._block, 0
                 if self.basis is None:
-                    self._block = []
-                self._add(full)
+                    self._begin(self._block)
+                else:
+                    self._filled = 0
+                    self._add(self._block)
 
     @property
     def _block_size(self) -> int:
@@ -185,20 +188,26 @@ class Accumulator:
         options = self.options
         return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier)
 
+    def _begin(self, rows: list[Tensor]) -> None:
+        """Freeze the basis by the first rows, which then wait for company in it."""
+        self._block, self._filled = [], 0
+        self._refuse_odd()
+        self.basis = self._fit_basis([exactly(block) for block in rows[1:]])
+        self._gather(rows)
+
     def _add(self, rows: list[Tensor]) -> None:
-        """Add up rows as state vectors; the first freeze the basis, later ones are in it already."""
+        """Add up rows, which are in the basis already."""
+        assert self.basis is not None
         self._refuse_odd()
         rows = [exactly(block) for block in rows]
-        if self.basis is None:
-            self.basis = self._fit_basis(rows[1:])
-            rows = [rows[0], *self._project(rows[1:])]
         fresh, self._fresh = self._fresh, None
         if fresh is not None:
             fresh = exactly(fresh).double()
             self._spreads = fresh if self._spreads is None else self._spreads + fresh
         keys = sample_keys(rows[0], self.options.seed)
         if self._moments is None:
-            self._kinds = int((keys.sort().values.diff() != 0).sum()) + 1, len(keys)
+            first = keys[: 2 * self.options.max_dim]
+            self._kinds = int((first.sort().values.diff() != 0).sum()) + 1, len(first)
         self._sum(self.basis.lift(rows[1:], self.options.observables), keys)
 
     def _project(self, rows: list[Tensor]) -> list[Tensor]:
