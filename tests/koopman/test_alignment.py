@@ -10,7 +10,7 @@ import torch
 from oracles import dense_product, log_gram_volume, log_volume
 from torch import Tensor
 
-from lightning_koopman.koopman.alignment import Alignment, align
+from lightning_koopman.koopman.alignment import Alignment, OneByOneError, align
 
 WIDTHS = [
     (5, 5, 5),
@@ -278,3 +278,29 @@ def test_operators_that_do_not_fit_together_are_refused() -> None:
         align([[w] for w in weights], torch.eye(5))
     with pytest.raises(ValueError, match=r"operator 2 gives 5 values, but 6 were expected"):
         align([[w] for w in weights], torch.eye(6))
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_several_chains_at_once_are_each_alone_unless_one_loses_a_direction(skips: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parents = [(0,), (1, 0) if skips else (1,), (2,)]
+    widths = {0: 9, 1: 12, 2: 8, 3: 6}
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+
+    operators = [[drawn(widths[p], widths[i]) for p in read] for i, read in enumerate(parents, start=1)]
+    outputs = drawn(6, 4)
+    together = align(operators, outputs, parents)
+    assert together.rank == 4
+    for fold in range(3):
+        alone = align(
+            [[block[fold] for block in blocks] for blocks in operators], outputs[fold], parents
+        )
+        assert torch.allclose(together.log_volumes[fold], alone.log_volumes, rtol=1e-12, atol=1e-12)
+        for state in range(4):
+            jacobian = together.jacobian(state).expand(3, -1, -1)[fold]
+            assert torch.allclose(jacobian, alone.jacobian(state), rtol=1e-10, atol=1e-10)
+    operators[2][0][1] = 0
+    with pytest.raises(OneByOneError):
+        align(operators, outputs, parents)
