@@ -11,6 +11,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 # Raised again as they came, or made of other messages.
 PASSED_ON = {"error", "failure", "TypeError", "reports", "found", "message", "str(error)", "str(result)"}
+# Caught where it is raised for: no user meets it.
+PASSED_ON |= {"OneByOneError"}
 # No user meets it: `from lightning_koopman import …` tells it as Python does.
 PYTHONS_OWN = "module … has no attribute …"
 
