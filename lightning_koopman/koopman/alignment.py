@@ -201,6 +201,7 @@ def _triangular(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 
 def _diagonal(triangle: Tensor) -> Tensor:
+    """Return the diagonal, of one triangle or of each of several."""
     return triangle.diagonal(dim1=-2, dim2=-1)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_koopman.koopman.chain import jackknife
 from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import DEFAULTS, Options
-from lightning_koopman.koopman.regression import solve_each
+from lightning_koopman.koopman.regression import dots, solve_each
 from lightning_koopman.koopman.states import Basis
 from lightning_koopman.network.plan import Plan
 
@@ -280,18 +280,12 @@ class Affine:
         Both are less the variance of the target about its own mean.
         """
         matrices = self.matrices.mT
-        rest, fitted = torch.baddbmm(c_yx, matrices, c_xx, beta=-1), _dots(matrices, c_yx)
+        rest, fitted = torch.baddbmm(c_yx, matrices, c_xx, beta=-1), dots(matrices, c_yx)
         missed = y - self.at(x)
         also_missed = y - mean.y_means - (x - mean.x_means) @ mean.matrices
-        squares = _dots(matrices, rest) + missed.square().sum(dim=1)
+        squares = dots(matrices, rest) + missed.square().sum(dim=1)
         products = rest.flatten(1) @ mean.entries + (missed * also_missed).sum(dim=1)
         return squares - fitted, products - fitted
-
-
-def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Sum the products of all entries, for each of several matrices."""
-    products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
-    return products
 
 
 def _over_all(
@@ -304,7 +298,7 @@ def _over_all(
     for operator, mean in pairs:
         matrices, missed = operator.matrices.mT, given.means[i] - operator.at(x)
         products, fitted = matrices @ c_xx, operator.entries @ c_xy.T.flatten()
-        errors = _dots(matrices, products) - 2 * fitted + missed.square().sum(dim=1)
+        errors = dots(matrices, products) - 2 * fitted + missed.square().sum(dim=1)
         of_mean = (products.flatten(1) @ mean.entries - 2 * fitted).mean()
         of_mean = of_mean + missed.mean(dim=0).square().sum()
         found.append(given.variances[i].sum() + torch.cat([errors, of_mean[None]]))

@@ -203,5 +203,10 @@ def held_out_errors(matrices: Tensor, test_xx: Tensor, test_xy: Tensor, variance
     matrices, test_xx, test_xy = (x if x.ndim == 3 else x[None] for x in (matrices, test_xx, test_xy))
     matrices = matrices.mT
     rest = torch.baddbmm(test_xy.mT, matrices, test_xx, beta=-2)
-    products: Tensor = torch.linalg.vecdot(rest.flatten(1), matrices.flatten(1))
-    return (variance + products).clamp_min(0)
+    return (variance + dots(rest, matrices)).clamp_min(0)
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """Sum the products of all entries, for each of several matrices."""
+    products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return products

@@ -20,7 +20,7 @@ from lightning_koopman.network.forward_runner import ForwardFn, default_forward,
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, valid_positions
+from lightning_koopman.network.rows import Recorded, numbered, valid_positions
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 
 
@@ -186,7 +186,7 @@ class _Inputs:
                 tensor = next(iter(all_tensors(given)), None) if tensor is None else tensor
                 count = sum(key.partition("#")[0] == name for key in self._taken)
                 shape = () if tensor is None else tuple(tensor.shape)
-                self._taken[f"{name}#{count}" if count else name] = shape
+                self._taken[numbered(name, count)] = shape
 
             self._hooks.enter_context(attach(module, before=note))
 

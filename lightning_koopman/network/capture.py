@@ -42,6 +42,7 @@ from lightning_koopman.network.rows import (
     OUTPUT,
     Recorded,
     further_name,
+    numbered,
     with_lengths_in_order,
 )
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
@@ -570,7 +571,7 @@ class Capture:
         if (id(module), call) in self._foreign:
             # What reads it runs on other data, too.
             return
-        self._record(_numbered(name, call), module, call, output, (args, kwargs))
+        self._record(numbered(name, call), module, call, output, (args, kwargs))
 
     def _find_gave(self, given: Any) -> _Gave | None:
         """Find the state whose tensor a module takes first."""
@@ -722,7 +723,7 @@ class Capture:
         made = output
         if before is not None and not isinstance(output, Tensor):
             made = [t for t in all_tensors(output) if t is tensor or not before.passes(t)]
-        called = _numbered(self._names[id(module)], key[1])
+        called = numbered(self._names[id(module)], key[1])
         self.parts[name] = (*self.parts.get(name, ()), called)
         origin, new = self.origins.of(name, key, made, tensor, self._states.keys(), self._call)
         for added in new:
@@ -814,11 +815,6 @@ class Capture:
             recorded = replace(recorded, orders=both[0], second_orders=both[1])
             recorded = with_lengths_in_order(recorded)
         self._states[recorded.name] = self.keep(recorded.tensor, recorded)
-
-
-def _numbered(name: str, call: int) -> str:
-    """Tell calls after the first from it by their number."""
-    return f"{name}#{call}" if call else name
 
 
 def _held_by(model: nn.Module) -> Iterator[Tensor]:

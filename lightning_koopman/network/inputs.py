@@ -16,6 +16,7 @@ from lightning_koopman.network.input_data import (
     is_of_edges,
 )
 from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.rows import numbered
 from lightning_koopman.network.tensors import all_tensors, detached_copy, is_real
 
 Call = tuple[int, int]
@@ -134,7 +135,7 @@ class Inputs:
             whole = True
             for data in made_of:
                 self._covered.add(data)
-        name = f"{self._name}#{len(self.names)}" if self.names else self._name
+        name = numbered(self._name, len(self.names))
         self.at.setdefault(call, {})[place] = name
         self.names.add(name)
         self._provenance.claim(tensor, name, whole=whole)

@@ -535,10 +535,12 @@ def _with_fitting_ends(records: Sequence[Recorded], batch: Any) -> Sequence[Reco
     """Leave out what is returned of the last state, unless it has as many samples as the states."""
     states = [record for record in records if not record.is_further]
     n_samples, _ = batch_size(states, batch)
-    ends = [record for record in records if record.is_further]
-    fit = [r for r in ends if batch_size([*states, r], batch)[0] == n_samples]
-    fit = [r for r in fit if n_samples in r.tensor.shape[:2]]
-    return records if len(fit) == len(ends) else [*states, *fit]
+
+    def fits(end: Recorded) -> bool:
+        alike = batch_size([*states, end], batch)[0] == n_samples
+        return alike and n_samples in end.tensor.shape[:2]
+
+    return [record for record in records if not record.is_further or fits(record)]
 
 
 def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:

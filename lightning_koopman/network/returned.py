@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.network.inputs import Call, Inputs
 from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.rows import numbered
 from lightning_koopman.network.tensors import all_tensors, is_real, plain, tensors_inside, varies
 
 
@@ -74,7 +75,7 @@ class Returned:
                 continue
             self.rows |= set() if tensor.is_nested else {len(tensor)}
             if sources := self._provenance.of(tensor):
-                own = f"{name}#{len(self.made_of)}" if self.made_of else name
+                own = numbered(name, len(self.made_of))
                 self.made_of[own] = sources = sources | self._mixed_into(own, tensor, call)
                 if any(tensor is other for other in further):
                     self._further.add(own)

@@ -136,6 +136,11 @@ def with_lengths_in_order(recorded: Recorded) -> Recorded:
     )
 
 
+def numbered(name: str, place: int) -> str:
+    """Tell what comes after the first of several, as later calls of a module, by its number."""
+    return f"{name}#{place}" if place else name
+
+
 def further_name(call: str, place: int) -> str:
     """Name a tensor that a module call gives beside the one that has the call's name."""
     return f"{call}:{place}" if "#" in call else f"{call}#0:{place}"
