@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.koopman.credit import Credits, compute_credits, samples_needed
-from lightning_koopman.koopman.moments import Layout, accumulate, recentred
+from lightning_koopman.koopman.moments import Layout, accumulate, covariances, recentred
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
@@ -30,6 +30,9 @@ MaxSamples = int | Literal["enough"] | None
 
 _KEPT = 0.99
 # Of a state's variance: less may move R² and nonlinearity by what is shown of them.
+
+_ROUNDED = 2
+# Spacings of numbers as large as a state that samples must differ by: less is rounding, to 2 % or more.
 
 _FEW_KINDS = 4
 # So many samples of each input, at least, make folds of few inputs.
@@ -80,6 +83,8 @@ class Accumulator:
         self._fresh: Tensor | None = None
         # How many inputs differ among the first samples, and how many these are.
         self._kinds = 0, 0
+        # Spacing of the numbers of each state, relative to their size; none where no sample was seen.
+        self._spacings: tuple[float, ...] = ()
         # Smallest and largest value of each state, by batch, which only the device knows yet.
         self._extremes: list[tuple[int, Tensor]] = []
         self._held: list[list[Tensor]] = []
@@ -237,6 +242,7 @@ class Accumulator:
         names = tuple(rows)
         if not self.chain.names:
             self.chain = Chain(names, tuple(block.shape[1] for block in rows.values()), links)
+            self._spacings = tuple(torch.finfo(block.dtype).eps for block in rows.values())
         if names != self.chain.names:
             odd = sorted(set(names) ^ set(self.chain.names)) or list(names)
             raise ValueError(
@@ -382,6 +388,7 @@ class Accumulator:
         kept = self.basis.kept(self._spreads, n_samples)
         notes = [*notes, *self._left_out(kept)]
         self._note_kinds(notes)
+        self._note_rounded(layout, moments, notes)
         report = report_on(
             layout,
             self.credits(),
@@ -419,6 +426,23 @@ class Accumulator:
             f"{len(cut)} of {len(kept)}, {least!r} the least ({cut[least]:.1%}). What is left out "
             "counts as unexplained and as nonlinear; a larger max_dim keeps more"
         ]
+
+    def _note_rounded(self, layout: Layout, moments: Tensor, notes: list[str]) -> None:
+        """Tell which states vary by hardly more than their numbers are rounded."""
+        assert self.basis is not None
+        found, (*_, last) = covariances(layout, moments.sum(dim=0)), self.chain.names
+        each = zip(self.chain.names, found.means, self.basis.cpu().center, found.variances, strict=True)
+        rounded = []
+        for (name, mean, center, variances), spacing in zip(each, self._spacings, strict=False):
+            # Lifted coordinates are rounded otherwise; the last state is never lifted.
+            if self.options.observables is None or name == last:
+                least = _ROUNDED * spacing * torch.linalg.vector_norm(mean + center)
+                rounded += [name] if variances.sum() <= least.square() else []
+        if rounded:
+            notes.append(
+                f"{listed(rounded)} vary between samples by hardly more than numbers of their size are "
+                "rounded, so what is said of them, and of all that leads there, is about rounding"
+            )
 
     def reference(self, step: int | None = None) -> Reference:
         """Return what drift is measured against, fitted once for all that was added up."""

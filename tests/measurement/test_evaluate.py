@@ -74,6 +74,28 @@ def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp):
     assert report.r2[0] < 0.99
 
 
+def test_states_that_vary_by_rounding_alone_are_told():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(400, 6)
+
+    def told(scale: float, dtype: torch.dtype = torch.float32) -> bool:
+        given = copy.deepcopy(net).to(dtype)
+        with torch.no_grad():
+            given[2].weight.mul_(scale)
+            given[2].bias.fill_(1.0)
+            outputs = given(x.to(dtype))
+        notes = [note for note in credit_report(given, [x.to(dtype)]).notes if "rounded" in note]
+        assert not notes or notes[0].startswith("2 vary between samples by hardly more than")
+        # An independent truth: an output of 400 samples is one of a few numbers.
+        assert bool(notes) == (len(outputs[:, 0].unique()) < 20)
+        return bool(notes)
+
+    assert told(3e-7)
+    assert not told(1e-4)
+    assert not told(3e-7, torch.float64)
+
+
 def directions(rows: np.ndarray, count: int) -> np.ndarray:
     """The leading principal directions of some rows."""
     return np.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:count].T
