@@ -144,8 +144,19 @@ class Alterations:
     @property
     def read(self) -> list[HookPoint]:
         """What :meth:`update` wants to see."""
-        outputs = [*self.outputs.values(), *(point for each in self.further.values() for point in each)]
-        return [*self.inputs.values(), *outputs] if {"linear", "skip"} & {*self.kinds} else outputs
+        further = [(name, point) for name, points in self.further.items() for point in points]
+        outputs = [*self.outputs.values(), *(point for _, point in further)]
+        if not {"linear", "skip"} & {*self.kinds}:
+            return outputs
+        return [*self.inputs.values(), *(self._taken_for(*each) for each in further), *outputs]
+
+    def taken_by(self, name: str) -> list[HookPoint]:
+        """Return what a component takes, of which each is what would pass on one that it gives."""
+        return [self.inputs[name], *(self._taken_for(name, p) for p in self.further.get(name, ()))]
+
+    def _taken_for(self, name: str, point: HookPoint) -> HookPoint:
+        """Return what a component takes in the place of a tensor that it gives."""
+        return self.inputs[name]._replace(place=point.place)
 
     def settle(
         self,
@@ -261,18 +272,17 @@ class Alterations:
         source, point = self.inputs[name], self.outputs[name]
         asked = {kind for kind in self.kinds if name not in self.refused[kind]}
         output = self._rows(values, point)
-        alike = source in values and values[source].shape == values[point].shape
-        try:
-            if "output_noise" in asked or ("skip" in asked and not alike):
-                self._units[point].update(output)
-            if {"output_noise", "skip"} & asked:
-                for other in (p for p in self.further.get(name, ()) if p in values):
-                    self._units[other].update(self._rows(values, other))
-        except ValueError as error:
-            for kind in {"output_noise", "skip"} & {*self.kinds}:
-                self.refused[kind].setdefault(name, str(error))
-        if "skip" in asked and not alike:
-            self._means.add(name)
+        further = [(self._taken_for(name, p), p) for p in self.further.get(name, ()) if p in values]
+        for taken, given in ((source, point), *further):
+            passes = taken in values and values[taken].shape == values[given].shape
+            try:
+                if "output_noise" in asked or ("skip" in asked and not passes):
+                    self._units[given].update(self._rows(values, given))
+            except ValueError as error:
+                for kind in {"output_noise", "skip"} & {*self.kinds}:
+                    self.refused[kind].setdefault(name, str(error))
+            if "skip" in asked and not passes:
+                self._means.add(name)
         if "linear" in asked:
             try:
                 self._update_fit(name, values, output)
@@ -313,7 +323,7 @@ class Alterations:
 
     def puts_mean(self, kind: str, name: str) -> bool:
         """Return whether a mean over samples takes the place of what a component gives."""
-        return kind == "skip" and (name in self._means or name in self.further)
+        return kind == "skip" and name in self._means
 
     def groups(self) -> list[Tensor]:
         """Return the group of each sample, by batch; a group lies within a batch."""
@@ -358,15 +368,8 @@ class Alterations:
             new = new + (mapped - mapped.detach()) if mapped.requires_grad else new
             return new.movedim(0, axis)
 
-        averaged = self._averaged(point, groups)
-
-        def skipped(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
-            if source in values and values[source].shape == output.shape:
-                return values[source]
-            return averaged(output, values)
-
         if kind != "output_noise":
-            return linear if kind == "linear" else skipped
+            return linear if kind == "linear" else self._skipped(source, point, groups)
         return self._noisy(point)
 
     def further_outputs(
@@ -374,12 +377,23 @@ class Alterations:
     ) -> dict[HookPoint, Alteration]:
         """Return what takes the place of the other tensors that a component gives.
 
-        Where it is skipped, they are at their means; where it is made linear, they are what they were.
+        Where it is made linear, they are what they were.
         """
         points = self.further.get(name, ()) if kind in ("skip", "output_noise") else ()
         if kind == "output_noise":
             return {point: self._noisy(point) for point in points}
-        return {point: self._averaged(point, groups) for point in points}
+        return {p: self._skipped(self._taken_for(name, p), p, groups) for p in points}
+
+    def _skipped(self, source: HookPoint, point: HookPoint, groups: Iterable[Tensor]) -> Alteration:
+        """Put what was taken in a tensor's place, or its mean where that has another shape."""
+        averaged = self._averaged(point, groups)
+
+        def skipped(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
+            if source in values and values[source].shape == output.shape:
+                return values[source]
+            return averaged(output, values)
+
+        return skipped
 
     def _averaged(self, point: HookPoint, groups: Iterable[Tensor]) -> Alteration:
         """Put its mean in a tensor's place, moved towards that of a sample's group if there are any."""

@@ -82,8 +82,8 @@ def component_effects(
 
     The kinds, for a component that turns what it takes in, x, into y:
 
-    * ``skip``: y becomes x where the shapes agree, else its mean over samples. Of several tensors, y is
-      the first; the others that reach the outputs become their means.
+    * ``skip``: y becomes x where the shapes agree, else its mean over samples. Of several tensors, each
+      that reaches the outputs becomes the one that is taken at the same place, or its mean.
     * ``linear``: y becomes the ridge regression of y on the leading 256 directions of x, fitted on these
       samples; each sample is predicted as if it had been left out of the fit. Of several tensors, x and
       y are the first (doubts ``inputs`` and ``outputs``).
@@ -259,8 +259,8 @@ def effects_on(
                 output = runner.form.outputs(first.given, runner.batches[0])
                 size = samples_in(runner.batches[0])
                 alterations.settle(values, first.merged, first.places, output, first.further, size)
-                # Further tensors were read in the first call alone.
-                once = first.n_rounds == 1
+                # Further tensors were read in the first call alone, and not where they are taken.
+                once = first.n_rounds == 1 and not alterations.further
                 rounds = [values] if once else runner.run_batch(0, alterations.read)[1]
             unlike += runner.unlike
             alterations.update(rounds, len(output))
@@ -461,7 +461,7 @@ def _change(
         alter = {alterations.outputs[n]: alterations.output(kind, n, **how) for n in members}
         for name in members:
             alter |= alterations.further_outputs(kind, name, groups)
-        read = [alterations.inputs[name] for name in members if kind != "output_noise"]
+        read = [p for name in members if kind != "output_noise" for p in alterations.taken_by(name)]
     with alterations.weights(kind, members):
         return before.compare(runner.stream(read, alter))
 

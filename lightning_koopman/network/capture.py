@@ -32,7 +32,7 @@ from lightning_koopman.network.components import (
     without_component,
 )
 from lightning_koopman.network.hook_points import attach_in
-from lightning_koopman.network.input_data import holds_numbers
+from lightning_koopman.network.input_data import further_tensors, holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.origins import Origins
 from lightning_koopman.network.provenance import Provenance
@@ -55,7 +55,6 @@ from lightning_koopman.network.tensors import (
     first_packed,
     first_real,
     first_tensor,
-    further_tensors,
     is_real,
     padded,
     plain,
@@ -761,7 +760,7 @@ class Capture:
             if any(other is mask for mask in masks) or not holds_numbers(other):
                 continue
             other_name = further_name(name, place)
-            self._provenance.mark(other, other_name, idle=is_idle)
+            self._provenance.mark_part(other, other_name, idle=is_idle)
             recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
             self._keep(other, replace(recorded, **facts))
 

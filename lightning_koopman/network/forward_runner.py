@@ -421,7 +421,7 @@ class ForwardRunner:
                 if name in others:
                     return
                 others[name] = point, plain(tensor).detach().clone()
-                flow.label(tensor, name, beside=True)
+                flow.label_part(tensor, name, beside=True)
 
             labelled = {HookPoint("out", call): _labels_once(flow, call) for call in made}
             given, rounds = self._run(0, read, labelled, beside, label, flow)

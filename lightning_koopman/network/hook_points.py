@@ -16,13 +16,13 @@ from torch.distributions import Distribution
 from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.input_data import further_tensors
 from lightning_koopman.network.provenance import seconds_following
 from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
     derived,
     first_tensor,
-    further_tensors,
     in_order,
     is_real,
     is_wrapper,
@@ -206,9 +206,9 @@ class HookPoint(NamedTuple):
     """One end of one module call.
 
     Attributes:
-        end: What the call takes in (its first tensor), or what it gives out.
+        end: What the call takes in, or what it gives out.
         call: Dotted module name; the second call in a pass reads ``name#1``.
-        place: Which of the tensors with samples that the call gives, where it is not the first.
+        place: Which of the tensors with samples that the call takes or gives, where it is not the first.
     """
 
     end: Literal["in", "out"]
@@ -349,6 +349,10 @@ class HookPoints:
         self._alter: dict[str, dict[int, Alteration]] = {}
         for point, alteration in (alter or {}).items():
             self._alter.setdefault(point.call, {})[point.place] = alteration
+        # By call, which of the tensors that it takes are read.
+        self._places: dict[str, list[int]] = {}
+        for point in (point for point in self._read if point.end == "in"):
+            self._places.setdefault(point.call, []).append(point.place)
         self.start_pass()
         calls = {point.call for point in self._read} | set(self._alter)
         self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
@@ -414,7 +418,7 @@ class HookPoints:
         if call is None:
             return
         point, self._given[call] = HookPoint("in", call), Given((args, kwargs))
-        if point not in self._read:
+        if not (places := self._places.get(call)):
             return
         tables = [dict(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Mapping)]
         rest: Any = (args, kwargs)
@@ -422,7 +426,10 @@ class HookPoints:
             # Which entry it takes shows by the one that it writes; others hold options.
             self._tables[call] = tables
             rest = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, Mapping)]
-        if (tensor := first_tensor(rest)) is not None:
+        real = list(filter(is_real, all_tensors(rest)))
+        for place in (place for place in places if 0 < place < len(real)):
+            self._keep(HookPoint("in", call, place), real[place])
+        if 0 in places and (tensor := first_tensor(rest)) is not None:
             self._keep(point, tensor)
             if self._beside is not None and any(_is_beside(t, tensor) for t in all_tensors(rest)):
                 self._beside.add(point)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import has_places, is_real, memory_layout, varies
+from lightning_koopman.network.tensors import (
+    address_of,
+    all_tensors,
+    has_places,
+    is_real,
+    memory_layout,
+    varies,
+)
 
 
 def is_mask(tensor: Tensor) -> bool:
@@ -253,6 +261,41 @@ class _Marks:
             before = self._start - start if held else 0
             values[before : before + held] = self._values
             self._start, self._values = start, values
+
+
+def further_tensors(value: Any, first: Tensor, given: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+    """Find what a module gives beside the first tensor and does not pass on, and its places.
+
+    Parts of one tensor, such as means and variances, are each one of its own.
+
+    Example:
+        >>> x, mask, loss = torch.ones(2, 3), torch.zeros(2), torch.zeros(())
+        >>> [place for place, _ in further_tensors((loss, x, mask, 2 * mask, x[:, 0]), x, [mask])]
+        [3]
+        >>> [place for place, _ in further_tensors((x[:, :2], x[:, 2:]), x[:, :2], [])]
+        [1]
+    """
+    seen: dict[int, list[Tensor]] = {}
+    for tensor in (first, *given):
+        seen.setdefault(address_of(tensor), []).append(tensor)
+    found = []
+    for place, tensor in enumerate(filter(is_real, all_tensors(value))):
+        held = tensor.ndim and tensor.numel() and not tensor.is_nested and not tensor.is_quantized
+        known = seen.setdefault(address_of(tensor), [])
+        if held and not (known and _lies_in(tensor, known)):
+            known.append(tensor)
+            found.append((place, tensor))
+    return found
+
+
+def _lies_in(part: Tensor, others: Iterable[Tensor]) -> bool:
+    """Check whether all of a view is in others of the same memory; it is, where that takes too long."""
+    marks, others = _Marks(), list(others)
+    if not all(address_of(t) and has_places(t) and marks.may_hold(t) for t in (*others, part)):
+        return True
+    for other in others:
+        marks.of(other)[...] = 1
+    return bool(marks.of(part).all())
 
 
 def _span(tensor: Tensor) -> int:

@@ -158,11 +158,11 @@ class DataFlow:
             except Exception as error:
                 self.error = error
 
-    def label_part(self, tensor: Tensor, name: str) -> None:
-        """Replace the labels of a tensor by one, and leave those of others that share its memory."""
+    def label_part(self, tensor: Tensor, name: str, *, beside: bool = False) -> None:
+        """Do as :meth:`label`, and leave the labels of others that share a tensor's memory."""
         if self.error is None:
             try:
-                self._set_part(tensor, frozenset({name}))
+                self._set_part(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
             except Exception as error:
                 self.error = error
 
@@ -890,6 +890,13 @@ class Provenance:
             if idle:
                 self.idle.add(name)
             self._flow.label(value, name)
+
+    def mark_part(self, tensor: Tensor, name: str, *, idle: bool) -> None:
+        """Let a tensor count as a state, and not what shares its memory, see :meth:`mark`."""
+        if self._flow is not None:
+            if idle:
+                self.idle.add(name)
+            self._flow.label_part(tensor, name)
 
     def writes(self, tensor: Tensor) -> frozenset[str]:
         """Return the latest writes in place, see :meth:`DataFlow.writes`."""

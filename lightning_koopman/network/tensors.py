@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -179,24 +179,6 @@ def _mark_of(tensor: Tensor) -> int | Tensor | None:
     # Made under inference mode, a tensor counts no writes; these change its first sample, as a rule.
     plain = tensor.ndim and tensor.layout is torch.strided and not tensor.is_nested
     return tensor[:1].clone() if plain and not tensor.is_quantized else None
-
-
-def further_tensors(value: Any, first: Tensor, given: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """Find what a module gives beside the first tensor and does not pass on, and its places.
-
-    Example:
-        >>> x, mask, loss = torch.ones(2, 3), torch.zeros(2), torch.zeros(())
-        >>> [place for place, _ in further_tensors((loss, x, mask, 2 * mask), x, [mask])]
-        [3]
-    """
-    seen = {address_of(tensor) for tensor in (first, *given)}
-    found = []
-    for place, tensor in enumerate(filter(is_real, all_tensors(value))):
-        held = tensor.ndim and tensor.numel() and not tensor.is_nested and not tensor.is_quantized
-        if held and address_of(tensor) not in seen:
-            seen.add(address_of(tensor))
-            found.append((place, tensor))
-    return found
 
 
 def compares_samples(tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:

@@ -54,12 +54,69 @@ def test_all_that_a_skipped_component_gives_is_at_its_mean(forward, with_report)
     assert effects.doubts["skip"][0] == ()
 
 
+def streams(given) -> nn.Module:
+    """A network of two streams that a block takes and gives, as ``given`` makes them of one tensor."""
+    torch.manual_seed(0)
+    block = wired(
+        lambda m, a, b: given(torch.relu(m.inner(torch.cat([a, b], 1)))), inner=nn.Linear(8, 8)
+    )
+    first = wired(lambda m, x: given(torch.tanh(m.inner(x))), inner=nn.Linear(6, 8))
+
+    def forward(m, x):
+        left, right = m.both(*m.first(x))
+        return m.last(torch.tanh(m.mix(left + 2 * right.exp())))
+
+    return wired(forward, first=first, both=block, mix=nn.Linear(4, 7), last=nn.Linear(7, 2)).eval()
+
+
+def halves(y: Tensor) -> tuple[Tensor, ...]:
+    return y.chunk(2, dim=1)
+
+
+def copies(y: Tensor) -> tuple[Tensor, ...]:
+    return tuple(part.clone() for part in halves(y))
+
+
+def test_parts_of_one_tensor_are_each_a_tensor_of_its_own():
+    batches = built(together)[1]
+    reports, effects = [], []
+    for parts in (halves, copies):
+        model = streams(parts)
+        reports.append(credit_report(model, batches))
+        effects.append(component_effects(model, batches, reports[-1], ["skip", "output_noise"]).values)
+    assert reports[0].components == ("first", "both", "mix", "last")
+    assert reports[0].r2 == pytest.approx(reports[1].r2)
+    assert reports[0].credit == pytest.approx(reports[1].credit)
+    for kind in ("skip", "output_noise"):
+        assert effects[0][kind] == pytest.approx(effects[1][kind])
+
+
+@pytest.mark.parametrize("parts", [halves, copies])
+def test_a_skipped_block_of_two_streams_passes_both(parts):
+    model, batches = streams(parts), built(together)[1]
+    effects = component_effects(model, batches, credit_report(model, batches), ["skip"])
+    x, given = torch.cat(batches), []
+    hook = model.both.register_forward_pre_hook(lambda _, args: given.append(args))
+    truth = change(model, x, lambda *_: given[-1])
+    hook.remove()
+    assert effects.values["skip"][1] == pytest.approx(truth, rel=1e-4)
+
+
 def test_a_second_tensor_that_nobody_reads_changes_nothing():
     model, batches = built(lambda m, x: m.last(torch.tanh(m.a(m.both(x)[0]))))
     effects = component_effects(model, batches, None, ["skip", "linear"])
     assert effects.doubts["linear"][0] == ()
     truth = change(model, torch.cat(batches), lambda left, right: (means(left, right)[0], right))
     assert effects.values["skip"][0] == pytest.approx(truth, rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [halves, copies])
+def test_a_part_that_nobody_reads_is_no_doubt(parts):
+    torch.manual_seed(0)
+    first = wired(lambda m, x: parts(torch.tanh(m.inner(x))), inner=nn.Linear(6, 8))
+    model = wired(lambda m, x: m.last(m.first(x)[0]), first=first, last=nn.Linear(4, 2)).eval()
+    effects = component_effects(model, built(together)[1], None, ["linear"])
+    assert effects.doubts["linear"][0] == ()
 
 
 def test_where_the_first_alone_is_altered_a_doubt_says_so():
