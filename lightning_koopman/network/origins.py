@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_koopman.network.input_data import is_integer_data
+from lightning_koopman.network.input_data import is_integer_data, is_mask
 from lightning_koopman.network.inputs import Beside, Call, Inputs
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.tensors import (
     Given,
+    address_of,
     all_tensors,
     detached_copy,
     first_real,
@@ -258,14 +259,24 @@ class Origins:
             or self._provenance.compares_samples(tensor, [raw], module)
         ):
             return False
-        if self._puts_together(given, name, raw):
+        if self._puts_together(given, name, raw, tensor):
             return False
         return self._provenance.may_hold(tensor, name) and not self._is_loss(module, given, tensor, raw)
 
-    def _puts_together(self, given: Any, name: str, raw: Tensor) -> bool:
-        """Check whether a module is given other states beside one, as sums and attention are."""
-        beside = (self._provenance.of(t) for t in all_tensors(given) if t is not raw)
-        return any(self._inputs.beyond((sources or _NOTHING) - {name}) for sources in beside)
+    def _puts_together(self, given: Any, name: str, raw: Tensor, tensor: Tensor) -> bool:
+        """Check whether a module is given more beside a state, as sums, gates and attention are."""
+        others = [other for other in all_tensors(given) if other is not raw]
+        if any(self._inputs.beyond((self._provenance.of(t) or _NOTHING) - {name}) for t in others):
+            return True
+        # Lengths, masks and scores of positions may say how to pool it, and views of it are it.
+        return tensor.ndim == raw.ndim and any(
+            is_real(other)
+            and other.ndim > 1
+            and (self._provenance.of(other) or self._inputs.unclaimed(other))
+            and address_of(other) != address_of(raw)
+            and not is_mask(other)
+            for other in others
+        )
 
     def _is_loss(self, module: nn.Module, given: Any, tensor: Tensor, raw: Tensor) -> bool:
         """Check whether a module compares a state with data that no component takes, such as targets."""

@@ -10,7 +10,7 @@ import torch
 from small import wired
 from torch import Tensor, nn
 
-from lightning_koopman import component_effects, credit_report
+from lightning_koopman import CreditReport, component_effects, credit_report
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.stages import Stages
 
@@ -98,13 +98,17 @@ BRANCHES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", BRANCHES)
-def test_branches_may_be_put_together_by_a_module(batches: list[Tensor], kind: str) -> None:
+def either_way(batches: list[Any], run: Callable[[Any, Tensor, Tensor], Tensor]) -> CreditReport:
+    """Report on a network that puts values together by a module; a function has to give the same."""
+
     def net() -> Any:
         torch.manual_seed(0)
         layers = {"first": nn.Linear(6, 8), "branch": nn.Linear(8, 8), "other": nn.Linear(8, 8)}
-        made = wired(lambda m, x: BRANCHES[kind](m, m.first(x)), **layers, head=nn.Linear(8, 3))
-        return made.eval()
+
+        def forward(m: Any, x: Tensor, more: Tensor | None = None) -> Tensor:
+            return run(m, m.first(x), x if more is None else more)
+
+        return wired(forward, **layers, head=nn.Linear(8, 3)).eval()
 
     by_module, by_function = net(), net()
     by_module.join, by_function.join = Together(), together
@@ -112,7 +116,53 @@ def test_branches_may_be_put_together_by_a_module(batches: list[Tensor], kind: s
     assert (report.components, report.parts) == (expected.components, expected.parts)
     assert report.reads == expected.reads
     assert report.credit == pytest.approx(expected.credit, abs=1e-9)
+    skip, same = (
+        component_effects(each, batches, each_report, ("skip",)).values["skip"]
+        for each, each_report in ((by_module, report), (by_function, expected))
+    )
+    assert skip == pytest.approx(same, rel=1e-6)
+    return report
+
+
+@pytest.mark.parametrize("kind", BRANCHES)
+def test_branches_may_be_put_together_by_a_module(batches: list[Tensor], kind: str) -> None:
+    report = either_way(batches, lambda net, h, _: BRANCHES[kind](net, h))
     assert {"branch", "other"} <= set(report.parts)
+
+
+BESIDE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "itself": lambda net, h, x: net.head(net.join(h := net.branch(h), torch.tanh(h))),
+    "data": lambda net, h, x: net.head(net.join(net.branch(h), x[:, :1])),
+    "data at the end": lambda net, h, x: net.join(net.head(net.branch(h)), x[:, :3]),
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_a_module_may_put_a_component_together_with(batches: list[Tensor], kind: str) -> None:
+    report = either_way(batches, BESIDE[kind])
+    assert report.parts["branch"] == ("branch",)
+    assert ("input" in report.reads[report.components[-1]]) == kind.startswith("data")
+
+
+def test_a_module_may_put_positions_together_with_data_that_nothing_else_takes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, more = (torch.randn(SAMPLES, 3, width, generator=generator) for width in (6, 1))
+    batches = [{"x": a, "more": b} for a, b in zip(x.chunk(BATCHES), more.chunk(BATCHES), strict=True)]
+    report = either_way(batches, lambda net, h, more: net.head(net.join(net.branch(h), more)))
+    assert report.parts["branch"] == ("branch",)
+    assert report.reads["head"] == ("branch", "input+input#1")
+
+
+def test_a_module_may_pool_a_component_by_weights_of_data(batches: list[Tensor]) -> None:
+    class Pooling(nn.Module):
+        def forward(self, h: Tensor, weights: Tensor) -> Tensor:
+            return (h * weights[..., None]).sum(1)
+
+    torch.manual_seed(0)
+    parts = {"first": nn.Linear(2, 8), "pool": Pooling(), "head": nn.Linear(8, 3)}
+    net = wired(lambda m, x: m.head(m.pool(m.first(x), x[..., 0].exp())), **parts).eval()
+    report = credit_report(net, [batch.view(-1, 3, 2) for batch in batches])
+    assert report.parts == {"first": ("first", "pool"), "head": ("head",)}
 
 
 def test_effects_alter_what_both_read(batches: list[Tensor]) -> None:
