@@ -337,9 +337,8 @@ def component_calls(
             records = list(capture.end_pass().values())
         calls, ends = capture.parts, Ends()
         if capture.untraced is None:
-            ends = Ends.among(
-                calls, ends_of(records, capture.returned.made_of, capture.returned.in_losses)
-            )
+            returned, in_losses = capture.returned.made_of, capture.returned.in_losses
+            ends = Ends.among(calls, ends_of(records, returned, in_losses, runner.batches[0]))
     patterns = [*calls] if components is None else components
     strangers = [p for p in patterns if not any(n == p or fnmatchcase(n, p) for n in calls)]
     if isinstance(components, str) or strangers:

@@ -288,7 +288,7 @@ class Capture:
         self.given: dict[str, Any] = {}
         self._outer: dict[str, Any] = {}
         # What modules around the ancestor, whose calls run, were called with, and what it gave in them.
-        self._around: list[Any] = []
+        self._around: list[tuple[nn.Module, Any]] = []
         self._inner: tuple[nn.Module, Any] | None = None
         self._start_call()
         self._provenance.start_pass(batch)
@@ -470,7 +470,7 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._around.append((args, kwargs))
+        self._around.append((module, (args, kwargs)))
         self.given = self._outer = _with_arguments(self._outer, module, args, kwargs)
 
     @_kept_out_of_the_forward
@@ -486,7 +486,13 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_around_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        call = self._around.pop()
+        # Calls that ended in an error, which code around them caught, never came here.
+        while self._around:
+            began, call = self._around.pop()
+            if began is module:
+                break
+        else:
+            return
         if self._around:
             return
         if self._inner is not None:

@@ -139,10 +139,14 @@ def by_call(
 
 
 def ends_of(
-    records: Sequence[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
+    records: Sequence[Recorded],
+    returned: Mapping[str, frozenset[str]],
+    in_losses: frozenset[str],
+    batch: Any,
 ) -> list[str]:
     """List the states that the chain of the components chosen by default would end with."""
-    records, _, returned, in_losses = by_call(records, returned, in_losses)
+    fitting = _with_fitting_ends(records, batch)
+    records, _, returned, in_losses = by_call(fitting, returned, in_losses)
     sources, losses = sources_of(records, []), _losses(records, returned, None)
     for name in losses:
         _bypass(name, sources)

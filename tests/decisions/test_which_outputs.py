@@ -135,3 +135,21 @@ def test_a_mixture_counts_beside_the_head_that_the_network_ends_with(with_report
     assert found == pytest.approx(expected, rel=1e-4)
     assert not [name for name, why in order.refused.items() if "none of the outputs" in why]
     assert order.notes[0].startswith("effects are averaged over 2 outputs, those of dec, output#2")
+
+
+def test_what_has_fewer_rows_than_samples_is_an_end_with_and_without_a_report():
+    """Means and maxima of pairs of samples are no states, so the last component is the end."""
+
+    def run(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = m.first(x).relu()
+        pairs = m.head(h + m.block(h).relu()).view(-1, 2, 4)
+        return pairs.mean(1), pairs.amax(1)[:, :2]
+
+    torch.manual_seed(0)
+    model = wired(run, first=nn.Linear(8, 6), block=nn.Linear(6, 6), head=nn.Linear(6, 4)).eval()
+    batches = list(torch.randn(240, 8, generator=torch.Generator().manual_seed(1)).split(120))
+    report = credit_report(model, batches)
+    assert report.components == ("first", "block", "head")
+    own, other = (drop_order(model, batches, each, max_drop=9.0) for each in (None, report))
+    assert own.notes == other.notes
+    assert own.effect == pytest.approx(other.effect, rel=1e-9)

@@ -165,3 +165,17 @@ def test_what_was_given_counts_where_a_wrapper_fails_behind_it() -> None:
     network = wired(run, around=wired(fail, net=net)).eval()
     report = credit_report(network, batches(), options=EXACT)
     assert report.components == ("around.net.body", "around.net.head", "output")
+
+
+def test_a_wrapper_that_failed_and_was_called_again_is_read_as_one_that_did_not() -> None:
+    alone = credit_report(flat(ENDS["a slice"]), batches(), options=EXACT)
+    failing = wired(lambda m, x, fails: 1 / 0 if fails else m.net(x), net=plain())
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with contextlib.suppress(ZeroDivisionError):
+            m.net(x, True)
+        found: Tensor = m.net(x, False)
+        return found[:, :2]
+
+    report = credit_report(wired(forward, net=failing).eval(), batches(), options=EXACT)
+    assert_alike(report, alone, "net.net.")
