@@ -809,7 +809,11 @@ class Capture:
     def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
         """Keep a state; the first pass shows how its rows came about."""
         if self._passes == 0:
-            recorded = replace(recorded, merged=self._provenance.merged(tensor))
+            recorded = replace(
+                recorded,
+                merged=self._provenance.merged(tensor),
+                picks=self._provenance.picks(recorded.tensor),
+            )
         places = self._provenance.places(recorded.tensor)
         if any(place is not None for place in places):
             recorded = replace(recorded, places=places)

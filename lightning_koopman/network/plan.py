@@ -18,6 +18,7 @@ from lightning_koopman.network.rows import (
     batch_size,
     by_sample,
     call_of,
+    keeping_picked,
     row_forms,
 )
 from lightning_koopman.network.tensors import varies
@@ -441,6 +442,11 @@ def make_plan(
     """
     notes: list[str] = []
     records = _with_fitting_ends(records, batch)
+    given = records
+    # What is returned and no state itself is read by whoever gets it.
+    read = in_losses.union(
+        *(of for name, of in (returned or {}).items() if all(r.name != name for r in given))
+    )
     records, tensors, returned, in_losses = by_call(records, returned or {}, in_losses)
     by_name = {record.name: record for record in records}
     if end is not None and end not in by_name:
@@ -451,6 +457,7 @@ def make_plan(
     records = _ignoring(records)
     beside = [r for inside in tensors.values() for r in inside if r.name not in by_name]
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
+    forms = keeping_picked(forms, given, read, max_dim)
     n_samples, _ = batch_size(records, batch)
     for call, (first, *rest) in tensors.items():
         fit = [r for r in rest if len(by_sample(r.tensor, forms[r.name])) == n_samples]

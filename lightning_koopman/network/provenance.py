@@ -22,6 +22,7 @@ from lightning_koopman.network.input_data import (
     is_mask,
     shuts_out,
 )
+from lightning_koopman.network.picks import NO_PICKS, PickedPositions, Picks
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
 from lightning_koopman.network.subclasses import MadeUnwatched
 from lightning_koopman.network.tensors import (
@@ -106,6 +107,7 @@ class DataFlow:
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
         self._axes = BatchAxes(self._keep_address)
+        self._picks = PickedPositions(self._keep_address)
         # By which axis of the batch is taken for that of the samples.
         self._rows = [self._rows_along(0)]
 
@@ -148,6 +150,15 @@ class DataFlow:
             except Exception as error:
                 self.error = error
         return None, None
+
+    def picks(self, tensor: Tensor) -> Picks:
+        """Find of which states a tensor holds one position alone."""
+        if self.error is None:
+            try:
+                return self._picks.of(tensor)
+            except Exception as error:
+                self.error = error
+        return NO_PICKS
 
     def label(self, value: Any, name: str, *, beside: bool = False) -> None:
         """Replace the labels of all tensors in a value by one, or put one ``beside`` them."""
@@ -242,6 +253,7 @@ class DataFlow:
         if known:
             self._axes.follow(func, args, reads, out)
         if self._origins and known:
+            self._picks.follow(name, args, reads, known, out)
             for rows in self._rows if self._merged else ():
                 rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
             sorts, *_ = [rows.follow(name, args, reads, out) for rows in self._rows]
@@ -673,6 +685,10 @@ class Provenance:
         """Find the two first axes of the batch in a tensor."""
         flow = self._flow or self._order
         return (None, None) if flow is None else flow.places(tensor)
+
+    def picks(self, tensor: Tensor) -> Picks:
+        """Find of which states a tensor holds one position alone."""
+        return NO_PICKS if self._flow is None else self._flow.picks(tensor)
 
     def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.

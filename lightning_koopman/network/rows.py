@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_koopman.network.batch_axes import Place
+from lightning_koopman.network.picks import Pick, Picks
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of, tensors_inside
 
@@ -53,6 +54,7 @@ class Recorded:
         orders: Which rows its rows are, where the network took rows in another order, and which met.
         second_orders: The same, where samples are along the second axis of the batch.
         places: Where the two first axes of the batch are, as far as that is known.
+        picks: The states of which one position alone is in it.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Recorded:
     orders: Orders = field(default_factory=dict)
     second_orders: Orders = field(default_factory=dict)
     places: tuple[Place | None, ...] = (None, None)
+    picks: Picks = field(default_factory=dict)
 
     def in_order(self, form: RowForm) -> Tensor:
         """Return the tensor with its rows in the order of the batch."""
@@ -197,6 +200,7 @@ class RowForm:
         channels_first: Whether the axis behind the batch, not the last, holds the channels.
         grid: Cells that the spatial or sequence axes are pooled to.
         reduce: What is done with these axes.
+        beside: Which position is kept beside what was pooled.
         is_input: Whether it is what the network takes in, whose bits tell the folds.
         of_batch: Whether several entries belong to each row of the batch.
         of_axis: Which axis of the batch's tensors the samples are along.
@@ -208,6 +212,7 @@ class RowForm:
     channels_first: bool = False
     grid: tuple[int, ...] = ()
     reduce: Reduce = "pool"
+    beside: Literal["last", "cls"] | None = None
     is_input: bool = False
     of_batch: bool = False
     of_axis: int = 0
@@ -248,15 +253,19 @@ class RowForm:
             return values.reshape(values.shape[0], -1).to(dtype, copy=True)
         if not self.channels_first:
             values = values.movedim(-1, 1)
-        reduced = self._reduced(values, None if valid is None else _mask_of(values, valid))
+        mask = None if valid is None else _mask_of(values, valid)
+        reduced = self._reduced(values, mask, self.reduce)
+        if self.beside is not None:
+            picked = self._reduced(values, mask, self.beside)
+            return torch.cat([reduced.flatten(1).to(dtype), picked.to(dtype)], dim=1)
         own = reduced.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return reduced.to(dtype, copy=not own).flatten(1)
 
-    def _reduced(self, values: Tensor, valid: Tensor | None) -> Tensor:
+    def _reduced(self, values: Tensor, valid: Tensor | None, way: Reduce) -> Tensor:
         """Reduce the axes behind the channels: ``(n_samples, channels, …)``."""
-        if self.reduce == "mean":
+        if way == "mean":
             return _cell_means(values.flatten(2), 1, valid)
-        if self.reduce == "pool":
+        if way == "pool":
             # Rank above 5 only where axes are folded, which loses nothing that pooling would keep.
             values = values.flatten(4) if values.ndim > 5 else values
             if valid is not None:
@@ -271,10 +280,10 @@ class RowForm:
             return _pooled(wide, self.grid)
         if values.ndim != 3:
             raise ValueError(
-                f"reduce={self.reduce!r} takes sequences, but a state has {values.ndim - 2} axes beside "
+                f"reduce={way!r} takes sequences, but a state has {values.ndim - 2} axes beside "
                 "samples and channels; use 'mean', 'flatten' or a callable there"
             )
-        if self.reduce == "cls":
+        if way == "cls":
             return values[:, :, 0]
         if valid is None:
             return values[:, :, -1]
@@ -469,7 +478,7 @@ def row_forms(
     turned = any(has_batch_second(record.module) for record in records)
     given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
     of_axis = _axis_of_samples(records, batch, n_samples)
-    forms = {}
+    forms, images, has_sequences = dict[str, RowForm](), list[str](), False
     for record in records:
         chosen = _reduction(record.name, reduce)
         shape = record.tensor.shape
@@ -501,6 +510,12 @@ def row_forms(
             of_batch=form.group > 1 and n_samples == given and not of_axis,
             of_axis=of_axis,
         )
+        if chosen in ("last", "cls"):
+            images += [record.name] if values.ndim > 3 else []
+            has_sequences |= values.ndim == 3
+    # Where some states are sequences, others, such as images before there are tokens, are pooled.
+    if has_sequences:
+        forms |= {name: replace(forms[name], reduce="pool") for name in images}
     return forms
 
 
@@ -588,6 +603,62 @@ def form_of(
             raise ValueError(untold)
         run = run if place is None or place.axis else place.inner
     return RowForm(group=group, run=run if run < group else 0)
+
+
+def keeping_picked(
+    forms: Mapping[str, RowForm], records: Sequence[Recorded], read: Collection[str], max_dim: int
+) -> dict[str, RowForm]:
+    """Keep the position that a network goes on with alone, as of a class token, of states too wide.
+
+    What is picked of is that position, unless it is ``read`` otherwise as well. States before it that
+    have as many positions keep it beside the others, which attention or recurrence bring to it.
+    """
+    known = {record.name: record for record in records if record.name in forms}
+    readers: dict[str, list[Recorded]] = {name: [] for name in known}
+    for record in records:
+        for source in record.sources or ():
+            readers.setdefault(source, []).append(record)
+
+    def positions(name: str) -> int:
+        """Count the positions that are pooled."""
+        form = forms[name]
+        shape = by_sample(known[name].tensor, form).shape if known[name].tensor.ndim else ()
+        return shape[2 if form.channels_first else 1] if form.reduce == "pool" and len(shape) == 3 else 0
+
+    def is_of(pick: Pick, name: str) -> bool:
+        form, shape = forms[name], known[name].tensor.shape
+        # Axes may have been swapped on the way, which shows in sizes if these differ.
+        axis = 0 if form.batch_axis else 2 if form.channels_first else 1
+        return pick.size == positions(name) and (pick.axis == axis or tuple(shape).count(pick.size) == 1)
+
+    picked: dict[str, Pick] = {}
+    for name in known:
+        found = {reader.picks.get(name) for reader in readers[name]}
+        pick = found.pop() if len(found) == 1 else None
+        if name not in read and pick is not None and is_of(pick, name):
+            picked[name] = pick
+    ways = {name: _way(pick) for name, pick in picked.items()}
+    kept = {
+        name: replace(forms[name], reduce=way)
+        for name, way in ways.items()
+        if by_sample(known[name].tensor, forms[name])[0].numel() > max_dim
+    }
+    left, seen = [*picked], {*picked}
+    while left:
+        name = left.pop()
+        size = picked[name].size
+        for source in {*(known[name].sources or ())} & known.keys() - seen:
+            if positions(source) == size:
+                seen.add(source)
+                left.append(source)
+                picked[source] = picked[name]
+                if forms[source].grid != (size,):
+                    kept[source] = replace(forms[source], beside=_way(picked[name]))
+    return {**forms, **kept}
+
+
+def _way(pick: Pick) -> Literal["last", "cls"]:
+    return "last" if pick.is_last else "cls"
 
 
 def _reduction(name: str, reduce: ReduceOption) -> Reduce:

@@ -103,6 +103,28 @@ def test_a_reduction_that_needs_a_sequence_says_so() -> None:
         credit_report(net, [torch.randn(20, 1, 8, 8)], options=Options(reduce="last"))
 
 
+class Tokens(nn.Module):
+    """An image, its patches with a token before them, and a head on that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.mix, self.head = nn.Conv2d(1, 5, 2, 2), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(1, keepdim=True).tanh(), tokens], dim=1)
+        return self.head(torch.tanh(self.mix(tokens))[:, 0])
+
+
+@pytest.mark.parametrize("way", ["cls", "last"])
+def test_a_reduction_of_sequences_leaves_images_before_them_pooled(way: Any) -> None:
+    net, batches = Tokens(), torch.randn(300, 1, 6, 6).split(100)
+    given = credit_report(net, batches, options=Options(reduce=way))
+    named: Any = {"mix": way}
+    assert_same(given, credit_report(net, batches, options=Options(reduce=named)))
+    assert given.widths[1] == 5
+
+
 def test_a_callable_must_give_a_tensor() -> None:
     with pytest.raises(ValueError, match="reduce gave list; it must give one row per sample"):
         credit_report(

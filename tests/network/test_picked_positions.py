@@ -1,0 +1,123 @@
+"""States of which the network goes on with one position alone, against rows made by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_koopman import CreditReport, Options, credit_report
+
+MAX_DIM = 40
+
+
+class Mixing(nn.Module):
+    """Two layers at every position, which running means mix, and a head on what is picked of them."""
+
+    def __init__(self, pick: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.pick = pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x)).cumsum(1)
+        return self.head(self.pick(self.b(h)))
+
+
+class TimeFirst(Mixing):
+    """The same, with positions along the first axis."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x.transpose(0, 1).contiguous())).cumsum(0)
+        return self.head(self.b(h)[-1])
+
+
+def report_of(net: nn.Module, reduce: Any = "pool") -> CreditReport:
+    x = torch.randn(600, 30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = Options(max_dim=MAX_DIM, reduce=reduce, tikhonov=1e-4)
+    return credit_report(net.double(), x.split(100), options=options)
+
+
+def kept(place: int) -> dict[str, Any]:
+    """Return what becomes of the states by hand."""
+
+    def beside(t: Tensor) -> Tensor:
+        cells = F.adaptive_avg_pool1d(t.transpose(1, 2), 27).flatten(1)
+        return torch.cat([cells, t[:, place]], dim=1)
+
+    return {"b": lambda t: t[:, place], "head": "pool", "*": beside}
+
+
+def assert_same(given: CreditReport, expected: CreditReport) -> None:
+    assert given.widths == expected.widths
+    for name in ("credit", "gain", "sensitivity"):
+        np.testing.assert_allclose(
+            getattr(given, name), getattr(expected, name), atol=1e-5, err_msg=name
+        )
+    # The bits of x_0 choose the folds, and a mean summed in another order has other bits.
+    np.testing.assert_allclose(given.r2, expected.r2, atol=2e-2)
+
+
+PICKS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "last": (lambda h: h[:, -1], -1),
+    "class token": (lambda h: h[:, 0], 0),
+    "slice": (lambda h: h[:, -1:].squeeze(1), -1),
+    "first slice": (lambda h: h[:, :1].flatten(1), 0),
+    "by index": (lambda h: h[torch.arange(len(h)), torch.full((len(h),), 29)], -1),
+    "index_select": (lambda h: h.index_select(1, torch.tensor([29]))[:, 0], -1),
+    "behind more": (lambda h: F.layer_norm(h, (6,)).transpose(0, 1)[-1] * 2, -1),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_the_position_that_a_network_goes_on_with_is_kept(name: str) -> None:
+    pick, place = PICKS[name]
+    net = Mixing(pick)
+    given = report_of(net)
+    assert_same(given, report_of(net, kept(place)))
+    if name != "behind more":
+        # The head is linear in what it takes.
+        assert given.r2[-1] > 0.999
+
+
+def test_positions_along_the_first_axis_are_alike() -> None:
+    net, turned = Mixing(lambda h: h[:, -1]), TimeFirst(lambda h: h)
+    turned.load_state_dict(net.state_dict())
+    given, expected = report_of(turned), report_of(net)
+    assert given.widths == expected.widths
+    np.testing.assert_allclose(given.credit, expected.credit, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda h: h.mean(1),
+        lambda h: h[:, -1] + h.mean(1),
+        lambda h: h[:, -1] + h[:, 0],
+        lambda h: h[:, 3],
+        lambda h: torch.stack(h.unbind(1)).sum(0),
+        lambda h: h[:, -1].clone().add_(h[:, 2]),
+    ],
+)
+def test_where_more_than_that_is_read_nothing_is_kept(pick: Callable[[Tensor], Tensor]) -> None:
+    """The states are those of a network that pools, whose widths are known."""
+    assert report_of(Mixing(pick)).widths == report_of(Mixing(lambda h: h.sum(1))).widths
+
+
+def test_what_is_returned_as_well_is_read_whole() -> None:
+    class Both(Mixing):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            b = torch.tanh(self.b(torch.tanh(self.a(x)).cumsum(1)))
+            return self.head(b[:, -1]), b
+
+    assert report_of(Both(lambda h: h)).widths[1] == MAX_DIM
+
+
+def test_a_state_that_is_small_enough_stays_whole() -> None:
+    net, x = Mixing(lambda h: h[:, -1]), torch.randn(300, 4, 6)
+    assert credit_report(net, x.split(100), options=Options(max_dim=MAX_DIM)).widths == (24, 24, 3)
