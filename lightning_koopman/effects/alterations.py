@@ -166,8 +166,12 @@ class Alterations:
         output: Tensor,
         further: Iterable[HookPoint] = (),
         n_given: int = 0,
+        placed: tuple[Place | None, ...] = (None, None),
     ) -> None:
-        """Find where the samples are in each state, as the first batch, of ``n_given``, shows."""
+        """Find where the samples are in each state, as the first batch, of ``n_given``, shows.
+
+        ``placed`` is where the two first axes of the batch are in the outputs.
+        """
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
         known = [(name, point) for name, point in self.outputs.items() if point in values]
@@ -191,6 +195,8 @@ class Alterations:
                 if (value := values.get(point)) is None or value.is_nested:
                     continue
                 alike = output.ndim > 1 and output.shape[1:2] == value.shape[1:2]
+                # Of as many samples as positions, either may be first.
+                alike = alike and not (len(output) == output.shape[1] and placed[of_axis] == (0, 1))
                 if alike and gives_batch_second(module, value):
                     raise ValueError(
                         f"the outputs have shape {tuple(output.shape)}, and {name!r} gives the samples "

@@ -258,7 +258,11 @@ def effects_on(
                 about = choose_outputs(runner, first, led, target, scale, metric, are_named=ends.named)
                 output = runner.form.outputs(first.given, runner.batches[0])
                 size = samples_in(runner.batches[0])
-                alterations.settle(values, first.merged, first.places, output, first.further, size)
+                kept = runner.form.places or ()
+                placed = first.placed[kept[0]] if len(kept) == 1 else (None, None)
+                alterations.settle(
+                    values, first.merged, first.places, output, first.further, size, placed
+                )
                 # Further tensors were read in the first call alone, and not where they are taken.
                 once = first.n_rounds == 1 and not alterations.further
                 rounds = [values] if once else runner.run_batch(0, alterations.read)[1]

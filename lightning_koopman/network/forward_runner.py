@@ -322,6 +322,7 @@ class Followed(NamedTuple):
         places: Where the two first axes of the batch are in that, see :meth:`DataFlow.places`.
         made: For each of some calls, which of the tensors returned were made of what it gave.
         axes: For each of the tensors returned, which axes were merged into its first one.
+        placed: For each of them, where the two first axes of the batch are in it.
         beside: Where further tensors that vary were given beside the one that was read.
         further: Tensors beside the first of some calls, and which of the tensors returned they led to.
     """
@@ -333,6 +334,7 @@ class Followed(NamedTuple):
     places: dict[HookPoint, tuple[Place | None, ...]]
     made: dict[str, list[int]]
     axes: list[tuple[int, ...] | None]
+    placed: list[tuple[Place | None, ...]]
     beside: frozenset[HookPoint]
     further: dict[HookPoint, list[int]]
 
@@ -437,9 +439,18 @@ class ForwardRunner:
                 further.setdefault(point, []).append(place)
         merged = {point: flow.merged(value) for point, value in values.items()}
         places = {point: flow.places(value) for point, value in values.items()}
-        axes = [flow.merged(tensor) for tensor in returned]
+        axes, placed = map(flow.merged, returned), map(flow.places, returned)
         return Followed(
-            given, values, len(rounds), merged, places, made, axes, frozenset(beside), further
+            given=given,
+            values=values,
+            n_rounds=len(rounds),
+            merged=merged,
+            places=places,
+            made=made,
+            axes=[*axes],
+            placed=[*placed],
+            beside=frozenset(beside),
+            further=further,
         )
 
     def targets_of(

@@ -179,6 +179,38 @@ def test_outputs_with_positions_first_are_refused_by_effects():
     assert turned.n_samples == 300
 
 
+@pytest.mark.parametrize("given_first", [True, False])
+def test_effects_of_as_many_samples_as_positions_are_those_of_any_other_number(given_first):
+    """Outputs have the samples first, whatever the layers between, and the batch, have."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.rnn(m.low(x.transpose(0, 1) if given_first else x))[0]
+        return m.out(h).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = wired(run, low=nn.Linear(5, 6), rnn=nn.LSTM(6, 8), out=nn.Linear(8, 3))
+    x = sequences(60, 6)
+    found = []
+    for n in (6, 20):
+        batches = [part if given_first else part.transpose(0, 1) for part in x.split(n)]
+        kinds = ["skip", "linear"]
+        found.append(component_effects(model, batches, kinds=kinds, components=["low", "rnn", "out"]))
+    square, other = found
+    assert square.n_samples == other.n_samples == 60
+    for kind in ("skip", "linear"):
+        np.testing.assert_allclose(square.values[kind], other.values[kind], rtol=1e-3, atol=1e-9)
+
+
+def test_outputs_of_as_many_samples_as_positions_are_refused_with_positions_first():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        return m.out(m.rnn(x)[0])
+
+    model = wired(run, rnn=nn.LSTM(5, 8), out=nn.Linear(8, 3))
+    x = [part.transpose(0, 1) for part in sequences(60, 6).split(6)]
+    with pytest.raises(ValueError, match="'rnn' gives the samples along the second axis"):
+        component_effects(model, x)
+
+
 def test_items_of_sets_one_behind_the_other_are_no_samples():
     def run(m: nn.Module, sets: list[Tensor]) -> Tensor:
         items = m.item(torch.cat(sets)).relu()
