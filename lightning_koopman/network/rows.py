@@ -200,7 +200,8 @@ class RowForm:
         channels_first: Whether the axis behind the batch, not the last, holds the channels.
         grid: Cells that the spatial or sequence axes are pooled to.
         reduce: What is done with these axes.
-        beside: Which position is kept beside what was pooled.
+        picked: The position that the network goes on with alone, kept beside what is pooled.
+        is_alone: Whether nothing but that position is kept.
         is_input: Whether it is what the network takes in, whose bits tell the folds.
         of_batch: Whether several entries belong to each row of the batch.
         of_axis: Which axis of the batch's tensors the samples are along.
@@ -212,7 +213,8 @@ class RowForm:
     channels_first: bool = False
     grid: tuple[int, ...] = ()
     reduce: Reduce = "pool"
-    beside: Literal["last", "cls"] | None = None
+    picked: Literal[0, -1] | None = None
+    is_alone: bool = False
     is_input: bool = False
     of_batch: bool = False
     of_axis: int = 0
@@ -253,19 +255,20 @@ class RowForm:
             return values.reshape(values.shape[0], -1).to(dtype, copy=True)
         if not self.channels_first:
             values = values.movedim(-1, 1)
-        mask = None if valid is None else _mask_of(values, valid)
-        reduced = self._reduced(values, mask, self.reduce)
-        if self.beside is not None:
-            picked = self._reduced(values, mask, self.beside)
-            return torch.cat([reduced.flatten(1).to(dtype), picked.to(dtype)], dim=1)
+        if self.is_alone:
+            return values[:, :, self.picked].to(dtype, copy=True)
+        reduced = self._reduced(values, None if valid is None else _mask_of(values, valid))
+        if self.picked is not None:
+            # Wherever the padding is.
+            return torch.cat([reduced.flatten(1).to(dtype), values[:, :, self.picked].to(dtype)], dim=1)
         own = reduced.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return reduced.to(dtype, copy=not own).flatten(1)
 
-    def _reduced(self, values: Tensor, valid: Tensor | None, way: Reduce) -> Tensor:
+    def _reduced(self, values: Tensor, valid: Tensor | None) -> Tensor:
         """Reduce the axes behind the channels: ``(n_samples, channels, …)``."""
-        if way == "mean":
+        if self.reduce == "mean":
             return _cell_means(values.flatten(2), 1, valid)
-        if way == "pool":
+        if self.reduce == "pool":
             # Rank above 5 only where axes are folded, which loses nothing that pooling would keep.
             values = values.flatten(4) if values.ndim > 5 else values
             if valid is not None:
@@ -280,10 +283,10 @@ class RowForm:
             return _pooled(wide, self.grid)
         if values.ndim != 3:
             raise ValueError(
-                f"reduce={way!r} takes sequences, but a state has {values.ndim - 2} axes beside "
+                f"reduce={self.reduce!r} takes sequences, but a state has {values.ndim - 2} axes beside "
                 "samples and channels; use 'mean', 'flatten' or a callable there"
             )
-        if way == "cls":
+        if self.reduce == "cls":
             return values[:, :, 0]
         if valid is None:
             return values[:, :, -1]
@@ -637,10 +640,9 @@ def keeping_picked(
         pick = found.pop() if len(found) == 1 else None
         if name not in read and pick is not None and is_of(pick, name):
             picked[name] = pick
-    ways = {name: _way(pick) for name, pick in picked.items()}
     kept = {
-        name: replace(forms[name], reduce=way)
-        for name, way in ways.items()
+        name: replace(forms[name], picked=_place(pick), is_alone=True)
+        for name, pick in picked.items()
         if by_sample(known[name].tensor, forms[name])[0].numel() > max_dim
     }
     left, seen = [*picked], {*picked}
@@ -653,12 +655,12 @@ def keeping_picked(
                 left.append(source)
                 picked[source] = picked[name]
                 if forms[source].grid != (size,):
-                    kept[source] = replace(forms[source], beside=_way(picked[name]))
+                    kept[source] = replace(forms[source], picked=_place(picked[name]))
     return {**forms, **kept}
 
 
-def _way(pick: Pick) -> Literal["last", "cls"]:
-    return "last" if pick.is_last else "cls"
+def _place(pick: Pick) -> Literal[0, -1]:
+    return -1 if pick.is_last else 0
 
 
 def _reduction(name: str, reduce: ReduceOption) -> Reduce:

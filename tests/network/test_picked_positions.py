@@ -85,6 +85,23 @@ def test_the_position_that_a_network_goes_on_with_is_kept(name: str) -> None:
         assert given.r2[-1] > 0.999
 
 
+def test_what_is_picked_is_picked_wherever_the_padding_is() -> None:
+    """A network that reads the last position reads padding of short samples, and so must the state."""
+
+    class Padded(Mixing):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(x)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 30, 6, generator=generator, dtype=torch.float64)
+    mask = torch.arange(30) < torch.randint(5, 31, (600, 1), generator=generator)
+    batches = [{"x": a, "attention_mask": m} for a, m in zip(x.split(100), mask.split(100), strict=True)]
+    net = Padded(lambda h: h[:, -1]).double()
+    report = credit_report(net, batches, options=Options(max_dim=MAX_DIM))
+    assert report.widths == (MAX_DIM, 6, 3)
+    assert report.r2[-1] > 0.999
+
+
 def test_positions_along_the_first_axis_are_alike() -> None:
     net, turned = Mixing(lambda h: h[:, -1]), TimeFirst(lambda h: h)
     turned.load_state_dict(net.state_dict())
