@@ -528,6 +528,12 @@ def make_plan(
         for left, read in zip(cut, links, strict=False)
     )
     notes += _graph_notes(plan, cut, inputs)
+    held = {name for r in given if r.name in sources for name in r.holds} - sources.keys()
+    if held:
+        notes.append(
+            f"what {listed(sorted(held))} gave is part of the input x_0, as components take it, and has "
+            "no credit of its own"
+        )
     whole = tuple(tuple(r.name for name in group for r in tensors[name]) for group in states)
     # Sorted data may vary in later batches alone.
     reached = {r.name for r in records if (r.from_data or r.is_input) and not r.ignores_data}

@@ -475,6 +475,23 @@ def test_data_scaled_beside_an_embedding_are_an_input_as_they_are_taken():
     assert report.reference.states == ("input", "mix", "last")
     assert by_name(report)["mix"] == pytest.approx(1, abs=1e-6)
     assert not any("changed" in note or "left out" in note for note in report.notes)
+    assert sum(note.startswith("what table gave is part of the input x_0") for note in report.notes) == 1
+
+
+def test_what_a_module_with_a_table_makes_of_data_is_a_component():
+    class Front(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 3)
+
+        def forward(self, x: Tensor, kind: Tensor) -> Tensor:
+            return torch.cat([self.table(kind), x / x.abs().mean(1, keepdim=True)], 1)
+
+    parts = {"front": Front(), "mix": nn.Linear(11, 6), "last": nn.Linear(6, 2)}
+    model = wired(lambda m, x, kind: m.last(m.mix(m.front(x, kind))), **parts)
+    report = report_of(model, drawn(500, 8), torch.randint(4, (500,)))
+    assert report.components == ("front", "mix", "last")
+    assert not any("x_0" in note for note in report.notes)
 
 
 def test_masks_made_of_data_are_nothing_that_a_state_is_made_of():
