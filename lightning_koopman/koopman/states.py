@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_koopman.koopman.lifts import Lift, Observables, fit_lift, lifted_by
 from lightning_koopman.koopman.moments import add_square
-from lightning_koopman.network.tensors import exact_device
+from lightning_koopman.network.tensors import exact_device, varies
 
 
 def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
@@ -134,18 +134,24 @@ def fit_basis(
     observables: Observables = None,
     seed: int = 0,
     earlier: Basis | None = None,
+    apart: Sequence[int] = (),
 ) -> Basis:
     """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows.
 
-    POD bases of an earlier measurement are kept where they fit: that spares the costliest part, and
-    numbers of one epoch and the next are then about the same coordinates.
+    Of a state that is too wide, the last ``apart`` columns have directions of their own, half of all at
+    most: they count, however little they vary beside the others. POD bases of an earlier measurement are
+    kept where they fit: that spares the costliest part, and numbers of one epoch and the next are then
+    about the same coordinates.
     """
     before: Sequence[tuple[Tensor | None, float]] = [(None, 0.0)] * len(rows)
     if earlier is not None and len(earlier.vectors) == len(rows):
         before = list(zip(earlier.vectors, earlier.kept_variance, strict=True))
+    apart = apart or [0] * len(rows)
     fitted = [
-        (vectors, share) if _still_fits(block, max_dim, vectors, share) else pod_basis(block, max_dim)
-        for block, (vectors, share) in zip(rows, before, strict=True)
+        (vectors, share)
+        if _still_fits(block, max_dim, vectors, share)
+        else _basis_in_parts(block, max_dim, columns)
+        for block, columns, (vectors, share) in zip(rows, apart, before, strict=True)
     ]
     vectors = tuple(basis for basis, _ in fitted)
     center = tuple(
@@ -193,6 +199,27 @@ def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
     if found is None:
         return torch.eye(width, 1, dtype=torch.float64, device=rows.device), 1.0
     return found
+
+
+def _basis_in_parts(rows: Tensor, max_dim: int, apart: int) -> tuple[Tensor | None, float]:
+    """Find principal directions, those of the last columns ``apart`` from those of the others."""
+    others, last = rows[:, : rows.shape[1] - apart], rows[:, rows.shape[1] - apart :]
+    if rows.shape[1] <= max_dim or not varies(last) or not varies(others):
+        return pod_basis(rows, max_dim)
+    own = _directions(last, max_dim // 2)
+    kept_others = _directions(others, max_dim - own.shape[1])
+    vectors = torch.block_diag(kept_others, own)  # type: ignore[no-untyped-call]
+    centred = rows - rows.mean(dim=0)
+    kept = torch.linalg.vector_norm(centred @ vectors) / torch.linalg.vector_norm(centred)
+    return vectors, float(kept.square())
+
+
+def _directions(rows: Tensor, count: int) -> Tensor:
+    """Find at most ``count`` principal directions, all of them where there are no more."""
+    vectors, _ = pod_basis(rows, count)
+    if vectors is None:
+        return torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return vectors.to(rows)
 
 
 _CLEAR_OF_ROUNDING = 1e-5

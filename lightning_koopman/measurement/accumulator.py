@@ -59,6 +59,7 @@ class Accumulator:
         chain: The states and what each step reads, known from the first batch on.
         basis: The frozen coordinates of the state vectors.
         earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
+        apart: By state, how many of its last columns have directions of their own in the basis.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far.
         max_samples: Most that are taken; where that is ``"enough"``, known from the first batch on.
@@ -71,6 +72,7 @@ class Accumulator:
         self.chain = Chain()
         self.basis: Basis | None = None
         self.earlier: Basis | None = None
+        self.apart: dict[str, int] = {}
         self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
@@ -190,8 +192,8 @@ class Accumulator:
         return max(first, min(_MOST_ROWS, _MOST_VALUES // values))
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
-        options = self.options
-        return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier)
+        o, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
+        return fit_basis(rows, o.max_dim, o.observables, o.seed, self.earlier, apart)
 
     def _begin(self, rows: list[Tensor]) -> None:
         """Freeze the basis by the first rows, which then wait for company in it."""

@@ -338,6 +338,10 @@ class Measurement(Accumulator):
         self._waits_for_lengths = self._valid is None and known == {True, False}
         self._note_masks(records)
         rows = self._all_rows(records)
+        for name, group in zip(self.plan.names, self.plan.states, strict=True):
+            form, block = self.plan.forms[group[0]], rows[group[0]]
+            if form.picked is not None and not form.is_alone and len(group) == 1 and block is not None:
+                self.apart[name] = block.shape[1] // (1 + math.prod(form.grid))
         self._work = self._work_of(records) / max(
             1, *(len(block) for block in rows.values() if block is not None)
         )

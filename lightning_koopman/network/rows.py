@@ -200,7 +200,8 @@ class RowForm:
         channels_first: Whether the axis behind the batch, not the last, holds the channels.
         grid: Cells that the spatial or sequence axes are pooled to.
         reduce: What is done with these axes.
-        picked: The position that the network goes on with alone, kept beside what is pooled.
+        picked: The position that the network goes on with alone; it is kept behind the others, which are
+            pooled.
         is_alone: Whether nothing but that position is kept.
         is_input: Whether it is what the network takes in, whose bits tell the folds.
         of_batch: Whether several entries belong to each row of the batch.
@@ -255,12 +256,16 @@ class RowForm:
             return values.reshape(values.shape[0], -1).to(dtype, copy=True)
         if not self.channels_first:
             values = values.movedim(-1, 1)
-        if self.is_alone:
-            return values[:, :, self.picked].to(dtype, copy=True)
-        reduced = self._reduced(values, None if valid is None else _mask_of(values, valid))
+        mask = None if valid is None else _mask_of(values, valid)
         if self.picked is not None:
             # Wherever the padding is.
-            return torch.cat([reduced.flatten(1).to(dtype), values[:, :, self.picked].to(dtype)], dim=1)
+            picked = values[:, :, self.picked].to(dtype, copy=True)
+            if self.is_alone:
+                return picked
+            others = slice(1, None) if self.picked == 0 else slice(0, -1)
+            mask = None if mask is None else mask[..., others]
+            return torch.cat([self._reduced(values[..., others], mask).flatten(1).to(dtype), picked], 1)
+        reduced = self._reduced(values, mask)
         own = reduced.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return reduced.to(dtype, copy=not own).flatten(1)
 
@@ -611,10 +616,11 @@ def form_of(
 def keeping_picked(
     forms: Mapping[str, RowForm], records: Sequence[Recorded], read: Collection[str], max_dim: int
 ) -> dict[str, RowForm]:
-    """Keep the position that a network goes on with alone, as of a class token, of states too wide.
+    """Keep the position that a network goes on with alone, as of a class token.
 
     What is picked of is that position, unless it is ``read`` otherwise as well. States before it that
-    have as many positions keep it beside the others, which attention or recurrence bring to it.
+    have as many positions, and are too wide to be kept whole, keep it behind the others, which attention
+    or recurrence bring to it.
     """
     known = {record.name: record for record in records if record.name in forms}
     readers: dict[str, list[Recorded]] = {name: [] for name in known}
@@ -640,11 +646,7 @@ def keeping_picked(
         pick = found.pop() if len(found) == 1 else None
         if name not in read and pick is not None and is_of(pick, name):
             picked[name] = pick
-    kept = {
-        name: replace(forms[name], picked=_place(pick), is_alone=True)
-        for name, pick in picked.items()
-        if by_sample(known[name].tensor, forms[name])[0].numel() > max_dim
-    }
+    kept = {n: replace(forms[n], picked=_place(p), is_alone=True) for n, p in picked.items()}
     left, seen = [*picked], {*picked}
     while left:
         name = left.pop()
@@ -654,8 +656,9 @@ def keeping_picked(
                 seen.add(source)
                 left.append(source)
                 picked[source] = picked[name]
-                if forms[source].grid != (size,):
-                    kept[source] = replace(forms[source], picked=_place(picked[name]))
+                if by_sample(known[source].tensor, forms[source])[0].numel() > max_dim:
+                    grid = (min(*forms[source].grid, size - 1),)
+                    kept[source] = replace(forms[source], grid=grid, picked=_place(picked[name]))
     return {**forms, **kept}
 
 

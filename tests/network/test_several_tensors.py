@@ -281,7 +281,7 @@ def test_scores_that_a_softmax_is_to_ignore_are_no_state():
 
     model = wired(forward, a=Scores(), b=Scores(), last=nn.Linear(4, 2))
     report = report_of(model, drawn(400, 3, 4))
-    assert report.widths == (12, 12, 2)
+    assert report.widths == (12, 4, 2)
     assert np.isfinite(report.credit).all()
 
 
