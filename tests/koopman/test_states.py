@@ -264,3 +264,25 @@ def test_a_basis_that_does_not_fit_is_fitted_anew(
         assert (one is old) == kept
         assert kept or one is other or torch.equal(one, other)
     assert (found.kept_variance == basis.kept_variance) == kept
+
+
+def test_columns_apart_have_directions_of_their_own_however_little_they_vary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    others = torch.randn(200, 12, generator=generator) * torch.arange(12, 0, -1)
+    last = 1e-3 * torch.randn(200, 5, generator=generator) * torch.tensor([5.0, 4, 3, 2, 1])
+    rows = torch.cat([others, last], dim=1)
+    vectors = fit_basis([rows], 8, apart=[5]).vectors[0]
+    assert vectors.shape == (17, 8)
+    # Four for each, and none that mixes them.
+    for columns, block in ((slice(0, 4), vectors[:12]), (slice(4, 8), vectors[12:])):
+        part = others if columns.start == 0 else last
+        expected, _ = pod_basis(part, 4)
+        assert torch.allclose(block[:, columns].abs(), expected.abs(), atol=1e-4)
+    assert torch.equal(vectors[12:, :4], torch.zeros(5, 4))
+    # All of what there is of them, where that is less than half.
+    narrow = fit_basis([rows], 12, apart=[5]).vectors[0]
+    assert torch.equal(narrow[12:, 7:], torch.eye(5))
+    # What never varies has none.
+    rows[:, 12:] = 1.0
+    given = fit_basis([rows], 8, apart=[5]).vectors[0]
+    assert torch.equal(given, pod_basis(rows, 8)[0])
