@@ -192,8 +192,8 @@ class Accumulator:
         return max(first, min(_MOST_ROWS, _MOST_VALUES // values))
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
-        o, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
-        return fit_basis(rows, o.max_dim, o.observables, o.seed, self.earlier, apart)
+        options, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
+        return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier, apart)
 
     def _begin(self, rows: list[Tensor]) -> None:
         """Freeze the basis by the first rows, which then wait for company in it."""
@@ -439,7 +439,7 @@ class Accumulator:
             # Lifted coordinates are rounded otherwise; the last state is never lifted.
             if self.options.observables is None or name == last:
                 least = _ROUNDED * spacing * torch.linalg.vector_norm(mean + center)
-                rounded += [name] if variances.sum() <= least.square() else []
+                rounded += [name] if 0 < variances.sum() <= least.square() else []
         if rounded:
             notes.append(
                 f"{listed(rounded)} vary between samples by hardly more than numbers of their size are "

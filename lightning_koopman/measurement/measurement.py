@@ -105,7 +105,7 @@ class Measurement(Accumulator):
         self._untraced: str | None = None
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
-            self.capture, self.plan = like.capture, like.plan
+            self.capture, self.plan, self.apart = like.capture, like.plan, like.apart
             self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
         self._followed: Reference | None = None
         self._next_check, self._work = _FIRST_CHECK, 0.0

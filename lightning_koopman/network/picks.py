@@ -19,11 +19,13 @@ class Pick(NamedTuple):
         axis: That the positions were along, of three.
         size: How many there were.
         is_last: Whether it is the last one.
+        by_data: Whether a tensor says which one, as of sequences of differing length.
     """
 
     axis: int
     size: int
     is_last: bool
+    by_data: bool
 
 
 Picks = Mapping[str, Pick]
@@ -124,7 +126,7 @@ def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
     size = source.shape[axis]
     if size < 2 or place % size not in (0, size - 1):
         return None
-    return Pick(axis % 3, size, place % size == size - 1)
+    return Pick(axis % 3, size, place % size == size - 1, name.startswith("index"))
 
 
 def _count(tensor: Tensor, like: Tensor) -> Tensor:

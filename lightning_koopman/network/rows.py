@@ -203,6 +203,7 @@ class RowForm:
         picked: The position that the network goes on with alone; it is kept behind the others, which are
             pooled.
         is_alone: Whether nothing but that position is kept.
+        by_data: Whether that is the last one that holds data, wherever the padding is.
         is_input: Whether it is what the network takes in, whose bits tell the folds.
         of_batch: Whether several entries belong to each row of the batch.
         of_axis: Which axis of the batch's tensors the samples are along.
@@ -216,6 +217,7 @@ class RowForm:
     reduce: Reduce = "pool"
     picked: Literal[0, -1] | None = None
     is_alone: bool = False
+    by_data: bool = False
     is_input: bool = False
     of_batch: bool = False
     of_axis: int = 0
@@ -258,11 +260,13 @@ class RowForm:
             values = values.movedim(-1, 1)
         mask = None if valid is None else _mask_of(values, valid)
         if self.picked is not None:
-            # Wherever the padding is.
-            picked = values[:, :, self.picked].to(dtype, copy=True)
+            picked = _last(values, mask) if self.by_data else values[:, :, self.picked]
+            picked = picked.to(dtype, copy=True)
             if self.is_alone:
                 return picked
             others = slice(1, None) if self.picked == 0 else slice(0, -1)
+            # A sequence of one has no others.
+            others = others if values.shape[2] > 1 else slice(None)
             mask = None if mask is None else mask[..., others]
             return torch.cat([self._reduced(values[..., others], mask).flatten(1).to(dtype), picked], 1)
         reduced = self._reduced(values, mask)
@@ -291,14 +295,16 @@ class RowForm:
                 f"reduce={self.reduce!r} takes sequences, but a state has {values.ndim - 2} axes beside "
                 "samples and channels; use 'mean', 'flatten' or a callable there"
             )
-        if self.reduce == "cls":
-            return values[:, :, 0]
-        if valid is None:
-            return values[:, :, -1]
-        # The last position that holds data, wherever the padding is.
-        positions = torch.arange(valid.shape[1], device=valid.device)
-        last = (positions * valid).argmax(dim=1)
-        return values[torch.arange(len(values), device=values.device), :, last]
+        return values[:, :, 0] if self.reduce == "cls" else _last(values, valid)
+
+
+def _last(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the last position that holds data, wherever the padding is."""
+    if valid is None:
+        return values[:, :, -1]
+    positions = torch.arange(valid.shape[1], device=valid.device)
+    last = (positions * valid).argmax(dim=1)
+    return values[torch.arange(len(values), device=values.device), :, last]
 
 
 def by_sample(tensor: Tensor, form: RowForm) -> Tensor:
@@ -646,7 +652,7 @@ def keeping_picked(
         pick = found.pop() if len(found) == 1 else None
         if name not in read and pick is not None and is_of(pick, name):
             picked[name] = pick
-    kept = {n: replace(forms[n], picked=_place(p), is_alone=True) for n, p in picked.items()}
+    kept = {name: _with_pick(forms[name], pick, is_alone=True) for name, pick in picked.items()}
     left, seen = [*picked], {*picked}
     while left:
         name = left.pop()
@@ -658,12 +664,13 @@ def keeping_picked(
                 picked[source] = picked[name]
                 if by_sample(known[source].tensor, forms[source])[0].numel() > max_dim:
                     grid = (min(*forms[source].grid, size - 1),)
-                    kept[source] = replace(forms[source], grid=grid, picked=_place(picked[name]))
+                    kept[source] = _with_pick(replace(forms[source], grid=grid), picked[name])
     return {**forms, **kept}
 
 
-def _place(pick: Pick) -> Literal[0, -1]:
-    return -1 if pick.is_last else 0
+def _with_pick(form: RowForm, pick: Pick, *, is_alone: bool = False) -> RowForm:
+    place: Literal[0, -1] = -1 if pick.is_last else 0
+    return replace(form, picked=place, is_alone=is_alone, by_data=pick.is_last and pick.by_data)
 
 
 def _reduction(name: str, reduce: ReduceOption) -> Reduce:

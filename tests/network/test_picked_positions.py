@@ -108,20 +108,35 @@ def test_the_credit_of_what_a_linear_head_reads_is_the_volume_of_its_weights(pla
     assert report.r2[-1] == pytest.approx(1, abs=1e-9)
 
 
-def test_what_is_picked_is_picked_wherever_the_padding_is() -> None:
-    """A network that reads the last position reads padding of short samples, and so must the state."""
+def last_of_data(h: Tensor, mask: Tensor) -> Tensor:
+    return h[torch.arange(len(h)), mask.sum(1) - 1]
+
+
+@pytest.mark.parametrize("pick", [lambda h, mask: h[:, -1], last_of_data], ids=["last", "of data"])
+def test_what_is_picked_is_what_the_network_reads_of_padded_samples(pick: Any) -> None:
+    """The first batch is all data, so that both pick the same place of it."""
 
     class Padded(Mixing):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            self.pick = lambda h: pick(h, attention_mask)
             return super().forward(x)
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 30, 6, generator=generator, dtype=torch.float64)
-    mask = torch.arange(30) < torch.randint(5, 31, (600, 1), generator=generator)
+    lengths = torch.randint(5, 31, (600, 1), generator=generator)
+    lengths[:100] = 30
+    mask = torch.arange(30) < lengths
     batches = [{"x": a, "attention_mask": m} for a, m in zip(x.split(100), mask.split(100), strict=True)]
-    net = Padded(lambda h: h[:, -1]).double()
-    report = credit_report(net, batches, options=Options(max_dim=MAX_DIM))
+    report = credit_report(Padded(None).double(), batches, options=Options(max_dim=MAX_DIM))
     assert report.widths == (MAX_DIM, 6, 3)
+    assert report.r2[-1] > 0.999
+
+
+def test_a_batch_of_sequences_of_one_is_read_as_well() -> None:
+    x = torch.randn(600, 30, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    net = Mixing(lambda h: h[:, -1]).double()
+    report = credit_report(net, [*x.split(100), x[:50, :1]], options=Options(max_dim=MAX_DIM))
+    assert report.n_samples == 650
     assert report.r2[-1] > 0.999
 
 
