@@ -83,7 +83,8 @@ def component_effects(
     The kinds, for a component that turns what it takes in, x, into y:
 
     * ``skip``: y becomes x where the shapes agree, else its mean over samples. Of several tensors, each
-      that reaches the outputs becomes the one that is taken at the same place, or its mean.
+      that reaches the outputs becomes the one that is taken at the same place, if as many are taken as
+      given, or its mean.
     * ``linear``: y becomes the ridge regression of y on the leading 256 directions of x, fitted on these
       samples; each sample is predicted as if it had been left out of the fit. Of several tensors, x and
       y are the first (doubts ``inputs`` and ``outputs``).

@@ -445,6 +445,11 @@ class HookPoints:
         alter = self._alter.get(call, {})
         # A module that calls itself begins as one call and ends as two.
         before = self._given.pop(call, None) or Given((args, kwargs))
+        if sum(map(is_real, before.tensors)) != sum(map(is_real, all_tensors(output))):
+            # Then places do not say what takes the place of what, as of a cell's input and its states.
+            for place in (place for place in self._places.get(call, ()) if place):
+                for known in (self.values, self._in_graph):
+                    known.pop(HookPoint("in", call, place), None)
         first = before.first_made(output, first_tensor(output))
         given = {0: first} if isinstance(output, Tensor) else self._tensors(output, first, before)
         for table in self._tables.pop(call, ()):

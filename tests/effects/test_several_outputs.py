@@ -110,6 +110,25 @@ def test_a_second_tensor_that_nobody_reads_changes_nothing():
     assert effects.values["skip"][0] == pytest.approx(truth, rel=1e-4)
 
 
+def test_of_a_skipped_cell_states_are_at_their_means() -> None:
+    """It takes three tensors and gives two: places say nothing of what is passed on."""
+    torch.manual_seed(0)
+    parts = {"both": nn.LSTMCell(5, 5), "first": nn.Linear(6, 5), "last": nn.Linear(5, 2)}
+
+    def forward(m, x):
+        y = m.first(x)
+        h, c = m.both(y, (y.tanh(), y.sigmoid()))
+        return m.last(h + c)
+
+    model, batches, given = wired(forward, **parts).eval(), built(together)[1], []
+    effects = component_effects(model, batches, credit_report(model, batches), ["skip"])
+    hook = model.both.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    truth = change(model, torch.cat(batches), lambda h, c: (given[-1], c.mean(0).expand_as(c)))
+    hook.remove()
+    found = dict(zip(effects.components, effects.values["skip"], strict=True))
+    assert found["both"] == pytest.approx(truth, rel=1e-4)
+
+
 @pytest.mark.parametrize("parts", [halves, copies])
 def test_a_part_that_nobody_reads_is_no_doubt(parts):
     torch.manual_seed(0)
