@@ -32,7 +32,7 @@ from lightning_koopman.network.components import (
     without_component,
 )
 from lightning_koopman.network.hook_points import attach_in
-from lightning_koopman.network.input_data import further_tensors, holds_numbers
+from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.origins import Origins
 from lightning_koopman.network.provenance import Provenance
@@ -46,6 +46,7 @@ from lightning_koopman.network.rows import (
     with_lengths_in_order,
 )
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
+from lightning_koopman.network.shared_memory import further_tensors
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     Given,

@@ -16,8 +16,8 @@ from torch.distributions import Distribution
 from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
-from lightning_koopman.network.input_data import further_tensors
 from lightning_koopman.network.provenance import seconds_following
+from lightning_koopman.network.shared_memory import further_tensors
 from lightning_koopman.network.tensors import (
     Given,
     all_tensors,

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from lightning_koopman.network.input_data import (
-    Coverage,
     are_alike,
     holds_all_of,
     is_edge_index,
@@ -17,6 +16,7 @@ from lightning_koopman.network.input_data import (
 )
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import numbered
+from lightning_koopman.network.shared_memory import Coverage
 from lightning_koopman.network.tensors import all_tensors, detached_copy, is_real
 
 Call = tuple[int, int]

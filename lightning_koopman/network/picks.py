@@ -1,37 +1,16 @@
-"""Tells of which states a tensor holds a single position, where a network goes on with that alone."""
+"""Single positions that a network goes on with: finds them, and keeps them in the rows of states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.rows import NO_PICKS, Pick, Picks, Recorded, RowForm, by_sample
 from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory
-
-
-class Pick(NamedTuple):
-    """The first or the last of several positions.
-
-    Attributes:
-        axis: That the positions were along, of three.
-        size: How many there were.
-        is_last: Whether it is the last one.
-        by_data: Whether a tensor says which one, as of sequences of differing length.
-    """
-
-    axis: int
-    size: int
-    is_last: bool
-    by_data: bool
-
-
-Picks = Mapping[str, Pick]
-"""What was picked of states, by their labels; those of which more positions are held are not in."""
-
-NO_PICKS: Picks = MappingProxyType({})
 
 
 class PickedPositions:
@@ -136,3 +115,57 @@ def _count(tensor: Tensor, like: Tensor) -> Tensor:
 def _view(tensor: Tensor) -> tuple[Any, ...]:
     """Tell views of one memory apart."""
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def keeping_picked(
+    forms: Mapping[str, RowForm], records: Sequence[Recorded], read: Collection[str], max_dim: int
+) -> dict[str, RowForm]:
+    """Keep the position that a network goes on with alone, as of a class token.
+
+    What is picked of is that position, unless it is ``read`` otherwise as well. States before it that
+    have as many positions, and are too wide to be kept whole, keep it behind the others, which attention
+    or recurrence bring to it.
+    """
+    known = {record.name: record for record in records if record.name in forms}
+    readers: dict[str, list[Recorded]] = {name: [] for name in known}
+    for record in records:
+        for source in record.sources or ():
+            readers.setdefault(source, []).append(record)
+
+    def positions(name: str) -> int:
+        """Count the positions that are pooled."""
+        form = forms[name]
+        shape = by_sample(known[name].tensor, form).shape if known[name].tensor.ndim else ()
+        return shape[2 if form.channels_first else 1] if form.reduce == "pool" and len(shape) == 3 else 0
+
+    def is_of(pick: Pick, name: str) -> bool:
+        form, shape = forms[name], known[name].tensor.shape
+        # Axes may have been swapped on the way, which shows in sizes if these differ.
+        axis = 0 if form.batch_axis else 2 if form.channels_first else 1
+        return pick.size == positions(name) and (pick.axis == axis or tuple(shape).count(pick.size) == 1)
+
+    picked: dict[str, Pick] = {}
+    for name in known:
+        found = {reader.picks.get(name) for reader in readers[name]}
+        pick = found.pop() if len(found) == 1 else None
+        if name not in read and pick is not None and is_of(pick, name):
+            picked[name] = pick
+    kept = {name: _with_pick(forms[name], pick, is_alone=True) for name, pick in picked.items()}
+    left, seen = [*picked], {*picked}
+    while left:
+        name = left.pop()
+        size = picked[name].size
+        for source in {*(known[name].sources or ())} & known.keys() - seen:
+            if positions(source) == size:
+                seen.add(source)
+                left.append(source)
+                picked[source] = picked[name]
+                if by_sample(known[source].tensor, forms[source])[0].numel() > max_dim:
+                    grid = (min(*forms[source].grid, size - 1),)
+                    kept[source] = _with_pick(replace(forms[source], grid=grid), picked[name])
+    return {**forms, **kept}
+
+
+def _with_pick(form: RowForm, pick: Pick, *, is_alone: bool = False) -> RowForm:
+    place: Literal[0, -1] = -1 if pick.is_last else 0
+    return replace(form, picked=place, is_alone=is_alone, by_data=pick.is_last and pick.by_data)

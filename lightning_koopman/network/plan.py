@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.picks import keeping_picked
 from lightning_koopman.network.rows import (
     Recorded,
     ReduceOption,
@@ -18,7 +19,6 @@ from lightning_koopman.network.rows import (
     batch_size,
     by_sample,
     call_of,
-    keeping_picked,
     row_forms,
 )
 from lightning_koopman.network.tensors import varies

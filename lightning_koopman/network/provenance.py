@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_koopman.network.batch_axes import BatchAxes, Place
 from lightning_koopman.network.input_data import (
-    LabelsByView,
     holds_all_of,
     is_mask,
     shuts_out,
 )
-from lightning_koopman.network.picks import NO_PICKS, PickedPositions, Picks
+from lightning_koopman.network.picks import PickedPositions
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
+from lightning_koopman.network.rows import NO_PICKS, Picks
+from lightning_koopman.network.shared_memory import LabelsByView
 from lightning_koopman.network.subclasses import MadeUnwatched
 from lightning_koopman.network.tensors import (
     address_of,
