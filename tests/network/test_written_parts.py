@@ -12,9 +12,9 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network import input_data
-from lightning_koopman.network.input_data import LabelsByView
+from lightning_koopman.network import shared_memory
 from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.shared_memory import LabelsByView
 from lightning_koopman.report.report import CreditReport
 
 Forward = Callable[[Any, Tensor], Tensor]
@@ -324,7 +324,7 @@ def test_nested_tensors_are_all_of_their_memory() -> None:
 def test_beyond_what_can_be_told_apart_a_part_holds_what_the_memory_may(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(input_data, "_MARK", np.uint8)
+    monkeypatch.setattr(shared_memory, "_MARK", np.uint8)
     x = torch.zeros(300, 2)
     labels = LabelsByView(frozenset({"x"}))
     for i, row in enumerate(x):
@@ -333,7 +333,7 @@ def test_beyond_what_can_be_told_apart_a_part_holds_what_the_memory_may(
     assert labels.of(x[0]) >= {"0"}
     assert labels.of(x) == {"x", *map(str, range(300))}
     # Rows of two values take a mark each, columns one for each value.
-    monkeypatch.setattr(input_data, "_MOST_MARKS", 300)
+    monkeypatch.setattr(shared_memory, "_MOST_MARKS", 300)
     labels = LabelsByView(frozenset({"x"}))
     labels.set(x[:8], frozenset({"8"}))
     labels.set(x[:0], frozenset())
