@@ -144,11 +144,9 @@ class Alterations:
     @property
     def read(self) -> list[HookPoint]:
         """What :meth:`update` wants to see."""
-        further = [(name, point) for name, points in self.further.items() for point in points]
-        outputs = [*self.outputs.values(), *(point for _, point in further)]
-        if not {"linear", "skip"} & {*self.kinds}:
-            return outputs
-        return [*self.inputs.values(), *(self._taken_for(*each) for each in further), *outputs]
+        outputs = [*self.outputs.values(), *(point for each in self.further.values() for point in each)]
+        taken = self.names if {"linear", "skip"} & {*self.kinds} else ()
+        return [*(point for name in taken for point in self.taken_by(name)), *outputs]
 
     def taken_by(self, name: str) -> list[HookPoint]:
         """Return what a component takes, of which each is what would pass on one that it gives."""

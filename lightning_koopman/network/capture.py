@@ -31,7 +31,7 @@ from lightning_koopman.network.components import (
     with_tables,
     without_component,
 )
-from lightning_koopman.network.hook_points import attach_in
+from lightning_koopman.network.hook_points import attach_in, ended
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.origins import Origins
@@ -487,14 +487,8 @@ class Capture:
 
     @_kept_out_of_the_forward
     def _on_around_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # Calls that ended in an error, which code around them caught, never came here.
-        while self._around:
-            began, call = self._around.pop()
-            if began is module:
-                break
-        else:
-            return
-        if self._around:
+        call = ended(self._around, module)
+        if self._around or call is None:
             return
         if self._inner is not None:
             made_of = map(self._provenance.of, all_tensors(output))

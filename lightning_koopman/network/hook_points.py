@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -202,6 +202,19 @@ def wrap(module: nn.Module, name: str, listener: Callable[..., Any]) -> ExitStac
     return hooks
 
 
+_Began = TypeVar("_Began")
+
+
+def ended(under_way: list[tuple[nn.Module, _Began]], module: nn.Module) -> _Began | None:
+    """Forget the latest call of a module, and return what was kept when it began, if that was seen."""
+    # Calls that ended in an error, which code around them caught, never came here.
+    while under_way:
+        began, kept = under_way.pop()
+        if began is module:
+            return kept
+    return None
+
+
 class HookPoint(NamedTuple):
     """One end of one module call.
 
@@ -349,10 +362,10 @@ class HookPoints:
         self._alter: dict[str, dict[int, Alteration]] = {}
         for point, alteration in (alter or {}).items():
             self._alter.setdefault(point.call, {})[point.place] = alteration
-        # By call, which of the tensors that it takes are read.
-        self._places: dict[str, list[int]] = {}
-        for point in (point for point in self._read if point.end == "in"):
-            self._places.setdefault(point.call, []).append(point.place)
+        # By call, which of the tensors that it takes are read beside the first.
+        self._taken: dict[str, list[HookPoint]] = {}
+        for point in (point for point in self._read if point.end == "in" and point.place):
+            self._taken.setdefault(point.call, []).append(point)
         self.start_pass()
         calls = {point.call for point in self._read} | set(self._alter)
         self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
@@ -418,7 +431,7 @@ class HookPoints:
         if call is None:
             return
         point, self._given[call] = HookPoint("in", call), Given((args, kwargs))
-        if not (places := self._places.get(call)):
+        if point not in self._read:
             return
         tables = [dict(arg) for arg in (*args, *kwargs.values()) if isinstance(arg, Mapping)]
         rest: Any = (args, kwargs)
@@ -426,10 +439,11 @@ class HookPoints:
             # Which entry it takes shows by the one that it writes; others hold options.
             self._tables[call] = tables
             rest = [arg for arg in (*args, *kwargs.values()) if not isinstance(arg, Mapping)]
-        real = list(filter(is_real, all_tensors(rest)))
-        for place in (place for place in places if 0 < place < len(real)):
-            self._keep(HookPoint("in", call, place), real[place])
-        if 0 in places and (tensor := first_tensor(rest)) is not None:
+        if further := self._taken.get(call):
+            real = list(filter(is_real, all_tensors(rest)))
+            for other in (other for other in further if other.place < len(real)):
+                self._keep(other, real[other.place])
+        if (tensor := first_tensor(rest)) is not None:
             self._keep(point, tensor)
             if self._beside is not None and any(_is_beside(t, tensor) for t in all_tensors(rest)):
                 self._beside.add(point)
@@ -445,11 +459,12 @@ class HookPoints:
         alter = self._alter.get(call, {})
         # A module that calls itself begins as one call and ends as two.
         before = self._given.pop(call, None) or Given((args, kwargs))
-        if sum(map(is_real, before.tensors)) != sum(map(is_real, all_tensors(output))):
+        further = self._taken.get(call, [])
+        if further and sum(map(is_real, before.tensors)) != sum(map(is_real, all_tensors(output))):
             # Then places do not say what takes the place of what, as of a cell's input and its states.
-            for place in (place for place in self._places.get(call, ()) if place):
-                for known in (self.values, self._in_graph):
-                    known.pop(HookPoint("in", call, place), None)
+            for other in further:
+                self.values.pop(other, None)
+                self._in_graph.pop(other, None)
         first = before.first_made(output, first_tensor(output))
         given = {0: first} if isinstance(output, Tensor) else self._tensors(output, first, before)
         for table in self._tables.pop(call, ()):

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import (
-    is_real,
-    varies,
-)
+from lightning_koopman.network.tensors import is_real, varies
 
 
 def is_mask(tensor: Tensor) -> bool:

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.network.rows import NO_PICKS, Pick, Picks, Recorded, RowForm, by_sample
-from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory
+from lightning_koopman.network.tensors import (
+    address_of,
+    all_tensors,
+    is_all_of_memory,
+    view_of_memory,
+)
 
 
 class PickedPositions:
@@ -30,7 +35,7 @@ class PickedPositions:
         """Return what a tensor holds one position of."""
         if tensor.is_nested or not (known := self._of.get(address_of(tensor))):
             return NO_PICKS
-        return known.get(_view(tensor), known.get(None, NO_PICKS))
+        return known.get(view_of_memory(tensor), known.get(None, NO_PICKS))
 
     def follow(
         self, name: str, args: Sequence[Any], reads: Sequence[Tensor], known: Any, out: Any
@@ -52,7 +57,7 @@ class PickedPositions:
                 continue
             is_part = address in places if plain == name else not is_all_of_memory(tensor)
             before = self._of.get(address, {}) if is_part else {}
-            self._of[address] = {**before, _view(tensor) if is_part else None: told}
+            self._of[address] = {**before, view_of_memory(tensor) if is_part else None: told}
             self._keep(tensor)
 
     def _joined(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> Picks:
@@ -94,8 +99,8 @@ def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
         if index is None or index.dtype == torch.bool or index.ndim > 1 or not index.numel():
             return None
         # With a place for each sample, which must be the same for all.
-        each = len(rows) == 1 and rows[0].ndim == 1 and len(rows[0]) == len(source)
-        if (rows or index.numel() > 1) and not (each and torch.equal(rows[0], _count(source, rows[0]))):
+        each = len(rows) == 1 and torch.equal(rows[0], torch.arange(len(source)).to(rows[0]))
+        if (rows or index.numel() > 1) and not each:
             return None
         if bool((index != index.reshape(-1)[0]).any()):
             return None
@@ -106,15 +111,6 @@ def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
     if size < 2 or place % size not in (0, size - 1):
         return None
     return Pick(axis % 3, size, place % size == size - 1, name.startswith("index"))
-
-
-def _count(tensor: Tensor, like: Tensor) -> Tensor:
-    return torch.arange(len(tensor), device=like.device, dtype=like.dtype)
-
-
-def _view(tensor: Tensor) -> tuple[Any, ...]:
-    """Tell views of one memory apart."""
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def keeping_picked(

@@ -27,7 +27,7 @@ from lightning_koopman.network.components import (
     has_weights,
     transparent_modules,
 )
-from lightning_koopman.network.hook_points import attach_in, is_wrapped, wrap
+from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, wrap
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
     address_of,
@@ -388,14 +388,7 @@ class Recording:
         self._inside.append((module, counts))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        # Calls that ended in an error, which the user's code caught, never came here.
-        while self._inside:
-            began, counts = self._inside.pop()
-            if began is module:
-                break
-        else:
-            return
-        if counts and not self._is_within:
+        if ended(self._inside, module) and not self._is_within:
             self._end(output)
 
     @property

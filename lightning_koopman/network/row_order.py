@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of_memory
+from lightning_koopman.network.tensors import (
+    address_of,
+    all_tensors,
+    is_all_of_memory,
+    view_of_memory,
+)
 
 
 class Order(NamedTuple):
@@ -104,7 +109,7 @@ class RowOrders:
         """Return the orders of a tensor's rows."""
         if tensor.is_nested or not (known := self._of.get(address_of(tensor))):
             return NO_ORDERS
-        view = _view(tensor)
+        view = view_of_memory(tensor)
         return known[view] if view in known else known.get(None, NO_ORDERS)
 
     def told(self, tensor: Tensor) -> Orders:
@@ -166,7 +171,11 @@ class RowOrders:
             split = {size for size in self._known_merges(tensor) if self._is_split(tensor, size)}
             if split and by_entry and made[0].numel() == tensor.numel():
                 same = (other for other in reads if address_of(other) == address_of(tensor))
-                split = split if any(_view(other) != _view(tensor) for other in same) else set()
+                split = (
+                    split
+                    if any(view_of_memory(other) != view_of_memory(tensor) for other in same)
+                    else set()
+                )
             met |= split
         source = _added_up(plain, args)
         if source is not None and plain in _PUTS and (merges := self._merges(source)):
@@ -211,10 +220,10 @@ class RowOrders:
         if not address or tensor.is_nested or (not orders and address not in self._of):
             return
         known = self._of.setdefault(address, {})
-        own = known.get(_view(tensor))
+        own = known.get(view_of_memory(tensor))
         if is_view or (own is not None and not is_all_of_memory(tensor)):
             if own is not None or not _same(orders, known.get(None, NO_ORDERS)):
-                known[_view(tensor)] = orders
+                known[view_of_memory(tensor)] = orders
         else:
             self._of[address] = {None: orders}
         self._keep(tensor)
@@ -625,11 +634,6 @@ def _added_up(name: str, args: Sequence[Any]) -> Tensor | None:
 def have_met(orders: Orders, n_rows: int) -> bool:
     """Check whether several of that many rows, which axes were merged into, were put together."""
     return _MET in orders and n_rows in orders[_MET].rows
-
-
-def _view(tensor: Tensor) -> tuple[Any, ...]:
-    """Tell views of one memory apart."""
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _are_different(places: Tensor) -> bool:

@@ -283,14 +283,14 @@ class RowForm:
         mask = None if valid is None else _mask_of(values, valid)
         if self.picked is not None:
             picked = _last(values, mask) if self.by_data else values[:, :, self.picked]
-            picked = picked.to(dtype, copy=True)
             if self.is_alone:
-                return picked
+                return picked.to(dtype, copy=True)
             others = slice(1, None) if self.picked == 0 else slice(0, -1)
             # A sequence of one has no others.
             others = others if values.shape[2] > 1 else slice(None)
             mask = None if mask is None else mask[..., others]
-            return torch.cat([self._reduced(values[..., others], mask).flatten(1).to(dtype), picked], 1)
+            reduced = self._reduced(values[..., others], mask)
+            return torch.cat([reduced.flatten(1).to(dtype), picked.to(dtype)], dim=1)
         reduced = self._reduced(values, mask)
         own = reduced.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return reduced.to(dtype, copy=not own).flatten(1)

@@ -348,6 +348,11 @@ def memory_layout(tensor: Tensor) -> tuple[int, list[tuple[int, int]], int]:
     return int(tensor.storage_offset()) * width, axes, run
 
 
+def view_of_memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Tell views of one memory apart."""
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
 def has_places(tensor: Tensor) -> bool:
     """Check whether each value of a tensor has a place of its own in memory."""
     return tensor.layout is torch.strided and not tensor.is_nested
