@@ -323,6 +323,7 @@ class Measurement(Accumulator):
             in_losses=in_losses,
             varying=self._varying,
             in_turns=frozenset() if self._named else self.capture.in_turns(records),
+            valid=self._valid,
         )
         if len(self.plan.states) < 2 and (told := self.plan.told()):
             (name,), why = self.plan.names, "; ".join(told)

@@ -153,6 +153,7 @@ def describe_components(
     if capture.untraced is not None:
         records, returned = in_a_row([r for r in records if r.name not in returned]), {}
         in_losses = frozenset()
+    valid = valid_positions(batch)
     plan = make_plan(
         records,
         batch=batch,
@@ -161,9 +162,9 @@ def describe_components(
         returned=returned,
         in_losses=in_losses,
         in_turns=frozenset() if named else capture.in_turns(records),
+        valid=valid,
     )
     notes = plan.told() + capture.told(silent)
-    valid = valid_positions(batch)
     rows = tuple(
         _row(model, record, plan, taken, valid) for record in records if record.name in capture.parts
     )

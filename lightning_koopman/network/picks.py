@@ -9,7 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.rows import NO_PICKS, Pick, Picks, Recorded, RowForm, by_sample
+from lightning_koopman.network.rows import (
+    NO_PICKS,
+    Pick,
+    Picks,
+    Recorded,
+    RowForm,
+    by_sample,
+    last_valid,
+)
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -82,47 +90,73 @@ def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
         return None
     if source.ndim != 3:
         return None
-    axis = place = 0
+    axis, places = 0, [0]
     if name == "select":
-        axis, place = args[1:3]
+        axis, places = args[1], [args[2]]
     elif name == "slice":
         axis = args[1] if len(args) > 1 else 0
         if out.shape[axis] != 1:
             return None
-        place = (args[2] if len(args) > 2 else None) or 0
+        places = [(args[2] if len(args) > 2 else None) or 0]
     elif name == "index_select" and args[2].numel() == 1:
-        axis, place = args[1], int(args[2])
-    elif name == "index":
-        *first, index = args[1]
-        axis = len(first)
-        rows = [each for each in first if each is not None]
-        if index is None or index.dtype == torch.bool or index.ndim > 1 or not index.numel():
-            return None
-        # With a place for each sample, which must be the same for all.
-        each = len(rows) == 1 and torch.equal(rows[0], torch.arange(len(source)).to(rows[0]))
-        if (rows or index.numel() > 1) and not each:
-            return None
-        if bool((index != index.reshape(-1)[0]).any()):
-            return None
-        place = int(index.reshape(-1)[0])
+        axis, places = args[1], args[2].tolist()
+    elif name in ("index", "gather"):
+        axis, told = (_indexed if name == "index" else _gathered)(*args[:3])
+        places = [] if told is None else told.flatten().tolist()
     else:
         return None
     size = source.shape[axis]
-    if size < 2 or place % size not in (0, size - 1):
+    if size < 2 or not places:
         return None
-    return Pick(axis % 3, size, place % size == size - 1, name.startswith("index"))
+    places = [place % size for place in places]
+    first, is_told = places[0], name in ("index", "index_select", "gather")
+    if any(place != first for place in places) or (is_told and first not in (0, size - 1)):
+        return Pick(axis % 3, size, True, True, tuple(places))
+    return Pick(axis % 3, size, first > 0, is_told) if first in (0, size - 1) else None
+
+
+def _indexed(source: Tensor, given: Sequence[Tensor | None]) -> tuple[int, Tensor | None]:
+    """Return the axis along which tensors pick one position of each sample, and which."""
+    indices = [(axis, index) for axis, index in enumerate(given) if index is not None]
+    axis, places = indices[-1]
+    if len(indices) == 1 and places.dtype == torch.bool:
+        is_one = places.shape == source.shape[:2] and bool((places.sum(dim=1) == 1).all())
+        return 1, places.int().argmax(dim=1) if is_one else None
+    if len(indices) == 1 and places.numel() == 1:
+        return axis, places
+    if len(indices) == 2 and all(index.ndim == 1 for _, index in indices):
+        for (along, samples), (axis, places) in (indices, indices[::-1]):
+            if torch.equal(samples, torch.arange(source.shape[along]).to(samples)):
+                return axis, places
+    return axis, None
+
+
+def _gathered(source: Tensor, axis: int, index: Tensor) -> tuple[int, Tensor | None]:
+    """Return the axis along which one position of each sample is picked, and which, of all channels."""
+    places = index.movedim(axis, 0)
+    is_one = len(places) == 1 and index.shape[-1] == source.shape[-1] and axis % 3 < 2
+    is_one = is_one and bool((places == places[..., :1]).all())
+    return axis, places[0, :, 0] if is_one else None
 
 
 def keeping_picked(
-    forms: Mapping[str, RowForm], records: Sequence[Recorded], read: Collection[str], max_dim: int
+    forms: Mapping[str, RowForm],
+    records: Sequence[Recorded],
+    read: Collection[str],
+    max_dim: int,
+    valid: Tensor | None = None,
 ) -> dict[str, RowForm]:
     """Keep the position that a network goes on with alone, as of a class token.
 
     What is picked of is that position, unless it is ``read`` otherwise as well. States before it that
     have as many positions, and are too wide to be kept whole, keep it behind the others, which attention
-    or recurrence bring to it.
+    or recurrence bring to it. One that differs by sample is kept if it is the last ``valid`` one.
     """
     known = {record.name: record for record in records if record.name in forms}
+    lengths = next((r.lengths for r in records if r.lengths is not None), valid)
+    last: tuple[int, ...] = ()
+    if lengths is not None:
+        last = tuple((last_valid(lengths) if lengths.ndim > 1 else lengths - 1).tolist())
     readers: dict[str, list[Recorded]] = {name: [] for name in known}
     for record in records:
         for source in record.sources or ():
@@ -138,7 +172,9 @@ def keeping_picked(
         form, shape = forms[name], known[name].tensor.shape
         # Axes may have been swapped on the way, which shows in sizes if these differ.
         axis = 0 if form.batch_axis else 2 if form.channels_first else 1
-        return pick.size == positions(name) and (pick.axis == axis or tuple(shape).count(pick.size) == 1)
+        is_along = pick.axis == axis or tuple(shape).count(pick.size) == 1
+        is_known = not pick.places or pick.places == last
+        return pick.size == positions(name) and is_along and is_known
 
     picked: dict[str, Pick] = {}
     for name in known:

@@ -434,6 +434,7 @@ def make_plan(
     in_losses: frozenset[str] = frozenset(),
     varying: Collection[str] = (),
     in_turns: frozenset[str] = frozenset(),
+    valid: Tensor | None = None,
 ) -> Plan:
     """Settle the chain: states in order of execution, each step linked to what it reads.
 
@@ -457,7 +458,7 @@ def make_plan(
     records = _ignoring(records)
     beside = [r for inside in tensors.values() for r in inside if r.name not in by_name]
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
-    forms = keeping_picked(forms, given, read, max_dim)
+    forms = keeping_picked(forms, given, read, max_dim, valid)
     n_samples, _ = batch_size(records, batch)
     for call, (first, *rest) in tensors.items():
         fit = [r for r in rest if len(by_sample(r.tensor, forms[r.name])) == n_samples]

@@ -27,19 +27,22 @@ OUTPUT = "output"
 
 
 class Pick(NamedTuple):
-    """The first or the last of several positions.
+    """One of several positions: the first, the last, or one that a tensor tells.
 
     Attributes:
         axis: That the positions were along, of three.
         size: How many there were.
         is_last: Whether it is the last one.
         by_data: Whether a tensor says which one, as of sequences of differing length.
+        places: Which one it is of each sample, where they differ; it is then the last that holds data if
+            that is what the batch says.
     """
 
     axis: int
     size: int
     is_last: bool
     by_data: bool
+    places: tuple[int, ...] = ()
 
 
 Picks = Mapping[str, Pick]
@@ -324,9 +327,12 @@ def _last(values: Tensor, valid: Tensor | None) -> Tensor:
     """Return the last position that holds data, wherever the padding is."""
     if valid is None:
         return values[:, :, -1]
-    positions = torch.arange(valid.shape[1], device=valid.device)
-    last = (positions * valid).argmax(dim=1)
-    return values[torch.arange(len(values), device=values.device), :, last]
+    return values[torch.arange(len(values), device=values.device), :, last_valid(valid)]
+
+
+def last_valid(valid: Tensor) -> Tensor:
+    """Return the last position of each sample that holds data."""
+    return (torch.arange(valid.shape[1], device=valid.device) * valid).argmax(dim=1)
 
 
 def by_sample(tensor: Tensor, form: RowForm) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_koopman import CreditReport, Options, credit_report
 
@@ -108,27 +109,100 @@ def test_the_credit_of_what_a_linear_head_reads_is_the_volume_of_its_weights(pla
     assert report.r2[-1] == pytest.approx(1, abs=1e-9)
 
 
-def last_of_data(h: Tensor, mask: Tensor) -> Tensor:
-    return h[torch.arange(len(h)), mask.sum(1) - 1]
-
-
-@pytest.mark.parametrize("pick", [lambda h, mask: h[:, -1], last_of_data], ids=["last", "of data"])
-def test_what_is_picked_is_what_the_network_reads_of_padded_samples(pick: Any) -> None:
-    """The first batch is all data, so that both pick the same place of it."""
-
-    class Padded(Mixing):
-        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-            self.pick = lambda h: pick(h, attention_mask)
-            return super().forward(x)
-
+def padded_batches(longest: int, *, named: str = "attention_mask") -> list[dict[str, Tensor]]:
+    """Return 6 batches of 100 padded samples; those of the first are ``longest``, if not 0."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, 30, 6, generator=generator, dtype=torch.float64)
     lengths = torch.randint(5, 31, (600, 1), generator=generator)
-    lengths[:100] = 30
+    lengths[:100] = longest or lengths[:100]
     mask = torch.arange(30) < lengths
-    batches = [{"x": a, "attention_mask": m} for a, m in zip(x.split(100), mask.split(100), strict=True)]
-    report = credit_report(Padded(None).double(), batches, options=Options(max_dim=MAX_DIM))
+    return [{"x": a, named: m} for a, m in zip(x.split(100), mask.split(100), strict=True)]
+
+
+def by_gather(h: Tensor, mask: Tensor) -> Tensor:
+    return h.gather(1, (mask.sum(1) - 1)[:, None, None].expand(-1, 1, h.shape[-1])).squeeze(1)
+
+
+def by_mark(h: Tensor, mask: Tensor) -> Tensor:
+    return h[torch.arange(30) == mask.sum(1, keepdim=True) - 1].view(len(h), -1, 6)[:, -1]
+
+
+LAST_OF_DATA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda h, mask: h[torch.arange(len(h)), mask.sum(1) - 1],
+    "from the end": lambda h, mask: h[torch.arange(len(h)), mask.sum(1) - 31],
+    "turned": lambda h, mask: h.transpose(0, 1)[mask.sum(1) - 1, torch.arange(len(h))],
+    "gather": by_gather,
+    "mark": by_mark,
+}
+
+
+class Padded(Mixing):
+    def __init__(self, of_data: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(lambda h: of_data(h, self.mask))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        self.mask = attention_mask
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("longest", [30, 20, 0])
+@pytest.mark.parametrize("name", ["last", *LAST_OF_DATA])
+def test_what_is_picked_is_what_the_network_reads_of_padded_samples(name: str, longest: int) -> None:
+    """The first batch may be all data, so that all pick the same place of it."""
+    pick = LAST_OF_DATA.get(name, lambda h, mask: h[:, -1])
+    net = Padded(pick).double()
+    report = credit_report(net, padded_batches(longest), options=Options(max_dim=MAX_DIM))
     assert report.widths == (MAX_DIM, 6, 3)
+    assert report.r2[-1] > 0.999
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda h, mask: h[torch.arange(len(h)), mask.sum(1) - 2],
+        lambda h, mask: h[torch.arange(len(h)), (7 * torch.arange(len(h))) % 30],
+        lambda h, mask: h[torch.arange(len(h))[:, None], (mask.sum(1) - 1)[:, None]].squeeze(1),
+        lambda h, mask: h.gather(1, torch.arange(6).expand(len(h), 1, 6)).squeeze(1),
+        lambda h, mask: h[mask & (mask.cumsum(1) <= 2)].view(len(h), 2, 6).sum(1),
+    ],
+    ids=["not the last", "by place", "two axes", "of each channel", "two"],
+)
+def test_other_positions_that_differ_by_sample_are_pooled_as_before(pick: Any) -> None:
+    report = credit_report(Padded(pick).double(), padded_batches(0), options=Options(max_dim=MAX_DIM))
+    assert report.widths[1] == MAX_DIM
+
+
+def test_without_a_mask_of_the_batch_nobody_knows_where_data_ends() -> None:
+    class Ends(Mixing):
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            self.pick = lambda h: LAST_OF_DATA["index"](h, ends)
+            return super().forward(x)
+
+    batches = padded_batches(0, named="ends")
+    report = credit_report(Ends(lambda h: h).double(), batches, options=Options(max_dim=MAX_DIM))
+    assert report.widths[1] == MAX_DIM
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_the_last_step_of_packed_sequences_is_kept(is_sorted: bool) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(6, 6, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=is_sorted)
+            h, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+            return self.head(h[torch.arange(len(h)), lengths - 1])
+
+    batches = []
+    for batch in padded_batches(0):
+        lengths = batch["attention_mask"].sum(1)
+        batches.append((batch["x"], lengths.sort(descending=True)[0] if is_sorted else lengths))
+    report = credit_report(
+        Packed().double(), batches, forward_fn=lambda net, b: net(*b), options=Options(max_dim=MAX_DIM)
+    )
+    assert report.widths == (6, 3)
     assert report.r2[-1] > 0.999
 
 
