@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -404,7 +405,7 @@ def _cell_weights(
 def _mask_of(values: Tensor, valid: Tensor) -> Tensor | None:
     """Return which positions of ``(n, channels, length)`` hold data, where the marks are about these."""
     if valid.ndim > 1:
-        return valid if values.shape[2:] == valid.shape[1:] else None
+        return valid if (values.shape[0], *values.shape[2:]) == valid.shape else None
     if values.ndim != 3:
         return None
     size = values.shape[2]
@@ -452,6 +453,11 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
     return tensor.ndim > 3
 
 
+# Masks of other things than padding: entries that a loss counts or that are to be predicted, heads.
+_OTHER_MASKS = ("masked", "loss", "label", "indices", "head", "mlm")
+_LENGTHS = re.compile(r"((x|in|input|seq|sequence|src|source|text|token|audio|frame)s?_)?(len|length)s?")
+
+
 def valid_positions(batch: Any) -> Tensor | None:
     """Find which positions of padded sequences hold data: a mask, or the length of each sequence.
 
@@ -465,17 +471,32 @@ def valid_positions(batch: Any) -> Tensor | None:
     if not isinstance(batch, Mapping):
         inner = () if isinstance(batch, Tensor) else parts_of(batch)
         return next((m for m in map(valid_positions, inner) if m is not None), None)
-    for name, value in batch.items():
-        if not isinstance(value, Tensor) or not isinstance(name, str):
-            continue
-        word = name.lower()
-        if "mask" in word and value.ndim == 2:
-            is_mask = ((value == 0) | (value == 1)).all()
-            if value.device.type != "cpu" or bool(is_mask):
-                return ((value == 0) if "pad" in word else (value != 0)) | ~is_mask
-        if word in ("lengths", "length", "lens", "seq_lengths", "input_lengths") and value.ndim == 1:
+    given = {name.lower(): value for name, value in batch.items() if isinstance(name, str)}
+    tensors = {word: value for word, value in given.items() if isinstance(value, Tensor)}
+    data = [value.shape for word, value in tensors.items() if "mask" not in word and value.ndim]
+    for word, value in tensors.items():
+        if "mask" in word and value.ndim == 2 and not any(other in word for other in _OTHER_MASKS):
+            # Others say which positions see which.
+            n_samples, size = value.shape
+            if data and not any(s[0] == n_samples or s[:2] == (size, n_samples) for s in data):
+                continue
+            valid = (value == 0) if "pad" in word else (value != 0)
+            fits = ((value == 0) | (value == 1)).all() & ~_is_causal(valid)
+            if value.device.type != "cpu" or bool(fits):
+                # Where a sample would hold no data, and none is full, it marks the other thing.
+                is_turned = (~valid).all(dim=1).any() & ~valid.all(dim=1).any()
+                return (valid ^ is_turned) | ~fits
+        if _LENGTHS.fullmatch(word) and value.ndim == 1:
             return value
     return None
+
+
+def _is_causal(mask: Tensor) -> Tensor:
+    """Check whether a mask says that each position sees those before it."""
+    if mask.shape[0] != mask.shape[1] or len(mask) < 2:
+        return mask.new_zeros(())
+    before = torch.ones_like(mask).tril()
+    return (mask == before).all() | (mask != before).all()
 
 
 def pooling_index(records: Sequence[Recorded], returned_rows: Collection[int], batch: Any) -> int | None:

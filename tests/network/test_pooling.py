@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_koopman import Options, credit_report
 from lightning_koopman.network.rows import (
@@ -188,6 +188,16 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
         ({"marks": MASK}, False),
         (MASK, False),
         ({"lengths": MASK}, False),
+        # Of other things than padding.
+        ({"bool_masked_pos": MASK}, False),
+        ({"loss_mask": MASK, "ids": torch.ones(2, 3)}, False),
+        ({"head_mask": MASK}, False),
+        # As many rows as there are samples, wherever these are.
+        ({"x": torch.ones(2, 3, 4), "src_mask": MASK}, True),
+        ({"x": torch.ones(3, 2, 4), "src_mask": MASK}, True),
+        ({"x": torch.ones(4, 3, 4), "src_mask": MASK}, False),
+        ({"places": torch.arange(3)[None], "x": torch.ones(2, 3, 4), "mask": MASK}, True),
+        ({"scale": torch.tensor(2.0), "mask": MASK}, True),
     ],
 )
 def test_what_holds_data_is_read_off_masks(batch, held):
@@ -197,7 +207,57 @@ def test_what_holds_data_is_read_off_masks(batch, held):
         assert torch.equal(found, MASK.bool())
 
 
-@pytest.mark.parametrize("name", ["lengths", "Length", "lens", "seq_lengths", "input_lengths"])
+FULL = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        ({"mask": FULL}, FULL),
+        ({"mask": 1 - FULL}, FULL),
+        ({"pad_mask": FULL}, FULL),
+        ({"pad_mask": 1 - FULL}, FULL),
+        # Nothing tells the other way round.
+        ({"mask": 1 - MASK}, 1 - MASK),
+        ({"mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, torch.tensor([[1, 1, 1], [0, 0, 0]])),
+    ],
+)
+def test_a_mask_by_which_a_sample_would_hold_no_data_is_of_padding(batch, expected):
+    assert torch.equal(valid_positions(batch), expected.bool())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_masks_of_what_positions_see_are_not_of_padding(turned):
+    """In a batch of as many samples as positions, too."""
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    x = torch.randn(5, 5, 4, generator=torch.Generator().manual_seed(0))
+    assert valid_positions({"x": x, "mask": ~mask if turned else mask}) is None
+    assert valid_positions({"mask": torch.ones(1, 1)}) is not None
+
+
+@pytest.mark.parametrize("n_samples", [6, 8])
+def test_a_causal_mask_that_a_network_is_given_leaves_nothing_out(n_samples):
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+            return self.last((attn_mask.to(x) @ self.first(x)).mean(1))
+
+    torch.manual_seed(0)
+    x = torch.randn(240, 6, 4)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    batches = [{"x": part, "attn_mask": mask} for part in x.split(n_samples)]
+    report = credit_report(Causal(), batches)
+    assert report.n_samples == 240
+    assert report.r2 == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lengths", "Length", "lens", "seq_lengths", "input_lengths", "x_len", "src_lens", "seq_len"],
+)
 def test_what_holds_data_is_read_off_lengths(name):
     lengths = valid_positions({"other": "text", name: torch.tensor([2, 1, 3])})
     assert lengths is not None
