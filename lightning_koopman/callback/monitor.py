@@ -46,8 +46,8 @@ from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.components import named_components, norms_beside
 from lightning_koopman.network.hook_points import seconds_in_hooks
 from lightning_koopman.network.isolation import is_compiled, undisturbed
+from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
-from lightning_koopman.network.rows import valid_positions
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.effects import KINDS, Kind
 from lightning_koopman.report.report import CreditReport

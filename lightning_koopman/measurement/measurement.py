@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakMethod
 
@@ -21,6 +22,7 @@ from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
 from lightning_koopman.network.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
@@ -28,9 +30,9 @@ from lightning_koopman.network.rows import (
     Recorded,
     by_sample,
     call_of,
+    n_positions,
     pooled_by,
     pooling_index,
-    valid_positions,
 )
 from lightning_koopman.network.tensors import detached_copy, exact_device, plain, tensors_inside
 from lightning_koopman.report.report import CreditReport
@@ -80,7 +82,7 @@ class Measurement(Accumulator):
         self.notes: list[str] = []
         self._named = components is not None
         self._batch: Any = None
-        self._valid: Tensor | None = None
+        self._valid: Valid = {}
         # Where a state behind others says which positions hold data, rows are made when all have run.
         self._waits_for_lengths = False
         self._earlier: list[list[Tensor]] = []
@@ -189,7 +191,7 @@ class Measurement(Accumulator):
         known = silent if self._silent is None else self._silent
         self._silent = [name for name in known if name in silent]
         # Of the first pass, rows are made when what it was given is forgotten.
-        self._valid = valid_positions(self.capture.given) if self._valid is None else self._valid
+        self._valid = self._valid or valid_positions(self.capture.given)
         states = self.capture.end_pass()
         if len(states) < 2:
             raise ValueError(
@@ -335,8 +337,8 @@ class Measurement(Accumulator):
             )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)
-        known = {r.lengths is not None for r in records if r.name in self.plan.recorded}
-        self._waits_for_lengths = self._valid is None and known == {True, False}
+        told_by = {self.plan.forms[name].padding for name in self.plan.recorded}
+        self._waits_for_lengths = not told_by.isdisjoint(lengths_of(records))
         self._note_masks(records)
         rows = self._all_rows(records)
         for name, group in zip(self.plan.names, self.plan.states, strict=True):
@@ -351,25 +353,24 @@ class Measurement(Accumulator):
     def _note_masks(self, records: Sequence[Recorded]) -> None:
         """Say so where states have other positions than the masked ones that they are made of."""
         assert self.plan is not None
-        valid = self._valid
-        if valid is None or valid.ndim < 2 or bool(valid.all()):
-            return
-        masked, others = set[str](), []
+        masked, others = set[str](), list[str]()
         for record in records:
-            if record.name in self.plan.recorded:
-                form = self.plan.forms[record.name]
-                values = by_sample(record.tensor, form)
-                if values.ndim != 3 or form.reduce not in ("pool", "mean", "last"):
-                    continue
-                if values.shape[2 if form.channels_first else 1] == valid.shape[1]:
+            if record.name not in self.plan.recorded:
+                continue
+            form = self.plan.forms[record.name]
+            valid, size = self._valid.get(form.padding or ""), n_positions(record.tensor, form)
+            if valid is None or valid.ndim < 2 or bool(valid.all()):
+                continue
+            if size and form.reduce in ("pool", "mean", "last"):
+                if size == valid.shape[1]:
                     masked.add(record.name)
-                elif masked & (record.sources or frozenset()):
+                elif masked & (record.sources or set()):
                     others.append(record.name)
         if others:
             self.notes.append(
-                f"the mask of the batch has {valid.shape[1]} positions; {listed(others)}, made of what "
-                "it is about, have others, of which all are averaged: where padding is among them, they "
-                "look less linear than they are"
+                f"the batch has a mask, and {listed(others)}, made of what it is about, have other "
+                "positions, of which all are averaged: where padding is among them, they look less "
+                "linear than they are"
             )
 
     def _work_of(self, records: Sequence[Recorded]) -> float:
@@ -388,7 +389,7 @@ class Measurement(Accumulator):
 
     def _all_rows(self, records: Sequence[Recorded]) -> dict[str, Tensor | None]:
         """Make rows of all states of one pass, padded ones as the lengths of any of them say."""
-        lengths = next((r.lengths for r in records if r.lengths is not None), None)
+        lengths = lengths_of(records)
         return {r.name: self._rows(r.tensor, r, lengths) for r in records}
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
@@ -404,7 +405,9 @@ class Measurement(Accumulator):
             return tensor
         return pooled_by(list(tensors_inside(self._batch))[self._pooled], tensor, self._batch)
 
-    def _rows(self, tensor: Tensor, recorded: Recorded, lengths: Tensor | None = None) -> Tensor | None:
+    def _rows(
+        self, tensor: Tensor, recorded: Recorded, lengths: Valid = MappingProxyType({})
+    ) -> Tensor | None:
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
             if recorded.name in self.plan.alike and tensor.ndim and len(tensor):
@@ -419,13 +422,14 @@ class Measurement(Accumulator):
             tensor = replace(recorded, tensor=tensor).in_order(form)
         if tensor.ndim == 2 and form.group == 1:
             return form.rows(tensor)
-        valid = valid_positions(self.capture.given) if self._valid is None else self._valid
-        if recorded.lengths is not None:
-            valid = to_device(recorded.lengths, tensor.device)
-        elif lengths is not None and tensor.ndim == 3 and len(lengths) == len(tensor):
-            places = torch.arange(tensor.shape[1])
-            valid = to_device(places < lengths[:, None], tensor.device)
-        return form.rows(tensor, valid)
+        told_by = form.padding or ""
+        valid = recorded.lengths
+        if valid is None and told_by in lengths:
+            valid = up_to(lengths[told_by], n_positions(tensor, form))
+        if valid is not None:
+            return form.rows(tensor, to_device(valid, tensor.device))
+        given = self._valid or (valid_positions(self.capture.given) if told_by else {})
+        return form.rows(tensor, given.get(told_by))
 
     def _compare(self, name: str, tensor: Tensor) -> None:
         """Find out whether a state varies that did not in the first batch; a device is not asked."""

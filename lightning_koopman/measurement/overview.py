@@ -19,8 +19,9 @@ from lightning_koopman.network.components import Components, named_components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
+from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, numbered, valid_positions
+from lightning_koopman.network.rows import Recorded, numbered
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 
 
@@ -204,12 +205,15 @@ def _row(
     record: Recorded,
     plan: Plan,
     taken: dict[str, tuple[int, ...]],
-    valid: Tensor | None,
+    valid: Valid,
 ) -> ComponentRow:
     module, _ = find_module(model, record.name)
     state = next((n for n, g in zip(plan.names, plan.states, strict=True) if record.name in g), None)
     shape = tuple(record.tensor.shape)
-    width = None if state is None else plan.forms[record.name].rows(record.tensor, valid).shape[1]
+    width = None
+    if state is not None:
+        form = plan.forms[record.name]
+        width = form.rows(record.tensor, valid.get(form.padding or "")).shape[1]
     kind, size = type(module).__name__, _parameters(module)
     return ComponentRow(record.name, kind, size, taken.get(record.name), shape, width, state)
 

@@ -52,8 +52,13 @@ class BatchAxes:
         self._sizes: dict[int, int] = {}
         self._steps: dict[int, dict[int, int]] = {}
 
-    def begin(self, tensors: Sequence[Tensor]) -> None:
-        """Let these be the batch's tensors."""
+    def begin(self, tensors: Sequence[Tensor], axis: int | None = None) -> None:
+        """Let these be the batch's tensors; follow their first axes, or one of theirs alone."""
+        if axis is not None:
+            for tensor in filter(address_of, tensors):
+                self._sizes = {0: tensor.shape[axis]}
+                self._set(tensor, {0: _step(tensor, Place(axis))}, is_part=True)
+            return
         tensors = [t for t in tensors if address_of(t) and not t.is_nested and t.ndim]
         if not tensors:
             return
@@ -156,6 +161,9 @@ class _Rule:
         if name == "_pack_padded_sequence":
             is_rows = place == (0 if args[2] else 1, 1) and out.is_floating_point()
             return 0 if is_rows else None
+        if "_dot_product_" in name and not (read is args[0] or axis < read.ndim - 2):
+            # Keys and values are summed over.
+            return None
         if name in _PAIRS or (name == "linear" and axis == read.ndim - 1):
             return None
         dims = {dim % read.ndim for dim in self._dims} if name != "cat" else set[int]()

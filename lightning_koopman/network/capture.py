@@ -808,6 +808,7 @@ class Capture:
                 recorded,
                 merged=self._provenance.merged(tensor),
                 picks=self._provenance.picks(recorded.tensor),
+                positions=self._provenance.positions(recorded.tensor),
             )
         places = self._provenance.places(recorded.tensor)
         if any(place is not None for place in places):

@@ -25,6 +25,12 @@ def is_mask(tensor: Tensor) -> bool:
     return tensor.ndim != 2 or tensor.shape[1] < 2 or not bool((tensor.sum(dim=1) == 1).all())
 
 
+def has_positions(tensor: Tensor) -> bool:
+    """Check whether a tensor may hold data at several positions of each sample."""
+    is_plain = not tensor.is_nested and tensor.layout is torch.strided and tensor.dtype != torch.bool
+    return is_plain and tensor.ndim > 1 and tensor.shape[1] > 1
+
+
 def shuts_out(tensor: Tensor) -> bool:
     """Check whether samples differ in nothing but in which scores no softmax lets through."""
     if not tensor.is_floating_point() or tensor.is_nested or tensor.ndim < 2 or len(tensor) < 2:

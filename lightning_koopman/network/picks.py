@@ -17,6 +17,7 @@ from lightning_koopman.network.rows import (
     RowForm,
     by_sample,
     last_valid,
+    n_positions,
 )
 from lightning_koopman.network.tensors import (
     address_of,
@@ -144,7 +145,7 @@ def keeping_picked(
     records: Sequence[Recorded],
     read: Collection[str],
     max_dim: int,
-    valid: Tensor | None = None,
+    valid: Mapping[str, Tensor],
 ) -> dict[str, RowForm]:
     """Keep the position that a network goes on with alone, as of a class token.
 
@@ -153,10 +154,6 @@ def keeping_picked(
     or recurrence bring to it. One that differs by sample is kept if it is the last ``valid`` one.
     """
     known = {record.name: record for record in records if record.name in forms}
-    lengths = next((r.lengths for r in records if r.lengths is not None), valid)
-    last: tuple[int, ...] = ()
-    if lengths is not None:
-        last = tuple((last_valid(lengths) if lengths.ndim > 1 else lengths - 1).tolist())
     readers: dict[str, list[Recorded]] = {name: [] for name in known}
     for record in records:
         for source in record.sources or ():
@@ -164,17 +161,21 @@ def keeping_picked(
 
     def positions(name: str) -> int:
         """Count the positions that are pooled."""
-        form = forms[name]
-        shape = by_sample(known[name].tensor, form).shape if known[name].tensor.ndim else ()
-        return shape[2 if form.channels_first else 1] if form.reduce == "pool" and len(shape) == 3 else 0
+        return n_positions(known[name].tensor, forms[name]) if forms[name].reduce == "pool" else 0
 
     def is_of(pick: Pick, name: str) -> bool:
         form, shape = forms[name], known[name].tensor.shape
         # Axes may have been swapped on the way, which shows in sizes if these differ.
         axis = 0 if form.batch_axis else 2 if form.channels_first else 1
         is_along = pick.axis == axis or tuple(shape).count(pick.size) == 1
-        is_known = not pick.places or pick.places == last
-        return pick.size == positions(name) and is_along and is_known
+        return pick.size == positions(name) and is_along and (not pick.places or is_last(pick, name))
+
+    def is_last(pick: Pick, name: str) -> bool:
+        """Check whether what differs by sample is the last position that holds data."""
+        said = valid.get(forms[name].padding or name)
+        if said is None:
+            return False
+        return pick.places == tuple((last_valid(said) if said.ndim > 1 else said - 1).tolist())
 
     picked: dict[str, Pick] = {}
     for name in known:

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.padding import Valid, lengths_of, with_padding
 from lightning_koopman.network.picks import keeping_picked
 from lightning_koopman.network.rows import (
     Recorded,
@@ -434,7 +436,7 @@ def make_plan(
     in_losses: frozenset[str] = frozenset(),
     varying: Collection[str] = (),
     in_turns: frozenset[str] = frozenset(),
-    valid: Tensor | None = None,
+    valid: Valid = MappingProxyType({}),
 ) -> Plan:
     """Settle the chain: states in order of execution, each step linked to what it reads.
 
@@ -458,7 +460,8 @@ def make_plan(
     records = _ignoring(records)
     beside = [r for inside in tensors.values() for r in inside if r.name not in by_name]
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
-    forms = keeping_picked(forms, given, read, max_dim, valid)
+    forms = with_padding(forms, given, valid, batch)
+    forms = keeping_picked(forms, given, read, max_dim, {**valid, **lengths_of(given)})
     n_samples, _ = batch_size(records, batch)
     for call, (first, *rest) in tensors.items():
         fit = [r for r in rest if len(by_sample(r.tensor, forms[r.name])) == n_samples]

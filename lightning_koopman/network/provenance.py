@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_koopman.network.batch_axes import BatchAxes, Place
 from lightning_koopman.network.input_data import (
+    has_positions,
     holds_all_of,
     is_mask,
     shuts_out,
@@ -108,6 +109,7 @@ class DataFlow:
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
         self._axes = BatchAxes(self._keep_address)
+        self._positions: dict[int, BatchAxes] = {}
         self._picks = PickedPositions(self._keep_address)
         # By which axis of the batch is taken for that of the samples.
         self._rows = [self._rows_along(0)]
@@ -142,6 +144,28 @@ class DataFlow:
                     self._rows.append(self._rows_along(1))
             except Exception as error:
                 self.error = error
+
+    def begin_positions(self, tensors: Sequence[Tensor]) -> None:
+        """Follow whose positions there are, of the batch's tensors that have as many."""
+        if self.error is None:
+            try:
+                sizes = Counter(tensor.shape[1] for tensor in tensors if has_positions(tensor))
+                for place, tensor in enumerate(tensors):
+                    if has_positions(tensor) and sizes[tensor.shape[1]] > 1:
+                        self._positions[place] = BatchAxes(self._keep_address)
+                        self._positions[place].begin([tensor], axis=1)
+            except Exception as error:
+                self.error = error
+
+    def positions(self, tensor: Tensor) -> frozenset[int]:
+        """Find the tensors of the batch, by number, whose positions a tensor has."""
+        if self.error is None:
+            try:
+                axes = self._positions.items()
+                return frozenset(place for place, each in axes if each.find(tensor, 0) is not None)
+            except Exception as error:
+                self.error = error
+        return frozenset()
 
     def places(self, tensor: Tensor) -> tuple[Place | None, ...]:
         """Find the two first axes of the batch in a tensor."""
@@ -252,7 +276,8 @@ class DataFlow:
         over = {place for place, (_, is_lost) in enumerate(kept) if is_lost}
         known = [] if name in _SHAPE_ONLY else self._known(func, kept, out)
         if known:
-            self._axes.follow(func, args, reads, out)
+            for followed in (self._axes, *self._positions.values()):
+                followed.follow(func, args, reads, out)
         if self._origins and known:
             self._picks.follow(name, args, reads, known, out)
             for rows in self._rows if self._merged else ():
@@ -687,6 +712,10 @@ class Provenance:
         flow = self._flow or self._order
         return (None, None) if flow is None else flow.places(tensor)
 
+    def positions(self, tensor: Tensor) -> frozenset[int]:
+        """Find the data of the batch, by number, whose positions a tensor has."""
+        return frozenset() if self._flow is None else self._flow.positions(tensor)
+
     def picks(self, tensor: Tensor) -> Picks:
         """Find of which states a tensor holds one position alone."""
         return NO_PICKS if self._flow is None else self._flow.picks(tensor)
@@ -744,6 +773,7 @@ class Provenance:
                 label = self._flow.label_part if shared[address_of(tensor)] > 1 else self._flow.label
                 label(tensor, f"{_BATCH}{i}")
             self._flow.begin_axes(self.data)
+            self._flow.begin_positions(list(self.data))
 
     def of(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from."""

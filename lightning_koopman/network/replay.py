@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from lightning_koopman.network.components import (
     transparent_modules,
 )
 from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, wrap
+from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
     address_of,
@@ -147,7 +148,7 @@ class Step:
     """
 
     calls: list[_Call] = field(default_factory=list)
-    valid: Tensor | None = None
+    valid: Valid = field(default_factory=dict)
     told: dict[str, Tensor] = field(default_factory=dict)
     outputs: list[Tensor | None] = field(default_factory=list)
     n_bytes: int = 0
@@ -323,7 +324,7 @@ class Recording:
         self._step.told = {name: _copied(part) for name, part in told.items()}
         self._step.n_bytes += sum(part.nbytes for part in told.values())
 
-    def end_step(self, valid: Tensor | None = None) -> Step:
+    def end_step(self, valid: Valid = MappingProxyType({})) -> Step:
         """Return the calls of the step that just ended, and keep them if they fit into the budget."""
         self.close()
         step, self._step = self._step, Step()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
-from lightning_koopman.network.tensors import all_tensors, need_not_wait, parts_of, tensors_inside
+from lightning_koopman.network.tensors import all_tensors, need_not_wait, tensors_inside
 
 INPUT = "input"
 """Name of the state before the first component."""
@@ -81,6 +80,8 @@ class Recorded:
         second_orders: The same, where samples are along the second axis of the batch.
         places: Where the two first axes of the batch are, as far as that is known.
         picks: The states of which one position alone is in it.
+        positions: The tensors of the batch, by number, whose positions it has, of several that have as
+            many.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Recorded:
     second_orders: Orders = field(default_factory=dict)
     places: tuple[Place | None, ...] = (None, None)
     picks: Picks = field(default_factory=dict)
+    positions: frozenset[int] = frozenset()
 
     def in_order(self, form: RowForm) -> Tensor:
         """Return the tensor with its rows in the order of the batch."""
@@ -230,6 +232,7 @@ class RowForm:
             pooled.
         is_alone: Whether nothing but that position is kept.
         by_data: Whether that is the last one that holds data, wherever the padding is.
+        padding: Name of what says which positions hold data, see :mod:`.padding`.
         is_input: Whether it is what the network takes in, whose bits tell the folds.
         of_batch: Whether several entries belong to each row of the batch.
         of_axis: Which axis of the batch's tensors the samples are along.
@@ -244,6 +247,7 @@ class RowForm:
     picked: Literal[0, -1] | None = None
     is_alone: bool = False
     by_data: bool = False
+    padding: str | None = None
     is_input: bool = False
     of_batch: bool = False
     of_axis: int = 0
@@ -267,7 +271,7 @@ class RowForm:
         return self if alike else replace(self, group=group)
 
     def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Apply the form; of sequences, use what :func:`valid_positions` or lengths say holds data."""
+        """Apply the form; of sequences, use what a mask or lengths say holds data."""
         if tensor.ndim == 0 or tensor.numel() == 0:
             raise ValueError(f"a state of shape {tuple(tensor.shape)} holds no sample; rows are samples")
         # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
@@ -345,6 +349,12 @@ def by_sample(tensor: Tensor, form: RowForm) -> Tensor:
         values = values.reshape(group // run, size, run, *values.shape[1:]).transpose(0, 1)
         values = values.reshape(size, group, *values.shape[3:])
     return values if values.ndim > 1 else values[:, None]
+
+
+def n_positions(tensor: Tensor, form: RowForm) -> int:
+    """Count the positions of a sequence; what is none has 0."""
+    shape = by_sample(tensor, form).shape if tensor.ndim else ()
+    return shape[2 if form.channels_first else 1] if len(shape) == 3 else 0
 
 
 def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -> tuple[int, ...]:
@@ -451,52 +461,6 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
     if tensor.ndim == 4 and tensor.shape[1] == tensor.shape[2] != tensor.shape[3]:
         return False
     return tensor.ndim > 3
-
-
-# Masks of other things than padding: entries that a loss counts or that are to be predicted, heads.
-_OTHER_MASKS = ("masked", "loss", "label", "indices", "head", "mlm")
-_LENGTHS = re.compile(r"((x|in|input|seq|sequence|src|source|text|token|audio|frame)s?_)?(len|length)s?")
-
-
-def valid_positions(batch: Any) -> Tensor | None:
-    """Find which positions of padded sequences hold data: a mask, or the length of each sequence.
-
-    On the CPU, what holds other numbers than 0 and 1 is no mask. A device is not asked, for that would
-    wait for it: there, such a mask leaves out nothing.
-
-    Example:
-        >>> valid_positions({"ids": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 1, 0]])})
-        tensor([[ True,  True, False]])
-    """
-    if not isinstance(batch, Mapping):
-        inner = () if isinstance(batch, Tensor) else parts_of(batch)
-        return next((m for m in map(valid_positions, inner) if m is not None), None)
-    given = {name.lower(): value for name, value in batch.items() if isinstance(name, str)}
-    tensors = {word: value for word, value in given.items() if isinstance(value, Tensor)}
-    data = [value.shape for word, value in tensors.items() if "mask" not in word and value.ndim]
-    for word, value in tensors.items():
-        if "mask" in word and value.ndim == 2 and not any(other in word for other in _OTHER_MASKS):
-            # Others say which positions see which.
-            n_samples, size = value.shape
-            if data and not any(s[0] == n_samples or s[:2] == (size, n_samples) for s in data):
-                continue
-            valid = (value == 0) if "pad" in word else (value != 0)
-            fits = ((value == 0) | (value == 1)).all() & ~_is_causal(valid)
-            if value.device.type != "cpu" or bool(fits):
-                # Where a sample would hold no data, and none is full, it marks the other thing.
-                is_turned = (~valid).all(dim=1).any() & ~valid.all(dim=1).any()
-                return (valid ^ is_turned) | ~fits
-        if _LENGTHS.fullmatch(word) and value.ndim == 1:
-            return value
-    return None
-
-
-def _is_causal(mask: Tensor) -> Tensor:
-    """Check whether a mask says that each position sees those before it."""
-    if mask.shape[0] != mask.shape[1] or len(mask) < 2:
-        return mask.new_zeros(())
-    before = torch.ones_like(mask).tril()
-    return (mask == before).all() | (mask != before).all()
 
 
 def pooling_index(records: Sequence[Recorded], returned_rows: Collection[int], batch: Any) -> int | None:

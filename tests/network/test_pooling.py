@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman import Options, credit_report
+from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.rows import (
     RowForm,
     by_sample,
     has_channels_first,
     pooled_grid,
-    valid_positions,
 )
 
 
@@ -201,10 +201,9 @@ MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
     ],
 )
 def test_what_holds_data_is_read_off_masks(batch, held):
-    found = valid_positions(batch)
-    assert (found is not None) == held
-    if found is not None:
-        assert torch.equal(found, MASK.bool())
+    found = list(valid_positions(batch).values())
+    assert len(found) == held
+    assert all(torch.equal(mask, MASK.bool()) for mask in found)
 
 
 FULL = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -223,7 +222,8 @@ FULL = torch.tensor([[1, 1, 1], [1, 0, 0]])
     ],
 )
 def test_a_mask_by_which_a_sample_would_hold_no_data_is_of_padding(batch, expected):
-    assert torch.equal(valid_positions(batch), expected.bool())
+    (found,) = valid_positions(batch).values()
+    assert torch.equal(found, expected.bool())
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -231,8 +231,8 @@ def test_masks_of_what_positions_see_are_not_of_padding(turned):
     """In a batch of as many samples as positions, too."""
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     x = torch.randn(5, 5, 4, generator=torch.Generator().manual_seed(0))
-    assert valid_positions({"x": x, "mask": ~mask if turned else mask}) is None
-    assert valid_positions({"mask": torch.ones(1, 1)}) is not None
+    assert not valid_positions({"x": x, "mask": ~mask if turned else mask})
+    assert valid_positions({"mask": torch.ones(1, 1)})
 
 
 @pytest.mark.parametrize("n_samples", [6, 8])
@@ -259,8 +259,7 @@ def test_a_causal_mask_that_a_network_is_given_leaves_nothing_out(n_samples):
     ["lengths", "Length", "lens", "seq_lengths", "input_lengths", "x_len", "src_lens", "seq_len"],
 )
 def test_what_holds_data_is_read_off_lengths(name):
-    lengths = valid_positions({"other": "text", name: torch.tensor([2, 1, 3])})
-    assert lengths is not None
+    (lengths,) = valid_positions({"other": "text", name: torch.tensor([2, 1, 3])}).values()
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     x = torch.randn(3, 3, 4)
     for form in (RowForm(reduce="mean"), RowForm(reduce="last"), RowForm(grid=(2,))):
