@@ -155,6 +155,7 @@ def measure_effects(
         ends=Ends.of(report),
         how="measured",
         target_of=target_of,
+        valid_of=lambda step: step.valid,
         targets=targets,
     )
     if found.scale == "relative" and any(fit.found for fit in fits):

@@ -42,6 +42,7 @@ from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on, samples_in
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
+from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.rows import call_of
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport
@@ -213,6 +214,7 @@ def effects_on(
     probes: int = 2,
     seed: int = 0,
     target_of: Callable[[Any], Tensor | None] | None = None,
+    valid_of: Callable[[Any], Valid] = valid_positions,
     targets: Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
     | None = None,
 ) -> Effects:
@@ -220,8 +222,8 @@ def effects_on(
 
     ``parts`` holds the module calls of each component, see :func:`altered_parts`, and ``ends`` what the
     network ends with. ``target_of`` finds the targets of a batch, where the batch itself and what the
-    network takes of it do not tell; ``targets`` is called with the outputs
-    of all batches and with these, and returns those that count.
+    network takes of it do not tell, and ``valid_of`` which of its positions hold data; ``targets`` is
+    called with the outputs of all batches and with the targets, and returns those that count.
     """
     check_type(INTEGER, probes=probes, draws=1 if draws is None else draws, seed=seed)
     check_type(NUMBER, strength=strength)
@@ -284,7 +286,8 @@ def effects_on(
         else:
             known, doubted = only_classes(runner, outputs, known, scale, metric)
             notes = (*notes, *doubted)
-        before = Outputs(outputs, runner.batches, scale, metric, known, notes)
+        valid = [valid_of(batch) for batch in runner.batches]
+        before = Outputs(outputs, runner.batches, scale, metric, known, notes, valid)
         alterations.solve()
         refused = _refused(alterations, [k for k in to_predict if k not in to_measure])
         notes = (*before.notes, *refused)

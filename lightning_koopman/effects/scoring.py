@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.effects.targets import (
+    IGNORED,
     TARGET_KEYS,
     are_among,
     are_classes,
@@ -22,6 +23,7 @@ from lightning_koopman.effects.targets import (
 )
 from lightning_koopman.network.arguments import check_given
 from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread, chunks, rows_at_once
+from lightning_koopman.network.padding import Valid, valid_outputs, valid_positions
 from lightning_koopman.report.effects import Scale
 
 
@@ -188,6 +190,7 @@ class Outputs:
         metric: Metric | None = None,
         targets: Sequence[Tensor | None] | None = None,
         notes: tuple[str, ...] = (),
+        valid: Sequence[Valid] | None = None,
     ) -> None:
         check_given((Callable, "a function, called as metric(outputs, targets)"), metric=metric)
         self.notes = notes
@@ -220,11 +223,24 @@ class Outputs:
                 "scale='relative', or let forward_fn return one output per class"
             )
         self._metric = metric or (accuracy if classes else None)
+        placed: list[Tensor | None] = [None] * len(batches)
+        if classes and self._targets is not None:
+            pairs = zip(self._outputs, self._targets, strict=True)
+            placed = [as_classes(output, target) for output, target in pairs]
+        # By batch, which positions hold data; nothing where that is not known.
+        held = map(valid_positions, batches) if valid is None else valid
+        axis = self._axis if classes or self.scale == "kl" else None
+        parts = zip(held, self._outputs, placed, strict=True)
+        self._valid = [valid_outputs(*part, axis) for part in parts]
         # By batch, which positions have a target; nothing where each sample is one.
         self._counts: tuple[Tensor, ...] | None = None
-        if classes and self._targets is not None:
-            pairs = zip(batches, self._outputs, self._targets, strict=True)
-            moved = tuple(where_predicted(batch, as_classes(output, t)) for batch, output, t in pairs)
+        if classes:
+            marked = (
+                where_predicted(batch, _marked(target, where, self._axis))
+                for batch, target, where in zip(batches, placed, self._valid, strict=True)
+                if target is not None
+            )
+            moved = tuple(marked)
             counts = tuple(are_among(target, first.shape[self._axis]) for target in moved)
             if self.scale == "kl" and first.ndim > 2 and any(bool(c.any()) for c in counts):
                 self._counts = counts
@@ -268,7 +284,8 @@ class Outputs:
                 divergence = kl_divergence(own, self._logits(other), self._axis).cpu()
                 moved.append(_by_sample(self._counted(batch, divergence)))
             else:
-                moved.append(_squares(own.to(other.device), other).cpu())
+                own, other_ = (self._filled(batch, each) for each in (own.to(other.device), other))
+                moved.append(_squares(own, other_).cpu())
             if self._right is not None:
                 right.append(self._right_of(batch, other.cpu()))
             elif self.has_metric:
@@ -290,8 +307,8 @@ class Outputs:
                 _by_sample(self._counted(k, torch.ones_like(a.select(self._axis, 0))))
                 for k, a in enumerate(self._outputs)
             ])
-        mean = _mean(self._outputs)
-        shares = torch.cat([_squares(mean, a) for a in self._outputs])
+        mean = _mean([self._filled(k, a) for k, a in enumerate(self._outputs)])
+        shares = torch.cat([_squares(mean, self._filled(k, a)) for k, a in enumerate(self._outputs)])
         if not shares.any():
             raise ValueError("the outputs are constant, so no change is relative to anything")
         return shares
@@ -300,6 +317,25 @@ class Outputs:
         """Put 0 where a position has no target; ``values`` are without the axis of classes."""
         # A product would make NaN of an infinity that does not count.
         return values if self._counts is None else torch.where(self._counts[batch], values, 0.0)
+
+    @functools.cached_property
+    def _middle(self) -> Tensor:
+        """Mean of each unit over what holds data; where sizes vary, over positions as well."""
+        marked = next(where for where in self._valid if where is not None)
+        alike = len({output.shape[1:] for output in self._outputs}) == 1
+        over = [axis for axis, size in enumerate(marked.shape) if axis == 0 or (size > 1 and not alike)]
+        count, total = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+        for output, where in zip(self._outputs, self._valid, strict=True):
+            where = torch.ones_like(output, dtype=torch.bool) if where is None else where
+            count = count + where.expand_as(output).sum(dim=over, keepdim=True)
+            total = total + torch.where(where, output.double(), 0).sum(dim=over, keepdim=True)
+        return total / count.clamp_min(1)
+
+    def _filled(self, batch: int, output: Tensor) -> Tensor:
+        """Put the mean where a position holds no data, so that nothing there counts."""
+        if (where := self._valid[batch]) is None:
+            return output
+        return torch.where(where.to(output.device), output, self._middle.to(output))
 
     def _check_finite(self) -> None:
         """Refuse outputs that no others compare with; a logit of minus infinity rules out its class."""
@@ -342,7 +378,8 @@ class Outputs:
         for the relative change B is the identity.
         """
         if self.scale == "relative":
-            return vectors
+            where = self._valid[batch]
+            return vectors if where is None else vectors * where.to(vectors)
         p = self._logits(output.detach()).softmax(self._axis)
         if self._counts is not None:
             vectors = vectors * self._counts[batch].unsqueeze(self._axis).to(vectors)
@@ -360,7 +397,9 @@ class Outputs:
         moved = []
         for batch, (own, other) in enumerate(zip(self._outputs, altered, strict=True)):
             z = self._logits(other).double() - self._logits(own).double()
-            if self.scale == "kl":
+            if self.scale == "relative":
+                z = self._filled(batch, other).double() - self._filled(batch, own).double()
+            else:
                 p = self._logits(own).double().softmax(self._axis)
                 z = (p / 2).sqrt() * (z - (p * z).sum(self._axis, keepdim=True))
                 z = self._counted(batch, z.movedim(self._axis, 0))
@@ -397,6 +436,11 @@ def _mean(outputs: Sequence[Tensor]) -> Tensor:
             "unit has a mean; bring all batches to one size, or give class indices as targets"
         )
     return MeanAndSpread(outputs).mean
+
+
+def _marked(target: Tensor, valid: Tensor | None, axis: int) -> Tensor:
+    """Mark targets of positions that hold no data."""
+    return target if valid is None else torch.where(valid.squeeze(axis), target, IGNORED)
 
 
 def _by_sample(values: Tensor) -> Tensor:

@@ -104,6 +104,26 @@ def with_padding(
     }
 
 
+def valid_outputs(
+    valid: Valid, output: Tensor, target: Tensor | None, class_axis: int | None
+) -> Tensor | None:
+    """Return which positions of outputs hold data, of as many axes as they have, if that is known.
+
+    Whatever has a target counts, but for those that are the same at all positions without data.
+    """
+    for axis in range(1, min(output.ndim, 3)) if output.ndim > 2 else ():
+        shape = (len(output), output.shape[axis])
+        masks = (each if each.ndim > 1 else up_to(each) for each in valid.values())
+        fit = [mask.cpu() for mask in masks if mask.shape == shape and axis != class_axis]
+        padded = [None if target is None else _pads(mask, target) for mask in fit]
+        told = [mask for mask, is_padded in zip(fit, padded, strict=True) if is_padded]
+        open_ = [mask for mask, is_padded in zip(fit, padded, strict=True) if is_padded is None]
+        if told or len(open_) == 1:
+            found = min(told or open_, key=lambda mask: int(mask.sum()))
+            return found.view(*(size if k in (0, axis) else 1 for k, size in enumerate(output.shape)))
+    return None
+
+
 def lengths_of(records: Iterable[Recorded]) -> dict[str, Tensor]:
     """Return the lengths of packed and nested sequences, by the states that these are."""
     return {record.name: record.lengths for record in records if record.lengths is not None}
