@@ -228,10 +228,9 @@ class Outputs:
             pairs = zip(self._outputs, self._targets, strict=True)
             placed = [as_classes(output, target) for output, target in pairs]
         # By batch, which positions hold data; nothing where that is not known.
-        held = map(valid_positions, batches) if valid is None else valid
+        held = list(map(valid_positions, batches)) if valid is None else valid
         axis = self._axis if classes or self.scale == "kl" else None
-        parts = zip(held, self._outputs, placed, strict=True)
-        self._valid = [valid_outputs(*part, axis) for part in parts]
+        self._valid = valid_outputs(held, self._outputs, placed, axis)
         # By batch, which positions have a target; nothing where each sample is one.
         self._counts: tuple[Tensor, ...] | None = None
         if classes:

@@ -355,17 +355,17 @@ class Measurement(Accumulator):
         assert self.plan is not None
         masked, others = set[str](), list[str]()
         for record in records:
-            if record.name not in self.plan.recorded:
+            form = self.plan.forms.get(record.name)
+            if form is None or record.name not in self.plan.recorded:
                 continue
-            form = self.plan.forms[record.name]
-            valid, size = self._valid.get(form.padding or ""), n_positions(record.tensor, form)
-            if valid is None or valid.ndim < 2 or bool(valid.all()):
+            valid = self._valid.get(form.padding or "")
+            if valid is not None and valid.ndim > 1 and not bool(valid.all()):
+                masked.add(record.name)
                 continue
-            if size and form.reduce in ("pool", "mean", "last"):
-                if size == valid.shape[1]:
-                    masked.add(record.name)
-                elif masked & (record.sources or set()):
-                    others.append(record.name)
+            is_made_of = valid is None and masked & (record.sources or frozenset())
+            may_be_padded = n_positions(record.tensor, form) > 1
+            if is_made_of and may_be_padded and form.reduce in ("pool", "mean", "last"):
+                others.append(record.name)
         if others:
             self.notes.append(
                 f"the batch has a mask, and {listed(others)}, made of what it is about, have other "

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.network.input_data import has_positions, is_mask
-from lightning_koopman.network.rows import Recorded, RowForm, by_sample, n_positions
+from lightning_koopman.network.rows import (
+    Recorded,
+    RowForm,
+    by_sample,
+    longest,
+    n_positions,
+    pooled_grid,
+)
 from lightning_koopman.network.tensors import parts_of, tensors_inside, varies
 
 Valid = Mapping[str, Tensor]
@@ -66,7 +73,11 @@ def _is_causal(mask: Tensor) -> Tensor:
 
 
 def with_padding(
-    forms: Mapping[str, RowForm], records: Sequence[Recorded], valid: Valid, batch: Any
+    forms: Mapping[str, RowForm],
+    records: Sequence[Recorded],
+    valid: Valid,
+    batch: Any,
+    max_dim: int,
 ) -> dict[str, RowForm]:
     """Let forms say what tells which of their positions hold data: of the batch, or a state's lengths.
 
@@ -78,50 +89,74 @@ def with_padding(
         return dict(forms)
     data = list(tensors_inside(batch))
 
-    def is_about(mask: Tensor, record: Recorded) -> bool:
+    def is_about(name: str, mask: Tensor, record: Recorded) -> bool:
         """Check whether a mask may be about a state's positions."""
         known = {i: is_padded for i, d in enumerate(data) if (is_padded := _pads(mask, d)) is not None}
-        own = known.keys() & record.positions
-        # Where nothing tells, what is padded by it may be in no tensor of the batch.
-        return not own or any(known[i] for i in own) or not any(known.values())
+        own = known.keys() & record.positions or known.keys()
+        # Where nothing tells, what is padded by it may be in no tensor of the batch. Lengths that leave
+        # out positions of all samples may be about fewer than there are.
+        is_sure = name in packed or valid[name].ndim > 1 or bool(mask[:, -1].any())
+        return any(known[i] for i in own) or (is_sure and not any(known.values()))
 
-    def told_by(record: Recorded, form: RowForm) -> str | None:
-        """Find what tells which of a state's positions hold data."""
-        if not record.tensor.ndim or record.lengths is not None:
-            return None
-        n_samples, size = len(by_sample(record.tensor, form)), n_positions(record.tensor, form)
-        masks = {name: each if each.ndim > 1 else up_to(each) for name, each in valid.items()}
-        masks |= {name: up_to(each, size) for name, each in packed.items()}
-        fit = [name for name, mask in masks.items() if mask.shape == (n_samples, size)]
-        about = [name for name in fit or valid if is_about(masks[name], record)]
+    def padded(record: Recorded, form: RowForm) -> RowForm:
+        """Find what tells which of a state's positions hold data, and pool as if these were all."""
+        size = n_positions(record.tensor, form)
+        if not size or record.lengths is not None:
+            return form
+        shape = by_sample(record.tensor, form).shape
+        told = {**valid, **packed}
+        masks = {name: each if each.ndim > 1 else up_to(each, size) for name, each in told.items()}
+        fit = [n for n, m in masks.items() if m.shape == (shape[0], size) and longest(told[n]) <= size]
+        about = [name for name in fit if is_about(name, masks[name], record)]
+        if not about:
+            return form
         # Of what all data agree with, that which leaves out most.
-        return min(about, key=lambda name: int(masks[name].sum()), default=None)
+        name = min(about, key=lambda name: int(masks[name].sum()))
+        sizes = longest(masks[name]), shape[1 if form.channels_first else 2]
+        return replace(form, padding=name, grid=pooled_grid(sizes, max_dim, channels_first=False))
 
     of = {record.name: record for record in records}
-    return {
-        name: replace(form, padding=told_by(of[name], form)) if name in of else form
-        for name, form in forms.items()
-    }
+    return {name: padded(of[name], form) if name in of else form for name, form in forms.items()}
 
 
 def valid_outputs(
-    valid: Valid, output: Tensor, target: Tensor | None, class_axis: int | None
-) -> Tensor | None:
+    valid: Sequence[Valid],
+    outputs: Sequence[Tensor],
+    targets: Sequence[Tensor | None],
+    class_axis: int | None,
+) -> list[Tensor | None]:
     """Return which positions of outputs hold data, of as many axes as they have, if that is known.
 
     Whatever has a target counts, but for those that are the same at all positions without data.
     """
-    for axis in range(1, min(output.ndim, 3)) if output.ndim > 2 else ():
-        shape = (len(output), output.shape[axis])
-        masks = (each if each.ndim > 1 else up_to(each) for each in valid.values())
-        fit = [mask.cpu() for mask in masks if mask.shape == shape and axis != class_axis]
-        padded = [None if target is None else _pads(mask, target) for mask in fit]
-        told = [mask for mask, is_padded in zip(fit, padded, strict=True) if is_padded]
-        open_ = [mask for mask, is_padded in zip(fit, padded, strict=True) if is_padded is None]
-        if told or len(open_) == 1:
-            found = min(told or open_, key=lambda mask: int(mask.sum()))
-            return found.view(*(size if k in (0, axis) else 1 for k, size in enumerate(output.shape)))
-    return None
+    for axis in (1, 2) if outputs[0].ndim > 2 else ():
+        shapes = [(len(output), output.shape[axis]) for output in outputs]
+        told: list[list[Tensor]] = []
+        untold: list[list[Tensor]] = []
+        for name in valid[0] if axis != class_axis else ():
+            masks = _fitting([each.get(name) for each in valid], shapes)
+            pairs = zip(masks, targets, strict=False)
+            padded = [None if target is None else _pads(mask, target) for mask, target in pairs]
+            if masks and False not in padded:
+                (told if True in padded else untold).append(masks)
+        if told or len(untold) == 1:
+            masks = min(told or untold, key=lambda masks: sum(int(mask.sum()) for mask in masks))
+            ends = [1] * (outputs[0].ndim - axis - 1)
+            return [mask.view(len(mask), *[1] * (axis - 1), mask.shape[1], *ends) for mask in masks]
+    return [None] * len(outputs)
+
+
+def _fitting(valid: Sequence[Tensor | None], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return masks of such shapes, or none; the longest of all samples has all positions."""
+    masks, is_sure = list[Tensor](), False
+    for each, (n_samples, size) in zip(valid, shapes, strict=True):
+        if each is None or len(each) != n_samples or longest(each) > size:
+            return []
+        if each.ndim > 1 and each.shape[1] != size:
+            return []
+        is_sure |= each.ndim > 1 or longest(each) == size
+        masks.append((each if each.ndim > 1 else up_to(each, size)).cpu())
+    return masks if is_sure else []
 
 
 def lengths_of(records: Iterable[Recorded]) -> dict[str, Tensor]:

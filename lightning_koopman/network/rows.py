@@ -294,6 +294,10 @@ class RowForm:
             if self.is_alone:
                 return picked.to(dtype, copy=True)
             others = slice(1, None) if self.picked == 0 else slice(0, -1)
+            if self.by_data and mask is not None:
+                places = torch.arange(mask.shape[1], device=mask.device)
+                is_other = mask & (places != last_valid(mask)[:, None])
+                mask, others = is_other | (mask & ~is_other.any(dim=1, keepdim=True)), slice(None)
             # A sequence of one has no others.
             others = others if values.shape[2] > 1 else slice(None)
             mask = None if mask is None else mask[..., others]
@@ -338,6 +342,11 @@ def _last(values: Tensor, valid: Tensor | None) -> Tensor:
 def last_valid(valid: Tensor) -> Tensor:
     """Return the last position of each sample that holds data."""
     return (torch.arange(valid.shape[1], device=valid.device) * valid).argmax(dim=1)
+
+
+def longest(valid: Tensor) -> int:
+    """Count the positions that hold data in the sample that has most, by a mask or lengths."""
+    return max(1, int((valid.sum(dim=1) if valid.ndim > 1 else valid).max()))
 
 
 def by_sample(tensor: Tensor, form: RowForm) -> Tensor:
@@ -419,7 +428,7 @@ def _mask_of(values: Tensor, valid: Tensor) -> Tensor | None:
     if values.ndim != 3:
         return None
     size = values.shape[2]
-    fits = valid.max() == size
+    fits = valid.max() <= size
     # Asking a device would wait for it: there, a state of another length is used as a whole.
     if valid.device.type == "cpu" and not bool(fits):
         return None

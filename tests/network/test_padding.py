@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lightning_koopman import CreditReport, Options, credit_report
+from lightning_koopman import CreditReport, Options, component_effects, credit_report
 
 N, T = 300, 8
 
@@ -161,3 +162,47 @@ def test_encoders_that_pack_what_they_take_are_read_as_those_that_do_not(is_fast
         torch.backends.mha.set_fastpath_enabled(before)
     np.testing.assert_allclose(first.credit, second.credit, atol=1e-6)
     np.testing.assert_allclose(first.r2, second.r2, atol=1e-6)
+
+
+class Attending(nn.Module):
+    """Attention among positions that hold data; gives all positions, their mean, or the last one."""
+
+    def __init__(self, gives: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.out = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.gives = gives
+        self.double()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        scores = (h @ h.transpose(1, 2)).masked_fill(~mask[:, None], -torch.inf)
+        h = torch.tanh(self.b(h + scores.softmax(-1) @ h))
+        if self.gives == "mean":
+            return self.out(mean_of(h, mask))
+        return self.out(h if self.gives == "all" else h[torch.arange(len(h)), mask.sum(1) - 1])
+
+
+@pytest.mark.parametrize("gives", ["all", "mean", "last"])
+@pytest.mark.parametrize("max_dim", [12, 64])
+@pytest.mark.parametrize("name", ["mask", "lengths"])
+def test_padding_further_changes_nothing(gives: str, max_dim: int, name: str) -> None:
+    x, valid = padded(T, 0)
+    x[0], valid[0] = 1.0, True
+    net, found = Attending(gives), []
+    for more in (0, 5):
+        wide, mask = F.pad(x, (0, 0, 0, more)), F.pad(valid, (0, more))
+        told = {"mask": mask, "lengths": mask.sum(1)}[name]
+        parts = zip(wide.split(60), mask.split(60), told.split(60), strict=True)
+        batches = [{"x": a, "valid": b, name: c} for a, b, c in parts]
+        options: Any = {"forward_fn": lambda net, batch: net(batch["x"], batch["valid"])}
+        report = credit_report(net, batches, options=Options(max_dim=max_dim), **options)
+        found.append((report, component_effects(net, batches, **options)))
+    (one, effects), (other, effects_of_other) = found
+    assert one.widths == other.widths
+    np.testing.assert_allclose(one.credit, other.credit, atol=1e-9)
+    np.testing.assert_allclose(one.r2, other.r2, atol=1e-9)
+    # Lengths of which none is that of the outputs may be about something else.
+    if name == "mask" or gives != "all":
+        of_both = (each.values["skip"] for each in (effects, effects_of_other))
+        np.testing.assert_allclose(*of_both, rtol=1e-9, atol=1e-12)
