@@ -31,7 +31,6 @@ from lightning_koopman.callback.trainer_facts import (
     may_change_weights,
     may_skip_validation,
     monitored_keys,
-    plain_numerics,
     refuse_sharded_weights,
     samples_for_rank,
     steps_ahead,
@@ -45,7 +44,7 @@ from lightning_koopman.measurement.measurement import Measurement, NoSamplesErro
 from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.components import named_components, norms_beside
 from lightning_koopman.network.hook_points import seconds_in_hooks
-from lightning_koopman.network.isolation import is_compiled, undisturbed
+from lightning_koopman.network.isolation import is_compiled, plain_numerics, undisturbed
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
 from lightning_koopman.report.drift import Drift

@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.utils.data import DistributedSampler
-
-
-@contextmanager
-def plain_numerics(pl_module: Any) -> Generator[None, None, None]:
-    """Leave inference mode and autocast, which make statistics inexact or impossible."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(pl_module.device.type, enabled=False),
-    ):
-        yield
 
 
 def logged_step(trainer: Any, checkpoint_step: int | None) -> int:

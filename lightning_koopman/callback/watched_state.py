@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_koopman.callback.trainer_facts import plain_numerics, refuse_sharded_weights
+from lightning_koopman.callback.trainer_facts import refuse_sharded_weights
 from lightning_koopman.measurement.processes import gather
+from lightning_koopman.network.isolation import plain_numerics
 from lightning_koopman.network.tensors import exact_device
 
 

@@ -34,6 +34,7 @@ from lightning_koopman.network.components import (
 from lightning_koopman.network.hook_points import attach_in, ended
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
+from lightning_koopman.network.isolation import plain_numerics
 from lightning_koopman.network.origins import Origins
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.returned import Returned
@@ -440,7 +441,9 @@ class Capture:
             self._ran |= set(self._calls)
             self._start_call()
             assert self.again is not None
-            self.again(states)
+            # The step is under way, in whatever inference mode or autocast; sums are added to outside.
+            with plain_numerics(next(module.parameters(), torch.empty(0))):
+                self.again(states)
         self._called, self._call = True, (args, kwargs)
         self.given = _with_arguments(self._outer, module, args, kwargs)
 

@@ -48,6 +48,17 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
             yield
 
 
+@contextmanager
+def plain_numerics(holder: Any) -> Generator[None, None, None]:
+    """Leave inference mode, gradients and autocast of the device that a tensor or a module is on.
+
+    They make statistics inexact or impossible.
+    """
+    autocast = torch.autocast(holder.device.type, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), autocast:
+        yield
+
+
 def _let_freed_memory_stay() -> None:
     """Let the C library keep what one layer frees, for the next one to take."""
     # By itself, glibc hands back what lies free beyond twice the largest block that was freed so far.

@@ -4,10 +4,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lit import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor, credit_report
+from lightning_koopman import KoopmanCreditMonitor, Options, credit_report
 
 
 class Neuron(nn.Module):
@@ -228,3 +229,35 @@ def test_calls_of_unlike_length_are_later_calls_too():
         )
         assert report.n_samples == 8 * sum(sizes)
         assert f"{8 * sizes[1]} of {8 * sum(sizes)} samples are later calls" in " ".join(report.notes)
+
+
+class Pairs(L.LightningModule):
+    """Runs its network on both halves of a batch, by themselves or one behind the other."""
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
+        self.at_once = at_once
+
+    def validation_step(self, batch, _):
+        for part in [torch.cat(batch)] if self.at_once else batch:
+            self.net(part)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_several_calls_of_a_step_are_added_up_as_one_is(tmp_path, precision):
+    """In inference mode and under autocast, which the step runs in, they were none or in bfloat16."""
+    loader = DataLoader(TensorDataset(*torch.randn(2, 600, 8)), 100)
+    reports = []
+    for at_once in (False, True):
+        options = Options(max_dim=6)  # rows are brought into a basis, by products
+        monitor = KoopmanCreditMonitor(effects=(), on_error="raise", figures=False, options=options)
+        trainer = quiet_trainer(tmp_path, [monitor], precision=precision)
+        trainer.validate(Pairs(at_once=at_once), loader, verbose=False)
+        assert monitor.report is not None
+        reports.append(monitor.report)
+    calls, whole = reports
+    assert calls.n_samples == whole.n_samples == 1200
+    np.testing.assert_allclose(calls.credit, whole.credit, atol=1e-6)
