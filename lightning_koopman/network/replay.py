@@ -194,11 +194,15 @@ class Step:
 
     def run(self, given: list[Any] | None = None) -> list[Any]:
         """Call the modules again on what :meth:`revive` gave, and return what each of them gives."""
+        return list(self.results(given))
+
+    def results(self, given: list[Any] | None = None) -> Iterator[Any]:
+        """Run as :meth:`run` does, and give what each call gives before later ones can change it."""
         returned: list[Any] = []
         for call, taken in zip(self.calls, given or self.revive(), strict=True):
             args, kwargs = _fed(taken, returned)
             returned.append(call.run(args, kwargs))
-        return returned
+            yield returned[-1]
 
 
 def _read_by(call: _Call) -> set[int]:
@@ -358,7 +362,7 @@ class Recording:
         if self.reason is not None or not self.steps:
             return self.reason
         step = self.steps[0]
-        for call, old, new in zip(step.calls, step.outputs, step.run(), strict=True):
+        for call, old, new in zip(step.calls, step.outputs, step.results(), strict=True):
             tensor = first_tensor(new)
             if old is None or tensor is None:
                 continue

@@ -89,6 +89,13 @@ def test_later_calls_are_fed_with_what_earlier_ones_give_now():
         assert torch.equal(recording.steps[0].run()[-1], model.decoder(model.encoder(x)))
 
 
+def test_a_call_that_changes_what_an_earlier_one_gave_is_no_difference():
+    model = parts()
+    model.between = nn.ReLU(inplace=True)
+    recording = recorded(model, WAYS["a module of torch's between them"])
+    assert recording.differs() is None
+
+
 @pytest.mark.parametrize(
     "step",
     [
