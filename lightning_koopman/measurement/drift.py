@@ -106,11 +106,14 @@ def drift_from(
 ) -> Drift | None:
     """Compute the drift since an earlier measurement of a training, where coordinates are the same.
 
-    It is NaN where a component reads or gives a state that has coordinates of its own by now.
+    It is NaN where a component reads or gives a state that has coordinates of its own by now, and there
+    is none where all samples are in one fold.
     """
-    layout, _, _ = measurement.moments()
+    layout, moments, _ = measurement.moments()
     basis, earlier = measurement.basis, before.reference(since)
     assert basis is not None
+    if int(moments[:, 0].count_nonzero()) < 2:
+        return None
     if earlier.states != measurement.chain.names or earlier.parents != layout.parents[1:] or basis.lifts:
         return None
     same = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lit import LitNet, loaders, quiet_trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, Options, credit_report, drift
 
@@ -101,4 +102,36 @@ def test_states_whose_directions_turned_have_no_drift_but_credits_as_ever(tmp_pa
 
 def test_without_drift_nothing_of_it_is_there(tmp_path: Any) -> None:
     monitor = trained(tmp_path, 0.5, drift=False)
+    assert monitor.drifts == []
+
+
+
+class Mix(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x + x.roll(1, dims=1))
+
+
+class Sequences(Training):
+    """Runs on sequences, of which the first position, alone held valid, is the same in all of them."""
+
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.net[1] = Mix()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.net(batch["x"])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch["x"]).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:60 samples are few")
+def test_samples_of_one_input_have_no_drift_but_reports(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(60, 3, 8), torch.tensor([[1, 0, 0]]).expand(60, 3)
+    x[:, 0] = 1.0
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False, effects=())
+    samples = [{"x": one, "mask": held} for one, held in zip(x, mask, strict=True)]
+    quiet_trainer(tmp_path, [monitor]).fit(Sequences(), DataLoader(samples, 30), DataLoader(samples, 30))
+    assert len(monitor.history) == 3
     assert monitor.drifts == []

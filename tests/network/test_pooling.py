@@ -216,6 +216,8 @@ FULL = torch.tensor([[1, 1, 1], [1, 0, 0]])
         ({"mask": 1 - FULL}, FULL),
         ({"pad_mask": FULL}, FULL),
         ({"pad_mask": 1 - FULL}, FULL),
+        ({"mask": MASK, "attention_mask": FULL}, FULL),
+        ({"mask": MASK, "padding_mask": 1 - FULL}, FULL),
         # Nothing tells the other way round.
         ({"mask": 1 - MASK}, 1 - MASK),
         ({"mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, torch.tensor([[1, 1, 1], [0, 0, 0]])),
