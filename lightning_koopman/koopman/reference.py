@@ -191,7 +191,9 @@ def unexplained(
     counts = moments[:, 0]
     held = ((counts > 0) & (total[0] - counts >= 2)).nonzero()[:, 0]
     if len(held) < 2:
-        raise ValueError(f"{int(total[0])} samples arrived, all in one fold; take more, of differing inputs")
+        raise ValueError(
+            f"{int(total[0])} samples arrived, all in one fold; take more, of differing inputs"
+        )
     about = [mean.to(moments) - offset.to(moments) for mean, offset in zip(means, center, strict=True)]
     fitted = fold_operators(layout, moments, center)[0] if own is None else own
     if len(held) < len(moments):

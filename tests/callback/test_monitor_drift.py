@@ -105,7 +105,6 @@ def test_without_drift_nothing_of_it_is_there(tmp_path: Any) -> None:
     assert monitor.drifts == []
 
 
-
 class Mix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x + x.roll(1, dims=1))

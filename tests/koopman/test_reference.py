@@ -208,7 +208,9 @@ def test_samples_in_one_fold_alone_are_too_few(rng: np.random.Generator) -> None
     states = chain(rng, 100)
     folds, alone = np.arange(100) % FOLDS, np.zeros(5, int)
     few = [state[:5] for state in states]
-    with pytest.raises(ValueError, match="5 samples arrived, all in one fold; take more, of differing inputs"):
+    with pytest.raises(
+        ValueError, match="5 samples arrived, all in one fold; take more, of differing inputs"
+    ):
         shares_of(Layout((4, 5, 3), FOLDS), states, few, folds, alone)
 
 
