@@ -25,6 +25,7 @@ from lightning_koopman.effects.targets import (
     are_scores,
     as_classes,
     find_target,
+    is_row,
     may_be_scores,
     where_predicted,
     without_single,
@@ -32,6 +33,7 @@ from lightning_koopman.effects.targets import (
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.replay import Step
+from lightning_koopman.network.tensors import by_name
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport
 
@@ -61,11 +63,11 @@ def labels_in(batch: Any) -> dict[str, Tensor]:
     target = find_target(batch)
     if target is None or not _may_be_classes(target):
         return {}
-    if not isinstance(batch, Mapping):
+    if is_row(batch):
         integers = list(itertools.takewhile(_may_be_classes, batch[1:]))
         rest = [torch.empty(0)] if len(integers) + 1 < len(batch) else []
         return {f"{k}": entry for k, entry in enumerate([*integers, *rest], 1)}
-    told, tokens = {TARGET_KEYS[0]: target}, batch.get(TOKENS)
+    told, tokens = {TARGET_KEYS[0]: target}, by_name(batch).get(TOKENS)
     if isinstance(tokens, Tensor) and tokens.shape == without_single(target, tokens.ndim).shape:
         told[TOKENS] = tokens
     return told

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_koopman.network.tensors import tensors_inside
+from lightning_koopman.network.tensors import by_name, tensors_inside
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-"""Where targets are looked for in a batch that is a mapping."""
+"""Where targets are looked for in a batch whose parts have names."""
 
 IGNORED = -100
 """The target of what has none, as loss functions take it."""
@@ -24,17 +24,15 @@ TOKENS = "input_ids"
 
 def find_target(batch: Any) -> Tensor | None:
     """Find the target in a batch as data loaders commonly give it."""
-    target = None
-    if isinstance(batch, Mapping):
-        target = next((batch[key] for key in TARGET_KEYS if key in batch), None)
-    elif _is_row(batch):
-        target = batch[1]
-    return target if isinstance(target, Tensor) else None
+    told = by_name(batch)
+    found = batch[1] if is_row(batch) else next((told[key] for key in TARGET_KEYS if key in told), None)
+    return found if isinstance(found, Tensor) else None
 
 
-def _is_row(batch: Any) -> bool:
-    """Check whether a batch is an input with more beside it, in order."""
-    return isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence) and len(batch) > 1
+def is_row(batch: Any) -> bool:
+    """Check whether a batch is an input with more beside it, in order, and no name tells its targets."""
+    in_order = isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence)
+    return in_order and len(batch) > 1 and by_name(batch).keys().isdisjoint(TARGET_KEYS)
 
 
 class TargetSearch:
@@ -46,7 +44,7 @@ class TargetSearch:
     """
 
     def __init__(self, batch: Any) -> None:
-        self._entries = list(batch) if _is_row(batch) else []
+        self._entries = list(batch) if is_row(batch) else []
         self._taken: set[int] = set()
         self._gives_loss = False
 
@@ -65,7 +63,7 @@ class TargetSearch:
 
     def target_of(self, batch: Any) -> Tensor | None:
         """Return the targets of a batch like the one that was seen."""
-        if not _is_row(batch):
+        if not is_row(batch):
             return find_target(batch)
         place = next((k for k in range(1, len(batch)) if k not in self._taken), None)
         target = batch[1 if place is None else place]
@@ -84,7 +82,7 @@ def where_predicted(batch: Any, target: Tensor) -> Tensor:
 
     A causal language model is given its own input for labels, and predicts at each position the next.
     """
-    given = batch.get(TOKENS) if isinstance(batch, Mapping) else None
+    given = by_name(batch).get(TOKENS)
     placed = without_single(target, 2)
     if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != placed.shape:
         return target

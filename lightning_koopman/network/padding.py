@@ -19,7 +19,7 @@ from lightning_koopman.network.rows import (
     n_positions,
     pooled_grid,
 )
-from lightning_koopman.network.tensors import parts_of, tensors_inside, varies
+from lightning_koopman.network.tensors import by_name, parts_of, tensors_inside, varies
 
 Valid = Mapping[str, Tensor]
 """Which positions hold data, by name: masks ``(n_samples, positions)`` or lengths ``(n_samples,)``."""
@@ -40,11 +40,10 @@ def valid_positions(batch: Any) -> dict[str, Tensor]:
         {'attention_mask': tensor([[ True,  True, False]])}
     """
     found: dict[str, Tensor] = {}
-    if not isinstance(batch, Mapping):
-        for inner in () if isinstance(batch, Tensor) else parts_of(batch):
-            found = valid_positions(inner) | found
+    if isinstance(batch, Tensor):
         return found
-    given = {name.lower(): value for name, value in batch.items() if isinstance(name, str)}
+    named = by_name(batch).items()
+    given = {name.lower(): value for name, value in named if isinstance(name, str)}
     tensors = {word: value for word, value in given.items() if isinstance(value, Tensor)}
     data = [value.shape for word, value in tensors.items() if "mask" not in word and value.ndim]
     for word, value in tensors.items():
@@ -61,6 +60,8 @@ def valid_positions(batch: Any) -> dict[str, Tensor]:
                 # Where a sample would hold no data, and none is full, it marks the other thing.
                 is_turned = (~valid).all(dim=1).any() & ~valid.all(dim=1).any()
                 found[word] = (valid ^ is_turned) | ~fits
+    for inner in parts_of(batch):
+        found = valid_positions(inner) | found
     return found
 
 
@@ -89,14 +90,15 @@ def with_padding(
         return dict(forms)
     data = list(tensors_inside(batch))
 
-    def is_about(name: str, mask: Tensor, record: Recorded) -> bool:
-        """Check whether a mask may be about a state's positions."""
+    def is_about(name: str, mask: Tensor, record: Recorded) -> bool | None:
+        """Check whether a mask is about a state's positions; ``None`` where nothing says so."""
         known = {i: is_padded for i, d in enumerate(data) if (is_padded := _pads(mask, d)) is not None}
         own = known.keys() & record.positions or known.keys()
         # Where nothing tells, what is padded by it may be in no tensor of the batch. Lengths that leave
         # out positions of all samples may be about fewer than there are.
         is_sure = name in packed or valid[name].ndim > 1 or bool(mask[:, -1].any())
-        return any(known[i] for i in own) or (is_sure and not any(known.values()))
+        may_be = is_sure and not any(known.values())
+        return any(known[i] for i in own) or (None if may_be else False)
 
     def padded(record: Recorded, form: RowForm) -> RowForm:
         """Find what tells which of a state's positions hold data, and pool as if these were all."""
@@ -107,11 +109,12 @@ def with_padding(
         told = {**valid, **packed}
         masks = {name: each if each.ndim > 1 else up_to(each, size) for name, each in told.items()}
         fit = [n for n, m in masks.items() if m.shape == (shape[0], size) and longest(told[n]) <= size]
-        about = [name for name in fit if is_about(name, masks[name], record)]
-        if not about:
+        about = {name: is_about(name, masks[name], record) for name in fit}
+        best = [name for name in fit if about[name]] or [n for n in fit if about[n] is None]
+        if not best:
             return form
         # Of what all data agree with, that which leaves out most.
-        name = min(about, key=lambda name: int(masks[name].sum()))
+        name = min(best, key=lambda name: int(masks[name].sum()))
         sizes = longest(masks[name]), shape[1 if form.channels_first else 2]
         return replace(form, padding=name, grid=pooled_grid(sizes, max_dim, channels_first=False))
 

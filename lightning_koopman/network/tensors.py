@@ -16,18 +16,27 @@ from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 
+def by_name(value: Any) -> Mapping[Any, Any]:
+    """Return what a mapping, a named tuple or a dataclass holds by name; of anything else, nothing."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=True))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {}
+
+
 def parts_of(value: Any) -> Iterator[Any]:
     """Return what a container holds, one level down."""
     if isinstance(value, PackedSequence):
         yield value.data
-    elif isinstance(value, Mapping):
-        yield from value.values()
     elif isinstance(value, tuple | list):
         yield from value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from (getattr(value, field.name) for field in dataclasses.fields(value))
     elif isinstance(value, Distribution):
         yield from vars(value).values()
+    else:
+        yield from by_name(value).values()
 
 
 def all_tensors(value: Any) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """Integers that the network is called with (lengths, times, ids) are no targets; others are."""
 
+from collections import namedtuple
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import component_effects, drop_order
 from lightning_koopman.callback.recorded_effects import labels_in
-from lightning_koopman.effects.targets import TargetSearch
+from lightning_koopman.effects.targets import TargetSearch, find_target
 
 
 class Timed(nn.Module):
@@ -80,3 +82,23 @@ def test_integers_that_are_kept_of_a_batch_stop_at_other_numbers():
     assert {name: t.tolist() for name, t in labels_in((x, y)).items()} == {"1": y.tolist()}
     assert list(labels_in((x, y, y, x, y))) == ["1", "2", "3"]
     assert labels_in((x, y, y, x, y))["3"].numel() == 0
+
+
+Labelled = namedtuple("Labelled", "x weight label")
+Played = namedtuple("Played", "state action reward")
+
+
+@dataclass
+class Sample:
+    x: Tensor
+    y: Tensor
+
+
+def test_names_tell_targets_wherever_parts_have_them():
+    x, y = torch.zeros(3, 4), torch.tensor([0, 1, 2])
+    for batch in ({"x": x, "label": y}, Labelled(x, torch.ones(3), y), Sample(x, y)):
+        assert find_target(batch) is y
+        assert TargetSearch(batch).target_of(batch) is y
+        assert [t.tolist() for t in labels_in(batch).values()] == [y.tolist()]
+    # Where no name does, their order tells.
+    assert find_target(Played(x, y, torch.ones(3))) is y

@@ -1,5 +1,8 @@
 """How tensors become rows, against what NumPy gives by hand."""
 
+from collections import namedtuple
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -226,6 +229,22 @@ FULL = torch.tensor([[1, 1, 1], [1, 0, 0]])
 def test_a_mask_by_which_a_sample_would_hold_no_data_is_of_padding(batch, expected):
     (found,) = valid_positions(batch).values()
     assert torch.equal(found, expected.bool())
+
+
+Padded = namedtuple("Padded", "x mask")
+
+
+@dataclass
+class Sequences:
+    x: Tensor
+    lengths: Tensor
+
+
+def test_what_holds_data_is_read_wherever_it_has_a_name():
+    x, lengths = torch.zeros(2, 3, 4), FULL.sum(1)
+    for batch in ({"inputs": {"x": x, "mask": FULL}, "y": lengths}, (Padded(x, FULL), lengths)):
+        assert torch.equal(valid_positions(batch), FULL.bool())
+    assert torch.equal(valid_positions(Sequences(x, lengths)), lengths)
 
 
 @pytest.mark.parametrize("turned", [False, True])
