@@ -554,7 +554,8 @@ def _carriers(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """Rebuild tuples, lists and dictionaries around changed parts."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(part, change) for part in value))
+        # Its own ``__new__`` may take nothing but what belongs there, as that of packed sequences does.
+        return tuple.__new__(type(value), (_mapped(part, change) for part in value))
     if type(value) in (tuple, list):
         return type(value)(_mapped(part, change) for part in value)
     if type(value) is dict:

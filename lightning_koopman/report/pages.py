@@ -13,6 +13,7 @@ from lightning_koopman.report.comparison import newest_of_runs
 from lightning_koopman.report.fields import ReportFields
 from lightning_koopman.report.tables import (
     GLOSSARY,
+    all_notes,
     columns,
     next_step,
     total_line,
@@ -62,7 +63,9 @@ def to_html(reports: Sequence[ReportFields]) -> str:
     newest = newest_of_runs(reports)
     several = len(newest) > 1
     notes = dict.fromkeys(
-        f"run {report.run}: {note}" if several else note for report in newest for note in report.notes
+        f"run {report.run}: {note}" if several else note
+        for report in newest
+        for note in all_notes(report)
     )
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     heading = f"Koopman credit of {len(newest)} runs" if several else _heading(newest[0])
@@ -90,7 +93,7 @@ def to_html(reports: Sequence[ReportFields]) -> str:
 
 def to_fragment(report: ReportFields) -> str:
     """Return one report as a table with its verdict, to stand in a notebook."""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in all_notes(report))
     return (
         f'<div class="koopman-credit"><style scoped>{_LOOK}</style><p><b>{_heading(report)}</b></p>'
         f"{_summary(report)}{_credits([report])}{f'<ul>{notes}</ul>' if notes else ''}</div>"
@@ -241,6 +244,6 @@ def to_markdown(report: ReportFields) -> str:
     for name, *texts in zip(*found.values(), strict=True):
         shown = name.replace("|", "\\|")
         lines.append(f"| {' | '.join([shown, *texts])} |")
-    below = (*verdict(report), *what_effects_are(report), *report.notes, next_step(report))
+    below = (*verdict(report), *what_effects_are(report), *all_notes(report), next_step(report))
     lines += ["", *(f"- {line}" for line in below)]
     return "\n".join(lines).rstrip()

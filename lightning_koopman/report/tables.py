@@ -101,7 +101,7 @@ def columns(report: ReportFields, sign: str = "±") -> dict[str, list[str]]:
             if kind in effects.kinds:
                 found[kind] = [_effect(effects, kind, name) for name in report.components]
     if report.drift is not None:
-        found["drift"] = [f"{value:.4f}" for value in report.drift]
+        found["drift"] = ["" if math.isnan(value) else f"{value:.4f}" for value in report.drift]
     for name in ("credit", "gain"):
         pairs = zip(getattr(report, name), report.stderr[name], strict=True)
         found[name] = [with_error(value, error, sign) for value, error in pairs]
@@ -125,12 +125,23 @@ def credit_table(report: ReportFields) -> Fitted:
             f"{marked} of {len(report.components)} rows carry a doubt: do not act on their grey numbers "
             "(chain_r2, lost: credit and gain; ridge: credit; r2: gain and R²)."
         )
-    lines += [f"Note: {escape(note)}" for note in report.notes]
+    if report.drift is not None and np.isnan(report.drift).any():
+        lines.append(
+            "drift: empty where a state was brought to other directions before, or is constant."
+        )
+    # Effects that stand above, in a table of their own, have theirs below that.
+    notes = report.notes if has_more(report) else all_notes(report)
+    lines += [f"Note: {escape(note)}" for note in notes]
     lines.append(f"[bold]{escape(next_step(report))}[/]")
     shown = columns(report)
     if not marked:
         del shown["doubt"]
     return Fitted(title, shown, _GIVES_WAY, grey=grey, lines=lines)
+
+
+def all_notes(report: ReportFields) -> tuple[str, ...]:
+    """Return the notes of a report and those of its effects."""
+    return report.notes if report.effects is None else (*report.notes, *report.effects.notes)
 
 
 def has_more(report: ReportFields) -> bool:

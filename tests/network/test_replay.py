@@ -10,6 +10,7 @@ import pytest
 import torch
 from lit import hooks_on
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_koopman.network.hook_points import attach
 from lightning_koopman.network.isolation import undisturbed
@@ -38,6 +39,17 @@ def parts() -> Parts:
 
 def parts_of(model: Any) -> dict[str, nn.Module]:
     return {"encoder": model.encoder, "decoder": model.decoder}
+
+
+class Packs(nn.Module):
+    """Takes a packed sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.other = nn.GRU(4, 3), nn.Linear(2, 2)
+
+    def forward(self, x: PackedSequence) -> Tensor:
+        return self.rnn(x)[1][-1]
 
 
 def recorded(model: Any, step: Callable[[Any, Tensor], Any], n_steps: int = 2, **how: Any) -> Recording:
@@ -142,6 +154,21 @@ def test_calls_that_nobody_followed_are_not_run_again(follow_from, n_steps, foll
     assert between.reason == ("the step runs code of its own before 'decoder'" if followed else said)
     single = recorded(parts(), WAYS["a call"], n_steps, follow_from=follow_from)
     assert single.reason is None
+
+
+def test_packed_sequences_are_run_again_with_and_without_calls_beside_them():
+    model = Packs()
+    packed = pack_sequence([torch.randn(n, 4) for n in (3, 2, 2)])
+    recording = Recording(model, {"rnn": model.rnn, "other": model.other})
+    with torch.no_grad(), recording:
+        model.other(torch.randn(3, 2))
+        expected = model(packed)
+    step = recording.end_step()
+    parts = {model.rnn}
+    for again in (step, step.without_strangers(parts)):
+        with torch.no_grad():
+            assert torch.equal(again.run()[-1], expected)
+    assert len(step.without_strangers(parts).calls) == 1
 
 
 def test_a_pass_that_samples_is_found_out():

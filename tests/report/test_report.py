@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+from html import unescape
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from rich.console import Console
 from lightning_koopman import CreditReport, KoopmanCredit
 from lightning_koopman.koopman.credit import QUANTITIES, compute_credits
 from lightning_koopman.koopman.moments import Layout, accumulate
+from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.fields import MIN_R2
+from lightning_koopman.report.pages import to_html, to_markdown
 from lightning_koopman.report.report import build_report, check_quantities
 from lightning_koopman.report.saved import ReportFormatError
 from lightning_koopman.report.tables import columns, credit_table
@@ -265,6 +268,23 @@ def test_the_table_shows_numbers_with_errors_and_notes():
     for name in NAMES:
         assert name in text
     assert "at step" not in str(dataclasses.replace(report, step=None))
+
+
+def test_empty_cells_are_explained_in_every_form():
+    numbers, why = {"skip": np.array([np.nan, 0.5, 0.7])}, "no effect skip of 'stem': it gave no rows"
+    effects = Effects(NAMES, numbers, numbers, {"skip": "measured"}, "kl", 200, notes=(why,))
+    report = dataclasses.replace(make(), effects=effects, drift=np.array([np.nan, 0.5, 0.7]))
+    shown = columns(report)
+    assert (shown["skip"][0], shown["drift"][0]) == ("", "")
+    text = " ".join(str(report).split())
+    assert text.count(f"Note: {why}") == 1
+    assert "drift: empty where a state was brought to other directions" in text
+    for form in (report._repr_html_(), to_html([report]), to_markdown(report)):
+        assert unescape(form).count(why) == 1
+    # Where effects have a table of their own, it is explained there.
+    both = dataclasses.replace(effects, predicted=numbers, predicted_stderr=numbers)
+    text = " ".join(str(dataclasses.replace(report, effects=both)).split())
+    assert text.count(f"Note: {why}") == 1
 
 
 @pytest.mark.parametrize(
