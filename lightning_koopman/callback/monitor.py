@@ -720,6 +720,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._check_replay(trainer, pl_module)
         self._final = True
         report = self._report_on(trainer, pl_module, self._watched, self._measured_at)
+        if self.drifts and self.drifts[-1].step == report.step:
+            report = replace(report, drift=self.drifts[-1].drift)
         self.history[-1:] = [report]
         scalars, beside = self._show(trainer, report), self._writer.beside(report)
         found = {name: scalars[name] for name in scalars.keys() & beside.keys()}

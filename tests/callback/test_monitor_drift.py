@@ -53,6 +53,21 @@ def test_weights_that_stay_do_not_drift(tmp_path: Any, max_dim: int) -> None:
         assert not found.changed.any()
 
 
+class Stops(Training):
+    def on_train_epoch_end(self) -> None:
+        self.trainer.should_stop = self.current_epoch == 2
+
+
+def test_a_training_that_stops_early_keeps_the_drift_of_its_last_report(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False)
+    quiet_trainer(tmp_path, [monitor], max_epochs=9).fit(Stops(0.5), *loaders())
+    assert monitor.report is not None
+    assert monitor.report.effects is not None  # it was completed when the training had ended
+    assert monitor.report.step == monitor.drifts[-1].step == 12
+    np.testing.assert_array_equal(monitor.report.drift, monitor.drifts[-1].drift)
+
+
 def test_the_component_that_learns_drifts_and_the_frozen_ones_do_not(tmp_path: Any) -> None:
     monitor = trained(tmp_path, 0.5)
     for found in monitor.drifts:
