@@ -503,7 +503,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _end_training_step(self, batch: Any) -> None:
         calls = self._recorded.calls
         if calls is not None and calls.recording:
-            self._n_recorded += calls.end_step(valid_positions(batch)).n_rows
+            self._n_recorded += calls.end_step(valid_positions(batch), lone=False).n_rows
             self.budget.add(seconds_in_hooks() - self._in_hooks)
 
     @never_in_the_way
@@ -863,6 +863,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 f"{self._why_training}, so this is about samples of training steps, whose calls were "
                 "run once more in eval mode"
             )
+            if (calls := self._recorded.calls) is not None and calls.n_lone:
+                measurement.notes.append(
+                    "calls of training steps on one sample were left out beside those on more, for they "
+                    "act, draw or show something"
+                )
         elif (samples := self._recorded.samples).others:
             number, count = (samples.loader or 0) + 1, len(trainer.num_val_batches)
             measurement.notes.append(

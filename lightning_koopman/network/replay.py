@@ -132,6 +132,26 @@ class _Call:
                     around.enter_context(own.again())
             return (self.module.forward if self.direct else self.module)(*args, **kwargs)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of the longest tensor that the call takes, but for what an earlier call gave."""
+        sizes: list[int] = []
+
+        def look(part: Any) -> None:
+            if isinstance(part, _Kept):
+                sizes.append(part.copy.shape[0] if part.copy.ndim else 1)
+            elif isinstance(part, _Object):
+                sizes.append(part.n_rows)
+
+        _mapped((self.args, self.kwargs), look)
+        return max(sizes, default=1)
+
+    @property
+    def weighted(self) -> set[nn.Module]:
+        """What it runs that has weights of its own, as far as can be told."""
+        ran = (m for m in self.module.modules() if id(m) not in self.idle)
+        return {m for m in ran if any(True for _ in m.parameters(recurse=False))}
+
     def runs(self, parts: Collection[nn.Module]) -> bool:
         """Check whether the call runs all of some modules, as far as can be told."""
         return {*parts} <= {m for m in self.module.modules() if id(m) not in self.idle}
@@ -156,17 +176,7 @@ class Step:
     @property
     def n_rows(self) -> int:
         """Rows of the longest tensor that the first call takes."""
-        sizes: list[int] = []
-
-        def look(part: Any) -> None:
-            if isinstance(part, _Kept):
-                sizes.append(part.copy.shape[0] if part.copy.ndim else 1)
-            elif isinstance(part, _Object):
-                sizes.append(part.n_rows)
-
-        for call in self.calls[:1]:
-            _mapped((call.args, call.kwargs), look)
-        return max(sizes, default=1)
+        return self.calls[0].n_rows if self.calls else 1
 
     def without_strangers(self, parts: Collection[nn.Module]) -> Step:
         """Leave out calls that have nothing to do with one that runs all parts, if any does."""
@@ -177,7 +187,26 @@ class Step:
             before = set(kept)
             kept |= {i for j in before for i in read[j]}
             kept |= {j for j, sources in enumerate(read) if sources & before}
-        if not kept or len(kept) == len(self.calls):
+        return self._of(kept) if kept else self
+
+    def without_lone_samples(self) -> Step:
+        """Leave out calls on one sample of what others run on more, as to act in an environment.
+
+        Those that take what another call gave, or give what another takes, stay.
+        """
+        read = [_read_by(call) for call in self.calls]
+        lone = {
+            i
+            for i, call in enumerate(self.calls)
+            if call.n_rows == 1 and not read[i] and not any(i in sources for sources in read)
+        }
+        kept = {*range(len(self.calls))} - lone
+        more = set[nn.Module]().union(*(self.calls[i].weighted for i in kept))
+        return self._of(kept | {i for i in lone if not self.calls[i].weighted <= more})
+
+    def _of(self, kept: Collection[int]) -> Step:
+        """Return the step of some of its calls alone, none of which takes what others gave."""
+        if len(kept) == len(self.calls):
             return self
         place = {old: new for new, old in enumerate(sorted(kept))}
 
@@ -186,7 +215,7 @@ class Step:
 
         calls = [self.calls[i] for i in place]
         calls = [replace(c, args=_mapped(c.args, moved), kwargs=_mapped(c.kwargs, moved)) for c in calls]
-        return replace(self, calls=calls, outputs=[])
+        return replace(self, calls=calls, outputs=[self.outputs[i] for i in place])
 
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
@@ -228,6 +257,7 @@ class Recording:
         steps: What was recorded.
         full: Whether the budget ended the recording.
         recording: Whether a step is being recorded.
+        n_lone: How many calls on one sample were left out.
     """
 
     def __init__(
@@ -242,7 +272,7 @@ class Recording:
         self._reason: str | None = None
         self._follow_from, self._followed, self._follows = follow_from, False, False
         self._called_none = False
-        self.full = False
+        self.full, self.n_lone = False, 0
         self._budget = budget
         between = [m for m in transparent_modules(model, components) if _is_pure(m)]
         parts = {id(module) for module in (*components.values(), *between)}
@@ -328,10 +358,16 @@ class Recording:
         self._step.told = {name: _copied(part) for name, part in told.items()}
         self._step.n_bytes += sum(part.nbytes for part in told.values())
 
-    def end_step(self, valid: Valid = MappingProxyType({})) -> Step:
-        """Return the calls of the step that just ended, and keep them if they fit into the budget."""
+    def end_step(self, valid: Valid = MappingProxyType({}), *, lone: bool = True) -> Step:
+        """Return the calls of the step that just ended, and keep them if they fit into the budget.
+
+        Without ``lone``, calls on one sample are left out beside others on more.
+        """
         self.close()
         step, self._step = self._step, Step()
+        if not lone and self._reason is None:
+            step, before = step.without_lone_samples(), len(step.calls)
+            self.n_lone += before - len(step.calls)
         # A step without calls tells nothing.
         self._followed = self._followed or (self._follows and bool(step.calls))
         step.valid = valid

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lit import dataset, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor
+from lightning_koopman import KoopmanCreditMonitor, credit_report
 from lightning_koopman.network.replay import Recording
 
 pytestmark = [
@@ -165,3 +166,35 @@ def test_an_error_that_a_block_catches_inside_of_it_hides_no_call() -> None:
     with torch.no_grad():
         for found in recording.steps[0].run():
             assert torch.equal(found, agent.actor.dist(states()))
+
+
+class Plays(L.LightningModule):
+    """Acts in an environment in some of its steps before it learns, as examples of deep Q-learning do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
+        self.target = nn.Linear(8, 3).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx % 2 == self.current_epoch % 2:
+            self.net(torch.randn(1, 8)).argmax()
+        return (self.net(batch[0]) - self.target(batch[0])).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net.parameters(), 1e-2)
+
+
+@pytest.mark.parametrize("n_epochs", [1, 2])
+def test_reports_are_about_what_is_learnt_from_not_about_actions(n_epochs: int, tmp_path: Any) -> None:
+    loader, model = DataLoader(dataset(), 40), Plays()
+    monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False)
+    quiet_trainer(tmp_path, [monitor], max_epochs=n_epochs).fit(model, loader)
+    assert [report.n_samples for report in monitor.history] == n_epochs * [160]
+    assert monitor.report is not None
+    expected = credit_report(model.net.eval(), loader)
+    np.testing.assert_allclose(monitor.report.credit, expected.credit, atol=1e-6)
+    assert monitor.report.effects is not None
+    assert monitor.report.effects.n_samples == 160
+    assert any(note.startswith("calls of training steps on one") for note in monitor.report.notes)

@@ -171,6 +171,32 @@ def test_packed_sequences_are_run_again_with_and_without_calls_beside_them():
     assert len(step.without_strangers(parts).calls) == 1
 
 
+def test_calls_on_one_sample_beside_others_on_more_are_left_out_where_asked():
+    """As a step that acts in an environment before it learns."""
+    one, many = torch.randn(1, 4), torch.randn(5, 4)
+    ways: dict[str, tuple[Callable[[Parts], Any], int]] = {
+        "the same part": (lambda m: (m.encoder(one), m.decoder(m.encoder(many))), 2),
+        "the whole beside its parts": (lambda m: (m(one), m.decoder(m.encoder(many))), 2),
+        "parts beside the whole": (lambda m: (m.encoder(one), m(many)), 1),
+        "what no other call runs": (lambda m: (m.decoder(one[:, :3]), m.encoder(many)), 2),
+        "calls that feed one another": (lambda m: (m.decoder(m.encoder(one)), m(many)), 3),
+        "single ones alone": (lambda m: (m.encoder(one), m.encoder(2 * one)), 2),
+    }
+    for way, (step, n_calls) in ways.items():
+        model = parts()
+        found = {}
+        for lone in (True, False):
+            recording = Recording(model, parts_of(model))
+            with torch.no_grad(), recording:
+                step(model)
+            found[lone] = recording.end_step(lone=lone)
+            assert recording.n_lone == len(found[True].calls) - len(found[lone].calls), way
+            assert recording.differs() is None, way
+        assert len(found[False].calls) == n_calls, way
+        with torch.no_grad():
+            assert torch.equal(found[False].run()[-1], found[True].run()[-1]), way
+
+
 def test_a_pass_that_samples_is_found_out():
     class Samples(Parts):
         def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
