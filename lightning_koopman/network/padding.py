@@ -113,8 +113,8 @@ def with_padding(
         best = [name for name in fit if about[name]] or [n for n in fit if about[n] is None]
         if not best:
             return form
-        # Of what all data agree with, that which leaves out most.
-        name = min(best, key=lambda name: int(masks[name].sum()))
+        # Of what all data agree with, that which leaves out most, and "mask" may be of anything.
+        name = min(best, key=lambda name: (name == "mask", int(masks[name].sum())))
         sizes = longest(masks[name]), shape[1 if form.channels_first else 2]
         return replace(form, padding=name, grid=pooled_grid(sizes, max_dim, channels_first=False))
 
@@ -134,16 +134,19 @@ def valid_outputs(
     """
     for axis in (1, 2) if outputs[0].ndim > 2 else ():
         shapes = [(len(output), output.shape[axis]) for output in outputs]
-        told: list[list[Tensor]] = []
-        untold: list[list[Tensor]] = []
+        told, untold = dict[str, list[Tensor]](), dict[str, list[Tensor]]()
         for name in valid[0] if axis != class_axis else ():
             masks = _fitting([each.get(name) for each in valid], shapes)
             pairs = zip(masks, targets, strict=False)
             padded = [None if target is None else _pads(mask, target) for mask, target in pairs]
             if masks and False not in padded:
-                (told if True in padded else untold).append(masks)
+                (told if True in padded else untold)[name] = masks
+        if len(untold) > 1:
+            untold.pop("mask", None)
         if told or len(untold) == 1:
-            masks = min(told or untold, key=lambda masks: sum(int(mask.sum()) for mask in masks))
+            masks = min(
+                (told or untold).values(), key=lambda masks: sum(int(mask.sum()) for mask in masks)
+            )
             ends = [1] * (outputs[0].ndim - axis - 1)
             return [mask.view(len(mask), *[1] * (axis - 1), mask.shape[1], *ends) for mask in masks]
     return [None] * len(outputs)

@@ -169,7 +169,7 @@ def test_an_error_that_a_block_catches_inside_of_it_hides_no_call() -> None:
 
 
 class Plays(L.LightningModule):
-    """Acts in an environment in some of its steps before it learns, as examples of deep Q-learning do."""
+    """Acts in an environment in some steps before it learns, as examples of deep Q-learning do."""
 
     def __init__(self) -> None:
         super().__init__()

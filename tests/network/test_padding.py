@@ -100,6 +100,16 @@ def test_a_mask_is_about_what_is_padded_whatever_else_has_as_many_positions() ->
     assert report.r2 == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_a_mask_of_what_is_to_be_predicted_is_not_of_padding_beside_one_that_is(is_shown: bool) -> None:
+    (src, of_src), drawn = padded(T, 0), torch.rand(N, T, generator=torch.Generator().manual_seed(4))
+    noise = torch.randn(src.shape, generator=torch.Generator().manual_seed(3), dtype=src.dtype)
+    src = src if is_shown else torch.where(of_src[..., None], src, noise)
+    masks = {"mask": drawn < 0.3, "attention_mask": of_src}
+    report = report_of(TwoSides(), masks, src=src, tgt=src, src_valid=of_src)
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+
+
 def test_padding_that_no_tensor_shows_is_left_out_as_the_mask_says() -> None:
     src, of_src = padded(T, 0)
     noise = torch.randn(src.shape, generator=torch.Generator().manual_seed(3), dtype=src.dtype)

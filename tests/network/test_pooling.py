@@ -219,8 +219,6 @@ FULL = torch.tensor([[1, 1, 1], [1, 0, 0]])
         ({"mask": 1 - FULL}, FULL),
         ({"pad_mask": FULL}, FULL),
         ({"pad_mask": 1 - FULL}, FULL),
-        ({"mask": MASK, "attention_mask": FULL}, FULL),
-        ({"mask": MASK, "padding_mask": 1 - FULL}, FULL),
         # Nothing tells the other way round.
         ({"mask": 1 - MASK}, 1 - MASK),
         ({"mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, torch.tensor([[1, 1, 1], [0, 0, 0]])),
@@ -243,8 +241,8 @@ class Sequences:
 def test_what_holds_data_is_read_wherever_it_has_a_name():
     x, lengths = torch.zeros(2, 3, 4), FULL.sum(1)
     for batch in ({"inputs": {"x": x, "mask": FULL}, "y": lengths}, (Padded(x, FULL), lengths)):
-        assert torch.equal(valid_positions(batch), FULL.bool())
-    assert torch.equal(valid_positions(Sequences(x, lengths)), lengths)
+        assert torch.equal(valid_positions(batch)["mask"], FULL.bool())
+    assert torch.equal(valid_positions(Sequences(x, lengths))["lengths"], lengths)
 
 
 @pytest.mark.parametrize("turned", [False, True])
