@@ -283,8 +283,8 @@ class Outputs:
                 divergence = kl_divergence(own, self._logits(other), self._axis).cpu()
                 moved.append(_by_sample(self._counted(batch, divergence)))
             else:
-                own, other_ = (self._filled(batch, each) for each in (own.to(other.device), other))
-                moved.append(_squares(own, other_).cpu())
+                own = self._filled(batch, own.to(other.device))
+                moved.append(_squares(own, self._filled(batch, other)).cpu())
             if self._right is not None:
                 right.append(self._right_of(batch, other.cpu()))
             elif self.has_metric:

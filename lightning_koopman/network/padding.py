@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -89,10 +90,17 @@ def with_padding(
     if not (valid or packed):
         return dict(forms)
     data = list(tensors_inside(batch))
+    told = {**valid, **packed}
 
-    def is_about(name: str, mask: Tensor, record: Recorded) -> bool | None:
+    @functools.cache
+    def told_up_to(name: str, size: int) -> tuple[Tensor, dict[int, bool]]:
+        """Return a mask of so many positions, and which data it says are padded."""
+        mask = told[name] if told[name].ndim > 1 else up_to(told[name], size)
+        return mask, {i: known for i, d in enumerate(data) if (known := _pads(mask, d)) is not None}
+
+    def is_about(name: str, size: int, record: Recorded) -> bool | None:
         """Check whether a mask is about a state's positions; ``None`` where nothing says so."""
-        known = {i: is_padded for i, d in enumerate(data) if (is_padded := _pads(mask, d)) is not None}
+        mask, known = told_up_to(name, size)
         own = known.keys() & record.positions or known.keys()
         # Where nothing tells, what is padded by it may be in no tensor of the batch. Lengths that leave
         # out positions of all samples may be about fewer than there are.
@@ -106,10 +114,9 @@ def with_padding(
         if not size or record.lengths is not None:
             return form
         shape = by_sample(record.tensor, form).shape
-        told = {**valid, **packed}
-        masks = {name: each if each.ndim > 1 else up_to(each, size) for name, each in told.items()}
+        masks = {name: told_up_to(name, size)[0] for name in told}
         fit = [n for n, m in masks.items() if m.shape == (shape[0], size) and longest(told[n]) <= size]
-        about = {name: is_about(name, masks[name], record) for name in fit}
+        about = {name: is_about(name, size, record) for name in fit}
         best = [name for name in fit if about[name]] or [n for n in fit if about[n] is None]
         if not best:
             return form
@@ -170,9 +177,8 @@ def lengths_of(records: Iterable[Recorded]) -> dict[str, Tensor]:
     return {record.name: record.lengths for record in records if record.lengths is not None}
 
 
-def up_to(lengths: Tensor, size: int | None = None) -> Tensor:
-    """Return the mask that lengths stand for, of as many positions as the longest or ``size``."""
-    size = int(lengths.max()) if size is None else size
+def up_to(lengths: Tensor, size: int) -> Tensor:
+    """Return the mask of so many positions that lengths stand for."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
