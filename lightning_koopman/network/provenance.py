@@ -7,7 +7,8 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -576,6 +577,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flows: list[DataFlow] = []
+        # What is cast around the operators that one of them is shown as.
+        self._casts: frozenset[str] | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -587,6 +590,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _shows_others(func, args):
+            return self._one_by_one(func, args, kwargs)
         out = _run(func, args, kwargs)
         start = time.perf_counter()
         for flow in self.flows:
@@ -594,21 +599,63 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         _Watch.seconds += time.perf_counter() - start
         return out
 
+    def _one_by_one(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run an operator that is nothing but others, and see these."""
+        outer, casts = self._casts, _casts_now() if self._casts is None else self._casts
+        # What autocast knows has its arguments cast by now, and runs without it.
+        has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, func.name()
+        self._casts = frozenset(kind for kind in casts if not has_kernel(name, _AUTOCASTS[kind]))
+        try:
+            with _casting(self._casts), self:
+                return func._op_dk(_MADE_OF_OTHERS, *args, **kwargs)
+        finally:
+            self._casts = outer
 
-_CASTS_INSIDE = frozenset({"_transformer_encoder_layer_fwd", "_native_multi_head_attention"})
+
+_CASTS_INSIDE = frozenset({
+    "_transformer_encoder_layer_fwd",
+    "_native_multi_head_attention",
+    "_trilinear",
+})
 """Operators that run others, whose arguments autocast casts."""
+
+_AUTOCASTS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+_MADE_OF_OTHERS = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+def _casts_now() -> frozenset[str]:
+    """Find the kinds of device whose products were cast where torch came to a dispatch mode."""
+    with torch.overrides.enable_reentrant_dispatch():
+        return frozenset(kind for kind in _AUTOCASTS if torch.is_autocast_enabled(kind))
+
+
+@contextmanager
+def _casting(kinds: Iterable[str]) -> Generator[None, None, None]:
+    """Turn autocast on again, which is off below a dispatch mode."""
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(_AUTOCASTS[kind], False))
+        yield
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     """Run an operator as it runs where nobody watches."""
     if func._schema.name.rpartition("::")[2] in _CASTS_INSIDE:
-        # Below a dispatch mode autocast is off. On other devices these are not used with it.
-        with torch.overrides.enable_reentrant_dispatch():
-            casts = torch.is_autocast_enabled("cpu")
-        if casts:
-            with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutocastCPU, False):
-                return func(*args, **kwargs)
+        # On other devices these are not used with autocast.
+        with _casting(_casts_now() & {"cpu"}):
+            return func(*args, **kwargs)
     return func(*args, **kwargs)
+
+
+def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:
+    """Check whether an operator is nothing but others, which inference mode does not show one by one."""
+    has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, func.name()
+    if not has_kernel(name, _MADE_OF_OTHERS):
+        return False
+    given = list(_flat(args))
+    plain = all(t.layout is torch.strided and not t.is_nested for t in given)
+    kinds = {t.device.type for t in given}
+    return plain and not any(has_kernel(name, torch._C._dispatch_key_for_device(kind)) for kind in kinds)
 
 
 class _WatchOfThread(threading.local):

@@ -185,3 +185,45 @@ def test_an_interrupt_at_any_place_leaves_nothing_entered(
         y = 2 * x
     assert flow.labels(y) == {"input"}
     assert _get_current_dispatch_mode_stack() == []  # type: ignore[no-untyped-call]
+
+
+A, B = torch.randn(2, 40, 40, generator=torch.Generator().manual_seed(0))
+GRU, ATTENTION = nn.GRU(40, 4, batch_first=True), nn.MultiheadAttention(40, 2, batch_first=True)
+OPERATORS = {
+    "einsum": lambda: torch.einsum("ij,kj->ik", A, B),
+    "matmul": lambda: A @ B.T,
+    "linear": lambda: nn.functional.linear(A, B),
+    "bilinear": lambda: nn.functional.bilinear(A, B, torch.ones(2, 40, 40)),
+    "cdist": lambda: torch.cdist(A, B),
+    "cosine": lambda: nn.functional.cosine_similarity(A[:, None], B[None], dim=-1),
+    "attention": lambda: nn.functional.scaled_dot_product_attention(A[None], B[None], B[None]),
+    "heads": lambda: ATTENTION(A[None], B[None], B[None])[0],
+    "gru": lambda: GRU(A[None])[0],
+    "several": lambda: torch.linalg.multi_dot([A, B.T, A]),
+}
+
+
+@pytest.mark.parametrize("casts", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_is_followed_gives_what_it_gives_where_nobody_watches(name, mode, casts):
+    with mode(), torch.autocast("cpu", torch.bfloat16, enabled=casts):
+        expected = OPERATORS[name]()
+        flow = DataFlow()
+        with flow:
+            flow.label(A, "a")
+            found = OPERATORS[name]()
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    assert flow.labels(found) == {"a"}
+
+
+@pytest.mark.parametrize("pairs", [lambda a, b: a @ b.T, lambda a, b: torch.einsum("ij,kj->ik", a, b)])
+def test_comparisons_of_samples_are_told_in_inference_mode_too(pairs):
+    with torch.inference_mode():
+        a, b = torch.randn(2, 12, 4).unbind()
+        flow = DataFlow(origins=True)
+        with flow:
+            flow.label((a, b), "data")
+            given = pairs(a.relu(), b.relu())
+    assert flow.pairs(given)
