@@ -26,6 +26,7 @@ from lightning_koopman.network.rows import further_name
 from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,
+    first_packed,
     first_tensor,
     is_wrapper,
     need_not_wait,
@@ -229,6 +230,8 @@ def samples_in(batch: Any) -> int:
     """Count the samples of a batch, or of a step that was recorded."""
     if isinstance(batch, Step):
         return batch.n_rows
+    if (packed := first_packed(batch)) is not None:
+        return int(packed.batch_sizes[0])
     tensor = next((t for t in all_tensors(batch) if t.ndim), None)
     return int(getattr(batch, "num_graphs", 1)) if tensor is None else len(tensor)
 

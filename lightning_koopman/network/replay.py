@@ -35,6 +35,7 @@ from lightning_koopman.network.tensors import (
     all_tensors,
     derived,
     exactly,
+    first_packed,
     first_tensor,
     need_not_wait,
     plain,
@@ -135,6 +136,9 @@ class _Call:
     @property
     def n_rows(self) -> int:
         """Rows of the longest tensor that the call takes, but for what an earlier call gave."""
+        given = self.args, self.kwargs
+        if (packed := first_packed(given)) is not None and isinstance(packed.batch_sizes, _Kept):
+            return int(packed.batch_sizes.copy[0])
         sizes: list[int] = []
 
         def look(part: Any) -> None:
@@ -143,7 +147,7 @@ class _Call:
             elif isinstance(part, _Object):
                 sizes.append(part.n_rows)
 
-        _mapped((self.args, self.kwargs), look)
+        _mapped(given, look)
         return max(sizes, default=1)
 
     @property
@@ -215,7 +219,9 @@ class Step:
 
         calls = [self.calls[i] for i in place]
         calls = [replace(c, args=_mapped(c.args, moved), kwargs=_mapped(c.kwargs, moved)) for c in calls]
-        return replace(self, calls=calls, outputs=[self.outputs[i] for i in place])
+        # A call that failed, and was caught, gave nothing.
+        outputs = self.outputs if len(self.outputs) == len(self.calls) else [None] * len(self.calls)
+        return replace(self, calls=calls, outputs=[outputs[i] for i in place])
 
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""

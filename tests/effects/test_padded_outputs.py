@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_koopman import component_effects
 
@@ -79,6 +80,29 @@ def test_where_batches_have_other_numbers_of_positions_one_mean_is_for_all() -> 
     with torch.no_grad():
         expected = relative(net(x), net.without_b(x), short, axis=1)
     assert effects_of(net, batches).values["skip"][1] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_samples_of_packed_batches_are_sequences(beside: bool) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn, self.a, self.out = nn.GRU(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: PackedSequence) -> Tensor:
+            return self.out(torch.tanh(self.a(self.rnn(x)[1][-1])))
+
+    lengths = torch.randint(2, 8, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    series = [
+        torch.randn(n, 3, generator=torch.Generator().manual_seed(i)) for i, n in enumerate(lengths)
+    ]
+    packed = [pack_sequence(series[i : i + 50], enforce_sorted=False) for i in range(0, 300, 50)]
+    batches = [(part, torch.randn(50)) for part in packed] if beside else packed
+    found = component_effects(
+        Reads(), batches, forward_fn=lambda net, b: net(b[0] if beside else b), scale="relative"
+    )
+    assert found.n_samples == 300
 
 
 @pytest.mark.parametrize("padding", [0, -100])

@@ -169,6 +169,8 @@ def test_packed_sequences_are_run_again_with_and_without_calls_beside_them():
         with torch.no_grad():
             assert torch.equal(again.run()[-1], expected)
     assert len(step.without_strangers(parts).calls) == 1
+    # Sequences are samples, not their steps.
+    assert step.without_strangers(parts).n_rows == 3
 
 
 def test_calls_on_one_sample_beside_others_on_more_are_left_out_where_asked():
