@@ -650,7 +650,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
 def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:
     """Check whether an operator is nothing but others, which inference mode does not show one by one."""
     has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, func.name()
-    if not has_kernel(name, _MADE_OF_OTHERS):
+    # Some operators are known to no dispatcher, as those that ask a tensor of a subclass for its device.
+    if not torch._C._dispatch_has_kernel(name) or not has_kernel(name, _MADE_OF_OTHERS):
         return False
     given = list(_flat(args))
     plain = all(t.layout is torch.strided and not t.is_nested for t in given)
