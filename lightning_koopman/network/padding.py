@@ -18,7 +18,6 @@ from lightning_koopman.network.rows import (
     by_sample,
     longest,
     n_positions,
-    pooled_grid,
 )
 from lightning_koopman.network.tensors import by_name, parts_of, tensors_inside, varies
 
@@ -79,7 +78,6 @@ def with_padding(
     records: Sequence[Recorded],
     valid: Valid,
     batch: Any,
-    max_dim: int,
 ) -> dict[str, RowForm]:
     """Let forms say what tells which of their positions hold data: of the batch, or a state's lengths.
 
@@ -109,7 +107,7 @@ def with_padding(
         return any(known[i] for i in own) or (None if may_be else False)
 
     def padded(record: Recorded, form: RowForm) -> RowForm:
-        """Find what tells which of a state's positions hold data, and pool as if these were all."""
+        """Find what tells which of a state's positions hold data."""
         size = n_positions(record.tensor, form)
         if not size or record.lengths is not None:
             return form
@@ -122,8 +120,7 @@ def with_padding(
             return form
         # Of what all data agree with, that which leaves out most, and "mask" may be of anything.
         name = min(best, key=lambda name: (name == "mask", int(masks[name].sum())))
-        sizes = longest(masks[name]), shape[1 if form.channels_first else 2]
-        return replace(form, padding=name, grid=pooled_grid(sizes, max_dim, channels_first=False))
+        return replace(form, padding=name)
 
     of = {record.name: record for record in records}
     return {name: padded(of[name], form) if name in of else form for name, form in forms.items()}

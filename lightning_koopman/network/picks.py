@@ -17,7 +17,6 @@ from lightning_koopman.network.rows import (
     RowForm,
     by_sample,
     last_valid,
-    longest,
     n_positions,
 )
 from lightning_koopman.network.tensors import (
@@ -194,10 +193,8 @@ def keeping_picked(
                 seen.add(source)
                 left.append(source)
                 picked[source] = picked[name]
-                said = valid.get(forms[source].padding or source)
-                held = size if said is None else longest(said)
-                if by_sample(known[source].tensor, forms[source])[0].numel() * held > max_dim * size:
-                    grid = (min(*forms[source].grid, max(1, held - 1)),)
+                if by_sample(known[source].tensor, forms[source])[0].numel() > max_dim:
+                    grid = (min(*forms[source].grid, size - 1),)
                     kept[source] = _with_pick(replace(forms[source], grid=grid), picked[name])
     return {**forms, **kept}
 

@@ -460,7 +460,7 @@ def make_plan(
     records = _ignoring(records)
     beside = [r for inside in tensors.values() for r in inside if r.name not in by_name]
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
-    forms = with_padding(forms, given, valid, batch, max_dim)
+    forms = with_padding(forms, given, valid, batch)
     forms = keeping_picked(forms, given, read, max_dim, {**valid, **lengths_of(given)})
     n_samples, _ = batch_size(records, batch)
     for call, (first, *rest) in tensors.items():
