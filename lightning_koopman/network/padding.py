@@ -12,13 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.network.input_data import has_positions, is_mask
-from lightning_koopman.network.rows import (
-    Recorded,
-    RowForm,
-    by_sample,
-    longest,
-    n_positions,
-)
+from lightning_koopman.network.rows import Recorded, RowForm, by_sample, n_positions
 from lightning_koopman.network.tensors import by_name, parts_of, tensors_inside, varies
 
 Valid = Mapping[str, Tensor]
@@ -113,7 +107,7 @@ def with_padding(
             return form
         shape = by_sample(record.tensor, form).shape
         masks = {name: told_up_to(name, size)[0] for name in told}
-        fit = [n for n, m in masks.items() if m.shape == (shape[0], size) and longest(told[n]) <= size]
+        fit = [n for n, m in masks.items() if m.shape == (shape[0], size) and _longest(told[n]) <= size]
         about = {name: is_about(name, size, record) for name in fit}
         best = [name for name in fit if about[name]] or [n for n in fit if about[n] is None]
         if not best:
@@ -160,11 +154,11 @@ def _fitting(valid: Sequence[Tensor | None], shapes: Sequence[tuple[int, int]]) 
     """Return masks of such shapes, or none; the longest of all samples has all positions."""
     masks, is_sure = list[Tensor](), False
     for each, (n_samples, size) in zip(valid, shapes, strict=True):
-        if each is None or len(each) != n_samples or longest(each) > size:
+        if each is None or len(each) != n_samples or _longest(each) > size:
             return []
         if each.ndim > 1 and each.shape[1] != size:
             return []
-        is_sure |= each.ndim > 1 or longest(each) == size
+        is_sure |= each.ndim > 1 or _longest(each) == size
         masks.append((each if each.ndim > 1 else up_to(each, size)).cpu())
     return masks if is_sure else []
 
@@ -177,6 +171,11 @@ def lengths_of(records: Iterable[Recorded]) -> dict[str, Tensor]:
 def up_to(lengths: Tensor, size: int) -> Tensor:
     """Return the mask of so many positions that lengths stand for."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def _longest(valid: Tensor) -> int:
+    """Count the positions that hold data in the sample that has most, by a mask or lengths."""
+    return max(1, int((valid.sum(dim=1) if valid.ndim > 1 else valid).max()))
 
 
 def _pads(mask: Tensor, data: Tensor) -> bool | None:

@@ -344,11 +344,6 @@ def last_valid(valid: Tensor) -> Tensor:
     return (torch.arange(valid.shape[1], device=valid.device) * valid).argmax(dim=1)
 
 
-def longest(valid: Tensor) -> int:
-    """Count the positions that hold data in the sample that has most, by a mask or lengths."""
-    return max(1, int((valid.sum(dim=1) if valid.ndim > 1 else valid).max()))
-
-
 def by_sample(tensor: Tensor, form: RowForm) -> Tensor:
     """Bring the samples to axis 0."""
     values = tensor.movedim(form.batch_axis, 0) if tensor.ndim > 1 else tensor.reshape(-1)
