@@ -395,10 +395,10 @@ class Outputs:
         """
         moved = []
         for batch, (own, other) in enumerate(zip(self._outputs, altered, strict=True)):
-            z = self._logits(other).double() - self._logits(own).double()
             if self.scale == "relative":
                 z = self._filled(batch, other).double() - self._filled(batch, own).double()
             else:
+                z = self._logits(other).double() - self._logits(own).double()
                 p = self._logits(own).double().softmax(self._axis)
                 z = (p / 2).sqrt() * (z - (p * z).sum(self._axis, keepdim=True))
                 z = self._counted(batch, z.movedim(self._axis, 0))

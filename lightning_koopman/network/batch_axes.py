@@ -52,13 +52,14 @@ class BatchAxes:
         self._sizes: dict[int, int] = {}
         self._steps: dict[int, dict[int, int]] = {}
 
-    def begin(self, tensors: Sequence[Tensor], axis: int | None = None) -> None:
-        """Let these be the batch's tensors; follow their first axes, or one of theirs alone."""
-        if axis is not None:
-            for tensor in filter(address_of, tensors):
-                self._sizes = {0: tensor.shape[axis]}
-                self._set(tensor, {0: _step(tensor, Place(axis))}, is_part=True)
-            return
+    def begin_at(self, tensor: Tensor, axis: int) -> None:
+        """Follow one axis of one tensor, in place of the first axes of the batch's tensors."""
+        self._sizes = {0: tensor.shape[axis]}
+        if address_of(tensor):
+            self._set(tensor, {0: _step(tensor, Place(axis))}, is_part=True)
+
+    def begin(self, tensors: Sequence[Tensor]) -> None:
+        """Let these be the batch's tensors."""
         tensors = [t for t in tensors if address_of(t) and not t.is_nested and t.ndim]
         if not tensors:
             return

@@ -68,10 +68,7 @@ def _is_causal(mask: Tensor) -> Tensor:
 
 
 def with_padding(
-    forms: Mapping[str, RowForm],
-    records: Sequence[Recorded],
-    valid: Valid,
-    batch: Any,
+    forms: Mapping[str, RowForm], records: Sequence[Recorded], valid: Valid, batch: Any
 ) -> dict[str, RowForm]:
     """Let forms say what tells which of their positions hold data: of the batch, or a state's lengths.
 

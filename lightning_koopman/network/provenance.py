@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -154,7 +155,7 @@ class DataFlow:
                 for place, tensor in enumerate(tensors):
                     if has_positions(tensor) and sizes[tensor.shape[1]] > 1:
                         self._positions[place] = BatchAxes(self._keep_address)
-                        self._positions[place].begin([tensor], axis=1)
+                        self._positions[place].begin_at(tensor, axis=1)
             except Exception as error:
                 self.error = error
 
@@ -649,14 +650,22 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
 
 def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:
     """Check whether an operator is nothing but others, which inference mode does not show one by one."""
-    has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, func.name()
-    # Some operators are known to no dispatcher, as those that ask a tensor of a subclass for its device.
-    if not torch._C._dispatch_has_kernel(name) or not has_kernel(name, _MADE_OF_OTHERS):
+    if not _is_made_of_others(func):
         return False
     given = list(_flat(args))
     plain = all(t.layout is torch.strided and not t.is_nested for t in given)
-    kinds = {t.device.type for t in given}
-    return plain and not any(has_kernel(name, torch._C._dispatch_key_for_device(kind)) for kind in kinds)
+    has_kernel, kinds = torch._C._dispatch_has_kernel_for_dispatch_key, {t.device.type for t in given}
+    keys = map(torch._C._dispatch_key_for_device, kinds)
+    return plain and not any(has_kernel(func.name(), key) for key in keys)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_made_of_others(func: Any) -> bool:
+    """Check whether torch has an operator as others alone, for devices without a kernel of its own."""
+    name = func.name()
+    # Some operators are known to no dispatcher, as those that ask a tensor of a subclass for its device.
+    known = torch._C._dispatch_has_kernel(name)
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, _MADE_OF_OTHERS)
 
 
 class _WatchOfThread(threading.local):
