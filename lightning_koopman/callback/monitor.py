@@ -683,8 +683,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self._state.note_weights(trainer, pl_module)
                 if changed:
                     self._measurement.notes.append(
-                        "weights were changed after the last measurement, as by pruning or averaging: "
-                        "this is about what they are now, on the same samples"
+                        "weights or batch statistics were changed after the last measurement, as by "
+                        "pruning or averaging: this is about what they are now, on the same samples"
                     )
                 if recording is not None and recording.full:
                     self._measurement.notes.append(

@@ -19,7 +19,7 @@ from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components
+from lightning_koopman.network.components import Components, is_leaf
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
@@ -298,7 +298,7 @@ class Measurement(Accumulator):
                 parts=self.parts,
             )
         return replace(
-            report, notes=tuple(notes), parts=self.parts, reference=reference, **self._modules()
+            report, notes=tuple(notes), parts=self.parts, reference=reference, **self._about_modules()
         )
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
@@ -517,9 +517,11 @@ class Measurement(Accumulator):
                 "and it has no credit of its own"
             )
         if len(self.chain.names) == 2:
+            leaf = all(map(is_leaf, self._modules()[0]))
+            advice = "" if leaf else "; name smaller parts with components=[...]"
             notes.append(
                 f"the network has one component, {self.chain.names[1]!r}, whose credit is 0 by "
-                "definition, as of every last one; name smaller parts with components=[...]"
+                f"definition, as of every last one{advice}"
             )
         return notes
 
@@ -541,18 +543,21 @@ class Measurement(Accumulator):
         inside = {call_of(name) for group in states for name in group}
         return {name: calls for name, calls in self.capture.parts.items() if name in inside}
 
-    def _modules(self) -> dict[str, Any]:
-        """Class and number of parameters of each component's module, as fields of the report."""
+    def _modules(self) -> list[list[nn.Module]]:
+        """Find the modules of each component."""
         states = () if self.plan is None else self.plan.states[1:]
         calls = [dict.fromkeys(map(call_of, group)) for group in states]
         found = [[self.capture.components.get(n.partition("#")[0]) for n in group] for group in calls]
+        return [[module for module in group if module is not None] for group in found]
+
+    def _about_modules(self) -> dict[str, Any]:
+        """Class and number of parameters of each component's module, as fields of the report."""
+        modules = self._modules()
         return {
-            "types": tuple(
-                "+".join(type(m).__name__ for m in group if m is not None) for group in found
-            ),
+            "types": tuple("+".join(type(m).__name__ for m in group) for group in modules),
             "parameters": tuple(
-                sum(p.numel() for m in group if m is not None for p in m.parameters() if not is_lazy(p))
-                for group in found
+                sum(p.numel() for m in group for p in m.parameters() if not is_lazy(p))
+                for group in modules
             ),
         }
 

@@ -86,7 +86,7 @@ def test_weights_that_were_pruned_after_the_last_validation_are_measured(ours_fi
     assert final.credit == pytest.approx(expected.credit, abs=1e-6)
     assert abs(validated.credit - expected.credit).max() > 1e-2
     assert final.effects is not None
-    assert any("weights were changed after the last measurement" in note for note in final.notes)
+    assert any("were changed after the last measurement" in note for note in final.notes)
 
 
 @pytest.mark.parametrize("ours_first", [True, False])

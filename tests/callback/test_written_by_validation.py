@@ -148,7 +148,7 @@ def test_masks_that_prune_when_validation_ends_are_still_weights_that_were_chang
     model = Net(nn.BatchNorm1d(8))
     fitted(tmp_path, model, pruning, monitor)
     assert monitor.report.credit == pytest.approx(credit_report(model, X.split(64)).credit, abs=1e-6)
-    assert any("weights were changed after the last measurement" in n for n in monitor.report.notes)
+    assert any("were changed after the last measurement" in n for n in monitor.report.notes)
 
 
 @pytest.mark.parametrize("spoilt", ["_on_input", "_on_output"])

@@ -242,7 +242,7 @@ def test_weights_that_were_changed_behind_the_last_validation_are_measured_in_al
         validated, final = map(CreditReport.from_dict, rank["history"])
         assert validated.step == final.step
         assert abs(validated.credit - final.credit).max() > 1e-2
-        assert any("weights were changed after the last measurement" in note for note in final.notes)
+        assert any("were changed after the last measurement" in note for note in final.notes)
 
 
 def test_processes_measure_effects_in_the_same_unit(two):

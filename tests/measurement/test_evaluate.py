@@ -558,10 +558,15 @@ def test_what_is_no_model_and_what_gives_no_batches_is_refused(mlp, model, batch
         credit_report(mlp if model is None else model, batches)
 
 
-def test_a_network_of_one_component_is_told_that_its_credit_says_nothing():
+def test_a_network_of_one_component_is_told_that_its_credit_says_nothing(mlp):
     net = nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).double()
     (note,) = [n for n in credit_report(net, [samples()]).notes if "one component" in n]
-    assert note.startswith("the network has one component, '1', whose credit is 0 by definition")
+    assert note == (
+        "the network has one component, '1', whose credit is 0 by definition, as of every last one"
+    )
+    whole = credit_report(nn.Sequential(mlp), [samples()], components=["0"])
+    (note,) = [n for n in whole.notes if "one component" in n]
+    assert note.endswith("as of every last one; name smaller parts with components=[...]")
 
 
 @pytest.mark.parametrize(
