@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_koopman.koopman.regression import product
+
 RANK_RTOL = 1e-8
 """Singular values of a backward step below this share of its largest count as lost directions."""
 
@@ -65,7 +67,7 @@ class Alignment:
 
     def jacobian(self, state: int) -> Tensor:
         """Return J_i, how the chosen outputs answer to a state."""
-        return self.bases[state] @ self.factors[state]
+        return product(self.bases[state], self.factors[state])
 
 
 def align(
@@ -127,7 +129,7 @@ def _align(
             if p == state
         )
         steps = {
-            c: operators[c - 1][list(parents[c - 1]).index(state)] @ bases[c]
+            c: product(operators[c - 1][list(parents[c - 1]).index(state)], bases[c])
             for c in live
             if state in parents[c - 1]
         }
@@ -137,7 +139,7 @@ def _align(
         if solved is None and not needed:
             return ((), (), (), torch.empty(0)), _independent(jacobian), state
         basis, triangle, inverse = solved or (jacobian, identity, identity)
-        bases[state], factors[state] = basis, triangle @ factors[unit]
+        bases[state], factors[state] = basis, product(triangle, factors[unit])
         logs[state] = logs[unit] + _diagonal(triangle).abs().log()
         others = {*needed, nearest}
         between = {
@@ -163,7 +165,7 @@ def _times(left: Tensor, right: Tensor, identity: Tensor) -> Tensor:
     """Multiply, but for the identity: in a chain without skips that is all there is between states."""
     if right is identity:
         return left
-    return right if left is identity else left @ right
+    return right if left is identity else product(left, right)
 
 
 def _in_best_units(
@@ -176,7 +178,7 @@ def _in_best_units(
     """
     found = []
     for unit in steps or [nearest]:
-        paths = [s if c == unit else s @ between[c, unit] for c, s in steps.items()]
+        paths = [s if c == unit else product(s, between[c, unit]) for c, s in steps.items()]
         jacobian = sum(paths[1:], start=paths[0]) if paths else nothing
         solved = _triangular(jacobian)
         found.append((unit, jacobian, solved))

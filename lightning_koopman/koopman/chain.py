@@ -17,6 +17,7 @@ from lightning_koopman.koopman.regression import (
     choose_ridge,
     held_out_errors,
     is_settled,
+    product,
     solve_each,
     spectrum,
 )
@@ -333,7 +334,7 @@ def _squares(split: Split, operators: Sequence[Tensor]) -> Tensor:
         read = split.layout.parents[i]
         replaced = blocks.pop(i, None)
         for p, operator in zip(read, cut[i - 1], strict=True):
-            moved = operator if replaced is None else operator @ replaced
+            moved = operator if replaced is None else product(operator, replaced)
             blocks[p] = blocks[p] + moved if p in blocks else moved
         states = list(blocks)
         whole = torch.cat(list(blocks.values()), dim=-2) if len(states) > 1 else blocks[states[0]]

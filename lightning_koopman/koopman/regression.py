@@ -206,6 +206,14 @@ def held_out_errors(matrices: Tensor, test_xx: Tensor, test_xy: Tensor, variance
     return (variance + dots(rest, matrices)).clamp_min(0)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices, or batches of them; BLAS is up to eight times as slow by columns as by rows."""
+    if left.stride(-2) == 1:
+        # As solvers give operators.
+        return (right.mT @ left.mT).mT
+    return left @ right
+
+
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """Sum the products of all entries, for each of several matrices."""
     products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))

@@ -250,7 +250,8 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
     if tall:
         basis = vectors[:, :kept]
     else:
-        basis = centred.T @ (vectors[:, :kept] / values[:kept].sqrt())
+        # Four times as fast in double precision as the other way round.
+        basis = ((vectors[:, :kept] / values[:kept].sqrt()).T @ centred).T.contiguous()
         if rows.dtype != torch.float64:
             # Small directions, divided by their size, are orthogonal but roughly; so close to that, a
             # QR by Cholesky is stable, and many times faster than one by reflections.
