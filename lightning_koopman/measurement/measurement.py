@@ -516,6 +516,12 @@ class Measurement(Accumulator):
                 f"{first!r} takes no floating-point input that could be followed, so its output is x_0 "
                 "and it has no credit of its own"
             )
+        last = self.capture.returned.changes
+        if self.options.output is None and last is not None and last == self.chain.names[-1]:
+            notes.append(
+                f"credits end with what {last!r} gives, not with what the network makes of it by "
+                "itself, as by torch.tanh; let a module do that, as nn.Tanh()"
+            )
         if len(self.chain.names) == 2:
             leaf = all(map(is_leaf, self._modules()[0]))
             advice = "" if leaf else "; name smaller parts with components=[...]"

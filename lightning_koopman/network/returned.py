@@ -36,12 +36,15 @@ class Returned:
             themselves, under the same name, as is what is less than the last one or more was done with.
         in_losses: The states that reach single numbers, as losses are.
         rows: How many rows the tensors have.
+        changes: The last state, where every tensor that is made of it alone is another function of it,
+            without being a state of its own.
     """
 
     def __init__(self, provenance: Provenance, inputs: Inputs, whole: Call) -> None:
         self.made_of: dict[str, frozenset[str]] = {}
         self.in_losses: frozenset[str] = frozenset()
         self.rows: set[int] = set()
+        self.changes: str | None = None
         self._provenance, self._inputs, self._whole = provenance, inputs, whole
         self._places: dict[int, str] = {}
         self._further: set[str] = set()
@@ -98,7 +101,7 @@ class Returned:
 
     def _beyond(self, name: str, state: Tensor, output: Any) -> list[Tensor]:
         """Find what is made of one state alone, if less than it or with weights of its own."""
-        parts, weighted = list[Tensor](), list[Tensor]()
+        parts, weighted, unlike = list[Tensor](), list[Tensor](), list[bool]()
         for tensor in filter(is_real, tensors_inside(output)):
             values = plain(tensor)
             if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
@@ -108,11 +111,15 @@ class Returned:
                 continue
             if tensor.numel() < state.numel():
                 parts.append(tensor)
-            elif self._provenance.holds_own(tensor):
-                # A shift alone, as by a bias, changes nothing that is reported.
-                shifted = tensor.shape == state.shape and torch.allclose(
-                    state + (values - state)[:1], values, rtol=1e-4
-                )
-                weighted += [] if shifted else [tensor]
+                continue
+            # A shift alone, as by a bias, changes nothing that is reported.
+            shifted = tensor.shape == state.shape and torch.allclose(
+                state + (values - state)[:1], values, rtol=1e-4
+            )
+            unlike.append(tensor.shape == state.shape and not shifted)
+            if self._provenance.holds_own(tensor) and not shifted:
+                weighted.append(tensor)
         whole = sum(part.numel() for part in parts) >= state.numel()
-        return weighted if whole else weighted + parts
+        found = weighted if whole else weighted + parts
+        self.changes = name if unlike and all(unlike) and not found else None
+        return found

@@ -312,3 +312,45 @@ def test_a_frozen_part_behind_a_trained_one_counts_where_the_step_calls_both(twi
     expected = ["a", "b"] if twice else ["a", "b", "f"]
     assert report.components == tuple(expected)
     assert report.total == pytest.approx(volume(net.w(*expected)), abs=1e-7)
+
+
+def end_notes(end: Callable[[Tensor], Any], **given: Any) -> list[str]:
+    net = Linears(lambda m, x: end(m.b(m.a(x))), a=(8, 8), b=(8, 4))
+    if isinstance(end, nn.Module):
+        net.add_module("end", end)
+    report = credit_report(net, samples(), **given)
+    assert report.components[:2] == ("a", "b")
+    return [note for note in report.notes if note.startswith("credits end with")]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [torch.tanh, torch.relu, lambda y: torch.log_softmax(y, 1), lambda y: 2 * y, lambda y: (y**2, y**3)],
+    ids=["tanh", "relu", "log_softmax", "a scale", "two of it"],
+)
+def test_what_the_network_makes_of_its_last_component_by_itself_is_told(
+    end: Callable[[Tensor], Any],
+) -> None:
+    (note,) = end_notes(end)
+    assert note == (
+        "credits end with what 'b' gives, not with what the network makes of it by itself, as by "
+        "torch.tanh; let a module do that, as nn.Tanh()"
+    )
+    assert not end_notes(end, output=lambda y: y if isinstance(y, Tensor) else y[0])
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        nn.Tanh(),
+        lambda y: y + 1,
+        lambda y: y.view(-1, 2, 2),
+        lambda y: (y, y.softmax(1)),
+        lambda y: y[:, :2],
+    ],
+    ids=["a module", "a shift", "a view", "it as well", "a part"],
+)
+def test_ends_that_are_the_last_component_or_a_state_of_their_own_need_no_word(
+    end: Callable[[Tensor], Any],
+) -> None:
+    assert not end_notes(end)
