@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,29 @@ _STAGE = "stage:"
 """Label of a state before a further module continued it, beside that of the state."""
 
 _NOTHING: frozenset[str] = frozenset()
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _kept_out_of_the_pass(otherwise: Any = None) -> Callable[[_Method], _Method]:
+    """Keep a method's error as that of the flow, for the user's own pass must not end because of ours.
+
+    What is returned then, and from then on, is ``otherwise``.
+    """
+
+    def decorate(method: _Method) -> _Method:
+        @functools.wraps(method)
+        def safe(self: DataFlow, *args: Any, **kwargs: Any) -> Any:
+            if self.error is None:
+                try:
+                    return method(self, *args, **kwargs)
+                except Exception as error:
+                    self.error = error
+            return otherwise
+
+        return cast(_Method, safe)
+
+    return decorate
 
 
 class DataFlow:
@@ -137,81 +160,53 @@ class DataFlow:
 
         return RowOrders(self._is_data, self._is_own, self._merges, is_along, self._keep_address)
 
+    @_kept_out_of_the_pass()
     def begin_axes(self, tensors: Iterable[Tensor]) -> None:
         """Follow the first axes of the batch's tensors, too."""
-        if self.error is None:
-            try:
-                self._axes.begin(list(tensors))
-                if self._axes.is_square and len(self._rows) == 1:
-                    self._rows.append(self._rows_along(1))
-            except Exception as error:
-                self.error = error
+        self._axes.begin(list(tensors))
+        if self._axes.is_square and len(self._rows) == 1:
+            self._rows.append(self._rows_along(1))
 
+    @_kept_out_of_the_pass()
     def begin_positions(self, tensors: Sequence[Tensor]) -> None:
         """Follow whose positions there are, of the batch's tensors that have as many."""
-        if self.error is None:
-            try:
-                sizes = Counter(tensor.shape[1] for tensor in tensors if has_positions(tensor))
-                for place, tensor in enumerate(tensors):
-                    if has_positions(tensor) and sizes[tensor.shape[1]] > 1:
-                        self._positions[place] = BatchAxes(self._keep_address)
-                        self._positions[place].begin_at(tensor, axis=1)
-            except Exception as error:
-                self.error = error
+        sizes = Counter(tensor.shape[1] for tensor in tensors if has_positions(tensor))
+        for place, tensor in enumerate(tensors):
+            if has_positions(tensor) and sizes[tensor.shape[1]] > 1:
+                self._positions[place] = BatchAxes(self._keep_address)
+                self._positions[place].begin_at(tensor, axis=1)
 
+    @_kept_out_of_the_pass(frozenset())
     def positions(self, tensor: Tensor) -> frozenset[int]:
         """Find the tensors of the batch, by number, whose positions a tensor has."""
-        if self.error is None:
-            try:
-                axes = self._positions.items()
-                return frozenset(place for place, each in axes if each.find(tensor, 0) is not None)
-            except Exception as error:
-                self.error = error
-        return frozenset()
+        axes = self._positions.items()
+        return frozenset(place for place, each in axes if each.find(tensor, 0) is not None)
 
+    @_kept_out_of_the_pass((None, None))
     def places(self, tensor: Tensor) -> tuple[Place | None, ...]:
         """Find the two first axes of the batch in a tensor."""
-        if self.error is None:
-            try:
-                return tuple(self._axes.find(tensor, which) for which in range(2))
-            except Exception as error:
-                self.error = error
-        return None, None
+        return tuple(self._axes.find(tensor, which) for which in range(2))
 
+    @_kept_out_of_the_pass(NO_PICKS)
     def picks(self, tensor: Tensor) -> Picks:
         """Find of which states a tensor holds one position alone."""
-        if self.error is None:
-            try:
-                return self._picks.of(tensor)
-            except Exception as error:
-                self.error = error
-        return NO_PICKS
+        return self._picks.of(tensor)
 
+    @_kept_out_of_the_pass()
     def label(self, value: Any, name: str, *, beside: bool = False) -> None:
         """Replace the labels of all tensors in a value by one, or put one ``beside`` them."""
-        if self.error is None:
-            try:
-                for tensor in all_tensors(value):
-                    self._set(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
-            except Exception as error:
-                self.error = error
+        for tensor in all_tensors(value):
+            self._set(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
 
+    @_kept_out_of_the_pass()
     def label_part(self, tensor: Tensor, name: str, *, beside: bool = False) -> None:
         """Do as :meth:`label`, and leave the labels of others that share a tensor's memory."""
-        if self.error is None:
-            try:
-                self._set_part(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
-            except Exception as error:
-                self.error = error
+        self._set_part(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
 
+    @_kept_out_of_the_pass(_NOTHING)
     def labels(self, value: Any) -> frozenset[str]:
         """Read the labels of all tensors in a value."""
-        if self.error is None:
-            try:
-                return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
-            except Exception as error:
-                self.error = error
-        return _NOTHING
+        return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
 
     def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Read which axes were merged into a tensor's first one, outermost first.
@@ -225,26 +220,19 @@ class DataFlow:
     def _merges(self, tensor: Tensor) -> dict[int, tuple[int, ...]]:
         return self._merged.get(address_of(tensor), {})
 
+    @_kept_out_of_the_pass(NO_ORDERS)
     def orders(self, tensor: Tensor, which: int = 0) -> Orders:
         """Read which rows a tensor's rows are, where operators took them in another order.
 
         Samples are taken to be along one of the two first axes of the batch.
         """
-        if self.error is None:
-            try:
-                return self._rows[min(which, len(self._rows) - 1)].told(tensor)
-            except Exception as error:
-                self.error = error
-        return NO_ORDERS
+        return self._rows[min(which, len(self._rows) - 1)].told(tensor)
 
+    @_kept_out_of_the_pass()
     def begin(self, tensor: Tensor) -> None:
         """Let a tensor's rows count as those of the batch, if they are no order of all of them."""
-        if self.error is None:
-            try:
-                for rows in self._rows:
-                    rows.begin(tensor)
-            except Exception as error:
-                self.error = error
+        for rows in self._rows:
+            rows.begin(tensor)
 
     def writes(self, tensor: Tensor) -> frozenset[str]:
         """Return the latest writes in place to the memory that a tensor views."""
@@ -261,15 +249,9 @@ class DataFlow:
     def _is_own(self, tensor: Tensor) -> bool:
         return self._get(tensor) == {_OWN}
 
+    @_kept_out_of_the_pass()
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Pass labels on from what an operator read to what it wrote."""
-        if self.error is None:
-            try:
-                self._follow(func, args, kwargs, out)
-            except Exception as error:  # the user's own pass must not end because of ours
-                self.error = error
-
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         name, given = func._schema.name.rpartition("::")[2], _flat((*args, *kwargs.values()))
         lost = _overwritten(name, args, kwargs) if func._schema.is_mutable else ()
         kept = [(t, i in lost) for i, t in enumerate(given) if i not in lost or not is_all_of_memory(t)]

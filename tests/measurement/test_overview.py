@@ -127,6 +127,6 @@ def test_where_data_cannot_be_followed_components_stand_in_a_row(monkeypatch):
     def broken(self: DataFlow, *args: object, **kwargs: object) -> None:
         raise RuntimeError("no such operation")
 
-    monkeypatch.setattr(DataFlow, "_follow", broken)
+    monkeypatch.setattr(DataFlow, "_known", broken)
     found = describe_components(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), [torch.randn(8, 4)])
     assert [row.state for row in found.rows] == ["0", "1"]

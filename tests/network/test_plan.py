@@ -72,7 +72,7 @@ def test_a_step_reads_at_most_six_states_and_says_what_it_left_out():
     assert "'layers.7' reads 8 states; the furthest 2 were left out" in report.notes
 
 
-@pytest.mark.parametrize("where", ["_follow", "_set", "_get"])
+@pytest.mark.parametrize("where", ["_known", "_set", "_get"])
 def test_an_error_of_the_tracer_leaves_a_plain_chain_and_a_note(monkeypatch, where):
     net = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     batches = list(torch.randn(400, 5, dtype=torch.float64).split(100))
