@@ -764,7 +764,7 @@ class Capture:
             if any(other is mask for mask in masks) or not holds_numbers(other):
                 continue
             other_name = further_name(name, place)
-            self._provenance.mark_part(other, other_name, idle=is_idle)
+            self._provenance.mark(other, other_name, idle=is_idle, is_part=True)
             recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
             self._keep(other, replace(recorded, **facts))
 

@@ -723,21 +723,18 @@ class Provenance:
         self._taken, self._inputs, self.idle, self.changed = set(), set(), set(), set()
         self._label_batch()
 
-    def follow(self, own: Iterable[Tensor] = ()) -> None:
+    def follow(self, own: Iterable[Tensor]) -> None:
         """Begin to follow the data, and what the network holds itself."""
         self._flow = DataFlow(origins=True, on_mix=self._note_change)
-        for tensor in own:
-            self._flow.label(tensor, _OWN)
+        self.own(own)
         self._label_batch()
         self._flow.__enter__()
 
-    def follow_rows(self, own: Iterable[Tensor] = ()) -> None:
+    def follow_rows(self, own: Iterable[Tensor]) -> None:
         """Begin to follow in what order rows are, and nothing else."""
         self._order = DataFlow(origins=True)
-        for tensor in own:
-            self._order.label(tensor, _OWN)
-        for tensor in tensors_inside(self._batch):
-            self._order.label(tensor, _BATCH)
+        self._order.label(list(own), _OWN)
+        self._order.label(list(self.data), _BATCH)
         self._order.begin_axes(self.data)
         self._order.__enter__()
 
@@ -823,8 +820,8 @@ class Provenance:
 
     def exactly(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from, ``None`` where some of it is not known."""
-        labels = _NOTHING if self._flow is None else self._flow.labels(value)
-        return None if _UNKNOWN in labels or self.error is not None else self.of(value)
+        lost = _UNKNOWN in self._all_labels(value) or self.error is not None
+        return None if lost else self.of(value)
 
     def may_reach(self, tensor: Tensor, value: Any) -> bool:
         """Check whether a value may have been computed from what a tensor was."""
@@ -832,8 +829,12 @@ class Provenance:
 
     def _labels(self, value: Any) -> frozenset[str]:
         """Read which data and states a value was computed from, by their labels."""
-        labels = _NOTHING if self._flow is None else self._flow.labels(value) - _ORIGINS
+        labels = self._all_labels(value) - _ORIGINS
         return frozenset(name for name in labels if not name.startswith(_STAGE))
+
+    def _all_labels(self, value: Any) -> frozenset[str]:
+        """Read all labels of a value; there are none where the data is not followed."""
+        return _NOTHING if self._flow is None else self._flow.labels(value)
 
     def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
         """Find which axes were merged into a tensor's first one, see :meth:`DataFlow.merged`."""
@@ -844,7 +845,7 @@ class Provenance:
 
         ``None`` where nothing is known of what else than positions and the like it is made of.
         """
-        labels = _NOTHING if self._flow is None else self._flow.labels(tensor)
+        labels = self._all_labels(tensor)
         data = labels - _ORIGINS - self.idle
         if data:
             alone = all(name in inputs or name.startswith(_BATCH) for name in data)
@@ -875,8 +876,7 @@ class Provenance:
 
     def is_idle(self, value: Any) -> bool:
         """Check whether all tensors of a value are known to be made of what the network holds itself."""
-        flow = self._flow
-        known = [] if flow is None else [flow.labels(tensor) for tensor in all_tensors(value)]
+        known = [self._all_labels(tensor) for tensor in all_tensors(value)]
         return bool(known) and all(labels and labels <= self.idle | {_OWN} for labels in known)
 
     def masks(self, value: Any) -> list[Tensor]:
@@ -894,16 +894,15 @@ class Provenance:
     def own(self, tensors: Iterable[Tensor]) -> None:
         """Let tensors count as what the network holds itself."""
         if self._flow is not None:
-            for tensor in tensors:
-                self._flow.label(tensor, _OWN)
+            self._flow.label(list(tensors), _OWN)
 
     def holds_own(self, value: Any) -> bool:
         """Check whether what the network holds itself is in a value, beside what states are made of."""
-        return self._flow is not None and _OWN in self._flow.labels(value)
+        return _OWN in self._all_labels(value)
 
     def draws(self, value: Any) -> bool:
         """Check whether there are random numbers in a value that are no input."""
-        return self._flow is not None and _CHANCE in self._flow.labels(value)
+        return _CHANCE in self._all_labels(value)
 
     def claim(self, tensor: Tensor, name: str, *, whole: bool) -> None:
         """Let a tensor count as an input, and if it is the ``whole`` of what it is made of, that too."""
@@ -953,36 +952,27 @@ class Provenance:
 
     def others(self, value: Any) -> list[Tensor]:
         """Find the tensors made of data of the batch that no component has taken, such as targets."""
-        if self._flow is None:
-            return []
         return [
             tensor
             for tensor in all_tensors(value)
             # What is true or false is a mask, not a target.
             if tensor.dtype != torch.bool
-            and any(
-                self._is_new(label) and label not in self._taken for label in self._flow.labels(tensor)
-            )
+            and any(self._is_new(n) and n not in self._taken for n in self._all_labels(tensor))
         ]
 
     def take(self, value: Any) -> None:
         """Remember which data of the batch a component has taken, in whatever place."""
-        if self._flow is not None:
-            self._taken |= {name for name in self._flow.labels(value) if name.startswith(_BATCH)}
+        self._taken |= {name for name in self._all_labels(value) if name.startswith(_BATCH)}
 
-    def mark(self, value: Any, name: str, *, idle: bool) -> None:
-        """Let a value count as a state, and remember it where the network holds all it is made of."""
+    def mark(self, value: Any, name: str, *, idle: bool, is_part: bool = False) -> None:
+        """Let a value count as a state, and remember it where the network holds all it is made of.
+
+        What shares memory with a value that ``is_part`` of it stays what it was.
+        """
         if self._flow is not None:
             if idle:
                 self.idle.add(name)
-            self._flow.label(value, name)
-
-    def mark_part(self, tensor: Tensor, name: str, *, idle: bool) -> None:
-        """Let a tensor count as a state, and not what shares its memory, see :meth:`mark`."""
-        if self._flow is not None:
-            if idle:
-                self.idle.add(name)
-            self._flow.label_part(tensor, name)
+            (self._flow.label_part if is_part else self._flow.label)(value, name)
 
     def writes(self, tensor: Tensor) -> frozenset[str]:
         """Return the latest writes in place, see :meth:`DataFlow.writes`."""
@@ -1002,8 +992,8 @@ class Provenance:
 
     def stages(self, value: Any) -> set[tuple[str, int]]:
         """Find which stages of which states a value was computed from."""
-        labels = _NOTHING if self._flow is None else self._flow.labels(value)
-        marks = (label.split(":", 2)[1:] for label in labels if label.startswith(_STAGE))
+        stages = (label for label in self._all_labels(value) if label.startswith(_STAGE))
+        marks = (label.split(":", 2)[1:] for label in stages)
         return {(name, int(stage)) for stage, name in marks}
 
     def may_hold(self, tensor: Tensor, name: str) -> bool:
