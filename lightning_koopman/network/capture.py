@@ -423,7 +423,7 @@ class Capture:
                 f"the output of interest has type {type(value).__name__}, without a floating-point "
                 "tensor; let output= give one"
             )
-        self._keep(tensor, Recorded(name, self._model, tensor, None, sources))
+        self._store(tensor, Recorded(name, self._model, tensor, None, sources))
 
     @_kept_out_of_the_forward
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -519,8 +519,7 @@ class Capture:
             self._stages.read(end.name, end.tensor)
             self._keep_mixed_in(end.name, call)
             sources = self.returned.made_of[end.name]
-            recorded = _recorded(end.name, module, end.tensor, end.tensor, sources)
-            self._keep(end.tensor, replace(recorded, is_further=end.is_further))
+            self._keep(end.name, module, end.tensor, sources, is_further=end.is_further)
 
     @_kept_out_of_the_forward
     def _on_inner_input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -563,9 +562,8 @@ class Capture:
         real = list(filter(is_real, all_tensors(given)))
         for place, name in own.items():
             if place < len(real):
-                recorded = _recorded(name, module, given, real[place], frozenset())
-                is_idle = self._provenance.is_idle(real[place])
-                self._keep(real[place], replace(recorded, is_input=True, is_idle=is_idle))
+                idle = self._provenance.is_idle(real[place])
+                self._keep(name, module, real[place], frozenset(), given, is_input=True, is_idle=idle)
 
     @_kept_out_of_the_forward
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -705,10 +703,9 @@ class Capture:
         self._keep_mixed_in(name, self._call)
         # The first pass shows which modules are followed by one that speaks for the component.
         if key not in self._superseded:
-            self._keep(tensor, _recorded(name, module, output, tensor, None))
+            self._keep(name, module, tensor, None, output)
         for place, other in further:
-            other_name = further_name(name, place)
-            self._keep(other, _recorded(other_name, module, other, other, None))
+            self._keep(further_name(name, place), module, other, None)
 
     def _record_first(
         self,
@@ -730,8 +727,7 @@ class Capture:
         self.parts[name] = (*self.parts.get(name, ()), called)
         origin, new = self.origins.of(name, key, made, tensor, self._states.keys(), self._call)
         for added in new:
-            recorded = _recorded(added.name, module, added.copied, added.copied, frozenset())
-            self._keep(added.copied, replace(recorded, is_input=True, holds=added.holds))
+            self._keep(added.name, module, added.copied, frozenset(), is_input=True, holds=added.holds)
         self._keep_mixed_in(name, self._call)
         # What continues a state reads it at whatever stage it is, and others as they are.
         self._stages.read(name, given, made, but=name if key in self._merged else None)
@@ -744,6 +740,7 @@ class Capture:
         self._provenance.own(masks)
         component = self.components[name.partition("#")[0]]
         facts: dict[str, Any] = {
+            "from_float": origin.from_float,
             "is_frozen": is_frozen(component, self._trained),
             "is_idle": is_idle,
             "from_data": not untouched,
@@ -753,11 +750,9 @@ class Capture:
             and self._provenance.compares_samples(tensor, before.tensors, module),
         }
         if key not in self._superseded:
-            recorded = _recorded(
-                name, module, output, tensor, origin.sources, origin.from_float, origin.is_loss
-            )
-            given_data = bool(origin.sources) or not origin.from_float
-            self._keep(tensor, replace(recorded, ignores_data=given_data and untouched, **facts))
+            ignores_data = untouched and (bool(origin.sources) or not origin.from_float)
+            own = {"is_loss": origin.is_loss, "ignores_data": ignores_data}
+            self._keep(name, module, tensor, origin.sources, output, **own, **facts)
             if self._transparent or self.norms:
                 self._stages.add(name, key, tensor, self._states[name], made_of)
         for place, other in further:
@@ -765,8 +760,7 @@ class Capture:
                 continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle, is_part=True)
-            recorded = _recorded(other_name, module, other, other, origin.sources, origin.from_float)
-            self._keep(other, replace(recorded, **facts))
+            self._keep(other_name, module, other, origin.sources, **facts)
 
     def _made(
         self, key: tuple[int, int], before: Given | None, output: Any, given: Any
@@ -800,12 +794,39 @@ class Capture:
         given = self.inputs.data(call)
         for added, place in mixed_in.items():
             if place < len(given) and added not in self._states:
-                tensor = given[place]
-                recorded = _recorded(added, self._model, tensor, tensor, frozenset())
-                self._keep(tensor, replace(recorded, is_input=True))
+                self._keep(added, self._model, given[place], frozenset(), is_input=True)
 
-    def _keep(self, tensor: Tensor, recorded: Recorded) -> None:
-        """Keep a state; the first pass shows how its rows came about."""
+    def _keep(
+        self,
+        name: str,
+        module: nn.Module,
+        tensor: Tensor,
+        sources: frozenset[str] | None,
+        value: Any = None,
+        *,
+        is_loss: bool = False,
+        **facts: Any,
+    ) -> None:
+        """Keep a state with what is known of it; it may be that of a packed sequence in a value."""
+        lengths = None
+        packed = first_packed(value)
+        if packed is not None and packed.data is tensor:
+            held, lengths = unpacked(packed)
+        elif tensor.is_nested:
+            held, lengths = padded(tensor, name)
+        else:
+            whole = whole_here(tensor)
+            if whole is None:
+                raise ValueError(
+                    f"the state of {name!r} is a DTensor of which each process holds a part. "
+                    f"{LET_IT_BE_WHOLE}"
+                )
+            held = whole.dequantize() if whole.is_quantized else whole
+        is_loss = is_loss and held.ndim <= 1
+        self._store(tensor, Recorded(name, module, held, lengths, sources, is_loss=is_loss, **facts))
+
+    def _store(self, tensor: Tensor, recorded: Recorded) -> None:
+        """Store what was recorded of a state; the first pass shows how its rows came about."""
         if self._passes == 0:
             recorded = replace(
                 recorded,
@@ -850,29 +871,3 @@ def _with_arguments(outer: dict[str, Any], module: nn.Module, args: Any, kwargs:
 
 
 _signature = functools.lru_cache(maxsize=64)(inspect.signature)
-
-
-def _recorded(
-    name: str,
-    module: nn.Module,
-    value: Any,
-    tensor: Tensor,
-    sources: frozenset[str] | None,
-    from_float: bool = True,
-    is_loss: bool = False,
-) -> Recorded:
-    lengths = None
-    packed = first_packed(value)
-    if packed is not None and packed.data is tensor:
-        held, lengths = unpacked(packed)
-    elif tensor.is_nested:
-        held, lengths = padded(tensor, name)
-    else:
-        whole = whole_here(tensor)
-        if whole is None:
-            raise ValueError(
-                f"the state of {name!r} is a DTensor of which each process holds a part. "
-                f"{LET_IT_BE_WHOLE}"
-            )
-        held = whole.dequantize() if whole.is_quantized else whole
-    return Recorded(name, module, held, lengths, sources, from_float, is_loss and held.ndim <= 1)
