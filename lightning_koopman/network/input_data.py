@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import is_real, varies
+from lightning_koopman.network.tensors import has_places, is_real, varies
 
 
 def is_mask(tensor: Tensor) -> bool:
@@ -27,7 +27,7 @@ def is_mask(tensor: Tensor) -> bool:
 
 def has_positions(tensor: Tensor) -> bool:
     """Check whether a tensor may hold data at several positions of each sample."""
-    is_plain = not tensor.is_nested and tensor.layout is torch.strided and tensor.dtype != torch.bool
+    is_plain = has_places(tensor) and tensor.dtype != torch.bool
     return is_plain and tensor.ndim > 1 and tensor.shape[1] > 1
 
 
@@ -54,7 +54,7 @@ def holds_numbers(tensor: Tensor) -> bool:
 
 def are_alike(other: Tensor, first: Tensor) -> bool:
     """Check whether a tensor may hold data of the same samples as another one, and is no mask."""
-    if any(t.is_nested or t.is_quantized or t.layout is not torch.strided for t in (other, first)):
+    if any(t.is_quantized or not has_places(t) for t in (other, first)):
         return False
     if not other.ndim or other.shape[:1] != first.shape[:1] or not holds_numbers(other):
         return False
@@ -63,9 +63,8 @@ def are_alike(other: Tensor, first: Tensor) -> bool:
 
 def is_edge_index(tensor: Tensor) -> bool:
     """Check whether a tensor may say which nodes of a graph each edge joins."""
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        return False
-    return tensor.ndim == 2 and len(tensor) == 2 and tensor.dtype == torch.int64
+    is_pairs = has_places(tensor) and tensor.ndim == 2 and len(tensor) == 2
+    return is_pairs and tensor.dtype == torch.int64
 
 
 def is_of_edges(tensor: Tensor, indices: Sequence[Tensor]) -> bool:
@@ -98,7 +97,7 @@ _SAME = 1e-4
 def holds_all_of(tensor: Tensor, data: Tensor) -> bool:
     """Check whether a tensor is data but for offsets, factors and order, or has them beside others."""
     both = tensor, data
-    if any(not t.is_floating_point() or t.is_nested or t.layout is not torch.strided for t in both):
+    if not all(t.is_floating_point() and has_places(t) for t in both):
         return True
     if not data.numel() or tensor.shape[:1] != data.shape[:1]:
         return False

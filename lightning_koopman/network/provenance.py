@@ -33,6 +33,7 @@ from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
     compares_samples,
+    has_places,
     is_all_of_memory,
     tensors_inside,
     varies,
@@ -485,7 +486,7 @@ def _n_paired(name: str, reads: Sequence[Tensor | None], out: Tensor) -> int:
     It does as it multiplies two tensors of data, combines them along axes of their own, or takes rows
     apart that were repeated. What it reads is ``None`` where that is no data.
     """
-    data = [t for t in reads if t is not None and t.layout is torch.strided and not t.is_nested]
+    data = [t for t in reads if t is not None and has_places(t)]
     if name in _PRODUCTS:
         both = all(read is not None for read in reads[-2:])
         return out.shape[-1] if both and out.shape[-1] == out.shape[-2] else 0
@@ -635,10 +636,9 @@ def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:
     if not _is_made_of_others(func):
         return False
     given = list(_flat(args))
-    plain = all(t.layout is torch.strided and not t.is_nested for t in given)
     has_kernel, kinds = torch._C._dispatch_has_kernel_for_dispatch_key, {t.device.type for t in given}
     keys = map(torch._C._dispatch_key_for_device, kinds)
-    return plain and not any(has_kernel(func.name(), key) for key in keys)
+    return all(map(has_places, given)) and not any(has_kernel(func.name(), key) for key in keys)
 
 
 @functools.lru_cache(maxsize=1024)

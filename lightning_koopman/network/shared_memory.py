@@ -185,7 +185,7 @@ def _span(tensor: Tensor) -> int:
 
 def _memory(tensor: Tensor) -> tuple[int, torch.dtype] | None:
     """Tell the memory of a tensor from others'; nothing where it has none of its own."""
-    if tensor.layout is not torch.strided or tensor.is_nested:
+    if not has_places(tensor):
         return None
     memory, end = tensor.untyped_storage(), tensor.storage_offset() + _span(tensor)
     return (memory._cdata, tensor.dtype) if end * tensor.element_size() <= memory.nbytes() else None

@@ -186,8 +186,8 @@ def _mark_of(tensor: Tensor) -> int | Tensor | None:
     if not tensor.is_inference():
         return tensor._version
     # Made under inference mode, a tensor counts no writes; these change its first sample, as a rule.
-    plain = tensor.ndim and tensor.layout is torch.strided and not tensor.is_nested
-    return tensor[:1].clone() if plain and not tensor.is_quantized else None
+    plain = tensor.ndim and has_places(tensor) and not tensor.is_quantized
+    return tensor[:1].clone() if plain else None
 
 
 def compares_samples(tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:
