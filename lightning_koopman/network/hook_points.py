@@ -21,8 +21,10 @@ from lightning_koopman.network.shared_memory import further_tensors
 from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
+    by_name,
     derived,
     first_tensor,
+    has_places,
     in_order,
     is_real,
     is_wrapper,
@@ -255,22 +257,16 @@ def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(value, Distribution) or is_wrapper(value):
         value = copy.copy(value)
         for name, part in vars(value).items():
-            if any(tensor is old for tensor in all_tensors(part)):
+            if _holds(part, old):
                 vars(value)[name] = replace_tensor(part, old, new)
                 break
         return value
-    of_class = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    if isinstance(value, Mapping):
-        parts: Any = dict(value)
-    elif of_class:
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    else:
-        parts = dict(enumerate(value))
+    parts: Any = dict(by_name(value) or enumerate(value))
     key = next((k for k, part in parts.items() if _holds(part, old)), None)
     if key is None:
         return value
     part = parts[key] = replace_tensor(parts[key], old, new)
-    if of_class:
+    if dataclasses.is_dataclass(value):
         # Outputs such as those of transformers are mappings and dataclasses at once.
         return _with_field(value, key, part)
     if isinstance(value, Mapping):
@@ -325,9 +321,9 @@ def _with_entry(table: Any, key: Any, entries: dict[Any, Any], new: Tensor) -> A
 
 def _is_beside(other: Tensor, first: Tensor) -> bool:
     """Check whether a tensor is another one than the first, as long, and differs between samples."""
-    if any(tensor.is_nested or tensor.layout is not torch.strided for tensor in (other, first)):
+    if not (has_places(other) and has_places(first) and is_real(other)):
         return False
-    if not is_real(other) or other.shape[:1] != first.shape[:1]:
+    if other.shape[:1] != first.shape[:1]:
         return False
     return other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() and varies(other)
 
