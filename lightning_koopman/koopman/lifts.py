@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Observables = Literal["polynomial", "rff", "rbf"] | Callable[[Tensor], Any] | None
-"""Which functions of a state an operator acts on; ``None`` means the state's own coordinates."""
+LiftKind = Literal["polynomial", "rff", "rbf"]
+LIFTS: tuple[LiftKind, ...] = get_args(LiftKind)
 
-LIFTS = ("polynomial", "rff", "rbf")
+Observables = LiftKind | Callable[[Tensor], Any] | None
+"""Which functions of a state an operator acts on; ``None`` means the state's own coordinates."""
 
 _MOST_VALUES = 2048
 
@@ -22,7 +23,7 @@ class Lift:
     """A lift that is fixed: the state itself, and functions of it in the same unit.
 
     Attributes:
-        kind: ``"polynomial"``, ``"rff"`` or ``"rbf"``.
+        kind: Which of :data:`LIFTS` it is.
         center: Mean of the rows it was fitted to, shape ``(d,)``.
         scale: Root mean square of these rows about it.
         points: Frequencies (``"rff"``) or centres (``"rbf"``), shape ``(d, n)``; else empty.
@@ -30,7 +31,7 @@ class Lift:
         bandwidth: Median distance of two rows.
     """
 
-    kind: str
+    kind: LiftKind
     center: Tensor
     scale: float
     points: Tensor
@@ -52,7 +53,7 @@ class Lift:
         return torch.cat([rows, more], dim=1)
 
 
-def fit_lift(rows: Tensor, kind: str, size: int, *, seed: int = 0) -> Lift:
+def fit_lift(rows: Tensor, kind: LiftKind, size: int, *, seed: int = 0) -> Lift:
     """Fix a lift by the first rows of a state.
 
     Example:

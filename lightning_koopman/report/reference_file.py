@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_koopman.koopman.lifts import Lift
+from lightning_koopman.koopman.lifts import Lift, LiftKind
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.koopman.states import Basis
@@ -32,7 +32,7 @@ Reduction = Literal["pool", "flatten", "mean", "last", "cls"]
 
 
 class _Lift(BaseModel, strict=True):
-    kind: Literal["polynomial", "rff", "rbf"]
+    kind: LiftKind
     scale: float
     bandwidth: float
 
@@ -58,7 +58,7 @@ class _Content(BaseModel, strict=True):
     folds: Annotated[int, Field(ge=2, le=1000)]
     delay: Size
     seed: int
-    observables: Literal["polynomial", "rff", "rbf"] | None
+    observables: LiftKind | None
 
 
 def write_reference(reference: Reference, path: str | os.PathLike[str]) -> None:
