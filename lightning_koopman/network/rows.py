@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -190,10 +190,11 @@ def call_of(name: str) -> str:
     return f"{module}#{number.partition(':')[0]}".removesuffix("#0")
 
 
-Reduce = Literal["pool", "flatten", "mean", "last", "cls"] | Callable[[Tensor], Any]
-"""How the spatial or sequence axes of a state become part of one row per sample."""
+Reduction = Literal["pool", "flatten", "mean", "last", "cls"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
-REDUCTIONS = ("pool", "flatten", "mean", "last", "cls")
+Reduce = Reduction | Callable[[Tensor], Any]
+"""How the spatial or sequence axes of a state become part of one row per sample."""
 
 _POOLED_CELLS = 16
 _STRIP = 64  # values of which pooling by strips is faster than by one product
@@ -265,7 +266,7 @@ class RowForm:
         """Return the form of a batch whose samples may have other numbers of rows each."""
         if self.run > 1 or self.batch_axis or not self.of_batch or not tensor.ndim:
             return self
-        given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+        given = _rows_given(batch)
         group = len(tensor) // max(1, given)
         alike = group == self.group or group * given != len(tensor)
         return self if alike else replace(self, group=group)
@@ -368,15 +369,9 @@ def pooled_grid(shape: tuple[int, ...], max_dim: int, *, channels_first: bool) -
     channels = shape[0] if channels_first else shape[-1]
     axes = shape[1:] if channels_first else shape[:-1]
     if len(axes) > 3:
-        folded = 1
-        for size in axes[2:]:
-            folded *= size
-        axes = (*axes[:2], folded)
-    values = channels
-    for size in axes:
-        values *= size
-    if values <= max_dim:
-        return tuple(axes)
+        axes = (*axes[:2], math.prod(axes[2:]))
+    if channels * math.prod(axes) <= max_dim:
+        return axes
     cells = min(_POOLED_CELLS, max(1, 16 * max_dim // channels))
     side = max(1, int(cells ** (1 / len(axes)) + 1e-9))
     # Few channels leave room for a finer grid, of which POD can then keep what varies most.
@@ -507,7 +502,7 @@ def row_forms(
     """Settle how each recorded tensor becomes rows."""
     n_samples, second = batch_size(records, batch)
     turned = any(has_batch_second(record.module) for record in records)
-    given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+    given = _rows_given(batch)
     of_axis = _axis_of_samples(records, batch, n_samples)
     forms, images, has_sequences = dict[str, RowForm](), list[str](), False
     for record in records:
@@ -649,6 +644,11 @@ def check_reduce(reduce: Any) -> None:
             raise ValueError(f"reduce holds {way!r}; choose one of {REDUCTIONS} or give a callable")
 
 
+def _rows_given(batch: Any) -> int:
+    """Count the rows of the first tensor of a batch that has any."""
+    return next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+
+
 def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
     """Count the samples of the first pass, and which states have the batch on axis 1."""
     records = [record for record in records if not record.ignores_data] or records
@@ -660,7 +660,7 @@ def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
     if second:
         return next(iter(second.values())), set(second)
     sizes = [record.tensor.shape[0] for record in records if record.tensor.ndim]
-    given = next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+    given = _rows_given(batch)
 
     def fits(record: Recorded) -> bool:
         shape = record.tensor.shape
