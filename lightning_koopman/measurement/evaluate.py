@@ -18,6 +18,7 @@ from lightning_koopman.network.forward_runner import (
     ForwardFn,
     check_arguments,
     default_forward,
+    device_of,
     to_device,
 )
 from lightning_koopman.network.isolation import random_states_kept
@@ -101,7 +102,7 @@ def _with_weights(
         rest = iter(batches)
         first = list(itertools.islice(rest, 1))
     modes = [(module, module.training) for module in model.modules()]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     model.eval()
     try:
         with torch.no_grad():

@@ -12,15 +12,14 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components, is_leaf
-from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
+from lightning_koopman.network.components import Components, is_leaf, n_weights
+from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
 from lightning_koopman.network.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
@@ -124,7 +123,7 @@ class Measurement(Accumulator):
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
         """Send batches, as many as are needed, through a model that is left exactly as it was found."""
         forward = default_forward if forward_fn is None else forward_fn
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         with undisturbed(model, batches), self.capture:
             for batch in batches:
                 given = to_device(batch, device)
@@ -553,18 +552,15 @@ class Measurement(Accumulator):
         """Find the modules of each component."""
         states = () if self.plan is None else self.plan.states[1:]
         calls = [dict.fromkeys(map(call_of, group)) for group in states]
-        found = [[self.capture.components.get(n.partition("#")[0]) for n in group] for group in calls]
-        return [[module for module in group if module is not None] for group in found]
+        known = self.capture.components
+        return [[known[m] for n in group if (m := n.partition("#")[0]) in known] for group in calls]
 
     def _about_modules(self) -> dict[str, Any]:
         """Class and number of parameters of each component's module, as fields of the report."""
         modules = self._modules()
         return {
-            "types": tuple("+".join(type(m).__name__ for m in group) for group in modules),
-            "parameters": tuple(
-                sum(p.numel() for m in group for p in m.parameters() if not is_lazy(p))
-                for group in modules
-            ),
+            "types": tuple("+".join(type(module).__name__ for module in group) for group in modules),
+            "parameters": tuple(sum(map(n_weights, group)) for group in modules),
         }
 
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, named_components
-from lightning_koopman.network.forward_runner import ForwardFn, default_forward, to_device
+from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
@@ -120,6 +119,7 @@ def describe_components(
         ValueError: If the components cannot be chosen, there is no batch, or no component runs.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> [(row.name, row.parameters) for row in describe_components(net).rows]
         [('0', 15), ('2', 8)]
@@ -135,8 +135,7 @@ def describe_components(
         batch = next(iter(batches), None)
     if batch is None:
         raise ValueError("batches is empty; the shapes need one batch")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batch = to_device(batch, device)
+    batch = to_device(batch, device_of(model))
     capture = Capture(model, components, keep=_kept, follow=True)
     taken: dict[str, tuple[int, ...]] = {}
     with undisturbed(model), capture, _Inputs(capture.candidates, taken):

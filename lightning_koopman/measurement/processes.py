@@ -62,9 +62,7 @@ def exchange(share: Share) -> list[Share]:
             "several processes take part, but torch.distributed was not started, so their samples "
             "cannot be added up. Use a strategy that starts it (ddp), or measure in one process."
         )
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, share)
-    return shares
+    return gather(share)
 
 
 def agreed(shares: Sequence[Share]) -> Share:
@@ -105,8 +103,7 @@ def agree_on_basis(
         given = [rows.cpu() for rows in first_rows(mine)] if mine else []
     except Exception as error:
         given = f"{type(error).__name__}: {error}"
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, given)
+    gathered = gather(given)
     _raise_for([rows if isinstance(rows, str) else None for rows in gathered])
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
