@@ -89,8 +89,8 @@ def measure_effects(
     kinds: Sequence[str],
     around: Callable[[], AbstractContextManager[Any]],
     *,
-    samples: float = SAMPLES,
-    agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
+    samples: float,
+    agree: Callable[[Fit], Sequence[Fit]],
 ) -> Effects:
     """Measure effects by running recorded steps again, on what the report's last components give.
 

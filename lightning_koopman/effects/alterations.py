@@ -162,9 +162,9 @@ class Alterations:
         merged: Mapping[HookPoint, tuple[int, ...] | None],
         places: Mapping[HookPoint, tuple[Place | None, ...]],
         output: Tensor,
-        further: Iterable[HookPoint] = (),
-        n_given: int = 0,
-        placed: tuple[Place | None, ...] = (None, None),
+        further: Iterable[HookPoint],
+        n_given: int,
+        placed: tuple[Place | None, ...],
     ) -> None:
         """Find where the samples are in each state, as the first batch, of ``n_given``, shows.
 
@@ -377,7 +377,7 @@ class Alterations:
         return self._noisy(point)
 
     def further_outputs(
-        self, kind: str, name: str, groups: Iterable[Tensor] = ()
+        self, kind: str, name: str, groups: Iterable[Tensor]
     ) -> dict[HookPoint, Alteration]:
         """Return what takes the place of the other tensors that a component gives.
 

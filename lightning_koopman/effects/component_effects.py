@@ -55,9 +55,6 @@ _CHEAPER_MEASURED = ("skip", "linear", "output_noise")
 _DRAWS = 5
 """Draws per component, of kinds that draw weights, where they are measured."""
 
-_UNKNOWN = Ends()
-"""Of a network of which nobody knows what it ends with."""
-
 
 def component_effects(
     model: nn.Module,
@@ -200,9 +197,9 @@ def component_effects(
 def effects_on(
     runner: ForwardRunner,
     parts: Mapping[str, Sequence[str]],
-    kinds: Sequence[str] = ("skip",),
+    kinds: Sequence[str],
     *,
-    ends: Ends = _UNKNOWN,
+    ends: Ends,
     how: How = "auto",
     replacements: Mapping[str, Weights] | None = None,
     sets: Iterable[Collection[str]] = (),

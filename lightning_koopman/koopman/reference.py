@@ -328,11 +328,11 @@ _ROUNDING = 1e-6
 """Shares of variance that states in single precision do not tell from 0."""
 
 
-def beyond_error(drift: Tensor, stderr: Tensor, freedom: int, level: float = 0.05) -> Tensor:
-    """Return which drifts are above 0 beyond error; at most a share of ``level`` of them wrongly.
+def beyond_error(drift: Tensor, stderr: Tensor, freedom: int) -> Tensor:
+    """Return which drifts are above 0 beyond error; at most 5 % of them wrongly.
 
     Each is held against Student's t, and the p-values of all components against the line of Benjamini
-    and Hochberg. Where nothing changed, no component at all is marked in 1 - ``level`` of the networks.
+    and Hochberg. Where nothing changed, no component at all is marked in 95 % of the networks.
 
     References:
         Benjamini & Hochberg (1995), J. R. Stat. Soc. B 57, 289-300.
@@ -343,7 +343,7 @@ def beyond_error(drift: Tensor, stderr: Tensor, freedom: int, level: float = 0.0
     t = (drift - _ROUNDING) / stderr.clamp_min(torch.finfo(torch.float64).tiny)
     p = torch.where(known, torch.from_numpy(stdtr(freedom, -t.numpy())), 1.0)
     ordered, order = p.sort()
-    line = level * torch.arange(1, len(p) + 1, dtype=torch.float64) / max(1, int(known.sum()))
+    line = 0.05 * torch.arange(1, len(p) + 1, dtype=torch.float64) / max(1, int(known.sum()))
     below = (ordered <= line).nonzero()
     changed = torch.zeros(len(p), dtype=torch.bool)
     if len(below):

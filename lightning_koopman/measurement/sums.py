@@ -21,10 +21,10 @@ def report_on(
     *,
     n_samples: int,
     delay: int,
-    variance_kept: Sequence[float] | None = None,
-    notes: Sequence[str] = (),
-    step: int | None = None,
-    enough: int | None = None,
+    variance_kept: Sequence[float] | None,
+    notes: Sequence[str],
+    step: int | None,
+    enough: int | None,
 ) -> CreditReport:
     """Return the report on a chain, and say where the samples are few."""
     notes, needed = list(notes), samples_needed(layout)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def chain_ends(
     records: Sequence[Recorded],
     sources: Mapping[str, set[str]],
     returned: Mapping[str, frozenset[str]],
-    in_losses: frozenset[str] = frozenset(),
+    in_losses: frozenset[str],
     in_turns: Set[str] = frozenset(),
 ) -> list[str]:
     """List the states that no component reads and that what the network returned is made of.
@@ -198,7 +197,7 @@ def leave_out_unfit(
     kept: Collection[str],
     batch: Any,
     notes: list[str],
-    in_turns: Collection[str] = (),
+    in_turns: Collection[str],
 ) -> list[str]:
     """Take out of the graph what holds no row per sample, or the same for every sample; return these."""
     n_samples, _ = batch_size(records, batch)
@@ -427,16 +426,16 @@ class Plan:
 def make_plan(
     records: Sequence[Recorded],
     *,
-    batch: Any = None,
+    batch: Any,
+    named: bool,
+    max_dim: int,
+    returned: Mapping[str, frozenset[str]],
+    in_losses: frozenset[str],
+    in_turns: frozenset[str],
+    valid: Valid,
     end: str | None = None,
-    named: bool = False,
     reduce: ReduceOption = "pool",
-    max_dim: int = 256,
-    returned: Mapping[str, frozenset[str]] | None = None,
-    in_losses: frozenset[str] = frozenset(),
     varying: Collection[str] = (),
-    in_turns: frozenset[str] = frozenset(),
-    valid: Valid = MappingProxyType({}),
 ) -> Plan:
     """Settle the chain: states in order of execution, each step linked to what it reads.
 
@@ -447,10 +446,8 @@ def make_plan(
     records = _with_fitting_ends(records, batch)
     given = records
     # What is returned and no state itself is read by whoever gets it.
-    read = in_losses.union(
-        *(of for name, of in (returned or {}).items() if all(r.name != name for r in given))
-    )
-    records, tensors, returned, in_losses = by_call(records, returned or {}, in_losses)
+    read = in_losses.union(*(of for name, of in returned.items() if all(r.name != name for r in given)))
+    records, tensors, returned, in_losses = by_call(records, returned, in_losses)
     by_name = {record.name: record for record in records}
     if end is not None and end not in by_name:
         raise ValueError(

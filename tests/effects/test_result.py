@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_koopman import CreditReport, component_effects, credit_report
 from lightning_koopman.effects.component_effects import effects_on
+from lightning_koopman.effects.returned import Ends
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.replay import Recording
 from lightning_koopman.report.effects import KINDS, Effects
@@ -271,7 +272,7 @@ def test_recorded_calls_have_the_effects_of_the_data(report):
             recording.end_step()
     runner = ForwardRunner(net, recording.steps, lambda _, step: step.run()[-1])
     kinds = ["skip", "linear", "output_noise", "weight_noise"]
-    found = effects_on(runner, report.parts, kinds, targets=lambda *_: list(y.split(100)))
+    found = effects_on(runner, report.parts, kinds, ends=Ends(), targets=lambda *_: list(y.split(100)))
     expected = component_effects(net, batched(x, y), report, kinds)
     assert found.scale == "kl"
     for kind in kinds:
