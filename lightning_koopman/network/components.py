@@ -92,7 +92,10 @@ def is_frozen(module: nn.Module, trained: Collection[int] | None = None) -> bool
     )
 
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_UNCALLED = (nn.ModuleList, nn.ModuleDict)
+"""Lists and dictionaries of modules are never called themselves."""
+
+_CONTAINERS = (nn.Sequential, *_UNCALLED)
 
 
 def automatic_components(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -249,9 +252,7 @@ def _is_container(module: nn.Module) -> bool:
 
 def _is_only_norm(module: nn.Module) -> bool:
     """Check whether a module is a normalisation layer, or a wrapper around one."""
-    return is_norm(module) or (
-        any(map(is_norm, module.children())) and all(is_norm(m) for m in module.children())
-    )
+    return is_norm(module) or (not is_leaf(module) and all(map(is_norm, module.children())))
 
 
 def _is_one_layer(module: nn.Module) -> bool:
@@ -262,7 +263,7 @@ def _is_one_layer(module: nn.Module) -> bool:
         and len(parts) > 1
         and all(is_norm(part) for part in parts[:-1])
         and not is_norm(parts[-1])
-        and not any(True for _ in parts[-1].children())
+        and is_leaf(parts[-1])
     )
 
 
@@ -439,7 +440,7 @@ def in_turns(
         path = name.split(".")
         for depth in range(1, len(path)):
             holder = ".".join(path[:depth])
-            if not isinstance(modules.get(holder), nn.ModuleList | nn.ModuleDict):
+            if not isinstance(modules.get(holder), _UNCALLED):
                 continue
             members: dict[str, set[str]] = {}
             for other in chosen:
@@ -513,7 +514,7 @@ def common_ancestor(model: nn.Module, chosen: Iterable[nn.Module]) -> nn.Module 
     ancestor = None
     for module in model.modules():
         inside = {id(part) for part in module.modules() if part is not module}
-        if wanted <= inside and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        if wanted <= inside and not isinstance(module, _UNCALLED):
             ancestor = module
     return ancestor
 
@@ -527,7 +528,7 @@ def around_of(model: nn.Module, ancestor: nn.Module | None) -> list[nn.Module]:
         for module in model.modules()
         if module is not ancestor
         and any(part is ancestor for part in module.modules())
-        and not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        and not isinstance(module, _UNCALLED)
     ]
 
 
@@ -567,17 +568,11 @@ def _at_depth(modules: dict[str, nn.Module], depth: int) -> set[str]:
     """Choose the modules with parameters at a depth, and above it those that have no further parts."""
     chosen = set()
     for name, module in modules.items():
-        level = name.count(".") + 1
-        # Lists and dictionaries of modules are never called themselves.
-        called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
+        level, parent = name.count(".") + 1, modules.get(name.rpartition(".")[0])
         if has_parameters(module) and (
-            (level == depth and called)
-            or (level < depth and not any(True for _ in module.children()))
-            or (
-                level == depth + 1
-                and name.rpartition(".")[0] in modules
-                and isinstance(modules[name.rpartition(".")[0]], nn.ModuleList | nn.ModuleDict)
-            )
+            (level == depth and not isinstance(module, _UNCALLED))
+            or (level < depth and is_leaf(module))
+            or (level == depth + 1 and isinstance(parent, _UNCALLED))
         ):
             chosen.add(name)
     return chosen
