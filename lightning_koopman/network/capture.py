@@ -198,60 +198,48 @@ class Capture:
         self.start_pass()
 
     def __enter__(self) -> Capture:
+        first = self.is_first
         with ExitStack() as hooks:
-            ancestor = self._ancestor
-            if ancestor is not None:
-                around = self._attach(
-                    ancestor,
-                    before=self._on_ancestor,
-                    after=self._on_returned,
-                    direct=self._direct_calls_of(ancestor),
-                )
-                hooks.enter_context(around)
-            for module in around_of(self._model, ancestor):
-                direct = self._direct_calls_of(module)
-                around = self._attach(
-                    module, before=self._on_around, after=self._on_around_returned, direct=direct
-                )
-                hooks.enter_context(around)
+
+            def hang(
+                module: nn.Module, before: Any = None, after: Any = None, *, direct: bool = False
+            ) -> ExitStack:
+                """Hang hooks, which see ``direct`` calls of ``forward`` where there may be any."""
+                seen = self._direct if direct and (first or id(module) in self._direct) else None
+                return hooks.enter_context(self._attach(module, before=before, after=after, direct=seen))
+
+            if self._ancestor is not None:
+                hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
+            for module in around_of(self._model, self._ancestor):
+                hang(module, self._on_around, self._on_around_returned, direct=True)
             others = {*self._within, *self._tables, *self.norms}
             whole = {name: module for name, module in self.components.items() if name not in others}
             for name, module in whole.items():
-                direct = self._direct_calls_of(module)
                 if self._takes_input(module):
-                    taken = self._attach(module, before=self._on_input, direct=direct)
-                    self._input_hooks[name] = hooks.enter_context(taken)
-                on_output = functools.partial(self._on_output, name)
-                hooks.enter_context(self._attach(module, after=on_output, direct=direct))
+                    self._input_hooks[name] = hang(module, self._on_input, direct=True)
+                hang(module, after=functools.partial(self._on_output, name), direct=True)
             for name, (module, _) in self._within.items():
-                if self._passes == 0 or name in self.components:
-                    before = functools.partial(self._on_inner_input, name)
-                    after = functools.partial(self._on_inner_output, name)
-                    taken = self._attach(module, before=before, after=after)
-                    self._inner_hooks[name] = hooks.enter_context(taken)
-            before_transparent = self._on_transparent_input if self._passes == 0 else None
+                if first or name in self.components:
+                    on_input = functools.partial(self._on_inner_input, name)
+                    on_output = functools.partial(self._on_inner_output, name)
+                    self._inner_hooks[name] = hang(module, on_input, on_output)
+            on_transparent_input = self._on_transparent_input if first else None
             for module, owners in self._transparent_within:
-                if self._passes == 0 or any(id(module) == merged for merged, _ in self._merged):
-                    inner = functools.partial(self._on_inner_transparent, owners)
-                    hooks.enter_context(self._attach(module, before=before_transparent, after=inner))
-            tables = {n: m for n, m in self._tables.items() if self._passes == 0 or n in self.components}
+                if first or any(id(module) == merged for merged, _ in self._merged):
+                    on_inner = functools.partial(self._on_inner_transparent, owners)
+                    hang(module, on_transparent_input, on_inner)
+            tables = {n: m for n, m in self._tables.items() if first or n in self.components}
             for name, module in tables.items():
-                on_output = functools.partial(self._on_table_output, name)
-                taken = self._attach(module, before=self._on_table_input, after=on_output)
-                hooks.enter_context(taken)
+                hang(module, self._on_table_input, functools.partial(self._on_table_output, name))
             for name, module in self.norms.items():
-                after = functools.partial(self._on_norm_output, name)
-                direct = self._direct_calls_of(module)
-                taken = self._attach(module, before=self._on_norm_input, after=after, direct=direct)
-                hooks.enter_context(taken)
+                on_output = functools.partial(self._on_norm_output, name)
+                hang(module, self._on_norm_input, on_output, direct=True)
             for module in self._transparent:
                 if all(module is not other for other in tables.values()):
-                    taken = self._attach(module, before=before_transparent, after=self._on_transparent)
-                    hooks.enter_context(taken)
+                    hang(module, on_transparent_input, self._on_transparent)
             if self.end is not None and self.end not in self.components:
-                end = dict(clean_modules(self._model))[self.end]
-                hooks.enter_context(self._attach(end, after=self._on_end))
-            if self._follow and self._passes == 0:
+                hang(dict(clean_modules(self._model))[self.end], after=self._on_end)
+            if self._follow and first:
                 hooks.callback(self._leave)
                 self._provenance.follow(_held_by(self._model))
             self._hooks = hooks.pop_all()
@@ -266,10 +254,6 @@ class Capture:
         self._leave()
         self._input_hooks.clear()
         self._inner_hooks.clear()
-
-    def _direct_calls_of(self, module: nn.Module) -> set[int] | None:
-        """Return where calls past a module's hooks are noted, if there may be any."""
-        return self._direct if self._passes == 0 or id(module) in self._direct else None
 
     def _leave(self) -> None:
         """Stop following the data, and keep what it said of components that did not run."""

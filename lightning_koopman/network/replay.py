@@ -329,16 +329,14 @@ class Recording:
             if self._follows:
                 self._flow = hooks.enter_context(DataFlow())
             for module in self._carriers:
+                around = functools.partial(self._around, module)
                 # A module compiled in place takes no hooks that come after compilation.
                 if module._compiled_call_impl is None:
-                    hooks.enter_context(
-                        self._attach(module, before=self._before, after=self._after, first=True)
-                    )
+                    hung = self._attach(module, before=self._before, after=self._after, first=True)
+                    hooks.enter_context(hung)
                 else:
-                    around = functools.partial(self._around, module)
                     hooks.enter_context(wrap(module, "_compiled_call_impl", around))
                 if module is self._ancestor:
-                    around = functools.partial(self._around, module)
                     hooks.enter_context(wrap(module, "forward", around))
             self._hooks = hooks.pop_all()
         return self
