@@ -211,7 +211,7 @@ def _against(axis: Any, effects: Any, kind: str) -> None:
     if not shown.any():
         return
     names, numbers = np.array(effects.components)[shown], numbers[:, shown]
-    axis.errorbar(*numbers, "o", ms=4, color="#1f6f8b", lw=0.8, capsize=2)
+    axis.errorbar(*numbers, "o", ms=4, color=BELIEVED, lw=0.8, capsize=2)
     axis.margins(0.12)
     ends = [numbers[:2].min() / 1.5, numbers[:2].max() * 1.5]
     axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")

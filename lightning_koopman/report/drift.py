@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
 from rich.jupyter import JupyterMixin
 from rich.markup import escape
+from rich.table import Table
 
-from lightning_koopman.report.text import Captioned, as_text, new_table
+from lightning_koopman.report.text import Captioned, as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,7 +127,10 @@ class Drift(JupyterMixin):
         since = "" if self.since is None else f" since step {self.since}"
         at = "" if self.step is None else f" at step {self.step}"
         title = f"Drift{at}{since}, {self.n_samples} samples: share of the output's variance"
-        table = new_table(title, ["drift", "old operator leaves", "new one leaves", "suspicion"])
+        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("component", overflow="fold", min_width=9)
+        for name in ("drift", "old operator leaves", "new one leaves", "suspicion"):
+            table.add_column(name, justify="right", no_wrap=True)
         table.add_column("changed")
         for i, component in enumerate(self.components):
             marked = "" if not self.changed[i] else "first" if component == self.culprit else "yes"

@@ -60,6 +60,8 @@ def to_html(reports: Sequence[ReportFields]) -> str:
     """Return reports as one page that works offline."""
     if not reports:
         raise ValueError("no report to show")
+    from lightning_koopman.report.plots import plot_importance
+
     newest = newest_of_runs(reports)
     several = len(newest) > 1
     notes = dict.fromkeys(
@@ -76,7 +78,7 @@ def to_html(reports: Sequence[ReportFields]) -> str:
     runs = [f", run {escape(report.run)}" if several else "" for report in newest]
     each = list(zip(newest, runs, strict=True))
     first = "".join(
-        _picture("What each component is worth", run, _worth(report)) for report, run in each
+        _picture("What each component is worth", run, plot_importance(report)[0]) for report, run in each
     )
     effects = "".join(_effects(report, run) for report, run in each)
     pictures = "".join(_pictures(reports, report, run) for report, run in each)
@@ -123,12 +125,6 @@ def _glossary(newest: Sequence[ReportFields]) -> str:
         if name in shown
     )
     return f"<h2>What the columns mean</h2><dl>{lines}</dl>"
-
-
-def _worth(report: ReportFields) -> Figure:
-    from lightning_koopman.report.plots import plot_importance
-
-    return plot_importance(report)[0]
 
 
 def _pictures(reports: Sequence[ReportFields], newest: ReportFields, run: str) -> str:

@@ -121,15 +121,6 @@ class Captioned:
             yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
 
 
-def new_table(title: str, numbers: Sequence[str]) -> Table:
-    """Return an empty table with a column of names and others of numbers."""
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("component", overflow="fold", min_width=9)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
 def as_text(table: Any) -> str:
     """Render what rich can print as plain text."""
     file = io.StringIO()
