@@ -364,7 +364,7 @@ class _Maps:
 
             def update(values: Mapping[HookPoint, Tensor]) -> None:
                 for (source, target), fit, group in zip(ends, fits, missing, strict=True):
-                    fit.update([_rows(values[source], group.axis)], _rows(values[target], group.axis))
+                    fit.update(_rows(values[source], group.axis), _rows(values[target], group.axis))
 
             for _ in self._runner.stream([point for pair in ends for point in pair], update=update):
                 pass

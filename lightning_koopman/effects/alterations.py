@@ -302,13 +302,13 @@ class Alterations:
             )
         given = self._rows(values, self.inputs[name])
         fit = self._fits.setdefault(name, LinearFit(seed=self._seed))
-        if len(given) != len(output) or not fit.takes([given], output):
+        if len(given) != len(output) or not fit.takes(given, output):
             raise UnalterableError(
                 f"{name!r} takes {tuple(given.shape)} and gives {tuple(output.shape)}, other shapes "
                 "than in the batch before or another number of samples, so no linear map can take its "
                 "place; pad all batches alike, or leave out the kind 'linear'"
             )
-        fit.update([given], output)
+        fit.update(given, output)
         if sum(each.nbytes for each in self._fits.values()) > MAP_BYTES:
             raise UnalterableError(
                 f"with that of {name!r}, which gives {output[0].numel()} values per sample, linear maps "
@@ -363,10 +363,10 @@ class Alterations:
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
             given, rows = self._rows(values, source), output.movedim(axis, 0)
-            mapped, constant = self.maps[name]([given]), rows.detach()
+            mapped, constant = self.maps[name](given), rows.detach()
             residual = constant - mapped.detach()
             if left_out:
-                residual = self.maps[name].left_out([given.detach()], residual)
+                residual = self.maps[name].left_out(given.detach(), residual)
             new = constant - residual
             # What a network that differentiates itself is to follow is the map, not what it predicts.
             new = new + (mapped - mapped.detach()) if mapped.requires_grad else new

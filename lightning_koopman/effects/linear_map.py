@@ -1,10 +1,9 @@
-"""Linear maps between whole tensors, fitted on data as it streams by."""
+"""A linear map between whole tensors, fitted on data as it streams by."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,21 +23,20 @@ _DECIDED = 1e-6
 
 @dataclass(frozen=True)
 class LinearMap:
-    """An affine map from the entries of one or more tensors to those of another.
+    """An affine map from the entries of a tensor to those of another.
 
     Attributes:
-        bases: For each tensor taken in, the directions it is projected on, ``(D, k)``; ``None`` keeps
-            all of them.
-        x_mean: Mean of what is taken in, before projection, shape ``(ΣD,)``.
-        matrix: Shape ``(Σk, D_out)``.
+        basis: Directions that what is taken in is projected on, ``(D, k)``; ``None`` keeps all of them.
+        x_mean: Mean of what is taken in, before projection, shape ``(D,)``.
+        matrix: Shape ``(k, D_out)``.
         y_mean: Mean of what is given out, shape ``(D_out,)``.
         shape: Shape of one sample of what is given out.
-        covariance: Covariance of the projected inputs, shape ``(Σk, Σk)``.
+        covariance: Covariance of the projected inputs, shape ``(k, k)``.
         tikhonov: Ridge weight, in units of the projected inputs' mean variance.
-        fitted_to: Projected inputs that the map was fitted to, about their mean, ``(n_samples, Σk)``.
+        fitted_to: Projected inputs that the map was fitted to, about their mean, ``(n_samples, k)``.
     """
 
-    bases: tuple[Tensor | None, ...]
+    basis: Tensor | None
     x_mean: Tensor
     matrix: Tensor
     y_mean: Tensor
@@ -52,13 +50,13 @@ class LinearMap:
         """Samples that the map was fitted to."""
         return len(self.fitted_to)
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Apply the map."""
-        reduced = _projected(inputs, self.x_mean, self.bases)
+        reduced = _projected(x, self.x_mean, self.basis)
         flat = reduced @ self.matrix.to(reduced) + self.y_mean.to(reduced)
         return flat.reshape(-1, *self.shape)
 
-    def left_out(self, inputs: Sequence[Tensor], residuals: Tensor) -> Tensor:
+    def left_out(self, x: Tensor, residuals: Tensor) -> Tensor:
         """Return what the residuals of samples that a map was fitted to are once each is left out of it.
 
         That is the residual over one minus the leverage, the share of its own prediction that a sample
@@ -66,7 +64,7 @@ class LinearMap:
         and no ridge keeps them apart, that is 0/0; both then come from this map, as multiples of the
         ridge weight that cancel, which is the limit for small ones.
         """
-        reduced = _projected(inputs, self.x_mean, self.bases)
+        reduced = _projected(x, self.x_mean, self.basis)
         filters, values, vectors = (part.to(reduced) for part in self._spectrum)
         rotated = reduced @ vectors
         own = 1 - (1 + rotated.square() @ filters) / self.n_samples
@@ -92,12 +90,12 @@ class LinearMap:
         return (1 + (self.fitted_to @ vectors).square() @ filters) / self.n_samples
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Return the map of a single tensor as one matrix and an offset."""
+        """Return the map as one matrix and an offset."""
         matrix = self._unprojected(self.matrix)
         return matrix, self.y_mean - self.x_mean @ matrix
 
     def factors(self, variance: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the map of a single tensor as the product of two thin matrices, and an offset."""
+        """Return the map as the product of two thin matrices, and an offset."""
         values, vectors = torch.linalg.eigh(self.covariance)
         root = values.clamp_min(0).sqrt()[:, None] * vectors.T
         _, strength, directions = torch.linalg.svd(root @ self.matrix, full_matrices=False)
@@ -109,21 +107,20 @@ class LinearMap:
 
     def _unprojected(self, matrix: Tensor) -> Tensor:
         """Bring a matrix that acts on projected inputs to the inputs themselves."""
-        (basis,) = self.bases
-        return matrix if basis is None else basis @ matrix
+        return matrix if self.basis is None else self.basis @ matrix
 
 
 class LinearFit:
-    """Fits a map from tensors of any width to a whole tensor.
+    """Fits a map from a tensor of any width to a whole tensor.
 
-    Inputs wider than ``max_dim`` are projected on their leading POD directions, fixed by the first
+    An input wider than ``max_dim`` is projected on its leading POD directions, fixed by the first
     ``2 * max_dim`` samples. The map gives every entry of the output: it is the ridge regression of the
     whole output on the reduced input. Only its ridge weight is chosen on a reduced output.
     """
 
     def __init__(self, max_dim: int = 256, *, seed: int = 0) -> None:
         self._max_dim, self._seed = max_dim, seed
-        self._waiting: list[tuple[Sequence[Tensor], Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._reduced: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._output = MeanAndSpread()
@@ -132,19 +129,19 @@ class LinearFit:
     @property
     def nbytes(self) -> int:
         """Bytes of the map, and of the sums that it is fitted from."""
-        *inputs, output = map(math.prod, self._shapes)
-        return 2 * 8 * output * sum(min(width, self._max_dim) for width in inputs)
+        width, output = map(math.prod, self._shapes)
+        return 2 * 8 * output * min(width, self._max_dim)
 
-    def takes(self, inputs: Sequence[Tensor], output: Tensor) -> bool:
+    def takes(self, x: Tensor, output: Tensor) -> bool:
         """Return whether tensors have the shapes of those before."""
-        return self._shapes in ([], _shapes(inputs, output))
+        return self._shapes in ([], _shapes(x, output))
 
-    def update(self, inputs: Sequence[Tensor], output: Tensor) -> None:
+    def update(self, x: Tensor, output: Tensor) -> None:
         """Take one batch."""
-        self._shapes = _shapes(inputs, output)
+        self._shapes = _shapes(x, output)
         rows = output.reshape(len(output), -1)
         self._output.update(rows)
-        self._waiting.append((inputs, rows))
+        self._waiting.append((x, rows))
         if self._reduced or self._output.count >= SEEN_FIRST * self._max_dim:
             self._drain()
 
@@ -159,13 +156,10 @@ class LinearFit:
         x_mean, y_mean = x.mean(dim=0), self._output.mean
         c_xx = (x - x_mean).T @ (x - x_mean) / n
         c_xy = self._xy / n - torch.outer(x_mean, y_mean - self._output.offset)
-        # The means of what was projected away are carried by the offset alone.
-        lifted = torch.cat([
-            mean if basis is None else basis @ mean
-            for mean, basis in zip(torch.split(x_mean, self._kept), self._bases, strict=True)
-        ])
+        # The mean of what was projected away is carried by the offset alone.
+        lifted = x_mean if self._basis is None else self._basis @ x_mean
         return LinearMap(
-            bases=self._bases,
+            basis=self._basis,
             x_mean=self._offset + lifted,
             matrix=spectrum(c_xx, c_xy).matrix(chosen.tikhonov),
             y_mean=y_mean,
@@ -176,18 +170,17 @@ class LinearFit:
         )
 
     def _drain(self) -> None:
-        """Reduce the batches that wait, once there are enough of them to choose the bases by."""
+        """Reduce the batches that wait, once there are enough of them to choose a basis by."""
         if not self._reduced:
-            blocks = [_flat(block) for block in zip(*(x for x, _ in self._waiting), strict=True)]
+            block = torch.cat([_flat(x) for x, _ in self._waiting])
             output = torch.cat([y for _, y in self._waiting]).double()
-            self._bases = tuple(pod_basis(block, self._max_dim)[0] for block in blocks)
+            self._basis = pod_basis(block, self._max_dim)[0]
             self._output_basis = pod_basis(output, self._max_dim)[0]
-            self._offset = torch.cat([block.mean(dim=0) for block in blocks])
-            pairs = zip(blocks, self._bases, strict=True)
-            self._kept = [(block if basis is None else basis).shape[1] for block, basis in pairs]
-            self._xy = output.new_zeros(sum(self._kept), output.shape[1])
-        for inputs, output in self._waiting:
-            reduced = _projected(inputs, self._offset, self._bases)
+            self._offset = block.mean(dim=0)
+            kept = (block if self._basis is None else self._basis).shape[1]
+            self._xy = output.new_zeros(kept, output.shape[1])
+        for x, output in self._waiting:
+            reduced = _projected(x, self._offset, self._basis)
             rows = output.double() - self._output.offset
             self._reduced.append(reduced)
             self._targets.append(rows if self._output_basis is None else rows @ self._output_basis)
@@ -195,21 +188,17 @@ class LinearFit:
         self._waiting = []
 
 
-def _shapes(inputs: Sequence[Tensor], output: Tensor) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape[1:]) for tensor in (*inputs, output)]
+def _shapes(x: Tensor, output: Tensor) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape[1:]) for tensor in (x, output)]
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack tensors with one row per sample."""
-    return torch.cat([tensor.reshape(len(tensor), -1).double() for tensor in tensors])
+def _flat(x: Tensor) -> Tensor:
+    """Return one row per sample."""
+    return x.reshape(len(x), -1).double().contiguous()
 
 
-def _projected(inputs: Sequence[Tensor], mean: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
-    """Centre some tensors side by side, and project each on its basis."""
-    flat = [_flat([x]) for x in inputs]
-    centred = [
-        x - m.to(x) for x, m in zip(flat, torch.split(mean, [x.shape[1] for x in flat]), strict=True)
-    ]
-    return torch.cat(
-        [x if b is None else x @ b.to(x) for x, b in zip(centred, bases, strict=True)], dim=1
-    )
+def _projected(x: Tensor, mean: Tensor, basis: Tensor | None) -> Tensor:
+    """Centre a tensor, and project it on a basis."""
+    flat = _flat(x)
+    centred = flat - mean.to(flat)
+    return centred if basis is None else centred @ basis.to(flat)

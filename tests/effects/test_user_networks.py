@@ -157,12 +157,12 @@ def test_samples_left_out_of_a_fit_are_those_of_fits_without_them(tikhonov):
     x = torch.randn(12, 30, dtype=torch.float64)
     y = (x @ torch.randn(30, 3, dtype=torch.float64)).tanh()
     fit = LinearFit(64)
-    fit.update([x], y)
+    fit.update(x, y)
     found = fit.solve(tikhonov)
     # The ridge weight is in units of the mean variance of all samples.
     ridge = 12 * tikhonov * float(x.var(dim=0, correction=0).mean())
     torch.testing.assert_close(
-        found.left_out([x], y - found([x])), left_out(x, y, ridge), rtol=1e-6, atol=1e-8
+        found.left_out(x, y - found(x)), left_out(x, y, ridge), rtol=1e-6, atol=1e-8
     )
 
 
