@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -138,7 +139,7 @@ def describe_components(
     batch = to_device(batch, device_of(model))
     capture = Capture(model, components, keep=_kept, follow=True)
     taken: dict[str, tuple[int, ...]] = {}
-    with undisturbed(model), capture, _Inputs(capture.candidates, taken):
+    with undisturbed(model), capture, _noting_inputs(capture.candidates, taken):
         capture.start_pass(batch)
         (default_forward if forward_fn is None else forward_fn)(model, batch)
         silent = capture.silent
@@ -171,28 +172,23 @@ def describe_components(
     return Overview(rows, tuple(notes), total, max_dim, run=True)
 
 
-class _Inputs:
-    """Hooks that note the shape of the first tensor of every call, by state name."""
+@contextmanager
+def _noting_inputs(
+    modules: dict[str, nn.Module], taken: dict[str, tuple[int, ...]]
+) -> Generator[None, None, None]:
+    """Note the shape of the first tensor of every call, by state name."""
 
-    def __init__(self, modules: dict[str, nn.Module], taken: dict[str, tuple[int, ...]]) -> None:
-        self._modules, self._taken = modules, taken
-        self._hooks = ExitStack()
+    def note(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        given = (args, kwargs)
+        tensor = first_tensor(given)
+        tensor = next(iter(all_tensors(given)), None) if tensor is None else tensor
+        count = sum(key.partition("#")[0] == name for key in taken)
+        taken[numbered(name, count)] = () if tensor is None else tuple(tensor.shape)
 
-    def __enter__(self) -> None:
-        for name, module in self._modules.items():
-
-            def note(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                given = (args, kwargs)
-                tensor = first_tensor(given)
-                tensor = next(iter(all_tensors(given)), None) if tensor is None else tensor
-                count = sum(key.partition("#")[0] == name for key in self._taken)
-                shape = () if tensor is None else tuple(tensor.shape)
-                self._taken[numbered(name, count)] = shape
-
-            self._hooks.enter_context(attach(module, before=note))
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(attach(module, before=partial(note, name)))
+        yield
 
 
 def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:

@@ -289,6 +289,8 @@ class Capture:
         self.origins.start_call()
         self._call: Any = ()
         self._gave: dict[int, _Gave] = {}
+        # What modules were given before they run, for what they pass on is not what they make.
+        self._given: dict[int, Given] = {}
         self._last: tuple[str, Tensor] | None = None
         self._continuing: dict[int, _Gave] = {}
         self._unusable: str | None = None
@@ -530,7 +532,7 @@ class Capture:
         if self._passes:
             self._keep_inputs(key, module, given)
             return
-        self.origins.keep_given(module, given)
+        self._given[id(module)] = Given(given)
         if self._is_foreign(args, kwargs):
             self._foreign.add(key)
             return
@@ -668,7 +670,7 @@ class Capture:
 
     def _record(self, name: str, module: nn.Module, call: int, output: Any, given: Any) -> None:
         """Record what a call gave, and in the first pass what it was made of."""
-        key, before = (id(module), call), self.origins.pop_given(module)
+        key, before = (id(module), call), self._given.pop(id(module), None)
         tensor, further = self._made(key, before, output, given)
         if tensor is None:
             self._unusable = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -140,10 +140,6 @@ class Inputs:
         self.names.add(name)
         self._provenance.claim(tensor, name, whole=whole)
         return name
-
-    def fresh(self, given: Any) -> Iterator[Tensor]:
-        """Find the tensors given that are made of data of the batch which no input holds."""
-        return (tensor for tensor in all_tensors(given) if self._provenance.unclaimed(tensor))
 
     def _is_new(self, tensor: Tensor) -> bool:
         """Check whether a tensor is made of data alone, of which some are no input yet."""

@@ -12,7 +12,6 @@ from lightning_koopman.network.input_data import is_integer_data, is_mask
 from lightning_koopman.network.inputs import Beside, Call, Inputs
 from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.tensors import (
-    Given,
     address_of,
     all_tensors,
     detached_copy,
@@ -90,21 +89,12 @@ class Origins:
     def start_call(self) -> None:
         """Forget what the call before was made of."""
         self._pending: dict[int, Origin] = {}
-        self._given: dict[int, Given] = {}
         self._of: dict[str, Origin] = {}
 
     def clear(self) -> None:
         """Forget what was told of components."""
         self.uncounted.clear()
         self.noisy.clear()
-
-    def keep_given(self, module: nn.Module, given: Any) -> None:
-        """Keep what a module is given, for what it passes on is not what it makes."""
-        self._given[id(module)] = Given(given)
-
-    def pop_given(self, module: nn.Module) -> Given | None:
-        """Return what a module was given before it ran, if that was kept, and forget it."""
-        return self._given.pop(id(module), None)
 
     def take(self, call: Call, given: Any, states: Set[str]) -> None:
         """Find what a module is given, before it runs; data that it takes become inputs."""
@@ -136,7 +126,8 @@ class Origins:
             place = next(i for i, other in enumerate(real) if other is tensor)
             taken = place, tensor, detached_copy(tensor)
         if tensor is not None:
-            integers = [t for t in self._inputs.fresh(given) if is_integer_data(t, tensor)]
+            fresh = filter(self._provenance.unclaimed, tensors)
+            integers = [t for t in fresh if is_integer_data(t, tensor)]
         self._pending[call[0]] = Origin(
             sources,
             tensor is not None,
