@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.pages import to_markdown
-from lightning_koopman.report.report import CreditReport, check_quantities
+from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.tables import GLOSSARY, to_rows
 
 if TYPE_CHECKING:
@@ -74,21 +74,18 @@ class CreditWriter:
     have no chart of several components, and get one of the credits too.
 
     Attributes:
-        more: What components may get scalars of beside quantities: kinds of effects, and drift.
+        names: What components may get scalars of: the credit, and ``more``: kinds of effects, and drift.
         shown: Components whose scalars are written; chosen at the first report, then fixed.
     """
 
     def __init__(
         self,
         prefix: str = "koopman",
-        quantities: Sequence[str] = ("credit",),
         *,
         figures: bool = True,
         more: Sequence[str] = (),
     ) -> None:
-        check_quantities(quantities)
-        self.prefix, self.quantities = prefix, tuple(quantities)
-        self.figures, self.more = figures, tuple(more)
+        self.prefix, self.figures, self.names = prefix, figures, ("credit", *more)
         self.reset()
 
     def reset(self) -> None:
@@ -104,7 +101,7 @@ class CreditWriter:
     ) -> dict[str, float]:
         """Return the flat numbers that every logger takes."""
         self._choose(report)
-        every = {**report.to_scalars(self.prefix, self.quantities), **self.beside(report, drift)}
+        every = {**report.to_scalars(self.prefix, ["credit"]), **self.beside(report, drift)}
         shown = {f"/{component}" for component in self.shown}
         kept = {
             key: value
@@ -216,7 +213,7 @@ class CreditWriter:
             self._labels[component] = f"{place:0{digits}d}-{name}"
         if self.shown and set(self.shown) <= set(report.components):
             return
-        each = len(self.quantities) + len(self.more)
+        each = len(self.names)
         limit = max(1, (MOST_TAGS - len(_TOTALS)) // each)
         size = len(report.components)
         order = np.argsort(-np.nan_to_num(report.credit, nan=-np.inf), kind="stable")[:limit]
@@ -250,7 +247,7 @@ class CreditWriter:
             return
         kinds = report.effects.kinds if report.effects else ()
         words = {}
-        for name in dict.fromkeys((*self.quantities, *self.more, *kinds, *_TOTALS)):
+        for name in dict.fromkeys((*self.names, *kinds, *_TOTALS)):
             words[name] = GLOSSARY[name] + (_UNIT_OF_EFFECTS if name in KINDS else "")
         lines = ["Each component is a run of its own, numbered in order of execution.", ""]
         lines += [f"- **{self.prefix}/{name}**: {text}." for name, text in words.items()]
@@ -279,7 +276,7 @@ class CreditWriter:
         newest = reports[-1]
         alike = [report for report in reports if report.components == newest.components]
         drawn = {"importance": plots.plot_importance(newest)}
-        for name in (*self.quantities, *self.more):
+        for name in self.names:
             if (course := plots.plot_course(name, alike, drifts)) is not None:
                 drawn[f"{name}{BANDS}"] = course
         if not all(_holds_runs(logger) for logger, _ in sinks):

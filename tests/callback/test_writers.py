@@ -317,11 +317,6 @@ def test_figures_and_tables_go_where_a_logger_takes_them():
     assert plain.taken == []
 
 
-def test_credits_that_are_not_asked_for_are_not_written():
-    writer = CreditWriter(quantities=["gain"])
-    assert not [key for key in writer.scalars(many(3)) if "credit" in key]
-
-
 def test_room_is_told_of_folders_that_are_not_there_yet(tmp_path):
     assert free_bytes(Taking(log_dir=str(tmp_path / "not" / "yet"))) > 0
     assert free_bytes(Taking(log_dir=None, save_dir=tmp_path)) > 0
