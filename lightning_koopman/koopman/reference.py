@@ -180,12 +180,12 @@ def unexplained(
     operators: Sequence[Tensor],
     means: Sequence[Tensor],
     n_samples: int,
-    own: Sequence[Tensor] | None = None,
+    fitted: Sequence[Tensor],
 ) -> Shares:
     """Hold the operators of a reference against the moments of new states in its coordinates.
 
-    ``n_samples`` is how many samples the reference was measured on. ``own`` are the operators of the
-    new states, where :func:`fold_operators` found them before.
+    ``n_samples`` is how many samples the reference was measured on. ``fitted`` are the operators of the
+    new states, see :func:`fold_operators`.
     """
     total = moments.sum(dim=0)
     counts = moments[:, 0]
@@ -195,7 +195,6 @@ def unexplained(
             f"{int(total[0])} samples arrived, all in one fold; take more, of differing inputs"
         )
     about = [mean.to(moments) - offset.to(moments) for mean, offset in zip(means, center, strict=True)]
-    fitted = fold_operators(layout, moments, center)[0] if own is None else own
     if len(held) < len(moments):
         moments, fitted = moments[held], [operators[held.cpu()] for operators in fitted]
     tests, rest = covariances(layout, moments), covariances(layout, total, without=moments)

@@ -83,9 +83,8 @@ def drift(
 def drift_since(reference: Reference, measurement: Measurement, *, step: int | None = None) -> Drift:
     """Compute the drift since a reference from what a measurement has added up, without another pass."""
     layout, moments, center = measurement.moments()
-    own = measurement.reference().operators
     old = (reference.operators, reference.means, reference.n_samples)
-    shares = unexplained(layout, moments, center, *old, own)
+    shares = unexplained(layout, moments, center, *old, measurement.reference().operators)
     value = shares.old - shares.new
     return Drift(
         components=reference.components,
@@ -116,21 +115,11 @@ def drift_from(
         return None
     if earlier.states != measurement.chain.names or earlier.parents != layout.parents[1:] or basis.lifts:
         return None
-    same = [
-        len(now) == was.shape[1] and _alike(*vectors)
-        for now, was, vectors in zip(
-            basis.center,
-            earlier.means,
-            zip(basis.vectors, earlier.basis.vectors, strict=True),
-            strict=True,
-        )
-    ]
+    each = zip(basis.center, earlier.means, basis.vectors, earlier.basis.vectors, strict=True)
+    same = [len(center) == mean.shape[1] and _alike(now, was) for center, mean, now, was in each]
     read = layout.parents[1:]
     fits = np.array([same[i] and all(same[p] for p in reads) for i, reads in enumerate(read, start=1)])
-    shapes = [
-        (sum(layout.dims[p] for p in reads), dim)
-        for reads, dim in zip(read, layout.dims[1:], strict=True)
-    ]
+    shapes = [(sum(layout.dims[p] for p in reads), layout.dims[i]) for i, reads in enumerate(read, 1)]
     operators = tuple(
         operator if fit else operator.new_zeros(len(operator), *shape)
         for fit, operator, shape in zip(fits, earlier.operators, shapes, strict=True)

@@ -39,7 +39,8 @@ def shares_of(
     center = [torch.from_numpy(state.mean(0)) + 0.3 for state in old]
     reference = fold_operators(layout, moments_of(layout, old, old_folds, center), center)
     moments = moments_of(layout, new, new_folds, center)
-    return unexplained(layout, moments, center, *reference, len(old[0]))
+    fitted, _ = fold_operators(layout, moments, center)
+    return unexplained(layout, moments, center, *reference, len(old[0]), fitted)
 
 
 def chain(
