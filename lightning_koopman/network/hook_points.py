@@ -462,7 +462,10 @@ class HookPoints:
                 self.values.pop(other, None)
                 self._in_graph.pop(other, None)
         first = before.first_made(output, first_tensor(output))
-        given = {0: first} if isinstance(output, Tensor) else self._tensors(output, first, before)
+        # The tensors with samples that the call gives, by place.
+        given = {0: first}
+        if first is not None and not isinstance(output, Tensor):
+            given |= dict(further_tensors(output, first, before.tensors))
         for table in self._tables.pop(call, ()):
             self._keep_entry(HookPoint("in", call), table, output, first)
         point = HookPoint("out", call)
@@ -473,18 +476,7 @@ class HookPoints:
         for place, alteration in alter.items():
             if (tensor := given.get(place)) is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
-            old = plain(tensor)
-            known = {**self.values, **self._in_graph} if old.requires_grad else self.values
-            new = alteration(old, known)
-            if new is not old:
-                new = new.to(old)
-                if old.requires_grad and torch.is_grad_enabled() and not new.requires_grad:
-                    # A network that differentiates its own outputs needs a path here; nothing takes it.
-                    new = torch.where(torch.ones_like(old, dtype=torch.bool), new, old)
-                if new.stride() != old.stride():
-                    # The user's code may view it, or write to it, as it does to what stood here.
-                    new = torch.empty_like(old, requires_grad=False).copy_(new)
-                new = new if old is tensor else derived(new, type(tensor), vars(tensor))
+            if (new := self._altered(tensor, alteration)) is not tensor:
                 output = replace_tensor(output, tensor, new)
                 given[place] = new
         for place, tensor in given.items():
@@ -494,11 +486,21 @@ class HookPoints:
                 self._keep(HookPoint("out", call, place), tensor)
         return output if alter else None
 
-    @staticmethod
-    def _tensors(output: Any, first: Tensor | None, given: Given) -> dict[int, Tensor | None]:
-        """Return the tensors with samples that a call gives, by place."""
-        further = [] if first is None else further_tensors(output, first, given.tensors)
-        return {0: first, **dict(further)}
+    def _altered(self, tensor: Tensor, alteration: Alteration) -> Tensor:
+        """Return what takes a tensor's place, laid out as that is and of the same class."""
+        old = plain(tensor)
+        known = {**self.values, **self._in_graph} if old.requires_grad else self.values
+        new = alteration(old, known)
+        if new is old:
+            return tensor
+        new = new.to(old)
+        if old.requires_grad and torch.is_grad_enabled() and not new.requires_grad:
+            # A network that differentiates its own outputs needs a path here; nothing takes it.
+            new = torch.where(torch.ones_like(old, dtype=torch.bool), new, old)
+        if new.stride() != old.stride():
+            # The user's code may view it, or write to it, as it does to what stood here.
+            new = torch.empty_like(old, requires_grad=False).copy_(new)
+        return new if old is tensor else derived(new, type(tensor), vars(tensor))
 
     def _keep_entry(
         self, point: HookPoint, table: Mapping[Any, Any], output: Any, made: Tensor | None
