@@ -16,6 +16,7 @@ from lightning_koopman.cli.user_code import build_batches, build_model, build_tr
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.report.effects import Kind
 from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.saved import folder_of
 
 
 class _Rate(progress.ProgressColumn):
@@ -115,10 +116,7 @@ def merge(reports: list[str], out: str) -> None:
 def check_writable(*paths: str | None, figure: str | None = None) -> None:
     """Refuse files that could not be written before the work is done that is to be in them."""
     for path in filter(None, (*paths, figure)):
-        if not (folder := Path(path).parent).is_dir():
-            raise FileNotFoundError(
-                f"{path} cannot be written, for there is no folder {folder}; make it first"
-            )
+        folder = folder_of(path)
         if Path(path).is_dir():
             raise IsADirectoryError(f"{path} cannot be written, for it is a folder; name a file in it")
         if not os.access(folder, os.W_OK | os.X_OK):

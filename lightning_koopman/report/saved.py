@@ -21,13 +21,19 @@ class ReportFormatError(ValueError):
     """A file that should hold a report does not."""
 
 
-@contextmanager
-def write_atomically(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
-    """Yield a temporary file to write, which takes a file's place when the context ends."""
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """Return the folder that a file is to be in, which must be there."""
     if not (folder := Path(path).parent).is_dir():
         raise FileNotFoundError(
             f"{os.fspath(path)} cannot be written, for there is no folder {folder}; make it first"
         )
+    return folder
+
+
+@contextmanager
+def write_atomically(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
+    """Yield a temporary file to write, which takes a file's place when the context ends."""
+    folder_of(path)
     temporary = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
     try:
         yield temporary
