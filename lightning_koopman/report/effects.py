@@ -266,7 +266,6 @@ class Effects(JupyterMixin):
         columns: dict[str, list[str]] = {"component": []}
         columns |= {kind: [] for kind in self.kinds}
         styles: list[str | None] = []
-
         grey: dict[str, list[bool]] = {kind: [] for kind in self.kinds}
 
         def add(name: str, cells: Mapping[str, str], style: str | None) -> None:
@@ -276,8 +275,9 @@ class Effects(JupyterMixin):
                 grey[kind].append(columns[kind][-1].endswith("?"))
             styles.append(style)
 
-        if len({*self.how.values()}) > 1:
-            add("", {kind: how for kind, how in self.how.items()}, "dim")
+        ways = sorted({*self.how.values()})
+        if len(ways) > 1:
+            add("", self.how, "dim")
         more = bool(self.predicted or self.metric)
         for i, component in enumerate(self.components):
             effects = {kind: self.cell(kind, i) for kind in self.kinds}
@@ -293,8 +293,7 @@ class Effects(JupyterMixin):
         ranks = {kind: rank for kind in self.kinds if not math.isnan(rank := self.spearman(kind))}
         if ranks:
             add("Spearman", {kind: f"{rank:.2f}" for kind, rank in ranks.items()}, None)
-        hows = sorted({*self.how.values()})
-        heading = " and ".join(hows).capitalize()
+        heading = " and ".join(ways).capitalize()
         before = "" if math.isnan(self.metric_before) else f", metric {self.metric_before:.4f} as it was"
         return Fitted(
             f"{heading} effects of altering a component\n{self.n_samples} samples, {self.unit}{before}",
