@@ -24,7 +24,7 @@ from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swa
 from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs
-from lightning_koopman.effects.targets import TargetSearch, find_target
+from lightning_koopman.effects.targets import find_target
 from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
@@ -359,8 +359,7 @@ def find_outputs(
 ) -> tuple[Outputs, dict[str, str]]:
     """Run the network as it is; return its outputs, and why components that lead elsewhere stay."""
     last = {name: own[-1] for name, own in calls.items()}
-    search = TargetSearch(runner.batches[0])
-    first, led = run_followed(runner, (), last.values(), ends, search)
+    first, led, search = run_followed(runner, (), last.values(), ends)
     target = search.target_of(runner.batches[0])
     about = choose_outputs(runner, first, led, target, scale, metric)
     outputs: list[Tensor] = []

@@ -28,7 +28,6 @@ from lightning_koopman.effects.alterations import (
 from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
 from lightning_koopman.effects.scoring import Change, Measured, Metric, Outputs, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
-from lightning_koopman.effects.targets import TargetSearch
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.arguments import (
@@ -251,8 +250,7 @@ def effects_on(
                 output, rounds = runner.run_batch(number, alterations.read)
             else:
                 last = [point.call for point in alterations.outputs.values()]
-                search = TargetSearch(runner.batches[0])
-                first, led = run_followed(runner, alterations.read, last, ends, search)
+                first, led, search = run_followed(runner, alterations.read, last, ends)
                 target_of = search.target_of if target_of is None else target_of
                 target, values = target_of(runner.batches[0]), first.values
                 about = choose_outputs(runner, first, led, target, scale, metric, are_named=ends.named)

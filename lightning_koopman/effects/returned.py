@@ -93,15 +93,13 @@ def run_followed(
     read: Iterable[HookPoint],
     calls: Iterable[str],
     ends: Ends,
-    search: TargetSearch | None = None,
-) -> tuple[Followed, list[tuple[str, list[int]]]]:
+) -> tuple[Followed, list[tuple[str, list[int]]], TargetSearch]:
     """Run over the first batch, and find which tensors each of some calls and each end led to.
 
-    The ``search`` is shown what the outermost calls of modules that hold any of them take and give.
+    The search for targets has seen what the outermost calls of modules that hold any of them take and
+    give.
     """
-    calls = {*calls, *ends.calls}
-    if search is None:
-        return _run_followed(runner, read, calls, ends)
+    calls, search = {*calls, *ends.calls}, TargetSearch(runner.batches[0])
     depth: list[None] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -120,16 +118,16 @@ def run_followed(
         for module in runner.model.modules():
             if not parts.isdisjoint(module.modules()):
                 hooks.enter_context(hang(module, before=before, after=after, first=True))
-        return _run_followed(runner, read, calls, ends)
+        return *_run_followed(runner, read, calls, ends), search
 
 
 def _run_followed(
     runner: ForwardRunner, read: Iterable[HookPoint], calls: set[str], ends: Ends
 ) -> tuple[Followed, list[tuple[str, list[int]]]]:
-    flow = DataFlow()
     if not ends.mixed:
         followed = runner.run_followed(read, calls)
         return followed, _led_to(followed, ends.calls)
+    flow = DataFlow()
 
     def keep(tensor: Tensor, recorded: Recorded) -> None:
         if recorded.name in ends.mixed:

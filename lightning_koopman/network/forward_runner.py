@@ -415,7 +415,7 @@ class ForwardRunner:
                 return
             yield number
 
-    def run_followed(self, read: Iterable[HookPoint], calls: Iterable[str] = ()) -> Followed:
+    def run_followed(self, read: Iterable[HookPoint], calls: Iterable[str]) -> Followed:
         """Run over the first batch and follow the data."""
         made: dict[str, list[int]] = {call: [] for call in calls}
         beside, others = set[HookPoint](), dict[str, tuple[HookPoint, Tensor]]()
