@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Fitted, as_text, with_share
+from lightning_koopman.report.text import Fitted, Shown, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class BitWidths(JupyterMixin):
+class BitWidths(Shown):
     """Numbers of bits for the weights of each component, and what the network does with them.
 
     Attributes:
@@ -178,9 +177,6 @@ class BitWidths(JupyterMixin):
     def __repr__(self) -> str:
         chosen = ", ".join(f"{name}: {b}" for name, b in zip(self.components, self.bits, strict=True))
         return f"BitWidths({self.average:.2f} bits per weight, effect {self.effect:.2g}; {chosen})"
-
-    def __str__(self) -> str:
-        return as_text(self)
 
     def __rich__(self) -> Fitted:
         columns = {

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -33,7 +32,7 @@ from lightning_koopman.network.plan import ends_of
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import REPORT, CreditReport
-from lightning_koopman.report.text import Fitted, as_text, with_share
+from lightning_koopman.report.text import Fitted, Shown, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,7 +94,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Steps(JupyterMixin):
+class Steps(Shown):
     """Components that gave way one after the other, and what was measured after each.
 
     Entry ``k`` of an array is about the network in which the first ``k + 1`` of ``components`` gave way.
@@ -220,9 +219,6 @@ class Steps(JupyterMixin):
         title = f"{title}, {self.n_samples} samples{before}"
         notes = [f"Note: {escape(note)}" for note in self.notes]
         return Fitted(title, columns, (), styles, [*stays, *notes, *map(escape, lines)])
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def as_fields(steps: Sequence[Step], outputs: Outputs, notes: Iterable[str]) -> dict[str, Any]:

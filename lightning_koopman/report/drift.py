@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
-from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_koopman.report.text import Captioned, as_text
+from lightning_koopman.report.text import Captioned, Shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Drift(JupyterMixin):
+class Drift(Shown):
     """How far each component is from what it computed when a reference was measured.
 
     All arrays are of shape ``(L,)``, one entry per component, in order of execution.
@@ -144,9 +143,6 @@ class Drift(JupyterMixin):
                 style="bold" if marked == "first" else None,
             )
         return Captioned(table, [escape(self.verdict)])
-
-    def __str__(self) -> str:
-        return as_text(self)
 
     def __repr__(self) -> str:
         count, culprit = int(self.changed.sum()), self.culprit

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.jupyter import JupyterMixin
 from rich.markup import escape
 
 from lightning_koopman.koopman.chain import jackknife
 from lightning_koopman.report.saved import to_plain
-from lightning_koopman.report.text import Fitted, as_text, with_share
+from lightning_koopman.report.text import Fitted, Shown, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +35,7 @@ SATURATED = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Effects(JupyterMixin):
+class Effects(Shown):
     """What altering one component at a time, or a set of them together, does to the outputs.
 
     All arrays are float64, one entry per name in ``components``.
@@ -258,9 +257,6 @@ class Effects(JupyterMixin):
         how = "; ".join(f"{way} {', '.join(kinds)}" for way, kinds in by_way.items())
         count = len(self.components) - len(self.sets)
         return f"Effects({count} components; {how}; {self.unit}, {self.n_samples} samples)"
-
-    def __str__(self) -> str:
-        return as_text(self)
 
     def __rich__(self) -> Fitted:
         columns: dict[str, list[str]] = {"component": []}

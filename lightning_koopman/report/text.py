@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.constrain import Constrain
+from rich.jupyter import JupyterMixin
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -119,6 +120,13 @@ class Captioned:
         width = min(options.max_width, console.measure(self.table, options=options).maximum)
         if self.lines:
             yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
+
+
+class Shown(JupyterMixin):
+    """What rich shows as a table, in notebooks, too; its text is that table."""
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 def as_text(table: Any) -> str:
