@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lightning_koopman.cli.user_code import build_batches, build_model, build_trained
 from lightning_koopman.koopman.options import DEFAULTS, Options
+from lightning_koopman.network.weights import Weights
 from lightning_koopman.report.effects import Kind
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import folder_of
@@ -56,7 +57,7 @@ def compare(
     data: str | None = None,
     quantity: Literal["credit", "gain", "nonlinearity", "sensitivity"] = "credit",
     trust_checkpoint: bool = False,
-    weights: Literal["saved", "averaged", "current"] = "saved",
+    weights: Weights = "saved",
 ) -> None:
     """Show which components changed beyond error between two checkpoints or two saved reports.
 
@@ -179,7 +180,7 @@ def evaluate(
     trust_checkpoint: bool = False,
     shard: str = "1/1",
     fresh: bool = False,
-    weights: Literal["saved", "averaged", "current"] = "saved",
+    weights: Weights = "saved",
     effects: bool | list[Kind] = False,
     initial_checkpoint: str | None = None,
     reference: str | None = None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from rich.console import Console
 
 from lightning_koopman.cli.commands import check_writable, say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained
+from lightning_koopman.network.weights import Weights
 
 
 def drift(
@@ -19,7 +18,7 @@ def drift(
     out: str | None = None,
     max_samples: int | None = None,
     trust_checkpoint: bool = False,
-    weights: Literal["saved", "averaged", "current"] = "saved",
+    weights: Weights = "saved",
 ) -> None:
     """Show which components do something else than when a reference was measured.
 
