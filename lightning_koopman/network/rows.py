@@ -291,22 +291,26 @@ class RowForm:
             values = values.movedim(-1, 1)
         mask = None if valid is None else _mask_of(values, valid)
         if self.picked is not None:
-            picked = _last(values, mask) if self.by_data else values[:, :, self.picked]
-            if self.is_alone:
-                return picked.to(dtype, copy=True)
-            others = slice(1, None) if self.picked == 0 else slice(0, -1)
-            if self.by_data and mask is not None:
-                places = torch.arange(mask.shape[1], device=mask.device)
-                is_other = mask & (places != last_valid(mask)[:, None])
-                mask, others = is_other | (mask & ~is_other.any(dim=1, keepdim=True)), slice(None)
-            # A sequence of one has no others.
-            others = others if values.shape[2] > 1 else slice(None)
-            mask = None if mask is None else mask[..., others]
-            reduced = self._reduced(values[..., others], mask)
-            return torch.cat([reduced.flatten(1).to(dtype), picked.to(dtype)], dim=1)
+            return self._with_picked(values, mask, dtype)
         reduced = self._reduced(values, mask)
         own = reduced.untyped_storage()._cdata != tensor.untyped_storage()._cdata
         return reduced.to(dtype, copy=not own).flatten(1)
+
+    def _with_picked(self, values: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Keep the picked position, behind what the others become, or alone."""
+        picked = _last(values, mask) if self.by_data else values[:, :, self.picked]
+        if self.is_alone:
+            return picked.to(dtype, copy=True)
+        others = slice(1, None) if self.picked == 0 else slice(0, -1)
+        if self.by_data and mask is not None:
+            places = torch.arange(mask.shape[1], device=mask.device)
+            is_other = mask & (places != last_valid(mask)[:, None])
+            mask, others = is_other | (mask & ~is_other.any(dim=1, keepdim=True)), slice(None)
+        # A sequence of one has no others.
+        others = others if values.shape[2] > 1 else slice(None)
+        mask = None if mask is None else mask[..., others]
+        reduced = self._reduced(values[..., others], mask)
+        return torch.cat([reduced.flatten(1).to(dtype), picked.to(dtype)], dim=1)
 
     def _reduced(self, values: Tensor, valid: Tensor | None) -> Tensor:
         """Reduce the axes behind the channels: ``(n_samples, channels, …)``."""
