@@ -58,8 +58,7 @@ class TargetSearch:
 
     def see_given(self, returned: Any) -> None:
         """Look at what an outermost call of the network gives."""
-        numbers = (t for t in tensors_inside(returned) if not t.ndim and t.is_floating_point())
-        self._gives_loss |= any(True for _ in numbers)
+        self._gives_loss |= any(not t.ndim and t.is_floating_point() for t in tensors_inside(returned))
 
     def target_of(self, batch: Any) -> Tensor | None:
         """Return the targets of a batch like the one that was seen."""

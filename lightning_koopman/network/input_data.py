@@ -69,9 +69,7 @@ def is_edge_index(tensor: Tensor) -> bool:
 
 def is_of_edges(tensor: Tensor, indices: Sequence[Tensor]) -> bool:
     """Check whether a tensor has a row for each edge of an index."""
-    if not indices or tensor.is_nested or not tensor.ndim:
-        return False
-    return any(len(tensor) == index.shape[1] for index in indices)
+    return not tensor.is_nested and any(tensor.shape[:1] == index.shape[1:] for index in indices)
 
 
 def is_integer_data(other: Tensor, first: Tensor) -> bool:

@@ -454,8 +454,8 @@ def _is_lookup(reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> bool
     table = reads[0]
     is_table = known[0] == {_OWN} and table.is_floating_point() and table.ndim > 1
     # Integers of the batch are tokens, positions or steps in time.
-    chosen = (n for labels in known[1:] for n in labels - _ORIGINS if not n.startswith(_BATCH))
-    return is_table and any(True for _ in chosen)
+    chosen = (name for labels in known[1:] for name in labels - _ORIGINS)
+    return is_table and not all(name.startswith(_BATCH) for name in chosen)
 
 
 def _picks_rows(name: str, args: tuple[Any, ...]) -> bool:

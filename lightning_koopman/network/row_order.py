@@ -109,8 +109,7 @@ class RowOrders:
         """Return the orders of a tensor's rows."""
         if tensor.is_nested or not (known := self._of.get(address_of(tensor))):
             return NO_ORDERS
-        view = view_of_memory(tensor)
-        return known[view] if view in known else known.get(None, NO_ORDERS)
+        return known.get(view_of_memory(tensor), known.get(None, NO_ORDERS))
 
     def told(self, tensor: Tensor) -> Orders:
         """Return the orders of a tensor's rows, and which rows that axes were merged into met before."""
