@@ -101,6 +101,18 @@ def quiet_trainer(folder: Any, callbacks: list[Any], kind: Any = L.Trainer, **op
     return kind(callbacks=callbacks, **(defaults | options))
 
 
+class Stops(L.Callback):
+    """Ends a training behind its second epoch, which no one knew to be the last."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def newest(monitor: Any) -> Any:
+    assert monitor.report is not None
+    return monitor.report
+
+
 def events(folder: Any) -> EventAccumulator:
     """Read what TensorBoard's files in a folder, or in one file, hold."""
     return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()

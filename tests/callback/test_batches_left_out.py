@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lit import LitNet, dataset, hooks_on, loaders, quiet_trainer
+from lit import LitNet, dataset, hooks_on, loaders, newest, quiet_trainer
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
@@ -38,11 +38,6 @@ class Skips(LitNet):
 
 def monitor_of(**given: Any) -> KoopmanCreditMonitor:
     return KoopmanCreditMonitor(on_error="raise", figures=False, every_n_epochs=1, **given)
-
-
-def newest(monitor: KoopmanCreditMonitor) -> CreditReport:
-    assert monitor.report is not None
-    return monitor.report
 
 
 def without(*left_out: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from lit import quiet_trainer
+from lit import Stops, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,13 +42,6 @@ class Halves(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with torch.no_grad():
             pl_module.net[2].weight[:, :4].mul_(0.5)
-
-
-class Stops(L.Callback):
-    """Ends a training behind its second epoch, which no one knew to be the last."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch == 1
 
 
 def trained(folder, *callbacks: L.Callback, net: type[Net] = Net, epochs: int = 2) -> Net:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lit import LitNet, dataset, loaders, quiet_trainer
+from lit import LitNet, dataset, loaders, newest, quiet_trainer
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor, component_effects
 
@@ -16,11 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
 def monitor_of(**given: Any) -> KoopmanCreditMonitor:
     return KoopmanCreditMonitor(on_error="raise", figures=False, **given)
-
-
-def newest(monitor: KoopmanCreditMonitor) -> CreditReport:
-    assert monitor.report is not None
-    return monitor.report
 
 
 def same(one: CreditReport, other: CreditReport) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
-from lit import quiet_trainer
+from lit import Stops, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -120,13 +120,6 @@ def test_buffers_that_each_pass_updates_are_not_weights_that_were_changed(max_sa
     assert monitor.report.notes == ()
     # The first step gives again what it gave, from the buffers that it began with.
     assert np.isfinite(monitor.report.effects.values["skip"]).all()
-
-
-class Stops(L.Callback):
-    """Ends a training behind its second epoch, whose validation was not due."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.current_epoch == 1
 
 
 def test_calls_are_run_again_in_the_modes_of_validation_where_training_stopped_behind_it(tmp_path):

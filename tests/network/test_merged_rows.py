@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from small import wired
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report
+from lightning_koopman import CreditReport, credit_report
 
 SAMPLES, POINTS, UNITS = 240, 5, 6
 MIXES: dict[str, Callable[[Tensor, int, int], Tensor]] = {}
@@ -116,12 +117,20 @@ def sets_of(mix: Callable[[Tensor, int, int], Tensor], *, flat: bool, bend: bool
         h = m.b(h if flat else h.view(n, points, -1))
         return m.c(torch.tanh(h) if bend else h).view(n, points, -1).mean(1)
 
+    return network(run)
+
+
+def network(run: Callable[..., Any]) -> nn.Module:
     torch.manual_seed(0)
     return wired(run, a=nn.Linear(3, UNITS), b=nn.Linear(UNITS, UNITS), c=nn.Linear(UNITS, 2))
 
 
 def points() -> Tensor:
     return torch.randn(SAMPLES, POINTS, 3, generator=torch.Generator().manual_seed(0))
+
+
+def report_of(run: Callable[..., Any]) -> CreditReport:
+    return credit_report(network(run), points().split(48))
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -158,9 +167,7 @@ def test_points_put_together_behind_a_layer_that_took_sets_are_those_of_their_sa
         n, points, _ = x.shape
         return m.c(MIXES[mix](m.b(m.a(x).flatten(0, 1)), n, points)).view(n, points, -1).mean(1)
 
-    torch.manual_seed(0)
-    model = wired(run, a=nn.Linear(3, UNITS), b=nn.Linear(UNITS, UNITS), c=nn.Linear(UNITS, 2))
-    report = credit_report(model, points().split(48))
+    report = report_of(run)
     assert (report.n_samples, report.components) == (SAMPLES, ("a", "b", "c", "output"))
     assert report.r2 == pytest.approx(1, abs=1e-6)
 
@@ -172,9 +179,7 @@ def test_points_that_are_added_to_the_next_one_are_those_of_their_samples():
         source = torch.arange(len(h))[~last]
         return m.c(m.b(h + torch.zeros_like(h).index_add(0, source + 1, h[source])))
 
-    torch.manual_seed(0)
-    model = wired(run, a=nn.Linear(3, UNITS), b=nn.Linear(UNITS, UNITS), c=nn.Linear(UNITS, 2))
-    report = credit_report(model, points().split(48))
+    report = report_of(run)
     assert report.n_samples == SAMPLES
     assert report.r2 == pytest.approx(1, abs=1e-6)
 
@@ -184,9 +189,7 @@ def test_rows_in_another_order_behind_are_those_of_their_samples():
         h = m.a(x.flatten(0, 1)).view(len(x), POINTS, UNITS)
         return m.c(m.b(h.transpose(0, 1).reshape(-1, UNITS)))
 
-    torch.manual_seed(0)
-    model = wired(run, a=nn.Linear(3, UNITS), b=nn.Linear(UNITS, UNITS), c=nn.Linear(UNITS, 2))
-    report = credit_report(model, points().split(48))
+    report = report_of(run)
     assert report.n_samples == SAMPLES
     assert report.r2 == pytest.approx(1, abs=1e-6)
 
@@ -241,9 +244,7 @@ KEPT = [
 
 @pytest.mark.parametrize("run", KEPT)
 def test_rows_that_never_meet_are_samples(run):
-    torch.manual_seed(0)
-    model = wired(run, a=nn.Linear(3, UNITS), b=nn.Linear(UNITS, UNITS), c=nn.Linear(UNITS, 2))
-    report = credit_report(model, points().split(48))
+    report = report_of(run)
     assert report.n_samples == SAMPLES * (2 if run is two_views else POINTS)
     assert not [note for note in report.notes if note.startswith("rows of")]
 
@@ -254,8 +255,6 @@ def test_rows_that_meet_and_of_which_samples_are_not_known_are_told():
         # Which rows a sorted one lies between says nothing of its sample.
         return m.c(m.b(h[h[:, 0].argsort()]))
 
-    torch.manual_seed(0)
-    model = wired(run, a=nn.Linear(3, UNITS), b=nn.Linear(UNITS, UNITS), c=nn.Linear(UNITS, 2))
-    report = credit_report(model, points().split(48))
+    report = report_of(run)
     assert report.n_samples == SAMPLES * POINTS
     assert [note for note in report.notes if note.startswith("rows of several samples meet in b,")]
