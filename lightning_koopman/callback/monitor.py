@@ -740,7 +740,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Compute a report with its effects, and the drift since a measurement before."""
         with plain_numerics(pl_module), trainer.profiler.profile("[KoopmanCreditMonitor]report"):
             try:
-                report = measurement.report(step=step, errors=self._with_errors())
+                # In a training under way, there are errors only where they are asked for.
+                errors = self._final if self.options.errors is None else self.options.errors
+                report = measurement.report(step=step, errors=errors)
                 if self.drift and before is not None and self.history:
                     drift = drift_from(before, measurement, since=self.history[-1].step, step=step)
                     if drift is not None:
@@ -762,10 +764,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         return self._effects.of_report(
             trainer, pl_module, report, steps, self._as_watched(trainer), final=self._final
         )
-
-    def _with_errors(self) -> bool:
-        """Check whether the report has errors: in a training under way only where that is asked for."""
-        return self._final if self.options.errors is None else self.options.errors
 
     def _keep_watched(self, trainer: Any, reason: str) -> None:
         """Let the watched report stand, and say which weights it is about."""

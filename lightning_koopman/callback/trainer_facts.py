@@ -61,11 +61,6 @@ def unrepeated_samples(loader: Any) -> int:
     return samples_for_rank(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
 
 
-def rows_per_batch(loader: Any) -> int:
-    """Return how many samples a loader that has a sampler puts into a batch."""
-    return getattr(loader, "batch_size", None) or 1
-
-
 def is_dealt_out(loader: Any) -> bool:
     """Check whether a loader has a sampler that deals samples out to processes."""
     batches = getattr(loader, "batch_sampler", None)

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_koopman.callback.trainer_facts import (
-    data_part,
-    rows_per_batch,
-    samples_for_rank,
-    unrepeated_samples,
-)
+from lightning_koopman.callback.trainer_facts import data_part, samples_for_rank, unrepeated_samples
 from lightning_koopman.measurement.measurement import Measurement
 
 
@@ -54,7 +49,7 @@ class WatchedSamples:
             most=samples_for_rank(most, part.count),
             counted=own if part.counts else 0,
             unrepeated=like.unrepeated,
-            batch_rows=rows_per_batch(loader),
+            batch_rows=getattr(loader, "batch_size", None) or 1,
             loader=like.loader,
             others=like.others,
         )

@@ -140,7 +140,7 @@ def _align(
             return ((), (), (), torch.empty(0)), _independent(jacobian), state
         basis, triangle, inverse = solved or (jacobian, identity, identity)
         bases[state], factors[state] = basis, product(triangle, factors[unit])
-        logs[state] = logs[unit] + _diagonal(triangle).abs().log()
+        logs[state] = logs[unit] + triangle.diagonal(dim1=-2, dim2=-1).abs().log()
         others = {*needed, nearest}
         between = {
             **{(a, b): between[a, b] for a in others for b in others},
@@ -200,11 +200,6 @@ def _triangular(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     if not spread * RANK_RTOL < _CLEARLY and len(_independent(jacobian)) < rank:
         return None
     return basis, triangle, inverse
-
-
-def _diagonal(triangle: Tensor) -> Tensor:
-    """Return the diagonal, of one triangle or of each of several."""
-    return triangle.diagonal(dim1=-2, dim2=-1)
 
 
 def _volumes(jacobian: Tensor) -> Tensor:
