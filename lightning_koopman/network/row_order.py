@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -276,12 +275,10 @@ class RowOrders:
             return None
         rows = _places(size, source)
         if name == "slice":
-            start, end, step = (
-                _argument(args, place, usual) for place, usual in ((2, 0), (3, None), (4, 1))
-            )
-            pieces = [rows[slice(start, end, step)]]
+            bounds = (_argument(args, place, usual) for place, usual in ((2, 0), (3, None), (4, 1)))
+            pieces = [rows[slice(*bounds)]]
         else:
-            pieces = list(rows.tensor_split([*accumulate(map(len, parts))][:-1]))
+            pieces = list(torch.split(rows, [*map(len, parts)]))
         return [
             (part, self._taken(source, 0, piece, moved=False))
             for part, piece in zip(parts, pieces, strict=True)
