@@ -33,6 +33,7 @@ from lightning_koopman.network.rows import (
     form_of,
     gives_batch_second,
     has_batch_second,
+    module_of,
 )
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
@@ -83,7 +84,7 @@ def counted_as_in(model: nn.Module, report: CreditReport) -> nn.Module | None:
     """Find the module in which the calls that a report names were counted."""
     if report.reference is not None and report.reference.modules:
         return counted_in(model, report.reference.modules)
-    return counted_in(model, {call.partition("#")[0] for own in report.parts.values() for call in own})
+    return counted_in(model, {module_of(call) for own in report.parts.values() for call in own})
 
 
 class Alterations:
@@ -446,7 +447,7 @@ class Alterations:
     def weights(self, kind: str, names: Iterable[str]) -> Generator[None, None, None]:
         """Alter components' weights while the context lasts, for the kinds that touch weights."""
         calls = [call for name in names for call in self._parts[name] if self.touches_weights(kind)]
-        modules = {call.partition("#")[0]: find_module(self._model, call)[0] for call in calls}
+        modules = {module_of(call): find_module(self._model, call)[0] for call in calls}
         with _restored(modules.values()), torch.no_grad():
             if kind == "weight_noise":
                 for parameter in {id(p): p for m in modules.values() for p in m.parameters()}.values():

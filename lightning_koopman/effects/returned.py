@@ -31,7 +31,7 @@ from lightning_koopman.network.forward_runner import (
 )
 from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
 from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second
+from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second, module_of
 from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
@@ -63,7 +63,7 @@ class Ends(NamedTuple):
     ) -> Ends:
         """Find the states that a chain ends with among its module calls; nothing if any is neither."""
         mixed = tuple(name for name in names if name not in parts)
-        if not {name.partition("#")[0] for name in mixed} <= {OUTPUT, "returned"}:
+        if not {module_of(name) for name in mixed} <= {OUTPUT, "returned"}:
             return cls()
         return cls(tuple(parts[name][-1] for name in names if name in parts), mixed, modules, named)
 
@@ -75,9 +75,7 @@ class Ends(NamedTuple):
         if last.endswith(".*") and last not in report.parts:
             names = [name for name in report.parts if name.startswith(last[:-1])]
         if reference is None:
-            modules: tuple[str, ...] | None = tuple(
-                dict.fromkeys(name.partition("#")[0] for name in report.parts)
-            )
+            modules: tuple[str, ...] | None = tuple(dict.fromkeys(map(module_of, report.parts)))
             # What a function of the user's gave has the same name as the first tensor returned.
             unknown = names == [OUTPUT]
         else:

@@ -29,6 +29,7 @@ from lightning_koopman.network.rows import (
     Recorded,
     by_sample,
     call_of,
+    module_of,
     n_positions,
     pooled_by,
     pooling_index,
@@ -377,7 +378,7 @@ class Measurement(Accumulator):
         assert self.plan is not None
         work = 0.0
         for record in records:
-            component = self.capture.components.get(record.name.partition("#")[0])
+            component = self.capture.components.get(module_of(record.name))
             of_call = call_of(record.name) == record.name
             if component is not None and of_call and record.tensor.ndim > 1:
                 first = self.plan.forms[record.name].channels_first
@@ -413,7 +414,7 @@ class Measurement(Accumulator):
                 self._compare(recorded.name, tensor)
             call = call_of(recorded.name)
             known = call in self.plan.forms or call in self.capture.parts
-            if not known and call.partition("#")[0] not in self.plan.in_turns:
+            if not known and module_of(call) not in self.plan.in_turns:
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
         form = self.plan.forms[recorded.name].in_batch(tensor, self._batch)
@@ -553,7 +554,7 @@ class Measurement(Accumulator):
         states = () if self.plan is None else self.plan.states[1:]
         calls = [dict.fromkeys(map(call_of, group)) for group in states]
         known = self.capture.components
-        return [[known[m] for n in group if (m := n.partition("#")[0]) in known] for group in calls]
+        return [[known[m] for n in group if (m := module_of(n)) in known] for group in calls]
 
     def _about_modules(self) -> dict[str, Any]:
         """Class and number of parameters of each component's module, as fields of the report."""

@@ -21,7 +21,7 @@ from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, numbered
+from lightning_koopman.network.rows import Recorded, module_of, numbered
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 
 
@@ -68,7 +68,7 @@ class Overview:
     run: bool
 
     def __rich__(self) -> Table:
-        inside = sum({row.name.partition("#")[0]: row.parameters for row in self.rows}.values())
+        inside = sum({module_of(row.name): row.parameters for row in self.rows}.values())
         table = Table(
             title=f"{len(self.rows)} components with {inside:,} of {self.total:,} parameters",
             caption="\n".join(map(escape, self.notes)) or None,
@@ -182,7 +182,7 @@ def _noting_inputs(
         given = (args, kwargs)
         tensor = first_tensor(given)
         tensor = next(iter(all_tensors(given)), None) if tensor is None else tensor
-        count = sum(key.partition("#")[0] == name for key in taken)
+        count = sum(module_of(key) == name for key in taken)
         taken[numbered(name, count)] = () if tensor is None else tuple(tensor.shape)
 
     with ExitStack() as hooks:

@@ -43,6 +43,7 @@ from lightning_koopman.network.rows import (
     OUTPUT,
     Recorded,
     further_name,
+    module_of,
     numbered,
     with_lengths_in_order,
 )
@@ -389,9 +390,9 @@ class Capture:
         ran: dict[str, set[str]] = {}
         moved = set[str]()
         for record in records:
-            name = record.name.partition("#")[0]
+            name = module_of(record.name)
             if name in self.components:
-                read = (source.partition("#")[0] for source in record.sources or ())
+                read = (module_of(source) for source in record.sources or ())
                 ran.setdefault(name, set()).update(read)
                 moved |= {name} if record.orders else set()
         return in_turns(self._model, self.components, ran, moved)
@@ -627,7 +628,7 @@ class Capture:
         """Count the parameters that are in no component, by name, where components were not named."""
         if self._named:
             return {}
-        called = {call.partition("#")[0] for calls in self.parts.values() for call in calls}
+        called = {module_of(call) for calls in self.parts.values() for call in calls}
         # A norm of what something else reads as well is part of the step of what takes it.
         apart = [norm for name, norm in self.norms.items() if name not in called and name not in silent]
         holders = [m for m in self._holders if all(m is not norm for norm in apart)]
@@ -640,7 +641,7 @@ class Capture:
         if self._passes == 0:
             self._on_transparent_input(module, args, kwargs)
             gave = self._continuing.get(id(module))
-            before = None if gave is None else self.components[gave.name.partition("#")[0]]
+            before = None if gave is None else self.components[module_of(gave.name)]
             if before is None or not (id(module) in self._listed or is_leaf(before)):
                 self._continuing.pop(id(module), None)
                 self._alone.add(key)
@@ -724,7 +725,7 @@ class Capture:
         masks = [] if is_idle else self._provenance.masks(beside)
         self._provenance.mark(made, name, idle=is_idle)
         self._provenance.own(masks)
-        component = self.components[name.partition("#")[0]]
+        component = self.components[module_of(name)]
         facts: dict[str, Any] = {
             "from_float": origin.from_float,
             "is_frozen": is_frozen(component, self._trained),

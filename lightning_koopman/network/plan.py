@@ -20,6 +20,7 @@ from lightning_koopman.network.rows import (
     batch_size,
     by_sample,
     call_of,
+    module_of,
     row_forms,
 )
 from lightning_koopman.network.tensors import varies
@@ -172,8 +173,8 @@ def _ends_of_calls(
     trained = [name for name in own if name not in frozen]
     behind = _reached((source for name in trained for source in sources[name]), sources)
     fed = {name for name in own if not frozen.issuperset(_reached(sources[name], sources) & set(own))}
-    compared = {_module(name) for name in frozen - fed}
-    heads = [n for n in unread if n in frozen & fed and _module(n) not in compared]
+    compared = {module_of(name) for name in frozen - fed}
+    heads = [n for n in unread if n in frozen & fed and module_of(n) not in compared]
     covered = _reached(heads, sources) - set(heads)
     ends = [n for n in own if n in heads or (n in trained and n not in behind)]
     return [name for name in ends if name not in covered] or list(unread)
@@ -285,19 +286,19 @@ def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tup
         depth[name] = 1 + max((depth[source] for source in read), default=-1)
         for source in read:
             readers[source].add(name)
-    calls = Counter(_module(name) for name in sources)
+    calls = Counter(module_of(name) for name in sources)
     # What the ends alone read of a module that runs in a loop: an output of each of its steps.
     last = {name for name in sources if readers[name] and readers[name] <= {*ends}}
-    steps = {m for m, count in Counter(map(_module, last)).items() if count > _MOST_READ}
+    steps = {m for m, count in Counter(map(module_of, last)).items() if count > _MOST_READ}
 
     def joined(*, by_module: bool) -> list[list[str]]:
         alike: dict[Any, list[str]] = {}
         for name, read in sources.items():
             kind: Any = frozenset(readers[name])
-            if by_module and calls[_module(name)] > 1:
-                kind = (_module(name), depth[name])
-                if name in last and _module(name) in steps:
-                    kind = (_module(name), "last")
+            if by_module and calls[module_of(name)] > 1:
+                kind = (module_of(name), depth[name])
+                if name in last and module_of(name) in steps:
+                    kind = (module_of(name), "last")
             kind = "input" if not read else "end" if name in ends else kind
             alike.setdefault(kind, []).append(name)
         return list(alike.values())
@@ -307,11 +308,6 @@ def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tup
     return order
 
 
-def _module(name: str) -> str:
-    """Return the module of a call."""
-    return name.partition("#")[0]
-
-
 def _called(group: Sequence[str], ran: Iterable[str], inputs: Collection[str]) -> str:
     """Name a state: ``a+b`` where a few were joined, ``module.*`` where many are all of a module.
 
@@ -319,9 +315,9 @@ def _called(group: Sequence[str], ran: Iterable[str], inputs: Collection[str]) -
     Many inputs, as the steps of a sequence that one cell takes in turn, are the input.
     """
     if len(group) > 2 and all(name in inputs for name in group):
-        return _module(group[0])
-    module = _module(group[0])
-    if len(group) > 2 and {name for name in ran if _module(name) == module} == set(group):
+        return module_of(group[0])
+    module = module_of(group[0])
+    if len(group) > 2 and {name for name in ran if module_of(name) == module} == set(group):
         return f"{module}#*"
     prefix, dot, _ = group[0].rpartition(".")
     while dot and len(group) > 2:
@@ -481,7 +477,7 @@ def make_plan(
     turned = {
         r.name
         for r in records
-        if _module(r.name) in in_turns and any(order.is_of_all for order in r.orders.values())
+        if module_of(r.name) in in_turns and any(order.is_of_all for order in r.orders.values())
     }
     ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses, turned)
     for name in set(sources) & set(returned) - set(ends):
@@ -545,7 +541,7 @@ def make_plan(
         notes=tuple(notes),
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
-        in_turns=in_turns - {_module(name) for group in whole for name in group},
+        in_turns=in_turns - {module_of(name) for group in whole for name in group},
     )
 
 

@@ -172,6 +172,11 @@ def numbered(name: str, place: int) -> str:
     return f"{name}#{place}" if place else name
 
 
+def module_of(name: str) -> str:
+    """Return the module of a call, or of what a call gave."""
+    return name.partition("#")[0]
+
+
 def further_name(call: str, place: int) -> str:
     """Name a tensor that a module call gives beside the one that has the call's name."""
     return f"{call}:{place}" if "#" in call else f"{call}#0:{place}"
