@@ -227,10 +227,12 @@ def choose_outputs(
         )
         units = tuple(_spread(tensors[place]) for place in kept)
     by_position = len(kept) == 1 and metric is None and _holds_positions(runner, followed, kept[0])
+    # A call that gives several tensors may lead there by another one than the first.
+    seen = {point.call for point, found in followed.further.items() if {*found} & {*kept}}
     runner.form = OutputForm(tuple(kept), units, axis, by_position)
     return Choice(
         tuple(notes),
-        frozenset(call for call, found in made.items() if found and not {*found} & {*kept}),
+        frozenset(c for c, found in made.items() if found and c not in seen and not {*found} & {*kept}),
     )
 
 

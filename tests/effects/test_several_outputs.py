@@ -214,3 +214,34 @@ def test_all_that_a_network_ends_with_counts():
     assert any("averaged over 2 outputs, those of last" in note for note in effects.notes)
     # What does not depend on the input any more misses all of the variance, of either.
     assert effects.values["skip"].tolist() == pytest.approx([1, 1], rel=0.05)
+
+
+def test_a_flow_is_seen_by_what_each_of_its_layers_adds_beside_the_sample():
+    """The last layer leads to the log-determinant by the second tensor that it gives alone."""
+    torch.manual_seed(0)
+
+    def coupling(m, x):
+        left, right = x.chunk(2, 1)
+        scale, shift = torch.tanh(m.inner(left)).chunk(2, 1)
+        return torch.cat([right * scale.exp() + shift, left], 1), scale.sum(1, keepdim=True)
+
+    def flow(m, x):
+        x, first = m.one(x)
+        x, second = m.both(x)
+        return x, first + second
+
+    parts = {name: wired(coupling, inner=nn.Linear(2, 4)) for name in ("one", "both")}
+    model, x = wired(flow, **parts).eval(), torch.randn(300, 4)
+
+    class Volume(nn.Module):
+        both = model.both
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model(x)[1]
+
+    effects = component_effects(model, list(x.split(100)), credit_report(model, list(x.split(100))))
+    truth = change(Volume(), x, lambda y, volume: (y, volume.mean(0).expand_as(volume)))
+    assert truth > 0.1
+    assert effects.components == ("one", "both")
+    assert effects.values["skip"][1] == pytest.approx(truth, rel=1e-4)
+    assert effects.doubts["skip"] == ((), ())
