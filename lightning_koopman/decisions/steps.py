@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.markup import escape
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Cost:
     Attributes:
         parameters: Number of parameters.
         flops: Operations of one pass over the first batch, as ``torch.utils.flop_counter`` counts them:
-            those of matrix products and convolutions.
+            those of matrix products and convolutions, also where attention or an LSTM makes them.
     """
 
     parameters: int
@@ -75,12 +76,35 @@ class _NoModules(ModuleTracker):
         pass
 
 
+def _attention(
+    query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _recurrent(given: Sequence[int], ih: Sequence[int], hh: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(given[:-1]) * (math.prod(ih) + math.prod(hh))
+
+
+# What processors run these by, and torch's own counter knows nothing of.
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+}
+
+
 def cost_of(runner: ForwardRunner) -> Cost:
     """Measure what a network costs."""
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     counter.mod_tracker = _NoModules()
-    with counter:
-        runner.run_batch(0)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # Encoder layers of torch are a single operation there, which counts as none.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with counter:
+            runner.run_batch(0)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return Cost(sum(p.numel() for p in runner.model.parameters()), counter.get_total_flops())
 
 

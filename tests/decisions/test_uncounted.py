@@ -1,4 +1,4 @@
-"""Decisions on networks that differentiate themselves, or have no parameters, or other rows."""
+"""Decisions on networks that differentiate themselves, or without parameters, or of other rows; cost."""
 
 from __future__ import annotations
 
@@ -101,3 +101,54 @@ def test_what_turns_rows_into_more_stays() -> None:
     assert "0" in found.candidates
     with pytest.raises(ValueError, match="'4' cannot become linear: it turns 20 rows into 60"):
         linearize(net, data(), components=["4"])
+
+
+def positions() -> list[Tensor]:
+    return list(torch.randn(40, 5, 8, generator=torch.Generator().manual_seed(1)).split(20))
+
+
+class First(nn.Module):
+    """Runs a module and gives the first of what it gives."""
+
+    def __init__(self, inner: nn.Module, times: int = 1) -> None:
+        super().__init__()
+        self.inner, self.times = inner, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(*[x] * self.times)[0]
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
+
+
+# Two products of 4 units in each of 2 heads, for each pair of 5 positions.
+ATTENTION = 2 * 20 * (5 * 8 * 32 + 2 * 2 * 5 * 5 * 4)
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (encoder(), ATTENTION + 2 * 100 * 2 * 8 * 12),
+        (First(nn.MultiheadAttention(8, 2, batch_first=True), 3), ATTENTION),
+        # Two layers in two directions, the second of which takes both.
+        (
+            First(nn.LSTM(8, 3, num_layers=2, bidirectional=True, batch_first=True)),
+            2 * 100 * 2 * 12 * ((8 + 3) + (6 + 3)),
+        ),
+        (First(nn.GRU(8, 3, batch_first=True)), 2 * 100 * 9 * (8 + 3)),
+    ],
+)
+def test_operations_of_attention_and_recurrence_are_counted(net: nn.Module, expected: int) -> None:
+    runner = ForwardRunner(net.eval(), positions())
+    assert cost_of(runner).flops == expected
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_an_encoder_layer_that_a_map_is_cheaper_than_becomes_linear() -> None:
+    """Its operations were none, so that whatever took its place was larger."""
+    net = nn.Sequential(encoder(), nn.Linear(8, 3)).eval()
+    found = linearize(net, positions(), max_drop=10.0)
+    assert "0" in found.components
+    assert found.costs[-1].flops < found.cost_before.flops
