@@ -18,7 +18,7 @@ from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components, is_leaf, n_weights
+from lightning_koopman.network.components import Components, is_leaf
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
@@ -549,19 +549,21 @@ class Measurement(Accumulator):
         inside = {call_of(name) for group in states for name in group}
         return {name: calls for name, calls in self.capture.parts.items() if name in inside}
 
+    def _calls(self) -> list[list[str]]:
+        """List the calls that each component is made of."""
+        states = () if self.plan is None else self.plan.states[1:]
+        return [[*dict.fromkeys(map(call_of, group))] for group in states]
+
     def _modules(self) -> list[list[nn.Module]]:
         """Find the modules of each component."""
-        states = () if self.plan is None else self.plan.states[1:]
-        calls = [dict.fromkeys(map(call_of, group)) for group in states]
         known = self.capture.components
-        return [[known[m] for n in group if (m := module_of(n)) in known] for group in calls]
+        return [[known[m] for n in calls if (m := module_of(n)) in known] for calls in self._calls()]
 
     def _about_modules(self) -> dict[str, Any]:
         """Class and number of parameters of each component's module, as fields of the report."""
-        modules = self._modules()
         return {
-            "types": tuple("+".join(type(module).__name__ for module in group) for group in modules),
-            "parameters": tuple(sum(map(n_weights, group)) for group in modules),
+            "types": tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
+            "parameters": tuple(map(self.capture.n_weights, self._calls())),
         }
 
 

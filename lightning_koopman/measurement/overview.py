@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components, named_components
+from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
@@ -130,7 +130,7 @@ def describe_components(
     total = sum(p.numel() for p in model.parameters())
     if batches is None:
         chosen = named_components(model, components)
-        rows = tuple(ComponentRow(n, type(m).__name__, _parameters(m)) for n, m in chosen.items())
+        rows = tuple(ComponentRow(n, type(m).__name__, n_weights(m)) for n, m in chosen.items())
         return Overview(rows, (), total, max_dim, run=False)
     with random_states_kept(batches):
         batch = next(iter(batches), None)
@@ -167,7 +167,9 @@ def describe_components(
     )
     notes = plan.told() + capture.told(silent)
     rows = tuple(
-        _row(model, record, plan, taken, valid) for record in records if record.name in capture.parts
+        _row(capture, model, record, plan, taken, valid)
+        for record in records
+        if record.name in capture.parts
     )
     return Overview(rows, tuple(notes), total, max_dim, run=True)
 
@@ -196,6 +198,7 @@ def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:
 
 
 def _row(
+    capture: Capture,
     model: nn.Module,
     record: Recorded,
     plan: Plan,
@@ -209,12 +212,8 @@ def _row(
     if state is not None:
         form = plan.forms[record.name]
         width = form.rows(record.tensor, valid.get(form.padding or "")).shape[1]
-    kind, size = type(module).__name__, _parameters(module)
+    kind, size = type(module).__name__, capture.n_weights([record.name])
     return ComponentRow(record.name, kind, size, taken.get(record.name), shape, width, state)
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -24,6 +24,7 @@ from lightning_koopman.network.components import (
     inner_transparent,
     is_frozen,
     is_leaf,
+    n_weights,
     named_components,
     norms_beside,
     transparent_modules,
@@ -623,6 +624,12 @@ class Capture:
             self._on_output(name, module, args, kwargs, output)
         elif any(module is other for other in self._transparent):
             self._on_transparent(module, args, kwargs, output)
+
+    def n_weights(self, calls: Iterable[str]) -> int:
+        """Count the parameters of the components that some calls are of, of norms behind a layer too."""
+        modules = dict(clean_modules(self._model)) | self.components
+        names = {part.partition("#")[0] for call in calls for part in self.parts.get(call, (call,))}
+        return n_weights(*(modules[name] for name in names if name in modules))
 
     def homeless(self, silent: Collection[str]) -> dict[str, int]:
         """Count the parameters that are in no component, by name, where components were not named."""

@@ -80,9 +80,10 @@ def _is_quantised(module: nn.Module) -> bool:
     )
 
 
-def n_weights(module: nn.Module) -> int:
-    """Count a module's parameters; those of lazy modules do not exist yet."""
-    return sum(p.numel() for p in module.parameters() if not is_lazy(p))
+def n_weights(*modules: nn.Module) -> int:
+    """Count the parameters of modules, each once; those of lazy modules do not exist yet."""
+    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    return sum(p.numel() for p in parameters if not is_lazy(p))
 
 
 def is_frozen(module: nn.Module, trained: Collection[int] | None = None) -> bool:

@@ -117,7 +117,7 @@ def test_the_report_leads_with_the_decision(report, both):
     assert heading == expected
     row = next(line for line in lines if line.startswith(" 2 ")).split()
     skip, linear = (effects.cell(kind, 1) for kind in ("skip", "linear"))
-    assert row[1:9] == ["Linear", "→", "3", "→", "4", "156", skip, linear]
+    assert row[1:9] == ["Linear", "→", "3", "→", "4", "180", skip, linear]
     assert lines[-1] == "Next: lightning-koopman drop, or drop_order: how many may go together"
     assert (
         narrow(report, 130)[-1] == "Next: lightning-koopman effects, or component_effects: what may go"

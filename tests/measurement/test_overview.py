@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 from small import wired
 from torch import Tensor, nn
 
+from lightning_koopman import credit_report
 from lightning_koopman.cli.main import main
 from lightning_koopman.measurement.overview import describe_components
 from lightning_koopman.network.provenance import DataFlow
@@ -101,6 +102,18 @@ def test_every_call_of_a_shared_module_is_a_row(shared_net):
     title = found.__rich__().title
     assert isinstance(title, str)
     assert title.startswith("3 components with 48 of 78 parameters")
+
+
+def test_parameters_are_those_of_all_that_a_component_holds_each_once():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    x = torch.randn(60, 4)
+    assert credit_report(net, [x]).parameters == (30 + 12, 14)
+    assert [row.parameters for row in describe_components(net, [x]).rows] == [30 + 12, 14]
+    both = {"both": nn.Linear(2, 3), "head": nn.Linear(6, 2)}
+    twice = wired(lambda m, x: m.head(torch.cat([m.both(x[:, :2]), m.both(x[:, 2:])], 1)), **both)
+    report = credit_report(twice, [x])
+    assert (report.components, report.parameters) == (("both+both#1", "head"), (9, 14))
 
 
 def test_a_batch_and_a_component_that_runs_are_needed():
