@@ -44,6 +44,12 @@ class _Parser(ArgumentParser):
             key = re.match(r'Parser key "([\w.]+)"', message)
             option = f"{_option(key[1])}: " if key else ""
             message = f"{option}{choice[2]!r} is none of {choice[1]}"
+        elif single := re.search(
+            r'"([\w.]+)".*Expected a <class \'(?:list|collections.*?)\'>.*Given value: (\S+)',
+            message,
+            re.DOTALL,
+        ):
+            message = f"{_option(single[1])}: {single[2]} is no list; write [{single[2]}]"
         elif stray := re.fullmatch(r"[Uu]nrecognized arguments: --(\w+).*", message):
             known = _defaults(command) if command else {}
             short = [name for name in known if _is_short_for(name, stray[1])]
