@@ -178,11 +178,12 @@ def _found_linear(report: ReportFields) -> list[str]:
 
 
 def what_effects_are(report: ReportFields) -> list[str]:
-    """Return a line on each kind of effect in a table, with its unit."""
+    """Return a line on each kind of effect in a table, with its unit, and its samples where fewer."""
     if (effects := report.effects) is None:
         return []
     known = [kind for kind in ("skip", "linear") if kind in effects.kinds]
-    return [f"{kind}: {GLOSSARY[kind]} ({effects.unit})." for kind in known]
+    fewer = f", on {effects.n_samples} samples" if effects.n_samples < report.n_samples else ""
+    return [f"{kind}: {GLOSSARY[kind]} ({effects.unit}{fewer})." for kind in known]
 
 
 def next_step(report: ReportFields) -> str:

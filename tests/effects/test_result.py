@@ -108,6 +108,14 @@ def test_the_table_cuts_nothing_on_a_narrow_screen(both, report):
         assert "…" not in " ".join(lines)
 
 
+def test_a_table_says_on_how_many_samples_effects_rest_where_these_are_fewer(report):
+    x, y = data()
+    for rows, told in ((400, "what it is worth (KL in nats)."), (100, "(KL in nats, on 100 samples).")):
+        effects = component_effects(mlp(), batched(x[:rows], y[:rows]), report)
+        lines = narrow(dataclasses.replace(report, effects=effects), 130)
+        assert told in " ".join(" ".join(lines).split())
+
+
 def test_the_report_leads_with_the_decision(report, both):
     x, y = data()
     effects = component_effects(mlp(), batched(x, y), report, ["skip", "linear"])
