@@ -628,7 +628,7 @@ class Capture:
     def n_weights(self, calls: Iterable[str]) -> int:
         """Count the parameters of the components that some calls are of, of norms behind a layer too."""
         modules = dict(clean_modules(self._model)) | self.components
-        names = {part.partition("#")[0] for call in calls for part in self.parts.get(call, (call,))}
+        names = {module_of(part) for call in calls for part in self.parts.get(call, (call,))}
         return n_weights(*(modules[name] for name in names if name in modules))
 
     def homeless(self, silent: Collection[str]) -> dict[str, int]:
