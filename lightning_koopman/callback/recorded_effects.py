@@ -33,7 +33,7 @@ from lightning_koopman.effects.targets import (
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.replay import Step
-from lightning_koopman.network.tensors import by_name
+from lightning_koopman.network.tensors import INTEGERS, by_name
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport
 
@@ -42,8 +42,6 @@ SAMPLES = 512
 
 FEWEST = 64
 """Samples below which effects say little, so that more steps are run where there are any."""
-
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def passes(report: CreditReport, kinds: Sequence[str]) -> int:
@@ -57,24 +55,26 @@ def passes(report: CreditReport, kinds: Sequence[str]) -> int:
 def labels_in(batch: Any) -> dict[str, Tensor]:
     """Return what may be classes in a batch as data loaders give it, and the tokens that they may be.
 
-    Of a batch in order, those are all integers that follow its input: which of these the network takes
-    is not known yet. What then stands there is kept as nothing but a mark.
+    Of a batch in order, those are the integers that follow its input, and other numbers between them:
+    which of these the network takes is not known yet. What then stands there is told by a mark.
     """
+    if is_row(batch):
+        told = list(itertools.takewhile(lambda part: isinstance(part, Tensor) and part.ndim, batch[1:]))
+        if not any(map(_may_be_classes, told)):
+            return {}
+        told += [torch.empty(0)] if len(told) + 1 < len(batch) else []
+        return {f"{k}": part for k, part in enumerate(told, 1)}
     target = find_target(batch)
     if target is None or not _may_be_classes(target):
         return {}
-    if is_row(batch):
-        integers = list(itertools.takewhile(_may_be_classes, batch[1:]))
-        rest = [torch.empty(0)] if len(integers) + 1 < len(batch) else []
-        return {f"{k}": entry for k, entry in enumerate([*integers, *rest], 1)}
-    told, tokens = {TARGET_KEYS[0]: target}, by_name(batch).get(TOKENS)
+    found, tokens = {TARGET_KEYS[0]: target}, by_name(batch).get(TOKENS)
     if isinstance(tokens, Tensor) and tokens.shape == without_single(target, tokens.ndim).shape:
-        told[TOKENS] = tokens
-    return told
+        found[TOKENS] = tokens
+    return found
 
 
 def _may_be_classes(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.dtype in _INTEGERS and entry.ndim > 0
+    return isinstance(entry, Tensor) and entry.dtype in INTEGERS and entry.ndim > 0
 
 
 def _in_order(told: Mapping[str, Tensor]) -> Any:

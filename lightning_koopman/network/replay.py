@@ -31,6 +31,7 @@ from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, 
 from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
+    INTEGERS,
     address_of,
     all_tensors,
     derived,
@@ -324,6 +325,7 @@ class Recording:
         self._returned: list[list[Tensor]] = []
         self._objects: list[list[tuple[Any, list[Tensor]]]] = []
         self._data, self._made = set[int](), set[int]()
+        self._taken = dict[int, Tensor]()
         with ExitStack() as hooks:
             self._follows = self._is_followed()
             if self._follows:
@@ -358,9 +360,13 @@ class Recording:
         self._flow, self._returned, self._objects = None, [], []
 
     def keep(self, told: Mapping[str, Tensor]) -> None:
-        """Copy parts of the batch of the step under way, before the step may change them."""
-        self._step.told = {name: _copied(part) for name, part in told.items()}
-        self._step.n_bytes += sum(part.nbytes for part in told.values())
+        """Copy integers of the batch of the step under way, before the step may change them.
+
+        Of other tensors there will be the copy of what a call takes, or nothing where none takes them.
+        """
+        copied = {name: _copied(part) for name, part in told.items() if part.dtype in INTEGERS}
+        self._step.told = {**told, **copied}
+        self._step.n_bytes += sum(part.nbytes for part in copied.values())
 
     def end_step(self, valid: Valid = MappingProxyType({}), *, lone: bool = True) -> Step:
         """Return the calls of the step that just ended, and keep them if they fit into the budget.
@@ -369,6 +375,10 @@ class Recording:
         """
         self.close()
         step, self._step = self._step, Step()
+        for name, part in step.told.items():
+            if part.dtype not in INTEGERS:
+                step.told[name] = self._taken.get(id(part), torch.empty(0))
+        self._taken = {}
         if not lone and self._reason is None:
             step, before = step.without_lone_samples(), len(step.calls)
             self.n_lone += before - len(step.calls)
@@ -538,6 +548,7 @@ class Recording:
         self._data.add(address_of(tensor))
         self._step.n_bytes += tensor.nbytes
         kept = _Kept(_copied(tensor), tensor.device)
+        self._taken[id(tensor)] = kept.copy
         if type(tensor) in (Tensor, nn.Parameter) or type(kept.copy) is not Tensor:
             return kept
         return replace(kept, kind=type(tensor), attributes={**vars(tensor)})

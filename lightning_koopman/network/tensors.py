@@ -227,6 +227,9 @@ def varies(tensor: Tensor) -> bool:
     return bool((tensor[1] != tensor[0]).any()) or bool((tensor != tensor[:1]).any())
 
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def is_real(tensor: Tensor) -> bool:
     """Check whether a tensor stands for real numbers; quantised ones do."""
     return tensor.is_floating_point() or tensor.is_quantized

@@ -78,6 +78,48 @@ def test_targets_are_those_that_the_step_was_given(tmp_path: Any) -> None:
     assert monitor.report.effects.metric_before == pytest.approx(expected.metric_before)
 
 
+class Paired(LitNet):
+    """Takes two inputs of a batch, or the first alone, twice."""
+
+    def __init__(self, *, both: bool) -> None:
+        super().__init__()
+        self.both = both
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.net(x + 0.5 * other)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        logits = self(batch[0], batch[1] if self.both else batch[0])
+        return nn.functional.cross_entropy(logits, batch[2])
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_labels_behind_other_numbers_are_targets_where_the_network_takes_those(
+    both: bool, tmp_path: Any
+) -> None:
+    torch.manual_seed(0)
+    x, y = dataset().tensors
+    loader = DataLoader(TensorDataset(x, torch.randn(len(x), 8), y), batch_size=40)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2)
+    trainer.fit(model := Paired(both=both), loader, loader)
+    assert monitor.report is not None
+    found = monitor.report.effects
+    assert found is not None
+    if not both:
+        assert (found.scale, found.metric) == ("relative", {})
+        return
+    with torch.no_grad():
+        right = torch.cat([model.eval()(*batch[:2]).argmax(1) == batch[2] for batch in loader])
+    expected = component_effects(model, loader)
+    assert found.scale == expected.scale == "kl"
+    assert found.metric_before == expected.metric_before == pytest.approx(float(right.double().mean()))
+    assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
+
+
 class Autoencoder(LitNet):
     """Has class indices beside its inputs, and no class scores."""
 

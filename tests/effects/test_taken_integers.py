@@ -77,11 +77,14 @@ def test_what_was_not_taken_stays_where_it_was():
     assert TargetSearch(x).target_of(x) is None
 
 
-def test_integers_that_are_kept_of_a_batch_stop_at_other_numbers():
+def test_what_is_kept_of_a_batch_that_may_hold_labels_stops_at_what_is_no_tensor():
     x, y = X[:40], T[:40]
     assert {name: t.tolist() for name, t in labels_in((x, y)).items()} == {"1": y.tolist()}
-    assert list(labels_in((x, y, y, x, y))) == ["1", "2", "3"]
-    assert labels_in((x, y, y, x, y))["3"].numel() == 0
+    told = labels_in((x, y, x, y, "name", y))
+    assert list(told) == ["1", "2", "3", "4"]
+    assert told["2"] is x
+    assert told["4"].numel() == 0
+    assert labels_in((x, x, "name", y)) == {}
 
 
 Labelled = namedtuple("Labelled", "x weight label")
