@@ -103,8 +103,10 @@ def _of_stage(found: Any, name: str, stage: str, loader: str) -> Any:
 
 
 def _named_object(name: str) -> Any:
-    """Import what the user named as pkg.mod:attribute, or as pkg.mod.attribute, and nothing else."""
+    """Import what the user named as pkg.mod:attribute, pkg.mod.attribute or pkg/mod.py:attribute."""
     module_name, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    if module_name.endswith(".py"):
+        module_name = module_name.removesuffix(".py").replace(os.sep, ".")
     if not module_name or not attribute:
         raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
     if os.getcwd() not in sys.path:

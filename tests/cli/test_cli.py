@@ -119,6 +119,8 @@ def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, cap
         ("userproject", "userproject:Data", "'userproject' names nothing; write pkg.mod:Name"),
         ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
         ("userproject.Nope", "userproject.Data", "userproject has no 'Nope'"),
+        ("userproject.py:Nope", "userproject:Data", "userproject has no 'Nope'"),
+        ("some/where.py:Nope", "userproject:Data", "'some', which is neither in this"),
         ("userproject:LitNett", "userproject:Data", "has no 'LitNett'; did you mean 'LitNet'?"),
         ("no_such_module:Nope", "userproject:Data", "'no_such_module', which is neither in this"),
         (
