@@ -127,6 +127,6 @@ class Returned:
 
 def _are_moved(values: Tensor, state: Tensor) -> bool:
     """Check whether values may be those of a state in other places, by their norm and their sum."""
-    one, other = values.float(), state.float()
+    one, other = values.detach().float(), state.detach().float()
     size, norm = float(other.norm()), float(one.norm())
     return abs(norm - size) <= 1e-4 * size and abs(float(one.sum() - other.sum())) <= 1e-4 * size
