@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_koopman.koopman.lifts import Lift, Observables, fit_lift, lifted_by
 from lightning_koopman.koopman.moments import add_square
+from lightning_koopman.koopman.regression import product
 from lightning_koopman.network.tensors import exact_device, varies
 
 
@@ -250,8 +251,7 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
     if tall:
         basis = vectors[:, :kept]
     else:
-        # Four times as fast in double precision as the other way round.
-        basis = ((vectors[:, :kept] / values[:kept].sqrt()).T @ centred).T.contiguous()
+        basis = product(centred.T, vectors[:, :kept] / values[:kept].sqrt()).contiguous()
         if rows.dtype != torch.float64:
             # Small directions, divided by their size, are orthogonal but roughly; so close to that, a
             # QR by Cholesky is stable, and many times faster than one by reflections.
