@@ -24,7 +24,7 @@ from lightning_koopman.report.effects import Effects, Kind
 from lightning_koopman.report.report import CreditReport
 
 _FEW = 1.0
-"""Seconds that effects on the fewest samples that tell anything may take at the end in any case."""
+"""Seconds that effects may take at the end in any case."""
 
 _Found = tuple[Effects | None, str | None]
 """Effects, or why there are none; neither where none are asked for."""
@@ -127,7 +127,7 @@ class EffectsInTime:
             return None, steps if final else None
         per_row = max(passes(report, self.kinds) * self.seconds_a_row, 1e-12)
         if final:
-            room = max(self.budget.left("effects"), min(FEWEST * per_row, _FEW))
+            room = max(self.budget.left("effects"), min(SAMPLES * per_row, _FEW))
         else:
             room, recorded = self.budget.room("effects"), sum(step.n_rows for step in steps)
             if room < per_row * max(steps[0].n_rows, min(FEWEST, recorded)):

@@ -109,15 +109,15 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     With several processes (``ddp``, ``ddp_fork``, ``ddp_spawn``) the samples of all of them count, each
     once: the moments are summed over the processes, and every one of them gets the same report, which is
-    the one that a single process would give. What a ``DistributedSampler`` repeats to fill the last
-    batch is left out. The error of one process ends the measurement in all, and nothing waits. Where a
-    state is wider than ``max_dim``, each process keeps its share of ``max_samples`` rows until the end
-    of the epoch. Under ``ddp_spawn`` and ``ddp_fork`` the parent process gets
-    ``trainer.callback_metrics``, loggers and checkpoints, but neither :attr:`history` nor
-    :attr:`report`, which stay in the children. Strategies that shard weights (FSDP, model parallel) are
-    measured while validation runs; they cannot run an extra pass. The processes of a tensor-parallel
-    group run on the same samples, which count once; components whose outputs are spread over them are
-    refused.
+    the one that a single process would give, in batches as large where not all are looked at. What a
+    ``DistributedSampler`` repeats to fill the last batch is left out. The error of one process ends the
+    measurement in all, and nothing waits. Where a state is wider than ``max_dim``, each process keeps
+    its share of ``max_samples`` rows until the end of the epoch. Under ``ddp_spawn`` and ``ddp_fork``
+    the parent process gets ``trainer.callback_metrics``, loggers and checkpoints, but neither
+    :attr:`history` nor :attr:`report`, which stay in the children. Strategies that shard weights (FSDP,
+    model parallel) are measured while validation runs; they cannot run an extra pass. The processes of a
+    tensor-parallel group run on the same samples, which count once; components whose outputs are spread
+    over them are refused.
 
     Args:
         components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
@@ -125,9 +125,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report of
-            a training and that of ``trainer.validate``, and for others as far as 15 % of
-            ``max_overhead`` pay for them, on up to 512 samples of the recorded calls. The last have at
-            least 64 where these take less than a second, and a note where there are fewer. They are in
+            a training and that of ``trainer.validate``, where they may take a second in any case, and
+            for others as far as 15 % of ``max_overhead`` pay for them, on up to 512 samples of the
+            recorded calls. A note says so where the last have fewer than 64. They are in
             :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds one
             integer per sample (as second entry, or under a name such as ``labels``) and these are
             classes of the outputs (as many as there are outputs, or named by the network more often than
@@ -142,7 +142,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             watching does to a training can be counted.
         every_n_epochs: Measure in every n-th epoch whatever it takes, and always in the first and the
             last.
-        max_samples: Most samples a measurement looks at, over all processes.
+        max_samples: Most samples a measurement looks at, over all processes. Where validation runs on
+            more, batches at even distances are watched, as far as it is known how many there are.
         prefix: First part of every logged key; give each of several monitors its own.
         on_error: ``"warn"`` turns any error of the measurement into one warning; ``"raise"`` raises it.
         options: How states become rows, and rows become credits.
@@ -329,7 +330,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Put the hooks on for one batch."""
         if self._measurement is None:
             return
-        if self._recorded.samples.takes(dataloader_idx) and self._wants_more:
+        if self._recorded.samples.takes(dataloader_idx, batch_idx) and self._wants_more:
             self._in_batch = True
             # Of several processes, ddp writes the buffers of the first into the others, before the step.
             if trainer.world_size == 1 and not (self._checked or self._state.is_known):

@@ -33,6 +33,7 @@ from lightning_koopman.effects.targets import (
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.replay import Step
+from lightning_koopman.network.samples import spread_over
 from lightning_koopman.network.tensors import INTEGERS, by_name
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport
@@ -94,9 +95,9 @@ def measure_effects(
 ) -> Effects:
     """Measure effects by running recorded steps again, on what the report's last components give.
 
-    Taken are whole steps, as many as hold so many samples, or, where these are few, until they do, of
-    those that call what most of them call: some may also run the network on other data, say to draw a
-    picture. ``agree`` collects how the targets of all processes fit.
+    Taken are whole steps, as many as hold so many samples, or, where these are few, until they do, at
+    even distances among those that call what most of them call: some may also run the network on other
+    data, say to draw a picture. ``agree`` collects how the targets of all processes fit.
     """
     parts = altered_parts(report)
     modules = {find_module(model, call)[0] for calls in parts.values() for call in calls}
@@ -104,12 +105,13 @@ def measure_effects(
     kinds_of_step = [tuple(id(call.module) for call in step.calls) for step in steps]
     usual = Counter(kinds_of_step).most_common(1)[0][0]
     steps = [step for step, kind in zip(steps, kinds_of_step, strict=True) if kind == usual]
-    taken, n_rows = list(steps[:1]), sum(step.n_rows for step in steps[:1])
+    count, n_rows = 1, steps[0].n_rows
     for step in steps[1:]:
         if n_rows >= min(samples, FEWEST) and n_rows + step.n_rows > min(samples, SAMPLES):
             break
         n_rows += step.n_rows
-        taken.append(step)
+        count += 1
+    taken = [steps[i] for i in spread_over(count, len(steps))]
     run_again = {module for call in taken[0].calls for module in call.module.modules()}
     for name in itertools.chain.from_iterable(parts.values()):
         if find_module(model, name)[0] not in run_again:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_koopman.callback.trainer_facts import data_part, samples_for_rank, unrepeated_samples
+from lightning_koopman.callback.trainer_facts import (
+    data_part,
+    is_dealt_out,
+    samples_for_rank,
+    unrepeated_samples,
+)
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network.samples import spread_over
 
 
 @dataclass
@@ -21,6 +29,8 @@ class WatchedSamples:
         loader: Number of the loader that is watched, ``None`` until one gives a batch.
         others: Whether other loaders gave batches.
         left_out: Whether a batch was watched in which no component ran.
+        chosen: Numbers of the batches that are watched, from everywhere in the data, which may come
+            sorted; ``None`` for all, as far as samples are wanted.
     """
 
     most: int = 0
@@ -30,6 +40,7 @@ class WatchedSamples:
     loader: int | None = None
     others: bool = False
     left_out: bool = False
+    chosen: Collection[int] | None = None
 
     @staticmethod
     def of(
@@ -45,21 +56,29 @@ class WatchedSamples:
             watched = 0 if trainer.world_size > 1 else None
             like = WatchedSamples(unrepeated=unrepeated_samples(loader), loader=watched)
         own = min(samples_for_rank(most, part.count, part.index), like.unrepeated)
+        rows, most = getattr(loader, "batch_size", None) or 1, samples_for_rank(most, part.count)
+        there = next(iter(trainer.num_val_batches), 0)
+        # Processes that are not dealt samples out may have unlike numbers of batches.
+        alike = trainer.world_size == 1 or is_dealt_out(loader)
+        needed = math.ceil(most / rows)
         return WatchedSamples(
-            most=samples_for_rank(most, part.count),
+            most=most,
             counted=own if part.counts else 0,
             unrepeated=like.unrepeated,
-            batch_rows=getattr(loader, "batch_size", None) or 1,
+            batch_rows=rows,
             loader=like.loader,
             others=like.others,
+            chosen=frozenset(spread_over(needed, there))
+            if alike and needed < there < math.inf
+            else None,
         )
 
-    def takes(self, loader: int) -> bool:
-        """Check whether a batch is of the loader that is watched: the first that gives one."""
+    def takes(self, loader: int, batch: int) -> bool:
+        """Check whether a batch is watched: chosen of the first loader that gives one."""
         if self.loader is None:
             self.loader = loader
         self.others = self.others or loader != self.loader
-        return loader == self.loader
+        return loader == self.loader and (self.chosen is None or batch in self.chosen)
 
     def leave_out(self, measurement: Measurement) -> None:
         """Leave a batch out in which no component ran."""

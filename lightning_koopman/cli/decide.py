@@ -143,7 +143,9 @@ def effects(
     def weights(path: str) -> Mapping[str, Any]:
         return load_checkpoint(path, trust=given.trust_checkpoint).state_dict
 
-    batches = list(given.batches())
+    batches = given.batches()
+    if iter(batches) is batches:
+        batches = list(batches)
     report = credit_report(
         given.network,
         batches,

@@ -51,12 +51,12 @@ def build_batches(name: str, hyper_parameters: Mapping[str, Any] | None = None) 
     return _validation_batches(_build_data(name, hyper_parameters or {}), name)
 
 
-def fit_and_choose(name: str, hyper_parameters: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+def fit_and_choose(name: str, hyper_parameters: Mapping[str, Any]) -> tuple[list[Any], Iterable[Any]]:
     """Build the batches to fit on, and others to choose on."""
     found = _build_data(name, hyper_parameters)
     if hasattr(found, "train_dataloader"):
         fitted = list(_of_stage(found, name, "fit", "train_dataloader"))
-        return fitted, list(_validation_batches(found, name))
+        return fitted, _validation_batches(found, name)
     batches = list(_validation_batches(found, name))
     if len(batches) < 2:
         raise ValueError(

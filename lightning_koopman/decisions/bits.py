@@ -234,7 +234,8 @@ def bit_widths(
         metric: Called as ``metric(outputs, targets)``; ``None`` takes the accuracy where targets are
             class indices, and none otherwise.
         scale: What effects are measured in, as in :func:`lightning_koopman.drop_order`.
-        samples: Most samples that are looked at, the first of ``batches``.
+        samples: Most samples that are looked at, from everywhere in ``batches``, as in
+            :func:`lightning_koopman.credit_report`.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
 
     Returns:

@@ -151,7 +151,8 @@ def drop_order(
         scale: What effects are measured in: ``"kl"`` (mean KL divergence in nats from the original to
             the altered class distribution) or ``"relative"`` (mean squared change over the outputs'
             variance); ``None`` takes ``"kl"`` where targets are class indices.
-        samples: Most samples that are looked at, the first of ``batches``.
+        samples: Most samples that are looked at, from everywhere in ``batches``, as in
+            :func:`lightning_koopman.credit_report`.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
 
     Returns:

@@ -38,11 +38,12 @@ from lightning_koopman.network.arguments import (
     check_type,
 )
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on, samples_in
+from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.rows import call_of
+from lightning_koopman.network.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport
 
@@ -125,7 +126,8 @@ def component_effects(
         kinds: Which alterations; replacements come on top.
         how: ``"measured"``, ``"predicted"``, ``"both"`` side by side, or ``"auto"``: measured for
             ``skip``, ``linear`` and ``output_noise``, which costs less, and predicted for the others.
-        samples: Most samples that are looked at, the first of ``batches``.
+        samples: Most samples that are looked at, from everywhere in ``batches``, as in
+            :func:`lightning_koopman.credit_report`.
         components: Names or glob patterns of components; without a report whatever
             :func:`lightning_koopman.credit_report` takes.
         replacements: Other weights for the network, by a name of your own: a ``state_dict`` of it, or

@@ -27,11 +27,11 @@ from lightning_koopman.network.forward_runner import (
     ForwardRunner,
     OutputForm,
     has_samples,
-    samples_in,
 )
 from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second, module_of
+from lightning_koopman.network.samples import samples_in
 from lightning_koopman.network.tensors import tensors_inside
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport

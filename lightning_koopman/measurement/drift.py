@@ -16,6 +16,7 @@ from lightning_koopman.koopman.reference import FoldFits, Reference, beyond_erro
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.components import clean_modules
 from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
+from lightning_koopman.network.samples import spread
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.report import CreditReport
 
@@ -76,7 +77,7 @@ def drift(
         model, list(found.modules) if found.named else None, chosen, max_samples=max_samples
     )
     measurement.follow(found)
-    measurement.run(model, batches, forward_fn)
+    measurement.run(model, spread(batches, max_samples), forward_fn)
     return drift_since(found, measurement, step=step)
 
 

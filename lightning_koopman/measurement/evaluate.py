@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.accumulator import MaxSamples
-from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.measurement.measurement import FIRST_CHECK, Measurement
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import (
     ForwardFn,
@@ -22,6 +22,7 @@ from lightning_koopman.network.forward_runner import (
     to_device,
 )
 from lightning_koopman.network.isolation import random_states_kept
+from lightning_koopman.network.samples import spread
 from lightning_koopman.report.report import CreditReport
 
 
@@ -41,10 +42,15 @@ def credit_report(
     The model runs once over the batches, in eval mode and without gradients, and is left exactly as it
     was found. Memory does not grow with the number of samples.
 
-    The first samples are taken, so batches should come in random order. ``"enough"`` stops after 512,
-    1024 or 2048 of them where the standard errors of all credits are at most 0.05 nats and enough for
-    states so wide, and at 4096, or at what states so wide need if that is more. Whether to stop earlier
-    is only asked where the passes so far took much longer than to answer, so small networks see 4096.
+    Data may come sorted, as by class, so samples are taken from everywhere: of a ``DataLoader`` that
+    goes through its data in order single samples, of a list or tuple whole batches, in an order of which
+    any that come first are spread over all. Whatever else gives batches should give them in random
+    order.
+
+    ``"enough"`` stops after 512, 1024 or 2048 samples where the standard errors of all credits are at
+    most 0.05 nats and enough for states so wide, and at 4096, or at what states so wide need if that is
+    more. Whether to stop earlier is only asked where the passes so far took much longer than to answer,
+    so small networks see 4096.
 
     Args:
         model: Any module; Lightning is not needed.
@@ -83,6 +89,7 @@ def credit_report(
         raise ValueError(
             f"max_samples is {max_samples!r}; give a number of 1 or above, 'enough', or None for all"
         )
+    batches = spread(batches, FIRST_CHECK if max_samples == "enough" else max_samples)
     measurement = Measurement(model, components, options, max_samples=max_samples)
     measurement.run(model, batches, forward_fn)
     if (varying := measurement.varying) and not isinstance(batches, Iterator):

@@ -40,7 +40,9 @@ from lightning_koopman.report.report import CreditReport
 TOLERANCE = 0.05
 """Nats per direction that the standard errors of all credits may reach for the samples to be enough."""
 
-_FIRST_CHECK = 512
+FIRST_CHECK = 512
+"""Samples behind which it is first asked whether they are enough."""
+
 _CHECK_WORK = 1200
 # A check takes as long as 300 multiplications of a forward pass for each cubed width. It must not take
 # more than a quarter of the passes before it: small networks are through with all samples by then.
@@ -110,7 +112,7 @@ class Measurement(Accumulator):
             self.capture, self.plan, self.apart = like.capture, like.plan, like.apart
             self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
         self._followed: Reference | None = None
-        self._next_check, self._work = _FIRST_CHECK, 0.0
+        self._next_check, self._work = FIRST_CHECK, 0.0
 
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""

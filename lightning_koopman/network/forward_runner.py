@@ -21,12 +21,11 @@ from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
 from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import further_name
+from lightning_koopman.network.samples import first_samples, samples_in, spread
 from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,
-    first_packed,
     first_tensor,
     is_wrapper,
     need_not_wait,
@@ -224,47 +223,6 @@ def _ordinary(value: Any, *, copy: bool) -> Any:
 def device_of(model: nn.Module) -> torch.device:
     """Return where a model's first parameter is."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def samples_in(batch: Any) -> int:
-    """Count the samples of a batch, or of a step that was recorded."""
-    if isinstance(batch, Step):
-        return batch.n_rows
-    if (packed := first_packed(batch)) is not None:
-        return int(packed.batch_sizes[0])
-    tensor = next((t for t in all_tensors(batch) if t.ndim), None)
-    return int(getattr(batch, "num_graphs", 1)) if tensor is None else len(tensor)
-
-
-def first_samples(batches: Iterable[Any], count: int) -> Iterator[Any]:
-    """Take batches until they hold so many samples; the last is cut where it is plain enough."""
-    for batch in batches:
-        size = samples_in(batch)
-        yield batch if size <= count else _cut(batch, size, count)
-        count -= size
-        if count <= 0:
-            return
-
-
-def _cut(value: Any, size: int, count: int) -> Any:
-    """Keep the first samples of what has one entry per sample, where everything in it has."""
-
-    def is_plain(part: Any) -> bool:
-        if isinstance(part, Tensor):
-            return part.ndim == 0 or len(part) == size
-        if type(part) is dict:
-            return all(map(is_plain, part.values()))
-        return type(part) in (tuple, list) and (len(part) == size or all(map(is_plain, part)))
-
-    def cut(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return part[:count] if part.ndim else part
-        if type(part) is dict:
-            return {name: cut(inner) for name, inner in part.items()}
-        alone = len(part) == size and not all(map(is_plain, part))
-        return part[:count] if alone else type(part)(map(cut, part))
-
-    return cut(value) if is_plain(value) else value
 
 
 @dataclass(frozen=True)
@@ -642,13 +600,13 @@ class MeanAndSpread:
 def runner_on(
     model: nn.Module, batches: Iterable[Any], samples: int, forward_fn: ForwardFn | None
 ) -> ForwardRunner:
-    """Return what runs a model on the first samples."""
+    """Return what runs a model on samples from everywhere in the data."""
     check_type(INTEGER, samples=samples)
     check_given((Callable, "a function, called as forward_fn(model, batch)"), forward_fn=forward_fn)
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least one is needed")
     check_arguments(model, batches)
-    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
+    runner = ForwardRunner(model, spread(batches, samples), forward_fn, samples=samples)
     if not runner.batches:
         raise ValueError(NO_SAMPLES)
     return runner

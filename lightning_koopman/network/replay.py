@@ -262,7 +262,7 @@ class Recording:
 
     Attributes:
         steps: What was recorded.
-        full: Whether the budget ended the recording.
+        full: Whether the budget did not hold all steps.
         recording: Whether a step is being recorded.
         n_lone: How many calls on one sample were left out.
     """
@@ -280,6 +280,8 @@ class Recording:
         self._follow_from, self._followed, self._follows = follow_from, False, False
         self._called_none = False
         self.full, self.n_lone = False, 0
+        # How many steps had calls, and one of how many is kept.
+        self._n_steps, self._every = 0, 1
         self._budget = budget
         between = [m for m in transparent_modules(model, components) if _is_pure(m)]
         parts = {id(module) for module in (*components.values(), *between)}
@@ -387,10 +389,23 @@ class Recording:
         step.valid = valid
         self._let_be(step)
         self._called_none = self._called_none or not step.calls
-        self.full = self.full or self.n_bytes + step.n_bytes > self._budget
-        if step.calls and not self.full:
-            self.steps.append(step)
+        if step.calls:
+            self._keep(step)
         return step
+
+    def _keep(self, step: Step) -> None:
+        """Keep a step; where not all fit into the budget, some from everywhere: data may be sorted."""
+        number, self._n_steps = self._n_steps, self._n_steps + 1
+        while self.steps and number % self._every == 0 and not self._fits(step):
+            del self.steps[1::2]
+            self._every *= 2
+        if number % self._every == 0 and self._fits(step):
+            self.steps.append(step)
+        else:
+            self.full = True
+
+    def _fits(self, step: Step) -> bool:
+        return self.n_bytes + step.n_bytes <= self._budget
 
     def _let_be(self, step: Step) -> None:
         """Hang nothing more inside components that a step calls as a whole alone."""

@@ -14,6 +14,7 @@ from lightning_koopman import KoopmanCreditMonitor, component_effects
 from lightning_koopman.callback import effects_in_time
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.effects_in_time import EffectsInTime
+from lightning_koopman.network.samples import spread_over
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -29,18 +30,21 @@ def trained(folder: Any, size: int, n_samples: int = 160, epochs: int = 1) -> tu
     return monitor, model
 
 
-@pytest.mark.parametrize("size", [1, 8, 48])
-def test_the_last_report_has_effects_on_64_samples_where_the_budget_is_spent(
+@pytest.mark.parametrize("size", [8, 48, 100])
+def test_the_last_report_has_effects_on_512_samples_from_everywhere_where_a_second_does(
     size: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Budget, "left", lambda self, kind: -1.0)
     monkeypatch.setattr(effects_in_time, "_FEW", 1e3)  # seconds, for cores may be busy
-    monitor, model = trained(tmp_path, size)
+    monitor, model = trained(tmp_path, size, n_samples=800)
     found = monitor.report.effects
-    n_samples = 96 if size == 48 else 64
-    assert found.n_samples == n_samples
+    count = 512 // size
+    assert found.n_samples == size * count
+    rows = torch.arange(800).split(size)
+    taken = torch.cat([rows[i] for i in spread_over(count, len(rows))])
+    assert found.n_samples == len(taken)
     expected = component_effects(
-        model.net, DataLoader(Subset(dataset(seed=1), range(n_samples)), n_samples)
+        model.net, DataLoader(Subset(dataset(800, seed=1), taken.tolist()), len(taken))
     )
     assert found.values["skip"] == pytest.approx(expected.values["skip"], rel=1e-4)
     assert found.notes == ()

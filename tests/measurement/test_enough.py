@@ -120,7 +120,7 @@ def test_as_many_as_are_advised_are_taken_however_wide_the_states_are(
     # Twice 32 regressors in four folds of five.
     assert credit_report(curved(), SAMPLES.split(16)).n_samples == 80
     monkeypatch.setattr(accumulator, "SAMPLES", 4096)
-    monkeypatch.setattr(measurement, "_FIRST_CHECK", 8)
+    monkeypatch.setattr(measurement, "FIRST_CHECK", 8)
     monkeypatch.setattr(measurement, "TOLERANCE", 1e9)
     assert credit_report(curved(), SAMPLES.split(16)).n_samples == 80
 
@@ -131,7 +131,10 @@ def test_an_output_that_does_not_vary_yet_is_waited_for() -> None:
     model[1].bias.data.fill_(-20.0)
     late = SAMPLES.clone()
     late[2048:] *= 20
-    report, capped = (credit_report(model, late.split(512), max_samples=n) for n in ("enough", 4096))
+    # An iterator is taken as it comes.
+    report, capped = (
+        credit_report(model, iter(late.split(512)), max_samples=n) for n in ("enough", 4096)
+    )
     assert report.n_samples == 4096
     assert report.credit == pytest.approx(capped.credit, rel=0, abs=1e-9)
     with pytest.raises(ValueError, match="constant over all 2048 samples"):

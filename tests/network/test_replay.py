@@ -248,6 +248,24 @@ def test_the_budget_of_bytes_ends_the_recording():
     assert [step.n_rows for step in recording.steps] == [5, 5]
 
 
+@pytest.mark.parametrize(
+    ("n_steps", "kept"), [(3, [0, 1, 2]), (4, [0, 2]), (5, [0, 2, 4]), (7, [0, 4]), (9, [0, 4, 8])]
+)
+def test_what_fits_into_the_budget_is_from_everywhere(n_steps: int, kept: list[int]) -> None:
+    recording = recorded(parts(), lambda m, x: m(x), n_steps=n_steps, budget=3 * 5 * 4 * 4)
+    assert recording.full == (n_steps > 3)
+    for step, seed in zip(recording.steps, kept, strict=True):
+        expected = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        (given,), _ = step.revive()[0]
+        assert torch.equal(given, expected)
+
+
+def test_a_step_beyond_the_budget_is_not_kept() -> None:
+    recording = recorded(parts(), lambda m, x: m(x), n_steps=3, budget=5 * 4 * 4 - 1)
+    assert recording.steps == []
+    assert recording.full
+
+
 def test_copies_made_while_recording_are_the_model_alone():
     model = parts()
     recording = Recording(model, parts_of(model))
