@@ -171,3 +171,38 @@ def test_what_has_no_error_has_none() -> None:
     assert found.metric == pytest.approx(7)
     assert math.isnan(found.metric_stderr)
     assert over_draws([given.compare([before])]).effect_stderr == 0
+
+
+def in_batches(moved: Tensor, n_batches: int) -> Change:
+    batch = torch.arange(n_batches).repeat_interleave(len(moved) // n_batches)
+    return Change(moved, torch.ones_like(moved), 0.5, batch=batch)
+
+
+def test_where_batches_differ_by_more_than_chance_the_error_is_that_of_their_means() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(10, 1, dtype=torch.float64, generator=generator)
+    noise = torch.randn(10, 50, dtype=torch.float64, generator=generator)
+    moved = (3 + means + 0.5 * noise).flatten()
+    found = over_draws([in_batches(moved, 10)])
+    expected = sem(moved.view(10, 50).mean(dim=1).numpy())
+    assert found.effect_stderr == pytest.approx(expected, rel=1e-12)
+    assert over_draws([change(moved)]).effect_stderr == pytest.approx(sem(moved.numpy()), rel=1e-12)
+    assert expected > 5 * sem(moved.numpy())
+    # Groups that each used a mean of their own lie within a batch.
+    group = torch.arange(50).repeat_interleave(10)
+    shifted = in_batches(moved, 10)
+    apart = over_draws([shifted.by_group(shifted, 0.1, group)])
+    assert apart.effect_stderr == pytest.approx(expected, rel=1e-12)
+
+
+def test_batches_of_independent_samples_change_no_error_but_once_in_a_hundred() -> None:
+    generator = torch.Generator().manual_seed(0)
+    changed = 0
+    for _ in range(1000):
+        moved = torch.rand(160, dtype=torch.float64, generator=generator)
+        alone, found = over_draws([change(moved)]), over_draws([in_batches(moved, 8)])
+        assert found.effect_stderr >= alone.effect_stderr
+        changed += found.effect_stderr > alone.effect_stderr
+    assert 2 <= changed <= 22
+    one = over_draws([in_batches(moved, 1)])
+    assert one.effect_stderr == over_draws([change(moved)]).effect_stderr
