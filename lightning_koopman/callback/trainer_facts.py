@@ -61,6 +61,16 @@ def unrepeated_samples(loader: Any) -> int:
     return samples_for_rank(len(sampler.dataset), sampler.num_replicas, sampler.rank)  # type: ignore[arg-type]
 
 
+def validation_batches(trainer: Any) -> float:
+    """Count the batches that the first validation loader gives; infinity where nobody knows."""
+    fitting = trainer.state.fn == "fit"
+    loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    counts: list[float] = loop.max_batches
+    # Of loaders that give batches side by side, the shortest or the longest ends the loop.
+    one_at_a_time = len(counts) == 1 or (counts and getattr(loop, "_is_sequential", False))
+    return counts[0] if one_at_a_time else math.inf
+
+
 def is_dealt_out(loader: Any) -> bool:
     """Check whether a loader has a sampler that deals samples out to processes."""
     batches = getattr(loader, "batch_sampler", None)

@@ -12,6 +12,7 @@ from lightning_koopman.callback.trainer_facts import (
     is_dealt_out,
     samples_for_rank,
     unrepeated_samples,
+    validation_batches,
 )
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.samples import spread_over
@@ -57,10 +58,10 @@ class WatchedSamples:
             like = WatchedSamples(unrepeated=unrepeated_samples(loader), loader=watched)
         own = min(samples_for_rank(most, part.count, part.index), like.unrepeated)
         rows, most = getattr(loader, "batch_size", None) or 1, samples_for_rank(most, part.count)
-        there = next(iter(trainer.num_val_batches), 0)
+        needed, there, chosen = math.ceil(most / rows), validation_batches(trainer), None
         # Processes that are not dealt samples out may have unlike numbers of batches.
-        alike = trainer.world_size == 1 or is_dealt_out(loader)
-        needed = math.ceil(most / rows)
+        if needed < there < math.inf and (trainer.world_size == 1 or is_dealt_out(loader)):
+            chosen = frozenset(spread_over(needed, int(there)))
         return WatchedSamples(
             most=most,
             counted=own if part.counts else 0,
@@ -68,9 +69,7 @@ class WatchedSamples:
             batch_rows=rows,
             loader=like.loader,
             others=like.others,
-            chosen=frozenset(spread_over(needed, there))
-            if alike and needed < there < math.inf
-            else None,
+            chosen=chosen,
         )
 
     def takes(self, loader: int, batch: int) -> bool:

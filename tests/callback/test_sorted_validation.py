@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lit import LitNet, dataset, quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_koopman import KoopmanCreditMonitor, component_effects
+from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
+from lightning_koopman.network.samples import spread_over
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -86,3 +88,28 @@ class Stream(IterableDataset[Any]):
 def test_where_nobody_knows_how_many_there_are_the_first_are_watched(tmp_path: Any) -> None:
     monitor, _ = fitted(tmp_path, DataLoader(Stream(), 25), max_samples=200)
     assert monitor.report.n_samples == 200
+
+
+class Pairs(LitNet):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        super().validation_step(batch[0] if isinstance(batch[0], list) else batch, batch_idx)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "min_size", "max_size_cycle"])
+def test_of_several_loaders_as_many_samples_are_watched(mode: Any, tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False, max_samples=200)
+    trainer = quiet_trainer(tmp_path, [monitor], max_epochs=1)
+    given = [DataLoader(by_class(n), 25) for n in (1000, 250)]
+    trainer.fit(Pairs(), DataLoader(dataset(), 40), CombinedLoader(given, mode))
+    assert monitor.report.n_samples == 200
+
+
+def test_a_validation_by_itself_is_watched_at_even_distances(tmp_path: Any) -> None:
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False, max_samples=200)
+    trainer = quiet_trainer(tmp_path, [monitor])
+    torch.manual_seed(0)
+    trainer.validate(model := LitNet(), DataLoader(by_class(1000), 25), verbose=False)
+    rows = torch.arange(1000).split(25)
+    taken = torch.cat([rows[i] for i in spread_over(8, 40)])
+    expected = credit_report(model.net, [by_class(1000)[taken]])
+    assert monitor.report.credit == pytest.approx(expected.credit, abs=1e-6)
