@@ -29,6 +29,7 @@ from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import attach_in, find_module
+from lightning_koopman.network.isolation import fast_path
 from lightning_koopman.network.plan import ends_of
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
@@ -97,14 +98,9 @@ def cost_of(runner: ForwardRunner) -> Cost:
     """Measure what a network costs."""
     counter = FlopCounterMode(display=False, custom_mapping=_UNCOUNTED)
     counter.mod_tracker = _NoModules()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    # Encoder layers of torch are a single operation there, which counts as none.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with counter:
-            runner.run_batch(0)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    # A fused operation counts as none.
+    with fast_path(False), counter:
+        runner.run_batch(0)
     return Cost(sum(p.numel() for p in runner.model.parameters()), counter.get_total_flops())
 
 

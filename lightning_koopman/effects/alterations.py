@@ -25,7 +25,7 @@ from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.components import clean_name, common_ancestor
 from lightning_koopman.network.forward_runner import MeanAndSpread
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
-from lightning_koopman.network.isolation import random_states_kept
+from lightning_koopman.network.isolation import fast_path, random_states_kept
 from lightning_koopman.network.rows import (
     RowForm,
     are_second_of_batch,
@@ -487,11 +487,8 @@ def padded_sequences(model: nn.Module) -> Generator[bool, None, None]:
     """
     nesting = any(getattr(module, "use_nested_tensor", False) for module in model.modules())
     before = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(before and not nesting)
+    with fast_path(before and not nesting):
         yield nesting and before
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _check_samples(name: str, tensor: Tensor, n_samples: int) -> None:

@@ -40,7 +40,7 @@ from lightning_koopman.network.arguments import (
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import Alteration, HookPoint
-from lightning_koopman.network.isolation import seed_all, undisturbed
+from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.rows import call_of
 from lightning_koopman.network.samples import samples_in
@@ -365,11 +365,8 @@ def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[st
 def _changed_by_padding(runner: ForwardRunner, output: Tensor) -> list[str]:
     """Say so where a network gives something else as soon as it leaves out what is padded."""
     notes: list[str] = []
-    torch.backends.mha.set_fastpath_enabled(True)
-    try:
+    with fast_path(True):
         nested = runner.run_batch(0)[0].detach().cpu()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(False)
     if not _are_close(nested, output):
         notes.append(
             "in eval mode nn.TransformerEncoder leaves out padding, and effects are measured with "

@@ -59,6 +59,17 @@ def plain_numerics(holder: Any) -> Generator[None, None, None]:
         yield
 
 
+@contextmanager
+def fast_path(enabled: bool) -> Generator[None, None, None]:
+    """Let torch's encoder layers run as one fused operation each, or keep them from it."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def _let_freed_memory_stay() -> None:
     """Let the C library keep what one layer frees, for the next one to take."""
     # By itself, glibc hands back what lies free beyond twice the largest block that was freed so far.
