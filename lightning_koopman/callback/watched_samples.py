@@ -60,7 +60,7 @@ class WatchedSamples:
         rows, most = getattr(loader, "batch_size", None) or 1, samples_for_rank(most, part.count)
         needed, there, chosen = math.ceil(most / rows), validation_batches(trainer), None
         # Processes that are not dealt samples out may have unlike numbers of batches.
-        if needed < there < math.inf and (trainer.world_size == 1 or is_dealt_out(loader)):
+        if needed < there < math.inf and (part.count == 1 or is_dealt_out(loader)):
             chosen = frozenset(spread_over(needed, int(there)))
         return WatchedSamples(
             most=most,

@@ -68,9 +68,9 @@ class Data(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         size, shards = self.config["batch_size"], self.config["shards"]
-        if "max_samples" in self.config and self.trainer.world_size == 1:
+        if "max_samples" in self.config:
             # Which batches are watched where not all are: as large as those of all processes together.
-            size *= self.config["processes"]
+            size *= self.config.get("parts", 1)
         if shards == "sampler":
             labels = self.rows.argmax(dim=1) // 2
             return DataLoader(TensorDataset(self.rows, labels), batch_size=size)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import warnings
@@ -128,7 +129,13 @@ def check_against_one_process(
 
 
 def alone(configs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [config | {"devices": 1, "strategy": "auto"} for config in configs]
+    found = []
+    for config in configs:
+        # Processes of a tensor-parallel group run on the same samples.
+        mesh = re.match(r"(\d)x\d ?", config["strategy"])
+        parts = int(mesh[1]) if mesh else config["processes"]
+        found.append(config | {"devices": 1, "strategy": "auto", "parts": parts})
+    return found
 
 
 def check_alike(configs: list[dict[str, Any]], ones: list[Path], manys: list[Path]) -> None:
