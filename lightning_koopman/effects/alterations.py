@@ -475,6 +475,18 @@ class Alterations:
             groups = [*apart, (own.union(*(ids for ids, _ in joined)), members)]
         return [members for _, members in groups]
 
+    def shared_beyond(self) -> set[int]:
+        """Find the components of whose weights parts outside of all components hold some, too."""
+        modules = [
+            [find_module(self._model, call)[0] for call in calls] for calls in self._parts.values()
+        ]
+        inside = {id(part) for own in modules for module in own for part in module.modules()}
+        outside = (part for part in self._model.modules() if id(part) not in inside)
+        held = {id(p) for part in outside for p in part._parameters.values() if p is not None}
+        return {
+            i for i, own in enumerate(modules) if any(id(p) in held for m in own for p in m.parameters())
+        }
+
     def _rows(self, values: Mapping[HookPoint, Tensor], point: HookPoint) -> Tensor:
         return values[point].movedim(self._forms[point].batch_axis, 0)
 

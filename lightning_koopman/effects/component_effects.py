@@ -101,7 +101,8 @@ def component_effects(
     δ, into z = Jδ, and the mean of zᵀ M z is the effect to second order: M is half the softmax's Fisher
     information for ``"kl"``, the identity over the outputs' variance for ``"relative"``. A pass over all
     samples, one with gradients, a backward pass per probe, and one more pass per kind that alters
-    weights do for all components, and for all sets of them (:meth:`Effects.of`).
+    weights do for all components, and for all sets of them (:meth:`Effects.of`). Components that hold
+    weights in common, or with an embedding, take passes of their own.
 
     The outputs are what the report's chain ends with: what its last components lead to among what the
     model returns, and what it returns that mixes several of them. Over several heads effects are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def predict(
 
     Per batch that takes one pass with gradients, a backward pass from it for each probe, and for every
     kind that alters weights one pass per draw, in which all components are altered at once, each on the
-    input that it has in the network as it is.
+    input that it has in the network as it is; those that hold weights in common take turns.
     """
     size, n_batches = len(alterations.names), len(runner.batches)
     pairs = {kind: torch.zeros(_FOLDS, size, size, dtype=torch.float64) for kind in kinds}
@@ -163,14 +164,19 @@ def _displacements(
     alter = {points[names[i]]: held(names[i]) for i in settled}
     draws = 1 if alterations.draws_nothing(kind) else min(draws, n_samples)
     groups = alterations.sharing_weights()
+    # What others outside of all components hold too displaces more than the group, so it comes alone.
+    beyond = alterations.shared_beyond()
+    apart = [group for group in groups if beyond.isdisjoint(group)]
+    alone = [i for group in groups if group not in apart for i in group]
+    displaced = {i: group for group in apart for i in group} | dict.fromkeys(alone, settled)
+    turns = [*itertools.zip_longest(*apart), *((i,) for i in alone)]
     found: dict[int, dict[int, list[Tensor]]] = {}
-    for turn in range(max(map(len, groups))):
-        altered_groups = [group for group in groups if turn < len(group)]
+    for turn in turns:
+        altered_now = [i for i in turn if i is not None]
         rows: dict[int, list[Tensor]] = {}
         for draw in range(draws):
             given = {name: [] for name in names}
-            turned = [names[group[turn]] for group in altered_groups]
-            turned = [name for name in turned if name not in alterations.refused[kind]]
+            turned = [names[i] for i in altered_now if names[i] not in alterations.refused[kind]]
             with alterations.weights(kind, turned):
                 runner.run_batch(number, alter=alter)
             for i in settled:
@@ -180,7 +186,7 @@ def _displacements(
                 new = [alterations.rows_by_sample(name, move, n_samples) for move in moves]
                 for kept, drawn in zip(rows.setdefault(i, new), new, strict=True):
                     kept[draw::draws] = drawn[draw::draws]
-        found |= {group[turn]: {j: rows[j] for j in group if j in rows} for group in altered_groups}
+        found |= {i: {j: rows[j] for j in displaced[i] if j in rows} for i in altered_now}
     return found
 
 

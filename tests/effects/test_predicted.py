@@ -334,3 +334,31 @@ def test_large_predictions_are_doubted():
     expected = [("saturated",) if value > 0.5 else () for value in alone.values["skip"]]
     assert list(alone.doubts["skip"]) == expected
     assert "?: saturated (skip)" in str(alone)
+
+
+class TiedEmbedding(nn.Module):
+    """Scores tokens by the table that it embeds them by, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body, self.head = (
+            nn.Embedding(9, 5),
+            nn.Linear(5, 5),
+            nn.Linear(5, 9, bias=False),
+        )
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(self.table(tokens))))
+
+
+def test_weights_that_an_embedding_shares_move_the_components_behind_it_for_their_own_component_alone():
+    torch.manual_seed(0)
+    net = TiedEmbedding().double()
+    near = {k: v + 1e-5 * torch.randn_like(v) for k, v in net.state_dict().items()}
+    batches = torch.randint(9, (200,), generator=torch.Generator().manual_seed(1)).split(50)
+    found = predicted(
+        net, batches, [], replacements={"near": near}, how="both", scale="relative", probes=9
+    )
+    assert found.components == ("body", "head")
+    np.testing.assert_allclose(found.predicted["near"], found.values["near"], rtol=1e-3)
