@@ -82,7 +82,7 @@ class DropOrder(Steps):
     def verdict(self) -> str:
         """What may go, in one line."""
         if not self.candidates:
-            return "No component gives what it takes in shape, so none can be dropped."
+            return "No component can be dropped: each stays for the reason that stands above."
         if not self.components:
             return "Nothing can go: no outputs were finite without it."
         if not self.dropped:
@@ -101,7 +101,7 @@ class DropOrder(Steps):
     def next_step(self) -> str:
         """What to do next, in one line."""
         if not self.candidates:
-            return "Next: linearize, which puts a linear map in place of each."
+            return "Next: linearize, which puts linear maps in place of components."
         if not self.dropped:
             return "Next: linearize, a larger max_drop, or tuning of .apply(model, steps=1)."
         return "Next: .apply(model) gives the network without them; measure it on other data."

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lightning_koopman.decisions.steps import (
     Cost,
-    Seen,
     Step,
     Steps,
     as_fields,
@@ -102,7 +101,10 @@ class Linearized(Steps):
     def verdict(self) -> str:
         """What became linear, in one line."""
         if not self.components:
-            return f"Nothing became linear within {self.max_drop:g} {self._unit()} and made none larger."
+            return (
+                f"Nothing became linear within {self.max_drop:g} {self._unit()}: what could loses more, "
+                "or saves nothing."
+            )
         return (
             f"{len(self.components)} of {len(self.candidates)} are linear within {self.max_drop:g} "
             f"{self._unit()}: {', '.join(self.components)}."
@@ -304,18 +306,19 @@ class _Maps:
         self._seen = look_at(self._runner, components)
         refused = {}
         for name, calls in components.items():
-            seen = [self._seen[call] for call in calls]
-            if reason := self._refusal(seen):
+            if reason := self._refusal(calls):
                 refused[name] = reason
-            elif why := failure_with(self._runner, Repeated(calls, seen[-1].given)):
+            elif why := failure_with(self._runner, Repeated(calls, self._seen[calls[-1]].given)):
                 refused[name] = f"the network fails without it ({why})"
         return refused
 
-    @staticmethod
-    def _refusal(calls: Sequence[Seen]) -> str:
+    def _refusal(self, names: Sequence[str]) -> str:
+        calls = [self._seen[name] for name in names]
         taken, given = calls[0].taken, calls[-1].given
-        if (runs := max(call.runs for call in calls)) != 1:
-            return f"it runs {runs} times in one pass"
+        for name, call in zip(names, calls, strict=True):
+            if call.runs != 1:
+                part = "it" if name == names[0] else f"{name.partition('#')[0]!r}, which belongs to it,"
+                return f"{part} runs {call.runs} times in one pass"
         if not all(call.in_place for call in calls):
             return "the network does not call it where it is registered, so nothing can take its place"
         if not all(call.alone for call in calls):

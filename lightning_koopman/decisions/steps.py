@@ -127,6 +127,7 @@ class Steps(Shown):
         metric_stderr: Standard errors of its difference from ``metric_before``, paired over samples; NaN
             where the metric is not the accuracy.
         metric_before: Metric of the network as it is.
+        metric_name: ``"accuracy"``, or ``"metric"`` where another one was given or there is none.
         costs: Parameters and operations after each step.
         cost_before: The same of the network as it is.
         candidates: All components that could give way, in order of execution.
@@ -143,6 +144,7 @@ class Steps(Shown):
     metric: NDArray[np.float64]
     metric_stderr: NDArray[np.float64]
     metric_before: float
+    metric_name: str
     costs: tuple[Cost, ...]
     cost_before: Cost
     candidates: tuple[str, ...]
@@ -196,25 +198,20 @@ class Steps(Shown):
         from lightning_koopman.report.drawing import plot_steps, visible
 
         no_metric = math.isnan(self.metric_before)
-        label = f"effect [{UNITS[self.scale]}]" if no_metric else f"{self._metric_name} that is lost"
+        label = f"effect [{UNITS[self.scale]}]" if no_metric else f"{self.metric_name} that is lost"
         stderr = self.effect_stderr if no_metric else self.metric_stderr
         names = ("none", *self.components)
         loss, stderr = np.append(0.0, self.loss), np.append(0.0, stderr)
         return plot_steps(names, loss, stderr, self.max_drop, label, visible(ax))
 
-    @property
-    def _metric_name(self) -> str:
-        """Only of the accuracy are there errors."""
-        return "accuracy" if np.isfinite(self.metric_stderr).any() else "metric"
-
     def _unit(self) -> str:
         if not math.isnan(self.metric_before):
-            return "of accuracy" if self._metric_name == "accuracy" else "of the metric"
+            return "of accuracy" if self.metric_name == "accuracy" else "of the metric"
         return UNITS[self.scale]
 
     def _table(self, title: str, *lines: str) -> Fitted:
         """Lay the steps out, those beyond the loss that was admitted dim, with lines below."""
-        no_metric, name = math.isnan(self.metric_before), self._metric_name
+        no_metric, name = math.isnan(self.metric_before), self.metric_name
         before = "" if no_metric else f", {name} {self.metric_before:.4f} as it was"
         metrics = [
             "" if math.isnan(value) else f"{value:.4f}" + ("" if math.isnan(e) else f"±{e:.4f}")
@@ -249,6 +246,7 @@ def as_fields(steps: Sequence[Step], outputs: Outputs, notes: Iterable[str]) -> 
         "components": tuple(step.name for step in steps),
         **dict(zip(names, measured.T, strict=True)),
         "metric_before": outputs.metric,
+        "metric_name": outputs.metric_name,
         "costs": tuple(step.cost for step in steps),
         "scale": outputs.scale,
         "n_samples": outputs.n_samples,

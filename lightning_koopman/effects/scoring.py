@@ -198,6 +198,7 @@ class Outputs:
         scale: What changes are measured in.
         metric: The metric of these outputs; NaN where there is none.
         has_metric: Whether there is one.
+        metric_name: ``"accuracy"``, or ``"metric"`` where another one was given or there is none.
         n_samples: Number of samples.
         notes: What a reader must know of what they are.
     """
@@ -277,8 +278,9 @@ class Outputs:
         self._batches = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
         # Of the accuracy, what each sample adds to it: its right classes, and all its classes.
         self._right = self._classes = None
-        self.metric = math.nan
+        self.metric, self.metric_name = math.nan, "metric"
         if self._metric is accuracy and self._targets is not None:
+            self.metric_name = "accuracy"
             # Counted by sample, for batches of sequences may differ in length.
             self._right = torch.cat([self._right_of(k, o) for k, o in enumerate(self._outputs)])
             size = first.shape[self._axis]

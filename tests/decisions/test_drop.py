@@ -240,9 +240,18 @@ def test_a_network_of_which_nothing_can_go():
     net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
     order = drop_order(net, [inputs()])
     assert order.components == order.dropped == ()
-    assert order.verdict.startswith("No component gives what it takes in shape")
+    assert order.verdict.startswith("No component can be dropped")
     assert len(order.to_frame()) == 0
     assert "(5,) into (4,)" in str(order)
+
+
+def test_an_order_of_nothing_still_says_what_its_metric_is():
+    net = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+    batches = [[inputs(), net(inputs()).argmax(1)]]
+    assert "accuracy 1.0000 as it was" in str(drop_order(net, batches))
+    assert "metric 0.0000 as it was" in str(
+        drop_order(net, batches, metric=lambda outputs, targets: 0.0)
+    )
 
 
 def test_results_can_be_read():
