@@ -264,6 +264,8 @@ def bit_widths(
         for name in (name for name in calls if name not in parts):
             if any(map(is_stored_otherwise, _held(model, calls[name]))):
                 refused[name] = otherwise
+        # Those of tables alone keep their weights, too, but have them.
+        bare = [own for name, own in calls.items() if name not in parts and name not in refused]
         if not parts:
             raise ValueError(
                 f"none of {tuple(calls)} holds a linear, convolutional, attention or recurrent layer, "
@@ -319,7 +321,7 @@ def bit_widths(
     for name, why in refused.items():
         notes.append(f"{name!r} keeps its weights: {why}")
     parts = {name: parts[name] for name in names}
-    modules = [find_module(model, call)[0] for own in parts.values() for call in own]
+    modules = [find_module(model, call)[0] for own in (*parts.values(), *bare) for call in own]
     kept = other_matrices(modules)
     size, spent = sum(p.numel() for p in kept), sum(8 * _nbytes(p) for p in kept)
     if kept:

@@ -101,6 +101,17 @@ def test_matrices_that_cannot_be_rounded_count_as_wide_as_they_are():
     assert f"{found.average:.2f} bits per weight" in str(found)
 
 
+def test_an_embedding_that_is_a_component_of_its_own_counts_as_wide_as_it_is():
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    found = bit_widths(net, torch.randint(9, (60, 2)).split(20), average=4.0)
+    assert found.weights == (64, 24)
+    spent = 64 * found.bits[0] + 24 * found.bits[1]
+    assert found.average == pytest.approx((spent + 32 * 36) / (64 + 24 + 36))
+    assert any(note.startswith("36 of 124 weights") for note in found.notes)
+
+
 @pytest.mark.parametrize(
     "derive", [parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm]
 )

@@ -385,7 +385,7 @@ def test_errors_say_what_arrived_and_what_to_do():
     with pytest.raises(ValueError, match=r"went through torch.compile"):
         linearize(torch.compile(net, backend="eager"), batches)
     shared = Shared().eval()
-    with pytest.raises(ValueError, match="'first' cannot .* 'act', which belongs to it, runs 2 times"):
+    with pytest.raises(ValueError, match=r"'first' cannot .* 'act', which belongs to it, runs 2 times"):
         linearize(shared, batches, credit_report(shared, [x]), components=["first"])
     pairs = Pairs().eval()
     report = credit_report(pairs, [x], components=["pair", "last"])
