@@ -251,7 +251,10 @@ def bit_widths(
     check_given(INTEGER, group_size=group_size)
     options = tuple(sorted({*bits}, reverse=True))
     if not options or not min(options) <= average:
-        raise ValueError(f"average is {average}, below all of bits={tuple(bits)}; give fewer or more")
+        raise ValueError(
+            f"average is {average}, below all numbers of bits to choose from, {tuple(bits)}; raise it, "
+            "or add a smaller one"
+        )
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
         with explained(runner):

@@ -52,7 +52,7 @@ def quantized_weights(
         ImportError: If ``torchao`` is missing.
     """
     if not 2 <= bits <= _MOST_BITS:
-        raise ValueError(f"bits is {bits}; weights are rounded to 2 to {_MOST_BITS} bits")
+        raise ValueError(f"{bits} bits are asked for; weights are rounded to 2 to {_MOST_BITS} bits")
     try:
         from torchao.quantization import quant_primitives as primitives
     except ImportError as error:

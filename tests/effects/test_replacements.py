@@ -110,7 +110,7 @@ def test_errors_say_what_arrived_and_what_to_do(monkeypatch):
     refused("'other' holds '7.weight', which Sequential does not", {"7.weight": torch.ones(1)})
     wrong = {"0.weight": torch.ones(1)}
     refused(r"other has shape \(1,\) for '0.weight', which needs shape \(12, 5\)", wrong)
-    with pytest.raises(ValueError, match="bits is 9; weights are rounded to 2 to 8 bits"):
+    with pytest.raises(ValueError, match="9 bits are asked for; weights are rounded to 2 to 8 bits"):
         quantized_weights(net, 9)
     with pytest.raises(ValueError, match="amount is 2; it is the share of weights to prune"):
         pruned_weights(net, 2)
