@@ -128,14 +128,18 @@ class Drift(Shown):
         title = f"Drift{at}{since}, {self.n_samples} samples: share of the output's variance"
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("component", overflow="fold", min_width=9)
-        for name in ("drift", "old operator leaves", "new one leaves", "suspicion"):
-            table.add_column(name, justify="right", no_wrap=True)
+        drifts = [f"{d:.4f}±{e:.4f}" for d, e in zip(self.drift, self.stderr, strict=True)]
+        # Where the screen is narrow, headings are wrapped and numbers are not.
+        longest = max(map(len, drifts))
+        for name, width in {"drift": longest, "old operator leaves": 8, "new one leaves": 8}.items():
+            table.add_column(name, justify="right", min_width=width)
+        table.add_column("suspicion", justify="right", no_wrap=True)
         table.add_column("changed")
         for i, component in enumerate(self.components):
             marked = "" if not self.changed[i] else "first" if component == self.culprit else "yes"
             table.add_row(
                 escape(component),
-                f"{self.drift[i]:.4f}±{self.stderr[i]:.4f}",
+                drifts[i],
                 f"{self.old[i]:.4f}",
                 f"{self.new[i]:.4f}",
                 f"{self.suspicion[i]:.3f}",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lightning_koopman.report.drift import Drift
 
@@ -33,6 +35,13 @@ def test_the_table_marks_what_changed_and_ends_with_what_to_do_next() -> None:
     assert lines[5].split() == ["a[0]", "0.5000±0.0200", "0.6000", "0.1000", "3.333", "first"]
     assert lines[6].split() == ["head", "0.0100±0.0400", "0.1100", "0.1000", "0.059"]
     assert " ".join(lines[-2:]).startswith("Look at a[0] first, 1 more changed too. Compare its weights")
+
+
+def test_a_narrow_screen_cuts_no_heading() -> None:
+    console = Console(file=io.StringIO(), width=76)
+    console.print(made(True, True, False))
+    shown = console.file.getvalue().split()
+    assert {"0.5000±0.0200", "changed", "first"} <= {*shown}
 
 
 def test_modules_of_the_component_are_named() -> None:
