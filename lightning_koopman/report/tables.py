@@ -20,6 +20,9 @@ WITHIN = 0.01
 
 _LINEAR_R2 = 0.999
 
+_LINEAR_KEPT = 0.99
+"""Share of its output's variance that must be seen of a component that is called linear."""
+
 _LINEAR_KINDS = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding"}
 
 _GIVES_WAY = ("holds", "type", "parameters", "gain", "R²", "credit")
@@ -170,11 +173,18 @@ def verdict(report: ReportFields) -> list[str]:
 def _found_linear(report: ReportFields) -> list[str]:
     """Return the components that are linear on these data, but for layers that are so by their kind."""
     kinds = report.types or ("",) * len(report.components)
+    # Weight norm and the like make classes of their own of layers.
+    kinds = tuple(kind.removeprefix("Parametrized") for kind in kinds)
     return [
         name
-        for name, kind, r2 in zip(report.components, kinds, report.r2, strict=True)
-        if r2 >= _LINEAR_R2 and not (kind in _LINEAR_KINDS and len(report.parts.get(name, ())) < 2)
+        for name, kind, straight in zip(report.components, kinds, _are_linear(report), strict=True)
+        if straight and not (kind in _LINEAR_KINDS and len(report.parts.get(name, ())) < 2)
     ]
+
+
+def _are_linear(report: ReportFields) -> NDArray[np.bool_]:
+    """Return which components a linear map explains, as far as nearly all that they give is seen."""
+    return (report.r2 >= _LINEAR_R2) & (report.variance_kept >= _LINEAR_KEPT)
 
 
 def what_effects_are(report: ReportFields) -> list[str]:
@@ -204,10 +214,9 @@ def decide(report: ReportFields) -> list[str]:
     kinds = [] if effects is None else [kind for kind in ("skip", "linear") if kind in effects.kinds]
     if effects is None or not kinds:
         doubted = [bool(doubts) for doubts in report.doubts_about("credit")]
-        linear = report.r2 >= _LINEAR_R2
         return [
             "doubted" if doubt else "linear already" if straight else "undecided"
-            for doubt, straight in zip(doubted, linear, strict=True)
+            for doubt, straight in zip(doubted, _are_linear(report), strict=True)
         ]
     cheap = {kind: dict(zip(effects.components, _sure(effects, kind), strict=False)) for kind in kinds}
     words = {"skip": "can go", "linear": "can become linear"}

@@ -166,6 +166,12 @@ def test_the_verdict_is_true_by_its_numbers(report):
     nn.init.constant_(linear[0].bias, 50.0)
     exact = credit_report(linear, [torch.randn(300, 5, dtype=torch.float64)])
     assert verdict(exact) == ["0 is linear already (R² 0.999 or more)"]
+    # Of a state of which much is left out, the rest may be less linear.
+    assert verdict(dataclasses.replace(exact, variance_kept=np.array([0.9, 1.0]))) == []
+    # A layer with weight norm is linear by its kind, too.
+    normed = nn.Sequential(linear[0], linear[1], nn.utils.parametrizations.weight_norm(linear[2]))
+    exact = credit_report(normed, [torch.randn(300, 5, dtype=torch.float64)])
+    assert verdict(exact) == ["0 is linear already (R² 0.999 or more)"]
 
 
 def test_the_next_step_follows_from_the_verdict(report):
