@@ -209,7 +209,8 @@ def linearize(
         max_drop: Largest drop of the accuracy; without class targets, largest change of the outputs.
         cost: What is to be saved.
         budget: Share of the original cost that is enough.
-        allow_larger: Admit a network that needs more parameters, operations or time than before.
+        allow_larger: Admit a network that needs more parameters, operations or time than before, and
+            make components linear also where that saves nothing.
         max_dim: Most directions of a wide input that are kept.
         **task: What all of these commands take.
     """

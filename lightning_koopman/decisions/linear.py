@@ -187,7 +187,8 @@ def linearize(
         max_drop: Largest loss: drop of the metric, or where there is none, effect on the outputs.
         cost: What is to be saved: ``"flops"``, ``"parameters"`` or ``"seconds"``.
         budget: Share of the original cost that is enough.
-        allow_larger: Whether the network may need more parameters, operations or time than before.
+        allow_larger: Whether the network may need more parameters, operations or time than before;
+            components then become linear also where that saves nothing.
         merge: Whether neighbours become one map.
         fit_batches: Data to fit maps on; all of ``batches`` is then for choosing.
         metric: Called as ``metric(outputs, targets)``, larger is better; ``None`` takes the accuracy
