@@ -218,9 +218,11 @@ class Steps(Shown):
             for value, e in zip(self.metric, self.metric_stderr, strict=True)
         ]
         own = self.cost_before
+        # A line below the table has the unit in full.
+        unit = UNITS[self.scale].replace(" the outputs'", "")
         columns = {
             "component": self.components,
-            f"effect ({UNITS[self.scale]})": list(map(with_share, self.effect, self.effect_stderr)),
+            f"effect ({unit})": list(map(with_share, self.effect, self.effect_stderr)),
             name: metrics,
             "parameters left": [f"{c.parameters / max(1, own.parameters):.0%}" for c in self.costs],
             "FLOPs left": [f"{cost.flops / max(1, own.flops):.0%}" for cost in self.costs],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report, drop_order
@@ -270,6 +272,13 @@ def test_results_can_be_read():
     assert frame.within.sum() == len(order.dropped)
     _, axis = order.plot()
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["none", *order.components]
+
+
+def test_an_order_without_a_metric_is_one_table_on_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    console.print(drop_order(residual_net(), [inputs()], max_drop=0.05))
+    heading = next(line for line in console.file.getvalue().splitlines() if "component" in line)
+    assert heading.rstrip().endswith("FLOPs left")
 
 
 def test_errors_say_what_arrived_and_what_to_do():
