@@ -29,13 +29,14 @@ from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.replacements import (
     is_stored_otherwise,
     other_matrices,
-    quantized_weights,
+    rounded_weights,
 )
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_given, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.rows import module_of
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.text import Fitted, Shown, with_share
@@ -108,7 +109,8 @@ class BitWidths(Shown):
             A new network.
         """
         new = copied_with(model, [])
-        rounded = {b: quantized_weights(model, b, group_size=self.group_size) for b in {*self.bits}}
+        inside = [call for own in self.parts.values() for call in own]
+        rounded = {b: rounded_weights(model, b, self.group_size, inside) for b in {*self.bits}}
         kinds = {_kind(option): weights for option, weights in rounded.items()}
         alterations = Alterations(new, self.parts, tuple(kinds), replacements=kinds)
         with ExitStack() as altered:
@@ -261,7 +263,8 @@ def bit_widths(
             calls, ends = component_calls(runner, report, components)
             outputs, refused = find_outputs(runner, calls, ends, scale, metric)
         calls = {name: own for name, own in calls.items() if name not in refused}
-        rounded = {option: quantized_weights(model, option, group_size=group_size) for option in options}
+        inside = [module_of(call) for own in calls.values() for call in own]
+        rounded = {option: rounded_weights(model, option, group_size, inside) for option in options}
         parts, counts = _with_weights(calls, rounded[options[0]])
         otherwise = "they are not stored as the numbers that they stand for, as those quantised already"
         for name in (name for name in calls if name not in parts):

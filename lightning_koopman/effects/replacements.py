@@ -51,6 +51,13 @@ def quantized_weights(
         ValueError: If the bits are out of range, or a layer's inputs do not divide into the groups.
         ImportError: If ``torchao`` is missing.
     """
+    return rounded_weights(model, bits, group_size)
+
+
+def rounded_weights(
+    model: nn.Module, bits: int, group_size: int | None, modules: Iterable[str] = ("",)
+) -> dict[str, Tensor]:
+    """Round the weights of some modules, by default of all; groups need not divide those of others."""
     if not 2 <= bits <= _MOST_BITS:
         raise ValueError(f"{bits} bits are asked for; weights are rounded to 2 to {_MOST_BITS} bits")
     try:
@@ -62,7 +69,10 @@ def quantized_weights(
         ) from error
     found = {}
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    inside = tuple(f"{module}." if module else "" for module in modules)
     for name, weight, turned in _weights(model):
+        if not name.startswith(inside):
+            continue
         rows = weight.T if turned else weight.flatten(1)
         rows = rows.float() if rows.dtype == torch.float64 else rows
         size = rows.shape[1] if group_size is None else group_size

@@ -235,12 +235,12 @@ def test_the_network_that_is_given_is_the_one_that_was_measured() -> None:
 
 def test_named_components_groups_and_modules_that_run_twice() -> None:
     net = mlp()
-    with torch.no_grad():
-        hidden = net[0](inputs())
-    found = bit_widths(net[1:], [hidden], components=["[24]"], group_size=8, bits=[3, 4], average=4)
+    # The first layer, which stays, has 6 inputs.
+    found = bit_widths(net, [inputs()], components=["[24]"], group_size=8, bits=[3, 4], average=4)
     assert found.components == ("2", "4")
     assert found.bits == (4, 4)
     assert found.alike[4] == pytest.approx(found.effect)
+    assert torch.equal(found.apply(net)[0].weight, net[0].weight)
     layer = nn.Linear(6, 6)
     twice = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 2))
     once = bit_widths(twice, [inputs()])
