@@ -43,7 +43,7 @@ from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
-from lightning_koopman.network.hook_points import HookPoint, find_module
+from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
@@ -164,9 +164,10 @@ def linearize(
 
     A component becomes the ridge regression of its own output on the leading POD directions of its own
     input: of whole tensors, or where it has positions (tokens, pixels), of the channels of one, alike at
-    all of them. It is stored as one ``nn.Linear``, or as two with a narrow state between them where that
-    takes fewer operations. Activations and normalisations that count as part of it go with it.
-    Neighbours in one ``nn.Sequential`` become a single map. A bare ``nn.Linear`` stays, unless merged.
+    all of them; the latter alone where no position depends on later ones, as in language models. It is
+    stored as one ``nn.Linear``, or as two with a narrow state between them where that takes fewer
+    operations. Activations and normalisations that count as part of it go with it. Neighbours in one
+    ``nn.Sequential`` become a single map. A bare ``nn.Linear`` stays, unless merged.
 
     Components are taken one after the other, whichever moves the outputs least per cost saved, measured
     anew for all that are left after each, as long as the loss is admitted and nothing gets larger.
@@ -349,8 +350,31 @@ class _Maps:
         modules = [find_module(self._runner.model, call)[0] for call in calls]
         own = {id(p): p.numel() for part in modules for p in part.parameters()}
         tried = everything or least < sum(own.values()) or not alike
-        whole = [_Group(calls, None)] if tried and given[0][:1] == taken[:1] else []
+        tried = tried and given[0][:1] == taken[:1] and self._looks_ahead(calls, 2 if convolves else 1)
+        whole = [_Group(calls, None)] if tried else []
         return [*whole, *(_Group(part, axis) for part in alike[:1])]
+
+    def _looks_ahead(self, calls: tuple[str, ...], axis: int) -> bool:
+        """Check whether sequences are read in both directions; a map of whole ones would do so.
+
+        Where a position must not depend on later ones, as in causal language models, it would show the
+        network what it is to predict.
+        """
+        before, given = self._seen[calls[0]].taken, self._seen[calls[-1]].given
+        assert before is not None
+        if before.ndim != 3 or given.ndim != 3 or not 1 < before.shape[axis] == given.shape[axis]:
+            return True
+
+        def change(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            new = args[0].clone()
+            new.select(axis, -1).copy_(args[0].select(axis, 0))
+            return (new, *args[1:]), kwargs
+
+        first = find_module(self._runner.model, calls[0])[0]
+        with attach_in(self._runner.model)(first, before=change):
+            moved = look_at(self._runner, {"": calls})[calls[-1]].given - given
+        size = float(given.abs().max()) * torch.finfo(given.dtype).eps
+        return bool(moved.narrow(axis, 0, before.shape[axis] - 1).abs().max() > 100 * size)
 
     @staticmethod
     def _places(tensor: Any, axis: int) -> list[int]:

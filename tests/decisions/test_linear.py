@@ -436,3 +436,24 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path, monkeypatch)
         save_shrunk(mlp(), path)
     assert path.read_bytes() == b"of another day"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class Sums(nn.Module):
+    """Adds up positions, those before each or all of them."""
+
+    def __init__(self, causal):
+        super().__init__()
+        self.inner, self.causal = nn.Linear(4, 4), causal
+
+    def forward(self, x):
+        y = torch.tanh(self.inner(x))
+        return y.cumsum(1) if self.causal else y + y.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_does_not_see_the_future_is_no_map_of_whole_sequences(causal):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Sums(causal), nn.Linear(4, 2)).eval(), torch.randn(400, 3, 4)
+    net[0].inner.weight.data.mul_(0.1)  # so small that whole sequences are mapped nearly exactly
+    found = linearize(net, x.split(100), components=["0"], max_drop=0.01, allow_larger=True)
+    assert [swap.axis for swap in swaps_in(found.model)] == ([] if causal else [None])
