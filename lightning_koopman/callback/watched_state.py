@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_koopman.callback.trainer_facts import refuse_sharded_weights
 from lightning_koopman.measurement.processes import gather
@@ -95,12 +96,19 @@ def weight_sums(trainer: Any, pl_module: Any) -> list[Tensor]:
         refuse_sharded_weights(trainer)
     except RuntimeError:
         return []
-    held = list(pl_module.parameters())
+    held: list[Tensor | None] = []
     for module in pl_module.modules():
         # Others are caches, and integers count: any pass may change them.
         saved = {*module._buffers.keys()} - {*module._non_persistent_buffers_set}
-        held += [module._buffers[name] for name in sorted(saved)]
-    return [_sums(tensor) for tensor in held if _is_told(tensor)]
+        own = dict(module._parameters.items()) | {name: module._buffers[name] for name in saved}
+        for hook in module._forward_pre_hooks.values():
+            # What a mask leaves of a weight is the weight, also once the mask is made permanent.
+            if isinstance(hook, BasePruningMethod):
+                name = hook._tensor_name
+                weight, mask = own.pop(f"{name}_orig"), own.pop(f"{name}_mask")
+                own[name] = weight.detach() * mask
+        held += [own[name] for name in sorted(own)]
+    return [_sums(tensor) for tensor in held if tensor is not None and _is_told(tensor)]
 
 
 def _is_told(tensor: Tensor | None) -> bool:

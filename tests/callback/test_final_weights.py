@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelPruning, Stochastic
 from lightning.pytorch.loggers import CSVLogger
 from lit import Stops, quiet_trainer
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor, credit_report
@@ -188,6 +189,16 @@ def test_sums_of_what_is_not_a_number_or_marks():
     marks = torch.tensor([True, False, True])
     assert have_changed(told(marks), told(~marks))
     assert told(torch.arange(3)) == []
+
+
+def test_a_mask_made_permanent_changes_nothing_and_another_one_does():
+    layer = nn.Linear(6, 4)
+    trainer = SimpleNamespace(strategy=type("DDPStrategy", (), {})())
+    masked = weight_sums(trainer, prune.l1_unstructured(layer, "weight", amount=0.3))
+    prune.l1_unstructured(layer, "weight", amount=0.3)
+    more = weight_sums(trainer, layer)
+    assert have_changed(masked, more)
+    assert not have_changed(more, weight_sums(trainer, prune.remove(layer, "weight")))
 
 
 def test_sharded_weights_are_not_told():
