@@ -30,6 +30,7 @@ from lightning_koopman.callback.trainer_facts import (
     may_be_last,
     may_change_weights,
     may_skip_validation,
+    may_validate_last,
     monitored_keys,
     refuse_sharded_weights,
     samples_for_rank,
@@ -315,7 +316,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
-        self._begin_validation(trainer, pl_module, final=in_training and may_be_last(trainer))
+        self._begin_validation(trainer, pl_module, final=in_training and may_validate_last(trainer))
         assert self._measurement is not None
         self._recorded.calls = Recording(
             pl_module,
@@ -822,7 +823,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         # Whatever became of its report, all processes know that something was added up.
         first = not self.history and self._watched is None
-        return bool(due or first or may_be_last(trainer))
+        # Asked before an epoch, or at one of its validations.
+        last = may_be_last(trainer) if ahead else may_validate_last(trainer)
+        return due or first or last
 
     def _finish(self, trainer: Any, pl_module: Any, *, step: int) -> bool:
         """Report what was measured; check whether any component ran."""

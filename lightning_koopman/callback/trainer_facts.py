@@ -132,12 +132,37 @@ def first_loader(loaders: Any) -> Any:
 def may_be_last(trainer: Any) -> bool:
     """Check whether the epoch under way may be the training's last with a validation."""
     every = trainer.check_val_every_n_epoch or 1
-    epochs, steps = trainer.max_epochs, trainer.max_steps
-    return bool(
-        trainer.should_stop
-        or (epochs not in (None, -1) and trainer.current_epoch + 1 + every > epochs)
-        or (steps not in (None, -1) and trainer.global_step >= steps)
+    epochs = trainer.max_epochs
+    return _stops(trainer, trainer.current_epoch + 1) or (
+        epochs not in (None, -1) and trainer.current_epoch + 1 + every > epochs
     )
+
+
+def may_validate_last(trainer: Any) -> bool:
+    """Check whether the validation under way may be the training's last; not where nobody knows."""
+    return may_be_last(trainer) and (
+        _stops(trainer, trainer.current_epoch) or not _validates_again(trainer)
+    )
+
+
+def _stops(trainer: Any, epochs: int) -> bool:
+    """Check whether a training that is asked to end, or took all its steps, ends after some epochs."""
+    met = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    steps = trainer.max_steps
+    return (trainer.should_stop and met) or (steps not in (None, -1) and trainer.global_step >= steps)
+
+
+def _validates_again(trainer: Any) -> bool:
+    """Check whether another validation may follow in the epoch under way."""
+    loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if loop.batch_progress.is_last_batch or every == math.inf:
+        return False
+    left = trainer.num_training_batches - loop.batch_idx - 1
+    if every is None or left == math.inf:  # validated by the clock, or a stream
+        return True
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    done = (loop.batch_idx if by_epoch else loop.total_batch_idx) + 1
+    return bool(every - done % every <= left)
 
 
 def last_step(trainer: Any) -> int | None:

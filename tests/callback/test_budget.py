@@ -10,8 +10,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lit import LitNet, dataset, loaders, quiet_trainer
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import LambdaCallback
+from lit import LitNet, dataset, loaders, newest, quiet_trainer
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
 from lightning_koopman.callback.budget import ALLOWANCE, NEVER, Budget
@@ -240,6 +241,47 @@ def test_epochs_are_skipped_and_the_keys_hold_what_was_measured_last(
         newest = measured.get(step, newest)
         expected.append(newest)
     assert keys.totals == pytest.approx(expected)
+
+
+class Stream(IterableDataset):
+    """The samples of the small data set, whose number nobody knows."""
+
+    def __iter__(self) -> Any:
+        return iter(dataset())
+
+
+@pytest.fixture
+def costly(monkeypatch: pytest.MonkeyPatch) -> KoopmanCreditMonitor:
+    """Return a monitor that can pay for one report."""
+    clock = Clock()
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    monkeypatch.setattr(time, "perf_counter", clock)
+    slowed(monkeypatch, ALLOWANCE)
+    monitor = KoopmanCreditMonitor(max_overhead=0.0, on_error="raise", figures=False)
+    monitor.budget.clock = clock
+    return monitor
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_the_last_epoch_too_validations_but_the_last_are_paid_for(
+    stream: bool, costly: KoopmanCreditMonitor, tmp_path: Any
+) -> None:
+    training, validation = loaders()
+    training = DataLoader(Stream(), batch_size=40) if stream else training
+    trainer = quiet_trainer(tmp_path, [costly], max_epochs=1, val_check_interval=1)
+    trainer.fit(Slow(), training, validation)
+    assert [report.step for report in costly.history] == [1, 4]
+    assert newest(costly).effects is not None
+
+
+def test_a_training_that_may_not_stop_yet_is_not_at_its_last_validation(
+    costly: KoopmanCreditMonitor, tmp_path: Any
+) -> None:
+    def ask(trainer: L.Trainer, _: L.LightningModule) -> None:
+        trainer.should_stop = True
+
+    fit(tmp_path, costly, LambdaCallback(on_train_epoch_end=ask), min_epochs=4, max_epochs=9)
+    assert [report.step for report in costly.history] == [4, 16]
 
 
 def test_every_n_epochs_wins(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
