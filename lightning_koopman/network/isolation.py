@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,7 +21,9 @@ _INSIDE = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
 
-_PLAIN = frozenset({bool, int, float, str, type(None), tuple, list, dict, OrderedDict, set, deque})
+_CONTAINERS = frozenset({list, dict, OrderedDict, defaultdict, Counter, set, deque})
+
+_PLAIN = frozenset({bool, int, float, str, type(None), tuple}) | _CONTAINERS
 """What most attributes of modules are, and no objects of somebody's own."""
 
 
@@ -31,10 +33,10 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
 
     Each module's own mode, its weights, buffers and attributes and all random states are restored, also
     when the body raises: a forward pass may write weights, and so may a change of mode (adapters that
-    merge). So is what tensors, lists, dictionaries and sets hold that are attributes, as metrics keep
-    their sums, and which tensors other objects hold that are; and what a LightningModule logs is not
-    logged. Compiled modules run eagerly inside, because hooks that are added after compilation never
-    fire otherwise.
+    merge). So is what tensors, arrays, lists, dictionaries and sets hold that are attributes, or in one
+    of these, as metrics keep their sums, and which tensors other objects hold that are; and what a
+    LightningModule logs is not logged. Compiled modules run eagerly inside, because hooks that are added
+    after compilation never fire otherwise.
     """
     _let_freed_memory_stay()
     # Asked for only where needed: the first use of set_stance imports the whole compiler.
@@ -92,11 +94,16 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
         for values in (vars(module), *(vars(module).get(name) for name in _INSIDE))
         if isinstance(values, dict)
     ]
-    own = [value for module in model.modules() for value in vars(module).values()]
-    held = [(value, value.copy()) for value in own if type(value) in (list, dict, set, deque)]
-    rest = (value for value in own if type(value) not in _PLAIN)
+    named = (item for module in model.modules() for item in vars(module).items())
+    attributes = [value for name, value in named if name not in _INSIDE]
+    own = _with_contents(attributes)
+    held = [(value, value.copy()) for value in own if type(value) in _CONTAINERS]
+    arrays = [v for v in own if type(v) is np.ndarray and v.flags.writeable]
+    counted = [(value, value.copy()) for value in arrays]
+    rest = (value for value in attributes if type(value) not in _PLAIN)
     objects = [(vars(value), dict(vars(value))) for value in rest if is_wrapper(value)]
-    others = [value for value in own if type(value) is Tensor]
+    # Those made in inference mode cannot be written outside of it.
+    others = [value for value in own if type(value) is Tensor and not value.is_inference()]
     weights = (*model.parameters(), *model.buffers(), *others)
     inside = [value for tensor in weights for value in _own_numbers(tensor)]
     with torch._C.DisableTorchFunctionSubclass():  # somebody's own class may refuse to be read
@@ -125,6 +132,8 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
             attempt(_refill, values, before)
         for value, before in held:
             attempt(_refill, value, before)
+        for array, numbers in counted:
+            attempt(np.copyto, array, numbers)
         for now, then in objects:
             attempt(_put_tensors_back, now, then)
         for tensor, data, copy in tensors:
@@ -132,6 +141,19 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
     # Not within `finally`, where it would hide what the body raised.
     if failure is not None:
         raise failure
+
+
+def _with_contents(values: list[Any]) -> list[Any]:
+    """Return values and all that containers among them hold, which are opened once."""
+    found, opened = list(values), set[int]()
+    inside = values
+    while inside:
+        closed = {id(v): v for v in inside if type(v) in _CONTAINERS or type(v) is tuple}
+        new = [v for key, v in closed.items() if key not in opened]
+        opened |= closed.keys()
+        inside = [part for v in new for part in (v.values() if isinstance(v, dict) else v)]
+        found += inside
+    return found
 
 
 def _own_numbers(tensor: Tensor) -> list[Tensor]:

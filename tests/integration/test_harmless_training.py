@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -191,6 +192,8 @@ class Counting(small_module()):
         super().__init__()
         self.mean, self.queue = torchmetrics.MeanMetric(), deque(maxlen=5)
         self.seen, self.by_step, self.sum = [], {}, torch.zeros(3)
+        self.calls, self.by_mode = Counter(), defaultdict(list)
+        self.nested = {"rows": [[]], "sums": (torch.zeros(3), {}, np.zeros(1))}
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -201,10 +204,17 @@ class Counting(small_module()):
         self.queue.append(float(y.detach().mean()))
         self.seen.append(len(x))
         self.by_step[len(self.by_step)] = 1
+        self.calls["forward"] += 1
+        self.by_mode[self.training].append(len(x))
+        self.nested["rows"][0].append(len(x))
+        self.nested["sums"][0].add_(y.detach().sum(0))
+        self.nested["sums"][1][len(self.seen)] = 1
+        self.nested["sums"][2][:] += 1
         return y
 
     def on_train_end(self) -> None:
         self.kept = [self.mean.compute(), self.sum, [*self.queue], self.seen, self.by_step]
+        self.kept += [self.calls, self.by_mode, self.nested]
 
 
 @pytest.mark.parametrize("limit", [1.0, 0])
