@@ -410,8 +410,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if may_skip_validation(trainer, pl_module) or self._idle:
             return
         try:
-            if trainer.state.fn == "fit" and trainer.world_size == 1:
-                self._elsewhere = self._state.differs(trainer, pl_module)
+            if trainer.state.fn == "fit":
+                # All processes measure the effects of the last report, or none; others have none there.
+                differs = self._state.differs if self._final else self._state.differs_here
+                self._elsewhere = differs(trainer, pl_module)
             if self._elsewhere:
                 # Averaged weights were taken out again; when training ends they may be the final ones.
                 self._final = False
@@ -613,11 +615,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
     ) -> None:
         """Start measuring this process's share of the samples that a loader gives."""
         self.sync_pending = trainer.world_size > 1
+        self._final = final or trainer.state.fn != "fit"
         self._rides_along = not is_compiled(pl_module)
         known = None if like is None else self._recorded.samples
         samples = WatchedSamples.of(trainer, loader, self.max_samples, like=known)
         self._recorded.samples = samples
-        self._final = final or trainer.state.fn != "fit"
         self._state.forget_weights()
         self._elsewhere = False
         with plain_numerics(pl_module):

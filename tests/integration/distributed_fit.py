@@ -150,6 +150,20 @@ class Halves(L.Callback):
             pl_module.net[2].weight[:4].mul_(0.5)
 
 
+class Averages(L.Callback):
+    """Puts other weights in place while validation runs, and for good when training ends."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.kept = {name: tensor.clone() for name, tensor in pl_module.state_dict().items()}
+        pl_module.load_state_dict({name: tensor / 2 for name, tensor in self.kept.items()})
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.load_state_dict(self.kept)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.load_state_dict({name: tensor / 2 for name, tensor in self.kept.items()})
+
+
 COLLECTIVES: list[str] = []
 """What this process exchanged with the others for the monitor in the training under way."""
 
@@ -248,6 +262,7 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
         logger=False,
         callbacks=[
             *[Halves()][: config.get("halves", False)],
+            *[Averages()][: config.get("averages", False)],
             *[monitor][config.get("unwatched", False) :],
             Scribe(folder, monitor),
         ],

@@ -178,7 +178,8 @@ def cases(strategy: str, processes: int) -> list[dict[str, Any]]:
 
 def good() -> list[dict[str, Any]]:
     chosen = [cases("ddp", 2)[i] for i in (3, 5, 8, 9)]
-    return [*chosen, chosen[0] | {"halves": True}]
+    averaged = cases("ddp", 2)[6] | {"averages": True, "max_epochs": 2}
+    return [*chosen, averaged, chosen[0] | {"halves": True}]
 
 
 # Process, method that fails there, and what the other process is told of it.
@@ -235,12 +236,18 @@ def test_a_measurement_takes_one_exchange_and_one_sum_however_many_batches(two):
         for rank in read(folder):
             once = ["all_gather_object", *wide, "all_reduce"]
             assert rank["history"]
-            # With the last report come what targets each process has, and the effects it measured; when
-            # training ends, whether weights were changed since, and then the same once more.
-            last, told = [*once, *["all_gather_object"] * 2], ["all_gather_object"]
-            expected = [*once * (len(rank["history"]) - 1), *last, *told]
+            # Before the last report of a validation comes whether its weights are there yet, and with it
+            # what targets each process has, and the effects it measured, or these when training ends,
+            # where averaged weights are in place again; then whether weights were changed since, and
+            # the same once more.
+            told, effects = ["all_gather_object"], ["all_gather_object"] * 2
+            validated = config["shards"] != "skipping" and config.get("limit_val_batches") != 0
+            earlier = once * (len(rank["history"]) - 1)
+            expected = [*earlier, *told * validated, *once, *effects, *told]
+            if config.get("averages"):
+                expected = [*earlier, *told, *once, *told, *effects]
             if config.get("halves"):
-                expected = [*last, *told, *last]
+                expected = [*told, *once, *effects, *told, *once, *effects]
             assert rank["collectives"] == expected
 
 
@@ -250,6 +257,13 @@ def test_weights_that_were_changed_behind_the_last_validation_are_measured_in_al
         assert validated.step == final.step
         assert abs(validated.credit - final.credit).max() > 1e-2
         assert any("were changed after the last measurement" in note for note in final.notes)
+
+
+def test_averaged_weights_have_effects_in_all(two):
+    for one, rank in zip(read(two["ones"][-2]) * 2, read(two["folders"][len(good()) - 2]), strict=True):
+        alone, shared = (CreditReport.from_dict(each["history"][-1]) for each in (one, rank))
+        assert shared.effects is not None, shared.notes
+        assert shared.effects.values["skip"] == pytest.approx(alone.effects.values["skip"])
 
 
 def test_processes_measure_effects_in_the_same_unit(two):
