@@ -24,6 +24,7 @@ from lightning_koopman.network.weights import (
     apply_checkpoint,
     find_checkpoints,
     load_checkpoint,
+    load_weights,
     run_names,
 )
 from lightning_koopman.report.effects import KINDS, Kind
@@ -188,7 +189,7 @@ def evaluate_checkpoints(
         for log in logs.values():
             log.finish()
     finally:
-        model.load_state_dict(original)
+        load_weights(model, original)
         for log in logs.values():
             log.close()
     found = [report for report in reports if report is not None]

@@ -193,7 +193,12 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.path} does not fit {type(model).__name__}: the model has no {name!r}"
             )
-    model.load_state_dict({expected[name][0]: value for name, value in checkpoint.state_dict.items()})
+    load_weights(model, {expected[name][0]: value for name, value in checkpoint.state_dict.items()})
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Load a model's own names; what a LightningModule never saves stays as it was built."""
+    model.load_state_dict(weights, strict=getattr(model, "strict_loading", True))
 
 
 def _described(tensor: Tensor) -> str:

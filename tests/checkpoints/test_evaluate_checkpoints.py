@@ -6,6 +6,7 @@ import pytest
 import torch
 from lit import LitNet, dataset, events
 from small import save
+from torch import nn
 
 from lightning_koopman import CheckpointError, EvaluationError, credit_report, evaluate_checkpoints
 
@@ -74,6 +75,31 @@ def test_the_model_gets_its_weights_back_when_measuring_fails(tmp_path):
     with pytest.raises(RuntimeError, match="no such thing"):
         evaluate_checkpoints(host, tmp_path, BATCHES, forward_fn=broken)
     assert all(torch.equal(v, before[k]) for k, v in host.state_dict().items())
+
+
+class Distilled(LitNet):
+    """Leaves a frozen part out of its checkpoints, as Lightning allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher, self.strict_loading = nn.Linear(8, 3), False
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.startswith("teacher.")}
+
+
+def test_what_a_module_leaves_out_of_its_checkpoints_stays_as_it_was_built(tmp_path):
+    models = checkpoints(tmp_path)
+    host = Distilled()
+    kept = host.teacher.weight.detach().clone()
+    for report in evaluate_checkpoints(host, tmp_path, BATCHES):
+        expected = credit_report(models[report.step], BATCHES)
+        np.testing.assert_array_equal(report.credit, expected.credit)
+    assert torch.equal(host.teacher.weight, kept)
+    save(tmp_path / "lacks.ckpt", 15, state_dict={"net.0.weight": torch.zeros(16, 8)})
+    with pytest.raises(CheckpointError, match="does not fit Distilled: it lacks 'net"):
+        evaluate_checkpoints(host, tmp_path / "lacks.ckpt", BATCHES)
 
 
 def test_nothing_to_evaluate(tmp_path):
