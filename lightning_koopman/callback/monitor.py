@@ -88,9 +88,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
     pays for them.
 
     ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
-    last; one that somebody monitors is there from the first validation on, as 0 where the first
-    measurement fails. A callback that acts on each epoch's number needs ``every_n_epochs=1``. At the end
-    of training :attr:`report` holds a report on the final weights.
+    last; one that somebody monitors is there from the first validation on (without any, from the end of
+    the first epoch on), as 0 where the first measurement fails. A callback that acts on each epoch's
+    number needs ``every_n_epochs=1``. At the end of training :attr:`report` holds a report on the final
+    weights.
 
     How the network is run is never guessed. The outermost calls that a step makes of the network's parts
     are recorded with their arguments, up to 256 MiB, and run again, in the modes (train or eval) that
@@ -455,13 +456,16 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """See that every key of ours exists, whatever was due, and became of it."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            with self.budget.watching():
-                # Asked for once: Lightning computes all of its numbers each time.
-                known = trainer.callback_metrics
-                for key, value in self._newest.items():
-                    known.setdefault(key, value)
-                for key in monitored_keys(trainer, self.prefix):
-                    known.setdefault(key, torch.tensor(0.0))
+            self._keep_keys(trainer)
+
+    def _keep_keys(self, trainer: Any) -> None:
+        with self.budget.watching():
+            # Asked for once: Lightning computes all of its numbers each time.
+            known = trainer.callback_metrics
+            for key, value in self._newest.items():
+                known.setdefault(key, value)
+            for key in monitored_keys(trainer, self.prefix):
+                known.setdefault(key, torch.tensor(0.0))
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -510,9 +514,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._n_recorded += calls.end_step(valid_positions(batch), lone=False).n_rows
             self.budget.add(seconds_in_hooks() - self._in_hooks)
 
-    @never_in_the_way
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Measure on the recorded training steps where there is no validation to watch."""
+        self._end_epoch(trainer, pl_module)
+        if self._why_training:
+            self._keep_keys(trainer)
+
+    @never_in_the_way
+    def _end_epoch(self, trainer: Any, pl_module: Any) -> None:
         step = max(0, logged_step(trainer, None) - 1)
         if self._why_training:
             calls = self._recorded.calls

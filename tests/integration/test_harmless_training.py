@@ -368,3 +368,14 @@ def test_a_monitored_key_is_there_from_the_first_validation_on(fails, tmp_path):
         trainer.fit(model, DataLoader(dataset(), 40), DataLoader(data, 40))
     assert trainer.current_epoch == 4
     assert seen[:2] == pytest.approx([0.0 if fails else monitor.history[0].total] * 2)
+
+
+def test_a_monitored_key_is_there_without_a_validation_too(tmp_path):
+    monitor, stopping = KoopmanCreditMonitor(), EarlyStopping("koopman/total", patience=9)
+    data = dataset()
+    data.tensors[0][0, 0] = float("inf")
+    trainer = quiet_trainer(tmp_path, [monitor, stopping], limit_val_batches=0)
+    with pytest.warns(UserWarning, match="Koopman credit skipped"):
+        trainer.fit(Odd(plain()), DataLoader(data, 40))
+    assert trainer.current_epoch == 3
+    assert trainer.callback_metrics["koopman/total"] == 0
