@@ -306,10 +306,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
         in_training = trainer.state.fn == "fit"
         if trainer.sanity_checking or (in_training and self._why_training):
             return
-        due = self._due_epoch if may_skip_validation(trainer, pl_module) else self._is_due(trainer)
-        if in_training and not due:
+        may_skip = may_skip_validation(trainer, pl_module)
+        if in_training and not (self._due_epoch if may_skip else self._is_due(trainer)):
             return
-        if may_skip_validation(trainer, pl_module) and not in_training:
+        if may_skip and not in_training:
             self._warn_once(
                 "a process without a batch skips this validation, so Koopman credit cannot be measured: "
                 "set allow_zero_length_dataloader_with_multiple_devices to False"
