@@ -585,8 +585,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._warn_once(warning)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Take the hooks off whatever happened."""
-        self._forget()
+        """Take the hooks off whatever happened, and let go of the model and of recorded calls."""
+        self._forget_run()
         with suppress(Exception):  # a disk that is full, which the exception may be about
             self._writer.close(trainer.loggers)
 

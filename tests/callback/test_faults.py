@@ -385,6 +385,9 @@ def test_resume_in_mid_epoch(tmp_path):
     assert_alike(watched, plain)
     assert watched[0]["progress"]["epoch_progress"]["current"]["completed"] == 3
     assert [report.step for report in first.history] == [6]
+    # Of a training that broke off, nothing but numbers stays.
+    assert first._recorded.calls is None
+    assert first._watched is None
     assert [report.step for report in second.history] == [6, 12, 18]
     assert second.history[0].to_dict() == first.history[0].to_dict()
 
