@@ -152,9 +152,9 @@ def by_class() -> tuple[Any, Dataset[Any], Dataset[Any]]:
 
 
 def test_effects_on_some_samples_are_about_all_classes_of_sorted_data() -> None:
-    net, ordered, _ = by_class()
+    net, ordered, shuffled = by_class()
     loader = DataLoader(ordered, 50)
-    truth = component_effects(net, loader, samples=5000)
+    truth = component_effects(net, DataLoader(shuffled, 50), samples=5000)
     assert truth.n_samples == 1197
     found = component_effects(net, loader, samples=200)
     assert found.n_samples == 200
