@@ -365,7 +365,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self.budget.add(seconds_in_hooks() - self._in_hooks)
             step = None if recording is None else recording.end_step(valid_positions(batch))
         left_out = watched and self._ran_nothing(measurement, step)
-        if not (left_out and measurement.capture.is_first):
+        begins = watched and not (left_out and measurement.capture.is_first)
+        if begins or self._state.is_known:
             if not self._state.is_known:
                 self._state.note_modes(pl_module)
             # Now, for averaged weights may be in place for no longer than validation runs; and once more

@@ -153,3 +153,14 @@ def test_an_error_of_a_hook_is_not_a_validation_that_runs_no_component(spoilt, t
     monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False)
     with pytest.raises(RuntimeError, match="the hook broke"):
         fitted(tmp_path, Net(nn.Identity()), monitor)
+
+
+def test_buffers_are_those_of_before_the_first_batch_that_is_watched(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False, max_samples=64)
+    loader = DataLoader(TensorDataset(X * torch.linspace(1, 9, len(X))[:, None], Y), 16)
+    quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(Net(Scale()), loader, loader)
+    # The second of sixteen, before which the first one has changed the scale.
+    assert monitor.report is not None
+    assert not [note for note in monitor.report.notes if "give again" in note]
+    assert monitor.report.effects is not None
