@@ -482,7 +482,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 parts |= norms | listed
             # A training step is followed only where it makes several calls, which the first one shows.
             follow_from = None if is_compiled(pl_module) else 1
-            calls = Recording(pl_module, parts, follow_from=follow_from)
+            calls = Recording(pl_module, parts, follow_from=follow_from, ordered=False)
             self._recorded = replace(self._recorded, calls=calls, of_training=True)
             self._n_recorded = 0
         wanted = samples_for_rank(self.max_samples, data_part(trainer).count)

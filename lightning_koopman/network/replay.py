@@ -258,7 +258,8 @@ class Recording:
     Use as a context manager around each step; :meth:`end_step` keeps what it recorded. Whether the
     user's own code stands between the calls of a step is told by following the data through one step,
     from number ``follow_from`` on; ``None`` never follows, for compiled code would be compiled anew.
-    Parts of a component may be called past it, until a step calls it as a whole alone.
+    Parts of a component may be called past it, until a step calls it as a whole alone. Where data may
+    come ``ordered`` and not all steps fit into the budget, those that are kept are from everywhere.
 
     Attributes:
         steps: What was recorded.
@@ -274,12 +275,14 @@ class Recording:
         *,
         budget: int = BYTES_KEPT,
         follow_from: int | None = 0,
+        ordered: bool = True,
     ) -> None:
         self.steps: list[Step] = []
         self._reason: str | None = None
         self._follow_from, self._followed, self._follows = follow_from, False, False
         self._called_none = False
         self.full, self.n_lone = False, 0
+        self._ordered = ordered
         # How many steps had calls, and one of how many is kept.
         self._n_steps, self._every = 0, 1
         self._budget = budget
@@ -394,9 +397,9 @@ class Recording:
         return step
 
     def _keep(self, step: Step) -> None:
-        """Keep a step; where not all fit into the budget, some from everywhere: data may be sorted."""
+        """Keep a step if it fits into the budget, or can be made to fit."""
         number, self._n_steps = self._n_steps, self._n_steps + 1
-        while self.steps and number % self._every == 0 and not self._fits(step):
+        while self._ordered and self.steps and number % self._every == 0 and not self._fits(step):
             del self.steps[1::2]
             self._every *= 2
         if number % self._every == 0 and self._fits(step):

@@ -260,6 +260,15 @@ def test_what_fits_into_the_budget_is_from_everywhere(n_steps: int, kept: list[i
         assert torch.equal(given, expected)
 
 
+def test_of_steps_in_random_order_the_first_are_kept() -> None:
+    recording = recorded(parts(), lambda m, x: m(x), n_steps=9, budget=3 * 5 * 4 * 4, ordered=False)
+    assert recording.full
+    assert len(recording.steps) == 3
+    expected = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+    (given,), _ = recording.steps[-1].revive()[0]
+    assert torch.equal(given, expected)
+
+
 def test_a_step_beyond_the_budget_is_not_kept() -> None:
     recording = recorded(parts(), lambda m, x: m(x), n_steps=3, budget=5 * 4 * 4 - 1)
     assert recording.steps == []
