@@ -425,9 +425,9 @@ class Accumulator:
         least = min(cut, key=lambda name: cut[name])
         return [
             f"states keep less than {_KEPT:.0%} of their variance at max_dim={self.options.max_dim}: "
-            f"{len(cut)} of {len(kept)}, {least!r} the least ({cut[least]:.1%}). R² is not "
-            "about what is left out of a component's own state, and counts as unexplained what is left "
-            "out of those that it reads; a larger max_dim keeps more"
+            f"{len(cut)} of {len(kept)}, {least!r} the least ({cut[least]:.1%}). What is left out "
+            "counts as unexplained in what reads it, and not at all in the R² of what gives it; a "
+            "larger max_dim keeps more"
         ]
 
     def _note_rounded(self, layout: Layout, moments: Tensor, notes: list[str]) -> None:

@@ -111,7 +111,7 @@ def test_what_bases_leave_out_is_told_and_is_what_a_linear_layer_cannot_explain(
     assert note.startswith(
         "states keep less than 99% of their variance at max_dim=16: 1 of 3, 'input' the"
     )
-    assert note.endswith("left out of those that it reads; a larger max_dim keeps more")
+    assert note.endswith("in the R² of what gives it; a larger max_dim keeps more")
     # White inputs: unexplained is what the layer makes of the directions that are left out.
     weight, first = net[0].weight.detach().numpy(), x[:32].numpy()
     read, given = (directions(rows, 16) for rows in (first, first @ weight.T))
