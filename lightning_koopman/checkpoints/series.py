@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -124,7 +124,7 @@ def evaluate_checkpoints(
     asked = {**chosen, **(about or {}), **predicted, "weights": weights}
     index, failures = _checkpoint_index(checkpoints, shard, trust_checkpoint, asked, known)
     count = sum(item.known is None for item in index)
-    if iter(batches) is batches and (kinds or count > 1):
+    if isinstance(batches, Iterator) and (kinds or count > 1):
         batches = list(batches)
     if on_known is not None:
         on_known(len(index) - count, len(index))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -144,7 +144,7 @@ def effects(
         return load_checkpoint(path, trust=given.trust_checkpoint).state_dict
 
     batches = given.batches()
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         batches = list(batches)
     report = credit_report(
         given.network,

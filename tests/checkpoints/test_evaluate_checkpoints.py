@@ -7,6 +7,7 @@ import torch
 from lit import LitNet, dataset, events
 from small import save
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_koopman import CheckpointError, EvaluationError, credit_report, evaluate_checkpoints
 
@@ -50,6 +51,14 @@ def test_a_generator_of_batches_serves_every_checkpoint_and_progress_is_told(tmp
     reports = evaluate_checkpoints(LitNet(), tmp_path, iter(BATCHES), **count)
     assert [report.n_samples for report in reports] == [160, 160, 160]
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_random_states_stay_whatever_loader_gives_the_batches(tmp_path):
+    checkpoints(tmp_path)
+    host, state = LitNet(), torch.get_rng_state()
+    reports = evaluate_checkpoints(host, tmp_path, DataLoader(dataset(), 40, shuffle=True))
+    assert [report.n_samples for report in reports] == [160, 160, 160]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_bad_checkpoints_are_named_after_the_good_ones_were_measured(tmp_path):
