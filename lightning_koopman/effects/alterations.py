@@ -127,6 +127,9 @@ class Alterations:
         self.inputs = {name: HookPoint("in", calls[0]) for name, calls in parts.items()}
         self.outputs = {name: HookPoint("out", calls[-1]) for name, calls in parts.items()}
         self.further: dict[str, tuple[HookPoint, ...]] = {}
+        # Outputs of modules within components, at one of which these may be skipped, until it is known.
+        self._within: dict[str, list[HookPoint]] = {}
+        self._skipped_at: dict[str, HookPoint] = {}
         self._initial = None if initial is None else _cleaned(initial)
         self._replacements = {kind: _cleaned(weights) for kind, weights in replacements.items()}
         for kind, weights in self._replacements.items():
@@ -145,9 +148,23 @@ class Alterations:
     @property
     def read(self) -> list[HookPoint]:
         """What :meth:`update` wants to see."""
-        outputs = [*self.outputs.values(), *(point for each in self.further.values() for point in each)]
+        more = itertools.chain(*self.further.values(), *self._within.values(), self._skipped_at.values())
+        outputs = [*self.outputs.values(), *more]
         taken = self.names if {"linear", "skip"} & {*self.kinds} else ()
         return [*(point for name in taken for point in self.taken_by(name)), *outputs]
+
+    @property
+    def has_read_all(self) -> bool:
+        """Whether the first call of the network, before :meth:`settle`, has read all there is to see."""
+        return not self.further and not self._within
+
+    def altered(self, kind: str, name: str) -> HookPoint:
+        """Return where a kind alters a component: at its output, or within it.
+
+        Modules that follow and belong to it may change the shape, as pooling does. They then run on what
+        it takes, if it is skipped.
+        """
+        return self._skipped_at.get(name, self.outputs[name]) if kind == "skip" else self.outputs[name]
 
     def taken_by(self, name: str) -> list[HookPoint]:
         """Return what a component takes, of which each is what would pass on one that it gives."""
@@ -218,6 +235,8 @@ class Alterations:
             self._forms.update(others)
             if others:
                 self.further[name] = tuple(others)
+            elif "skip" in self.kinds and not self._passes(values, name, self.outputs[name]):
+                self._within[name] = [HookPoint("out", call) for call in self._parts[name][-2::-1]]
         for (kind, name), reason in self.unsettable().items():
             self.refused[kind][name] = str(reason)
 
@@ -253,11 +272,22 @@ class Alterations:
 
     def update(self, rounds: Sequence[Mapping[HookPoint, Tensor]], n_samples: int) -> None:
         """Take the states that one batch has in the network as it is, in each call of the network."""
+        for name, points in self._within.items():
+            fitting = [point for point in points if self._passes(rounds[0], name, point)]
+            if fitting:
+                self._skipped_at[name] = fitting[0]
+                self._forms[fitting[0]] = self._forms[self.inputs[name]]
+        self._within = {}
         self._sizes.append(n_samples)
         for point in {point for values in rounds for point in values}:
             self._rounds[point].append(sum(point in values for values in rounds))
         for values in rounds:
             self._update(values, n_samples)
+
+    def _passes(self, values: Mapping[HookPoint, Tensor], name: str, point: HookPoint) -> bool:
+        """Check whether what a component takes has the shape of what is given somewhere in it."""
+        source = self._taken_for(name, point)
+        return source in values and values[source].shape == values[point].shape
 
     def _update(self, values: Mapping[HookPoint, Tensor], n_samples: int) -> None:
         for name in self.names:
@@ -274,23 +304,22 @@ class Alterations:
             self._update_one(name, values)
 
     def _update_one(self, name: str, values: Mapping[HookPoint, Tensor]) -> None:
-        source, point = self.inputs[name], self.outputs[name]
         asked = {kind for kind in self.kinds if name not in self.refused[kind]}
-        output = self._rows(values, point)
-        further = [(self._taken_for(name, p), p) for p in self.further.get(name, ()) if p in values]
-        for taken, given in ((source, point), *further):
-            passes = taken in values and values[taken].shape == values[given].shape
-            try:
-                if "output_noise" in asked or ("skip" in asked and not passes):
-                    self._units[given].update(self._rows(values, given))
-            except ValueError as error:
-                for kind in {"output_noise", "skip"} & {*self.kinds}:
-                    self.refused[kind].setdefault(name, str(error))
-            if "skip" in asked and not passes:
-                self._means.add(name)
+        further = [point for point in self.further.get(name, ()) if point in values]
+        skipped = [self.altered("skip", name), *further] if "skip" in asked else []
+        averaged = [point for point in skipped if not self._passes(values, name, point)]
+        noisy = [self.outputs[name], *further] if "output_noise" in asked else []
+        try:
+            for point in dict.fromkeys((*noisy, *averaged)):
+                self._units[point].update(self._rows(values, point))
+        except ValueError as error:
+            for kind in {"output_noise", "skip"} & {*self.kinds}:
+                self.refused[kind].setdefault(name, str(error))
+        if averaged:
+            self._means.add(name)
         if "linear" in asked:
             try:
-                self._update_fit(name, values, output)
+                self._update_fit(name, values, self._rows(values, self.outputs[name]))
             except UnalterableError as error:
                 self.refused["linear"][name] = str(error)
                 self._fits.pop(name, None)
@@ -359,7 +388,7 @@ class Alterations:
         batches, which then are run once and in order, the mean that takes the place of an output is
         moved towards that of a sample's group by the share :data:`SHIFT`.
         """
-        source, point = self.inputs[name], self.outputs[name]
+        source, point = self.inputs[name], self.altered(kind, name)
         axis = self._forms[point].batch_axis
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
@@ -435,10 +464,10 @@ class Alterations:
         axis = self._forms[point].batch_axis
         return (self.spread(point).to(gradient.device) * gradient.movedim(axis, 0)).movedim(0, axis)
 
-    def rows_by_sample(self, name: str, tensor: Tensor, n_samples: int) -> Tensor:
-        """Return one row per sample of what lies where a component's output does."""
+    def rows_by_sample(self, kind: str, name: str, tensor: Tensor, n_samples: int) -> Tensor:
+        """Return one row per sample of what lies where a kind alters a component."""
         _check_samples(name, tensor, n_samples)
-        form = self._forms[self.outputs[name]]
+        form = self._forms[self.altered(kind, name)]
         group = tensor.shape[form.batch_axis] // n_samples
         rows = by_sample(tensor, replace(form, group=group)).reshape(n_samples, -1)
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()

@@ -80,9 +80,10 @@ def component_effects(
 
     The kinds, for a component that turns what it takes in, x, into y:
 
-    * ``skip``: y becomes x where the shapes agree, else its mean over samples. Of several tensors, each
-      that reaches the outputs becomes the one that is taken at the same place, if as many are taken as
-      given, or its mean.
+    * ``skip``: y becomes x where the shapes agree, else its mean over samples. Modules behind a block
+      that belong to it and change the shape, such as pooling, stay, and run on x. Of several tensors,
+      each that reaches the outputs becomes the one that is taken at the same place, if as many are taken
+      as given, or its mean.
     * ``linear``: y becomes the ridge regression of y on the leading 256 directions of x, fitted on these
       samples; each sample is predicted as if it had been left out of the fit. Of several tensors, x and
       y are the first (doubts ``inputs`` and ``outputs``).
@@ -245,14 +246,16 @@ def effects_on(
         k for k in kinds if how in ("measured", "both") or (how == "auto" and k in _CHEAPER_MEASURED)
     ]
     to_predict = [k for k in kinds if how in ("predicted", "both") or k not in to_measure]
+    last = [point.call for point in alterations.outputs.values()]
     with undisturbed(runner.model), padded_sequences(runner.model) as nesting:
         outputs: list[Tensor] = []
+        rounds: Sequence[Mapping[HookPoint, Tensor]]
+        again: Tensor | None = None
         unlike = 0
         for number in runner.until_enough(outputs):
             if number:
                 output, rounds = runner.run_batch(number, alterations.read)
             else:
-                last = [point.call for point in alterations.outputs.values()]
                 first, led, search = run_followed(runner, alterations.read, last, ends)
                 target_of = search.target_of if target_of is None else target_of
                 target, values = target_of(runner.batches[0]), first.values
@@ -264,10 +267,11 @@ def effects_on(
                 alterations.settle(
                     values, first.merged, first.places, output, first.further, size, placed
                 )
+                rounds = [values]
                 # Further tensors were read in the first call alone, and not where they are taken.
-                once = first.n_rounds == 1 and not alterations.further
-                rounds = [values] if once else runner.run_batch(0, alterations.read)[1]
-            unlike += runner.unlike
+                if first.n_rounds > 1 or not alterations.has_read_all:
+                    again, rounds = runner.run_batch(0, alterations.read)
+            unlike += sum(call in last for call in runner.unlike)
             alterations.update(rounds, len(output))
             outputs.append(output.detach().cpu())
         assert target_of is not None
@@ -289,7 +293,8 @@ def effects_on(
         alterations.solve()
         refused = _refused(alterations, [k for k in to_predict if k not in to_measure])
         notes = (*before.notes, *refused)
-        unsteady = _unsteadiness(runner, outputs, before)
+        again = runner.run_batch(0)[0] if again is None else again
+        unsteady = _unsteadiness(again.detach().cpu(), outputs, before)
         if nesting:
             notes = (*notes, *_changed_by_padding(runner, outputs[0]))
         measured = {
@@ -461,7 +466,7 @@ def _change(
     if not alterations.touches_weights(kind):
         # In a set, the input of a component is not what its linear map was fitted to.
         how: dict[str, Any] = {"left_out": len(members) == 1, "groups": groups}
-        alter = {alterations.outputs[n]: alterations.output(kind, n, **how) for n in members}
+        alter = {alterations.altered(kind, n): alterations.output(kind, n, **how) for n in members}
         for name in members:
             alter |= alterations.further_outputs(kind, name, groups)
         read = [p for name in members if kind != "output_noise" for p in alterations.taken_by(name)]
@@ -481,9 +486,11 @@ def _with_sets(
     return np.append(found.values, values), np.append(found.stderr, stderr)
 
 
-def _unsteadiness(runner: ForwardRunner, outputs: Sequence[Tensor], before: Outputs) -> float:
-    """Return the effect of nothing at all: by how much the network changes when asked twice."""
-    again = runner.run_batch(0)[0].detach().cpu()
+def _unsteadiness(again: Tensor, outputs: Sequence[Tensor], before: Outputs) -> float:
+    """Return the effect of nothing at all: by how much the network changes when asked twice.
+
+    ``again`` are the outputs of the first batch when it ran once more.
+    """
     if _are_close(again, outputs[0]):
         return 0.0
     moved = before.compare([again, *outputs[1:]]).effect

@@ -26,11 +26,14 @@ _FOLDS = 5
 _OTHER_DRAWS = 1_000_003
 """Added to the seed, so that noise differs from that of effects measured with the same seed."""
 
-Gradients = Sequence[Sequence[Tensor | None]]
-"""By component, of what it gives in each call of the network."""
+Handles = Mapping[HookPoint, list[Tensor]]
+"""What gradients are asked for: what is given at some points, in each call of the network."""
+
+Gradients = Mapping[HookPoint, Sequence[Tensor | None]]
+"""Of what is given at some points, in each call of the network."""
 
 Moved = Mapping[int, Mapping[int, Sequence[Tensor]]]
-"""By altered component, the rows that each component's own output is displaced by, by call likewise."""
+"""By altered component, the rows by which each component is displaced where it is altered, by call."""
 
 
 class SecondOrder(NamedTuple):
@@ -75,10 +78,11 @@ def predict(
     each = max(1, -(-(draws or 2) // n_batches))
     for number in range(n_batches):
         seed_all(_OTHER_DRAWS + seed + number)
-        output, handles, rounds = _tracked(alterations, runner, number)
+        output, handles, rounds = _tracked(alterations, kinds, runner, number)
         count, exact = len(output), output[0].numel() <= probes
         found = _pulled_back(output, handles, before, number, probes)
-        reached |= torch.tensor([any(g is not None for g in calls) for calls in found[0]])
+        given = [found[0].get(point, ()) for point in alterations.outputs.values()]
+        reached |= torch.tensor([any(g is not None for g in calls) for calls in given])
         # The weights that are altered from here on would spoil the graph.
         del output, handles
         for kind in kinds:
@@ -97,7 +101,7 @@ def predict(
                     squares = _noise_squares(alterations, gradients, count)
                     change = torch.diag_embed(squares)
                 else:
-                    z = _changes(alterations, gradients, moved, count)
+                    z = _changes(alterations, kind, gradients, moved, count)
                     # What is drawn for one component is independent of what is drawn for another.
                     change = (
                         torch.diag_embed(z.square())
@@ -136,8 +140,9 @@ def _displacements(
     n_samples: int,
     draws: int,
 ) -> Moved:
-    """Displace the output of each component by altering it on the input that it has as it is."""
-    names, points = alterations.names, alterations.outputs
+    """Displace each component by altering it on the input that it has as it is."""
+    names = alterations.names
+    points = {name: alterations.altered(kind, name) for name in names}
     settled = [i for i, name in enumerate(names) if name not in alterations.unsettled]
     by_call = {names[i]: [values for values in rounds if points[names[i]] in values] for i in settled}
     if not alterations.touches_weights(kind):
@@ -150,7 +155,7 @@ def _displacements(
             for values in by_call[name]:
                 output = values[points[name]]
                 altered = alter_one(output, values).to(output.device)
-                moved[i][i].append(alterations.rows_by_sample(name, altered - output, n_samples))
+                moved[i][i].append(alterations.rows_by_sample(kind, name, altered - output, n_samples))
         return moved
     given: dict[str, list[Tensor]] = {}
 
@@ -183,20 +188,22 @@ def _displacements(
                 name = names[i]
                 pairs = zip(given[name], by_call[name], strict=True)
                 moves = [altered - values[points[name]] for altered, values in pairs]
-                new = [alterations.rows_by_sample(name, move, n_samples) for move in moves]
+                new = [alterations.rows_by_sample(kind, name, move, n_samples) for move in moves]
                 for kept, drawn in zip(rows.setdefault(i, new), new, strict=True):
                     kept[draw::draws] = drawn[draw::draws]
         found |= {i: {j: rows[j] for j in displaced[i] if j in rows} for i in altered_now}
     return found
 
 
-def _changes(alterations: Alterations, gradients: Gradients, moved: Moved, n_samples: int) -> Tensor:
+def _changes(
+    alterations: Alterations, kind: str, gradients: Gradients, moved: Moved, n_samples: int
+) -> Tensor:
     """Change of one combination of the outputs, shape ``(n_samples, components)``."""
     names = alterations.names
     rows = {
-        (i, k): alterations.rows_by_sample(names[i], gradient, n_samples)
-        for i, calls in enumerate(gradients)
-        for k, gradient in enumerate(calls)
+        (i, k): alterations.rows_by_sample(kind, name, gradient, n_samples)
+        for i, name in enumerate(names)
+        for k, gradient in enumerate(gradients.get(alterations.altered(kind, name), ()))
         if gradient is not None
     }
     change = torch.zeros(n_samples, len(names), dtype=torch.float64)
@@ -210,33 +217,35 @@ def _changes(alterations: Alterations, gradients: Gradients, moved: Moved, n_sam
 
 def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: int) -> Tensor:
     """Mean squared change of one combination of the outputs by output noise, the same shape."""
-    change = torch.zeros(n_samples, len(gradients), dtype=torch.float64)
-    for i, (name, calls) in enumerate(zip(alterations.names, gradients, strict=True)):
-        for gradient in calls:
+    change = torch.zeros(n_samples, len(alterations.names), dtype=torch.float64)
+    for i, name in enumerate(alterations.names):
+        for gradient in gradients.get(alterations.outputs[name], ()):
             if gradient is not None:
                 noise = alterations.noise_of(name, gradient)
-                rows = alterations.rows_by_sample(name, noise, n_samples)
+                rows = alterations.rows_by_sample("output_noise", name, noise, n_samples)
                 change[:, i] += rows.square().sum(dim=1).double().cpu()
     return change
 
 
 def _tracked(
-    alterations: Alterations, runner: ForwardRunner, number: int
-) -> tuple[Tensor, list[list[Tensor]], Sequence[Mapping[HookPoint, Tensor]]]:
+    alterations: Alterations, kinds: Sequence[str], runner: ForwardRunner, number: int
+) -> tuple[Tensor, Handles, Sequence[Mapping[HookPoint, Tensor]]]:
     """Run with gradients: the output, what to ask gradients for, and the states as they are."""
-    handles: dict[str, list[Tensor]] = {name: [] for name in alterations.names}
+    settled = [name for name in alterations.names if name not in alterations.unsettled]
+    altered = (alterations.altered(kind, name) for kind in kinds for name in settled)
+    own = (alterations.outputs[name] for name in settled)
+    handles: dict[HookPoint, list[Tensor]] = {point: [] for point in (*own, *altered)}
 
-    def track(name: str) -> Alteration:
+    def track(point: HookPoint) -> Alteration:
         def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
             handle = output if output.requires_grad else output.detach().requires_grad_()
-            handles[name].append(handle)
+            handles[point].append(handle)
             # What follows may change its input in place.
             return handle.clone()
 
         return alter
 
-    settled = [name for name in alterations.names if name not in alterations.unsettled]
-    alter = {alterations.outputs[name]: track(name) for name in settled}
+    alter = {point: track(point) for point in handles}
     read = dict.fromkeys((*alterations.read, *alterations.outputs.values()))
     with torch.enable_grad(), _no_reentrant_checkpoints():
         output, rounds = runner.run_batch(number, read, alter)
@@ -246,11 +255,11 @@ def _tracked(
             "neither detaches them nor runs under torch.no_grad or torch.inference_mode, or measure "
             "with how='measured'"
         )
-    return output, [handles[name] for name in alterations.names], rounds
+    return output, handles, rounds
 
 
 def _pulled_back(
-    output: Tensor, handles: Sequence[Sequence[Tensor]], outputs: Outputs, batch: int, probes: int
+    output: Tensor, handles: Handles, outputs: Outputs, batch: int, probes: int
 ) -> list[Gradients]:
     """Return the gradients of enough combinations of a batch's outputs: all of them, or random ones."""
     size = output[0].numel()
@@ -264,13 +273,13 @@ def _pulled_back(
             vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
         weights = outputs.metric_root(output, vectors.reshape(output.shape), batch)
         try:
-            asked = [handle for calls in handles for handle in calls]
+            asked = [handle for calls in handles.values() for handle in calls]
             given = iter(
                 torch.autograd.grad(
                     output, asked, weights, retain_graph=k + 1 < number, allow_unused=True
                 )
             )
-            found.append([[next(given) for _ in calls] for calls in handles])
+            found.append({point: [next(given) for _ in calls] for point, calls in handles.items()})
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise ValueError(

@@ -308,7 +308,7 @@ class ForwardRunner:
         form: What the outputs are.
         notes: What a reader must know of the samples that were looked at.
         counted_in: Where calls are counted anew, see :class:`HookPoints`.
-        unlike: How many outputs were left alone for their shape in the run before.
+        unlike: The calls whose outputs were left alone for their shape in the run before, once for each.
     """
 
     def __init__(
@@ -326,7 +326,7 @@ class ForwardRunner:
         self.form = OutputForm()
         self.notes: list[str] = []
         self.counted_in: nn.Module | None = None
-        self.unlike = 0
+        self.unlike: list[str] = []
         self._writes: bool | None = None
         self._device = device_of(model)
         if exact_device(self._device) != self._device:

@@ -341,7 +341,7 @@ class HookPoints:
     Attributes:
         rounds: Copies of the tensors read in the current pass, by call of ``counted_in``. A replaced
             output reads as replaced.
-        unlike: How many outputs were left alone in this pass for their shape.
+        unlike: The calls whose outputs were left alone in this pass for their shape, once for each.
     """
 
     def __init__(
@@ -389,7 +389,7 @@ class HookPoints:
     def start_pass(self) -> None:
         """Forget what was read and count calls anew."""
         self.rounds: list[dict[HookPoint, Tensor]] = []
-        self.unlike = 0
+        self.unlike: list[str] = []
         self._shapes: dict[HookPoint, torch.Size | None] = {}
         self._depth, self._entered = 0, False
         self._start_round()
@@ -471,7 +471,7 @@ class HookPoints:
         point = HookPoint("out", call)
         counts = bool(alter) or point in self._read
         if counts and first is not None and not self._is_like_first(point, first):
-            self.unlike += 1
+            self.unlike.append(call)
             return None
         for place, alteration in alter.items():
             if (tensor := given.get(place)) is None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from lightning.pytorch.demos.transformer import LightningTransformer
 from lit import LitNet, dataset, loaders, quiet_trainer
+from small import wired
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
 from lightning_koopman.callback.recorded_effects import labels_in, pooled
+from lightning_koopman.effects.scoring import kl_divergence
 from lightning_koopman.effects.targets import Fit, are_scores, may_be_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
@@ -46,6 +48,40 @@ def test_the_effects_of_the_last_report_are_those_of_the_trained_network(tmp_pat
     assert "of accuracy" in str(monitor.report)
     for name, value in zip(found.components, found.values["skip"], strict=True):
         assert float(trainer.callback_metrics[f"koopman/skip/{name}"]) == pytest.approx(value)
+
+
+class Pooling(LitNet):
+    """Calls a block and the pooling behind it itself, each on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv = (nn.Conv1d(4, 4, 3, padding=1) for _ in range(3))
+        blocks = (around(layer) for layer in conv)
+        self.net = nn.Sequential(*blocks, nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.repeat(1, 4).view(-1, 4, 8)
+        for part in self.net:
+            x = part(x)
+        return x
+
+
+def around(layer: nn.Module) -> nn.Module:
+    return wired(lambda self, x: torch.tanh(x + self.layer(x)), layer=layer)
+
+
+def test_pooling_that_was_called_apart_runs_on_what_the_skipped_block_takes(tmp_path: Any) -> None:
+    monitor, trainer = trained(tmp_path, Pooling())
+    assert monitor.report is not None
+    found, model = monitor.report.effects, trainer.lightning_module.eval()
+    assert found is not None
+    assert found.components == ("net.0", "net.1", "net.2", "net.5")
+    x = dataset(seed=1).tensors[0]
+    with torch.no_grad():
+        logits, skipped = model(x), model.net[3:](model.net[:2](x.repeat(1, 4).view(-1, 4, 8)))
+    expected = kl_divergence(logits, skipped).mean()
+    assert found.scale == "kl"
+    assert found.values["skip"][2] == pytest.approx(float(expected), rel=1e-4)
 
 
 class Popping(LitNet):

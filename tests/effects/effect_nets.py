@@ -1,6 +1,7 @@
 """Networks and data that the tests of effects share."""
 
 import torch
+from small import wired
 from torch import Tensor, nn
 
 
@@ -87,6 +88,17 @@ def left_out(x: Tensor, y: Tensor, ridge: float) -> Tensor:
         matrix = v.T @ ((s / (s.square() + ridge))[:, None] * (u.T @ (y[rest] - y_mean)))
         found[i] = y[i] - y_mean - (x[i] - x_mean) @ matrix
     return found
+
+
+def pooled() -> nn.Sequential:
+    """Residual blocks of one shape, of which the last is followed by pooling, and classes."""
+    torch.manual_seed(0)
+    stem, *blocks = (
+        wired(lambda self, x: torch.tanh(x + self.norm(self.conv(x))), conv=conv, norm=nn.BatchNorm1d(4))
+        for conv in (nn.Conv1d(4, 4, 3, padding=1) for _ in range(3))
+    )
+    net = nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(8, 3))
+    return net.double().eval()
 
 
 def fingerprint(model: nn.Module) -> list:

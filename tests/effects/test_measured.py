@@ -19,6 +19,7 @@ from effect_nets import (
     linear_chain,
     mlp,
     normal,
+    pooled,
     smooth,
 )
 from scipy.stats import sem
@@ -26,7 +27,7 @@ from small import wired
 from torch import Tensor, nn
 
 import lightning_koopman
-from lightning_koopman import component_effects, credit_report
+from lightning_koopman import component_effects, credit_report, drop_order
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import accuracy, kl_divergence
 from lightning_koopman.network.samples import spread_over
@@ -68,6 +69,36 @@ def test_skip_passes_the_input_where_shapes_agree_and_the_mean_elsewhere():
             assert found.stderr["skip"][place] == pytest.approx(sem(by_sample), rel=1e-5)
         assert found.metric["skip"][place] == pytest.approx(accuracy(altered, y))
         assert found.metric_stderr["skip"][place] == pytest.approx(sem(gained.numpy()))
+
+
+def test_pooling_behind_a_block_runs_on_what_the_block_takes_where_it_is_skipped():
+    net, x = pooled(), normal(300, 40).reshape(300, 4, 10)
+    with torch.no_grad():
+        logits, skipped = net(x), net[3:](net[:2](x))
+    batches, parts = [*zip(x.split(128), logits.argmax(1).split(128), strict=True)], ["1", "2", "5"]
+    net_before = fingerprint(net)
+    for report in (credit_report(net, batches), None):
+        found = component_effects(net, batches, report, components=parts)
+        by_sample = kl_divergence(logits, skipped).numpy()
+        assert found.values["skip"][1] == pytest.approx(by_sample.mean(), rel=1e-5)
+        assert found.stderr["skip"][1] == pytest.approx(sem(by_sample), rel=1e-5)
+        assert found.metric["skip"][1] == accuracy(skipped, logits.argmax(1))
+    assert_same(fingerprint(net), net_before)
+    # It is what drop_order removes, beside another component that is gone, too.
+    order = drop_order(net, batches, components=["1", "2"], steps=2)
+    pair = component_effects(net, batches, components=parts, sets=[("1", "2")]).values["skip"]
+    assert sorted(order.remaining[0]) == pytest.approx(sorted(pair[:2]), rel=1e-5)
+    assert order.effect[1] == pytest.approx(pair[3], rel=1e-5)
+
+
+def test_pooling_stays_also_where_it_changes_the_shape_in_some_batches_alone():
+    """A batch of sequences of two positions, which pooling to two leaves as they are."""
+    net, long, short = pooled(), normal(200, 40).reshape(200, 4, 10), normal(100, 8).reshape(100, 4, 2)
+    with torch.no_grad():
+        batches, logits = [long, short], torch.cat([net(long), net(short)])
+        skipped = torch.cat([net[3:](net[:2](x)) for x in (long, short)])
+    found = component_effects(net, batches, components=["1", "2"])
+    assert found.values["skip"][1] == pytest.approx(relative(logits, skipped), rel=1e-5)
 
 
 def test_the_error_of_skip_is_that_of_groups_with_means_of_their_own():

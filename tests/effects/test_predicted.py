@@ -16,6 +16,7 @@ from effect_nets import (
     linear_chain,
     mlp,
     normal,
+    pooled,
     smooth,
 )
 from torch import Tensor, nn
@@ -114,6 +115,13 @@ def test_the_second_order_of_kl_and_of_sets_equals_dense_jacobians_and_fisher_in
     both = found.of({"0", "1"}, "output_noise")[0]
     assert both == pytest.approx(found.values["output_noise"][:2].sum())
     assert found.of("1", "skip") == (found.values["skip"][1], found.stderr["skip"][1])
+
+
+def test_where_all_that_follows_is_linear_skipping_a_block_before_pooling_is_predicted_exactly():
+    net, x = pooled(), normal(120, 40).reshape(120, 4, 10)
+    found = component_effects(net, [*x.split(40)], components=["1", "2"], how="both", probes=3)
+    assert found.predicted["skip"][1] == pytest.approx(found.values["skip"][1], rel=1e-9)
+    assert found.values["skip"][1] > 0.01
 
 
 def test_linear_takes_the_residual_of_a_fit_without_the_sample():
