@@ -37,7 +37,7 @@ from lightning_koopman.callback.trainer_facts import (
     steps_ahead,
     trained_parameters,
 )
-from lightning_koopman.callback.watched_samples import WatchedSamples
+from lightning_koopman.callback.watched_samples import HELD_BYTES, WatchedSamples
 from lightning_koopman.callback.watched_state import WatchedState
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
@@ -639,6 +639,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self.options,
                 max_samples=samples.counted,
                 shared=self.sync_pending,
+                hold=HELD_BYTES,
                 like=like,
                 trained=trained_parameters(trainer, pl_module),
             )

@@ -17,6 +17,9 @@ from lightning_koopman.callback.trainer_facts import (
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.samples import spread_over
 
+HELD_BYTES = 2**27
+"""Rows that a measurement holds, at most, until bases are fitted to samples from everywhere in them."""
+
 
 @dataclass
 class WatchedSamples:

@@ -47,7 +47,7 @@ class Options:
         observables: Lifts every state but the output into further coordinates, in which an operator can
             follow what is nonlinear (EDMD): ``"polynomial"`` (products of two), ``"rff"`` (``max_dim``
             random Fourier features) or ``"rbf"`` (as many Gaussian bumps), each beside the state
-            itself and fixed by the first ``2 * max_dim`` samples; or a callable from rows
+            itself and fixed by ``2 * max_dim`` of the samples; or a callable from rows
             ``(n_samples, d)`` to rows. Credits are then about these coordinates.
         seed: Chooses the folds and the random features.
         errors: Whether standard errors are computed, and what a reference for drift needs; without

@@ -286,16 +286,3 @@ def widest(
     if observables is not None:
         most[:-1] = map(lifted, widths[:-1], seen[:-1])
     return tuple(map(max, most, seen))
-
-
-def split_rows(batches: list[list[Tensor]], count: int) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Cut the first ``count`` rows off a list of batches of states."""
-    taken: list[list[Tensor]] = []
-    rest = list(batches)
-    while rest and count > 0:
-        batch = rest.pop(0)
-        if batch[0].shape[0] > count:
-            rest.insert(0, [rows[count:] for rows in batch])
-        taken.append([rows[:count] for rows in batch])
-        count -= taken[-1][0].shape[0]
-    return [torch.cat(rows) for rows in zip(*taken, strict=True)], rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -13,12 +14,13 @@ from lightning_koopman.koopman.credit import Credits, compute_credits, samples_n
 from lightning_koopman.koopman.moments import Layout, accumulate, covariances, recentred
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference
-from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, split_rows, widest
+from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, widest
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.network.plan import listed
 from lightning_koopman.network.rows import INPUT
+from lightning_koopman.network.samples import spread_over
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
 
@@ -52,8 +54,10 @@ class Accumulator:
 
     The first ``2 * max_dim`` samples fix, for every wider state, an orthonormal POD basis that stays
     frozen; all later samples are projected on it. Rows are gathered until the products over them are
-    large enough to be fast, so memory is bounded by a fixed number of samples. Where processes share the
-    samples and must agree on one basis first, all rows are held until :meth:`merge`.
+    large enough to be fast, so memory is bounded by a fixed number of samples. Samples that may come
+    sorted are held, as many as ``hold`` bytes allow, and so many from everywhere in them fix the bases.
+    Where processes share the samples and must agree on one basis first, all are held until
+    :meth:`merge`.
 
     Attributes:
         chain: The states and what each step reads, known from the first batch on.
@@ -66,7 +70,12 @@ class Accumulator:
     """
 
     def __init__(
-        self, options: Options, *, max_samples: MaxSamples = None, shared: bool = False
+        self,
+        options: Options,
+        *,
+        max_samples: MaxSamples = None,
+        shared: bool = False,
+        hold: int = 0,
     ) -> None:
         self.options = options
         self.chain = Chain()
@@ -76,7 +85,7 @@ class Accumulator:
         self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
-        self._may_stop, self._shared = max_samples == "enough", shared
+        self._may_stop, self._shared, self._hold = max_samples == "enough", shared, hold
         self._layout: Layout | None = None
         self._credits: Credits | None = None
         self._moments: Tensor | None = None
@@ -95,10 +104,10 @@ class Accumulator:
 
     @property
     def waits(self) -> bool:
-        """Whether rows are held until a basis is agreed on."""
+        """Whether rows are held until there is a basis."""
         max_dim, lift = self.options.max_dim, self.options.observables
         fitted = isinstance(lift, str) or any(width > max_dim for width in self.chain.widths)
-        return self._shared and self.basis is None and fitted
+        return (self._shared or self._hold > 0) and self.basis is None and fitted
 
     def push(
         self,
@@ -130,13 +139,7 @@ class Accumulator:
 
     def flush(self) -> None:
         """Add up what is still gathered."""
-        held, self._held = self._held, []
-        if held and self.basis is None:
-            rows, held = split_rows(held, 2 * self.options.max_dim)
-            self._begin(rows)
-        # Held by processes that first agreed on a basis.
-        for later in held:
-            self._gather(later)
+        self._let_go()
         if self._filled and self.basis is None:
             self._begin([block[: self._filled] for block in self._block])
         if self._filled:
@@ -159,6 +162,9 @@ class Accumulator:
         """Add rows to those that wait for company."""
         if self.waits:
             self._held.append(rows)
+            size = sum(part.nbytes for part in itertools.chain(*self._held))
+            if size > self._hold and not self._shared:
+                self._let_go()
             return
         start = 0
         while start < len(rows[0]):
@@ -195,12 +201,24 @@ class Accumulator:
         options, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
         return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier, apart)
 
+    def _freeze_basis(self, rows: Sequence[Tensor]) -> None:
+        self._refuse_odd()
+        self.basis = self._fit_basis([exactly(block) for block in rows])
+
     def _begin(self, rows: list[Tensor]) -> None:
         """Freeze the basis by the first rows, which then wait for company in it."""
         self._block, self._filled = [], 0
-        self._refuse_odd()
-        self.basis = self._fit_basis([exactly(block) for block in rows[1:]])
+        self._freeze_basis(rows[1:])
         self._gather(rows)
+
+    def _let_go(self) -> None:
+        """Gather the rows that are held, by some of which the basis is frozen if there is none yet."""
+        if self._held and self.basis is None:
+            count = sum(len(batch[0]) for batch in self._held)
+            self._freeze_basis(self.held_rows(spread_over(2 * self.options.max_dim, count)))
+        held, self._held = self._held, []
+        while held:
+            self._gather(held.pop(0))
 
     def _add(self, rows: list[Tensor]) -> None:
         """Add up rows, which are in the basis already."""
@@ -302,9 +320,14 @@ class Accumulator:
         offsets = tuple(offset.cpu() for offset in center)
         return Share(self.chain, self.n_samples, offsets)
 
-    def first_rows(self, count: int) -> list[Tensor]:
-        """Copy the first rows that are held, at most ``count``, one block per state."""
-        return split_rows(self._held, count)[0][1:]
+    def held_rows(self, places: Sequence[int]) -> list[Tensor]:
+        """Copy some of the rows that are held, one block per state."""
+        start, taken = 0, []
+        for batch in self._held:
+            own = [place - start for place in places if 0 <= place - start < len(batch[0])]
+            start += len(batch[0])
+            taken += [[rows[own] for rows in batch[1:]]] if own else []
+        return [torch.cat(rows) for rows in zip(*taken, strict=True)]
 
     def merge(self, shares: Sequence[Share], device: torch.device) -> None:
         """Add up the samples of all processes; collectives that each of them must join."""
@@ -314,7 +337,7 @@ class Accumulator:
         center = common.center
         if not center:
             max_dim = self.options.max_dim
-            self.basis = agree_on_basis(self.first_rows, shares, max_dim, self._fit_basis)
+            self.basis = agree_on_basis(self.held_rows, shares, max_dim, self._fit_basis)
             center = self.basis.center
             try:
                 self.flush()

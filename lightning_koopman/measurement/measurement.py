@@ -65,11 +65,12 @@ class Measurement(Accumulator):
         *,
         max_samples: MaxSamples = None,
         shared: bool = False,
+        hold: int = 0,
         like: Measurement | None = None,
         trained: Collection[int] | None = None,
         varying: Collection[str] = (),
     ) -> None:
-        super().__init__(options or Options(), max_samples=max_samples, shared=shared)
+        super().__init__(options or Options(), max_samples=max_samples, shared=shared, hold=hold)
         output = self.options.output
         named = None if callable(output) else output
         self.capture = Capture(

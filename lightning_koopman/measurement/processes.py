@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_koopman.koopman.states import Basis
+from lightning_koopman.network.samples import spread_over
 
 
 class ProcessError(RuntimeError):
@@ -84,23 +85,22 @@ def agreed(shares: Sequence[Share]) -> Share:
 
 
 def agree_on_basis(
-    first_rows: Callable[[int], list[Tensor]],
+    held_rows: Callable[[Sequence[int]], list[Tensor]],
     shares: Sequence[Share],
     max_dim: int,
     fit: Callable[[list[Tensor]], Basis],
 ) -> Basis:
-    """Fit one basis to the first ``2 * max_dim`` samples of all processes, taken in turn; a collective.
+    """Fit one basis to ``2 * max_dim`` samples from everywhere in all processes; a collective.
 
     A ``DistributedSampler`` deals samples out in turn, so these are the samples that a single process
-    would see first.
+    would take.
     """
-    size = 2 * max_dim
-    turns = sorted((i, rank) for rank, share in enumerate(shares) for i in range(min(share.count, size)))
-    turns = turns[:size]
-    mine = sum(rank == dist.get_rank() for _, rank in turns)
+    turns = sorted((i, rank) for rank, share in enumerate(shares) for i in range(share.count))
+    turns = [turns[k] for k in spread_over(2 * max_dim, len(turns))]
+    mine = [i for i, rank in turns if rank == dist.get_rank()]
     given: Any
     try:
-        given = [rows.cpu() for rows in first_rows(mine)] if mine else []
+        given = [rows.cpu() for rows in held_rows(mine)] if mine else []
     except Exception as error:
         given = f"{type(error).__name__}: {error}"
     gathered = gather(given)
@@ -108,11 +108,11 @@ def agree_on_basis(
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            blocks = [
-                torch.stack([gathered[rank][state][i] for i, rank in turns])
-                for state in range(len(agreed(shares).chain.names))
-            ]
-            answer = [fit(blocks)]
+            by_state = []
+            for state in range(len(agreed(shares).chain.names)):
+                rows = [iter(blocks[state] if blocks else ()) for blocks in gathered]
+                by_state.append(torch.stack([next(rows[rank]) for _, rank in turns]))
+            answer = [fit(by_state)]
         except Exception as error:
             answer = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(answer, src=0)

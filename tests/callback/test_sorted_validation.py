@@ -104,6 +104,23 @@ def test_of_several_loaders_as_many_samples_are_watched(mode: Any, tmp_path: Any
     assert monitor.report.n_samples == 200
 
 
+def test_bases_are_fitted_to_samples_from_everywhere(tmp_path: Any) -> None:
+    validation, size = by_class(400), 2 * 8
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False, max_dim=8)
+    torch.manual_seed(0)
+    quiet_trainer(tmp_path, [monitor]).validate(
+        model := LitNet(width=40), DataLoader(validation, 25), verbose=False
+    )
+    found, first = monitor.report, spread_over(size, 400)
+    others = [i for i in range(400) if i not in first]
+    expected = credit_report(model.net, [validation[first + others]], max_dim=8)
+    assert found.variance_kept == pytest.approx(expected.variance_kept, abs=1e-6)
+    assert found.credit == pytest.approx(expected.credit, abs=1e-5)
+    # The first ones are of one class.
+    apart = credit_report(model.net, [validation[:]], max_dim=8)
+    assert abs(apart.credit - expected.credit).max() > 0.01
+
+
 def test_a_validation_by_itself_is_watched_at_even_distances(tmp_path: Any) -> None:
     monitor = KoopmanCreditMonitor(on_error="raise", figures=False, max_samples=200)
     trainer = quiet_trainer(tmp_path, [monitor])

@@ -189,7 +189,7 @@ FAULTS = [
     (1, "push", "process 1: ArithmeticError"),
     (1, "flush", "1 of 2 processes could not add up their samples"),
     (0, "flush", "1 of 2 processes could not add up their samples"),
-    (0, "first_rows", "process 0: ArithmeticError"),
+    (0, "held_rows", "process 0: ArithmeticError"),
     (0, "_fit_basis", "process 0: ArithmeticError"),
     (0, "replay", "process 0: ArithmeticError"),
     (1, "recentred", "1 of 2 processes could not add up their samples"),

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_koopman import CreditReport
 from lightning_koopman.koopman.options import Options
-from lightning_koopman.koopman.states import fit_basis, sample_keys
+from lightning_koopman.koopman.states import fit_basis, pod_basis, sample_keys
 from lightning_koopman.measurement.accumulator import Accumulator
+from lightning_koopman.network.samples import spread_over
 
 
 class Gathered(Accumulator):
@@ -139,18 +140,47 @@ def test_rows_that_were_held_until_a_basis_was_agreed_on_come_out_the_same(agree
         reducer.push({name: x[first : first + 7] for name, x in states.items()})
     assert reducer.waits
     assert not reducer.blocks
-    for count in (5, 7, 8, 21, 100):
-        rows = reducer.first_rows(count)
-        assert all(map(torch.equal, rows, [x[:count] for x in states.values()]))
-    # The first 2 * max_dim rows fix the bases, here or elsewhere.
+    for places in ([3], [6, 7], [0, 13, 14, 49], range(50)):
+        rows = reducer.held_rows(places)
+        assert all(map(torch.equal, rows, [x[[*places]] for x in states.values()]))
+    # 2 * max_dim rows from everywhere fix the bases, here or elsewhere.
+    chosen = [2, 8, 14, 20, 27, 33, 39, 45]
+    basis = fit_basis([x[chosen] for x in states.values()], 4)
     if agreed:
-        reducer.basis = fit_basis(reducer.first_rows(8), 4)
+        reducer.basis = basis
     reducer.flush()
-    alone = reduced(Gathered(4), states, 50)
+    assert reducer.basis is not None
+    for own, expected in zip(reducer.basis.vectors, basis.vectors, strict=True):
+        assert torch.equal(own, expected)
+    alone = Gathered(4)
+    alone.basis = basis
+    alone = reduced(alone, states, 50)
     assert torch.equal(reducer.keys, alone.keys)
     assert torch.equal(alone.keys, sample_keys(states["input"]))
     for found, expected in zip(reducer.states, alone.states, strict=True):
         assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_held", [24, 60])
+def test_bases_of_sorted_samples_are_fitted_to_some_of_all_that_are_held(n_held):
+    """Each of six kinds varies in directions of its own, and comes in one piece."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(60) // 10
+    x = torch.randn(60, 6, 3, generator=generator) * (kind[:, None, None] == torch.arange(6)[:, None])
+    states = {"input": torch.randn(60, 2, generator=generator), "a": x.flatten(1)}
+    held = Gathered(6, hold=n_held * 4 * (2 + 2 + 18) - 1)
+    reduced(held, states, 4)
+    assert held.basis is not None
+    expected, share = pod_basis(x.flatten(1)[:n_held][spread_over(12, n_held)], 6)
+    assert torch.equal(held.basis.vectors[1], expected)
+    assert held.basis.kept_variance[1] == share
+    # All rows are there, in their order, and so is what tells how much of them is kept.
+    assert torch.allclose(torch.cat([s[1] for s, _ in held.blocks]), x.flatten(1) @ expected, atol=1e-5)
+    assert torch.equal(held.keys, sample_keys(states["input"]))
+    centred = x.flatten(1) - x.flatten(1).mean(dim=0)
+    kept = float((centred @ expected).square().sum() / centred.square().sum())
+    assert held.basis.kept(held._spreads, 60)[1] == pytest.approx(kept, 1e-5)
+    assert held.n_samples == 60
 
 
 def test_no_more_is_taken_than_told_and_samples_are_hashed_by_the_seed():
