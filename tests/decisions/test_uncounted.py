@@ -146,6 +146,24 @@ def test_operations_of_attention_and_recurrence_are_counted(net: nn.Module, expe
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_operations_of_recurrence_on_a_gpu_are_those_on_a_processor(kind: type[nn.RNNBase]) -> None:
+    """Of what a GPU runs in one call of all layers, tensors without data have the shapes."""
+    net = kind(8, 3, num_layers=2, bidirectional=True, batch_first=True).eval()
+    expected = cost_of(ForwardRunner(First(net), positions())).flops
+
+    class OnGpu(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            weights = [weight.to("meta") for weight in net._flat_weights]
+            state, mode = torch.empty(4, 20, 3, device="meta"), 2 if kind is nn.LSTM else 3
+            cell = state if kind is nn.LSTM else None
+            sizes = (mode, 3, 0, 2, True, 0.0, False, True, [], None)
+            torch.ops.aten._cudnn_rnn(x.to("meta"), weights, 4, None, state, cell, *sizes)
+            return x
+
+    assert cost_of(ForwardRunner(OnGpu(), positions())).flops == expected > 0
+
+
 def test_an_encoder_layer_that_a_map_is_cheaper_than_becomes_linear() -> None:
     """Its operations were none, so that whatever took its place was larger."""
     net = nn.Sequential(encoder(), nn.Linear(8, 3)).eval()
