@@ -33,6 +33,10 @@ def build_model(
             ) from None
     if not isinstance(found, nn.Module):
         raise ValueError(f"{name} gives an object of type {type(found).__name__}, not a torch.nn.Module")
+    # As Lightning does before it loads weights.
+    make: Any = getattr(found, "configure_model", None)
+    if hasattr(found, "training_step") and make is not None and make.__module__ not in _HOOKS:
+        make()
     return found
 
 

@@ -40,6 +40,15 @@ class Shuffled(Data):
 def batches():
     return DataLoader(dataset(), batch_size=50)
 
+class Late(LitNet):
+    def __init__(self, width=16):
+        super().__init__(width)
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = LitNet(self.hparams["width"]).net
+
 def forgetful(width):
     return 3
 """
@@ -98,6 +107,13 @@ def test_models_and_data_are_named_with_a_dot_as_well_as_the_lightning_cli_names
     names = ["--model=userproject.LitNet", "--data=userproject.Data"]
     assert main(["evaluate", *names, "--ckpt=*.ckpt", "--out=report.json"]) == 0
     assert [report.step for report in read("report.json")] == [10, 20]
+
+
+def test_layers_that_configure_model_makes_are_there(project):
+    assert evaluate("--ckpt=step10.ckpt", "--out=report.json") == 0
+    assert evaluate("--model=userproject:Late", "--ckpt=step10.ckpt", "--out=late.json") == 0
+    (found,), (expected,) = read("late.json"), read("report.json")
+    np.testing.assert_array_equal(found.credit, expected.credit)
 
 
 def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, capsys):
