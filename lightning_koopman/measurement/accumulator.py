@@ -109,6 +109,10 @@ class Accumulator:
         fitted = isinstance(lift, str) or any(width > max_dim for width in self.chain.widths)
         return (self._shared or self._hold > 0) and self.basis is None and fitted
 
+    @property
+    def _n_held(self) -> int:
+        return sum(len(rows[0]) for rows in self._held)
+
     def push(
         self,
         rows: Mapping[str, Tensor],
@@ -163,7 +167,8 @@ class Accumulator:
         if self.waits:
             self._held.append(rows)
             size = sum(part.nbytes for part in itertools.chain(*self._held))
-            if size > self._hold and not self._shared:
+            enough = self._n_held >= 2 * self.options.max_dim
+            if enough and size > self._hold and not self._shared:
                 self._let_go()
             return
         start = 0
@@ -214,8 +219,7 @@ class Accumulator:
     def _let_go(self) -> None:
         """Gather the rows that are held, by some of which the basis is frozen if there is none yet."""
         if self._held and self.basis is None:
-            count = sum(len(batch[0]) for batch in self._held)
-            self._freeze_basis(self.held_rows(spread_over(2 * self.options.max_dim, count)))
+            self._freeze_basis(self.held_rows(spread_over(2 * self.options.max_dim, self._n_held)))
         held, self._held = self._held, []
         while held:
             self._gather(held.pop(0))
