@@ -172,14 +172,28 @@ of enough samples 1.55; the convolutions 1.40 (floor 1.18; eight more gave 1.18 
 faults of the process), ResNet-18 1.18 (floor 1.07). Its products of 819 samples of width 128 run at 24
 to 28 GFLOP/s in double precision by MKL, and at 70 in single; OpenBLAS, which NumPy and SciPy come
 with, reaches 38, and 60 for a state with itself. It is not used, for it has threads of its own, which
-torch does not steer and which a training would meet. Since then the first pass follows more of
-what a network does: in turns with the version before, beside other work, three processes each gave 16.5
-to 17.9 for the MLP's 4,096 samples, and 15.5 to 16.3; two each for ResNet-18 1.16 to 1.21, and 1.18.
-Since alignments without each fold are made at once, and the rows that a basis is fitted to are added up
-with those that follow, the MLP takes 14.8, 15.0 and 15.8 in turns with 16.0, 16.4 and 16.0 before. Of a
-measurement of the demo, 90 of some 155 ms are linear algebra (floor 41) and at most 20 the first pass,
-which each measurement follows anew: what a network does may change with the epoch, and nothing but
-following it shows that.
+torch does not steer and which a training would meet. Since then the first pass follows more of what a
+network does: in turns with the version before, beside other work, three processes each gave 16.5 to
+17.9 for the MLP's 4,096 samples, and 15.5 to 16.3; two each for ResNet-18 1.16 to 1.21, and 1.18. Since
+alignments without each fold are made at once, and the rows that a basis is fitted to are added up with
+those that follow, the MLP takes 14.8, 15.0 and 15.8 in turns with 16.0, 16.4 and 16.0 before.
+
+Solvers give operators by columns, and a product of two such ones runs in the slowest way there is: five
+of 128 × 128 by 128 × 10 took 1.2 ms, and take 0.16 since they are made by rows; the MLP's credits take
+35, 36 and 41 ms for 38, 40 and 55 (the least of 60, three processes each, beside other work). The
+directions of a basis in double precision were made in that way, too; from 256 rows of 2,048 they take
+26 ms for 46, which three of the five states of a trained transformer need at each measurement.
+
+Of a measurement of the demo, 90 of some 155 ms are linear algebra (floor 41) and at most 20 the first
+pass, which each measurement follows anew: what a network does may change with the epoch, and nothing
+but following it shows that.
+
+On a third machine (AMD EPYC, Zen 4, which has AVX-512 at half the width), in one process with other work
+on the other core: the MLP's 4,096 samples 13.0 (12.6 … 51.2; floor 7.20), so **missed** there, all 50,000
+7.48 (4.80), of enough samples 1.12; the convolutions 1.40 (1.18), ResNet-18 1.23 (1.09), ViT-Tiny 1.13
+(1.04), 100 layers 4.22 (2.37). An epoch measured over others: MLP 2.96 (1.62), CNN 1.19 (1.06), the
+transformer 1.09 (1.01). The demo with every epoch measured took 3.09 times as long as without (floor
+1.68), by default 2.23.
 
 ## Against Captum
 
