@@ -28,8 +28,8 @@ class Options:
             data.
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
-        targets: Output units of interest, not with ``"whiten"``; ``None`` takes the leading POD
-            directions of the output.
+        targets: Output units of interest, not with ``"whiten"`` nor of an output wider than ``max_dim``;
+            ``None`` takes the leading POD directions of the output.
         delay: Step delay: how many earlier states each operator sees, beside those that the data flow
             links.
         folds: Number of folds for held-out R² and error bars.

@@ -292,6 +292,15 @@ def test_options_reach_the_computation(mlp):
         assert other.credit[0] != pytest.approx(plain.credit[0], abs=1e-6)
 
 
+def test_targets_are_units_of_the_output_or_refused(linear_chain):
+    net, batches = linear_chain(6, 8, 12), samples(400).split(100)
+    with pytest.raises(ValueError, match=r"targets is \[5\], but the output is wider than max_dim=10"):
+        credit_report(net, batches, targets=[5], max_dim=10)
+    named = credit_report(net, batches, targets=[5], max_dim=12)
+    picked = credit_report(net, batches, output=lambda returned: returned[:, [5]], max_dim=10)
+    assert named.credit[0] == pytest.approx(picked.credit[0], abs=1e-9)
+
+
 # Nothing is left behind.
 
 
