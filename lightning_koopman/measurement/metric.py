@@ -64,11 +64,12 @@ class KoopmanCredit(Metric):
     Args:
         components: Names of the L components; ``None`` takes them from a mapping, or counts from ``0``.
         dims: Widths d_0 … d_L; ``None`` takes those of the first batch.
-        center: Fixed offsets, one ``(d_i,)`` a state, equal in all processes, about which moments are
+        center: Fixed offsets, one ``(d_i,)`` per state, equal in all processes, about which moments are
             summed. States whose mean is far larger than their spread need them.
         links: For each component, the indices of further states 0 … L - 1 that it reads, such as those
             that a skip connection brings; ``None`` means none.
-        quantities: Which numbers ``compute`` returns; see :data:`lightning_koopman.QUANTITIES`.
+        quantities: Which numbers ``compute`` returns, out of ``credit``, ``gain``, ``nonlinearity``,
+            ``sensitivity``, ``r2``, ``chain_r2`` and ``rank``; ``<name>_stderr`` are standard errors.
         options: How credits are computed; ``max_dim``, ``reduce``, ``output`` and ``observables`` are
             of no consequence, for states are taken as they are given.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
@@ -122,6 +123,7 @@ class KoopmanCredit(Metric):
             components=None if components is None else list(components),
             dims=None,
             folds=folds,
+            seed=self.seed,
             delay=delay,
             links=list(map(list, self.links)),
             center=zlib.crc32(b"".join(offsets)),
@@ -209,7 +211,8 @@ class KoopmanCredit(Metric):
             incoming_state: The other metric, or its ``metric_state``.
 
         Raises:
-            ValueError: If it is about other components, or was made with other options.
+            ValueError: If it is about other components, or was made with another ``folds``, ``seed``,
+                ``delay``, ``links`` or ``center``.
         """
         super().merge_state(incoming_state)
         # torchmetrics would go on giving a result computed before, or warn that there was no update.

@@ -138,6 +138,7 @@ def test_metrics_over_different_chains_are_not_merged():
     for other, message in (
         (named, r"components \['a', 'b', 'c'\] cannot be added to"),
         (fed(states, folds=4), "folds 4 cannot be added to moments with folds 5"),
+        (fed(states, seed=1), "seed 1 cannot be added to moments with seed 0"),
         (shorter, r"dims \[6, 8, 5\] cannot be added to moments with"),
         (fed(states, center=[state.mean(0) for state in states]), "center .* cannot be added"),
     ):
