@@ -84,8 +84,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     since the measurement before), ``<prefix>/total``, ``<prefix>/doubts`` (how many components carry
     one) and ``<prefix>/overhead`` (the share of the training's time that watching took so far). The last
     one adds ``<prefix>/skip/<component>``, the effect of leaving it out, standard errors and figures;
-    others have effects, and the 1st, 2nd, 4th, 8th … figures, as far as a fifth of what may be spent
-    pays for them.
+    others have effects, and the 1st, 2nd, 4th, 8th … figures, as far as a fifth of what is planned
+    to be spent pays for them.
 
     ``trainer.callback_metrics`` gets every quantity of every component. A key keeps the value measured
     last; one that somebody monitors is there from the first validation on (without any, from the end of
@@ -128,7 +128,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,
             ``"linear"``, ``"reinit"``, ``"weight_noise"`` and ``"output_noise"``: for the last report of
             a training and that of ``trainer.validate``, where they may take a second in any case, and
-            for others as far as 15 % of ``max_overhead`` pay for them, on up to 512 samples of the
+            for others as far as 9 % of ``max_overhead`` pay for them, on up to 512 samples of the
             recorded calls. A note says so where the last have fewer than 64. They are in
             :attr:`report` and ``<prefix>/<kind>/<component>``. Where every recorded batch holds one
             integer per sample (as second entry, or under a name such as ``labels``) and these are

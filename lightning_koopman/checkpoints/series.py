@@ -108,6 +108,7 @@ def evaluate_checkpoints(
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
             after all others were evaluated, and carries their reports. Ctrl-C raises it too, with what
             was measured until then.
+        CheckpointError: If no checkpoint matches.
         ValueError: As :func:`credit_report`, or if the shard is out of range.
     """
     check_arguments(model, batches)

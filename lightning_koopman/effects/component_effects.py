@@ -106,7 +106,8 @@ def component_effects(
     weights in common, or with an embedding, take passes of their own.
 
     The outputs are what the report's chain ends with: what its last components lead to among what the
-    model returns, and what it returns that mixes several of them. Over several heads effects are
+    model returns, and what it returns that mixes several of them; where a function chose that end
+    (``output=``), the first tensor that the model returns. Over several heads effects are
     averaged, each in units of its own standard deviation over the first batch. Where the targets are
     classes of one of them, that one alone counts; where they are of several of one shape, these. A note
     says so, and what leads to none of the outputs that count has no effect: NaN, not 0.
@@ -139,7 +140,7 @@ def component_effects(
         initial: ``state_dict`` of the network at its initialisation, for ``reinit``.
         strength: Noise, as a share of the standard deviation.
         draws: Draws of kinds that draw: per component where they are measured (by default 5 of weights
-            and one of output noise), in all where they are predicted (by default one per batch).
+            and one of output noise), in all where they are predicted, but one per batch at least.
         metric: Called as ``metric(outputs, targets)`` over all batches; ``None`` takes the accuracy
             where targets are class indices, and none otherwise.
         scale: Unit of the effects; ``None`` takes ``"kl"`` (mean KL divergence in nats from the original

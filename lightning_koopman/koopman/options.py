@@ -43,7 +43,7 @@ class Options:
             of pools and means.
         output: What the chain ends with: the name of a module, or, outside a Trainer, a callable from
             what the model returns to a tensor; ``None`` takes all that the network returns, several
-            heads side by side.
+            heads side by side, or, where components are named, what the last of them give.
         observables: Lifts every state but the output into further coordinates, in which an operator can
             follow what is nonlinear (EDMD): ``"polynomial"`` (products of two), ``"rff"`` (``max_dim``
             random Fourier features) or ``"rbf"`` (as many Gaussian bumps), each beside the state
