@@ -259,8 +259,8 @@ def linearize(
     )
     if found.larger and not allow_larger:
         raise ValueError(
-            f"with {', '.join(found.components)} linear the network is slower: {found.headline}. Pass "
-            "allow_larger=True to get it all the same, or cost='seconds' to save time"
+            f"with {', '.join(found.components)} linear the network is slower: {found.headline}. Set "
+            "allow_larger to get it all the same, or cost to 'seconds' to save time"
         )
     return found
 

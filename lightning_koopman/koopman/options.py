@@ -38,9 +38,9 @@ class Options:
             is wide, and the first or last position where the network goes on with that alone),
             ``"flatten"``, ``"mean"``, ``"last"`` (position that holds data), ``"cls"`` (the first
             position), or a callable from the tensor to one row per sample; or a mapping from glob
-            patterns of names to any of these. ``"last"`` and ``"cls"`` leave images before there are
-            tokens pooled. Padding that the batch marks (``attention_mask``, ``lengths``, …) is left out
-            of pools and means.
+            patterns of names to any of these, of which the first that matches counts. ``"last"`` and
+            ``"cls"`` leave images before there are tokens pooled. Padding that the batch marks
+            (``attention_mask``, ``lengths``, …) is left out of pools and means.
         output: What the chain ends with: the name of a module, or, outside a Trainer, a callable from
             what the model returns to a tensor; ``None`` takes all that the network returns, several
             heads side by side, or, where components are named, what the last of them give.
