@@ -203,7 +203,7 @@ def bit_widths(
     *,
     bits: Sequence[int] = (8, 4, 3, 2),
     average: float = 3.0,
-    components: Sequence[str] | None = None,
+    components: str | Sequence[str] | None = None,
     group_size: int | None = None,
     metric: Metric | None = None,
     scale: Scale | None = None,

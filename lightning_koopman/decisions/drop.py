@@ -121,7 +121,7 @@ def drop_order(
     batches: Iterable[Any],
     report: CreditReport | None = None,
     *,
-    components: Sequence[str] | None = None,
+    components: str | Sequence[str] | None = None,
     max_drop: float = 0.01,
     steps: int | None = None,
     metric: Metric | None = None,

@@ -145,7 +145,7 @@ def linearize(
     batches: Iterable[Any],
     report: CreditReport | None = None,
     *,
-    components: Sequence[str] | None = None,
+    components: str | Sequence[str] | None = None,
     max_drop: float = 0.01,
     cost: CostName = "flops",
     budget: float = 0.0,

@@ -8,7 +8,6 @@ import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from lightning_koopman.effects.scoring import Measured, Metric, Outputs
 from lightning_koopman.effects.targets import find_target
 from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.components import matching
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import attach_in, find_module
 from lightning_koopman.network.isolation import fast_path
@@ -341,7 +341,7 @@ def _given_one(runner: ForwardRunner) -> Tensor | None:
 
 
 def component_calls(
-    runner: ForwardRunner, report: CreditReport | None, components: Sequence[str] | None
+    runner: ForwardRunner, report: CreditReport | None, components: str | Sequence[str] | None
 ) -> tuple[dict[str, tuple[str, ...]], Ends]:
     """Find the module calls that each component is made of, in order of execution.
 
@@ -360,15 +360,15 @@ def component_calls(
         if capture.untraced is None:
             returned, in_losses = capture.returned.made_of, capture.returned.in_losses
             ends = Ends.among(calls, ends_of(records, returned, in_losses, runner.batches[0]))
-    patterns = [*calls] if components is None else components
-    strangers = [p for p in patterns if not any(n == p or fnmatchcase(n, p) for n in calls)]
-    if isinstance(components, str) or strangers:
+    if components is None:
+        return calls, ends
+    chosen, strangers = matching(calls, components)
+    if strangers:
         raise ValueError(
-            f"no component is called {strangers or components!r}; there are {tuple(calls)}. Others than "
-            "those chosen by default are named by a report on them"
+            f"no component is called {strangers!r}; there are {tuple(calls)}. Others than those chosen "
+            "by default are named by a report on them"
         )
-    chosen = {n: c for n, c in calls.items() if any(n == p or fnmatchcase(n, p) for p in patterns)}
-    return chosen, ends
+    return {name: own for name, own in calls.items() if name in chosen}, ends
 
 
 def find_outputs(

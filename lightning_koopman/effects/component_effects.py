@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,7 +36,7 @@ from lightning_koopman.network.arguments import (
     check_given,
     check_type,
 )
-from lightning_koopman.network.components import Components
+from lightning_koopman.network.components import Components, matching
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
@@ -405,11 +404,10 @@ def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, .
     """Pick components of a report by names or glob patterns."""
     if components is None:
         return dict(parts)
-    patterns = [components] if isinstance(components, str) else list(components)
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in parts):
-            raise ValueError(f"the report has no components {pattern!r}; it has {tuple(parts)}")
-    return {n: calls for n, calls in parts.items() if any(fnmatchcase(n, p) for p in patterns)}
+    chosen, strangers = matching(parts, components)
+    if strangers:
+        raise ValueError(f"the report has no components {strangers[0]!r}; it has {tuple(parts)}")
+    return {name: calls for name, calls in parts.items() if name in chosen}
 
 
 def _rows(names: Sequence[str], sets: Iterable[Collection[str]]) -> dict[str, tuple[str, ...]]:

@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_koopman.network.arguments import check_type
+
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
     nn.LayerNorm,
@@ -584,3 +586,21 @@ def _hint(pattern: str, modules: dict[str, nn.Module]) -> str:
     if close:
         return f"Close matches: {', '.join(map(repr, close))}."
     return f"The model has {', '.join(map(repr, list(modules)[:8]))}."
+
+
+def matching(names: Iterable[str], components: str | Collection[str]) -> tuple[set[str], list[str]]:
+    """Return which names are meant by names or glob patterns, of which one may come alone.
+
+    The second that comes back are those that match none.
+
+    Example:
+        >>> matching(["a.0", "a.1", "b"], ["a.*", "c"])[1]
+        ['c']
+    """
+    given = [components] if isinstance(components, str) else components
+    check_type((Collection, "names or glob patterns of components"), components=given)
+    check_type((str, "a name or glob pattern"), **{f"components[{i}]": p for i, p in enumerate(given)})
+    if not given:
+        raise ValueError("components names nothing; leave it out to choose automatically")
+    found = {p: {name for name in names if name == p or fnmatchcase(name, p)} for p in given}
+    return set().union(*found.values()), [p for p, meant in found.items() if not meant]

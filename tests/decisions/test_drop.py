@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from lightning_koopman import credit_report, drop_order
+from lightning_koopman import credit_report, drop_order, linearize
 from lightning_koopman.decisions.swaps import Skipped, load_shrunk, save_shrunk, swaps_in
 
 STRENGTHS = (0.5, -0.2, 1.5, 0.05, -1.0, 0.3)
@@ -293,8 +293,16 @@ def test_errors_say_what_arrived_and_what_to_do():
         drop_order(net, [])
     with pytest.raises(ValueError, match=r"no component is called \['9'\]; there are \('0', '1'"):
         drop_order(net, [x], credit_report(net, [x]), components=["9"])
-    with pytest.raises(ValueError, match=r"no component is called '1'; there are"):
-        drop_order(net, [x], components="1")
+    with pytest.raises(ValueError, match=r"components\[1\] is of type type; it must be a name or glob"):
+        drop_order(net, [x], components=["1", nn.Linear])
+    with pytest.raises(ValueError, match="components names nothing; leave it out"):
+        drop_order(net, [x], components=[])
+
+
+@pytest.mark.parametrize("decide", [drop_order, linearize])
+def test_a_name_alone_is_a_list_of_one(decide):
+    net, x = residual_net(), inputs().split(50)
+    assert decide(net, x, components="1").candidates == ("1",)
 
 
 def test_only_so_many_samples_are_run_and_named_components_tried():

@@ -486,6 +486,8 @@ def test_errors_say_what_arrived_and_what_to_do():
     refused(r"unknown kinds \(\)", kinds=())
     refused(r"replacements are named \['skip'\], which are kinds", replacements={"skip": {}})
     refused("has no components '9'", components=["9"])
+    refused("components is of type type; it must be names or glob patterns", components=nn.Linear)
+    refused("components names nothing", components=[])
     refused("strength is -1", strength=-1)
     refused("draws is 0", draws=0)
     refused("probes is 0", probes=0)
