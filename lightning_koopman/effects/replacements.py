@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_koopman.effects.derived_weights import derived_weights, in_mode
+from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.sharded import is_spread
@@ -58,6 +59,7 @@ def rounded_weights(
     model: nn.Module, bits: int, group_size: int | None, modules: Iterable[str] = ("",)
 ) -> dict[str, Tensor]:
     """Round the weights of some modules, by default of all; groups need not divide those of others."""
+    check_type(INTEGER, bits=bits)
     if not 2 <= bits <= _MOST_BITS:
         raise ValueError(f"{bits} bits are asked for; weights are rounded to 2 to {_MOST_BITS} bits")
     try:
@@ -119,6 +121,7 @@ def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
         >>> int((pruned_weights(layer, 0.5)["0.weight"] == 0).sum())
         4
     """
+    check_type(NUMBER, amount=amount)
     if not 0 <= amount <= 1:
         raise ValueError(f"amount is {amount}; it is the share of weights to prune, between 0 and 1")
     found = {}

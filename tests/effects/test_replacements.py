@@ -112,6 +112,8 @@ def test_errors_say_what_arrived_and_what_to_do(monkeypatch):
     refused(r"other has shape \(1,\) for '0.weight', which needs shape \(12, 5\)", wrong)
     with pytest.raises(ValueError, match="9 bits are asked for; weights are rounded to 2 to 8 bits"):
         quantized_weights(net, 9)
+    with pytest.raises(ValueError, match=r"bits is 2\.5; it must be an integer"):
+        quantized_weights(net, 2.5)
     with pytest.raises(ValueError, match="amount is 2; it is the share of weights to prune"):
         pruned_weights(net, 2)
     pytest.importorskip("torchao", reason="torchao is not installed")
