@@ -35,7 +35,8 @@ class Task:
         components: Names or glob patterns of components; all by default.
         samples: Most samples to measure on.
         figure: File for a figure.
-        out: File for the result: .json for the table, else a checkpoint of the new network.
+        out: File for the result: of effects the report as JSON; else .json for the table, and any other
+            for a checkpoint of the new network.
         seed: Seed of all that is drawn, the order of a loader that shuffles included.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
     """
@@ -59,8 +60,7 @@ class Task:
     @property
     def common(self) -> dict[str, Any]:
         """The arguments that every decision takes."""
-        named = [self.components] if isinstance(self.components, str) else self.components
-        return {"components": named, "samples": self.samples}
+        return {"components": self.components, "samples": self.samples}
 
     def batches(self) -> Iterable[Any]:
         """Build the data to measure on."""
