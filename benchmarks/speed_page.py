@@ -188,10 +188,10 @@ Of a measurement of the demo, 90 of some 155 ms are linear algebra (floor 41) an
 pass, which each measurement follows anew: what a network does may change with the epoch, and nothing
 but following it shows that.
 
-On a third machine (AMD EPYC, Zen 4, which has AVX-512 at half the width), in one process with other work
-on the other core: the MLP's 4,096 samples 13.0 (12.6 … 51.2; floor 7.20), so **missed** there, all 50,000
-7.48 (4.80), of enough samples 1.12; the convolutions 1.40 (1.18), ResNet-18 1.23 (1.09), ViT-Tiny 1.13
-(1.04), 100 layers 4.22 (2.37). An epoch measured over others: MLP 2.96 (1.62), CNN 1.19 (1.06), the
+On a third machine (AMD EPYC, Zen 4, which has AVX-512 at half the width), in one process with other
+work on the other core: the MLP's 4,096 samples 13.0 (12.6 … 51.2; floor 7.20), so **missed** there, all
+50,000 7.48 (4.80), of enough samples 1.12; the convolutions 1.40 (1.18), ResNet-18 1.23 (1.09), ViT-Tiny
+1.13 (1.04), 100 layers 4.22 (2.37). An epoch measured over others: MLP 2.96 (1.62), CNN 1.19 (1.06), the
 transformer 1.09 (1.01). The demo with every epoch measured took 3.09 times as long as without (floor
 1.68), by default 2.23.
 
