@@ -201,9 +201,9 @@ def unexplained(
     everything = covariances(layout, total)
     count = float(everything.count)
     # By step and fold: squared errors of old operators, their products with those of the mean operator,
-    # both of new ones, and the squares that they are of; what all operators leave of all samples; and
-    # the squares of the new mean operator, in the unit of the ridge.
-    sums, wholes, sizes = [], [], []
+    # both of new ones, and the squares that they are of; what all operators leave of all samples; the
+    # squares of the new mean operator, in the unit of the ridge; and those of what the component gives.
+    sums, wholes, sizes, given = [], [], [], []
     for i, read in enumerate(layout.parents[1:], start=1):
         x_old, x_new, x = (torch.cat([m[p] for p in read], 1) for m in (about, rest.means, tests.means))
         old = Affine(operators[i - 1].to(moments), x_old, about[i])
@@ -217,6 +217,7 @@ def unexplained(
         wholes.append([count * part for part in _over_all(everything, read, i, both)])
         unit, entries = torch.cat([everything.variances[p] for p in read]), both[1][1].entries
         sizes.append(count * float(unit.sum() * (entries @ entries)) / max(1, len(unit)))
+        given.append(count * float((everything.means[i] + center[i].to(moments)).square().sum()))
     squares = torch.stack(sums, dim=2).cpu()
     folds = [torch.stack(each, dim=1).cpu() for each in zip(*wholes, strict=True)]
     crossed, squares = squares[[1, 3]].sum(dim=1), squares[[0, 2, 4]]
@@ -224,9 +225,20 @@ def unexplained(
     lasting = torch.stack([_lasting(*each) for each in zip(errors, crossed, folds, strict=True)])
     squares[:2] *= lasting[:, None]
     whole, counts = squares.sum(dim=1), moments[:, 0].cpu()
+    # An output that no longer varies leaves no variance to take shares of, but the old operator misses
+    # it all the same: its share is the largest that there is. Where nothing that a component reads
+    # varies any more either, nothing can be told.
+    dead = (whole[2] <= _CONSTANT * whole[0]) & (whole[0] > _CONSTANT * torch.tensor(given).to(whole))
+    constant = [False, *dead.tolist()]
+    behind = [all(constant[p] for p in read) for read in layout.parents[1:]]
+    known = ~(dead & torch.tensor(behind))
+
+    def variation(errors: Tensor) -> Tensor:
+        return torch.where(dead, _CONSTANT * errors[0], errors[2])
 
     def shares(errors: Tensor) -> Tensor:
-        return torch.where(errors[2] > 0, errors[:2] / errors[2], torch.nan)
+        squares = variation(errors)
+        return torch.where(known & (squares > 0), errors[:2] / squares, torch.nan)
 
     value, without = shares(whole), shares(whole[:, None] - squares)
     stderr = jackknife(value[0] - value[1], without[0] - without[1], float(counts.sum()), counts)
@@ -241,7 +253,7 @@ def unexplained(
     few, many = sorted((n_samples, int(total[0])))
     weights = (1 - few / many) * RIDGE * (1 / lasting[0] - 1 / lasting[1])
     shrunk = weights * torch.tensor(sizes, dtype=torch.float64)
-    stderr = (stderr.square() + (chanced + shrunk.square()) / whole[2].square()).sqrt()
+    stderr = (stderr.square() + (chanced + shrunk.square()) / variation(whole).square()).sqrt()
     return Shares(value[0], value[1], stderr, len(held) - 1)
 
 
@@ -322,6 +334,9 @@ def _lasting(own: Tensor, crossed: Tensor, whole: Tensor) -> Tensor:
     agreement = agreement.nan_to_num(nan=1.0).clamp(0.01, 1)
     return agreement / (folds - 1 - (folds - 2) * agreement)
 
+
+_CONSTANT = 1e-12
+"""Share of squares below which single precision does not tell them from 0."""
 
 _ROUNDING = 1e-6
 """Shares of variance that states in single precision do not tell from 0."""

@@ -12,11 +12,14 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_koopman.report.text import Captioned, Shown
+from lightning_koopman.report.text import EMPTY_DRIFT, Captioned, Shown, with_places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
+
+_DEAD = 0.99e12
+"""Drifts of outputs that no longer vary, up to rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,9 @@ class Drift(Shown):
     Attributes:
         components: Names, in order of execution.
         drift: Share of the output's variance that the reference's operator leaves unexplained, less the
-            share that an operator fitted to the new states leaves.
+            share that an operator fitted to the new states leaves. 1e12 stands for an output that no
+            longer varies, NaN for what cannot be told: that of a component which reads nothing else, or
+            which always was constant.
         stderr: Standard errors of the drift (paired jackknife).
         changed: Whether the drift is above 0 beyond error. Where nothing changed, no component at all
             is marked in 95 % of the networks.
@@ -81,6 +86,8 @@ class Drift(Shown):
         also = f", {count - 1} more changed too" if count > 1 else ""
         modules = [name for name in self.parts.get(culprit, ()) if name != culprit]
         made_of = f" (modules {', '.join(modules)})" if modules else ""
+        if self.drift[self.components.index(culprit)] >= _DEAD:
+            made_of += ", whose output no longer varies,"
         return (
             f"Look at {culprit}{made_of} first{also}. Compare its weights with the reference's "
             "checkpoint, or put them back and measure again."
@@ -128,7 +135,10 @@ class Drift(Shown):
         title = f"Drift{at}{since}, {self.n_samples} samples: share of the output's variance"
         table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("component", overflow="fold", min_width=9)
-        drifts = [f"{d:.4f}±{e:.4f}" for d, e in zip(self.drift, self.stderr, strict=True)]
+        drifts = [
+            f"{with_places(value)}±{with_places(error)}" if np.isfinite(value) else ""
+            for value, error in zip(self.drift, self.stderr, strict=True)
+        ]
         # Where the screen is narrow, headings are wrapped and numbers are not.
         longest = max(map(len, drifts))
         for name, width in {"drift": longest, "old operator leaves": 8, "new one leaves": 8}.items():
@@ -140,13 +150,14 @@ class Drift(Shown):
             table.add_row(
                 escape(component),
                 drifts[i],
-                f"{self.old[i]:.4f}",
-                f"{self.new[i]:.4f}",
-                f"{self.suspicion[i]:.3f}",
+                with_places(self.old[i]),
+                with_places(self.new[i]),
+                with_places(self.suspicion[i], 3),
                 marked,
                 style="bold" if marked == "first" else None,
             )
-        return Captioned(table, [escape(self.verdict)])
+        lines = [] if np.isfinite(self.drift).all() else [EMPTY_DRIFT]
+        return Captioned(table, [*lines, escape(self.verdict)])
 
     def __repr__(self) -> str:
         count, culprit = int(self.changed.sum()), self.culprit

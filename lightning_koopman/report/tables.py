@@ -13,7 +13,7 @@ from rich.markup import escape
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.fields import ReportFields
-from lightning_koopman.report.text import Fitted, with_error
+from lightning_koopman.report.text import EMPTY_DRIFT, Fitted, with_error, with_places
 
 WITHIN = 0.01
 """What may be lost where the verdict says that something can go: of the metric, or of the effect."""
@@ -104,7 +104,7 @@ def columns(report: ReportFields, sign: str = "±") -> dict[str, list[str]]:
             if kind in effects.kinds:
                 found[kind] = [_effect(effects, kind, name) for name in report.components]
     if report.drift is not None:
-        found["drift"] = ["" if math.isnan(value) else f"{value:.4f}" for value in report.drift]
+        found["drift"] = [with_places(value) for value in report.drift]
     for name in ("credit", "gain"):
         pairs = zip(getattr(report, name), report.stderr[name], strict=True)
         found[name] = [with_error(value, error, sign) for value, error in pairs]
@@ -129,9 +129,7 @@ def credit_table(report: ReportFields) -> Fitted:
             "(chain_r2, lost: credit and gain; ridge: credit; r2: gain and R²)."
         )
     if report.drift is not None and np.isnan(report.drift).any():
-        lines.append(
-            "drift: empty where a state was brought to other directions before, or is constant."
-        )
+        lines.append(EMPTY_DRIFT)
     # Effects that stand above, in a table of their own, have theirs below that.
     notes = report.notes if has_more(report) else all_notes(report)
     lines += [f"Note: {escape(note)}" for note in notes]

@@ -17,6 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+EMPTY_DRIFT = (
+    "drift: empty where a state was brought to other directions before, or what is read and given is "
+    "constant."
+)
+
 _WORDS = ("doubt", "type", "holds")
 _LONGEST_NAME = 28
 _LEAST_WIDTH = 78
@@ -134,6 +139,13 @@ def as_text(table: Any) -> str:
     file = io.StringIO()
     Console(file=file, width=130, color_system=None).print(table)
     return file.getvalue().rstrip()
+
+
+def with_places(value: float, places: int = 4) -> str:
+    """Return a number as text with so many places, or few digits where it is large; nothing for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.{places}f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def with_share(value: float, error: float) -> str:

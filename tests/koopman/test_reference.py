@@ -205,6 +205,30 @@ def test_a_constant_state_has_no_share_and_no_mark(rng: np.random.Generator) -> 
     assert not beyond_error(found.old - found.new, found.stderr, found.freedom)[0]
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-8], ids=["exact", "rounding"])
+def test_an_output_that_no_longer_varies_is_marked_and_what_reads_it_is_not(
+    rng: np.random.Generator, noise: float
+) -> None:
+    states, folds = chain(rng, 100), np.arange(100) % FOLDS
+    # The old operators miss the constant by what the state was away from it. With rounding, one sample
+    # in a fold of its own differs, as another kernel makes the last batch differ.
+    dead = [np.full_like(states[1], 2.0), np.full_like(states[2], -1.0)]
+    dead[0][7] += noise
+    found = shares_of(Layout((4, 5, 3), FOLDS), states, [states[0], *dead], folds, folds)
+    drift = found.old - found.new
+    assert float(drift[0]) == pytest.approx(1e12)
+    assert np.isnan(drift[1])
+    assert beyond_error(drift, found.stderr, found.freedom).tolist() == [True, False]
+
+
+def test_a_constant_that_moved_by_rounding_alone_is_not_marked(rng: np.random.Generator) -> None:
+    states, folds = chain(rng, 100), np.arange(100) % FOLDS
+    constant = [states[0], np.full_like(states[1], 2.0), states[2]]
+    moved = [states[0], np.full_like(states[1], 2.0 * (1 + 1e-7)), states[2]]
+    found = shares_of(Layout((4, 5, 3), FOLDS), constant, moved, folds, folds)
+    assert not beyond_error(found.old - found.new, found.stderr, found.freedom)[0]
+
+
 def test_samples_in_one_fold_alone_are_too_few(rng: np.random.Generator) -> None:
     states = chain(rng, 100)
     folds, alone = np.arange(100) % FOLDS, np.zeros(5, int)

@@ -78,6 +78,26 @@ def test_the_part_that_broke_is_named_first(tmp_path: Path, name: str, from_file
     assert np.allclose(found.drift, found.old - found.new)
 
 
+@pytest.mark.parametrize("name", ["0", "2", "6"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same samples", "others"])
+def test_a_part_that_gives_the_same_for_every_sample_is_named_first(name: str, seed: int) -> None:
+    torch.manual_seed(0)
+    net = mlp()
+    report = credit_report(net, samples())
+    dead = copy.deepcopy(net)
+    nn.init.zeros_(dead.get_submodule(name).weight)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert bool((dead(samples()[0]).std(dim=0) < 1e-6).all())
+    found = drift(report, dead, samples(seed=seed))
+    assert found.culprit == name
+    assert found.components[found.changed.argmax()] == name
+    assert found.changed.sum() == 1
+    assert f"Look at {name}" in found.verdict
+    assert "no longer varies" in found.verdict
+    assert "nan" not in str(found)
+    assert ("drift: empty where" in str(found)) == (name != "6")
+
+
 @pytest.mark.parametrize("options", [{}, {"delay": 2}], ids=str)
 def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
     net = Skips()
