@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
-from lightning_koopman.report.text import EMPTY_DRIFT, Captioned, Shown, with_places
+from lightning_koopman.report.text import EMPTY_DRIFT, Fitted, Shown, with_places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,35 +127,30 @@ class Drift(Shown):
             visible(ax),
         )
 
-    def __rich__(self) -> Captioned:
+    def __rich__(self) -> Fitted:
         since = "" if self.since is None else f" since step {self.since}"
         at = "" if self.step is None else f" at step {self.step}"
-        title = f"Drift{at}{since}, {self.n_samples} samples: share of the output's variance"
-        table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("component", overflow="fold", min_width=9)
-        drifts = [
-            f"{with_places(value)}±{with_places(error)}" if np.isfinite(value) else ""
-            for value, error in zip(self.drift, self.stderr, strict=True)
-        ]
-        # Where the screen is narrow, headings are wrapped and numbers are not.
-        longest = max(map(len, drifts))
-        for name, width in {"drift": longest, "old operator leaves": 8, "new one leaves": 8}.items():
-            table.add_column(name, justify="right", min_width=width)
-        table.add_column("suspicion", justify="right", no_wrap=True)
-        table.add_column("changed")
-        for i, component in enumerate(self.components):
-            marked = "" if not self.changed[i] else "first" if component == self.culprit else "yes"
-            table.add_row(
-                escape(component),
-                drifts[i],
-                with_places(self.old[i]),
-                with_places(self.new[i]),
-                with_places(self.suspicion[i], 3),
-                marked,
-                style="bold" if marked == "first" else None,
-            )
-        lines = [] if np.isfinite(self.drift).all() else [EMPTY_DRIFT]
-        return Captioned(table, [*lines, escape(self.verdict)])
+        changed = ["yes" if mark else "" for mark in self.changed]
+        if (culprit := self.culprit) is not None:
+            changed[self.components.index(culprit)] = "first"
+        pairs = zip(self.drift, self.stderr, strict=True)
+        return Fitted(
+            title=f"Drift{at}{since}, {self.n_samples} samples: share of the output's variance",
+            columns={
+                "component": self.components,
+                "drift": [
+                    f"{with_places(value)}±{with_places(error)}" if np.isfinite(value) else ""
+                    for value, error in pairs
+                ],
+                "left by old": [with_places(value) for value in self.old],
+                "left by new": [with_places(value) for value in self.new],
+                "suspicion": [with_places(value, 3) for value in self.suspicion],
+                "changed": changed,
+            },
+            gives_way=("left by new", "left by old", "suspicion"),
+            styles=["bold" if mark == "first" else None for mark in changed],
+            lines=[*([] if np.isfinite(self.drift).all() else [EMPTY_DRIFT]), escape(self.verdict)],
+        )
 
     def __repr__(self) -> str:
         count, culprit = int(self.changed.sum()), self.culprit

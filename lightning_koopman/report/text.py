@@ -109,24 +109,6 @@ class Fitted:
         return zip(cells, self.grey.get(heading) or [False] * len(cells), strict=True)
 
 
-@dataclass(frozen=True)
-class Captioned:
-    """A table with lines of rich's markup below it.
-
-    The caption of a table that is wider than the screen would lose the end of each line.
-    """
-
-    table: Table
-    lines: Sequence[str]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Wrap the lines to the table's width, or to the screen's if that is less."""
-        yield self.table
-        width = min(options.max_width, console.measure(self.table, options=options).maximum)
-        if self.lines:
-            yield Constrain(Text.from_markup("\n".join(self.lines), style="table.caption"), width)
-
-
 class Shown(JupyterMixin):
     """What rich shows as a table, in notebooks, too; its text is that table."""
 

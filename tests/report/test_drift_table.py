@@ -37,11 +37,14 @@ def test_the_table_marks_what_changed_and_ends_with_what_to_do_next() -> None:
     assert " ".join(lines[-2:]).startswith("Look at a[0] first, 1 more changed too. Compare its weights")
 
 
-def test_a_narrow_screen_cuts_no_heading() -> None:
-    console = Console(file=io.StringIO(), width=76)
+@pytest.mark.parametrize("width", [40, 60, 76])
+def test_a_narrow_screen_cuts_no_heading(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
     console.print(made(True, True, False))
-    shown = console.file.getvalue().split()
+    lines = console.file.getvalue().splitlines()
+    shown = " ".join(lines).split()
     assert {"0.5000±0.0200", "changed", "first"} <= {*shown}
+    assert max(map(len, lines)) <= width
 
 
 def test_modules_of_the_component_are_named() -> None:
