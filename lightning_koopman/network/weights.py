@@ -94,14 +94,20 @@ def find_checkpoints(
     """Resolve paths and glob patterns."""
     given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     found: dict[Path, None] = {}
-    for pattern in (os.fspath(name) for name in given):
+    patterns = [os.fspath(name) for name in given]
+    for place, pattern in enumerate(patterns):
         if os.path.isdir(pattern) and not _is_sharded(Path(pattern)):
-            pattern = os.path.join(pattern, "**", "*.ckpt")
-        names = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        found |= dict.fromkeys(map(Path, names))
+            pattern = patterns[place] = os.path.join(pattern, "**", "*.ckpt")
+        matched = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
+        found |= dict.fromkeys(map(Path, sorted(matched, key=_by_number)))
     if not found:
-        raise CheckpointError(f"no checkpoint matches {given}")
+        raise CheckpointError(f"no checkpoint matches {patterns}")
     return list(found)
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Return what puts ``epoch_2.pt`` before ``epoch_10.pt``: without a step, places count."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))]
 
 
 _METRIC = re.compile(r"(?!epoch=|step=)[\w.]+=([-+\d.]|nan|inf)")

@@ -54,6 +54,19 @@ def scalars(folder: Path) -> list[int]:
     return [event.step for event in events(folder).Scalars("koopman/total")]
 
 
+def test_files_without_a_step_come_in_the_order_of_their_numbers(tmp_path):
+    scales = {epoch: 1 + epoch / 10 for epoch in (1, 2, 9, 10, 11)}
+    for epoch, scale in scales.items():
+        save(tmp_path / f"epoch_{epoch}.pt", None, scale)
+    found = evaluate_checkpoints(network(), str(tmp_path / "*.pt"), batches())
+    alone = [
+        evaluate_checkpoints(network(), tmp_path / f"epoch_{epoch}.pt", batches())[0].total
+        for epoch in scales
+    ]
+    assert [report.step for report in found] == [0, 1, 2, 3, 4]
+    assert [report.total for report in found] == alone
+
+
 @pytest.mark.slow
 def test_a_second_run_measures_only_what_is_new(project, capsys, monkeypatch):
     assert evaluate("--out=r.json", "--logdir=tb") == 0

@@ -125,6 +125,19 @@ def test_patterns_folders_and_plain_names_are_found_once(tmp_path):
     assert find_checkpoints(tmp_path / "missing.ckpt") == [tmp_path / "missing.ckpt"]
     with pytest.raises(CheckpointError, match=r"no checkpoint matches .*\*\.pt"):
         find_checkpoints(str(tmp_path / "*.pt"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no checkpoint matches .*empty/\*\*/\*\.ckpt"):
+        find_checkpoints(tmp_path / "empty")
+
+
+def test_numbers_in_names_are_sorted_as_numbers(tmp_path):
+    for folder in (1, 2, 10):
+        (tmp_path / f"run{folder}").mkdir()
+        for epoch in (*range(1, 13), 100):
+            (tmp_path / f"run{folder}" / f"epoch_{epoch}.pt").touch()
+    found = find_checkpoints(str(tmp_path / "*" / "*.pt"))
+    places = [(int(path.parent.name[3:]), int(path.stem[6:])) for path in found]
+    assert places == [(folder, e) for folder in (1, 2, 10) for e in (*range(1, 13), 100)]
 
 
 @pytest.mark.parametrize(
