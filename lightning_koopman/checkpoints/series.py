@@ -19,6 +19,7 @@ from lightning_koopman.measurement.evaluate import credit_report
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
 from lightning_koopman.network.weights import (
+    Checkpoint,
     CheckpointError,
     Weights,
     apply_checkpoint,
@@ -135,7 +136,8 @@ def evaluate_checkpoints(
     done, interrupted = 0, False
 
     def measure(item: _Indexed) -> CreditReport:
-        apply_checkpoint(model, load_checkpoint(item.path, trust=trust_checkpoint, weights=weights))
+        checkpoint = load_checkpoint(item.path, trust=trust_checkpoint, weights=weights)
+        apply_checkpoint(model, checkpoint)
         report = credit_report(
             model,
             batches,
@@ -156,6 +158,13 @@ def evaluate_checkpoints(
                 seed=options.seed,
             )
             report = replace(report, effects=found)
+        notes = list(report.notes)
+        if differing := _built_otherwise(model, checkpoint):
+            notes.append(
+                f"the checkpoint saved {differing}; if that changes what the network computes, measure "
+                "it in one that is built so"
+            )
+        report = replace(report, notes=tuple(notes))
         # References of many checkpoints need not fit in memory: the last one's is kept.
         kept = report.reference if item is index[-1] else None
         return replace(report, run=item.run, source=item.source, reference=kept)
@@ -197,6 +206,20 @@ def evaluate_checkpoints(
     if failures:
         raise EvaluationError(found, failures, interrupted=interrupted)
     return found
+
+
+def _built_otherwise(model: nn.Module, checkpoint: Checkpoint) -> str:
+    """Return the arguments that a LightningModule saved where the one to measure in has others.
+
+    Numbers of heads or slopes of an activation change what the same weights compute, and no shape.
+    """
+    own = getattr(model, "hparams", None)
+    own, plain = own if isinstance(own, Mapping) else {}, (bool, int, float, str)
+    return ", ".join(
+        f"{name}={saved!r} and the network was built with {own[name]!r}"
+        for name, saved in checkpoint.hyper_parameters.items()
+        if isinstance(saved, plain) and isinstance(own.get(name), plain) and saved != own[name]
+    )
 
 
 @dataclass(frozen=True)

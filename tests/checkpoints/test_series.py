@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit import events
 from small import batches, network, save
 
-from lightning_koopman import CreditReport, EvaluationError, evaluate_checkpoints
+from lightning_koopman import CreditReport, EvaluationError, credit_report, evaluate_checkpoints
 from lightning_koopman.cli.main import main
 from lightning_koopman.network.weights import run_names
 from lightning_koopman.report.comparison import runs_table
@@ -65,6 +66,38 @@ def test_files_without_a_step_come_in_the_order_of_their_numbers(tmp_path):
     ]
     assert [report.step for report in found] == [0, 1, 2, 3, 4]
     assert [report.total for report in found] == alone
+
+
+class Leaky(L.LightningModule):
+    """What the slope is, no weight shows."""
+
+    def __init__(self, slope: float = 0.1, names: tuple[str, ...] = ("a",)) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 5), torch.nn.LeakyReLU(slope), torch.nn.Linear(5, 2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_a_note_tells_that_a_checkpoint_is_of_a_network_built_otherwise(tmp_path):
+    nets = []
+    for run, slope in (("a", 0.1), ("b", 0.9)):
+        torch.manual_seed(0)
+        nets.append(Leaky(slope))
+        content = {"state_dict": nets[-1].state_dict(), "hyper_parameters": dict(nets[-1].hparams)}
+        save(tmp_path / run / "last.ckpt", 1, **content)
+    found = evaluate_checkpoints(nets[0], tmp_path, batches())
+    truth = [credit_report(net, batches()).total for net in nets]
+    assert found[0].total == truth[0]
+    assert abs(found[1].total - truth[1]) > 0.1
+    told = "the checkpoint saved slope=0.9 and the network was built with 0.1; if that changes"
+    assert [any(told in note for note in report.notes) for report in found] == [False, True]
+    (right,) = evaluate_checkpoints(nets[1], tmp_path / "b", batches())
+    assert right.total == truth[1]
+    assert not any("built with" in note for note in right.notes)
 
 
 @pytest.mark.slow
