@@ -48,6 +48,6 @@ def test_commands_of_today_are_known_and_those_of_then_are_not(before, now, caps
             main([words[0], "--help"])
         told = capsys.readouterr()
         flag, value = words[1:]
-        choices = f"{flag} {{json,csv,html}}"
+        choices = f"{flag} {{auto,json,csv,html}}"
         found = flag in re.findall(r"--[\w.]+", told.out)
         assert (value in choices if choices in told.out else found) is known, words

@@ -30,23 +30,23 @@ class _Rate(progress.ProgressColumn):
 def report(
     file: str,
     out: str | None = None,
-    format: Literal["json", "csv", "html"] = "html",
+    format: Literal["auto", "json", "csv", "html"] = "auto",
 ) -> None:
     """Show saved reports again, without the model.
 
     Args:
         file: JSON file that evaluate, demo or to_json wrote.
         out: File to write; by default the reports are printed.
-        format: Kind of that file.
+        format: Kind of that file; by default as its name ends, else html.
     """
-    from lightning_koopman.report.files import read_reports, write_reports
+    from lightning_koopman.report.files import kind_of, read_reports, write_reports
 
     check_writable(out)
     reports = read_reports(file, may_be_empty=False)
     if out is None:
         show_reports(reports)
     else:
-        write_reports(reports, out, format)
+        write_reports(reports, out, kind_of(out, format, "html"))
         say_written(out)
 
 
@@ -104,13 +104,13 @@ def merge(reports: list[str], out: str) -> None:
 
     Args:
         reports: JSON files that evaluate wrote with --shard.
-        out: JSON file for all of them.
+        out: File for all of them, by its name csv, html or else JSON.
     """
-    from lightning_koopman.report.files import merge_reports, write_reports
+    from lightning_koopman.report.files import kind_of, merge_reports, write_reports
 
     check_writable(out)
     merged = merge_reports(reports)
-    write_reports(merged, out)
+    write_reports(merged, out, kind_of(out))
     Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
 
 
@@ -174,7 +174,7 @@ def evaluate(
     ckpt: str | list[str],
     logdir: str | None = None,
     out: str | None = None,
-    format: Literal["json", "csv", "html"] = "json",
+    format: Literal["auto", "json", "csv", "html"] = "auto",
     components: str | list[str] | None = None,
     options: Options = DEFAULTS,
     trust_checkpoint: bool = False,
@@ -197,8 +197,8 @@ def evaluate(
         out: File for the reports, kept complete after every checkpoint. A second run with the same file
             measures only checkpoints that are new or changed, or all if an option changed. It cannot see
             changes of the model's code or of the data: use fresh then.
-        format: Kind of that file. Beside csv and html, a .json file of the same name is kept for the
-            second run and the report command.
+        format: Kind of that file; by default as its name ends, else json. Beside csv and html, a .json
+            file of the same name is kept for the second run and the report command.
         components: Names or glob patterns of components; chosen by default.
         options: How states become rows, and rows become credits.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
@@ -212,13 +212,14 @@ def evaluate(
         reference: File for what the drift command needs of the last checkpoint.
     """
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
-    from lightning_koopman.report.files import read_known, write_with_known
+    from lightning_koopman.report.files import kind_of, read_known, write_with_known
 
     check_writable(out, reference)
     part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if part is None:
         raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n")
-    known = [] if out is None or fresh else read_known(out, format)
+    kind = kind_of(out or "", format)
+    known = [] if out is None or fresh else read_known(out, kind)
     of_model, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
     network, batches = build_model(model, of_model), build_batches(data, of_data)
     console = Console(stderr=True)
@@ -229,7 +230,7 @@ def evaluate(
 
     def save(reports: list[CreditReport]) -> None:
         if out is not None:
-            write_with_known(reports, out, format)
+            write_with_known(reports, out, kind)
 
     failure = None
     columns = progress.Progress.get_default_columns()[:2]

@@ -35,8 +35,8 @@ class Task:
         components: Names or glob patterns of components; all by default.
         samples: Most samples to measure on.
         figure: File for a figure.
-        out: File for the result: of effects the report as JSON; else .json for the table, and any other
-            for a checkpoint of the new network.
+        out: File for the result: of effects the report, by its name csv, html or else JSON; of others the
+            table where it ends in .json or .csv, else a checkpoint of the new network.
         seed: Seed of all that is drawn, the order of a loader that shuffles included.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
     """
@@ -71,14 +71,13 @@ class Task:
     ) -> None:
         """Write what was asked for, and print what was decided and what to do next."""
         from lightning_koopman.decisions.swaps import save_shrunk
-        from lightning_koopman.report.saved import write_atomically
+        from lightning_koopman.report.files import write_table
 
-        console, table = Console(), self.out is not None and self.out.endswith(".json")
+        console, table = Console(), self.out is not None and self.out.endswith((".json", ".csv"))
         if self.figure is not None:
             found.plot()[0].savefig(self.figure)
         if self.out is not None and table:
-            with write_atomically(self.out) as temporary:
-                found.to_frame().to_json(temporary, orient="records", indent=1)
+            write_table(found.to_frame(), self.out)
         elif self.out is not None and network is not None:
             save_shrunk(network, self.out, more=self._facts())
         if network is None:
@@ -131,12 +130,14 @@ def effects(
         draws: Number of draws that effects of kinds with a random part are averaged over.
         scale: kl, or relative; by default kl where targets are class indices.
         max_dim: Wider states are pooled and projected.
-        **task: What all of these commands take; out is a JSON file of the report with its effects.
+        **task: What all of these commands take; out is a file of the report with its effects, by its
+            name csv, html or else JSON.
     """
     from lightning_koopman.effects.component_effects import component_effects
     from lightning_koopman.effects.replacements import quantized_weights
     from lightning_koopman.measurement.evaluate import credit_report
     from lightning_koopman.network.weights import load_checkpoint
+    from lightning_koopman.report.files import kind_of, write_reports
 
     given = Task(**task)
 
@@ -172,7 +173,10 @@ def effects(
     if given.figure is not None:
         found.plot()[0].savefig(given.figure)
     if given.out is not None:
-        report.to_json(given.out)
+        if (kind := kind_of(given.out)) == "json":
+            report.to_json(given.out)
+        else:
+            write_reports([report], given.out, kind)
     say_written(given.figure, given.out)
     # The last line says what to do next.
     Console().print(report)

@@ -28,12 +28,13 @@ def drift(
         data: Data to measure on, as in evaluate; the same as the reference's or others.
         ckpt: Checkpoint of the network as it is now.
         figure: File for a figure.
-        out: CSV file for the numbers.
+        out: File for the numbers: JSON if its name ends in .json, else CSV.
         max_samples: Most samples to take; all by default.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
     """
     from lightning_koopman.measurement import drift as measurement
+    from lightning_koopman.report.files import write_table
     from lightning_koopman.report.reference_file import read_reference
 
     # Whatever is wrong should be known before a model is built.
@@ -45,7 +46,7 @@ def drift(
     if figure is not None:
         found.plot()[0].savefig(figure)
     if out is not None:
-        found.to_frame().to_csv(out, index=False)
+        write_table(found.to_frame(), out)
     say_written(figure, out)
     # The last line says what to do next.
     Console().print(found)

@@ -6,13 +6,31 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError, read_json, write_atomically
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
 Format = Literal["json", "csv", "html"]
+
+
+def kind_of(path: str | os.PathLike[str], asked: str = "auto", otherwise: Format = "json") -> Format:
+    """Return what kind of file was asked for, or is meant by how its name ends."""
+    ending = Path(path).suffix[1:].lower() if asked == "auto" else asked
+    return next((kind for kind in get_args(Format) if kind == ending), otherwise)
+
+
+def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
+    """Write a table as JSON where the file's name ends so, else as CSV."""
+    with write_atomically(path) as temporary:
+        if kind_of(path, otherwise="csv") == "json":
+            table.to_json(temporary, orient="records", indent=1)
+        else:
+            table.to_csv(temporary, index=False)
 
 
 def write_reports(

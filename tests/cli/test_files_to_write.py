@@ -1,8 +1,13 @@
 """Files that could not be written are refused before anything else is looked at."""
 
+import contextlib
+import csv
+import json
 import os
+from pathlib import Path
 
 import pytest
+from small import save
 
 from lightning_koopman.cli.commands import check_writable
 from lightning_koopman.cli.main import main
@@ -58,3 +63,61 @@ def test_figures_have_a_name_that_matplotlib_draws(tmp_path):
         check_writable("r.xyz", figure="f.json")
     check_writable("r.xyz", figure="f.PNG")
     check_writable(str(tmp_path / "f"), figure="f")
+
+
+@pytest.fixture
+def reports(user_module):
+    user_module("kinds_code", "")
+    save(Path("a.ckpt"), 7)
+    named = ["--model=kinds_code:network", "--data=kinds_code:batches", "--ckpt=a.ckpt"]
+    assert main(["evaluate", *named, "--out=r.json", "--reference=r.safetensors"]) == 0
+    return named
+
+
+def kind(path: str) -> str:
+    """What a file holds, by standard readers."""
+    text = Path(path).read_text()
+    if text.startswith("<!doctype html>"):
+        return "html"
+    with contextlib.suppress(ValueError):
+        return type(json.loads(text)).__name__
+    rows = list(csv.DictReader(text.splitlines()))
+    return "csv" if [row["component"] for row in rows] == ["0", "2"] else "?"
+
+
+def test_files_are_of_the_kind_that_their_names_end_in(reports):
+    commands = {
+        "evaluate": reports,
+        "report": ["r.json"],
+        "merge": ["--reports+=r.json"],
+        "effects": reports,
+        "drift": ["r.safetensors", *reports],
+    }
+    found = {}
+    for command, given in commands.items():
+        for ending in ("json", "csv", "html", "txt"):
+            path = f"{command}.{ending}"
+            assert main([command, *given, f"--out={path}"]) == 0
+            found[command, ending] = kind(path)
+    evaluated = {"json": "list", "csv": "csv", "html": "html", "txt": "list"}
+    expected = {
+        "evaluate": evaluated,
+        "report": {**evaluated, "txt": "html"},
+        "merge": evaluated,
+        "effects": {**evaluated, "json": "dict", "txt": "dict"},
+        "drift": {"json": "list", "csv": "csv", "html": "csv", "txt": "csv"},
+    }
+    assert found == {(c, ending): kind for c, row in expected.items() for ending, kind in row.items()}
+
+
+def test_a_kind_that_is_named_goes_before_the_name(reports):
+    assert main(["evaluate", *reports, "--out=e.csv", "--format=json"]) == 0
+    assert main(["report", "r.json", "--out=r.html", "--format=csv"]) == 0
+    assert [kind("e.csv"), kind("r.html")] == ["list", "csv"]
+
+
+def test_decisions_write_tables_as_their_names_end(reports):
+    for ending in ("json", "csv"):
+        assert main(["linearize", *reports, "--max-drop=9", "--allow-larger", f"--out=d.{ending}"]) == 0
+    assert kind("d.json") == "list"
+    assert Path("d.csv").read_text().startswith(",".join(json.loads(Path("d.json").read_text())[0]))
