@@ -267,13 +267,14 @@ def evaluate(
     if out is not None and reports:
         say_written(out)
     if reference is not None and reports:
-        if reports[-1].reference is None:
+        if reports[-1].reference is not None:
+            reports[-1].save_reference(reference)
+            say_written(reference)
+        elif failure is None:
             raise ValueError(
                 f"the last report was taken over from {out}, which holds no reference; add --fresh to "
                 "measure it again"
             )
-        reports[-1].save_reference(reference)
-        say_written(reference)
     if failure is not None:
         raise failure
 

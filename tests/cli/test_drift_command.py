@@ -77,6 +77,19 @@ def test_the_reference_is_that_of_the_last_checkpoint(
     assert evaluate("--ckpt=*.ckpt", "--reference=r.safetensors", "--out=r.json", "--fresh") == 0
 
 
+def test_where_the_last_checkpoint_fails_its_failure_is_told_and_no_reference_written(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = torch.load("after.ckpt", weights_only=True)
+    del last["state_dict"]["2.bias"]
+    torch.save({**last, "global_step": 30}, "later.ckpt")
+    assert evaluate("--ckpt=*.ckpt", "--reference=r.safetensors") == 1
+    told = capsys.readouterr().err
+    assert "later.ckpt does not fit Sequential: it lacks '2.bias'" in told
+    assert "taken over" not in told
+    assert not (project / "r.safetensors").exists()
+
+
 def test_what_is_no_reference_is_refused_before_a_model_is_built(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
