@@ -206,6 +206,15 @@ def test_a_reference_stays_about_its_samples_when_more_arrive() -> None:
         assert not torch.allclose(operator, more.operators[i], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("number", [0, -5, 2.5])
+def test_numbers_of_samples_that_are_none_are_refused(number: Any) -> None:
+    net = mlp()
+    with pytest.raises(
+        ValueError, match=f"max_samples is {number}; give a number of 1 or above, or None"
+    ):
+        drift(credit_report(net, samples()), net, samples(), max_samples=number)
+
+
 def test_only_so_many_samples_are_taken() -> None:
     net = mlp()
     assert drift(credit_report(net, samples()), net, samples(), max_samples=700).n_samples == 700
