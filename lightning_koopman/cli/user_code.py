@@ -110,9 +110,11 @@ def _named_object(name: str) -> Any:
     """Import what the user named as pkg.mod:attribute, pkg.mod.attribute or pkg/mod.py:attribute."""
     module_name, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
     if module_name.endswith(".py"):
-        module_name = module_name.removesuffix(".py").replace(os.sep, ".")
-    if not module_name or not attribute:
-        raise ValueError(f"{name!r} names nothing; write pkg.mod:Name")
+        module_name = os.path.relpath(module_name).removesuffix(".py").replace(os.sep, ".")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise ValueError(
+            f"{name!r} names nothing in this folder or below; write pkg.mod:Name, or pkg/mod.py:Name"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -116,6 +116,12 @@ def test_layers_that_configure_model_makes_are_there(project):
     np.testing.assert_array_equal(found.credit, expected.credit)
 
 
+def test_models_and_data_are_named_by_paths_of_their_files(project):
+    names = ["--model=./userproject.py:LitNet", f"--data={project}/userproject.py:Data"]
+    assert main(["evaluate", *names, "--ckpt=*.ckpt", "--out=report.json"]) == 0
+    assert [report.step for report in read("report.json")] == [10, 20]
+
+
 def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, capsys):
     (project / "bad.ckpt").write_bytes(b"junk")
     assert evaluate("--ckpt=*.ckpt") == 1
@@ -132,7 +138,11 @@ def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, cap
 @pytest.mark.parametrize(
     ("model", "data", "message"),
     [
-        ("userproject", "userproject:Data", "'userproject' names nothing; write pkg.mod:Name"),
+        ("userproject", "userproject:Data", "'userproject' names nothing in this folder or below"),
+        ("/elsewhere/net.py:Net", "userproject:Data", "'/elsewhere/net.py:Net' names nothing in this"),
+        ("../net.py:Net", "userproject:Data", "'../net.py:Net' names nothing in this folder or below"),
+        (".net:Net", "userproject:Data", "'.net:Net' names nothing in this folder or below"),
+        ("./userproject.py:Nope", "userproject:Data", "userproject has no 'Nope'"),
         ("userproject:Nope", "userproject:Data", "userproject has no 'Nope'"),
         ("userproject.Nope", "userproject.Data", "userproject has no 'Nope'"),
         ("userproject.py:Nope", "userproject:Data", "userproject has no 'Nope'"),
