@@ -67,17 +67,19 @@ def read_reports(path: str | os.PathLike[str], *, may_be_empty: bool = True) -> 
 
 def merge_reports(paths: Iterable[str | os.PathLike[str]]) -> list[CreditReport]:
     """Return the reports of several shards as one list, by run and step."""
-    by_step: dict[tuple[str, int | None], tuple[str, CreditReport]] = {}
+    # Files of one step, as last.ckpt and the one before it, have a report each.
+    by_file: dict[tuple[str, int, str], tuple[str, CreditReport]] = {}
     for path in [os.fspath(name) for name in paths]:
         for report in read_reports(path):
-            first, other = by_step.setdefault((report.run, report.step), (path, report))
+            step = -1 if report.step is None else report.step
+            key = report.run, step, os.path.basename(str(report.source.get("path")))
+            first, other = by_file.setdefault(key, (path, report))
             if {**other.to_dict(), "source": None} != {**report.to_dict(), "source": None}:
                 raise ReportFormatError(
                     f"{first} and {path} hold different reports{report.label}; merge shards of one "
                     "evaluation only"
                 )
-    order = sorted(by_step, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
-    return [by_step[key][1] for key in order]
+    return [by_file[key][1] for key in sorted(by_file)]
 
 
 def write_with_known(

@@ -68,6 +68,21 @@ def test_files_without_a_step_come_in_the_order_of_their_numbers(tmp_path):
     assert [report.total for report in found] == alone
 
 
+def test_shards_keep_all_files_of_one_step(project):
+    for name, scale in (("last", 1.3), ("swapped", 2.0)):
+        save(project / "ckpt" / f"{name}.ckpt", 3, scale)
+    for i in (1, 2):
+        assert evaluate(f"--shard={i}/2", f"--out={i}.json") == 0
+    assert main(["merge", "--reports+=1.json", "--reports+=2.json", "--out=all.json"]) == 0
+    assert evaluate("--out=single.json") == 0
+    merged, single = (
+        [(report.step, report.source["path"], report.total) for report in read_reports(path)]
+        for path in ("all.json", "single.json")
+    )
+    assert merged == single
+    assert len(merged) == 5
+
+
 class Leaky(L.LightningModule):
     """What the slope is, no weight shows."""
 
