@@ -116,7 +116,7 @@ def run_demo(
     console.print(
         f"Left in {folder}: report.json, credits.png, and event files. To watch the credits evolve:"
     )
-    console.print(f"  tensorboard --logdir {folder}", highlight=False, soft_wrap=True)
+    console.print(f"  tensorboard --logdir {folder}", highlight=False, soft_wrap=True, markup=False)
     return report
 
 

@@ -111,7 +111,7 @@ def merge(reports: list[str], out: str) -> None:
     check_writable(out)
     merged = merge_reports(reports)
     write_reports(merged, out, kind_of(out))
-    Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True)
+    Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True, markup=False)
 
 
 def check_writable(*paths: str | None, figure: str | None = None) -> None:
@@ -136,7 +136,7 @@ def check_writable(*paths: str | None, figure: str | None = None) -> None:
 def say_written(*paths: str | None) -> None:
     """Print where results went, if anywhere."""
     for path in filter(None, paths):
-        Console().print(f"Written to {path}", highlight=False, soft_wrap=True)
+        Console().print(f"Written to {path}", highlight=False, soft_wrap=True, markup=False)
 
 
 def show_reports(reports: Sequence[CreditReport]) -> None:
@@ -226,7 +226,8 @@ def evaluate(
 
     def show_known(taken: int, total: int) -> None:
         if known:
-            console.print(f"{taken} of {total} reports taken over from {out}", highlight=False)
+            told = f"{taken} of {total} reports taken over from {out}"
+            console.print(told, highlight=False, soft_wrap=True, markup=False)
 
     def save(reports: list[CreditReport]) -> None:
         if out is not None:

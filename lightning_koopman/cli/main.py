@@ -45,7 +45,7 @@ class _Parser(ArgumentParser):
             option = f"{_option(key[1])}: " if key else ""
             message = f"{option}{choice[2]!r} is none of {choice[1]}"
         elif single := re.search(
-            r'"([\w.]+)".*Expected a <class \'(?:list|collections.*?)\'>.*Given value: (\S+)',
+            r'"([\w.]+)".*Expected a <class \'(?:list|collections.*?)\'>.*(?:Given|Got) value: (\S+)',
             message,
             re.DOTALL,
         ):

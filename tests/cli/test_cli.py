@@ -168,6 +168,7 @@ UNUSABLE = {
     "evaluate --checkpoints a.ckpt": "evaluate has no option --checkpoints; did you mean --ckpt? See",
     "effects --model a --data b --ckpt c --kinds [xy]": "error: --kinds: 'xy' is none of 'linear',",
     "effects --model a --data b --ckpt c --kinds skip": "error: --kinds: skip is no list; write [skip]",
+    "merge --reports r.json --out all.json": "error: --reports: r.json is no list; write [r.json] See",
     "bits --model a --data b --ckpt c --widths 8,4": "error: --widths: 8,4 is no list; write [8,4] See",
     "evaluate --model a --data b --ckpt c --options.targets 3": "error: --options.targets: 3 is no list",
     "evaluate --model a --data b": "error: evaluate needs --ckpt See lightning-koopman evaluate --help",

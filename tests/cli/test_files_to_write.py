@@ -110,6 +110,16 @@ def test_files_are_of_the_kind_that_their_names_end_in(reports):
     assert found == {(c, ending): kind for c, row in expected.items() for ending, kind in row.items()}
 
 
+def test_names_in_brackets_are_printed_as_they_are(reports, capsys):
+    for _ in range(2):
+        assert main(["evaluate", *reports, "--out=r[bold].json"]) == 0
+    told = capsys.readouterr()
+    assert "Written to r[bold].json" in told.out
+    assert "1 of 1 reports taken over from r[bold].json" in told.err
+    assert main(["merge", "--reports+=r.json", "--out=m[i].json"]) == 0
+    assert "1 reports in m[i].json" in capsys.readouterr().out
+
+
 def test_a_kind_that_is_named_goes_before_the_name(reports):
     assert main(["evaluate", *reports, "--out=e.csv", "--format=json"]) == 0
     assert main(["report", "r.json", "--out=r.html", "--format=csv"]) == 0
