@@ -100,6 +100,7 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
         step=step,
         since=reference.step,
         parts=reference.parts,
+        enough=measurement.advised,
     )
 
 

@@ -41,6 +41,7 @@ class Drift(Shown):
         step: Training step of the new weights, if known.
         since: Training step of the reference, if known.
         parts: By component, the module calls that it is made of.
+        enough: How many samples states of these widths need.
     """
 
     components: tuple[str, ...]
@@ -53,6 +54,25 @@ class Drift(Shown):
     step: int | None = None
     since: int | None = None
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    enough: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What makes drift too small, so that a change may be missed."""
+        if self.n_samples < self.enough:
+            return (
+                f"{self.n_samples} samples are few for states this wide, and make drift too small; take "
+                f"{self.enough} or more",
+            )
+        # On samples that they have seen, old operators leave less than new ones do on those held out.
+        seen = (self.drift < -5 * self.stderr) & (self.drift < -0.1 * self.new)
+        if not seen.any() or 2 * seen.sum() < (~self.changed).sum():
+            return ()
+        return (
+            "the reference explains more than operators fitted to these samples do, so it has seen "
+            "them, rounded otherwise, and drift is too small; take the same bits (precision, "
+            "preprocessing), or other samples",
+        )
 
     @property
     def suspicion(self) -> NDArray[np.float64]:
@@ -149,7 +169,11 @@ class Drift(Shown):
             },
             gives_way=("left by new", "left by old", "suspicion"),
             styles=["bold" if mark == "first" else None for mark in changed],
-            lines=[*([] if np.isfinite(self.drift).all() else [EMPTY_DRIFT]), escape(self.verdict)],
+            lines=[
+                *([] if np.isfinite(self.drift).all() else [EMPTY_DRIFT]),
+                *(f"Note: {note}" for note in self.notes),
+                escape(self.verdict),
+            ],
         )
 
     def __repr__(self) -> str:

@@ -125,6 +125,25 @@ def test_the_same_samples_of_the_same_network_drift_by_rounding_alone() -> None:
     assert found.culprit is None
 
 
+def test_notes_tell_where_drift_is_too_small_to_show_a_change() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    data = samples(600, width=64)
+    report = credit_report(net, data, max_samples=None)
+    few = drift(report, net, samples(60, seed=1, width=64))
+    assert few.notes[0].startswith("60 samples are few for states this wide")
+    assert few.notes[0].endswith("take 160 or more")
+    assert (few.drift[:2] < 0).all()
+    # Next to the same samples, but none has the bits that it had.
+    rounded = drift(report, net, [batch * (1 + 3e-7) for batch in data])
+    assert "has seen them, rounded otherwise" in rounded.notes[0]
+    assert "Note: the reference explains more" in " ".join(str(rounded).split())
+    assert (rounded.drift[:2] < -5 * rounded.stderr[:2]).all()
+    assert drift(report, net, data).notes == ()
+    for seed in range(1, 6):
+        assert drift(report, net, samples(600, seed=seed, width=64)).notes == ()
+
+
 def test_sequences_of_another_length_are_pooled_to_the_same_cells() -> None:
     net = Words()
 
