@@ -35,8 +35,8 @@ class Task:
         components: Names or glob patterns of components; all by default.
         samples: Most samples to measure on.
         figure: File for a figure.
-        out: File for the result: of effects the report, by its name csv, html or else JSON; of others the
-            table where it ends in .json or .csv, else a checkpoint of the new network.
+        out: File for the result: of effects the report, by its name csv, html or else JSON; of others
+            the table where it ends in .json or .csv, else a checkpoint of the new network.
         seed: Seed of all that is drawn, the order of a loader that shuffles included.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
     """

@@ -68,7 +68,7 @@ def drift(
         '2'
     """
     check_arguments(model, batches)
-    if max_samples is not None and not (isinstance(max_samples, int) and max_samples > 0):
+    if max_samples is not None and not (isinstance(max_samples, int | np.integer) and max_samples > 0):
         raise ValueError(f"max_samples is {max_samples!r}; give a number of 1 or above, or None for all")
     found = _reference_of(reference)
     chosen = _with_functions(found, options)

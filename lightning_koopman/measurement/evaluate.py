@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -85,7 +86,8 @@ def credit_report(
     """
     check_arguments(model, batches)
     batches = _with_weights(model, batches, forward_fn)
-    if max_samples not in ("enough", None) and not (isinstance(max_samples, int) and max_samples > 0):
+    counts = isinstance(max_samples, int | np.integer) and max_samples > 0
+    if max_samples not in ("enough", None) and not counts:
         raise ValueError(
             f"max_samples is {max_samples!r}; give a number of 1 or above, 'enough', or None for all"
         )

@@ -236,7 +236,8 @@ def test_numbers_of_samples_that_are_none_are_refused(number: Any) -> None:
 
 def test_only_so_many_samples_are_taken() -> None:
     net = mlp()
-    assert drift(credit_report(net, samples()), net, samples(), max_samples=700).n_samples == 700
+    few = drift(credit_report(net, samples()), net, samples(), max_samples=np.int64(700))
+    assert few.n_samples == 700
 
 
 class Renamed(nn.Module):
