@@ -188,12 +188,13 @@ Of a measurement of the demo, 90 of some 155 ms are linear algebra (floor 41) an
 pass, which each measurement follows anew: what a network does may change with the epoch, and nothing
 but following it shows that.
 
-On a third machine (AMD EPYC, Zen 4, which has AVX-512 at half the width), in one process with other
-work on the other core: the MLP's 4,096 samples 13.0 (12.6 … 51.2; floor 7.20), so **missed** there, all
-50,000 7.48 (4.80), of enough samples 1.12; the convolutions 1.40 (1.18), ResNet-18 1.23 (1.09), ViT-Tiny
-1.13 (1.04), 100 layers 4.22 (2.37). An epoch measured over others: MLP 2.96 (1.62), CNN 1.19 (1.06), the
-transformer 1.09 (1.01). The demo with every epoch measured took 3.09 times as long as without (floor
-1.68), by default 2.23.
+On a third machine (AMD EPYC, Zen 4, which has AVX-512 at half the width), in one process with nothing
+beside it: the MLP's 4,096 samples 13.2 (12.8 … 52.3; floor 7.26), so **missed** there, all 50,000 7.93
+(4.95), of enough samples 1.17; the convolutions 1.35 (1.20), ResNet-18 1.20 (1.10), ViT-Tiny 1.12
+(1.04), 100 layers 4.00 (2.34). An epoch measured over others: MLP 2.91 (1.66), CNN 1.21 (1.06), the
+transformer 1.06 (1.01). The demo with every epoch measured took 3.29 times as long as without (floor
+1.85), by default 2.32. Another process, with other work on the other core, gave 13.0, 7.48, 1.40, 1.23,
+1.13 and 4.22; 2.96, 1.19 and 1.09; 3.09 and 2.23.
 
 ## Against Captum
 
