@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_koopman.callback.loggers import CreditWriter, EventFile
+from lightning_koopman.effects.alterations import UNUSED_INITIAL
 from lightning_koopman.effects.component_effects import component_effects
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.evaluate import credit_report
@@ -118,9 +119,7 @@ def evaluate_checkpoints(
         raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
     kinds = KINDS if effects is True else tuple(effects or ())
     if initial is not None and "reinit" not in kinds:
-        raise ValueError(
-            "initial weights are given, but the effect of going back to them is not asked for"
-        )
+        raise ValueError(UNUSED_INITIAL)
     predicted = {"effects": kinds, "initial": initial and os.fspath(initial)} if kinds else {}
     chosen = {"components": components, "forward_fn": forward_fn, **vars(options)}
     asked = {**chosen, **(about or {}), **predicted, "weights": weights}

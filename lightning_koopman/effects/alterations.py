@@ -52,6 +52,9 @@ NONE_TO_ALTER = (
 )
 """Why there are no effects of a network such as one of embeddings alone."""
 
+UNUSED_INITIAL = "initial weights are given, but the effect of going back to them is not asked for"
+"""Why initial weights are refused where nothing is done with them."""
+
 SHIFT = 0.2
 """How far a mean is moved towards that of a group: so little that the outputs follow along a line."""
 
@@ -119,6 +122,8 @@ class Alterations:
         if isinstance(kinds, str) or not kinds or not set(kinds) <= set(known):
             unknown = kinds if isinstance(kinds, str) else [k for k in kinds if k not in known]
             raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {known}")
+        if initial is not None and "reinit" not in kinds:
+            raise ValueError(UNUSED_INITIAL)
         if not 0 <= strength < float("inf"):
             raise ValueError(f"strength is {strength}; it must be a finite number, 0 or above")
         self._model, self._parts, self.kinds = model, parts, tuple(dict.fromkeys(kinds))

@@ -221,7 +221,8 @@ def test_weights_as_they_are_change_nothing(kind):
     net, (x, y) = mlp(), data()
     found = component_effects(
         net, batched(x, y), kinds=[kind] if kind in KINDS else [], how="measured", strength=0.0,
-        initial=net.state_dict(), replacements={} if kind in KINDS else {"same": net.state_dict()},
+        initial=net.state_dict() if kind == "reinit" else None,
+        replacements={} if kind in KINDS else {"same": net.state_dict()},
     )  # fmt: skip
     np.testing.assert_array_equal(found.values[kind], 0)
     assert (found.metric[kind] == found.metric_before).all()
@@ -489,6 +490,7 @@ def test_errors_say_what_arrived_and_what_to_do():
     refused("components is of type type; it must be names or glob patterns", components=nn.Linear)
     refused("components names nothing", components=[])
     refused("strength is -1", strength=-1)
+    refused("initial weights are given, but the effect", initial=net.state_dict())
     refused("draws is 0", draws=0)
     refused("probes is 0", probes=0)
     refused("samples is 0", samples=0)
