@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -109,10 +108,6 @@ class Accumulator:
         fitted = isinstance(lift, str) or any(width > max_dim for width in self.chain.widths)
         return (self._shared or self._hold > 0) and self.basis is None and fitted
 
-    @property
-    def _n_held(self) -> int:
-        return sum(len(rows[0]) for rows in self._held)
-
     def push(
         self,
         rows: Mapping[str, Tensor],
@@ -166,9 +161,10 @@ class Accumulator:
         """Add rows to those that wait for company."""
         if self.waits:
             self._held.append(rows)
-            size = sum(part.nbytes for part in itertools.chain(*self._held))
-            enough = self._n_held >= 2 * self.options.max_dim
-            if enough and size > self._hold and not self._shared:
+            # All that came before is held, too.
+            count = self.n_samples + len(rows[0])
+            size = count * sum(part.nbytes for part in rows) // len(rows[0])
+            if count >= 2 * self.options.max_dim and size > self._hold and not self._shared:
                 self._let_go()
             return
         start = 0
@@ -219,10 +215,12 @@ class Accumulator:
     def _let_go(self) -> None:
         """Gather the rows that are held, by some of which the basis is frozen if there is none yet."""
         if self._held and self.basis is None:
-            self._freeze_basis(self.held_rows(spread_over(2 * self.options.max_dim, self._n_held)))
-        held, self._held = self._held, []
+            count = sum(len(rows[0]) for rows in self._held)
+            self._freeze_basis(self.held_rows(spread_over(2 * self.options.max_dim, count)))
+        # The last comes first off, and each is let go of when it is added up.
+        held, self._held = self._held[::-1], []
         while held:
-            self._gather(held.pop(0))
+            self._gather(held.pop())
 
     def _add(self, rows: list[Tensor]) -> None:
         """Add up rows, which are in the basis already."""
@@ -333,12 +331,12 @@ class Accumulator:
 
     def held_rows(self, places: Sequence[int]) -> list[Tensor]:
         """Copy some of the rows that are held, one block per state."""
-        start, taken = 0, []
-        for batch in self._held:
-            own = [place - start for place in places if 0 <= place - start < len(batch[0])]
-            start += len(batch[0])
-            taken += [[rows[own] for rows in batch[1:]]] if own else []
-        return [torch.cat(rows) for rows in zip(*taken, strict=True)]
+        each = [(batch, row) for batch in self._held for row in range(len(batch[0]))]
+        chosen = [each[place] for place in places]
+        return [
+            torch.stack([batch[state][row] for batch, row in chosen])
+            for state in range(1, len(self._held[0]))
+        ]
 
     def merge(self, shares: Sequence[Share], device: torch.device) -> None:
         """Add up the samples of all processes; collectives that each of them must join."""
