@@ -45,6 +45,7 @@ from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
 from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
+from lightning_koopman.network.plan import listed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.text import Fitted
@@ -100,6 +101,8 @@ class Linearized(Steps):
     @property
     def verdict(self) -> str:
         """What became linear, in one line."""
+        if not self.candidates:
+            return "Nothing can become linear: all components stay, for the reasons above."
         if not self.components:
             return (
                 f"Nothing became linear within {self.max_drop:g} {self._unit()}: what could loses more, "
@@ -114,7 +117,8 @@ class Linearized(Steps):
     def next_step(self) -> str:
         """What to do next, in one line."""
         if not self.components:
-            return "Next: drop_order, which drops blocks whole, or a larger max_drop."
+            larger = ", or a larger max_drop" if self.candidates else ""
+            return f"Next: drop_order, which drops blocks whole{larger}."
         return "Next: measure .model on data that nothing was chosen on, and write it with save_shrunk."
 
     @property
@@ -247,10 +251,20 @@ def linearize(
         before = cost_of(runner)
         swaps = [] if not steps else maps.swaps(search.groups(search.chosen))
         seconds, slower = _compare_times(runner, swaps)
+    candidates = tuple(name for name in calls if name not in refused)
+    notes = told_apart(search.unknown, "linear")
+    # The last layer of most networks has no activation, so it says nothing.
+    bare = [name for name in candidates[:-1] if _is_bare(model, calls[name])]
+    if not steps and bare and len(bare) == len(calls) - 1:
+        notes.append(
+            f"{listed(bare)} are linear layers by themselves, for an activation that is called as a "
+            "function, such as torch.relu, belongs to no layer; where one is a module, such as "
+            "nn.ReLU(), it becomes linear together with its layer"
+        )
     found = Linearized(
-        **as_fields(steps, search.outputs, told_apart(search.unknown, "linear")),
+        **as_fields(steps, search.outputs, notes),
         cost_before=before,
-        candidates=tuple(name for name in calls if name not in refused),
+        candidates=candidates,
         refused=refused,
         max_drop=max_drop,
         model=copied_with(model, swaps),
@@ -263,6 +277,11 @@ def linearize(
             "allow_larger to get it all the same, or cost to 'seconds' to save time"
         )
     return found
+
+
+def _is_bare(model: nn.Module, calls: Sequence[str]) -> bool:
+    """Check whether calls are those of one linear layer by itself."""
+    return len(calls) == 1 and type(find_module(model, calls[0])[0]) is nn.Linear
 
 
 def _two_parts(batches: Iterable[Any], fit_batches: Iterable[Any] | None) -> tuple[list[Any], Any]:
@@ -319,8 +338,12 @@ class _Maps:
         taken, given = calls[0].taken, calls[-1].given
         for name, call in zip(names, calls, strict=True):
             if call.runs != 1:
-                part = "it" if name == names[0] else f"{name.partition('#')[0]!r}, which belongs to it,"
-                return f"{part} runs {call.runs} times in one pass"
+                if name == names[0]:
+                    return f"it runs {call.runs} times in one pass"
+                return (
+                    f"{name.partition('#')[0]!r}, which belongs to it, runs {call.runs} times in one "
+                    "pass; give each call a module of its own"
+                )
         if not all(call.in_place for call in calls):
             return "the network does not call it where it is registered, so nothing can take its place"
         if not all(call.alone for call in calls):
@@ -469,8 +492,7 @@ class _Search:
                 groups[-1] = _Group((*last.calls, *form.calls), form.axis)
             else:
                 groups.append(form)
-        bare = [type(find_module(self._runner.model, g.calls[0])[0]) is nn.Linear for g in groups]
-        return [g for g, is_bare in zip(groups, bare, strict=True) if not is_bare or len(g.calls) > 1]
+        return [group for group in groups if not _is_bare(self._runner.model, group.calls)]
 
     def _replaced(self, chosen: Sequence[_Option]) -> list[_Option]:
         """Return those that a map takes the place of."""

@@ -396,6 +396,31 @@ def test_errors_say_what_arrived_and_what_to_do():
     assert "shape=(2,)" in repr(LinearComponent(3, (2,), replaces=["a"]))
 
 
+class AsFunctions(nn.Module):
+    """Layers with activations that are functions, or one module for all."""
+
+    def __init__(self, act) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.act = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 2), act
+
+    def forward(self, x):
+        return self.c(self.act(self.b(self.act(self.a(x)))))
+
+
+def test_activations_that_are_functions_or_shared_are_explained():
+    data = inputs().split(250)
+    functions = linearize(AsFunctions(torch.relu).eval(), data)
+    assert functions.candidates == ("a", "b", "c")
+    assert functions.notes[-1].startswith("a, b are linear layers by themselves, for an activation")
+    shared = linearize(AsFunctions(nn.ReLU()).eval(), data)
+    assert shared.refused["a"].endswith("runs 2 times in one pass; give each call a module of its own")
+    assert not linearize(mlp(), data, max_drop=1e-9).notes
+    twice = Repeated().eval()
+    nothing = linearize(twice, data, credit_report(twice, data, components=["inner"]))
+    assert nothing.verdict == "Nothing can become linear: all components stay, for the reasons above."
+    assert nothing.next_step == "Next: drop_order, which drops blocks whole."
+
+
 class Repeated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
