@@ -254,12 +254,12 @@ def linearize(
     candidates = tuple(name for name in calls if name not in refused)
     notes = told_apart(search.unknown, "linear")
     # The last layer of most networks has no activation, so it says nothing.
-    bare = [name for name in candidates[:-1] if _is_bare(model, calls[name])]
-    if not steps and bare and len(bare) == len(calls) - 1:
+    linear = [name for name in candidates[:-1] if _is_layer(model, calls[name], _LINEAR)]
+    if not steps and linear and len(linear) == len(calls) - 1:
         notes.append(
-            f"{listed(bare)} are linear layers by themselves, for an activation that is called as a "
-            "function, such as torch.relu, belongs to no layer; where one is a module, such as "
-            "nn.ReLU(), it becomes linear together with its layer"
+            f"no activation belongs to {listed(linear)}: one that is called as a function, such as "
+            "torch.relu, belongs to no layer; where it is a module, such as nn.ReLU(), it becomes "
+            "linear together with its layer"
         )
     found = Linearized(
         **as_fields(steps, search.outputs, notes),
@@ -279,9 +279,12 @@ def linearize(
     return found
 
 
-def _is_bare(model: nn.Module, calls: Sequence[str]) -> bool:
-    """Check whether calls are those of one linear layer by itself."""
-    return len(calls) == 1 and type(find_module(model, calls[0])[0]) is nn.Linear
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _is_layer(model: nn.Module, calls: Sequence[str], kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Check whether calls are those of one layer by itself, of one of some kinds."""
+    return len(calls) == 1 and type(find_module(model, calls[0])[0]) in kinds
 
 
 def _two_parts(batches: Iterable[Any], fit_batches: Iterable[Any] | None) -> tuple[list[Any], Any]:
@@ -492,7 +495,8 @@ class _Search:
                 groups[-1] = _Group((*last.calls, *form.calls), form.axis)
             else:
                 groups.append(form)
-        return [group for group in groups if not _is_bare(self._runner.model, group.calls)]
+        model = self._runner.model
+        return [group for group in groups if not _is_layer(model, group.calls, (nn.Linear,))]
 
     def _replaced(self, chosen: Sequence[_Option]) -> list[_Option]:
         """Return those that a map takes the place of."""
