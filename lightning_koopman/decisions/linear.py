@@ -242,6 +242,7 @@ def linearize(
         with explained(fitting):
             refuse_samples(fitting, fitting.run_batch(0)[0])
         maps = _Maps(fitting, max_dim, variance, seed)
+        calls = maps.look_at(calls)
         refused = maps.check({n: c for n, c in calls.items() if n not in refused}) | refused
         if components is not None and refused:
             name, why = next(iter(refused.items()))
@@ -325,9 +326,19 @@ class _Maps:
         self._runner, self._max_dim, self._variance, self._seed = runner, max_dim, variance, seed
         self._swaps: dict[_Group, LinearComponent] = {}
 
-    def check(self, components: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """Run one batch to see why components cannot become linear."""
+    def look_at(self, components: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """Run one batch to see what components are made of, less what several share, as a pooling."""
         self._seen = look_at(self._runner, components)
+        return {name: self._own(calls) for name, calls in components.items()}
+
+    def _own(self, calls: tuple[str, ...]) -> tuple[str, ...]:
+        """Leave out the first call that also runs elsewhere, and all behind it, if others stay."""
+        shared = (i for i, call in enumerate(calls) if self._seen[call].runs != 1)
+        own = calls[: next(shared, len(calls))]
+        return calls if not own or _is_layer(self._runner.model, own, _LINEAR) else own
+
+    def check(self, components: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+        """Find why components cannot become linear."""
         refused = {}
         for name, calls in components.items():
             if reason := self._refusal(calls):
@@ -468,7 +479,8 @@ class _Search:
         options = [_Option(name, form) for name, own in forms.items() for form in own]
         none: list[_Option] = []
         found = (none, self._take_least(options), self.take(options[::-1]), self.take(options))
-        self.chosen = self._exchange(options, min(found, key=lambda chosen: self._worth(chosen)[0]))
+        best = self._exchange(options, min(found, key=lambda chosen: self._worth(chosen)[0]))
+        self.chosen = best if self._allow_larger else self._saving(best)
         return [self._try(self.chosen[: count + 1])[0] for count in range(len(self.chosen))]
 
     @property
@@ -574,6 +586,16 @@ class _Search:
             chosen = best
         return chosen
 
+    def _saving(self, chosen: list[_Option]) -> list[_Option]:
+        """Leave out what saves nothing: it was taken as it might have become one map with another."""
+        for option in chosen:
+            rest = [other for other in chosen if other is not option]
+            if self._worth(rest)[0] <= self._worth(chosen)[0] and (
+                not rest or self._fits(self._try(rest)[0])
+            ):
+                return self._saving(rest)
+        return chosen
+
     def _worth(self, chosen: Sequence[_Option]) -> tuple[float, float]:
         """Return what is to be small: the cost and, of choices that cost as much, the effect."""
         if not chosen:
@@ -601,7 +623,7 @@ def _follows(model: nn.Module, call: str, following: str) -> bool:
         find_module(model, parent)[0], nn.Sequential
     ):
         return False
-    order = [child for child, _ in find_module(model, parent)[0].named_children()]
+    order = list(find_module(model, parent)[0]._modules)
     places = [order.index(name.rpartition(".")[2]) for name in (call, following)]
     return places[1] - places[0] == 1
 

@@ -176,6 +176,15 @@ def test_nothing_gets_larger_unless_asked():
     assert not swaps_in(found.model)
 
 
+def test_what_saves_nothing_stays_though_it_was_taken_on_the_way():
+    torch.manual_seed(0)
+    merged = [nn.Linear(6, 256), nn.Identity(), nn.Linear(256, 256), nn.Identity()]
+    net = nn.Sequential(*merged, nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, 8), nn.Identity()).eval()
+    found = linearize(net, inputs(2000).split(500), max_drop=1e-4)
+    assert found.candidates == ("0", "2", "4", "6")
+    assert sorted(found.components) == ["0", "2"]
+
+
 def test_what_saves_nothing_stays():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
@@ -424,6 +433,34 @@ def test_activations_that_are_functions_or_shared_are_explained():
     nothing = linearize(twice, data, credit_report(twice, data, components=["inner"]))
     assert nothing.verdict == "Nothing can become linear: all components stay, for the reasons above."
     assert nothing.next_step == "Next: drop_order, which drops blocks whole."
+
+
+class SharedPool(nn.Module):
+    """Activations of their own, and one pooling and one dropout for all."""
+
+    def __init__(self, in_a_sequence: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        pool, drop = nn.MaxPool2d(2), nn.Dropout(0.1)
+        first = [nn.Conv2d(1, 8, 3, padding=1), nn.Identity(), pool]
+        second = [nn.Conv2d(8, 8, 3, padding=1), nn.Identity(), pool]
+        last = [nn.Conv2d(8, 8, 3, padding=1), nn.Identity(), nn.Flatten()]
+        last += [nn.Linear(32, 16), nn.Identity(), drop, nn.Linear(16, 3), drop]
+        self.parts = nn.Sequential(*first, *second, *last)
+        self.apart = None if in_a_sequence else nn.Sequential(*first, *second)
+
+    def forward(self, x):
+        return self.parts(x) if self.apart is None else self.parts[6:](self.apart(x))
+
+
+@pytest.mark.parametrize("in_a_sequence", [True, False])
+def test_what_several_share_stays_and_their_own_becomes_linear(in_a_sequence):
+    net, x = SharedPool(in_a_sequence).eval(), torch.randn(400, 1, 8, 8)
+    found = linearize(net, x.split(100), max_drop=1e-6, allow_larger=True)
+    replaced = [call.rpartition(".")[2] for new in swaps_in(found.model) for call in new.replaces]
+    # Not one map, for the pooling runs in between.
+    assert replaced == ["0", "1", "3", "4", "6", "7", "8", "9", "10"]
+    torch.testing.assert_close(found.model(x), net(x), rtol=1e-4, atol=1e-5)
 
 
 class Repeated(nn.Module):
