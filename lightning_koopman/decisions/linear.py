@@ -254,13 +254,11 @@ def linearize(
         seconds, slower = _compare_times(runner, swaps)
     candidates = tuple(name for name in calls if name not in refused)
     notes = told_apart(search.unknown, "linear")
-    # The last layer of most networks has no activation, so it says nothing.
-    linear = [name for name in candidates[:-1] if _is_layer(model, calls[name], _LINEAR)]
-    if not steps and linear and len(linear) == len(calls) - 1:
+    if not steps and candidates and all(_is_layer(model, calls[n], _LINEAR) for n in candidates):
         notes.append(
-            f"no activation belongs to {listed(linear)}: one that is called as a function, such as "
-            "torch.relu, belongs to no layer; where it is a module, such as nn.ReLU(), it becomes "
-            "linear together with its layer"
+            f"{listed(candidates)}: no activation of its own belongs to any of these, for one that is a "
+            "function, such as torch.relu, or that several layers share, stays; where each layer has a "
+            "module, such as nn.ReLU(), it becomes linear together with it"
         )
     found = Linearized(
         **as_fields(steps, search.outputs, notes),
@@ -332,10 +330,9 @@ class _Maps:
         return {name: self._own(calls) for name, calls in components.items()}
 
     def _own(self, calls: tuple[str, ...]) -> tuple[str, ...]:
-        """Leave out the first call that also runs elsewhere, and all behind it, if others stay."""
-        shared = (i for i, call in enumerate(calls) if self._seen[call].runs != 1)
-        own = calls[: next(shared, len(calls))]
-        return calls if not own or _is_layer(self._runner.model, own, _LINEAR) else own
+        """Leave out what also runs elsewhere behind the first call, and all behind that."""
+        shared = (i for i, call in enumerate(calls) if i and self._seen[call].runs != 1)
+        return calls[: next(shared, len(calls))]
 
     def check(self, components: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
         """Find why components cannot become linear."""
@@ -350,14 +347,8 @@ class _Maps:
     def _refusal(self, names: Sequence[str]) -> str:
         calls = [self._seen[name] for name in names]
         taken, given = calls[0].taken, calls[-1].given
-        for name, call in zip(names, calls, strict=True):
-            if call.runs != 1:
-                if name == names[0]:
-                    return f"it runs {call.runs} times in one pass"
-                return (
-                    f"{name.partition('#')[0]!r}, which belongs to it, runs {call.runs} times in one "
-                    "pass; give each call a module of its own"
-                )
+        if calls[0].runs != 1:
+            return f"it runs {calls[0].runs} times in one pass"
         if not all(call.in_place for call in calls):
             return "the network does not call it where it is registered, so nothing can take its place"
         if not all(call.alone for call in calls):

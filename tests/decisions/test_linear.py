@@ -347,15 +347,6 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         load_shrunk(net[:2], tmp_path / "new.ckpt")
 
 
-class Shared(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.act, self.last = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.last(self.act(self.act(self.first(x)) + x))
-
-
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -393,9 +384,6 @@ def test_errors_say_what_arrived_and_what_to_do():
         linearize(net, [x])
     with pytest.raises(ValueError, match=r"went through torch.compile"):
         linearize(torch.compile(net, backend="eager"), batches)
-    shared = Shared().eval()
-    with pytest.raises(ValueError, match=r"'first' cannot .* 'act', which belongs to it, runs 2 times"):
-        linearize(shared, batches, credit_report(shared, [x]), components=["first"])
     pairs = Pairs().eval()
     report = credit_report(pairs, [x], components=["pair", "last"])
     with pytest.raises(ValueError, match="'pair' cannot become linear: it takes more than one tensor"):
@@ -418,21 +406,30 @@ class AsFunctions(nn.Module):
 
 def test_activations_that_are_functions_or_shared_are_explained():
     data = inputs().split(250)
-    functions = linearize(AsFunctions(torch.relu).eval(), data)
-    assert functions.candidates == ("a", "b", "c")
-    assert functions.notes[-1].startswith("no activation belongs to a, b: one that is called")
-    shared = linearize(AsFunctions(nn.ReLU()).eval(), data)
-    assert shared.refused["a"].endswith("runs 2 times in one pass; give each call a module of its own")
+    for net in (AsFunctions(torch.relu), AsFunctions(nn.ReLU())):
+        found = linearize(net.eval(), data)
+        assert found.candidates == ("a", "b", "c")
+        assert found.notes[-1].startswith("a, b, c: no activation of its own belongs to any of these")
     images = AsFunctions(torch.relu).eval()
-    images.a, images.b = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 2)
-    images.c = nn.Sequential(nn.Flatten(), nn.Linear(8, 2))
-    convolved = linearize(images, torch.randn(400, 1, 4, 4).split(100), max_drop=1e-9)
-    assert convolved.notes[-1].startswith("no activation belongs to a, b: one")
+    images.a, images.b, images.c = (nn.Conv2d(i, 4, 2) for i in (1, 4, 4))
+    convolved = linearize(images, torch.randn(400, 1, 5, 5).split(100), max_drop=1e-9)
+    assert convolved.notes[-1].startswith("a, b, c: no activation of its own")
     assert not linearize(mlp(), data, max_drop=1e-9).notes
     twice = Repeated().eval()
     nothing = linearize(twice, data, credit_report(twice, data, components=["inner"]))
     assert nothing.verdict == "Nothing can become linear: all components stay, for the reasons above."
     assert nothing.next_step == "Next: drop_order, which drops blocks whole."
+
+
+def test_layers_around_an_activation_become_one_map_though_others_share_the_dropout_behind():
+    torch.manual_seed(0)
+    drop = nn.Dropout(0.1)
+    blocks = [nn.Sequential(nn.Linear(6, 64), nn.Identity(), nn.Linear(64, 6), drop) for _ in range(2)]
+    net = nn.Sequential(*blocks).eval()
+    found = linearize(net, inputs().split(250), max_drop=1e-3, allow_larger=True)
+    replaced = [new.replaces for new in swaps_in(found.model)]
+    assert replaced == [(f"{i}.0", f"{i}.1", f"{i}.2") for i in range(2)]
+    torch.testing.assert_close(found.model(inputs()), net(inputs()), rtol=1e-3, atol=1e-4)
 
 
 class SharedPool(nn.Module):
