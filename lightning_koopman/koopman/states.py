@@ -264,7 +264,7 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
 def _upper_square(part: Tensor) -> Tensor:
     """Return ``part.T @ part``, of which what is below the diagonal must not be read."""
     square = part.new_zeros(part.shape[1], part.shape[1])
-    add_square(square, part, upper=True)
+    add_square(square, part.T, upper=True)
     return square
 
 
