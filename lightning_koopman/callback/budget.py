@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+from lightning_koopman.network.arguments import NUMBER, check_type
+
 ALLOWANCE = 1.5
 """Seconds that watching a training may take, however short the training is."""
 
@@ -45,6 +47,7 @@ class Budget:
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        check_type(NUMBER, max_overhead=share)
         if not 0 <= share < math.inf:
             raise ValueError(
                 f"max_overhead is {share!r}; give a share of the training's time, such as 0.05"

@@ -43,13 +43,14 @@ from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, NoSamplesError, merge_processes
 from lightning_koopman.measurement.processes import agree_on_latest, gather
+from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import named_components, norms_beside
 from lightning_koopman.network.hook_points import seconds_in_hooks
 from lightning_koopman.network.isolation import is_compiled, plain_numerics, undisturbed
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
 from lightning_koopman.report.drift import Drift
-from lightning_koopman.report.effects import KINDS, Kind
+from lightning_koopman.report.effects import Kind, check_kinds
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import ReportFormatError
 
@@ -183,14 +184,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 f"output is {options.output!r}; a callback does not see what the model returns, so name "
                 "a module"
             )
-        self._writer = CreditWriter(prefix, figures=figures, more=(*effects, *["drift"] * drift))
+        check_given(INTEGER, every_n_epochs=every_n_epochs, max_samples=max_samples)
+        check_kinds(effects)
+        self._writer = CreditWriter(prefix, figures=figures, more=(*effects, *["drift"] * bool(drift)))
         for name, value in (("every_n_epochs", every_n_epochs), ("max_samples", max_samples)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be 1 or above")
         self.options = options
-        if isinstance(effects, str) or (unknown := set(effects) - set(KINDS)):
-            odd = effects if isinstance(effects, str) else sorted(unknown)
-            raise ValueError(f"effects is {odd!r}; give a list of some of {KINDS}")
         self.components, self.effects, self.drift = components, tuple(effects), drift
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples

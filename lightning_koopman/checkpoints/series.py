@@ -17,6 +17,7 @@ from lightning_koopman.effects.alterations import UNUSED_INITIAL
 from lightning_koopman.effects.component_effects import component_effects
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.evaluate import credit_report
+from lightning_koopman.network.arguments import FUNCTION, INTEGER, check_each, check_given
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
 from lightning_koopman.network.weights import (
@@ -29,8 +30,8 @@ from lightning_koopman.network.weights import (
     load_weights,
     run_names,
 )
-from lightning_koopman.report.effects import KINDS, Kind
-from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.effects import KINDS, Kind, check_kinds
+from lightning_koopman.report.report import REPORT, CreditReport
 
 
 class EvaluationError(CheckpointError):
@@ -113,14 +114,18 @@ def evaluate_checkpoints(
         CheckpointError: If no checkpoint matches.
         ValueError: As :func:`credit_report`, or if the shard is out of range.
     """
-    check_arguments(model, batches)
-    number, shards = shard
-    if not 1 <= number <= shards:
-        raise ValueError(f"shard is {number}/{shards}; write i/n with i from 1 to n")
-    kinds = KINDS if effects is True else tuple(effects or ())
+    check_arguments(model, batches, forward_fn)
+    check_each(INTEGER, shard=shard)
+    if len(shard) != 2 or not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"shard is {'/'.join(map(str, shard))}; write i/n with i from 1 to n")
+    check_given(FUNCTION, on_progress=on_progress, on_report=on_report, on_known=on_known)
+    check_given((Mapping, "names of model and data by 'model' and 'data'"), about=about)
+    check_each(REPORT, known=known)
+    kinds = KINDS if effects is True else effects or ()
+    check_kinds(kinds)
     if initial is not None and "reinit" not in kinds:
         raise ValueError(UNUSED_INITIAL)
-    predicted = {"effects": kinds, "initial": initial and os.fspath(initial)} if kinds else {}
+    predicted = {"effects": tuple(kinds), "initial": initial and os.fspath(initial)} if kinds else {}
     chosen = {"components": components, "forward_fn": forward_fn, **vars(options)}
     asked = {**chosen, **(about or {}), **predicted, "weights": weights}
     index, failures = _checkpoint_index(checkpoints, shard, trust_checkpoint, asked, known)

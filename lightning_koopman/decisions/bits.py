@@ -32,7 +32,7 @@ from lightning_koopman.effects.replacements import (
     rounded_weights,
 )
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
-from lightning_koopman.network.arguments import INTEGER, NUMBER, check_given, check_type
+from lightning_koopman.network.arguments import INTEGER, NUMBER, check_each, check_given, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.isolation import undisturbed
@@ -247,8 +247,7 @@ def bit_widths(
         ValueError: If an argument is out of range, no sample arrives, or nothing can be rounded.
         ImportError: If ``torchao`` is missing.
     """
-    check_type((Sequence, "a list of integers, such as (8, 4)"), bits=bits)
-    check_type(INTEGER, **{f"bits[{place}]": each for place, each in enumerate(bits)})
+    check_each(INTEGER, bits=bits)
     check_type(NUMBER, average=average)
     check_given(INTEGER, group_size=group_size)
     options = tuple(sorted({*bits}, reverse=True))

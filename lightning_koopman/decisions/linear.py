@@ -42,7 +42,13 @@ from lightning_koopman.decisions.swaps import (
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, check_batches, runner_on
+from lightning_koopman.network.forward_runner import (
+    ForwardFn,
+    ForwardRunner,
+    check_batches,
+    check_model,
+    runner_on,
+)
 from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.network.plan import listed
@@ -220,6 +226,7 @@ def linearize(
         >>> small.costs[-1].flops < small.cost_before.flops
         True
     """
+    check_model(model)
     if is_compiled(model):
         raise ValueError("the model went through torch.compile; linearize the module it was made from")
     check_copyable(model)

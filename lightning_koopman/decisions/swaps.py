@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.arguments import MODULE, check_type
 from lightning_koopman.network.components import clean_modules, clean_name
+from lightning_koopman.network.forward_runner import check_model
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.saved import write_atomically
@@ -212,7 +212,7 @@ def _refers_to(modules: set[int], function: Any) -> bool:
 
 def copied_with(model: nn.Module, swaps: Iterable[Swap]) -> nn.Module:
     """Copy a network, also where a module holds a tensor with a graph, and put swaps in place."""
-    check_type(MODULE, model=model)
+    check_model(model)
     held = (value for module in model.modules() for value in vars(module).values())
     graphs = [t for t in held if isinstance(t, Tensor) and not t.is_leaf]
     new = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in graphs})

@@ -119,9 +119,10 @@ class Alterations:
         if clashing := sorted(set(replacements) & set(KINDS)):
             raise ValueError(f"replacements are named {clashing}, which are kinds; name them otherwise")
         known = (*KINDS, *replacements)
-        if isinstance(kinds, str) or not kinds or not set(kinds) <= set(known):
-            unknown = kinds if isinstance(kinds, str) else [k for k in kinds if k not in known]
-            raise ValueError(f"unknown kinds {unknown or kinds!r}; choose from {known}")
+        if not kinds:
+            raise ValueError(f"kinds names nothing; choose some of {known}")
+        if unknown := kinds if isinstance(kinds, str) else [k for k in kinds if k not in known]:
+            raise ValueError(f"unknown kinds {unknown!r}; give a list of some of {known}")
         if initial is not None and "reinit" not in kinds:
             raise ValueError(UNUSED_INITIAL)
         if not 0 <= strength < float("inf"):

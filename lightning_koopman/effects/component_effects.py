@@ -173,6 +173,8 @@ def component_effects(
     state_dicts = {f"replacements[{name!r}]": each for name, each in (replacements or {}).items()}
     check_type(STATE_DICT, **state_dicts)
     check_given(STATE_DICT, initial=initial)
+    check_type((Iterable, "a list of kinds, such as ['skip', 'linear']"), kinds=kinds)
+    check_type((Iterable, "a list of sets of components"), sets=sets)
     runner = runner_on(model, batches, samples, forward_fn)
     if report is not None:
         parts, ends = _chosen(altered_parts(report), components), Ends.of(report)
@@ -414,7 +416,8 @@ def _rows(names: Sequence[str], sets: Iterable[Collection[str]]) -> dict[str, tu
     """Return what is altered together, by name: each component alone, then the sets."""
     rows: dict[str, tuple[str, ...]] = {name: (name,) for name in names}
     for given in sets:
-        if isinstance(given, str) or not set(given) <= set(names) or len(set(given)) < 2:
+        known = isinstance(given, Collection) and not isinstance(given, str) and set(given) <= set(names)
+        if not known or len(set(given)) < 2:
             raise ValueError(f"sets holds {given!r}; each must hold two or more of {tuple(names)}")
         members = tuple(name for name in names if name in given)
         rows["+".join(members)] = members

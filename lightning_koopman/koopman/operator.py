@@ -17,6 +17,7 @@ from lightning_koopman.koopman.regression import (
     spectrum,
 )
 from lightning_koopman.koopman.states import sample_keys
+from lightning_koopman.network.arguments import INTEGER, TENSOR, check_given, check_type
 from lightning_koopman.network.tensors import exactly
 
 
@@ -71,6 +72,7 @@ class KoopmanOperator:
         Raises:
             ValueError: If the width is not ``d_in``.
         """
+        check_type(TENSOR, x=x)
         if x.ndim != 2 or x.shape[1] != self.matrix.shape[0]:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; expected (n_samples, {self.matrix.shape[0]})"
@@ -123,6 +125,9 @@ def fit_operator(
         Williams, Kevrekidis & Rowley (2015), J. Nonlinear Sci. 25, 1307-1346.
     """
     check_tikhonov(tikhonov)
+    check_type(INTEGER, seed=seed)
+    check_given(INTEGER, rank=rank, folds=folds)
+    check_type(TENSOR, x=x, y=y)
     _check_pair(x, y, rank)
     x, y = exactly(x), exactly(y)
     layout = Layout((x.shape[1], y.shape[1]), 2 if folds is None else folds, squares=(1,))

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 from lightning_koopman.koopman.lifts import Observables, check_observables
 from lightning_koopman.koopman.regression import check_tikhonov
+from lightning_koopman.network.arguments import INTEGER, check_each, check_given, check_type
 from lightning_koopman.network.rows import ReduceOption, check_reduce
 
 Normalize = Literal["none", "rms", "whiten"]
@@ -76,10 +77,11 @@ class Options:
     errors: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank", "folds", "max_dim"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) or (name == "rank" and value is None)):
-                raise ValueError(f"{name} is {value!r}; it must be an integer")
+        check_type(INTEGER, folds=self.folds, max_dim=self.max_dim, seed=self.seed)
+        check_given(INTEGER, rank=self.rank)
+        for name in ("rank", "folds", "max_dim", "seed"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(value))  # files and torch take none of NumPy's
         if self.folds < 2:
             raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
         if isinstance(self.delay, bool) or not isinstance(self.delay, int) or self.delay < 1:
@@ -91,12 +93,15 @@ class Options:
         check_tikhonov(self.tikhonov)
         if self.normalize not in get_args(Normalize):
             raise ValueError(f"normalize is {self.normalize!r}; choose one of {get_args(Normalize)}")
+        if self.targets is not None:
+            check_each(INTEGER, targets=self.targets)
         if self.targets is not None and self.normalize == "whiten":
             raise ValueError(
                 f"targets is {list(self.targets)}, but normalize='whiten' mixes the output's units; "
                 "choose 'none' or 'rms'"
             )
         check_reduce(self.reduce)
+        check_given((str | Callable, "the name of a module, or a function"), output=self.output)
         check_observables(self.observables)
 
 

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.arguments import NUMBER, check_given
+
 RIDGE_GRID = (0.0, *(10 ** (-8 + step / 4) for step in range(25)))
 """Ridge weights tried, in units of the mean variance of the regressors; at most 1e-2."""
 
 
 def check_tikhonov(tikhonov: float | None) -> None:
     """Refuse a ridge weight that is no non-negative number."""
+    check_given(NUMBER, tikhonov=tikhonov)
     if tikhonov is not None and not 0 <= tikhonov < float("inf"):
         raise ValueError(f"tikhonov is {tikhonov}; it must be a finite number, 0 or above")
 

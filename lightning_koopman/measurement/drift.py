@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference, beyond_error, unexplained
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import clean_modules
 from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
 from lightning_koopman.network.samples import spread
@@ -67,7 +68,9 @@ def drift(
         >>> lk.drift(report, net, torch.randn(2000, 6).split(500)).culprit
         '2'
     """
-    check_arguments(model, batches)
+    check_arguments(model, batches, forward_fn)
+    check_given(INTEGER, step=step)
+    check_given((Options, "Options, such as Options(max_dim=64)"), options=options)
     if max_samples is not None and not (isinstance(max_samples, int | np.integer) and max_samples > 0):
         raise ValueError(f"max_samples is {max_samples!r}; give a number of 1 or above, or None for all")
     found = _reference_of(reference)

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.accumulator import MaxSamples
 from lightning_koopman.measurement.measurement import FIRST_CHECK, Measurement
+from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import Components
 from lightning_koopman.network.forward_runner import (
     ForwardFn,
@@ -84,7 +85,8 @@ def credit_report(
     References:
         Liang et al. (2022), arXiv 2212.00998.
     """
-    check_arguments(model, batches)
+    check_arguments(model, batches, forward_fn)
+    check_given(INTEGER, step=step)
     batches = _with_weights(model, batches, forward_fn)
     counts = isinstance(max_samples, int | np.integer) and max_samples > 0
     if max_samples not in ("enough", None) and not counts:

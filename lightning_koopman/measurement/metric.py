@@ -5,7 +5,7 @@
 import functools
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.koopman.states import sample_keys
 from lightning_koopman.measurement.sums import check_states, report_on
+from lightning_koopman.network.arguments import INTEGER, TENSOR, check_each, check_given, check_type
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport, check_quantities
 
@@ -109,6 +110,11 @@ class KoopmanCredit(Metric):
         **kwargs: Any,
     ) -> None:
         check_quantities(quantities)
+        check_each((str, "a name"), components=() if components is None else components)
+        check_each(INTEGER, dims=() if dims is None else dims)
+        check_each(TENSOR, center=() if center is None else center)
+        check_each((Sequence, "a list of integers"), links=() if links is None else links)
+        check_each(INTEGER, **{f"links[{step}]": read for step, read in enumerate(links or ())})
         super().__init__(**kwargs)
         self.center = None if center is None else [offset.detach().double() for offset in center]
         folds, delay = self.folds, self.delay = options.folds, options.delay
@@ -156,17 +162,26 @@ class KoopmanCredit(Metric):
             ValueError: If the states do not fit each other or earlier ones, or are not finite.
         """
         components = self.components
+        check_type((Iterable, "a list of tensors, or a mapping to them"), states=states)
+        check_given(TENSOR, keys=keys)
         if isinstance(states, Mapping):
             names = tuple(states)[1:]
             if components not in (None, names):
                 raise ValueError(f"states are named {names}; expected x_0 and then {components}")
             components, states = names, list(states.values())
+        states = list(states)
+        check_each(TENSOR, states=states)
         rows = [exactly(state.detach()) for state in states]
         rows = [row.flatten(1) if row.ndim > 1 else row[:, None] for row in rows]
         if not rows or rows[0].shape[0] == 0:
             raise ValueError("no sample arrived; states must hold at least one row")
         layout = self.layout or self._layout_of([row.shape[1] for row in rows], components)
         check_states(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
+        if keys is not None and (keys.shape != rows[0].shape[:1] or keys.is_floating_point()):
+            raise ValueError(
+                f"keys has shape {tuple(keys.shape)} of {keys.dtype}; expected one integer per sample, "
+                f"({len(rows[0])},)"
+            )
         # A state that was made in inference mode could not be added to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             if self.layout is None or components != self.components:

@@ -348,7 +348,7 @@ def named_components(
         # What is part of another one too belongs to it.
         chosen = {name: module for name, module in chosen.items() if id(module) not in shared}
     else:
-        single = isinstance(components, str | type | int)
+        single = isinstance(components, str | type) or not isinstance(components, Iterable)
         chosen = _matching(model, modules, [components] if single else components)  # type: ignore[arg-type, list-item]
     if components is not None and not chosen:
         raise ValueError("components names nothing; leave it out to choose automatically")

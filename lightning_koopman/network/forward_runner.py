@@ -47,13 +47,19 @@ NO_SAMPLES = (
 )
 
 
-def check_arguments(model: object, batches: object) -> None:
-    """Refuse what is no model, and what would not give batches when iterated."""
+def check_arguments(model: object, batches: object, forward_fn: object) -> None:
+    """Refuse what is no model, what would not give batches when iterated, and what runs none."""
+    check_model(model)
+    check_batches(batches)
+    check_given((Callable, "a function, called as forward_fn(model, batch)"), forward_fn=forward_fn)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no model."""
     if isinstance(model, type) and issubclass(model, nn.Module):
         raise ValueError(f"model is the class {model.__name__}; pass an instance, {model.__name__}(...)")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model has type {type(model).__name__}; it must be a torch.nn.Module")
-    check_batches(batches)
 
 
 def check_batches(batches: object) -> None:
@@ -602,10 +608,9 @@ def runner_on(
 ) -> ForwardRunner:
     """Return what runs a model on samples from everywhere in the data."""
     check_type(INTEGER, samples=samples)
-    check_given((Callable, "a function, called as forward_fn(model, batch)"), forward_fn=forward_fn)
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least one is needed")
-    check_arguments(model, batches)
+    check_arguments(model, batches, forward_fn)
     runner = ForwardRunner(model, spread(batches, samples), forward_fn, samples=samples)
     if not runner.batches:
         raise ValueError(NO_SAMPLES)

@@ -226,7 +226,7 @@ def random_states_kept(batches: Any = ()) -> Generator[None, None, None]:
 def seed_all(seed: int) -> None:
     """Seed all random generators."""
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)
     # torch.manual_seed stores a stack trace for each device that was not used yet.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_available():

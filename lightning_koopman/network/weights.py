@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.network.arguments import check_each, check_type
 from lightning_koopman.network.components import clean_name
 
 Weights = Literal["saved", "averaged", "current"]
@@ -92,7 +93,10 @@ def find_checkpoints(
     checkpoints: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 ) -> list[Path]:
     """Resolve paths and glob patterns."""
-    given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    given = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else checkpoints
+    check_type((Iterable, "a path, or a list of paths"), checkpoints=given)
+    given = list(given)
+    check_each((str | os.PathLike, "a path"), checkpoints=given)
     found: dict[Path, None] = {}
     patterns = [os.fspath(name) for name in given]
     for place, pattern in enumerate(patterns):

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.markup import escape
 
 from lightning_koopman.koopman.chain import jackknife
+from lightning_koopman.network.arguments import check_type
 from lightning_koopman.report.saved import to_plain
 from lightning_koopman.report.text import Fitted, Shown, with_share
 
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 Kind = Literal["linear", "reinit", "weight_noise", "output_noise", "skip"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Ways to alter a component; replacements come on top, under names of their own."""
+
+
+def check_kinds(effects: Any) -> None:
+    """Refuse what names no kinds."""
+    check_type((Collection, f"a list of some of {KINDS}"), effects=effects)
+    if odd := effects if isinstance(effects, str) else [kind for kind in effects if kind not in KINDS]:
+        raise ValueError(f"effects is {odd!r}; give a list of some of {KINDS}")
+
 
 Scale = Literal["kl", "relative"]
 """What a change of the outputs is measured in: mean KL divergence in nats from the original to the

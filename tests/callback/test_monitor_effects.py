@@ -539,7 +539,7 @@ def test_none_are_measured_where_none_are_wanted(tmp_path: Any) -> None:
     assert not [note for note in monitor.report.notes if "effects" in note]
 
 
-@pytest.mark.parametrize("effects", ["skip", ["skip", "swap"]])
+@pytest.mark.parametrize("effects", ["skip", ["skip", "swap"], [None]])
 def test_unknown_effects_are_refused(effects: Any) -> None:
     with pytest.raises(ValueError, match=r"effects is .*; give a list of some of"):
         KoopmanCreditMonitor(effects=effects)

@@ -482,9 +482,12 @@ def test_errors_say_what_arrived_and_what_to_do():
         with pytest.raises(ValueError, match=message):
             component_effects(of, given, about, kinds, **more)
 
-    refused(r"unknown kinds \['linaer'\]; choose from", kinds=["linaer"])
-    refused(r"unknown kinds 'skip'", kinds="skip")
-    refused(r"unknown kinds \(\)", kinds=())
+    refused(r"unknown kinds \['linaer'\]; give a list of some of", kinds=["linaer"])
+    refused(r"unknown kinds 'skip'; give a list of some of \('linear'", kinds="skip")
+    refused(r"kinds names nothing; choose some of \('linear'", kinds=[])
+    refused("kinds is None; it must be a list of kinds", kinds=None)
+    refused("sets is 3; it must be a list of sets", sets=3)
+    refused(r"sets holds 3; each must hold two or more of \('0', '2', '5'\)", sets=[3])
     refused(r"replacements are named \['skip'\], which are kinds", replacements={"skip": {}})
     refused("has no components '9'", components=["9"])
     refused("components is of type type; it must be names or glob patterns", components=nn.Linear)
