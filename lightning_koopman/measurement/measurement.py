@@ -18,7 +18,7 @@ from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components, is_leaf
+from lightning_koopman.network.components import Components, hint, is_leaf, matching
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
@@ -306,6 +306,12 @@ class Measurement(Accumulator):
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
         """Freeze the chain that the first pass showed, and return the rows of that pass."""
+        if isinstance(ways := self.options.reduce, Mapping) and ways:
+            names = list(dict.fromkeys((*(record.name for record in records), *self.capture.chosen)))
+            for stranger in matching(names, list(ways))[1]:
+                raise ValueError(
+                    f"reduce holds {stranger!r}, which matches no component. {hint(stranger, names)}"
+                )
         returned, in_losses = self.capture.returned.made_of, self.capture.returned.in_losses
         if (error := self.capture.untraced) is not None:
             records, returned = in_a_row([r for r in records if r.name not in returned]), {}

@@ -543,7 +543,7 @@ def _matching(
         if isinstance(item, str):
             matches = {name for name in modules if name == item or fnmatchcase(name, item)}
             matches |= {first_name(model, item)} & modules.keys()
-            trouble = f"no module is called {item!r}. {_hint(item, modules)}"
+            trouble = f"no module is called {item!r}. {hint(item, modules)}"
         elif isinstance(item, type) and issubclass(item, nn.Module):
             matches = {name for name, module in modules.items() if isinstance(module, item)}
             kinds = sorted({type(module).__name__ for module in modules.values()})
@@ -581,7 +581,8 @@ def _at_depth(modules: dict[str, nn.Module], depth: int) -> set[str]:
     return chosen
 
 
-def _hint(pattern: str, modules: dict[str, nn.Module]) -> str:
+def hint(pattern: str, modules: Collection[str]) -> str:
+    """Return what a pattern that matches nothing may have meant."""
     close = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.4)
     if close:
         return f"Close matches: {', '.join(map(repr, close))}."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_koopman.network.arguments import check_each
 from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, tensors_inside
@@ -648,6 +649,8 @@ def _reduction(name: str, reduce: ReduceOption) -> Reduce:
 
 def check_reduce(reduce: Any) -> None:
     """Refuse reductions that do not exist."""
+    if isinstance(reduce, Mapping):
+        check_each((str, "a name or glob pattern"), reduce=list(reduce))
     for way in reduce.values() if isinstance(reduce, Mapping) else [reduce]:
         if way not in REDUCTIONS and not callable(way):
             raise ValueError(f"reduce holds {way!r}; choose one of {REDUCTIONS} or give a callable")

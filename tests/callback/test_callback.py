@@ -296,6 +296,15 @@ def test_nan_states_warn_once_and_training_goes_on(tmp_path):
     assert hooks_on(model) == 0
 
 
+def test_a_reduction_for_no_component_warns_once(tmp_path):
+    monitor = KoopmanCreditMonitor(reduce={"head": "mean"})
+    trainer = quiet_trainer(tmp_path, [monitor], logger=Recorder())
+    with pytest.warns(UserWarning, match="skipped: reduce holds 'head', which matches no") as caught:
+        trainer.fit(LitNet(), *loaders())
+    assert sum("Koopman credit skipped" in str(w.message) for w in caught) == 1
+    assert (trainer.current_epoch, monitor.history) == (3, [])
+
+
 def test_on_error_raise_raises(tmp_path):
     trainer = quiet_trainer(tmp_path, [KoopmanCreditMonitor(on_error="raise")], logger=Recorder())
     with pytest.raises(ValueError, match=r"'net.4' holds NaN"):

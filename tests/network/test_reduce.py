@@ -70,6 +70,18 @@ def test_a_reduction_by_pattern_leaves_the_others_alone() -> None:
     assert_same(given, by_hand([x0.movedim(-1, 1).flatten(1), a.mean(1), b[:, 2]]))
 
 
+def test_a_pattern_that_matches_no_component_is_refused() -> None:
+    net, x = PerPosition(), torch.randn(60, 5, 3)
+    with pytest.raises(
+        ValueError, match=r"reduce holds 'bb', which matches no component\. Close matches: 'b'\."
+    ):
+        credit_report(net, x.split(20), reduce={"a": "mean", "bb": "last", "*": "pool"})
+    with pytest.raises(ValueError, match=r"reduce holds 'encoder\.\*', which .* 'input', 'a', 'b'\."):
+        credit_report(net, x.split(20), reduce={"encoder.*": "mean"})
+    with pytest.raises(ValueError, match=r"reduce\[0\] is 1; it must be a name or glob pattern"):
+        Options(reduce={1: "mean"})  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize("reduce", ["mean", "last"])
 def test_padding_is_left_out_at_any_padded_length(reduce: Any) -> None:
     """Batches of several lengths, each padded to its own longest."""
