@@ -171,6 +171,8 @@ def evaluate_checkpoints(
         report = replace(report, notes=tuple(notes))
         # References of many checkpoints need not fit in memory: the last one's is kept.
         kept = report.reference if item is index[-1] else None
+        # A place among files is no step to others.
+        kept = kept and replace(kept, step=item.source["step"])
         return replace(report, run=item.run, source=item.source, reference=kept)
 
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}

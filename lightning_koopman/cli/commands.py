@@ -18,6 +18,7 @@ from lightning_koopman.network.weights import Weights
 from lightning_koopman.report.effects import Kind
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.saved import folder_of
+from lightning_koopman.report.text import counted
 
 
 class _Rate(progress.ProgressColumn):
@@ -111,7 +112,8 @@ def merge(reports: list[str], out: str) -> None:
     check_writable(out)
     merged = merge_reports(reports)
     write_reports(merged, out, kind_of(out))
-    Console().print(f"{len(merged)} reports in {out}", highlight=False, soft_wrap=True, markup=False)
+    told = f"{counted(len(merged), 'report')} in {out}"
+    Console().print(told, highlight=False, soft_wrap=True, markup=False)
 
 
 def check_writable(*paths: str | None, figure: str | None = None) -> None:
@@ -131,6 +133,14 @@ def check_writable(*paths: str | None, figure: str | None = None) -> None:
             raise ValueError(
                 f"{figure} is no figure that can be drawn; end its name in .{', .'.join(known)}"
             )
+
+
+def check_table(out: str | None) -> None:
+    """Refuse a page for numbers that only a table is made of."""
+    if out is not None and out.lower().endswith(".html"):
+        raise ValueError(
+            f"{out} would be a page, and pages are made of reports alone; end its name in .json or .csv"
+        )
 
 
 def say_written(*paths: str | None) -> None:
@@ -226,7 +236,7 @@ def evaluate(
 
     def show_known(taken: int, total: int) -> None:
         if known:
-            told = f"{taken} of {total} reports taken over from {out}"
+            told = f"{taken} of {counted(total, 'report')} taken over from {out}"
             console.print(told, highlight=False, soft_wrap=True, markup=False)
 
     def save(reports: list[CreditReport]) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_koopman.cli.commands import check_writable, say_written
+from lightning_koopman.cli.commands import check_table, check_writable, say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained, fit_and_choose
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.report.effects import Kind, Scale
@@ -192,6 +192,7 @@ def drop(max_drop: float = 0.01, steps: int | None = None, **task: Any) -> None:
     """
     from lightning_koopman.decisions.drop import drop_order
 
+    check_table(task.get("out"))
     given = Task(**task)
     found = drop_order(given.network, given.batches(), max_drop=max_drop, steps=steps, **given.common)
     count = found.within if steps is None else len(found.components)
@@ -220,6 +221,7 @@ def linearize(
     """
     from lightning_koopman.decisions.linear import linearize
 
+    check_table(task.get("out"))
     given = Task(**task)
     fit_on, choose_on = fit_and_choose(given.data, given.checkpoint.data_hyper_parameters)
     found = linearize(
@@ -246,6 +248,7 @@ def bits(
     """
     from lightning_koopman.decisions.bits import bit_widths
 
+    check_table(task.get("out"))
     given = Task(**task)
     found = bit_widths(
         given.network, given.batches(), bits=widths or (8, 4, 3, 2), average=average,

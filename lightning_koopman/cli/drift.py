@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from lightning_koopman.cli.commands import check_writable, say_written
+from lightning_koopman.cli.commands import check_table, check_writable, say_written
 from lightning_koopman.cli.user_code import build_batches, build_trained
 from lightning_koopman.network.weights import Weights
 
@@ -28,7 +28,7 @@ def drift(
         data: Data to measure on, as in evaluate; the same as the reference's or others.
         ckpt: Checkpoint of the network as it is now.
         figure: File for a figure.
-        out: File for the numbers: JSON if its name ends in .json, else CSV.
+        out: File for the numbers: JSON if its name ends in .json, else CSV; no page.
         max_samples: Most samples to take; all by default.
         trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
         weights: Which weights of a training with weight averaging: as saved, averaged or current.
@@ -39,6 +39,7 @@ def drift(
 
     # Whatever is wrong should be known before a model is built.
     check_writable(out, figure=figure)
+    check_table(out)
     read_reference(reference)
     network, checkpoint = build_trained(model, ckpt, trust_checkpoint, weights)
     batches = build_batches(data, checkpoint.data_hyper_parameters)

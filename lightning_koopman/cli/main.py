@@ -50,11 +50,13 @@ class _Parser(ArgumentParser):
             re.DOTALL,
         ):
             message = f"{_option(single[1])}: {single[2]} is no list; write [{single[2]}]"
-        elif stray := re.fullmatch(r"[Uu]nrecognized arguments: --(\w+).*", message):
-            known = _defaults(command) if command else {}
-            short = [name for name in known if _is_short_for(name, stray[1])]
-            close = short or difflib.get_close_matches(stray[1], known, n=1)
-            meant = f"; did you mean {_option(close[0])}?" if close else ""
+        elif stray := re.fullmatch(r"[Uu]nrecognized arguments: --([\w.]+).*", message):
+            # Of options in groups people know the last part.
+            known = {name.rpartition(".")[2]: name for name in (_defaults(command) if command else ())}
+            word = stray[1].rpartition(".")[2]
+            short = [name for name in known if _is_short_for(name, word)]
+            close = short or difflib.get_close_matches(word, known, n=1)
+            meant = f"; did you mean {_option(known[close[0]])}?" if close else ""
             message = f"{command or 'lightning-koopman'} has no option {_option(stray[1])}{meant}"
         elif value := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
             option = _option(value[1])
@@ -92,7 +94,7 @@ def _defaults(command: str) -> dict[str, Any]:
     """Return the options of a command, and what each is where it is left out."""
     parser = ArgumentParser()
     parser.add_function_arguments(_command(command))
-    return vars(parser.get_defaults())
+    return dict(parser.get_defaults().items())
 
 
 def _overview() -> str:
@@ -121,6 +123,11 @@ def _as_parsed(given: Sequence[str]) -> list[str]:
     """Return arguments as jsonargparse takes them: underscores, and a value behind every switch."""
     args = [re.sub(r"^--[a-z_.-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in given]
     command = args[0] if args else ""
+    if command == "merge":
+        names_value = [word.startswith("-") and "=" not in word for word in args]
+        for place, word in enumerate(args[1:], start=1):
+            if not (word.startswith("-") or names_value[place - 1]):
+                args[place] = f"--reports+={word}"
     for place, name in enumerate(_FILES.get(command, []), start=1):
         if len(args) > 2 * place - 1 and not args[2 * place - 1].startswith("-"):
             args.insert(2 * place - 1, f"--{name}")

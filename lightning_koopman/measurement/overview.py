@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_koopman.koopman.options import DEFAULTS
+from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
@@ -23,6 +23,7 @@ from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
 from lightning_koopman.network.rows import Recorded, module_of, numbered
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
+from lightning_koopman.report.text import counted
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Overview:
     def __rich__(self) -> Table:
         inside = sum({module_of(row.name): row.parameters for row in self.rows}.values())
         table = Table(
-            title=f"{len(self.rows)} components with {inside:,} of {self.total:,} parameters",
+            title=f"{counted(len(self.rows), 'component')} with {inside:,} of {self.total:,} parameters",
             caption="\n".join(map(escape, self.notes)) or None,
             caption_justify="left",
             box=SIMPLE_HEAD,
@@ -127,6 +128,7 @@ def describe_components(
         >>> describe_components(net, [torch.ones(5, 4)]).rows[0].shape_out
         (5, 3)
     """
+    max_dim = Options(max_dim=max_dim).max_dim  # refused there if it is none
     total = sum(p.numel() for p in model.parameters())
     if batches is None:
         chosen = named_components(model, components)

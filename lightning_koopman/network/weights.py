@@ -236,7 +236,8 @@ _MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 def _refuse(path: Path, error: Exception) -> NoReturn:
     """Raise why a file is not read, without the unpickler's advice to switch safety off."""
     reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
-    if isinstance(error, OSError):
+    # Of a file that ends early torch asks for places that are not there.
+    if isinstance(error, OSError) and error.filename is not None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or reason})") from None
     with open(path, "rb") as file:
         start = file.read(32)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.markup import escape
 
-from lightning_koopman.report.text import EMPTY_DRIFT, Fitted, Shown, with_places
+from lightning_koopman.report.text import EMPTY_DRIFT, Fitted, Shown, counted, with_places
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,6 +177,6 @@ class Drift(Shown):
         )
 
     def __repr__(self) -> str:
-        count, culprit = int(self.changed.sum()), self.culprit
+        count, culprit = counted(len(self.components), "component"), self.culprit
         first = "" if culprit is None else f", first {culprit!r}"
-        return f"Drift({len(self.components)} components, {count} changed{first})"
+        return f"Drift({count}, {self.changed.sum()} changed{first})"

@@ -15,7 +15,7 @@ from rich.markup import escape
 from lightning_koopman.koopman.chain import jackknife
 from lightning_koopman.network.arguments import check_type
 from lightning_koopman.report.saved import to_plain
-from lightning_koopman.report.text import Fitted, Shown, with_share
+from lightning_koopman.report.text import Fitted, Shown, counted, with_share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -264,8 +264,8 @@ class Effects(Shown):
             way: [k for k, w in self.how.items() if w == way] for way in sorted({*self.how.values()})
         }
         how = "; ".join(f"{way} {', '.join(kinds)}" for way, kinds in by_way.items())
-        count = len(self.components) - len(self.sets)
-        return f"Effects({count} components; {how}; {self.unit}, {self.n_samples} samples)"
+        count = counted(len(self.components) - len(self.sets), "component")
+        return f"Effects({count}; {how}; {self.unit}, {self.n_samples} samples)"
 
     def __rich__(self) -> Fitted:
         columns: dict[str, list[str]] = {"component": []}

@@ -25,7 +25,7 @@ from lightning_koopman.report.saved import (
     write_atomically,
 )
 from lightning_koopman.report.tables import credit_table, has_more, to_rows
-from lightning_koopman.report.text import as_text, with_error
+from lightning_koopman.report.text import as_text, counted, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -246,7 +246,7 @@ class CreditReport(ReportFields):
         step = "" if self.step is None else f"step {self.step}, "
         run = f"run {self.run}, " if self.run else ""
         total = with_error(self.total, self.total_stderr, " ± ") or "unknown"
-        size = f"{len(self)} component{'s' if len(self) > 1 else ''}"
+        size = counted(len(self), "component")
         return f"CreditReport({size}, {run}{step}{self.n_samples} samples, total {total})"
 
     def _repr_html_(self) -> str:

@@ -116,6 +116,11 @@ class Shown(JupyterMixin):
         return as_text(self)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things, of which there may be one."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def as_text(table: Any) -> str:
     """Render what rich can print as plain text."""
     file = io.StringIO()

@@ -143,6 +143,13 @@ def test_a_foreign_file_is_not_recommended_for_trust(content, message, path):
     assert "trust" not in str(caught.value)
 
 
+def test_a_checkpoint_that_was_cut_off_is_damaged(path):
+    torch.save({"state_dict": {"weight": torch.zeros(20000)}}, path)
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(CheckpointError, match=r"odd\.ckpt is damaged \(.*\); name another checkpoint"):
+        load_checkpoint(path)
+
+
 def test_a_checkpoint_without_weights_says_what_it_holds(path):
     torch.save({"optimizer": 1, "epoch": 2}, path)
     with pytest.raises(CheckpointError, match="no state_dict of tensors but 'optimizer', 'epoch'; name"):

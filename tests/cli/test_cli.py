@@ -165,6 +165,8 @@ def test_wrong_names_are_explained(project, capsys, model, data, message):
 UNUSABLE = {
     "evaluate --nonsense 1": "error: evaluate has no option --nonsense See",
     "linearize --max-dropp 1": "linearize has no option --max-dropp; did you mean --max-drop? See",
+    "evaluate --max_dim 64": "evaluate has no option --max-dim; did you mean --options.max-dim? See",
+    "evaluate --model a --data b --ckpt c --options.max-dmi 9": "did you mean --options.max-dim? See",
     "evaluate --checkpoints a.ckpt": "evaluate has no option --checkpoints; did you mean --ckpt? See",
     "effects --model a --data b --ckpt c --kinds [xy]": "error: --kinds: 'xy' is none of 'linear',",
     "effects --model a --data b --ckpt c --kinds skip": "error: --kinds: skip is no list; write [skip]",
@@ -302,8 +304,7 @@ def test_two_processes_side_by_side_share_the_checkpoints_and_merge(project):
     first, second = (warm.Program([*command, *options], project, env) for options in shards)
     with first, second:
         assert [program.wait().returncode for program in (first, second)] == [0] * 2
-    files = [f"--reports+={i}.json" for i in (1, 2)]
-    assert main(["merge", *files, "--out=all.json"]) == 0
+    assert main(["merge", "1.json", "--out", "all.json", "2.json"]) == 0
     assert [report.step for report in read("all.json")] == [10, 20, 30, 40, 50, 60]
     assert [len(read(f"{i}.json")) for i in (1, 2)] == [3, 3]
     assert evaluate("--ckpt=*.ckpt", "--out=single.json") == 0

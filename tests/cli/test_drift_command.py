@@ -77,6 +77,16 @@ def test_the_reference_is_that_of_the_last_checkpoint(
     assert evaluate("--ckpt=*.ckpt", "--reference=r.safetensors", "--out=r.json", "--fresh") == 0
 
 
+def test_a_file_that_holds_no_step_says_none(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("before", "after"):
+        torch.save(torch.load(f"{name}.ckpt")["state_dict"], f"{name}.pt")
+    assert evaluate("--ckpt=before.pt", "--reference=r.safetensors") == 0
+    assert read_reference("r.safetensors").step is None
+    capsys.readouterr()
+    assert drift("r.safetensors", "--ckpt=after.pt") == 0
+    assert capsys.readouterr().out.strip().startswith("Drift, 400 samples")
+
+
 def test_where_the_last_checkpoint_fails_its_failure_is_told_and_no_reference_written(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

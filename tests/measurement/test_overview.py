@@ -63,6 +63,7 @@ def test_with_data_it_lists_shapes_and_state_widths(listed):
     [
         ("--model listed:images --components x", "no module is called 'x'"),
         ("--model listed:images --components 0 --depth 1", "components is '0' and depth is 1; give one"),
+        ("--model listed:images --max-dim 0", "max_dim is 0; a state vector needs at least one"),
         ("--model listed:Wide", "listed:Wide cannot be built without arguments"),
     ],
 )
