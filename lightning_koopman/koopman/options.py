@@ -30,6 +30,7 @@ class Options:
         normalize: Coordinates of every state: as they are (``"none"``), each unit over its standard
             deviation (``"rms"``) or whitened (``"whiten"``).
         targets: Output units of interest, not with ``"whiten"`` nor of an output wider than ``max_dim``;
+            those of images and sequences are counted channel by channel, each over all positions.
             ``None`` takes the leading POD directions of the output.
         delay: Step delay: how many earlier states each operator sees, beside those that the data flow
             links.

@@ -265,13 +265,6 @@ class Accumulator:
         if not self.chain.names:
             self.chain = Chain(names, tuple(block.shape[1] for block in rows.values()), links)
             self._spacings = tuple(torch.finfo(block.dtype).eps for block in rows.values())
-            targets, max_dim = self.options.targets, self.options.max_dim
-            if targets is not None and self.chain.widths[-1] > max_dim:
-                raise ValueError(
-                    f"targets is {list(targets)}, but the output is wider than max_dim={max_dim}, so "
-                    "that its state holds mixtures of its units; raise max_dim, or, outside of a "
-                    "Trainer, pick the units by output=lambda returned: returned[:, [0, 1]]"
-                )
         if names != self.chain.names:
             odd = sorted(set(names) ^ set(self.chain.names)) or list(names)
             raise ValueError(

@@ -350,6 +350,8 @@ class Measurement(Accumulator):
         self._waits_for_lengths = not told_by.isdisjoint(lengths_of(records))
         self._note_masks(records)
         rows = self._all_rows(records)
+        if self.options.targets is not None:
+            self._refuse_mixtures(self.options.targets, records)
         for name, group in zip(self.plan.names, self.plan.states, strict=True):
             form, block = self.plan.forms[group[0]], rows[group[0]]
             if form.picked is not None and not form.is_alone and len(group) == 1 and block is not None:
@@ -358,6 +360,23 @@ class Measurement(Accumulator):
             1, *(len(block) for block in rows.values() if block is not None)
         )
         return rows
+
+    def _refuse_mixtures(self, targets: Sequence[int], records: Sequence[Recorded]) -> None:
+        """Refuse targets of an output that is pooled or projected."""
+        assert self.plan is not None
+        width, max_dim = 0, self.options.max_dim
+        for record in records:
+            if record.name in self.plan.states[-1]:
+                form = self.plan.forms[record.name]
+                is_whole = form.reduce == "pool" and not form.is_alone
+                block = by_sample(record.tensor, form) if is_whole else form.rows(record.tensor)
+                width += block[0].numel()
+        if width > max_dim:
+            raise ValueError(
+                f"targets is {list(targets)}, but the output is wider than max_dim={max_dim}, so that "
+                "its state holds mixtures of its units; raise max_dim, or, outside of a Trainer, pick "
+                "the units by output=lambda returned: returned[:, [0, 1]]"
+            )
 
     def _note_masks(self, records: Sequence[Recorded]) -> None:
         """Say so where states have other positions than the masked ones that they are made of."""

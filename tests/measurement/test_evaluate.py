@@ -301,6 +301,34 @@ def test_targets_are_units_of_the_output_or_refused(linear_chain):
     assert named.credit[0] == pytest.approx(picked.credit[0], abs=1e-9)
 
 
+def test_targets_are_no_cells_that_an_output_is_pooled_to():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1))
+    with pytest.raises(ValueError, match=r"targets is \[0\], but the output is wider than max_dim=128"):
+        credit_report(net, [torch.randn(60, 1, 2, 100)], targets=[0])
+    assert credit_report(net, [torch.randn(300, 1, 2, 5)], targets=[0]).directions == 1
+
+
+def test_targets_of_a_sequence_go_channel_by_channel(linear_chain):
+    net, batches = linear_chain(4, 4, 3), torch.randn(400, 2, 4).double().split(100)
+    named = credit_report(net, batches, targets=[3])
+    picked = credit_report(net, batches, output=lambda returned: returned[:, 1, 1:2])
+    assert named.credit[0] == pytest.approx(picked.credit[0], abs=1e-9)
+
+
+def test_targets_of_the_position_that_is_returned_are_its_units(linear_chain):
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear_chain(4, 4, 3)
+
+        def forward(self, x):
+            return self.net(x)[:, 0]
+
+    batches = torch.randn(400, 50, 4).double().split(100)
+    named = credit_report(First(), batches, targets=[1])
+    assert (named.directions, named.widths[-1]) == (1, 3)
+
+
 # Nothing is left behind.
 
 
