@@ -106,10 +106,11 @@ def component_effects(
 
     The outputs are what the report's chain ends with: what its last components lead to among what the
     model returns, and what it returns that mixes several of them; where a function chose that end
-    (``output=``), the first tensor that the model returns. Over several heads effects are
-    averaged, each in units of its own standard deviation over the first batch. Where the targets are
-    classes of one of them, that one alone counts; where they are of several of one shape, these. A note
-    says so, and what leads to none of the outputs that count has no effect: NaN, not 0.
+    (``output=``), the tensors that it takes, or, of a report read from a file, which holds no function,
+    the first tensor that the model returns. Over several heads effects are averaged, each in units of
+    its own standard deviation over the first batch. Where the targets are classes of one of them, that
+    one alone counts; where they are of several of one shape, these. A note says so, and what leads to
+    none of the outputs that count has no effect: NaN, not 0.
 
     A module that runs several times is altered in all its calls by the kinds that touch weights, and by
     the others in the one that its row names: ``block#1`` is the second. Where one pass calls the whole

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from lightning_koopman.network.hook_points import HookPoint, attach_in, find_mod
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second, module_of
 from lightning_koopman.network.samples import samples_in
-from lightning_koopman.network.tensors import tensors_inside
+from lightning_koopman.network.tensors import first_tensor, tensors_inside
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
 
@@ -45,12 +45,14 @@ class Ends(NamedTuple):
         mixed: Names of tensors that the network returned, made of several states.
         modules: Names of the components that these were told from, where the user named them.
         named: Whether the user is known to have named them, so that the network may go on behind them.
+        function: What takes the end from what the model returns, where the user chose it so.
     """
 
     calls: tuple[str, ...] = ()
     mixed: tuple[str, ...] = ()
     modules: tuple[str, ...] | None = None
     named: bool = False
+    function: Callable[[Any], Any] | None = None
 
     @classmethod
     def among(
@@ -69,7 +71,7 @@ class Ends(NamedTuple):
 
     @classmethod
     def of(cls, report: CreditReport) -> Ends:
-        """Find what the chain of a report ends with; nothing where it is what a function gave."""
+        """Find what the chain of a report ends with; nothing where an unknown function gave it."""
         last, reference = report.components[-1], report.reference
         names = [last] if last in report.parts else last.split("+")
         if last.endswith(".*") and last not in report.parts:
@@ -82,7 +84,8 @@ class Ends(NamedTuple):
             modules = reference.modules if reference.named else None
             unknown = callable(reference.options.output) or "output" in reference.functions
         if unknown and OUTPUT not in report.parts:
-            return cls()
+            output = None if reference is None else reference.options.output
+            return cls(function=output if callable(output) else None)
         return cls.among(report.parts, names, modules, named=reference is not None and reference.named)
 
 
@@ -124,7 +127,8 @@ def _run_followed(
 ) -> tuple[Followed, list[tuple[str, list[int]]]]:
     if not ends.mixed:
         followed = runner.run_followed(read, calls)
-        return followed, _led_to(followed, ends.calls)
+        taken = [] if ends.function is None else _taken_by(ends.function, followed.given)
+        return followed, _led_to(followed, ends.calls) + [(OUTPUT, [place]) for place in taken]
     flow = DataFlow()
 
     def keep(tensor: Tensor, recorded: Recorded) -> None:
@@ -141,6 +145,16 @@ def _run_followed(
     labels = [flow.labels(tensor) for tensor in tensors_inside(followed.given)]
     led += [(name, [k for k, known in enumerate(labels) if name in known]) for name in ends.mixed]
     return followed, led
+
+
+def _taken_by(function: Callable[[Any], Any], given: Any) -> list[int]:
+    """Find which of the tensors that a model returned a function makes its result of."""
+    # Of another forward_fn than the report's it may be no function at all.
+    with DataFlow() as flow, suppress(Exception):
+        for place, tensor in enumerate(tensors_inside(given)):
+            flow.label_part(tensor, str(place))
+        return sorted(map(int, flow.labels(first_tensor(function(given)))))
+    return []
 
 
 def _led_to(followed: Followed, calls: Sequence[str]) -> list[tuple[str, list[int]]]:
@@ -210,7 +224,7 @@ def choose_outputs(
             "forward_fn to see those on it"
         )
     on_the_way = any({possible[0], kept[0]} <= {*found} for found in made.values())
-    if len(places) == 1 and kept[0] > possible[0] and on_the_way:
+    if len(places) == 1 and kept[0] > possible[0] and on_the_way and named != OUTPUT:
         notes.append(
             f"effects are about the output of {named}, which is not the first of {len(possible)} "
             "tensors that the model returns; return another from forward_fn to see those on it"

@@ -749,9 +749,50 @@ def test_what_a_function_of_the_report_takes_is_not_taken_for_a_mixture():
     x = dataset().tensors[0]
     report = credit_report(model, [x], options=Options(output=lambda returned: returned[1]))
     assert report.components[-1] == "output"
-    for each in (report, CreditReport.from_dict(report.to_dict())):
-        effects = component_effects(model, [x], each)
-        assert effects.notes[0].startswith("effects are about the first of 2 tensors that the model")
+    effects = component_effects(model, [x], CreditReport.from_dict(report.to_dict()))
+    assert effects.notes[0].startswith("effects are about the first of 2 tensors that the model")
+    effects = component_effects(model, [x], report)
+    alone = component_effects(model, [x], report, forward_fn=lambda m, batch: m(batch)[1])
+    assert (by_name(effects), effects.notes) == (pytest.approx(by_name(alone)), ())
+
+
+@pytest.mark.parametrize(
+    ("output", "heads"),
+    [
+        (lambda returned: returned["b"], "b"),
+        (lambda returned: returned["b"][:, :1], "b"),
+        (lambda returned: torch.cat([returned["a"], returned["b"]], 1), "ab"),
+        (lambda returned: returned, "a"),
+    ],
+)
+@pytest.mark.parametrize("ask", [component_effects, drop_order])
+def test_effects_are_about_the_heads_that_a_function_of_the_report_takes(output, heads, ask):
+    def run(m: nn.Module, x: Tensor) -> Any:
+        h = m.stem(x).tanh()
+        return {"a": m.a(h), "b": m.b(h).tanh()}
+
+    torch.manual_seed(0)
+    model = wired(run, stem=nn.Linear(8, 8), a=nn.Linear(8, 3), b=nn.Linear(8, 3)).eval()
+    x = dataset().tensors[0]
+    report = credit_report(model, [x], output=output)
+
+    def of(**more: Any) -> float:
+        found = ask(model, [x], report, components=["stem"], **more)
+        return float((found.values["skip"] if ask is component_effects else found.effect)[0])
+
+    with torch.no_grad():
+        whole = model(x)
+        altered = {"a": model.a(x.tanh()), "b": model.b(x.tanh()).tanh()}
+    moved = [
+        float((altered[k] - whole[k]).square().sum() / whole[k].var(dim=0, correction=0).sum() / len(x))
+        for k in heads
+    ]
+    given: dict[str, Any] = {"steps": 1} if ask is drop_order else {}
+    assert of(**given) == pytest.approx(sum(moved) / len(moved), rel=1e-4)
+    if heads == "b":
+        # The function is none of what this gives, a tensor.
+        given["forward_fn"] = lambda m, batch: m(batch)["b"]
+        assert of(**given) == pytest.approx(moved[0], rel=1e-4)
 
 
 def labelled_as(columns: int, x: Tensor, y: Tensor) -> list[Any]:
