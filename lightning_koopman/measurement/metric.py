@@ -172,7 +172,7 @@ class KoopmanCredit(Metric):
         states = list(states)
         check_each(TENSOR, states=states)
         rows = [exactly(state.detach()) for state in states]
-        rows = [row.flatten(1) if row.ndim > 1 else row[:, None] for row in rows]
+        rows = [row.flatten(1) if row.ndim > 1 else row.reshape(-1, 1) for row in rows]
         if not rows or rows[0].shape[0] == 0:
             raise ValueError("no sample arrived; states must hold at least one row")
         layout = self.layout or self._layout_of([row.shape[1] for row in rows], components)

@@ -131,11 +131,7 @@ def first_tensor(value: Any) -> Tensor | None:
         return first
     number = None
     for tensor in all_tensors(value):
-        if tensor.is_complex():
-            raise ValueError(
-                f"a state of dtype {tensor.dtype} arrived; complex states are not supported. "
-                "Choose components whose outputs are real, or view them with torch.view_as_real."
-            )
+        _refuse_complex(tensor)
         if is_real(tensor):
             if tensor.ndim:
                 return tensor
@@ -343,8 +339,17 @@ def need_not_wait(device: torch.device) -> bool:
     return device.type in _ORDERED
 
 
+def _refuse_complex(tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise ValueError(
+            f"a state of dtype {tensor.dtype} arrived; complex states are not supported. "
+            "Choose components whose outputs are real, or view them with torch.view_as_real."
+        )
+
+
 def exactly(tensor: Tensor) -> Tensor:
     """Move a tensor to where its statistics can be made, if that is elsewhere."""
+    _refuse_complex(tensor)
     return tensor.to(exact_device(tensor.device))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -265,7 +265,7 @@ class CreditReport(ReportFields):
 def check_quantities(quantities: Sequence[str]) -> None:
     """Check that reports hold quantities of these names."""
     known = [*QUANTITIES, *(f"{name}_stderr" for name in QUANTITIES)]
-    if isinstance(quantities, str):
+    if isinstance(quantities, str) or not isinstance(quantities, Collection):
         raise ValueError(f"quantities is {quantities!r}; give a list, with names out of {known}")
     unknown = [name for name in quantities if name not in known]
     if unknown:

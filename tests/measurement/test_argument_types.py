@@ -87,6 +87,7 @@ def update(**given: Any) -> None:
         (KoopmanCreditMonitor, {"max_overhead": "5%"}, "max_overhead is '5%'; it must be a number"),
         (KoopmanCreditMonitor, {"every_n_epochs": 1.5}, r"every_n_epochs is 1\.5; it must be an"),
         (KoopmanCreditMonitor, {"max_samples": "9"}, "max_samples is '9'; it must be an integer"),
+        (KoopmanCredit, {"quantities": None}, "quantities is None; give a list, with names out of"),
         (KoopmanCredit, {"components": "ab"}, "components is 'ab'; it must be a list, of which each"),
         (KoopmanCredit, {"components": [0]}, r"components\[0\] is 0; it must be a name"),
         (KoopmanCredit, {"dims": [4, "4"]}, r"dims\[1\] is '4'; it must be an integer"),
@@ -108,6 +109,21 @@ def test_keys_are_one_integer_per_sample(keys: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"keys has shape .* expected one integer per sample, \(60,\)"):
         update(keys=keys)
     update(keys=torch.arange(60))
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda z: fit(x=z), lambda z: predict(x=z), lambda z: update(states=[X, z])]
+)
+def test_complex_states_are_refused(ask: Any) -> None:
+    with pytest.raises(ValueError, match=r"dtype torch\.complex64 arrived; complex states are not"):
+        ask(torch.complex(X, X))
+
+
+def test_a_number_is_a_state_of_one_sample() -> None:
+    metric = KoopmanCredit()
+    metric.update([torch.tensor(1.0), torch.tensor(2.0)])
+    assert metric.layout is not None
+    assert metric.layout.dims == (1, 1)
 
 
 def test_components_are_no_number_with_a_fraction() -> None:
