@@ -235,7 +235,9 @@ def seed_all(seed: int) -> None:
 
 def is_compiled(model: nn.Module) -> bool:
     """Check whether a module or any part of it went through ``torch.compile``."""
-    return any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-        for module in model.modules()
-    )
+    return any(map(is_compiled_itself, model.modules()))
+
+
+def is_compiled_itself(module: nn.Module) -> bool:
+    """Check whether calls of a module run compiled code, whatever its parts do."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

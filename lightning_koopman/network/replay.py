@@ -28,6 +28,7 @@ from lightning_koopman.network.components import (
     transparent_modules,
 )
 from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, wrap
+from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
@@ -293,7 +294,11 @@ class Recording:
         inner = (part for each in inside.values() for part in each)
         parts |= {id(part) for part in inner if has_weights(part) or _is_pure(part)}
         self._names = {id(m): clean_name(n) or type(m).__name__ for n, m in model.named_modules()}
-        self._carriers = list({id(module): module for module in _carriers(model, parts)}.values())
+        # What a compiled module holds may be registered beside it, too, and be called as it is.
+        compiled = [part for part in model.modules() if is_compiled_itself(part)]
+        hidden = {id(part) for whole in compiled for part in whole.modules() if part is not whole}
+        carriers = {id(m): m for m in _carriers(model, parts) if id(m) not in hidden}
+        self._carriers = list(carriers.values())
         self._watched = frozenset(map(id, self._carriers))
         self._ran: set[int] = set()
         self._ancestor = common_ancestor(model, components.values())
@@ -313,7 +318,7 @@ class Recording:
         if self._reason is None and self._called_none and not self.steps and not self.full:
             return (
                 "no step called a component as a module, nor what holds it or a part of it (forward() "
-                "itself, weights alone and compiled code cannot be recorded)"
+                "itself, weights alone, compiled code and what it was made from cannot be recorded)"
             )
         return self._reason
 
@@ -615,7 +620,7 @@ def _carriers(module: nn.Module, parts: set[int]) -> Iterator[nn.Module]:
     if not any(id(m) in parts for m in module.modules()):
         return
     yield module
-    if module._compiled_call_impl is None and not hasattr(module, "_orig_mod"):
+    if not is_compiled_itself(module):
         for child in module.children():
             yield from _carriers(child, parts)
 

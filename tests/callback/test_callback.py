@@ -377,6 +377,42 @@ def test_compiled_network_is_run_eagerly_once_more(tmp_path):
     assert monitor.report.components == COMPONENTS
 
 
+@pytest.mark.parametrize("validates", ["fast", "forward", "net"])
+def test_a_part_that_is_kept_beside_its_compiled_form_is_left_alone(tmp_path, validates):
+    class Both(LitNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fast = torch.compile(self.net, backend="eager")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self.fast(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            run = self if validates == "forward" else getattr(self, validates)
+            self.log("val_loss", nn.functional.cross_entropy(run(batch[0]), batch[1]))
+
+    def fit_both(callbacks: list[Any]) -> LitNet:
+        torch._dynamo.reset()
+        L.seed_everything(7, verbose=False)
+        model = Both()
+        quiet_trainer(tmp_path, callbacks, max_epochs=2).fit(model, *loaders())
+        return model
+
+    monitor = KoopmanCreditMonitor()
+    expected = fingerprint(fit_both([]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = fingerprint(fit_both([monitor]))
+    assert_same(found, expected)
+    ours = [str(w.message) for w in caught if "Koopman credit skipped" in str(w.message)]
+    if validates == "net":
+        (why,) = ours
+        assert "weights alone, compiled code and what it was made from cannot be recorded" in why
+    else:
+        assert monitor.report.components == COMPONENTS
+        assert not ours
+
+
 def test_compiled_parts_of_sharded_weights_are_not_called_a_second_time(tmp_path):
     class FSDPStrategy(SingleDeviceStrategy):
         pass
