@@ -374,7 +374,8 @@ def _with_weights(
     counts: list[int] = []
     taken: set[str] = set()
     for name, own in calls.items():
-        modules = [call for call in own if "#" not in call]
+        # What the first call gives may be no state, as where a loop begins with zeros.
+        modules = list(dict.fromkeys(map(module_of, own)))
         keys = {key for key in weights for m in modules if key.startswith(f"{m}.")} - taken
         if keys:
             parts[name] = tuple(modules)

@@ -248,6 +248,39 @@ def test_named_components_groups_and_modules_that_run_twice() -> None:
     assert once.weights == (36, 12)
 
 
+def test_a_loop_that_begins_with_zeros_has_its_block_rounded() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.cell, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            u = self.into(x)
+            z = torch.zeros_like(u)
+            for _ in range(3):
+                z = torch.tanh(self.cell(z) + u)
+            return self.out(z)
+
+    torch.manual_seed(0)
+    net = Loop()
+    batches = labelled(net)
+    found = bit_widths(net, batches, credit_report(net, batches), average=4)
+    # The cell's first call gives the same for every sample, and so is no state.
+    assert found.components == ("into", "cell#1", "out")
+    assert found.weights == (48, 64, 24)
+    spent = np.dot(found.bits, found.weights)
+    assert found.average == pytest.approx(spent / 136)
+    by_hand = Loop()
+    by_hand.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        for layer, b in zip((by_hand.into, by_hand.cell, by_hand.out), found.bits, strict=True):
+            layer.weight.copy_(rounded_by_hand(layer.weight, b))
+        x = torch.cat([x for x, _ in batches])
+        p, q = net(x).double().log_softmax(1), by_hand(x).double().log_softmax(1)
+        assert found.effect == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-3)
+        assert torch.equal(found.apply(net).cell.weight.unique(), by_hand.cell.weight.unique())
+
+
 def test_results_can_be_read() -> None:
     net = mlp()
     found = bit_widths(net, labelled(net))
