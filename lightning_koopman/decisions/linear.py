@@ -432,9 +432,13 @@ class _Maps:
             for _ in self._runner.stream([point for pair in ends for point in pair], update=update):
                 pass
             for group, fit in zip(missing, fits, strict=True):
-                like = next(find_module(self._runner.model, group.calls[0])[0].parameters(), None)
+                taken = self._seen[group.calls[0]].taken
+                assert taken is not None
+                # Parameters may be complex, as of spectral convolutions, or narrower than what is taken.
+                own = find_module(self._runner.model, group.calls[0])[0].parameters()
+                like = next(filter(torch.is_floating_point, own), taken)
                 swap = as_component(fit.solve(), group.calls, group.axis, self._variance)
-                self._swaps[group] = swap.to(torch.empty(0) if like is None else like)
+                self._swaps[group] = swap.to(like.device, torch.promote_types(like.dtype, taken.dtype))
         return [self._swaps[group] for group in groups]
 
 

@@ -269,7 +269,6 @@ def load_shrunk(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(
             f"{os.fspath(path)} holds no dropped or linear components; load it as usual"
         )
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
     held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     new = copied_with(model, [])
     for given in found:
@@ -280,6 +279,9 @@ def load_shrunk(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             # A file may claim any width, so nothing is allocated before this.
             if sum(p.numel() for p in swap.parameters()) > held:
                 raise ValueError("it is larger than the file")
+            inside = tuple(f"{name}.layers." for name in swap.replaces[:1])
+            own = (each for name, each in checkpoint.state_dict.items() if name.startswith(inside))
+            dtype = next((tensor.dtype for tensor in own), torch.float32)
             put_in_place(new, swap.to_empty(device="cpu").to(dtype))
         except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(

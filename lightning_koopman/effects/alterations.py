@@ -486,8 +486,10 @@ class Alterations:
         with _restored(modules.values()), torch.no_grad():
             if kind == "weight_noise":
                 for parameter in {id(p): p for m in modules.values() for p in m.parameters()}.values():
-                    if parameter.numel() > 1 and parameter.is_floating_point():
-                        noise = torch.randn(parameter.shape, dtype=torch.float64).to(parameter)
+                    is_complex = parameter.is_complex()
+                    if parameter.numel() > 1 and (parameter.is_floating_point() or is_complex):
+                        dtype = torch.complex128 if is_complex else torch.float64
+                        noise = torch.randn(parameter.shape, dtype=dtype).to(parameter)
                         parameter.add_(self._strength * parameter.std() * noise)
             for name, module in modules.items():
                 if kind in self._replacements:

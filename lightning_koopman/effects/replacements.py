@@ -37,7 +37,7 @@ def quantized_weights(
     hold stay. Symmetric round-to-nearest to integers with one scale per output channel, or
     per group of ``group_size`` neighbouring inputs of it, by ``torchao``: what weight-only quantisation
     does before any calibration. Weights of double precision are rounded in single, which ``torchao``
-    takes, and those that are quantised already stay.
+    takes, and those that are complex or quantised already stay.
 
     Args:
         model: The network; it is left alone.
@@ -72,10 +72,11 @@ def rounded_weights(
     found = {}
     lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     inside = tuple(f"{module}." if module else "" for module in modules)
-    for name, weight, turned in _weights(model):
+    for name, weight, groups_along_first in _weights(model):
         if not name.startswith(inside):
             continue
-        rows = weight.T if turned else weight.flatten(1)
+        turned = _turned(weight, groups_along_first)
+        rows = turned.flatten(1)
         rows = rows.float() if rows.dtype == torch.float64 else rows
         size = rows.shape[1] if group_size is None else group_size
         if size < 1 or rows.shape[1] % size:
@@ -94,10 +95,23 @@ def rounded_weights(
         whole = primitives.quantize_affine(groups, block, scale, zero, torch.int8, lowest, highest)
         again = primitives.dequantize_affine(
             whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=rows.dtype
-        )[:, :size].reshape(rows.shape)
-        again = again.to(weight.dtype)
-        found[name] = again.T.contiguous() if turned else again.reshape(weight.shape)
+        )[:, :size].to(weight.dtype)
+        found[name] = _turned_back(again.reshape(turned.shape), groups_along_first)
     return found
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """Put outputs along the first axis of a weight that has inputs there, in so many groups, if any."""
+    if not groups:
+        return weight
+    inputs, outputs = weight.shape[:2]
+    grouped = weight.reshape(groups, inputs // groups, outputs, *weight.shape[2:])
+    return grouped.transpose(1, 2).flatten(0, 1)
+
+
+def _turned_back(weight: Tensor, groups: int) -> Tensor:
+    """Put the inputs of a weight along its first axis again."""
+    return _turned(weight, groups).contiguous()
 
 
 def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
@@ -133,19 +147,22 @@ def pruned_weights(model: nn.Module, amount: float) -> dict[str, Tensor]:
     return found
 
 
-def _weights(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
-    """Find the matrices of layers that multiply by them, and whether inputs are along the first axis."""
+def _weights(model: nn.Module) -> list[tuple[str, Tensor, int]]:
+    """Find the matrices of layers that multiply by them, and in how many groups inputs come first."""
     # In train mode, what a weight is derived by may change as it is asked for.
     with in_mode(model, False):
         return [
-            (clean_name(f"{name}.{key}" if name else key), getattr(module, key).detach(), turned)
+            (clean_name(f"{name}.{key}" if name else key), getattr(module, key).detach(), groups)
             for name, module in model.named_modules()
-            for key, turned in _multiplied(module).items()
+            for key, groups in _multiplied(module).items()
         ]
 
 
-def _multiplied(module: nn.Module) -> dict[str, bool]:
-    """Find a module's own matrices that it multiplies by, also where they are derived from others."""
+def _multiplied(module: nn.Module) -> dict[str, int]:
+    """Find a module's own matrices that it multiplies by, also where they are derived from others.
+
+    With each comes in how many groups inputs lie along its first axis, none where outputs do.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         return {}
     derived = derived_weights(module)
@@ -155,13 +172,15 @@ def _multiplied(module: nn.Module) -> dict[str, bool]:
         own = {name: weight for name in names if (weight := getattr(module, name, None)) is not None}
     own = {name: weight for name, weight in own.items() if not is_lazy(weight) and weight.ndim > 1}
     own = {name: weight for name, weight in own.items() if not is_stored_otherwise(weight)}
+    own = {name: weight for name, weight in own.items() if not weight.is_complex()}
     if isinstance(module, _WITH_PRODUCTS):
-        return {name: False for name in own if "weight" in name}
+        groups = module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+        return {name: groups for name in own if "weight" in name}
     if len(own) != 1 or {*module._modules} - {"parametrizations"} or isinstance(module, _TABLES):
         return {}
     ((name, weight),) = own.items()
     which = next((turned for turned in (False, True) if _is_product(module, weight, turned)), None)
-    return {} if which is None else {name: which}
+    return {} if which is None else {name: int(which)}
 
 
 def is_stored_otherwise(weight: Tensor) -> bool:
@@ -199,4 +218,5 @@ def other_matrices(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     ]
     known |= {id(p) for part in lists for p in part.parameters()}
     found = {id(p): p for part in held for p in part._parameters.values() if p is not None}
-    return [p for key, p in found.items() if key not in known and p.ndim > 1 and p.is_floating_point()]
+    others = [p for key, p in found.items() if key not in known and p.ndim > 1]
+    return [p for p in others if p.is_floating_point() or p.is_complex()]
