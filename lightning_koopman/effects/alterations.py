@@ -172,6 +172,11 @@ class Alterations:
         """
         return self._skipped_at.get(name, self.outputs[name]) if kind == "skip" else self.outputs[name]
 
+    def all_altered(self, kind: str, name: str) -> tuple[HookPoint, ...]:
+        """Return all tensors of a component that a kind alters; what is made linear is the first."""
+        further = () if kind == "linear" else self.further.get(name, ())
+        return (self.altered(kind, name), *further)
+
     def taken_by(self, name: str) -> list[HookPoint]:
         """Return what a component takes, of which each is what would pass on one that it gives."""
         return [self.inputs[name], *(self._taken_for(name, p) for p in self.further.get(name, ()))]
@@ -464,16 +469,15 @@ class Alterations:
 
         return noisy
 
-    def noise_of(self, name: str, gradient: Tensor) -> Tensor:
+    def noise_of(self, point: HookPoint, gradient: Tensor) -> Tensor:
         """Return a gradient times the standard deviation of output noise, with samples first."""
-        point = self.outputs[name]
         axis = self._forms[point].batch_axis
         return (self.spread(point).to(gradient.device) * gradient.movedim(axis, 0)).movedim(0, axis)
 
-    def rows_by_sample(self, kind: str, name: str, tensor: Tensor, n_samples: int) -> Tensor:
-        """Return one row per sample of what lies where a kind alters a component."""
+    def rows_by_sample(self, name: str, point: HookPoint, tensor: Tensor, n_samples: int) -> Tensor:
+        """Return one row per sample of what lies at a point of a component."""
         _check_samples(name, tensor, n_samples)
-        form = self._forms[self.altered(kind, name)]
+        form = self._forms[point]
         group = tensor.shape[form.batch_axis] // n_samples
         rows = by_sample(tensor, replace(form, group=group)).reshape(n_samples, -1)
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
@@ -511,18 +515,6 @@ class Alterations:
             members = sorted([i, *(j for _, group in joined for j in group)])
             groups = [*apart, (own.union(*(ids for ids, _ in joined)), members)]
         return [members for _, members in groups]
-
-    def shared_beyond(self) -> set[int]:
-        """Find the components of whose weights parts outside of all components hold some, too."""
-        modules = [
-            [find_module(self._model, call)[0] for call in calls] for calls in self._parts.values()
-        ]
-        inside = {id(part) for own in modules for module in own for part in module.modules()}
-        outside = (part for part in self._model.modules() if id(part) not in inside)
-        held = {id(p) for part in outside for p in part._parameters.values() if p is not None}
-        return {
-            i for i, own in enumerate(modules) if any(id(p) in held for m in own for p in m.parameters())
-        }
 
     def _rows(self, values: Mapping[HookPoint, Tensor], point: HookPoint) -> Tensor:
         return values[point].movedim(self._forms[point].batch_axis, 0)

@@ -102,7 +102,8 @@ def component_effects(
     information for ``"kl"``, the identity over the outputs' variance for ``"relative"``. A pass over all
     samples, one with gradients, a backward pass per probe, and one more pass per kind that alters
     weights do for all components, and for all sets of them (:meth:`Effects.of`). Components that hold
-    weights in common, or with an embedding, take passes of their own.
+    weights in common take passes of their own, as do those whose weights are used past them, by an
+    embedding or a function; one more pass over the first batch shows which.
 
     The outputs are what the report's chain ends with: what its last components lead to among what the
     model returns, and what it returns that mixes several of them; where a function chose that end
@@ -528,7 +529,7 @@ def _doubts(
         "infinite": not math.isfinite(value) and (not is_predicted or name in reached),
         "gradient": is_predicted and name not in reached and name not in effects.sets,
         "inputs": kind == "linear" and not partly.isdisjoint(members),
-        "outputs": (kind == "linear" or is_predicted) and any(n in alterations.further for n in members),
+        "outputs": kind == "linear" and any(n in alterations.further for n in members),
         "unsteady": unsteady > 0 and not value > 10 * unsteady,
     }
     return tuple(word for word, marked in marks.items() if marked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,8 +32,11 @@ Handles = Mapping[HookPoint, list[Tensor]]
 Gradients = Mapping[HookPoint, Sequence[Tensor | None]]
 """Of what is given at some points, in each call of the network."""
 
-Moved = Mapping[int, Mapping[int, Sequence[Tensor]]]
-"""By altered component, the rows by which each component is displaced where it is altered, by call."""
+Moved = Mapping[int, Mapping[HookPoint, Sequence[Tensor]]]
+"""By altered component, the rows by which what is given at some points is displaced, by call."""
+
+_END = HookPoint("out", "")
+"""Where the network's outputs themselves are, as if they were given at a point."""
 
 
 class SecondOrder(NamedTuple):
@@ -68,7 +71,8 @@ def predict(
 
     Per batch that takes one pass with gradients, a backward pass from it for each probe, and for every
     kind that alters weights one pass per draw, in which all components are altered at once, each on the
-    input that it has in the network as it is; those that hold weights in common take turns.
+    input that it has in the network as it is; those that hold weights in common take turns. Those whose
+    weights are also used elsewhere, as the first batch shows, take passes of their own.
     """
     size, n_batches = len(alterations.names), len(runner.batches)
     pairs = {kind: torch.zeros(_FOLDS, size, size, dtype=torch.float64) for kind in kinds}
@@ -76,12 +80,14 @@ def predict(
     reached = torch.zeros(size, dtype=torch.bool)
     # One draw has no spread, so a single batch has two.
     each = max(1, -(-(draws or 2) // n_batches))
+    beyond: dict[str, frozenset[int]] = {}
     for number in range(n_batches):
         seed_all(_OTHER_DRAWS + seed + number)
         output, handles, rounds = _tracked(alterations, kinds, runner, number)
         count, exact = len(output), output[0].numel() <= probes
         found = _pulled_back(output, handles, before, number, probes)
-        given = [found[0].get(point, ()) for point in alterations.outputs.values()]
+        points = [alterations.all_altered("output_noise", name) for name in alterations.names]
+        given = [[g for point in own for g in found[0].get(point, ())] for own in points]
         reached |= torch.tensor([any(g is not None for g in calls) for calls in given])
         # The weights that are altered from here on would spoil the graph.
         del output, handles
@@ -95,7 +101,7 @@ def predict(
             folds[kind] += torch.bincount(fold, minlength=_FOLDS)
             moved: Moved = {}
             if kind != "output_noise":
-                moved = _displacements(alterations, runner, kind, number, rounds, count, each)
+                moved = _displacements(alterations, runner, kind, number, rounds, count, each, beyond)
             for gradients in found:
                 if kind == "output_noise":
                     squares = _noise_squares(alterations, gradients, count)
@@ -139,60 +145,89 @@ def _displacements(
     rounds: Sequence[Mapping[HookPoint, Tensor]],
     n_samples: int,
     draws: int,
+    beyond: dict[str, frozenset[int]],
 ) -> Moved:
-    """Displace each component by altering it on the input that it has as it is."""
+    """Displace each component by altering it on the input that it has as it is.
+
+    ``beyond`` remembers, by kind, the components whose weights are used outside of them, too.
+    """
     names = alterations.names
-    points = {name: alterations.altered(kind, name) for name in names}
     settled = [i for i, name in enumerate(names) if name not in alterations.unsettled]
-    by_call = {names[i]: [values for values in rounds if points[names[i]] in values] for i in settled}
+    owners = {p: names[i] for i in settled for p in alterations.all_altered(kind, names[i])}
+    by_call = {point: [values for values in rounds if point in values] for point in owners}
+    moved: dict[int, dict[HookPoint, list[Tensor]]] = {}
     if not alterations.touches_weights(kind):
-        moved: dict[int, dict[int, list[Tensor]]] = {}
         for i, name in enumerate(names):
             if name in alterations.refused[kind]:
                 continue
-            alter_one = alterations.output(kind, name)
-            moved[i] = {i: []}
-            for values in by_call[name]:
-                output = values[points[name]]
-                altered = alter_one(output, values).to(output.device)
-                moved[i][i].append(alterations.rows_by_sample(kind, name, altered - output, n_samples))
+            first, *_ = alterations.all_altered(kind, name)
+            alter_each = {first: alterations.output(kind, name)}
+            alter_each |= alterations.further_outputs(kind, name, ())
+            moved[i] = {point: [] for point in alter_each}
+            for point, alter_one in alter_each.items():
+                for values in by_call[point]:
+                    output = values[point]
+                    move = alter_one(output, values).to(output.device) - output
+                    moved[i][point].append(alterations.rows_by_sample(name, point, move, n_samples))
         return moved
-    given: dict[str, list[Tensor]] = {}
+    given: dict[HookPoint, list[Tensor]] = {}
 
-    def held(name: str) -> Alteration:
+    def held(point: HookPoint) -> Alteration:
         def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-            given[name].append(output.detach().clone())
-            return by_call[name][len(given[name]) - 1][points[name]].clone()
+            given[point].append(output.detach().clone())
+            return by_call[point][len(given[point]) - 1][point].clone()
 
         return alter
 
-    alter = {points[names[i]]: held(names[i]) for i in settled}
-    draws = 1 if alterations.draws_nothing(kind) else min(draws, n_samples)
+    alter = {point: held(point) for point in owners}
+    inputs = [alterations.inputs[names[i]] for i in settled]
+
+    def run(altered: Iterable[int], read: Sequence[HookPoint] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Alter some; return the outputs, and all that must not change but by those that are altered."""
+        given.update({point: [] for point in owners})
+        turned = [names[i] for i in altered if names[i] not in alterations.refused[kind]]
+        with alterations.weights(kind, [name for name in turned if name not in alterations.unsettled]):
+            output, taken = runner.run_batch(number, read, alter)
+        return output, [output, *(values[p] for values in taken for p in read if p in values)]
+
+    def differs(seen: Sequence[Tensor]) -> bool:
+        pairs = zip(seen, as_it_is, strict=True)
+        return not all(a.shape == b.shape and torch.allclose(a, b, 0, 0, True) for a, b in pairs)
+
     groups = alterations.sharing_weights()
-    # What others outside of all components hold too displaces more than the group, so it comes alone.
-    beyond = alterations.shared_beyond()
-    apart = [group for group in groups if beyond.isdisjoint(group)]
-    alone = [i for group in groups if group not in apart for i in group]
-    displaced = {i: group for group in apart for i in group} | dict.fromkeys(alone, settled)
-    turns = [*itertools.zip_longest(*apart), *((i,) for i in alone)]
-    found: dict[int, dict[int, list[Tensor]]] = {}
-    for turn in turns:
-        altered_now = [i for i in turn if i is not None]
-        rows: dict[int, list[Tensor]] = {}
+    known = beyond.get(kind)
+    if known is None or known:
+        end, as_it_is = run((), inputs)
+    draws = 1 if alterations.draws_nothing(kind) else min(draws, n_samples)
+    together = [[i for i in turn if i is not None] for turn in itertools.zip_longest(*groups)]
+    turns = [[i for i in turn if i not in (known or ())] for turn in together]
+    within = {i: {names[j] for j in group} for group in groups for i in group}
+    for altered_now in filter(None, [*turns, *([i] for i in known or ())]):
+        rows: dict[HookPoint, list[Tensor]] = {}
         for draw in range(draws):
-            given = {name: [] for name in names}
-            turned = [names[i] for i in altered_now if names[i] not in alterations.refused[kind]]
-            with alterations.weights(kind, turned):
-                runner.run_batch(number, alter=alter)
-            for i in settled:
-                name = names[i]
-                pairs = zip(given[name], by_call[name], strict=True)
-                moves = [altered - values[points[name]] for altered, values in pairs]
-                new = [alterations.rows_by_sample(kind, name, move, n_samples) for move in moves]
-                for kept, drawn in zip(rows.setdefault(i, new), new, strict=True):
+            output, seen = run(altered_now, inputs)
+            if known is None and differs(seen):
+                # Their weights are used past components: tied to an embedding, by a function, or in a
+                # call of which nothing depends on the sample.
+                each = itertools.chain(*together)
+                beyond[kind] = frozenset(i for i in each if differs(run([i], inputs)[1]))
+                again = (alterations, runner, kind, number, rounds, n_samples, draws, beyond)
+                return _displacements(*again)
+            new: dict[HookPoint, list[Tensor]] = {}
+            for point, name in owners.items():
+                pairs = zip(given[point], by_call[point], strict=True)
+                moves = [altered - values[point] for altered, values in pairs]
+                new[point] = [alterations.rows_by_sample(name, point, m, n_samples) for m in moves]
+            if known:
+                new[_END] = [(output - end).reshape(n_samples, -1)]
+            for point, calls in new.items():
+                for kept, drawn in zip(rows.setdefault(point, calls), calls, strict=True):
                     kept[draw::draws] = drawn[draw::draws]
-        found |= {i: {j: rows[j] for j in displaced[i] if j in rows} for i in altered_now}
-    return found
+        for i in altered_now:
+            everywhere = i in (known or ())
+            moved[i] = {p: r for p, r in rows.items() if everywhere or owners.get(p) in within[i]}
+    beyond.setdefault(kind, frozenset())
+    return moved
 
 
 def _changes(
@@ -201,14 +236,17 @@ def _changes(
     """Change of one combination of the outputs, shape ``(n_samples, components)``."""
     names = alterations.names
     rows = {
-        (i, k): alterations.rows_by_sample(kind, name, gradient, n_samples)
-        for i, name in enumerate(names)
-        for k, gradient in enumerate(gradients.get(alterations.altered(kind, name), ()))
+        (point, k): alterations.rows_by_sample(name, point, gradient, n_samples)
+        for name in names
+        for point in alterations.all_altered(kind, name)
+        for k, gradient in enumerate(gradients.get(point, ()))
         if gradient is not None
     }
+    ends = enumerate(gradients[_END])
+    rows |= {(_END, k): own.reshape(n_samples, -1) for k, own in ends if own is not None}
     change = torch.zeros(n_samples, len(names), dtype=torch.float64)
     for i, parts in moved.items():
-        each = ((rows.get((j, k)), delta) for j, calls in parts.items() for k, delta in enumerate(calls))
+        each = ((rows.get((p, k)), delta) for p, calls in parts.items() for k, delta in enumerate(calls))
         for own, delta in each:
             if own is not None:
                 change[:, i] += torch.einsum("nd,nd->n", own, delta.to(own)).double().cpu()
@@ -219,11 +257,12 @@ def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: in
     """Mean squared change of one combination of the outputs by output noise, the same shape."""
     change = torch.zeros(n_samples, len(alterations.names), dtype=torch.float64)
     for i, name in enumerate(alterations.names):
-        for gradient in gradients.get(alterations.outputs[name], ()):
-            if gradient is not None:
-                noise = alterations.noise_of(name, gradient)
-                rows = alterations.rows_by_sample("output_noise", name, noise, n_samples)
-                change[:, i] += rows.square().sum(dim=1).double().cpu()
+        for point in alterations.all_altered("output_noise", name):
+            for gradient in gradients.get(point, ()):
+                if gradient is not None:
+                    noise = alterations.noise_of(point, gradient)
+                    rows = alterations.rows_by_sample(name, point, noise, n_samples)
+                    change[:, i] += rows.square().sum(dim=1).double().cpu()
     return change
 
 
@@ -232,13 +271,14 @@ def _tracked(
 ) -> tuple[Tensor, Handles, Sequence[Mapping[HookPoint, Tensor]]]:
     """Run with gradients: the output, what to ask gradients for, and the states as they are."""
     settled = [name for name in alterations.names if name not in alterations.unsettled]
-    altered = (alterations.altered(kind, name) for kind in kinds for name in settled)
-    own = (alterations.outputs[name] for name in settled)
+    altered = (point for k in kinds for name in settled for point in alterations.all_altered(k, name))
+    own = (p for name in settled for p in alterations.all_altered("output_noise", name))
     handles: dict[HookPoint, list[Tensor]] = {point: [] for point in (*own, *altered)}
 
     def track(point: HookPoint) -> Alteration:
         def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-            handle = output if output.requires_grad else output.detach().requires_grad_()
+            # Of several tensors, one may be made of another within the component.
+            handle = output.clone() if output.requires_grad else output.detach().requires_grad_()
             handles[point].append(handle)
             # What follows may change its input in place.
             return handle.clone()
@@ -246,7 +286,7 @@ def _tracked(
         return alter
 
     alter = {point: track(point) for point in handles}
-    read = dict.fromkeys((*alterations.read, *alterations.outputs.values()))
+    read = dict.fromkeys((*alterations.read, *handles))
     with torch.enable_grad(), _no_reentrant_checkpoints():
         output, rounds = runner.run_batch(number, read, alter)
     if not output.requires_grad:
@@ -279,7 +319,8 @@ def _pulled_back(
                     output, asked, weights, retain_graph=k + 1 < number, allow_unused=True
                 )
             )
-            found.append({point: [next(given) for _ in calls] for point, calls in handles.items()})
+            pulled = {point: [next(given) for _ in calls] for point, calls in handles.items()}
+            found.append({**pulled, _END: [weights]})
         except RuntimeError as error:
             if "backward through the graph a second time" in str(error):
                 raise ValueError(

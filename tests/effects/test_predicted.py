@@ -21,7 +21,7 @@ from effect_nets import (
 )
 from torch import Tensor, nn
 
-from lightning_koopman import component_effects
+from lightning_koopman import component_effects, credit_report
 from lightning_koopman.report.effects import Effects
 
 PARTS = ["0", "1", "2"]
@@ -215,8 +215,9 @@ def test_all_kinds_but_reinit_take_four_passes_and_two_backward():
         net, batched(x, y, 64), None, ["linear", "skip", "output_noise", "weight_noise"],
         how="predicted", forward_fn=forward,
     )  # fmt: skip
-    # The components are found on the first batch, which is also asked twice.
-    assert sum(calls) <= 3 * 512 + 2 * 64
+    # The components are found on the first batch, which is also asked twice, and shows whether weights
+    # are used past their components.
+    assert sum(calls) <= 3 * 512 + 3 * 64
     assert sum(backward) == 2 * 512
 
 
@@ -369,4 +370,32 @@ def test_weights_that_an_embedding_shares_move_the_components_behind_it_for_thei
         net, batches, [], replacements={"near": near}, how="both", scale="relative", probes=9
     )
     assert found.components == ("body", "head")
+    np.testing.assert_allclose(found.predicted["near"], found.values["near"], rtol=1e-3)
+
+
+class UsedPast(nn.Module):
+    """Uses the weights of one layer by a function again, and another in a call without samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.cell, self.norm = nn.Linear(4, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = torch.tanh(self.code(x))
+        z = torch.zeros_like(code)
+        for _ in range(3):
+            z = torch.tanh(self.norm(self.cell(z) + code))
+        return nn.functional.linear(z, self.code.weight.t())
+
+
+def test_weights_that_are_used_past_their_components_move_the_outputs_there_too():
+    torch.manual_seed(0)
+    net, x = UsedPast().double(), normal(200, 4)
+    near = {k: v + 1e-5 * torch.randn_like(v) for k, v in net.state_dict().items()}
+    report = credit_report(net, x.split(50))
+    found = component_effects(
+        net, x.split(50), report, [], replacements={"near": near}, how="both", scale="relative", probes=4
+    )
+    # The first call of the cell is the same for all samples, and so is no state.
+    assert [name for name in found.components if "cell" in name] == ["cell#1", "cell#2"]
     np.testing.assert_allclose(found.predicted["near"], found.values["near"], rtol=1e-3)

@@ -143,10 +143,28 @@ def test_where_the_first_alone_is_altered_a_doubt_says_so():
     effects = component_effects(model, batches, None, ["linear", "weight_noise"], how="auto")
     assert effects.doubts["linear"][0] == ("outputs",)
     assert "outputs" not in effects.doubts["linear"][1]
-    predicted = component_effects(model, batches, None, ["weight_noise"], how="predicted")
-    assert "outputs" in predicted.doubts["weight_noise"][0]
-    measured = component_effects(model, batches, None, ["weight_noise"], how="measured")
-    assert "outputs" not in measured.doubts["weight_noise"][0]
+    assert effects.doubts["weight_noise"] == ((),) * len(effects.components)
+
+
+@pytest.mark.parametrize("forward", [second_alone, together])
+def test_predictions_are_of_all_that_a_component_gives(forward):
+    model, batches = built(forward)
+    model = model.double()
+    batches = [x.double() for x in batches]
+    near = {k: v + 1e-5 * torch.randn_like(v) for k, v in model.state_dict().items()}
+    effects = component_effects(
+        model, batches, credit_report(model, batches), ["output_noise"],
+        replacements={"near": near}, how="both", strength=1e-3, draws=60, probes=2, scale="relative",
+    )  # fmt: skip
+    assert effects.components[0] == "both"
+    np.testing.assert_allclose(effects.predicted["near"], effects.values["near"], rtol=1e-3)
+    noisy = effects.predicted["output_noise"]
+    np.testing.assert_allclose(noisy, effects.values["output_noise"], rtol=0.1)
+    # All that follows the streams' last block is linear, so the second order is the effect.
+    last = wired(lambda m, x: m.last(torch.cat(m.both(x), 1)), both=model.both, last=nn.Linear(9, 2))
+    skipped = component_effects(last.double(), batches, None, ["skip"], how="both", probes=2)
+    assert skipped.components[0] == "both"
+    assert skipped.predicted["skip"][0] == pytest.approx(skipped.values["skip"][0], rel=1e-6)
 
 
 def test_noise_goes_on_all_of_them():
