@@ -17,7 +17,7 @@ from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.provenance import seconds_following
-from lightning_koopman.network.shared_memory import further_tensors
+from lightning_koopman.network.shared_memory import further_tensors, same_view
 from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
@@ -276,6 +276,14 @@ def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:
     return type(value)(parts.values())
 
 
+def _replace_all(value: Any, old: Tensor, new: Tensor) -> Any:
+    """Put a tensor in all places of another one, and its parts in those of parts of that."""
+    for part in all_tensors(value):
+        if (own := same_view(part, old, new)) is not None:
+            value = replace_tensor(value, part, own)
+    return value
+
+
 def _holds(value: Any, tensor: Tensor) -> bool:
     return any(other is tensor for other in all_tensors(value))
 
@@ -477,7 +485,7 @@ class HookPoints:
             if (tensor := given.get(place)) is None:
                 raise ValueError(f"{call!r} gave {type(output).__name__} with no tensor to replace")
             if (new := self._altered(tensor, alteration)) is not tensor:
-                output = replace_tensor(output, tensor, new)
+                output = _replace_all(output, tensor, new)
                 given[place] = new
         for place, tensor in given.items():
             if place and self._label is not None and alter and tensor is not None:

@@ -167,6 +167,28 @@ def further_tensors(value: Any, first: Tensor, given: Sequence[Tensor]) -> list[
     return found
 
 
+def same_view(part: Tensor, old: Tensor, new: Tensor) -> Tensor | None:
+    """Return the part of a tensor that a view is of another one of its shape, if all of it lies there.
+
+    Example:
+        >>> x = torch.arange(6.0).view(2, 3)
+        >>> same_view(x[:, -1], x, 10 * x).tolist()
+        [20.0, 50.0]
+    """
+    if part is old:
+        return new
+    if address_of(part) != address_of(old) or part.dtype != old.dtype or not part.numel():
+        return None
+    if not all(type(t) is Tensor and has_places(t) for t in (part, old)) or not _lies_in(part, [old]):
+        return None
+    first = part.storage_offset() - old.storage_offset()
+    if new.stride() == old.stride():
+        return new.as_strided(part.size(), part.stride(), new.storage_offset() + first)
+    places = torch.empty(_span(old), dtype=torch.int64, device=old.device)
+    places.as_strided(old.size(), old.stride()).copy_(torch.arange(old.numel()).view(old.shape))
+    return new.reshape(-1)[places.as_strided(part.size(), part.stride(), first)]
+
+
 def _lies_in(part: Tensor, others: Iterable[Tensor]) -> bool:
     """Check whether all of a view is in others of the same memory; it is, where that takes too long."""
     marks, others = _Marks(), list(others)

@@ -9,6 +9,7 @@ from torch.distributions import Normal
 
 from lightning_koopman import component_effects, credit_report
 from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_tensor
+from lightning_koopman.network.tensors import all_tensors
 
 
 def built(forward) -> tuple[nn.Module, list[Tensor]]:
@@ -263,3 +264,44 @@ def test_a_flow_is_seen_by_what_each_of_its_layers_adds_beside_the_sample():
     assert effects.components == ("one", "both")
     assert effects.values["skip"][1] == pytest.approx(truth, rel=1e-4)
     assert effects.doubts["skip"] == ((), ())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda h: (h, h),
+        lambda h: (h, (h[:, 1:5], {"again": h})),
+        lambda h: (h.t().contiguous().t(),) * 2,
+        lambda h: (torch.cat([h, h], 1)[:, :6], h)[:1] * 2,
+        lambda h: {"all": h, "mean": h.view(-1, 2, 3)[:, :, 2]},
+    ],
+)
+def test_what_a_component_gives_twice_or_in_part_again_is_altered_everywhere(given):
+    torch.manual_seed(0)
+    twice = wired(lambda m, x: given(torch.tanh(m.inner(x))), inner=nn.Linear(6, 6))
+    values = all_tensors(given(torch.zeros(2, 6)))
+    heads = {f"head{i}": nn.Linear(part.shape[1], 7) for i, part in enumerate(values)}
+
+    def forward(m, x):
+        parts = enumerate(all_tensors(m.twice(m.first(x))))
+        return m.last(sum(torch.tanh(getattr(m, f"head{i}")(part)) for i, part in parts))
+
+    parts = {"first": nn.Linear(6, 6), "twice": twice, **heads, "last": nn.Linear(7, 2)}
+    model, batches = wired(forward, **parts).eval(), built(together)[1]
+    effects = component_effects(model, batches, None, ["skip"], how="both", probes=2)
+    x = torch.cat(batches)
+    with torch.no_grad():
+        before = model(x)
+        taken = model.first(x)
+        hook = model.twice.register_forward_hook(lambda *_: given(taken))
+        after = model(x)
+        hook.remove()
+    truth = float((after - before).square().sum() / (before - before.mean(0)).square().sum())
+    where = effects.components.index("twice")
+    assert effects.values["skip"][where] == pytest.approx(truth, rel=1e-4)
+    # Predicted, a small change of it moves all of it as well.
+    near = component_effects(
+        model.double(), [b.double() for b in batches], None, ["output_noise"],
+        how="both", probes=2, strength=1e-3, draws=60, components=["twice", "last"],
+    )  # fmt: skip
+    assert near.predicted["output_noise"][0] == pytest.approx(near.values["output_noise"][0], rel=0.15)
