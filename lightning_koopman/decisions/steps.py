@@ -91,11 +91,16 @@ def _all_recurrent(given: Sequence[int], weights: Sequence[Sequence[int]], *_: A
     return 2 * math.prod(given[:-1]) * sum(math.prod(each) for each in weights if len(each) == 2)
 
 
+def _bilinear(rows: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(rows[:-1]) * math.prod(weight)
+
+
 # What processors run these by, and torch's own counter knows nothing of.
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten.mkldnn_rnn_layer: _recurrent,
     torch.ops.aten._cudnn_rnn: _all_recurrent,
+    torch.ops.aten._trilinear: _bilinear,
 }
 
 

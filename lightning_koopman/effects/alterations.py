@@ -609,7 +609,8 @@ def _draw_anew(name: str, module: nn.Module) -> None:
     # Each is set by the module whose weights it derives.
     lists = [part for part in module.modules() if isinstance(part, ParametrizationList)]
     deriving = {id(part) for derived in lists for part in derived.modules()}
-    for inner, part in module.named_modules(prefix=name):
+    # As they are built: attention has the last word on the layer that it holds.
+    for inner, part in reversed([*module.named_modules(prefix=name)]):
         if id(part) in deriving or reset(part, inner):
             continue
         if any(parameter is not None for parameter in part._parameters.values()):

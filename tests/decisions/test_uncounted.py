@@ -118,6 +118,13 @@ class First(nn.Module):
         return self.inner(*[x] * self.times)[0]
 
 
+class Twice(First):
+    """Gives a module the same twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x)
+
+
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
@@ -138,6 +145,7 @@ ATTENTION = 2 * 20 * (5 * 8 * 32 + 2 * 2 * 5 * 5 * 4)
             2 * 100 * 2 * 12 * ((8 + 3) + (6 + 3)),
         ),
         (First(nn.GRU(8, 3, batch_first=True)), 2 * 100 * 9 * (8 + 3)),
+        (Twice(nn.Bilinear(8, 8, 3)), 2 * 100 * 8 * 8 * 3),
     ],
 )
 def test_operations_of_attention_and_recurrence_are_counted(net: nn.Module, expected: int) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -534,3 +535,21 @@ def test_what_went_says_so_when_imported_and_when_called(name, how):
 def test_kl_of_impossible_classes_is_finite():
     impossible = torch.tensor([[0.0, float("-inf")]])
     assert not kl_divergence(impossible, impossible).any()
+
+
+def test_attention_is_drawn_anew_as_it_is_built():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12), nn.Linear(8, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(5.0)
+    anew = Alterations(net, {"0": ("0",)}, ["reinit"])
+    with anew.weights("reinit", ["0"]):
+        # The layer that it holds draws a bias, which attention then sets to zero.
+        assert not net[0].self_attn.out_proj.bias.any()
+        assert not net[0].self_attn.in_proj_bias.any()
+        bounds = [math.sqrt(6 / (8 + 24)), 1 / math.sqrt(8)]
+        drawn = [net[0].self_attn.in_proj_weight, net[0].self_attn.out_proj.weight]
+        for weight, bound in zip(drawn, bounds, strict=True):
+            assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
+    assert (net[0].self_attn.out_proj.bias == 5).all()
