@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.network.components import clean_modules, clean_name
 from lightning_koopman.network.forward_runner import check_model
-from lightning_koopman.network.tensors import first_tensor
+from lightning_koopman.network.tensors import first_tensor, in_order
 from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.saved import write_atomically
 
@@ -59,6 +59,9 @@ class Skipped(_Swap):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what came in."""
+        if self._replaced is not None:
+            # The caller may name what the module takes first behind other tensors.
+            kwargs = in_order(self._replaced, kwargs)
         tensor = first_tensor((args, kwargs))
         # What follows may change what it takes in place, and others read what came in.
         given = None if tensor is None else tensor.clone()

@@ -140,6 +140,7 @@ class Alterations:
         self._replacements = {kind: _cleaned(weights) for kind, weights in replacements.items()}
         for kind, weights in self._replacements.items():
             _check_names(kind, weights, model)
+            self._replacements[kind] = _under_all_names(weights, model)
         self._forms: defaultdict[HookPoint, RowForm] = defaultdict(RowForm)
         self._units: defaultdict[HookPoint, MeanAndSpread] = defaultdict(MeanAndSpread)
         self._fits: dict[str, LinearFit] = {}
@@ -602,6 +603,19 @@ def _check_names(kind: str, weights: Weights, model: nn.Module) -> None:
             f"the replacement {kind!r} holds {strangers[0]!r}, which {type(model).__name__} does not; "
             "pass a state_dict of the same network"
         )
+
+
+def _under_all_names(weights: Weights, model: nn.Module) -> dict[str, Tensor]:
+    """Give weights of modules that are registered at several places under the names of all of them."""
+    places: dict[int, list[str]] = {}
+    for name, part in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(part), []).append(clean_name(f"{name}." if name else ""))
+    found = dict(weights)
+    for names in (names for names in places.values() if len(names) > 1):
+        for key, tensor in weights.items():
+            for name in (name for name in names if key.startswith(name)):
+                found |= {other + key[len(name) :]: tensor for other in names} | {key: tensor}
+    return {**found, **weights}
 
 
 def _draw_anew(name: str, module: nn.Module) -> None:

@@ -6,7 +6,7 @@ import torch
 from small import wired
 from torch import Tensor, nn
 
-from lightning_koopman import component_effects, credit_report
+from lightning_koopman import component_effects, credit_report, drop_order
 from lightning_koopman.network.hook_points import HookPoint, HookPoints
 from lightning_koopman.network.tensors import in_order
 
@@ -35,6 +35,17 @@ def network(call: str) -> nn.Module:
     torch.manual_seed(1)
     parts = {"one": nn.Linear(8, 8), "two": nn.Linear(8, 8), "mix": Mix(), "last": nn.Linear(8, 3)}
     return wired(run, **parts)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_dropped_block_gives_what_its_signature_has_first(call):
+    model = network(call)
+    order = drop_order(model, [X], components=["mix"], steps=1, samples=600)
+    with torch.no_grad():
+        before, after = model(X), model.last(torch.tanh(model.one(X)))
+    expected = (after - before).square().sum() / (before - before.mean(0)).square().sum()
+    assert order.effect[0] == pytest.approx(float(expected), rel=1e-4)
+    torch.testing.assert_close(order.apply(model, steps=1)(X), after)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -1,5 +1,6 @@
 """Other weights in a component's place: made by libraries, put also where weights are derived."""
 
+import copy
 import sys
 
 import numpy as np
@@ -122,3 +123,31 @@ def test_errors_say_what_arrived_and_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-koopman\[quantize\]'"):
         quantized_weights(net, 4)
+
+
+def plain(layer):
+    return layer
+
+
+@pytest.mark.parametrize("derive", [plain, parametrizations.weight_norm])
+def test_a_layer_in_two_blocks_has_its_weights_replaced_in_both(derive):
+    torch.manual_seed(0)
+    layer = derive(nn.Linear(6, 6))
+    net = nn.Sequential(
+        nn.Sequential(layer, nn.Tanh()), nn.Sequential(nn.LayerNorm(6), layer), nn.Linear(6, 3)
+    )
+    x = torch.randn(200, 6)
+    # Of a layer at two places, other libraries name the first.
+    halved = {"half": pruned_weights(net, 0.5)}
+    assert [key for key in halved["half"] if key.startswith("1.")] == []
+    effects = component_effects(
+        net, x.split(50), kinds=[], replacements=halved, how="measured", components=["0", "1"]
+    )
+    with torch.no_grad():
+        before, altered = net(x), copy.deepcopy(net)
+        weight = halved["half"]["0.0.weight"]
+        altered[0][0].weight = nn.Parameter(weight) if derive is plain else weight
+        after = altered(x)
+    expected = float((after - before).square().sum() / (before - before.mean(0)).square().sum())
+    assert expected > 0.01
+    assert effects.values["half"] == pytest.approx([expected, expected], rel=1e-3)
