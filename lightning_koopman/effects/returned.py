@@ -76,6 +76,8 @@ class Ends(NamedTuple):
         names = [last] if last in report.parts else last.split("+")
         if last.endswith(".*") and last not in report.parts:
             names = [name for name in report.parts if name.startswith(last[:-1])]
+        elif last.endswith("#*"):
+            names = [name for name in report.parts if module_of(name) == module_of(last)]
         if reference is None:
             modules: tuple[str, ...] | None = tuple(dict.fromkeys(map(module_of, report.parts)))
             # What a function of the user's gave has the same name as the first tensor returned.

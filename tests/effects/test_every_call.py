@@ -217,3 +217,34 @@ def test_the_error_of_a_mean_comes_from_groups_that_are_moved_in_every_call():
     rest = moved - moved.sum() / whole.sum() * whole
     expected = (rest.square().sum() * 14 / 13).sqrt() / whole.sum()
     assert found.stderr["skip"][1] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_all_calls_that_end_the_chain_count_with_a_report_too():
+    """As the views of a contrastive step, which a report joins under one name."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.unused = inner()[2:], nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return tuple(self.net(own) for own in (x, x.sin(), 2 * x))
+
+    model, x = Beside(), normal(200, 9)
+    report = credit_report(model, x.split(50))
+    assert report.components[-1] == "net.4#*"
+    effects = [component_effects(model, x.split(50), given) for given in (report, None)]
+    views = (x, x.sin(), 2 * x)
+    with torch.no_grad():
+        own = model(x)
+        mean = [model.net[0](view).tanh().mean(0) for view in views]
+        moved = [(model.net[2](m) - y).square().sum() for m, y in zip(mean, own, strict=True)]
+        spread = [(y - y.mean(0)).square().sum() for y in own]
+        first = [(y[:50] - y[:50].mean(0)).square().sum() for y in own]
+    for found in effects:
+        assert found.components[::2] == ("net.2", "net.2#1", "net.2#2")
+        assert found.notes == effects[0].notes
+        assert "averaged over 3 outputs" in found.notes[0]
+        whole = sum(float(s / f) for s, f in zip(spread, first, strict=True))
+        expected = [float(m / f) / whole for m, f in zip(moved, first, strict=True)]
+        assert found.values["skip"][::2] == pytest.approx(expected, rel=1e-3)
