@@ -191,6 +191,14 @@ PROBABILITIES = (
 """What a reader must know where a network ends with a softmax."""
 
 
+NEXT_TOKENS = (
+    "labels are the input_ids, so each position's target is the next one, as causal language models "
+    "predict it; of a network that gives the tokens themselves, call them otherwise in the batch than "
+    "input_ids, with a forward_fn that hands them over"
+)
+"""What a reader must know where targets are moved by one position."""
+
+
 class Outputs:
     """A network's outputs, to set altered ones against.
 
@@ -255,12 +263,16 @@ class Outputs:
         # By batch, which positions have a target; nothing where each sample is one.
         self._counts: tuple[Tensor, ...] | None = None
         if classes:
-            marked = (
-                where_predicted(batch, _marked(target, where, self._axis))
+            marked = [
+                (batch, _marked(target, where, self._axis))
                 for batch, target, where in zip(batches, placed, self._valid, strict=True)
                 if target is not None
-            )
-            moved = tuple(marked)
+            ]
+            moved = tuple(where_predicted(batch, target) for batch, target in marked)
+            if any(m is not target for m, (_, target) in zip(moved, marked, strict=True)):
+                all_notes = list(notes)
+                all_notes.append(NEXT_TOKENS)
+                self.notes = notes = tuple(all_notes)
             counts = tuple(are_among(target, first.shape[self._axis]) for target in moved)
             if self.scale == "kl" and first.ndim > 2 and any(bool(c.any()) for c in counts):
                 self._counts = counts

@@ -919,3 +919,19 @@ def test_a_metric_is_given_labels_as_they_are_in_the_batches():
     effects = component_effects(model, [(x, y[:, None])], metric=metric)
     assert effects.scale == "kl"
     assert torch.equal(seen[0], y[:, None])
+
+
+def test_where_targets_are_taken_one_later_a_note_says_so():
+    model = language_model()
+    ids = torch.randint(20, (60, 7), generator=torch.Generator().manual_seed(0))
+    own = component_effects(model, [{"input_ids": ids, "labels": ids}])
+    assert own.notes[-1].startswith("labels are the input_ids, so each position's target is the next")
+    # As the note has it: of a network that gives the tokens themselves.
+    copied = component_effects(
+        model, [{"tokens": ids, "labels": ids}], forward_fn=lambda m, b: m(b["tokens"], b["labels"])
+    )
+    assert copied.notes == ()
+    with torch.no_grad():
+        best = model(ids, ids)["logits"].argmax(-1)
+    assert copied.metric_before == pytest.approx(float((best == ids).double().mean()))
+    assert own.metric_before == pytest.approx(float((best[:, :-1] == ids[:, 1:]).double().mean()))
