@@ -34,7 +34,13 @@ from lightning_koopman.network.rows import (
     pooled_by,
     pooling_index,
 )
-from lightning_koopman.network.tensors import detached_copy, exact_device, plain, tensors_inside
+from lightning_koopman.network.tensors import (
+    all_tensors,
+    detached_copy,
+    exact_device,
+    plain,
+    tensors_inside,
+)
 from lightning_koopman.report.report import CreditReport
 
 TOLERANCE = 0.05
@@ -350,6 +356,7 @@ class Measurement(Accumulator):
         self._waits_for_lengths = not told_by.isdisjoint(lengths_of(records))
         self._note_masks(records)
         rows = self._all_rows(records)
+        self._check_reduced(records, rows)
         if self.options.targets is not None:
             self._refuse_mixtures(self.options.targets, records)
         for name, group in zip(self.plan.names, self.plan.states, strict=True):
@@ -360,6 +367,23 @@ class Measurement(Accumulator):
             1, *(len(block) for block in rows.values() if block is not None)
         )
         return rows
+
+    def _check_reduced(self, records: Sequence[Recorded], rows: Mapping[str, Tensor | None]) -> None:
+        """Refuse what the user's own reduction made other rows of than those of samples."""
+        assert self.plan is not None
+        sizes = {len(record.tensor) for record in records if record.tensor.ndim}
+        for record in records:
+            form, block = self.plan.forms.get(record.name), rows[record.name]
+            if form is None or block is None or not callable(form.reduce):
+                continue
+            axis = form.of_axis
+            of_batch = [t.shape[axis] for t in all_tensors(self._batch) if t.ndim > axis]
+            if len(block) not in sizes.union(of_batch):
+                raise ValueError(
+                    f"reduce gave {len(block)} rows of {record.name!r}, of shape "
+                    f"{tuple(record.tensor.shape)}, for the {next(iter(of_batch), len(record.tensor))} "
+                    "samples of the first batch; it must give one row per sample"
+                )
 
     def _refuse_mixtures(self, targets: Sequence[int], records: Sequence[Recorded]) -> None:
         """Refuse targets of an output that is pooled or projected."""

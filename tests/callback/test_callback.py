@@ -296,10 +296,17 @@ def test_nan_states_warn_once_and_training_goes_on(tmp_path):
     assert hooks_on(model) == 0
 
 
-def test_a_reduction_for_no_component_warns_once(tmp_path):
-    monitor = KoopmanCreditMonitor(reduce={"head": "mean"})
+@pytest.mark.parametrize(
+    ("reduce", "told"),
+    [
+        ({"head": "mean"}, "reduce holds 'head', which matches no"),
+        (lambda t: t[:5], "reduce gave 5 rows of 'input', of shape"),
+    ],
+)
+def test_a_reduction_that_cannot_be_done_warns_once(tmp_path, reduce, told):
+    monitor = KoopmanCreditMonitor(reduce=reduce)
     trainer = quiet_trainer(tmp_path, [monitor], logger=Recorder())
-    with pytest.warns(UserWarning, match="skipped: reduce holds 'head', which matches no") as caught:
+    with pytest.warns(UserWarning, match=f"skipped: {told}") as caught:
         trainer.fit(LitNet(), *loaders())
     assert sum("Koopman credit skipped" in str(w.message) for w in caught) == 1
     assert (trainer.current_epoch, monitor.history) == (3, [])

@@ -144,6 +144,48 @@ def test_a_callable_must_give_a_tensor() -> None:
         )
 
 
+@pytest.mark.parametrize(("first", "told"), [(slice(5), 5), (slice(1), 1), (slice(3, 40), 37)])
+def test_a_callable_that_leaves_samples_out_is_refused(first: slice, told: int) -> None:
+    message = rf"gave {told} rows of 'input', of shape \(60, 5, 3\), for the 60 samples of the first"
+    with pytest.raises(ValueError, match=message):
+        credit_report(PerPosition(), torch.randn(180, 5, 3).split(60), reduce=lambda t: t[first])
+    with pytest.raises(ValueError, match=r"reduce gave .* rows of 'b', of shape \(60, 5, 2\)"):
+        credit_report(PerPosition(), [torch.randn(60, 5, 3)], reduce={"b": lambda t: t[first]})
+
+
+class TimeFirst(nn.Module):
+    """A recurrent network with the samples along the second axis, and a layer at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])
+
+
+class Merged(PerPosition):
+    """Items of sets, one behind the other."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.b(torch.tanh(self.a(x.flatten(0, 1))))
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "reduce"),
+    [
+        (TimeFirst(), (5, 60, 3), lambda t: t[-1]),
+        (Merged(), (60, 5, 3), lambda t: t.reshape(60, 5, -1).amax(1)),
+        (PerPosition(), (60, 5, 3), lambda t: t.flip(0).sum(1)),
+    ],
+    ids=["time first", "merged", "sum"],
+)
+def test_a_callable_may_find_the_samples_wherever_they_are(
+    net: nn.Module, shape: tuple[int, ...], reduce: Callable[[Tensor], Tensor]
+) -> None:
+    assert credit_report(net, [torch.randn(shape)] * 2, reduce=reduce).n_samples == 120
+
+
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float16, 0.01), (torch.bfloat16, 0.05)])
 def test_half_precision_gives_about_the_same_report(dtype: torch.dtype, close: float) -> None:
     net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))
