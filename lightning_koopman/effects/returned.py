@@ -297,6 +297,9 @@ def only_classes(
     That is a question where nobody said what changes are measured in.
     """
     known = [target.cpu() for target in targets if target is not None]
+    if metric is None and scale != "relative":
+        for batch, output, target in zip(runner.batches, outputs, targets, strict=True):
+            _check_count(batch, output, target)
     told = scale is not None or metric is not None or len(known) < len(targets)
     if told or not are_classes(outputs[0], known[0]):
         return targets, ()
@@ -305,3 +308,15 @@ def only_classes(
     if may_be_scores([Fit.of(outputs, placed, runner.form.are_by_position(known[0]))]):
         return targets, ()
     return [None] * len(targets), (NO_CLASSES,)
+
+
+def _check_count(batch: Any, output: Tensor, target: Tensor | None) -> None:
+    """Refuse labels of which there are fewer or more than samples, or positions of these."""
+    if target is None or target.is_floating_point() or not target.ndim or target.numel() > len(target):
+        return
+    n_samples, shape = samples_in(batch), output.shape[:-1]
+    if len(target) not in (n_samples, *shape, shape.numel()):
+        raise ValueError(
+            f"targets of shape {tuple(target.shape)} arrived for {n_samples} samples; give one for "
+            "each, or none, or set scale='relative', which needs none"
+        )

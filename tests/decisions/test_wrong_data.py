@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_koopman import bit_widths, drop_order, linearize
+from lightning_koopman import bit_widths, component_effects, drop_order, linearize
 from lightning_koopman.decisions.steps import SINGLE_SAMPLES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao warns of kernels for other machines
@@ -132,3 +132,24 @@ def test_samples_of_one_number_each_are_batches(decide: Decide) -> None:
 def test_a_map_of_no_direction_is_refused() -> None:
     with pytest.raises(ValueError, match="max_dim is 0; a linear map needs at least one direction"):
         linearize(rows_net(), drawn(40, 4).split(20), max_dim=0)
+
+
+@pytest.mark.parametrize("count", [10, 50])
+@pytest.mark.parametrize(
+    "ask", [*DECISIONS.values(), component_effects], ids=[*DECISIONS, "component_effects"]
+)
+def test_fewer_or_more_labels_than_samples_are_refused(ask: Decide, count: int) -> None:
+    given = [(drawn(40, 4), torch.arange(40) % 3), (drawn(40, 4), torch.arange(count) % 3)]
+    told = rf"targets of shape \({count},\) arrived for 40 samples; give one for each, or none, or set"
+    with pytest.raises(ValueError, match=told):
+        ask(rows_net(), given * 2)
+
+
+def test_labels_need_not_fit_where_none_are_needed() -> None:
+    short, net = [(drawn(40, 4), torch.arange(10) % 3)] * 2, rows_net()
+    assert drop_order(net, short, scale="relative").scale == "relative"
+    # Values beside an input may be anything.
+    assert drop_order(net, [(x, y.float()) for x, y in short]).scale == "relative"
+    # A label per position, one behind the other, as the loss of a language model takes it.
+    flat = (drawn(40, 7, 4), torch.arange(280) % 3)
+    assert component_effects(net, [flat]).scale == "relative"
