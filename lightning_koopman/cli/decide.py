@@ -196,7 +196,7 @@ def drop(max_drop: float = 0.01, steps: int | None = None, **task: Any) -> None:
     given = Task(**task)
     found = drop_order(given.network, given.batches(), max_drop=max_drop, steps=steps, **given.common)
     count = found.within if steps is None else len(found.components)
-    otherwise = "lightning-koopman linearize, or a larger --max-drop"
+    otherwise = "lightning-koopman linearize" + (", or a larger --max-drop" if found.components else "")
     given.finish(found, found.apply(given.network, count) if count else None, otherwise)
 
 
@@ -228,7 +228,7 @@ def linearize(
         given.network, choose_on, fit_batches=fit_on, max_drop=max_drop, cost=cost, budget=budget,
         allow_larger=allow_larger, max_dim=max_dim, seed=given.seed, **given.common,
     )  # fmt: skip
-    otherwise = "lightning-koopman drop, or a larger --max-drop"
+    otherwise = "lightning-koopman drop" + (", or a larger --max-drop" if found.candidates else "")
     given.finish(found, found.model if found.components else None, otherwise)
 
 

@@ -100,7 +100,8 @@ class DropOrder(Steps):
     @property
     def next_step(self) -> str:
         """What to do next, in one line."""
-        if not self.candidates:
+        # Also where outputs are not finite whichever goes.
+        if not self.components:
             return "Next: linearize, which puts linear maps in place of components."
         if not self.dropped:
             return "Next: linearize, a larger max_drop, or tuning of .apply(model, steps=1)."

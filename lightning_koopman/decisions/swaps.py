@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -291,5 +292,5 @@ def load_shrunk(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"{os.fspath(path)} does not fit {type(model).__name__}: a component cannot be put in "
                 f"its place ({type(error).__name__}: {error})"
             ) from None
-    apply_checkpoint(new, checkpoint)
+    apply_checkpoint(new, replace(checkpoint, is_shrunk=False))
     return new

@@ -80,6 +80,7 @@ class Checkpoint:
         state_dict: Tensors by name.
         hyper_parameters: What a LightningModule saved of its arguments.
         data_hyper_parameters: What a LightningDataModule saved of its own.
+        is_shrunk: Whether components were dropped or made linear in the network that was saved.
     """
 
     path: Path
@@ -87,6 +88,7 @@ class Checkpoint:
     state_dict: Mapping[str, Tensor]
     hyper_parameters: Mapping[str, Any]
     data_hyper_parameters: Mapping[str, Any]
+    is_shrunk: bool = False
 
 
 def find_checkpoints(
@@ -172,7 +174,7 @@ def load_checkpoint(
             f"{path} holds no state_dict of tensors but {found or 'nothing'}; name a checkpoint that "
             "the Trainer wrote, or a file of torch.save(model.state_dict(), ...)"
         )
-    step = content.get("global_step")
+    step, swaps = content.get("global_step"), content.get("swaps")
     saved = [content.get(key) for key in ("hyper_parameters", "datamodule_hyper_parameters")]
     own, of_data = (entry if isinstance(entry, Mapping) else {} for entry in saved)
     return Checkpoint(
@@ -181,12 +183,20 @@ def load_checkpoint(
         state_dict={clean_name(str(name)): value for name, value in tensors.items()},
         hyper_parameters=own,
         data_hyper_parameters=of_data,
+        is_shrunk=isinstance(swaps, list) and bool(swaps),
     )
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's weights into a model."""
     expected = {clean_name(name): (name, value) for name, value in model.state_dict().items()}
+    if checkpoint.is_shrunk and expected.keys() != checkpoint.state_dict.keys():
+        raise CheckpointError(
+            f"{checkpoint.path} holds a network with dropped or linear components, which does not fit "
+            f"{type(model).__name__} as it is; give the one that lightning_koopman.decisions.swaps."
+            f"load_shrunk(model, {os.fspath(checkpoint.path)!r}) returns, to a command as a function "
+            "that --model names"
+        )
     for name, (_, value) in expected.items():
         if name not in checkpoint.state_dict:
             raise CheckpointError(

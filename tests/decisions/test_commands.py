@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman import CheckpointError, drop_order, linearize
 from lightning_koopman.cli.main import main
 from lightning_koopman.decisions.swaps import load_shrunk, swaps_in
 
@@ -80,6 +82,66 @@ def test_nothing_is_written_where_nothing_can_go(
     assert last_line(printed).startswith("Next: lightning-koopman linearize, or a larger --max-drop.")
     assert "Written" not in printed
     assert not Path("small.ckpt").exists()
+
+
+def narrowing_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)).eval()
+
+
+def test_no_larger_loss_is_advised_where_shapes_alone_forbid_it(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(narrowing_model().state_dict(), "narrow.ckpt")
+    asked = [f"--model={HERE}:narrowing_model", "--ckpt=narrow.ckpt", given[1]]
+    assert main(["drop", *asked]) == 0
+    told = "Next: lightning-koopman linearize. Nothing changed, so no checkpoint is written."
+    assert last_line(capsys.readouterr().out) == told
+    found = drop_order(narrowing_model(), toy_batches())
+    assert found.next_step == "Next: linearize, which puts linear maps in place of components."
+
+
+@pytest.mark.parametrize(
+    ("candidates", "told"),
+    [((), "lightning-koopman drop."), (("0",), "lightning-koopman drop, or a larger --max-drop.")],
+)
+def test_a_larger_loss_is_advised_where_something_could_become_linear(
+    given: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    candidates: tuple[str, ...],
+    told: str,
+) -> None:
+    nothing = linearize(toy_model(), toy_batches(), max_drop=0)
+    found = dataclasses.replace(nothing, components=(), candidates=candidates)
+    monkeypatch.setattr("lightning_koopman.decisions.linear.linearize", lambda *_, **__: found)
+    assert main(["linearize", *given]) == 0
+    assert last_line(capsys.readouterr().out).startswith(f"Next: {told}")
+    assert ("larger max_drop" in found.next_step) == bool(candidates)
+
+
+@pytest.mark.parametrize("command", ["drop", "linearize"])
+def test_a_shrunk_network_is_told_from_another_one(
+    given: list[str], capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    admitted = ["--max-drop=0.2"] + ["--allow-larger"] * (command == "linearize")
+    assert main([command, *given, *admitted, "--out=small.ckpt"]) == 0
+    capsys.readouterr()
+    told = (
+        "error: small.ckpt holds a network with dropped or linear components, which does not fit "
+        "Sequential as it is; give the one that lightning_koopman.decisions.swaps.load_shrunk(model, "
+        "'small.ckpt') returns, to a command as a function that --model names\n"
+    )
+    for ask in ("evaluate", "effects"):
+        assert main([ask, *given[:2], "--ckpt=small.ckpt"]) == 1
+        assert capsys.readouterr().err.endswith(told)
+    assert main(["evaluate", f"--model={HERE}:shrunk_model", given[1], "--ckpt=small.ckpt"]) == 0
+    with pytest.raises(CheckpointError, match=r"does not fit Sequential: it lacks '4\.weight'"):
+        load_shrunk(nn.Sequential(*toy_model(), nn.Linear(3, 3)), "small.ckpt")
+
+
+def shrunk_model() -> nn.Module:
+    return load_shrunk(toy_model(), "small.ckpt")
 
 
 def test_linearize_writes_a_checkpoint_that_loads(

@@ -46,6 +46,7 @@ def test_nothing_goes_where_nothing_is_finite():
     found = drop_order(net, labelled(net), components=["0"])
     assert (found.components, found.dropped, found.within) == ((), (), 0)
     assert "Nothing can go" in str(found)
+    assert "larger" not in found.next_step
     assert torch.equal(found.apply(net)(torch.ones(2, 8)), net(torch.ones(2, 8)))
 
 
