@@ -97,8 +97,12 @@ def test_importing_the_package_imports_no_lightning():
             "from lightning_koopman.cli.main import main; main(['--help'])",
             ["torch", "numpy", "scipy", "pandas"],
         ),
+        (
+            "from lightning_koopman.cli.main import main; main(['--version'])",
+            ["torch", "numpy", "scipy", "pandas"],
+        ),
     ],
-    ids=["package", "report", "help"],
+    ids=["package", "report", "help", "version"],
 )
 def test_what_takes_long_to_import_is_imported_where_it_is_used(code: str, unwanted: list[str]):
     code += f"; import sys; print(sorted(set({unwanted}) & set(sys.modules)))"

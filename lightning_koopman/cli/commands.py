@@ -43,6 +43,7 @@ def report(
     from lightning_koopman.report.files import kind_of, read_reports, write_reports
 
     check_writable(out)
+    check_format(out, format)
     reports = read_reports(file, may_be_empty=False)
     if out is None:
         show_reports(reports)
@@ -135,6 +136,12 @@ def check_writable(*paths: str | None, figure: str | None = None) -> None:
             )
 
 
+def check_format(out: str | None, format: str) -> None:
+    """Refuse a kind of file where none is to be written."""
+    if out is None and format != "auto":
+        raise ValueError(f"format is {format!r}, but no file is to be written; name one with --out")
+
+
 def check_table(out: str | None) -> None:
     """Refuse a page for numbers that only a table is made of."""
     if out is not None and out.lower().endswith(".html"):
@@ -225,6 +232,7 @@ def evaluate(
     from lightning_koopman.report.files import kind_of, read_known, write_with_known
 
     check_writable(out, reference)
+    check_format(out, format)
     part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if part is None:
         raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n")

@@ -9,6 +9,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,6 +59,11 @@ class _Parser(ArgumentParser):
             close = short or difflib.get_close_matches(word, known, n=1)
             meant = f"; did you mean {_option(known[close[0]])}?" if close else ""
             message = f"{command or 'lightning-koopman'} has no option {_option(stray[1])}{meant}"
+        elif (more := re.fullmatch(r"[Uu]nrecognized arguments: (.*)", message)) and command == "report":
+            message = (
+                f"report takes one file, and {more[1]} came after it; lightning-koopman merge puts "
+                "several into one"
+            )
         elif value := re.match(r'Parser key "([\w.]+)":\s*(.*)', message, re.DOTALL):
             option = _option(value[1])
             message = f"{option}: {value[2]}"
@@ -100,6 +106,7 @@ def _defaults(command: str) -> dict[str, Any]:
 def _overview() -> str:
     """Tell what each command does, from the source of all of them: nobody waits for torch to read it."""
     parser = argparse.ArgumentParser("lightning-koopman")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--config", help="path to a configuration file")
     told = "Commands; lightning-koopman COMMAND --help tells more"
     commands = parser.add_subparsers(title=told, metavar="COMMAND", required=True)
@@ -144,6 +151,9 @@ def main(args: Sequence[str] | None = None) -> int:
     asked = list(sys.argv[1:] if args is None else args)
     if asked in (["--help"], ["-h"]):
         print(_overview(), end="")
+        return 0
+    if asked == ["--version"]:
+        print(f"lightning-koopman {version('lightning-koopman')}")
         return 0
     given = _as_parsed(asked)
     try:

@@ -54,7 +54,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ) from None
     # A number of thousands of digits is a plain ValueError.
     except (ValueError, RecursionError) as error:
-        raise ReportFormatError(f"{os.fspath(path)} is not JSON: {error}") from None
+        name, told = os.fspath(path), str(error)
+        if name.lower().endswith((".html", ".csv")):
+            beside = Path(f"{name}.json")
+            known = f", as {beside}" if beside.exists() else ""
+            told = f"give the .json file that evaluate or to_json wrote{known}, not a page or a table"
+        raise ReportFormatError(f"{name} is not JSON: {told}") from None
 
 
 def to_plain(value: Any, leave_out: Collection[str] = ()) -> Any:

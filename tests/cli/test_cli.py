@@ -1,6 +1,7 @@
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -182,10 +183,17 @@ UNUSABLE = {
     "name a function that builds it so: --data pkg.mod:function See",
     "compare --before a --after b --model.width 3": "compare has no option --model.width; name",
     "evaluate --model a --data b --ckpt c --ckpt.x 3": "error: evaluate has no option --ckpt.x See",
+    "report a.json b.json": "error: report takes one file, and b.json came after it; lightning-koopman "
+    "merge puts several into one See",
     "evaluat": "error: there is no command 'evaluat'; did you mean 'evaluate'? See",
     "xyz": "error: there is no command 'xyz'; choose one of compare,",
     "": "error: name a command: compare,",
 }
+
+
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lightning-koopman {version('lightning-koopman')}\n"
 
 
 @pytest.mark.parametrize("typed", UNUSABLE)

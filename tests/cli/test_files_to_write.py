@@ -137,6 +137,24 @@ def test_a_kind_that_is_named_goes_before_the_name(reports):
     assert [kind("e.csv"), kind("r.html")] == ["list", "csv"]
 
 
+def test_a_kind_without_a_file_is_refused(capsys):
+    for given in (["report", "missing.json"], ["evaluate", *TRAINED]):
+        assert main([*given, "--format=csv"]) == 1
+        told = capsys.readouterr().err
+        assert told == "error: format is 'csv', but no file is to be written; name one with --out\n"
+
+
+def test_reports_are_not_read_from_pages(reports, capsys):
+    told = "error: x.html is not JSON: give the .json file that evaluate or to_json wrote{}, not a page"
+    Path("x.html").touch()
+    assert main(["report", "x.html"]) == 1
+    assert told.format("") in capsys.readouterr().err
+    assert main(["evaluate", *reports, "--out=x.html"]) == 0
+    assert main(["report", "x.html"]) == 1
+    assert told.format(", as x.html.json") in capsys.readouterr().err
+    assert main(["report", "x.html.json"]) == 0
+
+
 def test_decisions_write_tables_as_their_names_end(reports):
     for ending in ("json", "csv"):
         assert main(["linearize", *reports, "--max-drop=9", "--allow-larger", f"--out=d.{ending}"]) == 0
