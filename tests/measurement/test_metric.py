@@ -532,6 +532,8 @@ def test_too_few_samples_are_warned_of_with_the_number_to_have():
         ({"quantities": ["credits"]}, r"unknown quantities \['credits'\]; choose from"),
         ({"quantities": "credit"}, "quantities is 'credit'; give a list, with names out of"),
         ({"dims": (3,)}, "1 of at least 2 states arrived"),
+        ({"dims": (4, -4)}, r"dims is \[4, -4\]; each is the width of a state, 1 or above"),
+        ({"dims": [4, 0]}, r"dims is \[4, 0\]; each is the width"),
         ({"dims": (3, 4), "delay": 2, "components": ["a"]}, "delay is 2; with 1 components"),
     ],
     ids=str,
