@@ -105,7 +105,7 @@ def evaluate_checkpoints(
 
     Returns:
         One report per checkpoint, sorted by run and step; the last one can save its reference. A file
-        that holds no step counts by its place among the files of its run.
+        that holds no step counts by its place among the files of its run, where there are several.
 
     Raises:
         EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
@@ -234,7 +234,7 @@ class _Indexed:
 
     path: Path
     run: str
-    step: int
+    step: int | None
     source: Mapping[str, Any]
     known: CreditReport | None
 
@@ -277,10 +277,11 @@ def _checkpoint_index(
         except CheckpointError as error:
             failures.append(str(error))
         else:
-            step = told if type(told) is int else runs[:place].count(run)
+            by_place = runs[:place].count(run) if runs.count(run) > 1 else None
+            step = told if type(told) is int else by_place
             old = old and replace(old, run=run, step=step)
             index.append(_Indexed(path, run, step, {**source, "step": told}, old))
-    index.sort(key=lambda item: (item.run, item.step))
+    index.sort(key=lambda item: (item.run, item.step or 0))
     return index, failures
 
 

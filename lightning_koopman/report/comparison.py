@@ -36,7 +36,8 @@ def runs_table(reports: Sequence[ReportFields]) -> Table:
                 else found[name][place]
                 for name in ("credit", "gain")
             ]
-            names = (escape(component), escape(report.run), str(report.step))
+            step = "" if report.step is None else str(report.step)
+            names = (escape(component), escape(report.run), step)
             table.add_row(*names, *numbers, found["doubt"][place])
     return table
 

@@ -151,7 +151,8 @@ def _credits(newest: Sequence[ReportFields]) -> str:
     holding = all(len(report.types) == len(report.components) for report in newest)
     rows = []
     for report in newest:
-        place = f"<td>{escape(report.run)}</td><td>{report.step}</td>" if several else ""
+        step = "" if report.step is None else report.step
+        place = f"<td>{escape(report.run)}</td><td>{step}</td>" if several else ""
         doubted = {name: report.doubts_about(name) for name in _COLUMNS}
         shown = columns(report)
         for i, component in enumerate(report.components):

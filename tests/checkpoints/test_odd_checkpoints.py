@@ -1,5 +1,6 @@
 """Whatever a checkpoint holds, reading it raises nothing but our own error."""
 
+import io
 from collections.abc import Callable
 from typing import get_args
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from small import batches, network, save
 from torch import Tensor, nn
 
 from lightning_koopman import CheckpointError, EvaluationError, evaluate_checkpoints, linearize
 from lightning_koopman.decisions.swaps import load_shrunk, save_shrunk
 from lightning_koopman.network.weights import Weights, apply_checkpoint, load_checkpoint
+from lightning_koopman.report.comparison import runs_table
 from lightning_koopman.report.files import read_reports, write_reports
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -192,6 +195,24 @@ def test_tensors_that_cannot_be_copied_are_named_and_the_other_files_measured(ki
 @pytest.mark.parametrize("step", [-1, True, 2**70, 1.5, "7"])
 def test_a_step_that_is_none_counts_as_unknown(step, tmp_path):
     save(tmp_path / "a.ckpt", step)
+    (report,) = evaluate_checkpoints(network(), tmp_path, batches())
+    assert report.step is None
+    # Of several, places tell them apart.
+    save(tmp_path / "b.ckpt", step)
     reports = evaluate_checkpoints(network(), tmp_path, batches())
     write_reports(reports, tmp_path / "r.json")
-    assert [report.step for report in read_reports(tmp_path / "r.json")] == [0]
+    assert [report.step for report in read_reports(tmp_path / "r.json")] == [0, 1]
+
+
+def test_a_single_state_dict_is_at_no_step(tmp_path):
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        torch.save(network().state_dict(), tmp_path / run / "weights.pt")
+    (report,) = evaluate_checkpoints(network(), tmp_path / "a" / "weights.pt", batches())
+    assert "at step" not in str(report)
+    reports = evaluate_checkpoints(network(), str(tmp_path / "*" / "weights.pt"), batches())
+    assert [(report.run, report.step) for report in reports] == [("a", None), ("b", None)]
+    write_reports(reports, tmp_path / "r.html", "html")
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(runs_table(reports))
+    assert "None" not in console.export_text() + (tmp_path / "r.html").read_text()
