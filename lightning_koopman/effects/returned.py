@@ -297,11 +297,11 @@ def only_classes(
     That is a question where nobody said what changes are measured in.
     """
     known = [target.cpu() for target in targets if target is not None]
-    if metric is None and scale != "relative":
-        for batch, output, target in zip(runner.batches, outputs, targets, strict=True):
-            _check_count(batch, output, target)
-    told = scale is not None or metric is not None or len(known) < len(targets)
-    if told or not are_classes(outputs[0], known[0]):
+    if scale is not None or metric is not None or len(known) < len(targets):
+        return targets, ()
+    if not all(map(_one_each, runner.batches, outputs, known)):
+        return [None] * len(targets), (NO_CLASSES,)
+    if not are_classes(outputs[0], known[0]):
         return targets, ()
     known = [as_classes(o, t) for o, t in zip(outputs, known, strict=True)]
     placed = [where_predicted(b, t) for b, t in zip(runner.batches, known, strict=True)]
@@ -310,13 +310,9 @@ def only_classes(
     return [None] * len(targets), (NO_CLASSES,)
 
 
-def _check_count(batch: Any, output: Tensor, target: Tensor | None) -> None:
-    """Refuse labels of which there are fewer or more than samples, or positions of these."""
-    if target is None or target.is_floating_point() or not target.ndim or target.numel() > len(target):
-        return
-    n_samples, shape = samples_in(batch), output.shape[:-1]
-    if len(target) not in (n_samples, *shape, shape.numel()):
-        raise ValueError(
-            f"targets of shape {tuple(target.shape)} arrived for {n_samples} samples; give one for "
-            "each, or none, or set scale='relative', which needs none"
-        )
+def _one_each(batch: Any, output: Tensor, target: Tensor) -> bool:
+    """Check whether integers may be one for each sample, or position of these."""
+    if target.is_floating_point() or not target.ndim or target.numel() > len(target):
+        return True
+    shape = output.shape[:-1]
+    return len(target) in (samples_in(batch), *shape, shape.numel())
