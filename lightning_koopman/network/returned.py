@@ -110,7 +110,7 @@ class Returned:
         """Find what is made of one state alone, if less than it or with weights of its own."""
         parts, weighted, unlike = list[Tensor](), list[Tensor](), list[bool]()
         for tensor in filter(is_real, tensors_inside(output)):
-            values = plain(tensor)
+            values = plain(tensor).detach()
             if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
                 continue
             alike = tensor.ndim > 0 and (state.ndim == 2 or tensor.ndim <= state.ndim)

@@ -230,6 +230,32 @@ def test_what_a_forward_pass_logs_and_collects_is_what_the_user_ran(limit, tmp_p
     assert found[0] == found[1]
 
 
+class Offloads(small_module()):
+    """Packs what is saved for backward passes, in validation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_packed = 0
+
+    def pack(self, saved: Tensor) -> Tensor:
+        self.n_packed += 1
+        return saved
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self.pack, lambda x: x):
+            self(batch[0])
+
+
+def test_nothing_of_ours_is_saved_for_a_backward_pass(tmp_path):
+    found = []
+    for callbacks in ([], [KoopmanCreditMonitor(on_error="raise")]):
+        torch.manual_seed(0)
+        model = Offloads()
+        quiet_trainer(tmp_path, callbacks, max_epochs=2).fit(model)
+        found.append(model.n_packed)
+    assert found[0] == found[1] > 0
+
+
 class Ways(small_module()):
     """One function of the batch, run in the ways that people write their steps."""
 
