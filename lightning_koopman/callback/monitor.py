@@ -46,7 +46,12 @@ from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import named_components, norms_beside
 from lightning_koopman.network.hook_points import seconds_in_hooks
-from lightning_koopman.network.isolation import is_compiled, plain_numerics, undisturbed
+from lightning_koopman.network.isolation import (
+    has_compiled_functions,
+    is_compiled,
+    plain_numerics,
+    undisturbed,
+)
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
 from lightning_koopman.report.drift import Drift
@@ -364,6 +369,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             measurement.capture.remove()
             self.budget.add(seconds_in_hooks() - self._in_hooks)
             step = None if recording is None else recording.end_step(valid_positions(batch))
+            if step is not None and step.calls and self._ran_nothing(measurement, step):
+                # Compiled functions ran the components: their calls are run again, as those of modules.
+                self._rides_along = self._rides_along and not has_compiled_functions(pl_module)
         left_out = watched and self._ran_nothing(measurement, step)
         begins = watched and not (left_out and measurement.capture.is_first)
         if begins or self._state.is_known:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.distributions import Distribution
 from torch.jit import ScriptModule
 
 from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.isolation import has_compiled_functions
 from lightning_koopman.network.provenance import seconds_following
 from lightning_koopman.network.shared_memory import further_tensors, same_view
 from lightning_koopman.network.tensors import (
@@ -49,6 +51,9 @@ class _Hook:
         self._function = function
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        # What is compiled while hooks are on must be what would be compiled without them.
+        if torch.compiler.is_compiling():
+            return None
         start = time.perf_counter() - seconds_following()
         try:
             return self._function(module, args, in_order(module, kwargs), *output)
@@ -72,12 +77,14 @@ def attach(
     first: bool = False,
     direct: set[int] | None = None,
     unseen: Collection[int] = (),
+    compiles: bool = False,
 ) -> ExitStack:
     """Hang hooks on a module, before all others if ``first``, until the stack returned is closed.
 
     With ``direct``, they also see calls of ``module.forward`` itself, which fires no hook of torch's;
     the set remembers such modules by their ``id``. Nothing that a module can see is hung on those that
-    are ``unseen``, by their ``id``.
+    are ``unseen``, by their ``id``. Where functions that went through ``torch.compile`` may call the
+    module (``compiles``), those calls of ``forward`` are not seen.
     """
     forward = vars(module).get("forward")
     own = module._compiled_call_impl is None and (forward is None or is_wrapped(forward))
@@ -91,7 +98,8 @@ def attach(
             hooks.callback(handle.remove)
         if after is not None:
             hooks.callback(taker.register_forward_hook(_Hook(after), with_kwargs=True).remove)
-        if direct is not None and own and taker is module:
+        # The compiler looks at what a module has as its ``forward``, and would compile anew each time.
+        if direct is not None and own and taker is module and not compiles:
             hooks.enter_context(_watch_direct_calls(module, before, after, direct))
         kept = hooks.pop_all()
     return kept
@@ -118,7 +126,7 @@ def attach_in(model: nn.Module) -> Callable[..., ExitStack]:
     # The fast path of torch's encoder layers, in bfloat16 for one, gives other values than the slow one.
     layers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
     unseen = frozenset(id(part) for layer in layers for part in layer.modules())
-    return functools.partial(attach, unseen=unseen)
+    return functools.partial(attach, unseen=unseen, compiles=has_compiled_functions(model))
 
 
 def _watch_direct_calls(
@@ -148,17 +156,37 @@ def _watch_direct_calls(
 class _Around:
     """Stands in for a module's ``forward`` while somebody listens; a copy is the copy's own."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self) -> None:
+        self.listeners: list[Callable[..., Any]] = []
+        self.module: Any = None
+
+    def enter(self, module: nn.Module, name: str) -> None:
+        """Take the place of what a module calls by a name."""
         self.module, self.name = module, name
         self.own = name in vars(module)
         self.inner = self.__wrapped__ = getattr(module, name)
-        self.listeners: list[Callable[..., Any]] = []
+        vars(module)[name] = self
+
+    def leave(self) -> None:
+        """Give the place back, and let go of the module."""
+        values, self.module = vars(self.module), None
+        if values.get(self.name) is self:
+            if self.own:
+                values[self.name] = self.inner
+            else:
+                del values[self.name]
+        del self.inner, self.__wrapped__
 
     def __getattr__(self, name: str) -> Any:
         # Other people's code looks at what it calls, as at its signature.
-        return getattr(self.inner, name)
+        return getattr(self.__dict__["inner"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            if self.own:
+                return self.inner(*args, **kwargs)
+            # A method that was bound anew would be compiled anew.
+            return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
         called = self.inner
         for listener in self.listeners:
             called = functools.partial(_listened, listener, called)
@@ -166,6 +194,10 @@ class _Around:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, self.name)
+
+
+# The same stands in each time, or what calls the module is compiled anew until the compiler gives up.
+_STAND_INS: WeakKeyDictionary[nn.Module, dict[str, _Around]] = WeakKeyDictionary()
 
 
 def is_wrapped(called: Any) -> bool:
@@ -187,17 +219,16 @@ def wrap(module: nn.Module, name: str, listener: Callable[..., Any]) -> ExitStac
     """
     values = vars(module)
     if not isinstance(values.get(name), _Around):
-        values[name] = _Around(module, name)
+        stand_in = _STAND_INS.setdefault(module, {}).setdefault(name, _Around())
+        # It may listen still, if somebody took its place.
+        (_Around() if stand_in.listeners else stand_in).enter(module, name)
     around: _Around = values[name]
     around.listeners.append(listener)
 
     def leave() -> None:
         around.listeners.remove(listener)
-        if not around.listeners and values.get(name) is around:
-            if around.own:
-                values[name] = around.inner
-            else:
-                del values[name]
+        if not around.listeners:
+            around.leave()
 
     hooks = ExitStack()
     hooks.callback(leave)

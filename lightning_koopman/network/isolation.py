@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,8 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     """
     _let_freed_memory_stay()
     # Asked for only where needed: the first use of set_stance imports the whole compiler.
-    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+    compiled = is_compiled(model) or may_compile()
+    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
     with random_states_kept(batches), _contents_kept(model):
         model.eval()
         for module in model.modules():
@@ -240,4 +243,29 @@ def is_compiled(model: nn.Module) -> bool:
 
 def is_compiled_itself(module: nn.Module) -> bool:
     """Check whether calls of a module run compiled code, whatever its parts do."""
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    own = getattr(module, "forward", None)
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None or _is_made(own)
+
+
+def may_compile() -> bool:
+    """Check whether anything may have gone through ``torch.compile``."""
+    return "torch._dynamo" in sys.modules
+
+
+def has_compiled_functions(model: nn.Module) -> bool:
+    """Check whether functions went through ``torch.compile`` that modules, or their files, hold."""
+    if not may_compile():
+        return False
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    files = (sys.modules.get(name) for name in {kind.__module__ for kind in kinds})
+    holders = (*model.modules(), *kinds, *(file for file in files if isinstance(file, ModuleType)))
+    # The compiler leaves functions of its own in files, under names such as __compiled_fn_1.
+    held = (value for each in holders for name, value in [*vars(each).items()] if name[:2] != "__")
+    return any(map(_is_made, held))
+
+
+def _is_made(value: Any) -> bool:
+    """Check whether a function is what ``torch.compile`` made of another one."""
+    # Nothing is asked of other objects, which may answer by doing something.
+    function = value.__func__ if type(value) is MethodType else value
+    return type(function) is FunctionType and hasattr(function, "_torchdynamo_orig_callable")

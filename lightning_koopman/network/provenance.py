@@ -24,6 +24,7 @@ from lightning_koopman.network.input_data import (
     is_mask,
     shuts_out,
 )
+from lightning_koopman.network.isolation import may_compile
 from lightning_koopman.network.picks import PickedPositions
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
 from lightning_koopman.network.rows import NO_PICKS, Picks
@@ -565,9 +566,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._casts: frozenset[str] | None = None
 
     @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        # Otherwise functions of the user's that went through the compiler run without it.
+        return True
+
+    @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Keeping the compiler out of the bookkeeping imports all of it, which takes seconds; compiled
-        # modules run eagerly while they are captured.
+        # This would import all of the compiler, which takes seconds.
         return False
 
     def __torch_dispatch__(
@@ -662,6 +667,9 @@ class _WatchOfThread(threading.local):
         return any(mode is self.watch for mode in _get_current_dispatch_mode_stack())
 
     def add(self, flow: DataFlow) -> None:
+        if may_compile() and not hasattr(_Watch.__torch_dispatch__, "_torchdynamo_disable"):
+            # Or the compiler goes on in the bookkeeping from functions of the user's that it compiled.
+            _Watch.__torch_dispatch__ = torch.compiler.disable(_Watch.__torch_dispatch__)  # type: ignore
         if not self.watch.flows and not self._entered:
             _SUBCLASSES.begin(self.watch)
             self.watch.__enter__()  # type: ignore[no-untyped-call]
