@@ -201,7 +201,10 @@ that lie side by side faster, both on this machine (819 samples of width 128 wit
 0.52, of 128 by 128 0.60 for 0.69, of 128 by 10 0.09 for 0.11; the copy takes 0.06 ms more). In turns
 with the version before, beside other work, three processes each: the MLP's 4,096 samples 13.2 to 13.8
 for 13.9 to 14.2, all 50,000 7.14 to 7.30 for 7.60 to 7.70; held to AVX2 13.0 to 13.1 for 13.5 to 14.9,
-and 7.25 to 7.79 for 7.77 to 7.99. A hundred layers took as long (3.98 to 4.44 for 4.05 to 4.26).
+and 7.25 to 7.79 for 7.77 to 7.99. A hundred layers took as long (3.98 to 4.44 for 4.05 to 4.26). With
+nothing beside it, on another day than the first figures, one process gave 14.0 (13.2 … 15.3; floor 6.87)
+and 7.52 (6.05 … 8.14; 4.89), so both are **missed** here; the convolutions 1.36 (1.18), ResNet-18 1.23
+(1.10), ViT-Tiny 1.05 (1.04), 100 layers 4.05 (2.30).
 
 ## Against Captum
 
