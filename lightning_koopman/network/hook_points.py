@@ -121,7 +121,7 @@ def _around_forward(
     return output if changed is None else changed
 
 
-def attach_in(model: nn.Module) -> Callable[..., ExitStack]:
+def attach_in(model: nn.Module) -> functools.partial[ExitStack]:
     """Return :func:`attach` for the modules of a model, of which some compute otherwise under hooks."""
     # The fast path of torch's encoder layers, in bfloat16 for one, gives other values than the slow one.
     layers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))

@@ -28,7 +28,7 @@ from lightning_koopman.network.components import (
     transparent_modules,
 )
 from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, wrap
-from lightning_koopman.network.isolation import has_compiled_functions, is_compiled_itself
+from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.tensors import (
@@ -304,7 +304,7 @@ class Recording:
         self._ancestor = common_ancestor(model, components.values())
         if getattr(model, "_compiler_ctx", None) is not None:
             self._reason, self._carriers = "the whole module is compiled", []
-        self._attach, self._compiles = attach_in(model), has_compiled_functions(model)
+        self._attach = attach_in(model)
         self._hooks = ExitStack()
         self._flow: DataFlow | None = None
         self._step = Step()
@@ -348,7 +348,7 @@ class Recording:
                     hooks.enter_context(hung)
                 else:
                     hooks.enter_context(wrap(module, "_compiled_call_impl", around))
-                if module is self._ancestor and not self._compiles:
+                if module is self._ancestor and not self._attach.keywords["compiles"]:
                     hooks.enter_context(wrap(module, "forward", around))
             self._hooks = hooks.pop_all()
         return self
