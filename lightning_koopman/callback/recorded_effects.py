@@ -27,7 +27,6 @@ from lightning_koopman.effects.targets import (
     find_target,
     is_row,
     may_be_scores,
-    where_predicted,
     without_single,
 )
 from lightning_koopman.network.forward_runner import ForwardRunner
@@ -137,7 +136,7 @@ def measure_effects(
         target = search.target_of(_in_order(step.told))
         if target is None or not _may_be_classes(target):
             return None
-        return where_predicted(step.told, target)
+        return search.where_predicted(step.told, target)
 
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         if sum(map(len, outputs)) < 2:

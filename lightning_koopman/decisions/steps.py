@@ -393,11 +393,11 @@ def find_outputs(
         outputs.append(runner.run_batch(number)[0].detach().cpu())
     refuse_samples(runner, outputs[0])
     targets = runner.targets_of(outputs, search.target_of)
-    known, doubted = only_classes(runner, outputs, targets, scale, metric)
+    known, doubted = only_classes(runner, outputs, targets, scale, metric, search)
     notes = (*about.notes, *runner.notes, *doubted)
     why = "it leads to none of the outputs that are looked at"
     refused = {name: why for name, call in last.items() if call in about.unseen}
-    return Outputs(outputs, runner.batches, scale, metric, known, notes), refused
+    return Outputs(outputs, runner.batches, scale, metric, known, notes, search=search), refused
 
 
 class _Witness(nn.Module):

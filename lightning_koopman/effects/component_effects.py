@@ -290,10 +290,10 @@ def effects_on(
         if targets is not None:
             known = targets(outputs, known)
         else:
-            known, doubted = only_classes(runner, outputs, known, scale, metric)
+            known, doubted = only_classes(runner, outputs, known, scale, metric, search)
             notes = (*notes, *doubted)
         valid = [valid_of(batch) for batch in runner.batches]
-        before = Outputs(outputs, runner.batches, scale, metric, known, notes, valid)
+        before = Outputs(outputs, runner.batches, scale, metric, known, notes, valid, search)
         alterations.solve()
         refused = _refused(alterations, [k for k in to_predict if k not in to_measure])
         notes = (*before.notes, *refused)

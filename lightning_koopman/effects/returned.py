@@ -19,7 +19,6 @@ from lightning_koopman.effects.targets import (
     as_classes,
     class_axis,
     may_be_scores,
-    where_predicted,
 )
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.forward_runner import (
@@ -291,6 +290,7 @@ def only_classes(
     targets: Sequence[Tensor | None],
     scale: Scale | None,
     metric: Metric | None,
+    search: TargetSearch,
 ) -> tuple[Sequence[Tensor | None], tuple[str, ...]]:
     """Leave out targets that look like the classes of outputs which are no class scores, and say so.
 
@@ -304,7 +304,7 @@ def only_classes(
     if not are_classes(outputs[0], known[0]):
         return targets, ()
     known = [as_classes(o, t) for o, t in zip(outputs, known, strict=True)]
-    placed = [where_predicted(b, t) for b, t in zip(runner.batches, known, strict=True)]
+    placed = [search.where_predicted(b, t) for b, t in zip(runner.batches, known, strict=True)]
     if may_be_scores([Fit.of(outputs, placed, runner.form.are_by_position(known[0]))]):
         return targets, ()
     return [None] * len(targets), (NO_CLASSES,)

@@ -14,12 +14,12 @@ from torch import Tensor
 from lightning_koopman.effects.targets import (
     IGNORED,
     TARGET_KEYS,
+    TargetSearch,
     are_among,
     are_classes,
     as_classes,
     class_axis,
     find_target,
-    where_predicted,
 )
 from lightning_koopman.network.arguments import check_given
 from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread, chunks, rows_at_once
@@ -220,6 +220,7 @@ class Outputs:
         targets: Sequence[Tensor | None] | None = None,
         notes: tuple[str, ...] = (),
         valid: Sequence[Valid] | None = None,
+        search: TargetSearch | None = None,
     ) -> None:
         check_given((Callable, "a function, called as metric(outputs, targets)"), metric=metric)
         self.notes = notes
@@ -257,19 +258,21 @@ class Outputs:
             pairs = zip(self._outputs, self._targets, strict=True)
             placed = [as_classes(output, target) for output, target in pairs]
         # By batch, which positions hold data; nothing where that is not known.
-        held = list(map(valid_positions, batches)) if valid is None else valid
+        valid = list(map(valid_positions, batches)) if valid is None else valid
         axis = self._axis if classes or self.scale == "kl" else None
-        self._valid = valid_outputs(held, self._outputs, placed, axis)
+        self._valid = valid_outputs(valid, self._outputs, placed, axis)
         # By batch, which positions have a target; nothing where each sample is one.
         self._counts: tuple[Tensor, ...] | None = None
         if classes:
             marked = [
-                (batch, _marked(target, where, self._axis))
-                for batch, target, where in zip(batches, placed, self._valid, strict=True)
+                (batch, _marked(target, held, self._axis))
+                for batch, target, held in zip(batches, placed, self._valid, strict=True)
                 if target is not None
             ]
-            moved = tuple(where_predicted(batch, target) for batch, target in marked)
-            if any(m is not target for m, (_, target) in zip(moved, marked, strict=True)):
+            search = search or TargetSearch()
+            moved = tuple(search.where_predicted(batch, target) for batch, target in marked)
+            are_moved = any(m is not target for m, (_, target) in zip(moved, marked, strict=True))
+            if are_moved and search.guesses:
                 all_notes = list(notes)
                 all_notes.append(NEXT_TOKENS)
                 self.notes = notes = tuple(all_notes)

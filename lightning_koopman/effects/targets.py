@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_koopman.network.tensors import by_name, tensors_inside
@@ -40,13 +41,16 @@ class TargetSearch:
 
     Lengths, times and ids are integers as labels are, but the network takes them. One that is called
     with all there is may be so with its targets: a row per position, as in teacher forcing, is taken for
-    these, and so is whatever it is if a loss comes back. In a mapping, names tell.
+    these, and so is whatever it is if a loss comes back. In a mapping, names tell. Where labels are the
+    tokens, the loss tells whether they are to be given back or predicted one position before.
     """
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: Any = None) -> None:
+        self._batch = batch
         self._entries = list(batch) if is_row(batch) else []
         self._taken: set[int] = set()
         self._gives_loss = False
+        self._gives_back: bool | None = None
 
     def see_taken(self, given: Any) -> None:
         """Look at what an outermost call of the network takes, before it runs."""
@@ -58,7 +62,38 @@ class TargetSearch:
 
     def see_given(self, returned: Any) -> None:
         """Look at what an outermost call of the network gives."""
-        self._gives_loss |= any(not t.ndim and t.is_floating_point() for t in tensors_inside(returned))
+        numbers = [t.detach() for t in tensors_inside(returned) if t.is_floating_point()]
+        losses = [number for number in numbers if not number.ndim]
+        self._gives_loss |= bool(losses)
+        target = find_target(self._batch)
+        if not losses or target is None or not self.guesses:
+            return
+        placed = without_single(target.cpu(), 2)
+        if (moved := self.where_predicted(self._batch, placed)) is not placed:
+            for logits in numbers:
+                if logits.shape[:-1] == moved.shape and logits.shape[-1] > int(placed.max()):
+                    own, behind = (_has_loss(logits.cpu(), each, losses) for each in (placed, moved))
+                    self._gives_back = own if own != behind else self._gives_back
+
+    @property
+    def guesses(self) -> bool:
+        """Whether no loss has told where labels that are the tokens stand beside the outputs."""
+        return self._gives_back is None
+
+    def where_predicted(self, batch: Any, target: Tensor) -> Tensor:
+        """Return targets of a batch as they stand beside the outputs.
+
+        A causal language model is given its own input for labels, and predicts at each position the
+        next one.
+        """
+        given = by_name(batch).get(TOKENS)
+        placed = without_single(target, 2)
+        if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != placed.shape:
+            return target
+        counts = placed >= 0
+        if self._gives_back or not counts.any() or (given.cpu() != placed)[counts].any():
+            return target
+        return torch.cat([placed[:, 1:], torch.full_like(placed[:, :1], IGNORED)], dim=1)
 
     def target_of(self, batch: Any) -> Tensor | None:
         """Return the targets of a batch like the one that was seen."""
@@ -72,23 +107,15 @@ class TargetSearch:
         return target if place is not None or told else None
 
 
+def _has_loss(logits: Tensor, target: Tensor, losses: Sequence[Tensor]) -> bool:
+    """Check whether one of some losses is the cross-entropy with these targets."""
+    rows = logits.float().flatten(0, -2)
+    found = float(functional.cross_entropy(rows, target.flatten(), ignore_index=IGNORED))
+    return any(math.isclose(float(loss), found, rel_tol=1e-3) for loss in losses)
+
+
 def _are_equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one == other).all())
-
-
-def where_predicted(batch: Any, target: Tensor) -> Tensor:
-    """Return targets as they stand beside the outputs.
-
-    A causal language model is given its own input for labels, and predicts at each position the next.
-    """
-    given = by_name(batch).get(TOKENS)
-    placed = without_single(target, 2)
-    if not isinstance(given, Tensor) or given.ndim != 2 or given.shape != placed.shape:
-        return target
-    counts = placed >= 0
-    if not counts.any() or (given.cpu() != placed)[counts].any():
-        return target
-    return torch.cat([placed[:, 1:], torch.full_like(placed[:, :1], IGNORED)], dim=1)
 
 
 def without_single(target: Tensor, ndim: int) -> Tensor:

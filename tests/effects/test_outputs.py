@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lit import dataset, quiet_trainer, small_module
+from lit import LitNet, dataset, quiet_trainer, small_module
 from small import wired
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -862,6 +862,43 @@ def test_labels_of_a_causal_model_may_be_a_column():
         right = float((model(ids, ids)["logits"].argmax(-1)[:, :-1] == ids[:, 1:]).double().mean())
     effects = component_effects(model, [{"input_ids": ids, "labels": ids[..., None]}])
     assert effects.metric_before == pytest.approx(right)
+
+
+@pytest.mark.parametrize("gives_back", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_of_labels_that_are_the_tokens_the_loss_tells_where_they_stand(gives_back, padded, tmp_path):
+    """A network that gives its tokens back, and one that predicts the next, by its own accuracy."""
+
+    def run(m: nn.Module, input_ids: Tensor, labels: Tensor) -> Any:
+        hidden = m.tokens(input_ids)
+        logits = m.head(m.body(hidden).tanh())
+        given, wanted = (logits, labels) if gives_back else (logits[:, :-1], labels[:, 1:])
+        loss = nn.functional.cross_entropy(given.flatten(0, 1), wanted.flatten())
+        # With what is as long as the logits, and narrower than there are tokens.
+        return {"loss": loss, "hidden": hidden, "logits": logits}
+
+    torch.manual_seed(0)
+    model = LitNet()
+    model.net = wired(run, tokens=nn.Embedding(20, 12), body=nn.Linear(12, 12), head=nn.Linear(12, 20))
+    model.training_step = lambda batch, batch_idx: model.net(**batch)["loss"]
+    model.validation_step = lambda batch, batch_idx: model.net(**batch)["loss"]
+    ids = (torch.randint(20, (240, 1)) + torch.arange(7)) % 20
+    labels = ids.clone()
+    if padded:
+        labels[::2, 4:] = -100
+    pairs = [{"input_ids": a, "labels": b} for a, b in zip(ids, labels, strict=True)]
+    loader = DataLoader(pairs, batch_size=30)  # type: ignore[arg-type]
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    quiet_trainer(tmp_path, [monitor], max_epochs=3).fit(model, loader, loader)
+    with torch.no_grad():
+        best = model.net(ids, labels)["logits"].argmax(-1)
+    given, wanted = (best, labels) if gives_back else (best[:, :-1], labels[:, 1:])
+    right = float((given == wanted)[wanted != -100].double().mean())
+    order = drop_order(model.net, loader)
+    assert order.metric_before == pytest.approx(right)
+    for effects in (component_effects(model.net, loader), monitor.report.effects):
+        assert effects.metric_before == pytest.approx(right)
+        assert not effects.notes
 
 
 @pytest.mark.parametrize("members", [2, 3])
