@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from lightning_koopman.callback.loggers import CreditWriter, EventFile
 from lightning_koopman.effects.alterations import UNUSED_INITIAL
 from lightning_koopman.effects.component_effects import component_effects
+from lightning_koopman.koopman.credit import StateError
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.evaluate import credit_report
 from lightning_koopman.network.arguments import FUNCTION, INTEGER, check_each, check_given
@@ -108,9 +109,9 @@ def evaluate_checkpoints(
         that holds no step counts by its place among the files of its run, where there are several.
 
     Raises:
-        EvaluationError: If a checkpoint is missing, damaged or of another architecture; it is raised
-            after all others were evaluated, and carries their reports. Ctrl-C raises it too, with what
-            was measured until then.
+        EvaluationError: If a checkpoint is missing, damaged, of another architecture, or of a network
+            that gives NaN or always the same; it is raised after all others were evaluated, and carries
+            their reports. Ctrl-C raises it too, with what was measured until then.
         CheckpointError: If no checkpoint matches.
         ValueError: As :func:`credit_report`, or if the shard is out of range.
     """
@@ -142,15 +143,18 @@ def evaluate_checkpoints(
     def measure(item: _Indexed) -> CreditReport:
         checkpoint = load_checkpoint(item.path, trust=trust_checkpoint, weights=weights)
         apply_checkpoint(model, checkpoint)
-        report = credit_report(
-            model,
-            batches,
-            components=components,
-            forward_fn=forward_fn,
-            max_samples=None,  # the same samples of every checkpoint
-            step=item.step,
-            options=options,
-        )
+        try:
+            report = credit_report(
+                model,
+                batches,
+                components=components,
+                forward_fn=forward_fn,
+                max_samples=None,  # the same samples of every checkpoint
+                step=item.step,
+                options=options,
+            )
+        except StateError as error:
+            _refuse(item.path, model, error)
         if kinds:
             found = component_effects(
                 model,
@@ -212,6 +216,17 @@ def evaluate_checkpoints(
     if failures:
         raise EvaluationError(found, failures, interrupted=interrupted)
     return found
+
+
+def _refuse(path: Path, model: nn.Module, error: StateError) -> NoReturn:
+    """Raise why a network with the weights of a checkpoint has no credits."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise CheckpointError(
+                f"{path} cannot be measured, for its {name!r} holds NaN or infinity; its training "
+                "diverged, or the file is damaged"
+            )
+    raise CheckpointError(f"{path} cannot be measured: {error}")
 
 
 def _built_otherwise(model: nn.Module, checkpoint: Checkpoint) -> str:

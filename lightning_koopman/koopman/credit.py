@@ -174,6 +174,10 @@ def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -
     return shifts
 
 
+class StateError(ValueError):
+    """What a network gives, with these weights on these samples, cannot be credited."""
+
+
 QUANTITIES = ("credit", "gain", "nonlinearity", "sensitivity", "r2", "chain_r2", "rank")
 """Names of the numbers reported for every component."""
 
@@ -237,7 +241,7 @@ def compute_credits(
     total = moments.sum(dim=0)
     whole = split_chain(layout, moments, None, normalize, total)
     if whole.output_rank == 0:
-        raise ValueError(
+        raise StateError(
             f"the output of the last component is constant over all {int(whole.count)} samples, so "
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.credit import Credits, compute_credits, samples_needed
+from lightning_koopman.koopman.credit import Credits, StateError, compute_credits, samples_needed
 from lightning_koopman.koopman.moments import Layout, accumulate, covariances, recentred
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference
@@ -308,7 +308,7 @@ class Accumulator:
                 if not bool(torch.isfinite(ends).all()):
                     kind = "NaN" if bool(torch.isnan(ends).any()) else "infinity"
                     found = "" if name == INPUT else " or the layer (torch.autograd.set_detect_anomaly)"
-                    raise ValueError(
+                    raise (ValueError if name == INPUT else StateError)(
                         f"{_called(name)} holds {kind} in batch {batch}. Find the sample{found}, or "
                         "leave the batch out."
                     )

@@ -102,9 +102,11 @@ def find_checkpoints(
     found: dict[Path, None] = {}
     patterns = [os.fspath(name) for name in given]
     for place, pattern in enumerate(patterns):
+        # Brackets in the name of a file or folder that is there are no pattern.
+        whole = glob.escape(pattern) if os.path.lexists(pattern) else pattern
         if os.path.isdir(pattern) and not _is_sharded(Path(pattern)):
-            pattern = patterns[place] = os.path.join(pattern, "**", "*.ckpt")
-        matched = glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern]
+            whole, patterns[place] = (os.path.join(each, "**", "*.ckpt") for each in (whole, pattern))
+        matched = glob.glob(whole, recursive=True) if glob.has_magic(whole) else [pattern]
         found |= dict.fromkeys(map(Path, sorted(matched, key=_by_number)))
     if not found:
         raise CheckpointError(f"no checkpoint matches {patterns}")
@@ -153,9 +155,11 @@ def load_checkpoint(
     """Read a checkpoint of Lightning, or a bare ``state_dict``, onto the CPU."""
     path = Path(path)
     if _is_sharded(path):
+        merge = "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+        if (path / "meta.pt").exists():  # Lightning's own command takes no others
+            merge = "lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
         raise CheckpointError(
-            f"{path} is a sharded checkpoint; merge it into one file first: "
-            "python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER"
+            f"{path} is a sharded checkpoint; merge it into one file first: python -m {merge}"
         )
     try:
         with warnings.catch_warnings():
@@ -199,8 +203,9 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
     for name, (_, value) in expected.items():
         if name not in checkpoint.state_dict:
+            lacking = repr(name) + _renamed(list(expected), checkpoint.state_dict)
             raise CheckpointError(
-                f"{checkpoint.path} does not fit {type(model).__name__}: it lacks {name!r}"
+                f"{checkpoint.path} does not fit {type(model).__name__}: it lacks {lacking}"
             )
         saved = _described(checkpoint.state_dict[name])
         if isinstance(value, Tensor) and saved != (own := _described(value)):
@@ -214,6 +219,19 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} does not fit {type(model).__name__}: the model has no {name!r}"
             )
     load_weights(model, {expected[name][0]: value for name, value in checkpoint.state_dict.items()})
+
+
+def _renamed(expected: Sequence[str], saved: Mapping[str, Tensor]) -> str:
+    """Tell whether it is what stands before all names that differs, as where a wrapper was saved."""
+    for name in saved:
+        before = name.removesuffix(expected[0])
+        if before and name != before and all(before + other in saved for other in expected):
+            return f"; its names have {before!r} in front: save the state_dict of what is inside"
+    for end in re.finditer(r"\.", expected[0]):
+        before = expected[0][: end.end()]
+        if all(name.startswith(before) and name[end.end() :] in saved for name in expected):
+            return f"; its names lack {before!r} in front: give the part of the model that was saved"
+    return ""
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:

@@ -73,6 +73,36 @@ def test_bad_checkpoints_are_named_after_the_good_ones_were_measured(tmp_path):
         assert part in str(caught.value)
 
 
+def test_weights_that_give_no_credits_are_told_and_the_other_checkpoints_measured(tmp_path):
+    models = checkpoints(tmp_path)
+    state = models[10].state_dict()
+    first, last = next(iter(state)), list(state)[-2:]
+    save(tmp_path / "nan.ckpt", 15, state_dict={**state, first: state[first] / 0})
+    large = {name: value * 1e30 for name, value in state.items()}
+    save(tmp_path / "large.ckpt", 16, state_dict=large)
+    dead = {**state, **{name: torch.zeros_like(state[name]) for name in last}}
+    save(tmp_path / "dead.ckpt", 1, state_dict=dead)
+    with pytest.raises(EvaluationError) as caught:
+        evaluate_checkpoints(LitNet(), tmp_path, BATCHES)
+    assert [report.step for report in caught.value.reports] == [10, 20, 30]
+    for report in caught.value.reports:
+        np.testing.assert_array_equal(report.credit, credit_report(models[report.step], BATCHES).credit)
+    assert [Path(told.split()[0]).name for told in caught.value.failures] == [
+        "dead.ckpt",
+        "nan.ckpt",
+        "large.ckpt",
+    ]
+    for part in (
+        "dead.ckpt cannot be measured: the output of the last component is constant",
+        f"nan.ckpt cannot be measured, for its {first!r} holds NaN or infinity; its training",
+        "large.ckpt cannot be measured: component",
+    ):
+        assert part in str(caught.value)
+    # What is wrong with the data is wrong with all checkpoints, and told once.
+    with pytest.raises(ValueError, match=r"^the network's input holds NaN in batch 0"):
+        evaluate_checkpoints(LitNet(), tmp_path, [BATCHES[0] * torch.nan])
+
+
 def test_the_model_gets_its_weights_back_when_measuring_fails(tmp_path):
     checkpoints(tmp_path, (10,))
     host = LitNet()

@@ -1,4 +1,6 @@
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +8,7 @@ import pytest
 import torch
 from lit import LitNet
 from torch import nn
+from torch.distributed import checkpoint as distributed
 
 from lightning_koopman.network.weights import (
     CheckpointError,
@@ -88,8 +91,23 @@ def test_missing_file_is_named(tmp_path):
 def test_folder_of_shards_is_named(tmp_path):
     (tmp_path / "shards.ckpt").mkdir()
     (tmp_path / "shards.ckpt" / ".metadata").touch()
-    with pytest.raises(CheckpointError, match="sharded checkpoint; merge it into one file"):
+    (tmp_path / "shards.ckpt" / "meta.pt").touch()
+    with pytest.raises(CheckpointError, match=r"sharded checkpoint; merge it .*consolidate_checkpoint"):
         load_checkpoint(tmp_path / "shards.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_shards_of_torch_are_merged_by_the_command_that_is_named(tmp_path):
+    model = LitNet()
+    folder, merged = tmp_path / "shards", tmp_path / "merged.pt"
+    distributed.save({"state_dict": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(CheckpointError, match="format_utils dcp_to_torch FOLDER FILE") as told:
+        load_checkpoint(folder)
+    command = str(told.value).rpartition("python -m ")[2].split()
+    given = {"FOLDER": str(folder), "FILE": str(merged)}
+    subprocess.run([sys.executable, "-m", *(given.get(word, word) for word in command)], check=True)
+    saved = load_checkpoint(merged).state_dict
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("content", [torch.ones(2), {"state_dict": {"a": 1}}, {"a": "b"}])
@@ -128,6 +146,35 @@ def test_patterns_folders_and_plain_names_are_found_once(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"no checkpoint matches .*empty/\*\*/\*\.ckpt"):
         find_checkpoints(tmp_path / "empty")
+
+
+def test_brackets_in_the_name_of_a_file_or_folder_that_is_there_are_no_pattern(tmp_path):
+    folder = tmp_path / "run [a]"
+    folder.mkdir()
+    for name in ("x [1].ckpt", "y.ckpt"):
+        (folder / name).touch()
+    assert find_checkpoints(folder) == [folder / "x [1].ckpt", folder / "y.ckpt"]
+    assert find_checkpoints(folder / "x [1].ckpt") == [folder / "x [1].ckpt"]
+    assert find_checkpoints(str(tmp_path / "*" / "[xy]*.ckpt")) == find_checkpoints(folder)
+    (folder / "sub").mkdir()
+    with pytest.raises(CheckpointError, match=r"no checkpoint matches .*run \[a\]/sub/\*\*/\*\.ckpt"):
+        find_checkpoints(folder / "sub")
+
+
+@pytest.mark.parametrize("wrapper", ["module", "model"])
+def test_what_a_wrapper_puts_before_all_names_is_told(wrapper, tmp_path):
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    outer = nn.ModuleDict({wrapper: inner})
+    torch.save(outer.state_dict(), tmp_path / "outer.pt")
+    with pytest.raises(CheckpointError, match=rf"'0\.weight'; its names have '{wrapper}\.' in front"):
+        apply_checkpoint(inner, load_checkpoint(tmp_path / "outer.pt"))
+    torch.save(inner.state_dict(), tmp_path / "inner.pt")
+    with pytest.raises(CheckpointError, match=rf"0\.weight'; its names lack '{wrapper}\.' in front"):
+        apply_checkpoint(outer, load_checkpoint(tmp_path / "inner.pt"))
+    lacking = {name: value for name, value in outer.state_dict().items() if "1.bias" not in name}
+    torch.save(lacking, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"it lacks '0\.weight'$"):
+        apply_checkpoint(inner, load_checkpoint(tmp_path / "other.pt"))
 
 
 def test_numbers_in_names_are_sorted_as_numbers(tmp_path):
