@@ -233,6 +233,8 @@ def evaluate(
 
     check_writable(out, reference)
     check_format(out, format)
+    if reference is not None and options.errors is False:
+        raise ValueError(f"{reference} is made of what errors are; leave --options.errors false out")
     part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if part is None:
         raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n")

@@ -165,8 +165,8 @@ def _reference_of(given: CreditReport | str | os.PathLike[str]) -> Reference:
         )
     if given.reference is None:
         raise ValueError(
-            "the report holds no reference, for JSON keeps none; give a report that was just measured, "
-            "or a file that save_reference wrote"
+            "the report holds no reference, for JSON and measurements without errors have none; give "
+            "one that was just measured, or a file that save_reference wrote"
         )
     return given.reference
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.saved import ReportFormatError, read_json, write_atomically
+from lightning_koopman.report.saved import ReportFormatError, read_json, to_plain, write_atomically
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,7 +28,9 @@ def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
     """Write a table as JSON where the file's name ends so, else as CSV."""
     with write_atomically(path) as temporary:
         if kind_of(path, otherwise="csv") == "json":
-            table.to_json(temporary, orient="records", indent=1)
+            # to_json of pandas rounds to ten decimal places.
+            rows = [to_plain(row) for row in table.to_dict("records")]
+            temporary.write_text(json.dumps(rows, indent=1, allow_nan=False), encoding="utf-8")
         else:
             table.to_csv(temporary, index=False)
 

@@ -192,14 +192,15 @@ class CreditReport(ReportFields):
             path: File to write, completely or not at all.
 
         Raises:
-            ValueError: If the report holds no reference: one read from JSON has none.
+            ValueError: If the report holds no reference: one read from JSON has none, nor has one
+                that was measured without errors.
         """
         from lightning_koopman.report.reference_file import write_reference
 
         if self.reference is None:
             raise ValueError(
-                "the report holds no reference, for JSON keeps none; save the reference of a report "
-                "that was just measured (credit_report, or evaluate --reference)"
+                "the report holds no reference, for JSON and measurements without errors have none; "
+                "save that of a report that was just measured (credit_report, or evaluate --reference)"
             )
         write_reference(self.reference, path)
 

@@ -132,7 +132,8 @@ def with_places(value: float, places: int = 4) -> str:
     """Return a number as text with so many places, or few digits where it is large; nothing for NaN."""
     if math.isnan(value):
         return ""
-    return f"{value:.{places}f}" if abs(value) < 1e4 else f"{value:.3g}"
+    # Adding zero takes the sign off what is rounded to it.
+    return f"{round(value, places) + 0.0:.{places}f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def with_share(value: float, error: float) -> str:

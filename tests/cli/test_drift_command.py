@@ -77,6 +77,13 @@ def test_the_reference_is_that_of_the_last_checkpoint(
     assert evaluate("--ckpt=*.ckpt", "--reference=r.safetensors", "--out=r.json", "--fresh") == 0
 
 
+def test_a_reference_without_errors_is_refused_before_anything_is_measured(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("--ckpt=none.ckpt", "--reference=r.safetensors", "--options.errors=false") == 1
+    assert "r.safetensors is made of what errors are" in capsys.readouterr().err
+
+
 def test_a_file_that_holds_no_step_says_none(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("before", "after"):
         torch.save(torch.load(f"{name}.ckpt")["state_dict"], f"{name}.pt")

@@ -98,6 +98,15 @@ def test_a_part_that_gives_the_same_for_every_sample_is_named_first(name: str, s
     assert ("drift: empty where" in str(found)) == (name != "6")
 
 
+def test_a_report_without_errors_says_why_it_holds_no_reference(tmp_path: Path) -> None:
+    net = mlp()
+    report = credit_report(net, samples(), options=Options(errors=False))
+    with pytest.raises(ValueError, match=r"measurements without errors have none; give one that"):
+        drift(report, net, samples())
+    with pytest.raises(ValueError, match=r"measurements without errors have none; save that of"):
+        report.save_reference(tmp_path / "reference.safetensors")
+
+
 @pytest.mark.parametrize("options", [{}, {"delay": 2}], ids=str)
 def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
     net = Skips()
@@ -288,9 +297,9 @@ def test_a_report_from_json_has_no_reference(tmp_path: Path) -> None:
     report = credit_report(mlp(), samples())
     assert "reference" not in report.to_dict()
     read = CreditReport.from_dict(report.to_dict())
-    with pytest.raises(ValueError, match="JSON keeps none; give a report that was just measured"):
+    with pytest.raises(ValueError, match="JSON and measurements without errors have none; give one"):
         drift(read, mlp(), samples())
-    with pytest.raises(ValueError, match="JSON keeps none; save the reference of a report"):
+    with pytest.raises(ValueError, match="without errors have none; save that of a report"):
         read.save_reference(tmp_path / "never")
     assert not list(tmp_path.iterdir())
 

@@ -37,6 +37,13 @@ def test_the_table_marks_what_changed_and_ends_with_what_to_do_next() -> None:
     assert " ".join(lines[-2:]).startswith("Look at a[0] first, 1 more changed too. Compare its weights")
 
 
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    drift = dataclasses.replace(made(False, False, False), drift=np.array([-4e-16, -0.0, -6e-5]))
+    rows = [line.split()[1:] for line in str(drift).splitlines()[4:7]]
+    assert [row[0] for row in rows] == ["0.0000±0.0100", "0.0000±0.0200", "-0.0001±0.0400"]
+    assert [row[3] for row in rows] == ["0.000", "0.000", "0.000"]
+
+
 @pytest.mark.parametrize("width", [40, 60, 76])
 def test_a_narrow_screen_cuts_no_heading(width: int) -> None:
     console = Console(file=io.StringIO(), width=width)

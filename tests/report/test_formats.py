@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import html
+import json
 import re
 
 import numpy as np
@@ -14,7 +15,7 @@ from lightning_koopman import component_effects
 from lightning_koopman.cli.main import main
 from lightning_koopman.koopman.credit import QUANTITIES
 from lightning_koopman.report.effects import Effects
-from lightning_koopman.report.files import write_reports, write_with_known
+from lightning_koopman.report.files import write_reports, write_table, write_with_known
 from lightning_koopman.report.pages import to_html, to_markdown
 from lightning_koopman.report.tables import verdict
 
@@ -33,6 +34,22 @@ def test_frame_and_csv_hold_a_row_per_component(report, tmp_path):
         np.testing.assert_array_equal(frame[f"{name}_stderr"], report.stderr[name])
     assert list(frame["width"]) == list(report.widths)
     assert list(frame["doubt"]) == [", ".join(words) for words in report.doubts]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_tables_hold_numbers_in_full(kind, tmp_path):
+    table = pandas.DataFrame({
+        "component": ["a", "b", 'c"é'],
+        "drift": [1 / 3 * 1e-12, 1e12 / 3, np.nan],
+        "changed": [True, False, True],
+        "parameters": [1, 2**40, 0],
+    })
+    write_table(table, tmp_path / f"t.{kind}")
+    if kind == "csv":
+        read = pandas.read_csv(tmp_path / "t.csv", float_precision="round_trip")
+    else:
+        read = pandas.DataFrame(json.loads((tmp_path / "t.json").read_text(encoding="utf-8")))
+    pandas.testing.assert_frame_equal(read, table, check_exact=True)
 
 
 def test_html_is_self_contained_and_escaped(report):
