@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.koopman.moments import covariances
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference, beyond_error, unexplained
 from lightning_koopman.measurement.measurement import Measurement
@@ -92,6 +94,12 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     old = (reference.operators, reference.means, reference.n_samples)
     shares = unexplained(layout, moments, center, *old, measurement.reference().operators)
     value = shares.old - shares.new
+    count = float(moments[:, 0].sum())
+    given = covariances(layout, moments.sum(dim=0))
+    away = reference.means[0].mean(dim=0).to(moments) - center[0].to(moments) - given.means[0]
+    moved = float(away.square().sum() / given.variances[0].sum())
+    # Chance has means differ so, a few times as much where samples come in groups, as classes.
+    by_chance = 0.01 + 4 * (1 / count + 1 / max(1, reference.n_samples))
     return Drift(
         components=reference.components,
         drift=value.numpy(),
@@ -104,6 +112,7 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
         since=reference.step,
         parts=reference.parts,
         enough=measurement.advised,
+        moved=math.sqrt(moved) if moved > by_chance else 0.0,
     )
 
 
@@ -143,6 +152,7 @@ def drift_from(
         stderr=np.where(fits, found.stderr, np.nan),
         changed=found.changed & fits,
         old=np.where(fits, found.old, np.nan),
+        moved=found.moved if same[0] else 0.0,
     )
 
 

@@ -42,6 +42,8 @@ class Drift(Shown):
         since: Training step of the reference, if known.
         parts: By component, the module calls that it is made of.
         enough: How many samples states of these widths need.
+        moved: How far the mean of the network's input is from the reference's, over the root of its
+            variance; 0 where other samples may differ as much.
     """
 
     components: tuple[str, ...]
@@ -55,24 +57,31 @@ class Drift(Shown):
     since: int | None = None
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     enough: int = 0
+    moved: float = 0.0
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What makes drift too small, so that a change may be missed."""
-        if self.n_samples < self.enough:
-            return (
-                f"{self.n_samples} samples are few for states this wide, and make drift too small; take "
-                f"{self.enough} or more",
-            )
+        """What makes drift too small, so that a change may be missed, or marks what did not change."""
+        notes = []
         # On samples that they have seen, old operators leave less than new ones do on those held out.
         seen = (self.drift < -5 * self.stderr) & (self.drift < -0.1 * self.new)
-        if not seen.any() or 2 * seen.sum() < (~self.changed).sum():
-            return ()
-        return (
-            "the reference explains more than operators fitted to these samples do, so it has seen "
-            "them, rounded otherwise, and drift is too small; take the same bits (precision, "
-            "preprocessing), or other samples",
-        )
+        if self.n_samples < self.enough:
+            notes.append(
+                f"{self.n_samples} samples are few for states this wide, and make drift too small; take "
+                f"{self.enough} or more"
+            )
+        elif seen.any() and 2 * seen.sum() >= (~self.changed).sum():
+            notes.append(
+                "the reference explains more than operators fitted to these samples do, so it has seen "
+                "them, rounded otherwise, and drift is too small; take the same bits (precision, "
+                "preprocessing), or other samples"
+            )
+        if self.moved and self.changed.any():
+            notes.append(
+                f"the mean of the input is {self.moved:.2f} of its spread away from the reference's, "
+                "and components may be marked for what they are given; to tell, take samples like those"
+            )
+        return tuple(notes)
 
     @property
     def suspicion(self) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,37 @@ def test_notes_tell_where_drift_is_too_small_to_show_a_change() -> None:
     assert drift(report, net, data).notes == ()
     for seed in range(1, 6):
         assert drift(report, net, samples(600, seed=seed, width=64)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "is_told"),
+    [
+        (lambda x: x, False),
+        (lambda x: x + 1, True),
+        (lambda x: 3 * x, False),  # about a mean of zero, which stays
+        (lambda x: 3 * (x + 0.5), True),
+    ],
+)
+def test_a_note_tells_where_the_inputs_are_others(
+    change: Callable[[Tensor], Tensor], is_told: bool
+) -> None:
+    torch.manual_seed(0)
+    net = mlp()
+    seen = torch.cat(samples(1500))
+    given = change(torch.cat(samples(1000, seed=1)))
+    found = drift(credit_report(net, seen.split(300), max_samples=None), net, given.split(300))
+    away = float((given.mean(dim=0) - seen.mean(dim=0)).norm() / given.var(dim=0).sum().sqrt())
+    assert found.moved == pytest.approx(away if is_told else 0, rel=0.01)
+    assert found.notes == (
+        (
+            f"the mean of the input is {found.moved:.2f} of its spread away from the reference's, and "
+            "components may be marked for what they are given; to tell, take samples like those",
+        )
+        if is_told
+        else ()
+    )
+    # Beside weights that changed there is nothing to tell where samples are alike.
+    assert not drift(credit_report(net, seen.split(300)), broken(net, "2"), samples(seed=1)).notes
 
 
 def test_sequences_of_another_length_are_pooled_to_the_same_cells() -> None:
