@@ -123,10 +123,6 @@ class Measurement(Accumulator):
 
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
-        # The order of modules is that of registration, or of naming, and says nothing.
-        # References of before may lack norms, which count where states say so.
-        left = self.capture.norms.keys() - set(reference.modules)
-        reference.check_names(sorted(set(self.capture.chosen) - left), sorted(reference.modules))
         self._followed, self._named = reference, reference.named
         self.basis = reference.basis
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from lightning_koopman import CreditReport, Options, credit_report, drift
 from lightning_koopman.measurement.drift import drift_since
@@ -106,6 +107,26 @@ def test_a_report_without_errors_says_why_it_holds_no_reference(tmp_path: Path) 
         drift(report, net, samples())
     with pytest.raises(ValueError, match=r"measurements without errors have none; save that of"):
         report.save_reference(tmp_path / "reference.safetensors")
+
+
+def test_norms_folded_into_the_layers_before_them_are_no_other_components() -> None:
+    torch.manual_seed(0)
+    widths = ((6, 12), (12, 12), (12, 12))
+    blocks = [(nn.Linear(*pair), nn.BatchNorm1d(12), nn.ReLU()) for pair in widths]
+    net = nn.Sequential(*(layer for block in blocks for layer in block), nn.Linear(12, 3))
+    for batch in samples(seed=2):
+        net(batch)
+    folded = copy.deepcopy(net.eval())
+    for i in (0, 3, 6):
+        folded[i] = fuse_linear_bn_eval(folded[i], folded[i + 1])  # type: ignore[type-var]
+        folded[i + 1] = nn.Identity()
+    torch.testing.assert_close(folded(samples()[0]), net(samples()[0]))
+    for one, other in ((net, folded), (folded, net)):
+        found = drift(credit_report(one, samples()), other, samples())
+        assert found.components == ("0", "3", "6", "9")
+        assert np.abs(found.drift).max() < 1e-6
+        assert not found.changed.any()
+        assert drift(credit_report(one, samples()), broken(other, "3"), samples(seed=1)).culprit == "3"
 
 
 @pytest.mark.parametrize("options", [{}, {"delay": 2}], ids=str)
