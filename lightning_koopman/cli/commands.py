@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -211,9 +212,10 @@ def evaluate(
             hyperparameters that the checkpoint saved), or a function or object that gives batches.
         ckpt: Path or glob pattern of checkpoints, or a list of them.
         logdir: Folder for TensorBoard event files.
-        out: File for the reports, kept complete after every checkpoint. A second run with the same file
-            measures only checkpoints that are new or changed, or all if an option changed. It cannot see
-            changes of the model's code or of the data: use fresh then.
+        out: File for the reports, written after every checkpoint, or as often as that takes a quarter
+            of the time. A second run with the same file measures only checkpoints that are new or
+            changed, or all if an option changed. It cannot see changes of the model's code or of the
+            data: use fresh then.
         format: Kind of that file; by default as its name ends, else json. Beside csv and html, a .json
             file of the same name is kept for the second run and the report command.
         components: Names or glob patterns of components; chosen by default.
@@ -253,6 +255,16 @@ def evaluate(
         if out is not None:
             write_with_known(reports, out, kind)
 
+    saved, took = 0.0, 0.0
+
+    def save_often(reports: list[CreditReport]) -> None:
+        nonlocal saved, took
+        # All of them are written each time: many would take longer to write than one to measure.
+        if (began := time.perf_counter()) - saved > 3 * took:
+            save(reports)
+            saved = time.perf_counter()
+            took = saved - began
+
     failure = None
     columns = progress.Progress.get_default_columns()[:2]
     bar = progress.Progress(
@@ -270,7 +282,7 @@ def evaluate(
                 on_progress=lambda done, total: bar.update(
                     task, completed=done, total=total, visible=total > 0
                 ),
-                on_report=save,
+                on_report=save_often,
                 on_known=show_known,
                 shard=(int(part[1]), int(part[2])),
                 known=known,

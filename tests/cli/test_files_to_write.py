@@ -4,13 +4,16 @@ import contextlib
 import csv
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+import small
 from small import save
 
 from lightning_koopman.cli.commands import check_writable
 from lightning_koopman.cli.main import main
+from lightning_koopman.report import files
 
 NAMED = ["--model=nowhere:Net", "--data=nowhere:batches"]
 TRAINED = [*NAMED, "--ckpt=missing.ckpt"]
@@ -110,6 +113,29 @@ def test_files_are_of_the_kind_that_their_names_end_in(reports):
         "drift": {"json": "list", "csv": "csv", "txt": "csv"},
     }
     assert found == {(c, ending): kind for c, row in expected.items() for ending, kind in row.items()}
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(0.0, 9), (0.4, 4)])
+def test_files_that_take_long_are_not_written_behind_each_checkpoint(
+    user_module, monkeypatch, seconds, most
+):
+    user_module("often_code", Path(small.__file__).read_text())
+    for step in range(8):
+        save(Path(f"ckpt/{step}.ckpt"), step, 1 + step)
+    written = []
+
+    def slowly(reports, path, kind):
+        written.append(len(reports))
+        time.sleep(seconds)
+        files.write_reports(reports, path, kind)
+
+    monkeypatch.setattr(files, "write_with_known", slowly)
+    options = ["--model=often_code:network", "--data=often_code:batches", "--ckpt=ckpt"]
+    assert main(["evaluate", *options, "--out=r.json"]) == 0
+    assert written[0] == 1
+    assert len(written) <= most
+    assert len(written) > 4 or seconds
+    assert [report.step for report in files.read_reports("r.json")] == [*range(8)]
 
 
 @pytest.mark.parametrize("command", ["drift", "drop", "linearize", "bits"])
