@@ -226,7 +226,7 @@ def linearize(
     fit_on, choose_on = fit_and_choose(given.data, given.checkpoint.data_hyper_parameters)
     found = linearize(
         given.network, choose_on, fit_batches=fit_on, max_drop=max_drop, cost=cost, budget=budget,
-        allow_larger=allow_larger, max_dim=max_dim, seed=given.seed, **given.common,
+        allow_larger=allow_larger, max_dim=max_dim, **given.common,
     )  # fmt: skip
     otherwise = "lightning-koopman drop" + (", or a larger --max-drop" if found.candidates else "")
     given.finish(found, found.model if found.components else None, otherwise)

@@ -67,7 +67,8 @@ class BitWidths(Shown):
         metric: Metric with all of ``bits``; NaN where there is none.
         metric_stderr: Standard error of its difference from ``metric_before``, paired over samples.
         metric_before: Metric of the network as it is.
-        alike: The measured effect of giving all components the same number of bits, by that number.
+        alike: The measured effect of giving all components the most bits that ``budget`` admits for all,
+            by that number.
         solver: Which of the ways found the bits, see :func:`bit_widths`.
         scale: Unit of effects, ``"kl"`` or ``"relative"``.
         n_samples: Samples that all of this was measured on.
@@ -321,7 +322,8 @@ def bit_widths(
         }
         solver = min(improved, key=lambda name: _rank(improved[name][1]))
         places, best = improved[solver]
-        alike = {b: altered.together(dict.fromkeys(names, b)).effect for b in options if b <= average}
+        most = next(b for b in options if b <= average)
+        alike = {most: altered.together(dict.fromkeys(names, most)).effect}
     final = tuple(options[k] for k in places)
     for name, why in refused.items():
         notes.append(f"{name!r} keeps its weights: {why}")
@@ -349,7 +351,7 @@ def bit_widths(
         metric=best.metric,
         metric_stderr=best.metric_stderr,
         metric_before=outputs.metric,
-        alike=dict(itertools.islice(alike.items(), 1)),
+        alike=alike,
         solver=solver if places == chosen[solver] else "measured",
         scale=outputs.scale,
         n_samples=outputs.n_samples,

@@ -168,7 +168,6 @@ def linearize(
     variance: float = 0.999,
     max_dim: int = 256,
     forward_fn: ForwardFn | None = None,
-    seed: int = 0,
 ) -> Linearized:
     """Replace components by linear layers, as long as the network gets smaller and loses little.
 
@@ -209,7 +208,6 @@ def linearize(
         variance: Share of the predicted variance that a pair of layers keeps.
         max_dim: Most POD directions of an input.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
-        seed: Chooses the folds that the ridge weight is picked on.
 
     Returns:
         The new network, and what was measured after each step.
@@ -232,7 +230,7 @@ def linearize(
     check_copyable(model)
     check_max_drop(max_drop)
     check_type(NUMBER, variance=variance, budget=budget)
-    check_type(INTEGER, max_dim=max_dim, seed=seed)
+    check_type(INTEGER, max_dim=max_dim)
     if max_dim < 1:
         raise ValueError(f"max_dim is {max_dim}; a linear map needs at least one direction of its input")
     if not 0 < variance <= 1:
@@ -248,7 +246,7 @@ def linearize(
         fitting = ForwardRunner(model, fit_on, forward_fn)
         with explained(fitting):
             refuse_samples(fitting, fitting.run_batch(0)[0])
-        maps = _Maps(fitting, max_dim, variance, seed)
+        maps = _Maps(fitting, max_dim, variance)
         calls = maps.look_at(calls)
         refused = maps.check({n: c for n, c in calls.items() if n not in refused}) | refused
         if components is not None and refused:
@@ -327,8 +325,8 @@ class _Option(NamedTuple):
 class _Maps:
     """Linear maps in place of module calls, each fitted when it is first asked for."""
 
-    def __init__(self, runner: ForwardRunner, max_dim: int, variance: float, seed: int) -> None:
-        self._runner, self._max_dim, self._variance, self._seed = runner, max_dim, variance, seed
+    def __init__(self, runner: ForwardRunner, max_dim: int, variance: float) -> None:
+        self._runner, self._max_dim, self._variance = runner, max_dim, variance
         self._swaps: dict[_Group, LinearComponent] = {}
 
     def look_at(self, components: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
@@ -423,7 +421,7 @@ class _Maps:
         missing = [group for group in groups if group not in self._swaps]
         if missing:
             ends = [(HookPoint("in", g.calls[0]), HookPoint("out", g.calls[-1])) for g in missing]
-            fits = [LinearFit(self._max_dim, seed=self._seed) for _ in missing]
+            fits = [LinearFit(self._max_dim) for _ in missing]
 
             def update(values: Mapping[HookPoint, Tensor]) -> None:
                 for (source, target), fit, group in zip(ends, fits, missing, strict=True):
@@ -488,12 +486,12 @@ class _Search:
     @property
     def unknown(self) -> list[str]:
         """Components with which the outputs or the metric were never finite."""
-        tried = {name: False for name in self._order}
+        seen, known = set[str](), set[str]()
         for which, (measured, *_) in self._tried.items():
-            for name, _ in which:
-                tried[name] |= is_finite(measured, self.outputs)
-        seen = {name for which in self._tried for name, _ in which}
-        return [name for name, known in tried.items() if name in seen and not known]
+            names = {name for name, _ in which}
+            seen |= names
+            known |= names if is_finite(measured, self.outputs) else set()
+        return [name for name in self._order if name in seen - known]
 
     def groups(self, chosen: Sequence[_Option]) -> list[_Group]:
         """Find the modules that become one map each; a bare linear layer by itself stays."""

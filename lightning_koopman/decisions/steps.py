@@ -356,7 +356,7 @@ def component_calls(
     if report is not None:
         calls, ends = altered_parts(report), Ends.of(report)
     else:
-        capture = Capture(runner.model, keep=lambda tensor, recorded: recorded, follow=True)
+        capture = Capture(runner.model, keep=lambda tensor, recorded: recorded)
         with capture:
             capture.start_pass(runner.batches[0])
             runner.run_batch(0)

@@ -113,7 +113,6 @@ class Alterations:
         replacements: Mapping[str, Weights] | None = None,
         initial: Weights | None = None,
         strength: float = 0.3,
-        seed: int = 0,
     ) -> None:
         replacements = replacements or {}
         if clashing := sorted(set(replacements) & set(KINDS)):
@@ -128,7 +127,7 @@ class Alterations:
         if not 0 <= strength < float("inf"):
             raise ValueError(f"strength is {strength}; it must be a finite number, 0 or above")
         self._model, self._parts, self.kinds = model, parts, tuple(dict.fromkeys(kinds))
-        self._strength, self._seed = strength, seed
+        self._strength = strength
         self.names = tuple(parts)
         self.inputs = {name: HookPoint("in", calls[0]) for name, calls in parts.items()}
         self.outputs = {name: HookPoint("out", calls[-1]) for name, calls in parts.items()}
@@ -343,7 +342,7 @@ class Alterations:
                 "can take its place; leave it out with components=[...], or leave out the kind 'linear'"
             )
         given = self._rows(values, self.inputs[name])
-        fit = self._fits.setdefault(name, LinearFit(seed=self._seed))
+        fit = self._fits.setdefault(name, LinearFit())
         if len(given) != len(output) or not fit.takes(given, output):
             raise UnalterableError(
                 f"{name!r} takes {tuple(given.shape)} and gives {tuple(output.shape)}, other shapes "
@@ -362,10 +361,6 @@ class Alterations:
         """Fit the linear maps."""
         self.maps |= {name: fit.solve() for name, fit in self._fits.items()}
         self._fits = {}
-
-    def spread(self, point: HookPoint) -> Tensor:
-        """Return the standard deviation of the noise on a tensor, with its samples first."""
-        return self._strength * self._units[point].std
 
     def puts_mean(self, kind: str, name: str) -> bool:
         """Return whether a mean over samples takes the place of what a component gives."""
@@ -459,21 +454,21 @@ class Alterations:
 
     def _noisy(self, point: HookPoint) -> Alteration:
         """Add noise to a tensor, in units of its standard deviation."""
-        axis = self._forms[point].batch_axis
-        spread, generator = self.spread(point), torch.Generator()
+        generator = torch.Generator()
         # Draws on its own from here on: what the network itself draws must stay what it was.
         generator.manual_seed(int(torch.randint(2**62, ())))
 
         def noisy(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
             noise = torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output.device)
-            return output + (spread.to(output.device) * noise.movedim(axis, 0)).movedim(0, axis)
+            return output + self.times_spread(point, noise)
 
         return noisy
 
-    def noise_of(self, point: HookPoint, gradient: Tensor) -> Tensor:
-        """Return a gradient times the standard deviation of output noise, with samples first."""
+    def times_spread(self, point: HookPoint, values: Tensor) -> Tensor:
+        """Return values, laid out as a tensor is, times the standard deviation of the noise on it."""
         axis = self._forms[point].batch_axis
-        return (self.spread(point).to(gradient.device) * gradient.movedim(axis, 0)).movedim(0, axis)
+        spread = self._strength * self._units[point].std.to(values.device)
+        return (spread * values.movedim(axis, 0)).movedim(0, axis)
 
     def rows_by_sample(self, name: str, point: HookPoint, tensor: Tensor, n_samples: int) -> Tensor:
         """Return one row per sample of what lies at a point of a component."""

@@ -243,7 +243,6 @@ def effects_on(
         replacements=replacements,
         initial=initial,
         strength=strength,
-        seed=seed,
     )
     kinds, rows = alterations.kinds, _rows(alterations.names, sets)
     to_measure = [
@@ -280,27 +279,26 @@ def effects_on(
             outputs.append(output.detach().cpu())
         assert target_of is not None
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
-        found_notes = [*about.notes, *runner.notes]
+        notes = [*about.notes, *runner.notes]
         if unlike:
-            found_notes.append(
+            notes.append(
                 f"{unlike} calls of components gave tensors of another shape than in the first call of "
                 "the network in the same pass, and were left as they are"
             )
-        notes = tuple(found_notes)
         if targets is not None:
             known = targets(outputs, known)
         else:
             known, doubted = only_classes(runner, outputs, known, scale, metric, search)
-            notes = (*notes, *doubted)
+            notes += doubted
         valid = [valid_of(batch) for batch in runner.batches]
-        before = Outputs(outputs, runner.batches, scale, metric, known, notes, valid, search)
+        before = Outputs(outputs, runner.batches, scale, metric, known, tuple(notes), valid, search)
         alterations.solve()
         refused = _refused(alterations, [k for k in to_predict if k not in to_measure])
-        notes = (*before.notes, *refused)
+        notes = [*before.notes, *refused]
         again = runner.run_batch(0)[0] if again is None else again
         unsteady = _unsteadiness(again.detach().cpu(), outputs, before)
         if nesting:
-            notes = (*notes, *_changed_by_padding(runner, outputs[0]))
+            notes += _changed_by_padding(runner, outputs[0])
         measured = {
             kind: _measure(alterations, runner, before, kind, rows, draws, seed) for kind in to_measure
         }
@@ -311,8 +309,7 @@ def effects_on(
             )
     size = outputs[0][0].numel()
     if second and size > probes:
-        combined = f"predicted from {probes} random combinations of the {size} outputs per sample"
-        notes = (*notes, combined)
+        notes.append(f"predicted from {probes} random combinations of the {size} outputs per sample")
     predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
@@ -338,7 +335,7 @@ def effects_on(
         sets={name: members for name, members in rows.items() if len(members) > 1},
         folds={kind: each.folds for kind, each in second.items()},
         pairs={kind: each.pairs for kind, each in second.items()},
-        notes=notes,
+        notes=tuple(notes),
     )
     doubts = {
         kind: tuple(

@@ -118,8 +118,8 @@ class LinearFit:
     whole output on the reduced input. Only its ridge weight is chosen on a reduced output.
     """
 
-    def __init__(self, max_dim: int = 256, *, seed: int = 0) -> None:
-        self._max_dim, self._seed = max_dim, seed
+    def __init__(self, max_dim: int = 256) -> None:
+        self._max_dim = max_dim
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._reduced: list[Tensor] = []
         self._targets: list[Tensor] = []
@@ -152,7 +152,7 @@ class LinearFit:
             raise ValueError(f"{n} of at least 2 samples arrived for a linear map; pass more")
         self._drain()
         x, y = torch.cat(self._reduced), torch.cat(self._targets)
-        chosen = fit_operator(x, y, tikhonov=tikhonov, seed=self._seed)
+        chosen = fit_operator(x, y, tikhonov=tikhonov, folds=None)
         x_mean, y_mean = x.mean(dim=0), self._output.mean
         c_xx = (x - x_mean).T @ (x - x_mean) / n
         c_xy = self._xy / n - torch.outer(x_mean, y_mean - self._output.offset)

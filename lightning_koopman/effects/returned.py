@@ -137,7 +137,7 @@ def _run_followed(
             flow.label(tensor, recorded.name, beside=True)
 
     # Names count what the network returns, of which forward_fn may give a part, or something else.
-    capture = Capture(runner.model, ends.modules, keep=keep, follow=True)
+    capture = Capture(runner.model, ends.modules, keep=keep)
     with capture, flow:
         capture.start_pass(runner.batches[0])
         followed = runner.run_followed(read, calls)

@@ -223,7 +223,7 @@ class Outputs:
         search: TargetSearch | None = None,
     ) -> None:
         check_given((Callable, "a function, called as metric(outputs, targets)"), metric=metric)
-        self.notes = notes
+        all_notes = list(notes)
         self._outputs = tuple(outputs)
         if not self._outputs:
             raise ValueError(NO_SAMPLES)
@@ -273,9 +273,7 @@ class Outputs:
             moved = tuple(search.where_predicted(batch, target) for batch, target in marked)
             are_moved = any(m is not target for m, (_, target) in zip(moved, marked, strict=True))
             if are_moved and search.guesses:
-                all_notes = list(notes)
                 all_notes.append(NEXT_TOKENS)
-                self.notes = notes = tuple(all_notes)
             counts = tuple(are_among(target, first.shape[self._axis]) for target in moved)
             if self.scale == "kl" and first.ndim > 2 and any(bool(c.any()) for c in counts):
                 self._counts = counts
@@ -284,9 +282,8 @@ class Outputs:
         self._check_finite()
         self._are_probabilities = self.scale == "kl" and self._sum_to_one()
         if self._are_probabilities:
-            all_notes = list(notes)
             all_notes.append(PROBABILITIES)
-            self.notes = tuple(all_notes)
+        self.notes = tuple(all_notes)
         self.has_metric = self._metric is not None
         sizes = [*map(len, self._outputs)]
         self.n_samples = sum(sizes)

@@ -260,7 +260,7 @@ def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: in
         for point in alterations.all_altered("output_noise", name):
             for gradient in gradients.get(point, ()):
                 if gradient is not None:
-                    noise = alterations.noise_of(point, gradient)
+                    noise = alterations.times_spread(point, gradient)
                     rows = alterations.rows_by_sample(name, point, noise, n_samples)
                     change[:, i] += rows.square().sum(dim=1).double().cpu()
     return change

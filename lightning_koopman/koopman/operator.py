@@ -138,7 +138,7 @@ def fit_operator(
     else:
         fold_of, moments = sample_keys(x, seed) % folds, layout.zeros().to(x.device)
     accumulate(layout, moments, [x, y], fold_of, offsets)
-    summed = moments[0] if folds is None else moments.sum(dim=0)
+    summed = moments.sum(dim=0)
     everything = covariances(layout, summed)
     c_xx, c_xy = everything[0, 0], everything[0, 1]
     if tikhonov is None:

@@ -84,7 +84,6 @@ class Measurement(Accumulator):
             components,
             keep=_weakly(self._keep),
             output=named,
-            follow=True,
             trained=trained,
         )
         self.plan: Plan | None = None

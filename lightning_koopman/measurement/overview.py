@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
-from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
+from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
@@ -102,7 +102,6 @@ def describe_components(
     batches: Iterable[Any] | None = None,
     *,
     components: Components | Sequence[Components] | None = None,
-    forward_fn: ForwardFn | None = None,
     max_dim: int = DEFAULTS.max_dim,
 ) -> Overview:
     """List the components that a report would have.
@@ -111,7 +110,6 @@ def describe_components(
         model: Any module; it is left exactly as it was found.
         batches: Data, of which the first batch is run; ``None`` runs nothing.
         components: As in :func:`lightning_koopman.credit_report`.
-        forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
         max_dim: Widest state vector.
 
     Returns:
@@ -139,11 +137,11 @@ def describe_components(
     if batch is None:
         raise ValueError("batches is empty; the shapes need one batch")
     batch = to_device(batch, device_of(model))
-    capture = Capture(model, components, keep=_kept, follow=True)
+    capture = Capture(model, components, keep=_kept)
     taken: dict[str, tuple[int, ...]] = {}
     with undisturbed(model), capture, _noting_inputs(capture.candidates, taken):
         capture.start_pass(batch)
-        (default_forward if forward_fn is None else forward_fn)(model, batch)
+        default_forward(model, batch)
         silent = capture.silent
         records: list[Recorded] = list(capture.end_pass().values())
     if len(records) < 2:

@@ -138,7 +138,6 @@ class Capture:
         *,
         keep: Callable[[Tensor, Recorded], Any] = lambda tensor, _: detached_copy(tensor),
         output: str | None = None,
-        follow: bool = False,
         trained: Collection[int] | None = None,
     ) -> None:
         if isinstance(model, torch.jit.ScriptModule):
@@ -170,7 +169,7 @@ class Capture:
         self._tables = {} if self._named else with_tables(model, self.components)
         self._looking_up: list[int] = []
         self._holders = [*self.components.values(), *self._transparent]
-        self._model, self.keep, self._follow, self._trained = model, keep, follow, trained
+        self._model, self.keep, self._trained = model, keep, trained
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
@@ -241,7 +240,7 @@ class Capture:
                     hang(module, on_transparent_input, self._on_transparent)
             if self.end is not None and self.end not in self.components:
                 hang(dict(clean_modules(self._model))[self.end], after=self._on_end)
-            if self._follow and first:
+            if first:
                 hooks.callback(self._leave)
                 self._provenance.follow(_held_by(self._model))
             self._hooks = hooks.pop_all()
@@ -421,17 +420,16 @@ class Capture:
         self._settle_inner()
         if self._states and not self._called:
             self._begin_behind_others((args, kwargs))
-        elif self._states and self.again is None:
-            self._closed = True
-        elif self._states:
+        elif self._states and self.again is not None:
             self._take_apart()
             states, self._passes = self._states, self._passes + 1
             self._ran |= set(self._calls)
             self._start_call()
-            assert self.again is not None
             # The step is under way, in whatever inference mode or autocast; sums are added to outside.
             with plain_numerics(next(module.parameters(), torch.empty(0))):
                 self.again(states)
+        elif self._states:
+            self._closed = True
         self._called, self._call = True, (args, kwargs)
         self.given = _with_arguments(self._outer, module, args, kwargs)
 
@@ -468,7 +466,7 @@ class Capture:
     @_kept_out_of_the_forward
     def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._nested -= 1
-        if self._nested or not self._follow:
+        if self._nested:
             return
         if self._around and self._passes == 0 and not self.returned.made_of:
             # What is around it may go on with what it gave, or call it again.

@@ -718,17 +718,16 @@ class Provenance:
         # Of later passes, only the order of rows is asked.
         self._order: DataFlow | None = None
         self.lost_order: Exception | None = None
-        self._batch: Any = None
+        self.start_pass(None)
+
+    def start_pass(self, batch: Any) -> None:
+        """Forget the pass before."""
+        self._batch = batch
         self._claimed: dict[str, str] = {}
         self._taken: set[str] = set()
         self._inputs: set[str] = set()
         self.idle: set[str] = set()
         self.changed: set[str] = set()
-
-    def start_pass(self, batch: Any) -> None:
-        """Forget the pass before."""
-        self._batch, self._claimed = batch, {}
-        self._taken, self._inputs, self.idle, self.changed = set(), set(), set(), set()
         self._label_batch()
 
     def follow(self, own: Iterable[Tensor]) -> None:

@@ -42,6 +42,11 @@ class Order(NamedTuple):
         """Whether each row is in its own place."""
         return self.is_of_all and torch.equal(self.filled(), _places(self.base, self.rows))
 
+    @property
+    def is_undone(self) -> bool:
+        """Whether each row is in its own place, and will be so in every batch."""
+        return not (self.moved or self.mixed) and self.is_own
+
     def filled(self) -> Tensor:
         """Return the places, their own for rows of none."""
         return torch.where(self.rows < 0, _places(len(self.rows), self.rows), self.rows)
@@ -169,11 +174,8 @@ class RowOrders:
             split = {size for size in self._known_merges(tensor) if self._is_split(tensor, size)}
             if split and by_entry and made[0].numel() == tensor.numel():
                 same = (other for other in reads if address_of(other) == address_of(tensor))
-                split = (
-                    split
-                    if any(view_of_memory(other) != view_of_memory(tensor) for other in same)
-                    else set()
-                )
+                if all(view_of_memory(other) == view_of_memory(tensor) for other in same):
+                    continue
             met |= split
         source = _added_up(plain, args)
         if source is not None and plain in _PUTS and (merges := self._merges(source)):
@@ -350,17 +352,9 @@ class RowOrders:
         }
         if len(bases) != 1:
             return [(out, others)]
-        device = rows[0].device
-        seen = [order for order in known if order is not None]
-        order = Order(
-            torch.cat([each.to(device) for each in rows]),
-            bases.pop(),
-            any(each.moved for each in seen),
-            any(each.mixed for each in seen),
-        )
+        order = _in_one(rows, bases.pop(), [order for order in known if order is not None])
         self.is_whole_again = order.is_of_all
-        undone = not (order.moved or order.mixed) and order.is_own
-        return [(out, others if undone else {**others, out.shape[axis]: order})]
+        return [(out, others if order.is_undone else {**others, out.shape[axis]: order})]
 
     def _single(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
         """Remember which row a row was."""
@@ -386,13 +380,8 @@ class RowOrders:
         alike = len(rows) == len(known) and len({order.base for order in rows}) == 1
         if _argument(args, 1, 0) % out.ndim or not alike:
             return [(out, others)] if rows else None
-        order = rows[0]._replace(
-            rows=torch.cat([each.rows.to(rows[0].rows.device) for each in rows]),
-            moved=any(each.moved for each in rows),
-            mixed=any(each.mixed for each in rows),
-        )
-        undone = not (order.moved or order.mixed) and order.is_own
-        return [(out, others if undone else {**others, len(rows): order})]
+        order = _in_one([each.rows for each in rows], rows[0].base, rows)
+        return [(out, others if order.is_undone else {**others, len(rows): order})]
 
     def _packed(self, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]]:
         source, (data, sizes) = args[0], out
@@ -525,6 +514,12 @@ class RowOrders:
             return set()
         merged = self._merges(tensor).get(tensor.shape[0], ()) if tensor.ndim else ()
         return {*tensor.shape[: 1 if tensor.ndim < 3 else 2], *merged}
+
+
+def _in_one(rows: Sequence[Tensor], base: int, seen: Sequence[Order]) -> Order:
+    """Return the order of rows that were put one behind the other."""
+    moved, mixed = (any(order[k] for order in seen) for k in (2, 3))
+    return Order(torch.cat([each.to(rows[0].device) for each in rows]), base, moved, mixed)
 
 
 def _agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:

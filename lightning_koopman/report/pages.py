@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -191,9 +190,7 @@ def _effects(report: ReportFields, run: str) -> str:
             doubted = bool(effects.doubts_of(kind, i))
             texts += _number(effects.values[kind][i], effects.stderr[kind][i], doubted)
             if kind in effects.metric:
-                errors = effects.metric_stderr.get(kind)
-                error = math.nan if errors is None else errors[i]
-                texts += _number(effects.metric[kind][i], error, False)
+                texts += _number(effects.metric[kind][i], effects.metric_stderr[kind][i], False)
         words = "; ".join(
             f"{kind}: {', '.join(found)}"
             for kind in effects.kinds

@@ -133,7 +133,7 @@ def test_a_model_is_copied_and_saved_while_hooks_are_on(behind, tmp_path):
 
 def test_a_copy_keeps_nothing_of_the_capture():
     net = plain()
-    with Capture(net, follow=True) as capture:
+    with Capture(net) as capture:
         net(torch.ones(4, 8))
         copies = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
     states = capture.end_pass()

@@ -104,7 +104,7 @@ def test_one_that_gives_its_loss_first_is_one_too():
 def test_its_state_is_the_nearest_entries_in_the_first_batch_and_in_later_ones():
     net = autoencoder(Outer(Table(straight_through)))
     table = net.q.inner.table
-    capture = Capture(net, follow=True)
+    capture = Capture(net)
     for x in BATCHES[:2]:
         with undisturbed(net), capture:
             net(x)

@@ -508,7 +508,7 @@ def test_masks_made_of_data_are_nothing_that_a_state_is_made_of():
 def test_what_is_known_of_a_component_holds_for_all_tensors_that_it_gives():
     model = wired(lambda m, x: m.last(m.both(x)[1]), both=Both(8, 5), last=nn.Linear(5, 2))
     model.both.requires_grad_(requires_grad=False)
-    with torch.no_grad(), Capture(model, keep=lambda _, recorded: recorded, follow=True) as capture:
+    with torch.no_grad(), Capture(model, keep=lambda _, recorded: recorded) as capture:
         capture.start_pass(x := drawn(20, 6))
         model(x)
         states = capture.end_pass()

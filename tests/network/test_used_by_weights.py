@@ -103,7 +103,7 @@ def test_lazy_modules_that_never_ran_have_no_weights_yet():
 
 def test_it_is_known_when_hooks_are_taken_off_before_the_pass_ends():
     net = seen(by_its_weight)
-    capture = Capture(net, follow=True)
+    capture = Capture(net)
     with undisturbed(net), capture:
         net(BATCHES[0])
     silent = capture.silent
