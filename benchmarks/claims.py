@@ -297,7 +297,7 @@ samples.
 ## The ResNet, state by state
 
 State vectors of at most {DEFAULTS.max_dim} values; operators fitted on the training samples, with the
-ridge weight that their held-out folds choose.
+ridge weight that generalised cross-validation chooses.
 
 {detail}
 ## A residual MLP, leaf by leaf

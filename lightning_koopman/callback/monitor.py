@@ -159,6 +159,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     Raises:
         ValueError: If an argument is out of range, or, when training starts, if a named component does
             not exist.
+        TypeError: If ``options`` are none.
     """
 
     @takes_options(

@@ -81,7 +81,8 @@ def evaluate_checkpoints(
 
     Args:
         model: A model of the architecture that was saved; its own weights are put back at the end.
-        checkpoints: Paths or glob patterns of Lightning checkpoints or bare state dicts.
+        checkpoints: Paths or glob patterns of Lightning checkpoints or bare state dicts, or folders, of
+            which all files are taken whose names end in ``.ckpt``, at whatever depth.
         batches: As in :func:`credit_report`; iterated once per checkpoint.
         logdir: Folder for TensorBoard, where each checkpoint appears at its own global step, each run in
             a folder of its own.

@@ -210,7 +210,7 @@ def evaluate(
             hyperparameters that its checkpoint saved.
         data: Data to measure on, as pkg.mod:DataModule (its validation loader; it gets the
             hyperparameters that the checkpoint saved), or a function or object that gives batches.
-        ckpt: Path or glob pattern of checkpoints, or a list of them.
+        ckpt: Path or glob pattern of checkpoints, a folder of .ckpt files, or a list of these.
         logdir: Folder for TensorBoard event files.
         out: File for the reports, written after every checkpoint, or as often as that takes a quarter
             of the time. A second run with the same file measures only checkpoints that are new or

@@ -74,6 +74,7 @@ class BitWidths(Shown):
         n_samples: Samples that all of this was measured on.
         group_size: Inputs that share a scale; ``None`` is all of an output channel.
         notes: What a reader must know of the outputs that were looked at.
+        parts: By component, the modules that hold its weights.
     """
 
     components: tuple[str, ...]

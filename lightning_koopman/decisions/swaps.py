@@ -240,7 +240,13 @@ def swaps_in(model: nn.Module) -> list[Skipped | LinearComponent]:
 def save_shrunk(
     model: nn.Module, path: str | os.PathLike[str], *, more: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a network with dropped or linear components as a checkpoint for :func:`load_shrunk`."""
+    """Write a network with dropped or linear components as a checkpoint for :func:`load_shrunk`.
+
+    Args:
+        model: The network, as ``apply`` of a drop order or ``model`` of what became linear gives it.
+        path: File to write, completely or not at all.
+        more: What the file is to hold beside the weights, by name.
+    """
     swaps = [
         {"kind": kind, **swap.options()}
         for swap in swaps_in(model)
@@ -268,14 +274,13 @@ def load_shrunk(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         CheckpointError: If the file is no such checkpoint or does not fit the model.
     """
     checkpoint = load_checkpoint(path)
-    found = torch.load(path, map_location="cpu", weights_only=True).get("swaps")
-    if not isinstance(found, list):
+    if checkpoint.swaps is None:
         raise CheckpointError(
             f"{os.fspath(path)} holds no dropped or linear components; load it as usual"
         )
     held = sum(tensor.numel() for tensor in checkpoint.state_dict.values())
     new = copied_with(model, [])
-    for given in found:
+    for given in checkpoint.swaps:
         try:
             options = dict(given)
             with torch.device("meta"):
@@ -292,5 +297,5 @@ def load_shrunk(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"{os.fspath(path)} does not fit {type(model).__name__}: a component cannot be put in "
                 f"its place ({type(error).__name__}: {error})"
             ) from None
-    apply_checkpoint(new, replace(checkpoint, is_shrunk=False))
+    apply_checkpoint(new, replace(checkpoint, swaps=None))
     return new

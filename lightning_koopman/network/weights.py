@@ -80,7 +80,7 @@ class Checkpoint:
         state_dict: Tensors by name.
         hyper_parameters: What a LightningModule saved of its arguments.
         data_hyper_parameters: What a LightningDataModule saved of its own.
-        is_shrunk: Whether components were dropped or made linear in the network that was saved.
+        swaps: What stands in place of components of the network that was saved, if it was shrunk.
     """
 
     path: Path
@@ -88,7 +88,7 @@ class Checkpoint:
     state_dict: Mapping[str, Tensor]
     hyper_parameters: Mapping[str, Any]
     data_hyper_parameters: Mapping[str, Any]
-    is_shrunk: bool = False
+    swaps: Sequence[Any] | None = None
 
 
 def find_checkpoints(
@@ -187,14 +187,14 @@ def load_checkpoint(
         state_dict={clean_name(str(name)): value for name, value in tensors.items()},
         hyper_parameters=own,
         data_hyper_parameters=of_data,
-        is_shrunk=isinstance(swaps, list) and bool(swaps),
+        swaps=swaps if isinstance(swaps, list) else None,
     )
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's weights into a model."""
     expected = {clean_name(name): (name, value) for name, value in model.state_dict().items()}
-    if checkpoint.is_shrunk and expected.keys() != checkpoint.state_dict.keys():
+    if checkpoint.swaps and expected.keys() != checkpoint.state_dict.keys():
         raise CheckpointError(
             f"{checkpoint.path} holds a network with dropped or linear components, which does not fit "
             f"{type(model).__name__} as it is; give the one that lightning_koopman.decisions.swaps."
