@@ -159,7 +159,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     Raises:
         ValueError: If an argument is out of range, or, when training starts, if a named component does
             not exist.
-        TypeError: If ``options`` are none.
+        TypeError: If ``options`` is no ``Options``.
     """
 
     @takes_options(

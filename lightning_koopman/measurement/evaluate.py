@@ -71,7 +71,7 @@ def credit_report(
     Raises:
         ValueError: If no sample arrives, no component runs, a state is not finite or changes its shape,
             or an argument is out of range.
-        TypeError: If ``components`` holds something else, or ``options`` are none.
+        TypeError: If ``components`` holds something else, or ``options`` is no ``Options``.
 
     Example:
         >>> import torch
