@@ -47,6 +47,7 @@ from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import named_components, norms_beside
 from lightning_koopman.network.hook_points import seconds_in_hooks
 from lightning_koopman.network.isolation import (
+    following_stops_compiler,
     has_compiled_functions,
     is_compiled,
     plain_numerics,
@@ -635,7 +636,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Start measuring this process's share of the samples that a loader gives."""
         self.sync_pending = trainer.world_size > 1
         self._final = final or trainer.state.fn != "fit"
-        self._rides_along = not is_compiled(pl_module)
+        self._rides_along = not (is_compiled(pl_module) or following_stops_compiler())
         known = None if like is None else self._recorded.samples
         samples = WatchedSamples.of(trainer, loader, self.max_samples, like=known)
         self._recorded.samples = samples

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.jit import ScriptModule
+from torch.utils.hooks import RemovableHandle
 
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.isolation import has_compiled_functions
@@ -48,20 +49,50 @@ class _Hook:
     seconds = 0.0
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        # Nothing, when it is no longer on; others may have kept it.
+        self.function: Callable[..., Any] | None = function
+        self.number: int | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        function = self.function
         # What is compiled while hooks are on must be what would be compiled without them.
-        if torch.compiler.is_compiling():
+        if function is None or torch.compiler.is_compiling():
             return None
         start = time.perf_counter() - seconds_following()
         try:
-            return self._function(module, args, in_order(module, kwargs), *output)
+            return function(module, args, in_order(module, kwargs), *output)
         finally:
             _Hook.seconds += time.perf_counter() - seconds_following() - start
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
+
+
+# The same hooks each time: up to torch 2.8, the compiler asks whether those that it saw are still there,
+# and compiles anew until it gives up.
+_HOOKS: WeakKeyDictionary[nn.Module, list[_Hook]] = WeakKeyDictionary()
+
+
+@contextmanager
+def _hook_of(module: nn.Module, function: Callable[..., Any]) -> Generator[_Hook, None, None]:
+    """Lend a module's first hook that nobody has."""
+    known = _HOOKS.setdefault(module, [])
+    hook = next((each for each in known if each.function is None), None)
+    if hook is None:
+        hook = _Hook(function)
+        known.append(hook)
+    hook.function = function
+    try:
+        yield hook
+    finally:
+        hook.function = None
+
+
+def _keep_place(hook: _Hook, handle: RemovableHandle, *places: dict[int, Any]) -> None:
+    """Hang a hook where it hung before, by its number, which the compiler asks for as well."""
+    for place in places:
+        place[hook.number or handle.id] = place.pop(handle.id)
+    hook.number = handle.id = hook.number or handle.id
 
 
 def seconds_in_hooks() -> float:
@@ -94,10 +125,17 @@ def attach(
     taker: Any = super(ScriptModule, module) if isinstance(module, ScriptModule) else module
     with ExitStack() as hooks:
         if before is not None:
-            handle = taker.register_forward_pre_hook(_Hook(before), with_kwargs=True, prepend=first)
+            hook = hooks.enter_context(_hook_of(module, before))
+            handle = taker.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+            _keep_place(hook, handle, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+            if first:
+                vars(module)["_forward_pre_hooks"].move_to_end(handle.id, last=False)
             hooks.callback(handle.remove)
         if after is not None:
-            hooks.callback(taker.register_forward_hook(_Hook(after), with_kwargs=True).remove)
+            hook = hooks.enter_context(_hook_of(module, after))
+            handle = taker.register_forward_hook(hook, with_kwargs=True)
+            _keep_place(hook, handle, module._forward_hooks, module._forward_hooks_with_kwargs)
+            hooks.callback(handle.remove)
         # The compiler looks at what a module has as its ``forward``, and would compile anew each time.
         if direct is not None and own and taker is module and not compiles:
             hooks.enter_context(_watch_direct_calls(module, before, after, direct))

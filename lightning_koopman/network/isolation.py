@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_koopman.network.tensors import is_wrapper
 
@@ -250,6 +251,18 @@ def is_compiled_itself(module: nn.Module) -> bool:
 def may_compile() -> bool:
     """Check whether anything may have gone through ``torch.compile``."""
     return "torch._dynamo" in sys.modules
+
+
+def following_stops_compiler() -> bool:
+    """Check whether what went through ``torch.compile`` would run without it while data is followed.
+
+    That is so of torch up to 2.8, which then compiles our own code besides.
+    """
+    if not may_compile() or hasattr(TorchDispatchMode, "ignore_compile_internals"):
+        return False
+    from torch._dynamo.eval_frame import cached_backends
+
+    return any(backend is not None for backend in cached_backends.values())
 
 
 def has_compiled_functions(model: nn.Module) -> bool:
