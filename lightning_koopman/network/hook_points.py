@@ -90,9 +90,10 @@ def _hook_of(module: nn.Module, function: Callable[..., Any]) -> Generator[_Hook
 
 def _keep_place(hook: _Hook, handle: RemovableHandle, *places: dict[int, Any]) -> None:
     """Hang a hook where it hung before, by its number, which the compiler asks for as well."""
+    number = handle.id if hook.number is None else hook.number
     for place in places:
-        place[hook.number or handle.id] = place.pop(handle.id)
-    hook.number = handle.id = hook.number or handle.id
+        place[number] = place.pop(handle.id)
+    hook.number = handle.id = number
 
 
 def seconds_in_hooks() -> float:
