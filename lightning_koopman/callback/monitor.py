@@ -370,7 +370,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._in_batch = False
             measurement.capture.remove()
             self.budget.add(seconds_in_hooks() - self._in_hooks)
-            step = None if recording is None else recording.end_step(valid_positions(batch))
+            step = None if recording is None else recording.end_step()
             if step is not None and step.calls and self._ran_nothing(measurement, step):
                 # Compiled functions ran the components: their calls are run again, as those of modules.
                 self._rides_along = self._rides_along and not has_compiled_functions(pl_module)
@@ -505,24 +505,24 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._in_hooks = seconds_in_hooks()
         if (calls := self._recorded.calls) is not None:
             calls.__enter__()
-            calls.keep(labels_in(batch))
+            calls.keep(labels_in(batch), valid_positions(batch))
 
     @never_in_the_way
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         """Stop recording before a backward pass computes activations again."""
-        self._end_training_step(())
+        self._end_training_step()
 
     @never_in_the_way
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop recording where no backward pass did."""
-        self._end_training_step(batch)
+        self._end_training_step()
 
-    def _end_training_step(self, batch: Any) -> None:
+    def _end_training_step(self) -> None:
         calls = self._recorded.calls
         if calls is not None and calls.recording:
-            self._n_recorded += calls.end_step(valid_positions(batch), lone=False).n_rows
+            self._n_recorded += calls.end_step(lone=False).n_rows
             self.budget.add(seconds_in_hooks() - self._in_hooks)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

@@ -369,16 +369,18 @@ class Recording:
         self.recording = False
         self._flow, self._returned, self._objects = None, [], []
 
-    def keep(self, told: Mapping[str, Tensor]) -> None:
+    def keep(self, told: Mapping[str, Tensor], valid: Valid = MappingProxyType({})) -> None:
         """Copy integers of the batch of the step under way, before the step may change them.
 
         Of other tensors there will be the copy of what a call takes, or nothing where none takes them.
+        What marks positions that hold data is taken as it is.
         """
+        self._step.valid = valid
         copied = {name: _copied(part) for name, part in told.items() if part.dtype in INTEGERS}
         self._step.told = {**told, **copied}
         self._step.n_bytes += sum(part.nbytes for part in copied.values())
 
-    def end_step(self, valid: Valid = MappingProxyType({}), *, lone: bool = True) -> Step:
+    def end_step(self, *, lone: bool = True) -> Step:
         """Return the calls of the step that just ended, and keep them if they fit into the budget.
 
         Without ``lone``, calls on one sample are left out beside others on more.
@@ -394,7 +396,6 @@ class Recording:
             self.n_lone += before - len(step.calls)
         # A step without calls tells nothing.
         self._followed = self._followed or (self._follows and bool(step.calls))
-        step.valid = valid
         self._let_be(step)
         self._called_none = self._called_none or not step.calls
         if step.calls:

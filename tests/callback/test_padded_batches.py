@@ -14,7 +14,11 @@ from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
 
-pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the Trainer has no logger",
+    "ignore:.*there is no validation loop",
+    "ignore:You defined a .validation_step",
+)
 
 
 class Tagging(LightningModule):
@@ -33,8 +37,9 @@ class Tagging(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+@pytest.mark.parametrize("validates", [True, False], ids=["validation", "training steps"])
 @pytest.mark.parametrize("targets", ["none", "labels"])
-def test_a_monitor_leaves_out_what_functions_do(tmp_path: Any, targets: str) -> None:
+def test_a_monitor_leaves_out_what_functions_do(tmp_path: Any, targets: str, validates: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, net = torch.randn(128, 7, 3, generator=generator), Tagging()
     valid = torch.arange(7) < torch.randint(1, 8, (128, 1), generator=generator)
@@ -46,7 +51,7 @@ def test_a_monitor_leaves_out_what_functions_do(tmp_path: Any, targets: str) -> 
         samples = [{**sample, "labels": own} for sample, own in zip(samples, labels, strict=True)]
     loader: Any = DataLoader(samples, 32)  # type: ignore[arg-type]
     monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
-    quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(net, loader, loader)
+    quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(net, loader, loader if validates else None)
     assert monitor.report is not None
     found = monitor.report.effects
     assert found is not None

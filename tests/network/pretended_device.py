@@ -249,8 +249,9 @@ def waits_of_recording(model: nn.Module, batches: list[Any]) -> list[int]:
     for batch in batches:
         waits.clear()
         with recording:
+            recording.keep({}, valid_positions(batch))
             run_on(model, batch)
-            recording.end_step(valid_positions(batch))
+            recording.end_step()
         counts.append(len(waits))
     return counts
 
