@@ -56,7 +56,7 @@ class _Hook:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
         function = self.function
         # What is compiled while hooks are on must be what would be compiled without them.
-        if function is None or torch.compiler.is_compiling():
+        if function is None or torch.compiler.is_compiling() or _is_computed_again():
             return None
         start = time.perf_counter() - seconds_following()
         try:
@@ -94,6 +94,11 @@ def _keep_place(hook: _Hook, handle: RemovableHandle, *places: dict[int, Any]) -
     for place in places:
         place[number] = place.pop(handle.id)
     hook.number = handle.id = number
+
+
+def _is_computed_again() -> bool:
+    """Check whether a backward pass runs modules, as checkpoints do whose activations were not kept."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def seconds_in_hooks() -> float:
@@ -227,7 +232,7 @@ class _Around:
             # A method that was bound anew would be compiled anew.
             return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
         called = self.inner
-        for listener in self.listeners:
+        for listener in () if _is_computed_again() else self.listeners:
             called = functools.partial(_listened, listener, called)
         return called(*args, **kwargs)
 

@@ -19,6 +19,7 @@ import torchmetrics
 from lightning.pytorch.callbacks import EarlyStopping
 from lit import dataset, hooks_on, quiet_trainer, small_module
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
@@ -254,6 +255,52 @@ def test_nothing_of_ours_is_saved_for_a_backward_pass(tmp_path):
         quiet_trainer(tmp_path, callbacks, max_epochs=2).fit(model)
         found.append(model.n_packed)
     assert found[0] == found[1] > 0
+
+
+class Forces(small_module()):
+    """Differentiates what it validates, whose activations are kept, or made again in the backward pass."""
+
+    def __init__(self, checkpoints: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = (nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.net = nn.Sequential(nn.Linear(8, 8), *blocks, nn.Linear(8, 3))
+        self.checkpoints = checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.net:
+            if self.checkpoints and isinstance(part, nn.Sequential):
+                x = checkpoint(part, x, use_reentrant=self.checkpoints == "reentrant")
+            else:
+                x = part(x)
+        return x
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x = batch[0].clone().requires_grad_()
+        gradients: dict[str, Tensor] = {}
+        with torch.enable_grad():
+            x.register_hook(lambda gradient: gradients.update(x=gradient))
+            self(x).logsumexp(1).sum().backward()
+        self.zero_grad()
+        self.log("force", gradients["x"].norm())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("checkpoints", ["reentrant", "not reentrant"])
+def test_what_a_backward_pass_runs_again_is_no_further_call(checkpoints, tmp_path):
+    reports, forces = [], []
+    for kind in ("", checkpoints):
+        monitor = KoopmanCreditMonitor(on_error="raise")
+        trainer = quiet_trainer(tmp_path, [monitor], max_epochs=2, inference_mode=False)
+        trainer.fit(Forces(kind))
+        reports.append(monitor.report)
+        forces.append(trainer.callback_metrics["force"])
+    assert forces[0] == forces[1] > 0
+    plain_report, report = reports
+    assert report.components == plain_report.components
+    assert report.notes == plain_report.notes
+    assert report.credit == pytest.approx(plain_report.credit, abs=1e-9)
+    assert report.effects.values["skip"] == pytest.approx(plain_report.effects.values["skip"], rel=1e-6)
 
 
 class Ways(small_module()):
