@@ -100,7 +100,8 @@ def measure_effects(
     """
     parts = altered_parts(report)
     modules = {find_module(model, call)[0] for calls in parts.values() for call in calls}
-    steps = [step.without_strangers(modules) for step in steps]
+    whole = counted_as_in(model, report)
+    steps = [step.without_strangers(modules, whole) for step in steps]
     kinds_of_step = [tuple(id(call.module) for call in step.calls) for step in steps]
     usual = Counter(kinds_of_step).most_common(1)[0][0]
     steps = [step for step, kind in zip(steps, kinds_of_step, strict=True) if kind == usual]
@@ -150,7 +151,7 @@ def measure_effects(
         return known if told else [None] * len(known)
 
     runner = ForwardRunner(model, taken, forward)
-    runner.counted_in = counted_as_in(model, report)
+    runner.counted_in = whole
     found = effects_on(
         runner,
         parts,

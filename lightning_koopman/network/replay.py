@@ -184,16 +184,22 @@ class Step:
         """Rows of the longest tensor that the first call takes."""
         return self.calls[0].n_rows if self.calls else 1
 
-    def without_strangers(self, parts: Collection[nn.Module]) -> Step:
-        """Leave out calls that have nothing to do with one that runs all parts, if any does."""
+    def without_strangers(self, parts: Collection[nn.Module], whole: nn.Module | None = None) -> Step:
+        """Leave out calls that have nothing to do with one that runs all parts, if any does.
+
+        If none does, what was called before the ``whole`` that holds them counts where others take it.
+        """
         read = [_read_by(call) for call in self.calls]
         kept = {i for i, call in enumerate(self.calls) if call.runs(parts)}
+        if not kept:
+            first = next((i for i, call in enumerate(self.calls) if call.module is whole), 0)
+            kept = {*range(first, len(self.calls))}
         before: set[int] = set()
-        while kept and kept != before:
+        while kept != before:
             before = set(kept)
             kept |= {i for j in before for i in read[j]}
             kept |= {j for j, sources in enumerate(read) if sources & before}
-        return self._of(kept) if kept else self
+        return self._of(kept)
 
     def without_lone_samples(self) -> Step:
         """Leave out calls on one sample of what others run on more, as to act in an environment.

@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lit import dataset, quiet_trainer
+from lit import dataset, newest, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -198,3 +198,46 @@ def test_reports_are_about_what_is_learnt_from_not_about_actions(n_epochs: int, 
     assert monitor.report.effects is not None
     assert monitor.report.effects.n_samples == 160
     assert any(note.startswith("calls of training steps on one") for note in monitor.report.notes)
+
+
+class Adversaries(L.LightningModule):
+    """Judges data, and then what it makes of noise, in one step; no validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.maker = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6))
+        self.judge = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        return self.maker(noise)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        data, noise = batch
+        loss = self.judge(data).mean() - self.judge(self(noise).detach()).mean()
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.judge.parameters(), lr=0.01)
+
+
+def test_effects_are_about_the_call_that_the_report_is_about(tmp_path: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(160, 6, generator=generator)
+    noise = torch.randn(160, 4, generator=generator)
+    monitor = KoopmanCreditMonitor(on_error="raise", figures=False)
+    net = Adversaries()
+    loader: Any = DataLoader(TensorDataset(data, noise), 40)
+    quiet_trainer(tmp_path, [monitor], max_epochs=2).fit(net, loader)
+    report = newest(monitor)
+    assert report.components == ("maker.0", "maker.2", "judge.0", "judge.2")
+    with torch.no_grad():
+        made = net(noise)
+        before, after = net.judge(made), net.judge[2](made)
+        fixed = net.judge(made.mean(dim=0)).expand_as(before)
+    changes = [float((other - before).square().mean() / before.var()) for other in (fixed, after)]
+    assert report.effects.values["skip"][1:3] == pytest.approx(changes, rel=0.02)

@@ -258,7 +258,7 @@ def test_nothing_of_ours_is_saved_for_a_backward_pass(tmp_path):
 
 
 class Forces(small_module()):
-    """Differentiates what it validates, whose activations are kept, or made again in the backward pass."""
+    """Differentiates what it validates; activations are kept, or made again in the backward pass."""
 
     def __init__(self, checkpoints: str) -> None:
         super().__init__()
