@@ -307,11 +307,21 @@ class Accumulator:
             for name, ends in zip(self.chain.names, row, strict=True):
                 if not bool(torch.isfinite(ends).all()):
                     kind = "NaN" if bool(torch.isnan(ends).any()) else "infinity"
+                    if not all(bool(weight.float().isfinite().all()) for weight in self._weights(name)):
+                        raise ValueError(
+                            f"{_called(name)} holds {kind} in batch {batch}, and its weights are not finite "
+                            "either. Train with a lower learning rate, or in a wider type: in half "
+                            "precision, the usual eps of Adam, 1e-8, is 0."
+                        )
                     found = "" if name == INPUT else " or the layer (torch.autograd.set_detect_anomaly)"
                     raise (ValueError if name == INPUT else StateError)(
                         f"{_called(name)} holds {kind} in batch {batch}. Find the sample{found}, or "
                         "leave the batch out."
                     )
+
+    def _weights(self, name: str) -> list[Tensor]:
+        """Return what the weights of a component hold, as far as they are known here."""
+        return []
 
     def share(self) -> Share:
         """Return what the other processes must know of this one's samples."""

@@ -181,6 +181,11 @@ class Measurement(Accumulator):
                     step.run(given)
                 self.end_pass()
 
+    def _weights(self, name: str) -> list[Tensor]:
+        module = self.capture.components.get(module_of(name))
+        held = [] if module is None else [weight.detach() for weight in module.parameters()]
+        return [weight for weight in held if type(weight) is Tensor and weight.is_floating_point()]
+
     def start_pass(self, batch: Any = None) -> None:
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}

@@ -296,6 +296,37 @@ def test_nan_states_warn_once_and_training_goes_on(tmp_path):
     assert hooks_on(model) == 0
 
 
+class Halved(small_module()):
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.eps = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), eps
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2, eps=self.eps)
+
+
+def test_half_precision_is_measured_as_by_a_direct_report(tmp_path):
+    monitor, model = KoopmanCreditMonitor(on_error="raise"), Halved(1e-4)
+    quiet_trainer(tmp_path, [monitor], precision="16-true").fit(model)
+    batches = [x.half() for x, _ in loaders()[1]]
+    direct = credit_report(model, batches)
+    assert [report.step for report in monitor.history] == [4, 8, 12]
+    assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-9)
+
+
+def test_weights_that_diverged_are_named_as_the_reason(tmp_path):
+    monitor, model = KoopmanCreditMonitor(), Halved(1e-8)
+    said = "'net.0' holds NaN in batch 0, and its weights are not finite either"
+    with pytest.warns(UserWarning, match=said):
+        quiet_trainer(tmp_path, [monitor], precision="16-true").fit(model)
+    # That is not the callback's doing.
+    twin = Halved(1e-8)
+    quiet_trainer(tmp_path, [], precision="16-true").fit(twin)
+    assert twin.net[0].weight.isnan().any()
+    assert monitor.report is None
+
+
 @pytest.mark.parametrize(
     ("reduce", "told"),
     [
