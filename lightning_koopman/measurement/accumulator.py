@@ -309,9 +309,9 @@ class Accumulator:
                     kind = "NaN" if bool(torch.isnan(ends).any()) else "infinity"
                     if not all(bool(weight.float().isfinite().all()) for weight in self._weights(name)):
                         raise ValueError(
-                            f"{_called(name)} holds {kind} in batch {batch}, and its weights are not finite "
-                            "either. Train with a lower learning rate, or in a wider type: in half "
-                            "precision, the usual eps of Adam, 1e-8, is 0."
+                            f"{_called(name)} holds {kind} in batch {batch}, and its weights are not "
+                            "finite either. Train with a lower learning rate, or in a wider type: in "
+                            "half precision, the usual eps of Adam, 1e-8, is 0."
                         )
                     found = "" if name == INPUT else " or the layer (torch.autograd.set_detect_anomaly)"
                     raise (ValueError if name == INPUT else StateError)(
