@@ -119,10 +119,12 @@ class Returned:
             if tensor.numel() < state.numel():
                 parts.append(tensor)
                 continue
-            shifted = tensor.shape == state.shape and _are_shifted(values[:_FEW], state[:_FEW])
+            # A cast, as to the caller's type, makes nothing else of it.
+            cast = state.to(values.dtype)
+            shifted = tensor.shape == cast.shape and _are_shifted(values[:_FEW], cast[:_FEW])
             if self._provenance.holds_own(tensor) and not shifted:
                 weighted.append(tensor)
-            moved = tensor.shape != state.shape or _are_moved(values, state)
+            moved = tensor.shape != cast.shape or _are_moved(values, cast)
             unlike.append(not (shifted or moved))
         whole = sum(part.numel() for part in parts) >= state.numel()
         found = weighted if whole else weighted + parts

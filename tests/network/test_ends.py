@@ -348,8 +348,9 @@ def test_what_the_network_makes_of_its_last_component_by_itself_is_told(
         lambda y: y.flip(1),
         lambda y: (y, y.softmax(1)),
         lambda y: y[:, :2],
+        lambda y: y.bfloat16(),
     ],
-    ids=["a module", "a shift", "a view", "an order", "it as well", "a part"],
+    ids=["a module", "a shift", "a view", "an order", "it as well", "a part", "a narrower type"],
 )
 def test_ends_that_are_the_last_component_or_a_state_of_their_own_need_no_word(
     end: Callable[[Tensor], Any],

@@ -131,6 +131,8 @@ def test_the_chain_ends_with_the_mean_over_an_image() -> None:
 
 SAME: dict[str, Callable[[Any, Tensor], Any]] = {
     "as it is": lambda m, y: y,
+    "in single precision": lambda m, y: y.float(),
+    "in half precision": lambda m, y: y.half(),
     "in two parts": lambda m, y: y.chunk(2, 1),
     "a part beside all of it": lambda m, y: (y[:, :2], y),
     "as probabilities": lambda m, y: y.softmax(1),
