@@ -200,7 +200,8 @@ class Accumulator:
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
         options, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
-        return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier, apart)
+        with torch.autocast(rows[0].device.type, enabled=False):
+            return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier, apart)
 
     def _freeze_basis(self, rows: Sequence[Tensor]) -> None:
         self._refuse_odd()

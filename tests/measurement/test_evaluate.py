@@ -487,6 +487,24 @@ def test_values_that_are_not_finite_name_component_and_batch(mlp, value, kind):
         credit_report(mlp, samples().split(50))
 
 
+def test_an_autocast_around_the_report_casts_the_network_alone():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3))
+    batches, options = samples(400).float().split(50), Options(max_dim=16)
+
+    def casts(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(batch)
+
+    within = credit_report(net, batches, options=options, forward_fn=casts)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = credit_report(net, batches, options=options)
+    assert around.credit == pytest.approx(within.credit, abs=1e-12)
+    assert around.r2 == pytest.approx(within.r2, abs=1e-12)
+    exact = credit_report(net, batches, options=options)
+    assert around.credit != pytest.approx(exact.credit, abs=1e-6)  # the network is cast
+
+
 @pytest.mark.parametrize("exponent", [-30, 30])
 def test_the_scale_of_the_inputs_changes_no_invariant_number(linear_chain, exponent):
     net = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 4)).double()
