@@ -139,6 +139,19 @@ def test_where_padding_counts_in_the_outputs_it_is_said():
     assert "mask positions where they are pooled" in found.notes[-1]
 
 
+def test_without_padding_rounding_of_the_fast_path_is_no_padding():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = (
+        nn
+        .Sequential(nn.Linear(6, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 4))
+        .bfloat16()
+        .eval()
+    )
+    found = component_effects(net, [normal(64, 5, 6).bfloat16()], kinds=["skip"])
+    assert not any("padding" in note for note in found.notes)
+
+
 class Jagged(nn.Module):
     """Makes a nested tensor itself."""
 
