@@ -199,9 +199,9 @@ class Accumulator:
         return max(first, min(_MOST_ROWS, _MOST_VALUES // values))
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
-        options, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
+        own, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
         with torch.autocast(rows[0].device.type, enabled=False):
-            return fit_basis(rows, options.max_dim, options.observables, options.seed, self.earlier, apart)
+            return fit_basis(rows, own.max_dim, own.observables, own.seed, self.earlier, apart)
 
     def _freeze_basis(self, rows: Sequence[Tensor]) -> None:
         self._refuse_odd()
