@@ -385,7 +385,7 @@ def find_outputs(
 ) -> tuple[Outputs, dict[str, str]]:
     """Run the network as it is; return its outputs, and why components that lead elsewhere stay."""
     last = {name: own[-1] for name, own in calls.items()}
-    first, led, search = run_followed(runner, (), last.values(), ends)
+    first, led, search = run_followed(runner, (), calls.values(), ends)
     target = search.target_of(runner.batches[0])
     about = choose_outputs(runner, first, led, target, scale, metric)
     outputs: list[Tensor] = []

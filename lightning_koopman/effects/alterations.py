@@ -204,9 +204,9 @@ class Alterations:
         known = [(name, point) for name, point in self.outputs.items() if point in values]
         of_axis = int(are_second_of_batch((modules[n], values[p], places[p]) for n, p in known))
 
-        def form(name: str, point: HookPoint) -> RowForm:
+        def form(name: str, point: HookPoint, module: nn.Module) -> RowForm:
             value = values[point]
-            second = gives_batch_second(modules[name], value)
+            second = gives_batch_second(module, value)
             return form_of(
                 name,
                 value,
@@ -236,17 +236,20 @@ class Alterations:
                 for point in (self.outputs[name], self.inputs[name]):
                     if (value := values.get(point)) is not None:
                         _check_samples(name, value, len(output))
-                        self._forms[point] = form(name, point)
+                        self._forms[point] = form(name, point, modules[name])
             except ValueError as error:
                 self._unsettle(name, error)
                 continue
-            others = {p: form(name, p) for p in sorted(further) if p.call == self.outputs[name].call}
+            own = ((p, find_module(self._model, p.call)[0]) for p in sorted(further))
+            others = {p: form(name, p, m) for p, m in own if p.call in self._parts[name]}
             # What has no row per sample is not a sample's, and stays.
             others = {p: f for p, f in others.items() if len(by_sample(values[p], f)) == len(output)}
             self._forms.update(others)
             if others:
                 self.further[name] = tuple(others)
-            elif "skip" in self.kinds and not self._passes(values, name, self.outputs[name]):
+            beside_last = any(point.call == self.outputs[name].call for point in others)
+            changes_shape = "skip" in self.kinds and not self._passes(values, name, self.outputs[name])
+            if changes_shape and not beside_last:
                 self._within[name] = [HookPoint("out", call) for call in self._parts[name][-2::-1]]
         for (kind, name), reason in self.unsettable().items():
             self.refused[kind][name] = str(reason)

@@ -260,7 +260,7 @@ def effects_on(
             if number:
                 output, rounds = runner.run_batch(number, alterations.read)
             else:
-                first, led, search = run_followed(runner, alterations.read, last, ends)
+                first, led, search = run_followed(runner, alterations.read, parts.values(), ends)
                 target_of = search.target_of if target_of is None else target_of
                 target, values = target_of(runner.batches[0]), first.values
                 about = choose_outputs(runner, first, led, target, scale, metric, are_named=ends.named)

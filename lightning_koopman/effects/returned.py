@@ -93,15 +93,16 @@ class Ends(NamedTuple):
 def run_followed(
     runner: ForwardRunner,
     read: Iterable[HookPoint],
-    calls: Iterable[str],
+    components: Iterable[Sequence[str]],
     ends: Ends,
 ) -> tuple[Followed, list[tuple[str, list[int]]], TargetSearch]:
-    """Run over the first batch, and find which tensors each of some calls and each end led to.
+    """Run over the first batch, and find which tensors each component and each end led to.
 
-    The search for targets has seen what the outermost calls of modules that hold any of them take and
-    give.
+    Components are the calls of their modules. The search for targets has seen what the outermost calls
+    of modules that hold any of them take and give.
     """
-    calls, search = {*calls, *ends.calls}, TargetSearch(runner.batches[0])
+    # Calls of components stand behind ends, for they know where these begin.
+    calls, search = [*((end,) for end in ends.calls), *components], TargetSearch(runner.batches[0])
     depth: list[None] = []
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -114,7 +115,7 @@ def run_followed(
         if not depth:
             search.see_given(output)
 
-    parts = {find_module(runner.model, call)[0] for call in calls}
+    parts = {find_module(runner.model, own[-1])[0] for own in calls}
     hang = attach_in(runner.model)
     with ExitStack() as hooks:
         for module in runner.model.modules():
@@ -124,7 +125,7 @@ def run_followed(
 
 
 def _run_followed(
-    runner: ForwardRunner, read: Iterable[HookPoint], calls: set[str], ends: Ends
+    runner: ForwardRunner, read: Iterable[HookPoint], calls: Sequence[Sequence[str]], ends: Ends
 ) -> tuple[Followed, list[tuple[str, list[int]]]]:
     if not ends.mixed:
         followed = runner.run_followed(read, calls)
@@ -163,7 +164,8 @@ def _led_to(followed: Followed, calls: Sequence[str]) -> list[tuple[str, list[in
     led = []
     for call in calls:
         led.append((call, followed.made[call]))
-        led += [(call, found) for point, found in sorted(followed.further.items()) if point.call == call]
+        further = sorted(followed.further.items())
+        led += [(call, found) for point, found in further if followed.last[point.call] == call]
     return led
 
 
@@ -243,7 +245,7 @@ def choose_outputs(
         units = tuple(_spread(tensors[place]) for place in kept)
     by_position = len(kept) == 1 and metric is None and _holds_positions(runner, followed, kept[0])
     # A call that gives several tensors may lead there by another one than the first.
-    seen = {point.call for point, found in followed.further.items() if {*found} & {*kept}}
+    seen = {followed.last[p.call] for p, found in followed.further.items() if {*found} & {*kept}}
     runner.form = OutputForm(tuple(kept), units, axis, by_position)
     return Choice(
         tuple(notes),

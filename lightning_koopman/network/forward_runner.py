@@ -292,6 +292,7 @@ class Followed(NamedTuple):
         placed: For each of them, where the two first axes of the batch are in it.
         beside: Where further tensors that vary were given beside the one that was read.
         further: Tensors beside the first of some calls, and which of the tensors returned they led to.
+        last: For each of all calls, the last one of its component.
     """
 
     given: Any
@@ -304,6 +305,7 @@ class Followed(NamedTuple):
     placed: list[tuple[Place | None, ...]]
     beside: frozenset[HookPoint]
     further: dict[HookPoint, list[int]]
+    last: dict[str, str]
 
 
 class ForwardRunner:
@@ -379,9 +381,10 @@ class ForwardRunner:
                 return
             yield number
 
-    def run_followed(self, read: Iterable[HookPoint], calls: Iterable[str]) -> Followed:
-        """Run over the first batch and follow the data."""
-        made: dict[str, list[int]] = {call: [] for call in calls}
+    def run_followed(self, read: Iterable[HookPoint], parts: Iterable[Sequence[str]]) -> Followed:
+        """Run over the first batch and follow the data; ``parts`` are the calls of each component."""
+        last = {call: own[-1] for own in parts for call in own}
+        made: dict[str, list[int]] = {call: [] for call in last.values()}
         beside, others = set[HookPoint](), dict[str, tuple[HookPoint, Tensor]]()
         with DataFlow() as flow:
 
@@ -392,7 +395,9 @@ class ForwardRunner:
                 others[name] = point, plain(tensor).detach().clone()
                 flow.label_part(tensor, name, beside=True)
 
-            labelled = {HookPoint("out", call): _labels_once(flow, call) for call in made}
+            # Of calls that others continue, the further tensors alone go on by themselves.
+            labelled = {HookPoint("out", call): _as_it_is for call in last}
+            labelled |= {HookPoint("out", call): _labels_once(flow, call) for call in made}
             given, rounds = self._run(0, read, labelled, beside, label, flow)
         returned, values = list(tensors_inside(given)), dict(rounds[0])
         further: dict[HookPoint, list[int]] = {}
@@ -418,6 +423,7 @@ class ForwardRunner:
             placed=[*placed],
             beside=frozenset(beside),
             further=further,
+            last=last,
         )
 
     def targets_of(
@@ -503,6 +509,10 @@ class ForwardRunner:
 def has_samples(tensor: Tensor) -> bool:
     """Return whether a tensor may be outputs of a network; single numbers, as losses are, are none."""
     return tensor.is_floating_point() and tensor.ndim > 0
+
+
+def _as_it_is(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+    return output
 
 
 def _labels_once(flow: DataFlow, call: str) -> Alteration:

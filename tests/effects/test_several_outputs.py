@@ -305,3 +305,79 @@ def test_what_a_component_gives_twice_or_in_part_again_is_altered_everywhere(giv
         how="both", probes=2, strength=1e-3, draws=60, components=["twice", "last"],
     )  # fmt: skip
     assert near.predicted["output_noise"][0] == pytest.approx(near.values["output_noise"][0], rel=0.15)
+
+
+class Encoder(nn.Module):
+    """A recurrent layer with dropout behind it, of which the cell goes on past the dropout."""
+
+    def __init__(self, *, batch_first: bool = True) -> None:
+        super().__init__()
+        self.first, self.rnn = nn.Linear(3, 6), nn.LSTM(6, 6, batch_first=batch_first)
+        self.drop, self.b, self.c = nn.Dropout(0.1), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turn = (lambda t: t) if self.rnn.batch_first else (lambda t: t.transpose(0, 1))
+        hidden, (_, cell) = self.rnn(turn(self.first(x)))
+        return self.read(turn(self.drop(hidden)), cell)
+
+    def read(self, hidden: Tensor, cell: Tensor) -> Tensor:
+        return self.b(hidden.mean(1)) + 3 * self.c(cell[-1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_goes_on_past_a_module_that_continues_a_component_is_altered_too(batch_first):
+    torch.manual_seed(0)
+    model, x = Encoder(batch_first=batch_first).eval(), torch.randn(400, 5, 3)
+    report = credit_report(model, list(x.split(100)))
+    assert report.parts["rnn"] == ("rnn", "drop")
+    kinds = ["skip", "output_noise", "weight_noise"]
+    effects = component_effects(model, list(x.split(100)), report, kinds, how="both", draws=20)
+    where = effects.components.index("rnn")
+    model.rnn.batch_first = True
+    taken = model.first(x)
+    hidden, (_, cell) = model.rnn(taken)
+    before = model.read(hidden, cell)
+
+    def moved(hidden: Tensor, cell: Tensor) -> float:
+        squares = (model.read(hidden, cell) - before).square().sum()
+        return float(squares / (before - before.mean(0)).square().sum())
+
+    truth = moved(taken, cell.mean(1, keepdim=True).expand_as(cell))
+    assert truth > 1.5 * moved(taken, cell)
+    assert effects.values["skip"][where] == pytest.approx(truth, rel=1e-4)
+    drawn = [
+        moved(
+            hidden + 0.3 * hidden.std(0) * torch.randn_like(hidden),
+            cell + 0.3 * cell.std(1, keepdim=True) * torch.randn_like(cell),
+        )
+        for _ in range(20)
+    ]
+    assert effects.values["output_noise"][where] == pytest.approx(np.mean(drawn), rel=0.1)
+    for kind in ("output_noise", "weight_noise"):
+        measured = effects.values[kind][where]
+        assert effects.predicted[kind][where] == pytest.approx(measured, rel=0.6)
+
+
+@torch.no_grad()
+def test_what_goes_on_past_a_pooling_is_altered_where_the_block_is_skipped_before_it():
+    torch.manual_seed(0)
+    block = wired(
+        lambda m, x: (x + 0.3 * torch.tanh(m.inner(x)), m.beside(x)),
+        inner=nn.Linear(6, 6),
+        beside=nn.Linear(6, 2),
+    )
+
+    def forward(m, x):
+        hidden, beside = m.block(m.first(x))
+        return m.last(m.pool(hidden)) + beside
+
+    parts = {"first": nn.Linear(6, 6), "block": block, "pool": nn.AvgPool1d(2), "last": nn.Linear(3, 2)}
+    model, x = wired(forward, **parts).eval(), torch.randn(400, 6)
+    effects = component_effects(model, list(x.split(100)), None, ["skip"])
+    taken = model.first(x)
+    before, beside = model(x), block.beside(taken)
+    moved = model.last(model.pool(taken)) + beside.mean(0) - before
+    truth = float(moved.square().sum() / (before - before.mean(0)).square().sum())
+    where = effects.components.index("block")
+    assert effects.values["skip"][where] == pytest.approx(truth, rel=1e-4)
