@@ -1,5 +1,6 @@
 """Which parts of a trained PyTorch network earn their keep: Koopman credit for every component."""
 
+import random
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
@@ -80,7 +81,10 @@ def __getattr__(name: str) -> Any:
         return partial(_refuse, message)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    drawn = random.getstate()
     home = import_module(f"{__name__}.{_HOMES[name]}")
+    # Rich draws while it is imported, which may be between a user's seed and what it is for.
+    random.setstate(drawn)
     if name == "KoopmanCreditMonitor":
         # Whoever asks for the callback by its name may have imported Lightning's other namespace since.
         import_module(f"{__name__}.callback.harmless").join_namespaces()

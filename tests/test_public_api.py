@@ -121,3 +121,11 @@ def test_a_report_imports_no_compiler():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_names_that_are_first_used_behind_a_seed_draw_no_random_numbers():
+    code = (
+        "import random, lightning_koopman as lk; random.seed(0); drawn = random.getstate()\n"
+        "for name in lk.__all__: getattr(lk, name); assert random.getstate() == drawn, name"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -396,7 +396,7 @@ class ForwardRunner:
                 flow.label_part(tensor, name, beside=True)
 
             # Of calls that others continue, the further tensors alone go on by themselves.
-            labelled = {HookPoint("out", call): _as_it_is for call in last}
+            labelled: dict[HookPoint, Alteration] = {HookPoint("out", call): _as_it_is for call in last}
             labelled |= {HookPoint("out", call): _labels_once(flow, call) for call in made}
             given, rounds = self._run(0, read, labelled, beside, label, flow)
         returned, values = list(tensors_inside(given)), dict(rounds[0])
