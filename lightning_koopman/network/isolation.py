@@ -38,8 +38,9 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     when the body raises: a forward pass may write weights, and so may a change of mode (adapters that
     merge). So is what tensors, arrays, lists, dictionaries and sets hold that are attributes, or in one
     of these, as metrics keep their sums, and which tensors other objects hold that are; and what a
-    LightningModule logs is not logged. Compiled modules run eagerly inside, because hooks that are added
-    after compilation never fire otherwise.
+    LightningModule logs is not logged. Hooks on backward passes rest, for passes of ours are not the
+    user's. Compiled modules run eagerly inside, because hooks that are added after compilation never fire
+    otherwise.
     """
     _let_freed_memory_stay()
     # Asked for only where needed: the first use of set_stance imports the whole compiler.
@@ -48,6 +49,8 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     with random_states_kept(batches), _contents_kept(model):
         model.eval()
         for module in model.modules():
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
             if callable(getattr(type(module), "log_dict", None)):
                 vars(module).update(log=_log_nothing, log_dict=_log_nothing)
         with torch.inference_mode(False), torch.no_grad(), eager:

@@ -399,3 +399,24 @@ def test_weights_that_are_used_past_their_components_move_the_outputs_there_too(
     # The first call of the cell is the same for all samples, and so is no state.
     assert [name for name in found.components if "cell" in name] == ["cell#1", "cell#2"]
     np.testing.assert_allclose(found.predicted["near"], found.values["near"], rtol=1e-3)
+
+
+def test_the_users_hooks_on_backward_passes_neither_see_those_of_predictions_nor_change_them():
+    net, x = smooth(), normal(400, 5)
+    kinds = ["skip", "weight_noise"]
+    without = predicted(net, list(x.split(100)), kinds)
+    seen: list[str] = []
+
+    def scale(module: nn.Module, given: tuple, _: tuple) -> tuple:
+        seen.append("scaled")
+        return tuple(grad * 0.1 for grad in given)
+
+    net[1].register_full_backward_hook(scale)
+    net[2].register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    found = predicted(net, list(x.split(100)), kinds)
+    assert not seen
+    for kind in kinds:
+        np.testing.assert_array_equal(found.values[kind], without.values[kind])
+    # They are the user's again from then on.
+    net(x[:3].requires_grad_()).sum().backward()
+    assert seen == ["before", "scaled"]
