@@ -327,6 +327,11 @@ def _pulled_back(
                     "the network runs a backward pass of its own, which frees what effects are "
                     "predicted from; measure with how='measured'"
                 ) from error
+            if "modified by an inplace operation" in str(error):
+                raise ValueError(
+                    "the network overwrites what its own gradients need, so no effect can be predicted; "
+                    "measure with how='measured'"
+                ) from error
             if "checkpoint" not in str(error).lower():
                 raise
             raise ValueError(

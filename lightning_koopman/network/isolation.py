@@ -39,8 +39,8 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     merge). So is what tensors, arrays, lists, dictionaries and sets hold that are attributes, or in one
     of these, as metrics keep their sums, and which tensors other objects hold that are; and what a
     LightningModule logs is not logged. Hooks on backward passes rest, for passes of ours are not the
-    user's. Compiled modules run eagerly inside, because hooks that are added after compilation never fire
-    otherwise.
+    user's. Compiled modules run eagerly inside, because hooks that are added after compilation never
+    fire otherwise.
     """
     _let_freed_memory_stay()
     # Asked for only where needed: the first use of set_stance imports the whole compiler.

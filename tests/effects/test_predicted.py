@@ -420,3 +420,21 @@ def test_the_users_hooks_on_backward_passes_neither_see_those_of_predictions_nor
     # They are the user's again from then on.
     net(x[:3].requires_grad_()).sum().backward()
     assert seen == ["before", "scaled"]
+
+
+def test_a_network_that_overwrites_what_its_gradients_need_is_to_be_measured():
+    class Overwrites(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            grown = self[0](x).exp()
+            read = self[1](grown)
+            grown.mul_(0)
+            return read
+
+    torch.manual_seed(0)
+    net, batches = Overwrites(nn.Linear(5, 4), nn.Linear(4, 2)), list(torch.randn(200, 5).split(50))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        net(batches[0]).sum().backward()
+    with pytest.raises(ValueError, match=r"overwrites what its own gradients need.*how='measured'"):
+        component_effects(net, batches, None, ["weight_noise"])
+    measured = component_effects(net, batches, None, ["weight_noise"], how="measured")
+    assert np.isfinite(measured.values["weight_noise"]).all()
