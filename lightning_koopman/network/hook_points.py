@@ -54,13 +54,12 @@ class _Hook:
         self.number: int | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
-        function = self.function
         # What is compiled while hooks are on must be what would be compiled without them.
-        if function is None or torch.compiler.is_compiling() or _is_computed_again():
+        if torch.compiler.is_compiling() or self.function is None or _is_computed_again():
             return None
         start = time.perf_counter() - seconds_following()
         try:
-            return function(module, args, in_order(module, kwargs), *output)
+            return self.function(module, args, in_order(module, kwargs), *output)
         finally:
             _Hook.seconds += time.perf_counter() - seconds_following() - start
 
