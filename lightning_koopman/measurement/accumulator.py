@@ -309,7 +309,7 @@ class Accumulator:
                 if not bool(torch.isfinite(ends).all()):
                     kind = "NaN" if bool(torch.isnan(ends).any()) else "infinity"
                     if not all(bool(weight.float().isfinite().all()) for weight in self._weights(name)):
-                        raise ValueError(
+                        raise StateError(
                             f"{_called(name)} holds {kind} in batch {batch}, and its weights are not "
                             "finite either. Train with a lower learning rate, or in a wider type: in "
                             "half precision, the usual eps of Adam, 1e-8, is 0."
