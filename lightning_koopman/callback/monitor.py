@@ -401,10 +401,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _refuse_compiled(self) -> NoReturn:
         """Say what is wrong where compiled parts cannot be measured."""
-        calls = self._recorded.calls
+        reason = ((calls := self._recorded.calls) and calls.reason) or "none was seen"
+        if following_stops_compiler():
+            raise RuntimeError(
+                "torch up to 2.8 does not run what it compiled where data is followed, so calls are run "
+                f"again, which is not possible: {reason}. Update torch, or do not use torch.compile"
+            )
         raise RuntimeError(
-            "compiled parts take no hooks, and their calls cannot be run again eagerly: "
-            f"{(calls and calls.reason) or 'none was seen'}"
+            f"compiled parts take no hooks, and their calls cannot be run again eagerly: {reason}"
         )
 
     def _ran_nothing(self, measurement: Measurement, step: Step | None) -> bool:

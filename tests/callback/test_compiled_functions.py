@@ -23,6 +23,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(autouse=True)
+def none_compiled():
+    yield
+    torch._dynamo.reset()
+
+
 class Compiles(small_module()):
     """Runs a part of its step through a compiler that counts what it is given."""
 
@@ -148,3 +154,33 @@ def test_a_network_that_calls_compiled_functions_is_measured(tmp_path: Any) -> N
     batches = dataset(seed=1).tensors[0].split(50)
     whole, net = credit_report(model, batches), credit_report(model.net, batches)
     assert whole.credit == pytest.approx(net.credit, abs=1e-9)
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+def test_where_nobody_may_follow_calls_are_run_again(
+    own_code: bool, tmp_path: Any, monkeypatch: Any
+) -> None:
+    """As with torch up to 2.8, once anything in the process went through the compiler."""
+    monkeypatch.setattr("lightning_koopman.callback.monitor.following_stops_compiler", lambda: True)
+
+    class Step(small_module()):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net[2](2 * self.net[1](self.net[0](x))) if own_code else self.net(x)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", nn.functional.cross_entropy(Step.forward(self, batch[0]), batch[1]))
+
+    torch.manual_seed(0)
+    model, monitor = Step(), KoopmanCreditMonitor(every_n_epochs=1)
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        quiet_trainer(tmp_path, [monitor], max_epochs=2).fit(model, *loaders())
+    said = [str(each.message) for each in raised if "Koopman credit skipped" in str(each.message)]
+    if own_code:
+        assert "torch up to 2.8 does not run what it compiled" in said[0]
+        assert not monitor.history
+        return
+    assert not said
+    direct = credit_report(model.net, dataset(seed=1).tensors[0].split(50))
+    assert monitor.report is not None
+    assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
