@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.isolation import seed_all
+from lightning_koopman.network.isolation import following_stops_compiler, seed_all
 
 mpl.use("Agg")
 
@@ -46,6 +46,9 @@ def seed():
         import matplotlib.pyplot as plt
 
         plt.close("all")
+    if following_stops_compiler():
+        # What one test compiled, no other has to do with.
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

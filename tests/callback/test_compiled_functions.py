@@ -23,12 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.fixture(autouse=True)
-def none_compiled():
-    yield
-    torch._dynamo.reset()
-
-
 class Compiles(small_module()):
     """Runs a part of its step through a compiler that counts what it is given."""
 

@@ -97,7 +97,7 @@ def test_folder_of_shards_is_named(tmp_path):
         load_checkpoint(tmp_path / "shards.ckpt")
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavail)")
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavail)", "ignore:TypedStorage")
 def test_shards_of_torch_are_merged_by_the_command_that_is_named(tmp_path):
     model = LitNet()
     folder, merged = tmp_path / "shards", tmp_path / "merged.pt"
