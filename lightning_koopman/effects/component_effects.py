@@ -39,7 +39,7 @@ from lightning_koopman.network.arguments import (
 )
 from lightning_koopman.network.components import Components, matching
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
-from lightning_koopman.network.hook_points import Alteration, HookPoint
+from lightning_koopman.network.hook_points import Alteration, HookPoint, attach
 from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.rows import call_of
@@ -376,16 +376,15 @@ def _changed_by_padding(runner: ForwardRunner, output: Tensor) -> list[str]:
     masks: list[Any] = []
 
     def see(_: nn.Module, args: Any, kwargs: Any) -> None:
-        masks.extend(args[2:3] or (kwargs.get("src_key_padding_mask"),))
+        masks.append(args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask"))
 
     with ExitStack() as hooks, fast_path(True):
         for module in runner.model.modules():
             if isinstance(module, nn.TransformerEncoder):
-                hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+                hooks.enter_context(attach(module, before=see))
         nested = runner.run_batch(0)[0].detach().cpu()
-    if all(mask is None for mask in masks):
-        return notes  # what differs is rounding
-    if not _are_close(nested, output):
+    # Where none was given, what differs is rounding.
+    if any(mask is not None for mask in masks) and not _are_close(nested, output):
         notes.append(
             "in eval mode nn.TransformerEncoder leaves out padding, and effects are measured with "
             "padding computed, as in training: the outputs differ, so mask positions where they are "

@@ -161,10 +161,9 @@ def _taken_by(function: Callable[[Any], Any], given: Any) -> list[int]:
 
 def _led_to(followed: Followed, calls: Sequence[str]) -> list[tuple[str, list[int]]]:
     """Return which tensors some calls led to, by each tensor that they give."""
-    led = []
+    led, further = [], sorted(followed.further.items())
     for call in calls:
         led.append((call, followed.made[call]))
-        further = sorted(followed.further.items())
         led += [(call, found) for point, found in further if followed.last[point.call] == call]
     return led
 

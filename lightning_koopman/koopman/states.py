@@ -72,12 +72,10 @@ class Basis:
 
     def project(self, rows: Sequence[Tensor]) -> list[Tensor]:
         """Return rows in the coordinates of the basis, themselves where a state is kept whole."""
-        # In the user's autocast, a product would lose half its digits.
-        with torch.autocast(rows[0].device.type, enabled=False):
-            return [
-                block if vectors is None else block @ vectors.to(block)
-                for block, vectors in zip(rows, self.vectors, strict=True)
-            ]
+        return [
+            block if vectors is None else block @ vectors.to(block)
+            for block, vectors in zip(rows, self.vectors, strict=True)
+        ]
 
     def spreads(self, rows: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor:
         """Return the sums that tell how much of the variance of some rows is kept, end to end.

@@ -17,6 +17,7 @@ from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, wide
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
+from lightning_koopman.network.isolation import plain_numerics
 from lightning_koopman.network.plan import listed
 from lightning_koopman.network.rows import INPUT
 from lightning_koopman.network.samples import spread_over
@@ -200,7 +201,7 @@ class Accumulator:
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
         own, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
-        with torch.autocast(rows[0].device.type, enabled=False):
+        with plain_numerics(rows[0]):
             return fit_basis(rows, own.max_dim, own.observables, own.seed, self.earlier, apart)
 
     def _freeze_basis(self, rows: Sequence[Tensor]) -> None:
@@ -241,9 +242,8 @@ class Accumulator:
     def _project(self, rows: list[Tensor]) -> list[Tensor]:
         """Bring rows into the basis, and add up what tells how much of their variance it keeps."""
         assert self.basis is not None
-        projected = self.basis.project(rows)
-        # As of moments, below.
-        with torch.inference_mode(False), torch.no_grad():
+        with plain_numerics(rows[0]):
+            projected = self.basis.project(rows)
             spreads = self.basis.spreads(rows, projected)
             self._fresh = spreads if self._fresh is None else self._fresh.add_(spreads)
         return projected
@@ -252,8 +252,7 @@ class Accumulator:
         """Add state vectors to the moments, each sample to those of its fold."""
         assert self.basis is not None
         known, self._credits, self._fitted, layout = self._fitted, None, None, self._laid_out()
-        # Moments made in inference mode could not be added to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with plain_numerics(keys):
             if self._moments is None:
                 self._moments = layout.zeros().to(keys.device)
             elif known is not None:

@@ -94,12 +94,12 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     old = (reference.operators, reference.means, reference.n_samples)
     shares = unexplained(layout, moments, center, *old, measurement.reference().operators)
     value = shares.old - shares.new
-    count = float(moments[:, 0].sum())
+    n_samples = int(moments[:, 0].sum())
     given = covariances(layout, moments.sum(dim=0))
     away = reference.means[0].mean(dim=0).to(moments) - center[0].to(moments) - given.means[0]
     moved = float(away.square().sum() / given.variances[0].sum())
     # Chance has means differ so, a few times as much where samples come in groups, as classes.
-    by_chance = 0.01 + 4 * (1 / count + 1 / max(1, reference.n_samples))
+    by_chance = 0.01 + 4 * (1 / n_samples + 1 / max(1, reference.n_samples))
     return Drift(
         components=reference.components,
         drift=value.numpy(),
@@ -107,7 +107,7 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
         changed=beyond_error(value, shares.stderr, shares.freedom).numpy(),
         old=shares.old.numpy(),
         new=shares.new.numpy(),
-        n_samples=int(moments[:, 0].sum()),
+        n_samples=n_samples,
         step=step,
         since=reference.step,
         parts=reference.parts,

@@ -78,8 +78,7 @@ def _hook_of(module: nn.Module, function: Callable[..., Any]) -> Generator[_Hook
     known = _HOOKS.setdefault(module, [])
     hook = next((each for each in known if each.function is None), None)
     if hook is None:
-        hook = _Hook(function)
-        known.append(hook)
+        known.append(hook := _Hook(function))
     hook.function = function
     try:
         yield hook
