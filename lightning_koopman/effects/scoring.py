@@ -424,6 +424,14 @@ class Outputs:
         tiny = torch.finfo(p.dtype).tiny
         return root / output.detach().clamp_min(tiny) if self._are_probabilities else root
 
+    def change(self, altered: Tensor, output: Tensor) -> Tensor:
+        """Return the displacement of outputs, for probabilities that of their logits times themselves.
+
+        So :meth:`metric_root` makes no error where it is not small.
+        """
+        moved = self._logits(altered) - self._logits(output)
+        return output * moved if self._are_probabilities else moved
+
     def displacement(self, altered: Iterable[Tensor]) -> Tensor:
         """Return a vector to altered outputs, whose square is the change to second order.
 

@@ -17,7 +17,7 @@ from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import Outputs
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import Alteration, HookPoint
-from lightning_koopman.network.isolation import seed_all
+from lightning_koopman.network.isolation import random_states_kept, seed_all
 from lightning_koopman.report.effects import with_folds
 
 _FOLDS = 5
@@ -35,6 +35,9 @@ Gradients = Mapping[HookPoint, Sequence[Tensor | None]]
 Moved = Mapping[int, Mapping[HookPoint, Sequence[Tensor]]]
 """By altered component, the rows by which what is given at some points is displaced, by call."""
 
+_ROUNDING = 10.0
+"""Changes within so many times what outputs are rounded to tell nothing of a prediction."""
+
 _END = HookPoint("out", "")
 """Where the network's outputs themselves are, as if they were given at a point."""
 
@@ -48,6 +51,8 @@ class SecondOrder(NamedTuple):
         pairs: Each fold's part of H, shape ``(folds, L, L)``.
         folds: Samples of each fold.
         reached: Whether a gradient leads from the outputs to a component.
+        tested: One component, the first where there is a choice, and how many times as large its effect
+            on the first batch is predicted as it is when that is altered alone.
     """
 
     values: NDArray[np.float64]
@@ -55,6 +60,7 @@ class SecondOrder(NamedTuple):
     pairs: NDArray[np.float64]
     folds: NDArray[np.float64]
     reached: NDArray[np.bool_]
+    tested: tuple[str, float] | None
 
 
 def predict(
@@ -72,7 +78,8 @@ def predict(
     Per batch that takes one pass with gradients, a backward pass from it for each probe, and for every
     kind that alters weights one pass per draw, in which all components are altered at once, each on the
     input that it has in the network as it is; those that hold weights in common take turns. Those whose
-    weights are also used elsewhere, as the first batch shows, take passes of their own.
+    weights are also used elsewhere, as the first batch shows, take passes of their own. Over the first
+    batch, one component is also altered by itself, which tells whether gradients are what they claim.
     """
     size, n_batches = len(alterations.names), len(runner.batches)
     pairs = {kind: torch.zeros(_FOLDS, size, size, dtype=torch.float64) for kind in kinds}
@@ -81,6 +88,7 @@ def predict(
     # One draw has no spread, so a single batch has two.
     each = max(1, -(-(draws or 2) // n_batches))
     beyond: dict[str, frozenset[int]] = {}
+    tested: dict[str, tuple[str, float] | None] = {}
     for number in range(n_batches):
         seed_all(_OTHER_DRAWS + seed + number)
         output, handles, rounds = _tracked(alterations, kinds, runner, number)
@@ -90,6 +98,7 @@ def predict(
         given = [[g for point in own for g in found[0].get(point, ())] for own in points]
         reached |= torch.tensor([any(g is not None for g in calls) for calls in given])
         # The weights that are altered from here on would spoil the graph.
+        end = output.detach()
         del output, handles
         for kind in kinds:
             drawn = kind != "output_noise" and not alterations.draws_nothing(kind)
@@ -101,7 +110,12 @@ def predict(
             folds[kind] += torch.bincount(fold, minlength=_FOLDS)
             moved: Moved = {}
             if kind != "output_noise":
-                moved = _displacements(alterations, runner, kind, number, rounds, count, each, beyond)
+                alone = None if number else _alone(alterations, runner, kind, before, end, reached)
+                moved = _displacements(
+                    alterations, runner, kind, before, number, rounds, count, each, beyond
+                )
+                if not number:
+                    tested[kind] = _tested(alterations, kind, found, moved, alone, end, each)
             for gradients in found:
                 if kind == "output_noise":
                     squares = _noise_squares(alterations, gradients, count)
@@ -116,12 +130,65 @@ def predict(
                     )
                 pairs[kind].index_add_(0, fold, change, alpha=1.0 if exact else 1.0 / len(found))
     return {
-        kind: _finished(alterations, kind, pairs[kind], folds[kind], reached, before) for kind in kinds
+        kind: _finished(alterations, kind, pairs[kind], folds[kind], reached, before, tested.get(kind))
+        for kind in kinds
     }
 
 
+def _alone(
+    alterations: Alterations,
+    runner: ForwardRunner,
+    kind: str,
+    before: Outputs,
+    end: Tensor,
+    reached: Tensor,
+) -> tuple[int, Tensor] | None:
+    """Alter one component alone, by the draw that comes next; which, and how the first batch changes."""
+    if not alterations.touches_weights(kind):
+        return None
+    # In the order in which noise is drawn, so that the first one gets what it is displaced by.
+    for i in (group[0] for group in alterations.sharing_weights()):
+        name = alterations.names[i]
+        if reached[i] and name not in {*alterations.refused[kind], *alterations.unsettled}:
+            with random_states_kept(), alterations.weights(kind, [name]):
+                output, _ = runner.run_batch(0)
+            return i, before.change(output, end).reshape(len(end), -1)
+    return None
+
+
+def _tested(
+    alterations: Alterations,
+    kind: str,
+    found: Sequence[Gradients],
+    moved: Moved,
+    alone: tuple[int, Tensor] | None,
+    end: Tensor,
+    draws: int,
+) -> tuple[str, float] | None:
+    """Hold what is predicted of a component against how the outputs changed as it was altered alone."""
+    if alone is None:
+        return None
+    i, change = alone
+    rounding = end.reshape(len(end), -1) * (_ROUNDING * torch.finfo(end.dtype).eps)
+    squares = torch.zeros(3, dtype=torch.float64)
+    for gradients in found:
+        for k, parts in enumerate((moved[i], {_END: [change]}, {_END: [rounding]})):
+            z = _changes(alterations, kind, gradients, {i: parts}, len(end))
+            squares[k] += z[::draws, i].square().sum()
+    predicted, seen, rounded = squares.tolist()
+    if max(predicted, seen) > rounded:
+        return alterations.names[i], predicted / max(seen, rounded)
+    return None
+
+
 def _finished(
-    alterations: Alterations, kind: str, pairs: Tensor, sizes: Tensor, reached: Tensor, before: Outputs
+    alterations: Alterations,
+    kind: str,
+    pairs: Tensor,
+    sizes: Tensor,
+    reached: Tensor,
+    before: Outputs,
+    tested: tuple[str, float] | None,
 ) -> SecondOrder:
     pairs = pairs / before.shares.sum()
     altered = torch.tensor([name not in alterations.refused[kind] for name in alterations.names])
@@ -134,13 +201,16 @@ def _finished(
             for i in group:
                 pairs[:, i, [j for j in group if j != i]] = torch.nan
     values, stderr = with_folds(pairs.diagonal(dim1=1, dim2=2), sizes)
-    return SecondOrder(*(tensor.numpy() for tensor in (values, stderr, pairs, sizes, reached)))
+    return SecondOrder(
+        values.numpy(), stderr.numpy(), pairs.numpy(), sizes.numpy(), reached.numpy(), tested
+    )
 
 
 def _displacements(
     alterations: Alterations,
     runner: ForwardRunner,
     kind: str,
+    before: Outputs,
     number: int,
     rounds: Sequence[Mapping[HookPoint, Tensor]],
     n_samples: int,
@@ -211,7 +281,7 @@ def _displacements(
                 # call of which nothing depends on the sample.
                 each = itertools.chain(*together)
                 beyond[kind] = frozenset(i for i in each if differs(run([i], inputs)[1]))
-                again = (alterations, runner, kind, number, rounds, n_samples, draws, beyond)
+                again = (alterations, runner, kind, before, number, rounds, n_samples, draws, beyond)
                 return _displacements(*again)
             new: dict[HookPoint, list[Tensor]] = {}
             for point, name in owners.items():
@@ -219,7 +289,7 @@ def _displacements(
                 moves = [altered - values[point] for altered, values in pairs]
                 new[point] = [alterations.rows_by_sample(name, point, m, n_samples) for m in moves]
             if known:
-                new[_END] = [(output - end).reshape(n_samples, -1)]
+                new[_END] = [before.change(output, end).reshape(n_samples, -1)]
             for point, calls in new.items():
                 for kept, drawn in zip(rows.setdefault(point, calls), calls, strict=True):
                     kept[draw::draws] = drawn[draw::draws]

@@ -216,8 +216,8 @@ def test_all_kinds_but_reinit_take_four_passes_and_two_backward():
         how="predicted", forward_fn=forward,
     )  # fmt: skip
     # The components are found on the first batch, which is also asked twice, and shows whether weights
-    # are used past their components.
-    assert sum(calls) <= 3 * 512 + 3 * 64
+    # are used past their components and whether gradients are what they claim.
+    assert sum(calls) <= 3 * 512 + 4 * 64
     assert sum(backward) == 2 * 512
 
 
@@ -438,3 +438,72 @@ def test_a_network_that_overwrites_what_its_gradients_need_is_to_be_measured():
         component_effects(net, batches, None, ["weight_noise"])
     measured = component_effects(net, batches, None, ["weight_noise"], how="measured")
     assert np.isfinite(measured.values["weight_noise"]).all()
+
+
+class Rounded(nn.Module):
+    """A hidden state rounded to steps, with gradients as if it were not."""
+
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.first, self.last, self.step = nn.Linear(5, 6), nn.Linear(6, 2), step
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.first(x)) / self.step
+        return self.last((z + (z.round() - z).detach()) * self.step)
+
+
+def test_a_note_tells_by_how_much_stand_ins_for_gradients_are_off():
+    torch.manual_seed(0)
+    net, batches = Rounded(0.5).double(), list(normal(1200, 5).split(400))
+    near = {k: v + 5e-3 * torch.randn_like(v) for k, v in net.state_dict().items()}
+    found = component_effects(net, batches, None, [], replacements={"near": near})
+    # By hand: the gradient skips the rounding, what altered weights give does not.
+    altered = copy.deepcopy(net)
+    altered.first.load_state_dict({k.removeprefix("first."): v for k, v in near.items() if "first" in k})
+    with torch.no_grad():
+        h = torch.tanh(net.first(batches[0]))
+        moved = (altered.first(batches[0]) - net.first(batches[0])) * (1 - h**2) @ net.last.weight.T
+        told = moved.square().sum() / (altered(batches[0]) - net(batches[0])).square().sum()
+    assert told < 1 / 30
+    (note,) = (note for note in found.notes if "when altered alone" in note)
+    # Of the displaced component, where the prediction takes the difference of tanh itself.
+    assert "near of 'first' is predicted to have" in note
+    assert float(note.split("to have ")[1].split()[0]) == pytest.approx(float(told), rel=0.05)
+    effect = component_effects(net, batches, None, [], replacements={"near": near}, how="measured")
+    assert found.values["near"][0] < effect.values["near"][0] / 30
+
+
+@pytest.mark.parametrize("net", [Rounded(1e-6).double(), smooth(), mlp()], ids=["fine", "smooth", "mlp"])
+def test_gradients_that_are_right_get_no_note(net):
+    x = normal(300, 5).to(next(net.parameters()).dtype)
+    near = {k: v + 1e-3 * v for k, v in net.state_dict().items()}
+    found = component_effects(net, x.split(100), None, ["weight_noise"], replacements={"near": near})
+    assert not [note for note in found.notes if "altered alone" in note]
+    # What is lost in rounding tells nothing.
+    same = {k: v * (1 + torch.finfo(x.dtype).eps) for k, v in net.state_dict().items()}
+    found = component_effects(net, x.split(100), None, [], replacements={"same": same})
+    assert not [note for note in found.notes if "altered alone" in note]
+
+
+def test_changes_of_probabilities_past_components_are_those_of_their_logits():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            # The weights of the first layer count a second time, where no component stands.
+            return (self.last(torch.tanh(self.first(x))) + x @ self.first.weight.T).softmax(1)
+
+    torch.manual_seed(0)
+    net, x, y = Tied().double(), normal(200, 5), torch.arange(200) % 4
+    other = {k: v + 0.3 * torch.randn_like(v) for k, v in net.state_dict().items() if "first" in k}
+    batches = [(x, y)]
+    found = predicted(net, batches, [], replacements={"other": net.state_dict() | other})
+    with torch.no_grad():
+        p, moved = net(x), nn.functional.linear(x, other["first.weight"] - net.first.weight)
+        own = moved + other["first.bias"] - net.first.bias
+        z = moved + own * (1 - torch.tanh(net.first(x)) ** 2) @ net.last.weight.T
+    truth = (torch.einsum("nc,ncd,nd->n", z, fisher(p.log()), z) / 2).mean()
+    assert found.components[0] == "first"
+    np.testing.assert_allclose(found.values["other"][0], truth, rtol=1e-9)
