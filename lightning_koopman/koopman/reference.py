@@ -31,6 +31,9 @@ it says of directions that hardly varied then must not count.
 """
 
 
+_Fits = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
+
+
 class FoldFits:
     """Operators and means of every step without each fold, fitted when they are first asked for.
 
@@ -40,17 +43,17 @@ class FoldFits:
 
     def __init__(self, layout: Layout, moments: Tensor, center: Sequence[Tensor]) -> None:
         self._given: tuple[Layout, Tensor, Sequence[Tensor]] | None = (layout, moments, center)
-        self._found: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self._found: _Fits | None = None
 
     @classmethod
-    def known(cls, operators: Sequence[Tensor], means: Sequence[Tensor]) -> FoldFits:
+    def known(cls, operators: Sequence[Tensor], means: Sequence[Tensor], variance: Tensor) -> FoldFits:
         """Return fits that were made before."""
         fits = cls.__new__(cls)
-        fits._given, fits._found = None, (tuple(operators), tuple(means))
+        fits._given, fits._found = None, (tuple(operators), tuple(means), variance)
         return fits
 
-    def __call__(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the operators and the means that go with them."""
+    def __call__(self) -> _Fits:
+        """Return the operators, the means that go with them, and the variance of the input."""
         if self._found is None:
             assert self._given is not None
             self._found, self._given = fold_operators(*self._given), None
@@ -66,7 +69,7 @@ class Reference:
         widths: Their widths before reduction.
         parents: For each step 1 … L, the states that it reads, the nearest first.
         basis: Coordinates of the state vectors.
-        fits: What gives :attr:`operators` and :attr:`means`.
+        fits: What gives :attr:`operators`, :attr:`means` and :attr:`variance`.
         n_samples: Number of samples measured.
         options: How states became rows.
         modules: Names of the modules chosen as components.
@@ -108,6 +111,11 @@ class Reference:
         """For each state, its means without each fold, ``(folds, d_i)``."""
         return self.fits()[1]
 
+    @property
+    def variance(self) -> float:
+        """Variance of the network's input, over all coordinates; NaN where no file held it."""
+        return float(self.fits()[2])
+
     def coordinates(self, plan: Plan) -> Plan:
         """Return another network's plan, with what its states must share with the reference."""
         self.check_names(plan.names, self.states)
@@ -143,17 +151,16 @@ class Reference:
                 )
 
 
-def fold_operators(
-    layout: Layout, moments: Tensor, center: Sequence[Tensor]
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Fit every step without each fold; return the operators and the means that go with them."""
+def fold_operators(layout: Layout, moments: Tensor, center: Sequence[Tensor]) -> _Fits:
+    """Fit every step without each fold; return operators, their means, and the input's variance."""
     rest = covariances(layout, moments.sum(dim=0), without=moments)
     steps = enumerate(layout.parents[1:], start=1)
     operators = tuple(
         solve_each(*rest.normal_equations(read, i), RIDGE).float().cpu() for i, read in steps
     )
     pairs = zip(rest.means, center, strict=True)
-    return operators, tuple((mean + offset.to(mean)).cpu() for mean, offset in pairs)
+    means = tuple((mean + offset.to(mean)).cpu() for mean, offset in pairs)
+    return operators, means, rest.variances[0].sum(dim=1).mean(dim=0, keepdim=True).cpu()
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,13 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     n_samples = int(moments[:, 0].sum())
     given = covariances(layout, moments.sum(dim=0))
     away = reference.means[0].mean(dim=0).to(moments) - center[0].to(moments) - given.means[0]
-    moved = float(away.square().sum() / given.variances[0].sum())
-    # Chance has means differ so, a few times as much where samples come in groups, as classes.
-    by_chance = 0.01 + 4 * (1 / n_samples + 1 / max(1, reference.n_samples))
+    variance = float(given.variances[0].sum())
+    moved = float(away.square().sum()) / variance if variance else 0.0
+    widened = variance / reference.variance if reference.variance else math.nan
+    # Chance has means and variances differ so, a few times as much where samples come in groups, as
+    # classes.
+    by_chance = 4 * (1 / n_samples + 1 / max(1, reference.n_samples))
+    told = abs(math.log(widened)) > 0.1 + 3 * math.sqrt(by_chance) if widened > 0 else False
     return Drift(
         components=reference.components,
         drift=value.numpy(),
@@ -112,7 +116,8 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
         since=reference.step,
         parts=reference.parts,
         enough=measurement.advised,
-        moved=math.sqrt(moved) if moved > by_chance else 0.0,
+        moved=math.sqrt(moved) if moved > 0.01 + by_chance else 0.0,
+        widened=math.sqrt(widened) if told else 1.0,
     )
 
 
@@ -144,7 +149,7 @@ def drift_from(
         mean if fit else mean.new_zeros(len(mean), dim)
         for fit, mean, dim in zip(same, earlier.means, layout.dims, strict=True)
     )
-    known = dataclasses.replace(earlier, fits=FoldFits.known(operators, means))
+    known = dataclasses.replace(earlier, fits=FoldFits.known(operators, means, earlier.fits()[2]))
     found = drift_since(known, measurement, step=step)
     return dataclasses.replace(
         found,
@@ -153,6 +158,7 @@ def drift_from(
         changed=found.changed & fits,
         old=np.where(fits, found.old, np.nan),
         moved=found.moved if same[0] else 0.0,
+        widened=found.widened if same[0] else 1.0,
     )
 
 

@@ -44,6 +44,8 @@ class Drift(Shown):
         enough: How many samples states of these widths need.
         moved: How far the mean of the network's input is from the reference's, over the root of its
             variance; 0 where other samples may differ as much.
+        widened: How many times as large that root is as the reference's; 1 where other samples may
+            differ as much.
     """
 
     components: tuple[str, ...]
@@ -58,6 +60,7 @@ class Drift(Shown):
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     enough: int = 0
     moved: float = 0.0
+    widened: float = 1.0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -80,6 +83,11 @@ class Drift(Shown):
             notes.append(
                 f"the mean of the input is {self.moved:.2f} of its spread away from the reference's, "
                 "and components may be marked for what they are given; to tell, take samples like those"
+            )
+        if self.widened != 1 and self.changed.any():
+            notes.append(
+                f"the spread of the input is {self.widened:.2g} times the reference's, and components "
+                "may be marked for what they are given; to tell, take samples like those"
             )
         return tuple(notes)
 

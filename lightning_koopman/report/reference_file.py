@@ -97,6 +97,7 @@ def _named(reference: Reference) -> list[tuple[str, Tensor]]:
     basis = reference.basis
     tensors = [(f"operator.{i}", matrices) for i, matrices in enumerate(reference.operators, start=1)]
     tensors += [(f"mean.{i}", mean) for i, mean in enumerate(reference.means)]
+    tensors += [("variance", reference.fits()[2])]
     tensors += [(f"center.{i}", center) for i, center in enumerate(basis.center)]
     tensors += [(f"basis.{i}", v) for i, v in enumerate(basis.vectors) if v is not None]
     for i, lift in enumerate(basis.lifts):
@@ -174,14 +175,15 @@ def _rebuilt(content: _Content, tensors: dict[str, Tensor]) -> Reference:
     operators = [
         take(f"operator.{i}", folds, width, dims[i]) for i, width in enumerate(read_widths, start=1)
     ]
+    means = [take(f"mean.{i}", folds, width) for i, width in enumerate(dims)]
+    # Files of 0.2.0 do not hold it.
+    variance = take("variance", 1) if "variance" in tensors else torch.tensor([torch.nan])
     return Reference(
         states=tuple(content.states),
         widths=tuple(content.widths),
         parents=tuple(map(tuple, content.parents)),
         basis=Basis(tuple(vectors), tuple(content.kept_variance), center, tuple(lifts)),
-        fits=FoldFits.known(
-            operators, [take(f"mean.{i}", folds, width) for i, width in enumerate(dims)]
-        ),
+        fits=FoldFits.known(operators, means, variance),
         n_samples=content.n_samples,
         options=Options(
             max_dim=content.max_dim,

@@ -37,9 +37,9 @@ def shares_of(
     layout: Layout, old: Sequence[Array], new: Sequence[Array], old_folds: Array, new_folds: Array
 ) -> Shares:
     center = [torch.from_numpy(state.mean(0)) + 0.3 for state in old]
-    reference = fold_operators(layout, moments_of(layout, old, old_folds, center), center)
+    reference = fold_operators(layout, moments_of(layout, old, old_folds, center), center)[:2]
     moments = moments_of(layout, new, new_folds, center)
-    fitted, _ = fold_operators(layout, moments, center)
+    fitted, *_ = fold_operators(layout, moments, center)
     return unexplained(layout, moments, center, *reference, len(old[0]), fitted)
 
 

@@ -176,34 +176,37 @@ def test_notes_tell_where_drift_is_too_small_to_show_a_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "is_told"),
+    ("change", "is_moved", "is_widened"),
     [
-        (lambda x: x, False),
-        (lambda x: x + 1, True),
-        (lambda x: 3 * x, False),  # about a mean of zero, which stays
-        (lambda x: 3 * (x + 0.5), True),
+        (lambda x: x, False, False),
+        (lambda x: x + 1, True, False),
+        (lambda x: 3 * x, False, True),  # about a mean of zero, which stays
+        (lambda x: 0.7 * x, False, True),
+        (lambda x: 3 * (x + 0.5), True, True),
     ],
 )
-def test_a_note_tells_where_the_inputs_are_others(
-    change: Callable[[Tensor], Tensor], is_told: bool
+def test_notes_tell_where_the_inputs_are_others(
+    change: Callable[[Tensor], Tensor], is_moved: bool, is_widened: bool, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     net = mlp()
     seen = torch.cat(samples(1500))
     given = change(torch.cat(samples(1000, seed=1)))
-    found = drift(credit_report(net, seen.split(300), max_samples=None), net, given.split(300))
-    away = float((given.mean(dim=0) - seen.mean(dim=0)).norm() / given.var(dim=0).sum().sqrt())
-    assert found.moved == pytest.approx(away if is_told else 0, rel=0.01)
-    assert found.notes == (
-        (
-            f"the mean of the input is {found.moved:.2f} of its spread away from the reference's, and "
-            "components may be marked for what they are given; to tell, take samples like those",
-        )
-        if is_told
-        else ()
-    )
+    report = credit_report(net, seen.split(300), max_samples=None)
+    found = drift(report, net, given.split(300))
+    spreads = [float(x.var(dim=0).sum().sqrt()) for x in (given, seen)]
+    away = float((given.mean(dim=0) - seen.mean(dim=0)).norm()) / spreads[0]
+    assert found.moved == pytest.approx(away if is_moved else 0, rel=0.01)
+    assert found.widened == pytest.approx(spreads[0] / spreads[1] if is_widened else 1, rel=0.01)
+    others = "components may be marked for what they are given; to tell, take samples like those"
+    mean = f"the mean of the input is {found.moved:.2f} of its spread away from the reference's"
+    spread = f"the spread of the input is {found.widened:.2g} times the reference's"
+    told = {f"{mean}, and {others}": is_moved, f"{spread}, and {others}": is_widened}
+    assert found.notes == tuple(note for note, is_told in told.items() if is_told)
+    report.save_reference(tmp_path / "it.safetensors")
+    assert drift(tmp_path / "it.safetensors", net, given.split(300)).notes == found.notes
     # Beside weights that changed there is nothing to tell where samples are alike.
-    assert not drift(credit_report(net, seen.split(300)), broken(net, "2"), samples(seed=1)).notes
+    assert not drift(report, broken(net, "2"), samples(seed=1)).notes
 
 
 def test_sequences_of_another_length_are_pooled_to_the_same_cells() -> None:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_koopman import Options, credit_report
+from lightning_koopman import Options, credit_report, drift
 from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.report.reference_file import read_reference
 from lightning_koopman.report.saved import ReportFormatError
@@ -83,6 +83,14 @@ def test_all_that_a_reference_holds_comes_back(tmp_path, options):
     # What only credits need of the options is not kept.
     assert flat(read) == written
     assert read.step == 12
+
+
+def test_a_file_of_0_2_0_which_holds_no_variance_of_the_input_is_read(file):
+    net = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 2))
+    wide = [3 * torch.randn(300, 4)]
+    assert drift(file, net, wide).widened == pytest.approx(3, rel=0.1)
+    rewritten(file, lambda tensors, _: tensors.pop("variance"))
+    assert drift(file, net, wide).widened == 1.0
 
 
 def test_the_file_holds_tensors_and_text_alone(file):
