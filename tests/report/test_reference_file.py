@@ -90,7 +90,7 @@ def test_a_file_of_0_2_0_which_holds_no_variance_of_the_input_is_read(file):
     wide = [3 * torch.randn(300, 4)]
     assert drift(file, net, wide).widened == pytest.approx(3, rel=0.1)
     rewritten(file, lambda tensors, _: tensors.pop("variance"))
-    assert drift(file, net, wide).widened == 1.0
+    assert drift(file, net, wide).widened == 1
 
 
 def test_the_file_holds_tensors_and_text_alone(file):
