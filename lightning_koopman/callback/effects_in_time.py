@@ -20,6 +20,7 @@ from lightning_koopman.callback.trainer_facts import last_step, refuse_sharded_w
 from lightning_koopman.effects.targets import Fit
 from lightning_koopman.measurement.processes import gather
 from lightning_koopman.network.replay import Step
+from lightning_koopman.network.signals import came_from_signal
 from lightning_koopman.report.effects import Effects, Kind
 from lightning_koopman.report.report import CreditReport
 
@@ -146,6 +147,8 @@ class EffectsInTime:
                     agree=agree,
                 )
             except Exception as error:
+                if came_from_signal(error):
+                    raise
                 return None, str(error)
         # Known better now than from one step run again.
         rows = found.n_samples * passes(report, self.kinds)

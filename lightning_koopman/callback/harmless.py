@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_koopman.callback.budget import Budget
+from lightning_koopman.network.signals import came_from_signal
 
 _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -94,6 +95,9 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
             with self.budget.watching():
                 hook(self, *args, **kwargs)
         except Exception as error:
+            if came_from_signal(error):
+                self._forget()
+                raise
             if self.sync_pending:
                 # The other processes wait for this one at the end of the epoch, and hear of it there.
                 self._fail(error)

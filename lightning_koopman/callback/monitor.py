@@ -55,6 +55,7 @@ from lightning_koopman.network.isolation import (
 )
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
+from lightning_koopman.network.signals import came_from_signal
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.effects import Kind, check_kinds
 from lightning_koopman.report.report import CreditReport
@@ -436,7 +437,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             if not self._nothing_ran:
                 self._check_replay(trainer, pl_module)
         except Exception as error:
-            if not self.sync_pending:
+            if not self.sync_pending or came_from_signal(error):
                 raise
             self._fail(error)
         self._finish_watched(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
@@ -473,14 +474,14 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._keep_keys(trainer)
 
+    @never_in_the_way
     def _keep_keys(self, trainer: Any) -> None:
-        with self.budget.watching():
-            # Asked for once: Lightning computes all of its numbers each time.
-            known = trainer.callback_metrics
-            for key, value in self._newest.items():
-                known.setdefault(key, value)
-            for key in monitored_keys(trainer, self.prefix):
-                known.setdefault(key, torch.tensor(0.0))
+        # Asked for once: Lightning computes all of its numbers each time.
+        known = trainer.callback_metrics
+        for key, value in self._newest.items():
+            known.setdefault(key, value)
+        for key in monitored_keys(trainer, self.prefix):
+            known.setdefault(key, torch.tensor(0.0))
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -580,9 +581,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
             loader = trainer.train_dataloader if training else trainer.val_dataloaders
             self._replay(trainer, pl_module, first_loader(loader), final=True, changed=changed)
         if self._logged_at is not None and trainer.is_global_zero:
-            with self.budget.apart("draw"):
+            with self.budget.apart("draw"), ExitStack() as behind:
+                behind.callback(self._writer.close, trainer.loggers)
                 self._writer.finish(trainer.loggers, self.history, self._logged_at, self.drifts)
-                self._writer.close(trainer.loggers)
         release_memory()
 
     @never_in_the_way
@@ -727,7 +728,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 wanted = itertools.takewhile(lambda _: self._wants_more, steps)
                 self._measurement.replay(pl_module, wanted, self._as_watched(trainer))
         except Exception as error:
-            if not self.sync_pending:
+            if not self.sync_pending or came_from_signal(error):
                 raise
             self._fail(error)
         # Lightning has counted the last batch already, but logs what belongs to it under its index.

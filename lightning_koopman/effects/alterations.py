@@ -35,6 +35,7 @@ from lightning_koopman.network.rows import (
     has_batch_second,
     module_of,
 )
+from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
 
@@ -568,17 +569,18 @@ def _restored(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
         for part in parts
         for own in (part._parameters, part._buffers)
     ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for own, before, values in saved:
-                # Those of a scripted module stay the objects that they are.
-                if isinstance(own, dict):
-                    own.clear()
-                    own.update(before)
-                for key, value in values.items():
-                    own[key].copy_(value)
+    with signals_wait():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for own, before, values in saved:
+                    # Those of a scripted module stay the objects that they are.
+                    if isinstance(own, dict):
+                        own.clear()
+                        own.update(before)
+                    for key, value in values.items():
+                        own[key].copy_(value)
 
 
 def _cleaned(weights: Weights) -> dict[str, Tensor]:

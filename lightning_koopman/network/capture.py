@@ -50,6 +50,7 @@ from lightning_koopman.network.rows import (
 )
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
 from lightning_koopman.network.shared_memory import further_tensors
+from lightning_koopman.network.signals import came_from_signal
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     Given,
@@ -78,6 +79,8 @@ def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
             if are_data(args[-2:], kwargs):
                 hook(self, *args, **kwargs)
         except Exception as error:
+            if came_from_signal(error):
+                raise
             self._error, self._closed = error, True
 
     return safe
@@ -251,17 +254,21 @@ class Capture:
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
-        self._hooks.close()
-        self._leave()
+        try:
+            self._hooks.close()
+        finally:
+            self._leave()
         self._input_hooks.clear()
         self._inner_hooks.clear()
 
     def _leave(self) -> None:
         """Stop following the data, and keep what it said of components that did not run."""
-        if self._provenance.follows:
-            silent = {name: self.components[name] for name in self.silent}
-            self._used = {n for n, m in silent.items() if self._provenance.has_read(_held_by(m))}
-        self._provenance.leave()
+        try:
+            if self._provenance.follows:
+                silent = {name: self.components[name] for name in self.silent}
+                self._used = {n for n, m in silent.items() if self._provenance.has_read(_held_by(m))}
+        finally:
+            self._provenance.leave()
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass."""

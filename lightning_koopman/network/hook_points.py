@@ -190,9 +190,10 @@ def _watch_direct_calls(
         seen.add(id(module))
         return _around_forward(module, before, after, forward, args, kwargs)
 
-    hooks = wrap(module, "forward", around)
-    hooks.enter_context(attach(module, before=begin))
-    return hooks
+    with wrap(module, "forward", around) as hooks:
+        hooks.enter_context(attach(module, before=begin))
+        kept = hooks.pop_all()
+    return kept
 
 
 class _Around:

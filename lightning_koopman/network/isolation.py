@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import is_wrapper
 
 _INSIDE = (
@@ -132,19 +133,21 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        for module, mode in modes:
-            if module.training != mode:
-                attempt(module.train, mode)  # the module's own method, which may do more than set a flag
-        for values, before in kept:
-            attempt(_refill, values, before)
-        for value, before in held:
-            attempt(_refill, value, before)
-        for array, numbers in counted:
-            attempt(np.copyto, array, numbers)
-        for now, then in objects:
-            attempt(_put_tensors_back, now, then)
-        for tensor, data, copy in tensors:
-            attempt(_rewrite, tensor, data, copy)
+        with signals_wait():
+            for module, mode in modes:
+                if module.training != mode:
+                    # The module's own method, which may do more than set a flag.
+                    attempt(module.train, mode)
+            for values, before in kept:
+                attempt(_refill, values, before)
+            for value, before in held:
+                attempt(_refill, value, before)
+            for array, numbers in counted:
+                attempt(np.copyto, array, numbers)
+            for now, then in objects:
+                attempt(_put_tensors_back, now, then)
+            for tensor, data, copy in tensors:
+                attempt(_rewrite, tensor, data, copy)
     # Not within `finally`, where it would hide what the body raised.
     if failure is not None:
         raise failure

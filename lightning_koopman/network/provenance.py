@@ -29,6 +29,7 @@ from lightning_koopman.network.picks import PickedPositions
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
 from lightning_koopman.network.rows import NO_PICKS, Picks
 from lightning_koopman.network.shared_memory import LabelsByView
+from lightning_koopman.network.signals import came_from_signal
 from lightning_koopman.network.subclasses import MadeUnwatched
 from lightning_koopman.network.tensors import (
     address_of,
@@ -80,6 +81,8 @@ def _kept_out_of_the_pass(otherwise: Any = None) -> Callable[[_Method], _Method]
                 try:
                     return method(self, *args, **kwargs)
                 except Exception as error:
+                    if came_from_signal(error):
+                        raise
                     self.error = error
             return otherwise
 
@@ -792,14 +795,13 @@ class Provenance:
 
     def leave(self) -> None:
         """Stop following the data; safe to call twice."""
-        flow, self._flow = self._flow, None
-        if flow is not None:
-            flow.__exit__()
-            self._error = flow.error
-        order, self._order = self._order, None
-        if order is not None:
-            order.__exit__()
-            self.lost_order = order.error
+        # Let go of behind its end, which Ctrl-C may keep it from.
+        if self._flow is not None:
+            self._flow.__exit__()
+            self._error, self._flow = self._flow.error, None
+        if self._order is not None:
+            self._order.__exit__()
+            self.lost_order, self._order = self._order.error, None
 
     @property
     def error(self) -> Exception | None:

@@ -31,6 +31,7 @@ from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, 
 from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.signals import came_from_signal
 from lightning_koopman.network.tensors import (
     INTEGERS,
     address_of,
@@ -527,6 +528,8 @@ class Recording:
             self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
+        if came_from_signal(error):
+            raise error
         self._reason = self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
 
     def _kept(self, value: Any, name: str) -> Any:

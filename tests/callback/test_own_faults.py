@@ -4,6 +4,7 @@ import csv
 import errno
 import functools
 import os
+import signal
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_faults import Fault, check_alike, fit, outcome
+from test_faults import Fault, assert_alike, check_alike, fit, outcome
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor
+from lightning_koopman.callback import loggers as writers
+from lightning_koopman.callback import monitor as monitors
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.replay import Step
 
 # Where one measurement passes, from the first hook to the last number.
 PLACES = [
@@ -125,6 +131,85 @@ def test_ctrl_c_in_ours_stops_training_and_keeps_what_was_measured(place, way, t
     assert not any(outcome(model, trainer)["hooks"])
     assert [report.step for report in monitor.history][:1] == [6]
     assert trainer.current_epoch == 1
+
+
+@contextmanager
+def signalled(
+    place: tuple[Any, str], handler: Callable[..., None], *, number: int = 1
+) -> Generator[None, None, None]:
+    """Let a signal come when one of our methods is called for so many times, and handle it."""
+    kept, before, calls = getattr(*place), signal.signal(signal.SIGUSR1, handler), []
+
+    @functools.wraps(kept)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGUSR1)
+        return kept(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*place, called)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    assert len(calls) >= number
+
+
+SIGNALLED = [*PLACES, (Step, "revive"), (DataFlow, "_known"), (Capture, "_record")]
+
+
+@pytest.mark.parametrize("place", SIGNALLED, ids=lambda place: f"{place[0].__name__}.{place[1]}")
+def test_what_a_signal_raises_ends_training_also_where_it_meets_ours(place, tmp_path):
+    """A time limit that is an ordinary exception was taken for an error of ours, and went unheard."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError("time is up")
+
+    with signalled(place, stop):
+        model, trainer, end = fit([KoopmanCreditMonitor()], logger=lambda: CSVLogger(tmp_path))
+    assert isinstance(end, TimeoutError)
+    assert not any(outcome(model, trainer)["hooks"])
+
+
+@pytest.mark.parametrize("kind", ["weight_noise", "reinit"])
+def test_what_a_signal_saves_are_the_weights_of_the_training(kind):
+    """As Lightning saves where SLURM takes a machine back, at any moment."""
+    saved: list[dict[str, Tensor]] = []
+    expected: list[dict[str, Tensor]] = []
+
+    class Weights(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.model = pl_module
+
+        def copied(self) -> dict[str, Tensor]:
+            return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+        def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            expected.append(self.copied())
+
+    weights = Weights()
+    # Five passes for each component; the fourth of the training is the second of the first one.
+    for number in range(4, 24, 4):
+        with signalled((Step, "revive"), lambda *_: saved.append(weights.copied()), number=number):
+            fit([KoopmanCreditMonitor(effects=[kind])], others=lambda: [weights])
+        assert_alike(saved[-1], expected[-1])
+    assert len(saved) == 5
+
+
+def test_files_of_components_are_closed_where_the_last_figures_fail(tmp_path):
+    with broken((CreditWriter, "finish"), Fault("ours"), []):
+        _, trainer, _ = fit([KoopmanCreditMonitor()], logger=lambda: TensorBoardLogger(tmp_path))
+    assert trainer.loggers[0] not in writers._runs
+
+
+def test_keys_that_cannot_be_kept_end_nothing():
+    raised: list[BaseException] = []
+    check_alike(
+        ours=functools.partial(broken, (monitors, "monitored_keys"), Fault("ours"), raised),
+        case_of="along without a logger",
+    )
+    assert raised
 
 
 class Refusing(CSVLogger):

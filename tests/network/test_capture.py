@@ -1,5 +1,7 @@
 """What hooks record, and that they leave nothing behind."""
 
+import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,8 +13,10 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
+from lightning_koopman.network import hook_points
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.isolation import is_compiled, undisturbed
+from lightning_koopman.network.provenance import DataFlow
 from lightning_koopman.network.rows import INPUT
 from lightning_koopman.network.tensors import first_tensor
 
@@ -218,6 +222,48 @@ def test_no_hook_is_left_when_registering_fails(conv_net, monkeypatch):
     with pytest.raises(RuntimeError, match="no more hooks"), Capture(conv_net):
         pass
     assert hooks_on(conv_net) == 0
+
+
+def test_nothing_is_left_whichever_hook_cannot_be_made(conv_net, monkeypatch):
+    made, most, kept = itertools.count(), 0, hook_points._Hook.__init__
+
+    def refuse(hook: Any, function: Any) -> None:
+        if next(made) == most:
+            raise MemoryError("no more hooks")
+        kept(hook, function)
+
+    monkeypatch.setattr(hook_points._Hook, "__init__", refuse)
+    for most in range(99):  # ruff: ignore[unused-loop-control-variable]
+        # Hooks that were made once are used again, so each time it is a new network.
+        net, made = copy.deepcopy(conv_net), itertools.count()
+        try:
+            with Capture(net):
+                break
+        except MemoryError:
+            assert hooks_on(net) == 0
+            assert not any("forward" in vars(module) for module in net.modules())
+    assert 10 < most < 99
+
+
+@pytest.mark.parametrize("place", [(DataFlow, "__exit__"), (Capture, "_leave")])
+def test_nothing_follows_the_data_where_ctrl_c_met_the_end(place, mlp, monkeypatch):
+    kept, errors = getattr(*place), [KeyboardInterrupt()]
+
+    def interrupted(*args: Any) -> None:
+        if errors:
+            raise errors.pop()
+        kept(*args)
+
+    monkeypatch.setattr(*place, interrupted)
+    capture = Capture(mlp)
+    capture.start_pass(torch.ones(2, 6, dtype=torch.float64))
+    capture.__enter__()
+    mlp(torch.ones(2, 6, dtype=torch.float64))
+    assert torch._C._len_torch_dispatch_stack() == 1
+    with pytest.raises(KeyboardInterrupt):
+        capture.remove()
+    capture.remove()
+    assert torch._C._len_torch_dispatch_stack() == 0
 
 
 def test_hooks_of_others_still_fire_and_stay(mlp):
