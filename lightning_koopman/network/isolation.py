@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -44,9 +45,10 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     fire otherwise.
     """
     _let_freed_memory_stay()
-    # Asked for only where needed: the first use of set_stance imports the whole compiler.
+    # Asked for only where needed: the first use of set_stance imports the whole compiler. It holds from
+    # when it is made, so nothing that may fail comes between.
     compiled = is_compiled(model) or may_compile()
-    eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    eager = functools.partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
     with random_states_kept(batches), _contents_kept(model):
         model.eval()
         for module in model.modules():
@@ -54,7 +56,7 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
             module._backward_pre_hooks.clear()
             if callable(getattr(type(module), "log_dict", None)):
                 vars(module).update(log=_log_nothing, log_dict=_log_nothing)
-        with torch.inference_mode(False), torch.no_grad(), eager:
+        with torch.inference_mode(False), torch.no_grad(), eager():
             yield
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_koopman import component_effects, credit_report, drop_order, linearize
 from lightning_koopman.measurement.overview import describe_components
-from lightning_koopman.network.isolation import random_states_kept
+from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.tensors import detached_copy
 from lightning_koopman.report.effects import KINDS
 
@@ -153,6 +153,25 @@ def test_hooks_that_a_network_hangs_on_itself_are_hung_on_once() -> None:
     credit_report(net, list(torch.randn(100, 4).split(50)))
     net(torch.randn(3, 4))
     assert net.seen == 2
+
+
+def test_what_was_compiled_runs_so_behind_a_lack_of_memory_for_copies(monkeypatch):
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory for a copy")
+
+    twice, net = torch.compile(lambda x: 2 * x, backend=backend), network()
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "clone", refuse)
+        with pytest.raises(MemoryError), undisturbed(net):
+            pass
+    twice(torch.ones(2))
+    assert len(compiled) == 1
 
 
 _MAPPED = """
