@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Literal, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ class _Hook:
     """What is hung on a module; a copy of it, or what is unpickled from it, does nothing.
 
     A user who copies or saves the model while hooks are on must get the model alone. ``__exit__`` of a
-    null context takes any arguments, returns ``None``, and is unpickled without this package.
+    null context takes any arguments, returns ``None``, and is unpickled without this package. Calls in
+    another thread than that which hung it are somebody else's.
 
     Attributes:
         seconds: Time that all hooks of the process took so far.
@@ -52,11 +54,14 @@ class _Hook:
         # Nothing, when it is no longer on; others may have kept it.
         self.function: Callable[..., Any] | None = function
         self.number: int | None = None
+        self.thread = threading.get_ident()
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+    def __call__(self, module: nn.Module, *given: Any) -> Any:
         # What is compiled while hooks are on must be what would be compiled without them.
-        if torch.compiler.is_compiling() or self.function is None or _is_computed_again():
+        if torch.compiler.is_compiling() or self.function is None or _is_elsewhere(self.thread):
             return None
+        # Torch leaves the keywords out where the hook is just taken off, as seen in another thread.
+        args, kwargs, *output = given
         start = time.perf_counter() - seconds_following()
         try:
             return self.function(module, args, in_order(module, kwargs), *output)
@@ -79,7 +84,7 @@ def _hook_of(module: nn.Module, function: Callable[..., Any]) -> Generator[_Hook
     hook = next((each for each in known if each.function is None), None)
     if hook is None:
         known.append(hook := _Hook(function))
-    hook.function = function
+    hook.function, hook.thread = function, threading.get_ident()
     try:
         yield hook
     finally:
@@ -97,6 +102,11 @@ def _keep_place(hook: _Hook, handle: RemovableHandle, *places: dict[int, Any]) -
 def _is_computed_again() -> bool:
     """Check whether a backward pass runs modules, as checkpoints do whose activations were not kept."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _is_elsewhere(thread: int) -> bool:
+    """Check whether what runs now is none of the calls that a thread listens to."""
+    return threading.get_ident() != thread or _is_computed_again()
 
 
 def seconds_in_hooks() -> float:
@@ -206,6 +216,7 @@ class _Around:
     def enter(self, module: nn.Module, name: str) -> None:
         """Take the place of what a module calls by a name."""
         self.module, self.name = module, name
+        self.held, self.thread = ref(module), threading.get_ident()
         self.own = name in vars(module)
         self.inner = self.__wrapped__ = getattr(module, name)
         vars(module)[name] = self
@@ -230,8 +241,11 @@ class _Around:
                 return self.inner(*args, **kwargs)
             # A method that was bound anew would be compiled anew.
             return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
-        called = self.inner
-        for listener in () if _is_computed_again() else self.listeners:
+        called = vars(self).get("inner")
+        if called is None:
+            # The place was given back while another thread was about to call this.
+            return getattr(self.held(), self.name)(*args, **kwargs)
+        for listener in () if _is_elsewhere(self.thread) else self.listeners:
             called = functools.partial(_listened, listener, called)
         return called(*args, **kwargs)
 

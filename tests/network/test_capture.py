@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -264,6 +265,39 @@ def test_nothing_follows_the_data_where_ctrl_c_met_the_end(place, mlp, monkeypat
         capture.remove()
     capture.remove()
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+def in_another_thread(act: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result()
+
+
+def test_what_another_thread_runs_meanwhile_is_neither_seen_nor_ended(mlp):
+    x, other = torch.randn(2, 2, 6, dtype=torch.float64)
+    expected, alone = recorded(mlp, x), mlp(other)
+    given: list[Tensor] = []
+
+    def meanwhile(*_: Any) -> None:
+        if not given:
+            given.append(other)
+            given.append(in_another_thread(lambda: mlp(other)))
+
+    mlp.first.register_forward_hook(meanwhile)
+    found = recorded(mlp, x)
+    assert torch.equal(given[1], alone)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_another_thread_may_be_about_to_call_what_is_just_taken_off(mlp):
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with Capture(mlp):
+        hooks = [h for m in mlp.modules() for h in m._forward_pre_hooks.values()]
+        forward = vars(mlp.first)["forward"]
+        # As torch calls hooks that it no longer knows to take keywords.
+        assert in_another_thread(lambda: [hook(mlp, (x,)) for hook in hooks]) == [None] * len(hooks)
+    assert hooks
+    assert torch.equal(in_another_thread(lambda: forward(x)), mlp.first(x))
 
 
 def test_hooks_of_others_still_fire_and_stay(mlp):
