@@ -35,7 +35,7 @@ from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_dr
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_each, check_given, check_type
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import find_module
-from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.isolation import is_expanded, undisturbed
 from lightning_koopman.network.rows import module_of
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
@@ -122,6 +122,8 @@ class BitWidths(Shown):
             values = [tensor.detach().clone() for tensor in tensors]
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
+                if is_expanded(tensor):
+                    tensor.data = value
                 tensor.copy_(value)
         return new
 

@@ -25,7 +25,7 @@ from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.components import clean_name, common_ancestor
 from lightning_koopman.network.forward_runner import MeanAndSpread
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
-from lightning_koopman.network.isolation import fast_path, random_states_kept
+from lightning_koopman.network.isolation import fast_path, is_expanded, random_states_kept
 from lightning_koopman.network.rows import (
     RowForm,
     are_second_of_batch,
@@ -569,8 +569,12 @@ def _restored(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
         for part in parts
         for own in (part._parameters, part._buffers)
     ]
+    held = [own[key] for own, _, values in saved for key in values]
+    expanded = [(tensor, tensor.data) for tensor in held if is_expanded(tensor)]
     with signals_wait():
         try:
+            for tensor, data in expanded:
+                tensor.data = data.clone()
             yield
         finally:
             with torch.no_grad():
@@ -581,6 +585,8 @@ def _restored(modules: Iterable[nn.Module]) -> Generator[None, None, None]:
                         own.update(before)
                     for key, value in values.items():
                         own[key].copy_(value)
+                for tensor, data in expanded:
+                    tensor.data = data
 
 
 def _cleaned(weights: Weights) -> dict[str, Tensor]:

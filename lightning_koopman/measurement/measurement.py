@@ -553,7 +553,8 @@ class Measurement(Accumulator):
                 f"integers of the batch that go into {listed(uncounted)} beside other numbers are not "
                 "seen by operators; let a module of their own take them, or give floating-point numbers"
             )
-        if noisy := [name for name in dict.fromkeys(self.capture.origins.noisy) if name in self.parts]:
+        seen = {call for calls in self._calls() for call in calls}
+        if noisy := [name for name in dict.fromkeys(self.capture.origins.noisy) if name in seen]:
             notes.append(
                 f"random numbers go into {listed(noisy)} that operators do not see, so what they do "
                 "counts as unexplained and as nonlinear"

@@ -508,6 +508,8 @@ class Capture:
             name = OUTPUT if OUTPUT not in self.components else "returned"
             last = None if self._named else self._last
             self.returned.find(name, module, call, output, last, self._moved)
+            drawn = filter(lambda end: self._provenance.draws(end.tensor), self.returned.ends(output))
+            self.origins.noisy += [end.name for end in drawn]
         for end in self.returned.ends(output):
             self._stages.read(end.name, end.tensor)
             self._keep_mixed_in(end.name, call)

@@ -349,7 +349,7 @@ def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:
                 vars(value)[name] = replace_tensor(part, old, new)
                 break
         return value
-    parts: Any = dict(by_name(value) or enumerate(value))
+    parts: Any = dict(by_name(value)) or dict(enumerate(value))
     key = next((k for k, part in parts.items() if _holds(part, old)), None)
     if key is None:
         return value

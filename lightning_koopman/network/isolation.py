@@ -118,7 +118,7 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
     inside = [value for tensor in weights for value in _own_numbers(tensor)]
     with torch._C.DisableTorchFunctionSubclass():  # somebody's own class may refuse to be read
         tensors = [
-            (tensor, data, data.clone())
+            (tensor, data, _once(data).clone())
             for tensor in (*weights, *inside)
             for data in (tensor.data,)
             if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
@@ -180,12 +180,24 @@ def _own_numbers(tensor: Tensor) -> list[Tensor]:
     return [value for value in vars(tensor).values() if isinstance(value, Tensor)]
 
 
+def is_expanded(tensor: Tensor) -> bool:
+    """Check whether `expand` made a tensor, so that torch does not write into it."""
+    return tensor.layout is torch.strided and 0 in tensor.stride()
+
+
+def _once(data: Tensor) -> Tensor:
+    """Return numbers without those that `expand` repeats."""
+    for axis, stride in enumerate(data.stride()):
+        data = data if stride else data.narrow(axis, 0, min(data.shape[axis], 1))
+    return data
+
+
 def _rewrite(tensor: Tensor, data: Tensor, copy: Tensor) -> None:
     """Give a tensor its memory and its numbers back."""
     with torch._C.DisableTorchFunctionSubclass():
         if tensor.data_ptr() != data.data_ptr():
             tensor.data = data
-        data.copy_(copy)
+        _once(data).copy_(copy)
 
 
 def _refill(container: Any, before: Any) -> None:

@@ -58,6 +58,21 @@ def data(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return list(drawn.to(dtype).split(32))
 
 
+def test_weights_beside_buffers_that_repeat_one_number_in_memory_are_rounded_alike() -> None:
+    rounded = []
+    for repeats in (True, False):
+        torch.manual_seed(1)
+        net = network(Pair())
+        shift = torch.ones(1).expand(6) if repeats else torch.ones(6)
+        net[2].register_buffer("shift", shift)
+        new = bit_widths(net, data(), average=4.0).apply(net)
+        assert torch.equal(new[2].shift, torch.ones(6))
+        rounded.append(torch.cat([parameter.flatten() for parameter in new.parameters()]))
+    assert torch.equal(*rounded)
+    before = torch.cat([parameter.flatten() for parameter in net.parameters()])
+    assert not torch.equal(rounded[0], before)
+
+
 def by_hand(net: nn.Sequential, place: int, bits: int) -> float:
     """Put a plain layer with the rounded weight in place; return the change over the variance."""
     other, layer = copy.deepcopy(net), nn.Linear(6, net[place].out_features)

@@ -127,6 +127,42 @@ def test_a_sparse_tensor_is_copied_dense() -> None:
     assert torch.equal(copy, torch.eye(3))
 
 
+class Grid(nn.Module):
+    """Compares inputs with a grid, which `expand` may repeat for each."""
+
+    def __init__(self, expands: bool) -> None:
+        super().__init__()
+        drawn = torch.Generator().manual_seed(0)
+        grid, width = torch.linspace(-1, 1, 6).expand(5, 6), torch.ones(1, 1).expand(5, 6)
+        given = (grid, width) if expands else (grid.contiguous(), width.contiguous())
+        self.grid = nn.Parameter(given[0], requires_grad=False)
+        self.register_buffer("width", given[1])
+        self.weight = nn.Parameter(torch.randn(5, 6, 4, generator=drawn) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bumps = torch.exp(-(((x[:, :, None] - self.grid) / self.width) ** 2))
+        return torch.einsum("nig,igo->no", bumps, self.weight)
+
+
+def test_weights_that_repeat_others_in_memory_are_like_those_that_do_not() -> None:
+    x = torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
+    batches = list(zip(x.split(50), x[:, :3].argmax(1).split(50), strict=True))
+    kinds, found = ["skip", "linear", "weight_noise", "other"], {}
+    for expands in (False, True):
+        torch.manual_seed(2)
+        net = nn.Sequential(Grid(expands), nn.Linear(4, 3))
+        before = net[0].grid.data_ptr(), net[0].grid.stride(), net[0].grid.clone()
+        report = credit_report(net, batches)
+        other = {"other": {"0.grid": before[2] + torch.rand(5, 6)}}
+        effects = component_effects(net, batches, report, kinds[:-1], replacements=other, how="both")
+        found[expands] = [report.total, *(effects.values[k] for k in kinds), *effects.predicted.values()]
+        assert (net[0].grid.data_ptr(), net[0].grid.stride()) == before[:2]
+        assert torch.equal(net[0].grid, before[2])
+    assert found[True][4][0] > 0
+    for one, other in zip(found[True], found[False], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-12)
+
+
 class Installing(nn.Module):
     """Hangs hooks on its parts in its first pass, and remembers that it did, as transformers do."""
 

@@ -80,7 +80,7 @@ class Shared(Frozen, MutableMapping):
 
 
 class Cloned(Shared):
-    """Has a size of its own beside its entries, as those of tensordict."""
+    """Has a size of its own, and is neither true nor false, as those of tensordict."""
 
     def __init__(self, *args: Any, **entries: Any) -> None:
         super().__init__(*args, **entries)
@@ -91,6 +91,9 @@ class Cloned(Shared):
         made = Cloned(self.held)
         made.size = self.size
         return made
+
+    def __bool__(self) -> bool:
+        raise RuntimeError("neither true nor false")
 
 
 KINDS = [dict, AttrDict, SelfDict, Mirrored, User, Shared, Cloned, collections.OrderedDict]

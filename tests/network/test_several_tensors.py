@@ -118,6 +118,26 @@ def test_random_numbers_that_go_into_a_component_are_told():
     assert any("random numbers go into last that operators do not see" in note for note in notes)
 
 
+def test_random_numbers_that_the_network_mixes_into_what_it_returns_are_told():
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h = torch.tanh(m.base(x))
+        noise = torch.randn(len(x), 2)
+        mean = m.mean(torch.cat([h, noise], 1)) if m.before else m.mean(h)
+        return mean + m.spread(h).exp() * (1 if m.before else noise)
+
+    notes = {}
+    for before in (False, True):
+        model = wired(
+            run, base=nn.Linear(3, 8), mean=nn.Linear(8 + 2 * before, 2), spread=nn.Linear(8, 2)
+        )
+        model.before = before
+        notes[before] = [n for n in report_of(model, drawn(400, 3)).notes if "random numbers" in n]
+    told = "random numbers go into {} that operators do not see"
+    assert [len(found) for found in notes.values()] == [1, 1]
+    assert told.format("output") in notes[False][0]
+    assert told.format("mean") in notes[True][0]
+
+
 def test_attention_without_dropout_draws_nothing():
     block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = wired(lambda m, x: m.last(m.block(x)[:, 0]), block=block, last=nn.Linear(8, 2))
