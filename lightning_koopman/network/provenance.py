@@ -10,10 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
@@ -550,6 +552,14 @@ def _merged_axes(name: str, args: tuple[Any, ...], out: Tensor) -> tuple[int, ..
     return tuple(axes) if left == 1 and len(axes) > 1 else ()
 
 
+class _OfFunctions:
+    """Stands for operators that take functions, of which no schema tells anything."""
+
+    _schema = SimpleNamespace(name="of_functions", is_mutable=False, arguments=())
+    tags = ()
+    is_view = False
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Shows what runs in one thread to every flow entered there.
 
@@ -561,6 +571,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     seconds = 0.0
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -582,6 +593,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self._with_functions(func, args, kwargs)
         if _shows_others(func, args):
             return self._one_by_one(func, args, kwargs)
         out = _run(func, args, kwargs)
@@ -589,6 +602,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for flow in self.flows:
             flow.follow(func, args, kwargs, out)
         _Watch.seconds += time.perf_counter() - start
+        return out
+
+    def _with_functions(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run an operator that takes functions, and see what runs in these; the rest is not shown."""
+
+        def watched(function: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return function(*args, **kwargs)
+
+            return run
+
+        out = func(*(watched(arg) if callable(arg) else arg for arg in args), **kwargs)
+        given = dict(enumerate(_flat((*args, *kwargs.values()))))
+        for flow in self.flows:
+            flow.follow(_OfFunctions, (), given, [t for t in _flat([out]) if not flow.labels(t)])
         return out
 
     def _one_by_one(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -658,6 +687,16 @@ def _is_made_of_others(func: Any) -> bool:
     return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, _MADE_OF_OTHERS)
 
 
+def _register_higher_order() -> None:
+    """Let operators that take functions run below a watch, where torch asks each of them for this."""
+    for operator in list(torch._ops._higher_order_ops.values()):
+
+        def run(watch: _Watch, *args: Any, operator: Any = operator, **kwargs: Any) -> Any:
+            return watch.__torch_dispatch__(operator, (), args, kwargs)
+
+        operator.python_key_table.setdefault(_Watch, run)
+
+
 class _WatchOfThread(threading.local):
     """The watch of each thread: torch keeps a stack of modes for each, too."""
 
@@ -674,6 +713,8 @@ class _WatchOfThread(threading.local):
             # Or the compiler goes on in the bookkeeping from functions of the user's that it compiled.
             _Watch.__torch_dispatch__ = torch.compiler.disable(_Watch.__torch_dispatch__)  # type: ignore
         if not self.watch.flows and not self._entered:
+            if not hasattr(TorchDispatchMode, "supports_higher_order_operators"):
+                _register_higher_order()
             _SUBCLASSES.begin(self.watch)
             self.watch.__enter__()  # type: ignore[no-untyped-call]
         self.watch.flows.append(flow)

@@ -178,3 +178,22 @@ def test_where_nobody_may_follow_calls_are_run_again(
     direct = credit_report(model.net, dataset(seed=1).tensors[0].split(50))
     assert monitor.report is not None
     assert monitor.report.credit == pytest.approx(direct.credit, abs=1e-6)
+
+
+def test_a_training_with_operators_that_take_functions_goes_on_as_without_the_callback(
+    tmp_path: Any,
+) -> None:
+    class Step(small_module()):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.net(x)
+            return torch.cond(torch.tensor(len(x) > 1), lambda y: y.sin() + y, lambda y: y - 1, (y,))
+
+    monitor, found = KoopmanCreditMonitor(every_n_epochs=1), []
+    for callbacks in ([], [monitor]):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Step()
+        quiet_trainer(tmp_path, callbacks, max_epochs=2).fit(model, *loaders())
+        found.append(list(model.parameters()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    assert len(monitor.history) == 2

@@ -5,9 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small import wired
 from torch import Tensor, nn
+from torch._higher_order_ops.while_loop import while_loop
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from lightning_koopman import credit_report
 from lightning_koopman.network import provenance
 from lightning_koopman.network.provenance import DataFlow
 
@@ -133,6 +137,43 @@ def test_training_under_the_tracer_is_bit_identical(make):
     for name, value in plain_weights.items():
         assert torch.equal(weights[name], value), name
     assert all(torch.equal(a, b) for a, b in zip(losses, plain, strict=True))
+
+
+def chosen(m: nn.Module, h: Tensor) -> Tensor:
+    either = (lambda h: h.sin() * m.b(h).cos()), (lambda h: h - m.b(h))
+    return torch.cond(torch.tensor(len(h) > 1), *either, (h,))
+
+
+def repeated(m: nn.Module, h: Tensor) -> Tensor:
+    gate = m.b(h)
+    step = (lambda i, _: i < 1), (lambda i, h: (i + 1, h.sin() * gate.cos()))
+    return while_loop(*step, (torch.tensor(0), h.clone()))[1]
+
+
+def scored(m: nn.Module, h: Tensor) -> Tensor:
+    # Of a single key, attention gives its value, whatever the score.
+    gate = m.b(h)
+    query, key, value = (part[:, None, None] for part in (h, gate, h.sin() * gate.cos()))
+    return flex_attention(query, key, value, score_mod=lambda score, *_: score + 1)[:, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("by_functions", [chosen, repeated, scored])
+def test_data_are_followed_through_operators_that_take_functions(by_functions):
+    batches = torch.randn(300, 4, generator=torch.Generator().manual_seed(1)).split(50)
+    reports = []
+    for run in (lambda m, h: h.sin() * m.b(h).cos(), by_functions):
+        torch.manual_seed(0)
+        model = wired(
+            lambda m, x, run=run: m.o((h := m.a(x)) + run(m, h)),
+            a=nn.Linear(4, 16), b=nn.Linear(16, 16), o=nn.Linear(16, 3),
+        )  # fmt: skip
+        reports.append(credit_report(model, batches))
+    plain, found = reports
+    assert found.components == plain.components == ("a", "b", "o")
+    assert found.notes == plain.notes
+    assert found.credit == pytest.approx(plain.credit, abs=1e-5)
+    assert found.r2 == pytest.approx(plain.r2, abs=1e-5)
 
 
 def test_data_are_followed_through_a_sparse_product():
