@@ -39,6 +39,8 @@ class Layout:
                 f"{len(self.dims)} of at least 2 states arrived; pass the state before a component "
                 "and the state after it"
             )
+        if min(self.dims) < 1:
+            raise ValueError(f"dims is {list(self.dims)}; each is the width of a state, 1 or above")
         if self.folds < 2:
             raise ValueError(f"folds is {self.folds}; held-out R² needs at least 2")
         if not (0 if self.links and all(self.links) else 1) <= self.delay < len(self.dims):
@@ -233,6 +235,9 @@ def recentred(layout: Layout, moments: Tensor, shifts: Sequence[Tensor]) -> Tens
 RESOLUTION = 1e-13
 """Units whose variance is below this share of their second moment are constant up to rounding."""
 
+_LEAST_VARIANCE = 1e-290
+# What is below cannot be told from its share of 1e-12 without underflow.
+
 
 @dataclass(frozen=True)
 class Covariances:
@@ -366,6 +371,9 @@ def covariances(
     """Read means and covariances off one row, or off each of several, or one without each of several.
 
     They are exactly zero for units that only rounding moves.
+
+    Raises:
+        ValueError: If squares are beyond double precision.
     """
     count = _read(row, without, slice(0, 1))
     scale = torch.where(count > 0, 1 / count, 0.0)
@@ -373,11 +381,16 @@ def covariances(
     # Of all states at once: what is narrow would take longer to ask for than to compute.
     mean = _read(row, without, slice(1, 1 + sum(dims))) * scale
     square = torch.cat([_read(row, without, place) for place in layout.diagonals], dim=-1) * scale
+    if not bool(square.isfinite().all()):
+        raise ValueError(
+            "states hold values so large that their squares are beyond double precision; scale them "
+            "down, below 1e150"
+        )
     offset = mean if about is None else torch.cat(tuple(about), dim=-1)
     variance = square - mean * offset
     if about is not None:
         variance = variance - offset * (mean - offset) * (scale > 0)
-    alive = variance > RESOLUTION * square
+    alive = variance > (RESOLUTION * square).clamp_min(_LEAST_VARIANCE)
     variance *= alive
     varies: Sequence[Tensor | None] = [None] * len(dims)
     if not bool(alive.all()):

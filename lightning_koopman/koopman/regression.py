@@ -115,7 +115,7 @@ class Spectrum:
 
         ``variance`` is the squared deviation of the targets per sample.
         """
-        explained = self.projected.square().sum(dim=1) / self.values
+        explained = (self.values.rsqrt()[:, None] * self.projected).square().sum(dim=1)
         # What the weight adds is summed for itself: as a difference it would be lost in rounding.
         kept = (self._shrunk(grid).square() * explained).sum(dim=1)
         return kept + (variance - explained.sum()).clamp_min(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -182,8 +183,8 @@ def _still_fits(rows: Tensor, max_dim: int, vectors: Tensor | None, share: float
     if vectors is None or len(vectors) != rows.shape[1] or max_dim >= len(vectors):
         return False
     centred = rows - rows.mean(dim=0)
-    kept = torch.linalg.vector_norm(centred @ vectors.to(rows))
-    return bool(kept.square() >= (share - _LOST) * torch.linalg.vector_norm(centred).square())
+    kept, whole = (torch.linalg.vector_norm(part) for part in (centred @ vectors.to(rows), centred))
+    return bool((kept >= math.sqrt(max(0.0, share - _LOST)) * whole) & whole.isfinite())
 
 
 def pod_basis(rows: Tensor, max_dim: int) -> tuple[Tensor | None, float]:
@@ -246,7 +247,10 @@ def _principal(rows: Tensor, max_dim: int, least: float) -> tuple[Tensor, float]
         return None
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     kept = min(max_dim, int((values > least * values[0]).sum()))
-    if kept == 0 or (rows.dtype != torch.float64 and kept < max_dim):
+    # Squares that underflow or overflow say nothing, either.
+    tiny = len(rows) * torch.finfo(rows.dtype).tiny
+    sound = rows.dtype == torch.float64 or (kept == max_dim and tiny < values.sum() < math.inf)
+    if kept == 0 or not sound:
         return None
     if tall:
         basis = vectors[:, :kept]

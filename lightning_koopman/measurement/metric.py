@@ -115,8 +115,6 @@ class KoopmanCredit(Metric):
         check_each(TENSOR, center=() if center is None else center)
         check_each((Sequence, "a list of integers"), links=() if links is None else links)
         check_each(INTEGER, **{f"links[{step}]": read for step, read in enumerate(links or ())})
-        if dims is not None and min(dims, default=1) < 1:
-            raise ValueError(f"dims is {list(dims)}; each is the width of a state, 1 or above")
         super().__init__(**kwargs)
         self.center = None if center is None else [offset.detach().double() for offset in center]
         folds, delay = self.folds, self.delay = options.folds, options.delay

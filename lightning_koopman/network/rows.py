@@ -280,7 +280,10 @@ class RowForm:
     def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
         """Apply the form; of sequences, use what a mask or lengths say holds data."""
         if tensor.ndim == 0 or tensor.numel() == 0:
-            raise ValueError(f"a state of shape {tuple(tensor.shape)} holds no sample; rows are samples")
+            raise ValueError(
+                f"a state of shape {tuple(tensor.shape)} is no row of values per sample; leave the "
+                "component out, or the batch if it is empty"
+            )
         # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         if callable(self.reduce):

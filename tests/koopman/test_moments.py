@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_koopman.koopman.moments import Layout, accumulate, covariances
+from lightning_koopman.koopman.moments import Covariances, Layout, accumulate, covariances
 
 
 def chain(n: int, dims: tuple[int, ...], seed: int = 0, offset: float = 0.0) -> list[Tensor]:
@@ -207,9 +207,26 @@ def test_a_unit_far_from_zero_is_not_taken_for_constant() -> None:
     assert torch.allclose(given[0, 0].diagonal(), expected, rtol=1e-3)
 
 
+def test_squares_beyond_double_precision_are_refused_or_count_as_constant() -> None:
+    states, layout = chain(50, (3, 2)), Layout((3, 2), 2)
+
+    def of_scale(scale: float) -> Covariances:
+        rows = [states[0] * scale, states[1]]
+        return covariances(layout, gathered(layout, rows, torch.arange(50) % 2).sum(0))
+
+    with pytest.raises(ValueError, match="so large that their squares are beyond double precision"):
+        of_scale(1e155)
+    for exponent in (-400, 400):
+        expected = torch.cov(states[0].T, correction=0)
+        assert torch.allclose(of_scale(2.0**exponent)[0, 0] / 2.0 ** (2 * exponent), expected)
+    assert not of_scale(1e-160)[0, 0].any()
+
+
 def test_layouts_that_serve_no_operator_are_refused() -> None:
     with pytest.raises(ValueError, match="1 of at least 2 states arrived; pass the state before"):
         Layout((3,), 5)
+    with pytest.raises(ValueError, match=r"dims is \[3, 0, 2\]; each is the width of a state"):
+        Layout((3, 0, 2), 5)
     with pytest.raises(ValueError, match="folds is 1; held-out R² needs at least 2"):
         Layout((3, 2), 1)
     with pytest.raises(ValueError, match="delay is 3; with 2 components it must lie between 1 and 2"):

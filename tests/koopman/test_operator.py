@@ -208,6 +208,16 @@ def test_affine_maps_of_the_inputs_leave_r2_as_it_is(exponent: int, seed: int) -
     assert torch.allclose(moved.predict(scale * (x + shift)), same.predict(x), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [-470, -300, 300, 490])
+def test_the_ridge_weight_is_that_of_other_units_however_large_or_small(exponent: int) -> None:
+    x, _ = noisy_pair(100, 6, 3, 0)
+    for y in (x[:, :3], x[:, :3] + 0.003 * torch.sin(3 * x[:, 3:])):
+        given, moved = fit_operator(x, y), fit_operator(x * 2.0**exponent, y * 2.0**exponent)
+        assert given.tikhonov < 1e-2
+        assert moved.tikhonov == pytest.approx(given.tikhonov, rel=1e-6)
+        assert torch.allclose(moved.matrix, given.matrix, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_logabsdet_is_slogdet_of_a_square_operator(seed: int) -> None:
     x, y = noisy_pair(100, 5, 5, seed)

@@ -98,7 +98,7 @@ def test_rows_are_a_copy(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (3, 0)], ids=str)
 def test_a_state_without_samples_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"a state of shape \(.*\) holds no sample; rows are samples"):
+    with pytest.raises(ValueError, match=r"a state of shape \(.*\) is no row of values per sample"):
         pool(torch.zeros(shape), 8, channels_first=True)
 
 
@@ -200,6 +200,22 @@ def test_directions_below_the_rounding_of_single_precision_are_found_in_double()
     assert torch.allclose(basis, pod_basis(rows.double(), 15)[0])
 
 
+@pytest.mark.parametrize("exponent", [-80, -76, -73, 56, 60, 100])
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60)], ids=str)
+def test_directions_whose_squares_single_precision_does_not_hold_are_found_in_double(
+    exponent: int, shape: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = torch.from_numpy(rng.standard_normal(shape) * np.logspace(0, -1.5, shape[1])).float()
+    expected, share = pod_basis(rows.double(), 8)
+    basis, kept = pod_basis(rows * 2.0**exponent, 8)
+    assert basis is not None
+    assert expected is not None
+    angles = torch.linalg.svdvals(basis.double().T @ expected)
+    assert float(angles.min()) > 1 - 1e-6
+    assert kept == pytest.approx(share, abs=1e-5)
+
+
 def test_where_single_precision_fails_directions_are_found_in_double(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -242,7 +258,7 @@ def test_a_basis_is_kept_while_it_keeps_the_variance_it_was_fitted_for(
             assert torch.allclose(center, state.double().mean(dim=0), atol=1e-6)
 
 
-@pytest.mark.parametrize("change", ["direction", "width", "number", "max_dim", "none"])
+@pytest.mark.parametrize("change", ["direction", "width", "number", "max_dim", "scale", "none"])
 def test_a_basis_that_does_not_fit_is_fitted_anew(
     change: str, earlier: tuple[Basis, Tensor, Tensor]
 ) -> None:
@@ -257,6 +273,8 @@ def test_a_basis_that_does_not_fit_is_fitted_anew(
         given = [narrow]
     elif change == "max_dim":
         max_dim = 40
+    elif change == "scale":  # the squares of which single precision does not hold
+        given = [narrow, rows.flip(1) * 1e20]
     found = fit_basis(given, max_dim, earlier=basis)
     anew = fit_basis(given, max_dim)
     kept = change == "none"

@@ -466,7 +466,7 @@ def test_an_empty_loader_is_refused(mlp, batches):
 
 
 def test_a_batch_without_rows_is_refused(mlp):
-    with pytest.raises(ValueError, match=r"a state of shape \(0, 6\) holds no sample"):
+    with pytest.raises(ValueError, match=r"a state of shape \(0, 6\) is no row of values"):
         credit_report(mlp, [samples(10), samples(0)])
 
 
