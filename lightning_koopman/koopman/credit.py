@@ -70,11 +70,11 @@ def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -
     if bool(means.isnan().all()):
         nan = means[..., 1:]
         return {"credit": nan, "gain": nan, "sensitivity": nan, "total": means[..., 0]}
-    spread = [
-        split.train.variances[i].clamp_min(0).sqrt()[..., None] * chain.jacobian(i)
-        for i in range(1, n_steps + 1)
-    ]
-    sensitivity = torch.stack([torch.linalg.matrix_norm(s).log() for s in spread], dim=-1)
+    sizes = []
+    for i in range(1, n_steps + 1):
+        spread = split.train.variances[i].clamp_min(0).sqrt()[..., None]
+        sizes.append(torch.linalg.matrix_norm(spread * chain.jacobian(i)).log())
+    sensitivity = torch.stack(sizes, dim=-1)
     # A dead branch has no gain; the gain of what stands behind it is that over what carries.
     gains, before, known = [], means[..., 0], ~means.isnan()
     for i in range(1, n_steps + 1):
