@@ -118,6 +118,7 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
         enough=measurement.advised,
         moved=math.sqrt(moved) if moved > 0.01 + by_chance else 0.0,
         widened=math.sqrt(widened) if told else 1.0,
+        reference_samples=reference.n_samples,
     )
 
 

@@ -46,6 +46,7 @@ class Drift(Shown):
             variance; 0 where other samples may differ as much.
         widened: How many times as large that root is as the reference's; 1 where other samples may
             differ as much.
+        reference_samples: Number of samples that the reference rests on.
     """
 
     components: tuple[str, ...]
@@ -61,6 +62,7 @@ class Drift(Shown):
     enough: int = 0
     moved: float = 0.0
     widened: float = 1.0
+    reference_samples: int = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -78,6 +80,11 @@ class Drift(Shown):
                 "the reference explains more than operators fitted to these samples do, so it has seen "
                 "them, rounded otherwise, and drift is too small; take the same bits (precision, "
                 "preprocessing), or other samples"
+            )
+        if 0 < self.reference_samples < min(self.enough, self.n_samples) and self.changed.any():
+            notes.append(
+                f"the reference rests on {self.reference_samples} samples, few for states this wide, and "
+                f"components may be marked for that; measure it on {self.enough} or more"
             )
         if self.moved and self.changed.any():
             notes.append(

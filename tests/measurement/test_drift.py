@@ -156,6 +156,26 @@ def test_the_same_samples_of_the_same_network_drift_by_rounding_alone() -> None:
     assert found.culprit is None
 
 
+@pytest.mark.filterwarnings("ignore:.*are few for states this wide")
+def test_a_note_tells_where_the_reference_rests_on_too_few_samples() -> None:
+    def marks(before: int, now: int, after: nn.Module) -> tuple[bool, bool]:
+        report = credit_report(model, samples(before, seed=10 + seed))
+        found = drift(report, after, samples(now, seed=100 + seed))
+        told = f"the reference rests on {before} samples, few for states" in str(found.notes)
+        return bool(found.changed.any()), told
+
+    marked = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = mlp()
+        marked.append(marks(6, 300, model))
+        assert marks(60, 300, broken(model, "2")) == (True, False)
+        assert not marks(12, 12, model)[1]
+    # No weight has moved, and yet most have marks; each time it is told why.
+    assert sum(changed for changed, _ in marked) >= 4
+    assert all(changed == told for changed, told in marked)
+
+
 def test_notes_tell_where_drift_is_too_small_to_show_a_change() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
