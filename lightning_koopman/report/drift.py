@@ -83,8 +83,8 @@ class Drift(Shown):
             )
         if 0 < self.reference_samples < min(self.enough, self.n_samples) and self.changed.any():
             notes.append(
-                f"the reference rests on {self.reference_samples} samples, few for states this wide, and "
-                f"components may be marked for that; measure it on {self.enough} or more"
+                f"the reference rests on {self.reference_samples} samples, few for states this wide, "
+                f"and components may be marked for that; measure it on {self.enough} or more"
             )
         if self.moved and self.changed.any():
             notes.append(
