@@ -214,8 +214,8 @@ components that are marked as changed.
   every run. A run of all networks with them on 27 November 2026 gave top-1 .980 and marked .667 of
   MiniLM's faults. One of 28 November, with what chance adds taken off rightly where samples are few,
   gave top-1 .973, top-3 1.000, .933 of MiniLM's and no false alarm. This is one of 30 November, trained
-  anew: half of the directions of a ViT's state are the class token's own since (top-1 of ViTs was 1.000),
-  and MiniLM's chain ends with the mean over the words.
+  anew: half of the directions of a ViT's state are the class token's own since (top-1 of ViTs was
+  1.000), and MiniLM's chain ends with the mean over the words.
 
 Set beforehand were top-1 of .95, top-3 of .99 and at most 5 % of false alarms.
 
