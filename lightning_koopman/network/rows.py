@@ -466,9 +466,11 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
                 count = getattr(part, attribute)
                 count = count[-1] if isinstance(count, tuple) else count
                 are_first, are_last = tensor.shape[1] == count, tensor.shape[-1] == count
-                # A linear layer that takes as many as there are along axis 1 mixes positions.
+                # A linear layer that takes as many as there are along axis 1 mixes positions, and one that
+                # takes as many as a square image is wide may take patches of it, as many values each.
                 by_last = is_input and isinstance(part, nn.Linear | nn.LayerNorm)
-                if are_first != are_last and (are_last or not by_last):
+                are_square = tensor.ndim == 4 and tensor.shape[-2] == count
+                if are_first != are_last and (not by_last or (are_last and not are_square)):
                     return bool(are_first)
     if tensor.ndim == 4 and tensor.shape[1] == tensor.shape[2] != tensor.shape[3]:
         return False

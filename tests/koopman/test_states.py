@@ -8,6 +8,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor, nn
 
+from lightning_koopman import credit_report
 from lightning_koopman.koopman.states import Basis, fit_basis, pod_basis, sample_keys
 from lightning_koopman.network.rows import RowForm, has_channels_first, pooled_grid
 
@@ -109,6 +110,30 @@ def test_the_layout_is_told_from_the_module() -> None:
     assert has_channels_first(sequence, nn.Conv1d(3, 3, 1))
     assert has_channels_first(sequence, nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()))
     assert has_channels_first(image, nn.ReLU())
+    # As many values a patch as the image is wide, and as many channels.
+    patches, last = torch.ones(2, 1, 14, 14), torch.ones(2, 7, 9, 14)
+    assert has_channels_first(patches, nn.Linear(14, 24), is_input=True)
+    assert not has_channels_first(last, nn.Linear(14, 24), is_input=True)
+
+
+class Patches(nn.Module):
+    """Patches of 2 by 7 pixels, of an image that is as wide as a patch has values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(14, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embed(nn.functional.unfold(x, (2, 7), stride=(2, 7)).transpose(1, 2))
+
+
+def test_an_image_as_wide_as_its_patches_have_values_is_no_image_of_as_many_channels() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(Patches(), nn.Tanh(), nn.Flatten(), nn.Linear(84, 3))
+    images = (torch.randn(900, 110) @ torch.randn(110, 196)).view(900, 1, 14, 14)
+    # All 110 directions of the images are kept, and the embedding is linear in them.
+    report = credit_report(network, images.split(100), components=["0", "3"])
+    assert report.r2[0] > 1 - 1e-6
 
 
 ROWS = {
