@@ -466,8 +466,8 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
                 count = getattr(part, attribute)
                 count = count[-1] if isinstance(count, tuple) else count
                 are_first, are_last = tensor.shape[1] == count, tensor.shape[-1] == count
-                # A linear layer that takes as many as there are along axis 1 mixes positions, and one that
-                # takes as many as a square image is wide may take patches of it, as many values each.
+                # A linear layer that takes as many as there are along axis 1 mixes positions, and one
+                # that takes as many as a square image is wide may take patches of it.
                 by_last = is_input and isinstance(part, nn.Linear | nn.LayerNorm)
                 are_square = tensor.ndim == 4 and tensor.shape[-2] == count
                 if are_first != are_last and (not by_last or (are_last and not are_square)):
