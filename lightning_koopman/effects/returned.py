@@ -233,8 +233,7 @@ def choose_outputs(
         )
     if axis is not None:
         notes.append(
-            f"effects are averaged over {len(kept)} outputs, those of {named}, of each of which the "
-            "targets may be the classes"
+            f"effects are averaged over {len(kept)} outputs, those of {named}, which are of one shape"
         )
     elif len(kept) > 1:
         notes.append(
