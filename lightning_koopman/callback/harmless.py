@@ -86,14 +86,14 @@ class HarmlessCallback(Callback):
         """Give up the measurement under way, hooks first."""
 
 
-def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
+def never_in_the_way(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Turn an error of ours into one warning, unless the user asked for the error itself."""
 
     @functools.wraps(hook)
-    def safe(self: HarmlessCallback, *args: Any, **kwargs: Any) -> None:
+    def safe(self: HarmlessCallback, *args: Any, **kwargs: Any) -> Any:
         try:
             with self.budget.watching():
-                hook(self, *args, **kwargs)
+                return hook(self, *args, **kwargs)
         except Exception as error:
             if came_from_signal(error):
                 self._forget()
@@ -101,7 +101,7 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
             if self.sync_pending:
                 # The other processes wait for this one at the end of the epoch, and hear of it there.
                 self._fail(error)
-                return
+                return None
             self._forget()
             if self.on_error == "raise":
                 raise
@@ -111,6 +111,7 @@ def never_in_the_way(hook: Callable[..., None]) -> Callable[..., None]:
                 "measurements are retried (shown once).",
                 kind="error",
             )
+            return None
         except BaseException:
             self._forget()
             raise

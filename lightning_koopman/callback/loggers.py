@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -201,9 +202,10 @@ class CreditWriter:
     @staticmethod
     def close(loggers: Sequence[Any]) -> None:
         """Close the runs of components; what is written later goes to new files."""
-        for logger in loggers:
-            for run in _runs.pop(logger, {}).values():
-                run.close()
+        with ExitStack() as runs:
+            for logger in loggers:
+                for run in _runs.pop(logger, {}).values():
+                    runs.callback(run.close)
 
     def _choose(self, report: CreditReport) -> None:
         """Fix once which components get scalars, and warn where the limit leaves some out."""

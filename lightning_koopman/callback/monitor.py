@@ -229,6 +229,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._checkpoint_step: int | None = None
         self._resuming = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, whenever it is made, has arguments and results; what is under way is the training's.
+        kept = object.__new__(type(self))
+        vars(kept).update(vars(self), _measurement=None, _recorded=_Recorded())
+        kept._forget_run()
+        return vars(kept)
+
     @property
     def report(self) -> CreditReport | None:
         """The newest report, if there is one."""
@@ -239,6 +246,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Key that keeps several monitors of one Trainer apart in its checkpoints."""
         return self._generate_state_key(prefix=self.prefix, components=self.components)
 
+    @never_in_the_way
     def state_dict(self) -> dict[str, Any]:
         """Return the newest reports in the plain types that a safe checkpoint may hold.
 
@@ -288,17 +296,19 @@ class KoopmanCreditMonitor(HarmlessCallback):
         if self.components is not None:
             named_components(pl_module, self.components)
 
+    @never_in_the_way
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where there is no validation loop to watch, or nowhere to log to."""
         self.budget.start(trainer.global_step)
-        if self._writer.draws_for(trainer.loggers):
-            self.budget.expect("draw", _FIRST_FIGURES)
         if not trainer.enable_validation:
             self._watch_training("there is no validation loop")
         if not trainer.loggers:
             self._warn_once(
                 "the Trainer has no logger; Koopman credits are kept in monitor.history only"
             )
+        # Last, for it asks loggers of any kind for what they write with.
+        if self._writer.draws_for(trainer.loggers):
+            self.budget.expect("draw", _FIRST_FIGURES)
 
     def _watch_training(self, why: str) -> None:
         self._why_training = why
@@ -581,8 +591,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             loader = trainer.train_dataloader if training else trainer.val_dataloaders
             self._replay(trainer, pl_module, first_loader(loader), final=True, changed=changed)
         if self._logged_at is not None and trainer.is_global_zero:
-            with self.budget.apart("draw"), ExitStack() as behind:
-                behind.callback(self._writer.close, trainer.loggers)
+            with self.budget.apart("draw"):
                 self._writer.finish(trainer.loggers, self.history, self._logged_at, self.drifts)
         release_memory()
 
@@ -607,8 +616,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._writer.close(trainer.loggers)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the model and of recorded calls."""
+        """Let go of the model and of recorded calls, and close files, whatever became of the rest."""
         self._forget_run()
+        self._close(trainer)
+
+    @never_in_the_way
+    def _close(self, trainer: Any) -> None:
+        self._writer.close(trainer.loggers)
 
     def _forget_run(self) -> None:
         self._forget()

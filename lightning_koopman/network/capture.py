@@ -50,7 +50,7 @@ from lightning_koopman.network.rows import (
 )
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
 from lightning_koopman.network.shared_memory import further_tensors
-from lightning_koopman.network.signals import came_from_signal
+from lightning_koopman.network.signals import came_from_signal, signals_wait
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     Given,
@@ -202,62 +202,69 @@ class Capture:
         self.start_pass()
 
     def __enter__(self) -> Capture:
-        first = self.is_first
         with ExitStack() as hooks:
-
-            def hang(
-                module: nn.Module, before: Any = None, after: Any = None, *, direct: bool = False
-            ) -> ExitStack:
-                """Hang hooks, which see ``direct`` calls of ``forward`` where there may be any."""
-                seen = self._direct if direct and (first or id(module) in self._direct) else None
-                return hooks.enter_context(self._attach(module, before=before, after=after, direct=seen))
-
-            if self._ancestor is not None:
-                hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
-            for module in around_of(self._model, self._ancestor):
-                hang(module, self._on_around, self._on_around_returned, direct=True)
-            others = {*self._within, *self._tables, *self.norms}
-            whole = {name: module for name, module in self.components.items() if name not in others}
-            for name, module in whole.items():
-                if self._takes_input(module):
-                    self._input_hooks[name] = hang(module, self._on_input, direct=True)
-                hang(module, after=functools.partial(self._on_output, name), direct=True)
-            for name, (module, _) in self._within.items():
-                if first or name in self.components:
-                    on_input = functools.partial(self._on_inner_input, name)
-                    on_output = functools.partial(self._on_inner_output, name)
-                    self._inner_hooks[name] = hang(module, on_input, on_output)
-            on_transparent_input = self._on_transparent_input if first else None
-            for module, owners in self._transparent_within:
-                if first or any(id(module) == merged for merged, _ in self._merged):
-                    on_inner = functools.partial(self._on_inner_transparent, owners)
-                    hang(module, on_transparent_input, on_inner)
-            tables = {n: m for n, m in self._tables.items() if first or n in self.components}
-            for name, module in tables.items():
-                hang(module, self._on_table_input, functools.partial(self._on_table_output, name))
-            for name, module in self.norms.items():
-                on_output = functools.partial(self._on_norm_output, name)
-                hang(module, self._on_norm_input, on_output, direct=True)
-            for module in self._transparent:
-                if all(module is not other for other in tables.values()):
-                    hang(module, on_transparent_input, self._on_transparent)
-            if self.end is not None and self.end not in self.components:
-                hang(dict(clean_modules(self._model))[self.end], after=self._on_end)
-            if first:
-                hooks.callback(self._leave)
-                self._provenance.follow(_held_by(self._model))
+            # Ctrl-C in between would leave what is half hung.
+            with signals_wait():
+                self._hang(hooks)
             self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.remove()
 
+    def _hang(self, hooks: ExitStack) -> None:
+        """Put on what the stack takes off."""
+        first = self.is_first
+
+        def hang(
+            module: nn.Module, before: Any = None, after: Any = None, *, direct: bool = False
+        ) -> ExitStack:
+            """Hang hooks, which see ``direct`` calls of ``forward`` where there may be any."""
+            seen = self._direct if direct and (first or id(module) in self._direct) else None
+            return hooks.enter_context(self._attach(module, before=before, after=after, direct=seen))
+
+        if self._ancestor is not None:
+            hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
+        for module in around_of(self._model, self._ancestor):
+            hang(module, self._on_around, self._on_around_returned, direct=True)
+        others = {*self._within, *self._tables, *self.norms}
+        whole = {name: module for name, module in self.components.items() if name not in others}
+        for name, module in whole.items():
+            if self._takes_input(module):
+                self._input_hooks[name] = hang(module, self._on_input, direct=True)
+            hang(module, after=functools.partial(self._on_output, name), direct=True)
+        for name, (module, _) in self._within.items():
+            if first or name in self.components:
+                on_input = functools.partial(self._on_inner_input, name)
+                on_output = functools.partial(self._on_inner_output, name)
+                self._inner_hooks[name] = hang(module, on_input, on_output)
+        on_transparent_input = self._on_transparent_input if first else None
+        for module, owners in self._transparent_within:
+            if first or any(id(module) == merged for merged, _ in self._merged):
+                on_inner = functools.partial(self._on_inner_transparent, owners)
+                hang(module, on_transparent_input, on_inner)
+        tables = {n: m for n, m in self._tables.items() if first or n in self.components}
+        for name, module in tables.items():
+            hang(module, self._on_table_input, functools.partial(self._on_table_output, name))
+        for name, module in self.norms.items():
+            on_output = functools.partial(self._on_norm_output, name)
+            hang(module, self._on_norm_input, on_output, direct=True)
+        for module in self._transparent:
+            if all(module is not other for other in tables.values()):
+                hang(module, on_transparent_input, self._on_transparent)
+        if self.end is not None and self.end not in self.components:
+            hang(dict(clean_modules(self._model))[self.end], after=self._on_end)
+        if first:
+            hooks.callback(self._leave)
+            self._provenance.follow(_held_by(self._model))
+
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
-        try:
-            self._hooks.close()
-        finally:
-            self._leave()
+        with signals_wait():
+            try:
+                self._hooks.close()
+            finally:
+                self._leave()
         self._input_hooks.clear()
         self._inner_hooks.clear()
 

@@ -141,15 +141,15 @@ def attach(
         if before is not None:
             hook = hooks.enter_context(_hook_of(module, before))
             handle = taker.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+            hooks.callback(handle.remove)
             _keep_place(hook, handle, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
             if first:
                 vars(module)["_forward_pre_hooks"].move_to_end(handle.id, last=False)
-            hooks.callback(handle.remove)
         if after is not None:
             hook = hooks.enter_context(_hook_of(module, after))
             handle = taker.register_forward_hook(hook, with_kwargs=True)
-            _keep_place(hook, handle, module._forward_hooks, module._forward_hooks_with_kwargs)
             hooks.callback(handle.remove)
+            _keep_place(hook, handle, module._forward_hooks, module._forward_hooks_with_kwargs)
         # The compiler looks at what a module has as its ``forward``, and would compile anew each time.
         if direct is not None and own and taker is module and not compiles:
             hooks.enter_context(_watch_direct_calls(module, before, after, direct))

@@ -8,7 +8,7 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,8 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     # when it is made, so nothing that may fail comes between.
     compiled = is_compiled(model) or may_compile()
     eager = functools.partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
-    with random_states_kept(batches), _contents_kept(model):
+    waiting, randomness = signals_wait(now=False), random_states_kept(batches)
+    with waiting as signals, randomness, _contents_kept(model, signals):
         model.eval()
         for module in model.modules():
             module._backward_hooks.clear()
@@ -57,7 +58,11 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
             if callable(getattr(type(module), "log_dict", None)):
                 vars(module).update(log=_log_nothing, log_dict=_log_nothing)
         with torch.inference_mode(False), torch.no_grad(), eager():
-            yield
+            try:
+                yield
+            finally:
+                # What ends here does so whole: Ctrl-C would leave the rest as it is.
+                signals.now = True
 
 
 @contextmanager
@@ -95,7 +100,7 @@ def _log_nothing(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
+def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None, None, None]:
     """Restore every module's mode, attributes, hooks, weights and buffers, to the last bit."""
     modes = [(module, module.training) for module in model.modules()]
     kept = [
@@ -135,21 +140,21 @@ def _contents_kept(model: nn.Module) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        with signals_wait():
-            for module, mode in modes:
-                if module.training != mode:
-                    # The module's own method, which may do more than set a flag.
-                    attempt(module.train, mode)
-            for values, before in kept:
-                attempt(_refill, values, before)
-            for value, before in held:
-                attempt(_refill, value, before)
-            for array, numbers in counted:
-                attempt(np.copyto, array, numbers)
-            for now, then in objects:
-                attempt(_put_tensors_back, now, then)
-            for tensor, data, copy in tensors:
-                attempt(_rewrite, tensor, data, copy)
+        signals.now = True
+        for module, mode in modes:
+            if module.training != mode:
+                # The module's own method, which may do more than set a flag.
+                attempt(module.train, mode)
+        for values, before in kept:
+            attempt(_refill, values, before)
+        for value, before in held:
+            attempt(_refill, value, before)
+        for array, numbers in counted:
+            attempt(np.copyto, array, numbers)
+        for now, then in objects:
+            attempt(_put_tensors_back, now, then)
+        for tensor, data, copy in tensors:
+            attempt(_rewrite, tensor, data, copy)
     # Not within `finally`, where it would hide what the body raised.
     if failure is not None:
         raise failure

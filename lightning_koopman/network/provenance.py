@@ -159,7 +159,11 @@ class DataFlow:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _WATCH.remove(self)
+        try:
+            _WATCH.remove(self)
+        except BaseException:
+            _WATCH.remove(self)
+            raise
 
     def _rows_along(self, which: int) -> RowOrders:
         def is_along(tensor: Tensor, axis: int) -> bool | None:

@@ -31,7 +31,7 @@ from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, 
 from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.signals import came_from_signal
+from lightning_koopman.network.signals import came_from_signal, signals_wait
 from lightning_koopman.network.tensors import (
     INTEGERS,
     address_of,
@@ -344,21 +344,27 @@ class Recording:
         self._data, self._made = set[int](), set[int]()
         self._taken = dict[int, Tensor]()
         with ExitStack() as hooks:
-            self._follows = self._is_followed()
-            if self._follows:
-                self._flow = hooks.enter_context(DataFlow())
-            for module in self._carriers:
-                around = functools.partial(self._around, module)
-                # A module compiled in place takes no hooks that come after compilation.
-                if module._compiled_call_impl is None:
-                    hung = self._attach(module, before=self._before, after=self._after, first=True)
-                    hooks.enter_context(hung)
-                else:
-                    hooks.enter_context(wrap(module, "_compiled_call_impl", around))
-                if module is self._ancestor and not self._attach.keywords["compiles"]:
-                    hooks.enter_context(wrap(module, "forward", around))
+            # Ctrl-C in between would leave what is half hung.
+            with signals_wait():
+                self._hang(hooks)
             self._hooks = hooks.pop_all()
         return self
+
+    def _hang(self, hooks: ExitStack) -> None:
+        """Put on what the stack takes off."""
+        self._follows = self._is_followed()
+        if self._follows:
+            self._flow = hooks.enter_context(DataFlow())
+        for module in self._carriers:
+            around = functools.partial(self._around, module)
+            # A module compiled in place takes no hooks that come after compilation.
+            if module._compiled_call_impl is None:
+                hung = self._attach(module, before=self._before, after=self._after, first=True)
+                hooks.enter_context(hung)
+            else:
+                hooks.enter_context(wrap(module, "_compiled_call_impl", around))
+            if module is self._ancestor and not self._attach.keywords["compiles"]:
+                hooks.enter_context(wrap(module, "forward", around))
 
     def _is_followed(self) -> bool:
         """Check whether the data of the next step is followed: once, and where it can tell anything."""
@@ -372,7 +378,8 @@ class Recording:
 
     def close(self) -> None:
         """Take all hooks off; safe to call twice."""
-        self._hooks.close()
+        with signals_wait():
+            self._hooks.close()
         self.recording = False
         self._flow, self._returned, self._objects = None, [], []
 

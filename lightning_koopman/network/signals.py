@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 # Not those that come often, as of profilers, nor by which loaders learn that a worker died.
@@ -17,19 +17,21 @@ _SIGNALS = tuple(getattr(signal, f"SIG{name}") for name in _NAMES if hasattr(sig
 
 
 @contextmanager
-def signals_wait() -> Generator[None, None, None]:
+def signals_wait(*, now: bool = True) -> Generator[SimpleNamespace, None, None]:
     """Let what signals call run behind the body: it may save the model, or end what puts it back.
 
-    A signal that comes a second time is not kept waiting. Python's first thread alone calls anything
-    for signals, so in others nothing waits.
+    Unless ``now``, they wait from when the body sets ``now`` of what it is given, which no signal can
+    come before if it is the first thing that a clean-up does. A signal that comes a second time is not
+    kept waiting. Python's first thread alone calls anything for signals, so in others nothing waits.
     """
+    state = SimpleNamespace(now=now)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield state
         return
-    own, waiting, ended = _handlers(), dict[int, FrameType | None](), False
+    own, waiting = _handlers(), dict[int, FrameType | None]()
 
     def wait(number: int, frame: FrameType | None) -> None:
-        if ended or number in waiting:
+        if not state.now or number in waiting:
             waiting.pop(number, None)
             own[number](number, frame)
         else:
@@ -38,9 +40,9 @@ def signals_wait() -> Generator[None, None, None]:
     try:
         for number in own:
             signal.signal(number, wait)
-        yield
+        yield state
     finally:
-        ended = True
+        state.now = False
         for number, handler in own.items():
             if signal.getsignal(number) is wait:
                 signal.signal(number, handler)

@@ -1,10 +1,15 @@
 """Whatever goes wrong in our own parts, training ends as it does without the monitor."""
 
+import copy
 import csv
 import errno
 import functools
 import os
+import pickle
+import re
 import signal
+import threading
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +20,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_faults import Fault, assert_alike, check_alike, fit, outcome
+from test_faults import Fault, Samples, assert_alike, check_alike, fit, outcome
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor
@@ -25,8 +33,10 @@ from lightning_koopman.callback import monitor as monitors
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network import hook_points, provenance
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.hook_points import _Around
+from lightning_koopman.network.provenance import DataFlow, _WatchOfThread
 from lightning_koopman.network.replay import Step
 
 # Where one measurement passes, from the first hook to the last number.
@@ -156,7 +166,8 @@ def signalled(
     assert len(calls) >= number
 
 
-SIGNALLED = [*PLACES, (Step, "revive"), (DataFlow, "_known"), (Capture, "_record")]
+HOOKS_GO = [(RemovableHandle, "remove"), (_WatchOfThread, "remove"), (_Around, "leave")]
+SIGNALLED = [*PLACES, (Step, "revive"), (DataFlow, "_known"), (Capture, "_record"), *HOOKS_GO]
 
 
 @pytest.mark.parametrize("place", SIGNALLED, ids=lambda place: f"{place[0].__name__}.{place[1]}")
@@ -169,7 +180,36 @@ def test_what_a_signal_raises_ends_training_also_where_it_meets_ours(place, tmp_
     with signalled(place, stop):
         model, trainer, end = fit([KoopmanCreditMonitor()], logger=lambda: CSVLogger(tmp_path))
     assert isinstance(end, TimeoutError)
+    assert_nothing_stays(model, trainer)
+
+
+def assert_nothing_stays(model: L.LightningModule, trainer: L.Trainer) -> None:
+    """Look for hooks, for what takes the place of a module's forward, and for what follows data."""
     assert not any(outcome(model, trainer)["hooks"])
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert _get_current_dispatch_mode_stack() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("ours")], ids=repr)
+def test_data_are_followed_no_longer_where_it_fails_to_end(error, monkeypatch):
+    failed: list[DataFlow] = []
+
+    class Fails(_WatchOfThread):
+        def remove(self, flow: DataFlow) -> None:
+            if flow not in failed:
+                failed.append(flow)
+                raise error
+            super().remove(flow)
+
+    monkeypatch.setattr(provenance, "_WATCH", Fails())
+    model, trainer, _ = fit([KoopmanCreditMonitor()])
+    assert failed
+    assert_nothing_stays(model, trainer)
+
+
+def test_no_hook_stays_where_memory_lacks_as_it_is_put_on():
+    with broken((hook_points, "_keep_place"), MemoryError("ours"), []):
+        assert_nothing_stays(*fit([KoopmanCreditMonitor()])[:2])
 
 
 @pytest.mark.parametrize("kind", ["weight_noise", "reinit"])
@@ -197,10 +237,105 @@ def test_what_a_signal_saves_are_the_weights_of_the_training(kind):
     assert len(saved) == 5
 
 
-def test_files_of_components_are_closed_where_the_last_figures_fail(tmp_path):
-    with broken((CreditWriter, "finish"), Fault("ours"), []):
+@pytest.mark.parametrize("place", [(CreditWriter, "finish"), (monitors, "may_change_weights")])
+def test_files_of_components_are_closed_where_the_end_fails(place, tmp_path):
+    with broken(place, Fault("ours"), []):
         _, trainer, _ = fit([KoopmanCreditMonitor()], logger=lambda: TensorBoardLogger(tmp_path))
     assert trainer.loggers[0] not in writers._runs
+
+
+def test_files_of_components_are_closed_behind_a_validation(tmp_path):
+    model, trainer, _ = fit([KoopmanCreditMonitor()], logger=lambda: TensorBoardLogger(tmp_path))
+    before = set(threading.enumerate())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.validate(model, DataLoader(Samples(40), batch_size=8), verbose=False)
+    assert [*tmp_path.rglob("koopman/*/events*")]
+    assert trainer.loggers[0] not in writers._runs
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_run_that_cannot_be_closed_leaves_no_other_open(tmp_path):
+    logger, closed = TensorBoardLogger(tmp_path), []
+
+    class Run:
+        def close(self) -> None:
+            closed.append(self)
+            raise DISK[0]
+
+    writers._runs[logger] = {"a": Run(), "b": Run()}
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.ENOSPC))):
+        CreditWriter.close([logger])
+    assert len(closed) == 2
+
+
+class Saves(L.Callback):
+    """Saves a checkpoint in each epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def test_a_history_that_cannot_be_saved_ends_nothing(tmp_path):
+    path, raised = tmp_path / "last.ckpt", []
+    check_alike(
+        ours=functools.partial(broken, (CreditReport, "to_dict"), MemoryError("ours"), raised),
+        others=lambda: [Saves(path)],
+    )
+    assert raised
+    assert not any("Koopman" in key for key in torch.load(path, weights_only=True)["callbacks"])
+
+
+class Lost(CSVLogger):
+    """A server that cannot be reached from when training begins on, which logging puts up with."""
+
+    lost = False
+
+    @property
+    def experiment(self) -> Any:
+        if self.lost:
+            raise ConnectionError("no server")
+
+    def save(self) -> None:
+        self.lost = True
+
+    def log_metrics(self, *_: Any, **__: Any) -> None:
+        pass
+
+    log_hyperparams = finalize = log_metrics
+
+
+def test_a_logger_that_is_lost_ends_nothing(tmp_path):
+    assert len(check_alike(logger=lambda: Lost(tmp_path)).history) == 2
+
+
+class Copies(L.Callback):
+    """Copies a monitor in the midst of a batch, and behind it."""
+
+    def __init__(self, monitor: KoopmanCreditMonitor) -> None:
+        self.monitor, self.copies = monitor, list[KoopmanCreditMonitor]()
+
+    def _copy(self, *_: Any, **__: Any) -> None:
+        self.copies += [copy.deepcopy(self.monitor), pickle.loads(pickle.dumps(self.monitor))]
+
+    on_validation_batch_start = on_validation_batch_end = on_train_batch_start = on_fit_end = _copy
+
+
+@pytest.mark.parametrize("way", ["along", "no validation"])
+def test_a_monitor_can_be_copied_at_any_time(way):
+    monitor = KoopmanCreditMonitor(["net.0", "net.3"])
+    copies = Copies(monitor)
+    check_alike(monitor, others=lambda: [copies], **WAYS[way])
+    assert [report.step for report in copies.copies[-1].history] == [6, 12]
+    # A copy holds none of the network, and watches a training of its own.
+    assert all(copied._recorded.calls is copied._measurement is None for copied in copies.copies)
+    for copied in (copies.copies[0], copies.copies[-1]):
+        check_alike(copied, **WAYS[way])
+        assert copied.report is not None
+        assert copied.report.to_dict() == monitor.report.to_dict()
 
 
 def test_keys_that_cannot_be_kept_end_nothing():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -189,6 +190,34 @@ def test_hooks_that_a_network_hangs_on_itself_are_hung_on_once() -> None:
     credit_report(net, list(torch.randn(100, 4).split(50)))
     net(torch.randn(3, 4))
     assert net.seen == 2
+
+
+@pytest.mark.parametrize("place", [(torch, "set_rng_state"), (torch.no_grad, "__exit__")])
+def test_ctrl_c_as_it_ends_leaves_nothing(place, monkeypatch):
+    kept, model = getattr(*place), network()
+    due: list[None] = []
+
+    def interrupted(*args: Any) -> Any:
+        if due:
+            due.pop()
+            signal.raise_signal(signal.SIGINT)
+        return kept(*args)
+
+    def body() -> None:
+        with undisturbed(model):
+            due.append(None)
+            torch.rand(1), random.random()
+            model[0].weight.zero_()
+
+    monkeypatch.setattr(*place, interrupted)
+    before = torch.get_rng_state(), random.getstate(), model[0].weight.detach().clone()
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert torch.equal(model[0].weight, before[2])
+    assert torch.is_grad_enabled()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_was_compiled_runs_so_behind_a_lack_of_memory_for_copies(monkeypatch):

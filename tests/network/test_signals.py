@@ -34,6 +34,16 @@ def test_signals_wait_for_the_end_of_the_body_in_order(came):
     assert came == [*TWO[::-1], TWO[0]]
 
 
+def test_signals_wait_from_when_the_body_says_so(came):
+    with signals_wait(now=False) as signals:
+        signal.raise_signal(TWO[0])
+        assert came == [TWO[0]]
+        signals.now = True
+        signal.raise_signal(TWO[1])
+        assert came == [TWO[0]]
+    assert came == [*TWO]
+
+
 def test_a_signal_that_comes_again_waits_no_longer(came):
     with signals_wait():
         signal.raise_signal(TWO[0])
