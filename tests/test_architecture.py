@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.utils._device import _device_constructors
 
 import lightning_koopman
 
@@ -98,3 +99,14 @@ def test_the_folder_list_can_be_taken_in_at_a_glance():
     entries = {path.name for path in PACKAGE.iterdir()} - {"__pycache__"}
     assert entries == {*FOLDERS, "__init__.py", "demo.py", "py.typed"}
     assert len(entries) <= 12
+
+
+MAKE = {f"torch.{f.__name__}" for f in _device_constructors()} | {"nn.Linear"}
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "demo.py"], ids=name_of)
+def test_what_is_made_says_on_which_device_whatever_the_users_default_is(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    made = [call for call in calls if ast.unparse(call.func) in MAKE]
+    silent = [call for call in made if "device" not in {keyword.arg for keyword in call.keywords}]
+    assert [f"line {call.lineno}: {ast.unparse(call)}" for call in silent] == []

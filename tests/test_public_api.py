@@ -4,8 +4,13 @@ import inspect
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 import lightning_koopman
 
@@ -129,3 +134,56 @@ def test_names_that_are_first_used_behind_a_seed_draw_no_random_numbers():
         "for name in lk.__all__: getattr(lk, name); assert random.getstate() == drawn, name"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def numbers_of_drift(net: nn.Module, batches: Any) -> Any:
+    report = lightning_koopman.credit_report(net, batches)
+    moved = [(x + 0.5, y) for x, y in batches]
+    return [report.credit, report.stderr["credit"], lightning_koopman.drift(report, net, moved).drift]
+
+
+def numbers_of_effects(net: nn.Module, batches: Any) -> Any:
+    kinds = ("skip", "linear", "weight_noise", "output_noise", "reinit")
+    found = [
+        lightning_koopman.component_effects(net, batches, None, kinds, how=how)
+        for how in ("measured", "predicted")
+    ]
+    return [effects.values[kind] for effects in found for kind in kinds]
+
+
+def numbers_of_observables(net: nn.Module, batches: Any) -> Any:
+    options = (lightning_koopman.Options(observables=kind, delay=2) for kind in ("rff", "rbf"))
+    return [lightning_koopman.credit_report(net, batches, options=each).credit for each in options]
+
+
+def numbers_of_decisions(net: nn.Module, batches: Any) -> Any:
+    linear = lightning_koopman.linearize(net, batches, max_drop=0.5)
+    order = lightning_koopman.drop_order(net, batches)
+    bits = lightning_koopman.bit_widths(net, batches, average=4)
+    return [*linear.model.state_dict().values(), order.effect, bits.bits]
+
+
+@pytest.mark.parametrize(
+    "numbers", [numbers_of_drift, numbers_of_effects, numbers_of_observables, numbers_of_decisions]
+)
+def test_a_default_device_where_nothing_is_changes_no_number_and_the_network_sees_it(
+    numbers: Callable[[nn.Module, Any], Any],
+) -> None:
+    seen = set()
+
+    class Net(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(torch.get_default_device().type)
+            return super().forward(x)
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(60, 6, generator=generator), torch.arange(60) % 3) for _ in range(12)]
+    torch.manual_seed(0)
+    net = Net(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    expected = numbers(net, batches)
+    assert seen == {"cpu"}
+    with torch.device("meta"):
+        found = numbers(net, batches)
+    assert seen == {"cpu", "meta"}
+    for mine, true in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(true))

@@ -491,7 +491,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         for key, value in self._newest.items():
             known.setdefault(key, value)
         for key in monitored_keys(trainer, self.prefix):
-            known.setdefault(key, torch.tensor(0.0))
+            known.setdefault(key, torch.tensor(0.0, device="cpu"))
 
     @never_in_the_way
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -945,6 +945,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         drift = self.drifts[-1] if self.drifts and self.drifts[-1].step == report.step else None
         scalars = self._writer.scalars(report, share, drift)
         every = {**report.to_scalars(self.prefix), **self._writer.beside(report, drift), **scalars}
-        self._newest |= {name: torch.tensor(number) for name, number in every.items()}
+        self._newest |= {name: torch.tensor(number, device="cpu") for name, number in every.items()}
         trainer.callback_metrics.update(self._newest)
         return scalars

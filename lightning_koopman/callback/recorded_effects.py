@@ -62,7 +62,7 @@ def labels_in(batch: Any) -> dict[str, Tensor]:
         told = list(itertools.takewhile(lambda part: isinstance(part, Tensor) and part.ndim, batch[1:]))
         if not any(map(_may_be_classes, told)):
             return {}
-        told += [torch.empty(0)] if len(told) + 1 < len(batch) else []
+        told += [torch.empty(0, device="cpu")] if len(told) + 1 < len(batch) else []
         return {f"{k}": part for k, part in enumerate(told, 1)}
     target = find_target(batch)
     if target is None or not _may_be_classes(target):

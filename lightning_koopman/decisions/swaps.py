@@ -96,9 +96,12 @@ class LinearComponent(_Swap):
         self.replaces, self.axis = tuple(replaces), axis
         out_features = int(torch.Size(self.shape).numel())
         self.layers: nn.Module = (
-            nn.Linear(in_features, out_features)
+            nn.Linear(in_features, out_features, device="cpu")
             if rank is None
-            else nn.Sequential(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features))
+            else nn.Sequential(
+                nn.Linear(in_features, rank, bias=False, device="cpu"),
+                nn.Linear(rank, out_features, device="cpu"),
+            )
         )
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -375,7 +375,7 @@ class Alterations:
         groups, first = [], 0
         for size in self._sizes:
             count = max(1, min(size // _GROUP_SIZE, round(_GROUPS * size / sum(self._sizes))))
-            groups.append(first + torch.arange(size) % count)
+            groups.append(first + torch.arange(size, device="cpu") % count)
             first += count
         return groups
 
@@ -460,10 +460,11 @@ class Alterations:
         """Add noise to a tensor, in units of its standard deviation."""
         generator = torch.Generator()
         # Draws on its own from here on: what the network itself draws must stay what it was.
-        generator.manual_seed(int(torch.randint(2**62, ())))
+        generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
 
         def noisy(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-            noise = torch.randn(output.shape, dtype=torch.float64, generator=generator).to(output.device)
+            shape, exact = output.shape, torch.float64
+            noise = torch.randn(shape, dtype=exact, generator=generator, device="cpu").to(output.device)
             return output + self.times_spread(point, noise)
 
         return noisy
@@ -493,7 +494,7 @@ class Alterations:
                     is_complex = parameter.is_complex()
                     if parameter.numel() > 1 and (parameter.is_floating_point() or is_complex):
                         dtype = torch.complex128 if is_complex else torch.float64
-                        noise = torch.randn(parameter.shape, dtype=dtype).to(parameter)
+                        noise = torch.randn(parameter.shape, dtype=dtype, device="cpu").to(parameter)
                         parameter.add_(self._strength * parameter.std() * noise)
             for name, module in modules.items():
                 if kind in self._replacements:

@@ -194,7 +194,7 @@ def _is_product(module: nn.Module, weight: Tensor, turned: bool) -> bool:
     if weight.ndim != 2 or not weight.is_floating_point():
         return False
     matrix = weight.detach() if turned else weight.detach().T
-    drawn = torch.randn(4, len(matrix), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(4, len(matrix), generator=torch.Generator().manual_seed(0), device="cpu")
     with undisturbed(module):
         try:
             rows = drawn.to(matrix)

@@ -287,7 +287,8 @@ class Outputs:
         self.has_metric = self._metric is not None
         sizes = [*map(len, self._outputs)]
         self.n_samples = sum(sizes)
-        self._batches = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        number, count = torch.arange(len(sizes), device="cpu"), torch.tensor(sizes, device="cpu")
+        self._batches = number.repeat_interleave(count)
         # Of the accuracy, what each sample adds to it: its right classes, and all its classes.
         self._right = self._classes = None
         self.metric, self.metric_name = math.nan, "metric"
@@ -359,7 +360,7 @@ class Outputs:
         marked = next(where for where in self._valid if where is not None)
         alike = len({output.shape[1:] for output in self._outputs}) == 1
         over = [axis for axis, size in enumerate(marked.shape) if axis == 0 or (size > 1 and not alike)]
-        count, total = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+        count, total = torch.zeros((), device="cpu"), torch.zeros((), dtype=torch.float64, device="cpu")
         for output, where in zip(self._outputs, self._valid, strict=True):
             where = torch.ones_like(output, dtype=torch.bool) if where is None else where
             count = count + where.expand_as(output).sum(dim=over, keepdim=True)

@@ -82,9 +82,9 @@ def predict(
     batch, one component is also altered by itself, which tells whether gradients are what they claim.
     """
     size, n_batches = len(alterations.names), len(runner.batches)
-    pairs = {kind: torch.zeros(_FOLDS, size, size, dtype=torch.float64) for kind in kinds}
-    folds = {kind: torch.zeros(_FOLDS, dtype=torch.float64) for kind in kinds}
-    reached = torch.zeros(size, dtype=torch.bool)
+    pairs = {kind: torch.zeros(_FOLDS, size, size, dtype=torch.float64, device="cpu") for kind in kinds}
+    folds = {kind: torch.zeros(_FOLDS, dtype=torch.float64, device="cpu") for kind in kinds}
+    reached = torch.zeros(size, dtype=torch.bool, device="cpu")
     # One draw has no spread, so a single batch has two.
     each = max(1, -(-(draws or 2) // n_batches))
     beyond: dict[str, frozenset[int]] = {}
@@ -96,16 +96,15 @@ def predict(
         found = _pulled_back(output, handles, before, number, probes)
         points = [alterations.all_altered("output_noise", name) for name in alterations.names]
         given = [[g for point in own for g in found[0].get(point, ())] for own in points]
-        reached |= torch.tensor([any(g is not None for g in calls) for calls in given])
+        reached |= torch.tensor([any(g is not None for g in calls) for calls in given], device="cpu")
         # The weights that are altered from here on would spoil the graph.
         end = output.detach()
         del output, handles
         for kind in kinds:
             drawn = kind != "output_noise" and not alterations.draws_nothing(kind)
+            place = torch.arange(count, device="cpu")
             # Samples that share a draw share a fold, so that errors cover the draws too.
-            place = (
-                torch.arange(count) % min(each, count) + number * each if drawn else torch.arange(count)
-            )
+            place = place % min(each, count) + number * each if drawn else place
             fold = place % _FOLDS
             folds[kind] += torch.bincount(fold, minlength=_FOLDS)
             moved: Moved = {}
@@ -170,7 +169,7 @@ def _tested(
         return None
     i, change = alone
     rounding = end.reshape(len(end), -1) * (_ROUNDING * torch.finfo(end.dtype).eps)
-    squares = torch.zeros(3, dtype=torch.float64)
+    squares = torch.zeros(3, dtype=torch.float64, device="cpu")
     for gradients in found:
         for k, parts in enumerate((moved[i], {_END: [change]}, {_END: [rounding]})):
             z = _changes(alterations, kind, gradients, {i: parts}, len(end))
@@ -191,7 +190,8 @@ def _finished(
     tested: tuple[str, float] | None,
 ) -> SecondOrder:
     pairs = pairs / before.shares.sum()
-    altered = torch.tensor([name not in alterations.refused[kind] for name in alterations.names])
+    refused = alterations.refused[kind]
+    altered = torch.tensor([name not in refused for name in alterations.names], device="cpu")
     reached = reached & altered
     pairs[:, ~reached] = torch.nan
     pairs[:, :, ~reached] = torch.nan
@@ -314,7 +314,7 @@ def _changes(
     }
     ends = enumerate(gradients[_END])
     rows |= {(_END, k): own.reshape(n_samples, -1) for k, own in ends if own is not None}
-    change = torch.zeros(n_samples, len(names), dtype=torch.float64)
+    change = torch.zeros(n_samples, len(names), dtype=torch.float64, device="cpu")
     for i, parts in moved.items():
         each = ((rows.get((p, k)), delta) for p, calls in parts.items() for k, delta in enumerate(calls))
         for own, delta in each:
@@ -325,7 +325,7 @@ def _changes(
 
 def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: int) -> Tensor:
     """Mean squared change of one combination of the outputs by output noise, the same shape."""
-    change = torch.zeros(n_samples, len(alterations.names), dtype=torch.float64)
+    change = torch.zeros(n_samples, len(alterations.names), dtype=torch.float64, device="cpu")
     for i, name in enumerate(alterations.names):
         for point in alterations.all_altered("output_noise", name):
             for gradient in gradients.get(point, ()):
@@ -380,7 +380,7 @@ def _pulled_back(
             vectors = torch.zeros_like(output).reshape(len(output), -1)
             vectors[:, k] = 1.0
         else:
-            vectors = torch.randint(0, 2, output.shape).to(output) * 2 - 1
+            vectors = torch.randint(0, 2, output.shape, device="cpu").to(output) * 2 - 1
         weights = outputs.metric_root(output, vectors.reshape(output.shape), batch)
         try:
             asked = [handle for calls in handles.values() for handle in calls]

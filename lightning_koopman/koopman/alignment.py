@@ -137,7 +137,7 @@ def _align(
         unit, jacobian, solved = _in_best_units(steps, between, nothing, nearest)
         needed = [c for c in live if min(parents[c - 1]) < state]
         if solved is None and not needed:
-            return ((), (), (), torch.empty(0)), _independent(jacobian), state
+            return ((), (), (), torch.empty(0, device="cpu")), _independent(jacobian), state
         basis, triangle, inverse = solved or (jacobian, identity, identity)
         bases[state], factors[state] = basis, product(triangle, factors[unit])
         logs[state] = logs[unit] + triangle.diagonal(dim1=-2, dim2=-1).abs().log()

@@ -100,7 +100,7 @@ def split_chain(
     if normalize == "whiten":
         # Whitened coordinates are the POD directions in ascending order; their covariance is no guide.
         values = torch.linalg.eigvalsh(output)
-        directions = torch.eye(output.shape[-1]).to(output).expand(output.shape)
+        directions = torch.eye(output.shape[-1], device="cpu").to(output).expand(output.shape)
     else:
         values, directions = torch.linalg.eigh(output)
     rank = int(alive(values).sum()) if held is None else output.shape[-1]
@@ -287,7 +287,7 @@ class R2:
 
     def __init__(self, whole: Split, steps: Sequence[Step]) -> None:
         self._whole, self._operators = whole, [step.matrix for step in steps]
-        self._rows = [torch.empty(0, 2, 2, len(steps), dtype=torch.float64)]
+        self._rows = [torch.empty(0, 2, 2, len(steps), dtype=torch.float64, device="cpu")]
 
     def hold_out(self, split: Split, operators: Sequence[Tensor]) -> None:
         """Add what operators leave unexplained of the folds that they were not fitted to."""
@@ -301,7 +301,7 @@ class R2:
     def replicates(self) -> dict[str, Tensor]:
         """Compute the values over all folds but each, ``(folds, L)``."""
         rows = torch.cat(self._rows)
-        others = 1 - torch.eye(len(rows), dtype=rows.dtype)
+        others = 1 - torch.eye(len(rows), dtype=rows.dtype, device="cpu")
         return _r2((others @ rows.flatten(1)).view(rows.shape))
 
     def gaps(self) -> dict[str, Tensor]:

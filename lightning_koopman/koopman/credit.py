@@ -38,7 +38,7 @@ def align_split(
     """Align the operators of all samples, of one fold, or of several at once."""
     directions = split.directions
     if targets is not None:
-        chosen = torch.eye(directions.shape[-2]).to(directions)[:, list(targets)]
+        chosen = torch.eye(directions.shape[-2], device="cpu").to(directions)[:, list(targets)]
         directions = chosen.expand(*directions.shape[:-2], *chosen.shape)
     # Whitened without a fold, an output may have fewer directions than over all samples.
     present = [column for column in columns if column < directions.shape[-1]]
@@ -54,7 +54,7 @@ def mean_volumes(chain: Alignment, expected: Alignment | None = None) -> tuple[T
     """Return the mean log-volume behind each state, and where it is not that of what was expected."""
     unlike = expected is not None and chain.rank != expected.rank
     if chain.rank == 0 or unlike:
-        means = torch.full(chain.log_volumes.shape[:-1], torch.nan, dtype=torch.float64)
+        means = torch.full(chain.log_volumes.shape[:-1], torch.nan, dtype=torch.float64, device="cpu")
         return means, means.isnan()
     means = chain.log_volumes.nanmean(dim=-1)
     lost = means.isnan()
@@ -130,18 +130,18 @@ def state_ranks(whole: Split, steps: Sequence[Step]) -> tuple[Tensor, list[int]]
         squares = (values / (RANK_SHARE * values.mean())).square()
         ranks.append(float((squares / (1 + squares)).sum()))
         known.append(len(values))
-    return torch.tensor(ranks, dtype=torch.float64), known
+    return torch.tensor(ranks, dtype=torch.float64, device="cpu"), known
 
 
 def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
     """Count the same without each fold, ``(folds, L)``, where ``known`` directions vary at all."""
-    ranks = torch.zeros(len(split.train.count), len(known), dtype=torch.float64)
+    ranks = torch.zeros(len(split.train.count), len(known), dtype=torch.float64, device="cpu")
     for i, count in enumerate(known, start=1):
         for place, train in split.train.parts([i]) if count else ():
             unit = RANK_SHARE * train.variances[i].sum(dim=1)[:, None, None] / count
             # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
             scaled = train[i, i] / torch.where(unit > 0, unit, 1.0)
-            identity = torch.eye(scaled.shape[1]).to(scaled)
+            identity = torch.eye(scaled.shape[1], device="cpu").to(scaled)
             system = identity.repeat(len(scaled), 1, 1)
             for square, part in zip(system, scaled, strict=True):
                 # What is below the diagonal is not read.
@@ -161,7 +161,7 @@ def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -
     from scipy.special import stdtrit  # most of a second to import, and torch has no such quantile
 
     layout = whole.layout
-    shifts = torch.zeros(len(layout.dims), dtype=torch.float64)
+    shifts = torch.zeros(len(layout.dims), dtype=torch.float64, device="cpu")
     unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
     for i, step in enumerate(steps, start=1):
         read, known = layout.parents[i], len(step.values)
@@ -257,7 +257,7 @@ def compute_credits(
     ranks, known = state_ranks(whole, steps)
     values = volumes(whole, chain) | {"rank": ranks}
     r2, without, rest = R2(whole, steps), list[dict[str, Tensor]](), list[Tensor]()
-    held_out = [torch.empty(0, dtype=torch.float64)]
+    held_out = [torch.empty(0, dtype=torch.float64, device="cpu")]
     for group in groups:
         split = split_chain(layout, moments, group, normalize, total)
         operators, own = refit_steps(split, steps, anew=errors)

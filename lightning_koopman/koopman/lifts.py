@@ -78,10 +78,11 @@ def fit_lift(rows: Tensor, kind: LiftKind, size: int, *, seed: int = 0) -> Lift:
     generator = torch.Generator().manual_seed(seed)
     points, phases = rows.new_zeros(width, 0), rows.new_zeros(0)
     if kind == "rff":
-        points = torch.randn(width, size, generator=generator, dtype=torch.float64) / bandwidth
-        phases = 2 * torch.pi * torch.rand(size, generator=generator, dtype=torch.float64)
+        exact = torch.float64
+        points = torch.randn(width, size, generator=generator, dtype=exact, device="cpu") / bandwidth
+        phases = 2 * torch.pi * torch.rand(size, generator=generator, dtype=exact, device="cpu")
     elif kind == "rbf":
-        points = about[torch.randperm(len(about), generator=generator)[:size]].T
+        points = about[torch.randperm(len(about), generator=generator, device="cpu")[:size]].T
     return Lift(kind, center, scale, points, phases, bandwidth)
 
 

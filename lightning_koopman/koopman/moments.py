@@ -108,7 +108,7 @@ class Layout:
 
     def zeros(self) -> Tensor:
         """Make empty moments."""
-        return torch.zeros(self.folds, self.size, dtype=torch.float64)
+        return torch.zeros(self.folds, self.size, dtype=torch.float64, device="cpu")
 
 
 _TILE = 32

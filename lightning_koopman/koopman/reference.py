@@ -235,10 +235,11 @@ def unexplained(
     # An output that no longer varies leaves no variance to take shares of, but the old operator misses
     # it all the same: its share is the largest that there is. Where nothing that a component reads
     # varies any more either, nothing can be told.
-    dead = (whole[2] <= _CONSTANT * whole[0]) & (whole[0] > _CONSTANT * torch.tensor(given).to(whole))
+    alive = whole[0] > _CONSTANT * torch.tensor(given, device="cpu").to(whole)
+    dead = (whole[2] <= _CONSTANT * whole[0]) & alive
     constant = [False, *dead.tolist()]
     behind = [all(constant[p] for p in read) for read in layout.parents[1:]]
-    known = ~(dead & torch.tensor(behind))
+    known = ~(dead & torch.tensor(behind, device="cpu"))
 
     def variation(errors: Tensor) -> Tensor:
         return torch.where(dead, _CONSTANT * errors[0], errors[2])
@@ -259,7 +260,7 @@ def unexplained(
     # with many. What differing numbers of samples make of that is in no share above.
     few, many = sorted((n_samples, int(total[0])))
     weights = (1 - few / many) * RIDGE * (1 / lasting[0] - 1 / lasting[1])
-    shrunk = weights * torch.tensor(sizes, dtype=torch.float64)
+    shrunk = weights * torch.tensor(sizes, dtype=torch.float64, device="cpu")
     stderr = (stderr.square() + (chanced + shrunk.square()) / variation(whole).square()).sqrt()
     return Shares(value[0], value[1], stderr, len(held) - 1)
 
@@ -364,9 +365,10 @@ def beyond_error(drift: Tensor, stderr: Tensor, freedom: int) -> Tensor:
     t = (drift - _ROUNDING) / stderr.clamp_min(torch.finfo(torch.float64).tiny)
     p = torch.where(known, torch.from_numpy(stdtr(freedom, -t.numpy())), 1.0)
     ordered, order = p.sort()
-    line = 0.05 * torch.arange(1, len(p) + 1, dtype=torch.float64) / max(1, int(known.sum()))
+    rank = torch.arange(1, len(p) + 1, dtype=torch.float64, device="cpu")
+    line = 0.05 * rank / max(1, int(known.sum()))
     below = (ordered <= line).nonzero()
-    changed = torch.zeros(len(p), dtype=torch.bool)
+    changed = torch.zeros(len(p), dtype=torch.bool, device="cpu")
     if len(below):
         changed[order[: int(below[-1]) + 1]] = True
     return changed

@@ -135,7 +135,7 @@ class Spectrum:
 
     def _shrunk(self, grid: Sequence[float]) -> Tensor:
         """Return the share of each direction that each ridge weight takes away."""
-        weights = self.mean_variance * torch.tensor(grid, dtype=self.values.dtype)[:, None]
+        weights = self.mean_variance * torch.tensor(grid, dtype=self.values.dtype, device="cpu")[:, None]
         weights = weights.to(self.values.device)
         return weights / (self.values + weights)
 

@@ -40,9 +40,10 @@ def sample_keys(rows: Tensor, seed: int = 0) -> Tensor:
 @functools.lru_cache(maxsize=8)
 def _odd_numbers(count: int, seed: int, device: torch.device) -> Tensor:
     """Draw what the bits of each column are multiplied by."""
-    with torch.inference_mode(False), torch.device("cpu"):
+    with torch.inference_mode(False):
         generator = torch.Generator().manual_seed(seed)
-        return (torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1).to(device)
+        drawn = torch.randint(-(2**62), 2**62, (count,), generator=generator, device="cpu")
+        return (drawn * 2 + 1).to(device)
 
 
 @dataclass(frozen=True)

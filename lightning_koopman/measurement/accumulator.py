@@ -300,7 +300,9 @@ class Accumulator:
     def _refuse_odd(self) -> None:
         """Refuse values that are not finite, if any arrived since this was asked last."""
         seen, self._extremes = self._extremes, []
-        table = torch.stack([extremes for _, extremes in seen]).cpu() if seen else torch.empty(0)
+        if not seen:
+            return
+        table = torch.stack([extremes for _, extremes in seen]).cpu()
         if bool(torch.isfinite(table).all()):
             return
         for (batch, _), row in zip(seen, table.view(len(seen), -1, 2), strict=True):

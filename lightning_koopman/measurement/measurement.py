@@ -488,7 +488,8 @@ class Measurement(Accumulator):
         assert self.plan is not None
         if name in self.plan.forms:
             tensor = by_sample(tensor, self.plan.forms[name])
-        sample, differs = self._alike.get(name, (tensor[:1].detach().clone(), torch.zeros(())))
+        first = tensor[:1].detach().clone(), torch.zeros((), device="cpu")
+        sample, differs = self._alike.get(name, first)
         if sample.shape[1:] == tensor.shape[1:]:
             differs = differs.to(tensor.device) + (tensor != sample).any()
         self._alike[name] = sample, differs

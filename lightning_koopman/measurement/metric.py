@@ -122,8 +122,11 @@ class KoopmanCredit(Metric):
         self.links = () if links is None else tuple(tuple(map(int, read)) for read in links)
         self.options = options
         self.quantities = tuple(quantities)
-        self.add_state("header", torch.zeros(0, dtype=torch.uint8), dist_reduce_fx=_first)
-        self.add_state("moments", torch.zeros(folds, 0, dtype=torch.float64), dist_reduce_fx="sum")
+        place = exact_device(self.device)
+        header = torch.zeros(0, dtype=torch.uint8, device=place)
+        self.add_state("header", header, dist_reduce_fx=_first)
+        moments = torch.zeros(folds, 0, dtype=torch.float64, device=place)
+        self.add_state("moments", moments, dist_reduce_fx="sum")
         offsets = [offset.cpu().numpy().tobytes() for offset in self.center or ()]
         self._own = dict[str, Any](
             components=None if components is None else list(components),

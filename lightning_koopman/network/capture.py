@@ -440,7 +440,7 @@ class Capture:
             self._ran |= set(self._calls)
             self._start_call()
             # The step is under way, in whatever inference mode or autocast; sums are added to outside.
-            with plain_numerics(next(module.parameters(), torch.empty(0))):
+            with plain_numerics(next(module.parameters(), torch.empty(0, device="cpu"))):
                 self.again(states)
         elif self._states:
             self._closed = True

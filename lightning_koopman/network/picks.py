@@ -127,7 +127,7 @@ def _indexed(source: Tensor, given: Sequence[Tensor | None]) -> tuple[int, Tenso
         return axis, places
     if len(indices) == 2 and all(index.ndim == 1 for _, index in indices):
         for (along, samples), (axis, places) in (indices, indices[::-1]):
-            if torch.equal(samples, torch.arange(source.shape[along]).to(samples)):
+            if torch.equal(samples, torch.arange(source.shape[along], device="cpu").to(samples)):
                 return axis, places
     return axis, None
 

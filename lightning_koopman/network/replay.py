@@ -403,7 +403,7 @@ class Recording:
         step, self._step = self._step, Step()
         for name, part in step.told.items():
             if part.dtype not in INTEGERS:
-                step.told[name] = self._taken.get(id(part), torch.empty(0))
+                step.told[name] = self._taken.get(id(part), torch.empty(0, device="cpu"))
         self._taken = {}
         if not lone and self._reason is None:
             step, before = step.without_lone_samples(), len(step.calls)

@@ -120,7 +120,7 @@ class RowOrders:
         known = self.of(tensor)
         if not (met := self._met.get(address_of(tensor))):
             return known
-        return {**known, _MET: Order(torch.tensor(sorted(met)), 0, moved=False)}
+        return {**known, _MET: Order(torch.tensor(sorted(met), device="cpu"), 0, moved=False)}
 
     def begin(self, tensor: Tensor) -> None:
         """Let rows of samples that were drawn, some of them again, count as those of a batch."""
@@ -390,7 +390,7 @@ class RowOrders:
         before = known.get(n_samples)
         if before is None and not self._is_data(source):
             return [(data, known)]
-        steps = torch.cat([torch.arange(size) for size in sizes.tolist()]).to(source.device)
+        steps = torch.cat([torch.arange(size, device=source.device) for size in sizes.tolist()])
         order = Order(steps, n_samples, moved=False)
         if before is not None:
             order = before._replace(rows=before.rows[steps.to(before.rows.device)])

@@ -261,7 +261,7 @@ class RowForm:
 
     def samples(self, n_rows: int, n_samples: int) -> Tensor:
         """Return the sample of each entry of the batch axis, in any batch."""
-        return torch.arange(n_rows) // (self.run or n_rows // n_samples) % n_samples
+        return torch.arange(n_rows, device="cpu") // (self.run or n_rows // n_samples) % n_samples
 
     def rows_of(self, tensor: Tensor) -> tuple[int, Tensor]:
         """Count the rows along the axis of samples, and return the sample of each."""
@@ -415,10 +415,10 @@ def _cell_weights(
 
     The cells are those of ``torch.nn.functional.adaptive_avg_pool2d``.
     """
-    with torch.inference_mode(False), torch.device("cpu"):
-        weights = torch.ones(1, 1, dtype=torch.float64)
+    with torch.inference_mode(False):
+        weights = torch.ones(1, 1, dtype=torch.float64, device="cpu")
         for size, cells in zip(sizes, grid, strict=True):
-            cell, place = torch.arange(cells)[:, None], torch.arange(size)
+            cell, place = torch.arange(cells, device="cpu")[:, None], torch.arange(size, device="cpu")
             inside = (place >= cell * size // cells) & (place < -(-(cell + 1) * size // cells))
             weights = torch.kron(weights, inside / inside.sum(dim=1, keepdim=True).double())
         return weights.to(device, dtype, non_blocking=need_not_wait(device))

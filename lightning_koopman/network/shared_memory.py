@@ -185,7 +185,8 @@ def same_view(part: Tensor, old: Tensor, new: Tensor) -> Tensor | None:
     if new.stride() == old.stride():
         return new.as_strided(part.size(), part.stride(), new.storage_offset() + first)
     places = torch.empty(_span(old), dtype=torch.int64, device=old.device)
-    places.as_strided(old.size(), old.stride()).copy_(torch.arange(old.numel()).view(old.shape))
+    numbers = torch.arange(old.numel(), device=old.device).view(old.shape)
+    places.as_strided(old.size(), old.stride()).copy_(numbers)
     return new.reshape(-1)[places.as_strided(part.size(), part.stride(), first)]
 
 

@@ -291,7 +291,7 @@ def padded(nested: Tensor, name: str) -> tuple[Tensor, Tensor]:
             f"the state of {name!r} is a nested tensor whose samples have the shapes {shapes[:4]}; only "
             "their first axis, the positions, may differ. Leave it out with components=[...]."
         )
-    lengths = torch.tensor([part.shape[0] for part in parts])
+    lengths = torch.tensor([part.shape[0] for part in parts], device="cpu")
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True), lengths
 
 

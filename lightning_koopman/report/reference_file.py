@@ -177,7 +177,7 @@ def _rebuilt(content: _Content, tensors: dict[str, Tensor]) -> Reference:
     ]
     means = [take(f"mean.{i}", folds, width) for i, width in enumerate(dims)]
     # Files of 0.2.0 do not hold it.
-    variance = take("variance", 1) if "variance" in tensors else torch.tensor([torch.nan])
+    variance = take("variance", 1) if "variance" in tensors else torch.tensor([torch.nan], device="cpu")
     return Reference(
         states=tuple(content.states),
         widths=tuple(content.widths),

@@ -116,6 +116,41 @@ def test_training_is_bit_identical_with_the_callback_on(tmp_path, options):
     assert monitor.report.components == COMPONENTS
 
 
+class Listed:
+    """Batches from a list, for a DataLoader takes no default device without numbers."""
+
+    def __init__(self, batches):
+        self.batches = list(batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def fit_small(folder, callbacks, default_device):
+    torch.manual_seed(0)
+    model, data = small_module()(), [Listed(loader) for loader in loaders()]
+    trainer = quiet_trainer(folder, callbacks)
+    with torch.device(default_device):
+        trainer.fit(model, *data)
+    return model
+
+
+def test_a_default_device_where_nothing_is_changes_neither_numbers_nor_the_training(tmp_path):
+    kinds = ["skip", "linear", "weight_noise"]
+    usual, elsewhere = (KoopmanCreditMonitor(effects=kinds, on_error="raise") for _ in range(2))
+    fit_small(tmp_path, [usual], "cpu")
+    model, alone = fit_small(tmp_path, [elsewhere], "meta"), fit_small(tmp_path, [], "meta")
+    for mine, own in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine, own)
+    assert len(elsewhere.history) == len(usual.history) > 1
+    assert np.array_equal(elsewhere.report.credit, usual.report.credit)
+    for kind in kinds:
+        assert np.array_equal(elsewhere.report.effects.values[kind], usual.report.effects.values[kind])
+
+
 class Watched(NamedTuple):
     """A training of three epochs, and what stood beside it."""
 
