@@ -308,7 +308,8 @@ class Recording:
         self._carriers = list(carriers.values())
         self._watched = frozenset(map(id, self._carriers))
         self._ran: set[int] = set()
-        self._ancestor = common_ancestor(model, components.values())
+        # Those whose ``forward`` steps call themselves.
+        self._direct = {id(model), id(common_ancestor(model, components.values()))}
         if getattr(model, "_compiler_ctx", None) is not None:
             self._reason, self._carriers = "the whole module is compiled", []
         self._attach = attach_in(model)
@@ -363,7 +364,7 @@ class Recording:
                 hooks.enter_context(hung)
             else:
                 hooks.enter_context(wrap(module, "_compiled_call_impl", around))
-            if module is self._ancestor and not self._attach.keywords["compiles"]:
+            if id(module) in self._direct and not self._attach.keywords["compiles"]:
                 hooks.enter_context(wrap(module, "forward", around))
 
     def _is_followed(self) -> bool:

@@ -95,6 +95,39 @@ def test_a_block_called_as_a_whole_stays_one(tmp_path: Any) -> None:
     assert report.effects.values["skip"] == pytest.approx([1.0])
 
 
+class Positive(nn.Module):
+    """A class without weights that is none of torch's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.softplus(x)
+
+
+class WithHead(Agent):
+    """Calls its own ``forward``, where what holds no weights stands behind all that does."""
+
+    def __init__(self) -> None:
+        super().__init__("forward")
+        self.actor = nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))  # type: ignore[assignment]
+        self.positive = Positive()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.positive(self.actor(x))
+
+    def act(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward(x)
+
+
+def test_effects_are_measured_where_a_step_calls_the_modules_own_forward(tmp_path: Any) -> None:
+    report, agent = trained(tmp_path, WithHead())
+    assert report.components == ("actor.0", "actor.2")
+    with torch.no_grad():
+        hidden, before = agent.actor[:2](states()), agent(states())
+        after = agent.positive(agent.actor[2](hidden.mean(dim=0)))
+        spread = before.var(dim=0, correction=0).sum()
+        by_hand = float((after - before).square().mean(dim=0).sum() / spread)
+    assert report.effects.values["skip"] == pytest.approx([by_hand, 1.0], rel=1e-4)
+
+
 def test_what_no_recorded_call_runs_is_named_with_what_to_do(tmp_path: Any) -> None:
     report, _ = trained(tmp_path, Agent("forward"))
     assert report.components == ("actor",)
