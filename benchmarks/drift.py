@@ -213,8 +213,8 @@ components that are marked as changed.
   found that MiniLM's texts and their parts depended on what had been imported; they are now the same in
   every run. A run of all networks with them on 27 November 2026 gave top-1 .980 and marked .667 of
   MiniLM's faults. One of 28 November, trained anew, takes off rightly what chance adds where samples are
-  few. This is one of 30 November, with MiniLM's chain as it is read since, which ends with the mean of its
-  tokens (`output`): what is said of drift's ranks is the same, of others at most .04 less.
+  few. This is one of 30 November, with MiniLM's chain as it is read since, which ends with the mean of
+  its tokens (`output`): what is said of drift's ranks is the same, of others at most .04 less.
 
 Set beforehand were top-1 of .95, top-3 of .99 and at most 5 % of false alarms.
 
