@@ -101,7 +101,7 @@ def test_the_folder_list_can_be_taken_in_at_a_glance():
     assert len(entries) <= 12
 
 
-MAKE = {f"torch.{f.__name__}" for f in _device_constructors()} | {"nn.Linear"}
+MAKE = {f"torch.{f.__name__}" for f in _device_constructors()}
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.name != "demo.py"], ids=name_of)

@@ -635,7 +635,8 @@ def as_component(
     left, right, bias = linear_map.factors(variance)
     d_in, rank, d_out = left.shape[0], left.shape[1], right.shape[1]
     thin = rank * (d_in + d_out) < d_in * d_out
-    with random_states_kept():  # a new layer draws weights before it is given its own
+    # A new layer draws weights before it is given its own.
+    with random_states_kept(), torch.device("cpu"):
         module = LinearComponent(d_in, linear_map.shape, rank if thin else None, replaces, axis).double()
     if thin:
         weights = {"0.weight": left.T, "1.weight": right.T, "1.bias": bias}

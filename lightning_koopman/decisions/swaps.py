@@ -96,12 +96,9 @@ class LinearComponent(_Swap):
         self.replaces, self.axis = tuple(replaces), axis
         out_features = int(torch.Size(self.shape).numel())
         self.layers: nn.Module = (
-            nn.Linear(in_features, out_features, device="cpu")
+            nn.Linear(in_features, out_features)
             if rank is None
-            else nn.Sequential(
-                nn.Linear(in_features, rank, bias=False, device="cpu"),
-                nn.Linear(rank, out_features, device="cpu"),
-            )
+            else nn.Sequential(nn.Linear(in_features, rank, bias=False), nn.Linear(rank, out_features))
         )
 
     def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
