@@ -112,9 +112,9 @@ class Reference:
         return self.fits()[1]
 
     @property
-    def variance(self) -> float:
-        """Variance of the network's input, over all coordinates; NaN where no file held it."""
-        return float(self.fits()[2])
+    def variance(self) -> Tensor:
+        """Variance of the network's input over all coordinates, ``(1,)``; NaN where no file held it."""
+        return self.fits()[2]
 
     def coordinates(self, plan: Plan) -> Plan:
         """Return another network's plan, with what its states must share with the reference."""

@@ -99,11 +99,12 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     away = reference.means[0].mean(dim=0).to(moments) - center[0].to(moments) - given.means[0]
     variance = float(given.variances[0].sum())
     moved = float(away.square().sum()) / variance if variance else 0.0
-    widened = variance / reference.variance if reference.variance else math.nan
+    before = float(reference.variance)
+    widened = variance / before if before else math.nan
     # Chance has means and variances differ so, a few times as much where samples come in groups, as
     # classes.
     by_chance = 4 * (1 / n_samples + 1 / max(1, reference.n_samples))
-    told = abs(math.log(widened)) > 0.1 + 3 * math.sqrt(by_chance) if widened > 0 else False
+    told = widened > 0 and abs(math.log(widened)) > 0.1 + 3 * math.sqrt(by_chance)
     return Drift(
         components=reference.components,
         drift=value.numpy(),
@@ -150,7 +151,7 @@ def drift_from(
         mean if fit else mean.new_zeros(len(mean), dim)
         for fit, mean, dim in zip(same, earlier.means, layout.dims, strict=True)
     )
-    known = dataclasses.replace(earlier, fits=FoldFits.known(operators, means, earlier.fits()[2]))
+    known = dataclasses.replace(earlier, fits=FoldFits.known(operators, means, earlier.variance))
     found = drift_since(known, measurement, step=step)
     return dataclasses.replace(
         found,

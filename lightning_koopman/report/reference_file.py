@@ -97,7 +97,7 @@ def _named(reference: Reference) -> list[tuple[str, Tensor]]:
     basis = reference.basis
     tensors = [(f"operator.{i}", matrices) for i, matrices in enumerate(reference.operators, start=1)]
     tensors += [(f"mean.{i}", mean) for i, mean in enumerate(reference.means)]
-    tensors += [("variance", reference.fits()[2])]
+    tensors += [("variance", reference.variance)]
     tensors += [(f"center.{i}", center) for i, center in enumerate(basis.center)]
     tensors += [(f"basis.{i}", v) for i, v in enumerate(basis.vectors) if v is not None]
     for i, lift in enumerate(basis.lifts):
