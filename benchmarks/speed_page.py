@@ -2,119 +2,171 @@
 
 PAGE = """# Speed
 
-Written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, with the extra
-`benchmarks` and `OMP_NUM_THREADS=1`; about 50 minutes of a core). Two virtual cores of an AMD EPYC
-(Zen 5, AVX-512), no GPU, one thread, torch <torch>. Seconds are processor seconds of the measuring
-process, both sides of a ratio were measured in turn in one run, and the median is taken over
-neighbours. Other work ran on the other core, and one and the same pass takes up to 1.6 times as long by
-what neighbours do: trust the ratios, not the seconds. Operator fits and their residuals are of an
-Intel Xeon with AVX-512, and are not concerned by what changed since.
+- **A report** takes 1.1 forward passes of a ViT, 1.3 of ResNet-18, 3.7 of 100 layers of 768, and 11.6 of
+  a small MLP (0.06 s): [one report](#one-report-against-the-forward-pass).
+- **An epoch that is measured** takes 1.07 times one that is not (transformer) to 2.9 times (an MLP whose
+  epoch takes 0.02 s): [watching a training](#watching-a-training).
+- **A training** of three minutes took 1.7 % (transformer) and 3.7 % (CNN) longer, figures and
+  TensorBoard included. By default, watching may take 1.5 seconds in any case, and 5 % of the training
+  beyond.
+- **Memory** is the same for any number of samples: 0.55 GiB for 100 components of width 768:
+  [memory](#memory).
+- **Cheaper** it gets with fewer samples, point values, narrower states: [how](#how-to-make-it-cheaper).
 
-## One report over all components against the plain forward pass
+Targets that are missed somewhere: a report over a forward pass, an epoch that is measured over one that
+is not, the demo over the demo without. A miss is **bold**, after a comma are other processes, in
+brackets is the floor, below which no target is within reach. The machines are AMD EPYCs: Zen 5, which
+has AVX-512, also held to AVX2; Zen 4, which has it at half the width; and Zen 3, which has none. All
+other targets are met in the tables of this page.
+
+| ratio | target | Zen 5 | held to AVX2 | Zen 4 | Zen 3 |
+| --- | --- | --- | --- | --- | --- |
+| report: MLP | ≤ 12 | 11.6, **12.4** (6.5) | 11.9 (6.6) | **14.0** (6.9) | **14.8 to 15.8** (7.9) |
+| the same, 50,000 samples | ≤ 5 | **6.3** (4.5) | **6.5** (4.5) | **7.5** (4.9) | **8.7** (5.2) |
+| report: convolutions | ≤ 1.25 | **1.44** (1.25) | **1.30** (1.16) | **1.36** (1.18) | **1.40** (1.18) |
+| report: ResNet-18 | ≤ 1.3 | 1.29, **1.31** (1.13) | 1.17 (1.08) | 1.23 (1.10) | 1.16 to 1.21 (1.07) |
+| epoch: MLP | ≤ 1.5 | **2.91** (1.71) | **2.71** (1.63) | **2.91** (1.66) | |
+| epoch: CNN | ≤ 1.25 | **1.25**, 1.22 and 1.23 (1.08) | 1.16 (1.05) | 1.21 (1.06) | |
+| epoch: transformer | ≤ 1.06 | **1.07** (1.01) | **1.08** (1.01) | 1.06, **1.09** (1.01) | |
+| demo, every epoch measured | ≤ 2 | **3.44** (1.95) | | **3.29** (1.85) | |
+| demo, default | ≤ 2 | **3.09** (1.76) | | **2.32** | |
+
+Tables are written by `benchmarks/speed.py` (`python benchmarks/speed.py docs/speed.md`, with the extra
+`benchmarks` and `OMP_NUM_THREADS=1`; about 50 minutes of a core), the text around them by hand. Where
+nothing else is said, figures are of two virtual cores of an AMD EPYC (Zen 5, AVX-512), no GPU, one
+thread, torch <torch>. Seconds are processor seconds of the measuring process, both sides of a ratio were
+measured in turn in one run, and the median is taken over neighbours. Other work ran on the other core,
+and one and the same pass takes up to 1.6 times as long by what neighbours do: trust the ratios, not the
+seconds. Operator fits and their residuals are of an Intel Xeon with AVX-512.
+
+## One report against the forward pass
 
 The same batches run through the network alone, and through `credit_report(..., max_samples=None)`: all
-components, all samples, 5 folds, error bars. The last column is a report as it is by default, which
-looks at enough samples (in brackets), over a forward pass of all of them. States are at most 128 wide,
-the default; with 256, the default up to 0.2.0, the same six took 18.1, 8.57, 2.40, 2.01, 1.26 and 14.0
-passes on this machine ([what that decides](widths.md)).
+components, all samples, 5 folds, error bars, states of at most 128. The last column is a report as it is
+by default, which looks at enough samples (in brackets), over a forward pass of all of them.
 
 <!-- reports -->
 <!-- end -->
 
 Nine more processes gave 11.8 to 12.4 for the MLP's 4,096 samples, so the target is met in most and not
-in all; the version before gave 11.9 to 12.4 in turns with three of them, and 11.6 to 13.5 on other days:
-what differs is the machine. Its 50,000 samples took 6.46 to 6.57, and with the version before 6.57 to
-6.71. Six more processes gave 1.47 to 1.54 for the convolutions and 1.27 to 1.31 for ResNet-18.
+in all; its 50,000 samples took 6.46 to 6.57, the convolutions 1.47 to 1.54 and ResNet-18 1.27 to 1.31 in
+six. Another process gave a floor of 1.27 for the convolutions, and one of 5.32 for all 50,000 samples.
 
-Left alone, glibc hands back behind each layer the memory of states as large as those of the convolutions
-(12.8 MB each), in some processes, and in others not. It learns what to keep from the largest block that
-was freed, so each report frees one of 32 MiB first, which nobody wrote to. In turns with the version
-before, three processes each, the convolutions' own pass took 0.53 to 0.54 s for 1.03 to 1.05, their
-report 0.77 to 0.83 for 1.03 to 1.29, and a report of ResNet-18, whose pass alone was not concerned, 1.30
-to 1.31 passes for 1.39 to 1.46. Trainings of the demo's CNN, whose states are smaller, took as long with
-it.
-
-The floor is what the library calls alone take by which a report's numbers are defined, over the forward
-pass, each part the least of five runs: 1 for the pass itself; one pooling of each state and its
+**The floor** is what the library calls alone take by which a report's numbers are defined, over the
+forward pass, each part the least of five runs: 1 for the pass itself; one pooling of each state and its
 projection; the products of all states in float64; one eigendecomposition in float32 of the Gram matrix
 of the first 256 samples for each state wider than `max_dim`; and what each component takes. That is one
 eigendecomposition and one alignment of all samples, and for each of five folds a Cholesky factorisation
 and solution, the products of held-out errors (of the step, and of the chain behind it), a product and a
-factorisation for the volume, and a factorisation for the rank, all at most 128 wide. A target below its
-floor is out of reach. That of the convolutions is on it: another process gave a floor of 1.27, and one
-of 5.32 for all 50,000 samples.
+factorisation for the volume, and a factorisation for the rank, all at most 128 wide.
 
-Above the floor are, for each sample, copies, hashes that tell the folds and hooks in Python, and for
+**Above the floor** are, for each sample, copies, hashes that tell the folds and hooks in Python, and for
 each component the copies of moments less those of a fold, solutions under a second ridge weight, the
-inverse that a rank takes, and small operations. What drift is measured against is fitted when something
-is held against the report, not in each. Where matrices are up to 229 wide, all five folds are left out
-at once: credits of six layers take 0.70 (width 64), 0.79 (96), 0.86 (128), 0.84 (160) and 0.93 (192) of
-the time that one fold after the other takes, their point values 0.61, 0.74, 0.86, 0.83 and 0.86.
+inverse that a rank takes, and small operations.
 
-Symmetric products are made in strips, of 32 columns: 819 samples of width 128 take 0.44 ms, by one
-product 0.58; of width 256 1.45 and 2.19. A product of 819 samples of widths 128 and 10 takes 0.08 ms
-with the narrower one first, 0.17 the other way. 128 states of 32×28×28 are pooled to 4×4 cells in 0.57
-ms, strip by strip, and were in 1.4; those whose channels are last in memory by torch's own pooling (64
-of 64×56×56 in 4.9 ms, and in 33 by a product). Inputs are pooled by torch as well, for their bits tell
-the folds, and may not depend on the size of a batch.
+On the other processors, in one process each, ranges and floors in brackets:
 
-Of what was tried, these are not in the package, for they brought nothing (one thread, AVX-512):
-symmetric products by SciPy's `dsyrk`; pooling by view and mean on a grid that divides takes 2.3 ms
-where one product takes 0.3 (64 images of 64×16×16), which is as fast as a copy; the leading half of the
-eigenvectors of a Gram matrix takes twice as long as all of them; QR by Cholesky in the alignment would
-save a quarter of it where a network ends 256 wide, by the times of its parts, and nothing elsewhere.
-All folds at once take longer or as long where a state is 256 wide, for five matrices do not stay in the
-cache (point values of the MLP 1.3 of the time, on another day 0.94; therefore one by one there); ranks
-by eigenvalues alone take twice as long as by a Cholesky factor (2.8 ms against 1.3, by the times of its
-parts), whose inverse is found no faster by the routine made for it; all states side by side in one copy
-make products slower (38 ms against 30 for 4,096 samples of the MLP); sequences are pooled by a product
-as fast as now (0.34 ms against 0.36); grids of half as many cells (8 values a kept direction instead of
-16) make reports 1 to 4 % shorter and keep more of MiniLM's least state (0.71 instead of 0.57), but
-gains and nonlinearities of convolutions repeat 1.3 to 3 times less closely and drift marks 56 of 60
-faults instead of 58; a ridge weight put on in place did not move a report beyond noise. Standard errors
-of ranks take a fifth of the work over all folds; by their derivative they would be free, and 30 times
-too small for units that rarely wake; by the variances that are left along the directions of all samples
-they would take a third of the time, and be 6 to 90 times too small where units wake in one fold alone.
-Products in float32 would halve the largest part of an MLP's report; they are not used, for reasons
-given below.
+| report / forward | Zen 5, held to AVX2 | Zen 4 | Zen 3 |
+| --- | --- | --- | --- |
+| MLP, 4,096 samples | 11.9 (11.5 … 12.2; 6.56) | 14.0 (13.2 … 15.3; 6.87) | 14.8, 15.0, 15.8 (7.89) |
+| the same, 50,000 | 6.53 (6.33 … 6.64; 4.54) | 7.52 (6.05 … 8.14; 4.89) | 8.68 (5.22) |
+| the same, 50,000, of enough samples | 1.16 | 1.17 | 1.55 |
+| six convolutions | 1.30 (1.22 … 1.34; 1.16) | 1.36 (1.18) | 1.40 (1.18) |
+| ResNet-18 | 1.17 (1.16 … 1.20; 1.08) | 1.23 (1.10) | 1.16 to 1.21 (1.07) |
+| ViT-Tiny | 1.08 (1.05 … 1.08; 1.02) | 1.05 (1.04) | |
+| 100 layers of 768 | 3.52 (3.52 … 3.59; 2.02) | 4.05 (2.30) | |
 
-`Options(errors=False)` gives point values alone: a third less at the end of a report. Measurements of
-one network after another may keep their POD bases while these fit (within a hundredth of what they
-kept of all samples), which takes nearly all of the first samples' extra cost away.
+The targets were stated on a processor without AVX-512, so Zen 5 was held to AVX2 by the libraries' own
+switches (`MKL_ENABLE_INSTRUCTIONS`, `ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`); its first two rows,
+the convolutions and ResNet-18 are means of two processes. Beside other work, three processes on Zen 4
+gave 13.2 to 13.8 for the MLP and 7.14 to 7.30 for all of its samples, and held to AVX2 13.0 to 13.1 and
+7.25 to 7.79. On Zen 3, eight more gave 1.18 to 1.40 for the convolutions, by the page faults of the
+process; its first row is of three processes and ResNet-18 of two, beside other work; all but the first
+row were measured before alignments without each fold were made at once.
+
+**What makes it fast**, for who changes it:
+
+- Symmetric products are made in strips of 32 columns: 819 samples of width 128 take 0.44 ms, by one
+  product 0.58; of width 256 1.45 and 2.19. Of widths 128 and 10, they take 0.08 ms with the narrower one
+  first, 0.17 the other way.
+- States are copied by columns before products are made of them, for BLAS takes those of rows that lie
+  side by side faster (Zen 4: 819 samples of width 128 with themselves 0.45 ms for 0.52; the copy takes
+  0.06 ms more).
+- Operators, which solvers give by columns, are multiplied by rows: five products of 128 × 128 by 128 ×
+  10 take 0.16 ms for 1.2, directions of a basis in double precision from 256 rows of 2,048 26 ms for
+  46.
+- Where matrices are up to 229 wide, all five folds are left out at once: credits of six layers take 0.70
+  (width 64), 0.79 (96), 0.86 (128), 0.84 (160) and 0.93 (192) of the time that one fold after the other
+  takes, their point values 0.61, 0.74, 0.86, 0.83 and 0.86.
+- 128 states of 32×28×28 are pooled to 4×4 cells in 0.57 ms, strip by strip; those whose channels are
+  last in memory by torch's own pooling (64 of 64×56×56 in 4.9 ms, by a product in 33). Inputs are pooled
+  by torch as well, for their bits tell the folds, and may not depend on the size of a batch.
+- Each report frees a block of 32 MiB first, which nobody wrote to. glibc learns from the largest block
+  that was freed what to keep; left alone, it hands back behind each layer the memory of states as large
+  as those of the convolutions (12.8 MB each), in some processes, and their own pass takes 1.03 to 1.05 s
+  for 0.53 to 0.54.
+- What drift is measured against is fitted when something is held against the report, not in each.
+
+**What was tried and is not in the package** (one thread, AVX-512):
+
+- symmetric products by SciPy's `dsyrk`: nothing;
+- pooling by view and mean on a grid that divides: 2.3 ms where one product takes 0.3 (64 images of
+  64×16×16), which is as fast as a copy; sequences by a product: 0.34 ms against 0.36;
+- the leading half of the eigenvectors of a Gram matrix: twice as long as all of them;
+- QR by Cholesky in the alignment: a quarter of it less where a network ends 256 wide, nothing elsewhere;
+- all folds at once where a state is 256 wide: 1.3 of the time for the MLP's point values (on another day
+  0.94), for five matrices do not stay in the cache;
+- ranks by eigenvalues alone: 2.8 ms against 1.3 by a Cholesky factor, whose inverse is found no faster
+  by the routine made for it;
+- all states side by side in one copy: products slower (38 ms against 30 for 4,096 samples of the MLP);
+- grids of half as many cells (8 values a kept direction instead of 16): reports 1 to 4 % shorter, and
+  MiniLM's least state keeps .71 instead of .57, but gains and nonlinearities of convolutions repeat 1.3
+  to 3 times less closely, and drift marks 56 of 60 faults instead of 58;
+- a ridge weight put on in place: nothing beyond noise;
+- standard errors of ranks, a fifth of the work over all folds: by their derivative free, and 30 times
+  too small for units that rarely wake; by the variances that are left along the directions of all
+  samples a third of the time, and 6 to 90 times too small where units wake in one fold alone;
+- products in float32: half of the largest part of an MLP's report, and
+  [not exact enough](#operator-fit);
+- OpenBLAS, which NumPy and SciPy come with: 38 GFLOP/s for products of 819 samples of width 128 in
+  double precision, and 60 for a state with itself, where MKL runs at 24 to 28 (Zen 3; 70 in single). It
+  has threads of its own, which torch does not steer and which a training would meet.
 
 ## Watching a training
 
 `KoopmanCreditMonitor` watches the validation batches that Lightning runs anyway. What an epoch takes in
 which it measures, over the epochs between in which it does not (`every_n_epochs=2`, drift included, no
 figures, and no effects, which are measured where the budget has room; the MLP and the CNN are the
-demo's, on 898 and 2,500 digits; the transformer has 4 blocks of width 128 and reads 28 tokens, the
-small one 4 of width 64 and 8 tokens):
+demo's, on 898 and 2,500 digits; the transformer has 4 blocks of width 128 and reads 28 tokens, the small
+one 4 of width 64 and 8 tokens):
 
 <!-- epochs -->
 <!-- end -->
 
-Two more processes, beside other work, gave the CNN 1.22 and 1.23.
+Two more processes, beside other work, gave the CNN 1.22 and 1.23. Held to AVX2, the MLP took 2.71 (1.64
+… 3.62; floor 1.63), the CNN 1.16 (1.15 … 1.20; 1.05), the transformer 1.08 (1.03 … 1.11; 1.01). Two
+processes on Zen 4 gave 2.91 and 2.96, 1.21 and 1.19, and 1.06 and 1.09, before states were copied by
+columns.
 
-A measurement has a part that does not depend on the network's own work: some milliseconds per
-component, and the POD bases where a state is wider than `max_dim`. The floor holds, for each component,
-the calls to BLAS and LAPACK of point values (as above, without alignments of folds and their ranks) and
-of drift: an operator for each fold, and what it and the old one miss of that fold and of all samples.
-With the products of states, and of the demo with one drawing of its figures; bases, which are kept while
-they fit, hooks and rows are not in it. So the target of the MLP's epoch is below its floor, and that of
-the demo just above it. Point values choose no ridge weight anew without each fold, which takes
-0.7 of their time where weights are not settled, and drift copies no operators, 0.75 of what holding old
-against new took. With states of up to 256, the CNN took 1.51, the transformer 1.18 and the small one
-2.41 on this machine.
+A measurement has a part that does not depend on the network's own work: some milliseconds per component,
+and the POD bases where a state is wider than `max_dim`. **The floor** holds, for each component, the
+calls to BLAS and LAPACK of point values (as above, without alignments of folds and their ranks) and of
+drift: an operator for each fold, and what it and the old one miss of that fold and of all samples. With
+the products of states, and of the demo with one drawing of its figures; bases, which are kept while they
+fit, hooks and rows are not in it. So the target of the MLP's epoch is below its floor, and that of the
+demo just above it. Of a measurement of the demo, 90 of some 155 ms are linear algebra (floor 41) and at
+most 20 the first pass, which each measurement follows anew (Zen 3): what a network does may change with
+the epoch, and nothing but following it shows that.
 
-So by default not every epoch is measured: all of watching, with effects, figures and the report at the
-end, may take 5 % of the training's time (`max_overhead=0.05`), and 1.5 seconds in any case. The demo
-trains for less than two, so the 1.5 are what decides there; it then gets 5 to 28 measurements, by what
-else the machine does. With each epoch measured, of 2.7 s that were counted on a busy machine, 1.1 were
-thirty reports, 0.7 drift, 0.3 rows and products, and 0.3 figures (2.1 before they were drawn with fewer
-texts, fewer pixels and three instead of six at a time):
+So by default not every epoch is measured. The demo trains for less than two seconds, so the 1.5 that
+watching may take in any case are what decides there; it then gets 5 to 28 measurements, by what else the
+machine does:
 
 <!-- demo -->
 <!-- end -->
+
+On Zen 4, two processes gave 3.29 and 3.09 with every epoch measured (floor 1.85), and 2.32 and 2.23 by
+default.
 
 Longer trainings, with the monitor as it is by default, TensorBoard and figures. The two take turns, an
 epoch each, in both orders; the CNN beside other work, the transformer with nothing beside it (with tests
@@ -123,88 +175,37 @@ on the other core it gave 1.056, of which 0.031 were not counted):
 <!-- minutes -->
 <!-- end -->
 
-Epochs of the two stand beside each other, so that each pair tells what a watched one takes more than
-what the monitor counts as its own (`koopman/overhead`, here by processor seconds of its turns): that is
-*not counted*, and the error of both columns is that of these differences. By themselves, epochs of one
-and the same training differ by more than all that watching takes: those of the CNN took 1.26 to 1.72
-processor seconds within a minute, beside neighbours on the same core. Of two trainings that take turns
-and of which neither is watched, the second took 2.6 % more (CNN, 24 epochs), and 6 ± 3 % more
-(transformer, 14 epochs); so both orders count, and errors below one percent take long trainings.
+*Not counted* is what a watched epoch takes more than the one beside it, less what the monitor counts as
+its own (`koopman/overhead`, here by processor seconds of its turns); the error of both columns is that
+of these differences. It is what the training must fetch again behind a measurement: caches, and memory
+that was handed back to the system, which it is after the 1st, 2nd, 4th, 8th … measurement alone (15,000
+page faults for the CNN, at 1 to 2 µs each). Where every second epoch is measured, measured ones take as
+much more as is counted: 0.101 and 0.102 s (MLP), 0.366 and 0.347 s (CNN), 0.389 and 0.383 s (small
+transformer); those between have no more page faults or collections of garbage than without a monitor.
+Six tenths of `max_overhead` are planned to be spent, for not all can be counted.
 
-Where every second epoch is measured, what measured epochs take more than their neighbours is what is
-counted: 0.101 and 0.102 s (MLP), 0.366 and 0.347 s (CNN), 0.389 and 0.383 s (small transformer). Epochs
-between, in which nothing is measured, have no page faults more and no collections of garbage more than
-without a monitor. What is not counted is what the training must fetch again behind a measurement:
-caches, and memory that was handed back to the system, which it is after the 1st, 2nd, 4th, 8th …
-measurement alone (15,000 page faults for the CNN, at 1 to 2 µs each).
+How far such figures can be trusted: epochs of one and the same training took 1.26 to 1.72 processor
+seconds within a minute (CNN), beside neighbours on the same core. Of two trainings that take turns and
+of which neither is watched, the second took 2.6 % more (CNN, 24 epochs), and 6 ± 3 % more (transformer,
+14 epochs); so both orders count, and errors below one percent take long trainings. Two processes that
+train alike differ by up to 3 % for as long as they live, by where their memory lies. Over twelve pairs
+of processes, with states of up to 256 (CNN, 60 epochs each), what the monitor does not count was 1.3 ±
+0.5 % of an epoch, of which a callback that does nothing costs about 0.5 (2.5 ms for its 260 calls).
 
-Two processes that train alike differ by up to 3 % for as long as they live, whatever is watched, by
-where their memory lies. So twelve pairs of processes were let take turns, with states of up to 256 (CNN,
-60 epochs each): what the monitor does not count was 1.3 ± 0.5 % of an epoch, of which a callback that
-does nothing costs about 0.5 (2.5 ms for its 260 calls). Therefore six tenths of `max_overhead` are
-planned to be spent; it was eight, then seven, with which the CNN took 1.052 and the transformer 1.027.
-Pairs go on to differ: that of the CNN said 1.8 % then, another one, of 110 epochs, 0.4 ± 0.4 % less than
-nothing.
+## How to make it cheaper
 
-## Without AVX-512
-
-The targets were stated on a processor without AVX-512. Held to AVX2 by the libraries' own switches
-(`MKL_ENABLE_INSTRUCTIONS`, `ATEN_CPU_CAPABILITY`, `ONEDNN_MAX_CPU_ISA`), the same machine gave (the
-first two, the convolutions and ResNet-18 as means of two processes, the others measured before):
-
-| figure | ratio (range) | floor | target |  |
-| --- | --- | --- | --- | --- |
-| report / forward: MLP, 4,096 samples | 11.9 (11.5 … 12.2) | 6.56 | ≤ 12 | met |
-| the same, 50,000 | 6.53 (6.33 … 6.64) | 4.54 | ≤ 5 | **missed** |
-| the same, 50,000, of enough samples | 1.16 |  | ≤ 5 | met |
-| six convolutions | 1.30 (1.22 … 1.34) | 1.16 | ≤ 1.25 | **missed** |
-| ResNet-18 | 1.17 (1.16 … 1.20) | 1.08 | ≤ 1.3 | met |
-| ViT-Tiny | 1.08 (1.05 … 1.08) | 1.02 | ≤ 1.15 | met |
-| 100 layers of 768 | 3.52 (3.52 … 3.59) | 2.02 | ≤ 6 | met |
-| epoch measured / not: MLP | 2.71 (1.64 … 3.62) | 1.63 | ≤ 1.5 | **missed**, below the floor |
-| CNN | 1.16 (1.15 … 1.20) | 1.05 | ≤ 1.25 | met |
-| transformer | 1.08 (1.03 … 1.11) | 1.01 | ≤ 1.06 | **missed** |
-
-On a processor that has no AVX-512 at all (AMD EPYC, Zen 3), reports took more of a pass, in one process
-each: the MLP's 4,096 samples 15.2 (14.8 … 15.9; floor 7.89) and 15.4 to 16.9 in ten more beside other
-work, so the target of 12 is **missed** there; all 50,000 samples 8.68 (floor 5.22, above the target),
-of enough samples 1.55; the convolutions 1.40 (floor 1.18; eight more gave 1.18 to 1.40, by the page
-faults of the process), ResNet-18 1.18 (floor 1.07). Its products of 819 samples of width 128 run at 24
-to 28 GFLOP/s in double precision by MKL, and at 70 in single; OpenBLAS, which NumPy and SciPy come
-with, reaches 38, and 60 for a state with itself. It is not used, for it has threads of its own, which
-torch does not steer and which a training would meet. Since then the first pass follows more of what a
-network does: in turns with the version before, beside other work, three processes each gave 16.5 to
-17.9 for the MLP's 4,096 samples, and 15.5 to 16.3; two each for ResNet-18 1.16 to 1.21, and 1.18. Since
-alignments without each fold are made at once, and the rows that a basis is fitted to are added up with
-those that follow, the MLP takes 14.8, 15.0 and 15.8 in turns with 16.0, 16.4 and 16.0 before.
-
-Solvers give operators by columns, and a product of two such ones runs in the slowest way there is: five
-of 128 × 128 by 128 × 10 took 1.2 ms, and take 0.16 since they are made by rows; the MLP's credits take
-35, 36 and 41 ms for 38, 40 and 55 (the least of 60, three processes each, beside other work). The
-directions of a basis in double precision were made in that way, too; from 256 rows of 2,048 they take
-26 ms for 46, which three of the five states of a trained transformer need at each measurement.
-
-Of a measurement of the demo, 90 of some 155 ms are linear algebra (floor 41) and at most 20 the first
-pass, which each measurement follows anew: what a network does may change with the epoch, and nothing
-but following it shows that.
-
-On a third machine (AMD EPYC, Zen 4, which has AVX-512 at half the width), in one process with nothing
-beside it: the MLP's 4,096 samples 13.2 (12.8 … 52.3; floor 7.26), so **missed** there, all 50,000 7.93
-(4.95), of enough samples 1.17; the convolutions 1.35 (1.20), ResNet-18 1.20 (1.10), ViT-Tiny 1.12
-(1.04), 100 layers 4.00 (2.34). An epoch measured over others: MLP 2.91 (1.66), CNN 1.21 (1.06), the
-transformer 1.06 (1.01). The demo with every epoch measured took 3.29 times as long as without (floor
-1.85), by default 2.32. Another process, with other work on the other core, gave 13.0, 7.48, 1.40, 1.23,
-1.13 and 4.22; 2.96, 1.19 and 1.09; 3.09 and 2.23.
-
-Since then each state is copied by columns before products are made of it, for BLAS takes those of rows
-that lie side by side faster, both on this machine (819 samples of width 128 with themselves 0.45 ms for
-0.52, of 128 by 128 0.60 for 0.69, of 128 by 10 0.09 for 0.11; the copy takes 0.06 ms more). In turns
-with the version before, beside other work, three processes each: the MLP's 4,096 samples 13.2 to 13.8
-for 13.9 to 14.2, all 50,000 7.14 to 7.30 for 7.60 to 7.70; held to AVX2 13.0 to 13.1 for 13.5 to 14.9,
-and 7.25 to 7.79 for 7.77 to 7.99. A hundred layers took as long (3.98 to 4.44 for 4.05 to 4.26). With
-nothing beside it, on another day than the first figures, one process gave 14.0 (13.2 … 15.3; floor 6.87)
-and 7.52 (6.05 … 8.14; 4.89), so both are **missed** here; the convolutions 1.36 (1.18), ResNet-18 1.23
-(1.10), ViT-Tiny 1.05 (1.04), 100 layers 4.05 (2.30).
+- **Fewer samples.** Reports look at enough of them by default: those of the MLP's 50,000 take 0.99 of a
+  pass, not 6.3. `max_samples` sets a bound, `max_samples=None` takes all.
+- **Point values alone**, `Options(errors=False)`: a third less at the end of a report. The monitor's
+  reports are so until the last.
+- **Narrower states**, `max_dim`: with 256, the six networks of the first table took 18.1, 8.57, 2.40,
+  2.01, 1.26 and 14.0 passes, and epochs of the CNN 1.51, of the transformer 1.18, of the small one 2.41.
+  [What that decides](widths.md).
+- **Fewer measurements**, `max_overhead` and `every_n_epochs`, or less in each: of 2.7 s that were
+  counted in the demo with each epoch measured, on a busy machine, 1.1 were thirty reports, 0.7 drift
+  (`drift=False`), 0.3 rows and products, and 0.3 figures (`figures=False`).
+- Measurements of one network after another keep their POD bases while these fit (within a hundredth of
+  what they kept of all samples), which takes nearly all of the first samples' extra cost away.
 
 ## Against Captum
 
@@ -251,12 +252,10 @@ Networks of layers of one width with ReLUs, peak on top of a forward pass:
 <!-- memory -->
 <!-- end -->
 
-What is kept is the same for any number of samples. Peaks are those with glibc's mapping threshold fixed
-(`MALLOC_MMAP_THRESHOLD_=131072`): left alone, it moves with what was freed before, and decides which
-blocks of half a MiB, of which a report has hundreds, are given back at once. That was why peaks of one
-and the same report lay on two levels, 2 to 10 % apart: in an earlier version, seven runs gave 184 to 197
-MiB for 12 components of width 256 and 2,000 samples, and three with the threshold fixed 186.5 to 187.8.
-Peaks of these tables are of 30 November 2026, the seconds beside them of two and three days before.
+Peaks are those with glibc's mapping threshold fixed (`MALLOC_MMAP_THRESHOLD_=131072`): left alone, it
+moves with what was freed before, decides which blocks of half a MiB, of which a report has hundreds, are
+given back at once, and puts peaks of one and the same report on two levels, 2 to 10 % apart. Peaks of
+these tables are of 30 November 2026, the seconds beside them of two and three days before.
 Where all operators without each fold have 2^20 entries or fewer (up to 12 components of width 128, at 5
 folds), they are aligned at once, in less time and in up to 13 MiB more (10 of 45 with 6 components).
 
