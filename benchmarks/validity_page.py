@@ -373,11 +373,10 @@ number of the chain of operators. Of the chain's numbers, `nonlinearity` predict
 it as a description of the chain of operators. It does not know how far an alteration moves the
 component's own output.
 
-**What changed with the defaults.** In 0.1.0 a prediction took 20 draws of weights and all outputs, and
-led on weight noise too (.96 against .93). Since 0.2.0 it takes one draw per batch and two random
-combinations of the outputs. States are at most 128 wide, not 256: the same networks gave
-`nonlinearity` .83 on the linear swap with 256, and `sensitivity` .49 on output noise where it has .22
-now."""
+**What the defaults cost.** A prediction takes one draw of weights per batch and two random combinations
+of the outputs; with 20 draws and all outputs, as in 0.1.0, it led on weight noise too (.96 against
+.93). States are at most 128 wide; with 256, `nonlinearity` had .83 on the linear swap, and
+`sensitivity` .49 on output noise where it has .22."""
 
 PROTOCOL = """## Protocol, and where it bent
 
@@ -391,8 +390,7 @@ PROTOCOL = """## Protocol, and where it bent
   `output_noise`: 0.3 of each unit's, 5 draws. `skip`: the input in place of the output, or the
   output's mean where shapes differ. Two sets of draws each.
 - **Halves.** A was for tuning. B: other architectures, other seeds. Both were fixed before any
-  effect was measured. C was written later, for the reason below. (So they are thirds; the name
-  stayed.)
+  effect was measured. C was written later, for the reason below.
 - **Tuning** happened on A alone, and widely: about 30 matched variants, some 140 weighted or closed
   chains, and over 500 mixtures for one credit. A's figures of whatever was picked there are
   optimistic.
@@ -406,11 +404,10 @@ PROTOCOL = """## Protocol, and where it bent
 - C is therefore the clean test of `tangent energy` and `closed metric`; B and C are both clean for
   `tangent volume5`. In "B and C" the first two carry B's selection. The chain's numbers were
   tuned on none of these networks.
-- **This page is a repetition**, by code written anew with the same definitions, networks and seeds;
-  `predicted effect` comes from the package as a user would call it, with its defaults. The numbers
-  without backward passes use other draws
-  than the scoring that counted, and the known covariance of output noise in place of draws. On a
-  single network that moves the correlation of `closed metric` by up to .22 and those of the two
+- **This page is a repetition** of the scoring that counted, with the same definitions, networks and
+  seeds; `predicted effect` comes from the package as a user would call it, with its defaults. The
+  numbers without backward passes use other draws, and the known covariance of output noise. On a single
+  network that moves the correlation of `closed metric` by up to .22 and those of the two
   other chain numbers by up to .51; the mean of a half by up to .02 and .04. All others agree.
   Numbers that were never frozen (everything else in the tables) are descriptions.
 - "Best baseline" is picked per set with hindsight, in the baselines' favour. "Best number of the
@@ -430,7 +427,7 @@ AFTER = """How to read this:
   noise themselves. `predicted effect` equals them there and does not beat them. They were added
   after the list of baselines was drawn up; against the list alone it would seem to win.
 - **Skip** is a tie, with an error of .14: `predicted effect` is far ahead on some architectures and
-  far behind on others. It is no longer what a user reads first: `skip` is measured.
+  far behind on others. What a user reads first is measured.
 - **Leads.** Over B and C together the lead of `tangent volume5` over gradient × weight is about one
   standard error over architectures. It has the same sign on every set; that is all. `nonlinearity`
   is ahead on the linear swap on every set, within its error on B and C."""
@@ -472,8 +469,7 @@ Measured on half A while the candidates were looked for, not by this script:
   vary together. A chain of single operators can hold neither. Mean Jacobians of each class (.73,
   .66) recover part.
 - **Credit as the log-volume of J alone**, in any coordinates tried (plain, whitened, scaled by
-  units' deviations): mean of five at most .55. It does not know how far an alteration moves the
-  component's own output.
+  units' deviations): mean of five at most .55, for the same reason as the report's `credit`.
 - Weighting samples by F in the fit, carrying weights backward, more or larger noise: no gain over
   `closed metric`. Other closures were worse (.35 to .64 against .65), one of them only barely.
 - KL of the shifted logits in place of the quadratic form: helped `reinit` on A and hurt `skip`; the
