@@ -617,7 +617,7 @@ class Measurement(Accumulator):
         """Class and number of parameters of each component's module, as fields of the report."""
         return {
             "types": tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
-            "parameters": tuple(map(self.capture.n_weights, self._calls())),
+            "parameters": self.capture.n_weights(self._calls()),
         }
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components, n_weights, named_components
+from lightning_koopman.network.components import Components, clean_name, n_weights, named_components
 from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
-from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.hook_points import attach
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
@@ -166,10 +166,13 @@ def describe_components(
         valid=valid,
     )
     notes = plan.told() + capture.told(silent)
+    shown = [record for record in records if record.name in capture.parts]
+    sizes = capture.n_weights([record.name] for record in shown)
+    modules = {clean_name(name): module for name, module in model.named_modules()}
+    kinds = [type(modules[module_of(record.name)]).__name__ for record in shown]
     rows = tuple(
-        _row(capture, model, record, plan, taken, valid)
-        for record in records
-        if record.name in capture.parts
+        _row(record, kind, size, plan, taken, valid)
+        for record, kind, size in zip(shown, kinds, sizes, strict=True)
     )
     return Overview(rows, tuple(notes), total, max_dim, run=True)
 
@@ -198,21 +201,19 @@ def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:
 
 
 def _row(
-    capture: Capture,
-    model: nn.Module,
     record: Recorded,
+    kind: str,
+    size: int,
     plan: Plan,
     taken: dict[str, tuple[int, ...]],
     valid: Valid,
 ) -> ComponentRow:
-    module, _ = find_module(model, record.name)
     state = next((n for n, g in zip(plan.names, plan.states, strict=True) if record.name in g), None)
     shape = tuple(record.tensor.shape)
     width = None
     if state is not None:
         form = plan.forms[record.name]
         width = form.rows(record.tensor, valid.get(form.padding or "")).shape[1]
-    kind, size = type(module).__name__, capture.n_weights([record.name])
     return ComponentRow(record.name, kind, size, taken.get(record.name), shape, width, state)
 
 

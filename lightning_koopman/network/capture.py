@@ -639,11 +639,11 @@ class Capture:
         elif any(module is other for other in self._transparent):
             self._on_transparent(module, args, kwargs, output)
 
-    def n_weights(self, calls: Iterable[str]) -> int:
-        """Count the parameters of the components that some calls are of, of norms behind a layer too."""
+    def n_weights(self, components: Iterable[Iterable[str]]) -> tuple[int, ...]:
+        """Count the parameters of components, each given by its calls, with norms behind a layer."""
         modules = dict(clean_modules(self._model)) | self.components
-        names = {module_of(part) for call in calls for part in self.parts.get(call, (call,))}
-        return n_weights(*(modules[name] for name in names if name in modules))
+        parts = [{module_of(p) for c in calls for p in self.parts.get(c, (c,))} for calls in components]
+        return tuple(n_weights(*(modules[n] for n in names if n in modules)) for names in parts)
 
     def homeless(self, silent: Collection[str]) -> dict[str, int]:
         """Count the parameters that are in no component, by name, where components were not named."""

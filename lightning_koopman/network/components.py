@@ -56,7 +56,7 @@ def first_name(model: nn.Module, name: str) -> str:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Find the module that the user wrote inside of wrappers."""
-    inner = next((part for name, part in module.named_children() if name in _WRAPPED), None)
+    inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
     return module if inner is None else unwrapped(inner)
 
 

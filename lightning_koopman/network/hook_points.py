@@ -18,7 +18,7 @@ from torch.distributions import Distribution
 from torch.jit import ScriptModule
 from torch.utils.hooks import RemovableHandle
 
-from lightning_koopman.network.components import clean_name
+from lightning_koopman.network.components import unwrapped
 from lightning_koopman.network.isolation import has_compiled_functions
 from lightning_koopman.network.provenance import seconds_following
 from lightning_koopman.network.shared_memory import further_tensors, same_view
@@ -328,14 +328,17 @@ Where the network differentiates what the call gave, what was read is in its gra
 
 def find_module(model: nn.Module, call: str) -> tuple[nn.Module, int]:
     """Resolve a module call."""
-    modules = {clean_name(name): module for name, module in model.named_modules()}
     name, _, number = call.partition("#")
-    if name not in modules:
-        raise ValueError(
-            f"{type(model).__name__} has no module {name!r}, which the report names. Pass the model "
-            "that the report was measured on."
-        )
-    return modules[name], int(number or 0)
+    found = unwrapped(model)
+    for part in name.split(".") if name else ():
+        # What TorchScript keeps modules in has no `get`.
+        if part not in found._modules or (inner := found._modules[part]) is None:
+            raise ValueError(
+                f"{type(model).__name__} has no module {name!r}, which the report names. Pass the model "
+                "that the report was measured on."
+            )
+        found = unwrapped(inner)
+    return found, int(number or 0)
 
 
 def replace_tensor(value: Any, old: Tensor, new: Tensor) -> Any:

@@ -579,17 +579,19 @@ def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]], inputs: Collection[st
             f"components side by side were joined into one state: {listed(joined)}; their credit is "
             "shared"
         )
-    skips = []
+    skips, beyond = [], []
     for i, (read, left) in enumerate(zip(plan.links, cut, strict=True), start=1):
         further = [plan.names[p] for p in read if p != i - 1]
         kept = [plan.names[p] for p in left if p != i - 1]
         if kept:
             skips.append(f"{plan.names[i]} reads {', '.join(reversed(kept))} too")
         if len(further) > len(kept):
-            notes.append(
-                f"{plan.names[i]!r} reads {len(further) + 1} states; the furthest "
-                f"{len(further) - len(kept)} were left out"
-            )
+            beyond.append(f"{plan.names[i]} ({len(left)} of {len(read)})")
+    if beyond:
+        notes.append(
+            "of many states, operators read the nearest, and what only the others bring counts as "
+            f"unexplained: {listed(beyond)}"
+        )
     if skips:
         notes.append(f"the data skips components, and the operators follow it: {listed(skips, '; ')}")
     return notes

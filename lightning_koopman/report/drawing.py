@@ -300,6 +300,8 @@ def name_rows(axis: Any, components: Sequence[str]) -> None:
     """Write the names of components beside their rows, some of them where they are many."""
     step = -(-len(components) // MOST_LABELS)
     axis.set_yticks(range(0, len(components), step), components[::step])
+    # A share of many rows is more than a row.
+    axis.margins(y=min(0.05, 0.4 / len(components)))
 
 
 def height_of(rows: int, each: float, rest: float) -> float:

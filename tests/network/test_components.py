@@ -16,6 +16,7 @@ from lightning_koopman.network.components import (
     transparent_modules,
     unwrapped,
 )
+from lightning_koopman.network.hook_points import find_module
 
 
 class Block(nn.Module):
@@ -480,3 +481,39 @@ def test_names_that_read_like_calls_are_refused():
     ):
         named_components(model)
     assert list(named_components(model, "block")) == ["block"]
+
+
+def test_the_time_that_modules_are_looked_up_in_grows_with_their_number_not_with_its_square(monkeypatch):
+    visits = []
+
+    def named_modules(self, *args, **kwargs):
+        for found in ordinary(self, *args, **kwargs):
+            visits.append(found)
+            yield found
+
+    ordinary = nn.Module.named_modules
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+
+    def visited(depth: int) -> int:
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(depth)))
+        visits.clear()
+        report = credit_report(net, torch.randn(120, 3).split(40), options=Options(errors=False))
+        assert report.parameters == (12,) * depth
+        return len(visits)
+
+    # With its square, it would be sixteen times.
+    assert visited(40) < 6 * visited(10)
+
+
+def test_a_call_is_found_through_wrappers_and_in_scripted_modules_or_refused_by_name():
+    inner = mlp()
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 3)))
+    body = Wrapper("_orig_mod", Net(a=Wrapper("_fsdp_wrapped_module", inner)))
+    net = Net(body=body, scripted=scripted)
+    assert find_module(net, "body.a.3#2") == (inner[3], 2)
+    assert find_module(Wrapper("_orig_mod", net), "body.a") == (inner, 0)
+    assert find_module(net, "scripted.0")[0].weight.shape == (3, 4)
+    for name in ("body.b", "scripted.1", "body.a.0.weight"):
+        with pytest.raises(ValueError, match=f"Net has no module '{name}', which the report names"):
+            find_module(net, name)
