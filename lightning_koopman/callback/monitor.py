@@ -130,7 +130,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
     over them are refused.
 
     Args:
-        components: Names or glob patterns of ``pl_module.named_modules()``; ``None`` chooses.
+        components: Names or glob patterns of ``pl_module.named_modules()``, of whose matches the
+            outermost count; ``None`` chooses.
         figures: Whether loggers that take them get figures, a closing table and, in TensorBoard, a run
             per component, which gives each a colour of its own, and a text on what the charts show.
         effects: Which effects of altering each component on the outputs are measured, out of ``"skip"``,

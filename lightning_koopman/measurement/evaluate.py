@@ -58,8 +58,8 @@ def credit_report(
         model: Any module; Lightning is not needed.
         batches: Iterable of tensors, of tuples whose first entry is the input, of mappings of keyword
             arguments, or of whatever the model takes whole; a ``DataLoader`` is one.
-        components: Names or glob patterns of ``model.named_modules()``, types of modules, or a depth in
-            the module tree; ``None`` chooses.
+        components: Names or glob patterns of ``model.named_modules()``, types of modules, of whose
+            matches the outermost count, or a depth in the module tree; ``None`` chooses.
         forward_fn: Called as ``forward_fn(model, batch)``; ``None`` calls the model on the input.
         max_samples: Most samples to look at; ``"enough"`` as told above, ``None`` all.
         step: Training step the weights belong to, for the report.

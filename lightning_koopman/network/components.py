@@ -249,8 +249,12 @@ class _Tree:
 def _is_container(module: nn.Module) -> bool:
     """Check whether a module is a container that computes with no weights of its own."""
     own = next(module.parameters(recurse=False), None) is not None
-    called = type(module).forward is not nn.Module.forward
-    return isinstance(module, _CONTAINERS) and not (own and called)
+    return isinstance(module, _CONTAINERS) and (_is_list(module) or not own)
+
+
+def _is_list(module: nn.Module) -> bool:
+    """Check whether a module is a list or a dictionary of others, which is never called."""
+    return isinstance(module, _UNCALLED) and type(module).forward is nn.Module.forward
 
 
 def _is_only_norm(module: nn.Module) -> bool:
@@ -318,7 +322,7 @@ def _weighted_leaves(module: nn.Module) -> int:
 
 
 Components = str | type[nn.Module] | int
-"""A name or glob pattern, a type, or a depth in the module tree."""
+"""A name, a glob pattern or a type, whose outermost matches count, or a depth in the module tree."""
 
 
 def named_components(
@@ -541,11 +545,11 @@ def _matching(
     found: set[str] = set()
     for item in wanted:
         if isinstance(item, str):
-            matches = {name for name in modules if name == item or fnmatchcase(name, item)}
-            matches |= {first_name(model, item)} & modules.keys()
+            matches = {first_name(model, item)} & modules.keys()
+            matches |= _outermost({n: m for n, m in modules.items() if fnmatchcase(n, item)})
             trouble = f"no module is called {item!r}. {hint(item, modules)}"
         elif isinstance(item, type) and issubclass(item, nn.Module):
-            matches = {name for name, module in modules.items() if isinstance(module, item)}
+            matches = _outermost({n: m for n, m in modules.items() if isinstance(m, item)})
             kinds = sorted({type(module).__name__ for module in modules.values()})
             trouble = f"no module is of type {item.__name__}. The model has {', '.join(kinds)}."
         elif isinstance(item, int) and not isinstance(item, bool):
@@ -565,6 +569,13 @@ def _matching(
             raise ValueError(trouble)
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
+
+
+def _outermost(found: dict[str, nn.Module]) -> set[str]:
+    """Leave out lists that hold others, for they are never called, and what is part of others."""
+    called = {name: m for name, m in found.items() if not _is_list(m)} or found
+    inside = _inside(called.values())
+    return {name for name, module in called.items() if id(module) not in inside}
 
 
 def _at_depth(modules: dict[str, nn.Module], depth: int) -> set[str]:

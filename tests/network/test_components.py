@@ -245,6 +245,25 @@ def test_nested_components_are_refused():
         named_components(model, ["stages", "stages.*.bn"])
 
 
+@pytest.mark.parametrize(
+    ("wanted", "names"),
+    [
+        ("blocks.*", [f"blocks.{i}" for i in range(12)]),
+        ("*", ["stem", *(f"blocks.{i}" for i in range(12)), "head"]),
+        ("blocks.1*", ["blocks.1", "blocks.10", "blocks.11"]),
+        ("blocks.*.conv", [f"blocks.{i}.conv" for i in range(12)]),
+        (nn.Sequential, ["stem", "head"]),
+        (["stem.*", "head.0"], ["stem.0", "stem.1", "head.0"]),
+        ("bl*s", ["blocks"]),
+    ],
+)
+def test_of_what_a_pattern_or_a_type_matches_the_outermost_modules_count(wanted, names):
+    stem = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3)))
+    blocks = nn.ModuleList(Block() for _ in range(12))
+    model = Net(stem=stem, blocks=blocks, head=nn.Sequential(nn.Sequential(nn.Linear(4, 2))))
+    assert list(named_components(model, wanted)) == names
+
+
 def test_nested_components_are_found_whatever_sorts_between_them():
     model = Net(**{"a": nn.Sequential(nn.Linear(2, 2)), "a-b": nn.Linear(2, 2)})
     with pytest.raises(ValueError, match=r"components overlap: 'a\.0' is part of 'a'"):
