@@ -133,6 +133,35 @@ def state_ranks(whole: Split, steps: Sequence[Step]) -> tuple[Tensor, list[int]]
     return torch.tensor(ranks, dtype=torch.float64, device="cpu"), known
 
 
+def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> tuple[int, ...]:
+    """Find components whose states those beside them tell too, where ``known`` directions vary.
+
+    Which of the states a step goes by is then no matter of data, but of the ridge weight alone.
+    """
+    layout, found = whole.layout, set[int]()
+
+    def n_alive(states: Sequence[int]) -> int:
+        return int(alive(torch.linalg.eigvalsh(whole.train.beside(states))).sum())
+
+    above: list[set[int]] = [set()]
+    for i, step in enumerate(steps, start=1):
+        read = layout.parents[i]
+        above.append(set(read).union(*(above[p] for p in read)))
+        # Of fewer samples than directions, each looks like a sum of others.
+        if len(read) == 1 or sum(layout.dims[p] for p in read) >= whole.count:
+            continue
+        ranks = {p: known[p - 1] if p else n_alive([p]) for p in read}
+        if len(step.values) == sum(ranks.values()):
+            continue
+        for p in filter(None, read):
+            # What a state is made of has its say through that state as well, which changes no credit.
+            beside = [q for q in read if q != p and p not in above[q]]
+            shared = ranks[p] + n_alive(beside) - n_alive([*beside, p]) if beside else 0
+            if 2 * shared >= ranks[p] > 0:
+                found.add(p)
+    return tuple(sorted(found))
+
+
 def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
     """Count the same without each fold, ``(folds, L)``, where ``known`` directions vary at all."""
     ranks = torch.zeros(len(split.train.count), len(known), dtype=torch.float64, device="cpu")
@@ -203,10 +232,11 @@ class Credits:
         total: Log-volume of the whole network, in nats per direction.
         total_stderr: Its standard error.
         stable: Whether the credit moves by no more than :data:`MAX_RIDGE_SHIFT`, or its error, when
-            every ridge weight moves tenfold.
+            every ridge weight moves tenfold, and it is not undetermined.
         operators: One per component; where it reads several states, its regressors are these states
             side by side, the nearest first.
         alignment: The aligned chain over all samples.
+        undetermined: Indices of the components whose states others tell that are read beside them.
         lost: Indices of the components behind which an output direction stops to matter.
         dropped: The output directions that are lost there: units of ``targets`` where these were given,
             else places among the leading POD directions, from 0.
@@ -220,6 +250,7 @@ class Credits:
     stable: Tensor
     operators: tuple[KoopmanOperator, ...]
     alignment: Alignment
+    undetermined: tuple[int, ...]
     lost: tuple[int, ...]
     dropped: tuple[int, ...]
 
@@ -286,15 +317,19 @@ def compute_credits(
         ):
             stderr[name] = (stderr[name].square() + extra.square()).sqrt()
     allowed = stderr["credit"].nan_to_num(0) if not errors else stderr["credit"]
+    stable = (shift - values["credit"]).abs() <= allowed.clamp_min(MAX_RIDGE_SHIFT)
+    beside = undetermined(whole, steps, known)
+    stable[[i - 1 for i in beside]] = False
     return Credits(
         values={name: values[name] for name in QUANTITIES},
         stderr={name: stderr[name] for name in QUANTITIES},
         volumes=chain.log_volumes[1:],
         total=float(values["total"]),
         total_stderr=float(stderr["total"]),
-        stable=(shift - values["credit"]).abs() <= allowed.clamp_min(MAX_RIDGE_SHIFT),
+        stable=stable,
         operators=_operators(layout, moments, whole, steps, values["r2"], normalize, center),
         alignment=chain,
+        undetermined=beside,
         lost=chain.lost,
         dropped=tuple((targets or range(asked))[c] for c in range(asked) if c not in kept),
     )

@@ -72,7 +72,8 @@ class ReportFields:
 
         The words are ``r2`` (its own operator fits badly), ``chain_r2`` (the chain behind it does),
         ``ridge`` (the credit moves by more than half a nat, and its error, when the ridge weight moves
-        tenfold) and ``lost`` (no output direction can be followed back to it).
+        tenfold, or what is read beside it tells the same) and ``lost`` (no output direction can be
+        followed back to it).
         """
         marks = {
             "r2": ~(self.r2 >= MIN_R2),  # also where it is NaN

@@ -62,7 +62,7 @@ class CreditReport(ReportFields):
         tikhonov: Ridge weight of each operator, in units of its regressors' mean variance.
         condition: Ratio of the largest to the smallest kept variance of each operator's regressors.
         stable: Whether the credit moves by no more than half a nat, or its error, when every ridge
-            weight moves tenfold.
+            weight moves tenfold, and what is read beside the component does not tell the same.
         notes: What a reader must know: dropped directions, silent components, too few samples.
         operators: Koopman operator of each component; empty in a report read from JSON.
         step: Training step the weights belong to, if known.
@@ -292,6 +292,12 @@ def build_report(
             f"{credits.alignment.rank} output directions reach back to the input; others "
             f"({_spans(credits.dropped)}) are lost at {', '.join(map(repr, lost)) or 'the input'} and "
             "were dropped"
+        )
+    if told := [components[i - 1] for i in credits.undetermined]:
+        notes.append(
+            f"states that are read beside {', '.join(map(repr, told))} tell the same, so that the ridge "
+            "weight, not the data, says which of them counts: in doubt are its credit, its gain and "
+            "that of what reads it"
         )
     values: dict[str, Any] = {name: _numpy(tensor) for name, tensor in credits.values.items()}
     return CreditReport(

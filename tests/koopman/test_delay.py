@@ -87,6 +87,59 @@ def _linear_blocks(net: Residual, x: Tensor) -> Tensor:
     return x
 
 
+class Branch(nn.Module):
+    """A branch beside a skip connection, then a head that reads their sum or both."""
+
+    def __init__(self, inner: nn.Module | None = None, *, side_by_side: bool = False) -> None:
+        super().__init__()
+        self.stem, self.side_by_side = nn.Linear(6, 6), side_by_side
+        self.branch = nn.Linear(6, 6) if inner is None else nn.Sequential(nn.Linear(6, 12), inner)
+        self.head = nn.Linear(6 + (6 if inner is None else 12), 3) if side_by_side else nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        branch = self.branch(h)
+        return self.head(torch.cat([h, branch], 1) if self.side_by_side else h + branch)
+
+
+def _branch_report(net: nn.Module, n_samples: int = 2000) -> CreditReport:
+    x = torch.randn(n_samples, 6, dtype=torch.float64)
+    return credit_report(net.double(), x.split(500), components=["stem", "branch", "head"])
+
+
+def _log_volume(operator: Tensor) -> float:
+    return float(torch.linalg.svdvals(operator.detach()).log().mean())
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_a_branch_that_the_states_beside_it_tell_has_a_doubt_and_a_note(side_by_side: bool) -> None:
+    torch.manual_seed(0)
+    net = Branch(side_by_side=side_by_side)
+    report = _branch_report(net)
+    b, c = net.branch.weight.T, net.head.weight.T
+    skip, branch = c.split(6) if side_by_side else (c, c)
+    # What the branch is made from has the right credit, however the two share what they tell.
+    assert report["stem"]["credit"] == pytest.approx(_log_volume(skip + b @ branch), abs=1e-9)
+    assert abs(report["branch"]["credit"] - _log_volume(branch)) > 0.5
+    assert report.doubts == ((), ("ridge",), ())
+    assert [n for n in report.notes if "tell the same" in n] == [
+        "states that are read beside 'branch' tell the same, so that the ridge weight, not the data, "
+        "says which of them counts: in doubt are its credit, its gain and that of what reads it"
+    ]
+
+
+def test_a_branch_that_adds_something_has_the_credit_of_its_weights_and_no_doubt() -> None:
+    torch.manual_seed(0)
+    net = Branch(nn.Tanh(), side_by_side=True)
+    report = _branch_report(net)
+    assert report["branch"]["credit"] == pytest.approx(_log_volume(net.head.weight.T[6:]), abs=1e-9)
+    assert report.doubts == ((), (), ())
+    # With fewer samples than directions all states look like sums of others, which another note tells.
+    with pytest.warns(UserWarning, match="samples are few"):
+        few = _branch_report(net, 15)
+    assert not any("tell the same" in note for note in few.notes)
+
+
 def test_the_delay_is_in_the_file_and_old_files_had_1(tmp_path: Path) -> None:
     metric = KoopmanCredit(options=Options(delay=2))
     metric.update(list(torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))))
