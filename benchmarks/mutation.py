@@ -6,8 +6,9 @@ mutmut's, of properties and of constants' numbers too. Everything is imported, a
 in one process. Each change is made in a fork of it, which gives one function new code and runs the tests
 that reached the changed lines: those that found other changes of the function first, then the others by
 their length. RESULTS gets one line of JSON per change; changes that it holds are not tried again. Behind
-``--``, options of pytest are taken too, and two of this script: ``--again`` tries again what survived,
-and ``--few`` takes at most two parametrisations of a test, and no long one.
+``--``, options of pytest are taken too, and three of this script: ``--again`` tries again what survived,
+``--few`` takes at most two parametrisations of a test, and no long one, and ``--numbers`` leaves alone
+what no number depends on: wordings, devices, and whether lengths are checked (``strict``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -38,12 +40,15 @@ from mutmut.mutation.pragma_handling import IgnoredCode
 import lightning_koopman
 
 PACKAGE = Path(lightning_koopman.__file__).parent
+FLAGS = ("again", "few", "numbers")
 READ_ONCE = ("property", "cached_property")
 LEAST_SECONDS, TIMES_AS_LONG = 5, 20
 """A test that takes so many seconds and so many times as long as without a change has no end."""
 LONG = 0.25
-"""Seconds, traced, from which on a test is long."""
+"""Seconds of the processor, traced, from which on a test is long."""
 MEMORY = 12 * 2**30
+WORDING = re.compile(r"""\w?["'][^"']* """)
+WHERE = re.compile(r"(device|strict)=(?:[^,()]|\([^()]*\))*,?\s*")
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,13 @@ def changes(name: str) -> Iterator[Change]:
         )
 
 
+def may_tell(change: Change) -> bool:
+    """Check whether a change is more than one of a wording, a device or of a check of lengths."""
+    is_wording = WORDING.match(change.before) and WORDING.match(change.after)
+    before, after = (WHERE.sub("", each).replace(" ", "") for each in (change.before, change.after))
+    return not is_wording and before.rstrip(",)") != after.rstrip(",)")
+
+
 def codes(code: CodeType, prefix: str = "") -> Iterator[tuple[str, CodeType]]:
     for part in code.co_consts:
         if isinstance(part, CodeType):
@@ -208,8 +220,9 @@ def make(change: Change) -> None:
 class Runner:
     """Takes the place of pytest's own loop over the tests collected."""
 
-    def __init__(self, modules: Sequence[str], results: Path, again: bool, few: bool) -> None:
-        self.modules, self.results, self.again, self.few = modules, results, again, few
+    def __init__(self, modules: Sequence[str], results: Path, flags: set[str]) -> None:
+        self.modules, self.results = modules, results
+        self.again, self.few, self.numbers = (f"--{name}" in flags for name in FLAGS)
         self.failed = False
         self.reached: dict[tuple[str, int], set[int]] = defaultdict(set)
         self.seconds: list[float] = []
@@ -238,6 +251,8 @@ class Runner:
                 for change in changes(name):
                     row = {name: getattr(change, name) for name in (*KEY, "line")}
                     before = known.get(tuple(row[name] for name in KEY))
+                    if self.numbers and not may_tell(change):
+                        continue
                     if before and not (self.again and before in ("survived", "not reached")):
                         continue
                     outcome, by = self.attempt(change)
@@ -267,11 +282,11 @@ class Runner:
             return line(frame, event, arg) if frame.f_code.co_filename in wanted else None
 
         for place, item in enumerate(self.items):
-            start = time.time()
+            start = time.process_time()
             sys.settrace(call)
             fails = self.fails(item)
             sys.settrace(None)
-            self.seconds.append(time.time() - start)
+            self.seconds.append(time.process_time() - start)
             if fails or (self.few and self.seconds[-1] > LONG):
                 print("left out,", "failing:" if fails else "long:", item.nodeid, flush=True)
             else:
@@ -330,9 +345,9 @@ def main() -> None:
         sys.exit(__doc__)
     split = sys.argv.index("--")
     results, *modules = sys.argv[1:split]
-    flags = {"--again", "--few"} & set(sys.argv)
+    flags = {f"--{name}" for name in FLAGS} & set(sys.argv)
     tests = [given for given in sys.argv[split + 1 :] if given not in flags]
-    runner = Runner(modules, Path(results), "--again" in flags, "--few" in flags)
+    runner = Runner(modules, Path(results), flags)
     rewritten = "ignore::pytest.PytestAssertRewriteWarning"
     quiet = ["-p", "no:cacheprovider", "-p", "no:terminal", "--capture=no", "-W", rewritten]
     addopts = "addopts=--doctest-modules -m 'not slow'"

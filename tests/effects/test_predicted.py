@@ -311,6 +311,64 @@ def test_draws_are_seeded_and_a_single_batch_has_two():
     assert np.isnan(single.stderr["skip"]).all()
 
 
+def test_the_error_of_weight_noise_covers_its_draws_which_differ_by_component():
+    net, x, passes = linear_chain(), normal(500, 6), []
+    with torch.no_grad():
+        w = [layer.weight.T for layer in net]
+        states = [x, net[0](x), net[:2](x), net(x)]
+        total = (states[-1] - states[-1].mean(0)).square().sum()
+        after = [w[1] @ w[2], w[2], torch.eye(4, dtype=torch.float64)]
+        parts = zip(net, states, after, strict=False)
+        expected = np.array([
+            float((a.weight.var() * s.square().sum() + 500 * a.bias.var()) * j.square().sum() / total)
+            for a, s, j in parts
+        ])
+
+    def run(draws: int, seed: int = 0) -> Effects:
+        passes.append(0)
+
+        def forward(model: nn.Module, batch: Tensor) -> Tensor:
+            passes[-1] += 1
+            return model(batch)
+
+        how = {"draws": draws, "seed": seed, "strength": 0.01, "forward_fn": forward}
+        return predicted(net, x.split(250), ["weight_noise"], **how)
+
+    runs = [run(14, seed) for seed in range(8)]
+    values, stderr = np.array([
+        [f.values["weight_noise"], f.stderr["weight_noise"]] for f in runs
+    ]).swapaxes(0, 1)
+    np.testing.assert_allclose(values.mean(axis=0), 1e-4 * expected, rtol=0.15)
+    # So far is Student's t of five folds from 0; with errors that cover samples alone, it would be 32.
+    assert (((values - 1e-4 * expected) / stderr) ** 2).mean() == pytest.approx(2, rel=0.5)
+    both = runs[0].of({"0", "2"}, "weight_noise")[0]
+    assert both == pytest.approx(values[0, 0] + values[0, 2], rel=1e-9)
+    run(4)
+    assert passes[0] - passes[-1] == 10
+
+
+class Routed(nn.Module):
+    """A layer that runs on every batch, and is passed by in some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.stem(x)
+        made = self.inner(held)
+        return self.head(made if x[0, 0] > 0 else held)
+
+
+def test_what_the_last_batch_passes_by_has_the_effect_that_it_has_in_the_others():
+    torch.manual_seed(0)
+    net, x = Routed().double(), normal(200, 4)
+    x = x[x[:, 0].argsort(descending=True)]
+    found = predicted(net, x.split(100), ["skip"], how="both", components=["inner"])
+    assert found.values["skip"][0] > 0.01
+    assert found.predicted["skip"][0] == pytest.approx(found.values["skip"][0], rel=1e-9)
+
+
 class Broken(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -244,6 +244,21 @@ def test_sequences_of_another_length_are_pooled_to_the_same_cells() -> None:
     assert np.abs(drift(report, net, ids(40, 1)).drift).max() < 0.02
 
 
+def test_positions_that_are_there_twice_are_pooled_to_those_of_the_reference() -> None:
+    class Positions(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).mean(dim=1)
+
+    torch.manual_seed(0)
+    net = Positions(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    x = torch.randn(1200, 6, 4)
+    report = credit_report(net, x.split(400), options=Options(max_dim=48), max_samples=None)
+    found = drift(report, net, x.repeat_interleave(2, dim=1).split(400))
+    assert report.reference is not None
+    assert set(report.reference.grids.values()) == {(6,)}
+    assert np.abs(found.drift).max() < 1e-6
+
+
 def test_lifted_states_are_lifted_as_the_reference_was(tmp_path: Path) -> None:
     net = mlp()
     for lift in ("rff", "rbf", "polynomial"):
