@@ -61,16 +61,6 @@ def _squares(original: Tensor, altered: Tensor) -> Tensor:
     return total
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Share of samples (or positions) whose largest logit is the target's.
-
-    Targets that are none of the classes, as those of padding, do not count.
-    """
-    axis = class_axis(outputs, targets)
-    counts = are_among(targets, outputs.shape[axis])
-    return float((outputs.argmax(axis) == targets)[counts].double().mean())
-
-
 @dataclass(frozen=True, eq=False)
 class Change:
     """How far a network's altered outputs lie from its own. Samples are rows of the outputs.
@@ -252,7 +242,7 @@ class Outputs:
                 f"outputs of shape {tuple(first.shape)} arrived, whose classes are one; choose "
                 "scale='relative', or let forward_fn return one output per class"
             )
-        self._metric = metric or (accuracy if classes else None)
+        self._metric = metric
         placed: list[Tensor | None] = [None] * len(batches)
         if classes and self._targets is not None:
             pairs = zip(self._outputs, self._targets, strict=True)
@@ -284,7 +274,7 @@ class Outputs:
         if self._are_probabilities:
             all_notes.append(PROBABILITIES)
         self.notes = tuple(all_notes)
-        self.has_metric = self._metric is not None
+        self.has_metric = classes or metric is not None
         sizes = [*map(len, self._outputs)]
         self.n_samples = sum(sizes)
         number, count = torch.arange(len(sizes), device="cpu"), torch.tensor(sizes, device="cpu")
@@ -292,7 +282,7 @@ class Outputs:
         # Of the accuracy, what each sample adds to it: its right classes, and all its classes.
         self._right = self._classes = None
         self.metric, self.metric_name = math.nan, "metric"
-        if self._metric is accuracy and self._targets is not None:
+        if classes and metric is None and self._targets is not None:
             self.metric_name = "accuracy"
             # Counted by sample, for batches of sequences may differ in length.
             self._right = torch.cat([self._right_of(k, o) for k, o in enumerate(self._outputs)])

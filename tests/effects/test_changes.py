@@ -12,7 +12,7 @@ import torch
 from scipy.stats import sem
 from torch import Tensor
 
-from lightning_koopman.effects.scoring import Change, Outputs, accuracy, kl_divergence, over_draws
+from lightning_koopman.effects.scoring import Change, Outputs, kl_divergence, over_draws
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -67,7 +67,7 @@ def test_the_error_of_a_change_of_accuracy_is_paired() -> None:
     assert lost > won > 0
     # The closed form of discordant pairs.
     expected = math.sqrt((lost + won - (lost - won) ** 2 / n) / (n * (n - 1)))
-    assert found.metric == pytest.approx(accuracy(after, targets))
+    assert found.metric == pytest.approx(now.mean())
     assert found.metric_stderr == pytest.approx(expected, rel=1e-12)
     unpaired = math.hypot(sem(was), sem(now))
     assert found.metric_stderr < 0.9 * unpaired
@@ -193,6 +193,16 @@ def test_where_batches_differ_by_more_than_chance_the_error_is_that_of_their_mea
     shifted = in_batches(moved, 10)
     apart = over_draws([shifted.by_group(shifted, 0.1, group)])
     assert apart.effect_stderr == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_metric_that_falls_in_some_batches_alone_has_the_error_of_their_means() -> None:
+    before, _, targets = logits(400)
+    after = torch.where(torch.arange(400)[:, None] % 100 < 50, -before, before)
+    found = over_draws([outputs(before, targets, "kl", 50).compare(after.split(50))])
+    gained = (after.argmax(1) == targets).double() - (before.argmax(1) == targets).double()
+    expected = sem(gained.view(8, 50).mean(dim=1).numpy())
+    assert found.metric_stderr == pytest.approx(expected, rel=1e-12)
+    assert expected > 5 * sem(gained.numpy())
 
 
 def test_batches_of_independent_samples_change_no_error_but_once_in_a_hundred() -> None:

@@ -138,6 +138,23 @@ def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
     assert np.abs(drift(report, net, samples(seed=1)).drift).max() < 0.01
 
 
+class Cut(Skips):
+    """The same components, of which the last reads one block alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.second(x + self.first(x)))
+
+
+@pytest.mark.parametrize("is_cut_before", [False, True])
+def test_a_connection_that_was_cut_or_made_shows_in_what_reads_it(is_cut_before: bool) -> None:
+    torch.manual_seed(0)
+    net, cut = Skips(), Cut()
+    cut.load_state_dict(net.state_dict())
+    before, now = (cut, net) if is_cut_before else (net, cut)
+    assert drift(credit_report(before, samples()), now, samples(seed=1)).culprit == "head"
+
+
 def test_wide_states_meet_in_the_basis_of_the_reference(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(6, 60), nn.ReLU(), nn.Linear(60, 50), nn.ReLU(), nn.Linear(50, 3))
     report = credit_report(net, samples(), options=Options(max_dim=16))
