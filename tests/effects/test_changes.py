@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from scipy.stats import sem
+from scipy.stats import chi2, sem
 from torch import Tensor
 
 from lightning_koopman.effects.scoring import Change, Outputs, kl_divergence, over_draws
@@ -193,6 +193,25 @@ def test_where_batches_differ_by_more_than_chance_the_error_is_that_of_their_mea
     shifted = in_batches(moved, 10)
     apart = over_draws([shifted.by_group(shifted, 0.1, group)])
     assert apart.effect_stderr == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("n_batches", [2, 3, 6, 20])
+def test_batches_take_the_place_of_samples_beyond_the_99th_percentile_of_chi_square(
+    n_batches: int,
+) -> None:
+    size, freedom = 10, n_batches - 1
+    n, percentile = n_batches * size, float(chi2.ppf(0.99, freedom)) / freedom
+    apart = torch.arange(n_batches, dtype=torch.float64) - (n_batches - 1) / 2
+    noise = normal(n_batches, size)
+    noise -= noise.mean(dim=1, keepdim=True)
+    # The variance from batches over that from samples is the ratio, by the definitions of both.
+    squares, rest = float(apart.square().sum()), float(noise.square().sum()) * n / (n - 1)
+    for ratio, is_beyond in ((0.97 * percentile, False), (1.03 * percentile, True)):
+        between = size**2 * squares * n_batches / freedom - ratio * size * squares * n / (n - 1)
+        moved = (noise + math.sqrt(ratio * rest / between) * apart[:, None]).flatten()
+        alone = over_draws([change(moved)]).effect_stderr
+        found = over_draws([in_batches(moved, n_batches)]).effect_stderr
+        assert (found / alone) ** 2 == pytest.approx(ratio if is_beyond else 1, rel=1e-9)
 
 
 def test_a_metric_that_falls_in_some_batches_alone_has_the_error_of_their_means() -> None:

@@ -232,9 +232,10 @@ def test_a_constant_that_moved_by_rounding_alone_is_not_marked(rng: np.random.Ge
     assert not beyond_error(found.old - found.new, found.stderr, found.freedom)[0]
 
 
-def test_samples_in_one_fold_alone_are_too_few(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("beside", [0, 1], ids=["alone", "but for one, which no operator is fitted to"])
+def test_samples_in_one_fold_alone_are_too_few(rng: np.random.Generator, beside: int) -> None:
     states = chain(rng, 100)
-    folds, alone = np.arange(100) % FOLDS, np.zeros(5, int)
+    folds, alone = np.arange(100) % FOLDS, np.array([0, 0, 0, 0, beside])
     few = [state[:5] for state in states]
     with pytest.raises(
         ValueError, match="5 samples arrived, all in one fold; take more, of differing inputs"
