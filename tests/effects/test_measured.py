@@ -102,7 +102,9 @@ def test_pooling_stays_also_where_it_changes_the_shape_in_some_batches_alone():
     with torch.no_grad():
         batches, logits = [long, short], torch.cat([net(long), net(short)])
         skipped = torch.cat([net[3:](net[:2](x)) for x in (long, short)])
-    found = component_effects(net, batches, components=["1", "2"])
+    report = credit_report(net, [long])
+    assert report.parts["2"] == ("2", "3", "4")
+    found = component_effects(net, batches, report, components=["1", "2"])
     assert found.values["skip"][1] == pytest.approx(relative(logits, skipped), rel=1e-5)
 
 

@@ -119,7 +119,9 @@ def test_the_second_order_of_kl_and_of_sets_equals_dense_jacobians_and_fisher_in
 
 def test_where_all_that_follows_is_linear_skipping_a_block_before_pooling_is_predicted_exactly():
     net, x = pooled(), normal(120, 40).reshape(120, 4, 10)
-    found = component_effects(net, [*x.split(40)], components=["1", "2"], how="both", probes=3)
+    report = credit_report(net, [*x.split(40)])
+    assert report.parts["2"] == ("2", "3", "4")
+    found = component_effects(net, [*x.split(40)], report, components=["1", "2"], how="both", probes=3)
     assert found.predicted["skip"][1] == pytest.approx(found.values["skip"][1], rel=1e-9)
     assert found.values["skip"][1] > 0.01
 
