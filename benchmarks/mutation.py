@@ -47,7 +47,7 @@ LEAST_SECONDS, TIMES_AS_LONG = 5, 20
 LONG = 0.25
 """Seconds of the processor, traced, from which on a test is long."""
 MEMORY = 12 * 2**30
-WORDING = re.compile(r"""\w?["'][^"']* """)
+WORDING = re.compile(r"""\w?(["']).* .*\1$""")
 WHERE = re.compile(r"(device|strict)=(?:[^,()]|\([^()]*\))*,?\s*")
 
 

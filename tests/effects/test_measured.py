@@ -291,7 +291,9 @@ class SequenceFirst(nn.Module):
 def test_samples_may_be_along_the_second_axis():
     torch.manual_seed(0)
     net, x = SequenceFirst(), torch.randn(5, 100, 4)
-    found = component_effects(net, [x[:, :60], x[:, 60:]], credit_report(net, [x]), KINDS, how="both")
+    batches, initial = [x[:, :60], x[:, 60:]], SequenceFirst().state_dict()
+    how = {"how": "both", "initial": initial, "probes": 3}
+    found = component_effects(net, batches, credit_report(net, [x]), KINDS, **how)
     with torch.no_grad():
         y = net(x)
         mean = net.first(x)[0].mean(1, keepdim=True).expand(-1, 100, -1)
@@ -300,6 +302,9 @@ def test_samples_may_be_along_the_second_axis():
             assert found.values["skip"][i] == pytest.approx(relative(y, altered[i]), rel=1e-4)
     ratio = found.predicted["output_noise"] / found.values["output_noise"]
     np.testing.assert_allclose(ratio, 1, atol=0.5)
+    # What follows the second layer is linear.
+    for kind in ("skip", "reinit"):
+        assert found.predicted[kind][1] == pytest.approx(found.values[kind][1], rel=1e-4)
 
 
 def test_sequences_may_differ_in_length_from_batch_to_batch():

@@ -545,6 +545,12 @@ def test_gradients_that_are_right_get_no_note(net):
     assert not [note for note in found.notes if "altered alone" in note]
 
 
+def test_a_prediction_is_held_against_the_change_by_the_same_draw(monkeypatch):
+    monkeypatch.setattr("lightning_koopman.effects.component_effects._FAR_OFF", 1 + 1e-6)
+    found = predicted(linear_chain(), [normal(200, 6)], ["weight_noise"], draws=3)
+    assert found.notes == ()
+
+
 def test_changes_of_probabilities_past_components_are_those_of_their_logits():
     class Tied(nn.Module):
         def __init__(self) -> None:
