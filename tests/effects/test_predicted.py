@@ -189,17 +189,19 @@ def test_the_order_of_hidden_units_and_the_size_of_batches_do_not_matter():
         np.testing.assert_allclose(whole.values[kind], parts.values[kind], rtol=1e-9, atol=1e-18)
 
 
-def test_two_probes_have_the_mean_of_all():
+@pytest.mark.parametrize("scale", ["kl", "relative"])
+def test_two_probes_have_the_mean_of_all(scale):
     net, x = smooth(), normal(3000, 5)
-    how = {"components": PARTS, "scale": "kl", "samples": 3000}
+    how = {"components": PARTS, "scale": scale, "samples": 3000}
     exact = predicted(net, [x], ["output_noise", "skip"], **how)
     drawn = predicted(net, [x], ["output_noise", "skip"], **how | {"probes": 2})
     assert drawn.notes == ("predicted from 2 random combinations of the 4 outputs per sample",)
     assert not exact.notes
     for kind in ("output_noise", "skip"):
         np.testing.assert_allclose(drawn.values[kind], exact.values[kind], rtol=0.1)
-        errors = np.abs(drawn.values[kind] - exact.values[kind]) / drawn.stderr[kind]
-        assert errors.max() < 4
+        # Of noise on the outputs themselves, any combination is as large.
+        errors = (drawn.values[kind] - exact.values[kind])[:2] / drawn.stderr[kind][:2]
+        assert np.abs(errors).max() < 4
 
 
 def test_all_kinds_but_reinit_take_four_passes_and_two_backward():
