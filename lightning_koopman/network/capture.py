@@ -759,7 +759,7 @@ class Capture:
         }
         if key not in self._superseded:
             ignores_data = untouched and (bool(origin.sources) or not origin.from_float)
-            own = {"is_loss": origin.is_loss, "ignores_data": ignores_data}
+            own = {"is_loss": bool(origin.targets), "ignores_data": ignores_data}
             self._keep(name, module, tensor, origin.sources, output, **own, **facts)
             if self._transparent or self.norms:
                 self._stages.add(name, key, tensor, self._states[name], made_of)

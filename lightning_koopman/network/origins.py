@@ -16,6 +16,7 @@ from lightning_koopman.network.tensors import (
     all_tensors,
     detached_copy,
     first_real,
+    has_places,
     is_real,
 )
 
@@ -28,7 +29,7 @@ class Origin(NamedTuple):
     Attributes:
         sources: The states that it was computed from.
         from_float: Whether a floating-point tensor is in it.
-        is_loss: Whether it is a state and data that no component takes.
+        targets: Data that no component takes, where they are given beside states.
         is_idle: Whether nothing is in it but what the network holds itself.
         raw: Labels of the data of the batch in it that no component took before.
         beside: Data of the batch given beside states: their place among the tensors given, the tensors
@@ -43,7 +44,7 @@ class Origin(NamedTuple):
 
     sources: frozenset[str] | None = None
     from_float: bool = True
-    is_loss: bool = False
+    targets: Sequence[Tensor] = ()
     is_idle: bool = False
     raw: frozenset[str] = _NOTHING
     beside: tuple[Beside, ...] = ()
@@ -103,7 +104,7 @@ class Origins:
         beside: list[Beside] = []
         parts: dict[str, frozenset[str]] = {}
         sources = self._provenance.of(given)
-        is_loss = bool(self._inputs.beyond(sources) and self._provenance.others(given))
+        others = self._provenance.others(given) if self._inputs.beyond(sources) else []
         self._provenance.take(given)
         if tensor is not None:
             beside = self._inputs.find(
@@ -131,7 +132,7 @@ class Origins:
         self._pending[call[0]] = Origin(
             sources,
             tensor is not None,
-            is_loss,
+            [other for other in others if not _counts_rows(other, mixed)],
             self._provenance.is_idle(given),
             raw,
             tuple(beside),
@@ -165,6 +166,7 @@ class Origins:
             origin = self._in_effect(self._pending.get(call[0], Origin()), made)
             if origin.from_float and any(self._may_read(t, made) for t in origin.integers):
                 self.uncounted.append(self._names[call[0]])
+            origin = origin._replace(targets=self._compared(origin.targets, made, tensor))
             self._of[name] = self._with_mixed_in(name, call, origin, tensor, whole, new)
         self._of[name] = self._with_own(name, self._of[name], made, states)
         return self._of[name], new
@@ -186,6 +188,14 @@ class Origins:
     def _may_read(self, tensor: Tensor, made: Any) -> bool:
         """Check whether a tensor that a component was given may be in what it made."""
         return self._provenance.exactly(made) is None or self._provenance.may_reach(tensor, made)
+
+    def _compared(self, targets: Sequence[Tensor], made: Any, output: Tensor) -> list[Tensor]:
+        """Leave out of data what is not compared with states, by a number per sample or for all of them.
+
+        A module may be given a whole batch, and read of it the graphs alone that it sums nodes over.
+        """
+        fit = (t for t in targets if not output.ndim or len(output) in t.shape)
+        return [target for target in fit if self._provenance.may_reach(target, made)]
 
     def _with_mixed_in(
         self,
@@ -279,3 +289,9 @@ class Origins:
         # Lengths or a mask of positions may say how to pool a sequence.
         pools = raw.ndim > 2 and tensor.ndim > 1 and all(o.shape != tensor.shape for o in others)
         return not pools
+
+
+def _counts_rows(tensor: Tensor, states: Sequence[Tensor]) -> bool:
+    """Check whether integers say how many rows of states each sample has, as nodes of graphs."""
+    counts = has_places(tensor) and tensor.ndim == 1 and not (is_real(tensor) or tensor.is_complex())
+    return counts and any(state.shape[:1] == (int(tensor.sum()),) for state in states)

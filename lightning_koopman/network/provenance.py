@@ -36,6 +36,7 @@ from lightning_koopman.network.subclasses import MadeUnwatched
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
+    are_data,
     compares_samples,
     has_places,
     is_all_of_memory,
@@ -140,6 +141,8 @@ class DataFlow:
         self._paired: dict[int, frozenset[int]] = {}
         # A weak reference keeps a storage's address from being given to another one.
         self._alive: dict[int, Any] = {}
+        # Memory that held one value all over before an operator wrote to it.
+        self._blank: set[int] = set()
         self._axes = BatchAxes(self._keep_address)
         self._positions: dict[int, BatchAxes] = {}
         self._picks = PickedPositions(self._keep_address)
@@ -261,6 +264,12 @@ class DataFlow:
         return self._get(tensor) == {_OWN}
 
     @_kept_out_of_the_pass()
+    def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Note which tensors hold no data, as zeros do that others are added to in place."""
+        written = _flat((*args, *kwargs.values())) if self._origins and func._schema.is_mutable else ()
+        self._blank = {address_of(t) for t in written if not self._get(t) and _is_one_value(t)}
+
+    @_kept_out_of_the_pass()
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Pass labels on from what an operator read to what it wrote."""
         name, given = func._schema.name.rpartition("::")[2], _flat((*args, *kwargs.values()))
@@ -293,9 +302,8 @@ class DataFlow:
                 labels |= {_CHANCE}
             elif name in _COORDINATES:
                 labels |= {_OWN}
-            # A single number is hardly ever what a network reads.
-            unlabelled = (i for i, of in enumerate(known) if not of and i not in ends)
-            if any(reads[i].numel() > 1 for i in unlabelled):
+            unlabelled = (reads[i] for i, of in enumerate(known) if not of and i not in ends)
+            if not all(address_of(t) in self._blank or _is_one_value(t) for t in unlabelled):
                 labels |= {_UNKNOWN}
         if func._schema.is_mutable:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
@@ -424,6 +432,14 @@ class DataFlow:
         address = address_of(tensor) if address is None else address
         if address not in self._alive:
             self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _is_one_value(tensor: Tensor) -> bool:
+    """Check whether a tensor holds one value all over; a single number is hardly ever data."""
+    if tensor.numel() < 2 or torch._is_zerotensor(tensor):
+        return True
+    is_plain = has_places(tensor) and are_data(tensor)
+    return is_plain and bool((tensor == tensor[(0,) * tensor.ndim]).all())
 
 
 _OVERWRITE = {"copy_", "fill_", "zero_"}
@@ -601,6 +617,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._with_functions(func, args, kwargs)
         if _shows_others(func, args):
             return self._one_by_one(func, args, kwargs)
+        start = time.perf_counter()
+        for flow in self.flows:
+            flow.precede(func, args, kwargs)
+        _Watch.seconds += time.perf_counter() - start
         out = _run(func, args, kwargs)
         start = time.perf_counter()
         for flow in self.flows:

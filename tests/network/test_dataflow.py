@@ -268,3 +268,19 @@ def test_comparisons_of_samples_are_told_in_inference_mode_too(pairs):
             flow.label((a, b), "data")
             given = pairs(a.relu(), b.relu())
     assert flow.pairs(given)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("past_torch", [True, False])
+def test_zeros_that_states_are_added_to_are_nothing_but_what_is_written_past_torch_is(
+    past_torch: bool, in_place: bool
+) -> None:
+    flow, x, index = DataFlow(origins=True), torch.randn(4, 2), torch.tensor([0, 1, 1, 0])
+    flow.label([x, index], "x")
+    with flow:
+        sums = torch.zeros(2, 2)
+        if past_torch:
+            sums.numpy()[:] = [[1, 2], [3, 4]]
+        sums = sums.index_add_(0, index, x) if in_place else sums.index_add(0, index, x)
+    # Whatever has no label is not known.
+    assert flow.labels(sums) == ({"x", "unknown"} if past_torch else {"x"})

@@ -99,3 +99,54 @@ def test_edges_that_are_told_later_are_not_said_to_be_changed():
     report = credit_report(Two(), graphs(), components=["conv", "second", "head"])
     assert report.reads["second"] == ("conv", "input+input#1")
     assert not any("changed on the way" in note for note in report.notes)
+
+
+class Potential(nn.Module):
+    """Hands one dictionary from module to module, targets and all, as force fields do."""
+
+    def __init__(self, *, averages: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.score = Score(averages=averages)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = dict(batch)
+        for layer in self.layers:
+            # Messages are added up in place, in what was zeros.
+            sums = torch.zeros(batch["x"].shape).index_add_(0, batch["ends"], batch["x"])
+            batch["x"] = layer(sums)
+        return {"energy": self.score(batch)["energy"]}
+
+
+class Score(nn.Module):
+    def __init__(self, *, averages: bool) -> None:
+        super().__init__()
+        self.net, self.averages = nn.Linear(4, 1), averages
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        y = self.net(batch["x"])
+        energy = torch.zeros(int(batch["index"][-1]) + 1, 1).index_add(0, batch["index"], y).squeeze(-1)
+        batch["energy"] = energy / batch["sizes"] if self.averages else energy
+        return batch
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_a_head_that_is_given_targets_and_sums_nodes_without_reading_them_is_no_loss(averages):
+    torch.manual_seed(0)
+    model, batches = Potential(averages=averages), []
+    for _ in range(6):
+        sizes = torch.randint(3, 8, (64,)) if averages else torch.full((64,), 5)
+        index = torch.arange(64).repeat_interleave(sizes)
+        x = torch.randn(len(index), 4)
+        # Neighbours in a ring of all nodes of a graph, each of which gets one message.
+        first = (index.diff(prepend=index[:1] - 1) > 0).nonzero().flatten()
+        ends = torch.arange(len(index)) + 1
+        ends[first.roll(-1) - 1] = first
+        batches.append({"x": x, "ends": ends, "index": index, "sizes": sizes, "energy": torch.randn(64)})
+    report = credit_report(model, batches, forward_fn=lambda m, batch: m(batch))
+    assert report.components == ("layers.0", "layers.1", "score")
+    # A ring hands on all that it is given, so all of it is linear in what nodes are on average.
+    slope = (model.score.net.weight @ model.layers[1].weight @ model.layers[0].weight).detach()
+    expected = float((slope * (1 if averages else 5)).norm().log())
+    assert report.total == pytest.approx(expected, abs=1e-3)
+    assert not any("targets" in note or "integers" in note for note in report.notes)
