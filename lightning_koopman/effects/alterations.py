@@ -483,6 +483,13 @@ class Alterations:
         rows = by_sample(tensor, replace(form, group=group)).reshape(n_samples, -1)
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
+    def laid_out(self, name: str, point: HookPoint, rows: Tensor, tensor: Tensor) -> Tensor:
+        """Return one row per sample as what lies at a point of a component, such as ``tensor``, does."""
+        places = torch.arange(tensor.numel(), dtype=torch.float64, device="cpu").view(tensor.shape)
+        places = self.rows_by_sample(name, point, places, len(rows)).flatten().long().to(rows.device)
+        flat = torch.empty_like(rows.flatten()).index_copy_(0, places, rows.flatten())
+        return flat.view(tensor.shape).to(tensor)
+
     @contextmanager
     def weights(self, kind: str, names: Iterable[str]) -> Generator[None, None, None]:
         """Alter components' weights while the context lasts, for the kinds that touch weights."""

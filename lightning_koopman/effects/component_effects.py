@@ -55,9 +55,6 @@ _CHEAPER_MEASURED = ("skip", "linear", "output_noise")
 _DRAWS = 5
 """Draws per component, of kinds that draw weights, where they are measured."""
 
-_FAR_OFF = 4.0
-"""A prediction so many times too large or too small gets a note."""
-
 
 def component_effects(
     model: nn.Module,
@@ -317,9 +314,8 @@ def effects_on(
     if second and size > probes:
         notes.append(f"predicted from {probes} random combinations of the {size} outputs per sample")
     for kind, each in second.items():
-        name, ratio = each.tested or ("", 1.0)
-        # NaN tells nothing: outputs that do not count may be infinite.
-        if ratio < 1 / _FAR_OFF or ratio > _FAR_OFF:
+        if each.far_off is not None:
+            name, ratio = each.far_off
             notes.append(
                 f"over the first batch, {kind} of {name!r} is predicted to have {ratio:.2g} times the "
                 "effect that it has when altered alone; predictions are far off where gradients are "

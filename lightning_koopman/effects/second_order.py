@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import Outputs
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import Alteration, HookPoint
-from lightning_koopman.network.isolation import random_states_kept, seed_all
+from lightning_koopman.network.isolation import seed_all
 from lightning_koopman.report.effects import with_folds
 
 _FOLDS = 5
@@ -38,6 +39,18 @@ Moved = Mapping[int, Mapping[HookPoint, Sequence[Tensor]]]
 _ROUNDING = 10.0
 """Changes within so many times what outputs are rounded to tell nothing of a prediction."""
 
+_FAR = 4.0
+"""A prediction that is so many times as large as what is seen, or as small, is far off."""
+
+_SUSPECT = 2.0
+"""The same where few samples show it, which are then asked for all."""
+
+_SHOW_ONE = 4
+"""Samples at least that show a component."""
+
+_TRIED = 3
+"""Components at most that are displaced in all samples because few samples showed them far off."""
+
 _END = HookPoint("out", "")
 """Where the network's outputs themselves are, as if they were given at a point."""
 
@@ -51,8 +64,8 @@ class SecondOrder(NamedTuple):
         pairs: Each fold's part of H, shape ``(folds, L, L)``.
         folds: Samples of each fold.
         reached: Whether a gradient leads from the outputs to a component.
-        tested: One component, the first where there is a choice, and how many times as large its effect
-            on the first batch is predicted as it is when that is altered alone.
+        far_off: A component whose effect on the first batch is predicted to be another one by far than
+            it has when altered alone, and how many times as large it is predicted.
     """
 
     values: NDArray[np.float64]
@@ -60,7 +73,7 @@ class SecondOrder(NamedTuple):
     pairs: NDArray[np.float64]
     folds: NDArray[np.float64]
     reached: NDArray[np.bool_]
-    tested: tuple[str, float] | None
+    far_off: tuple[str, float] | None
 
 
 def predict(
@@ -78,8 +91,9 @@ def predict(
     Per batch that takes one pass with gradients, a backward pass from it for each probe, and for every
     kind that alters weights one pass per draw, in which all components are altered at once, each on the
     input that it has in the network as it is; those that hold weights in common take turns. Those whose
-    weights are also used elsewhere, as the first batch shows, take passes of their own. Over the first
-    batch, one component is also altered by itself, which tells whether gradients are what they claim.
+    weights are also used elsewhere, as the first batch shows, take passes of their own. The first batch
+    runs once more, with one component altered for each sample, which tells whether gradients are what
+    they claim.
     """
     size, n_batches = len(alterations.names), len(runner.batches)
     pairs = {kind: torch.zeros(_FOLDS, size, size, dtype=torch.float64, device="cpu") for kind in kinds}
@@ -88,7 +102,7 @@ def predict(
     # One draw has no spread, so a single batch has two.
     each = max(1, -(-(draws or 2) // n_batches))
     beyond: dict[str, frozenset[int]] = {}
-    tested: dict[str, tuple[str, float] | None] = {}
+    far_off: dict[str, tuple[str, float] | None] = {}
     for number in range(n_batches):
         seed_all(_OTHER_DRAWS + seed + number)
         output, handles, rounds = _tracked(alterations, kinds, runner, number)
@@ -109,12 +123,12 @@ def predict(
             folds[kind] += torch.bincount(fold, minlength=_FOLDS)
             moved: Moved = {}
             if kind != "output_noise":
-                alone = None if number else _alone(alterations, runner, kind, before, end, reached)
                 moved = _displacements(
                     alterations, runner, kind, before, number, rounds, count, each, beyond
                 )
-                if not number:
-                    tested[kind] = _tested(alterations, kind, found, moved, alone, end, each)
+                if not number and alterations.touches_weights(kind):
+                    apart = {i: m for i, m in moved.items() if reached[i] and i not in beyond[kind]}
+                    far_off[kind] = _far_off(alterations, runner, kind, before, found, apart, end)
             for gradients in found:
                 if kind == "output_noise":
                     squares = _noise_squares(alterations, gradients, count)
@@ -129,55 +143,76 @@ def predict(
                     )
                 pairs[kind].index_add_(0, fold, change, alpha=1.0 if exact else 1.0 / len(found))
     return {
-        kind: _finished(alterations, kind, pairs[kind], folds[kind], reached, before, tested.get(kind))
+        kind: _finished(alterations, kind, pairs[kind], folds[kind], reached, before, far_off.get(kind))
         for kind in kinds
     }
 
 
-def _alone(
+def _far_off(
     alterations: Alterations,
     runner: ForwardRunner,
     kind: str,
     before: Outputs,
-    end: Tensor,
-    reached: Tensor,
-) -> tuple[int, Tensor] | None:
-    """Alter one component alone, by the draw that comes next; which, and how the first batch changes."""
-    if not alterations.touches_weights(kind):
-        return None
-    # In the order in which noise is drawn, so that the first one gets what it is displaced by.
-    for i in (group[0] for group in alterations.sharing_weights()):
-        name = alterations.names[i]
-        if reached[i] and name not in {*alterations.refused[kind], *alterations.unsettled}:
-            with random_states_kept(), alterations.weights(kind, [name]):
-                output, _ = runner.run_batch(0)
-            return i, before.change(output, end).reshape(len(end), -1)
-    return None
-
-
-def _tested(
-    alterations: Alterations,
-    kind: str,
     found: Sequence[Gradients],
     moved: Moved,
-    alone: tuple[int, Tensor] | None,
     end: Tensor,
-    draws: int,
 ) -> tuple[str, float] | None:
-    """Hold what is predicted of a component against how the outputs changed as it was altered alone."""
-    if alone is None:
+    """Hold what is predicted against how the first batch changes where one component alone is displaced.
+
+    In a first pass each sample shows one component, so that all take no more than one. Of what is off
+    there, the farthest first, each is displaced in all samples, until one is far off: that is returned.
+    """
+    n_samples = len(end)
+    rounding = end.reshape(n_samples, -1) * (_ROUNDING * torch.finfo(end.dtype).eps)
+
+    def beyond(times: float, shown: Tensor) -> dict[int, float]:
+        """Return how many times too much is predicted of what is off, if each sample shows one."""
+        change = before.change(_displaced(alterations, runner, kind, moved, shown), end)
+        parts = {i: moved[i] for i in set(shown.tolist())}
+        squares = torch.zeros(3, n_samples, dtype=torch.float64, device="cpu")
+        for gradients in found:
+            z = _changes(alterations, kind, gradients, parts, n_samples)
+            squares[0] += z.gather(1, shown[:, None])[:, 0].square()
+            for k, rows in enumerate((change.reshape(n_samples, -1), rounding), 1):
+                z = _changes(alterations, kind, gradients, {0: {_END: [rows]}}, n_samples)
+                squares[k] += z[:, 0].square()
+        sums = {i: squares[:, shown == i].sum(dim=1).tolist() for i in parts}
+        # Rounding tells nothing, nor does NaN: outputs that do not count may be infinite.
+        ratios = {i: p / max(s, r) for i, (p, s, r) in sums.items() if max(p, s) > r}
+        return {i: ratio for i, ratio in ratios.items() if ratio < 1 / times or ratio > times}
+
+    testable = list(moved)
+    if not testable:
         return None
-    i, change = alone
-    rounding = end.reshape(len(end), -1) * (_ROUNDING * torch.finfo(end.dtype).eps)
-    squares = torch.zeros(3, dtype=torch.float64, device="cpu")
-    for gradients in found:
-        for k, parts in enumerate((moved[i], {_END: [change]}, {_END: [rounding]})):
-            z = _changes(alterations, kind, gradients, {i: parts}, len(end))
-            squares[k] += z[::draws, i].square().sum()
-    predicted, seen, rounded = squares.tolist()
-    if max(predicted, seen) > rounded:
-        return alterations.names[i], predicted / max(seen, rounded)
+    shown = torch.tensor(testable[:: -(-len(testable) * _SHOW_ONE // n_samples)], device="cpu")
+    first = beyond(_SUSPECT, shown.repeat(-(-n_samples // len(shown)))[:n_samples])
+    for i in sorted(first, key=lambda i: -abs(math.log(max(first[i], 1e-300))))[:_TRIED]:
+        if again := beyond(_FAR, torch.full((n_samples,), i, device="cpu")):
+            return alterations.names[i], again[i]
     return None
+
+
+def _displaced(
+    alterations: Alterations, runner: ForwardRunner, kind: str, moved: Moved, shown: Tensor
+) -> Tensor:
+    """Run the first batch with one component displaced for each sample, and return the outputs."""
+    owners = {p: name for name in alterations.names for p in alterations.all_altered(kind, name)}
+    rows: dict[HookPoint, list[Tensor]] = {}
+    for i, parts in moved.items():
+        for point, calls in parts.items():
+            own = [torch.where((shown == i).to(call.device)[:, None], call, 0) for call in calls]
+            sums = zip(rows[point], own, strict=True) if point in rows else ()
+            rows[point] = [a + b for a, b in sums] or own
+
+    def displaced(point: HookPoint) -> Alteration:
+        calls = iter(rows[point])
+
+        def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+            return output + alterations.laid_out(owners[point], point, next(calls), output)
+
+        return alter
+
+    return runner.run_batch(0, (), {point: displaced(point) for point in rows})[0]
 
 
 def _finished(
@@ -187,7 +222,7 @@ def _finished(
     sizes: Tensor,
     reached: Tensor,
     before: Outputs,
-    tested: tuple[str, float] | None,
+    far_off: tuple[str, float] | None,
 ) -> SecondOrder:
     pairs = pairs / before.shares.sum()
     refused = alterations.refused[kind]
@@ -202,7 +237,7 @@ def _finished(
                 pairs[:, i, [j for j in group if j != i]] = torch.nan
     values, stderr = with_folds(pairs.diagonal(dim1=1, dim2=2), sizes)
     return SecondOrder(
-        values.numpy(), stderr.numpy(), pairs.numpy(), sizes.numpy(), reached.numpy(), tested
+        values.numpy(), stderr.numpy(), pairs.numpy(), sizes.numpy(), reached.numpy(), far_off
     )
 
 

@@ -535,6 +535,72 @@ def test_a_note_tells_by_how_much_stand_ins_for_gradients_are_off():
     assert found.values["near"][0] < effect.values["near"][0] / 30
 
 
+class OneRounds(nn.Module):
+    """Two branches, of which the second rounds what it makes of its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 6), nn.Linear(5, 6)
+        self.after, self.last = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.right(x))
+        return self.last(torch.tanh(self.left(x)) + self.after(z + (z.round() - z).detach()))
+
+
+def test_a_stand_in_in_another_branch_than_the_first_is_told_as_well():
+    torch.manual_seed(0)
+    net, batches, calls = OneRounds().double(), list(normal(600, 5).split(200)), []
+    near = {k: v + 5e-3 * torch.randn_like(v) for k, v in net.state_dict().items()}
+
+    def forward(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return model(x)
+
+    found = component_effects(net, batches, None, [], replacements={"near": near}, forward_fn=forward)
+    n_passes = len(calls)
+    altered = copy.deepcopy(net)
+    altered.right.load_state_dict({k[6:]: v for k, v in near.items() if k.startswith("right.")})
+    with torch.no_grad():
+        # By hand: the gradient skips the rounding, what altered weights give does not.
+        h = torch.tanh(net.right(batches[0]))
+        through = (altered.right(batches[0]) - net.right(batches[0])) * (1 - h**2)
+        moved = through @ (net.last.weight @ net.after.weight).T
+        told = moved.square().sum() / (altered(batches[0]) - net(batches[0])).square().sum()
+    (note,) = (note for note in found.notes if "when altered alone" in note)
+    assert "near of 'right' is predicted to have" in note
+    assert float(note.split("to have ")[1].split()[0]) == pytest.approx(float(told), rel=0.05)
+    # All components take one pass of the first batch together, those that are off one each.
+    calls.clear()
+    smooth_net = Rounded(1e-6).double()
+    fine = {k: v + 5e-3 * torch.randn_like(v) for k, v in smooth_net.state_dict().items()}
+    component_effects(smooth_net, batches, None, [], replacements={"near": fine}, forward_fn=forward)
+    assert n_passes <= len(calls) + 3
+
+
+def test_a_component_that_gives_sequences_with_positions_first_is_displaced_by_sample():
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.read = nn.Linear(5, 6), nn.GRU(6, 7)
+            self.last = nn.Linear(7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.tanh(self.read(self.first(x.transpose(0, 1)))[0])
+            return self.last((z + ((4 * z).round() / 4 - z).detach())[-1])
+
+    torch.manual_seed(0)
+    net, batches = Steps().double(), list(torch.randn(900, 4, 5, dtype=torch.float64).split(300))
+    near = {k: v + 5e-3 * torch.randn_like(v) for k, v in net.state_dict().items()}
+    found = component_effects(net, batches, None, [], replacements={"near": near}, how="both")
+    (note,) = (note for note in found.notes if "when altered alone" in note)
+    name, ratio = note.split("near of '")[1].split("'")[0], float(note.split("to have ")[1].split()[0])
+    i = found.components.index(name)
+    # Of one batch of three, and to second order on one side only.
+    assert ratio == pytest.approx(found.predicted["near"][i] / found.values["near"][i], rel=0.5)
+    assert ratio < 1 / 4
+
+
 @pytest.mark.parametrize("net", [Rounded(1e-6).double(), smooth(), mlp()], ids=["fine", "smooth", "mlp"])
 def test_gradients_that_are_right_get_no_note(net):
     x = normal(300, 5).to(next(net.parameters()).dtype)
