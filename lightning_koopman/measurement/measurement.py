@@ -39,6 +39,7 @@ from lightning_koopman.network.tensors import (
     detached_copy,
     exact_device,
     plain,
+    refuse_without_shape,
     tensors_inside,
 )
 from lightning_koopman.report.report import CreditReport
@@ -188,6 +189,7 @@ class Measurement(Accumulator):
 
     def start_pass(self, batch: Any = None) -> None:
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
+        refuse_without_shape(batch)
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}
         self._shapes, self._first_shapes = {}, {}
         self.capture.again, self._earlier = _weakly(self._take_again), []

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
 from lightning_koopman.network.replay import Step
-from lightning_koopman.network.tensors import all_tensors, first_packed
+from lightning_koopman.network.tensors import all_tensors, first_packed, refuse_without_shape
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 # Of all shares of a round, steps of this one leave the most even gaps, wherever one stops.
@@ -88,6 +88,7 @@ def samples_in(batch: Any) -> int:
     """Count the samples of a batch, or of a step that was recorded."""
     if isinstance(batch, Step):
         return batch.n_rows
+    refuse_without_shape(batch)
     if (packed := first_packed(batch)) is not None:
         return int(packed.batch_sizes[0])
     tensor = next((t for t in all_tensors(batch) if t.ndim), None)

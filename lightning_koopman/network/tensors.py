@@ -281,6 +281,15 @@ def unpacked(value: PackedSequence) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
+def refuse_without_shape(batch: Any) -> None:
+    """Refuse nested tensors of a layout whose shape torch does not tell."""
+    if any(tensor.is_nested and tensor.layout is torch.strided for tensor in all_tensors(batch)):
+        raise ValueError(
+            "a batch holds a nested tensor of strided layout, whose shape torch does not tell; make it "
+            "with torch.nested.nested_tensor(samples, layout=torch.jagged)"
+        )
+
+
 def padded(nested: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Pad a nested tensor of sequences; tell their lengths."""
     parts = nested.unbind()
@@ -348,9 +357,10 @@ def _refuse_complex(tensor: Tensor) -> None:
 
 
 def exactly(tensor: Tensor) -> Tensor:
-    """Move a tensor to where its statistics can be made, if that is elsewhere."""
+    """Move a tensor to where its statistics can be made, in a type that can be summed."""
     _refuse_complex(tensor)
-    return tensor.to(exact_device(tensor.device))
+    moved = tensor.to(exact_device(tensor.device))
+    return moved.float() if moved.is_floating_point() and moved.element_size() == 1 else moved
 
 
 def memory_layout(tensor: Tensor) -> tuple[int, list[tuple[int, int]], int]:

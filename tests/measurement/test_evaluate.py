@@ -716,3 +716,11 @@ def test_what_does_not_belong_to_the_chain_may_run_now_and_then(extra):
     report = credit_report(stepwise(extra), sequences(2, 3))
     assert report.components == ("start", "other", "end")
     np.testing.assert_array_equal(report.credit, credit_report(stepwise(""), sequences(2, 3)).credit)
+
+
+@pytest.mark.parametrize("max_samples", ["enough", None])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_whose_shape_is_not_told_are_refused(max_samples):
+    batches = [torch.nested.nested_tensor([torch.randn(3, 6), torch.randn(2, 6)] * 20) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"strided layout, whose shape .* layout=torch\.jagged"):
+        credit_report(nn.Linear(6, 2), batches, max_samples=max_samples)

@@ -275,6 +275,12 @@ def test_moving_keeps_double_precision_and_metrics_are_distinct():
     assert_same(given.compute(), fed(chain()).compute(), atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_states_of_eight_bits_count_as_the_numbers_that_they_are(dtype):
+    short = [state.to(dtype) for state in chain()]
+    assert_same(fed(short).compute(), fed([state.double() for state in short]).compute(), atol=0)
+
+
 def test_the_state_dict_is_empty_unless_asked_for():
     given = fed(chain())
     assert given.state_dict() == {}
