@@ -278,6 +278,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             ) from None
         self.history, self._writer.shown = history, shown
 
+    @never_in_the_way
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Forget the previous run: each has reports and figures of its own."""
         self._forget_run()
@@ -612,18 +613,19 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off whatever happened, and let go of the model and of recorded calls."""
-        self._forget_run()
-        with suppress(Exception):  # a disk that is full, which the exception may be about
+        # It may be about a disk that is full, or memory that lacks, and nothing may take its place.
+        with suppress(Exception):
+            self._forget_run()
+        with suppress(Exception):
             self._writer.close(trainer.loggers)
 
+    @never_in_the_way
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the model and of recorded calls, and close files, whatever became of the rest."""
-        self._forget_run()
-        self._close(trainer)
-
-    @never_in_the_way
-    def _close(self, trainer: Any) -> None:
-        self._writer.close(trainer.loggers)
+        try:
+            self._forget_run()
+        finally:
+            self._writer.close(trainer.loggers)
 
     def _forget_run(self) -> None:
         self._forget()
@@ -852,11 +854,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _give_up(self) -> None:
         self._in_batch = False
-        if self._recorded.calls is not None:
-            self._recorded.calls.close()
-        if self._measurement is not None:
-            self._measurement.capture.remove()
-            self._measurement = None
+        try:
+            if self._recorded.calls is not None:
+                self._recorded.calls.close()
+        finally:
+            if self._measurement is not None:
+                self._measurement.capture.remove()
+                self._measurement = None
 
     def _is_due(self, trainer: Any, ahead: int = 0) -> bool:
         """Check whether something is measured now: always the first and the last time."""

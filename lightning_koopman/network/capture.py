@@ -50,7 +50,7 @@ from lightning_koopman.network.rows import (
 )
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
 from lightning_koopman.network.shared_memory import further_tensors
-from lightning_koopman.network.signals import came_from_signal, signals_wait
+from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     Given,
@@ -67,21 +67,14 @@ from lightning_koopman.network.tensors import (
 )
 
 
-def _kept_out_of_the_forward(hook: Callable[..., None]) -> Callable[..., None]:
-    """Store a hook's error for :meth:`Capture.end_pass`, for it may not end the user's own pass."""
+def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
+    """Leave out a hook when the pass has ended, or is none on data."""
 
     @functools.wraps(hook)
     def safe(self: Capture, *args: Any, **kwargs: Any) -> None:
-        if self._closed:
-            return
-        try:
-            # Torch gives a hook what the call takes, and behind it what it gave: the last two tell.
-            if are_data(args[-2:], kwargs):
-                hook(self, *args, **kwargs)
-        except Exception as error:
-            if came_from_signal(error):
-                raise
-            self._error, self._closed = error, True
+        # Torch gives a hook what the call takes, and behind it what it gave: the last two tell.
+        if not self._closed and are_data(args[-2:], kwargs):
+            hook(self, *args, **kwargs)
 
     return safe
 
@@ -176,7 +169,7 @@ class Capture:
         self._names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self._ancestor = common_ancestor(model, self.components.values())
         self._direct: set[int] = set()
-        self._attach = attach_in(model)
+        self._attach = attach_in(model, self._fail)
         self._hooks = ExitStack()
         self._input_hooks: dict[str, ExitStack] = {}
         self._passes = 0
@@ -296,6 +289,10 @@ class Capture:
         if self._moved and self._passes and batch is not None:
             self._provenance.follow_rows(_held_by(self._model))
 
+    def _fail(self, error: Exception) -> None:
+        """Keep an error of a hook for :meth:`end_pass`, for it may not end the user's own pass."""
+        self._error, self._closed = error, True
+
     def _start_call(self) -> None:
         """Forget what was recorded of the call before."""
         self._states: dict[str, Any] = {}
@@ -327,10 +324,10 @@ class Capture:
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
-        self._settle_inner()
-        self._leave()
-        error = self._error or self._provenance.lost_order
         try:
+            self._settle_inner()
+            self._leave()
+            error = self._error or self._provenance.lost_order
             if error is not None:
                 raise error
             if self._unusable is not None:
@@ -340,6 +337,7 @@ class Capture:
             self.inputs.end_pass()
             return self._states
         finally:
+            self._leave()
             for name in list(self._input_hooks):
                 if not self._takes_input(self.components[name]):
                     self._input_hooks.pop(name).close()
@@ -426,7 +424,7 @@ class Capture:
             )
         self._store(tensor, Recorded(name, self._model, tensor, None, sources))
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._nested += 1
         if self._nested > 1:
@@ -472,12 +470,12 @@ class Capture:
         behind = self._called and not self._nested and self._passes == 0
         return behind and all(map(self._provenance.is_untouched, all_tensors((args, kwargs))))
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._around.append((module, (args, kwargs)))
         self.given = self._outer = _with_arguments(self._outer, module, args, kwargs)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._nested -= 1
         if self._nested:
@@ -488,7 +486,7 @@ class Capture:
         elif not self._is_around:
             self._note_returned(module, self._call, output)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_around_returned(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = ended(self._around, module)
         if self._around or call is None:
@@ -502,7 +500,7 @@ class Capture:
         if self._is_around:
             self._note_returned(module, call, output)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _settle_inner(self) -> None:
         """Let what the ancestor gave stand for what the network gives."""
         if self._inner is not None:
@@ -523,12 +521,12 @@ class Capture:
             sources = self.returned.made_of[end.name]
             self._keep(end.name, module, end.tensor, sources, is_further=end.is_further)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_inner_input(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._within[name][1] & self._running:
             self._on_input(module, args, kwargs)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_inner_output(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
@@ -540,7 +538,7 @@ class Capture:
             self._opened |= self._within[name][1]
         self._on_output(name, module, args, kwargs, output)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._running.add(id(module))
         given = args, kwargs
@@ -567,7 +565,7 @@ class Capture:
                 idle = self._provenance.is_idle(real[place])
                 self._keep(name, module, real[place], frozenset(), given, is_input=True, is_idle=idle)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._running.discard(id(module))
         call = self._count(module)
@@ -582,7 +580,7 @@ class Capture:
         gave = self._gave.get(id(tensor))
         return None if gave is None or gave.tensor() is not tensor else gave
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_transparent_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Remember which state a module takes, if nothing was written to it since it was given."""
         gave = self._find_gave((args, kwargs))
@@ -590,7 +588,7 @@ class Capture:
         if gave is not None and raw is not None and self._provenance.writes(raw) == gave.writes:
             self._continuing[id(module)] = gave
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_transparent(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Let what a parameter-free module made of a component's output count as that component's."""
         call, given = self._count(module), (args, kwargs)
@@ -603,7 +601,7 @@ class Capture:
         if (id(module), call) in self._merged:
             self._record(gave.name, module, call, output, given)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_inner_transparent(
         self, owners: set[int], module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
@@ -615,13 +613,13 @@ class Capture:
         else:
             self._count(module)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_table_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._looking_up.append(self._provenance.lookups)
         if self._passes == 0:
             self._on_transparent_input(module, args, kwargs)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_table_output(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
@@ -655,7 +653,7 @@ class Capture:
         holders = [m for m in self._holders if all(m is not norm for norm in apart)]
         return without_component(self._model, holders)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_norm_input(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Find whether a norm takes what a layer gave as it is, and so belongs to that layer."""
         key = (id(module), self._calls.get(id(module), 0))
@@ -669,14 +667,14 @@ class Capture:
         if key in self._alone:
             self._on_input(module, args, kwargs)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_norm_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if (id(module), self._calls.get(id(module), 0)) in self._alone:
             self._on_output(name, module, args, kwargs, output)
         else:
             self._on_transparent(module, args, kwargs, output)
 
-    @_kept_out_of_the_forward
+    @_while_recording
     def _on_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.record_end(output)
 

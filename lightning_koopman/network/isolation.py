@@ -128,23 +128,21 @@ def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None
             for data in (tensor.data,)
             if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
         ]
-    failure: Exception | None = None
+    failures: list[Exception] = []
 
     def attempt(put_back: Callable[..., Any], *given: Any) -> None:
-        nonlocal failure
         try:
             put_back(*given)
         except Exception as error:
-            failure = failure or error
+            failures.append(error)
 
-    try:
-        yield
-    finally:
-        signals.now = True
+    def put_modes_back() -> None:
         for module, mode in modes:
             if module.training != mode:
                 # The module's own method, which may do more than set a flag.
                 attempt(module.train, mode)
+
+    def put_rest_back() -> None:
         for values, before in kept:
             attempt(_refill, values, before)
         for value, before in held:
@@ -155,9 +153,19 @@ def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None
             attempt(_put_tensors_back, now, then)
         for tensor, data, copy in tensors:
             attempt(_rewrite, tensor, data, copy)
+
+    try:
+        yield
+    finally:
+        signals.now = True
+        attempt(put_modes_back)
+        attempt(put_rest_back)
+        if failures:
+            # Memory may have lacked for a moment, and what was emptied must not stay so.
+            attempt(put_rest_back)
     # Not within `finally`, where it would hide what the body raised.
-    if failure is not None:
-        raise failure
+    if failures:
+        raise failures[0]
 
 
 def _with_contents(values: list[Any]) -> list[Any]:

@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lightning_koopman.network.batch_axes import BatchAxes, Place
+from lightning_koopman.network.bystander import Call, stand_by
 from lightning_koopman.network.input_data import (
     has_positions,
     holds_all_of,
@@ -612,23 +613,32 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        return stand_by(self._watched, func, self._failed, *args, **(kwargs or {}))
+
+    def _failed(self, error: Exception) -> None:
+        """Let the pass go on without being followed."""
+        for flow in self.flows:
+            flow.error = flow.error or error
+
+    def _watched(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator, and show what it did."""
+        func: Any = call.called
         if isinstance(func, HigherOrderOperator):
-            return self._with_functions(func, args, kwargs)
+            return self._with_functions(call, args, kwargs)
         if _shows_others(func, args):
-            return self._one_by_one(func, args, kwargs)
+            return self._one_by_one(call, args, kwargs)
         start = time.perf_counter()
         for flow in self.flows:
             flow.precede(func, args, kwargs)
         _Watch.seconds += time.perf_counter() - start
-        out = _run(func, args, kwargs)
+        out = _run(call, args, kwargs)
         start = time.perf_counter()
         for flow in self.flows:
             flow.follow(func, args, kwargs, out)
         _Watch.seconds += time.perf_counter() - start
         return out
 
-    def _with_functions(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    def _with_functions(self, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run an operator that takes functions, and see what runs in these; the rest is not shown."""
 
         def watched(function: Any) -> Any:
@@ -638,21 +648,23 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
             return run
 
-        out = func(*(watched(arg) if callable(arg) else arg for arg in args), **kwargs)
+        out = call(*(watched(arg) if callable(arg) else arg for arg in args), **kwargs)
         given = dict(enumerate(_flat((*args, *kwargs.values()))))
         for flow in self.flows:
             flow.follow(_OfFunctions, (), given, [t for t in _flat([out]) if not flow.labels(t)])
         return out
 
-    def _one_by_one(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    def _one_by_one(self, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Run an operator that is nothing but others, and see these."""
+        func: Any = call.called
+        call.called = functools.partial(func._op_dk, _MADE_OF_OTHERS)
         outer, casts = self._casts, _casts_now() if self._casts is None else self._casts
         # What autocast knows has its arguments cast by now, and runs without it.
         has_kernel, name = torch._C._dispatch_has_kernel_for_dispatch_key, func.name()
         self._casts = frozenset(kind for kind in casts if not has_kernel(name, _AUTOCASTS[kind]))
         try:
             with _casting(self._casts), self:
-                return func._op_dk(_MADE_OF_OTHERS, *args, **kwargs)
+                return call(*args, **kwargs)
         finally:
             self._casts = outer
 
@@ -683,13 +695,14 @@ def _casting(kinds: Iterable[str]) -> Generator[None, None, None]:
         yield
 
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+def _run(call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
     """Run an operator as it runs where nobody watches."""
+    func: Any = call.called
     if func._schema.name.rpartition("::")[2] in _CASTS_INSIDE:
         # On other devices these are not used with autocast.
         with _casting(_casts_now() & {"cpu"}):
-            return func(*args, **kwargs)
-    return func(*args, **kwargs)
+            return call(*args, **kwargs)
+    return call(*args, **kwargs)
 
 
 def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:

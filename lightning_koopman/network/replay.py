@@ -31,7 +31,7 @@ from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, 
 from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.signals import came_from_signal, signals_wait
+from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import (
     INTEGERS,
     address_of,
@@ -312,7 +312,7 @@ class Recording:
         self._direct = {id(model), id(common_ancestor(model, components.values()))}
         if getattr(model, "_compiler_ctx", None) is not None:
             self._reason, self._carriers = "the whole module is compiled", []
-        self._attach = attach_in(model)
+        self._attach = attach_in(model, self._refuse)
         self._hooks = ExitStack()
         self._flow: DataFlow | None = None
         self._step = Step()
@@ -363,9 +363,9 @@ class Recording:
                 hung = self._attach(module, before=self._before, after=self._after, first=True)
                 hooks.enter_context(hung)
             else:
-                hooks.enter_context(wrap(module, "_compiled_call_impl", around))
+                hooks.enter_context(wrap(module, "_compiled_call_impl", around, self._refuse))
             if id(module) in self._direct and not self._attach.keywords["compiles"]:
-                hooks.enter_context(wrap(module, "forward", around))
+                hooks.enter_context(wrap(module, "forward", around, self._refuse))
 
     def _is_followed(self) -> bool:
         """Check whether the data of the next step is followed: once, and where it can tell anything."""
@@ -476,10 +476,11 @@ class Recording:
         forward = vars(module).get("forward")
         # Under ddp a step itself arrives as a call, with the step in place of the module's own forward.
         counts = is_wrapped(forward) or forward is self._own.get(id(module))
-        if counts and not self._is_within:
+        begins = counts and not self._is_within
+        self._inside.append((module, counts))
+        if begins:
             self._begin(module, args, kwargs, direct=False)
         self._ran.add(id(module))
-        self._inside.append((module, counts))
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if ended(self._inside, module) and not self._is_within:
@@ -509,35 +510,28 @@ class Recording:
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any, *, direct: bool) -> None:
         self._ran = set()
-        try:
-            name = self._names[id(module)]
-            own = itertools.islice(module.parameters(), 1)
-            autocasts = _autocasts(itertools.chain(own, tensors_inside((args, kwargs))))
-            args, kwargs = self._kept(args, name), self._kept(kwargs, name)
-            self._step.calls.append(_Call(module, direct, args, kwargs, autocasts=autocasts))
-        except Exception as error:  # the user's own step must not end because of ours
-            self._refuse(error)
+        name = self._names[id(module)]
+        own = itertools.islice(module.parameters(), 1)
+        autocasts = _autocasts(itertools.chain(own, tensors_inside((args, kwargs))))
+        args, kwargs = self._kept(args, name), self._kept(kwargs, name)
+        self._step.calls.append(_Call(module, direct, args, kwargs, autocasts=autocasts))
 
     def _end(self, output: Any) -> None:
-        try:
-            number = len(self._returned)
-            self._returned.append(all_tensors(output))
-            self._objects.append([(each, list(tensors_inside(each))) for each in _objects_in(output)])
-            call = self._step.calls[number]
-            call.idle = self._watched - self._ran
-            # What holds nothing of the network's may be what prepares the data.
-            if _holds_tensors(call.module):
-                self._made |= {*map(address_of, tensors_inside(output))} - {0}
-                if self._flow is not None:
-                    self._flow.label(output, f"{number}")
-            tensor = None if self.steps else first_tensor(output)
-            self._step.outputs.append(None if tensor is None else _copied(tensor))
-        except Exception as error:
-            self._refuse(error)
+        number = len(self._returned)
+        self._returned.append(all_tensors(output))
+        self._objects.append([(each, list(tensors_inside(each))) for each in _objects_in(output)])
+        call = self._step.calls[number]
+        call.idle = self._watched - self._ran
+        # What holds nothing of the network's may be what prepares the data.
+        if _holds_tensors(call.module):
+            self._made |= {*map(address_of, tensors_inside(output))} - {0}
+            if self._flow is not None:
+                self._flow.label(output, f"{number}")
+        tensor = None if self.steps else first_tensor(output)
+        self._step.outputs.append(None if tensor is None else _copied(tensor))
 
     def _refuse(self, error: Exception) -> None:
-        if came_from_signal(error):
-            raise error
+        """Run nothing again where a call could not be recorded: the user's own step goes on."""
         self._reason = self._reason or f"a call could not be copied ({type(error).__name__}: {error})"
 
     def _kept(self, value: Any, name: str) -> Any:

@@ -108,6 +108,15 @@ def test_an_error_of_ours_ends_nothing(place, way, tmp_path):
     assert raised
 
 
+@pytest.mark.parametrize("theirs", [{}, {"train": Fault("theirs")}], ids=["ends", "breaks"])
+def test_an_error_of_ours_as_the_run_before_is_forgotten_takes_no_others_place(theirs):
+    raised: list[BaseException] = []
+    place = monitors, "WatchedState"
+    check_alike(ours=functools.partial(broken, place, MemoryError("ours"), raised), faults=theirs)
+    # In the beginning and at the end.
+    assert len(raised) > 1
+
+
 @pytest.mark.parametrize("error", [torch.linalg.LinAlgError("ours"), MemoryError("ours")])
 @pytest.mark.parametrize("place", PLACES[3:6], ids=NAMES[3:6])
 def test_numerics_of_ours_that_fail_end_nothing(place, error):

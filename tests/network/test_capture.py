@@ -228,10 +228,10 @@ def test_no_hook_is_left_when_registering_fails(conv_net, monkeypatch):
 def test_nothing_is_left_whichever_hook_cannot_be_made(conv_net, monkeypatch):
     made, most, kept = itertools.count(), 0, hook_points._Hook.__init__
 
-    def refuse(hook: Any, function: Any) -> None:
+    def refuse(hook: Any) -> None:
         if next(made) == most:
             raise MemoryError("no more hooks")
-        kept(hook, function)
+        kept(hook)
 
     monkeypatch.setattr(hook_points._Hook, "__init__", refuse)
     for most in range(99):  # ruff: ignore[unused-loop-control-variable]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_koopman import component_effects, credit_report, drop_order, linearize
 from lightning_koopman.measurement.overview import describe_components
+from lightning_koopman.network import isolation
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.tensors import detached_copy
 from lightning_koopman.report.effects import KINDS
@@ -237,6 +239,29 @@ def test_what_was_compiled_runs_so_behind_a_lack_of_memory_for_copies(monkeypatc
             pass
     twice(torch.ones(2))
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("lacks_at", [0, 3, 12, 13])
+def test_what_is_emptied_as_memory_lacks_is_filled_again(lacks_at, monkeypatch):
+    kept, calls = isolation._refill, itertools.count()
+
+    def lacks(container: Any, before: Any) -> None:
+        if next(calls) == lacks_at:
+            container.clear()
+            raise MemoryError("no memory to fill it")
+        kept(container, before)
+
+    monkeypatch.setattr(isolation, "_refill", lacks)
+    net = network()
+    held = [(vars(m), dict(vars(m)), dict(m._parameters), dict(m._modules)) for m in net.modules()]
+    with pytest.raises(MemoryError, match="to fill it"), undisturbed(net):
+        net[0].added = 1
+    assert next(calls) > 40
+    for values, before, parameters, modules in held:
+        assert list(values.items()) == list(before.items())
+        assert values["_parameters"].keys() == parameters.keys()
+        assert values["_modules"].keys() == modules.keys()
+    assert net.training
 
 
 _MAPPED = """
