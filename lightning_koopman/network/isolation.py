@@ -128,13 +128,14 @@ def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None
             for data in (tensor.data,)
             if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
         ]
-    failures: list[Exception] = []
+    failure: Exception | None = None
 
     def attempt(put_back: Callable[..., Any], *given: Any) -> None:
+        nonlocal failure
         try:
             put_back(*given)
         except Exception as error:
-            failures.append(error)
+            failure = failure or error
 
     def put_modes_back() -> None:
         for module, mode in modes:
@@ -160,12 +161,12 @@ def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None
         signals.now = True
         attempt(put_modes_back)
         attempt(put_rest_back)
-        if failures:
+        if failure is not None:
             # Memory may have lacked for a moment, and what was emptied must not stay so.
             attempt(put_rest_back)
     # Not within `finally`, where it would hide what the body raised.
-    if failures:
-        raise failures[0]
+    if failure is not None:
+        raise failure
 
 
 def _with_contents(values: list[Any]) -> list[Any]:
