@@ -614,7 +614,8 @@ def test_gradients_that_are_right_get_no_note(net):
 
 
 def test_a_prediction_is_held_against_the_change_by_the_same_draw(monkeypatch):
-    monkeypatch.setattr("lightning_koopman.effects.component_effects._FAR_OFF", 1 + 1e-6)
+    for name in ("_SUSPECT", "_FAR"):
+        monkeypatch.setattr(f"lightning_koopman.effects.second_order.{name}", 1 + 1e-6)
     found = predicted(linear_chain(), [normal(200, 6)], ["weight_noise"], draws=3)
     assert found.notes == ()
 
