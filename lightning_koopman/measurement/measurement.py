@@ -549,7 +549,8 @@ class Measurement(Accumulator):
         if changed := [name for name in self.capture.inputs.changed if name in self.parts]:
             notes.append(
                 f"data of the batch go into {listed(changed)} changed on the way (scaled, or in part), "
-                "and operators see them as they came; give them to forward() as they are taken"
+                "and operators see them as they came; name what changes them as a component, or give "
+                "them to forward() as they are taken"
             )
         if uncounted := list(dict.fromkeys(self.capture.origins.uncounted)):
             notes.append(
