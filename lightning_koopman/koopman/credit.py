@@ -138,7 +138,7 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
 
     Which of the states a step goes by is then no matter of data, but of the ridge weight alone.
     """
-    layout, found = whole.layout, set[int]()
+    layout, found, ranks = whole.layout, set[int](), dict(enumerate(known, start=1))
 
     def n_alive(states: Sequence[int]) -> int:
         return int(alive(torch.linalg.eigvalsh(whole.train.beside(states))).sum())
@@ -150,8 +150,9 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
         # Of fewer samples than directions, each looks like a sum of others.
         if len(read) == 1 or sum(layout.dims[p] for p in read) >= whole.count:
             continue
-        ranks = {p: known[p - 1] if p else n_alive([p]) for p in read}
-        if len(step.values) == sum(ranks.values()):
+        if 0 in read and 0 not in ranks:
+            ranks[0] = n_alive([0])
+        if len(step.values) == sum(ranks[p] for p in read):
             continue
         for p in filter(None, read):
             # What a state is made of has its say through that state as well, which changes no credit.
