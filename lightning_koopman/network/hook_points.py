@@ -496,8 +496,8 @@ class HookPoints:
     def __enter__(self) -> HookPoints:
         with ExitStack() as hooks:
             if self._counted_in is not None:
-                within = attach(self._counted_in, before=self._on_round, after=self._on_round_end)
-                hooks.enter_context(within)
+                ends = {"before": self._on_round, "after": self._on_round_end}
+                hooks.enter_context(self._attach(self._counted_in, **ends, direct=set()))
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
                 after = functools.partial(self._after, calls)
