@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -138,23 +139,25 @@ def fit_basis(
     seed: int = 0,
     earlier: Basis | None = None,
     apart: Sequence[int] = (),
+    joined: Sequence[Sequence[int]] = (),
 ) -> Basis:
     """Fit the coordinates of every state, and the centres and lifts in them, to some of its rows.
 
     Of a state that is too wide, the last ``apart`` columns have directions of their own, half of all at
-    most: they count, however little they vary beside the others. POD bases of an earlier measurement are
-    kept where they fit: that spares the costliest part, and numbers of one epoch and the next are then
-    about the same coordinates.
+    most: they count, however little they vary beside the others. So do those of the states ``joined``
+    into it, of so many columns each, that are no wider than an equal share: they are kept whole. POD
+    bases of an earlier measurement are kept where they fit: that spares the costliest part, and numbers
+    of one epoch and the next are then about the same coordinates.
     """
     before: Sequence[tuple[Tensor | None, float]] = [(None, 0.0)] * len(rows)
     if earlier is not None and len(earlier.vectors) == len(rows):
         before = list(zip(earlier.vectors, earlier.kept_variance, strict=True))
-    apart = apart or [0] * len(rows)
+    apart, joined = apart or [0] * len(rows), joined or [()] * len(rows)
     fitted = [
         (vectors, share)
         if _still_fits(block, max_dim, vectors, share)
-        else _basis_in_parts(block, max_dim, columns)
-        for block, columns, (vectors, share) in zip(rows, apart, before, strict=True)
+        else (_basis_of_joined(block, max_dim, of) if of else _basis_in_parts(block, max_dim, columns))
+        for block, columns, of, (vectors, share) in zip(rows, apart, joined, before, strict=True)
     ]
     vectors = tuple(basis for basis, _ in fitted)
     center = tuple(
@@ -212,9 +215,28 @@ def _basis_in_parts(rows: Tensor, max_dim: int, apart: int) -> tuple[Tensor | No
     own = _directions(last, max_dim // 2)
     kept_others = _directions(others, max_dim - own.shape[1])
     vectors = torch.block_diag(kept_others, own)  # type: ignore[no-untyped-call]
+    return vectors, _kept_of(rows, vectors)
+
+
+def _basis_of_joined(rows: Tensor, max_dim: int, widths: Sequence[int]) -> tuple[Tensor | None, float]:
+    """Find principal directions of the wide ones of several states, and keep the narrow ones whole."""
+    narrow = [[width * len(widths) <= max_dim] * width for width in widths]
+    whole = torch.tensor([*itertools.chain.from_iterable(narrow)], device=rows.device)
+    others, n_whole = rows[:, ~whole], int(whole.sum())
+    if rows.shape[1] <= max_dim or n_whole == 0 or not varies(others):
+        return pod_basis(rows, max_dim)
+    kept_others = _directions(others, max_dim - n_whole)
+    vectors = rows.new_zeros(rows.shape[1], kept_others.shape[1] + n_whole)
+    vectors[~whole, : kept_others.shape[1]] = kept_others
+    vectors[whole, kept_others.shape[1] :] = torch.eye(n_whole, dtype=rows.dtype, device=rows.device)
+    return vectors, _kept_of(rows, vectors)
+
+
+def _kept_of(rows: Tensor, vectors: Tensor) -> float:
+    """Return the share of the variance of rows that orthonormal directions keep."""
     centred = rows - rows.mean(dim=0)
     kept = torch.linalg.vector_norm(centred @ vectors) / torch.linalg.vector_norm(centred)
-    return vectors, float(kept.square())
+    return float(kept.square())
 
 
 def _directions(rows: Tensor, count: int) -> Tensor:

@@ -64,6 +64,7 @@ class Accumulator:
         basis: The frozen coordinates of the state vectors.
         earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
         apart: By state, how many of its last columns have directions of their own in the basis.
+        joined: By state that several were joined into, how many columns each of these has.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far.
         max_samples: Most that are taken; where that is ``"enough"``, known from the first batch on.
@@ -82,6 +83,7 @@ class Accumulator:
         self.basis: Basis | None = None
         self.earlier: Basis | None = None
         self.apart: dict[str, int] = {}
+        self.joined: dict[str, tuple[int, ...]] = {}
         self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
@@ -201,8 +203,9 @@ class Accumulator:
 
     def _fit_basis(self, rows: list[Tensor]) -> Basis:
         own, apart = self.options, [self.apart.get(name, 0) for name in self.chain.names]
+        joined = [self.joined.get(name, ()) for name in self.chain.names]
         with plain_numerics(rows[0]):
-            return fit_basis(rows, own.max_dim, own.observables, own.seed, self.earlier, apart)
+            return fit_basis(rows, own.max_dim, own.observables, own.seed, self.earlier, apart, joined)
 
     def _freeze_basis(self, rows: Sequence[Tensor]) -> None:
         self._refuse_odd()

@@ -116,7 +116,8 @@ class Measurement(Accumulator):
         self._untraced: str | None = None
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
-            self.capture, self.plan, self.apart = like.capture, like.plan, like.apart
+            self.capture, self.plan = like.capture, like.plan
+            self.apart, self.joined = like.apart, like.joined
             self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
         self._followed: Reference | None = None
         self._next_check, self._work = FIRST_CHECK, 0.0
@@ -365,6 +366,9 @@ class Measurement(Accumulator):
             form, block = self.plan.forms[group[0]], rows[group[0]]
             if form.picked is not None and not form.is_alone and len(group) == 1 and block is not None:
                 self.apart[name] = block.shape[1] // (1 + math.prod(form.grid))
+            parts = [part for part in map(rows.get, group) if part is not None]
+            if len(group) > 1 and len(parts) == len(group):
+                self.joined[name] = tuple(part.shape[1] for part in parts)
         self._work = self._work_of(records) / max(
             1, *(len(block) for block in rows.values() if block is not None)
         )

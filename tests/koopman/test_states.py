@@ -329,3 +329,44 @@ def test_columns_apart_have_directions_of_their_own_however_little_they_vary() -
     rows[:, 12:] = 1.0
     given = fit_basis([rows], 8, apart=[5]).vectors[0]
     assert torch.equal(given, pod_basis(rows, 8)[0])
+
+
+def test_of_joined_states_those_no_wider_than_an_equal_share_are_kept_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(200, 12, generator=generator) * torch.arange(12, 0, -1)
+    narrow = 1e-3 * torch.randn(200, 2, generator=generator)
+    other = torch.randn(200, 9, generator=generator)
+    rows = torch.cat([wide, narrow, other], dim=1)
+    vectors = fit_basis([rows], 8, joined=[(12, 2, 9)]).vectors[0]
+    assert vectors.shape == (23, 8)
+    assert torch.equal(vectors[12:14, 6:], torch.eye(2))
+    # The others share the directions that are left, as if nothing stood between them.
+    expected, _ = pod_basis(torch.cat([wide, other], dim=1), 6)
+    left = torch.cat([vectors[:12, :6], vectors[14:, :6]])
+    assert torch.allclose(left.abs(), expected.abs(), atol=1e-4)
+    assert not vectors[12:14, :6].any()
+    # Of equal states none is preferred.
+    given = fit_basis([rows], 8, joined=[(12, 11)]).vectors[0]
+    assert torch.equal(given, pod_basis(rows, 8)[0])
+
+
+class Conditioned(nn.Module):
+    """Reads a few numbers beside many, as a diffusion model the time beside an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.time, self.hidden = nn.Linear(300, 20), nn.Linear(6, 12), nn.Linear(12, 20)
+        self.out = nn.Linear(20, 3)
+
+    def forward(self, image: Tensor, time: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.image(image)) + torch.tanh(self.hidden(self.time(time))))
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_what_reads_a_narrow_input_beside_a_wide_one_reads_all_of_it(scale: float) -> None:
+    torch.manual_seed(0)
+    model, image, time = Conditioned(), torch.randn(600, 300), scale * torch.randn(600, 6)
+    batches = list(zip(image.split(100), time.split(100), strict=True))
+    report = credit_report(model, batches, forward_fn=lambda model, batch: model(*batch))
+    # An exactly linear layer on its own input.
+    assert report.r2[report.components.index("time")] == pytest.approx(1, abs=1e-6)
