@@ -84,6 +84,7 @@ class Inputs:
         if self._provenance.is_idle(first):
             # Behind learned queries come the data.
             first = next((t for t in filter(is_real, given) if self._provenance.is_fresh(t)), first)
+            nothing_ran = nothing_ran and not self._provenance.is_idle(first)
         beside: list[Beside] = []
         indices = list(filter(is_edge_index, given))
         for place, tensor in enumerate(filter(is_real, given)):

@@ -445,6 +445,8 @@ def test_what_a_hypernetwork_made_weights_for_is_the_input_of_what_reads_it():
     report = credit_report(model, list(torch.randn(300, 8).split(50)))
     assert report.components == ("mix", "head")
     assert report.reference.widths == (6, 6, 3)
+    # The code, which comes first, is no input of the network.
+    assert "the same for every sample, so left out: weights" in report.notes
 
 
 class Tied(nn.Module):
