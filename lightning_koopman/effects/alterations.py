@@ -258,8 +258,11 @@ class Alterations:
     def unsettable(self) -> dict[tuple[str, str], UnalterableError]:
         """Find the components whose weights cannot be set as some kind asks, by kind and component."""
         found = {}
-        for kind in (k for k in self.kinds if self.touches_weights(k) and k != "weight_noise"):
+        for kind in filter(self.touches_weights, self.kinds):
             for name in self.names:
+                held = (find_module(self._model, call)[0] for call in self._parts[name])
+                if kind == "weight_noise" and not _of_other_classes(held):
+                    continue
                 try:
                     with random_states_kept(), self.weights(kind, [name]):
                         pass
@@ -496,21 +499,37 @@ class Alterations:
         calls = [call for name in names for call in self._parts[name] if self.touches_weights(kind)]
         modules = {module_of(call): find_module(self._model, call)[0] for call in calls}
         with _restored(modules.values()), torch.no_grad():
-            if kind == "weight_noise":
-                for parameter in {id(p): p for m in modules.values() for p in m.parameters()}.values():
-                    is_complex = parameter.is_complex()
-                    if parameter.numel() > 1 and (parameter.is_floating_point() or is_complex):
-                        dtype = torch.complex128 if is_complex else torch.float64
-                        noise = torch.randn(parameter.shape, dtype=dtype, device="cpu").to(parameter)
-                        parameter.add_(self._strength * parameter.std() * noise)
-            for name, module in modules.items():
-                if kind in self._replacements:
-                    _replace(name, module, self._replacements[kind], kind)
-                elif kind == "reinit" and self._initial is not None:
-                    _replace(name, module, self._initial, "initial", complete=True)
-                elif kind == "reinit":
-                    _draw_anew(name, module)
+            try:
+                self._set_weights(kind, modules)
+            except Exception as error:
+                found = {name: _of_other_classes([module]) for name, module in modules.items()}
+                if isinstance(error, ValueError) or not any(found.values()):
+                    raise
+                kinds = {type(weight).__name__: None for own in found.values() for weight in own}
+                named = ", ".join(repr(name) for name, own in found.items() if own)
+                raise UnalterableError(
+                    f"{named} holds weights of the class {', '.join(kinds)}, which cannot be altered so "
+                    f"({type(error).__name__})",
+                    "ask for it before weights are made such, as by quantising, or leave the kind out",
+                ) from error
             yield
+
+    def _set_weights(self, kind: str, modules: Mapping[str, nn.Module]) -> None:
+        """Alter the weights of some modules, by name."""
+        if kind == "weight_noise":
+            for parameter in {id(p): p for m in modules.values() for p in m.parameters()}.values():
+                is_complex = parameter.is_complex()
+                if parameter.numel() > 1 and (parameter.is_floating_point() or is_complex):
+                    dtype = torch.complex128 if is_complex else torch.float64
+                    noise = torch.randn(parameter.shape, dtype=dtype, device="cpu").to(parameter)
+                    parameter.add_(self._strength * parameter.std() * noise)
+        for name, module in modules.items():
+            if kind in self._replacements:
+                _replace(name, module, self._replacements[kind], kind)
+            elif kind == "reinit" and self._initial is not None:
+                _replace(name, module, self._initial, "initial", complete=True)
+            elif kind == "reinit":
+                _draw_anew(name, module)
 
     def sharing_weights(self) -> list[list[int]]:
         """Group components that hold weights in common, directly or through others."""
@@ -660,7 +679,8 @@ def _replace(
     for key, tensor in known.items():
         if key in weights or (complete and key in shown):
             _check_shape(key, weights.get(key), tensor.shape, argument)
-            tensor.copy_(_dense(weights[key]))
+            given = weights[key]
+            tensor.copy_(given if type(given) is type(tensor) else _dense(given))
     for inner, part in module.named_modules(prefix=name):
         for key, source in derived_weights(part).items():
             whole = clean_name(f"{inner}.{key}")
@@ -689,6 +709,11 @@ def _check_shape(key: str, given: Tensor | None, shape: torch.Size, argument: st
             f"{argument} has {found} for {key!r}, which needs shape {tuple(shape)}; pass a "
             "state_dict of the same network"
         )
+
+
+def _of_other_classes(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Find the weights that are of classes derived from torch's tensors, as of quantised ones."""
+    return [p for m in modules for p in m.parameters() if type(p) not in (Tensor, nn.Parameter)]
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -214,3 +214,37 @@ def test_outputs_with_time_in_front_are_named_as_what_is_turned(size):
         component_effects(Unrolled(), batches)
     turned = component_effects(Unrolled(), batches, forward_fn=lambda m, b: m(b).transpose(0, 1))
     assert np.isfinite(turned.values["skip"]).all()
+
+
+class Rigid(Tensor):
+    """Weights of somebody's own class, as quantised ones are: torch's operations are not theirs."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ in ("std", "kaiming_uniform_"):
+            raise NotImplementedError(f"Rigid has no {func.__name__}")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def with_rigid() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    net[2].weight = nn.Parameter(net[2].weight.detach().as_subclass(Rigid))
+    return net
+
+
+@pytest.mark.parametrize("how", ["measured", "predicted", "both"])
+@pytest.mark.parametrize("kind", ["weight_noise", "reinit"])
+def test_weights_of_a_class_that_refuses_it_take_no_number_from_the_others(kind, how):
+    net, batches = with_rigid(), list(normal(120, 4).split(40))
+    before = [weight.detach().clone() for weight in net.parameters()]
+    found = component_effects(net, batches, kinds=[kind, "skip"], how=how)
+    assert np.isnan(found.values[kind]).tolist() == [False, True]
+    assert found.doubts[kind][1] == ("refused",)
+    assert np.isfinite(found.values["skip"]).all()
+    assert (
+        f"no effect {kind} of '2': '2' holds weights of the class Rigid, which cannot be altered so "
+        "(NotImplementedError); ask for it before weights are made such, as by quantising, or leave the "
+        "kind out"
+    ) in found.notes
+    assert all(map(torch.equal, net.parameters(), before))

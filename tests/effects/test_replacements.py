@@ -151,3 +151,18 @@ def test_a_layer_in_two_blocks_has_its_weights_replaced_in_both(derive):
     expected = float((after - before).square().sum() / (before - before.mean(0)).square().sum())
     assert expected > 0.01
     assert effects.values["half"] == pytest.approx([expected, expected], rel=1e-3)
+
+
+def test_quantised_weights_of_a_network_may_be_replaced_by_others_of_their_class():
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    torch.manual_seed(0)
+    net, other = (nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)) for _ in range(2))
+    for each in (net, other):
+        torchao.quantize_(each, torchao.Int8WeightOnlyConfig())
+    x = torch.randn(100, 8)
+    with torch.no_grad():
+        own, swapped = net(x).double(), other[2](net[:2](x)).double()
+    weights = {"other": other.state_dict()}
+    found = component_effects(net, [x], kinds=[], replacements=weights, how="measured")
+    expected = (swapped - own).square().sum() / (own - own.mean(0)).square().sum()
+    assert found.values["other"][1] == pytest.approx(float(expected), rel=1e-6)
