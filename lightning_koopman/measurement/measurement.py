@@ -345,9 +345,14 @@ class Measurement(Accumulator):
             in_turns=frozenset() if self._named else self.capture.in_turns(records),
             valid=self._valid,
         )
-        if len(self.plan.states) < 2 and (told := self.plan.told()):
-            (name,), why = self.plan.names, "; ".join(told)
+        if len(self.plan.states) < 2:
+            (name,), why = self.plan.names, "; ".join(self.plan.told())
             self.plan = None
+            if not why:
+                raise ValueError(
+                    f"{name!r} is all that the chain holds, and reads no data that vary, so nothing can "
+                    "be credited; name more components, or let what takes the batch be a module"
+                )
             raise ValueError(
                 f"{name!r} alone has one row per sample, so nothing can be credited: {why}. Give the "
                 "samples an axis of their own, the first, or reduce states to one row per sample with "

@@ -224,6 +224,17 @@ def test_items_of_sets_one_behind_the_other_are_no_samples():
         credit_report(model, [sets[:30], sets[30:]], forward_fn=lambda model, batch: model(batch))
 
 
+def test_embeddings_of_all_nodes_of_which_the_batch_picks_some_are_no_chain():
+    def run(m: nn.Module, pairs: Tensor) -> Tensor:
+        nodes = m.mix(m.table)
+        return (nodes[pairs[:, 0]] * nodes[pairs[:, 1]]).sum(-1)
+
+    model = wired(run, mix=nn.Linear(8, 8))
+    model.table = nn.Parameter(torch.randn(35, 8))
+    with pytest.raises(ValueError, match="'mix' is all that the chain holds, and reads no data that"):
+        credit_report(model, list(torch.randint(0, 35, (400, 2)).split(100)))
+
+
 class Masked(nn.Module):
     """An encoder that is told which positions hold data by an argument, not by the batch."""
 
