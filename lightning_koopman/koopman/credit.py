@@ -141,7 +141,11 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
     layout, found, ranks = whole.layout, set[int](), dict(enumerate(known, start=1))
 
     def n_alive(states: Sequence[int]) -> int:
-        return int(alive(torch.linalg.eigvalsh(whole.train.beside(states))).sum())
+        # In units of their own, for a state that is small beside others tells what it tells.
+        sizes = torch.cat([whole.train.variances[p].sum().expand(layout.dims[p]) for p in states])
+        unit = torch.where(sizes > 0, sizes, 1.0).rsqrt()
+        joint = whole.train.beside(states) * unit[:, None] * unit
+        return int(alive(torch.linalg.eigvalsh(joint)).sum())
 
     above: list[set[int]] = [set()]
     for i, step in enumerate(steps, start=1):

@@ -140,6 +140,20 @@ def test_a_branch_that_adds_something_has_the_credit_of_its_weights_and_no_doubt
     assert not any("tell the same" in note for note in few.notes)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 0.0])
+def test_a_branch_that_is_small_or_dead_beside_others_is_not_said_to_be_told_by_them(
+    scale: float,
+) -> None:
+    torch.manual_seed(0)
+    net = Branch(nn.Sequential(nn.Tanh(), nn.Linear(12, 12)), side_by_side=True).double()
+    for parameter in net.branch[1][1].parameters():
+        parameter.data *= scale
+    # The stem's last direction is a copy of its first, so that not all directions side by side vary.
+    net.stem.weight.data[-1] = net.stem.weight.data[0]
+    report = _branch_report(net)
+    assert not any("tell the same" in note for note in report.notes)
+
+
 def test_the_delay_is_in_the_file_and_old_files_had_1(tmp_path: Path) -> None:
     metric = KoopmanCredit(options=Options(delay=2))
     metric.update(list(torch.randn(4, 100, 3, generator=torch.Generator().manual_seed(0))))
