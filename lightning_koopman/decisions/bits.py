@@ -459,21 +459,26 @@ def solve_exactly(
     """
     rows, options = effects.shape
     one_each = np.kron(np.eye(rows), np.ones(options))
-    # Effects of many orders of magnitude would be lost in the solver's tolerance.
     known = np.isfinite(effects)
-    weights = np.where(known, effects, 0.0)
-    weights = weights / max(weights.max(), 1e-300)
-    found = milp(
-        weights.reshape(-1),
-        integrality=np.ones(effects.size),
-        bounds=Bounds(0, known.reshape(-1).astype(float)),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(costs.reshape(1, -1), -np.inf, allowed * (1 + 1e-12)),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    return tuple(int(k) for k in found.x.reshape(rows, options).argmax(axis=1))
+    while True:
+        weights = np.where(known, effects, 0.0)
+        found = milp(
+            weights.reshape(-1) / max(weights.max(), 1e-300),
+            integrality=np.ones(effects.size),
+            bounds=Bounds(0, known.reshape(-1).astype(float)),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(costs.reshape(1, -1), -np.inf, allowed * (1 + 1e-12)),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+        chosen = found.x.reshape(rows, options).argmax(axis=1)
+        # What alone has more effect than a whole choice is in no better one, and beside it the others
+        # would be lost in the solver's tolerance.
+        too_much = known & (weights > weights[range(rows), chosen].clip(min=0).sum())
+        if not too_much.any():
+            return tuple(int(k) for k in chosen)
+        known &= ~too_much
 
 
 def changes(

@@ -151,7 +151,8 @@ def drift_from(
         mean if fit else mean.new_zeros(len(mean), dim)
         for fit, mean, dim in zip(same, earlier.means, layout.dims, strict=True)
     )
-    known = dataclasses.replace(earlier, fits=FoldFits.known(operators, means, earlier.variance))
+    fitted = FoldFits.known(operators, means, earlier.variance)
+    known = dataclasses.replace(earlier, fits=fitted, parts=measurement.parts)
     found = drift_since(known, measurement, step=step)
     return dataclasses.replace(
         found,

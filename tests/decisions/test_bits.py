@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, credit_report
 from lightning_koopman.decisions import bits
-from lightning_koopman.decisions.bits import exchange, improve, solve_exactly
+from lightning_koopman.decisions.bits import _pairs, exchange, improve, solve_exactly
 from lightning_koopman.effects.scoring import Measured
 
 pytest.importorskip("torchao", reason="torchao is not installed")
@@ -59,13 +59,48 @@ def allowed_choices(costs: np.ndarray, allowed: float) -> list[tuple[int, ...]]:
     return [tuple(c) for c in every[costs[range(6), every].sum(axis=1) <= allowed].tolist()]
 
 
-def test_the_integer_programme_is_as_good_as_all_choices() -> None:
+@pytest.mark.parametrize("unit", [1e-9, 1.0])
+@pytest.mark.parametrize("is_any_infinite", [False, True])
+def test_the_integer_programme_is_as_good_as_all_choices(unit: float, is_any_infinite: bool) -> None:
+    rng = np.random.default_rng(4)
     for effects, costs, allowed in problems():
+        if is_any_infinite:
+            # The least bits remain, so that some choice is allowed.
+            effects[:, :3][rng.random((6, 3)) < 0.3] = np.inf
         choices = allowed_choices(costs, allowed)
         best = min(float(effects[range(6), c].sum()) for c in choices)
-        found = solve_exactly(effects, costs, allowed)
+        found = solve_exactly(unit * effects, costs, allowed)
         assert found in choices
         assert effects[range(6), found].sum() == pytest.approx(best, rel=1e-5)
+
+
+def test_the_integer_programme_is_exact_beside_effects_of_other_orders_of_magnitude() -> None:
+    rng = np.random.default_rng(5)
+    for effects, costs, _ in problems():
+        effects[:] = np.sort(10.0 ** rng.uniform(-14, -3, (6, 4)), axis=1)
+        effects[:, 3] = 10.0 ** rng.uniform(-1, 1, 6)
+        allowed = rng.uniform(3.1, 6) * costs[:, 3].sum() / 2
+        best = min(float(effects[range(6), c].sum()) for c in allowed_choices(costs, allowed))
+        found = solve_exactly(effects, costs, allowed)
+        assert effects[range(6), found].sum() == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e3])
+def test_pairs_are_what_two_moves_have_in_common_and_hold_nothing_of_what_must_not_be(
+    size: float,
+) -> None:
+    """Where an effect is the square of a move, that of several is the square of their sum."""
+    moved = size * torch.randn(6, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moved[3] = 0.0
+    effects = moved.square().sum(dim=1).numpy().reshape(3, 2)
+    pairs = _pairs(effects, moved)
+    np.testing.assert_allclose(pairs.reshape(6, 6), (moved @ moved.T).numpy(), rtol=1e-9, atol=0)
+    effects[1, 0], moved[2] = np.inf, torch.nan
+    odd = _pairs(effects, moved)
+    assert odd[1, 0, 1, 0] == np.inf
+    pairs[1, 0], pairs[:, :, 1, 0] = 0.0, 0.0
+    odd[1, 0, 1, 0] = 0.0
+    np.testing.assert_allclose(odd, pairs, rtol=1e-9, atol=0)
 
 
 def test_exchanges_keep_the_budget_and_come_near_the_best_choice_for_all_pairs() -> None:
@@ -119,6 +154,21 @@ def test_what_is_measured_improves_a_choice_within_the_budget() -> None:
         assert all(real(found) <= real(c) for c in promising)
         better += real(found) < real(start)
     assert better > 4
+
+
+def test_a_choice_whose_outputs_are_not_finite_is_left_for_one_whose_are() -> None:
+    effects, costs, allowed = problems()[0]
+    pairs = np.zeros((6, 4, 6, 4))
+    start = solve_exactly(effects, costs, allowed)
+    for odd in (math.nan, math.inf):
+        # Only what gives the first row fewer bits is finite.
+        def measure(c: tuple[int, ...], odd: float = odd) -> Measured:
+            return Measured(1.0 + sum(c) if c[0] == 3 else odd, 0.0, math.nan, math.nan)
+
+        begin = (0, *start[1:])
+        found, measured = improve(pairs, costs, math.inf, (begin, measure(begin)), measure)
+        assert found[0] == 3
+        assert measured.effect == pytest.approx(1.0 + sum(found))
 
 
 def test_both_choices_are_improved_and_the_better_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,10 +292,11 @@ def test_named_components_groups_and_modules_that_run_twice() -> None:
     assert found.alike[4] == pytest.approx(found.effect)
     assert torch.equal(found.apply(net)[0].weight, net[0].weight)
     layer = nn.Linear(6, 6)
-    twice = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 2))
+    between, last = nn.Linear(6, 6), nn.Linear(6, 2)
+    twice = nn.Sequential(layer, nn.Tanh(), between, nn.Tanh(), layer, nn.Tanh(), last)
     once = bit_widths(twice, [inputs()])
-    assert once.components == ("0", "4")
-    assert once.weights == (36, 12)
+    assert once.components == ("0", "2", "6")
+    assert once.weights == (36, 36, 12)
 
 
 def test_a_loop_that_begins_with_zeros_has_its_block_rounded() -> None:

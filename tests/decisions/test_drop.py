@@ -224,13 +224,14 @@ def test_what_cannot_be_skipped_is_named_with_the_reason():
     assert Skipped(["a"])(1, [torch.full((1,), 3.0)]).tolist() == [3.0]
 
 
-def test_what_changes_the_shape_behind_a_block_stays():
+@pytest.mark.parametrize("behind", [[nn.AdaptiveAvgPool2d(1), nn.Flatten()], [nn.Flatten()]])
+def test_what_changes_the_shape_behind_a_block_stays(behind):
     torch.manual_seed(0)
     block = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
-    pool = nn.AdaptiveAvgPool2d(1)
-    net = nn.Sequential(nn.Conv2d(1, 3, 1), block, pool, nn.Flatten(), nn.Linear(3, 2))
+    width = 3 if len(behind) == 2 else 108
+    net = nn.Sequential(nn.Conv2d(1, 3, 1), block, *behind, nn.Linear(width, 2))
     x = torch.randn(300, 1, 6, 6)
-    report = credit_report(net, [x], components=["0", "1", "4"])
+    report = credit_report(net, [x], components=["0", "1", f"{len(net) - 1}"])
     assert drop_order(net, [x], report).candidates == ("1",)
     order = drop_order(net, [x], steps=1)
     (swap,) = swaps_in(order.apply(net, steps=1))
@@ -318,5 +319,6 @@ def test_only_so_many_samples_are_run_and_named_components_tried():
         forward_fn=lambda model, batch: seen.append(len(batch)) or model(batch),
     )
     assert order.n_samples == 120
+    assert set(seen) == {50, 20}
     assert sorted(order.components) == ["1", "4"]
     assert drop_order(net, [inputs()], components=["[14]"], steps=1).candidates == ("1", "4")

@@ -57,6 +57,26 @@ def test_without_a_report_the_components_are_those_that_one_would_name():
     assert component_effects(net, batched(x, y), components=["2"]).components == ("2",)
 
 
+def test_each_component_takes_as_many_passes_as_there_are_draws():
+    net, x = linear_chain(), normal(20, 6)
+    report = credit_report(net, [normal(200, 6)])
+
+    def passes(kind: str, **given) -> int:
+        seen = []
+        options = {"kinds": [kind], "how": "measured", "forward_fn": lambda m, b: seen.append(1) or m(b)}
+        component_effects(net, [x], report, **options, **given)
+        return len(seen)
+
+    count, once = len(report.components), passes("output_noise")
+    assert passes("output_noise", draws=4) - once == 3 * count
+    assert passes("weight_noise", draws=4) - passes("weight_noise", draws=1) == 3 * count
+    assert passes("weight_noise") - passes("weight_noise", draws=1) == 4 * count
+    assert passes("skip", draws=4) == passes("skip")
+    assert passes("output_noise", draws=1) == once
+    first = dict(net.state_dict())
+    assert passes("reinit") - passes("reinit", initial=first, draws=4) == 4 * count
+
+
 def test_skip_passes_the_input_where_shapes_agree_and_the_mean_elsewhere():
     net, (x, y) = mlp(), data()
     found = component_effects(net, batched(x, y))
@@ -404,6 +424,25 @@ def test_a_metric_of_the_users_own():
     with torch.no_grad():
         assert found.metric_before == pytest.approx(float((net(x)[:, 0] - y).abs().mean()))
     assert np.isnan(found.metric_stderr["skip"]).all()
+
+
+@pytest.mark.parametrize(
+    ("alone", "n", "doubts"), [(20, 300, ("leverage",)), (10, 300, ()), (0, 40, ("samples",))]
+)
+def test_linear_maps_that_few_samples_decide_are_doubted(alone, n, doubts):
+    """Samples that have an axis of their own; or hardly more samples than there are axes."""
+    torch.manual_seed(0)
+    x = normal(n, 25)
+    if alone:
+        x[:, 5:] = 0.0
+        x[:alone, 5 : 5 + alone] = 10 * torch.eye(alone)
+    rows = np.column_stack([np.ones(n), x.numpy()])
+    leverage = np.einsum("ij,ji->i", rows, np.linalg.pinv(rows))
+    decided = (leverage > 0.95).mean()
+    assert (decided > 0.05, leverage.mean() > 0.5) == ("leverage" in doubts, "samples" in doubts)
+    net = nn.Sequential(nn.Linear(25, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net[0].weight.data *= 0.1
+    assert component_effects(net, [x], kinds=["linear"]).doubts["linear"] == (doubts, ())
 
 
 class Unsteady(nn.Module):

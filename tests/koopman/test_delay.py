@@ -136,7 +136,7 @@ def test_a_branch_that_adds_something_has_the_credit_of_its_weights_and_no_doubt
     assert report.doubts == ((), (), ())
     # With fewer samples than directions all states look like sums of others, which another note tells.
     with pytest.warns(UserWarning, match="samples are few"):
-        few = _branch_report(net, 15)
+        few = _branch_report(net, 10)
     assert not any("tell the same" in note for note in few.notes)
 
 
@@ -152,6 +152,48 @@ def test_a_branch_that_is_small_or_dead_beside_others_is_not_said_to_be_told_by_
     net.stem.weight.data[-1] = net.stem.weight.data[0]
     report = _branch_report(net)
     assert not any("tell the same" in note for note in report.notes)
+
+
+class Partly(nn.Module):
+    """Beside a state, some sums of what it holds and something that no sum tells, twice."""
+
+    def __init__(self, width: int, told: int, untold: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, width)
+        self.free, self.mix = nn.Sequential(nn.Linear(width, 5), nn.Tanh()), nn.Linear(width + 5, width)
+        self.part, self.head = Part(width, told, untold), nn.Linear(width + told + untold, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        h = self.mix(torch.cat([h, self.free(h)], 1))
+        return self.head(torch.cat([h, self.part(h)], 1))
+
+
+class Part(nn.Module):
+    def __init__(self, width: int, told: int, untold: int) -> None:
+        super().__init__()
+        self.told, self.untold = nn.Linear(width, told), nn.Linear(width, untold)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.cat([self.told(h), torch.tanh(2 * self.untold(h))], 1)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    ("width", "told", "untold"), [(6, 1, 3), (6, 2, 2), (6, 3, 4), (6, 1, 0), (6, 0, 4), (2, 1, 3)]
+)
+def test_a_state_of_which_half_is_told_is_in_doubt(width: int, told: int, untold: int) -> None:
+    torch.manual_seed(0)
+    net = Partly(width, told, untold).double()
+    x = torch.randn(1000, 6, dtype=torch.float64)
+    names = ["stem", "free", "mix", "part", "head"]
+    report = credit_report(net, x.split(500), components=names)
+    assert report.reads["head"] == ("part", "mix")
+    is_told = 2 * told >= told + untold
+    assert [names[i] for i, doubts in enumerate(report.doubts) if "ridge" in doubts] == (
+        ["part"] if is_told else []
+    )
+    assert any("tell the same" in note for note in report.notes) == is_told
 
 
 def test_the_delay_is_in_the_file_and_old_files_had_1(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_linear_bn_eval
 
 from lightning_koopman import CreditReport, Options, credit_report, drift
-from lightning_koopman.measurement.drift import drift_since
+from lightning_koopman.measurement.drift import drift_from, drift_since
 from lightning_koopman.measurement.measurement import Measurement
 
 
@@ -323,6 +324,59 @@ def test_a_measurement_that_follows_a_reference_gives_drift_without_another_pass
     assert (found.culprit, found.step) == ("4", 7)
     assert np.array_equal(found.drift, drift(report, moved, samples(seed=1)).drift)
     assert np.allclose(ran.credit, credit_report(moved, samples(seed=1)).credit)
+
+
+def measured(net: nn.Module, data: list[Tensor], max_dim: int = 256) -> Measurement:
+    measurement = Measurement(net, None, Options(max_dim=max_dim))
+    measurement.run(net, data)
+    return measurement
+
+
+@torch.no_grad()
+def test_drift_from_an_earlier_measurement_is_that_from_its_report() -> None:
+    torch.manual_seed(0)
+    net, data = mlp(), [3 * (batch + 1) for batch in samples(1200, seed=1)]
+    before = measured(net, samples())
+    report = credit_report(net, samples())
+    net[4].weight.neg_()  # type: ignore[operator]
+    found = drift_from(before, measured(net, data), since=3, step=7)
+    expected = dataclasses.replace(drift(report, net, data, step=7), since=3)
+    assert found is not None
+    assert expected.moved > 0.9
+    assert expected.widened == pytest.approx(3, rel=0.05)
+    for field in dataclasses.fields(expected):
+        value, wanted = getattr(found, field.name), getattr(expected, field.name)
+        if isinstance(wanted, np.ndarray | float):
+            np.testing.assert_allclose(value, wanted, rtol=1e-6, atol=1e-9)
+        else:
+            assert value == wanted, field.name
+    assert str(found) == str(expected)
+
+
+@torch.no_grad()
+def test_components_that_read_and_give_known_coordinates_drift_beside_those_that_do_not() -> None:
+    torch.manual_seed(0)
+    net, data = mlp(), samples()
+    before, report = measured(net, data, 8), credit_report(net, data, options=Options(max_dim=8))
+    net[4].weight.neg_()  # type: ignore[operator]
+    found = drift_from(before, measured(net, data, 8))
+    expected = drift(report, net, data)
+    assert found is not None
+    assert list(expected.changed) == [False, False, True, True]
+    for name in ("drift", "stderr", "old"):
+        value, wanted = getattr(found, name), getattr(expected, name)
+        np.testing.assert_allclose(value[:2], wanted[:2], rtol=1e-6, atol=1e-9)
+        assert np.isnan(value[2:]).all()
+    assert not found.changed.any()
+    # New operators are about the new coordinates, and need no old ones.
+    now = credit_report(net, data, options=Options(max_dim=8))
+    np.testing.assert_allclose(found.new, drift(now, net, data).new, rtol=1e-6)
+    # Nothing is told of inputs in coordinates of their own.
+    wide = [3 * (batch + 1) for batch in samples(seed=1)]
+    other = drift_from(measured(net, data, 4), measured(net, wide, 4))
+    assert other is not None
+    assert (other.moved, other.widened) == (0, 1)
+    assert np.isnan(other.drift).all()
 
 
 def test_a_reference_stays_about_its_samples_when_more_arrive() -> None:

@@ -55,6 +55,11 @@ def test_a_linear_network_is_read_off_exactly(linear_chain, widths):
             assert np.allclose(report.operators[name].matrix.numpy(), weights[i], rtol=0, atol=1e-8)
 
 
+def test_a_report_says_how_many_folds_its_errors_rest_on(mlp):
+    report = credit_report(mlp, [samples()], options=Options(folds=3))
+    assert report.folds == CreditReport.from_dict(report.to_dict()).folds == 3
+
+
 def test_a_nonlinear_network_has_the_r2_of_an_explicit_fit(mlp):
     from lightning_koopman.koopman.states import sample_keys
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_koopman import CreditReport, Options, component_effects, credit_report
+from lightning_koopman.network.padding import valid_outputs, valid_positions
 
 N, T = 300, 8
 
@@ -216,3 +217,103 @@ def test_padding_further_changes_nothing(gives: str, name: str) -> None:
     if name == "mask" or gives != "all":
         of_both = (each.values["skip"] for each in (effects, effects_of_other))
         np.testing.assert_allclose(*of_both, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "longest"), [("mask", T - 2), ("lengths", T - 2), ("lengths", T)])
+def test_lengths_that_reach_no_last_position_are_not_about_it_and_masks_are(
+    name: str, longest: int
+) -> None:
+    """No data are padded by them here, so that lengths may be about fewer positions."""
+    generator = torch.Generator().manual_seed(3)
+    src = torch.randn(N, T, 4, generator=generator, dtype=torch.float64)
+    valid = torch.arange(T) < torch.randint(2, longest + 1, (N, 1), generator=generator)
+    valid[::60, :longest] = True
+    told = {"mask": valid, "lengths": valid.sum(1)}[name]
+    counted = valid if name == "mask" or longest == T else torch.ones_like(valid)
+    report = report_of(TwoSides(), {name: told}, src=src, tgt=src, src_valid=counted)
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+
+
+def test_lengths_of_more_positions_than_a_state_has_are_not_about_it() -> None:
+    class Pools(TwoSides):
+        def forward(self, src: Tensor, tgt: Tensor, src_valid: Tensor, **_: Tensor) -> Tensor:
+            pooled = torch.tanh(self.a(src)).unflatten(1, (T // 2, 2)).mean(2)
+            return self.out(self.b(pooled).mean(1))
+
+    src, of_src = padded(T, 0)
+    of_src[::60] = True
+    report = report_of(Pools(), {"lengths": of_src.sum(1)}, src=src, tgt=src, src_valid=of_src)
+    assert dict(zip(report.components, report.r2, strict=True))["out"] == pytest.approx(1, abs=1e-6)
+
+
+def drawn_masks(*shape: int) -> tuple[Tensor, Tensor]:
+    """Return two masks of which the second leaves out more."""
+    lengths = torch.arange(shape[0])[:, None] % (shape[1] - 1) + 2
+    places = torch.arange(shape[1])
+    return places < lengths, places < lengths - 1
+
+
+def test_masks_of_outputs_are_those_that_targets_are_padded_by() -> None:
+    wide, narrow = drawn_masks(12, 5)
+    output = torch.randn(12, 5, 3)
+    marked = torch.where(wide, torch.arange(60).view(12, 5), -100)
+    padded_too = torch.where(narrow, torch.arange(60).view(12, 5), -100)
+
+    def found(
+        named: dict[str, Tensor], target: Tensor | None = None, given: Tensor = output, axis: int = 2
+    ) -> Tensor | None:
+        (mask,) = valid_outputs([named], [given], [target], axis)
+        return mask
+
+    def is_mask(mask: Tensor | None, expected: Tensor) -> bool:
+        return mask is not None and torch.equal(mask, expected)
+
+    # Targets tell, and of those that they agree with that which leaves out most.
+    for order in (("a", "b"), ("b", "a")):
+        both = {name: {"a": wide, "b": narrow}[name] for name in order}
+        assert is_mask(found(both, marked), wide[..., None])
+        assert is_mask(found(both, padded_too), narrow[..., None])
+        assert found(both) is None
+    # Without them, one must be alone, but for what is called "mask" and may be of anything.
+    assert is_mask(found({"mask": wide}), wide[..., None])
+    assert is_mask(found({"mask": wide, "other": narrow}), narrow[..., None])
+    assert found({"mask": wide, "other": narrow, "third": wide}) is None
+    assert found({"mask": wide[:6]}) is None
+    assert found({"mask": wide[:, :4]}) is None
+    # Positions are not classes, of which there may be as many.
+    square = torch.randn(12, 5, 5)
+    assert is_mask(found({"mask": wide}, given=square, axis=1), wide[:, None])
+    assert is_mask(found({"mask": wide}, given=square, axis=2), wide[..., None])
+    assert is_mask(found({"mask": wide}, given=torch.randn(12, 5, 3, 2)), wide[..., None, None])
+
+
+def test_lengths_are_those_of_outputs_where_some_batch_has_a_sample_as_long() -> None:
+    lengths = torch.tensor([1, 3, 5]), torch.tensor([2, 4])
+
+    def found(*sizes: int) -> list[Tensor | None]:
+        outputs = [torch.randn(len(n), size, 3) for n, size in zip(lengths, sizes, strict=True)]
+        return valid_outputs([{"lengths": n} for n in lengths], outputs, [None, None], 2)
+
+    by_hand = [
+        torch.tensor([[[place < n] for place in range(size)] for n in each.tolist()])
+        for each, size in zip(lengths, (5, 6), strict=True)
+    ]
+    masks = found(5, 6)
+    assert all(m is not None and torch.equal(m, hand) for m, hand in zip(masks, by_hand, strict=True))
+    # None is so long, and one is longer than there are positions.
+    assert found(6, 6) == found(5, 3) == [None, None]
+    assert all(mask is not None for mask in found(6, 4))
+
+
+def test_masks_of_which_positions_see_which_are_none_of_padding() -> None:
+    valid = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    causal = torch.ones(3, 3).tril()
+    data = torch.randn(3, 3, 2)
+    assert valid_positions({"x": data, "mask": causal}) == {}
+    assert valid_positions({"x": data, "mask": 1 - causal}) == {}
+    assert torch.equal(valid_positions({"x": data, "mask": valid})["mask"], valid == 1)
+    # One of as many positions as no data have samples is of positions alone, and the next one counts.
+    further = {"src_mask": causal, "mask": valid.repeat(2, 1)[:4], "x_len": torch.arange(4)}
+    found = valid_positions({"x": torch.randn(4, 3, 2), **further})
+    assert list(found) == ["mask", "x_len"]
+    assert torch.equal(found["x_len"], torch.arange(4))
