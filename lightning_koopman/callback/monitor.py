@@ -20,7 +20,7 @@ from lightning_koopman.callback.harmless import (
     release_memory,
 )
 from lightning_koopman.callback.loggers import CreditWriter
-from lightning_koopman.callback.recorded_effects import labels_in
+from lightning_koopman.callback.recorded_effects import parts_in
 from lightning_koopman.callback.trainer_facts import (
     data_part,
     first_loader,
@@ -522,7 +522,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._in_hooks = seconds_in_hooks()
         if (calls := self._recorded.calls) is not None:
             calls.__enter__()
-            calls.keep(labels_in(batch), valid_positions(batch))
+            calls.keep(parts_in(batch), valid_positions(batch))
 
     @never_in_the_way
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:

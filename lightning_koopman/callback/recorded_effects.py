@@ -31,9 +31,9 @@ from lightning_koopman.effects.targets import (
 )
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import find_module
-from lightning_koopman.network.replay import Step
+from lightning_koopman.network.replay import Part, Step
 from lightning_koopman.network.samples import spread_over
-from lightning_koopman.network.tensors import INTEGERS, by_name
+from lightning_koopman.network.tensors import INTEGERS, by_name, parts_of, tensors_inside
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport
 
@@ -71,6 +71,20 @@ def labels_in(batch: Any) -> dict[str, Tensor]:
     if isinstance(tokens, Tensor) and tokens.shape == without_single(target, tokens.ndim).shape:
         found[TOKENS] = tokens
     return found
+
+
+def parts_in(batch: Any) -> list[Part]:
+    """Return what may be classes in a batch, or in each of its parts, as several loaders give them.
+
+    Parts in order must be alike, for the first may also hold all inputs, and the next all targets.
+    """
+    told, named = labels_in(batch), by_name(batch)
+    inside = [] if told or isinstance(batch, Tensor) else list(parts_of(batch))
+    # A loader that has ended gives nothing beside the others.
+    kinds = {tuple((t.dtype, t.ndim) for t in tensors_inside(p)) for p in inside if p is not None}
+    parts = [Part.of(labels_in(part), part) for part in inside]
+    several = any(part.told for part in parts) and (named or len(kinds) == 1)
+    return parts if several else [Part(told)]
 
 
 def _may_be_classes(entry: Any) -> bool:
@@ -121,23 +135,35 @@ def measure_effects(
                 "what holds it"
             )
 
-    search = TargetSearch(_in_order(taken[0].told))
-    search.see_taken(taken[0].revive())
+    searches = [TargetSearch(_in_order(part.told)) for part in taken[0].parts]
+    for search in searches:
+        search.see_taken(taken[0].revive())
+    # The call that gave each tensor, in the order in which the runner sees them.
+    gave: list[int] = []
 
     def forward(_: nn.Module, step: Step) -> Any:
         with around():
             returned = step.run()
-        search.see_given(returned)
+        if not gave:
+            gave.extend(k for k in reversed(range(len(returned))) for _ in tensors_inside(returned[k]))
+        for search in searches:
+            search.see_given(returned)
         # Where nothing tells the outputs apart, they are those of the last call.
         return returned[::-1]
 
     fits: list[Fit] = []
 
+    def part_of(step: Step) -> int | None:
+        return step.part_of({gave[place] for place in runner.form.places or range(len(gave))})
+
     def target_of(step: Step) -> Tensor | None:
-        target = search.target_of(_in_order(step.told))
+        if (part := part_of(step)) is None:
+            return None
+        told = step.parts[part].told
+        target = searches[part].target_of(_in_order(told))
         if target is None or not _may_be_classes(target):
             return None
-        return search.where_predicted(step.told, target)
+        return searches[part].where_predicted(told, target)
 
     def targets(outputs: Sequence[Tensor], known: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         if sum(map(len, outputs)) < 2:
@@ -162,9 +188,16 @@ def measure_effects(
         valid_of=lambda step: step.valid,
         targets=targets,
     )
-    if found.scale == "relative" and any(fit.found for fit in fits):
-        return replace(found, notes=(*found.notes, NO_CLASSES))
-    return found
+    notes = [*found.notes]
+    if found.scale == "relative" and any(part_of(step) is None for step in taken):
+        notes.append(
+            "the batches have parts with labels of their own, and no call of the network takes one of "
+            "them alone, as it came, so changes are relative; give the network the inputs of one part "
+            "at a time"
+        )
+    elif found.scale == "relative" and any(fit.found for fit in fits):
+        notes.append(NO_CLASSES)
+    return replace(found, notes=tuple(notes))
 
 
 def pooled(found: Sequence[Effects]) -> Effects:

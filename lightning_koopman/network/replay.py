@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class _Kept:
 
     copy: Tensor
     device: torch.device
+    start: int = 0
     kind: type[Tensor] = Tensor
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -154,6 +155,13 @@ class _Call:
         return max(sizes, default=1)
 
     @property
+    def starts(self) -> set[int]:
+        """Where in memory the tensors begin that the call takes, but for what an earlier call gave."""
+        found: set[int] = set()
+        _mapped((self.args, self.kwargs), lambda p: found.add(p.start) if isinstance(p, _Kept) else None)
+        return found - {0}
+
+    @property
     def weighted(self) -> set[nn.Module]:
         """What it runs that has weights of its own, as far as can be told."""
         ran = (m for m in self.module.modules() if id(m) not in self.idle)
@@ -164,21 +172,49 @@ class _Call:
         return {*parts} <= {m for m in self.module.modules() if id(m) not in self.idle}
 
 
+class Part(NamedTuple):
+    """A part of a batch that may have targets of its own, as batches of several loaders have.
+
+    Attributes:
+        told: What is kept of it to find targets in, by name.
+        starts: Where in memory its tensors begin.
+    """
+
+    told: dict[str, Tensor]
+    starts: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, told: dict[str, Tensor], part: Any) -> Part:
+        """Note where a part is."""
+        return cls(told, frozenset(map(_start_of, tensors_inside(part))) - {0})
+
+
 @dataclass
 class Step:
     """The outermost calls of one step of the user's.
 
     Attributes:
         valid: Which positions of padded sequences held data in the step's batch.
-        told: What was kept of the step's batch to find targets in, on the CPU, by name.
+        parts: What was kept to find targets in, on the CPU: of all of the batch, or of each part of it.
         outputs: First tensor of what each call gave, where it was kept to be compared.
     """
 
     calls: list[_Call] = field(default_factory=list)
     valid: Valid = field(default_factory=dict)
-    told: dict[str, Tensor] = field(default_factory=dict)
+    parts: list[Part] = field(default_factory=lambda: [Part({})])
     outputs: list[Tensor | None] = field(default_factory=list)
     n_bytes: int = 0
+
+    def part_of(self, calls: Iterable[int]) -> int | None:
+        """Find the part of the batch that some calls are about, if it is one alone."""
+        if len(self.parts) < 2:
+            return 0
+        about, before = {*calls}, set[int]()
+        while about != before:
+            before, about = about, about.union(*(_read_by(self.calls[i]) for i in about))
+        starts = set[int]().union(*(self.calls[i].starts for i in about))
+        found = [place for place, part in enumerate(self.parts) if part.starts & starts]
+        return found[0] if len(found) == 1 else None
 
     @property
     def n_rows(self) -> int:
@@ -384,16 +420,17 @@ class Recording:
         self.recording = False
         self._flow, self._returned, self._objects = None, [], []
 
-    def keep(self, told: Mapping[str, Tensor], valid: Valid = MappingProxyType({})) -> None:
+    def keep(self, parts: Iterable[Part], valid: Valid = MappingProxyType({})) -> None:
         """Copy integers of the batch of the step under way, before the step may change them.
 
         Of other tensors there will be the copy of what a call takes, or nothing where none takes them.
         What marks positions that hold data is taken as it is.
         """
-        self._step.valid = valid
-        copied = {name: _copied(part) for name, part in told.items() if part.dtype in INTEGERS}
-        self._step.told = {**told, **copied}
-        self._step.n_bytes += sum(part.nbytes for part in copied.values())
+        self._step.valid, self._step.parts = valid, (kept := [])
+        for told, starts in parts:
+            copied = {name: _copied(part) for name, part in told.items() if part.dtype in INTEGERS}
+            kept.append(Part({**told, **copied}, starts))
+            self._step.n_bytes += sum(part.nbytes for part in copied.values())
 
     def end_step(self, *, lone: bool = True) -> Step:
         """Return the calls of the step that just ended, and keep them if they fit into the budget.
@@ -402,9 +439,10 @@ class Recording:
         """
         self.close()
         step, self._step = self._step, Step()
-        for name, part in step.told.items():
-            if part.dtype not in INTEGERS:
-                step.told[name] = self._taken.get(id(part), torch.empty(0, device="cpu"))
+        for told, _ in step.parts:
+            for name, part in told.items():
+                if part.dtype not in INTEGERS:
+                    told[name] = self._taken.get(id(part), torch.empty(0, device="cpu"))
         self._taken = {}
         if not lone and self._reason is None:
             step, before = step.without_lone_samples(), len(step.calls)
@@ -582,7 +620,7 @@ class Recording:
         self._note_own_code(tensor, name)
         self._data.add(address_of(tensor))
         self._step.n_bytes += tensor.nbytes
-        kept = _Kept(_copied(tensor), tensor.device)
+        kept = _Kept(_copied(tensor), tensor.device, _start_of(tensor))
         self._taken[id(tensor)] = kept.copy
         if type(tensor) in (Tensor, nn.Parameter) or type(kept.copy) is not Tensor:
             return kept
@@ -592,6 +630,11 @@ class Recording:
 def _copied(tensor: Tensor) -> Tensor:
     """Copy a tensor to the CPU without waiting for a GPU; what runs there later finds it complete."""
     return plain(tensor).detach().to("cpu", copy=True, non_blocking=need_not_wait(tensor.device))
+
+
+def _start_of(tensor: Tensor) -> int:
+    """Return where a tensor's values begin in memory; 0 where it has no memory of its own."""
+    return tensor.data_ptr() if address_of(tensor) else 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_koopman import CreditReport, KoopmanCredit, KoopmanCreditMonitor, Options, credit_report
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.network.padding import valid_positions
-from lightning_koopman.network.replay import Recording
+from lightning_koopman.network.replay import Part, Recording
 
 pytestmark = [
     pytest.mark.gpu,
@@ -179,7 +179,7 @@ def test_nothing_waits_for_the_gpu_between_two_blocks_of_rows() -> None:
                 try:
                     measurement.start_pass(batch)
                     with measurement.capture, recording:
-                        recording.keep({}, valid_positions(batch))
+                        recording.keep([Part({})], valid_positions(batch))
                         run_on(model, batch)
                         recording.end_step()
                     measurement.end_pass()

@@ -27,7 +27,7 @@ from lightning_koopman.measurement import accumulator
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network import tensors as network_tensors
 from lightning_koopman.network.padding import valid_positions
-from lightning_koopman.network.replay import Recording
+from lightning_koopman.network.replay import Part, Recording
 
 NAME = "pretended"
 FLOAT64 = "--float64" in sys.argv
@@ -249,7 +249,7 @@ def waits_of_recording(model: nn.Module, batches: list[Any]) -> list[int]:
     for batch in batches:
         waits.clear()
         with recording:
-            recording.keep({}, valid_positions(batch))
+            recording.keep([Part({})], valid_positions(batch))
             run_on(model, batch)
             recording.end_step()
         counts.append(len(waits))
