@@ -373,7 +373,9 @@ def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[st
         for name, why in names.items():
             found.setdefault((name, why), []).append(kind)
     if all(len(names) == len(alterations.names) for names in alterations.refused.values()):
-        message = next(why for _, why in found)
+        name, message = next(iter(found))
+        if any(alterations.touches_weights(kind) for kind in found[name, message]) and only_predicted:
+            message += "; or alter weights alone, with how='measured'"
         raise ValueError(message)
     notes: list[str] = []
     for (name, why), kinds in found.items():

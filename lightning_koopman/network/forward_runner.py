@@ -256,6 +256,12 @@ class OutputForm:
         if self.places is None:
             return next(tensor for tensor in tensors if has_samples(tensor))
         found = [tensors[place] for place in self.places]
+        if any(tensor.is_nested for tensor in found):
+            raise ValueError(
+                "the network returns a nested tensor, whose samples have shapes of their own and do not "
+                "compare; let forward_fn give a row per sample, as model(batch).mean(dim=1), or pad it, "
+                "as model(batch).to_padded_tensor(0.0), beside targets padded with -100"
+            )
         if self.class_axis is not None:
             return torch.stack([part.movedim(self.class_axis, -1) for part in found], dim=-2)
         if len(found) > 1:

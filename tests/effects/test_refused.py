@@ -174,6 +174,45 @@ def test_nested_tensors_of_somebodys_own_have_no_number_and_a_note():
     assert "'inner' gave a nested tensor" in found.notes[-1]
 
 
+def lengths_apart(width: int, seed: int) -> Tensor:
+    rows = [normal(2 + i % 3, width, seed=seed + i) for i in range(30)]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("how", ["measured", "predicted"])
+def test_outputs_of_lengths_of_their_own_are_refused_in_words(how):
+    net, batches = with_bare(), [lengths_apart(4, seed) for seed in (0, 100)]
+    with pytest.raises(ValueError, match="the network returns a nested tensor"):
+        component_effects(net, batches, kinds=["weight_noise"], how=how)
+
+
+def test_what_stands_beside_padded_targets_counts_alone():
+    net, batches = with_bare(), [lengths_apart(4, seed) for seed in (0, 100)]
+    labels = [(b.to_padded_tensor(0.0).abs().sum(-1) > 2).long() for b in batches]
+    kept = [(b.to_padded_tensor(0.0) != 0).any(-1) for b in batches]
+    given = [(b, torch.where(k, y, -100)) for b, y, k in zip(batches, labels, kept, strict=True)]
+    with pytest.raises(
+        ValueError, match=r"'0' gave a nested tensor.* weights alone, with how='measured'"
+    ):
+        component_effects(
+            net,
+            given,
+            kinds=["weight_noise"],
+            how="predicted",
+            forward_fn=lambda model, batch: model(batch[0]).to_padded_tensor(0.0),
+        )
+    found = component_effects(
+        net,
+        given,
+        kinds=["weight_noise"],
+        how="measured",
+        forward_fn=lambda model, batch: model(batch[0]).to_padded_tensor(0.0),
+    )
+    scores = torch.cat([net(row).detach() for b in batches for row in b.unbind()])
+    right = scores.argmax(1) == torch.cat([y[k] for y, k in zip(labels, kept, strict=True)])
+    assert found.metric_before == pytest.approx(float(right.double().mean()))
+
+
 class Factors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
