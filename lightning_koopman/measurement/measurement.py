@@ -125,6 +125,8 @@ class Measurement(Accumulator):
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
         self._followed, self._named = reference, reference.named
+        if reference.calls:
+            self.capture.calls_alone = {call_of(name) for group in reference.calls for name in group}
         self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:

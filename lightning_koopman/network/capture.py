@@ -117,6 +117,8 @@ class Capture:
             one gives the state. A second call of a module reads ``name#1``, as states do.
         skipped: Components that gave nothing to record in the current pass.
         norms: Those of the components that belong to others where they run right behind a layer.
+        calls_alone: Calls that have a state of their own in a network that this one is compared with;
+            norms called otherwise belong to what they run behind, whatever that is.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
         returned: What the network returned in the first pass. That is the outermost module around the
@@ -152,6 +154,7 @@ class Capture:
         self._listed = frozenset(map(id, listed.values()))
         self.norms = {name: norm for name, norm in (norms | listed).items() if name != self.end}
         self.components |= self.norms
+        self.calls_alone: Collection[str] | None = None
         self._alone: set[tuple[int, int]] = set()
         self.chosen = tuple(self.components)
         self._within = {} if self._named else inner_components(model, self.components)
@@ -661,7 +664,12 @@ class Capture:
             self._on_transparent_input(module, args, kwargs)
             gave = self._continuing.get(id(module))
             before = None if gave is None else self.components[module_of(gave.name)]
-            if before is None or not (id(module) in self._listed or is_leaf(before)):
+            belongs = before is not None and (id(module) in self._listed or is_leaf(before))
+            if self.calls_alone is not None:
+                # A layer may be a wrapper in one of the networks that are compared, as with adapters.
+                called = numbered(self._names[id(module)], key[1])
+                belongs = before is not None and called not in self.calls_alone
+            if not belongs:
                 self._continuing.pop(id(module), None)
                 self._alone.add(key)
         if key in self._alone:

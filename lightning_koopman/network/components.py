@@ -132,8 +132,8 @@ def norms_beside(
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Check whether a module has no parts."""
-    return not any(True for _ in module.children())
+    """Check whether a module has no parts; those of quantised ones are packed weights."""
+    return _is_quantised(module) or not any(True for _ in module.children())
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

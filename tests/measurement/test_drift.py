@@ -130,6 +130,62 @@ def test_norms_folded_into_the_layers_before_them_are_no_other_components() -> N
         assert drift(credit_report(one, samples()), broken(other, "3"), samples(seed=1)).culprit == "3"
 
 
+class Adapted(nn.Module):
+    """A layer with an addition of low rank beside it, as adapters have."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        layer = copy.deepcopy(self.base_layer)
+        layer.weight += self.up.weight @ self.down.weight
+        return layer
+
+
+def with_norms() -> nn.Sequential:
+    torch.manual_seed(0)
+    blocks = [(nn.Linear(n, 12), nn.BatchNorm1d(12), nn.ReLU()) for n in (6, 12)]
+    net = nn.Sequential(*(layer for block in blocks for layer in block), nn.Linear(12, 3))
+    for batch in samples(seed=2):
+        net(batch)
+    return net.eval()
+
+
+def test_norms_behind_adapters_are_matched_with_those_behind_layers() -> None:
+    net, layers = with_norms(), (0, 3, 6)
+    adapted = copy.deepcopy(net)
+    for i in layers:
+        adapted[i] = Adapted(adapted[i])  # type: ignore[arg-type]
+    merged = copy.deepcopy(adapted)
+    for i in layers:
+        merged[i] = merged[i].merged()  # type: ignore[operator]
+    of_layers, of_adapted = (credit_report(one, samples()) for one in (net, adapted))
+    assert (of_layers.components, of_adapted.components) == (("0", "3", "6"), ("0", "1", "3", "4", "6"))
+    for report in (of_layers, of_adapted):
+        found, expected = (drift(report, one, samples(seed=1)) for one in (adapted, merged))
+        assert found.components == report.components
+        np.testing.assert_allclose(found.drift, expected.drift, atol=1e-5)
+        np.testing.assert_array_equal(found.changed, expected.changed)
+    assert drift(of_layers, adapted, samples(seed=1)).changed.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_norms_behind_layers_in_eight_bits_belong_to_these() -> None:
+    net = with_norms()
+    narrow = torch.ao.quantization.quantize_dynamic(copy.deepcopy(net), {nn.Linear}, dtype=torch.qint8)
+    report = credit_report(net, samples())
+    assert credit_report(narrow, samples()).components == report.components
+    found = drift(report, narrow, samples(seed=1))
+    assert np.abs(found.drift).max() < 0.01
+
+
 @pytest.mark.parametrize("options", [{}, {"delay": 2}], ids=str)
 def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
     net = Skips()
