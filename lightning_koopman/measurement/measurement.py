@@ -113,6 +113,8 @@ class Measurement(Accumulator):
         self._alike: dict[str, tuple[Tensor, Tensor]] = {}
         self._silent: list[str] | None = None
         self._skipped: list[str] = []
+        # Whether what forward_fn gives is made of several states behind the network.
+        self._is_joined = False
         self._untraced: str | None = None
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
@@ -138,6 +140,7 @@ class Measurement(Accumulator):
                 given = to_device(batch, device)
                 self.start_pass(given)
                 returned = forward(model, given)
+                self._is_joined = self._is_joined or self.capture.joins(returned)
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
                 first = self.capture.is_first
@@ -589,6 +592,12 @@ class Measurement(Accumulator):
             notes.append(
                 f"credits end with what {last!r} gives, not with what the network makes of it by "
                 "itself, as by torch.tanh; let a module do that, as nn.Tanh()"
+            )
+        if self.options.output is None and (self.capture.returned.compares or self._is_joined):
+            notes.append(
+                f"credits end with what {self.chain.names[-1]!r} gives, not with what is made of it: "
+                "similarities between samples, a loss, or what forward_fn computes of several states; "
+                "let forward() return what has a row per sample"
             )
         if len(self.chain.names) == 2:
             leaf = all(map(is_leaf, self._modules()[0]))

@@ -412,6 +412,20 @@ class Capture:
                 moved |= {name} if record.orders else set()
         return in_turns(self._model, self.components, ran, moved)
 
+    def joins(self, result: Any) -> bool:
+        """Check whether all that the caller makes of states mixes some that the network gives apart."""
+        if self.returned.has_ends or not self.is_first:
+            return False
+        sizes = {name: record.tensor.numel() for name, record in self._states.items()}
+        mixed = []
+        for tensor in all_tensors(result):
+            known = self._provenance.of(tensor) or frozenset()
+            if made_of := [name for name in known if module_of(name) in self.components]:
+                # Side by side, they are the state that the chain ends with.
+                beside = tensor.numel() == sum(sizes.get(name, 0) for name in made_of)
+                mixed.append(len(made_of) > 1 and not beside)
+        return any(mixed) and all(mixed)
+
     def record_end(self, value: Any) -> None:
         """Record a state that no component gave, such as the network's own output, as the last one."""
         name = self.end or OUTPUT

@@ -45,6 +45,7 @@ class Returned:
         rows: How many rows the tensors have.
         changes: The last state, where every tensor that is made of it alone is another function of it,
             without being a state of its own.
+        compares: Whether nothing with samples is made of states but similarities between them.
     """
 
     def __init__(self, provenance: Provenance, inputs: Inputs, whole: Call) -> None:
@@ -52,6 +53,7 @@ class Returned:
         self.in_losses: frozenset[str] = frozenset()
         self.rows: set[int] = set()
         self.changes: str | None = None
+        self.compares = False
         self._provenance, self._inputs, self._whole = provenance, inputs, whole
         self._places: dict[int, str] = {}
         self._further: set[str] = set()
@@ -80,6 +82,7 @@ class Returned:
             if not tensor.ndim:
                 self.in_losses |= self._provenance.of(tensor) or frozenset()
             if self._provenance.compares_samples(tensor, all_tensors(call), module):
+                self.compares |= bool(self._provenance.of(tensor))
                 continue
             if not tensor.ndim or not is_real(tensor):
                 continue
@@ -91,6 +94,12 @@ class Returned:
                     self._further.add(own)
                 if len(sources) > 1 or sources & moved or own in self._further:
                     self._places[place] = own
+        self.compares &= not self.made_of
+
+    @property
+    def has_ends(self) -> bool:
+        """Whether returned tensors are states of their own."""
+        return bool(self._places)
 
     def ends(self, output: Any) -> list[End]:
         """Find the tensors that are states of their own, in any pass."""

@@ -314,6 +314,56 @@ def test_a_frozen_part_behind_a_trained_one_counts_where_the_step_calls_both(twi
     assert report.total == pytest.approx(volume(net.w(*expected)), abs=1e-7)
 
 
+def similarities(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b.T
+
+
+def contrastive(a: Tensor, b: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(a @ b.T, torch.arange(len(a)))
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(a, b)
+
+
+def side_by_side(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("made", "in_forward", "is_told"),
+    [
+        (similarities, True, True),
+        (similarities, False, True),
+        (contrastive, True, True),
+        (contrastive, False, True),
+        (cosine, False, True),
+        (cosine, True, False),
+        (side_by_side, False, False),
+        (lambda a, b: (a, 2 * b), False, False),
+    ],
+)
+def test_what_is_made_of_two_towers_past_the_chain_is_told(
+    made: Callable[..., Any], in_forward: bool, is_told: bool
+) -> None:
+    def towers(m: Any, x: Tensor) -> Any:
+        pair = m.a(x[:, :4]), m.b(x[:, 4:])
+        return made(*pair) if in_forward else pair
+
+    net = Linears(towers, a=(4, 3), b=(4, 3))
+    report = credit_report(net, samples(), forward_fn=None if in_forward else lambda m, x: made(*m(x)))
+    plain = credit_report(
+        Linears(lambda m, x: (m.a(x[:, :4]), m.b(x[:, 4:])), a=(4, 3), b=(4, 3)), samples()
+    )
+    told = [note for note in report.notes if note.startswith("credits end with what 'a+b' gives, not")]
+    assert len(told) == is_told
+    if in_forward and made is cosine:
+        assert report.components == ("a+b", "output")
+    else:
+        assert report.components == plain.components == ("a+b",)
+        assert set(report.notes) - set(told) == set(plain.notes)
+
+
 def end_notes(end: Callable[[Tensor], Any], **given: Any) -> list[str]:
     net = Linears(lambda m, x: end(m.b(m.a(x))), a=(8, 8), b=(8, 4))
     if isinstance(end, nn.Module):
