@@ -439,7 +439,8 @@ def _is_one_value(tensor: Tensor) -> bool:
     """Check whether a tensor holds one value all over; a single number is hardly ever data."""
     if tensor.numel() < 2 or torch._is_zerotensor(tensor):
         return True
-    is_plain = has_places(tensor) and are_data(tensor)
+    # To ask a DTensor is a collective, which the other processes may be in no place for.
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and has_places(tensor) and are_data(tensor)
     return is_plain and bool((tensor == tensor[(0,) * tensor.ndim]).all())
 
 
