@@ -105,8 +105,8 @@ def component_effects(
     weights do for all components, and for all sets of them (:meth:`Effects.of`). Components that hold
     weights in common take passes of their own, as do those whose weights are used past them, by an
     embedding or a function; one more pass over the first batch shows which. Another one alters a single
-    component there, and a note tells where its prediction is off by a factor of 4 or more, as where
-    gradients are stand-ins (straight-through roundings, spikes).
+    component for each sample there, and a note tells where a prediction is off by a factor of 4 or more,
+    as where gradients are stand-ins (straight-through roundings, spikes).
 
     The outputs are what the report's chain ends with: what its last components lead to among what the
     model returns, and what it returns that mixes several of them; where a function chose that end
