@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components, clean_name, n_weights, named_components
+from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
-from lightning_koopman.network.hook_points import attach
+from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
@@ -168,11 +168,8 @@ def describe_components(
     notes = plan.told() + capture.told(silent)
     shown = [record for record in records if record.name in capture.parts]
     sizes = capture.n_weights([record.name] for record in shown)
-    modules = {clean_name(name): module for name, module in model.named_modules()}
-    kinds = [type(modules[module_of(record.name)]).__name__ for record in shown]
     rows = tuple(
-        _row(record, kind, size, plan, taken, valid)
-        for record, kind, size in zip(shown, kinds, sizes, strict=True)
+        _row(model, record, size, plan, taken, valid) for record, size in zip(shown, sizes, strict=True)
     )
     return Overview(rows, tuple(notes), total, max_dim, run=True)
 
@@ -201,8 +198,8 @@ def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:
 
 
 def _row(
+    model: nn.Module,
     record: Recorded,
-    kind: str,
     size: int,
     plan: Plan,
     taken: dict[str, tuple[int, ...]],
@@ -214,6 +211,7 @@ def _row(
     if state is not None:
         form = plan.forms[record.name]
         width = form.rows(record.tensor, valid.get(form.padding or "")).shape[1]
+    kind = type(find_module(model, record.name)[0]).__name__
     return ComponentRow(record.name, kind, size, taken.get(record.name), shape, width, state)
 
 
