@@ -36,6 +36,7 @@ from lightning_koopman.network.rows import (
     module_of,
 )
 from lightning_koopman.network.signals import signals_wait
+from lightning_koopman.network.tensors import is_underived
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
 
@@ -713,10 +714,10 @@ def _check_shape(key: str, given: Tensor | None, shape: torch.Size, argument: st
 
 def _of_other_classes(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Find the weights that are of classes derived from torch's tensors, as of quantised ones."""
-    return [p for m in modules for p in m.parameters() if type(p) not in (Tensor, nn.Parameter)]
+    return [p for m in modules for p in m.parameters() if not is_underived(p)]
 
 
 def _dense(tensor: Tensor) -> Tensor:
     """Return the numbers that a quantised tensor stands for."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized
+    plain = is_underived(tensor) and not tensor.is_quantized
     return tensor if plain else tensor.dequantize()

@@ -61,6 +61,7 @@ from lightning_koopman.network.tensors import (
     first_real,
     first_tensor,
     is_real,
+    is_underived,
     padded,
     plain,
     unpacked,
@@ -879,7 +880,7 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             # Of other classes, as those whose values are elsewhere, there may be no memory to know.
-            yield from (t for t in held.values() if type(t) is Tensor or type(t) is nn.Parameter)
+            yield from (t for t in held.values() if is_underived(t))
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

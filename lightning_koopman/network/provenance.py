@@ -41,6 +41,7 @@ from lightning_koopman.network.tensors import (
     compares_samples,
     has_places,
     is_all_of_memory,
+    is_underived,
     tensors_inside,
     varies,
 )
@@ -440,8 +441,8 @@ def _is_one_value(tensor: Tensor) -> bool:
     if tensor.numel() < 2 or torch._is_zerotensor(tensor):
         return True
     # To ask a DTensor is a collective, which the other processes may be in no place for.
-    is_plain = type(tensor) in (Tensor, nn.Parameter) and has_places(tensor) and are_data(tensor)
-    return is_plain and bool((tensor == tensor[(0,) * tensor.ndim]).all())
+    may_ask = is_underived(tensor) and has_places(tensor) and are_data(tensor)
+    return may_ask and bool((tensor == tensor[(0,) * tensor.ndim]).all())
 
 
 _OVERWRITE = {"copy_", "fill_", "zero_"}

@@ -40,6 +40,7 @@ from lightning_koopman.network.tensors import (
     exactly,
     first_packed,
     first_tensor,
+    is_underived,
     need_not_wait,
     plain,
     tensors_inside,
@@ -622,7 +623,7 @@ class Recording:
         self._step.n_bytes += tensor.nbytes
         kept = _Kept(_copied(tensor), tensor.device, _start_of(tensor))
         self._taken[id(tensor)] = kept.copy
-        if type(tensor) in (Tensor, nn.Parameter) or type(kept.copy) is not Tensor:
+        if is_underived(tensor) or type(kept.copy) is not Tensor:
             return kept
         return replace(kept, kind=type(tensor), attributes={**vars(tensor)})
 

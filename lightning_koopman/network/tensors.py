@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -318,6 +318,11 @@ def plain(tensor: Tensor) -> Tensor:
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return Tensor.as_subclass(tensor, Tensor)
+
+
+def is_underived(value: Any) -> TypeGuard[Tensor]:
+    """Check whether a value is a tensor, and of no class that somebody derived."""
+    return type(value) in (Tensor, nn.Parameter)
 
 
 def derived(tensor: Tensor, kind: type[Tensor], attributes: Mapping[str, Any]) -> Tensor:
