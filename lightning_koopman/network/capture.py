@@ -37,7 +37,7 @@ from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.isolation import plain_numerics
 from lightning_koopman.network.origins import Origins
-from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.provenance import Provenance, unseen
 from lightning_koopman.network.returned import Returned
 from lightning_koopman.network.rows import (
     INPUT,
@@ -872,7 +872,8 @@ class Capture:
             self._moved |= {recorded.name} if moved else set()
             recorded = replace(recorded, orders=both[0], second_orders=both[1])
             recorded = with_lengths_in_order(recorded)
-        self._states[recorded.name] = self.keep(recorded.tensor, recorded)
+        with unseen():
+            self._states[recorded.name] = self.keep(recorded.tensor, recorded)
 
 
 def _held_by(model: nn.Module) -> Iterator[Tensor]:

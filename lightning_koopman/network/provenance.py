@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -17,7 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode_temporarily,
+)
 
 from lightning_koopman.network.batch_axes import BatchAxes, Place
 from lightning_koopman.network.bystander import Call, stand_by
@@ -768,6 +773,12 @@ class _WatchOfThread(threading.local):
 
 _SUBCLASSES = MadeUnwatched()
 _WATCH = _WatchOfThread()
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Show no flow what runs meanwhile, for nobody asks what our own copies were made of."""
+    is_ours = _get_current_dispatch_mode() is _WATCH.watch
+    return _pop_mode_temporarily() if is_ours else nullcontext()
 
 
 def seconds_following() -> float:

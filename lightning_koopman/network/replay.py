@@ -30,7 +30,7 @@ from lightning_koopman.network.components import (
 from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, wrap
 from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
-from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.provenance import DataFlow, unseen
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import (
     INTEGERS,
@@ -630,7 +630,8 @@ class Recording:
 
 def _copied(tensor: Tensor) -> Tensor:
     """Copy a tensor to the CPU without waiting for a GPU; what runs there later finds it complete."""
-    return plain(tensor).detach().to("cpu", copy=True, non_blocking=need_not_wait(tensor.device))
+    with unseen():
+        return plain(tensor).detach().to("cpu", copy=True, non_blocking=need_not_wait(tensor.device))
 
 
 def _start_of(tensor: Tensor) -> int:

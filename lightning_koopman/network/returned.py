@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.inputs import Call, Inputs
-from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.provenance import Provenance, unseen
 from lightning_koopman.network.rows import numbered
 from lightning_koopman.network.tensors import (
     address_of,
@@ -77,7 +77,8 @@ class Returned:
             last: The name and the tensor of the last state, if what is made of it may be one, too.
             moved: States whose rows are in an order of the network's own.
         """
-        further = [] if last is None else self._beyond(*last, output)
+        with unseen():
+            further = [] if last is None else self._beyond(*last, output)
         for place, tensor in enumerate(tensors_inside(output)):
             if not tensor.ndim:
                 self.in_losses |= self._provenance.of(tensor) or frozenset()

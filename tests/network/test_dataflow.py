@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from lightning_koopman import credit_report
+from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network import provenance
 from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.replay import Recording
 
 
 class Counting(TorchDispatchMode):
@@ -50,6 +53,26 @@ def test_two_flows_may_be_left_in_any_order(last_first):
     assert left.labels(later) != frozenset()
     assert gone.labels(later) == frozenset()
     assert left.labels(x - y) == frozenset()
+
+
+def test_of_a_pass_nothing_is_followed_but_what_the_network_runs(monkeypatch):
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), torch.randn(8, 3)
+    measurement, follow, followed = Measurement(net), DataFlow.follow, []
+
+    def noted(self: DataFlow, func: Any, *given: Any) -> None:
+        followed.append(func)
+        follow(self, func, *given)
+
+    monkeypatch.setattr(DataFlow, "follow", noted)
+    with torch.no_grad(), Counting() as plain:
+        net(x)
+    with torch.no_grad(), measurement.capture:
+        measurement.start_pass(x)
+        with Recording(net, measurement.capture.components):
+            net(x)
+        measurement.end_pass()
+    # Once by what measures, and once by what keeps calls to be run again.
+    assert len(followed) == 2 * plain.calls
 
 
 def test_a_flow_sees_its_own_thread_only():
