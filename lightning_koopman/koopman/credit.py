@@ -22,7 +22,7 @@ from lightning_koopman.koopman.chain import (
     relimited,
     split_chain,
 )
-from lightning_koopman.koopman.moments import Layout, add_square
+from lightning_koopman.koopman.moments import Layout
 from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.koopman.options import DEFAULTS, Normalize, Options
 from lightning_koopman.koopman.regression import alive, spectrum
@@ -176,13 +176,9 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
             # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
             scaled = train[i, i] / torch.where(unit > 0, unit, 1.0)
             identity = torch.eye(scaled.shape[1], device="cpu").to(scaled)
-            system = identity.repeat(len(scaled), 1, 1)
-            for square, part in zip(system, scaled, strict=True):
-                # What is below the diagonal is not read.
-                add_square(square, part, upper=True)
-            factor = torch.linalg.cholesky(system, upper=True)
-            inverse = torch.linalg.solve_triangular(factor, identity, upper=True)
-            ranks[place, i - 1] = len(identity) - inverse.square().sum(dim=(1, 2))
+            factor = torch.linalg.cholesky(torch.baddbmm(identity, scaled, scaled), upper=True)
+            inverse = torch.cholesky_inverse(factor, upper=True)
+            ranks[place, i - 1] = len(identity) - inverse.diagonal(dim1=1, dim2=2).sum(dim=1)
     return ranks
 
 

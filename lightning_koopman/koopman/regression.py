@@ -169,11 +169,11 @@ def solve(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
     some_dead = not bool(varies.all())
     system, targets = (c_xx[varies][:, varies], c_xy[varies]) if some_dead else (c_xx.clone(), c_xy)
     system.diagonal().add_(tikhonov * float(variances.mean()))
-    factor, failed = torch.linalg.cholesky_ex(system)
+    factor, failed = torch.linalg.cholesky_ex(system, upper=True)
     pivots = factor.diagonal().square()
     if not len(pivots) or int(failed) or not bool(pivots.min() > _SAFE_PIVOT * pivots.max()):
         return spectrum(c_xx, c_xy).matrix(tikhonov)
-    solved = torch.cholesky_solve(targets, factor)
+    solved = torch.cholesky_solve(targets, factor, upper=True)
     if not some_dead:
         return solved
     matrix = torch.zeros_like(c_xy)
@@ -188,11 +188,11 @@ def solve_each(c_xx: Tensor, c_xy: Tensor, tikhonov: float) -> Tensor:
     variances = c_xx.diagonal(dim1=1, dim2=2)
     system = c_xx.clone()
     system.diagonal(dim1=1, dim2=2).add_(tikhonov * variances.mean(dim=1, keepdim=True))
-    factors, failed = torch.linalg.cholesky_ex(system)
+    factors, failed = torch.linalg.cholesky_ex(system, upper=True)
     pivots = factors.diagonal(dim1=1, dim2=2).square()
     safe = (failed == 0) & (pivots.amin(dim=1) > _SAFE_PIVOT * pivots.amax(dim=1))
     if bool(safe.all()):
-        return torch.cholesky_solve(c_xy, factors)
+        return torch.cholesky_solve(c_xy, factors, upper=True)
     return torch.stack([solve(xx, xy, tikhonov) for xx, xy in zip(c_xx, c_xy, strict=True)])
 
 
