@@ -1,5 +1,6 @@
 """Whichever line of ours fails while the user's forward runs, the training goes on as without us."""
 
+import inspect
 import itertools
 import random
 import sys
@@ -31,9 +32,10 @@ DOORS = {
     door.__code__
     for door in (
         *(hook_points._Hook.__call__, hook_points._Around.__call__),
-        *(bystander.stand_by, bystander.Call.__init__),
+        *(bystander.stand_by, bystander.Call.__init__, bystander.Call.__call__),
         *(hook_points._is_elsewhere, hook_points._is_computed_again),
-        provenance._Watch.__torch_dispatch__,
+        # Within what keeps the compiler out, where something was compiled before.
+        inspect.unwrap(provenance._Watch.__torch_dispatch__),
     )
 }
 
