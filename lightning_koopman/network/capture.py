@@ -415,16 +415,20 @@ class Capture:
 
     def joins(self, result: Any) -> bool:
         """Check whether all that the caller makes of states mixes some that the network gives apart."""
-        if self.returned.has_ends or not self.is_first:
+        if not self.is_first:
             return False
         sizes = {name: record.tensor.numel() for name, record in self._states.items()}
+        sizes |= self.returned.sizes
         mixed = []
         for tensor in all_tensors(result):
             known = self._provenance.of(tensor) or frozenset()
-            if made_of := [name for name in known if module_of(name) in self.components]:
+            given = {n for n, _ in self._provenance.stages(tensor)} & self.returned.made_of.keys()
+            inside = frozenset[str]().union(*(self.returned.made_of[name] for name in given))
+            apart = {name for name in known - inside if module_of(name) in self.components}
+            if made_of := given | apart:
                 # Side by side, they are the state that the chain ends with.
                 beside = tensor.numel() == sum(sizes.get(name, 0) for name in made_of)
-                mixed.append(len(made_of) > 1 and not beside)
+                mixed.append(len(made_of) > 1 and len(inside | apart) > 1 and not beside)
         return any(mixed) and all(mixed)
 
     def record_end(self, value: Any) -> None:

@@ -1090,6 +1090,11 @@ class Provenance:
         if self._flow is not None and name not in self.idle:
             self._flow.label(tensor, f"{_STAGE}{stage}:{name}", beside=True)
 
+    def mark_returned(self, tensor: Tensor, name: str) -> None:
+        """Let what is computed from a tensor that the network returns show as a stage that it was."""
+        if self._flow is not None:
+            self._flow.label_part(tensor, f"{_STAGE}0:{name}", beside=True)
+
     def stages(self, value: Any) -> set[tuple[str, int]]:
         """Find which stages of which states a value was computed from."""
         stages = (label for label in self._all_labels(value) if label.startswith(_STAGE))

@@ -41,6 +41,7 @@ class Returned:
     Attributes:
         made_of: The states that reach each tensor with samples. Those of several states are states
             themselves, under the same name, as is what is less than the last one or more was done with.
+        sizes: How many numbers each tensor holds.
         in_losses: The states that reach single numbers, as losses are.
         rows: How many rows the tensors have.
         changes: The last state, where every tensor that is made of it alone is another function of it,
@@ -50,6 +51,7 @@ class Returned:
 
     def __init__(self, provenance: Provenance, inputs: Inputs, whole: Call) -> None:
         self.made_of: dict[str, frozenset[str]] = {}
+        self.sizes: dict[str, int] = {}
         self.in_losses: frozenset[str] = frozenset()
         self.rows: set[int] = set()
         self.changes: str | None = None
@@ -90,17 +92,16 @@ class Returned:
             self.rows |= set() if tensor.is_nested else {len(tensor)}
             if sources := self._provenance.of(tensor):
                 own = numbered(name, len(self.made_of))
+                # The same numbers may be returned twice, under two names.
+                if {known for known, _ in self._provenance.stages(tensor)}.isdisjoint(self.made_of):
+                    self._provenance.mark_returned(tensor, own)
+                self.sizes[own] = tensor.numel()
                 self.made_of[own] = sources = sources | self._mixed_into(own, tensor, call)
                 if any(tensor is other for other in further):
                     self._further.add(own)
                 if len(sources) > 1 or sources & moved or own in self._further:
                     self._places[place] = own
         self.compares &= not self.made_of
-
-    @property
-    def has_ends(self) -> bool:
-        """Whether returned tensors are states of their own."""
-        return bool(self._places)
 
     def ends(self, output: Any) -> list[End]:
         """Find the tensors that are states of their own, in any pass."""

@@ -364,6 +364,46 @@ def test_what_is_made_of_two_towers_past_the_chain_is_told(
         assert set(report.notes) - set(told) == set(plain.notes)
 
 
+@pytest.mark.parametrize(
+    ("made", "is_told"),
+    [
+        (lambda z, log: log - z.square().sum(1) / 2, True),
+        (lambda z, log: torch.cat([z, log[:, None]], dim=1), False),
+        (lambda z, log: (z, log), False),
+        (lambda z, log: z, False),
+        (lambda z, log: log.exp(), False),
+    ],
+    ids=["log-probability", "side by side", "both", "the first", "of the second"],
+)
+@pytest.mark.parametrize("sums", [False, True], ids=["made of one component", "a sum"])
+def test_what_forward_fn_makes_of_several_tensors_that_a_flow_returns_is_told(
+    sums: bool, made: Callable[[Tensor, Tensor], Any], is_told: bool
+) -> None:
+    def flow(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.a(x)
+        z = m.b(y)
+        return z + y if sums else z, y[:, 0] + z[:, 0]
+
+    net = Linears(flow, a=(8, 8), b=(8, 8))
+    report = credit_report(net, samples(), forward_fn=lambda m, x: made(*m(x)))
+    plain = credit_report(net, samples())
+    told = [note for note in report.notes if note.startswith("credits end with what")]
+    assert len(told) == is_told
+    assert set(report.notes) - set(told) == set(plain.notes)
+    assert report.credit.tolist() == plain.credit.tolist()
+
+
+def test_a_tensor_that_is_returned_under_two_names_is_not_mixed_with_itself() -> None:
+    def heads(m: Any, x: Tensor) -> dict[str, Tensor]:
+        y = m.a(x) + m.b(x)
+        return {"logits": y, "again": y, "detached": y.detach()}
+
+    net = Linears(heads, a=(8, 4), b=(8, 4))
+    for name in ("logits", "again", "detached"):
+        report = credit_report(net, samples(), forward_fn=lambda m, x, name=name: m(x)[name].exp())
+        assert not [note for note in report.notes if note.startswith("credits end with")]
+
+
 def end_notes(end: Callable[[Tensor], Any], **given: Any) -> list[str]:
     net = Linears(lambda m, x: end(m.b(m.a(x))), a=(8, 8), b=(8, 4))
     if isinstance(end, nn.Module):
