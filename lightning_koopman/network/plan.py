@@ -22,6 +22,7 @@ from lightning_koopman.network.rows import (
     call_of,
     module_of,
     row_forms,
+    rows_without_samples,
 )
 from lightning_koopman.network.tensors import varies
 
@@ -456,6 +457,12 @@ def make_plan(
     forms = with_padding(forms, given, valid, batch)
     forms = keeping_picked(forms, given, read, max_dim, {**valid, **lengths_of(given)})
     n_samples, _ = batch_size(records, batch)
+    if (count := rows_without_samples(n_samples, batch)) is not None:
+        notes.append(
+            f"the network runs on {n_samples} rows for the {count} samples of the first batch, and each "
+            "row counts as a sample, also those that it adds to every batch, as of a memory bank; let "
+            "forward_fn call the components on the rows of the batch alone"
+        )
     for call, (first, *rest) in tensors.items():
         fit = [r for r in rest if len(by_sample(r.tensor, forms[r.name])) == n_samples]
         tensors[call] = [first, *fit]

@@ -666,6 +666,14 @@ def _rows_given(batch: Any) -> int:
     return next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
 
 
+def rows_without_samples(n_samples: int, batch: Any) -> int | None:
+    """Count the samples of a batch where a network runs on more rows that are no parts of these."""
+    tensors = [tensor for tensor in all_tensors(batch) if tensor.ndim]
+    counts, sizes = {len(t) for t in tensors} - {0}, {size for t in tensors for size in t.shape}
+    alike = n_samples in sizes or any(n_samples < count or n_samples % count == 0 for count in counts)
+    return None if alike else _rows_given(batch) or None
+
+
 def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
     """Count the samples of the first pass, and which states have the batch on axis 1."""
     records = [record for record in records if not record.ignores_data] or records
