@@ -197,12 +197,11 @@ def leave_out_unfit(
     forms: Mapping[str, RowForm],
     sources: dict[str, set[str]],
     kept: Collection[str],
-    batch: Any,
+    n_samples: int,
     notes: list[str],
     in_turns: Collection[str],
 ) -> list[str]:
     """Take out of the graph what holds no row per sample, or the same for every sample; return these."""
-    n_samples, _ = batch_size(records, batch)
     constant, misfit, alone = [], [], []
     for record in records:
         if record.name in kept or record.name not in sources or callable(forms[record.name].reduce):
@@ -456,7 +455,8 @@ def make_plan(
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
     forms = with_padding(forms, given, valid, batch)
     forms = keeping_picked(forms, given, read, max_dim, {**valid, **lengths_of(given)})
-    n_samples, _ = batch_size(records, batch)
+    # Counted as for the forms: what tells positions from samples may be part of the input alone.
+    n_samples, _ = batch_size([*records, *beside], batch)
     if (count := rows_without_samples(n_samples, batch)) is not None:
         notes.append(
             f"the network runs on {n_samples} rows for the {count} samples of the first batch, and each "
@@ -495,7 +495,7 @@ def make_plan(
         # Named ones stay; data beside them, as features of edges beside nodes, need not.
         kept = {record.name for record in records if not record.is_input}
     if not named or any(not sources[name] for name in kept & sources.keys()):
-        constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, batch, notes, turned)
+        constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, n_samples, notes, turned)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     inputs = {record.name for record in records if record.is_input}
     sources = leading_to(ends, sources, inputs, notes)

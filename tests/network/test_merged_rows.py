@@ -258,3 +258,24 @@ def test_rows_that_meet_and_of_which_samples_are_not_known_are_told():
     report = report_of(run)
     assert report.n_samples == SAMPLES * POINTS
     assert [note for note in report.notes if note.startswith("rows of several samples meet in b,")]
+
+
+def test_an_embedding_that_is_part_of_a_merged_input_tells_positions_from_samples() -> None:
+    reports = []
+    for flat in (False, True):
+
+        def run(m: nn.Module, x: Tensor, kind: Tensor, flat: bool = flat) -> Tensor:
+            h = torch.cat([x[..., [1]], m.e(kind)], dim=-1)
+            h = h.view(-1, 5) if flat else h
+            return m.b(torch.tanh(m.a(h))).view(len(x), 4, 2)
+
+        torch.manual_seed(0)
+        model = wired(run, e=nn.Embedding(6, 4), a=nn.Linear(5, 6), b=nn.Linear(6, 2))
+        batches = [(torch.randn(32, 4, 2), torch.randint(0, 6, (32, 4))) for _ in range(10)]
+        reports.append(credit_report(model, batches, forward_fn=lambda m, batch: m(*batch)))
+    plain, merged = reports
+    assert plain.n_samples == merged.n_samples == 320
+    assert merged.components == plain.components
+    assert merged.r2 == pytest.approx(plain.r2, abs=1e-4)
+    assert merged.credit == pytest.approx(plain.credit, abs=1e-3)
+    assert merged.notes == plain.notes
