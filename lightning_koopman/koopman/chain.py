@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import Normalize
 from lightning_koopman.koopman.regression import (
+    RCOND,
     RIDGE_GRID,
     Spectrum,
     alive,
@@ -168,7 +171,7 @@ class Step:
     """The fit of one step to all samples.
 
     Attributes:
-        tikhonov: Ridge weight.
+        tikhonov: Ridge weight; infinite where the operator was given.
         settled: Whether any fold left out would pick the same.
         matrix: The operator.
         smoothed: The operator under ten times the ridge weight, or the smallest there is.
@@ -186,6 +189,11 @@ class Step:
     condition: float
     limits: Mapping[int, Limits] = field(default_factory=dict)
 
+    @property
+    def is_given(self) -> bool:
+        """Whether nothing was fitted, as where states are added up as they are."""
+        return math.isinf(self.tikhonov)
+
     def within_limits(self, block: Tensor, state: int) -> Tensor:
         """Return what an operator says of a state without what can only be rounding.
 
@@ -197,11 +205,17 @@ class Step:
         return block if reached is None else block @ reached @ reached.T
 
 
-def fit_steps(whole: Split, tikhonov: float | None) -> list[Step]:
-    """Fit every step to all samples, by one eigendecomposition each."""
+def fit_steps(
+    whole: Split, tikhonov: float | None, given: Mapping[int, Tensor] = MappingProxyType({})
+) -> list[Step]:
+    """Fit every step to all samples, by one eigendecomposition each, but those that are given."""
     steps, ranges = [], dict[int, Tensor | None]()
     # One step after the other: the eigenvectors of all of them at once would fill the memory.
     for i in range(1, len(whole.layout.dims)):
+        if (matrix := given.get(i)) is not None:
+            limits = _limits_of_given(whole, i, ranges)
+            steps.append(Step(math.inf, True, matrix, matrix, matrix.new_empty(0), 1.0, limits))
+            continue
         problem, weight, settled = spectrum(*whole.normal_equations(i)), tikhonov, True
         if weight is None:
             errors = problem.expected_error(float(whole.train.variances[i].sum()), whole.count)
@@ -248,8 +262,21 @@ def _limits(
     return limits
 
 
+def _limits_of_given(whole: Split, i: int, ranges: dict[int, Tensor | None]) -> dict[int, Limits]:
+    """Find the directions that the states vary in which a step reads whose operator is given."""
+    for p in whole.layout.parents[i]:
+        if p not in ranges:
+            width = whole.layout.dims[p]
+            ranges[p] = _range(whole.train[p, p].reshape(width, width))
+    return {p: (ranges[p], None) for p in whole.layout.parents[i] if ranges[p] is not None}
+
+
 def _range(covariance: Tensor) -> Tensor | None:
     """Find the directions that a state varies in; ``None`` if it does in all."""
+    # All are alive where they are beyond a share of the sum of variances, which is at least the largest.
+    least = RCOND * covariance.trace() * torch.eye(len(covariance), device="cpu").to(covariance)
+    if not int(torch.linalg.cholesky_ex(covariance - least).info):
+        return None
     values, vectors = torch.linalg.eigh(covariance)
     kept = alive(values)
     return None if bool(kept.all()) else vectors[:, kept]
@@ -261,6 +288,10 @@ def refit_steps(split: Split, steps: Sequence[Step], *, anew: bool) -> tuple[lis
     for i, step in enumerate(steps, start=1):
         fitted, anew_fitted = [], []
         read = split.layout.parents[i]
+        if step.is_given:
+            operators.append(step.matrix.expand(len(split.train.count), *step.matrix.shape))
+            own.append(operators[-1])
+            continue
         for _, train in split.train.parts(read):
             given = train.normal_equations(read, i)
             if step.settled or not anew:
@@ -287,7 +318,8 @@ class R2:
 
     def __init__(self, whole: Split, steps: Sequence[Step]) -> None:
         self._whole, self._operators = whole, [step.matrix for step in steps]
-        self._rows = [torch.empty(0, 2, 2, len(steps), dtype=torch.float64, device="cpu")]
+        size = len(whole.layout.components)
+        self._rows = [torch.empty(0, 2, 2, size, dtype=torch.float64, device="cpu")]
 
     def hold_out(self, split: Split, operators: Sequence[Tensor]) -> None:
         """Add what operators leave unexplained of the folds that they were not fitted to."""
@@ -320,11 +352,11 @@ def _r2(squares: Tensor) -> dict[str, Tensor]:
 
 
 def _squares(split: Split, operators: Sequence[Tensor]) -> Tensor:
-    """Squared errors per sample of every step and of the chain behind it, and what they are of.
+    """Squared errors per sample of every component and of the chain behind it, and what they are of.
 
     The shape is (folds, 2, 2, L): errors and totals, steps and chains.
     """
-    test, last = split.test, len(operators)
+    test, last, components = split.test, len(operators), split.layout.components
     totals = [variances.sum(dim=-1).reshape(-1) for variances in test.variances[1:]]
     cut = split.blocks(operators)
     steps, chain = [], [torch.zeros_like(totals[-1])]
@@ -340,16 +372,20 @@ def _squares(split: Split, operators: Sequence[Tensor]) -> Tensor:
         whole = torch.cat(list(blocks.values()), dim=-2) if len(states) > 1 else blocks[states[0]]
         left: list[list[Tensor]] = [[], []]
         for place, part in test.parts(read):
-            c_xx, c_xy = part.normal_equations(read, i)
-            left[0].append(held_out_errors(operators[i - 1][place], c_xx, c_xy, totals[i - 1][place]))
-            if i > 1:
+            c_xx = part.beside(read)
+            if i in components:
+                c_xy, total = part.across(read, i), totals[i - 1][place]
+                left[0].append(held_out_errors(operators[i - 1][place], c_xx, c_xy, total))
+            if i - 1 in components:
                 # Without another branch beside it, the chain reads what its first step reads.
                 c_xx = c_xx if states == list(read) else part.beside(states)
                 c_xy = part.across(states, last)
                 left[1].append(held_out_errors(whole[place], c_xx, c_xy, totals[-1][place]))
-        steps.append(_joined(left[0]))
-        if i > 1:
+        if i in components:
+            steps.append(_joined(left[0]))
+        if i - 1 in components:
             chain.append(_joined(left[1]))
-    ends = [steps[::-1], chain[::-1], totals, totals[-1:] * last]
+    own = [totals[i - 1] for i in components]
+    ends = [steps[::-1], chain[::-1], own, totals[-1:] * len(own)]
     squares = torch.stack([torch.stack(end, dim=1) for end in ends], dim=1)
-    return squares.view(-1, 2, 2, last)
+    return squares.view(-1, 2, 2, len(own))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -65,19 +67,20 @@ def mean_volumes(chain: Alignment, expected: Alignment | None = None) -> tuple[T
 
 def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -> dict[str, Tensor]:
     """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
-    n_steps = len(split.layout.dims) - 1
+    components = split.layout.components
     means, lost = mean_volumes(chain, expected)
     if bool(means.isnan().all()):
-        nan = means[..., 1:]
+        nan = means[..., components]
         return {"credit": nan, "gain": nan, "sensitivity": nan, "total": means[..., 0]}
     sizes = []
-    for i in range(1, n_steps + 1):
+    for i in components:
         spread = split.train.variances[i].clamp_min(0).sqrt()[..., None]
         sizes.append(torch.linalg.matrix_norm(spread * chain.jacobian(i)).log())
     sensitivity = torch.stack(sizes, dim=-1)
     # A dead branch has no gain; the gain of what stands behind it is that over what carries.
+    means, lost = means[..., (0, *components)], lost[..., (0, *components)]
     gains, before, known = [], means[..., 0], ~means.isnan()
-    for i in range(1, n_steps + 1):
+    for i in range(1, len(components) + 1):
         gains.append(before - means[..., i])
         before = torch.where(known[..., i], means[..., i], before)
     moved = lost[..., 1:] | lost[..., :-1] & known[..., :-1]
@@ -152,13 +155,15 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
         read = layout.parents[i]
         above.append(set(read).union(*(above[p] for p in read)))
         # Of fewer samples than directions, each looks like a sum of others.
-        if len(read) == 1 or sum(layout.dims[p] for p in read) >= whole.count:
+        if len(read) == 1 or step.is_given or sum(layout.dims[p] for p in read) >= whole.count:
             continue
         if 0 in read and 0 not in ranks:
             ranks[0] = n_alive([0])
         if len(step.values) == sum(ranks[p] for p in read):
             continue
-        for p in filter(None, read):
+        for p in read:
+            if p not in layout.components:
+                continue
             # What a state is made of has its say through that state as well, which changes no credit.
             beside = [q for q in read if q != p and p not in above[q]]
             shared = ranks[p] + n_alive(beside) - n_alive([*beside, p]) if beside else 0
@@ -169,8 +174,10 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
 
 def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
     """Count the same without each fold, ``(folds, L)``, where ``known`` directions vary at all."""
-    ranks = torch.zeros(len(split.train.count), len(known), dtype=torch.float64, device="cpu")
-    for i, count in enumerate(known, start=1):
+    components = split.layout.components
+    ranks = torch.zeros(len(split.train.count), len(components), dtype=torch.float64, device="cpu")
+    for column, i in enumerate(components):
+        count = known[i - 1]
         for place, train in split.train.parts([i]) if count else ():
             unit = RANK_SHARE * train.variances[i].sum(dim=1)[:, None, None] / count
             # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
@@ -178,7 +185,7 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
             identity = torch.eye(scaled.shape[1], device="cpu").to(scaled)
             factor = torch.linalg.cholesky(torch.baddbmm(identity, scaled, scaled), upper=True)
             inverse = torch.cholesky_inverse(factor, upper=True)
-            ranks[place, i - 1] = len(identity) - inverse.diagonal(dim1=1, dim2=2).sum(dim=1)
+            ranks[place, column] = len(identity) - inverse.diagonal(dim1=1, dim2=2).sum(dim=1)
     return ranks
 
 
@@ -262,8 +269,9 @@ def compute_credits(
     options: Options = DEFAULTS,
     *,
     center: Sequence[Tensor] | None = None,
+    given: Mapping[int, Tensor] = MappingProxyType({}),
 ) -> Credits:
-    """Compute all numbers of a chain from its moments."""
+    """Compute all numbers of a chain from its moments, where operators of some steps may be given."""
     # Many small factorisations follow, one after the other, in which a GPU would only wait.
     moments = moments.cpu()
     center = None if center is None else [offset.cpu() for offset in center]
@@ -278,16 +286,17 @@ def compute_credits(
             "nothing can be credited for it. Check the data, or end the chain earlier with components=."
         )
     groups = held_out_folds(layout, moments, normalize, total)
-    steps = fit_steps(whole, options.tikhonov)
+    steps = fit_steps(whole, options.tikhonov, given if normalize == "none" else {})
     asked = whole.output_rank if targets is None else len(targets)
     asked = asked if rank is None else min(asked, rank)
     chain = align_split(whole, [step.matrix for step in steps], steps, range(asked), targets)
     kept = chain.kept
     smoothed = align_split(whole, [step.smoothed for step in steps], steps, kept, targets)
     means, lost = mean_volumes(smoothed, chain)
-    shift = means.masked_fill(lost, torch.nan)[1:]
+    components = list(layout.components)
+    shift = means.masked_fill(lost, torch.nan)[components]
     ranks, known = state_ranks(whole, steps)
-    values = volumes(whole, chain) | {"rank": ranks}
+    values = volumes(whole, chain) | {"rank": ranks[[i - 1 for i in components]]}
     r2, without, rest = R2(whole, steps), list[dict[str, Tensor]](), list[Tensor]()
     held_out = [torch.empty(0, dtype=torch.float64, device="cpu")]
     for group in groups:
@@ -310,35 +319,40 @@ def compute_credits(
             spread = jackknife(value, replicates[name], whole.count, sizes)
             gap = gaps[name] if name in gaps else bias(value, replicates[name], whole.count, sizes)
             stderr[name] = (spread.square() + gap.square()).sqrt()
-        unseen = unseen_shifts(whole, [step >= 1 - LINEAR for step in values["r2"].tolist()], steps)
+        linear = [True] * len(steps)
+        for i, held_out_r2 in zip(components, values["r2"].tolist(), strict=True):
+            linear[i - 1] = held_out_r2 >= 1 - LINEAR
+        unseen = unseen_shifts(whole, linear, steps)
+        shifts, before = unseen[components], unseen[[0, *components[:-1]]]
         for name, extra in (
-            ("credit", unseen[1:]),
-            ("gain", (unseen[1:].square() + unseen[:-1].square()).sqrt()),
+            ("credit", shifts),
+            ("gain", (shifts.square() + before.square()).sqrt()),
             ("total", unseen[0]),
         ):
             stderr[name] = (stderr[name].square() + extra.square()).sqrt()
     allowed = stderr["credit"].nan_to_num(0) if not errors else stderr["credit"]
     stable = (shift - values["credit"]).abs() <= allowed.clamp_min(MAX_RIDGE_SHIFT)
     beside = undetermined(whole, steps, known)
-    stable[[i - 1 for i in beside]] = False
+    stable[[components.index(i) for i in beside]] = False
     return Credits(
         values={name: values[name] for name in QUANTITIES},
         stderr={name: stderr[name] for name in QUANTITIES},
-        volumes=chain.log_volumes[1:],
+        volumes=chain.log_volumes[components],
         total=float(values["total"]),
         total_stderr=float(stderr["total"]),
         stable=stable,
         operators=_operators(layout, moments, whole, steps, values["r2"], normalize, center),
         alignment=chain,
-        undetermined=beside,
-        lost=chain.lost,
+        undetermined=tuple(1 + components.index(i) for i in beside),
+        # What is lost at a sum is lost on the way to the component that comes next.
+        lost=tuple(dict.fromkeys(i and 1 + bisect_left(components, i) for i in chain.lost)),
         dropped=tuple((targets or range(asked))[c] for c in range(asked) if c not in kept),
     )
 
 
 def samples_needed(layout: Layout) -> int:
     """Return the number of samples below which the operators are not worth reading."""
-    widest = max(sum(layout.dims[p] for p in read) for read in layout.parents[1:])
+    widest = max(sum(layout.dims[p] for p in layout.parents[i]) for i in layout.components)
     return math.ceil(2 * widest * layout.folds / (layout.folds - 1))
 
 
@@ -382,10 +396,10 @@ def _operators(
             matrix=matrices[i - 1],
             x_mean=torch.cat([means[p] for p in layout.parents[i]]),
             y_mean=means[i],
-            r2=float(r2[i - 1]),
-            tikhonov=step.tikhonov,
+            r2=float(held_out),
+            tikhonov=steps[i - 1].tikhonov,
             rank=ranks[i - 1],
             condition=conditions[i - 1],
         )
-        for i, step in enumerate(steps, start=1)
+        for i, held_out in zip(layout.components, r2, strict=True)
     )

@@ -25,6 +25,7 @@ class Layout:
         delay: How many states before it each step reads at least; 0 where links say it all.
         links: For each step i = 1 … L, further earlier states that it reads; empty means none.
         squares: States that no step reads, of whose products with themselves the diagonal alone is kept.
+        sums: Steps whose states are sums of others, which have no numbers of their own.
     """
 
     dims: tuple[int, ...]
@@ -32,6 +33,7 @@ class Layout:
     delay: int = 1
     links: tuple[tuple[int, ...], ...] = ()
     squares: tuple[int, ...] = ()
+    sums: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.dims) < 2:
@@ -53,6 +55,11 @@ class Layout:
         for i, read in enumerate(self.links, start=1):
             if not all(0 <= p < i for p in read):
                 raise ValueError(f"links of step {i} are {read}; a step reads states 0 … {i - 1} only")
+
+    @cached_property
+    def components(self) -> tuple[int, ...]:
+        """The steps that have numbers, in order."""
+        return tuple(i for i in range(1, len(self.dims)) if i not in self.sums)
 
     @cached_property
     def parents(self) -> tuple[tuple[int, ...], ...]:

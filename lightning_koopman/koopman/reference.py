@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.koopman.regression import dots, solve_each
 from lightning_koopman.koopman.states import Basis
 from lightning_koopman.network.plan import Plan
+from lightning_koopman.network.rows import is_sum
 
 RIDGE = 3e-2
 """Ridge weight of the operators that drift is read from, in units of the regressors' mean variance.
@@ -29,6 +32,9 @@ RIDGE = 3e-2
 The operator of the reference meets inputs that are not distributed as those it was fitted to, and what
 it says of directions that hardly varied then must not count.
 """
+
+SUM_RIDGE = 1e-6
+"""The same for sums of states, which are exact whatever they are given."""
 
 
 _Fits = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
@@ -41,8 +47,14 @@ class FoldFits:
     then the moments are kept, which the fits are made from.
     """
 
-    def __init__(self, layout: Layout, moments: Tensor, center: Sequence[Tensor]) -> None:
-        self._given: tuple[Layout, Tensor, Sequence[Tensor]] | None = (layout, moments, center)
+    def __init__(
+        self,
+        layout: Layout,
+        moments: Tensor,
+        center: Sequence[Tensor],
+        given: Mapping[int, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self._given: tuple[Any, ...] | None = (layout, moments, center, given)
         self._found: _Fits | None = None
 
     @classmethod
@@ -99,7 +111,7 @@ class Reference:
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components."""
-        return self.states[1:]
+        return tuple(name for name in self.states[1:] if not is_sum(name))
 
     @property
     def operators(self) -> tuple[Tensor, ...]:
@@ -151,13 +163,25 @@ class Reference:
                 )
 
 
-def fold_operators(layout: Layout, moments: Tensor, center: Sequence[Tensor]) -> _Fits:
-    """Fit every step without each fold; return operators, their means, and the input's variance."""
+def fold_operators(
+    layout: Layout,
+    moments: Tensor,
+    center: Sequence[Tensor],
+    given: Mapping[int, Tensor] = MappingProxyType({}),
+) -> _Fits:
+    """Fit every step without each fold, but those that are given.
+
+    Returns operators, their means, and the input's variance.
+    """
     rest = covariances(layout, moments.sum(dim=0), without=moments)
+
+    def fitted(i: int, read: Sequence[int]) -> Tensor:
+        if (matrix := given.get(i)) is not None:
+            return matrix.expand(len(moments), *matrix.shape)
+        return solve_each(*rest.normal_equations(read, i), SUM_RIDGE if i in layout.sums else RIDGE)
+
     steps = enumerate(layout.parents[1:], start=1)
-    operators = tuple(
-        solve_each(*rest.normal_equations(read, i), RIDGE).float().cpu() for i, read in steps
-    )
+    operators = tuple(fitted(i, read).float().cpu() for i, read in steps)
     pairs = zip(rest.means, center, strict=True)
     means = tuple((mean + offset.to(mean)).cpu() for mean, offset in pairs)
     return operators, means, rest.variances[0].sum(dim=1).mean(dim=0, keepdim=True).cpu()

@@ -19,7 +19,7 @@ from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.network.isolation import plain_numerics
 from lightning_koopman.network.plan import listed
-from lightning_koopman.network.rows import INPUT
+from lightning_koopman.network.rows import INPUT, is_sum
 from lightning_koopman.network.samples import spread_over
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
@@ -65,6 +65,7 @@ class Accumulator:
         earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
         apart: By state, how many of its last columns have directions of their own in the basis.
         joined: By state that several were joined into, how many columns each of these has.
+        added_up: The sums whose rows are those of what they read, added up.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far.
         max_samples: Most that are taken; where that is ``"enough"``, known from the first batch on.
@@ -84,6 +85,7 @@ class Accumulator:
         self.earlier: Basis | None = None
         self.apart: dict[str, int] = {}
         self.joined: dict[str, tuple[int, ...]] = {}
+        self.added_up: tuple[int, ...] = ()
         self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
@@ -158,7 +160,8 @@ class Accumulator:
     def _layout_of(self, dims: tuple[int, ...]) -> Layout:
         links, delay = self.chain.links, self.options.delay
         # Links name all that a step reads: branches side by side do not read one another.
-        return Layout(dims, self.options.folds, 0 if links and delay == 1 else delay, links)
+        sums = tuple(i for i, name in enumerate(self.chain.names) if is_sum(name))
+        return Layout(dims, self.options.folds, 0 if links and delay == 1 else delay, links, sums=sums)
 
     def _gather(self, rows: list[Tensor]) -> None:
         """Add rows to those that wait for company."""
@@ -409,8 +412,30 @@ class Accumulator:
         """Compute all numbers of the samples so far."""
         layout, moments, center = self.moments()
         if self._credits is None:
-            self._credits = compute_credits(layout, moments, self.options, center=center)
+            sums = self._operators_of_sums()
+            self._credits = compute_credits(layout, moments, self.options, center=center, given=sums)
         return self._credits
+
+    def _operators_of_sums(self) -> dict[int, Tensor]:
+        """Return the operators of sums whose rows are those of what they read, added up."""
+        assert self.basis is not None
+        found: dict[int, Tensor] = {}
+        # Of lifted states, a sum is none of the others.
+        for i in self.added_up if self.options.observables is None else ():
+            width, blocks = self.chain.widths[i], list[Tensor]()
+            for p in self._laid_out().parents[i]:
+                # Of a state that several were joined into, each is added.
+                block = torch.eye(width, dtype=torch.float64, device="cpu")
+                block = block.repeat(self.chain.widths[p] // width, 1)
+                if p not in self.chain.links[i - 1]:
+                    block.zero_()
+                for vectors, axis in ((self.basis.vectors[p], 0), (self.basis.vectors[i], 1)):
+                    if vectors is not None:
+                        vectors = vectors.double().cpu()
+                        block = block @ vectors if axis else vectors.T @ block
+                blocks.append(block)
+            found[i] = torch.cat(blocks)
+        return found
 
     @property
     def advised(self) -> int:
@@ -434,10 +459,10 @@ class Accumulator:
         report = report_on(
             layout,
             self.credits(),
-            names[1:],
+            [names[i] for i in layout.components],
             n_samples=n_samples,
             delay=options.delay,
-            variance_kept=kept[1:],
+            variance_kept=[kept[i] for i in layout.components],
             notes=notes,
             step=step,
             enough=self.advised,
@@ -491,7 +516,7 @@ class Accumulator:
         """Return what drift is measured against, fitted once for all that was added up."""
         layout, moments, center = self.moments()
         assert self.basis is not None
-        self._fitted = self._fitted or FoldFits(layout, moments, center)
+        self._fitted = self._fitted or FoldFits(layout, moments, center, self._operators_of_sums())
         return Reference(
             self.chain.names,
             self.chain.widths,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_koopman.koopman.moments import covariances
@@ -19,6 +21,7 @@ from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import clean_modules
 from lightning_koopman.network.forward_runner import ForwardFn, check_arguments
+from lightning_koopman.network.rows import is_sum
 from lightning_koopman.network.samples import spread
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.report import CreditReport
@@ -90,6 +93,25 @@ def drift(
 
 def drift_since(reference: Reference, measurement: Measurement, *, step: int | None = None) -> Drift:
     """Compute the drift since a reference from what a measurement has added up, without another pass."""
+    found = _of_all_states(reference, measurement, step)
+    kept = np.array([not is_sum(name) for name in found.components])
+    # A sum has no weights, but may scale what it adds up by some that are in no component. Behind what
+    # changed, it may be marked for what it is given.
+    if found.changed.any():
+        kept[found.changed.argmax()] = True
+    return _rows(found, kept)
+
+
+def _rows(drift: Drift, kept: NDArray[np.bool_]) -> Drift:
+    """Return some rows of a drift."""
+    names = tuple(itertools.compress(drift.components, kept))
+    arrays = ("drift", "stderr", "changed", "old", "new")
+    taken = {name: getattr(drift, name)[kept] for name in arrays}
+    return dataclasses.replace(drift, components=names, **taken)
+
+
+def _of_all_states(reference: Reference, measurement: Measurement, step: int | None) -> Drift:
+    """Compute the drift of components, and of sums of states."""
     layout, moments, center = measurement.moments()
     old = (reference.operators, reference.means, reference.n_samples)
     shares = unexplained(layout, moments, center, *old, measurement.reference().operators)
@@ -106,7 +128,7 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     by_chance = 4 * (1 / n_samples + 1 / max(1, reference.n_samples))
     told = widened > 0 and abs(math.log(widened)) > 0.1 + 3 * math.sqrt(by_chance)
     return Drift(
-        components=reference.components,
+        components=reference.states[1:],
         drift=value.numpy(),
         stderr=shares.stderr.numpy(),
         changed=beyond_error(value, shares.stderr, shares.freedom).numpy(),
@@ -153,8 +175,8 @@ def drift_from(
     )
     fitted = FoldFits.known(operators, means, earlier.variance)
     known = dataclasses.replace(earlier, fits=fitted, parts=measurement.parts)
-    found = drift_since(known, measurement, step=step)
-    return dataclasses.replace(
+    found = _of_all_states(known, measurement, step)
+    found = dataclasses.replace(
         found,
         drift=np.where(fits, found.drift, np.nan),
         stderr=np.where(fits, found.stderr, np.nan),
@@ -163,6 +185,7 @@ def drift_from(
         moved=found.moved if same[0] else 0.0,
         widened=found.widened if same[0] else 1.0,
     )
+    return _rows(found, np.array([not is_sum(name) for name in found.components]))
 
 
 def _alike(now: Tensor | None, was: Tensor | None) -> bool:

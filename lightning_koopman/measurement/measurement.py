@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from lightning_koopman.network.rows import (
     Recorded,
     by_sample,
     call_of,
+    is_sum,
     module_of,
     n_positions,
     pooled_by,
@@ -111,6 +112,8 @@ class Measurement(Accumulator):
         # and whether any other differs from it.
         self._varying = frozenset(varying)
         self._alike: dict[str, tuple[Tensor, Tensor]] = {}
+        # By sum, how far its values may be off by rounding, as a share of the largest of them.
+        self._roundings: dict[str, float] = {}
         self._silent: list[str] | None = None
         self._skipped: list[str] = []
         # Whether what forward_fn gives is made of several states behind the network.
@@ -119,7 +122,7 @@ class Measurement(Accumulator):
         if like is not None:
             # The same chain of the same calls, so that equal weights give equal numbers.
             self.capture, self.plan = like.capture, like.plan
-            self.apart, self.joined = like.apart, like.joined
+            self.apart, self.joined, self._roundings = like.apart, like.joined, like._roundings
             self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
         self._followed: Reference | None = None
         self._next_check, self._work = FIRST_CHECK, 0.0
@@ -129,6 +132,7 @@ class Measurement(Accumulator):
         self._followed, self._named = reference, reference.named
         if reference.calls:
             self.capture.calls_alone = {call_of(name) for group in reference.calls for name in group}
+        self.capture.sums = {name for name in reference.states if is_sum(name)}
         self.basis = reference.basis
 
     def run(self, model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
@@ -263,6 +267,9 @@ class Measurement(Accumulator):
             self._followed.check_widths([block.shape[1] for block in rows.values()])
         before, n_rows = self._told_by, self.n_samples
         told_by = first if before is None else torch.cat([before, first[len(before) :]])[: len(first)]
+        if not self.n_seen:
+            # Of each measurement, for a training may change what a branch is multiplied by.
+            self.added_up = tuple(self._find_added_up(rows))
         self.push(rows, self.plan.links, told_by)
         if before is None:
             self._told_by = first
@@ -379,10 +386,32 @@ class Measurement(Accumulator):
             parts = [part for part in map(rows.get, group) if part is not None]
             if len(group) > 1 and len(parts) == len(group):
                 self.joined[name] = tuple(part.shape[1] for part in parts)
+        self._roundings = {
+            record.name: max(1e-5, 2 * torch.finfo(record.tensor.dtype).eps)
+            for record in records
+            if is_sum(record.name)
+        }
         self._work = self._work_of(records) / max(
             1, *(len(block) for block in rows.values() if block is not None)
         )
         return rows
+
+    def _find_added_up(self, rows: Mapping[str, Tensor]) -> Iterator[int]:
+        """Find the sums whose rows are those of the states that they read, but for a shift."""
+        assert self.plan is not None
+        states = list(rows.items())
+        for i, read in enumerate(self.plan.links, start=1):
+            name, own = states[i]
+            parts = [part for p in read if (part := states[p][1]).shape[1] % own.shape[1] == 0]
+            if name not in self._roundings or len(own) < 2 or len(parts) < len(read):
+                continue
+            # States that were joined are added up, too.
+            total = torch.stack([
+                part.view(len(own), -1, own.shape[1]).sum(dim=1) for part in parts
+            ]).sum(0)
+            rounding = self._roundings[name] * float(own.abs().max())
+            if torch.allclose(total - total[:1], own - own[:1], rtol=0, atol=rounding):
+                yield i
 
     def _check_reduced(self, records: Sequence[Recorded], rows: Mapping[str, Tensor | None]) -> None:
         """Refuse what the user's own reduction made other rows of than those of samples."""
@@ -629,7 +658,7 @@ class Measurement(Accumulator):
     def _calls(self) -> list[list[str]]:
         """List the calls that each component is made of."""
         states = () if self.plan is None else self.plan.states[1:]
-        return [[*dict.fromkeys(map(call_of, group))] for group in states]
+        return [[*dict.fromkeys(map(call_of, group))] for group in states if not is_sum(group[0])]
 
     def _modules(self) -> list[list[nn.Module]]:
         """Find the modules of each component."""

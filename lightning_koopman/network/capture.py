@@ -44,8 +44,10 @@ from lightning_koopman.network.rows import (
     OUTPUT,
     Recorded,
     further_name,
+    is_sum,
     module_of,
     numbered,
+    sum_name,
     with_lengths_in_order,
 )
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
@@ -120,6 +122,7 @@ class Capture:
         norms: Those of the components that belong to others where they run right behind a layer.
         calls_alone: Calls that have a state of their own in a network that this one is compared with;
             norms called otherwise belong to what they run behind, whatever that is.
+        sums: The sums of states that are states in such a network.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored. It must copy, for
             a later in-place module may overwrite the tensor.
         returned: What the network returned in the first pass. That is the outermost module around the
@@ -156,6 +159,7 @@ class Capture:
         self.norms = {name: norm for name, norm in (norms | listed).items() if name != self.end}
         self.components |= self.norms
         self.calls_alone: Collection[str] | None = None
+        self.sums: Collection[str] | None = None
         self._alone: set[tuple[int, int]] = set()
         self.chosen = tuple(self.components)
         self._within = {} if self._named else inner_components(model, self.components)
@@ -191,6 +195,8 @@ class Capture:
         self._leads_in = False
         # States whose rows are in an order of the network's own, which may be another one in each batch.
         self._moved: set[str] = set()
+        # By call, the sums of states that it takes, by their places among the tensors given.
+        self._sums_at: dict[tuple[int, int], dict[int, str]] = {}
         self._provenance = Provenance()
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         whole = id(self._ancestor), -1
@@ -222,6 +228,9 @@ class Capture:
 
         if self._ancestor is not None:
             hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
+        # Before others read where what a module takes comes from.
+        for module in self._takers(first=first):
+            hang(module, self._on_taken, direct=any(module is own for own in self._holders))
         for module in around_of(self._model, self._ancestor):
             hang(module, self._on_around, self._on_around_returned, direct=True)
         others = {*self._within, *self._tables, *self.norms}
@@ -254,6 +263,17 @@ class Capture:
         if first:
             hooks.callback(self._leave)
             self._provenance.follow(_held_by(self._model))
+
+    def _takers(self, *, first: bool) -> Iterator[nn.Module]:
+        """Find the modules outside of components that may take sums of states, or are known to."""
+        if self._ancestor is None:
+            return
+        seen = set(map(id, around_of(self._model, self._ancestor))) | {id(self._ancestor)}
+        inside = {id(p) for m in self.components.values() for p in m.modules() if p is not m}
+        for module in self._ancestor.modules():
+            takes = first or any(taker == id(module) for taker, _ in self._sums_at)
+            if takes and id(module) not in seen | inside:
+                yield module
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
@@ -301,6 +321,7 @@ class Capture:
         """Forget what was recorded of the call before."""
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
+        self._taken: dict[int, int] = {}
         self.skipped: list[str] = []
         self.origins.start_call()
         self._call: Any = ()
@@ -314,7 +335,7 @@ class Capture:
 
     def _take_apart(self) -> None:
         """Let what continues a component go on for itself where something else reads that state, too."""
-        for name, stage, kept, calls, readers in self._stages.apart():
+        for name, stage, kept, calls, readers, late in self._stages.apart():
             self._states[name] = kept
             self.parts[name] = self.parts[name][: stage + 1]
             self._superseded.difference_update(calls[stage:])
@@ -325,6 +346,20 @@ class Capture:
                     self._states[reader] = replace(record, sources=sources)
                 if reader in self.returned.made_of:
                     self.returned.made_of[reader] |= further
+            # What was added up then is no longer what the state is.
+            for reader in filter(is_sum, late):
+                self._leave_out_sum(reader)
+
+    def _leave_out_sum(self, name: str) -> None:
+        """Let what reads a sum read what that was made of."""
+        left_out = self._states.pop(name)
+        for taken in self._sums_at.values():
+            for place in [place for place, other in taken.items() if other == name]:
+                del taken[place]
+        for other, record in self._states.items():
+            if isinstance(record, Recorded) and name in (record.sources or ()):
+                sources = (record.sources or frozenset()) - {name} | left_out.sources
+                self._states[other] = replace(record, sources=sources)
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
@@ -421,7 +456,7 @@ class Capture:
         sizes |= self.returned.sizes
         mixed = []
         for tensor in all_tensors(result):
-            known = self._provenance.of(tensor) or frozenset()
+            known = self._provenance.parts_of(tensor) or frozenset()
             given = {n for n, _ in self._provenance.stages(tensor)} & self.returned.made_of.keys()
             inside = frozenset[str]().union(*(self.returned.made_of[name] for name in given))
             apart = {name for name in known - inside if module_of(name) in self.components}
@@ -484,6 +519,7 @@ class Capture:
                 self._superseded,
                 self._alone,
                 self._made_at,
+                self._sums_at,
             ):
                 known.clear()
 
@@ -540,7 +576,7 @@ class Capture:
         for end in self.returned.ends(output):
             self._stages.read(end.name, end.tensor)
             self._keep_mixed_in(end.name, call)
-            sources = self.returned.made_of[end.name]
+            sources = self.returned.sources(end.name, end.tensor)
             self._keep(end.name, module, end.tensor, sources, is_further=end.is_further)
 
     @_while_recording
@@ -575,6 +611,37 @@ class Capture:
         self.origins.take(key, given, self._states.keys())
         self._keep_inputs(key, module, given)
         self._stages.forget_freed(given)
+
+    @_while_recording
+    def _on_taken(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Record sums of states that no module took before, for what reads these reads no parts."""
+        call = self._taken.get(id(module), 0)
+        self._taken[id(module)] = call + 1
+        key, given = (id(module), call), (args, kwargs)
+        called = numbered(self._names[id(module)], call)
+        real = [t for t in filter(is_real, all_tensors(given)) if not t.is_nested]
+        for place, name in self._sums_at.get(key, {}).items():
+            if place < len(real) and self._passes:
+                self._keep(name, module, real[place], None, given)
+        for place, tensor in enumerate(real) if not self._passes else ():
+            name = sum_name(f"{called}[{place}]" if place else called)
+            made_of = self._provenance.exactly(tensor) or frozenset()
+            # Rows are made as those of what was added up.
+            like = (self._states.get(part) for part in made_of)
+            alike = [r for r in like if isinstance(r, Recorded) and r.tensor.shape == tensor.shape]
+            if alike and self._is_sum(name, tensor, made_of):
+                self._sums_at.setdefault(key, {})[place] = name
+                self._stages.read(name, tensor)
+                self._keep(name, alike[0].module, tensor, made_of, given)
+                self._provenance.mark_sum(tensor, name, made_of)
+
+    def _is_sum(self, name: str, tensor: Tensor, made_of: frozenset[str]) -> bool:
+        """Check whether what a module takes is a sum of states, or was in a network to compare with."""
+        if self.sums is not None:
+            return name in self.sums
+        varied = made_of - self._provenance.idle
+        is_sum = len(varied) > 1 and self.inputs.beyond(varied) and self._provenance.is_sum(tensor)
+        return is_sum and not (self.inputs.unclaimed(tensor) or self._provenance.draws(tensor))
 
     def _keep_inputs(self, key: tuple[int, int], module: nn.Module, given: Any) -> None:
         """Record what a call takes of the network's inputs."""

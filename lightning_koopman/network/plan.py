@@ -20,6 +20,7 @@ from lightning_koopman.network.rows import (
     batch_size,
     by_sample,
     call_of,
+    is_sum,
     module_of,
     row_forms,
     rows_without_samples,
@@ -151,10 +152,34 @@ def ends_of(
     """List the states that the chain of the components chosen by default would end with."""
     fitting = _with_fitting_ends(records, batch)
     records, _, returned, in_losses = by_call(fitting, returned, in_losses)
-    sources, losses = sources_of(records, []), _losses(records, returned, None)
+    sources, losses = without_sums(sources_of(records, [])), _losses(records, returned, None)
     for name in losses:
         _bypass(name, sources)
-    return chain_ends([r for r in records if r.name not in losses], sources, returned, in_losses)
+    own = [r for r in records if r.name in sources and r.name not in losses]
+    return chain_ends(own, sources, returned, in_losses)
+
+
+def without_sums(sources: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Let what reads sums of states read what these were made of."""
+    apart = {name: set(read) for name, read in sources.items()}
+    for name in filter(is_sum, sources):
+        _bypass(name, apart)
+    return apart
+
+
+def _leave_out_sums(
+    records: Sequence[Recorded],
+    forms: Mapping[str, RowForm],
+    sources: dict[str, set[str]],
+    n_samples: int,
+) -> None:
+    """Take out of the graph sums without a row for each sample, and those that do not vary."""
+    for record in records:
+        if is_sum(record.name) and record.name in sources:
+            rows = by_sample(record.tensor, forms[record.name])
+            fits = len(rows) == n_samples and varies(rows) and not record.strays(forms[record.name])
+            if not fits:
+                _bypass(record.name, sources)
 
 
 def _losses(
@@ -255,7 +280,7 @@ def leading_to(
 ) -> dict[str, set[str]]:
     """Keep what leads to the ends of the chain; of the rest, what is no input is told."""
     reached = _reached(ends, sources)
-    aside = [name for name in sources if name not in reached and name not in inputs]
+    aside = [n for n in sources if n not in reached and n not in inputs and not is_sum(n)]
     if aside:
         notes.append(
             f"this report is about {listed(ends)}; left out, for nothing leads from there to it: "
@@ -299,6 +324,7 @@ def _in_order(sources: Mapping[str, set[str]], ends: Sequence[str]) -> tuple[tup
                 kind = (module_of(name), depth[name])
                 if name in last and module_of(name) in steps:
                     kind = (module_of(name), "last")
+            kind = name if is_sum(name) else kind
             kind = "input" if not read else "end" if name in ends else kind
             alike.setdefault(kind, []).append(name)
         return list(alike.values())
@@ -486,7 +512,9 @@ def make_plan(
         for r in records
         if module_of(r.name) in in_turns and any(order.is_of_all for order in r.orders.values())
     }
-    ends = [end] if end is not None else chain_ends(records, sources, returned, in_losses, turned)
+    own = [r for r in records if not is_sum(r.name)]
+    apart = without_sums(sources)
+    ends = [end] if end is not None else chain_ends(own, apart, returned, in_losses, turned)
     for name in set(sources) & set(returned) - set(ends):
         del sources[name]
     constant: list[str] = []
@@ -495,8 +523,10 @@ def make_plan(
         # Named ones stay; data beside them, as features of edges beside nodes, need not.
         kept = {record.name for record in records if not record.is_input}
     if not named or any(not sources[name] for name in kept & sources.keys()):
-        constant = leave_out_unfit(records, forms, sources, {*kept, *varying}, n_samples, notes, turned)
+        kept |= {*varying, *(record.name for record in records if is_sum(record.name))}
+        constant = leave_out_unfit(records, forms, sources, kept, n_samples, notes, turned)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
+    _leave_out_sums(records, forms, sources, n_samples)
     inputs = {record.name for record in records if record.is_input}
     sources = leading_to(ends, sources, inputs, notes)
     if end is None and (passed := _passed(ends, sources, inputs, returned)):

@@ -63,6 +63,9 @@ _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices
 # These read entries of their first argument at places that another one holds.
 _LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
 
+# These give a sum of what they read, in whatever units.
+_ADD_UP = frozenset({"add", "sub", "mul", "div", "clone", "_to_copy"})
+
 # These may drop at random, and are marked so, but do not where a network is evaluated.
 _MAY_DROP = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_rnn", "rrelu")
 
@@ -150,6 +153,8 @@ class DataFlow:
         self._alive: dict[int, Any] = {}
         # Memory that held one value all over before an operator wrote to it.
         self._blank: set[int] = set()
+        # Memory that holds what a label stands for, or a sum of what several do.
+        self._sums: set[int] = set()
         self._axes = BatchAxes(self._keep_address)
         self._positions: dict[int, BatchAxes] = {}
         self._picks = PickedPositions(self._keep_address)
@@ -218,6 +223,8 @@ class DataFlow:
         """Replace the labels of all tensors in a value by one, or put one ``beside`` them."""
         for tensor in all_tensors(value):
             self._set(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
+            if not beside and (address := address_of(tensor)):
+                self._sums.add(address)
 
     @_kept_out_of_the_pass()
     def label_part(self, tensor: Tensor, name: str, *, beside: bool = False) -> None:
@@ -263,6 +270,11 @@ class DataFlow:
     def pairs(self, tensor: Tensor) -> bool:
         """Check whether each of a tensor's rows met all of as many others in what it was made of."""
         return len(tensor) in self._paired.get(address_of(tensor), ())
+
+    @_kept_out_of_the_pass(False)
+    def is_sum(self, tensor: Tensor) -> bool:
+        """Check whether a tensor is what was labelled, or a sum of it, and nothing else made of it."""
+        return address_of(tensor) in self._sums and is_all_of_memory(tensor)
 
     def _is_data(self, tensor: Tensor) -> bool:
         return not self._held(tensor) <= _ORIGINS
@@ -312,6 +324,8 @@ class DataFlow:
             unlabelled = (reads[i] for i, of in enumerate(known) if not of and i not in ends)
             if not all(address_of(t) in self._blank or _is_one_value(t) for t in unlabelled):
                 labels |= {_UNKNOWN}
+        if self._origins:
+            self._note_sum(name, func, reads, known, out)
         if func._schema.is_mutable:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
@@ -351,6 +365,21 @@ class DataFlow:
                 *axes[place + 1 :],
             )
             self._set_merged(out, {**merged, out.shape[0]: whole})
+
+    def _note_sum(
+        self, name: str, func: Any, reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
+    ) -> None:
+        """Note whether an operator gave a sum of what labels stand for."""
+        data = [pair for pair in zip(reads, known, strict=False) if not pair[1] <= _ORIGINS]
+        # Two that vary are not multiplied.
+        adds_up = name.rstrip("_") in _ADD_UP and 0 < len(data) <= 1 + (name[:3] in ("add", "sub"))
+        # What is made of data alone, before any state, is as good as these.
+        given = [read for read, of in data if not all(n.startswith(_BATCH) for n in of - _ORIGINS)]
+        if adds_up and self._sums.issuperset(map(address_of, given)) and (address := address_of(out)):
+            self._sums.add(address)
+            self._keep_address(out, address)
+        elif func._schema.is_mutable:
+            self._sums.difference_update(map(address_of, _flat([out])))
 
     def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
         found: dict[int, tuple[int, ...]] = {}
@@ -818,6 +847,8 @@ class Provenance:
         """Forget the pass before."""
         self._batch = batch
         self._claimed: dict[str, str] = {}
+        # By sum that is a state, the states that it was made of.
+        self._sums: dict[str, frozenset[str]] = {}
         self._taken: set[str] = set()
         self._inputs: set[str] = set()
         self.idle: set[str] = set()
@@ -912,11 +943,29 @@ class Provenance:
             self._flow.begin_positions(list(self.data))
 
     def of(self, value: Any) -> frozenset[str] | None:
-        """Find which states a value was computed from."""
+        """Find which states a value was computed from, with sums of states where these are read."""
         if self._flow is None:
             return None
         known = {self._claimed.get(label, label) for label in self._labels(value)}
         return frozenset(name for name in known if not name.startswith(_BATCH))
+
+    def parts_of(self, value: Any) -> frozenset[str] | None:
+        """Find which states a value was computed from, sums taken apart."""
+        found = self.of(value)
+        return None if found is None else self._taken_apart(found)
+
+    def _taken_apart(self, names: frozenset[str]) -> frozenset[str]:
+        return _NOTHING.union(*(self._sums.get(name, {name}) for name in names))
+
+    def is_sum(self, tensor: Tensor) -> bool:
+        """Check whether a tensor is a sum, see :meth:`DataFlow.is_sum`."""
+        return self._flow is not None and self._flow.is_sum(tensor)
+
+    def mark_sum(self, tensor: Tensor, name: str, made_of: frozenset[str]) -> None:
+        """Let a sum of states count as a state itself."""
+        if self._flow is not None:
+            self._sums[name] = self._taken_apart(made_of)
+            self._flow.label(tensor, name)
 
     def exactly(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from, ``None`` where some of it is not known."""

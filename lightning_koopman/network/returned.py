@@ -83,14 +83,14 @@ class Returned:
             further = [] if last is None else self._beyond(*last, output)
         for place, tensor in enumerate(tensors_inside(output)):
             if not tensor.ndim:
-                self.in_losses |= self._provenance.of(tensor) or frozenset()
+                self.in_losses |= self._provenance.parts_of(tensor) or frozenset()
             if self._provenance.compares_samples(tensor, all_tensors(call), module):
-                self.compares |= bool(self._provenance.of(tensor))
+                self.compares |= bool(self._provenance.parts_of(tensor))
                 continue
             if not tensor.ndim or not is_real(tensor):
                 continue
             self.rows |= set() if tensor.is_nested else {len(tensor)}
-            if sources := self._provenance.of(tensor):
+            if sources := self._provenance.parts_of(tensor):
                 own = numbered(name, len(self.made_of))
                 # The same numbers may be returned twice, under two names.
                 if {known for known, _ in self._provenance.stages(tensor)}.isdisjoint(self.made_of):
@@ -109,11 +109,16 @@ class Returned:
         found = [(self._places[place], tensor) for place, tensor in returned if place in self._places]
         return [End(name, tensor, name in self._further) for name, tensor in found]
 
+    def sources(self, name: str, tensor: Tensor) -> frozenset[str]:
+        """Return what a tensor that is a state was made of, with sums where it reads these."""
+        parts = self._provenance.parts_of(tensor) or frozenset()
+        return self.made_of[name] - parts | (self._provenance.of(tensor) or frozenset())
+
     def _mixed_into(self, name: str, tensor: Tensor, call: Any) -> frozenset[str]:
         """Find the data that are mixed into states in a tensor."""
         # Of those that a component took in whatever form, for others may be targets.
         raw = self._provenance.taken(self._inputs.unclaimed(tensor))
-        if raw and self._inputs.beyond(self._provenance.of(tensor)) and tensor.ndim > 1:
+        if raw and self._inputs.beyond(self._provenance.parts_of(tensor)) and tensor.ndim > 1:
             self._inputs.find_mixed(name, raw, self._inputs.data(call), self._whole)
         return frozenset(self._inputs.mixed_in.get(name, ()))
 
@@ -122,7 +127,7 @@ class Returned:
         parts, weighted, unlike = list[Tensor](), list[Tensor](), list[bool]()
         for tensor in filter(is_real, tensors_inside(output)):
             values = plain(tensor).detach()
-            if tensor.is_nested or self._provenance.of(tensor) != frozenset({name}):
+            if tensor.is_nested or self._provenance.parts_of(tensor) != frozenset({name}):
                 continue
             alike = tensor.ndim > 0 and (state.ndim == 2 or tensor.ndim <= state.ndim)
             if not alike or not values.isfinite().all() or not varies(values):

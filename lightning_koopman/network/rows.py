@@ -27,6 +27,19 @@ OUTPUT = "output"
 """Name of the last state where it is no component's."""
 
 
+_SUM = "sum into "
+
+
+def sum_name(call: str) -> str:
+    """Name a sum of states by the module call that takes it first."""
+    return f"{_SUM}{call}"
+
+
+def is_sum(name: str) -> bool:
+    """Check whether a state is a sum of others, which no component gave and which has no numbers."""
+    return name.startswith(_SUM)
+
+
 class Pick(NamedTuple):
     """One of several positions: the first, the last, or one that a tensor tells.
 
@@ -521,8 +534,12 @@ def row_forms(
     of_axis = _axis_of_samples(records, batch, n_samples)
     forms, images, has_sequences = dict[str, RowForm](), list[str](), False
     for record in records:
-        chosen = _reduction(record.name, reduce)
         shape = record.tensor.shape
+        parts = (r.name for r in records if is_sum(record.name) and _may_be_added(r, record))
+        if (like := next((part for part in parts if part in forms), None)) is not None:
+            forms[record.name] = replace(forms[like], is_input=False)
+            continue
+        chosen = _reduction(record.name, reduce)
         if callable(chosen) or not shape:
             forms[record.name] = RowForm(reduce=chosen, is_input=record.is_input, of_axis=of_axis)
             continue
@@ -558,6 +575,10 @@ def row_forms(
     if has_sequences:
         forms |= {name: replace(forms[name], reduce="pool") for name in images}
     return forms
+
+
+def _may_be_added(part: Recorded, record: Recorded) -> bool:
+    return part.name in (record.sources or ()) and part.tensor.shape == record.tensor.shape
 
 
 def _axis_of_samples(records: Sequence[Recorded], batch: Any, n_samples: int) -> int:

@@ -190,7 +190,8 @@ def test_norms_behind_layers_in_eight_bits_belong_to_these() -> None:
 def test_where_data_skips_components_too(options: dict[str, Any]) -> None:
     net = Skips()
     report = credit_report(net, samples(), options=Options(**options))
-    assert report.reads["head"] == ("second.0", "first.0", "stem")
+    assert report.reads["head"][0] == "sum into head"
+    assert set(report.reads["sum into head"]) >= {"second.0", "sum into second"}
     assert drift(report, broken(net, "second"), samples(seed=1)).culprit == "second.0"
     assert np.abs(drift(report, net, samples(seed=1)).drift).max() < 0.01
 

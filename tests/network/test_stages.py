@@ -223,9 +223,7 @@ def test_what_a_later_stage_was_made_of_beside_is_read_as_well(
     net.add = Add() if as_module else added
     report = credit_report(net.eval(), batches)
     assert report.reference is not None
-    reads = dict(zip(report.components, report.reference.parents, strict=True))
-    names = report.reference.states
-    assert [names[p] for p in reads["b+c"]] == ["a", "first"]
+    assert report.reads["b+c"] == ("sum into b", "a")
     x = torch.cat(batches)
     with torch.no_grad():
         first = net.first(x)
