@@ -33,9 +33,6 @@ The operator of the reference meets inputs that are not distributed as those it 
 it says of directions that hardly varied then must not count.
 """
 
-SUM_RIDGE = 1e-6
-"""The same for sums of states, which are exact whatever they are given."""
-
 
 _Fits = tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]
 
@@ -178,7 +175,7 @@ def fold_operators(
     def fitted(i: int, read: Sequence[int]) -> Tensor:
         if (matrix := given.get(i)) is not None:
             return matrix.expand(len(moments), *matrix.shape)
-        return solve_each(*rest.normal_equations(read, i), SUM_RIDGE if i in layout.sums else RIDGE)
+        return solve_each(*rest.normal_equations(read, i), RIDGE)
 
     steps = enumerate(layout.parents[1:], start=1)
     operators = tuple(fitted(i, read).float().cpu() for i, read in steps)

@@ -91,6 +91,10 @@ def drift(
     return drift_since(found, measurement, step=step)
 
 
+_LITTLE = 0.1
+"""Share of the most suspicion that is little."""
+
+
 def drift_since(reference: Reference, measurement: Measurement, *, step: int | None = None) -> Drift:
     """Compute the drift since a reference from what a measurement has added up, without another pass."""
     found = _of_all_states(reference, measurement, step)
@@ -98,7 +102,8 @@ def drift_since(reference: Reference, measurement: Measurement, *, step: int | N
     # A sum has no weights, but may scale what it adds up by some that are in no component. Behind what
     # changed, it may be marked for what it is given.
     if found.changed.any():
-        kept[found.changed.argmax()] = True
+        suspicion = np.where(found.changed, found.suspicion, 0.0)
+        kept[(suspicion > _LITTLE * suspicion.max()).argmax()] = True
     return _rows(found, kept)
 
 

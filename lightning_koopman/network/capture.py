@@ -335,7 +335,7 @@ class Capture:
 
     def _take_apart(self) -> None:
         """Let what continues a component go on for itself where something else reads that state, too."""
-        for name, stage, kept, calls, readers, late in self._stages.apart():
+        for name, stage, kept, calls, readers in self._stages.apart():
             self._states[name] = kept
             self.parts[name] = self.parts[name][: stage + 1]
             self._superseded.difference_update(calls[stage:])
@@ -346,20 +346,6 @@ class Capture:
                     self._states[reader] = replace(record, sources=sources)
                 if reader in self.returned.made_of:
                     self.returned.made_of[reader] |= further
-            # What was added up then is no longer what the state is.
-            for reader in filter(is_sum, late):
-                self._leave_out_sum(reader)
-
-    def _leave_out_sum(self, name: str) -> None:
-        """Let what reads a sum read what that was made of."""
-        left_out = self._states.pop(name)
-        for taken in self._sums_at.values():
-            for place in [place for place, other in taken.items() if other == name]:
-                del taken[place]
-        for other, record in self._states.items():
-            if isinstance(record, Recorded) and name in (record.sources or ()):
-                sources = (record.sources or frozenset()) - {name} | left_out.sources
-                self._states[other] = replace(record, sources=sources)
 
     def end_pass(self) -> dict[str, Any]:
         """End the pass and return its states by name, in order of execution."""
@@ -640,8 +626,10 @@ class Capture:
         if self.sums is not None:
             return name in self.sums
         varied = made_of - self._provenance.idle
-        is_sum = len(varied) > 1 and self.inputs.beyond(varied) and self._provenance.is_sum(tensor)
-        return is_sum and not (self.inputs.unclaimed(tensor) or self._provenance.draws(tensor))
+        is_made_of_sums = len(varied) > 1 or any(map(is_sum, varied))
+        if not (is_made_of_sums and self.inputs.beyond(varied) and self._provenance.is_sum(tensor)):
+            return False
+        return not (self.inputs.unclaimed(tensor) or self._provenance.draws(tensor))
 
     def _keep_inputs(self, key: tuple[int, int], module: nn.Module, given: Any) -> None:
         """Record what a call takes of the network's inputs."""

@@ -63,8 +63,11 @@ _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices
 # These read entries of their first argument at places that another one holds.
 _LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
 
-# These give a sum of what they read, in whatever units.
-_ADD_UP = frozenset({"add", "sub", "mul", "div", "clone", "_to_copy"})
+# These go on with one tensor, value by value or nearly so.
+_GO_ON = frozenset({
+    *("clone", "_to_copy", "native_layer_norm", "native_group_norm", "_fused_rms_norm"),
+    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+})
 
 # These may drop at random, and are marked so, but do not where a network is evaluated.
 _MAY_DROP = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_rnn", "rrelu")
@@ -153,7 +156,7 @@ class DataFlow:
         self._alive: dict[int, Any] = {}
         # Memory that held one value all over before an operator wrote to it.
         self._blank: set[int] = set()
-        # Memory that holds what a label stands for, or a sum of what several do.
+        # Memory that holds a sum of what labels stand for, or what became of one alone.
         self._sums: set[int] = set()
         self._axes = BatchAxes(self._keep_address)
         self._positions: dict[int, BatchAxes] = {}
@@ -223,8 +226,6 @@ class DataFlow:
         """Replace the labels of all tensors in a value by one, or put one ``beside`` them."""
         for tensor in all_tensors(value):
             self._set(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
-            if not beside and (address := address_of(tensor)):
-                self._sums.add(address)
 
     @_kept_out_of_the_pass()
     def label_part(self, tensor: Tensor, name: str, *, beside: bool = False) -> None:
@@ -273,7 +274,7 @@ class DataFlow:
 
     @_kept_out_of_the_pass(False)
     def is_sum(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is what was labelled, or a sum of it, and nothing else made of it."""
+        """Check whether a tensor is a sum of what was labelled, or what became of such a sum alone."""
         return address_of(tensor) in self._sums and is_all_of_memory(tensor)
 
     def _is_data(self, tensor: Tensor) -> bool:
@@ -369,17 +370,21 @@ class DataFlow:
     def _note_sum(
         self, name: str, func: Any, reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
     ) -> None:
-        """Note whether an operator gave a sum of what labels stand for."""
-        data = [pair for pair in zip(reads, known, strict=False) if not pair[1] <= _ORIGINS]
-        # Two that vary are not multiplied.
-        adds_up = name.rstrip("_") in _ADD_UP and 0 < len(data) <= 1 + (name[:3] in ("add", "sub"))
-        # What is made of data alone, before any state, is as good as these.
-        given = [read for read, of in data if not all(n.startswith(_BATCH) for n in of - _ORIGINS)]
-        if adds_up and self._sums.issuperset(map(address_of, given)) and (address := address_of(out)):
-            self._sums.add(address)
-            self._keep_address(out, address)
-        elif func._schema.is_mutable:
-            self._sums.difference_update(map(address_of, _flat([out])))
+        """Note whether an operator gave a sum of what labels stand for, or went on with one alone."""
+        data = [read for read, of in zip(reads, known, strict=False) if not of <= _ORIGINS]
+        if len(data) == 2:
+            is_sum = name.rstrip("_") in ("add", "sub")
+        else:
+            goes_on = torch.Tag.pointwise in func.tags or name in _GO_ON
+            is_sum = goes_on and len(data) == 1 and address_of(data[0]) in self._sums
+        for written in _flat([out]):
+            if is_sum and is_all_of_memory(written) and (address := address_of(written)):
+                self._sums.add(address)
+                self._keep_address(written, address)
+                # Of what a norm gives beside, nothing goes on.
+                break
+            if func._schema.is_mutable:
+                self._sums.discard(address_of(written))
 
     def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
         found: dict[int, tuple[int, ...]] = {}
@@ -847,8 +852,10 @@ class Provenance:
         """Forget the pass before."""
         self._batch = batch
         self._claimed: dict[str, str] = {}
-        # By sum that is a state, the states that it was made of.
+        # By sum that is a state, the states that it was made of; and where such sums are in memory, with
+        # what was written there in place by then.
         self._sums: dict[str, frozenset[str]] = {}
+        self._marked: dict[int, frozenset[str]] = {}
         self._taken: set[str] = set()
         self._inputs: set[str] = set()
         self.idle: set[str] = set()
@@ -958,13 +965,17 @@ class Provenance:
         return _NOTHING.union(*(self._sums.get(name, {name}) for name in names))
 
     def is_sum(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is a sum, see :meth:`DataFlow.is_sum`."""
-        return self._flow is not None and self._flow.is_sum(tensor)
+        """Check whether a tensor is a sum, see :meth:`DataFlow.is_sum`, and no state as it is."""
+        if self._flow is None or not self._flow.is_sum(tensor):
+            return False
+        known = self._marked.get(address_of(tensor))
+        return known is None or known != self._flow.writes(tensor)
 
     def mark_sum(self, tensor: Tensor, name: str, made_of: frozenset[str]) -> None:
         """Let a sum of states count as a state itself."""
         if self._flow is not None:
             self._sums[name] = self._taken_apart(made_of)
+            self._marked[address_of(tensor)] = self._flow.writes(tensor)
             self._flow.label(tensor, name)
 
     def exactly(self, value: Any) -> frozenset[str] | None:

@@ -31,7 +31,6 @@ class Apart(NamedTuple):
         kept: What was kept of it.
         calls: The module calls that made the stages, in order.
         readers: What reads later ones, and the further states that these were made of.
-        late: All that reads later ones.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Apart(NamedTuple):
     kept: Any
     calls: list[tuple[int, int]]
     readers: dict[str, frozenset[str]]
-    late: frozenset[str]
 
 
 class Stages:
@@ -91,12 +89,11 @@ class Stages:
             if not early:
                 continue
             first, calls = early[0], [stage.call for stage in stages]
-            readers, late = {}, set[str]()
+            readers = {}
             for reader, marks in self._readers.items():
                 last = max((place for n, place in marks if n == name), default=0)
-                late |= {reader} if last > first else set()
                 beside = _NOTHING.union(*(s.sources for s in stages[first + 1 : last + 1]))
                 if beside - {reader}:
                     readers[reader] = beside - {reader}
-            found.append(Apart(name, first, stages[first].kept, calls, readers, frozenset(late)))
+            found.append(Apart(name, first, stages[first].kept, calls, readers))
         return found

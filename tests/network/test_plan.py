@@ -409,7 +409,7 @@ def test_noise_that_a_part_takes_is_an_input_wherever_it_comes():
     model.scale = nn.Parameter(torch.ones(4))
     report = credit_report(model, list(torch.randn(300, 8).split(50)))
     assert report.components == ("encode+stir", "head")
-    assert report.reference.widths == (12, 12, 3)
+    assert report.reference.widths == (12, 12, 6, 3)
     assert not any("be followed" in note for note in report.notes)
 
 

@@ -141,7 +141,9 @@ BESIDE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 def test_a_module_may_put_a_component_together_with(batches: list[Tensor], kind: str) -> None:
     report = either_way(batches, BESIDE[kind])
     assert report.parts["branch"] == ("branch",)
-    assert ("input" in report.reads[report.components[-1]]) == kind.startswith("data")
+    read = report.reads[report.components[-1]]
+    beyond = [name for sum_ in read for name in report.reads.get(sum_, ()) if sum_.startswith("sum")]
+    assert ("input" in [*read, *beyond]) == kind.startswith("data")
 
 
 def test_a_module_may_put_positions_together_with_data_that_nothing_else_takes() -> None:

@@ -37,10 +37,15 @@ def step(m: Any, x: Tensor, h: Tensor) -> Tensor:
     return torch.tanh(m.a(x) + m.b(h))
 
 
+def part(h: Tensor) -> Tensor:
+    """Return what nobody is told of that it is all of a sum, as of what is written to a part."""
+    return torch.stack([h, h])[0]
+
+
 def loop(m: Any, x: Tensor) -> Tensor:
     states = [torch.zeros(len(x), 8)]
     for t in range(x.shape[1]):
-        states.append(step(m, x[:, t], states[-1]))
+        states.append(part(step(m, x[:, t], states[-1])))
     return m.head(torch.stack(states[1:], dim=1).flatten(1))
 
 
@@ -84,7 +89,7 @@ def loop_added_into(m: Any, x: Tensor) -> Tensor:
 def decoder(m: Any, x: Tensor) -> Tensor:
     outputs, h = [m.encoder(x[:, 0])], m.encoder(x[:, 1])
     for _ in range(3):
-        outputs.append(torch.tanh(m.a(outputs[-1]) + m.b(h)))
+        outputs.append(part(torch.tanh(m.a(outputs[-1]) + m.b(h))))
     return m.head(torch.stack(outputs).mean(dim=0))
 
 
