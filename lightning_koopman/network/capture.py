@@ -264,16 +264,16 @@ class Capture:
             hooks.callback(self._leave)
             self._provenance.follow(_held_by(self._model))
 
-    def _takers(self, *, first: bool) -> Iterator[nn.Module]:
+    def _takers(self, *, first: bool) -> list[nn.Module]:
         """Find the modules outside of components that may take sums of states, or are known to."""
         if self._ancestor is None:
-            return
-        seen = set(map(id, around_of(self._model, self._ancestor))) | {id(self._ancestor)}
-        inside = {id(p) for m in self.components.values() for p in m.modules() if p is not m}
-        for module in self._ancestor.modules():
-            takes = first or any(taker == id(module) for taker, _ in self._sums_at)
-            if takes and id(module) not in seen | inside:
-                yield module
+            return []
+        if not first:
+            known = {taker for taker, _ in self._sums_at}
+            return [module for module in self._ancestor.modules() if id(module) in known]
+        others = {id(self._ancestor), *map(id, around_of(self._model, self._ancestor))}
+        others |= {id(p) for m in self.components.values() for p in m.modules() if p is not m}
+        return [module for module in self._ancestor.modules() if id(module) not in others]
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
