@@ -27,7 +27,7 @@ from lightning_koopman.koopman.chain import (
 from lightning_koopman.koopman.moments import Layout
 from lightning_koopman.koopman.operator import KoopmanOperator
 from lightning_koopman.koopman.options import DEFAULTS, Normalize, Options
-from lightning_koopman.koopman.regression import alive, spectrum
+from lightning_koopman.koopman.regression import alive, held_out_errors, spectrum
 
 
 def align_split(
@@ -245,6 +245,7 @@ class Credits:
             side by side, the nearest first.
         alignment: The aligned chain over all samples.
         undetermined: Indices of the components whose states others tell that are read beside them.
+        sums_r2: By state that is a sum and was fitted, how much of it what it reads explains.
         lost: Indices of the components behind which an output direction stops to matter.
         dropped: The output directions that are lost there: units of ``targets`` where these were given,
             else places among the leading POD directions, from 0.
@@ -259,6 +260,7 @@ class Credits:
     operators: tuple[KoopmanOperator, ...]
     alignment: Alignment
     undetermined: tuple[int, ...]
+    sums_r2: Mapping[int, float]
     lost: tuple[int, ...]
     dropped: tuple[int, ...]
 
@@ -344,10 +346,18 @@ def compute_credits(
         operators=_operators(layout, moments, whole, steps, values["r2"], normalize, center),
         alignment=chain,
         undetermined=tuple(1 + components.index(i) for i in beside),
+        sums_r2={i: _r2_of(whole, i, steps[i - 1]) for i in layout.sums if not steps[i - 1].is_given},
         # What is lost at a sum is lost on the way to the component that comes next.
         lost=tuple(dict.fromkeys(i and 1 + bisect_left(components, i) for i in chain.lost)),
         dropped=tuple((targets or range(asked))[c] for c in range(asked) if c not in kept),
     )
+
+
+def _r2_of(whole: Split, i: int, step: Step) -> float:
+    """Return how much of a state its step explains, of the samples that it was fitted to."""
+    total = whole.train.variances[i].sum().reshape(1)
+    errors = held_out_errors(step.matrix, *whole.normal_equations(i), total)
+    return 1 - float(errors / total) if float(total) else 1.0
 
 
 def samples_needed(layout: Layout) -> int:

@@ -65,7 +65,6 @@ class Accumulator:
         earlier: Coordinates of a measurement before, to be kept for every state that they still fit.
         apart: By state, how many of its last columns have directions of their own in the basis.
         joined: By state that several were joined into, how many columns each of these has.
-        added_up: The sums whose rows are those of what they read, added up.
         n_seen: Samples that arrived so far.
         n_samples: Samples taken so far.
         max_samples: Most that are taken; where that is ``"enough"``, known from the first batch on.
@@ -85,7 +84,8 @@ class Accumulator:
         self.earlier: Basis | None = None
         self.apart: dict[str, int] = {}
         self.joined: dict[str, tuple[int, ...]] = {}
-        self.added_up: tuple[int, ...] = ()
+        # The sums whose rows are those of what they read, added up, in all processes.
+        self._common_sums: frozenset[int] | None = None
         self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
@@ -331,6 +331,10 @@ class Accumulator:
         """Return what the weights of a component hold, as far as they are known here."""
         return []
 
+    def _added_up(self) -> frozenset[int]:
+        """Find the sums whose rows are those of what they read, added up."""
+        return frozenset()
+
     def share(self) -> Share:
         """Return what the other processes must know of this one's samples."""
         self._refuse_odd()
@@ -338,7 +342,7 @@ class Accumulator:
             self.flush()
         center = () if self.basis is None else self.basis.center
         offsets = tuple(offset.cpu() for offset in center)
-        return Share(self.chain, self.n_samples, offsets)
+        return Share(self.chain, self.n_samples, offsets, self._added_up())
 
     def held_rows(self, places: Sequence[int]) -> list[Tensor]:
         """Copy some of the rows that are held, one block per state."""
@@ -354,6 +358,8 @@ class Accumulator:
         common, error = agreed(shares), None
         own = None if self.basis is None else [offset.cpu() for offset in self.basis.center]
         self.chain = common.chain
+        of_all = (share.added_up for share in shares if share.count)
+        self._common_sums = common.added_up.intersection(*of_all)
         center = common.center
         if not center:
             max_dim = self.options.max_dim
@@ -421,7 +427,8 @@ class Accumulator:
         assert self.basis is not None
         found: dict[int, Tensor] = {}
         # Of lifted states, a sum is none of the others.
-        for i in self.added_up if self.options.observables is None else ():
+        added_up = self._added_up() if self._common_sums is None else self._common_sums
+        for i in added_up if self.options.observables is None else ():
             width, blocks = self.chain.widths[i], list[Tensor]()
             for p in self._laid_out().parents[i]:
                 # Of a state that several were joined into, each is added.
@@ -454,6 +461,7 @@ class Accumulator:
         options, names, n_samples = self.options, self.chain.names, int(moments[:, 0].sum())
         kept = self.basis.kept(self._spreads, n_samples)
         notes = [*notes, *self._left_out(kept)]
+        notes += self._bent(layout, kept)
         self._note_kinds(notes)
         self._note_rounded(layout, moments, notes)
         report = report_on(
@@ -493,6 +501,22 @@ class Accumulator:
             f"{len(cut)} of {len(kept)}, {least!r} the least ({cut[least]:.1%}). What is left out "
             "counts as unexplained in what reads it, and not at all in the R² of what gives it; a "
             "larger max_dim keeps more"
+        ]
+
+    def _bent(self, layout: Layout, kept: Sequence[float]) -> list[str]:
+        """Tell of which sums more is unexplained than bases leave out."""
+        found = {
+            self.chain.names[i]: r2
+            for i, r2 in self.credits().sums_r2.items()
+            if r2 < min(kept[p] for p in (i, *layout.parents[i])) - (1 - _KEPT)
+        }
+        if not found:
+            return []
+        least = min(found, key=lambda name: found[name])
+        return [
+            f"what is added up in {listed(list(found))} does not explain all of it (of {least!r} "
+            f"{found[least]:.1%}), as where data are changed first or weights differ from batch to "
+            "batch; the rest is in no component's R² but in that of the chain"
         ]
 
     def _note_rounded(self, layout: Layout, moments: Tensor, notes: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
@@ -50,6 +50,14 @@ TOLERANCE = 0.05
 
 FIRST_CHECK = 512
 """Samples behind which it is first asked whether they are enough."""
+
+_WEIGHED = 0.25
+# Parts of a sum whose weights differ from 1 by more are weighed, however coarsely the sum is rounded.
+
+_FIRST_COMPARED, _COMPARED = 64, 8
+_MOST_COMPARED = 2**20
+# Rows by which sums are compared with their parts: of the first batches, within so many values, and of
+# each one behind them.
 
 _CHECK_WORK = 1200
 # A check takes as long as 300 multiplications of a forward pass for each cubed width. It must not take
@@ -114,6 +122,8 @@ class Measurement(Accumulator):
         self._alike: dict[str, tuple[Tensor, Tensor]] = {}
         # By sum, how far its values may be off by rounding, as a share of the largest of them.
         self._roundings: dict[str, float] = {}
+        # By sum, what tells whether it is the same as what it reads, added up.
+        self._added: dict[int, _AddedUp] = {}
         self._silent: list[str] | None = None
         self._skipped: list[str] = []
         # Whether what forward_fn gives is made of several states behind the network.
@@ -230,7 +240,7 @@ class Measurement(Accumulator):
         shapes, self._shapes = self._shapes, {}
         if self.plan is None:
             shapes = {name: tuple(record.tensor.shape) for name, record in states.items()}
-        if self.plan is not None and not self.plan.recorded <= states.keys():
+        if self.plan is not None and any(not is_sum(n) for n in self.plan.recorded - states.keys()):
             return False
         self._first_shapes = self._first_shapes or shapes
         unlike = self.plan is not None and self._by_state(shapes) != self._by_state(self._first_shapes)
@@ -250,6 +260,7 @@ class Measurement(Accumulator):
         elif self._waits_for_lengths:
             states = self._all_rows([r for r in states.values() if r is not None])
         assert self.plan is not None
+        self._fill_in_sums(states)
         try:
             rows = self.plan.join(states, self._batches)
         except UnlikeRowsError:
@@ -267,9 +278,7 @@ class Measurement(Accumulator):
             self._followed.check_widths([block.shape[1] for block in rows.values()])
         before, n_rows = self._told_by, self.n_samples
         told_by = first if before is None else torch.cat([before, first[len(before) :]])[: len(first)]
-        if not self.n_seen:
-            # Of each measurement, for a training may change what a branch is multiplied by.
-            self.added_up = tuple(self._find_added_up(rows))
+        self._follow_sums(rows)
         self.push(rows, self.plan.links, told_by)
         if before is None:
             self._told_by = first
@@ -396,22 +405,27 @@ class Measurement(Accumulator):
         )
         return rows
 
-    def _find_added_up(self, rows: Mapping[str, Tensor]) -> Iterator[int]:
-        """Find the sums whose rows are those of the states that they read, but for a shift."""
+    def _follow_sums(self, rows: Mapping[str, Tensor]) -> None:
+        """Find out which sums are, in all batches, those of what they read, but for a shift."""
         assert self.plan is not None
-        states = list(rows.items())
-        for i, read in enumerate(self.plan.links, start=1):
-            name, own = states[i]
-            parts = [part for p in read if (part := states[p][1]).shape[1] % own.shape[1] == 0]
-            if name not in self._roundings or len(own) < 2 or len(parts) < len(read):
-                continue
-            # States that were joined are added up, too.
-            total = torch.stack([
-                part.view(len(own), -1, own.shape[1]).sum(dim=1) for part in parts
-            ]).sum(0)
-            rounding = self._roundings[name] * float(own.abs().max())
-            if torch.allclose(total - total[:1], own - own[:1], rtol=0, atol=rounding):
-                yield i
+        states = list(rows.values())
+        for i, (name, read) in enumerate(zip(self.plan.names[1:], self.plan.links, strict=True), 1):
+            if name in self._roundings and len(states[i]):
+                # Of each measurement, for a training may change what a branch is multiplied by.
+                known = self._added.setdefault(i, _AddedUp(self._roundings[name]))
+                known.see(states[i], [states[p] for p in read])
+
+    def _fill_in_sums(self, states: dict[str, Any]) -> None:
+        """Add up what a sum reads where no module took it in this pass, and was so in those before."""
+        assert self.plan is not None
+        for i, (group, read) in enumerate(zip(self.plan.states[1:], self.plan.links, strict=True), 1):
+            known, parts = self._added.get(i), [n for p in read for n in self.plan.states[p]]
+            if group[0] not in states and known is not None and states.keys() >= {*parts}:
+                found = known.filled_in([states[name] for name in parts])
+                states |= {} if found is None else {group[0]: found}
+
+    def _added_up(self) -> frozenset[int]:
+        return frozenset(i for i, known in self._added.items() if known.holds)
 
     def _check_reduced(self, records: Sequence[Recorded], rows: Mapping[str, Tensor | None]) -> None:
         """Refuse what the user's own reduction made other rows of than those of samples."""
@@ -671,6 +685,74 @@ class Measurement(Accumulator):
             "types": tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
             "parameters": self.capture.n_weights(self._calls()),
         }
+
+
+class _AddedUp:
+    """Compares rows of a sum with those of its parts, added up: the first ones, then some of each batch.
+
+    Args:
+        rounding: How far values may be off, as a share of the largest ones that were added.
+    """
+
+    def __init__(self, rounding: float) -> None:
+        self._rounding, self._fits = rounding, True
+        self._first: list[tuple[Tensor, Tensor]] = []
+        # None until the first rows are compared.
+        self._shift: Tensor | None = None
+        self._excess: Tensor = torch.zeros((), device="cpu")
+
+    def see(self, own: Tensor, parts: Sequence[Tensor]) -> None:
+        """Add rows of the sum and of its parts, of which each may be several side by side."""
+        self._fits = self._fits and all(part.shape[1] % own.shape[1] == 0 for part in parts)
+        if not self._fits:
+            return
+        if self._shift is not None:
+            added = _blocks([part[:_COMPARED] for part in parts], own.shape[1]).sum(dim=0)
+            off = own[:_COMPARED] - added - self._shift
+            allowed = torch.maximum(self._sizes, own[:_COMPARED].abs()).mul_(self._rounding)
+            self._excess = torch.maximum(self._excess, off.abs_().sub_(allowed).amax())
+            return
+        most = max(2, min(_FIRST_COMPARED, _MOST_COMPARED // own.shape[1]))
+        self._first.append((own[:most], _blocks([part[:most] for part in parts], own.shape[1])))
+        if sum(len(rows) for rows, _ in self._first) >= most:
+            self._compare()
+
+    def _compare(self) -> None:
+        """Compare the first rows."""
+        owns, blocks = zip(*self._first, strict=True)
+        added, self._first = torch.cat(blocks, dim=1), []
+        off = torch.cat(owns).to(added) - added.sum(dim=0)
+        self._shift = off[0]
+        self._sizes = added.abs().sum(dim=0).amax(dim=0)
+        off, varied = off - off[0], added - added[:, :1]
+        fits = (off.abs() <= self._rounding * self._sizes).all()
+        # Where a part is hardly larger than the sum is rounded, rows together tell that it is weighed.
+        spread = varied.square().sum(dim=1)
+        told = spread > (self._rounding / 2) ** 2 * added.sum(dim=0).square().sum(dim=0)
+        weighed = torch.where(told, (varied * off).sum(dim=1).square() / spread, 0).sum(dim=1)
+        fits = fits & (weighed <= _WEIGHED**2 * torch.where(told, spread, 0).sum(dim=1)).all()
+        self._excess = torch.where(fits, -torch.inf, torch.inf)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the sum is that of its parts, but for a shift and rounding."""
+        if self._shift is None and sum(len(rows) for rows, _ in self._first) > 1:
+            self._compare()
+        return self._fits and self._shift is not None and bool(self._excess <= 0)
+
+    def filled_in(self, parts: Sequence[Tensor]) -> Tensor | None:
+        """Return rows of the sum that were not recorded, if those before tell them."""
+        if not self.holds:
+            return None
+        assert self._shift is not None
+        return _blocks(parts, len(self._shift)).sum(dim=0) + self._shift
+
+
+def _blocks(parts: Iterable[Tensor], width: int) -> Tensor:
+    """Put the rows of what is added up behind each other, ``(parts, samples, width)``."""
+    blocks = [block for part in parts for block in part.view(len(part), -1, width).unbind(1)]
+    # Sums of half precision would be rounded themselves.
+    return torch.stack(blocks).to(torch.promote_types(blocks[0].dtype, torch.float32))
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

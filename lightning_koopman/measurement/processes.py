@@ -47,12 +47,14 @@ class Share:
         chain: The states.
         count: Number of samples.
         center: Offsets that its moments are summed about; empty while rows wait for a basis.
+        added_up: The sums whose rows are those of what they read, added up.
         error: What went wrong, if anything did.
     """
 
     chain: Chain = Chain()
     count: int = 0
     center: tuple[Tensor, ...] = ()
+    added_up: frozenset[int] = frozenset()
     error: str | None = None
 
 

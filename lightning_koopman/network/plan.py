@@ -177,7 +177,8 @@ def _leave_out_sums(
     for record in records:
         if is_sum(record.name) and record.name in sources:
             rows = by_sample(record.tensor, forms[record.name])
-            fits = len(rows) == n_samples and varies(rows) and not record.strays(forms[record.name])
+            tells = n_samples == 1 or varies(rows)
+            fits = len(rows) == n_samples and tells and not record.strays(forms[record.name])
             if not fits:
                 _bypass(record.name, sources)
 

@@ -46,6 +46,7 @@ from lightning_koopman.network.tensors import (
     compares_samples,
     has_places,
     is_all_of_memory,
+    is_real,
     is_underived,
     tensors_inside,
     varies,
