@@ -84,8 +84,8 @@ class Accumulator:
         self.earlier: Basis | None = None
         self.apart: dict[str, int] = {}
         self.joined: dict[str, tuple[int, ...]] = {}
-        # The sums whose rows are those of what they read, added up, in all processes.
-        self._common_sums: frozenset[int] | None = None
+        # Whether the rows of sums are those of what they read, added up, in all processes.
+        self._common_sums: Mapping[int, bool] | None = None
         self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
@@ -331,9 +331,9 @@ class Accumulator:
         """Return what the weights of a component hold, as far as they are known here."""
         return []
 
-    def _added_up(self) -> frozenset[int]:
-        """Find the sums whose rows are those of what they read, added up."""
-        return frozenset()
+    def _added_up(self) -> dict[int, bool]:
+        """Say whether the rows of sums are those of what they read, added up, as far as they tell."""
+        return {}
 
     def share(self) -> Share:
         """Return what the other processes must know of this one's samples."""
@@ -358,8 +358,8 @@ class Accumulator:
         common, error = agreed(shares), None
         own = None if self.basis is None else [offset.cpu() for offset in self.basis.center]
         self.chain = common.chain
-        of_all = (share.added_up for share in shares if share.count)
-        self._common_sums = common.added_up.intersection(*of_all)
+        told = [pair for share in shares for pair in share.added_up.items()]
+        self._common_sums = {i: all(holds for j, holds in told if i == j) for i, _ in told}
         center = common.center
         if not center:
             max_dim = self.options.max_dim
@@ -428,7 +428,7 @@ class Accumulator:
         found: dict[int, Tensor] = {}
         # Of lifted states, a sum is none of the others.
         added_up = self._added_up() if self._common_sums is None else self._common_sums
-        for i in added_up if self.options.observables is None else ():
+        for i in (i for i, holds in added_up.items() if holds and self.options.observables is None):
             width, blocks = self.chain.widths[i], list[Tensor]()
             for p in self._laid_out().parents[i]:
                 # Of a state that several were joined into, each is added.

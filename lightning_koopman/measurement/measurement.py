@@ -424,8 +424,8 @@ class Measurement(Accumulator):
                 found = known.filled_in([states[name] for name in parts])
                 states |= {} if found is None else {group[0]: found}
 
-    def _added_up(self) -> frozenset[int]:
-        return frozenset(i for i, known in self._added.items() if known.holds)
+    def _added_up(self) -> dict[int, bool]:
+        return {i: known.holds for i, known in self._added.items() if known.tells}
 
     def _check_reduced(self, records: Sequence[Recorded], rows: Mapping[str, Tensor | None]) -> None:
         """Refuse what the user's own reduction made other rows of than those of samples."""
@@ -734,11 +734,16 @@ class _AddedUp:
         self._excess = torch.where(fits, -torch.inf, torch.inf)
 
     @property
-    def holds(self) -> bool:
-        """Whether the sum is that of its parts, but for a shift and rounding."""
+    def tells(self) -> bool:
+        """Whether rows were compared, of which it takes two."""
         if self._shift is None and sum(len(rows) for rows, _ in self._first) > 1:
             self._compare()
-        return self._fits and self._shift is not None and bool(self._excess <= 0)
+        return self._shift is not None or not self._fits
+
+    @property
+    def holds(self) -> bool:
+        """Whether the sum is that of its parts, but for a shift and rounding."""
+        return self.tells and self._fits and bool(self._excess <= 0)
 
     def filled_in(self, parts: Sequence[Tensor]) -> Tensor | None:
         """Return rows of the sum that were not recorded, if those before tell them."""

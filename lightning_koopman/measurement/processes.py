@@ -8,8 +8,8 @@ all of them give up together and none waits for another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,14 +47,14 @@ class Share:
         chain: The states.
         count: Number of samples.
         center: Offsets that its moments are summed about; empty while rows wait for a basis.
-        added_up: The sums whose rows are those of what they read, added up.
+        added_up: Whether the rows of sums are those of what they read, added up, as far as they tell.
         error: What went wrong, if anything did.
     """
 
     chain: Chain = Chain()
     count: int = 0
     center: tuple[Tensor, ...] = ()
-    added_up: frozenset[int] = frozenset()
+    added_up: Mapping[int, bool] = field(default_factory=dict)
     error: str | None = None
 
 

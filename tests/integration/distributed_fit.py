@@ -34,6 +34,8 @@ def shard_sizes(shards: str, n_processes: int, n_samples: int) -> list[int]:
     even = [n_samples // n_processes + (r < n_samples % n_processes) for r in range(n_processes)]
     if shards == "unequal":
         return [max(1, size // (r + 1)) for r, size in enumerate(even)]
+    if shards == "single":
+        return [1, n_samples - 1][:n_processes]
     if shards == "none":
         return [0] * n_processes
     if shards in ("empty", "skipping"):
@@ -83,6 +85,19 @@ class Data(L.LightningDataModule):
         return DataLoader(Rows(mine), batch_size=size)
 
 
+class Residual(nn.Module):
+    """Adds branches to what they take, of which samples do not tell the one from the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches, self.head = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(x)
+
+
 class Net(L.LightningModule):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
@@ -91,6 +106,8 @@ class Net(L.LightningModule):
         self.net = nn.Sequential(
             nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 9), nn.ReLU(), nn.Linear(9, 5), nn.Linear(5, 3)
         )
+        if config.get("residual"):
+            self.net = Residual()
         self.double()
 
     def configure_model(self) -> None:
