@@ -84,8 +84,8 @@ class Accumulator:
         self.earlier: Basis | None = None
         self.apart: dict[str, int] = {}
         self.joined: dict[str, tuple[int, ...]] = {}
-        # Whether the rows of sums are those of what they read, added up, in all processes.
-        self._common_sums: Mapping[int, bool] | None = None
+        # The weights of sums that all processes found.
+        self._common: dict[int, Tensor] | None = None
         self._fitted: FoldFits | None = None
         self.n_seen = self.n_samples = 0
         self.max_samples = None if max_samples == "enough" else max_samples
@@ -331,8 +331,11 @@ class Accumulator:
         """Return what the weights of a component hold, as far as they are known here."""
         return []
 
-    def _added_up(self) -> dict[int, bool]:
-        """Say whether the rows of sums are those of what they read, added up, as far as they tell."""
+    def _weights_of_sums(self) -> dict[int, Tensor | None]:
+        """Find what sums weigh their parts with, ``(parts, width)``, as far as rows tell.
+
+        ``None`` says that they are no sums of these, weighed by unit.
+        """
         return {}
 
     def share(self) -> Share:
@@ -342,7 +345,7 @@ class Accumulator:
             self.flush()
         center = () if self.basis is None else self.basis.center
         offsets = tuple(offset.cpu() for offset in center)
-        return Share(self.chain, self.n_samples, offsets, self._added_up())
+        return Share(self.chain, self.n_samples, offsets, self._weights_of_sums())
 
     def held_rows(self, places: Sequence[int]) -> list[Tensor]:
         """Copy some of the rows that are held, one block per state."""
@@ -358,8 +361,12 @@ class Accumulator:
         common, error = agreed(shares), None
         own = None if self.basis is None else [offset.cpu() for offset in self.basis.center]
         self.chain = common.chain
-        told = [pair for share in shares for pair in share.added_up.items()]
-        self._common_sums = {i: all(holds for j, holds in told if i == j) for i, _ in told}
+        told = [pair for share in shares for pair in share.weights.items()]
+        self._common = {i: weights for i, weights in told if weights is not None}
+        for i, weights in told:
+            known = self._common.get(i)
+            if known is not None and (weights is None or not torch.allclose(weights, known, 1e-3)):
+                del self._common[i]
         center = common.center
         if not center:
             max_dim = self.options.max_dim
@@ -423,19 +430,23 @@ class Accumulator:
         return self._credits
 
     def _operators_of_sums(self) -> dict[int, Tensor]:
-        """Return the operators of sums whose rows are those of what they read, added up."""
+        """Return the operators of sums whose rows are those of what they read, weighed and added up."""
         assert self.basis is not None
+        known = self._weights_of_sums() if self._common is None else self._common
         found: dict[int, Tensor] = {}
         # Of lifted states, a sum is none of the others.
-        added_up = self._added_up() if self._common_sums is None else self._common_sums
-        for i in (i for i, holds in added_up.items() if holds and self.options.observables is None):
-            width, blocks = self.chain.widths[i], list[Tensor]()
+        for i, weights in known.items() if self.options.observables is None else ():
+            if weights is None:
+                continue
+            blocks, at = list[Tensor](), 0
             for p in self._laid_out().parents[i]:
-                # Of a state that several were joined into, each is added.
-                block = torch.eye(width, dtype=torch.float64, device="cpu")
-                block = block.repeat(self.chain.widths[p] // width, 1)
-                if p not in self.chain.links[i - 1]:
-                    block.zero_()
+                width = weights.shape[1]
+                block = torch.zeros(self.chain.widths[p], width, dtype=torch.float64, device="cpu")
+                if p in self.chain.links[i - 1]:
+                    # Of a state that several were joined into, each is added.
+                    count = self.chain.widths[p] // width
+                    block = torch.cat([torch.diag(own) for own in weights[at : at + count]])
+                    at += count
                 for vectors, axis in ((self.basis.vectors[p], 0), (self.basis.vectors[i], 1)):
                     if vectors is not None:
                         vectors = vectors.double().cpu()

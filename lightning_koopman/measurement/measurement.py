@@ -39,6 +39,7 @@ from lightning_koopman.network.tensors import (
     all_tensors,
     detached_copy,
     exact_device,
+    exactly,
     plain,
     refuse_without_shape,
     tensors_inside,
@@ -50,6 +51,12 @@ TOLERANCE = 0.05
 
 FIRST_CHECK = 512
 """Samples behind which it is first asked whether they are enough."""
+
+_EXACT = 1e-5
+# Rounding, as a share, up to which rows tell what each unit of a part of a sum is multiplied by.
+
+_ALIKE = 1e-4
+# Of such units, cosines that are nearer to 1 leave that open.
 
 _WEIGHED = 0.25
 # Parts of a sum whose weights differ from 1 by more are weighed, however coarsely the sum is rounded.
@@ -250,7 +257,8 @@ class Measurement(Accumulator):
     def _by_state(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the states of the chain, without the axis of their samples."""
         assert self.plan is not None
-        axes = {name: self.plan.forms[name].batch_axis for name in self.plan.recorded & shapes.keys()}
+        own = (name for name in self.plan.recorded & shapes.keys() if not is_sum(name))
+        axes = {name: self.plan.forms[name].batch_axis for name in own}
         return {name: shapes[name][:axis] + shapes[name][axis + 1 :] for name, axis in axes.items()}
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
@@ -396,7 +404,7 @@ class Measurement(Accumulator):
             if len(group) > 1 and len(parts) == len(group):
                 self.joined[name] = tuple(part.shape[1] for part in parts)
         self._roundings = {
-            record.name: max(1e-5, 2 * torch.finfo(record.tensor.dtype).eps)
+            record.name: max(_EXACT, 2 * torch.finfo(record.tensor.dtype).eps)
             for record in records
             if is_sum(record.name)
         }
@@ -424,8 +432,8 @@ class Measurement(Accumulator):
                 found = known.filled_in([states[name] for name in parts])
                 states |= {} if found is None else {group[0]: found}
 
-    def _added_up(self) -> dict[int, bool]:
-        return {i: known.holds for i, known in self._added.items() if known.tells}
+    def _weights_of_sums(self) -> dict[int, Tensor | None]:
+        return {i: known.weights for i, known in self._added.items() if known.tells}
 
     def _check_reduced(self, records: Sequence[Recorded], rows: Mapping[str, Tensor | None]) -> None:
         """Refuse what the user's own reduction made other rows of than those of samples."""
@@ -707,7 +715,7 @@ class _AddedUp:
         if not self._fits:
             return
         if self._shift is not None:
-            added = _blocks([part[:_COMPARED] for part in parts], own.shape[1]).sum(dim=0)
+            added = self._weighed([part[:_COMPARED] for part in parts])
             off = own[:_COMPARED] - added - self._shift
             allowed = torch.maximum(self._sizes, own[:_COMPARED].abs()).mul_(self._rounding)
             self._excess = torch.maximum(self._excess, off.abs_().sub_(allowed).amax())
@@ -721,16 +729,25 @@ class _AddedUp:
         """Compare the first rows."""
         owns, blocks = zip(*self._first, strict=True)
         added, self._first = torch.cat(blocks, dim=1), []
-        off = torch.cat(owns).to(added) - added.sum(dim=0)
-        self._shift = off[0]
+        own = torch.cat(owns).to(added)
         self._sizes = added.abs().sum(dim=0).amax(dim=0)
-        off, varied = off - off[0], added - added[:, :1]
-        fits = (off.abs() <= self._rounding * self._sizes).all()
+        allowed = self._rounding * self._sizes
+        varied, moved = added - added[:, :1], own - own[:1]
+        off = moved - varied.sum(dim=0)
         # Where a part is hardly larger than the sum is rounded, rows together tell that it is weighed.
         spread = varied.square().sum(dim=1)
         told = spread > (self._rounding / 2) ** 2 * added.sum(dim=0).square().sum(dim=0)
         weighed = torch.where(told, (varied * off).sum(dim=1).square() / spread, 0).sum(dim=1)
+        fits = (off.abs() <= allowed).all()
         fits = fits & (weighed <= _WEIGHED**2 * torch.where(told, spread, 0).sum(dim=1)).all()
+        self._factors = torch.ones_like(added[:, 0])
+        if not fits and self._rounding <= _EXACT and len(own) > 2 * len(added):
+            found = _weights(exactly(varied).double(), exactly(moved).double())
+            if found is not None:
+                self._factors = found.to(added)
+                off = moved - (self._factors[:, None] * varied).sum(dim=0)
+                fits = (off.abs() <= allowed).all()
+        self._shift = own[0] - (self._factors * added[:, 0]).sum(dim=0)
         self._excess = torch.where(fits, -torch.inf, torch.inf)
 
     @property
@@ -741,16 +758,35 @@ class _AddedUp:
         return self._shift is not None or not self._fits
 
     @property
-    def holds(self) -> bool:
-        """Whether the sum is that of its parts, but for a shift and rounding."""
-        return self.tells and self._fits and bool(self._excess <= 0)
+    def weights(self) -> Tensor | None:
+        """What parts are weighed with by unit, if the sum is that of its parts but for a shift."""
+        holds = self.tells and self._fits and bool(self._excess <= 0)
+        return self._factors.double().cpu() if holds else None
 
     def filled_in(self, parts: Sequence[Tensor]) -> Tensor | None:
         """Return rows of the sum that were not recorded, if those before tell them."""
-        if not self.holds:
+        if self.weights is None:
             return None
         assert self._shift is not None
-        return _blocks(parts, len(self._shift)).sum(dim=0) + self._shift
+        return self._weighed(parts) + self._shift
+
+    def _weighed(self, parts: Sequence[Tensor]) -> Tensor:
+        return (self._factors[:, None] * _blocks(parts, self._factors.shape[1])).sum(dim=0)
+
+
+def _weights(parts: Tensor, own: Tensor) -> Tensor | None:
+    """Fit the weights, by unit, that make a sum of its parts, if rows tell all of them."""
+    gram = torch.einsum("knw,lnw->wkl", parts, parts)
+    size = gram.diagonal(dim1=1, dim2=2).sqrt()
+    # What does not vary has no weight.
+    scale = torch.where(size > 0, size, torch.inf).reciprocal()
+    gram = scale[:, :, None] * gram * scale[:, None] + torch.diag_embed((size == 0).to(gram))
+    given = scale * torch.einsum("knw,nw->wk", parts, own)
+    least = _ALIKE * torch.eye(len(parts), device="cpu").to(gram)
+    if bool(torch.linalg.cholesky_ex(gram - least).info.any()):
+        return None
+    factor = torch.linalg.cholesky(gram)
+    return (scale * torch.cholesky_solve(given[..., None], factor)[..., 0]).T
 
 
 def _blocks(parts: Iterable[Tensor], width: int) -> Tensor:

@@ -47,14 +47,14 @@ class Share:
         chain: The states.
         count: Number of samples.
         center: Offsets that its moments are summed about; empty while rows wait for a basis.
-        added_up: Whether the rows of sums are those of what they read, added up, as far as they tell.
+        weights: Of the parts of sums, by unit, as far as rows tell; None where they are not weighed so.
         error: What went wrong, if anything did.
     """
 
     chain: Chain = Chain()
     count: int = 0
     center: tuple[Tensor, ...] = ()
-    added_up: Mapping[int, bool] = field(default_factory=dict)
+    weights: Mapping[int, Tensor | None] = field(default_factory=dict)
     error: str | None = None
 
 

@@ -122,6 +122,28 @@ def test_credits_beside_a_stream_are_those_of_the_weights():
     assert report.stderr["credit"].max() < 1e-9
 
 
+@pytest.mark.parametrize("max_dim", [128, 7])
+def test_what_a_network_weighs_is_known_of_a_linear_branch_too(max_dim: int) -> None:
+    weight = torch.linspace(0.3, -2, WIDTH, dtype=torch.float64)
+    net = residual(lambda: nn.Linear(WIDTH, WIDTH), weight)
+    report = credit_report(net, samples(), options=Options(max_dim=max_dim))
+    behind, matrix = net.head.weight.detach().numpy().T, np.diag(weight.numpy())
+    if max_dim > WIDTH:
+        assert report["blocks.3"].credit == pytest.approx(
+            oracles.log_volume(matrix @ behind) / 3, abs=1e-9
+        )
+        assert report.stable.all()
+    assert report.reference is not None
+    place = report.reference.states.index("sum into head")
+    bases = report.reference.basis.vectors
+    own, first, second = (
+        torch.eye(WIDTH).double() if bases[p] is None else bases[p].double()  # type: ignore[union-attr]
+        for p in (place, *report.reference.parents[place - 1])
+    )
+    expected = torch.cat([first.T @ torch.diag(weight) @ own, second.T @ own])
+    assert torch.allclose(report.reference.operators[place - 1].double(), expected, atol=1e-6)
+
+
 def test_what_reads_a_sum_reads_it_alone_and_sums_have_no_row():
     net = residual()
     report = credit_report(net, samples())
@@ -336,7 +358,7 @@ def test_sums_are_known_whatever_the_size_of_batches(sizes: list[int]) -> None:
     assert report["blocks.3"].credit == pytest.approx(oracles.log_volume(behind) / 3, abs=1e-9)
 
 
-def switched(say: Callable[[int], Any]) -> Any:
+def switched(say: Callable[[int], Any], weight: Any = None) -> Any:
     """Make a network with one branch, and of what its pass does otherwise from batch to batch."""
 
     def run(m: Any, x: Tensor) -> Tensor:
@@ -346,21 +368,23 @@ def switched(say: Callable[[int], Any]) -> Any:
     torch.manual_seed(0)
     parts = {"stem": nn.Linear(WIDTH, WIDTH), "branch": bent(), "head": nn.Linear(WIDTH, 3)}
     net = wired(run, **parts, add=Add(), seen=nn.Identity()).double().eval()
-    net.batch = -1
+    net.batch, net.weight = -1, weight
     return net
 
 
+@pytest.mark.parametrize("weight", [1.0, torch.linspace(-0.5, 2, WIDTH, dtype=torch.float64)])
 @pytest.mark.parametrize("seen_in", [{0}, {0, 2, 3}, {0, 1, 2, 3, 4}])
-def test_a_sum_is_filled_in_where_no_module_takes_it_on_the_way(seen_in: set[int]) -> None:
+def test_a_sum_is_filled_in_where_no_module_takes_it_on_the_way(seen_in: set[int], weight: Any) -> None:
     def say(batch: int) -> Any:
         def rest(m: Any, x: Tensor) -> Tensor:
-            total = x + m.branch(x)
+            total = x + m.weight * m.branch(x)
             return m.head(m.seen(total) if batch in seen_in else total)
 
         return rest
 
-    report = credit_report(switched(say), samples())
-    known = credit_report(switched(lambda _: lambda m, x: m.head(x + m.branch(x))), samples())
+    report = credit_report(switched(say, weight), samples())
+    plain = switched(lambda _: lambda m, x: m.head(x + m.weight * m.branch(x)), weight)
+    known = credit_report(plain, samples())
     assert report.reads["head"] == ("sum into seen",)
     for quantity in ("credit", "r2", "chain_r2"):
         assert getattr(report, quantity) == pytest.approx(getattr(known, quantity), abs=1e-9)
