@@ -472,7 +472,7 @@ class Accumulator:
         options, names, n_samples = self.options, self.chain.names, int(moments[:, 0].sum())
         kept = self.basis.kept(self._spreads, n_samples)
         notes = [*notes, *self._left_out(kept)]
-        notes += self._bent(layout, kept)
+        self._note_bent(layout, kept, notes)
         self._note_kinds(notes)
         self._note_rounded(layout, moments, notes)
         report = report_on(
@@ -514,21 +514,20 @@ class Accumulator:
             "larger max_dim keeps more"
         ]
 
-    def _bent(self, layout: Layout, kept: Sequence[float]) -> list[str]:
+    def _note_bent(self, layout: Layout, kept: Sequence[float], notes: list[str]) -> None:
         """Tell of which sums more is unexplained than bases leave out."""
         found = {
             self.chain.names[i]: r2
             for i, r2 in self.credits().sums_r2.items()
             if r2 < min(kept[p] for p in (i, *layout.parents[i])) - (1 - _KEPT)
         }
-        if not found:
-            return []
-        least = min(found, key=lambda name: found[name])
-        return [
-            f"what is added up in {listed(list(found))} does not explain all of it (of {least!r} "
-            f"{found[least]:.1%}), as where data are changed first or weights differ from batch to "
-            "batch; the rest is in no component's R² but in that of the chain"
-        ]
+        if found:
+            least = min(found, key=lambda name: found[name])
+            notes.append(
+                f"what is added up in {listed(list(found))} does not explain all of it (of {least!r} "
+                f"{found[least]:.1%}), as where data are changed first or weights differ from batch to "
+                "batch; the rest is in no component's R² but in that of the chain"
+            )
 
     def _note_rounded(self, layout: Layout, moments: Tensor, notes: list[str]) -> None:
         """Tell which states vary by hardly more than their numbers are rounded."""
