@@ -525,8 +525,8 @@ class Accumulator:
             least = min(found, key=lambda name: found[name])
             notes.append(
                 f"what is added up in {listed(list(found))} does not explain all of it (of {least!r} "
-                f"{found[least]:.1%}), as where data are changed first or weights differ from batch to "
-                "batch; the rest is in no component's R² but in that of the chain"
+                f"{found[least]:.1%}), as where functions or activations come between or weights differ "
+                "from batch to batch; the rest is in no component's R² but in that of the chain"
             )
 
     def _note_rounded(self, layout: Layout, moments: Tensor, notes: list[str]) -> None:

@@ -46,7 +46,6 @@ from lightning_koopman.network.tensors import (
     compares_samples,
     has_places,
     is_all_of_memory,
-    is_real,
     is_underived,
     tensors_inside,
     varies,
