@@ -150,10 +150,11 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
         joint = whole.train.beside(states) * unit[:, None] * unit
         return int(alive(torch.linalg.eigvalsh(joint)).sum())
 
-    above: list[set[int]] = [set()]
+    above, parts = [set[int]()], [set[int]()]
     for i, step in enumerate(steps, start=1):
         read = layout.parents[i]
         above.append(set(read).union(*(above[p] for p in read)))
+        parts.append({i} if i in layout.components else set[int]().union(*(parts[p] for p in read)))
         # Of fewer samples than directions, each looks like a sum of others.
         if len(read) == 1 or step.is_given or sum(layout.dims[p] for p in read) >= whole.count:
             continue
@@ -162,13 +163,13 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
         if len(step.values) == sum(ranks[p] for p in read):
             continue
         for p in read:
-            if p not in layout.components:
+            if not parts[p]:
                 continue
             # What a state is made of has its say through that state as well, which changes no credit.
             beside = [q for q in read if q != p and p not in above[q]]
             shared = ranks[p] + n_alive(beside) - n_alive([*beside, p]) if beside else 0
             if 2 * shared >= ranks[p] > 0:
-                found.add(p)
+                found |= {c for c in parts[p] if any(c not in {q, *above[q]} for q in read if q != p)}
     return tuple(sorted(found))
 
 

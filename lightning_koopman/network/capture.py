@@ -271,7 +271,7 @@ class Capture:
         if not first:
             known = {taker for taker, _ in self._sums_at}
             return [module for module in self._ancestor.modules() if id(module) in known]
-        others = {id(self._ancestor), *map(id, around_of(self._model, self._ancestor))}
+        others = {id(self._ancestor)}
         others |= {id(p) for m in self.components.values() for p in m.modules() if p is not m}
         return [module for module in self._ancestor.modules() if id(module) not in others]
 

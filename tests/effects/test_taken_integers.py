@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import component_effects, drop_order
 from lightning_koopman.callback.recorded_effects import labels_in
-from lightning_koopman.effects.targets import TargetSearch, find_target
+from lightning_koopman.effects.targets import TargetSearch, are_classes, find_target
 
 
 class Timed(nn.Module):
@@ -105,3 +105,37 @@ def test_names_tell_targets_wherever_parts_have_them():
         assert [t.tolist() for t in labels_in(batch).values()] == [y.tolist()]
     # Where no name does, their order tells.
     assert find_target(Played(x, y, torch.ones(3))) is y
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "are"),
+    [
+        ((8, 3), torch.arange(8) % 3, True),
+        ((8, 3), torch.arange(8) % 4, False),
+        ((8, 3), torch.arange(8) / 3, False),
+        ((8, 2), torch.arange(8)[:, None] % 2, True),
+        ((8, 1), torch.zeros(8, dtype=torch.long), False),
+        ((8,), torch.zeros(8, dtype=torch.long), False),
+        ((0, 3), torch.zeros(0, dtype=torch.long), True),
+        # Of positions, some may be marked as none of the classes.
+        ((2, 3, 4), torch.arange(8).view(2, 4), True),
+        ((2, 4, 3), torch.arange(8).view(2, 4), True),
+        ((2, 1, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long), False),
+        ((4, 1, 3), torch.arange(4).view(4, 1, 1) % 3, True),
+    ],
+)
+def test_shapes_and_sizes_tell_classes(output: tuple[int, ...], target: Tensor, are: bool) -> None:
+    assert are_classes(torch.zeros(output), target) is are
+
+
+def test_only_labels_that_are_the_tokens_wherever_they_count_are_predicted_one_before():
+    tokens = torch.tensor([[3, 1, 4, 2], [2, 5, 1, 6]])
+    search = TargetSearch()
+    some = torch.where(tokens > 2, tokens, -100)
+    moved = torch.cat([some[:, 1:], torch.full((2, 1), -100)], dim=1)
+    assert torch.equal(search.where_predicted({"input_ids": tokens}, some), moved)
+    # Zero is a class of its own.
+    other = torch.where(tokens > 2, tokens, 0)
+    assert search.where_predicted({"input_ids": tokens}, other) is other
+    nothing = torch.full_like(tokens, -100)
+    assert search.where_predicted({"input_ids": tokens}, nothing) is nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -417,6 +418,98 @@ def test_half_precision_tells_weighed_branches_from_others(scale: float) -> None
     else:
         known = credit_report(Named(half), batches, components=[*parts, "joins.*"])["blocks.3"].credit
         assert found == pytest.approx(known, abs=1e-6)
+
+
+def test_what_a_component_adds_up_within_is_no_state():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.lin = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.lin(self.norm(a + b))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        a = m.stem(x)
+        return m.head(m.block(a, m.branch(a)))
+
+    torch.manual_seed(0)
+    parts = {"stem": nn.Linear(WIDTH, WIDTH), "branch": bent(), "block": Block()}
+    net = wired(run, **parts, head=nn.Linear(WIDTH, 3)).double().eval()
+    report = credit_report(net, samples(), components=["stem", "branch", "block", "head"])
+    assert report.reads["block"] == ("branch", "stem")
+    assert list(report.reads) == list(report.components)
+
+
+class Two(nn.Module):
+    """Takes two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, 3), nn.Linear(WIDTH, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.one(a) + self.other(b)
+
+
+def test_each_sum_that_a_call_takes_is_a_state():
+    def run(m: Any, x: Tensor) -> Tensor:
+        a = m.stem(x)
+        return m.head(a + m.branch(x), a - 2 * m.third(a))
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(2 * WIDTH, WIDTH) for name in ("stem", "branch")}
+    net = wired(run, **layers, third=nn.Linear(WIDTH, WIDTH), head=Two()).double().eval()
+    batches = [torch.cat([x, x.flip(0)], dim=1) for x in samples()]
+    report = credit_report(net, batches, components=["stem", "branch", "third", "head"])
+    assert set(report.reads["head"]) == {"sum into head", "sum into head[1]"}
+    assert report.reads["sum into head[1]"] == ("third", "stem")
+    one = net.head.one.weight.detach().numpy().T
+    assert report.credit[1] == pytest.approx(oracles.log_volume(one) / 3, abs=1e-9)
+
+
+def test_where_sums_tell_each_other_what_they_have_apart_is_in_doubt():
+    def run(m: Any, x: Tensor) -> Tensor:
+        a = m.stem(x)
+        return m.head(a + m.branch(a), a + m.third(a))
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(WIDTH, WIDTH) for name in ("stem", "branch", "third")}
+    net = wired(run, **layers, head=Two()).double().eval()
+    report = credit_report(net, samples(), components=["stem", "branch", "third", "head"])
+    one, other, *linear = (
+        m.weight.detach().numpy().T
+        for m in (net.head.one, net.head.other, net.stem, net.branch, net.third)
+    )
+    behind_stem = one + other + linear[1] @ one + linear[2] @ other
+    expected = [oracles.log_volume(matrix) / 3 for matrix in (behind_stem, one, other)]
+    right = np.abs(report.credit[:3] - expected) < 1e-9
+    assert right.tolist() == report.stable[:3].tolist() == [True, False, False]
+    assert any("beside 'branch', 'third' tell the same" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("more", [torch.rand_like, lambda x: x])
+def test_with_data_or_random_numbers_beside_them_states_are_no_sum(more: Any) -> None:
+    def run(m: Any, x: Tensor, beside: Tensor) -> Tensor:
+        a = m.stem(x)
+        return m.head(a + m.branch(a) + more(beside))
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(WIDTH, WIDTH) for name in ("stem", "branch", "head")}
+    net, pairs = wired(run, **layers).double().eval(), zip(samples(), samples(1), strict=True)
+    report = credit_report(net, list(pairs), forward_fn=lambda m, batch: m(*batch))
+    assert "sum into head" not in report.reads
+
+
+def test_a_sum_that_is_returned_ends_the_chain():
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.drop(m.a(x) + m.b(x))
+
+    net = wired(run, a=nn.Linear(WIDTH, 4), b=nn.Linear(WIDTH, 4), drop=nn.Dropout()).double()
+    report = credit_report(net.eval(), samples())
+    assert report.components == ("a+b", "output")
+    # Each output is the sum of two units.
+    assert report.credit == pytest.approx([math.log(2) / 2, 0], abs=1e-9)
 
 
 def test_sums_and_what_one_of_them_became_are_told_from_what_mixes():
