@@ -38,7 +38,10 @@ WRITTEN: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Tensor, Tens
     "a gate": (lambda y, h: y.mul_(torch.sigmoid(h)), lambda y, h: y * torch.sigmoid(h)),
     "an activation": (lambda y, h: F.elu_(y), lambda y, h: F.elu(y)),
     "into its memory": (lambda y, h: torch.add(y, h, out=y), lambda y, h: y + h),
-    "a part": (lambda y, h: y[:, :4].add_(h[:, :4]), lambda y, h: y + F.pad(h[:, :4], (0, 4))),
+    "a part": (
+        lambda y, h: y[:, :4].add_(h[:, :4]),
+        lambda y, h: torch.cat([y[:, :4] + h[:, :4], y[:, 4:]], dim=1),
+    ),
 }
 
 
