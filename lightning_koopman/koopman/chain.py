@@ -251,9 +251,7 @@ def _limits(
     for p in read:
         width = train.means[p].shape[-1]
         entries, start = problem.vectors[start : start + width], start + width
-        if deficient and p not in ranges:
-            ranges[p] = _range(train[p, p].reshape(width, width))
-        varies, reached = ranges[p] if deficient else None, None
+        varies, reached = _range(split, p, ranges) if deficient else None, None
         if weight == 0:
             entries = entries if varies is None else varies.T @ entries
             reached = problem.reached(entries, variance, split.count)
@@ -264,22 +262,24 @@ def _limits(
 
 def _limits_of_given(whole: Split, i: int, ranges: dict[int, Tensor | None]) -> dict[int, Limits]:
     """Find the directions that the states vary in which a step reads whose operator is given."""
-    for p in whole.layout.parents[i]:
-        if p not in ranges:
-            width = whole.layout.dims[p]
-            ranges[p] = _range(whole.train[p, p].reshape(width, width))
-    return {p: (ranges[p], None) for p in whole.layout.parents[i] if ranges[p] is not None}
+    found = {p: _range(whole, p, ranges) for p in whole.layout.parents[i]}
+    return {p: (varies, None) for p, varies in found.items() if varies is not None}
 
 
-def _range(covariance: Tensor) -> Tensor | None:
-    """Find the directions that a state varies in; ``None`` if it does in all."""
+def _range(split: Split, p: int, ranges: dict[int, Tensor | None]) -> Tensor | None:
+    """Find the directions that a state varies in, once; ``None`` if it does in all."""
+    if p in ranges:
+        return ranges[p]
+    width = split.train.means[p].shape[-1]
+    covariance = split.train[p, p].reshape(width, width)
     # All are alive where they are beyond a share of the sum of variances, which is at least the largest.
-    least = RCOND * covariance.trace() * torch.eye(len(covariance), device="cpu").to(covariance)
-    if not int(torch.linalg.cholesky_ex(covariance - least).info):
-        return None
-    values, vectors = torch.linalg.eigh(covariance)
-    kept = alive(values)
-    return None if bool(kept.all()) else vectors[:, kept]
+    least = RCOND * covariance.trace() * torch.eye(width, device="cpu").to(covariance)
+    ranges[p] = None
+    if int(torch.linalg.cholesky_ex(covariance - least).info):
+        values, vectors = torch.linalg.eigh(covariance)
+        kept = alive(values)
+        ranges[p] = None if bool(kept.all()) else vectors[:, kept]
+    return ranges[p]
 
 
 def refit_steps(split: Split, steps: Sequence[Step], *, anew: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -412,11 +412,14 @@ class Measurement(Accumulator):
     def _fill_in_sums(self, states: dict[str, Any]) -> None:
         """Add up what a sum reads where no module took it in this pass, and was so in those before."""
         assert self.plan is not None
-        for i, (group, read) in enumerate(zip(self.plan.states[1:], self.plan.links, strict=True), 1):
-            known, parts = self._added.get(i), [n for p in read for n in self.plan.states[p]]
-            if group[0] not in states and known is not None and states.keys() >= {*parts}:
-                found = known.filled_in([states[name] for name in parts])
-                states |= {} if found is None else {group[0]: found}
+        for i, known in self._added.items():
+            (name,) = self.plan.states[i]
+            if name in states:
+                continue
+            parts = [part for p in self.plan.links[i - 1] for part in self.plan.states[p]]
+            if states.keys() >= {*parts}:
+                found = known.filled_in([states[part] for part in parts])
+                states |= {} if found is None else {name: found}
 
     def _weights_of_sums(self) -> dict[int, Tensor | None]:
         return {i: known.weights for i, known in self._added.items() if known.tells}

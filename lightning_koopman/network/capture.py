@@ -321,6 +321,7 @@ class Capture:
         """Forget what was recorded of the call before."""
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
+        # How often modules were called that may take sums, whatever they gave.
         self._taken: dict[int, int] = {}
         self.skipped: list[str] = []
         self.origins.start_call()
@@ -604,12 +605,14 @@ class Capture:
         call = self._taken.get(id(module), 0)
         self._taken[id(module)] = call + 1
         key, given = (id(module), call), (args, kwargs)
-        called = numbered(self._names[id(module)], call)
         real = [t for t in filter(is_real, all_tensors(given)) if not t.is_nested]
-        for place, name in self._sums_at.get(key, {}).items():
-            if place < len(real) and self._passes:
-                self._keep(name, module, real[place], None, given)
-        for place, tensor in enumerate(real) if not self._passes else ():
+        if self._passes:
+            for place, name in self._sums_at.get(key, {}).items():
+                if place < len(real):
+                    self._keep(name, module, real[place], None, given)
+            return
+        called = numbered(self._names[id(module)], call)
+        for place, tensor in enumerate(real):
             name = sum_name(f"{called}[{place}]" if place else called)
             made_of = self._provenance.exactly(tensor) or frozenset()
             # Rows are made as those of what was added up.

@@ -535,9 +535,8 @@ def row_forms(
     forms, images, has_sequences = dict[str, RowForm](), list[str](), False
     for record in records:
         shape = record.tensor.shape
-        parts = (r.name for r in records if is_sum(record.name) and _may_be_added(r, record))
-        if (like := next((part for part in parts if part in forms), None)) is not None:
-            forms[record.name] = replace(forms[like], is_input=False)
+        if is_sum(record.name) and (form := _form_of_part(record, records, forms)) is not None:
+            forms[record.name] = replace(form, is_input=False)
             continue
         chosen = _reduction(record.name, reduce)
         if callable(chosen) or not shape:
@@ -577,8 +576,12 @@ def row_forms(
     return forms
 
 
-def _may_be_added(part: Recorded, record: Recorded) -> bool:
-    return part.name in (record.sources or ()) and part.tensor.shape == record.tensor.shape
+def _form_of_part(
+    record: Recorded, records: Sequence[Recorded], forms: Mapping[str, RowForm]
+) -> RowForm | None:
+    """Find the form of what a sum is made of, if that has its shape."""
+    parts = (r for r in records if r.name in (record.sources or ()) and r.name in forms)
+    return next((forms[r.name] for r in parts if r.tensor.shape == record.tensor.shape), None)
 
 
 def _axis_of_samples(records: Sequence[Recorded], batch: Any, n_samples: int) -> int:
