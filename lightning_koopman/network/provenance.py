@@ -63,8 +63,9 @@ _COORDINATES = frozenset({"arange", "linspace", "logspace", "eye", "tril_indices
 # These read entries of their first argument at places that another one holds.
 _LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
 
-# These go on with one tensor, value by value or nearly so.
+# These go on with one tensor, value by value or nearly so, and not every torch says so of them.
 _GO_ON = frozenset({
+    *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
     *("clone", "_to_copy", "native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })
@@ -375,7 +376,7 @@ class DataFlow:
         if len(data) == 2:
             is_sum = name.rstrip("_") in ("add", "sub")
         else:
-            goes_on = torch.Tag.pointwise in func.tags or name in _GO_ON
+            goes_on = torch.Tag.pointwise in func.tags or name.rstrip("_") in _GO_ON
             is_sum = goes_on and len(data) == 1 and address_of(data[0]) in self._sums
         for written in _flat([out]):
             if is_sum and is_all_of_memory(written) and (address := address_of(written)):
