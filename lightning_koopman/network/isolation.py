@@ -7,7 +7,7 @@ import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -45,10 +45,9 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
     fire otherwise.
     """
     _let_freed_memory_stay()
-    # Asked for only where needed: the first use of set_stance imports the whole compiler. It holds from
-    # when it is made, so nothing that may fail comes between.
     compiled = is_compiled(model) or may_compile()
-    eager = functools.partial(torch.compiler.set_stance, "force_eager") if compiled else nullcontext
+    # It holds from when it is made, so nothing that may fail comes between.
+    eager = _never_compiled if compiled else _not_compiled_inside
     waiting, randomness = signals_wait(now=False), random_states_kept(batches)
     with waiting as signals, randomness, _contents_kept(model, signals):
         model.eval()
@@ -63,6 +62,32 @@ def undisturbed(model: nn.Module, batches: Any = ()) -> Generator[None, None, No
             finally:
                 # What ends here does so whole: Ctrl-C would leave the rest as it is.
                 signals.now = True
+
+
+_never_compiled = functools.partial(torch.compiler.set_stance, "force_eager")
+
+
+@contextmanager
+def _not_compiled_inside() -> Generator[None, None, None]:
+    """Run eagerly what is compiled inside for the first time in this process, as by ``torch.cond``.
+
+    The first use of a stance imports the whole compiler, which takes longer than many a report.
+    """
+    compile_, stances = torch.compile, ExitStack()
+
+    @functools.wraps(compile_)
+    def compile_eagerly(*args: Any, **kwargs: Any) -> Any:
+        torch.compile = compile_
+        made = compile_(*args, **kwargs)
+        stances.enter_context(_never_compiled())
+        return made
+
+    torch.compile = compile_eagerly
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+        stances.close()
 
 
 @contextmanager

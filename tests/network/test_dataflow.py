@@ -1,5 +1,7 @@
 """Labels travel with the data, for several followers at once, and training never notices."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -197,6 +199,47 @@ def test_data_are_followed_through_operators_that_take_functions(by_functions):
     assert found.notes == plain.notes
     assert found.credit == pytest.approx(plain.credit, abs=1e-5)
     assert found.r2 == pytest.approx(plain.r2, abs=1e-5)
+
+
+FIRST_COMPILED = """
+import sys, torch
+from torch import nn
+from lightning_koopman import component_effects, credit_report
+
+class Chosen(nn.Module):
+    def __init__(self, by_cond):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.o = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.by_cond = by_cond
+
+    def forward(self, x):
+        h = self.a(x)
+        run, other = (lambda h: h.sin() * self.b(h).cos()), (lambda h: h - self.b(h))
+        return self.o(h + (torch.cond(x.sum() < 1e9, run, other, (h,)) if self.by_cond else run(h)))
+
+batches = torch.randn(300, 4, generator=torch.Generator().manual_seed(1)).split(50)
+measure, before = globals()[sys.argv[1]], torch.compile
+assert "torch._dynamo" not in sys.modules
+found = measure(Chosen(True), batches)
+assert "torch._dynamo" in sys.modules and torch.compile is before
+assert torch._dynamo.eval_frame._stance.stance == "default"
+plain = measure(Chosen(False), batches)
+first, second = (getattr(each, "credit", None) for each in (found, plain))
+if first is None:
+    first, second = found.values["skip"], plain.values["skip"]
+print(*found.components, abs(first - second).max())
+"""
+
+
+@pytest.mark.parametrize("measure", ["credit_report", "component_effects"])
+def test_what_is_first_compiled_inside_a_measurement_runs_without_compiler(measure):
+    """``torch.cond`` compiles what it is given, and no hook of a part fires in compiled code."""
+    command = [sys.executable, "-c", FIRST_COMPILED, measure]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *components, difference = done.stdout.split()
+    assert components == ["a", "b", "o"]
+    assert float(difference) < 1e-5
 
 
 def test_data_are_followed_through_a_sparse_product():
