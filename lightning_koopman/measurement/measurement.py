@@ -115,6 +115,8 @@ class Measurement(Accumulator):
         self._alike: dict[str, tuple[Tensor, Tensor]] = {}
         # By sum, how far its values may be off by rounding, as a share of the largest of them.
         self._roundings: dict[str, float] = {}
+        # By sum that functions take, what its parts are weighed with, as the first pass showed.
+        self._unseen: dict[str, Tensor] = {}
         # By sum, what tells whether it is the same as what it reads, added up.
         self._added: dict[int, AddedUp] = {}
         self._silent: list[str] | None = None
@@ -126,6 +128,7 @@ class Measurement(Accumulator):
             # The same chain of the same calls, so that equal weights give equal numbers.
             self.capture, self.plan = like.capture, like.plan
             self.apart, self.joined, self._roundings = like.apart, like.joined, like._roundings
+            self._unseen = like._unseen
             self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
         self._followed: Reference | None = None
         self._next_check, self._work = FIRST_CHECK, 0.0
@@ -347,19 +350,7 @@ class Measurement(Accumulator):
             )
         self._pooled = pooling_index(records, self.capture.returned.rows, self._batch)
         records = [replace(r, tensor=self._by_sample(r.tensor)) for r in records]
-        self.plan = make_plan(
-            records,
-            batch=self._batch,
-            end=OUTPUT if callable(self.options.output) else self.capture.end,
-            named=self._named,
-            reduce=self.options.reduce,
-            max_dim=self.options.max_dim,
-            returned=returned,
-            in_losses=in_losses,
-            varying=self._varying,
-            in_turns=frozenset() if self._named else self.capture.in_turns(records),
-            valid=self._valid,
-        )
+        self.plan = self._plan_of(records, returned, in_losses)
         if len(self.plan.states) < 2:
             (name,), why = self.plan.names, "; ".join(self.plan.told())
             self.plan = None
@@ -389,15 +380,56 @@ class Measurement(Accumulator):
             parts = [part for part in map(rows.get, group) if part is not None]
             if len(group) > 1 and len(parts) == len(group):
                 self.joined[name] = tuple(part.shape[1] for part in parts)
-        self._roundings = {
-            record.name: max(EXACT, 2 * torch.finfo(record.tensor.dtype).eps)
-            for record in records
-            if is_sum(record.name)
-        }
+        self._roundings = {r.name: _rounding(r) for r in records if is_sum(r.name)}
         self._work = self._work_of(records) / max(
             1, *(len(block) for block in rows.values() if block is not None)
         )
         return rows
+
+    def _plan_of(
+        self, records: list[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
+    ) -> Plan:
+        """Settle the chain; of sums that no later pass shows, with those alone that their parts tell."""
+        apart = set[str]()
+        while True:
+            self.plan = plan = make_plan(
+                records,
+                batch=self._batch,
+                end=OUTPUT if callable(self.options.output) else self.capture.end,
+                named=self._named,
+                reduce=self.options.reduce,
+                max_dim=self.options.max_dim,
+                returned=returned,
+                in_losses=in_losses,
+                varying=self._varying,
+                in_turns=frozenset() if self._named else self.capture.in_turns(records),
+                valid=self._valid,
+                sums_apart=apart,
+            )
+            self._unseen = {}
+            rows = self._all_rows(records) if any(record.is_unseen for record in records) else {}
+            for record in records:
+                if record.is_unseen and record.name in plan.recorded:
+                    weights = self._weights_in(record, rows)
+                    self._unseen |= {} if weights is None else {record.name: weights}
+                    apart |= {record.name} if weights is None else set()
+            if plan.recorded.isdisjoint(apart):
+                return plan
+
+    def _weights_in(self, record: Recorded, rows: Mapping[str, Tensor | None]) -> Tensor | None:
+        """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none.
+
+        Later passes may show none: a training may change no weights that are in it.
+        """
+        assert self.plan is not None
+        own, parts = rows[record.name], [rows[part] for part in self.plan.read_by(record.name)]
+        if own is None or any(part is None or part.shape != own.shape for part in parts):
+            return None
+        known = AddedUp(_rounding(record))
+        known.see(own, [part for part in parts if part is not None])
+        weights = known.weights
+        changes = record.holds_own and weights is not None and bool((weights != 1).any())
+        return None if weights is None or changes else weights.to(own)
 
     def _follow_sums(self, rows: Mapping[str, Tensor]) -> None:
         """Find out which sums are, in all batches, those of what they read, but for a shift."""
@@ -412,13 +444,16 @@ class Measurement(Accumulator):
     def _fill_in_sums(self, states: dict[str, Any]) -> None:
         """Add up what a sum reads where no module took it in this pass, and was so in those before."""
         assert self.plan is not None
-        for i, known in self._added.items():
-            (name,) = self.plan.states[i]
-            if name in states:
+        for i, (name, *_) in enumerate(self.plan.states):
+            known, parts = self._added.get(i), self.plan.read_by(name)
+            if not states.keys() >= {*parts}:
                 continue
-            parts = [part for p in self.plan.links[i - 1] for part in self.plan.states[p]]
-            if states.keys() >= {*parts}:
-                found = known.filled_in([states[part] for part in parts])
+            rows = [states[part] for part in parts]
+            if name in self._unseen:
+                weighed = zip(self._unseen[name], rows, strict=True)
+                states[name] = sum(weight.to(part) * part for weight, part in weighed)
+            elif known is not None and name not in states:
+                found = known.filled_in(rows)
                 states |= {} if found is None else {name: found}
 
     def _weights_of_sums(self) -> dict[int, Tensor | None]:
@@ -682,6 +717,11 @@ class Measurement(Accumulator):
             "types": tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
             "parameters": self.capture.n_weights(self._calls()),
         }
+
+
+def _rounding(record: Recorded) -> float:
+    """Return how far values of a sum may be off, as a share of the largest that were added."""
+    return max(EXACT, 2 * torch.finfo(record.tensor.dtype).eps)
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,6 +62,7 @@ from lightning_koopman.network.tensors import (
     first_packed,
     first_real,
     first_tensor,
+    is_all_of_memory,
     is_real,
     is_underived,
     padded,
@@ -262,7 +263,7 @@ class Capture:
             hang(dict(clean_modules(self._model))[self.end], after=self._on_end)
         if first:
             hooks.callback(self._leave)
-            self._provenance.follow(_held_by(self._model))
+            self._provenance.follow(_held_by(self._model), self._on_function)
 
     def _takers(self, *, first: bool) -> list[nn.Module]:
         """Find the modules outside of components that may take sums of states, or are known to."""
@@ -323,6 +324,8 @@ class Capture:
         self._calls: dict[int, int] = {}
         # How often modules were called that may take sums, whatever they gave.
         self._taken: dict[int, int] = {}
+        # How often functions took sums, by name.
+        self._functions: dict[str, int] = {}
         self.skipped: list[str] = []
         self.origins.start_call()
         self._call: Any = ()
@@ -614,15 +617,41 @@ class Capture:
         called = numbered(self._names[id(module)], call)
         for place, tensor in enumerate(real):
             name = sum_name(f"{called}[{place}]" if place else called)
-            made_of = self._provenance.exactly(tensor) or frozenset()
-            # Rows are made as those of what was added up.
-            like = (self._states.get(part) for part in made_of)
-            alike = [r for r in like if isinstance(r, Recorded) and r.tensor.shape == tensor.shape]
-            if alike and self._is_sum(name, tensor, made_of):
+            if self._take_sum(name, tensor, given):
                 self._sums_at.setdefault(key, {})[place] = name
-                self._stages.read(name, tensor)
-                self._keep(name, alike[0].module, tensor, made_of, given)
-                self._provenance.mark_sum(tensor, name, made_of)
+
+    def _on_function(self, tensor: Tensor, function: str) -> None:
+        """Record a sum of states that a function takes; only first passes show these."""
+        if self._closed or self._running or not self._nested:
+            return
+        call = self._functions.get(function, 0)
+        self._functions[function] = call + 1
+        name = sum_name(numbered(f"{function}()", call))
+        self._take_sum(name, tensor, is_unseen=True)
+
+    def _take_sum(
+        self, name: str, tensor: Tensor, given: Any = None, *, is_unseen: bool = False
+    ) -> bool:
+        """Record a sum of states, if it is one and new, and say whether later passes show it, too."""
+        made_of = self._provenance.exactly(tensor) or frozenset()
+        parts = [p for p in map(self._states.get, made_of) if isinstance(p, Recorded)]
+        if not parts or not self._is_sum(name, tensor, made_of):
+            return False
+        # Rows are made as those of what was added up.
+        like = next((part for part in parts if part.tensor.shape == tensor.shape), None)
+        if like is None:
+            like = next((part for part in parts if part.tensor.numel() == tensor.numel()), None)
+            if like is None or not (like.tensor.is_contiguous() and is_all_of_memory(tensor)):
+                return False
+            tensor, is_unseen = tensor.as_strided(like.tensor.shape, like.tensor.stride(), 0), True
+        if is_unseen and len(made_of - self._provenance.idle) < 2:
+            # What became of one state is not told by it.
+            return False
+        self._stages.read(name, tensor)
+        facts = {"is_unseen": is_unseen, "holds_own": self._provenance.holds_own(tensor)}
+        self._keep(name, like.module, tensor, made_of, given, **facts)
+        self._provenance.mark_sum(tensor, name, made_of)
+        return not is_unseen
 
     def _is_sum(self, name: str, tensor: Tensor, made_of: frozenset[str]) -> bool:
         """Check whether what a module takes is a sum of states, or was in a network to compare with."""

@@ -172,14 +172,15 @@ def _leave_out_sums(
     forms: Mapping[str, RowForm],
     sources: dict[str, set[str]],
     n_samples: int,
+    apart: Collection[str],
 ) -> None:
-    """Take out of the graph sums without a row for each sample, and those that do not vary."""
+    """Take out of the graph sums without a row for each sample, those that do not vary, and others."""
     for record in records:
         if is_sum(record.name) and record.name in sources:
             rows = by_sample(record.tensor, forms[record.name])
             tells = n_samples == 1 or varies(rows)
             fits = len(rows) == n_samples and tells and not record.strays(forms[record.name])
-            if not fits:
+            if not fits or record.name in apart:
                 _bypass(record.name, sources)
 
 
@@ -423,6 +424,11 @@ class Plan:
         """Everything recorded that is part of a state."""
         return frozenset(name for group in self.states for name in group)
 
+    def read_by(self, name: str) -> list[str]:
+        """List what was recorded of all that a state reads."""
+        i = next(i for i, group in enumerate(self.states) if name in group)
+        return [part for p in (self.links[i - 1] if i else ()) for part in self.states[p]]
+
     def join(self, rows: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
         """Put the rows of one pass into the states of the chain."""
         expected = [name for group in self.states for name in group]
@@ -459,11 +465,13 @@ def make_plan(
     end: str | None = None,
     reduce: ReduceOption = "pool",
     varying: Collection[str] = (),
+    sums_apart: Collection[str] = (),
 ) -> Plan:
     """Settle the chain: states in order of execution, each step linked to what it reads.
 
     States are joined side by side where the same states read them, as are calls of one module that do
-    not depend on one another, all that has no source, and all that the chain ends with.
+    not depend on one another, all that has no source, and all that the chain ends with. What reads one
+    of ``sums_apart`` reads what is added up there.
     """
     notes: list[str] = []
     records = _with_fitting_ends(records, batch)
@@ -527,7 +535,7 @@ def make_plan(
         kept |= {*varying, *(record.name for record in records if is_sum(record.name))}
         constant = leave_out_unfit(records, forms, sources, kept, n_samples, notes, turned)
         ends = [name for name in ends if name in sources] or [list(sources)[-1]]
-    _leave_out_sums(records, forms, sources, n_samples)
+    _leave_out_sums(records, forms, sources, n_samples, sums_apart)
     inputs = {record.name for record in records if record.is_input}
     sources = leading_to(ends, sources, inputs, notes)
     if end is None and (passed := _passed(ends, sources, inputs, returned)):

@@ -70,6 +70,9 @@ _GO_ON = frozenset({
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })
 
+# These add up or weigh what they read, so that a sum may go on behind them.
+_LINEAR = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"})
+
 # These may drop at random, and are marked so, but do not where a network is evaluated.
 _MAY_DROP = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_rnn", "rrelu")
 
@@ -122,6 +125,8 @@ class DataFlow:
             numbers, and of what was read without a label, and orders of rows.
         on_mix: Called with what an operator reads, where that is several tensors, and their labels; says
             of which ones the labels go no further.
+        on_sum: Called with each sum of what was labelled that an operator is about to go on with, and
+            the operator's name, unless it adds or weighs alone.
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
@@ -142,11 +147,12 @@ class DataFlow:
         *,
         origins: bool = False,
         on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]]], set[int]] | None = None,
+        on_sum: Callable[[Tensor, str], None] | None = None,
     ) -> None:
         self.error: Exception | None = None
         self.read: set[int] = set()
         self.lookups = 0
-        self._origins, self._on_mix = origins, on_mix
+        self._origins, self._on_mix, self._on_sum = origins, on_mix, on_sum
         self._labels: dict[int, frozenset[str]] = {}
         self._parts: dict[int, LabelsByView] = {}
         self._merged: dict[int, dict[int, tuple[int, ...]]] = {}
@@ -286,7 +292,9 @@ class DataFlow:
 
     @_kept_out_of_the_pass()
     def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
-        """Note which tensors hold no data, as zeros do that others are added to in place."""
+        """Note what a tensor holds before an operator writes to it, or goes on with it."""
+        if self._on_sum is not None and self._sums:
+            self._show_sums(self._on_sum, func, args, kwargs)
         written = _flat((*args, *kwargs.values())) if self._origins and func._schema.is_mutable else ()
         self._blank = {address_of(t) for t in written if not self._get(t) and _is_one_value(t)}
 
@@ -367,6 +375,17 @@ class DataFlow:
                 *axes[place + 1 :],
             )
             self._set_merged(out, {**merged, out.shape[0]: whole})
+
+    def _show_sums(
+        self, show: Callable[[Tensor, str], None], func: Any, args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        """Show sums that an operator goes on with otherwise than to add or to weigh them."""
+        name = func._schema.name.rpartition("::")[2].rstrip("_")
+        if name in _LINEAR or name in _SHAPE_ONLY or _is_view(func):
+            return
+        for tensor in _flat((*args, *kwargs.values())):
+            if self.is_sum(tensor):
+                show(tensor, name)
 
     def _note_sum(
         self, name: str, func: Any, reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
@@ -758,6 +777,13 @@ def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
+def _is_view(func: Any) -> bool:
+    """Check whether what an operator gives is memory that it was given, and nothing is written to it."""
+    returned = [each.alias_info for each in func._schema.returns]
+    return any(alias is not None for alias in returned) and not func._schema.is_mutable
+
+
+@functools.lru_cache(maxsize=1024)
 def _is_made_of_others(func: Any) -> bool:
     """Check whether torch has an operator as others alone, for devices without a kernel of its own."""
     name = func.name()
@@ -863,9 +889,9 @@ class Provenance:
         self.changed: set[str] = set()
         self._label_batch()
 
-    def follow(self, own: Iterable[Tensor]) -> None:
-        """Begin to follow the data, and what the network holds itself."""
-        self._flow = DataFlow(origins=True, on_mix=self._note_change)
+    def follow(self, own: Iterable[Tensor], on_sum: Callable[[Tensor, str], None] | None = None) -> None:
+        """Begin to follow the data, and what the network holds itself; see :class:`DataFlow`."""
+        self._flow = DataFlow(origins=True, on_mix=self._note_change, on_sum=on_sum)
         self.own(own)
         self._label_batch()
         self._flow.__enter__()

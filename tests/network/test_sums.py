@@ -36,19 +36,23 @@ def bent_before(a: Tensor, b: Tensor) -> Tensor:
     return a + torch.sigmoid(b)
 
 
+def bend(x: Tensor) -> Tensor:
+    return F.leaky_relu(F.layer_norm(x, x.shape[1:]))
+
+
 def bent_after(a: Tensor, b: Tensor) -> Tensor:
-    return F.leaky_relu(F.layer_norm(a + b, a.shape[1:]))
+    return bend(a + b)
 
 
 class Joins(nn.Module):
-    """A module that makes a sum."""
+    """A module that makes a sum, or goes on with one."""
 
-    def __init__(self, join: Join) -> None:
+    def __init__(self, join: Callable[..., Tensor]) -> None:
         super().__init__()
         self.join = join
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.join(a, b)
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.join(*given)
 
 
 class Residual(nn.Module):
@@ -67,17 +71,20 @@ class Residual(nn.Module):
 
 
 class Named(Residual):
-    """The same, where a module makes each sum."""
+    """The same, where a module makes each sum, and one what goes on with it."""
 
     def __init__(self, net: Residual) -> None:
         super().__init__(nn.Identity, net.join)
         self.stem, self.head, self.blocks = net.stem, net.head, net.blocks
-        self.joins = nn.ModuleList([Joins(net.join) for _ in net.blocks])
+        steps = [plain, bend] if net.join is bent_after else [net.join]
+        self.joins = nn.ModuleList([nn.ModuleList(map(Joins, steps)) for _ in net.blocks])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
-        for block, join in zip(self.blocks, self.joins, strict=True):
-            x = join(x, block(x))
+        for block, joins in zip(self.blocks, self.joins, strict=True):
+            x = joins[0](x, block(x))
+            for bent in joins[1:]:
+                x = bent(x)
         return self.head(x)
 
 
@@ -164,7 +171,7 @@ def test_what_reads_a_sum_reads_it_alone_and_sums_have_no_row():
 def test_numbers_are_those_of_modules_that_make_the_sums(join: Join, options: dict[str, Any]) -> None:
     net = residual(join=join)
     named, own = Named(net), Options(**options)
-    parts = [*BLOCKS[:1], *(f"joins.{i}" for i in range(DEPTH)), *(f"blocks.{i}" for i in range(DEPTH))]
+    parts = [*BLOCKS[:1], "joins.*.*", *(f"blocks.{i}" for i in range(DEPTH))]
     found = credit_report(net, samples(), options=own)
     known = credit_report(named, samples(), components=[*parts, "head"], options=own)
     pairs = (BLOCKS, tuple(name.removesuffix(".0") for name in BLOCKS))
@@ -221,7 +228,7 @@ def test_activations_of_sums_are_states_beside_the_sums(inplace: bool) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
-            for block, join, act in zip(self.blocks, self.joins, self.acts, strict=True):
+            for block, (join,), act in zip(self.blocks, self.joins, self.acts, strict=True):
                 x = act(join(x, block(x)) if self.by_modules else x + block(x))
             return self.head(x)
 
@@ -232,8 +239,8 @@ def test_activations_of_sums_are_states_beside_the_sums(inplace: bool) -> None:
     assert found.reads["sum into head"] == ("sum into acts.3",)
     assert found.reads["sum into acts.3"] == ("blocks.3.0", "sum into blocks.3")
     net.by_modules = True
-    every = [f"{part}.{i}" for part in ("blocks", "joins", "acts") for i in range(DEPTH)]
-    known = credit_report(net, samples(), components=["stem", *every, "head"])
+    every = [f"{part}.{i}" for part in ("blocks", "acts") for i in range(DEPTH)]
+    known = credit_report(net, samples(), components=["stem", "joins.*.*", *every, "head"])
     names = ("stem", *(f"blocks.{i}" for i in range(DEPTH)), "head")
     for quantity in ("credit", "r2", "chain_r2"):
         near = pytest.approx(rows(known, names, quantity), abs=2e-6)

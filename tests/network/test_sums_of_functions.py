@@ -1,0 +1,163 @@
+"""A sum of states is one state to a function that takes it, too, though no hook sees it there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from small import wired
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_koopman import Options, credit_report, drift
+from lightning_koopman.measurement.measurement import Measurement
+
+LENGTH, WIDTH = 6, 8
+
+Run = Callable[[Any, Tensor], Tensor]
+
+
+class Whole(nn.Module):
+    """Takes a sum as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def network(run: Run, *, whole: bool = False, weight: float = 1.0, linear: bool = False) -> Any:
+    """Make a stream with three branches, of which a function goes on; behind a module, if ``whole``."""
+
+    def stream(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        for block in m.blocks:
+            x = x + m.weight * block(x)
+        return run(m, m.whole(x) if whole else x)
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Identity() if linear else nn.Tanh())
+
+    torch.manual_seed(0)
+    parts = {"stem": nn.Linear(WIDTH, WIDTH), "blocks": nn.ModuleList([block() for _ in range(3)])}
+    heads = {"head": nn.Linear(WIDTH, 3), "conv": nn.Conv1d(WIDTH, 3, 2), "flat": nn.Linear(48, 3)}
+    net = wired(stream, **parts, whole=Whole(), **heads).double().eval()
+    net.weight = weight
+    return net
+
+
+def samples(seed: int = 0, count: int = 600, size: int = 200) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return list(torch.randn(count, LENGTH, WIDTH, dtype=torch.float64, generator=draw).split(size))
+
+
+def mean(m: Any, x: Tensor) -> Tensor:
+    return m.head(x.mean(dim=1))
+
+
+FUNCTIONS: dict[str, Run] = {
+    "mean": mean,
+    "largest": lambda m, x: m.head(x.amax(dim=1)),
+    "pooled": lambda m, x: m.head(F.adaptive_avg_pool1d(x.transpose(1, 2), 1).squeeze(2)),
+    "flattened": lambda m, x: m.flat(x.flatten(1)),
+    "turned": lambda m, x: m.conv(x.transpose(1, 2)),
+    "turned by a function": lambda m, x: F.conv1d(x.transpose(1, 2), m.conv.weight).mean(2),
+    "weights of its own": lambda m, x: x @ m.head.weight.T,
+    "bent": lambda m, x: m.head(F.gelu(x)),
+    "bent in place": lambda m, x: m.head(F.relu(x, inplace=True)),
+    "a norm": lambda m, x: m.head(F.layer_norm(x, (WIDTH,))),
+    "twice": lambda m, x: m.head(x.mean(dim=1)) + m.head(x.amax(dim=1)),
+    "a gate": lambda m, x: m.head(x * torch.sigmoid(x.mean(dim=1, keepdim=True))),
+    "returned": lambda m, x: x.mean(dim=1),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_numbers_are_those_of_a_module_that_takes_the_sum(function: str) -> None:
+    run = FUNCTIONS[function]
+    found, known = (credit_report(network(run, whole=whole), samples()) for whole in (False, True))
+    assert found.components == known.components
+    assert ("blocks.2.0", "sum into blocks.2") in found.reads.values()
+    for quantity in ("credit", "r2", "chain_r2", "sensitivity", "rank"):
+        near = pytest.approx(getattr(known, quantity), abs=1e-6)
+        assert getattr(found, quantity) == near, quantity
+    assert found.total == pytest.approx(known.total, abs=1e-6)
+
+
+def test_the_credit_of_a_last_branch_is_that_of_the_weights_behind_it():
+    report = credit_report(network(mean, linear=True), samples(), options=Options(max_dim=48))
+    behind = np.kron(network(mean).head.weight.detach().numpy().T, np.full((LENGTH, 1), 1 / LENGTH))
+    assert report["blocks.2.0"].credit == pytest.approx(oracles.log_volume(behind) / 3, abs=1e-9)
+
+
+def test_branches_that_a_number_weighs_are_weighed_by_it():
+    run = FUNCTIONS["bent"]
+    found, known = (credit_report(network(run, weight=0.3, whole=w), samples()) for w in (False, True))
+    assert found.reads["sum into gelu()"] == ("blocks.2.0", "sum into blocks.2")
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+    assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
+
+
+def test_a_sum_that_later_passes_may_weigh_otherwise_is_read_as_its_parts():
+    trained = network(mean)
+    trained.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    report = credit_report(trained, samples())
+    assert set(report.reads["head"]) == {"blocks.2.0", "sum into blocks.2"}
+    assert not any("()" in name for name in report.reads)
+
+
+def test_of_batches_of_one_sample_it_is_read_as_its_parts():
+    report = credit_report(network(mean), samples(count=260, size=1))
+    assert set(report.reads["head"]) == {"blocks.2.0", "sum into blocks.2"}
+
+
+def test_each_measurement_of_a_training_adds_up_anew():
+    net = network(mean)
+    first = Measurement(net)
+    first.run(net, samples())
+    with torch.no_grad():
+        net.blocks[2][0].weight.mul_(2)
+    again = Measurement(net, like=first)
+    again.run(net, samples())
+    fresh = credit_report(net, samples())
+    credits = again.credits()
+    names = [again.chain.names[i] for i in again.moments()[0].components]
+    assert tuple(names) == fresh.components
+    assert credits.values["credit"].numpy() == pytest.approx(fresh.credit, abs=1e-9)
+    assert first.credits().values["credit"].numpy() != pytest.approx(fresh.credit, abs=1e-2)
+
+
+def test_drift_knows_the_sum_again_and_tells_a_change_before_it():
+    net = network(mean)
+    report = credit_report(net, samples())
+    same = drift(report, net, samples(seed=1))
+    assert same.components == report.components
+    assert not same.changed.any()
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        broken.blocks[1][0].weight.mul_(-1)
+    assert drift(report, broken, samples(seed=1)).culprit == "blocks.1.0"
+
+
+def test_nothing_of_what_runs_inside_a_component_is_such_a_sum():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.lin(F.gelu(a + b))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        a = m.stem(x)
+        return m.head(m.block(a, m.branch(a)))
+
+    torch.manual_seed(0)
+    parts = {"stem": nn.Linear(WIDTH, WIDTH), "branch": nn.Linear(WIDTH, WIDTH), "block": Block()}
+    net = wired(run, **parts, head=nn.Linear(WIDTH, 3)).double().eval()
+    report = credit_report(net, samples(), components=[*parts, "head"])
+    assert list(report.reads) == list(report.components)
+    assert report.reads["block"] == ("branch", "stem")
