@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -563,7 +564,14 @@ def make_plan(
     names = tuple(_called(group, by_name, inputs) for group in states)
     plan = Plan(states, names, links, forms, ())
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
-    cut = tuple(read[:most] for read, most in zip(links, limits, strict=False))
+    widths = [
+        min(max_dim, sum(forms[r.name].width(r.tensor) for r in records if r.name in group))
+        for group in states
+    ]
+    cut = tuple(
+        _nearest(read, most, widths, _MOST_READ * max_dim)
+        for read, most in zip(links, limits, strict=False)
+    )
     # What nothing would read any more is not left out.
     known = {p for read in cut for p in read}
     cut = tuple(
@@ -614,6 +622,12 @@ def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
     """Make a plain chain of what ran, whatever is known of the data flow."""
     inner = [r for i, r in enumerate(records) if i == 0 or not (r.is_input or call_of(r.name) != r.name)]
     return [replace(record, sources=None) for record in inner]
+
+
+def _nearest(read: tuple[int, ...], most: int, widths: Sequence[int], wide: int) -> tuple[int, ...]:
+    """Keep the nearest states that are read, ``most`` of them, or all that are no wider together."""
+    fit = sum(total <= wide for total in itertools.accumulate(widths[p] for p in read))
+    return read[: max(most, fit)]
 
 
 def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]], inputs: Collection[str]) -> list[str]:

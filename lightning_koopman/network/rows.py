@@ -294,6 +294,15 @@ class RowForm:
         alike = group == self.group or group * given != len(tensor)
         return self if alike else replace(self, group=group)
 
+    def width(self, tensor: Tensor) -> int:
+        """Return how many values each row has, where the user does not reduce them otherwise."""
+        values = by_sample(tensor, self) if tensor.ndim else tensor.view(1, 1)
+        if callable(self.reduce) or self.reduce == "flatten" or values.ndim <= 2:
+            return values[0].numel() if len(values) else 0
+        channels = values.shape[1 if self.channels_first else -1]
+        cells = math.prod(self.grid) if self.reduce == "pool" else 1
+        return channels * (1 if self.is_alone else cells + (self.picked is not None))
+
     def rows(self, tensor: Tensor, valid: Tensor | None = None) -> Tensor:
         """Apply the form; of sequences, use what a mask or lengths say holds data."""
         if tensor.ndim == 0 or tensor.numel() == 0:

@@ -4,6 +4,7 @@ import itertools
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from small import wired
@@ -64,8 +65,8 @@ class Dense(nn.Module):
         return states[-1]
 
 
-def test_a_step_reads_at_most_six_states_and_says_what_it_left_out():
-    report = credit_report(Dense(8), list(torch.randn(900, 2).split(300)))
+def test_a_step_reads_six_states_of_full_width_and_says_what_it_left_out():
+    report = credit_report(Dense(8), list(torch.randn(900, 2).split(300)), options=Options(max_dim=2))
     assert report.reads["layers.5"] == (*(f"layers.{i}" for i in range(4, -1, -1)), "input")
     assert report.reads["layers.7"] == tuple(f"layers.{i}" for i in range(6, 0, -1))
     told = [note for note in report.notes if "the nearest" in note]
@@ -73,6 +74,42 @@ def test_a_step_reads_at_most_six_states_and_says_what_it_left_out():
         "of many states, operators read the nearest, and what only the others bring counts as "
         "unexplained: layers.6 (6 of 7), layers.7 (6 of 8)"
     ]
+
+
+class Put(nn.Module):
+    """Puts two states side by side."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.cat([a, b], dim=1)
+
+
+def test_a_step_reads_all_narrow_states_that_its_layer_does():
+    """Where each layer goes on with all before it: as if a module made each state that layers take."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        for layer, put in zip(m.layers, m.puts, strict=True):
+            x = put(x, layer(x)) if m.named else torch.cat([x, layer(x)], dim=1)
+        return m.head(x)
+
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(12 + 4 * i, 4), nn.Tanh()) for i in range(10))
+    puts, head = nn.ModuleList(Put() for _ in layers), nn.Linear(52, 3)
+    net = wired(run, stem=nn.Linear(12, 12), layers=layers, puts=puts, head=head).double().eval()
+    batches = list(torch.randn(2000, 12, dtype=torch.float64).split(500))
+    net.named = False
+    report = credit_report(net, batches)
+    assert len(report.reads["head"]) == 11
+    assert not any("the nearest" in note for note in report.notes)
+    net.named = True
+    known = credit_report(net, batches, components=["stem", "layers.*", "puts.*", "head"])
+    named = [name.removesuffix(".0") for name in report.components]
+    places = [known.components.index(name) for name in named]
+    assert report.credit == pytest.approx(known.credit[places], abs=1e-6)
+    assert report.chain_r2 == pytest.approx(known.chain_r2[places], abs=1e-6)
+    # The head alone weighs what the last layer gives.
+    last = head.weight.detach().numpy()[:, -4:].T
+    assert report["layers.9.0"].credit == pytest.approx(oracles.log_volume(last) / 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("where", ["_known", "_set", "_get"])

@@ -1,7 +1,7 @@
 """How tensors become rows, against what NumPy gives by hand."""
 
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -333,3 +333,17 @@ def test_a_convolution_of_series_is_linear_in_the_means_of_its_channels(n_steps)
     expected = credit_report(net, x.split(60), options=by_hand)
     assert report.r2 == pytest.approx(1, abs=1e-4)
     assert report.credit == pytest.approx(expected.credit, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (8, 3, 4), (8, 6, 7), (8, 3, 9, 9), (4, 8, 6)])
+@pytest.mark.parametrize("reduce", ["pool", "mean", "flatten"])
+def test_the_width_of_rows_is_known_before_they_are_made(shape: tuple[int, ...], reduce: str) -> None:
+    x, first = torch.randn(shape), len(shape) == 4
+    for form in (RowForm(batch_axis=int(shape[0] == 4)), RowForm(group=2)):
+        values = by_sample(x, form)
+        grid = pooled_grid(tuple(values.shape[1:]), 20, channels_first=first)
+        form = replace(form, reduce=reduce, grid=grid, channels_first=first)
+        assert form.width(x) == form.rows(x).shape[1]
+        if values.ndim == 3 and reduce == "pool":
+            for picked in (replace(form, picked=0), replace(form, picked=-1, is_alone=True)):
+                assert picked.width(x) == picked.rows(x).shape[1]
