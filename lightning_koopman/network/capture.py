@@ -972,7 +972,8 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             # Of other classes, as those whose values are elsewhere, there may be no memory to know.
-            yield from (t for t in held.values() if is_underived(t))
+            tensors = (t for t in held.values() if isinstance(t, Tensor))
+            yield from filter(is_underived, (t if is_underived(t) else plain(t) for t in tensors))
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
