@@ -431,8 +431,9 @@ def _pulled_back(
         except Exception as error:
             if "checkpoint" in str(error).lower():
                 raise ValueError(
-                    "the network runs under activation checkpoints that let no gradients of states through "
-                    f"({error}); switch them off, or use torch.utils.checkpoint with use_reentrant=False"
+                    "the network runs under activation checkpoints that let no gradients of states "
+                    f"through ({error}); switch them off, or use torch.utils.checkpoint with "
+                    "use_reentrant=False"
                 ) from error
             if "backward through the graph a second time" in str(error):
                 raise ValueError(
