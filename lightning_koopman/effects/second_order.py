@@ -426,7 +426,15 @@ def _pulled_back(
             )
             pulled = {point: [next(given) for _ in calls] for point, calls in handles.items()}
             found.append({**pulled, _END: [weights]})
-        except RuntimeError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if "checkpoint" in str(error).lower():
+                raise ValueError(
+                    "the network runs under activation checkpoints that let no gradients of states "
+                    f"through ({error}); switch them off, or use torch.utils.checkpoint with "
+                    "use_reentrant=False"
+                ) from error
             if "backward through the graph a second time" in str(error):
                 raise ValueError(
                     "the network runs a backward pass of its own, which frees what effects are "
@@ -437,11 +445,10 @@ def _pulled_back(
                     "the network overwrites what its own gradients need, so no effect can be predicted; "
                     "measure with how='measured'"
                 ) from error
-            if "checkpoint" not in str(error).lower():
-                raise
+            # Functions of the network's own may be written for a single backward pass.
             raise ValueError(
-                "the network runs under activation checkpoints that let no gradients of states through "
-                f"({error}); switch them off, or use torch.utils.checkpoint with use_reentrant=False"
+                "effects are predicted by backward passes, several of them over one graph, and this one "
+                f"failed ({type(error).__name__}: {error}); measure with how='measured'"
             ) from error
     return found
 

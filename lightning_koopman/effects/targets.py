@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_koopman.network.tensors import by_name, tensors_inside
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
-"""Where targets are looked for in a batch whose parts have names."""
+"""Where targets are looked for in a batch whose parts have names, or that is an object."""
 
 IGNORED = -100
 """The target of what has none, as loss functions take it."""
@@ -25,8 +25,13 @@ TOKENS = "input_ids"
 
 def find_target(batch: Any) -> Tensor | None:
     """Find the target in a batch as data loaders commonly give it."""
-    told = by_name(batch)
-    found = batch[1] if is_row(batch) else next((told[key] for key in TARGET_KEYS if key in told), None)
+    if is_row(batch):
+        found = batch[1]
+    elif (told := by_name(batch)) or isinstance(batch, Tensor | tuple | list):
+        found = next((told[key] for key in TARGET_KEYS if key in told), None)
+    else:
+        # Objects of other classes, as those of graphs and of tables, hold it as an attribute.
+        found = next((t for key in TARGET_KEYS if (t := getattr(batch, key, None)) is not None), None)
     return found if isinstance(found, Tensor) else None
 
 

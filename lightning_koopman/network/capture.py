@@ -190,8 +190,10 @@ class Capture:
         self._merged: set[tuple[int, int]] = set()
         # Where calls that hand on what they take have what they make, by place.
         self._made_at: dict[tuple[int, int], tuple[int, ...]] = {}
-        # Whether what counts is returned by a module around the ancestor.
+        # Whether what counts is returned by a module around the ancestor, and by which that runs its
+        # parts or methods in its place.
         self._is_around = False
+        self._in_its_place: nn.Module | None = None
         self._foreign: set[tuple[int, int]] = set()
         self._leads_in = False
         # States whose rows are in an order of the network's own, which may be another one in each batch.
@@ -474,8 +476,11 @@ class Capture:
     @_while_recording
     def _on_ancestor(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._nested += 1
-        if self._nested > 1:
-            return
+        if self._nested == 1:
+            self._begin_call(module, args, kwargs)
+
+    def _begin_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin a call of what holds all components, perhaps a further one in the same pass."""
         self._settle_inner()
         if self._states and not self._called:
             self._begin_behind_others((args, kwargs))
@@ -520,6 +525,11 @@ class Capture:
 
     @_while_recording
     def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module is self._in_its_place:
+            # What ran before its first call counts with it, as it did before this was known.
+            if self._called:
+                self._begin_call(module, args, kwargs)
+            self._called, self._call = True, (args, kwargs)
         self._around.append((module, (args, kwargs)))
         self.given = self._outer = _with_arguments(self._outer, module, args, kwargs)
 
@@ -539,12 +549,15 @@ class Capture:
         call = ended(self._around, module)
         if self._around or call is None:
             return
-        if self._inner is not None:
+        not_called = self._passes == 0 and not self._called
+        if self._inner is not None or not_called:
             made_of = map(self._provenance.of, all_tensors(output))
             self._is_around = any(map(self.inputs.beyond, made_of))
             if self._is_around:
                 self._inner = None
             self._settle_inner()
+        if not_called and self._states:
+            self._in_its_place, self._called = module, True
         if self._is_around:
             self._note_returned(module, call, output)
 
@@ -972,7 +985,8 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):
             # Of other classes, as those whose values are elsewhere, there may be no memory to know.
-            yield from (t for t in held.values() if is_underived(t))
+            tensors = (t for t in held.values() if isinstance(t, Tensor))
+            yield from filter(is_underived, (t if is_underived(t) else plain(t) for t in tensors))
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.jit import ScriptModule
 from torch.utils.hooks import RemovableHandle
 
 from lightning_koopman.network.bystander import Failed, stand_by
-from lightning_koopman.network.components import unwrapped
+from lightning_koopman.network.components import around_of, unwrapped
 from lightning_koopman.network.isolation import has_compiled_functions
 from lightning_koopman.network.provenance import seconds_following
 from lightning_koopman.network.shared_memory import further_tensors, same_view
@@ -457,8 +457,8 @@ class HookPoints:
     hooks come off at the end, also when an exception flies. To ``beside`` is added what is read where
     further tensors that vary are given beside it; ``label`` is shown the further tensors that altered
     calls give. Calls are counted anew where ``counted_in``, which holds all modules, is called again in
-    the same pass: what is read or replaced in its first call is so in each, but for tensors of another
-    shape than in the first.
+    the same pass, or what is around it and runs its parts or methods in its place: what is read or
+    replaced in its first call is so in each, but for tensors of another shape than in the first.
 
     Attributes:
         rounds: Copies of the tensors read in the current pass, by call of ``counted_in``. A replaced
@@ -476,6 +476,7 @@ class HookPoints:
         counted_in: nn.Module | None = None,
     ) -> None:
         self._beside, self._label, self._counted_in = beside, label, counted_in
+        self._model = model
         self._read = frozenset(read)
         self._alter: dict[str, dict[int, Alteration]] = {}
         for point, alteration in (alter or {}).items():
@@ -498,6 +499,9 @@ class HookPoints:
             if self._counted_in is not None:
                 ends = {"before": self._on_round, "after": self._on_round_end}
                 hooks.enter_context(self._attach(self._counted_in, **ends, direct=set()))
+                for module in around_of(self._model, self._counted_in):
+                    ends = {"before": self._on_around, "after": self._on_around_end}
+                    hooks.enter_context(self._attach(module, **ends, direct=set()))
             for module, calls in self._watched.values():
                 before = functools.partial(self._before, calls)
                 after = functools.partial(self._after, calls)
@@ -513,7 +517,7 @@ class HookPoints:
         self.rounds: list[dict[HookPoint, Tensor]] = []
         self.unlike: list[str] = []
         self._shapes: dict[HookPoint, torch.Size | None] = {}
-        self._depth, self._entered = 0, False
+        self._depth, self._around, self._entered = 0, 0, False
         self._start_round()
 
     @property
@@ -538,6 +542,14 @@ class HookPoints:
 
     def _on_round_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._depth -= 1
+
+    def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._around += 1
+        if self._around == 1 and not self._entered and self._counts:
+            self._start_round()
+
+    def _on_around_end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._around -= 1
 
     def _is_like_first(self, point: HookPoint, tensor: Tensor) -> bool:
         """Check whether a tensor has the shape that it had where calls were counted first."""

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -500,6 +501,36 @@ def test_a_network_that_overwrites_what_its_gradients_need_is_to_be_measured():
         component_effects(net, batches, None, ["weight_noise"])
     measured = component_effects(net, batches, None, ["weight_noise"], how="measured")
     assert np.isfinite(measured.values["weight_noise"]).all()
+
+
+class _Once(torch.autograd.Function):
+    """Doubles, and keeps nothing for a second backward pass, as reversible blocks do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.factor = 2.0
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        factor = ctx.factor
+        del ctx.factor
+        return grads[0] * factor
+
+
+def test_a_network_whose_own_backward_fails_is_to_be_measured():
+    class Doubled(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return self[1](_Once.apply(self[0](x)))
+
+    torch.manual_seed(0)
+    net, batches = Doubled(nn.Linear(5, 4), nn.Linear(4, 2)), list(torch.randn(200, 5).split(50))
+    with pytest.raises(ValueError, match=r"AttributeError: .*'factor'.*; measure with how='measured'"):
+        component_effects(net, batches, None, ["weight_noise"])
+    measured = component_effects(net, batches, None, ["weight_noise"], how="measured")
+    assert np.isfinite(measured.values["weight_noise"]).all()
+    single = component_effects(net, batches, None, ["weight_noise"], probes=1)
+    assert np.isfinite(single.values["weight_noise"]).all()
 
 
 class Rounded(nn.Module):

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, drop_order
@@ -97,9 +99,34 @@ class Sample:
     y: Tensor
 
 
+class Frame:
+    """A batch as libraries for graphs and tables make it: an object of their own."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def test_labels_in_an_object_give_effects_in_nats_and_the_accuracy():
+    torch.manual_seed(0)
+    parts = {"body": nn.Linear(5, 8), "head": nn.Linear(8, 4)}
+    network = wired(lambda m, batch: m.head(torch.tanh(m.body(batch.x))), **parts)
+    batches = [Frame(*both) for both in split(X, T)]
+    found = component_effects(network, batches)
+    with torch.no_grad():
+        h = torch.tanh(network.body(X))
+        before, after = network.head(h), network.head(h).mean(0).expand(len(X), 4)
+    expected = F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="sum")
+    assert found.scale == "kl"
+    assert found.values["skip"][1] == pytest.approx(float(expected) / len(X), rel=1e-4)
+    assert found.metric_before == pytest.approx(float((before.argmax(1) == T).float().mean()))
+
+
 def test_names_tell_targets_wherever_parts_have_them():
     x, y = torch.zeros(3, 4), torch.tensor([0, 1, 2])
-    for batch in ({"x": x, "label": y}, Labelled(x, torch.ones(3), y), Sample(x, y)):
+    for batch in ({"x": x, "label": y}, Labelled(x, torch.ones(3), y), Sample(x, y), Frame(x, y)):
         assert find_target(batch) is y
         assert TargetSearch(batch).target_of(batch) is y
         assert [t.tolist() for t in labels_in(batch).values()] == [y.tolist()]

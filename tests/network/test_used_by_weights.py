@@ -77,6 +77,17 @@ def test_buffers_that_are_read_count_as_weights():
     assert notes_of(net, components=["first", "body", "head"]) == [f"{USED}'body'"]
 
 
+class Marked(Tensor):
+    """A class of the user's own, as of hypervectors."""
+
+
+def test_weights_of_a_class_derived_from_tensor_are_used_like_others():
+    net = seen(by_its_weight)
+    net.body.weight = nn.Parameter(net.body.weight.detach().as_subclass(Marked))
+    assert type(net.body.weight) is Marked
+    assert notes_of(net) == ["never ran, so left out: 'idle'", f"{USED}'body'"]
+
+
 @pytest.mark.parametrize(
     "use",
     [

@@ -77,6 +77,51 @@ def test_a_wrapper_gives_the_report_of_the_network_that_does_all_itself(kind: st
     assert_alike(credit_report(around(plain(), ENDS[kind]), batches(), options=EXACT), alone)
 
 
+@pytest.mark.parametrize("kind", ENDS)
+def test_a_wrapper_that_runs_the_parts_itself_gives_what_one_that_calls_the_network_does(
+    kind: str,
+) -> None:
+    network = wired(lambda m, x: ENDS[kind](x, m.net.head(m.net.body(x))), net=plain()).eval()
+    alone = credit_report(flat(ENDS[kind]), batches(), options=EXACT)
+    assert_alike(credit_report(network, batches(), options=EXACT), alone)
+
+
+def test_residual_blocks_in_a_sequential_that_is_not_called_end_with_their_sum() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        for block in m.blocks:
+            x = x + block(x)
+        return x
+
+    torch.manual_seed(0)
+    network = wired(run, blocks=nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))).double()
+    report = credit_report(network, batches(), options=EXACT)
+    assert report.components[-1] == "output"
+    assert report.total == pytest.approx(volume(network), abs=1e-6)
+
+
+def test_calls_of_a_wrapper_that_runs_the_parts_itself_are_those_of_the_network() -> None:
+    def twice(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.cat([model(x), model(x.flip(1))], 1)
+
+    by_parts = wired(lambda m, x: x[:, :4] + m.net.head(m.net.body(x)), net=plain()).eval()
+    called = around(plain(), ENDS["a skip connection"])
+    one, other = (
+        credit_report(net, batches(), options=EXACT, forward_fn=twice) for net in (by_parts, called)
+    )
+    assert one.components == other.components == ("net.body", "net.head", "output")
+    assert one.n_samples == other.n_samples == 2 * sum(map(len, batches()))
+    assert one.total == pytest.approx(other.total, abs=1e-9)
+    with torch.no_grad():
+        x = torch.cat(batches())
+        before, both = twice(called, x), torch.cat([x, x.flip(1)])
+        mean = called.net(both).mean(0)
+        after = torch.cat([x[:, :4] + mean, x.flip(1)[:, :4] + mean], 1)
+    expected = float((after - before).square().sum() / (before - before.mean(0)).square().sum())
+    for report in (one, None):
+        effects = component_effects(by_parts, batches(), report, forward_fn=twice)
+        assert effects.values["skip"][1] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_skip_connection_around_all_components_has_the_volume_of_the_whole_function() -> None:
     network = around(plain(), ENDS["a skip connection"])
     report = credit_report(network, batches(), options=EXACT)
