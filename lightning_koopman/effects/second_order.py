@@ -19,6 +19,7 @@ from lightning_koopman.effects.scoring import Outputs
 from lightning_koopman.network.forward_runner import ForwardRunner
 from lightning_koopman.network.hook_points import Alteration, HookPoint
 from lightning_koopman.network.isolation import seed_all
+from lightning_koopman.network.signals import came_from_signal
 from lightning_koopman.report.effects import with_folds
 
 _FOLDS = 5
@@ -426,9 +427,9 @@ def _pulled_back(
             )
             pulled = {point: [next(given) for _ in calls] for point, calls in handles.items()}
             found.append({**pulled, _END: [weights]})
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or came_from_signal(error):
+                raise
             if "checkpoint" in str(error).lower():
                 raise ValueError(
                     "the network runs under activation checkpoints that let no gradients of states "

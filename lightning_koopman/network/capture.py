@@ -635,7 +635,9 @@ class Capture:
 
     def _on_function(self, tensor: Tensor, function: str) -> None:
         """Record a sum of states that a function takes; only first passes show these."""
-        if self._closed or self._running or not self._nested:
+        # Losses take what the network returned.
+        is_inside = self._nested or (self._around and not self._called)
+        if self._closed or self._running or not is_inside:
             return
         call = self._functions.get(function, 0)
         self._functions[function] = call + 1

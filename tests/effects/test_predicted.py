@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import signal
 from typing import Any
 
 import numpy as np
@@ -531,6 +532,27 @@ def test_a_network_whose_own_backward_fails_is_to_be_measured():
     assert np.isfinite(measured.values["weight_noise"]).all()
     single = component_effects(net, batches, None, ["weight_noise"], probes=1)
     assert np.isfinite(single.values["weight_noise"]).all()
+
+
+def test_a_time_limit_within_a_backward_pass_is_none_of_its_errors():
+    def limit(*_: Any) -> None:
+        raise TimeoutError("time is up")
+
+    class Late(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            h = self[0](x)
+            if h.requires_grad:
+                h.register_hook(lambda _: signal.raise_signal(signal.SIGALRM))
+            return self[1](h)
+
+    before = signal.signal(signal.SIGALRM, limit)
+    try:
+        with pytest.raises(TimeoutError, match="time is up"):
+            component_effects(
+                Late(nn.Linear(5, 4), nn.Linear(4, 2)), [torch.randn(50, 5)], None, ["weight_noise"]
+            )
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 class Rounded(nn.Module):
