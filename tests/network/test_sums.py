@@ -304,11 +304,26 @@ def test_named_parts_behind_norms_of_no_component_read_the_stream(names: list[st
     assert report["b1.mlp"].credit == pytest.approx(behind["b1"].credit, abs=1e-6)
 
 
-def test_sequences_are_added_up_where_a_mask_leaves_out_positions():
+def set_to_zero(x: Tensor, mask: Tensor) -> Tensor:
+    x[~mask.squeeze(-1)] = 0
+    return x
+
+
+@pytest.mark.parametrize(
+    "shut",
+    [
+        lambda x, mask: x,
+        lambda x, mask: x * mask,
+        lambda x, mask: x.masked_fill(~mask, 0),
+        lambda x, mask: torch.where(mask, x, 0),
+        set_to_zero,
+    ],
+)
+def test_sequences_are_added_up_where_a_mask_leaves_out_positions(shut: Join) -> None:
     def run(m: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         x = m.emb(tokens)
         for block in m.blocks:
-            x = x + block(x)
+            x = shut(x + block(x), attention_mask[..., None].bool())
         mask = attention_mask[..., None].to(x)
         return m.head((m.norm(x) * mask).sum(1) / mask.sum(1))
 
