@@ -71,8 +71,11 @@ _GO_ON = frozenset({
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })
 
-# These add up or weigh what they read, so that a sum may go on behind them.
-_LINEAR = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"})
+# These add up, weigh or shut out what they read, so that a sum may go on behind them.
+_LINEAR = frozenset({
+    *("add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"),
+    *("masked_fill", "where", "index_put", "_index_put_impl"),
+})
 
 # These add up two tensors, of which they read the first as it is.
 _ADD = frozenset({"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"})

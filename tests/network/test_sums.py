@@ -48,10 +48,6 @@ def rms(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
-def normed_after(a: Tensor, b: Tensor) -> Tensor:
-    return 2 * rms(a + b)
-
-
 def mixed(a: Tensor, b: Tensor) -> Tensor:
     return torch.lerp(a, b, torch.linspace(0.2, 0.9, WIDTH, dtype=a.dtype))
 
@@ -182,7 +178,7 @@ def test_what_reads_a_sum_reads_it_alone_and_sums_have_no_row():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize("join", [plain, weighed, bent_before, bent_after, normed_after, mixed, stacked])
+@pytest.mark.parametrize("join", [plain, weighed, bent_before, bent_after, mixed, stacked])
 @pytest.mark.parametrize("options", [{}, {"normalize": "rms"}, {"delay": 2}, {"errors": False}])
 def test_numbers_are_those_of_modules_that_make_the_sums(join: Join, options: dict[str, Any]) -> None:
     net = residual(join=join)
