@@ -55,9 +55,9 @@ class AddedUp:
             self._compare()
 
     def _compare(self) -> None:
-        """Compare the first rows."""
+        """Compare the first rows, if they are enough: two, or more where parts may be weighed."""
         owns, blocks = zip(*self._first, strict=True)
-        added, self._first = torch.cat(blocks, dim=1), []
+        added = torch.cat(blocks, dim=1)
         own = torch.cat(owns).to(added)
         self._sizes = added.abs().sum(dim=0).amax(dim=0)
         allowed = self._rounding * self._sizes
@@ -70,18 +70,20 @@ class AddedUp:
         fits = (off.abs() <= allowed).all()
         fits = fits & (weighed <= _WEIGHED**2 * torch.where(told, spread, 0).sum(dim=1)).all()
         self._factors = torch.ones_like(added[:, 0])
-        if not fits and self._rounding <= EXACT and len(own) > 2 * len(added):
+        if not fits and self._rounding <= EXACT:
+            if len(own) <= 2 * len(added):
+                return
             found = _weights(exactly(varied).double(), exactly(moved).double())
             if found is not None:
                 self._factors = found.to(added)
                 off = moved - (self._factors[:, None] * varied).sum(dim=0)
                 fits = (off.abs() <= allowed).all()
         self._shift = own[0] - (self._factors * added[:, 0]).sum(dim=0)
-        self._excess = torch.where(fits, -torch.inf, torch.inf)
+        self._excess, self._first = torch.where(fits, -torch.inf, torch.inf), []
 
     @property
     def tells(self) -> bool:
-        """Whether rows were compared, of which it takes two."""
+        """Whether rows were compared."""
         if self._shift is None and sum(len(rows) for rows, _ in self._first) > 1:
             self._compare()
         return self._shift is not None or not self._fits

@@ -66,12 +66,19 @@ _LOOK_UP = frozenset({"embedding", "index", "index_select", "gather", "take"})
 # These go on with one tensor, value by value or nearly so, and not every torch says so of them.
 _GO_ON = frozenset({
     *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
-    *("clone", "_to_copy", "native_layer_norm", "native_group_norm", "_fused_rms_norm"),
+    *("clone", "_to_copy", "index_put", "_index_put_impl", "masked_fill"),
+    *("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })
 
-# These add up or weigh what they read, so that a sum may go on behind them.
-_LINEAR = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"})
+# These add up, weigh or shut out what they read, so that a sum may go on behind them.
+_LINEAR = frozenset({
+    *("add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"),
+    *("masked_fill", "where", "index_put", "_index_put_impl"),
+})
+
+# These add up two tensors, of which they read the first as it is.
+_ADD = frozenset({"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"})
 
 # These may drop at random, and are marked so, but do not where a network is evaluated.
 _MAY_DROP = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_rnn", "rrelu")
@@ -335,7 +342,9 @@ class DataFlow:
             if not all(address_of(t) in self._blank or _is_one_value(t) for t in unlabelled):
                 labels |= {_UNKNOWN}
         if self._origins:
-            self._note_sum(name, func, reads, known, out)
+            # A mask says which entries count, and is nothing that is added up.
+            own = [_NOTHING if i in ends else of - _ORIGINS for i, of in enumerate(known)]
+            self._note_sum(name, func, args, reads, own, out)
         if func._schema.is_mutable:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
@@ -388,15 +397,24 @@ class DataFlow:
                 show(tensor, name)
 
     def _note_sum(
-        self, name: str, func: Any, reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
+        self,
+        name: str,
+        func: Any,
+        args: tuple[Any, ...],
+        reads: Sequence[Tensor],
+        known: Sequence[frozenset[str]],
+        out: Any,
     ) -> None:
         """Note whether an operator gave a sum of what labels stand for, or went on with one alone."""
-        data = [read for read, of in zip(reads, known, strict=False) if not of <= _ORIGINS]
-        if len(data) == 2:
-            is_sum = name.rstrip("_") in ("add", "sub")
-        else:
-            goes_on = torch.Tag.pointwise in func.tags or name.rstrip("_") in _GO_ON
-            is_sum = goes_on and len(data) == 1 and address_of(data[0]) in self._sums
+        data = [(address_of(t), of) for t, of in zip(reads, known, strict=False) if of]
+        # A norm that is written out multiplies a sum by what it made of this one alone.
+        alone = len({of for _, of in data}) == 1
+        goes_on = alone and (torch.Tag.pointwise in func.tags or name.rstrip("_") in _GO_ON)
+        is_sum = goes_on and any(address in self._sums for address, _ in data)
+        is_sum |= name.rstrip("_") in _ADD and len(data) == 2 and bool(known[0])
+        if name in ("sum", "mean"):
+            # Of what was stacked, or written side by side, along one axis.
+            is_sum = args[0].ndim == out.ndim + 1 and any(len(of) > 1 for _, of in data)
         for written in _flat([out]):
             if is_sum and is_all_of_memory(written) and (address := address_of(written)):
                 self._sums.add(address)

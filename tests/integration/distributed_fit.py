@@ -36,6 +36,8 @@ def shard_sizes(shards: str, n_processes: int, n_samples: int) -> list[int]:
         return [max(1, size // (r + 1)) for r, size in enumerate(even)]
     if shards == "single":
         return [1, n_samples - 1][:n_processes]
+    if shards == "few":
+        return [3, n_samples - 3][:n_processes]
     if shards == "none":
         return [0] * n_processes
     if shards in ("empty", "skipping"):
@@ -88,13 +90,14 @@ class Data(L.LightningDataModule):
 class Residual(nn.Module):
     """Adds branches to what they take, of which samples do not tell the one from the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float) -> None:
         super().__init__()
         self.branches, self.head = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)]), nn.Linear(6, 3)
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         for branch in self.branches:
-            x = x + branch(x)
+            x = x + self.weight * branch(x)
         return self.head(x)
 
 
@@ -107,7 +110,7 @@ class Net(L.LightningModule):
             nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 9), nn.ReLU(), nn.Linear(9, 5), nn.Linear(5, 3)
         )
         if config.get("residual"):
-            self.net = Residual()
+            self.net = Residual(config["residual"])
         self.double()
 
     def configure_model(self) -> None:

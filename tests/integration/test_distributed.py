@@ -179,8 +179,10 @@ def cases(strategy: str, processes: int) -> list[dict[str, Any]]:
 def good() -> list[dict[str, Any]]:
     chosen = [cases("ddp", 2)[i] for i in (3, 5, 8, 9)]
     averaged = cases("ddp", 2)[6] | {"averages": True, "max_epochs": 2}
-    added = cases("ddp", 2)[0] | {"residual": True, "shards": "single"}
-    return [added, *chosen, averaged, chosen[0] | {"halves": True}]
+    added = cases("ddp", 2)[0] | {"residual": 1.0, "shards": "single"}
+    # Three samples do not tell what branches are weighed with.
+    weighed = added | {"residual": 0.5, "shards": "few"}
+    return [added, weighed, *chosen, averaged, chosen[0] | {"halves": True}]
 
 
 # Process, method that fails there, and what the other process is told of it.

@@ -44,6 +44,18 @@ def bent_after(a: Tensor, b: Tensor) -> Tensor:
     return bend(a + b)
 
 
+def rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def mixed(a: Tensor, b: Tensor) -> Tensor:
+    return torch.lerp(a, b, torch.linspace(0.2, 0.9, WIDTH, dtype=a.dtype))
+
+
+def stacked(a: Tensor, b: Tensor) -> Tensor:
+    return torch.stack([a, b], dim=-1).mean(-1)
+
+
 class Joins(nn.Module):
     """A module that makes a sum, or goes on with one."""
 
@@ -166,7 +178,7 @@ def test_what_reads_a_sum_reads_it_alone_and_sums_have_no_row():
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize("join", [plain, weighed, bent_before, bent_after])
+@pytest.mark.parametrize("join", [plain, weighed, bent_before, bent_after, mixed, stacked])
 @pytest.mark.parametrize("options", [{}, {"normalize": "rms"}, {"delay": 2}, {"errors": False}])
 def test_numbers_are_those_of_modules_that_make_the_sums(join: Join, options: dict[str, Any]) -> None:
     net = residual(join=join)
@@ -288,11 +300,26 @@ def test_named_parts_behind_norms_of_no_component_read_the_stream(names: list[st
     assert report["b1.mlp"].credit == pytest.approx(behind["b1"].credit, abs=1e-6)
 
 
-def test_sequences_are_added_up_where_a_mask_leaves_out_positions():
+def set_to_zero(x: Tensor, mask: Tensor) -> Tensor:
+    x[~mask.squeeze(-1)] = 0
+    return x
+
+
+@pytest.mark.parametrize(
+    "shut",
+    [
+        lambda x, mask: x,
+        lambda x, mask: x * mask,
+        lambda x, mask: x.masked_fill(~mask, 0),
+        lambda x, mask: torch.where(mask, x, 0),
+        set_to_zero,
+    ],
+)
+def test_sequences_are_added_up_where_a_mask_leaves_out_positions(shut: Join) -> None:
     def run(m: Any, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         x = m.emb(tokens)
         for block in m.blocks:
-            x = x + block(x)
+            x = shut(x + block(x), attention_mask[..., None].bool())
         mask = attention_mask[..., None].to(x)
         return m.head((m.norm(x) * mask).sum(1) / mask.sum(1))
 
@@ -524,10 +551,16 @@ def test_sums_and_what_one_of_them_became_are_told_from_what_mixes():
     a, b = torch.randn(4, 3), torch.randn(4, 3)
     flow.label(a, "a")
     flow.label(b, "b")
+    own = torch.full((3,), 0.5)
     with flow:
+        stack, buffer = torch.stack([a, b]), torch.zeros(4, 2, 3)
+        buffer[:, 0], buffer[:, 1] = a, b
         sums = [a + b, a - 2 * b, (a + b).double(), a + F.relu(b), F.gelu(a + b), 2 * (a + b)]
         sums += [F.layer_norm(a + b, (3,)), (a + b).relu_(), a.clone().add_(b)]
+        sums += [rms(a + b), (a + b) * torch.sigmoid(a + b), torch.lerp(a, b, 0.3), torch.rsub(a, b)]
+        sums += [torch.addcmul(a, b, own), stack.sum(0), (own * stack).mean(0), buffer.mean(dim=-2)]
         others = [F.relu(a), a * b, (a + b) * b, (a + b) @ torch.eye(3), (a + b)[:2], (a + b).softmax(1)]
-        others += [torch.cat([a + b, b]), (a + b).copy_(a)]
+        others += [torch.cat([a + b, b]), (a + b).copy_(a), torch.addcmul(own, a, b), rms(a), stack]
+        others += [stack[0], stack.sum(), stack.sum(0, keepdim=True), torch.stack([a, rms(a)]).sum(0)]
     assert all(map(flow.is_sum, sums))
     assert not any(map(flow.is_sum, others))
