@@ -78,7 +78,8 @@ def test_a_loop_with_an_output_of_each_step_has_a_report(steps: int):
     assert np.isfinite(report.credit).all()
     assert min(report.r2[report.components.index(cell)] for cell in cells) > 0.8
     if steps > 6:
-        assert any(note.endswith(f"unexplained: out#* (6 of {steps})") for note in report.notes)
+        # It reads all steps, for these are narrow, and is linear.
+        assert report["out#*"].r2 > 0.999
 
 
 class ReadTwice(nn.Module):
