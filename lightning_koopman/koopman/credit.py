@@ -203,12 +203,19 @@ def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -
     unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
     for i, step in enumerate(steps, start=1):
         read, known = layout.parents[i], len(step.values)
-        # Not what a linear step cannot give anyway.
-        missing = min(sum(layout.dims[p] for p in read) - known, sum(unseen[p] for p in read))
-        if linear[i - 1] and step.tikhonov < 1 / whole.count and missing and known:
-            for p in read:
-                shifts[p] = math.log1p(missing / known) / 2 / quantile
-        unseen.append(missing if linear[i - 1] else layout.dims[i])
+        # States that are added up count each for itself, others as they are fitted, side by side.
+        alone = [((p,), step.n_varying(p, layout.dims[p])) for p in read]
+        asleep = 0
+        for states, varying in alone if step.is_given else [(read, known)]:
+            # Not what a linear step cannot give anyway.
+            missing = sum(layout.dims[p] for p in states) - varying
+            missing = min(missing, sum(unseen[p] for p in states))
+            counts = step.is_given or (linear[i - 1] and step.tikhonov < 1 / whole.count)
+            if counts and missing and varying:
+                for p in states:
+                    shifts[p] = math.log1p(missing / varying) / 2 / quantile
+            asleep += missing
+        unseen.append(asleep if linear[i - 1] else layout.dims[i])
     return shifts
 
 
@@ -290,6 +297,7 @@ def compute_credits(
         )
     groups = held_out_folds(layout, moments, normalize, total)
     steps = fit_steps(whole, options.tikhonov, given if normalize == "none" else {})
+    sums_r2 = {i: _r2_of(whole, i, steps[i - 1]) for i in layout.sums if not steps[i - 1].is_given}
     asked = whole.output_rank if targets is None else len(targets)
     asked = asked if rank is None else min(asked, rank)
     chain = align_split(whole, [step.matrix for step in steps], steps, range(asked), targets)
@@ -322,9 +330,8 @@ def compute_credits(
             spread = jackknife(value, replicates[name], whole.count, sizes)
             gap = gaps[name] if name in gaps else bias(value, replicates[name], whole.count, sizes)
             stderr[name] = (spread.square() + gap.square()).sqrt()
-        linear = [True] * len(steps)
-        for i, held_out_r2 in zip(components, values["r2"].tolist(), strict=True):
-            linear[i - 1] = held_out_r2 >= 1 - LINEAR
+        explained = dict(zip(components, values["r2"].tolist(), strict=True)) | sums_r2
+        linear = [explained.get(i, 1.0) >= 1 - LINEAR for i in range(1, len(layout.dims))]
         unseen = unseen_shifts(whole, linear, steps)
         shifts, before = unseen[components], unseen[[0, *components[:-1]]]
         for name, extra in (
@@ -347,7 +354,7 @@ def compute_credits(
         operators=_operators(layout, moments, whole, steps, values["r2"], normalize, center),
         alignment=chain,
         undetermined=tuple(1 + components.index(i) for i in beside),
-        sums_r2={i: _r2_of(whole, i, steps[i - 1]) for i in layout.sums if not steps[i - 1].is_given},
+        sums_r2=sums_r2,
         # What is lost at a sum is lost on the way to the component that comes next.
         lost=tuple(dict.fromkeys(i and 1 + bisect_left(components, i) for i in chain.lost)),
         dropped=tuple((targets or range(asked))[c] for c in range(asked) if c not in kept),
