@@ -190,8 +190,13 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
     return ranks
 
 
-def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -> Tensor:
-    """Compute how far the log-volume behind each state may move if directions that never varied wake."""
+def unseen_shifts(
+    whole: Split, linear: Sequence[bool], steps: Sequence[Step], widths: Sequence[int]
+) -> Tensor:
+    """Compute how far the log-volume behind each state may move if directions that never varied wake.
+
+    States have as many directions as ``widths`` says.
+    """
     # It concerns states read by a linear step, whose ridge weight is so small that directions too rare
     # to be seen in so many samples would count in full. Were u of them to join k with weights like
     # theirs, the log-volume would grow by log(1 + u / k) / 2 per direction; a 95 % interval just reaches
@@ -200,22 +205,22 @@ def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -
 
     layout = whole.layout
     shifts = torch.zeros(len(layout.dims), dtype=torch.float64, device="cpu")
-    unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
+    unseen, quantile = [widths[0]], float(stdtrit(layout.folds - 1, 0.975))
     for i, step in enumerate(steps, start=1):
         read, known = layout.parents[i], len(step.values)
         # States that are added up count each for itself, others as they are fitted, side by side.
-        alone = [((p,), step.n_varying(p, layout.dims[p])) for p in read]
+        alone = [((p,), step.n_varying(p, widths[p])) for p in read]
         asleep = 0
         for states, varying in alone if step.is_given else [(read, known)]:
             # Not what a linear step cannot give anyway.
-            missing = sum(layout.dims[p] for p in states) - varying
-            missing = min(missing, sum(unseen[p] for p in states))
+            missing = min(sum(unseen[p] for p in states), sum(widths[p] for p in states) - varying)
+            missing = max(missing, 0)
             counts = step.is_given or (linear[i - 1] and step.tikhonov < 1 / whole.count)
             if counts and missing and varying:
                 for p in states:
                     shifts[p] = math.log1p(missing / varying) / 2 / quantile
             asleep += missing
-        unseen.append(asleep if linear[i - 1] else layout.dims[i])
+        unseen.append(asleep if linear[i - 1] else widths[i])
     return shifts
 
 
@@ -332,11 +337,14 @@ def compute_credits(
             stderr[name] = (spread.square() + gap.square()).sqrt()
         explained = dict(zip(components, values["r2"].tolist(), strict=True)) | sums_r2
         linear = [explained.get(i, 1.0) >= 1 - LINEAR for i in range(1, len(layout.dims))]
-        unseen = unseen_shifts(whole, linear, steps)
+        unseen = unseen_shifts(whole, linear, steps, layout.dims)
         shifts, before = unseen[components], unseen[[0, *components[:-1]]]
+        # Noise is on the units that vary, of whose directions some may not.
+        units = [int(alive(variance).sum()) for variance in whole.train.variances]
         for name, extra in (
             ("credit", shifts),
             ("gain", (shifts.square() + before.square()).sqrt()),
+            ("sensitivity", unseen_shifts(whole, linear, steps, units)[components]),
             ("total", unseen[0]),
         ):
             stderr[name] = (stderr[name].square() + extra.square()).sqrt()
