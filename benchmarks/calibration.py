@@ -196,6 +196,9 @@ NOTES = """## What makes them hold
 - Fewer samples than the report asks for (320 here): at n = 128 credits are covered in 0.43 and
   0.79, and at n = 256 the second component's gain still in 0.89.
 - Directions whose weights, once awake, are unlike those of the others.
+- Ridge weights that go on falling as samples grow, as where a ReLU layer is nearly linear (R² .97 to
+  .99): in ReLU networks 64-96-96-96-10, with skips and without, credits of 256 samples were up to 0.8
+  below those of 30,000, with errors of 0.1 to 0.6. The doubt `ridge` marks most of such rows, not all.
 - Component boundaries, the choice of `tikhonov`, and data unlike the samples are in no error bar.
 """
 
