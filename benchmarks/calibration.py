@@ -181,7 +181,7 @@ NOTES = """## What makes them hold
 
 - **Directions never seen.** A layer that is linear to the last digit (the head, as a rule) gets no
   ridge, so a unit before it that wakes in one sample of a hundred thousand moves the credit when it
-  is first seen: here three units wake in 2, 15 and 25 of 300,000 samples and move the third
+  is first seen: here three units wake in 3, 17 and 23 of 300,000 samples and move the third
   component's credit by 0.013. No resampling foresees that. So where u of a state's directions never
   varied and k did, log(1 + u / k) / 2, the move if all u woke with weights like the others', is what
   a 95 % interval reaches at least. It covers always here, and is wide: ± 0.08 for a move of 0.013.
@@ -196,6 +196,9 @@ NOTES = """## What makes them hold
 - Fewer samples than the report asks for (320 here): at n = 128 credits are covered in 0.43 and
   0.79, and at n = 256 the second component's gain still in 0.89.
 - Directions whose weights, once awake, are unlike those of the others.
+- Ridge weights that go on falling as samples grow, as where a ReLU layer is nearly linear (R² .97 to
+  .99): in ReLU networks 64-96-96-96-10, with skips and without, credits of 256 samples were up to 0.8
+  below those of 30,000, with errors of 0.1 to 0.6. The doubt `ridge` marks most of such rows, not all.
 - Component boundaries, the choice of `tikhonov`, and data unlike the samples are in no error bar.
 """
 

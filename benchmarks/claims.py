@@ -153,7 +153,7 @@ def chain(model: nn.Module, fit_on: Tensor, test_on: Tensor) -> list[tuple[str, 
 
 
 def leaves(model: nn.Module, x: Tensor) -> tuple[tuple[str, ...], dict[str, Tensor]]:
-    """R² of every leaf by how many earlier states its operator sees."""
+    """R² of every leaf, and sum of them, by how many earlier states its operator sees."""
     states = States(model, options=Options(max_dim=64))
     given = states.of(model, x)
     assert states.plan is not None
@@ -245,7 +245,7 @@ def leaf_claims() -> tuple[list[Claim], str]:
         plain, *longer = by_way
         worst.append(min(float((by_way[way] - by_way[plain]).min()) for way in longer))
         tables.append(by_way)
-    table = "| leaf | " + " | ".join(tables[0]) + " |\n" + "|---" * (len(tables[0]) + 1) + "|\n"
+    table = "| state | " + " | ".join(tables[0]) + " |\n" + "|---" * (len(tables[0]) + 1) + "|\n"
     for i, name in enumerate(names):
         table += f"| `{name}` | " + " | ".join(f"{v[i]:.3f}" for v in tables[0].values()) + " |\n"
     text = "leaf by leaf, R² with delay ≥ 3 (or links) less R² with delay 1, least"
@@ -302,8 +302,10 @@ ridge weight that generalised cross-validation chooses.
 {detail}
 ## A residual MLP, leaf by leaf
 
-Held-out R², first seed. Each skip carries the whole stream past two leaves, so a step also needs the
-states that the stream is the sum of; `links found` is what `credit_report` reads without options.
+Held-out R², first seed. Each skip carries the whole stream past two leaves. What the network adds up is
+a state of its own, named after the leaf that takes it: made of the leaf before it and of the stream
+before the skip, not of one state back alone. `links found` is what `credit_report` reads without
+options.
 
 {leaf_table}"""
     print(text)

@@ -127,14 +127,14 @@ def finds() -> str:
 PAGE = """# How wide a state may be
 
 Written by `benchmarks/widths.py`. States wider than `max_dim` are pooled and projected on as many POD
-directions. Narrow states cost less, in time with the second to third power, and need fewer samples;
-wide ones leave less out. The default was 256 up to 0.2.0 and is 128 now, for what stands on this page:
-drift finds as much and marks more of it, numbers repeat alike (rank correlations of .94 to 1, at 256 of
-.84 to 1), and a report takes a third to two fifths of the time on top of the passes. What it gives up
-is variance, most in MiniLM, of whose least kept state 128 directions hold 57 % and 256 hold 68 %, and a
-plain layer of 129 to 256 units is no longer seen whole. What is left out of a state counts as
-unexplained and nonlinear in what reads it, and does not count in what gives it; reports say it in a note
-where it is more than a hundredth, and `max_dim=256` is there for who has the samples (640 or more).
+directions. Narrow states cost less, in time with the second to third power, and need fewer samples; wide
+ones leave less out. The default was 256 up to 0.2.0 and is 128 now, for what stands on this page: drift
+finds and marks more, numbers repeat alike (rank correlations of .94 to 1, at 256 of .84 to 1), and a
+report takes a third to two fifths of the time on top of the passes. What it gives up is variance, most
+in MiniLM, of whose least kept state 128 directions hold 57 % and 256 hold 68 %, and a plain layer of 129
+to 256 units is no longer seen whole. What is left out of a state counts as unexplained and nonlinear in
+what reads it, and does not count in what gives it; reports say it in a note where it is more than a
+hundredth, and `max_dim=256` is there for who has the samples (640 or more).
 
 ## What is kept, and how well it repeats
 

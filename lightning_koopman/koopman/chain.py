@@ -194,6 +194,11 @@ class Step:
         """Whether nothing was fitted, as where states are added up as they are."""
         return math.isinf(self.tikhonov)
 
+    def n_varying(self, state: int, width: int) -> int:
+        """Return in how many of its directions a state varies, as far as these limit it."""
+        varies, _ = self.limits.get(state, (None, None))
+        return width if varies is None else varies.shape[1]
+
     def within_limits(self, block: Tensor, state: int) -> Tensor:
         """Return what an operator says of a state without what can only be rounding.
 

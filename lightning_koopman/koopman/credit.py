@@ -190,8 +190,13 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
     return ranks
 
 
-def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -> Tensor:
-    """Compute how far the log-volume behind each state may move if directions that never varied wake."""
+def unseen_shifts(
+    whole: Split, linear: Sequence[bool], steps: Sequence[Step], widths: Sequence[int]
+) -> Tensor:
+    """Compute how far the log-volume behind each state may move if directions that never varied wake.
+
+    States have as many directions as ``widths`` says.
+    """
     # It concerns states read by a linear step, whose ridge weight is so small that directions too rare
     # to be seen in so many samples would count in full. Were u of them to join k with weights like
     # theirs, the log-volume would grow by log(1 + u / k) / 2 per direction; a 95 % interval just reaches
@@ -200,15 +205,22 @@ def unseen_shifts(whole: Split, linear: Sequence[bool], steps: Sequence[Step]) -
 
     layout = whole.layout
     shifts = torch.zeros(len(layout.dims), dtype=torch.float64, device="cpu")
-    unseen, quantile = [layout.dims[0]], float(stdtrit(layout.folds - 1, 0.975))
+    unseen, quantile = [widths[0]], float(stdtrit(layout.folds - 1, 0.975))
     for i, step in enumerate(steps, start=1):
         read, known = layout.parents[i], len(step.values)
-        # Not what a linear step cannot give anyway.
-        missing = min(sum(layout.dims[p] for p in read) - known, sum(unseen[p] for p in read))
-        if linear[i - 1] and step.tikhonov < 1 / whole.count and missing and known:
-            for p in read:
-                shifts[p] = math.log1p(missing / known) / 2 / quantile
-        unseen.append(missing if linear[i - 1] else layout.dims[i])
+        # States that are added up count each for itself, others as they are fitted, side by side.
+        alone = [((p,), step.n_varying(p, widths[p])) for p in read]
+        asleep = 0
+        for states, varying in alone if step.is_given else [(read, known)]:
+            # Not what a linear step cannot give anyway.
+            missing = min(sum(unseen[p] for p in states), sum(widths[p] for p in states) - varying)
+            missing = max(missing, 0)
+            counts = step.is_given or (linear[i - 1] and step.tikhonov < 1 / whole.count)
+            if counts and missing and varying:
+                for p in states:
+                    shifts[p] = math.log1p(missing / varying) / 2 / quantile
+            asleep += missing
+        unseen.append(asleep if linear[i - 1] else widths[i])
     return shifts
 
 
@@ -290,6 +302,7 @@ def compute_credits(
         )
     groups = held_out_folds(layout, moments, normalize, total)
     steps = fit_steps(whole, options.tikhonov, given if normalize == "none" else {})
+    sums_r2 = {i: _r2_of(whole, i, steps[i - 1]) for i in layout.sums if not steps[i - 1].is_given}
     asked = whole.output_rank if targets is None else len(targets)
     asked = asked if rank is None else min(asked, rank)
     chain = align_split(whole, [step.matrix for step in steps], steps, range(asked), targets)
@@ -322,14 +335,16 @@ def compute_credits(
             spread = jackknife(value, replicates[name], whole.count, sizes)
             gap = gaps[name] if name in gaps else bias(value, replicates[name], whole.count, sizes)
             stderr[name] = (spread.square() + gap.square()).sqrt()
-        linear = [True] * len(steps)
-        for i, held_out_r2 in zip(components, values["r2"].tolist(), strict=True):
-            linear[i - 1] = held_out_r2 >= 1 - LINEAR
-        unseen = unseen_shifts(whole, linear, steps)
+        explained = dict(zip(components, values["r2"].tolist(), strict=True)) | sums_r2
+        linear = [explained.get(i, 1.0) >= 1 - LINEAR for i in range(1, len(layout.dims))]
+        unseen = unseen_shifts(whole, linear, steps, layout.dims)
         shifts, before = unseen[components], unseen[[0, *components[:-1]]]
+        # Noise is on the units that vary, of whose directions some may not.
+        units = [int(alive(variance).sum()) for variance in whole.train.variances]
         for name, extra in (
             ("credit", shifts),
             ("gain", (shifts.square() + before.square()).sqrt()),
+            ("sensitivity", unseen_shifts(whole, linear, steps, units)[components]),
             ("total", unseen[0]),
         ):
             stderr[name] = (stderr[name].square() + extra.square()).sqrt()
@@ -347,7 +362,7 @@ def compute_credits(
         operators=_operators(layout, moments, whole, steps, values["r2"], normalize, center),
         alignment=chain,
         undetermined=tuple(1 + components.index(i) for i in beside),
-        sums_r2={i: _r2_of(whole, i, steps[i - 1]) for i in layout.sums if not steps[i - 1].is_given},
+        sums_r2=sums_r2,
         # What is lost at a sum is lost on the way to the component that comes next.
         lost=tuple(dict.fromkeys(i and 1 + bisect_left(components, i) for i in chain.lost)),
         dropped=tuple((targets or range(asked))[c] for c in range(asked) if c not in kept),

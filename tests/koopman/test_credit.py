@@ -633,6 +633,21 @@ def test_before_an_exactly_linear_step_the_error_tells_of_directions_never_seen(
     assert float(run(everything).stderr["credit"][0]) < 1e-6
 
 
+def test_noise_on_units_reaches_directions_that_were_never_seen_where_units_share_them() -> None:
+    turn = np.linalg.qr(np.random.default_rng(3).normal(size=(6, 6)))[0]
+    reach = student.ppf(0.975, 4)
+    for matrix, shared in ((np.eye(6), False), (turn, True)):
+        given = [relu_then_linear(400, awake) for awake in (False, True)]
+        asleep, awake = (run([x, hidden @ matrix, y]) for x, hidden, y in given)
+        moved = float((awake.values["sensitivity"] - asleep.values["sensitivity"])[0])
+        known = math.log(6 / 4) / 2 / reach if shared else 0.0
+        error, rest = (float(credits.stderr["sensitivity"][0]) for credits in (asleep, awake))
+        assert error == pytest.approx(math.hypot(known, rest), rel=0.1)
+        # Units that are asleep get no noise.
+        assert (moved > 0.1) == shared
+        assert moved < reach * error
+
+
 def test_what_linear_steps_cannot_give_is_not_taken_for_unseen() -> None:
     _, states = linear_states((4, 9, 3))  # the 9 units span 4 directions, and never more
     assert float(run(states).stderr["credit"].max()) < 1e-6
@@ -661,7 +676,8 @@ def test_unseen_directions_count_before_linear_steps_with_hardly_a_ridge(
     layout, moments = summed(states, 4)
     whole = split_chain(layout, moments, None, "none")
     first, second = fit_steps(whole, 0.0)
-    shifts = unseen_shifts(whole, [linear, True], [replace(first, tikhonov=share / 50), second])
+    steps = [replace(first, tikhonov=share / 50), second]
+    shifts = unseen_shifts(whole, [linear, True], steps, layout.dims)
     assert shifts.dtype == torch.float64
     # Three directions of the input are known, and four are not; the one of the next state is.
     expected = math.log(7 / 3) / 2 / student.ppf(0.975, 3) if counts else 0.0

@@ -11,6 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from scipy.stats import t as student
 from small import wired
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -225,6 +226,26 @@ def test_sums_are_known_of_fewer_samples_than_would_tell_them():
         matrix = matrix + block[0].weight.detach().numpy().T @ matrix
     place = report.components.index("blocks.0.0")
     assert report.credit[place] == pytest.approx(last, abs=1e-8)
+
+
+def test_the_error_of_what_is_added_up_tells_of_directions_never_seen():
+    net = residual(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()))
+    layer, head = net.blocks[-1][0], net.head.weight.detach().numpy().T
+    with torch.no_grad():
+        layer.weight[:2] *= 1e-3
+        layer.bias[:2] = -1
+    asleep, last = credit_report(net, samples()), f"blocks.{DEPTH - 1}.0"
+    known = math.log(8 / 6) / 2 / student.ppf(0.975, 4)
+    assert asleep[last].credit == pytest.approx(oracles.log_volume(head[2:]) / 3, abs=1e-9)
+    assert asleep[last].credit_stderr == pytest.approx(known, abs=1e-9)
+    assert asleep["head"].gain_stderr == pytest.approx(known, abs=1e-9)
+    # What the branches before give varies in all directions, and so does the stream.
+    assert asleep["stem"].credit_stderr < known / 2
+    with torch.no_grad():
+        layer.bias[:2] = 0
+    awake = credit_report(net, samples())
+    assert awake[last].credit == pytest.approx(oracles.log_volume(head) / 3, abs=1e-9)
+    assert awake[last].credit_stderr < 1e-9
 
 
 @pytest.mark.parametrize("inplace", [False, True])
