@@ -406,13 +406,11 @@ class Measurement(Accumulator):
                 valid=self._valid,
                 sums_apart=apart,
             )
-            self._unseen = {}
-            rows = self._all_rows(records) if any(record.is_unseen for record in records) else {}
-            for record in records:
-                if record.is_unseen and record.name in plan.recorded:
-                    weights = self._weights_in(record, rows)
-                    self._unseen |= {} if weights is None else {record.name: weights}
-                    apart |= {record.name} if weights is None else set()
+            unseen = [record for record in records if record.is_unseen and record.name in plan.sums]
+            rows = self._all_rows(records) if unseen else {}
+            found = {record.name: self._weights_in(record, rows) for record in unseen}
+            self._unseen = {name: weights for name, weights in found.items() if weights is not None}
+            apart |= found.keys() - self._unseen.keys()
             if plan.recorded.isdisjoint(apart):
                 return plan
 
@@ -422,7 +420,7 @@ class Measurement(Accumulator):
         Later passes may show none: a training may change no weights that are in it.
         """
         assert self.plan is not None
-        own, parts = rows[record.name], [rows[part] for part in self.plan.read_by(record.name)]
+        own, parts = rows[record.name], [rows[part] for part in self.plan.sums[record.name]]
         if own is None or any(part is None or part.shape != own.shape for part in parts):
             return None
         known = AddedUp(_rounding(record))
@@ -444,16 +442,15 @@ class Measurement(Accumulator):
     def _fill_in_sums(self, states: dict[str, Any]) -> None:
         """Add up what a sum reads where no module took it in this pass, and was so in those before."""
         assert self.plan is not None
-        for i, (name, *_) in enumerate(self.plan.states):
-            known, parts = self._added.get(i), self.plan.read_by(name)
+        known = {self.plan.states[i][0]: each for i, each in self._added.items()}
+        for name, parts in self.plan.sums.items():
             if not states.keys() >= {*parts}:
                 continue
-            rows = [states[part] for part in parts]
             if name in self._unseen:
-                weighed = zip(self._unseen[name], rows, strict=True)
-                states[name] = sum(weight.to(part) * part for weight, part in weighed)
-            elif known is not None and name not in states:
-                found = known.filled_in(rows)
+                weighed = zip(self._unseen[name], parts, strict=True)
+                states[name] = sum(weight.to(states[part]) * states[part] for weight, part in weighed)
+            elif name in known and name not in states:
+                found = known[name].filled_in([states[part] for part in parts])
                 states |= {} if found is None else {name: found}
 
     def _weights_of_sums(self) -> dict[int, Tensor | None]:

@@ -425,10 +425,14 @@ class Plan:
         """Everything recorded that is part of a state."""
         return frozenset(name for group in self.states for name in group)
 
-    def read_by(self, name: str) -> list[str]:
-        """List what was recorded of all that a state reads."""
-        i = next(i for i, group in enumerate(self.states) if name in group)
-        return [part for p in (self.links[i - 1] if i else ()) for part in self.states[p]]
+    @cached_property
+    def sums(self) -> dict[str, list[str]]:
+        """By sum, what was recorded of all that it reads."""
+        return {
+            name: [part for p in read for part in self.states[p]]
+            for (name, *_), read in zip(self.states[1:], self.links, strict=True)
+            if is_sum(name)
+        }
 
     def join(self, rows: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
         """Put the rows of one pass into the states of the chain."""
@@ -564,10 +568,8 @@ def make_plan(
     names = tuple(_called(group, by_name, inputs) for group in states)
     plan = Plan(states, names, links, forms, ())
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
-    widths = [
-        min(max_dim, sum(forms[r.name].width(r.tensor) for r in records if r.name in group))
-        for group in states
-    ]
+    width = {record.name: forms[record.name].width(record.tensor) for record in records}
+    widths = [min(max_dim, sum(width[name] for name in group)) for group in states]
     cut = tuple(
         _nearest(read, most, widths, _MOST_READ * max_dim)
         for read, most in zip(links, limits, strict=False)
