@@ -113,7 +113,8 @@ class Measurement(Accumulator):
         # and whether any other differs from it.
         self._varying = frozenset(varying)
         self._alike: dict[str, tuple[Tensor, Tensor]] = {}
-        # By sum, how far its values may be off by rounding, as a share of the largest of them.
+        # By sum, and output that may be one, how far its values may be off by rounding, as a share of
+        # the largest of them.
         self._roundings: dict[str, float] = {}
         # By sum that functions take, what its parts are weighed with, as the first pass showed.
         self._unseen: dict[str, Tensor] = {}
@@ -380,7 +381,7 @@ class Measurement(Accumulator):
             parts = [part for part in map(rows.get, group) if part is not None]
             if len(group) > 1 and len(parts) == len(group):
                 self.joined[name] = tuple(part.shape[1] for part in parts)
-        self._roundings = {r.name: _rounding(r) for r in records if is_sum(r.name)}
+        self._roundings = {r.name: _rounding(r) for r in records if is_sum(r.name) or r.name == OUTPUT}
         self._work = self._work_of(records) / max(
             1, *(len(block) for block in rows.values() if block is not None)
         )

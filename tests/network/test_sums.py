@@ -567,6 +567,20 @@ def test_a_sum_that_is_returned_ends_the_chain():
     assert report.credit == pytest.approx([math.log(2) / 2, 0], abs=1e-9)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_the_operator_of_a_sum_that_is_returned_is_known_too(weight: float) -> None:
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(WIDTH, WIDTH) for name in ("stem", "branch")}
+    net = wired(lambda m, x: (a := m.stem(x)) + weight * m.branch(a), **layers).double().eval()
+    report = credit_report(net, samples())
+    slope = np.eye(WIDTH) + weight * net.branch.weight.detach().numpy().T
+    expected = [oracles.log_volume(slope) / WIDTH, math.log(weight), 0]
+    assert report.components == ("stem", "branch", "output")
+    assert report.credit == pytest.approx(expected, abs=1e-9)
+    assert report.stable.all()
+    assert not drift(report, net, samples(seed=1)).changed.any()
+
+
 def test_sums_and_what_one_of_them_became_are_told_from_what_mixes():
     flow = DataFlow(origins=True)
     a, b = torch.randn(4, 3), torch.randn(4, 3)
