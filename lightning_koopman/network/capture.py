@@ -635,8 +635,8 @@ class Capture:
 
     def _on_function(self, tensor: Tensor, function: str) -> None:
         """Record a sum of states that a function takes; only first passes show these."""
-        # Losses take what the network returned.
-        is_inside = self._nested or (self._around and not self._called)
+        # Of a step that goes on with what the network returned, as losses do, nothing is a state.
+        is_inside = self._nested or self._around
         if self._closed or self._running or not is_inside:
             return
         call = self._functions.get(function, 0)

@@ -142,6 +142,43 @@ def test_drift_knows_the_sum_again_and_tells_a_change_before_it():
     assert drift(report, broken, samples(seed=1)).culprit == "blocks.1.0"
 
 
+@pytest.mark.parametrize("behind", [lambda x: x.log_softmax(-1), lambda x: F.relu(x).mean(1)])
+def test_a_function_around_what_holds_all_components_takes_a_sum_as_one_inside_does(behind: Any) -> None:
+    def whole(m: Any, x: Tensor) -> Tensor:
+        return (h := m.stem(x)) + m.branch(h)
+
+    torch.manual_seed(0)
+    parts = {"stem": nn.Linear(WIDTH, WIDTH), "branch": nn.Linear(WIDTH, WIDTH)}
+    around = wired(lambda m, x: behind(m.net(x)), net=wired(whole, **parts)).double().eval()
+    inside = wired(lambda m, x: behind(whole(m, x)), **parts).double().eval()
+    found, known = (credit_report(net, samples()) for net in (around, inside))
+    assert found.components == ("net.stem", "net.branch", "output")
+    assert found.credit == pytest.approx(known.credit, abs=1e-9)
+    assert len([name for name in found.reads if "()" in name]) == 1
+
+
+def test_a_network_that_runs_the_layers_of_a_stack_itself_has_sums_of_functions_too():
+    def run(m: Any, x: Tensor) -> Tensor:
+        for i, layer in enumerate(m.stack):
+            x = F.relu(m.whole(x + layer(x)) if m.named else x + layer(x)) if i else layer(x)
+        return x
+
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+    net = wired(run, stack=stack, whole=Whole()).double().eval()
+    net.named = False
+    found = credit_report(net, samples())
+    assert [name for name in found.reads if "()" in name] == ["sum into relu()", "sum into relu()#1"]
+    net.named = True
+    known = credit_report(net, samples())
+    assert found.credit == pytest.approx(known.credit, abs=1e-9)
+
+
+def test_a_view_that_is_not_all_of_a_sum_is_read_as_its_parts():
+    report = credit_report(network(lambda m, x: m.conv(x[:, 1:].transpose(1, 2))), samples())
+    assert set(report.reads["conv"]) == {"blocks.2.0", "sum into blocks.2"}
+
+
 def test_nothing_of_what_runs_inside_a_component_is_such_a_sum():
     class Block(nn.Module):
         def __init__(self) -> None:
