@@ -68,6 +68,7 @@ FUNCTIONS: dict[str, Run] = {
     "weights of its own": lambda m, x: x @ m.head.weight.T,
     "bent": lambda m, x: m.head(F.gelu(x)),
     "bent in place": lambda m, x: m.head(F.relu(x, inplace=True)),
+    "beside what it holds": lambda m, x: m.head((x + m.stem.bias).mean(dim=1)),
     "a norm": lambda m, x: m.head(F.layer_norm(x, (WIDTH,))),
     "twice": lambda m, x: m.head(x.mean(dim=1)) + m.head(x.amax(dim=1)),
     "a gate": lambda m, x: m.head(x * torch.sigmoid(x.mean(dim=1, keepdim=True))),
@@ -172,6 +173,13 @@ def test_a_network_that_runs_the_layers_of_a_stack_itself_has_sums_of_functions_
     net.named = True
     known = credit_report(net, samples())
     assert found.credit == pytest.approx(known.credit, abs=1e-9)
+
+
+@pytest.mark.parametrize(("function", "taker"), [("turned", "conv"), ("flattened", "flat")])
+def test_a_sum_has_the_name_of_what_takes_it_not_of_a_view(function: str, taker: str) -> None:
+    report = credit_report(network(FUNCTIONS[function]), samples())
+    assert report.reads[taker] == (f"sum into {taker}",)
+    assert not any("()" in name for name in report.reads)
 
 
 def test_a_view_that_is_not_all_of_a_sum_is_read_as_its_parts():
