@@ -71,6 +71,9 @@ FUNCTIONS: dict[str, Run] = {
     "a norm": lambda m, x: m.head(F.layer_norm(x, (WIDTH,))),
     "twice": lambda m, x: m.head(x.mean(dim=1)) + m.head(x.amax(dim=1)),
     "a gate": lambda m, x: m.head(x * torch.sigmoid(x.mean(dim=1, keepdim=True))),
+    "weighed by a number": lambda m, x: m.head(x * torch.sigmoid(1.702 * x)),
+    "of both signs": lambda m, x: m.head(F.relu(-x) + F.relu(x - 1) + F.relu(x + 1)),
+    "attention": lambda m, x: m.head(F.scaled_dot_product_attention(x, x, x)),
     "returned": lambda m, x: x.mean(dim=1),
 }
 
@@ -91,6 +94,20 @@ def test_the_credit_of_a_last_branch_is_that_of_the_weights_behind_it():
     report = credit_report(network(mean, linear=True), samples(), options=Options(max_dim=48))
     behind = np.kron(network(mean).head.weight.detach().numpy().T, np.full((LENGTH, 1), 1 / LENGTH))
     assert report["blocks.2.0"].credit == pytest.approx(oracles.log_volume(behind) / 3, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.head(torch.eye(WIDTH).to(x)[(10 * x).long() % WIDTH][:, :, 0]),
+        lambda m, x: m.head(torch.exp(1j * x).real),
+    ],
+    ids=["integers", "complex"],
+)
+def test_what_holds_no_real_numbers_is_no_sum(run: Run):
+    report = credit_report(network(run), samples())
+    assert set(report.reads["head"]) == {"blocks.2.0", "sum into blocks.2"}
+    assert np.isfinite(report.credit).all()
 
 
 def test_branches_that_a_number_weighs_are_weighed_by_it():
