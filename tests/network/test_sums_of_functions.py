@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_koopman import Options, credit_report, drift
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.measurement.processes import agreed
 
 LENGTH, WIDTH = 6, 8
 
@@ -126,9 +127,37 @@ def test_a_sum_that_later_passes_may_weigh_otherwise_is_read_as_its_parts():
     assert not any("()" in name for name in report.reads)
 
 
-def test_of_batches_of_one_sample_it_is_read_as_its_parts():
-    report = credit_report(network(mean), samples(count=260, size=1))
-    assert set(report.reads["head"]) == {"blocks.2.0", "sum into blocks.2"}
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_first_batch_of_few_samples_tells_it_as_well(first: int, weight: float):
+    batches = [*samples(count=first, size=first), *samples(seed=1)]
+    found, known = (credit_report(network(mean, weight=weight, whole=w), batches) for w in (False, True))
+    assert found.reads["head"] == ("sum into mean()",)
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+
+
+def test_batches_of_one_sample_tell_it():
+    singles = samples(count=260, size=1)
+    found, known = (credit_report(network(mean, whole=whole), singles) for whole in (False, True))
+    assert found.reads["head"] == ("sum into mean()",)
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+
+
+def test_a_single_sample_makes_no_sum_of_what_positions_weigh():
+    places = torch.arange(LENGTH)[:, None]
+    net = network(lambda m, x: m.head((x + places * m.blocks[0](x)).amax(dim=1)))
+    report = credit_report(net, samples(count=260, size=1))
+    assert set(report.reads["head"]) == {"blocks.0.0#1", "sum into blocks.0#1"}
+
+
+def test_processes_agree_whatever_their_first_batches_hold():
+    shares = []
+    for size in (200, 1, 4):
+        net = network(mean, weight=0.3)
+        measurement = Measurement(net)
+        measurement.run(net, samples(count=260, size=size))
+        shares.append(measurement.share())
+    assert "sum into mean()" in agreed(shares).chain.names
 
 
 def test_each_measurement_of_a_training_adds_up_anew():
