@@ -112,7 +112,7 @@ def weights_in(own: Tensor, parts: Sequence[Tensor], rounding: float) -> Tensor 
     if known.tells:
         return known.weights
     known, size = AddedUp(rounding), max(_FIRST_COMPARED, own.numel() // _FIRST_COMPARED)
-    blocks = [block.reshape(-1, 1).split(size) for block in (own, *parts)]
+    blocks = [torch.split(block.reshape(-1, 1), size) for block in (own, *parts)]
     for values, *others in zip(*blocks, strict=True):
         known.see(values, others)
     return known.weights

@@ -288,16 +288,19 @@ class DataFlow:
         """Check whether each of a tensor's rows met all of as many others in what it was made of."""
         return len(tensor) in self._paired.get(address_of(tensor), ())
 
-    @_kept_out_of_the_pass(False)
-    def is_sum(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is a sum of what was labelled, or what became of such a sum alone."""
-        return address_of(tensor) in self._sums and is_all_of_memory(tensor)
+    @_kept_out_of_the_pass()
+    def sum_in(self, tensor: Tensor) -> int | None:
+        """Find which sum of what was labelled, or what became of such a sum alone, a tensor is, if any.
+
+        It is the same one where numbers alone weigh or shift it.
+        """
+        return self._sums.get(address_of(tensor)) if is_all_of_memory(tensor) else None
 
     @_kept_out_of_the_pass()
     def label_sum(self, tensor: Tensor, name: str) -> None:
         """Replace the labels of a sum, and of what is the same but for numbers, by one."""
         self.label(tensor, name)
-        number = self._sums.get(address_of(tensor))
+        number = self.sum_in(tensor)
         for address, other in self._sums.items():
             if other == number and address not in self._parts:
                 self._labels[address] = frozenset({name})
@@ -404,7 +407,7 @@ class DataFlow:
         if name in _LINEAR or name in _SHAPE_ONLY or _is_view(func):
             return
         for tensor in _flat((*args, *kwargs.values())):
-            if self.is_sum(tensor):
+            if self.sum_in(tensor) is not None:
                 show(tensor, name)
 
     def _note_sum(
@@ -910,10 +913,9 @@ class Provenance:
         """Forget the pass before."""
         self._batch = batch
         self._claimed: dict[str, str] = {}
-        # By sum that is a state, the states that it was made of; and where such sums are in memory, with
-        # what was written there in place by then.
+        # By sum that is a state, the states that it was made of; and which of the flow's sums these are.
         self._sums: dict[str, frozenset[str]] = {}
-        self._marked: dict[int, frozenset[str]] = {}
+        self._marked: set[int | None] = set()
         self._taken: set[str] = set()
         self._inputs: set[str] = set()
         self.idle: set[str] = set()
@@ -1023,17 +1025,15 @@ class Provenance:
         return _NOTHING.union(*(self._sums.get(name, {name}) for name in names))
 
     def is_sum(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is a sum, see :meth:`DataFlow.is_sum`, and no state as it is."""
-        if self._flow is None or not self._flow.is_sum(tensor):
-            return False
-        known = self._marked.get(address_of(tensor))
-        return known is None or known != self._flow.writes(tensor)
+        """Check whether a tensor is a sum, see :meth:`DataFlow.sum_in`, that is no state yet."""
+        found = None if self._flow is None else self._flow.sum_in(tensor)
+        return found is not None and found not in self._marked
 
     def mark_sum(self, tensor: Tensor, name: str, made_of: frozenset[str]) -> None:
         """Let a sum of states count as a state itself."""
         if self._flow is not None:
             self._sums[name] = self._taken_apart(made_of)
-            self._marked[address_of(tensor)] = self._flow.writes(tensor)
+            self._marked.add(self._flow.sum_in(tensor))
             self._flow.label_sum(tensor, name)
 
     def exactly(self, value: Any) -> frozenset[str] | None:

@@ -127,6 +127,16 @@ def test_a_sum_that_later_passes_may_weigh_otherwise_is_read_as_its_parts():
     assert not any("()" in name for name in report.reads)
 
 
+def test_a_sum_that_numbers_weigh_is_no_further_state():
+    def run(m: Any, x: Tensor) -> Tensor:
+        twice = 2 * x
+        bent = torch.tanh(m.blocks[0](twice)) + torch.sigmoid(x / 2) + twice
+        return m.head(bent.amax(dim=1))
+
+    reads = credit_report(network(run), samples()).reads
+    assert reads["head"] == ("blocks.0.0#1", "sum into blocks.0#1")
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 @pytest.mark.parametrize("first", [1, 4])
 def test_a_first_batch_of_few_samples_tells_it_as_well(first: int, weight: float):
