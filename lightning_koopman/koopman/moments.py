@@ -246,6 +246,11 @@ _LEAST_VARIANCE = 1e-290
 # What is below cannot be told from its share of 1e-12 without underflow.
 
 
+_FEW_STATES = 6
+# Of more that are read side by side, as in dense networks, each pair is asked for by many steps, and is
+# small: to compute it takes longer than to keep it.
+
+
 @dataclass(frozen=True)
 class Covariances:
     """Means and covariances of a chain of states over some of the samples, or over those of each fold.
@@ -293,8 +298,20 @@ class Covariances:
         """Return the covariance of some states side by side."""
         if len(states) == 1:
             return self[states[0], states[0]]
-        rows = [torch.cat([self[p, q] for q in states], dim=-1) for p in states]
+        block = self._kept if len(states) > _FEW_STATES else self.__getitem__
+        rows = [torch.cat([block((p, q)) for q in states], dim=-1) for p in states]
         return torch.cat(rows, dim=-2)
+
+    def _kept(self, pair: tuple[int, int]) -> Tensor:
+        """Return a block that nobody writes to, which is computed once."""
+        i, j = sorted(pair)
+        if (i, j) not in self._known:
+            self._known[i, j] = self[i, j]
+        return self._known[i, j] if pair == (i, j) else self._known[i, j].mT
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], Tensor]:
+        return {}
 
     def across(self, states: Sequence[int], i: int) -> Tensor:
         """Return the cross-covariance of some states side by side with another."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
-from lightning_koopman.measurement.added_up import EXACT, AddedUp
+from lightning_koopman.measurement.added_up import EXACT, AddedUp, weights_in
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, hint, is_leaf, matching
@@ -424,9 +424,7 @@ class Measurement(Accumulator):
         own, parts = rows[record.name], [rows[part] for part in self.plan.sums[record.name]]
         if own is None or any(part is None or part.shape != own.shape for part in parts):
             return None
-        known = AddedUp(_rounding(record))
-        known.see(own, [part for part in parts if part is not None])
-        weights = known.weights
+        weights = weights_in(own, [part for part in parts if part is not None], _rounding(record))
         changes = record.holds_own and weights is not None and bool((weights != 1).any())
         return None if weights is None or changes else weights.to(own)
 

@@ -637,7 +637,7 @@ class Capture:
         """Record a sum of states that a function takes; only first passes show these."""
         # Of a step that goes on with what the network returned, as losses do, nothing is a state.
         is_inside = self._nested or self._around
-        if self._closed or self._running or not is_inside:
+        if self._closed or self._running or not (is_inside and is_real(tensor)):
             return
         call = self._functions.get(function, 0)
         self._functions[function] = call + 1

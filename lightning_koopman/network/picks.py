@@ -26,6 +26,12 @@ from lightning_koopman.network.tensors import (
     view_of_memory,
 )
 
+# These put other positions in the place of each, or make it of several, along the axis that they name.
+_ALONG_AXIS = frozenset({
+    *("flip", "roll", "sort", "topk", "_softmax", "_log_softmax", "_fft_r2c", "_fft_c2r", "_fft_c2c"),
+    *("cumsum", "cumprod", "cummax", "cummin", "_cummax_helper", "_cummin_helper", "logcumsumexp"),
+})
+
 
 class PickedPositions:
     """What was picked of which states, for all tensors of one pass, by their memory, as views share it.
@@ -39,6 +45,8 @@ class PickedPositions:
         self._keep = keep
         # Views have picks of their own, beside those of all of the memory.
         self._of: dict[int, dict[Any, Picks]] = {}
+        # Of which states memory holds other positions than theirs, with the number of these.
+        self._moved: dict[int, frozenset[tuple[str, int]]] = {}
 
     def of(self, tensor: Tensor) -> Picks:
         """Return what a tensor holds one position of."""
@@ -51,12 +59,14 @@ class PickedPositions:
     ) -> None:
         """Pass on what was picked from what an operator read, of ``known`` labels, to what it wrote."""
         plain = name.removesuffix("_")
+        moved = self._follow_moves(plain, args, reads, known, out)
         pick = _picked(plain, args, out)
         if pick is None and not self._of:
             return
         told: Picks
         if pick is not None:
-            told = dict.fromkeys(known[0], pick) | dict(self.of(reads[0]))
+            told = {n: pick._replace(is_moved=(n, pick.size) in moved) for n in known[0]}
+            told |= self.of(reads[0])
         else:
             told = self._joined(reads, known)
         places = {address_of(tensor) for tensor in reads}
@@ -68,6 +78,21 @@ class PickedPositions:
             before = self._of.get(address, {}) if is_part else {}
             self._of[address] = {**before, view_of_memory(tensor) if is_part else None: told}
             self._keep(tensor)
+
+    def _follow_moves(
+        self, name: str, args: Sequence[Any], reads: Sequence[Tensor], known: Any, out: Any
+    ) -> frozenset[tuple[str, int]]:
+        """Pass on of which states positions were moved, or met, and of how many."""
+        sizes = _moving(name, args, sum(map(bool, known)))
+        if not (sizes or self._moved):
+            return frozenset()
+        moved = frozenset[tuple[str, int]]().union(*(self._moved.get(address_of(t), ()) for t in reads))
+        moved |= {(label, size) for labels in known for label in labels for size in sizes}
+        for tensor in all_tensors(out):
+            if (address := address_of(tensor)) and (moved or address in self._moved):
+                self._moved[address] = moved
+                self._keep(tensor)
+        return moved
 
     def _joined(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> Picks:
         """Return what was picked of each state, in all that is made of it."""
@@ -82,6 +107,23 @@ class PickedPositions:
             if len(found) == 1 and (pick := found.pop()) is not None:
                 joined[label] = pick
         return joined
+
+
+def _moving(name: str, args: Sequence[Any], n_data: int) -> Sequence[int]:
+    """Return the sizes of the axes along which an operator moves positions, or lets them meet."""
+    source = next((arg for arg in args if isinstance(arg, Tensor) and not arg.is_nested), None)
+    if source is None or source.ndim < 2:
+        return ()
+    if name == "convolution" or "_pool" in name:
+        return source.shape[2:]
+    if name.startswith("_scaled_dot_product") or (name in ("bmm", "baddbmm") and n_data > 1):
+        return source.shape[-2:-1]
+    if name in _ALONG_AXIS:
+        place = 2 if name in ("roll", "topk") else 1
+        axes = args[place] if len(args) > place else range(source.ndim)
+        axes = [axes] if isinstance(axes, int) else axes
+        return [source.shape[axis] for axis in axes if not isinstance(axis, bool)]
+    return ()
 
 
 def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:
@@ -150,8 +192,9 @@ def keeping_picked(
     """Keep the position that a network goes on with alone, as of a class token.
 
     What is picked of is that position, unless it is ``read`` otherwise as well. States before it that
-    have as many positions, and are too wide to be kept whole, keep it behind the others, which attention
-    or recurrence bring to it. One that differs by sample is kept if it is the last ``valid`` one.
+    have as many positions, or that functions mixed before it was picked, keep it behind the others if
+    they are too wide to be kept whole. One that differs by sample is kept if it is the last ``valid``
+    one.
     """
     known = {record.name: record for record in records if record.name in forms}
     readers: dict[str, list[Recorded]] = {name: [] for name in known}
@@ -183,7 +226,19 @@ def keeping_picked(
         pick = found.pop() if len(found) == 1 else None
         if name not in read and pick is not None and is_of(pick, name):
             picked[name] = pick
-    kept = {name: _with_pick(forms[name], pick, is_alone=True) for name, pick in picked.items()}
+    kept = dict[str, RowForm]()
+
+    def keep_beside(name: str) -> None:
+        """Keep a position behind the others, where these are pooled."""
+        if by_sample(known[name].tensor, forms[name])[0].numel() > max_dim:
+            grid = (min(*forms[name].grid, picked[name].size - 1),)
+            kept[name] = _with_pick(replace(forms[name], grid=grid), picked[name])
+
+    for name, pick in picked.items():
+        if pick.is_moved:
+            keep_beside(name)
+        else:
+            kept[name] = _with_pick(forms[name], pick, is_alone=True)
     left, seen = [*picked], {*picked}
     while left:
         name = left.pop()
@@ -193,9 +248,7 @@ def keeping_picked(
                 seen.add(source)
                 left.append(source)
                 picked[source] = picked[name]
-                if by_sample(known[source].tensor, forms[source])[0].numel() > max_dim:
-                    grid = (min(*forms[source].grid, size - 1),)
-                    kept[source] = _with_pick(replace(forms[source], grid=grid), picked[name])
+                keep_beside(source)
     return {**forms, **kept}
 
 

@@ -71,11 +71,11 @@ _GO_ON = frozenset({
     *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })
 
+# These may weigh or shift what they read by numbers, and no more.
+_BY_NUMBERS = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"})
+
 # These add up, weigh or shut out what they read, so that a sum may go on behind them.
-_LINEAR = frozenset({
-    *("add", "sub", "rsub", "mul", "div", "neg", "clone", "_to_copy"),
-    *("masked_fill", "where", "index_put", "_index_put_impl"),
-})
+_LINEAR = _BY_NUMBERS | {"masked_fill", "where", "index_put", "_index_put_impl"}
 
 # These add up two tensors, of which they read the first as it is.
 _ADD = frozenset({"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"})
@@ -170,8 +170,10 @@ class DataFlow:
         self._alive: dict[int, Any] = {}
         # Memory that held one value all over before an operator wrote to it.
         self._blank: set[int] = set()
-        # Memory that holds a sum of what labels stand for, or what became of one alone.
-        self._sums: set[int] = set()
+        # Memory that holds a sum of what labels stand for, or what became of one alone, by its address;
+        # of one number where it is the same sum, but for numbers that it was weighed or shifted by.
+        self._sums: dict[int, int] = {}
+        self._numbers = itertools.count()
         self._axes = BatchAxes(self._keep_address)
         self._positions: dict[int, BatchAxes] = {}
         self._picks = PickedPositions(self._keep_address)
@@ -286,10 +288,22 @@ class DataFlow:
         """Check whether each of a tensor's rows met all of as many others in what it was made of."""
         return len(tensor) in self._paired.get(address_of(tensor), ())
 
-    @_kept_out_of_the_pass(False)
-    def is_sum(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is a sum of what was labelled, or what became of such a sum alone."""
-        return address_of(tensor) in self._sums and is_all_of_memory(tensor)
+    @_kept_out_of_the_pass()
+    def sum_in(self, tensor: Tensor) -> int | None:
+        """Find which sum of what was labelled, or what became of such a sum alone, a tensor is, if any.
+
+        It is the same one where numbers alone weigh or shift it.
+        """
+        return self._sums.get(address_of(tensor)) if is_all_of_memory(tensor) else None
+
+    @_kept_out_of_the_pass()
+    def label_sum(self, tensor: Tensor, name: str) -> None:
+        """Replace the labels of a sum, and of what is the same but for numbers, by one."""
+        self.label(tensor, name)
+        number = self.sum_in(tensor)
+        for address, other in self._sums.items():
+            if other == number and address not in self._parts:
+                self._labels[address] = frozenset({name})
 
     def _is_data(self, tensor: Tensor) -> bool:
         return not self._held(tensor) <= _ORIGINS
@@ -393,7 +407,7 @@ class DataFlow:
         if name in _LINEAR or name in _SHAPE_ONLY or _is_view(func):
             return
         for tensor in _flat((*args, *kwargs.values())):
-            if self.is_sum(tensor):
+            if self.sum_in(tensor) is not None:
                 show(tensor, name)
 
     def _note_sum(
@@ -410,19 +424,21 @@ class DataFlow:
         # A norm that is written out multiplies a sum by what it made of this one alone.
         alone = len({of for _, of in data}) == 1
         goes_on = alone and (torch.Tag.pointwise in func.tags or name.rstrip("_") in _GO_ON)
-        is_sum = goes_on and any(address in self._sums for address, _ in data)
+        before = [self._sums[address] for address, _ in data if address in self._sums]
+        is_sum = goes_on and bool(before)
+        is_same = is_sum and name.rstrip("_") in _BY_NUMBERS and all(t.numel() < 2 for t in reads[1:])
         is_sum |= name.rstrip("_") in _ADD and len(data) == 2 and bool(known[0])
         if name in ("sum", "mean"):
             # Of what was stacked, or written side by side, along one axis.
             is_sum = args[0].ndim == out.ndim + 1 and any(len(of) > 1 for _, of in data)
         for written in _flat([out]):
             if is_sum and is_all_of_memory(written) and (address := address_of(written)):
-                self._sums.add(address)
+                self._sums[address] = before[0] if is_same else next(self._numbers)
                 self._keep_address(written, address)
                 # Of what a norm gives beside, nothing goes on.
                 break
             if func._schema.is_mutable:
-                self._sums.discard(address_of(written))
+                self._sums.pop(address_of(written), None)
 
     def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
         found: dict[int, tuple[int, ...]] = {}
@@ -897,10 +913,9 @@ class Provenance:
         """Forget the pass before."""
         self._batch = batch
         self._claimed: dict[str, str] = {}
-        # By sum that is a state, the states that it was made of; and where such sums are in memory, with
-        # what was written there in place by then.
+        # By sum that is a state, the states that it was made of; and which of the flow's sums these are.
         self._sums: dict[str, frozenset[str]] = {}
-        self._marked: dict[int, frozenset[str]] = {}
+        self._marked: set[int | None] = set()
         self._taken: set[str] = set()
         self._inputs: set[str] = set()
         self.idle: set[str] = set()
@@ -1010,18 +1025,16 @@ class Provenance:
         return _NOTHING.union(*(self._sums.get(name, {name}) for name in names))
 
     def is_sum(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is a sum, see :meth:`DataFlow.is_sum`, and no state as it is."""
-        if self._flow is None or not self._flow.is_sum(tensor):
-            return False
-        known = self._marked.get(address_of(tensor))
-        return known is None or known != self._flow.writes(tensor)
+        """Check whether a tensor is a sum, see :meth:`DataFlow.sum_in`, that is no state yet."""
+        found = None if self._flow is None else self._flow.sum_in(tensor)
+        return found is not None and found not in self._marked
 
     def mark_sum(self, tensor: Tensor, name: str, made_of: frozenset[str]) -> None:
         """Let a sum of states count as a state itself."""
         if self._flow is not None:
             self._sums[name] = self._taken_apart(made_of)
-            self._marked[address_of(tensor)] = self._flow.writes(tensor)
-            self._flow.label(tensor, name)
+            self._marked.add(self._flow.sum_in(tensor))
+            self._flow.label_sum(tensor, name)
 
     def exactly(self, value: Any) -> frozenset[str] | None:
         """Find which states a value was computed from, ``None`` where some of it is not known."""

@@ -50,6 +50,7 @@ class Pick(NamedTuple):
         by_data: Whether a tensor says which one, as of sequences of differing length.
         places: Which one it is of each sample, where they differ; it is then the last that holds data if
             that is what the batch says.
+        is_moved: Whether functions put other positions in its place before, or made it of several.
     """
 
     axis: int
@@ -57,6 +58,7 @@ class Pick(NamedTuple):
     is_last: bool
     by_data: bool
     places: tuple[int, ...] = ()
+    is_moved: bool = False
 
 
 Picks = Mapping[str, Pick]

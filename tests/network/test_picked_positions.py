@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from torch import Tensor, nn
@@ -252,3 +253,40 @@ def test_states_before_that_are_small_enough_stay_whole() -> None:
     report = credit_report(net, x.split(100), options=Options(max_dim=MAX_DIM))
     assert report.widths == (24, 6, 3)
     assert report.r2[-1] == pytest.approx(1, abs=1e-6)
+
+
+MOVING: dict[str, Callable[[Tensor], Tensor]] = {
+    "reversed": lambda h: h.flip(1)[:, 0],
+    "rolled": lambda h: h.roll(1, dims=1)[:, 0],
+    "added up": lambda h: h.cumsum(dim=1)[:, -1],
+    "convolved": lambda h: F.conv1d(h.mT, torch.ones(6, 1, 3).to(h), padding=1, groups=6).mT[:, 0],
+    "averaged": lambda h: F.avg_pool1d(h.mT, 3, 1, 1).mT[:, 0],
+    "transformed": lambda h: torch.fft.rfft(h, dim=1).real[:, 0],
+}
+
+
+@pytest.mark.parametrize("moving", MOVING)
+def test_of_what_functions_moved_other_positions_count_than_the_one_picked(moving: str):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(MOVING[moving](self.a(x)))
+
+    torch.manual_seed(0)
+    net = Net().double()
+    x = torch.randn(600, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    report = credit_report(net, x.split(100))
+    behind = torch.func.jacrev(lambda h: net.head(MOVING[moving](h[None]))[0])(x[0]).flatten(1)
+    assert report["a"].chain_r2 == pytest.approx(1)
+    assert report["a"].credit == pytest.approx(
+        oracles.log_volume(behind.detach().numpy().T) / 3, abs=1e-6
+    )
+
+
+def test_attention_by_a_function_lets_all_positions_count():
+    torch.manual_seed(0)
+    net = Mixing(lambda h: F.scaled_dot_product_attention(h, h, h)[:, 0])
+    assert report_of(net).widths[-2] == MAX_DIM

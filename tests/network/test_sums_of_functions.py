@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lightning_koopman import Options, credit_report, drift
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.measurement.processes import agreed
 
 LENGTH, WIDTH = 6, 8
 
@@ -72,6 +73,9 @@ FUNCTIONS: dict[str, Run] = {
     "a norm": lambda m, x: m.head(F.layer_norm(x, (WIDTH,))),
     "twice": lambda m, x: m.head(x.mean(dim=1)) + m.head(x.amax(dim=1)),
     "a gate": lambda m, x: m.head(x * torch.sigmoid(x.mean(dim=1, keepdim=True))),
+    "weighed by a number": lambda m, x: m.head(x * torch.sigmoid(1.702 * x)),
+    "of both signs": lambda m, x: m.head(F.relu(-x) + F.relu(x - 1) + F.relu(x + 1)),
+    "attention": lambda m, x: m.head(F.scaled_dot_product_attention(x, x, x)),
     "returned": lambda m, x: x.mean(dim=1),
 }
 
@@ -94,6 +98,20 @@ def test_the_credit_of_a_last_branch_is_that_of_the_weights_behind_it():
     assert report["blocks.2.0"].credit == pytest.approx(oracles.log_volume(behind) / 3, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.head(torch.eye(WIDTH).to(x)[(10 * x).long() % WIDTH][:, :, 0]),
+        lambda m, x: m.head(torch.exp(1j * x).real),
+    ],
+    ids=["integers", "complex"],
+)
+def test_what_holds_no_real_numbers_is_no_sum(run: Run):
+    report = credit_report(network(run), samples())
+    assert set(report.reads["head"]) == {"blocks.2.0", "sum into blocks.2"}
+    assert np.isfinite(report.credit).all()
+
+
 def test_branches_that_a_number_weighs_are_weighed_by_it():
     run = FUNCTIONS["bent"]
     found, known = (credit_report(network(run, weight=0.3, whole=w), samples()) for w in (False, True))
@@ -110,9 +128,47 @@ def test_a_sum_that_later_passes_may_weigh_otherwise_is_read_as_its_parts():
     assert not any("()" in name for name in report.reads)
 
 
-def test_of_batches_of_one_sample_it_is_read_as_its_parts():
-    report = credit_report(network(mean), samples(count=260, size=1))
-    assert set(report.reads["head"]) == {"blocks.2.0", "sum into blocks.2"}
+def test_a_sum_that_numbers_weigh_is_no_further_state():
+    def run(m: Any, x: Tensor) -> Tensor:
+        twice = 2 * x
+        bent = torch.tanh(m.blocks[0](twice)) + torch.sigmoid(x / 2) + twice
+        return m.head(bent.amax(dim=1))
+
+    reads = credit_report(network(run), samples()).reads
+    assert reads["head"] == ("blocks.0.0#1", "sum into blocks.0#1")
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+@pytest.mark.parametrize("first", [1, 4])
+def test_a_first_batch_of_few_samples_tells_it_as_well(first: int, weight: float):
+    batches = [*samples(count=first, size=first), *samples(seed=1)]
+    found, known = (credit_report(network(mean, weight=weight, whole=w), batches) for w in (False, True))
+    assert found.reads["head"] == ("sum into mean()",)
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+
+
+def test_batches_of_one_sample_tell_it():
+    singles = samples(count=260, size=1)
+    found, known = (credit_report(network(mean, whole=whole), singles) for whole in (False, True))
+    assert found.reads["head"] == ("sum into mean()",)
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+
+
+def test_a_single_sample_makes_no_sum_of_what_positions_weigh():
+    places = torch.arange(LENGTH)[:, None]
+    net = network(lambda m, x: m.head((x + places * m.blocks[0](x)).amax(dim=1)))
+    report = credit_report(net, samples(count=260, size=1))
+    assert set(report.reads["head"]) == {"blocks.0.0#1", "sum into blocks.0#1"}
+
+
+def test_processes_agree_whatever_their_first_batches_hold():
+    shares = []
+    for size in (200, 1, 4):
+        net = network(mean, weight=0.3)
+        measurement = Measurement(net)
+        measurement.run(net, samples(count=260, size=size))
+        shares.append(measurement.share())
+    assert "sum into mean()" in agreed(shares).chain.names
 
 
 def test_each_measurement_of_a_training_adds_up_anew():
