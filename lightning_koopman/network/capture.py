@@ -649,7 +649,7 @@ class Capture:
     ) -> bool:
         """Record a sum of states, if it is one and new, and say whether later passes show it, too."""
         made_of = self._provenance.exactly(tensor) or frozenset()
-        parts = [p for p in map(self._states.get, made_of) if isinstance(p, Recorded)]
+        parts = [p for p in map(self._states.get, sorted(made_of)) if isinstance(p, Recorded)]
         if not parts or not self._is_sum(name, tensor, made_of):
             return False
         # Rows are made as those of what was added up.
