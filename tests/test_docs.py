@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import lightning_koopman
@@ -74,3 +75,10 @@ def test_every_message_has_an_entry_in_the_page_of_errors_and_every_entry_a_mess
     assert given - documented == set(), "messages without an entry in docs/errors.md"
     assert documented - given == set(), "entries in docs/errors.md that no code gives any more"
     assert len(documented) == len(entries), "an entry is there twice"
+
+
+def test_the_text_of_the_page_on_speed_is_what_its_benchmark_writes_around_the_figures():
+    page = (DOCS / "speed.md").read_text()
+    text = re.sub(r"(<!-- (?!end)\w+ -->\n).*?(?=<!-- end -->)", r"\1", page, flags=re.DOTALL)
+    known = runpy.run_path(str(DOCS.parent / "benchmarks" / "speed_page.py"))["PAGE"]
+    assert re.sub(r"torch \d\S+\.", "torch <torch>.", text) == known
