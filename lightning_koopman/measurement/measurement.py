@@ -351,7 +351,7 @@ class Measurement(Accumulator):
             )
         self._pooled = pooling_index(records, self.capture.returned.rows, self._batch)
         records = [replace(r, tensor=self._by_sample(r.tensor)) for r in records]
-        self.plan = self._plan_of(records, returned, in_losses)
+        self.plan, rows = self._plan_of(records, returned, in_losses)
         if len(self.plan.states) < 2:
             (name,), why = self.plan.names, "; ".join(self.plan.told())
             self.plan = None
@@ -370,7 +370,8 @@ class Measurement(Accumulator):
         told_by = {self.plan.forms[name].padding for name in self.plan.recorded}
         self._waits_for_lengths = not told_by.isdisjoint(lengths_of(records))
         self._note_masks(records)
-        rows = self._all_rows(records)
+        if not rows or self._followed is not None:
+            rows = self._all_rows(records)
         self._check_reduced(records, rows)
         if self.options.targets is not None:
             self._refuse_mixtures(self.options.targets, records)
@@ -389,8 +390,11 @@ class Measurement(Accumulator):
 
     def _plan_of(
         self, records: list[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
-    ) -> Plan:
-        """Settle the chain; of sums that no later pass shows, with those alone that their parts tell."""
+    ) -> tuple[Plan, dict[str, Tensor | None]]:
+        """Settle the chain, of sums that no later pass shows with those alone that their parts tell.
+
+        Returned are the rows as well, if there are such sums.
+        """
         apart = set[str]()
         while True:
             self.plan = plan = make_plan(
@@ -413,7 +417,7 @@ class Measurement(Accumulator):
             self._unseen = {name: weights for name, weights in found.items() if weights is not None}
             apart |= found.keys() - self._unseen.keys()
             if plan.recorded.isdisjoint(apart):
-                return plan
+                return plan, rows
 
     def _weights_in(self, record: Recorded, rows: Mapping[str, Tensor | None]) -> Tensor | None:
         """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none.

@@ -404,7 +404,7 @@ class DataFlow:
     ) -> None:
         """Show sums that an operator goes on with otherwise than to add or to weigh them."""
         name = func._schema.name.rpartition("::")[2].rstrip("_")
-        if name in _LINEAR or name in _SHAPE_ONLY or _is_view(func):
+        if name in _LINEAR or name in _SHAPE_ONLY or func.is_view:
             return
         for tensor in _flat((*args, *kwargs.values())):
             if self.sum_in(tensor) is not None:
@@ -420,14 +420,15 @@ class DataFlow:
         out: Any,
     ) -> None:
         """Note whether an operator gave a sum of what labels stand for, or went on with one alone."""
+        plain = name.rstrip("_")
         data = [(address_of(t), of) for t, of in zip(reads, known, strict=False) if of]
         # A norm that is written out multiplies a sum by what it made of this one alone.
         alone = len({of for _, of in data}) == 1
-        goes_on = alone and (torch.Tag.pointwise in func.tags or name.rstrip("_") in _GO_ON)
+        goes_on = alone and (torch.Tag.pointwise in func.tags or plain in _GO_ON)
         before = [self._sums[address] for address, _ in data if address in self._sums]
         is_sum = goes_on and bool(before)
-        is_same = is_sum and name.rstrip("_") in _BY_NUMBERS and all(t.numel() < 2 for t in reads[1:])
-        is_sum |= name.rstrip("_") in _ADD and len(data) == 2 and bool(known[0])
+        is_same = is_sum and plain in _BY_NUMBERS and all(t.numel() < 2 for t in reads[1:])
+        is_sum |= plain in _ADD and len(data) == 2 and bool(known[0])
         if name in ("sum", "mean"):
             # Of what was stacked, or written side by side, along one axis.
             is_sum = args[0].ndim == out.ndim + 1 and any(len(of) > 1 for _, of in data)
@@ -808,13 +809,6 @@ def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:
     has_kernel, kinds = torch._C._dispatch_has_kernel_for_dispatch_key, {t.device.type for t in given}
     keys = map(torch._C._dispatch_key_for_device, kinds)
     return all(map(has_places, given)) and not any(has_kernel(func.name(), key) for key in keys)
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_view(func: Any) -> bool:
-    """Check whether what an operator gives is memory that it was given, and nothing is written to it."""
-    returned = [each.alias_info for each in func._schema.returns]
-    return any(alias is not None for alias in returned) and not func._schema.is_mutable
 
 
 @functools.lru_cache(maxsize=1024)

@@ -475,14 +475,15 @@ def test_half_precision_tells_weighed_branches_from_others(scale: float) -> None
         assert found == pytest.approx(known, abs=1e-6)
 
 
-def test_what_a_component_adds_up_within_is_no_state():
+@pytest.mark.parametrize("taker", [nn.LayerNorm(WIDTH), F.gelu])
+def test_what_a_component_adds_up_within_is_no_state(taker: Callable[[Tensor], Tensor]) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.norm, self.lin = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.taker, self.lin = taker, nn.Linear(WIDTH, WIDTH)
 
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.lin(self.norm(a + b))
+            return self.lin(self.taker(a + b))
 
     def run(m: Any, x: Tensor) -> Tensor:
         a = m.stem(x)

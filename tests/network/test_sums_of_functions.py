@@ -241,24 +241,3 @@ def test_a_sum_has_the_name_of_what_takes_it_not_of_a_view(function: str, taker:
 def test_a_view_that_is_not_all_of_a_sum_is_read_as_its_parts():
     report = credit_report(network(lambda m, x: m.conv(x[:, 1:].transpose(1, 2))), samples())
     assert set(report.reads["conv"]) == {"blocks.2.0", "sum into blocks.2"}
-
-
-def test_nothing_of_what_runs_inside_a_component_is_such_a_sum():
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lin = nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return self.lin(F.gelu(a + b))
-
-    def run(m: Any, x: Tensor) -> Tensor:
-        a = m.stem(x)
-        return m.head(m.block(a, m.branch(a)))
-
-    torch.manual_seed(0)
-    parts = {"stem": nn.Linear(WIDTH, WIDTH), "branch": nn.Linear(WIDTH, WIDTH), "block": Block()}
-    net = wired(run, **parts, head=nn.Linear(WIDTH, 3)).double().eval()
-    report = credit_report(net, samples(), components=[*parts, "head"])
-    assert list(report.reads) == list(report.components)
-    assert report.reads["block"] == ("branch", "stem")
