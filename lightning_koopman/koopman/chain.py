@@ -76,11 +76,10 @@ class Split:
         """Return the covariance of what step i reads, and that with what it gives."""
         return self.train.normal_equations(self.layout.parents[i], i)
 
-    def blocks(self, operators: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Cut each step's operator into one block per state that it reads."""
-        widths = [mean.shape[-1] for mean in self.train.means]
-        pairs = zip(operators, self.layout.parents[1:], strict=True)
-        return [torch.split(operator, [widths[p] for p in read], dim=-2) for operator, read in pairs]
+    def blocks(self, i: int, operator: Tensor) -> Sequence[Tensor]:
+        """Cut the operator of step i, or of more behind it, into one block per state that it reads."""
+        widths = [self.train.means[p].shape[-1] for p in self.layout.parents[i]]
+        return torch.split(operator, widths, dim=-2)
 
 
 def split_chain(
@@ -363,16 +362,15 @@ def _squares(split: Split, operators: Sequence[Tensor]) -> Tensor:
     """
     test, last, components = split.test, len(operators), split.layout.components
     totals = [variances.sum(dim=-1).reshape(-1) for variances in test.variances[1:]]
-    cut = split.blocks(operators)
     steps, chain = [], [torch.zeros_like(totals[-1])]
     # ŷ = Σ_p x_p B_p; replacing x_i by its own prediction leads to state i - 1.
     blocks: dict[int, Tensor] = {}
     for i in range(last, 0, -1):
         read = split.layout.parents[i]
         replaced = blocks.pop(i, None)
-        for p, operator in zip(read, cut[i - 1], strict=True):
-            moved = operator if replaced is None else product(operator, replaced)
-            blocks[p] = blocks[p] + moved if p in blocks else moved
+        moved = operators[i - 1] if replaced is None else product(operators[i - 1], replaced)
+        for p, block in zip(read, split.blocks(i, moved), strict=True):
+            blocks[p] = blocks[p] + block if p in blocks else block
         states = list(blocks)
         whole = torch.cat(list(blocks.values()), dim=-2) if len(states) > 1 else blocks[states[0]]
         left: list[list[Tensor]] = [[], []]

@@ -46,8 +46,8 @@ def align_split(
     present = [column for column in columns if column < directions.shape[-1]]
     parents = split.layout.parents[1:]
     blocks = [
-        [step.within_limits(block, p) for block, p in zip(given, read, strict=True)]
-        for step, given, read in zip(steps, split.blocks(operators), parents, strict=True)
+        [step.within_limits(block, p) for block, p in zip(split.blocks(i, matrix), read, strict=True)]
+        for i, (step, matrix, read) in enumerate(zip(steps, operators, parents, strict=True), start=1)
     ]
     return align(blocks, directions[..., present], parents)
 

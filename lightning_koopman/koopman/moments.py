@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+
+_FEW_STATES = 6
+_GROUP_WIDTH = 1536
+# Of more states that are read side by side, as in dense networks, each pair is small and asked for by
+# many steps: to put them side by side for each takes longer than to cut them off what was put so once.
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,35 @@ class Layout:
         kept |= {(p, i) for i, read in enumerate(self.parents) for p in read}
         kept |= {(p, q) for states in self.live for p in states for q in states if p <= q}
         return tuple(sorted(kept))
+
+    @cached_property
+    def _groups(self) -> tuple[tuple[int, ...], ...]:
+        """Join what steps read, of more than a few states, into few groups, each the nearest first."""
+        last = len(self.dims) - 1
+        sets = {tuple(sorted({*states, last}, reverse=True)) for states in self.live}
+        sets |= {(i, *read) for i, read in enumerate(self.parents)}
+        found: list[set[int]] = []
+        # Steps that follow each other read nearly the same, beside what is read of the last state.
+        for states in sorted((s for s in sets if len(s) > _FEW_STATES), key=lambda s: s[::-1]):
+            union = found[-1].union(states) if found else set(states)
+            narrow = sum(self.dims[p] for p in union) <= _GROUP_WIDTH
+            if found and (narrow or len(union) == max(len(found[-1]), len(states))):
+                found[-1] = union
+            else:
+                found.append(set(states))
+        return tuple(tuple(sorted(states, reverse=True)) for states in found)
+
+    def group(self, states: Sequence[int]) -> tuple[int, ...]:
+        """Return the first such group that holds some states; none of a few."""
+        asked = frozenset(states)
+        if asked not in self._group_of:
+            holding = (found for found in self._groups if asked <= set(found))
+            self._group_of[asked] = next(holding, ()) if len(asked) > _FEW_STATES else ()
+        return self._group_of[asked]
+
+    @cached_property
+    def _group_of(self) -> dict[frozenset[int], tuple[int, ...]]:
+        return {}
 
     @cached_property
     def slices(self) -> dict[tuple[int, ...], slice]:
@@ -246,11 +281,6 @@ _LEAST_VARIANCE = 1e-290
 # What is below cannot be told from its share of 1e-12 without underflow.
 
 
-_FEW_STATES = 6
-# Of more that are read side by side, as in dense networks, each pair is asked for by many steps, and is
-# small: to compute it takes longer than to keep it.
-
-
 @dataclass(frozen=True)
 class Covariances:
     """Means and covariances of a chain of states over some of the samples, or over those of each fold.
@@ -298,26 +328,21 @@ class Covariances:
         """Return the covariance of some states side by side."""
         if len(states) == 1:
             return self[states[0], states[0]]
-        block = self._kept if len(states) > _FEW_STATES else self.__getitem__
-        rows = [torch.cat([block((p, q)) for q in states], dim=-1) for p in states]
+        if (found := self._within(states, states)) is not None:
+            return found
+        rows = [torch.cat([self[p, q] for q in states], dim=-1) for p in states]
         return torch.cat(rows, dim=-2)
-
-    def _kept(self, pair: tuple[int, int]) -> Tensor:
-        """Return a block that nobody writes to, which is computed once."""
-        i, j = sorted(pair)
-        if (i, j) not in self._known:
-            self._known[i, j] = self[i, j]
-        return self._known[i, j] if pair == (i, j) else self._known[i, j].mT
-
-    @cached_property
-    def _known(self) -> dict[tuple[int, int], Tensor]:
-        return {}
 
     def across(self, states: Sequence[int], i: int) -> Tensor:
         """Return the cross-covariance of some states side by side with another."""
         if len(states) == 1:
             return self[states[0], i]
+        if (found := self._within(states, (i,))) is not None:
+            return found
         return torch.cat([self[p, i] for p in states], dim=-2)
+
+    def _within(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor | None:
+        return self.blocks.within(rows, columns) if isinstance(self.blocks, _Blocks) else None
 
 
 @dataclass(frozen=True)
@@ -344,6 +369,45 @@ class _Blocks(Mapping[tuple[int, int], Tensor]):
             own if self.about is self.own else tuple(mean[place] for mean in self.about),
             tuple(x if x is None else x[place] for x in self.alive),
         )
+
+    def within(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor | None:
+        """Cut what many states side by side have with others, to read only, off that of their group.
+
+        It is ``None`` of a few.
+        """
+        group = self.layout.group((*rows, *columns))
+        if not group:
+            return None
+        places, start = dict[int, range](), 0
+        for state in group:
+            places[state] = range(start, start := start + self.layout.dims[state])
+        found = self._joint(group)
+        for axis, states in ((-2, rows), (-1, columns)):
+            units = [unit for state in states for unit in places[state]]
+            if units == list(range(units[0], units[-1] + 1)):
+                found = found.narrow(axis, units[0], len(units))
+            else:
+                found = found.index_select(axis, torch.tensor(units, device=found.device))
+        return found
+
+    def _joint(self, group: tuple[int, ...]) -> Tensor:
+        """Return the covariance of a group, NaN where products are not kept; one stays."""
+        if group not in self._joints:
+            self._joints.clear()
+            dims = [self.layout.dims[state] for state in group]
+            joint = self.row.new_full((*self.scale.shape[:-1], sum(dims), sum(dims)), torch.nan)
+            cut = [torch.split(rows, dims, dim=-1) for rows in torch.split(joint, dims, dim=-2)]
+            for (a, i), (b, j) in itertools.combinations_with_replacement(enumerate(group), 2):
+                if (j, i) in self.layout.slices:
+                    cut[b][a].copy_(block := self[j, i])
+                    if a != b:
+                        cut[a][b].copy_(block.mT)
+            self._joints[group] = joint
+        return self._joints[group]
+
+    @cached_property
+    def _joints(self) -> dict[tuple[int, ...], Tensor]:
+        return {}
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.layout.pairs)

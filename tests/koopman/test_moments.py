@@ -62,6 +62,32 @@ def test_wide_states_many_rows_and_an_offset_agree_with_numpy(dtype: torch.dtype
         assert np.allclose(given[i, j].numpy(), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("group_width", [20, 32, 1536])
+@pytest.mark.parametrize("nearest", [8, 12])
+def test_many_states_side_by_side_have_the_covariances_of_numpy(
+    nearest: int, group_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a dense network: each step reads as many states before it as it may, the last one two more.
+    monkeypatch.setattr("lightning_koopman.koopman.moments._GROUP_WIDTH", group_width)
+    dims = (2, 3, 1, 2, 3, 2, 1, 2, 3, 2, 2, 1, 2, 4)
+    links = tuple(tuple(range(max(0, i - nearest), i)) for i in range(1, len(dims)))
+    links = (*links[:-1], (1, *links[-1][1:]))
+    states, folds = chain(90, dims, offset=0.5), torch.arange(90) % 3
+    layout = Layout(dims, 3, 0, links)
+    moments = gathered(layout, states, folds)
+    total, edges = moments.sum(dim=0), np.cumsum([0, *dims])
+    given, values = covariances(layout, total, without=moments), torch.cat(states, dim=1)
+    joints = [torch.cov(values[folds != k].T, correction=0) for k in range(3)]
+    for i, read in enumerate(layout.parents[1:], start=1):
+        units = [unit for p in read for unit in range(edges[p], edges[p + 1])]
+        c_xx, c_xy = given.normal_equations(read, i)
+        c_xz = given.across(read, len(dims) - 1)
+        for k, joint in enumerate(joints):
+            y, z = joint[units, edges[i] : edges[i + 1]], joint[units, edges[-2] :]
+            for found, expected in ((c_xx[k], joint[units][:, units]), (c_xy[k], y), (c_xz[k], z)):
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("about", [None, 0, 2])
 def test_what_is_left_out_and_the_variances_are_those_of_the_samples(about: int | None) -> None:
     states = chain(50, (4, 3, 2), offset=3.0)
