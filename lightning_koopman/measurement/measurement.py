@@ -28,6 +28,7 @@ from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
     OUTPUT,
     Recorded,
+    RowForm,
     by_sample,
     call_of,
     is_sum,
@@ -118,6 +119,10 @@ class Measurement(Accumulator):
         self._roundings: dict[str, float] = {}
         # By sum that functions take, what its parts are weighed with, as the first pass showed.
         self._unseen: dict[str, Tensor] = {}
+        # By part, those of which one position is picked that the part itself holds with others; and its
+        # rows of that position, in this pass.
+        self._picking: dict[str, set[str]] = {}
+        self._picked: dict[tuple[str, str], Tensor] = {}
         # By sum, what tells whether it is the same as what it reads, added up.
         self._added: dict[int, AddedUp] = {}
         self._silent: list[str] | None = None
@@ -129,7 +134,7 @@ class Measurement(Accumulator):
             # The same chain of the same calls, so that equal weights give equal numbers.
             self.capture, self.plan = like.capture, like.plan
             self.apart, self.joined, self._roundings = like.apart, like.joined, like._roundings
-            self._unseen = like._unseen
+            self._unseen, self._picking = like._unseen, like._picking
             self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
         self._followed: Reference | None = None
         self._next_check, self._work = FIRST_CHECK, 0.0
@@ -208,7 +213,7 @@ class Measurement(Accumulator):
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         refuse_without_shape(batch)
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}
-        self._shapes, self._first_shapes = {}, {}
+        self._shapes, self._first_shapes, self._picked = {}, {}, {}
         self.capture.again, self._earlier = _weakly(self._take_again), []
         self._told_by = None
         self.capture.start_pass(batch)
@@ -412,12 +417,29 @@ class Measurement(Accumulator):
                 sums_apart=apart,
             )
             unseen = [record for record in records if record.is_unseen and record.name in plan.sums]
+            self._unseen, self._picking = {}, {}
+            for record in unseen:
+                if plan.forms[record.name].is_alone:
+                    self._pick(record.name, record.name, {other.name for other in unseen})
             rows = self._all_rows(records) if unseen else {}
-            found = {record.name: self._weights_in(record, rows) for record in unseen}
-            self._unseen = {name: weights for name, weights in found.items() if weights is not None}
-            apart |= found.keys() - self._unseen.keys()
+            for record in unseen:
+                weights = self._weights_in(record, rows)
+                if weights is None:
+                    apart.add(record.name)
+                else:
+                    self._unseen[record.name] = weights
             if plan.recorded.isdisjoint(apart):
                 return plan, rows
+
+    def _pick(self, name: str, of: str, unseen: Collection[str]) -> None:
+        """Let parts of a sum, of which one position is picked, have rows of that one as well."""
+        assert self.plan is not None
+        for part in self.plan.sums[of]:
+            # No later pass shows sums that functions take, but what these are made of.
+            if part in unseen:
+                self._pick(name, part, unseen)
+            elif not self.plan.forms[part].is_alone:
+                self._picking.setdefault(part, set()).add(name)
 
     def _weights_in(self, record: Recorded, rows: Mapping[str, Tensor | None]) -> Tensor | None:
         """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none.
@@ -425,12 +447,22 @@ class Measurement(Accumulator):
         Later passes may show none: a training may change no weights that are in it.
         """
         assert self.plan is not None
-        own, parts = rows[record.name], [rows[part] for part in self.plan.sums[record.name]]
+        parts = [self._rows_in_sum(record.name, part, rows) for part in self.plan.sums[record.name]]
+        own = rows[record.name]
         if own is None or any(part is None or part.shape != own.shape for part in parts):
             return None
         weights = weights_in(own, [part for part in parts if part is not None], _rounding(record))
         changes = record.holds_own and weights is not None and bool((weights != 1).any())
         return None if weights is None or changes else weights.to(own)
+
+    def _rows_in_sum(self, name: str, part: str, rows: Mapping[str, Any]) -> Any:
+        """Return the rows of a part of a sum, of one position alone if it is picked of the sum."""
+        assert self.plan is not None
+        forms = self.plan.forms
+        if part not in self._unseen or forms[part].is_alone or not forms[name].is_alone:
+            return self._picked.get((name, part), rows[part])
+        weighed = zip(self._unseen[part].mean(dim=1), self.plan.sums[part], strict=True)
+        return sum(weight * self._rows_in_sum(name, inner, rows) for weight, inner in weighed)
 
     def _follow_sums(self, rows: Mapping[str, Tensor]) -> None:
         """Find out which sums are, in all batches, those of what they read, but for a shift."""
@@ -450,8 +482,9 @@ class Measurement(Accumulator):
             if not states.keys() >= {*parts}:
                 continue
             if name in self._unseen:
-                weighed = zip(self._unseen[name], parts, strict=True)
-                states[name] = sum(weight.to(states[part]) * states[part] for weight, part in weighed)
+                added = [self._rows_in_sum(name, part, states) for part in parts]
+                weighed = zip(self._unseen[name], added, strict=True)
+                states[name] = sum(weight.to(part) * part for weight, part in weighed)
             elif name in known and name not in states:
                 found = known[name].filled_in([states[part] for part in parts])
                 states |= {} if found is None else {name: found}
@@ -551,6 +584,7 @@ class Measurement(Accumulator):
     def _rows(
         self, tensor: Tensor, recorded: Recorded, lengths: Valid = MappingProxyType({})
     ) -> Tensor | None:
+        """Make the rows of a state, and of what is picked of sums that it is in; of others, compare."""
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
             if recorded.name in self.plan.alike and tensor.ndim and len(tensor):
@@ -560,7 +594,16 @@ class Measurement(Accumulator):
             if not known and module_of(call) not in self.plan.in_turns:
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
-        form = self.plan.forms[recorded.name].in_batch(tensor, self._batch)
+        own = self.plan.forms[recorded.name]
+        for name in self._picking.get(recorded.name, ()):
+            form = self.plan.forms[name]
+            form = replace(own, picked=form.picked, is_alone=True, by_data=form.by_data)
+            self._picked[name, recorded.name] = self._rows_in(form, tensor, recorded, lengths)
+        return self._rows_in(own, tensor, recorded, lengths)
+
+    def _rows_in(self, form: RowForm, tensor: Tensor, recorded: Recorded, lengths: Valid) -> Tensor:
+        """Make the rows of a state in a form, of the positions that hold data."""
+        form = form.in_batch(tensor, self._batch)
         if recorded.orders or recorded.second_orders:
             tensor = replace(recorded, tensor=tensor).in_order(form)
         if tensor.ndim == 2 and form.group == 1:

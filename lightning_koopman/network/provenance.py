@@ -77,6 +77,9 @@ _BY_NUMBERS = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "clone", "_t
 # These add up, weigh or shut out what they read, so that a sum may go on behind them.
 _LINEAR = _BY_NUMBERS | {"masked_fill", "where", "index_put", "_index_put_impl"}
 
+# These view a part of a tensor, which what is done to it then goes on from.
+_CUT = frozenset({"select", "slice", "split", "split_with_sizes", "unbind"})
+
 # These add up two tensors, of which they read the first as it is.
 _ADD = frozenset({"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"})
 
@@ -404,7 +407,7 @@ class DataFlow:
     ) -> None:
         """Show sums that an operator goes on with otherwise than to add or to weigh them."""
         name = func._schema.name.rpartition("::")[2].rstrip("_")
-        if name in _LINEAR or name in _SHAPE_ONLY or func.is_view:
+        if name in _LINEAR or name in _SHAPE_ONLY or (func.is_view and name not in _CUT):
             return
         for tensor in _flat((*args, *kwargs.values())):
             if self.sum_in(tensor) is not None:

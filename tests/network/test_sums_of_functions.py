@@ -77,6 +77,11 @@ FUNCTIONS: dict[str, Run] = {
     "of both signs": lambda m, x: m.head(F.relu(-x) + F.relu(x - 1) + F.relu(x + 1)),
     "attention": lambda m, x: m.head(F.scaled_dot_product_attention(x, x, x)),
     "returned": lambda m, x: x.mean(dim=1),
+    "the first position": lambda m, x: m.head(torch.sigmoid(x[:, 0])),
+    "the last position": lambda m, x: m.head(F.layer_norm(x[:, -1], (WIDTH,))),
+    "other positions": lambda m, x: m.conv(torch.tanh(x[:, 1:]).transpose(1, 2)),
+    "halves": lambda m, x: F.glu(x, dim=2) + torch.mul(*x.chunk(2, dim=2)),
+    "one after the other": lambda m, x: m.head(sum(torch.sigmoid(part) for part in x.unbind(1))),
 }
 
 
@@ -237,7 +242,28 @@ def test_a_sum_has_the_name_of_what_takes_it_not_of_a_view(function: str, taker:
     assert report.reads[taker] == (f"sum into {taker}",)
     assert not any("()" in name for name in report.reads)
 
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_a_position_is_picked_of_a_sum_of_sums_that_functions_take(weight: float, place: int) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        for i in (0, 1):
+            x = x + weight * m.blocks[i](torch.sigmoid(x))
+            x = m.whole(x) if m.named and i else x
+        return m.head(torch.sigmoid(x[:, place]))
 
-def test_a_view_that_is_not_all_of_a_sum_is_read_as_its_parts():
-    report = credit_report(network(lambda m, x: m.conv(x[:, 1:].transpose(1, 2))), samples())
-    assert set(report.reads["conv"]) == {"blocks.2.0", "sum into blocks.2"}
+    net = network(run)
+    net.named = False
+    found = credit_report(net, samples())
+    net.named = True
+    known = credit_report(net, samples())
+    assert found.reads["head"] == ("sum into select()",)
+    assert found.reads["sum into select()"] == ("blocks.1.0#1", "sum into sigmoid()#1")
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+    assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
+
+
+def test_a_position_is_no_sum_of_what_is_weighed_otherwise_elsewhere():
+    places = torch.arange(LENGTH)[:, None]
+    net = network(lambda m, x: m.head(torch.tanh((x + places * m.blocks[0](x))[:, 0])))
+    report = credit_report(net, samples())
+    assert set(report.reads["head"]) == {"blocks.0.0#1", "sum into blocks.0#1"}
