@@ -242,6 +242,7 @@ def test_a_sum_has_the_name_of_what_takes_it_not_of_a_view(function: str, taker:
     assert report.reads[taker] == (f"sum into {taker}",)
     assert not any("()" in name for name in report.reads)
 
+
 @pytest.mark.parametrize("place", [0, -1])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_a_position_is_picked_of_a_sum_of_sums_that_functions_take(weight: float, place: int) -> None:
