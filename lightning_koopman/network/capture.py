@@ -65,6 +65,7 @@ from lightning_koopman.network.tensors import (
     is_all_of_memory,
     is_real,
     is_underived,
+    memory_of,
     padded,
     plain,
     unpacked,
@@ -96,6 +97,22 @@ class _Gave(NamedTuple):
     tensor: ReferenceType[Tensor]
     name: str
     call: tuple[int, int]
+    writes: frozenset[str]
+
+
+class _Handed(NamedTuple):
+    """A tensor that a call outside of components gave.
+
+    Attributes:
+        tensor: A weak reference to it.
+        call: That gave it.
+        place: Among the tensors that the call gave.
+        writes: The latest writes to it in place by then.
+    """
+
+    tensor: ReferenceType[Tensor]
+    call: tuple[int, int]
+    place: int
     writes: frozenset[str]
 
 
@@ -200,6 +217,8 @@ class Capture:
         self._moved: set[str] = set()
         # By call, the sums of states that it takes, by their places among the tensors given.
         self._sums_at: dict[tuple[int, int], dict[int, str]] = {}
+        # By call, those that it gives and that functions take, by their places among the tensors given.
+        self._sums_from: dict[tuple[int, int], dict[int, str]] = {}
         self._provenance = Provenance()
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         whole = id(self._ancestor), -1
@@ -233,7 +252,8 @@ class Capture:
             hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
         # Before others read where what a module takes comes from.
         for module in self._takers(first=first):
-            hang(module, self._on_taken, direct=any(module is own for own in self._holders))
+            direct = any(module is own for own in self._holders)
+            hang(module, self._on_taken, self._on_handed, direct=direct)
         for module in around_of(self._model, self._ancestor):
             hang(module, self._on_around, self._on_around_returned, direct=True)
         others = {*self._within, *self._tables, *self.norms}
@@ -268,11 +288,11 @@ class Capture:
             self._provenance.follow(_held_by(self._model), self._on_function)
 
     def _takers(self, *, first: bool) -> list[nn.Module]:
-        """Find the modules outside of components that may take sums of states, or are known to."""
+        """Find the modules outside of components that may take or give sums, or are known to."""
         if self._ancestor is None:
             return []
         if not first:
-            known = {taker for taker, _ in self._sums_at}
+            known = {module for module, _ in (*self._sums_at, *self._sums_from)}
             return [module for module in self._ancestor.modules() if id(module) in known]
         others = {id(self._ancestor)}
         others |= {id(p) for m in self.components.values() for p in m.modules() if p is not m}
@@ -328,6 +348,8 @@ class Capture:
         self._taken: dict[int, int] = {}
         # How often functions took sums, by name.
         self._functions: dict[str, int] = {}
+        # What modules that may take sums gave, by its view of memory.
+        self._handed: dict[tuple[Any, ...], _Handed] = {}
         self.skipped: list[str] = []
         self.origins.start_call()
         self._call: Any = ()
@@ -515,6 +537,7 @@ class Capture:
                 self._alone,
                 self._made_at,
                 self._sums_at,
+                self._sums_from,
             ):
                 known.clear()
 
@@ -633,8 +656,23 @@ class Capture:
             if self._take_sum(name, tensor, given):
                 self._sums_at.setdefault(key, {})[place] = name
 
+    @_while_recording
+    def _on_handed(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Record sums of states that a function takes behind the module which gives them."""
+        key = (id(module), self._taken.get(id(module), 0) - 1)
+        if self._passes and key not in self._sums_from:
+            return
+        real = [t for t in filter(is_real, all_tensors(output)) if not t.is_nested]
+        for place, name in self._sums_from.get(key, {}).items():
+            if place < len(real):
+                self._keep(name, module, real[place], None)
+        for place, tensor in enumerate(real if self._passes == 0 else ()):
+            if self._provenance.is_sum(tensor):
+                handed = _Handed(ref(tensor), key, place, self._provenance.writes(tensor))
+                self._handed[memory_of(tensor)] = handed
+
     def _on_function(self, tensor: Tensor, function: str) -> None:
-        """Record a sum of states that a function takes; only first passes show these."""
+        """Record a sum of states that a function takes, which only first passes show."""
         # Of a step that goes on with what the network returned, as losses do, nothing is a state.
         is_inside = self._nested or self._around
         if self._closed or self._running or not (is_inside and is_real(tensor)):
@@ -647,7 +685,7 @@ class Capture:
     def _take_sum(
         self, name: str, tensor: Tensor, given: Any = None, *, is_unseen: bool = False
     ) -> bool:
-        """Record a sum of states, if it is one and new, and say whether later passes show it, too."""
+        """Record a sum of states, if it is one and new, and say if later passes show it there, too."""
         made_of = self._provenance.exactly(tensor) or frozenset()
         parts = [p for p in map(self._states.get, sorted(made_of)) if isinstance(p, Recorded)]
         if not parts or not self._is_sum(name, tensor, made_of):
@@ -659,6 +697,10 @@ class Capture:
             if like is None or not (like.tensor.is_contiguous() and is_all_of_memory(tensor)):
                 return False
             tensor, is_unseen = tensor.as_strided(like.tensor.shape, like.tensor.stride(), 0), True
+        handed = self._find_handed(tensor) if is_unseen else None
+        if handed is not None:
+            self._sums_from.setdefault(handed.call, {})[handed.place] = name
+            is_unseen = False
         if is_unseen and len(made_of - self._provenance.idle) < 2:
             # What became of one state is not told by it.
             return False
@@ -666,7 +708,14 @@ class Capture:
         facts = {"is_unseen": is_unseen, "holds_own": self._provenance.holds_own(tensor)}
         self._keep(name, like.module, tensor, made_of, given, **facts)
         self._provenance.mark_sum(tensor, name, made_of)
-        return not is_unseen
+        return not (is_unseen or handed)
+
+    def _find_handed(self, tensor: Tensor) -> _Handed | None:
+        """Find the module that gave what a tensor views, if it did so as it is now."""
+        handed = self._handed.get(memory_of(tensor))
+        if handed is None or handed.tensor() is None:
+            return None
+        return handed if handed.writes == self._provenance.writes(tensor) else None
 
     def _is_sum(self, name: str, tensor: Tensor, made_of: frozenset[str]) -> bool:
         """Check whether what a module takes is a sum of states, or was in a network to compare with."""

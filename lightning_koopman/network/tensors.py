@@ -385,6 +385,11 @@ def view_of_memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Tell tensors apart by the memory that they view."""
+    return address_of(tensor), *view_of_memory(tensor)
+
+
 def has_places(tensor: Tensor) -> bool:
     """Check whether each value of a tensor has a place of its own in memory."""
     return tensor.layout is torch.strided and not tensor.is_nested

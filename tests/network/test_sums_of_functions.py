@@ -268,3 +268,45 @@ def test_a_position_is_no_sum_of_what_is_weighed_otherwise_elsewhere():
     net = network(lambda m, x: m.head(torch.tanh((x + places * m.blocks[0](x))[:, 0])))
     report = credit_report(net, samples())
     assert set(report.reads["head"]) == {"blocks.0.0#1", "sum into blocks.0#1"}
+
+
+class Gated(nn.Module):
+    """Lets a gate choose between a stream and a branch, and returns both at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[int, Tensor]:
+        share = torch.sigmoid(self.gate(x))
+        return 0, share * torch.tanh(self.branch(x)) + (1 - share) * x
+
+
+@pytest.mark.parametrize("function", ["mean", "bent in place", "turned by a function", "halves"])
+def test_what_a_module_gives_is_seen_there_where_a_function_takes_it(function: str) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        for block in m.gated:
+            _, x = block(x)
+        return FUNCTIONS[function](m, m.whole(x) if m.named else x)
+
+    net = network(run)
+    net.gated = nn.ModuleList([Gated().double(), Gated().double()])
+    net.named = False
+    found = credit_report(net, samples(), components=["stem", "gated.*.*", "head"])
+    net.named = True
+    known = credit_report(net, samples(), components=["stem", "gated.*.*", "head"])
+    assert any("()" in name for name in found.reads)
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+    assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
+
+
+def test_what_was_written_to_behind_a_module_is_not_what_it_gave() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        _, x = m.gated(x)
+        x *= 2
+        return m.head(x.mean(dim=1))
+
+    net = network(run)
+    net.gated = Gated().double()
+    report = credit_report(net, samples(), components=["stem", "gated.*", "head"])
+    assert set(report.reads["head"]) == {"gated.gate+gated.branch", "stem"}
