@@ -251,7 +251,7 @@ def effects_on(
     to_measure = [
         k for k in kinds if how in ("measured", "both") or (how == "auto" and k in _CHEAPER_MEASURED)
     ]
-    to_predict = [k for k in kinds if how in ("predicted", "both") or k not in to_measure]
+    to_predict = [k for k in kinds if how == "both" or k not in to_measure]
     last = [point.call for point in alterations.outputs.values()]
     with undisturbed(runner.model), padded_sequences(runner.model) as nesting:
         outputs: list[Tensor] = []
@@ -264,16 +264,13 @@ def effects_on(
             else:
                 first, led, search = run_followed(runner, alterations.read, parts.values(), ends)
                 target_of = search.target_of if target_of is None else target_of
-                target, values = target_of(runner.batches[0]), first.values
+                target = target_of(runner.batches[0])
                 about = choose_outputs(runner, first, led, target, scale, metric, are_named=ends.named)
                 output = runner.form.outputs(first.given, runner.batches[0])
-                size = samples_in(runner.batches[0])
                 kept = runner.form.places or ()
                 placed = first.placed[kept[0]] if len(kept) == 1 else (None, None)
-                alterations.settle(
-                    values, first.merged, first.places, output, first.further, size, placed
-                )
-                rounds = [values]
+                alterations.settle(first, output, samples_in(runner.batches[0]), placed)
+                rounds = [first.values]
                 # Further tensors were read in the first call alone, and not where they are taken.
                 if first.n_rounds > 1 or not alterations.has_read_all:
                     again, rounds = runner.run_batch(0, alterations.read)
@@ -489,10 +486,9 @@ def _change(
     read: list[HookPoint] = []
     if not alterations.touches_weights(kind):
         # In a set, the input of a component is not what its linear map was fitted to.
-        how: dict[str, Any] = {"left_out": len(members) == 1, "groups": groups}
-        alter = {alterations.altered(kind, n): alterations.output(kind, n, **how) for n in members}
+        left_out = len(members) == 1
         for name in members:
-            alter |= alterations.further_outputs(kind, name, groups)
+            alter |= alterations.altering(kind, name, left_out=left_out, groups=groups)
         read = [p for name in members if kind != "output_noise" for p in alterations.taken_by(name)]
     with alterations.weights(kind, members):
         return before.compare(runner.stream(read, alter))
