@@ -15,7 +15,6 @@ from lightning_koopman.decisions.steps import Cost, Step, is_within
 from lightning_koopman.decisions.swaps import LinearComponent, load_shrunk, save_shrunk, swaps_in
 from lightning_koopman.effects.linear_map import LinearFit
 from lightning_koopman.effects.scoring import Measured
-from lightning_koopman.network.forward_runner import ForwardRunner
 
 ANY = {"max_drop": math.inf, "allow_larger": True}
 
@@ -192,21 +191,6 @@ def test_what_saves_nothing_stays():
     found = linearize(net, inputs().split(250), report, max_drop=math.inf, merge=False)
     assert found.components == ()
     assert found.headline.startswith("100% of the parameters, 100% of the FLOPs")
-
-
-@pytest.mark.parametrize(("factor", "slower"), [(0.9, False), (1.0, False), (1.1, True)])
-def test_a_slower_network_is_told_from_a_busy_machine(factor, slower, monkeypatch, rng):
-    runner, count = ForwardRunner(mlp(), inputs().split(500)), itertools.count()
-
-    def seconds(given: ForwardRunner) -> float:
-        second_of_a_pair = 1 + 0.04 * (next(count) % 2)
-        neighbours = 5.0 if rng.random() < 0.1 else rng.lognormal(0, 0.03)
-        return second_of_a_pair * neighbours * (factor if swaps_in(given.model) else 1.0)
-
-    monkeypatch.setattr(linear, "_seconds", seconds)
-    new = linearize(mlp(), inputs().split(250), components=["2"], max_drop=math.inf, allow_larger=True)
-    found = [linear._compare_times(runner, swaps_in(new.model))[1] for _ in range(100)]
-    assert found.count(not slower) <= 2
 
 
 def test_a_slower_network_is_refused_unless_asked(monkeypatch):
