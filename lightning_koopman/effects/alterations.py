@@ -406,14 +406,14 @@ class Alterations:
 
     def _mapped(self, name: str, point: HookPoint, left_out: bool) -> Alteration:
         """Put what a linear map of a component's input gives in its output's place."""
-        axis = self._forms[point].batch_axis
+        axis, fitted = self._forms[point].batch_axis, self.maps[name]
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
-            given, rows = self._rows(values, self.inputs[name]), output.movedim(axis, 0)
-            mapped, constant = self.maps[name](given), rows.detach()
+            given = fitted.projected(self._rows(values, self.inputs[name]))
+            mapped, constant = fitted(given), output.movedim(axis, 0).detach()
             residual = constant - mapped.detach()
             if left_out:
-                residual = self.maps[name].left_out(given.detach(), residual)
+                residual = fitted.left_out(given.detach(), residual)
             new = constant - residual
             # What a network that differentiates itself is to follow is the map, not what it predicts.
             new = new + (mapped - mapped.detach()) if mapped.requires_grad else new
