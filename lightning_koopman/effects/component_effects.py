@@ -310,15 +310,7 @@ def effects_on(
     size = outputs[0][0].numel()
     if second and size > probes:
         notes.append(f"predicted from {probes} random combinations of the {size} outputs per sample")
-    for kind, each in second.items():
-        if each.far_off is not None:
-            name, ratio = each.far_off
-            notes.append(
-                f"over the first batch, {kind} of {name!r} is predicted to have {ratio:.2g} times the "
-                "effect that it has when altered alone; predictions are far off where gradients are "
-                "stand-ins, as those of roundings and spikes, or changes are large: measure with "
-                "how='measured'"
-            )
+    notes += _far_off(second)
     predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
@@ -346,17 +338,8 @@ def effects_on(
         pairs={kind: each.pairs for kind, each in second.items()},
         notes=tuple(notes),
     )
-    doubts = {
-        kind: tuple(
-            ("elsewhere",)
-            if math.isnan(seen[i])
-            else ("refused",)
-            if not alterations.refused[kind].keys().isdisjoint(members)
-            else _doubts(effects, alterations, kind, i, unsteady, partly, reached)
-            for i, members in enumerate(rows.values())
-        )
-        for kind in kinds
-    }
+    told = functools.partial(_doubts, effects, alterations, unsteady, partly, reached, unseen)
+    doubts = {kind: tuple(told(kind, name) for name in rows) for kind in kinds}
     return dataclasses.replace(effects, doubts=doubts)
 
 
@@ -377,6 +360,21 @@ def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[st
     notes: list[str] = []
     for (name, why), kinds in found.items():
         notes.append(f"no effect {', '.join(kinds)} of {name!r}: {why}")
+    return notes
+
+
+def _far_off(second: Mapping[str, SecondOrder]) -> list[str]:
+    """Say of which components predictions do not hold over the first batch."""
+    notes: list[str] = []
+    for kind, each in second.items():
+        if each.far_off is not None:
+            name, ratio = each.far_off
+            notes.append(
+                f"over the first batch, {kind} of {name!r} is predicted to have {ratio:.2g} times the "
+                "effect that it has when altered alone; predictions are far off where gradients are "
+                "stand-ins, as those of roundings and spikes, or changes are large: measure with "
+                "how='measured'"
+            )
     return notes
 
 
@@ -527,15 +525,20 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
 def _doubts(
     effects: Effects,
     alterations: Alterations,
-    kind: str,
-    row: int,
     unsteady: float,
     partly: set[str],
     reached: set[str],
+    unseen: set[str],
+    kind: str,
+    name: str,
 ) -> tuple[str, ...]:
     """Return the reasons not to believe one number."""
-    name, value = effects.components[row], float(effects.values[kind][row])
     members = effects.sets.get(name, (name,))
+    if unseen.issuperset(members):
+        return ("elsewhere",)
+    if not alterations.refused[kind].keys().isdisjoint(members):
+        return ("refused",)
+    value = float(effects.values[kind][effects.components.index(name)])
     maps = [alterations.maps[n] for n in members] if kind == "linear" else []
     is_predicted = effects.how[kind] == "predicted"
     marks = {

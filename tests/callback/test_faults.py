@@ -234,7 +234,10 @@ def assert_alike(left: Any, right: Any, where: str = "") -> None:
     ids=str,
 )
 def test_trainer_flags(flags):
-    check_alike(**flags)
+    monitor = check_alike(KoopmanCreditMonitor(on_error="raise"), **flags)
+    assert bool(monitor.history) == (
+        0 not in (flags.get("max_epochs"), flags.get("limit_train_batches"))
+    )
 
 
 RUNS = pytest.mark.parametrize("phase", ["sanity", "train", "validation"])
