@@ -80,7 +80,8 @@ def compare(
 
     found: list[CreditReport] = []
     for path in (before, after):
-        if path.endswith(".json"):
+        is_report = path.lower().endswith(".json")
+        if is_report:
             found.append(read_reports(path, may_be_empty=False)[-1])
             continue
         if model is None or data is None:
@@ -90,7 +91,7 @@ def compare(
         found.append(credit_report(network, batches, step=checkpoint.step))
     console = Console()
     console.print(changes_table(found[0], found[1], quantity))
-    if data is not None and found[0].reference is not None and not after.endswith(".json"):
+    if data is not None and found[0].reference is not None and not is_report:
         # Anew, for what was measured on may be used up.
         batches = build_batches(data, checkpoint.data_hyper_parameters)
         console.print(drift(found[0], network, batches, step=checkpoint.step))
