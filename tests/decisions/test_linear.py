@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small import wired
 from torch import nn
 
 from lightning_koopman import CheckpointError, credit_report, linearize
@@ -372,6 +373,9 @@ def test_errors_say_what_arrived_and_what_to_do():
     report = credit_report(pairs, [x], components=["pair", "last"])
     with pytest.raises(ValueError, match="'pair' cannot become linear: it takes more than one tensor"):
         linearize(pairs, batches, report, components=["pair"])
+    recurrent = wired(lambda m, x: m.head(m.gru(x)[0]), gru=nn.GRU(6, 6), head=nn.Linear(6, 2)).eval()
+    refused = linearize(recurrent, batches, forward_fn=lambda model, x: model(x[:, None])[:, 0]).refused
+    assert refused == {"gru": "it gives tuple, not one tensor of rows"}
     with pytest.raises(ValueError, match="0 of at least 2 samples arrived for a linear map"):
         LinearFit().solve()
     assert "shape=(2,)" in repr(LinearComponent(3, (2,), replaces=["a"]))
