@@ -61,8 +61,15 @@ class EffectsInTime:
         ``steps`` are recorded ones, or why there are none. With several processes, each of them must
         call this, whatever became of its report.
         """
+        if not self.kinds:
+            return report
+        if report is not None:
+            self._expect(trainer, report)
+        several = trainer.world_size > 1
+        if several and not final:
+            return report
         own = partial(self._own, trainer, pl_module, report, steps, around, final=final)
-        effects, why = self._of_all(trainer, report, own, final=final)
+        effects, why = _of_all(own) if several else own()
         if report is None or (effects is None and why is None):
             return report
         if effects is None:
@@ -77,30 +84,6 @@ class EffectsInTime:
             )
             effects = replace(effects, notes=tuple(notes))
         return replace(report, effects=effects)
-
-    def _of_all(
-        self, trainer: Any, report: CreditReport | None, own: Callable[..., _Found], *, final: bool
-    ) -> _Found:
-        """Measure effects on the samples of all processes, or say why there are none."""
-        if not self.kinds:
-            return None, None
-        if report is not None:
-            self._expect(trainer, report)
-        if trainer.world_size == 1:
-            return own()
-        if not final:
-            return None, None
-        asked: list[Fit] = []
-
-        def agree(fit: Fit | None) -> list[Fit]:
-            asked.extend(each for each in gather(fit) if each is not None)
-            return asked
-
-        mine, why = own(agree=agree)
-        if not asked:
-            agree(None)
-        everybody = [found for found in gather(mine) if found is not None]
-        return (pooled(everybody) if everybody else None), why
 
     def _expect(self, trainer: Any, report: CreditReport) -> None:
         """Let the budget keep back what effects will take at the end of a training, at most a third."""
@@ -155,3 +138,18 @@ class EffectsInTime:
         self.seconds_a_row = (self.budget.clock() - start) / rows
         self._expect(trainer, report)
         return found, None
+
+
+def _of_all(own: Callable[..., _Found]) -> _Found:
+    """Measure effects on the samples of all processes, or say why there are none."""
+    asked: list[Fit] = []
+
+    def agree(fit: Fit | None) -> list[Fit]:
+        asked.extend(each for each in gather(fit) if each is not None)
+        return asked
+
+    mine, why = own(agree=agree)
+    if not asked:
+        agree(None)
+    everybody = [found for found in gather(mine) if found is not None]
+    return (pooled(everybody) if everybody else None), why

@@ -103,12 +103,7 @@ class CreditWriter:
         """Return the flat numbers that every logger takes."""
         self._choose(report)
         every = {**report.to_scalars(self.prefix, ["credit"]), **self.beside(report, drift)}
-        shown = {f"/{component}" for component in self.shown}
-        kept = {
-            key: value
-            for key, value in every.items()
-            if any(key.endswith(component) for component in shown)
-        }
+        kept = {key: value for key, value in every.items() if self._parted(key)[1] in self.shown}
         kept[f"{self.prefix}/total"] = report.total
         kept[f"{self.prefix}/doubts"] = float((~report.trusted).sum())
         if overhead is not None:
@@ -123,7 +118,7 @@ class CreditWriter:
         self._doubted = self._doubted or bool(scalars.get(f"{self.prefix}/doubts"))
         plain, apart = {}, []
         for key, value in scalars.items():
-            name, _, component = key.removeprefix(f"{self.prefix}/").partition("/")
+            name, component = self._parted(key)
             if component in self._labels:
                 # The last component's credit, 0 by definition, is no curve.
                 if name != "credit" or value != 0:
@@ -141,6 +136,11 @@ class CreditWriter:
             runs[path].add_scalar(f"{joined}/{name}", value, step)
         for run in runs.values():
             run.flush()
+
+    def _parted(self, key: str) -> tuple[str, str]:
+        """Return what a key is about: a quantity, and the component if it is of one."""
+        name, _, component = key.removeprefix(f"{self.prefix}/").partition("/")
+        return name, component
 
     def beside(self, report: CreditReport, drift: Drift | None = None) -> dict[str, float]:
         """Return the effects and drifts of all components, as far as there are any."""

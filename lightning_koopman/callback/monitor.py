@@ -550,11 +550,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     @never_in_the_way
     def _end_epoch(self, trainer: Any, pl_module: Any) -> None:
-        step = max(0, logged_step(trainer, None) - 1)
+        if not self._due_epoch:
+            return
         if self._why_training:
             calls = self._recorded.calls
-            if not self._due_epoch:
-                return
             if calls is not None and (calls.steps or trainer.world_size > 1):
                 self._replay(
                     trainer,
@@ -564,13 +563,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 )
         elif may_skip_validation(trainer, pl_module):
             # Here, unlike at the end of validation, every process arrives.
-            if not self._due_epoch:
-                return
             if self._idle:
                 # Calls of training steps are none of those that the others validate.
                 self._begin_validation(trainer, pl_module)
                 self._recorded.calls = None
             self._final = may_be_last(trainer)
+            step = max(0, logged_step(trainer, None) - 1)
             self._finish_watched(trainer, pl_module, step=step)
 
     @never_in_the_way
@@ -771,7 +769,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             report = replace(report, drift=self.drifts[-1].drift)
         self.history[-1:] = [report]
         scalars, beside = self._show(trainer, report), self._writer.beside(report)
-        found = {name: scalars[name] for name in scalars.keys() & beside.keys()}
+        found = {name: value for name, value in scalars.items() if name in beside}
         if found and trainer.is_global_zero and (step := self._logged_at) is not None:
             for logger in trainer.loggers:
                 self._writer.write(logger, found, step)

@@ -205,21 +205,13 @@ def pooled(found: Sequence[Effects]) -> Effects:
     sizes = np.array([each.n_samples for each in found], dtype=float)
     weights = sizes / sizes.sum()
 
-    def mean(name: str) -> Any:
-        parts = [getattr(each, name) for each in found]
-        return {
-            kind: sum(w * part[kind] for w, part in zip(weights, parts, strict=True))
-            for kind in parts[0]
-        }
-
-    def error(name: str) -> Any:
-        parts = [getattr(each, name) for each in found]
-        return {
-            kind: np.sqrt(sum((w * part[kind]) ** 2 for w, part in zip(weights, parts, strict=True)))
-            for kind in parts[0]
-        }
-
-    first = found[0]
+    first, numbers = found[0], dict[str, Any]()
+    for name in ("values", "stderr", "metric", "metric_stderr"):
+        numbers[name] = {}
+        for kind in getattr(first, name):
+            parts = weights[:, None] * [getattr(each, name)[kind] for each in found]
+            is_error = name.endswith("stderr")
+            numbers[name][kind] = np.sqrt((parts**2).sum(axis=0)) if is_error else parts.sum(axis=0)
     doubts = {
         kind: tuple(
             tuple(dict.fromkeys(word for each in found for word in each.doubts_of(kind, i)))
@@ -229,12 +221,9 @@ def pooled(found: Sequence[Effects]) -> Effects:
     }
     return replace(
         first,
-        values=mean("values"),
-        stderr=error("stderr"),
-        metric=mean("metric"),
-        metric_stderr=error("metric_stderr"),
         metric_before=float(weights @ [each.metric_before for each in found]),
         n_samples=int(sizes.sum()),
         doubts=doubts,
         notes=tuple(dict.fromkeys(note for each in found for note in each.notes)),
+        **numbers,
     )

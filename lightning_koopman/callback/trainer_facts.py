@@ -45,8 +45,6 @@ def data_part(trainer: Any) -> DataPart:
         return DataPart(trainer.global_rank, trainer.world_size)
     assert mesh is not None
     parts, copies = mesh["data_parallel"], mesh["tensor_parallel"]
-    if copies.size() == 1:
-        return DataPart(trainer.global_rank, trainer.world_size)
     return DataPart(parts.get_local_rank(), parts.size(), copies.get_local_rank() == 0)
 
 

@@ -111,9 +111,9 @@ def weight_sums(trainer: Any, pl_module: Any) -> list[Tensor]:
     return [_sums(tensor) for tensor in held if tensor is not None and _is_told(tensor)]
 
 
-def _is_told(tensor: Tensor | None) -> bool:
+def _is_told(tensor: Tensor) -> bool:
     """Check whether a tensor holds real or complex numbers, or marks, all of them here."""
-    if tensor is None or is_lazy(tensor) or tensor.is_meta:
+    if is_lazy(tensor) or tensor.is_meta:
         return False
     numbers = tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
     return numbers and type(tensor.data) is Tensor and tensor.layout is torch.strided

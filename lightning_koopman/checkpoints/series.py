@@ -156,6 +156,7 @@ def evaluate_checkpoints(
             )
         except StateError as error:
             _refuse(item.path, model, error)
+        found = None
         if kinds:
             found = component_effects(
                 model,
@@ -166,18 +167,17 @@ def evaluate_checkpoints(
                 forward_fn=forward_fn,
                 seed=options.seed,
             )
-            report = replace(report, effects=found)
         notes = list(report.notes)
         if differing := _built_otherwise(model, checkpoint):
             notes.append(
                 f"the checkpoint saved {differing}; if that changes what the network computes, measure "
                 "it in one that is built so"
             )
-        report = replace(report, notes=tuple(notes))
         # References of many checkpoints need not fit in memory: the last one's is kept.
         kept = report.reference if item is index[-1] else None
         # A place among files is no step to others.
         kept = kept and replace(kept, step=item.source["step"])
+        report = replace(report, effects=found, notes=tuple(notes))
         return replace(report, run=item.run, source=item.source, reference=kept)
 
     original = {name: value.detach().clone() for name, value in model.state_dict().items()}

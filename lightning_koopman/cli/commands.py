@@ -79,9 +79,9 @@ def compare(
     from lightning_koopman.report.files import read_reports
 
     found: list[CreditReport] = []
-    last = None
     for path in (before, after):
-        if path.endswith(".json"):
+        is_report = path.lower().endswith(".json")
+        if is_report:
             found.append(read_reports(path, may_be_empty=False)[-1])
             continue
         if model is None or data is None:
@@ -89,11 +89,12 @@ def compare(
         network, checkpoint = build_trained(model, path, trust_checkpoint, weights)
         batches = build_batches(data, checkpoint.data_hyper_parameters)
         found.append(credit_report(network, batches, step=checkpoint.step))
-        last = network, build_batches(data, checkpoint.data_hyper_parameters)
     console = Console()
     console.print(changes_table(found[0], found[1], quantity))
-    if last is not None and found[0].reference is not None and not after.endswith(".json"):
-        console.print(drift(found[0], *last, step=found[1].step))
+    if data is not None and found[0].reference is not None and not is_report:
+        # Anew, for what was measured on may be used up.
+        batches = build_batches(data, checkpoint.data_hyper_parameters)
+        console.print(drift(found[0], network, batches, step=checkpoint.step))
     else:
         console.print(
             "A saved report holds no operators. To see which component does something else, run "

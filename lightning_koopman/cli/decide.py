@@ -73,7 +73,8 @@ class Task:
         from lightning_koopman.decisions.swaps import save_shrunk
         from lightning_koopman.report.files import write_table
 
-        console, table = Console(), self.out is not None and self.out.endswith((".json", ".csv"))
+        console = Console()
+        table = self.out is not None and self.out.lower().endswith((".json", ".csv"))
         if self.figure is not None:
             found.plot()[0].savefig(self.figure)
         if self.out is not None and table:

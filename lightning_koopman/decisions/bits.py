@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,7 +96,7 @@ class BitWidths(Shown):
     n_samples: int
     group_size: int | None
     notes: tuple[str, ...]
-    parts: Mapping[str, tuple[str, ...]] = field(repr=False)
+    parts: Mapping[str, tuple[str, ...]]
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Return a copy of the network with the weights that the integers stand for.

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ class Linearized(Steps):
         slower: Whether it is slower beyond the error of that.
     """
 
-    model: nn.Module = field(repr=False)
+    model: nn.Module
     seconds: tuple[float, float]
     slower: bool
 

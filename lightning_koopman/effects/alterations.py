@@ -23,7 +23,7 @@ from lightning_koopman.effects.derived_weights import (
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.components import clean_name, common_ancestor
-from lightning_koopman.network.forward_runner import MeanAndSpread
+from lightning_koopman.network.forward_runner import Followed, MeanAndSpread
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
 from lightning_koopman.network.isolation import fast_path, is_expanded, random_states_kept
 from lightning_koopman.network.rows import (
@@ -188,19 +188,13 @@ class Alterations:
         return self.inputs[name]._replace(place=point.place)
 
     def settle(
-        self,
-        values: Mapping[HookPoint, Tensor],
-        merged: Mapping[HookPoint, tuple[int, ...] | None],
-        places: Mapping[HookPoint, tuple[Place | None, ...]],
-        output: Tensor,
-        further: Iterable[HookPoint],
-        n_given: int,
-        placed: tuple[Place | None, ...],
+        self, first: Followed, output: Tensor, n_given: int, placed: tuple[Place | None, ...]
     ) -> None:
         """Find where the samples are in each state, as the first batch, of ``n_given``, shows.
 
         ``placed`` is where the two first axes of the batch are in the outputs.
         """
+        values, places = first.values, first.places
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
         known = [(name, point) for name, point in self.outputs.items() if point in values]
@@ -213,7 +207,7 @@ class Alterations:
                 name,
                 value,
                 len(output),
-                merged.get(point),
+                first.merged.get(point),
                 second=second,
                 turned=turned,
                 place=places[point][of_axis],
@@ -242,7 +236,7 @@ class Alterations:
             except ValueError as error:
                 self._unsettle(name, error)
                 continue
-            own = ((p, find_module(self._model, p.call)[0]) for p in sorted(further))
+            own = ((p, find_module(self._model, p.call)[0]) for p in sorted(first.further))
             others = {p: form(name, p, m) for p, m in own if p.call in self._parts[name]}
             # What has no row per sample is not a sample's, and stays.
             others = {p: f for p, f in others.items() if len(by_sample(values[p], f)) == len(output)}
@@ -393,45 +387,39 @@ class Alterations:
         """Return whether a kind alters weights, not outputs."""
         return kind in ("reinit", "weight_noise") or kind in self._replacements
 
-    def output(
+    def altering(
         self, kind: str, name: str, *, left_out: bool = True, groups: Iterable[Tensor] = ()
-    ) -> Alteration:
-        """Return what takes the place of a component's output, for the kinds that touch no weights.
+    ) -> dict[HookPoint, Alteration]:
+        """Return what takes the place of what a component gives, for the kinds that touch no weights.
 
         A linear map predicts every sample as if it had been fitted without it, if ``left_out``, which
         holds where the component's input is what it was when the map was fitted. With the groups of all
         batches, which then are run once and in order, the mean that takes the place of an output is
         moved towards that of a sample's group by the share :data:`SHIFT`.
         """
-        source, point = self.inputs[name], self.altered(kind, name)
-        axis = self._forms[point].batch_axis
+        points = self.all_altered(kind, name)
+        if kind == "linear":
+            return {point: self._mapped(name, point, left_out) for point in points}
+        if kind == "output_noise":
+            return {point: self._noisy(point) for point in points}
+        return {point: self._skipped(self._taken_for(name, point), point, groups) for point in points}
+
+    def _mapped(self, name: str, point: HookPoint, left_out: bool) -> Alteration:
+        """Put what a linear map of a component's input gives in its output's place."""
+        axis, fitted = self._forms[point].batch_axis, self.maps[name]
 
         def linear(output: Tensor, values: Mapping[HookPoint, Tensor]) -> Tensor:
-            given, rows = self._rows(values, source), output.movedim(axis, 0)
-            mapped, constant = self.maps[name](given), rows.detach()
+            given = fitted.projected(self._rows(values, self.inputs[name]))
+            mapped, constant = fitted(given), output.movedim(axis, 0).detach()
             residual = constant - mapped.detach()
             if left_out:
-                residual = self.maps[name].left_out(given.detach(), residual)
+                residual = fitted.left_out(given.detach(), residual)
             new = constant - residual
             # What a network that differentiates itself is to follow is the map, not what it predicts.
             new = new + (mapped - mapped.detach()) if mapped.requires_grad else new
             return new.movedim(0, axis)
 
-        if kind != "output_noise":
-            return linear if kind == "linear" else self._skipped(source, point, groups)
-        return self._noisy(point)
-
-    def further_outputs(
-        self, kind: str, name: str, groups: Iterable[Tensor]
-    ) -> dict[HookPoint, Alteration]:
-        """Return what takes the place of the other tensors that a component gives.
-
-        Where it is made linear, they are what they were.
-        """
-        points = self.further.get(name, ()) if kind in ("skip", "output_noise") else ()
-        if kind == "output_noise":
-            return {point: self._noisy(point) for point in points}
-        return {p: self._skipped(self._taken_for(name, p), p, groups) for p in points}
+        return linear
 
     def _skipped(self, source: HookPoint, point: HookPoint, groups: Iterable[Tensor]) -> Alteration:
         """Put what was taken in a tensor's place, or its mean where that has another shape."""

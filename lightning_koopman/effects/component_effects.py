@@ -251,7 +251,7 @@ def effects_on(
     to_measure = [
         k for k in kinds if how in ("measured", "both") or (how == "auto" and k in _CHEAPER_MEASURED)
     ]
-    to_predict = [k for k in kinds if how in ("predicted", "both") or k not in to_measure]
+    to_predict = [k for k in kinds if how == "both" or k not in to_measure]
     last = [point.call for point in alterations.outputs.values()]
     with undisturbed(runner.model), padded_sequences(runner.model) as nesting:
         outputs: list[Tensor] = []
@@ -264,16 +264,13 @@ def effects_on(
             else:
                 first, led, search = run_followed(runner, alterations.read, parts.values(), ends)
                 target_of = search.target_of if target_of is None else target_of
-                target, values = target_of(runner.batches[0]), first.values
+                target = target_of(runner.batches[0])
                 about = choose_outputs(runner, first, led, target, scale, metric, are_named=ends.named)
                 output = runner.form.outputs(first.given, runner.batches[0])
-                size = samples_in(runner.batches[0])
                 kept = runner.form.places or ()
                 placed = first.placed[kept[0]] if len(kept) == 1 else (None, None)
-                alterations.settle(
-                    values, first.merged, first.places, output, first.further, size, placed
-                )
-                rounds = [values]
+                alterations.settle(first, output, samples_in(runner.batches[0]), placed)
+                rounds = [first.values]
                 # Further tensors were read in the first call alone, and not where they are taken.
                 if first.n_rounds > 1 or not alterations.has_read_all:
                     again, rounds = runner.run_batch(0, alterations.read)
@@ -313,15 +310,7 @@ def effects_on(
     size = outputs[0][0].numel()
     if second and size > probes:
         notes.append(f"predicted from {probes} random combinations of the {size} outputs per sample")
-    for kind, each in second.items():
-        if each.far_off is not None:
-            name, ratio = each.far_off
-            notes.append(
-                f"over the first batch, {kind} of {name!r} is predicted to have {ratio:.2g} times the "
-                "effect that it has when altered alone; predictions are far off where gradients are "
-                "stand-ins, as those of roundings and spikes, or changes are large: measure with "
-                "how='measured'"
-            )
+    notes += _far_off(second)
     predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
@@ -349,17 +338,8 @@ def effects_on(
         pairs={kind: each.pairs for kind, each in second.items()},
         notes=tuple(notes),
     )
-    doubts = {
-        kind: tuple(
-            ("elsewhere",)
-            if math.isnan(seen[i])
-            else ("refused",)
-            if not alterations.refused[kind].keys().isdisjoint(members)
-            else _doubts(effects, alterations, kind, i, unsteady, partly, reached)
-            for i, members in enumerate(rows.values())
-        )
-        for kind in kinds
-    }
+    told = functools.partial(_doubts, effects, alterations, unsteady, partly, reached, unseen)
+    doubts = {kind: tuple(told(kind, name) for name in rows) for kind in kinds}
     return dataclasses.replace(effects, doubts=doubts)
 
 
@@ -380,6 +360,21 @@ def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[st
     notes: list[str] = []
     for (name, why), kinds in found.items():
         notes.append(f"no effect {', '.join(kinds)} of {name!r}: {why}")
+    return notes
+
+
+def _far_off(second: Mapping[str, SecondOrder]) -> list[str]:
+    """Say of which components predictions do not hold over the first batch."""
+    notes: list[str] = []
+    for kind, each in second.items():
+        if each.far_off is not None:
+            name, ratio = each.far_off
+            notes.append(
+                f"over the first batch, {kind} of {name!r} is predicted to have {ratio:.2g} times the "
+                "effect that it has when altered alone; predictions are far off where gradients are "
+                "stand-ins, as those of roundings and spikes, or changes are large: measure with "
+                "how='measured'"
+            )
     return notes
 
 
@@ -489,10 +484,9 @@ def _change(
     read: list[HookPoint] = []
     if not alterations.touches_weights(kind):
         # In a set, the input of a component is not what its linear map was fitted to.
-        how: dict[str, Any] = {"left_out": len(members) == 1, "groups": groups}
-        alter = {alterations.altered(kind, n): alterations.output(kind, n, **how) for n in members}
+        left_out = len(members) == 1
         for name in members:
-            alter |= alterations.further_outputs(kind, name, groups)
+            alter |= alterations.altering(kind, name, left_out=left_out, groups=groups)
         read = [p for name in members if kind != "output_noise" for p in alterations.taken_by(name)]
     with alterations.weights(kind, members):
         return before.compare(runner.stream(read, alter))
@@ -531,15 +525,20 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
 def _doubts(
     effects: Effects,
     alterations: Alterations,
-    kind: str,
-    row: int,
     unsteady: float,
     partly: set[str],
     reached: set[str],
+    unseen: set[str],
+    kind: str,
+    name: str,
 ) -> tuple[str, ...]:
     """Return the reasons not to believe one number."""
-    name, value = effects.components[row], float(effects.values[kind][row])
     members = effects.sets.get(name, (name,))
+    if unseen.issuperset(members):
+        return ("elsewhere",)
+    if not alterations.refused[kind].keys().isdisjoint(members):
+        return ("refused",)
+    value = float(effects.values[kind][effects.components.index(name)])
     maps = [alterations.maps[n] for n in members] if kind == "linear" else []
     is_predicted = effects.how[kind] == "predicted"
     marks = {

@@ -50,13 +50,16 @@ class LinearMap:
         """Samples that the map was fitted to."""
         return len(self.fitted_to)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply the map."""
-        reduced = _projected(x, self.x_mean, self.basis)
+    def projected(self, x: Tensor) -> Tensor:
+        """Bring inputs to the directions that the map acts on, about their mean."""
+        return _projected(x, self.x_mean, self.basis)
+
+    def __call__(self, reduced: Tensor) -> Tensor:
+        """Apply the map to projected inputs."""
         flat = reduced @ self.matrix.to(reduced) + self.y_mean.to(reduced)
         return flat.reshape(-1, *self.shape)
 
-    def left_out(self, x: Tensor, residuals: Tensor) -> Tensor:
+    def left_out(self, reduced: Tensor, residuals: Tensor) -> Tensor:
         """Return what the residuals of samples that a map was fitted to are once each is left out of it.
 
         That is the residual over one minus the leverage, the share of its own prediction that a sample
@@ -64,7 +67,6 @@ class LinearMap:
         and no ridge keeps them apart, that is 0/0; both then come from this map, as multiples of the
         ridge weight that cancel, which is the limit for small ones.
         """
-        reduced = _projected(x, self.x_mean, self.basis)
         filters, values, vectors = (part.to(reduced) for part in self._spectrum)
         rotated = reduced @ vectors
         own = 1 - (1 + rotated.square() @ filters) / self.n_samples

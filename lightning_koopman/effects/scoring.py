@@ -22,7 +22,7 @@ from lightning_koopman.effects.targets import (
     find_target,
 )
 from lightning_koopman.network.arguments import check_given
-from lightning_koopman.network.forward_runner import NO_SAMPLES, MeanAndSpread, chunks, rows_at_once
+from lightning_koopman.network.forward_runner import MeanAndSpread, chunks, rows_at_once
 from lightning_koopman.network.padding import Valid, valid_outputs, valid_positions
 from lightning_koopman.report.effects import Scale
 
@@ -215,8 +215,6 @@ class Outputs:
         check_given((Callable, "a function, called as metric(outputs, targets)"), metric=metric)
         all_notes = list(notes)
         self._outputs = tuple(outputs)
-        if not self._outputs:
-            raise ValueError(NO_SAMPLES)
         found = [find_target(batch) for batch in batches] if targets is None else targets
         known = tuple(t.cpu() for t in found if t is not None)
         self._targets = known if len(known) == len(found) else None

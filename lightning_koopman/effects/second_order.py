@@ -266,9 +266,7 @@ def _displacements(
         for i, name in enumerate(names):
             if name in alterations.refused[kind]:
                 continue
-            first, *_ = alterations.all_altered(kind, name)
-            alter_each = {first: alterations.output(kind, name)}
-            alter_each |= alterations.further_outputs(kind, name, ())
+            alter_each = alterations.altering(kind, name)
             moved[i] = {point: [] for point in alter_each}
             for point, alter_one in alter_each.items():
                 for values in by_call[point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,20 +26,18 @@ def runs_table(reports: Sequence[ReportFields]) -> Table:
     table = Table(title="Newest of every run; dim numbers carry the doubt", box=SIMPLE_HEAD)
     for name in ("component", "run", "step", "credit", "gain", "doubt"):
         table.add_column(name, justify="right" if name in {"step", "credit", "gain"} else "left")
-    newest = newest_of_runs(reports)
-    components = dict.fromkeys(name for report in newest for name in report.components)
-    for component in components:
-        for report in (each for each in newest if component in each.components):
-            place, found = report.components.index(component), columns(report)
-            numbers = [
-                f"[dim]{found[name][place]}[/]"
-                if report.doubts_about(name)[place]
-                else found[name][place]
-                for name in ("credit", "gain")
-            ]
-            step = "" if report.step is None else str(report.step)
-            names = (escape(component), escape(report.run), step)
-            table.add_row(*names, *numbers, found["doubt"][place])
+    rows: dict[str, list[list[str]]] = {}
+    for report in newest_of_runs(reports):
+        found, step = columns(report), "" if report.step is None else str(report.step)
+        for name in ("credit", "gain"):
+            pairs = zip(found[name], report.doubts_about(name), strict=True)
+            found[name] = [f"[dim]{text}[/]" if doubts else text for text, doubts in pairs]
+        numbers = zip(found["credit"], found["gain"], found["doubt"], strict=True)
+        for component, own in zip(report.components, numbers, strict=True):
+            row = [escape(component), escape(report.run), step, *own]
+            rows.setdefault(component, []).append(row)
+    for row in itertools.chain(*rows.values()):
+        table.add_row(*row)
     return table
 
 

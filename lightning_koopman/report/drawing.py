@@ -45,7 +45,7 @@ def plot_marked(
     marked: NDArray[np.bool_],
     xlabel: str,
     title: str,
-    ax: Any = None,
+    ax: Any,
 ) -> tuple[Figure, Any]:
     """Draw one number per component with two standard errors; those that are marked stand out."""
     figure, axis = axes_on(ax, 8, height_of(len(components), 0.35, 1.4), components)
@@ -65,7 +65,7 @@ def plot_steps(
     stderr: NDArray[np.float64],
     admitted: float,
     label: str,
-    ax: Any = None,
+    ax: Any,
 ) -> tuple[Figure, Any]:
     """Draw a loss after each of several steps, with its standard error and the loss that is admitted."""
     figure, axis = axes_on(ax, max(5.0, min(14.0, 0.6 * len(names) + 2)), 3.6)
@@ -85,9 +85,7 @@ def plot_bands(
     stderr: NDArray[np.float64],
     label: str,
     title: str,
-    *,
-    linear_below: float | None = None,
-    ax: Any = None,
+    linear_below: float | None,
 ) -> tuple[Figure, NDArray[Any]]:
     """Draw one line per name over steps, shaded two standard errors up and down.
 
@@ -98,7 +96,7 @@ def plot_bands(
     groups = [slice(i, i + len(_RUNS)) for i in range(0, len(names), len(_RUNS))]
     # Small, with large letters: TensorBoard shows it a few hundred pixels wide.
     width, height = 4.8, 2.5 * len(groups) + 0.8
-    figure = _figure(ax, width, height, names)
+    figure = _figure(None, width, height, names)
     right = 1 - min(0.4, (0.4 + 0.075 * max(map(len, names))) / width)
     figure.subplots_adjust(0.85 / width, 0.45 / height, right, 1 - 0.35 / height, hspace=0.08)
     axes = figure.subplots(len(groups), squeeze=False, sharex=True, sharey=True)[:, 0]
@@ -144,7 +142,7 @@ def plot_options(
     stderr: NDArray[np.float64],
     chosen: Sequence[int],
     label: str,
-    ax: Any = None,
+    ax: Any,
 ) -> tuple[Figure, Any]:
     """Draw what each option costs per component on a logarithmic axis, with the chosen ones filled."""
     figure, axis = axes_on(ax, 7, height_of(len(names), 0.35, 1.6))

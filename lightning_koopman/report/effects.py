@@ -96,8 +96,8 @@ class Effects(Shown):
     predicted_stderr: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     doubts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    folds: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
-    pairs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    folds: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    pairs: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -28,7 +28,7 @@ component's own operator; in them, what ridge does to two credits cancels. docs/
 holds how often each is right."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ReportFields:
     """Fields of :class:`lightning_koopman.CreditReport`, which says what each holds."""
 
@@ -52,19 +52,19 @@ class ReportFields:
     condition: NDArray[np.float64]
     stable: NDArray[np.bool_]
     notes: tuple[str, ...] = ()
-    operators: Mapping[str, KoopmanOperator] = field(default_factory=dict, repr=False)
+    operators: Mapping[str, KoopmanOperator] = field(default_factory=dict)
     step: int | None = None
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
-    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     folds: int = 5
     delay: int = 1
     run: str = ""
-    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    effects: Effects | None = field(default=None, repr=False)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    effects: Effects | None = None
     types: tuple[str, ...] = ()
     parameters: tuple[int, ...] = ()
     drift: NDArray[np.float64] | None = None
-    reference: Reference | None = field(default=None, repr=False)
+    reference: Reference | None = None
 
     @property
     def doubts(self) -> tuple[tuple[str, ...], ...]:

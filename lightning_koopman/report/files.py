@@ -85,7 +85,7 @@ def merge_reports(paths: Iterable[str | os.PathLike[str]]) -> list[CreditReport]
 
 
 def write_with_known(
-    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format = "json"
+    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format
 ) -> None:
     """Write reports so that a second evaluation can take them over."""
     if kind != "json":
@@ -94,7 +94,7 @@ def write_with_known(
         write_reports(reports, path, kind)
 
 
-def read_known(path: str | os.PathLike[str], kind: Format = "json") -> list[CreditReport]:
+def read_known(path: str | os.PathLike[str], kind: Format) -> list[CreditReport]:
     """Read what :func:`write_with_known` wrote."""
     source = Path(path if kind == "json" else f"{os.fspath(path)}.json")
     try:

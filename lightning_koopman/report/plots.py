@@ -146,7 +146,7 @@ def plot_evolution(
 
 
 def plot_course(
-    name: str, reports: Sequence[ReportFields], drifts: Sequence[Drift] = (), ax: Any = None
+    name: str, reports: Sequence[ReportFields], drifts: Sequence[Drift] = ()
 ) -> tuple[Figure, NDArray[Any]] | None:
     """Draw a quantity, an effect or the drift over training: a line per component, its error as a band.
 
@@ -175,8 +175,7 @@ def plot_course(
     steps = [i if (step := measured[i].step) is None else step for i in known.tolist()]
     # Drift falls by decades while a network learns, down to its error or what no table shows.
     below = max(_LEAST_DRIFT, 2 * float(np.nanmedian(stderr))) if name == "drift" else None
-    shown, label = [names[i] for i in drawn], f"{name} [{unit}]"
-    return plot_bands(shown, steps, values, stderr, label, title, linear_below=below, ax=ax)
+    return plot_bands([names[i] for i in drawn], steps, values, stderr, f"{name} [{unit}]", title, below)
 
 
 class _Measured(NamedTuple):

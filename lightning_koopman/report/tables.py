@@ -29,6 +29,9 @@ _GIVES_WAY = ("holds", "type", "parameters", "gain", "R²", "credit")
 
 _MOST_PARTS = 4
 
+_CAN = {"skip": "can go", "linear": "can become linear"}
+"""What a component can do whose alteration costs little, by the kinds of effects that decide."""
+
 DECISIONS = {
     "can go": "leaving it out costs next to nothing",
     "can become linear": "a linear map in its place costs next to nothing",
@@ -99,10 +102,8 @@ def columns(report: ReportFields, sign: str = "±") -> dict[str, list[str]]:
     if len(report.types) == len(report.parameters) == len(report.components):
         found["holds"] = [_inside(report, i) for i in range(len(report.components))]
         found["parameters"] = [f"{number:,}" if number else "" for number in report.parameters]
-    if (effects := report.effects) is not None:
-        for kind in ("skip", "linear"):
-            if kind in effects.kinds:
-                found[kind] = [_effect(effects, kind, name) for name in report.components]
+    for kind, effects in _deciding(report).items():
+        found[kind] = [_effect(effects, kind, name) for name in report.components]
     if report.drift is not None:
         found["drift"] = [with_places(value) for value in report.drift]
     for name in ("credit", "gain"):
@@ -120,9 +121,8 @@ def credit_table(report: ReportFields) -> Fitted:
     lines += map(escape, what_effects_are(report))
     about = {"credit": "credit", "gain": "gain", "R²": "r2"}
     grey = {title: [bool(d) for d in report.doubts_about(name)] for title, name in about.items()}
-    if (effects := report.effects) is not None:
-        for kind in {"skip", "linear"} & {*effects.kinds}:
-            grey[kind] = [_doubted(effects, kind, name) for name in report.components]
+    for kind, effects in _deciding(report).items():
+        grey[kind] = [_doubted(effects, kind, name) for name in report.components]
     if marked := int((~report.trusted).sum()):
         lines.append(
             f"{marked} of {len(report.components)} rows carry a doubt: do not act on their grey numbers "
@@ -149,20 +149,21 @@ def has_more(report: ReportFields) -> bool:
     """Return whether the effects hold more than the columns of a report's own table."""
     if (effects := report.effects) is None:
         return False
-    others = {*effects.kinds} - {"skip", "linear"} or {*effects.components} - {*report.components}
+    others = {*effects.kinds} - {*_CAN} or {*effects.components} - {*report.components}
     return bool(others or effects.predicted)
+
+
+def _deciding(report: ReportFields) -> dict[str, Effects]:
+    """Return the effects of a report by the kinds that decide, as far as they are known."""
+    effects = report.effects
+    return {} if effects is None else {kind: effects for kind in _CAN if kind in effects.kinds}
 
 
 def verdict(report: ReportFields) -> list[str]:
     """Say in up to two lines what the numbers mean for a decision."""
-    effects = report.effects
-    kinds = () if effects is None else effects.kinds
-    lines = []
-    if effects is not None and "skip" in kinds:
-        lines.append(_verdict_of(effects, "skip", "can go", "nothing can go"))
-    if effects is not None and "linear" in kinds:
-        lines.append(_verdict_of(effects, "linear", "can become linear", "nothing can become linear"))
-    elif linear := _found_linear(report):
+    deciding = _deciding(report)
+    lines = [_verdict_of(effects, kind) for kind, effects in deciding.items()]
+    if "linear" not in deciding and (linear := _found_linear(report)):
         are = "is" if len(linear) == 1 else "are"
         lines.append(f"{_some(linear)} {are} linear already (R² {_LINEAR_R2} or more)")
     return lines
@@ -187,41 +188,40 @@ def _are_linear(report: ReportFields) -> NDArray[np.bool_]:
 
 def what_effects_are(report: ReportFields) -> list[str]:
     """Return a line on each kind of effect in a table, with its unit, and its samples where fewer."""
-    if (effects := report.effects) is None:
-        return []
-    known = [kind for kind in ("skip", "linear") if kind in effects.kinds]
-    fewer = f", on {effects.n_samples} samples" if effects.n_samples < report.n_samples else ""
-    return [f"{kind}: {GLOSSARY[kind]} ({effects.unit}{fewer})." for kind in known]
+    lines = []
+    for kind, effects in _deciding(report).items():
+        fewer = f", on {effects.n_samples} samples" if effects.n_samples < report.n_samples else ""
+        lines.append(f"{kind}: {GLOSSARY[kind]} ({effects.unit}{fewer}).")
+    return lines
 
 
 def next_step(report: ReportFields) -> str:
     """Say what to do next."""
-    effects = report.effects
-    if effects is None or "skip" not in effects.kinds:
+    sure = {kind: bool(_sure(effects, kind).any()) for kind, effects in _deciding(report).items()}
+    if "skip" not in sure:
         return "Next: lightning-koopman effects, or component_effects: what may go"
-    if _sure(effects, "skip").any():
+    if sure["skip"]:
         return "Next: lightning-koopman drop, or drop_order: how many may go together"
-    if "linear" not in effects.kinds or _sure(effects, "linear").any():
+    if sure.get("linear", True):
         return "Next: lightning-koopman linearize, or linearize(): what may become linear"
     return "Next: lightning-koopman bits, or bit_widths: how many bits their weights need"
 
 
 def decide(report: ReportFields) -> list[str]:
     """Return one of :data:`DECISIONS` per component."""
-    effects = report.effects
-    kinds = [] if effects is None else [kind for kind in ("skip", "linear") if kind in effects.kinds]
-    if effects is None or not kinds:
+    deciding = _deciding(report)
+    if not deciding:
         doubted = [bool(doubts) for doubts in report.doubts_about("credit")]
         return [
             "doubted" if doubt else "linear already" if straight else "undecided"
             for doubt, straight in zip(doubted, _are_linear(report), strict=True)
         ]
-    cheap = {kind: dict(zip(effects.components, _sure(effects, kind), strict=False)) for kind in kinds}
-    words = {"skip": "can go", "linear": "can become linear"}
+    cheap = {k: dict(zip(e.components, _sure(e, k), strict=False)) for k, e in deciding.items()}
+    first, effects = next(iter(deciding.items()))
     found = []
     for name in report.components:
-        able = [words[kind] for kind in kinds if cheap[kind].get(name, False)]
-        doubt = _doubted(effects, kinds[0], name)
+        able = [_CAN[kind] for kind in deciding if cheap[kind].get(name, False)]
+        doubt = _doubted(effects, first, name)
         found.append(able[0] if able else "doubted" if doubt else "keep")
     return found
 
@@ -254,7 +254,7 @@ def _doubted(effects: Effects, kind: str, component: str) -> bool:
     return bool(effects.doubts_of(kind, place)) or bool(np.isnan(effects.values[kind][place]))
 
 
-def _verdict_of(effects: Effects, kind: str, can: str, nothing: str) -> str:
+def _verdict_of(effects: Effects, kind: str) -> str:
     """Say which components can be altered one by one within a loss, beyond two standard errors."""
     loss, error, within = _losses(effects, kind)
     if not np.isfinite(loss).any():
@@ -262,12 +262,11 @@ def _verdict_of(effects: Effects, kind: str, can: str, nothing: str) -> str:
     names = [name for name, sure in zip(effects.components, _sure(effects, kind), strict=False) if sure]
     if names:
         how = "alone" if len(names) == 1 else "one at a time"
-        return f"{_some(names)} {can} {how} within {within}"
+        return f"{_some(names)} {_CAN[kind]} {how} within {within}"
     least = int(np.nanargmin(loss))
     costs = with_error(loss[least], error[least])
-    return (
-        f"{nothing} within {within} for sure: the cheapest, {effects.components[least]}, costs {costs}"
-    )
+    cheapest = f"the cheapest, {effects.components[least]}, costs {costs}"
+    return f"nothing {_CAN[kind]} within {within} for sure: {cheapest}"
 
 
 def _inside(report: ReportFields, place: int) -> str:

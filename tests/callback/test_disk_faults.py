@@ -19,7 +19,6 @@ from test_faults import assert_alike, fit, outcome
 
 from lightning_koopman import KoopmanCreditMonitor
 from lightning_koopman.callback import loggers as writers
-from lightning_koopman.callback.loggers import free_bytes
 from lightning_koopman.cli.main import main
 from lightning_koopman.report.files import read_reports, write_reports
 
@@ -168,7 +167,3 @@ def test_figures_are_left_out_where_they_could_fill_the_disk(tmp_path, monkeypat
     tags = events(next((tmp_path / "lightning_logs").rglob("events.*")).parent).Tags()
     assert tags["images"] == []
     assert "koopman/total" in tags["scalars"]
-
-
-def test_a_logger_that_tells_no_folder_has_room():
-    assert free_bytes(object()) == float("inf")

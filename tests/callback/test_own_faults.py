@@ -117,13 +117,6 @@ def test_an_error_of_ours_as_the_run_before_is_forgotten_takes_no_others_place(t
     assert len(raised) > 1
 
 
-@pytest.mark.parametrize("error", [torch.linalg.LinAlgError("ours"), MemoryError("ours")])
-@pytest.mark.parametrize("place", PLACES[3:6], ids=NAMES[3:6])
-def test_numerics_of_ours_that_fail_end_nothing(place, error):
-    ours = functools.partial(broken, place, error, [])
-    assert check_alike(ours=ours, case_of="along without a logger").history == []
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_measurement_that_fails_once_is_tried_again(way):
     third = Armed(2)

@@ -86,9 +86,3 @@ def test_where_calls_cannot_be_run_again_a_note_says_why(tmp_path: Any) -> None:
     report = newest(monitor)
     assert report.effects is None
     assert [note for note in report.notes if note.startswith("effects were not measured: ")]
-
-
-def test_none_are_measured_where_none_are_asked_for(tmp_path: Any) -> None:
-    monitor = monitor_of(effects=())
-    quiet_trainer(tmp_path, [monitor]).validate(LitNet(), loaders()[1], verbose=False)
-    assert newest(monitor).effects is None

@@ -19,9 +19,11 @@ from small import batches, network, save
 from lightning_koopman import CreditReport, EvaluationError, credit_report, evaluate_checkpoints
 from lightning_koopman.cli.main import main
 from lightning_koopman.network.weights import run_names
+from lightning_koopman.report import comparison
 from lightning_koopman.report.comparison import runs_table
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
+from lightning_koopman.report.tables import columns
 
 pytestmark = pytest.mark.usefixtures("no_pixels")
 MORE_DATA = """
@@ -73,7 +75,7 @@ def test_shards_keep_all_files_of_one_step(project):
         save(project / "ckpt" / f"{name}.ckpt", 3, scale)
     for i in (1, 2):
         assert evaluate(f"--shard={i}/2", f"--out={i}.json") == 0
-    assert main(["merge", "--reports+=1.json", "--reports+=2.json", "--out=all.json"]) == 0
+    assert main(["merge", "1.json", "--out", "all.json", "2.json"]) == 0
     assert evaluate("--out=single.json") == 0
     merged, single = (
         [(report.step, report.source["path"], report.total) for report in read_reports(path)]
@@ -285,9 +287,18 @@ def test_runs_stay_apart_everywhere(project, capsys):
         assert f"Credit over training, run {run}" in page
 
 
-def test_runs_with_other_components_stand_side_by_side(one):
-    other = dataclasses.replace(one, run="[b]", components=("0", "x"))
-    table = runs_table([dataclasses.replace(one, run="a"), other])
-    cells = [list(column.cells) for column in table.columns[:2]]
-    assert cells == [["0", "0", "2", "x"], ["a", r"\[b]", "a", r"\[b]"]]
+def test_runs_with_other_components_stand_side_by_side(one, monkeypatch):
+    laid_out = []
+    monkeypatch.setattr(comparison, "columns", lambda each: laid_out.append(each) or columns(each))
+    doubted = {"r2": np.ones(2), "chain_r2": np.array([0.0, 1.0]), "stable": np.ones(2, dtype=bool)}
+    other = dataclasses.replace(one, run="[b]", components=("0", "x"), credit=2 * one.credit, **doubted)
+    sure = dataclasses.replace(one, run="a", **(doubted | {"chain_r2": np.ones(2)}))
+    found = {column.header: list(column.cells) for column in runs_table([sure, other]).columns}
+    assert found["component"] == ["0", "0", "2", "x"]
+    assert found["run"] == ["a", r"\[b]", "a", r"\[b]"]
+    pairs = zip(columns(sure)["credit"], columns(other)["credit"], strict=True)
+    (own, twice), last = pairs
+    assert found["credit"] == [own, f"[dim]{twice}[/]", *last]
+    assert found["doubt"] == ["", "chain_r2", "", ""]
+    assert laid_out == [sure, other], "once each, not once per component"
     assert "<th>run</th>" not in to_html([one])

@@ -104,9 +104,11 @@ def test_a_data_module_gets_the_arguments_that_the_checkpoint_saved(project):
     assert read("report.json")[0].n_samples == 70
 
 
-def test_models_and_data_are_named_with_a_dot_as_well_as_the_lightning_cli_names_them(project):
-    names = ["--model=userproject.LitNet", "--data=userproject.Data"]
-    assert main(["evaluate", *names, "--ckpt=*.ckpt", "--out=report.json"]) == 0
+@pytest.mark.parametrize("path", ["userproject.", "./userproject.py:", "{}/userproject.py:"])
+def test_models_and_data_are_named_by_paths_and_with_a_dot_as_well(project, path):
+    names = [f"--model={path}LitNet", f"--data={path}Data"]
+    given = [name.format(project) for name in names]
+    assert main(["evaluate", *given, "--ckpt=*.ckpt", "--out=report.json"]) == 0
     assert [report.step for report in read("report.json")] == [10, 20]
 
 
@@ -115,12 +117,6 @@ def test_layers_that_configure_model_makes_are_there(project):
     assert evaluate("--model=userproject:Late", "--ckpt=step10.ckpt", "--out=late.json") == 0
     (found,), (expected,) = read("late.json"), read("report.json")
     np.testing.assert_array_equal(found.credit, expected.credit)
-
-
-def test_models_and_data_are_named_by_paths_of_their_files(project):
-    names = ["--model=./userproject.py:LitNet", f"--data={project}/userproject.py:Data"]
-    assert main(["evaluate", *names, "--ckpt=*.ckpt", "--out=report.json"]) == 0
-    assert [report.step for report in read("report.json")] == [10, 20]
 
 
 def test_evaluate_goes_on_after_a_bad_checkpoint_and_exits_non_zero(project, capsys):
@@ -303,25 +299,6 @@ def test_evaluate_tells_effects_on_demand(project, capsys):
     assert second[0].effects.values["reinit"].any()
     assert evaluate(*given, "--initial-checkpoint=step20.ckpt") == 1
     assert "initial weights are given" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_two_processes_side_by_side_share_the_checkpoints_and_merge(project):
-    save_steps(project, 30, 40, 50, 60)
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = ["lightning-koopman", *EVALUATE, "--ckpt", "*.ckpt"]
-    shards = [["--shard", f"{i}/2", "--out", f"{i}.json"] for i in (1, 2)]
-    env = os.environ | {"PYTHONPATH": path}
-    first, second = (warm.Program([*command, *options], project, env) for options in shards)
-    with first, second:
-        assert [program.wait().returncode for program in (first, second)] == [0] * 2
-    assert main(["merge", "1.json", "--out", "all.json", "2.json"]) == 0
-    assert [report.step for report in read("all.json")] == [10, 20, 30, 40, 50, 60]
-    assert [len(read(f"{i}.json")) for i in (1, 2)] == [3, 3]
-    assert evaluate("--ckpt=*.ckpt", "--out=single.json") == 0
-    for merged, single in zip(read("all.json"), read("single.json"), strict=True):
-        assert merged.source == single.source
-        np.testing.assert_allclose(merged.credit, single.credit, atol=1e-9)
 
 
 def test_ctrl_c_before_anything_is_measured_exits_with_130(monkeypatch, capsys):

@@ -122,6 +122,6 @@ def test_compare_shows_the_drift_of_checkpoints_and_says_how_for_reports(
     printed = capsys.readouterr().out
     assert printed.index("Change of credit") < printed.index("Drift at step 20 since step 10")
     assert "Look at 2 (modules 3) first" in " ".join(printed.split())
-    assert evaluate("--ckpt=*.ckpt", "--out=r.json") == 0
-    assert main(["compare", "r.json", "r.json"]) == 0
+    assert evaluate("--ckpt=*.ckpt", "--out=r.JSON") == 0
+    assert main(["compare", "r.JSON", "r.JSON"]) == 0
     assert "evaluate --reference FILE" in capsys.readouterr().out

@@ -182,7 +182,7 @@ def test_reports_are_not_read_from_pages(reports, capsys):
 
 
 def test_decisions_write_tables_as_their_names_end(reports):
-    for ending in ("json", "csv"):
+    for ending in ("json", "CSV"):
         assert main(["linearize", *reports, "--max-drop=9", "--allow-larger", f"--out=d.{ending}"]) == 0
     assert kind("d.json") == "list"
-    assert Path("d.csv").read_text().startswith(",".join(json.loads(Path("d.json").read_text())[0]))
+    assert Path("d.CSV").read_text().startswith(",".join(json.loads(Path("d.json").read_text())[0]))

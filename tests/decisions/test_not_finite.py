@@ -9,7 +9,6 @@ from small import around
 from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, drop_order, linearize
-from lightning_koopman.decisions.bits import solve_exactly, summed
 
 
 def network() -> nn.Sequential:
@@ -80,15 +79,6 @@ def test_a_component_that_no_linear_map_can_stand_for_stays_as_it_is():
     assert {"0", "1"} <= {*linearize(net, labelled(net), **how).components}
     assert any("with '0' linear" in note for note in found.notes)
     assert all(np.isfinite(found.effect))
-
-
-def test_options_that_are_not_finite_are_not_chosen():
-    effects = np.array([[1.0, np.inf], [0.1, 0.2]])
-    costs = np.array([[4.0, 2.0], [4.0, 2.0]])
-    assert solve_exactly(effects, costs, 6.0) == (0, 1)
-    pairs = np.zeros((2, 2, 2, 2))
-    pairs.reshape(4, 4)[range(4), range(4)] = effects.reshape(-1)
-    assert summed(pairs, (1, 0)) == np.inf
 
 
 class Brittle(nn.Module):

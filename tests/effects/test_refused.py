@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small import wired
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -287,3 +288,18 @@ def test_weights_of_a_class_that_refuses_it_take_no_number_from_the_others(kind,
         "kind out"
     ) in found.notes
     assert all(map(torch.equal, net.parameters(), before))
+
+
+def test_a_state_of_other_numbers_of_axes_has_no_mean_to_be_skipped_by():
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        # An axis more in the last batch.
+        return m.inner(x) if len(x) == 40 else m.inner(x)[:, None]
+
+    torch.manual_seed(0)
+    odd = wired(forward, inner=nn.Linear(6, 4))
+    net = wired(lambda m, x: m.head(m.odd(x).flatten(1)), odd=odd, head=nn.Linear(4, 3)).eval()
+    found = component_effects(net, normal(110, 6).split(40), components=["odd", "head"])
+    assert found.doubts["skip"] == (("refused",), ())
+    assert np.isnan(found.values["skip"]).tolist() == [True, False]
+    why = "no effect skip of 'odd': states of shape (1, 4) and of shape (4,) per sample arrived"
+    assert any(note.startswith(why) for note in found.notes)
