@@ -521,3 +521,17 @@ def test_what_does_not_see_the_future_is_no_map_of_whole_sequences(causal):
     net[0].inner.weight.data.mul_(0.1)  # so small that whole sequences are mapped nearly exactly
     found = linearize(net, x.split(100), components=["0"], max_drop=0.01, allow_larger=True)
     assert [swap.axis for swap in swaps_in(found.model)] == ([] if causal else [None])
+
+
+def test_images_of_several_sizes_leave_no_map_of_whole_tensors():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 6, 3, 2), nn.Conv2d(6, 6, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*body, nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    x = [torch.randn(100, 3, size, size) for size in (6, 9, 8, 7)]
+    found = linearize(net, x, **ANY)
+    # Of these, images of one size at most would do, and behind the pooling there is but one.
+    assert found.refused == {"0": "what it takes or gives has not one shape in all batches"}
+    axes = {swap.replaces: swap.axis for swap in swaps_in(found.model)}
+    assert axes == {("1",): 1, ("4", "5", "6"): None}
+    with pytest.raises(ValueError, match="'0' cannot become linear: what it takes or gives has not one"):
+        linearize(net, x, components=["0"], **ANY)
