@@ -370,7 +370,9 @@ class _Maps:
 
     def _refusal(self, names: Sequence[str]) -> str:
         calls = [self._seen[name] for name in names]
-        taken, given = calls[0].taken, calls[-1].given
+        taken = calls[0].taken
+        # The network takes apart what a module gives in the middle, too.
+        given = next((c.given for c in calls if not isinstance(c.given, Tensor)), calls[-1].given)
         if calls[0].runs != 1:
             return f"it runs {calls[0].runs} times in one pass"
         if not all(call.in_place for call in calls):
@@ -379,7 +381,7 @@ class _Maps:
             return "it takes more than one tensor, or no floating-point tensor first"
         if not isinstance(given, Tensor) or taken is None or min(taken.ndim, given.ndim) < 2:
             return f"it gives {type(given).__name__}, not one tensor of rows"
-        rows = [len(call.given) for call in calls if isinstance(call.given, Tensor) and call.given.ndim]
+        rows = [len(call.given) for call in calls if call.given.ndim]
         if len(taken) not in rows:
             return f"it turns {len(taken)} rows into {len(given)}"
         return ""
@@ -432,7 +434,7 @@ class _Maps:
     @staticmethod
     def _places(tensor: Any, axis: int) -> list[int]:
         """Return the sizes of all axes but that of channels."""
-        sizes = list(tensor.shape) if isinstance(tensor, Tensor) else [0, 0]
+        sizes = list(tensor.shape)
         del sizes[axis]
         return sizes
 
