@@ -70,6 +70,7 @@ def test_a_linear_network_has_its_effects_in_closed_form():
     found = predicted(net, x.split(100), kinds, initial=initial)
     assert found.scale == "relative"
     assert set(found.how.values()) == {"predicted"}
+    assert found.predicted == found.predicted_stderr == {}  # nothing was measured to set beside these
     with torch.no_grad():
         w = [layer.weight.T for layer in net]
         states = [x, net[0](x), net[:2](x), net(x)]
