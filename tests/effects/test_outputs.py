@@ -109,6 +109,7 @@ def test_a_head_that_is_not_returned_is_named():
     # It leads to the loss: that nothing else moves does not mean that it may go.
     assert math.isnan(effects.values["skip"][2])
     assert "elsewhere (skip)" in str(effects)
+    assert effects.metric == effects.metric_stderr == {}
 
 
 def ensemble(classes: int = 3, members: int = 2) -> nn.Module:

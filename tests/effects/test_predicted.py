@@ -572,7 +572,8 @@ def test_a_note_tells_by_how_much_stand_ins_for_gradients_are_off():
     torch.manual_seed(0)
     net, batches = Rounded(0.5).double(), list(normal(1200, 5).split(400))
     near = {k: v + 5e-3 * torch.randn_like(v) for k, v in net.state_dict().items()}
-    found = component_effects(net, batches, None, [], replacements={"near": near})
+    others = {"same": net.state_dict(), "near": near}
+    found = component_effects(net, batches, None, [], replacements=others)
     # By hand: the gradient skips the rounding, what altered weights give does not.
     altered = copy.deepcopy(net)
     altered.first.load_state_dict({k.removeprefix("first."): v for k, v in near.items() if "first" in k})
