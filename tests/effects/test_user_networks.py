@@ -175,6 +175,7 @@ def test_a_map_of_wide_inputs_is_ridge_regression_on_the_leading_directions_of_t
     for some, given in zip(x.split(sizes), y.split(sizes), strict=True):
         fit.update(some, given)
     found = fit.solve(0.01)
+    assert fit.nbytes == 2 * 8 * 4 * 6  # the map and its sums, in double precision
     # Eight samples settle four directions; the second batch reaches them.
     directions = torch.linalg.svd(x[:10] - x[:10].mean(0))[2][:4].T
     t, rows, mean = (x - x.mean(0)) @ directions, y.flatten(1), y.flatten(1).mean(0)
@@ -255,6 +256,13 @@ def test_effects_under_checkpoints_are_those_without(how, frozen, components):
     for kind, values in found[0].items():
         np.testing.assert_allclose(found[1][kind], values, rtol=1e-5, atol=1e-12, err_msg=kind)
     assert "apply" not in vars(CheckpointFunction)
+
+
+def test_what_somebody_else_put_in_place_of_a_checkpoint_is_put_back(monkeypatch):
+    theirs = staticmethod(CheckpointFunction.apply)
+    monkeypatch.setattr(CheckpointFunction, "apply", theirs)
+    component_effects(Checkpointed(None).eval(), [torch.randn(50, 6)], how="predicted")
+    assert vars(CheckpointFunction)["apply"] is theirs
 
 
 def test_checkpoints_of_other_libraries_are_named():
