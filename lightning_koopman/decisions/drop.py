@@ -211,7 +211,7 @@ def _droppable(
         if not fitting:
             refused[name] = reasons[-1]
             continue
-        swap = Skipped(fitting[0], isinstance(seen[fitting[0][-1]].given, tuple))
+        swap = Skipped(fitting[0], isinstance(seen[fitting[0][0]].given, tuple))
         if why := failure_with(runner, swap):
             refused[name] = f"without which the network fails ({why})"
         else:
@@ -221,19 +221,20 @@ def _droppable(
 
 def _refusal(calls: Sequence[Seen]) -> str:
     """Say why modules that run one after the other cannot be skipped, or nothing."""
-    taken, given = calls[0].taken, calls[-1].given
+    taken, given = calls[0].taken, [call.given for call in calls]
     if (runs := max(call.runs for call in calls)) != 1:
         return f"which runs {runs} times in one pass"
     if not all(call.in_place for call in calls):
         return "which the network does not call where it is registered, so nothing can take its place"
-    if isinstance(given, tuple) and len(given) == 1:
-        given = given[0]
+    # The first is what something else takes the place of; what gives a tuple behind it would stay none.
+    if isinstance(given[0], tuple) and len(given[0]) == 1:
+        given[0] = given[0][0]
     if taken is None:
         return "which takes no floating-point tensor"
-    if not isinstance(given, Tensor):
-        return f"which gives {type(given).__name__} and not one tensor"
-    if taken.shape != given.shape:
-        return f"which turns {tuple(taken.shape[1:])} into {tuple(given.shape[1:])}"
+    if others := [value for value in given if not isinstance(value, Tensor)]:
+        return f"which gives {type(others[0]).__name__} and not one tensor"
+    if taken.shape != given[-1].shape:
+        return f"which turns {tuple(taken.shape[1:])} into {tuple(given[-1].shape[1:])}"
     return ""
 
 

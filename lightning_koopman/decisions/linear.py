@@ -248,7 +248,7 @@ def linearize(
             refuse_samples(fitting, fitting.run_batch(0)[0])
         maps = _Maps(fitting, max_dim, variance)
         calls = maps.look_at(calls)
-        refused = maps.check({n: c for n, c in calls.items() if n not in refused}) | refused
+        refused = maps.check({n: c for n, c in calls.items() if n not in refused}, runner) | refused
         if components is not None and refused:
             name, why = next(iter(refused.items()))
             raise ValueError(f"{name!r} cannot become linear: {why}")
@@ -334,24 +334,45 @@ class _Maps:
         self._seen = look_at(self._runner, components)
         return {name: self._own(calls) for name, calls in components.items()}
 
+    def _find_varying(self, components: Iterable[Sequence[str]], choosing: ForwardRunner) -> None:
+        """Find what has another shape per sample in some batches: no map of whole tensors fits it."""
+        ends = [(HookPoint("in", own[0]), HookPoint("out", own[-1])) for own in components]
+        shapes: dict[HookPoint, set[torch.Size]] = {point: set() for pair in ends for point in pair}
+
+        def update(values: Mapping[HookPoint, Tensor]) -> None:
+            for point in shapes.keys() & values.keys():
+                shapes[point].add(values[point].shape[1:])
+
+        for runner in (self._runner, choosing):
+            for _ in runner.stream(shapes, update=update):
+                pass
+        self._varying = {point.call for point, found in shapes.items() if len(found) > 1}
+
     def _own(self, calls: tuple[str, ...]) -> tuple[str, ...]:
         """Leave out what also runs elsewhere behind the first call, and all behind that."""
         shared = (i for i, call in enumerate(calls) if i and self._seen[call].runs != 1)
         return calls[: next(shared, len(calls))]
 
-    def check(self, components: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-        """Find why components cannot become linear."""
-        refused = {}
-        for name, calls in components.items():
-            if reason := self._refusal(calls):
-                refused[name] = reason
+    def check(
+        self, components: Mapping[str, tuple[str, ...]], choosing: ForwardRunner
+    ) -> dict[str, str]:
+        """Find why components cannot become linear, for which others are run than maps are fitted on."""
+        found = {name: self._refusal(calls) for name, calls in components.items()}
+        refused = {name: reason for name, reason in found.items() if reason}
+        left = {name: calls for name, calls in components.items() if name not in refused}
+        self._find_varying(left.values(), choosing)
+        for name, calls in left.items():
+            if not self._varying.isdisjoint(calls) and not self.forms(calls, everything=True):
+                refused[name] = "what it takes or gives has not one shape in all batches"
             elif why := failure_with(self._runner, Repeated(calls, self._seen[calls[-1]].given)):
                 refused[name] = f"the network fails without it ({why})"
         return refused
 
     def _refusal(self, names: Sequence[str]) -> str:
         calls = [self._seen[name] for name in names]
-        taken, given = calls[0].taken, calls[-1].given
+        taken = calls[0].taken
+        # The network takes apart what a module gives in the middle, too.
+        given = next((c.given for c in calls if not isinstance(c.given, Tensor)), calls[-1].given)
         if calls[0].runs != 1:
             return f"it runs {calls[0].runs} times in one pass"
         if not all(call.in_place for call in calls):
@@ -360,7 +381,7 @@ class _Maps:
             return "it takes more than one tensor, or no floating-point tensor first"
         if not isinstance(given, Tensor) or taken is None or min(taken.ndim, given.ndim) < 2:
             return f"it gives {type(given).__name__}, not one tensor of rows"
-        rows = [len(call.given) for call in calls if isinstance(call.given, Tensor) and call.given.ndim]
+        rows = [len(call.given) for call in calls if call.given.ndim]
         if len(taken) not in rows:
             return f"it turns {len(taken)} rows into {len(given)}"
         return ""
@@ -383,7 +404,8 @@ class _Maps:
         modules = [find_module(self._runner.model, call)[0] for call in calls]
         own = {id(p): p.numel() for part in modules for p in part.parameters()}
         tried = everything or least < sum(own.values()) or not alike
-        tried = tried and given[0][:1] == taken[:1] and self._looks_ahead(calls, 2 if convolves else 1)
+        tried = tried and given[0][:1] == taken[:1] and self._varying.isdisjoint(calls)
+        tried = tried and self._looks_ahead(calls, 2 if convolves else 1)
         whole = [_Group(calls, None)] if tried else []
         return [*whole, *(_Group(part, axis) for part in alike[:1])]
 
@@ -412,7 +434,7 @@ class _Maps:
     @staticmethod
     def _places(tensor: Any, axis: int) -> list[int]:
         """Return the sizes of all axes but that of channels."""
-        sizes = list(tensor.shape) if isinstance(tensor, Tensor) else [0, 0]
+        sizes = list(tensor.shape)
         del sizes[axis]
         return sizes
 

@@ -224,6 +224,26 @@ def test_what_cannot_be_skipped_is_named_with_the_reason():
     assert Skipped(["a"])(1, [torch.full((1,), 3.0)]).tolist() == [3.0]
 
 
+class Tagger(nn.Module):
+    """Takes a recurrent layer's first tensor, without a name for the others, to a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rnn = nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.rnn(self.stem(x))[0]))
+
+
+@pytest.mark.parametrize("decide", [drop_order, linearize])
+def test_what_gives_a_tuple_in_front_of_its_norm_stays_and_the_rest_is_decided(decide):
+    torch.manual_seed(0)
+    found = decide(Tagger().eval(), torch.randn(200, 5, 4).split(100), max_drop=1e9)
+    assert "gives tuple" in found.refused["rnn"]
+    assert found.candidates[0] == "stem"
+
+
 @pytest.mark.parametrize("behind", [[nn.AdaptiveAvgPool2d(1), nn.Flatten()], [nn.Flatten()]])
 def test_what_changes_the_shape_behind_a_block_stays(behind):
     torch.manual_seed(0)

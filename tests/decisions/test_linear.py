@@ -1,5 +1,6 @@
 """Linear components: exact on linear networks, saved and loaded as usual, refused where impossible."""
 
+import functools
 import io
 import itertools
 import math
@@ -224,6 +225,57 @@ def test_the_choice_keeps_the_drop_and_ends_at_the_budget():
     assert enough.costs[-1].flops <= share * found.cost_before.flops < before_last
     exact = linearize(net, batches, max_drop=0.0, cost="parameters", allow_larger=True)
     assert all(loss <= 0 for loss in exact.loss)
+
+
+def test_where_one_is_enough_it_is_the_one_that_moves_the_outputs_least(monkeypatch):
+    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0)
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 6)) for _ in range(3)]
+    for block, size in zip(blocks, (1.5, 0.1, 6.0), strict=True):
+        block[0].weight.data.mul_(size)  # the larger, the more bent
+    net, (fit_on, x) = nn.Sequential(*blocks, nn.Linear(6, 3)).eval(), inputs(400).split(200)
+    batches, y, effects = [fit_on, x], net(x).detach(), {}
+    report = credit_report(net, batches, components=list("0123"))
+    for name in "012":
+        alone = linearize(net, batches, report, components=[name], **ANY)
+        moved = (alone.model(x) - y).detach()
+        effects[name] = float(moved.square().sum() / (y - y.mean(0)).square().sum())
+        budget = (alone.costs[0].flops + 1) / alone.cost_before.flops  # alike for all three
+    found = linearize(net, batches, report, budget=budget, max_drop=math.inf)
+    assert found.components == (min(effects, key=effects.get),) == ("1",)
+    assert found.effect.tolist() == pytest.approx([effects["1"]], rel=1e-4)
+
+
+class Looked(nn.Module):
+    """Scales by the first row of a large table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.table[0]
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    ("block", "sizes", "cost", "other"),
+    [(Looked, (6,), "parameters", "FLOPs"), (convolutions, (1, 8, 8), "flops", "parameters")],
+)
+def test_what_saves_one_cost_and_needs_more_of_the_other_stays_unless_asked(block, sizes, cost, other):
+    torch.manual_seed(0)
+    net = nn.Sequential(block(), nn.Linear(6 if sizes == (6,) else 32, 3)).eval()
+    x = torch.randn(400, *sizes).split(200)
+    report = credit_report(net, x, components=["0", "1"])
+    options = {"components": ["0"], "max_drop": 0.01, "cost": cost, "variance": 1.0}
+    assert linearize(net, x, report, **options).components == ()
+    found = linearize(net, x, report, allow_larger=True, **options)
+    assert (found.components, found.larger[0]) == (("0",), other)
+    before, after = (getattr(costs, cost) for costs in (found.cost_before, found.costs[-1]))
+    assert after < before
 
 
 def test_no_choice_of_components_is_cheaper(monkeypatch):
@@ -490,22 +542,54 @@ def test_a_full_disk_leaves_the_checkpoint_that_was_there(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == [path]
 
 
-class Sums(nn.Module):
-    """Adds up positions, those before each or all of them."""
+class Mixed(nn.Module):
+    """Lets positions depend on others."""
 
-    def __init__(self, causal):
+    def __init__(self, inner, mix):
         super().__init__()
-        self.inner, self.causal = nn.Linear(4, 4), causal
+        self.inner, self.mix = inner, mix
 
     def forward(self, x):
-        y = torch.tanh(self.inner(x))
-        return y.cumsum(1) if self.causal else y + y.sum(1, keepdim=True)
+        return self.mix(torch.tanh(self.inner(x)))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_what_does_not_see_the_future_is_no_map_of_whole_sequences(causal):
+@pytest.mark.parametrize(
+    ("inner", "mix", "axes"),
+    [
+        (functools.partial(nn.Linear, 4, 4), lambda y: y.cumsum(1), []),
+        (functools.partial(nn.Linear, 4, 4), lambda y: y + y.sum(1, keepdim=True), [None]),
+        (functools.partial(nn.Linear, 4, 4), lambda y: y.roll(-1, 1), [None]),
+        (functools.partial(nn.Conv1d, 3, 3, 3, padding=2), lambda y: y[..., :-2], []),
+        (functools.partial(nn.Conv1d, 3, 3, 3, padding=1), lambda y: y + 0, [None]),
+    ],
+)
+def test_what_does_not_see_the_future_is_no_map_of_whole_sequences(inner, mix, axes):
     torch.manual_seed(0)
-    net, x = nn.Sequential(Sums(causal), nn.Linear(4, 2)).eval(), torch.randn(400, 3, 4)
+    net, x = nn.Sequential(Mixed(inner(), mix), nn.Linear(4, 2)).eval(), torch.randn(400, 3, 4)
     net[0].inner.weight.data.mul_(0.1)  # so small that whole sequences are mapped nearly exactly
     found = linearize(net, x.split(100), components=["0"], max_drop=0.01, allow_larger=True)
-    assert [swap.axis for swap in swaps_in(found.model)] == ([] if causal else [None])
+    assert [swap.axis for swap in swaps_in(found.model)] == axes
+
+
+def test_maps_are_fitted_on_batches_at_even_places_and_chosen_on_the_others():
+    net, (a, b, c, d), x = mlp(), inputs(400).split(100), inputs(seed=8)
+    found, apart = (
+        linearize(net, choose_on, components=["2"], fit_batches=fit_on, **ANY)
+        for choose_on, fit_on in (([a, b, c, d], None), ([b, d], [a, c]))
+    )
+    torch.testing.assert_close(found.model(x), apart.model(x), rtol=0, atol=0)
+    assert found.effect == apart.effect
+
+
+def test_images_of_several_sizes_leave_no_map_of_whole_tensors():
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 6, 3, 2), nn.Conv2d(6, 6, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = nn.Sequential(*body, nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    x = [torch.randn(100, 3, size, size) for size in (6, 9, 8, 7)]
+    found = linearize(net, x, **ANY)
+    # Of these, images of one size at most would do, and behind the pooling there is but one.
+    assert found.refused == {"0": "what it takes or gives has not one shape in all batches"}
+    axes = {swap.replaces: swap.axis for swap in swaps_in(found.model)}
+    assert axes == {("1",): 1, ("4", "5", "6"): None}
+    with pytest.raises(ValueError, match="'0' cannot become linear: what it takes or gives has not one"):
+        linearize(net, x, components=["0"], **ANY)

@@ -90,10 +90,12 @@ def test_all_heads_count(returns):
 
 def test_a_head_whose_classes_are_known_stands_alone_and_is_named():
     model, (x, y) = heads(lambda p, v: (v, p)), dataset().tensors
-    effects = component_effects(model, [(x, y)], credit_report(model, [(x, y)]))
+    effects = component_effects(model, [(x, y)], credit_report(model, [(x, y)]), how="both", probes=3)
     assert effects.scale == "kl"
     assert effects.values["skip"][1] > 0.01
-    assert math.isnan(effects.values["skip"][2])
+    measured = (effects.values, effects.stderr, effects.metric, effects.metric_stderr)
+    for found in (*measured, effects.predicted, effects.predicted_stderr):
+        assert np.isnan(found["skip"]).tolist() == [False, False, True]
     assert effects.doubts["skip"] == ((), (), ("elsewhere",))
     assert effects.notes[0].startswith("effects are about one of 2 outputs, that of policy; return")
 
@@ -107,6 +109,7 @@ def test_a_head_that_is_not_returned_is_named():
     # It leads to the loss: that nothing else moves does not mean that it may go.
     assert math.isnan(effects.values["skip"][2])
     assert "elsewhere (skip)" in str(effects)
+    assert effects.metric == effects.metric_stderr == {}
 
 
 def ensemble(classes: int = 3, members: int = 2) -> nn.Module:

@@ -70,6 +70,7 @@ def test_a_linear_network_has_its_effects_in_closed_form():
     found = predicted(net, x.split(100), kinds, initial=initial)
     assert found.scale == "relative"
     assert set(found.how.values()) == {"predicted"}
+    assert found.predicted == found.predicted_stderr == {}  # nothing was measured to set beside these
     with torch.no_grad():
         w = [layer.weight.T for layer in net]
         states = [x, net[0](x), net[:2](x), net(x)]
@@ -571,7 +572,8 @@ def test_a_note_tells_by_how_much_stand_ins_for_gradients_are_off():
     torch.manual_seed(0)
     net, batches = Rounded(0.5).double(), list(normal(1200, 5).split(400))
     near = {k: v + 5e-3 * torch.randn_like(v) for k, v in net.state_dict().items()}
-    found = component_effects(net, batches, None, [], replacements={"near": near})
+    others = {"same": net.state_dict(), "near": near}
+    found = component_effects(net, batches, None, [], replacements=others)
     # By hand: the gradient skips the rounding, what altered weights give does not.
     altered = copy.deepcopy(net)
     altered.first.load_state_dict({k.removeprefix("first."): v for k, v in near.items() if "first" in k})

@@ -173,6 +173,10 @@ def test_nested_tensors_of_somebodys_own_have_no_number_and_a_note():
     found = component_effects(Jagged(), batches, kinds=["skip", "output_noise"])
     assert np.isnan(found.values["skip"]).tolist() == [False, True, False]
     assert "'inner' gave a nested tensor" in found.notes[-1]
+    # Its weights can be altered all the same, of which nothing is predicted.
+    both = component_effects(Jagged(), batches, kinds=["weight_noise"], how="both")
+    assert np.isnan(both.values["weight_noise"]).tolist() == [False] * 3
+    assert np.isnan(both.predicted["weight_noise"]).tolist() == [False, True, False]
 
 
 def lengths_apart(width: int, seed: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Effects in networks that draw in eval mode, derive their weights or run under checkpoints."""
 
+import functools
 import random
 
 import numpy as np
@@ -167,6 +168,32 @@ def test_samples_left_out_of_a_fit_are_those_of_fits_without_them(tikhonov):
     )
 
 
+def test_a_map_of_wide_inputs_is_ridge_regression_on_the_leading_directions_of_the_first_samples():
+    torch.manual_seed(0)
+    x = torch.randn(120, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 5
+    y = (x[:, :6] / 4).tanh().reshape(120, 2, 3)
+    fit, sizes = LinearFit(4), [5, 5, 50, 60]
+    for some, given in zip(x.split(sizes), y.split(sizes), strict=True):
+        fit.update(some, given)
+    found = fit.solve(0.01)
+    assert fit.nbytes == 2 * 8 * 4 * 6  # the map and its sums, in double precision
+    # Eight samples settle four directions; the second batch reaches them.
+    directions = torch.linalg.svd(x[:10] - x[:10].mean(0))[2][:4].T
+    t, rows, mean = (x - x.mean(0)) @ directions, y.flatten(1), y.flatten(1).mean(0)
+    inverse = torch.linalg.inv(t.T @ t + 120 * 0.01 * t.square().mean() * torch.eye(4))
+    mapped = t @ inverse @ t.T @ (rows - mean)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-6, atol=1e-8)
+    close(found(x), (mapped + mean).view_as(y))
+    matrix, offset = found.dense()
+    close(x @ matrix + offset, mapped + mean)
+    close(found.leverage, (t @ inverse @ t.T).diagonal() + 1 / 120)
+    u, s, vh = torch.linalg.svd(mapped, full_matrices=False)
+    for rank, kept in enumerate(s[:4].square().cumsum(0) / s.square().sum(), 1):
+        left, right, offset = found.factors(float(kept) - 1e-6)
+        assert left.shape == (12, rank)
+        close(x @ left @ right + offset, (u[:, :rank] * s[:rank]) @ vh[:rank] + mean)
+
+
 def test_linear_effects_are_not_zero_with_fewer_samples_than_directions():
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -230,6 +257,13 @@ def test_effects_under_checkpoints_are_those_without(how, frozen, components):
     for kind, values in found[0].items():
         np.testing.assert_allclose(found[1][kind], values, rtol=1e-5, atol=1e-12, err_msg=kind)
     assert "apply" not in vars(CheckpointFunction)
+
+
+def test_what_somebody_else_put_in_place_of_a_checkpoint_is_put_back(monkeypatch):
+    theirs = staticmethod(CheckpointFunction.apply)
+    monkeypatch.setattr(CheckpointFunction, "apply", theirs)
+    component_effects(Checkpointed(None).eval(), [torch.randn(50, 6)], how="predicted")
+    assert vars(CheckpointFunction)["apply"] is theirs
 
 
 def test_checkpoints_of_other_libraries_are_named():
