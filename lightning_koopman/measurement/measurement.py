@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakMethod
 
 import torch
@@ -39,6 +39,7 @@ from lightning_koopman.network.rows import (
 )
 from lightning_koopman.network.tensors import (
     all_tensors,
+    dense,
     detached_copy,
     exact_device,
     plain,
@@ -226,7 +227,9 @@ class Measurement(Accumulator):
         # Of the first pass, rows are made when what it was given is forgotten.
         self._valid = self._valid or valid_positions(self.capture.given)
         states = self.capture.end_pass()
-        if len(states) < 2:
+        if len(states) == 1 and self.plan is None:
+            _refuse_alone(*states)
+        if not states:
             raise ValueError(
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
@@ -263,15 +266,16 @@ class Measurement(Accumulator):
         elif self._waits_for_lengths:
             states = self._all_rows([r for r in states.values() if r is not None])
         assert self.plan is not None
-        self._fill_in_sums(states)
         try:
-            rows = self.plan.join(states, self._batches)
+            self.plan.check_rows(states)
         except UnlikeRowsError:
             # Parts that run on samples of their own may have as many in most batches, but not in all.
             self._unlike_batches += 1
             if self._named or 2 * self._unlike_batches > self._batches:
                 raise
             return
+        self._fill_in_sums(states)
+        rows = self.plan.join(states, self._batches)
         self._refuse_others(states, rows)
         first, *_ = blocks = list(rows.values())
         # A step may call the network twice on the same data, for a loss and for a metric.
@@ -358,17 +362,14 @@ class Measurement(Accumulator):
         records = [replace(r, tensor=self._by_sample(r.tensor)) for r in records]
         self.plan, rows = self._plan_of(records, returned, in_losses)
         if len(self.plan.states) < 2:
-            (name,), why = self.plan.names, "; ".join(self.plan.told())
+            (name,), told = self.plan.names, self.plan.told()
             self.plan = None
-            if not why:
-                raise ValueError(
-                    f"{name!r} is all that the chain holds, and reads no data that vary, so nothing can "
-                    "be credited; name more components, or let what takes the batch be a module"
-                )
+            if not (why := [note for note in told if note.startswith("without one row for each of")]):
+                _refuse_alone(name)
             raise ValueError(
-                f"{name!r} alone has one row per sample, so nothing can be credited: {why}. Give the "
-                "samples an axis of their own, the first, or reduce states to one row per sample with "
-                "reduce=."
+                f"{name!r} alone has one row per sample, so nothing can be credited: {'; '.join(why)}. "
+                "Give the samples an axis of their own, the first, or reduce states to one row per "
+                "sample with reduce=."
             )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)
@@ -573,7 +574,7 @@ class Measurement(Accumulator):
         if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
             return replace(recorded, tensor=detached_copy(tensor))
-        return self._rows(self._by_sample(plain(tensor)), recorded)
+        return self._rows(self._by_sample(plain(dense(tensor))), recorded)
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
         """Average nodes over each graph, where that is what the network goes on with."""
@@ -760,6 +761,15 @@ class Measurement(Accumulator):
             "types": tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
             "parameters": self.capture.n_weights(self._calls()),
         }
+
+
+def _refuse_alone(name: str) -> NoReturn:
+    """Refuse a chain of one state that nothing reads and that reads nothing."""
+    raise ValueError(
+        f"{name!r} is all that the chain holds, and reads no floating-point data that vary, so nothing "
+        "can be credited; name more components, or let what takes the batch be a module, and what is "
+        "made of this"
+    )
 
 
 def _rounding(record: Recorded) -> float:

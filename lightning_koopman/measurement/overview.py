@@ -21,8 +21,13 @@ from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, module_of, numbered
-from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
+from lightning_koopman.network.rows import Recorded, module_of, numbered, pooled_by, pooling_index
+from lightning_koopman.network.tensors import (
+    all_tensors,
+    detached_copy,
+    first_tensor,
+    tensors_inside,
+)
 from lightning_koopman.report.text import counted
 
 
@@ -154,7 +159,10 @@ def describe_components(
     if capture.untraced is not None:
         records, returned = in_a_row([r for r in records if r.name not in returned]), {}
         in_losses = frozenset()
-    valid = valid_positions(batch)
+    valid, shapes = valid_positions(batch), {r.name: tuple(r.tensor.shape) for r in records}
+    if (place := pooling_index(records, capture.returned.rows, batch)) is not None:
+        index = list(tensors_inside(batch))[place]
+        records = [replace(r, tensor=pooled_by(index, r.tensor, batch)) for r in records]
     plan = make_plan(
         records,
         batch=batch,
@@ -169,7 +177,8 @@ def describe_components(
     shown = [record for record in records if record.name in capture.parts]
     sizes = capture.n_weights([record.name] for record in shown)
     rows = tuple(
-        _row(model, record, size, plan, taken, valid) for record, size in zip(shown, sizes, strict=True)
+        _row(model, record, size, plan, taken, shapes[record.name], valid)
+        for record, size in zip(shown, sizes, strict=True)
     )
     return Overview(rows, tuple(notes), total, max_dim, run=True)
 
@@ -203,10 +212,10 @@ def _row(
     size: int,
     plan: Plan,
     taken: dict[str, tuple[int, ...]],
+    shape: tuple[int, ...],
     valid: Valid,
 ) -> ComponentRow:
     state = next((n for n, g in zip(plan.names, plan.states, strict=True) if record.name in g), None)
-    shape = tuple(record.tensor.shape)
     width = None
     if state is not None:
         form = plan.forms[record.name]

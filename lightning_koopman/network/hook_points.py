@@ -28,6 +28,7 @@ from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
     by_name,
+    dense,
     derived,
     first_tensor,
     has_places,
@@ -649,7 +650,7 @@ class HookPoints:
     def _keep(self, point: HookPoint, tensor: Tensor | None) -> None:
         if tensor is None:
             raise ValueError(f"{point.call!r} has no floating-point tensor to read")
-        copied = plain(tensor).clone()
+        copied = plain(dense(tensor)).clone()
         self.values[point] = copied.detach()
         if copied.requires_grad and self._alter:
             self._in_graph[point] = copied

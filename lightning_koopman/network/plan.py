@@ -434,6 +434,17 @@ class Plan:
             if is_sum(name)
         }
 
+    def check_rows(self, rows: Mapping[str, Tensor]) -> None:
+        """Refuse a pass in which what stands side by side has unlike numbers of rows."""
+        for group in self.states:
+            counts = {part: len(rows[part]) for part in group if part in rows}
+            if len(set(counts.values())) > 1:
+                raise UnlikeRowsError(
+                    f"parallel components gave differing numbers of rows: {counts}. Rows are samples; "
+                    "end the chain at one output with output=, or name other components with "
+                    "components=[...]."
+                )
+
     def join(self, rows: Mapping[str, Tensor], batch: int = 0) -> dict[str, Tensor]:
         """Put the rows of one pass into the states of the chain."""
         expected = [name for group in self.states for name in group]
@@ -446,12 +457,6 @@ class Plan:
             )
         joined = {}
         for name, group in zip(self.names, self.states, strict=True):
-            counts = {part: rows[part].shape[0] for part in group}
-            if len(set(counts.values())) > 1:
-                raise UnlikeRowsError(
-                    f"parallel components gave differing numbers of rows: {counts}. Rows are samples; "
-                    "name other components with components=[...]."
-                )
             blocks = [rows[part] for part in group]
             joined[name] = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)
         return joined
@@ -539,8 +544,14 @@ def make_plan(
     if not named or any(not sources[name] for name in kept & sources.keys()):
         kept |= {*varying, *(record.name for record in records if is_sum(record.name))}
         constant = leave_out_unfit(records, forms, sources, kept, n_samples, notes, turned)
-        ends = [name for name in ends if name in sources] or [list(sources)[-1]]
     _leave_out_sums(records, forms, sources, n_samples, sums_apart)
+    ends = [name for name in ends if name in sources] or [*sources][-1:]
+    if not ends:
+        raise ValueError(
+            f"no state has one row for each sample, so nothing can be credited: {'; '.join(notes)}. "
+            "Give the samples an axis of their own, the first, or reduce states to one row per sample "
+            "with reduce=."
+        )
     inputs = {record.name for record in records if record.is_input}
     sources = leading_to(ends, sources, inputs, notes)
     if end is None and (passed := _passed(ends, sources, inputs, returned)):

@@ -57,11 +57,15 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class _Kept:
-    """A copy of a tensor, on the CPU, where it was, and of which derived class with which attributes."""
+    """A copy of a tensor, on the CPU, where it was, and of which derived class with which attributes.
+
+    What is differentiated for it under gradients of the step's own has ``grads``.
+    """
 
     copy: Tensor
     device: torch.device
     start: int = 0
+    grads: bool = False
     kind: type[Tensor] = Tensor
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -119,6 +123,7 @@ class _Call:
         direct: Whether ``forward`` itself was called, which fires no hook.
         idle: Watched modules that did not run within the call, by ``id``.
         autocasts: What the step let torch cast around the call.
+        grads: Whether the step let torch follow gradients where the Trainer does not.
     """
 
     module: nn.Module
@@ -127,6 +132,7 @@ class _Call:
     kwargs: Any
     idle: frozenset[int] = frozenset()
     autocasts: tuple[_Autocast, ...] = ()
+    grads: bool = False
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Call the module as it was called."""
@@ -136,6 +142,8 @@ class _Call:
                 # What stands there already, as a Trainer's precision, keeps the casts that it remembers.
                 if now != own and (now.enabled or own.enabled):
                     around.enter_context(own.again())
+            if self.grads:
+                around.enter_context(torch.enable_grad())
             return (self.module.forward if self.direct else self.module)(*args, **kwargs)
 
     @property
@@ -375,6 +383,7 @@ class Recording:
     def __enter__(self) -> Recording:
         self.close()
         self._step, self.recording = Step(), True
+        self._without_grads = not torch.is_grad_enabled()
         self._inside: list[tuple[nn.Module, bool]] = []
         self._own = {id(module): vars(module).get("forward") for module in self._carriers}
         self._returned: list[list[Tensor]] = []
@@ -526,6 +535,11 @@ class Recording:
             self._end(output)
 
     @property
+    def _grads(self) -> bool:
+        """Whether the step itself let torch follow gradients."""
+        return self._without_grads and torch.is_grad_enabled()
+
+    @property
     def _is_within(self) -> bool:
         """Whether a call that counts is under way."""
         return any(counts for _, counts in self._inside)
@@ -553,7 +567,9 @@ class Recording:
         own = itertools.islice(module.parameters(), 1)
         autocasts = _autocasts(itertools.chain(own, tensors_inside((args, kwargs))))
         args, kwargs = self._kept(args, name), self._kept(kwargs, name)
-        self._step.calls.append(_Call(module, direct, args, kwargs, autocasts=autocasts))
+        self._step.calls.append(
+            _Call(module, direct, args, kwargs, autocasts=autocasts, grads=self._grads)
+        )
 
     def _end(self, output: Any) -> None:
         number = len(self._returned)
@@ -621,7 +637,8 @@ class Recording:
         self._note_own_code(tensor, name)
         self._data.add(address_of(tensor))
         self._step.n_bytes += tensor.nbytes
-        kept = _Kept(_copied(tensor), tensor.device, _start_of(tensor))
+        grads = self._grads and tensor.requires_grad
+        kept = _Kept(_copied(tensor), tensor.device, _start_of(tensor), grads)
         self._taken[id(tensor)] = kept.copy
         if is_underived(tensor) or type(kept.copy) is not Tensor:
             return kept
@@ -698,6 +715,7 @@ def _revived(value: Any) -> Any:
     def revive(part: Any) -> Any:
         if isinstance(part, _Kept):
             made = part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
+            made.requires_grad_(part.grads)
             return made if part.kind is Tensor else derived(made, part.kind, part.attributes)
         return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
 

@@ -43,7 +43,7 @@ class Returned:
             themselves, under the same name, as is what is less than the last one or more was done with.
         sizes: How many numbers each tensor holds.
         in_losses: The states that reach single numbers, as losses are.
-        rows: How many rows the tensors have.
+        rows: How many rows the tensors have that are made of states.
         changes: The last state, where every tensor that is made of it alone is another function of it,
             without being a state of its own.
         compares: Whether nothing with samples is made of states but similarities between them.
@@ -89,8 +89,11 @@ class Returned:
                 continue
             if not tensor.ndim or not is_real(tensor):
                 continue
-            self.rows |= set() if tensor.is_nested else {len(tensor)}
-            if sources := self._provenance.parts_of(tensor):
+            sources = self._provenance.parts_of(tensor)
+            # What a network hands on, as targets of whole graphs, does not tell what its rows are.
+            if not tensor.is_nested and (sources is None or self._inputs.beyond(sources)):
+                self.rows.add(len(tensor))
+            if sources:
                 own = numbered(name, len(self.made_of))
                 # The same numbers may be returned twice, under two names.
                 if {known for known, _ in self._provenance.stages(tensor)}.isdisjoint(self.made_of):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lightning_koopman.network.arguments import check_each
 from lightning_koopman.network.batch_axes import Place
+from lightning_koopman.network.input_data import is_edge_index
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, tensors_inside
 
@@ -508,16 +509,15 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
 def pooling_index(records: Sequence[Recorded], returned_rows: Collection[int], batch: Any) -> int | None:
     """Find which tensor of a batch says what sample each row belongs to, where rows are nodes of graphs.
 
-    So it is where the last state, or all that the network returns, has fewer rows than others, and one
-    integer for each of those counts up to it.
+    So it is where the last state, or something that the network makes of states and returns, has fewer
+    rows than others, and one integer for each of those counts up to it.
     """
     sizes = {record.tensor.shape[0] for record in records if record.tensor.ndim}
     ends = {records[-1].tensor.shape[0]} if records[-1].tensor.ndim else set()
     for place, index in enumerate(tensors_inside(batch)):
         if index.ndim == 1 and not index.is_floating_point() and len(index) in sizes:
             counts = bool((index.diff() >= 0).all()) and index[0] == 0
-            pooled = ends if len(index) in returned_rows else {*ends, *returned_rows}
-            if counts and int(index[-1]) + 1 in pooled - {len(index)}:
+            if counts and int(index[-1]) + 1 in {*ends, *returned_rows} - {len(index)}:
                 return place
     return None
 
@@ -701,8 +701,9 @@ def check_reduce(reduce: Any) -> None:
 
 
 def _rows_given(batch: Any) -> int:
-    """Count the rows of the first tensor of a batch that has any."""
-    return next((t.shape[0] for t in all_tensors(batch) if t.ndim), 0)
+    """Count the rows of the first tensor of a batch that has any, of a graph not those of its edges."""
+    tensors = [tensor for tensor in all_tensors(batch) if tensor.ndim]
+    return next((len(t) for t in tensors if not is_edge_index(t)), len(tensors[0]) if tensors else 0)
 
 
 def rows_without_samples(n_samples: int, batch: Any) -> int | None:

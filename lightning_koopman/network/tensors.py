@@ -97,21 +97,32 @@ def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
         return ()
 
 
+_PLAIN = frozenset((type(None), bool, int, float, str))
+
 _DEEPEST = 4
 """How deep in objects of any class tensors are looked for, as in batches of graph libraries."""
 
 
-def tensors_inside(value: Any, depth: int = 0) -> Iterator[Tensor]:
+def tensors_inside(value: Any) -> Iterator[Tensor]:
     """Find every tensor in a nested value, also in the attributes of objects of any class."""
+    found: list[Tensor] = []
+    _collect_inside(value, found, 0)
+    return iter(found)
+
+
+def _collect_inside(value: Any, found: list[Tensor], depth: int) -> None:
+    """Add every tensor in a nested value, in order, to so deep in objects of any class."""
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
         return
-    parts = list(parts_of(value))
+    parts: Any = value if type(value) in (tuple, list) else tuple(parts_of(value))
     known = parts or isinstance(value, Mapping | tuple | list | nn.Module | type)
     if not known and depth < _DEEPEST:
-        parts = list(getattr(value, "__dict__", {}).values())
+        parts = tuple(getattr(value, "__dict__", {}).values())
     for part in parts:
-        yield from tensors_inside(part, depth + (not known))
+        # Batches of graph libraries hold thousands of plain numbers.
+        if type(part) not in _PLAIN:
+            _collect_inside(part, found, depth + (not known))
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -306,9 +317,12 @@ def padded(nested: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 def detached_copy(tensor: Tensor) -> Tensor:
     """Copy a tensor, for a later in-place module may overwrite it."""
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    return plain(tensor).detach().clone()
+    return plain(dense(tensor)).detach().clone()
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Write out a sparse tensor, of which operators see all values."""
+    return tensor if tensor.layout is torch.strided or tensor.is_nested else tensor.to_dense()
 
 
 def plain(tensor: Tensor) -> Tensor:

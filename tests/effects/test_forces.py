@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lit import LitNet, quiet_trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_koopman import component_effects
+from lightning_koopman import KoopmanCreditMonitor, component_effects
 from lightning_koopman.network.hook_points import HookPoint, HookPoints
 
 
@@ -126,3 +128,39 @@ def test_what_is_put_in_place_takes_no_gradient(value: float) -> None:
     (first,) = torch.autograd.grad((given / 0).sum(), x, create_graph=True)
     assert torch.equal(first, torch.zeros(2))
     assert not net(x.detach()).requires_grad
+
+
+class Field(LitNet):
+    """Leaves it to its steps to let torch follow gradients, and to ask for those of the positions."""
+
+    def __init__(self, *, step_asks: bool) -> None:
+        super().__init__()
+        self.net, self.step_asks = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), step_asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.step_asks else x.detach().requires_grad_()
+        return -torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self(batch.requires_grad_()) - batch).square().mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            self(batch.clone().requires_grad_())
+
+
+@pytest.mark.filterwarnings("ignore:the Trainer has no logger")
+@pytest.mark.filterwarnings("ignore:Attribute .* removed from hparams")
+@pytest.mark.parametrize("step_asks", [False, True])
+def test_what_a_step_follows_gradients_for_has_effects(tmp_path: Any, step_asks: bool) -> None:
+    torch.manual_seed(0)
+    net, monitor = Field(step_asks=step_asks), KoopmanCreditMonitor(on_error="raise", figures=False)
+    data = DataLoader(torch.cat(batches()), 50)  # type: ignore[arg-type]
+    quiet_trainer(tmp_path, [monitor], max_epochs=1).fit(net, data, data)
+    assert monitor.report is not None
+    assert monitor.report.effects is not None
+    x = torch.cat(batches()).requires_grad_()
+    before = net(x).detach()
+    # What is left out gives its mean, behind which forces are none.
+    expected = float(before.square().mean(dim=0).sum() / before.var(dim=0, correction=0).sum())
+    np.testing.assert_allclose(monitor.report.effects.values["skip"], expected, rtol=1e-4)

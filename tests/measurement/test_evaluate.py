@@ -537,6 +537,24 @@ def test_components_that_never_run_are_refused(shared_net):
         credit_report(shared_net, [samples(20, 5)], components=["unused"])
 
 
+def test_embeddings_that_nothing_reads_are_named():
+    class Scores(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.users, self.items = nn.Embedding(10, 4), nn.Embedding(10, 4) if n == 2 else None
+
+        def rate(self, x):
+            u = self.users(x[:, 0])
+            return u if self.items is None else (u * self.items(x[:, 1])).sum(1)
+
+    pairs = list(torch.randint(10, (200, 2)).split(50))
+    for n, name in [(1, "users"), (2, r"users\+items")]:
+        with pytest.raises(
+            ValueError, match=f"'{name}' is all that the chain holds, and reads no floating"
+        ):
+            credit_report(Scores(n), pairs, forward_fn=lambda m, x: m.rate(x))
+
+
 @pytest.mark.parametrize("batch", [3, "text", None, ()], ids=repr)
 def test_batches_that_the_model_cannot_take_name_forward_fn(mlp, batch):
     kind = f"a batch of type {type(batch).__name__} arrived and was handed over whole"

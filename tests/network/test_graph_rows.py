@@ -1,10 +1,13 @@
 """Networks on graphs in plain torch: edges beside nodes, and pooling behind the last layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
+from lightning_koopman.measurement.overview import describe_components
 
 
 def pooled(values: Tensor, index: Tensor, count: int) -> Tensor:
@@ -150,3 +153,87 @@ def test_a_head_that_is_given_targets_and_sums_nodes_without_reading_them_is_no_
     expected = float((slope * (1 if averages else 5)).norm().log())
     assert report.total == pytest.approx(expected, abs=1e-3)
     assert not any("targets" in note or "integers" in note for note in report.notes)
+
+
+class Molecules(nn.Module):
+    """Adds up what heads behind each layer give for a graph, and returns the layers' nodes, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.scores = nn.ModuleList(nn.Linear(4, 1) for _ in range(2))
+
+    def forward(self, batch: SimpleNamespace) -> dict[str, Tensor]:
+        x, nodes, own = batch.x, [], torch.zeros(len(batch.x), 1)
+        for layer, score in zip(self.layers, self.scores, strict=True):
+            x = layer(pooled(x[batch.ends[0]], batch.ends[1], len(x)))
+            nodes, own = [*nodes, x], own + score(x)
+        energy = pooled(own, batch.index, int(batch.index[-1]) + 1)
+        return {"energy": energy, "own": own, "target": batch.target, "nodes": torch.cat(nodes, 1)}
+
+
+def rings(*, target_of_graphs: bool) -> list[SimpleNamespace]:
+    """Draw rings in batches that begin with the edges, of which there are as many as nodes."""
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(6):
+        sizes = torch.randint(2, 5, (32,), generator=generator) * 2
+        index = torch.arange(32).repeat_interleave(sizes)
+        first = (index.diff(prepend=index[:1] - 1) > 0).nonzero().flatten()
+        follow = torch.arange(len(index)) + 1
+        follow[first.roll(-1) - 1] = first
+        x = torch.randn(len(index), 4, generator=generator)
+        ends = torch.stack([torch.arange(len(index)), follow])
+        target = torch.randn(32 if target_of_graphs else len(index), generator=generator)
+        batches.append(SimpleNamespace(ends=ends, x=x, index=index, target=target))
+    return batches
+
+
+def test_graphs_are_samples_where_a_network_returns_nodes_beside_what_it_pools() -> None:
+    torch.manual_seed(0)
+    model = Molecules()
+    report = credit_report(model, rings(target_of_graphs=False), forward_fn=lambda m, batch: m(batch))
+    assert report.n_samples == 6 * 32
+    overview = describe_components(model, rings(target_of_graphs=False))
+    assert overview.notes == report.notes[:2]
+    assert {row.state for row in overview.rows} == {*report.components} - {"output+output#1"}
+    assert overview.rows[0].shape_out == (194, 4)
+    # A ring hands on all that it is given, so all of it is linear in what nodes are on average.
+    first, second = (layer.weight.detach().double() for layer in model.layers)
+    one, two = (score.weight.detach().double() for score in model.scores)
+    energy = one @ first + two @ second @ first
+    assert report.r2 == pytest.approx([1] * len(report.components), abs=1e-4)
+    assert report.components[-1] == "output+output#1"
+    # Energies and what nodes give to them on average are the same.
+    assert report.total == pytest.approx(float((2**0.5 * energy).norm().log()), abs=1e-3)
+
+
+class Nodes(Molecules):
+    def forward(self, batch: SimpleNamespace) -> dict[str, Tensor]:
+        return {"own": super().forward(batch)["own"], "target": batch.target}
+
+
+def test_targets_of_whole_graphs_that_are_handed_on_do_not_make_graphs_samples() -> None:
+    torch.manual_seed(0)
+    batches = rings(target_of_graphs=True)
+    report = credit_report(Nodes(), batches, forward_fn=lambda m, batch: m(batch))
+    assert report.n_samples == sum(len(batch.x) for batch in batches)
+    assert not any("samples are graphs" in note for note in report.notes)
+
+
+def test_a_batch_that_begins_with_something_else_than_samples_is_refused_with_what_ran() -> None:
+    def forward(model: nn.Module, batch: SimpleNamespace) -> tuple[Tensor, Tensor]:
+        index = torch.tensor([i for i, size in enumerate(batch.sizes) for _ in range(size)])
+        whole = SimpleNamespace(x=batch.x, ends=batch.ends, index=index, target=None)
+        given = model(whole)
+        return given["energy"], given["own"]
+
+    torch.manual_seed(0)
+    batches = []
+    for ring in rings(target_of_graphs=True):
+        # Nothing says in a tensor what graph a node belongs to.
+        sizes = ring.index.bincount().tolist()
+        batches.append(SimpleNamespace(units=torch.ones(2), x=ring.x, ends=ring.ends, sizes=sizes))
+    with pytest.raises(
+        ValueError, match=r"no state has one row for each sample.* of 2 samples, so left"
+    ):
+        credit_report(Molecules(), batches, forward_fn=forward)

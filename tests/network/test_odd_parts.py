@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lightning_koopman import credit_report
+from lightning_koopman import component_effects, credit_report
 from lightning_koopman.network.components import named_components
 
 # Scripting and quantisation by torch.jit and torch.ao are on their way out, and say so.
@@ -214,3 +214,29 @@ def test_parameters_in_no_component_are_listed():
     assert not any("parameters in" in note for note in credit_report(model, samples()).notes)
     model.shift = nn.Parameter(torch.zeros(1, 1234))
     assert "parameters in no component: shift (1,234)" in credit_report(model, samples()).notes
+
+
+class Sparse(nn.Linear):
+    """A layer of rows that are mostly zeros, as of baskets or adjacencies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(x.to_sparse(), self.weight.T) + self.bias
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_data_are_read_as_they_are_written_out(layout: torch.layout) -> None:
+    def network(first: type[nn.Linear]) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(first(20, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+
+    written = [x[:, :1] * (x > 1) for x in torch.randn(400, 20).split(100)]
+    data = [x.to_sparse(layout=layout) for x in written]
+    found, expected = credit_report(network(Sparse), data), credit_report(network(nn.Linear), written)
+    np.testing.assert_allclose(found.credit, expected.credit, atol=1e-6)
+    np.testing.assert_allclose(found.r2, expected.r2, atol=1e-6)
+    kinds = ["skip", "linear", "weight_noise", "output_noise"]
+    effects = component_effects(network(Sparse), data, kinds=kinds)
+    plain = component_effects(network(nn.Linear), written, kinds=kinds)
+    for kind in kinds:
+        np.testing.assert_allclose(effects.values[kind], plain.values[kind], rtol=1e-4, atol=1e-9)

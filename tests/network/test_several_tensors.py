@@ -433,11 +433,16 @@ def test_calls_on_data_of_other_shapes_do_not_count():
     assert views.n_samples == 800
 
 
-def test_a_part_that_runs_on_samples_of_its_own_costs_the_batches_alone_that_it_differs_in():
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_part_that_runs_on_samples_of_its_own_costs_the_batches_alone_that_it_differs_in(adds):
+    def run(m, x, labelled):
+        z = m.enc(x)
+        # A function takes the sum, which no later pass shows.
+        return m.dec((m.mid(z) + z).pow(2) if adds else z), m.cls(m.enc(labelled))
+
     model = wired(
-        lambda m, x, labelled: (m.dec(m.enc(x)), m.cls(m.enc(labelled))),
-        enc=nn.Linear(8, 16), dec=nn.Linear(16, 8), cls=nn.Linear(16, 3),
-    ).eval()  # fmt: skip
+        run, enc=nn.Linear(8, 16), mid=nn.Linear(16, 16), dec=nn.Linear(16, 8), cls=nn.Linear(16, 3)
+    ).eval()
     batches = [(drawn(64, 8, seed=n), drawn(size, 8, seed=9)) for n, size in enumerate([64, 64, 25, 64])]
 
     def forward(m, batch):

@@ -231,7 +231,7 @@ def test_embeddings_of_all_nodes_of_which_the_batch_picks_some_are_no_chain():
 
     model = wired(run, mix=nn.Linear(8, 8))
     model.table = nn.Parameter(torch.randn(35, 8))
-    with pytest.raises(ValueError, match="'mix' is all that the chain holds, and reads no data that"):
+    with pytest.raises(ValueError, match="'mix' is all that the chain holds, and reads no floating-"):
         credit_report(model, list(torch.randint(0, 35, (400, 2)).split(100)))
 
 
