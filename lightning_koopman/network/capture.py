@@ -674,8 +674,8 @@ class Capture:
     def _on_function(self, tensor: Tensor, function: str) -> None:
         """Record a sum of states that a function takes, which only first passes show."""
         # Of a step that goes on with what the network returned, as losses do, nothing is a state.
-        is_inside = self._nested or self._around
-        if self._closed or self._running or not (is_inside and is_real(tensor)):
+        is_behind = self._called and not (self._nested or self._around)
+        if self._closed or self._running or is_behind or not is_real(tensor):
             return
         call = self._functions.get(function, 0)
         self._functions[function] = call + 1

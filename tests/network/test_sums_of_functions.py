@@ -236,6 +236,23 @@ def test_a_network_that_runs_the_layers_of_a_stack_itself_has_sums_of_functions_
     assert found.credit == pytest.approx(known.credit, abs=1e-9)
 
 
+@pytest.mark.parametrize("behind", [lambda x: x, lambda x: F.cross_entropy(x, x.detach().argmax(1))])
+def test_a_step_that_calls_the_parts_itself_has_sums_of_functions_too(behind: Any) -> None:
+    def step(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        for block in m.blocks:
+            x = x + block(x)
+        return behind(m.head((m.whole(x) if m.named else x).amax(dim=1)))
+
+    net = network(mean)
+    net.named = False
+    found = credit_report(net, samples(), forward_fn=step)
+    net.named = True
+    known = credit_report(net, samples(), forward_fn=step)
+    assert found.reads["head"] == ("sum into amax()",)
+    assert found.credit == pytest.approx(known.credit, abs=1e-9)
+
+
 @pytest.mark.parametrize(("function", "taker"), [("turned", "conv"), ("flattened", "flat")])
 def test_a_sum_has_the_name_of_what_takes_it_not_of_a_view(function: str, taker: str) -> None:
     report = credit_report(network(FUNCTIONS[function]), samples())
