@@ -269,6 +269,7 @@ def run(config: dict[str, Any], folder: str) -> L.Trainer:
         options=Options(max_dim=config["max_dim"], delay=config.get("delay", 1)),
         max_samples=config.get("max_samples", 4096),
         every_n_epochs=config.get("every_n_epochs", 1),
+        max_overhead=config.get("max_overhead", 0.05),
         on_error=config.get("on_error", "warn"),
     )
     strategy = strategy_of(config)
