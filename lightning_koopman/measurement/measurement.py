@@ -140,6 +140,11 @@ class Measurement(Accumulator):
         self._followed: Reference | None = None
         self._next_check, self._work = FIRST_CHECK, 0.0
 
+    @property
+    def weighs(self) -> bool:
+        """Whether sums that no later pass shows weigh their parts, as these weights or numbers do."""
+        return any(bool((weights != 1).any()) for weights in self._unseen.values())
+
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
         self._followed, self._named = reference, reference.named
@@ -443,18 +448,14 @@ class Measurement(Accumulator):
                 self._picking.setdefault(part, set()).add(name)
 
     def _weights_in(self, record: Recorded, rows: Mapping[str, Tensor | None]) -> Tensor | None:
-        """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none.
-
-        Later passes may show none: a training may change no weights that are in it.
-        """
+        """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none."""
         assert self.plan is not None
         parts = [self._rows_in_sum(record.name, part, rows) for part in self.plan.sums[record.name]]
         own = rows[record.name]
         if own is None or any(part is None or part.shape != own.shape for part in parts):
             return None
         weights = weights_in(own, [part for part in parts if part is not None], _rounding(record))
-        changes = record.holds_own and weights is not None and bool((weights != 1).any())
-        return None if weights is None or changes else weights.to(own)
+        return None if weights is None else weights.to(own)
 
     def _rows_in_sum(self, name: str, part: str, rows: Mapping[str, Any]) -> Any:
         """Return the rows of a part of a sum, of one position alone if it is picked of the sum."""

@@ -705,8 +705,7 @@ class Capture:
             # What became of one state is not told by it.
             return False
         self._stages.read(name, tensor)
-        facts = {"is_unseen": is_unseen, "holds_own": self._provenance.holds_own(tensor)}
-        self._keep(name, like.module, tensor, made_of, given, **facts)
+        self._keep(name, like.module, tensor, made_of, given, is_unseen=is_unseen)
         self._provenance.mark_sum(tensor, name, made_of)
         return not (is_unseen or handed)
 

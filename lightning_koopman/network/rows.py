@@ -91,7 +91,6 @@ class Recorded:
         is_further: Whether it is returned and made of one state by what no component does.
         from_data: Whether data of the batch are known to reach it.
         is_unseen: Whether it is a sum that a function takes, which no hook sees in later passes.
-        holds_own: Whether what the network holds is in such a sum beside states, as trained weights.
         is_behind: Whether the components' common ancestor had returned before.
         is_pairwise: Whether it has a value for each pair of samples in the batch.
         holds: The states that are mixed into it, where it is an input.
@@ -117,7 +116,6 @@ class Recorded:
     is_further: bool = False
     from_data: bool = False
     is_unseen: bool = False
-    holds_own: bool = False
     is_behind: bool = False
     is_pairwise: bool = False
     holds: frozenset[str] = frozenset()

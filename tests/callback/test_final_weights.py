@@ -93,6 +93,32 @@ def test_averaged_weights_are_measured_once_and_have_effects(ours_first, tmp_pat
     assert not any("weights" in note for note in monitor.report.notes)
 
 
+class Scaled(Net):
+    """Adds a branch that trained weights multiply by unit, and goes on with a function of the sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.2, 1, 5))
+        self.branch = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net[2](self.net[1](self.net[0](x)))
+        return self.net[4](torch.tanh(x + self.scale * self.branch(x)))
+
+
+def test_what_branches_are_weighed_with_is_told_anew_where_it_was_changed(tmp_path):
+    def end(trainer: L.Trainer, pl_module: Any) -> None:
+        with torch.no_grad():
+            pl_module.scale.mul_(-2)
+
+    monitor = KoopmanCreditMonitor(on_error="raise")
+    model = trained(tmp_path, LambdaCallback(on_train_end=end), monitor, net=Scaled)
+    expected = of_final_weights(model)
+    assert expected.reads["sum into net.4"] == ("sum into tanh()",)
+    assert monitor.report.reads == expected.reads
+    assert monitor.report.credit == pytest.approx(expected.credit, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "other",
     [

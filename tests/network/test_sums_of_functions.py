@@ -125,12 +125,18 @@ def test_branches_that_a_number_weighs_are_weighed_by_it():
     assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
 
 
-def test_a_sum_that_later_passes_may_weigh_otherwise_is_read_as_its_parts():
-    trained = network(mean)
-    trained.weight = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
-    report = credit_report(trained, samples())
-    assert set(report.reads["head"]) == {"blocks.2.0", "sum into blocks.2"}
-    assert not any("()" in name for name in report.reads)
+@pytest.mark.parametrize("run", [mean, lambda m, x: m.head(torch.sigmoid(x[:, 0]))])
+def test_branches_that_trained_weights_multiply_by_unit_are_weighed_by_them(run: Run) -> None:
+    reports = []
+    for whole in (False, True):
+        trained = network(run, whole=whole)
+        trained.weight = nn.Parameter(torch.linspace(0.2, 1.5, WIDTH, dtype=torch.float64))
+        reports.append(credit_report(trained, samples()))
+    found, known = reports
+    assert found.components == known.components
+    assert found.reads["head"] != ("blocks.2.0", "sum into blocks.2")
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+    assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
 
 
 def test_a_sum_that_numbers_weigh_is_no_further_state():
