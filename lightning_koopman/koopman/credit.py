@@ -54,8 +54,7 @@ def align_split(
 
 def mean_volumes(chain: Alignment, expected: Alignment | None = None) -> tuple[Tensor, Tensor]:
     """Return the mean log-volume behind each state, and where it is not that of what was expected."""
-    unlike = expected is not None and chain.rank != expected.rank
-    if chain.rank == 0 or unlike:
+    if expected is not None and chain.rank != expected.rank:
         means = torch.full(chain.log_volumes.shape[:-1], torch.nan, dtype=torch.float64, device="cpu")
         return means, means.isnan()
     means = chain.log_volumes.nanmean(dim=-1)
@@ -69,9 +68,6 @@ def volumes(split: Split, chain: Alignment, expected: Alignment | None = None) -
     """Read credit, gain, sensitivity and total off an alignment; NaN where another was expected."""
     components = split.layout.components
     means, lost = mean_volumes(chain, expected)
-    if bool(means.isnan().all()):
-        nan = means[..., components]
-        return {"credit": nan, "gain": nan, "sensitivity": nan, "total": means[..., 0]}
     sizes = []
     for i in components:
         spread = split.train.variances[i].clamp_min(0).sqrt()[..., None]

@@ -178,10 +178,9 @@ def fold_operators(
         return solve_each(*rest.normal_equations(read, i), RIDGE)
 
     steps = enumerate(layout.parents[1:], start=1)
-    operators = tuple(fitted(i, read).float().cpu() for i, read in steps)
-    pairs = zip(rest.means, center, strict=True)
-    means = tuple((mean + offset.to(mean)).cpu() for mean, offset in pairs)
-    return operators, means, rest.variances[0].sum(dim=1).mean(dim=0, keepdim=True).cpu()
+    operators = tuple(fitted(i, read).float() for i, read in steps)
+    means = tuple(mean + offset for mean, offset in zip(rest.means, center, strict=True))
+    return operators, means, rest.variances[0].sum(dim=1).mean(dim=0, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -222,9 +221,9 @@ def unexplained(
         raise ValueError(
             f"{int(total[0])} samples arrived, all in one fold; take more, of differing inputs"
         )
-    about = [mean.to(moments) - offset.to(moments) for mean, offset in zip(means, center, strict=True)]
+    about = [mean - offset for mean, offset in zip(means, center, strict=True)]
     if len(held) < len(moments):
-        moments, fitted = moments[held], [operators[held.cpu()] for operators in fitted]
+        moments, fitted = moments[held], [operators[held] for operators in fitted]
     tests, rest = covariances(layout, moments), covariances(layout, total, without=moments)
     everything = covariances(layout, total)
     count = float(everything.count)
@@ -234,8 +233,8 @@ def unexplained(
     sums, wholes, sizes, given = [], [], [], []
     for i, read in enumerate(layout.parents[1:], start=1):
         x_old, x_new, x = (torch.cat([m[p] for p in read], 1) for m in (about, rest.means, tests.means))
-        old = Affine(operators[i - 1].to(moments), x_old, about[i])
-        new = Affine(fitted[i - 1].to(moments), x_new, rest.means[i])
+        old = Affine(operators[i - 1].double(), x_old, about[i])
+        new = Affine(fitted[i - 1].double(), x_new, rest.means[i])
         c_xx, c_xy = tests.normal_equations(read, i)
         y, variance = tests.means[i], tests.variances[i].sum(dim=1)
         moved = (y - rest.means[i]).square().sum(dim=1)
@@ -245,18 +244,18 @@ def unexplained(
         wholes.append([count * part for part in _over_all(everything, read, i, both)])
         unit, entries = torch.cat([everything.variances[p] for p in read]), both[1][1].entries
         sizes.append(count * float(unit.sum() * (entries @ entries)) / max(1, len(unit)))
-        given.append(count * float((everything.means[i] + center[i].to(moments)).square().sum()))
-    squares = torch.stack(sums, dim=2).cpu()
-    folds = [torch.stack(each, dim=1).cpu() for each in zip(*wholes, strict=True)]
+        given.append(count * float((everything.means[i] + center[i]).square().sum()))
+    squares = torch.stack(sums, dim=2)
+    folds = [torch.stack(each, dim=1) for each in zip(*wholes, strict=True)]
     crossed, squares = squares[[1, 3]].sum(dim=1), squares[[0, 2, 4]]
     errors = squares[:2].sum(dim=1)
     lasting = torch.stack([_lasting(*each) for each in zip(errors, crossed, folds, strict=True)])
     squares[:2] *= lasting[:, None]
-    whole, counts = squares.sum(dim=1), moments[:, 0].cpu()
+    whole, counts = squares.sum(dim=1), moments[:, 0]
     # An output that no longer varies leaves no variance to take shares of, but the old operator misses
     # it all the same: its share is the largest that there is. Where nothing that a component reads
     # varies any more either, nothing can be told.
-    alive = whole[0] > _CONSTANT * torch.tensor(given, device="cpu").to(whole)
+    alive = whole[0] > _CONSTANT * torch.tensor(given, dtype=torch.float64, device="cpu")
     dead = (whole[2] <= _CONSTANT * whole[0]) & alive
     constant = [False, *dead.tolist()]
     behind = [all(constant[p] for p in read) for read in layout.parents[1:]]

@@ -21,9 +21,10 @@ def check_tikhonov(tikhonov: float | None) -> None:
         raise ValueError(f"tikhonov is {tikhonov}; it must be a finite number, 0 or above")
 
 
-def choose_ridge(errors: Tensor, grid: Sequence[float] = RIDGE_GRID) -> float:
+def choose_ridge(errors: Tensor) -> float:
     """Pick the largest ridge weight that at most doubles what the operator leaves unexplained.
 
+    ``errors`` are those under each weight of :data:`RIDGE_GRID`, which others are interpolated between.
     Without a ridge, volumes are decided by directions in which the state hardly varies, and more samples
     always bring more of them: they have no large-sample limit. A ridge weight of 1e-2 leaves the
     directions alone that carry more than a hundredth of the mean variance, and costs a network with
@@ -32,14 +33,14 @@ def choose_ridge(errors: Tensor, grid: Sequence[float] = RIDGE_GRID) -> float:
     known = errors[errors.isfinite()]
     # Below this, what is left unexplained is rounding.
     if not len(known) or known.min() <= _ROUNDING * known.max():
-        return grid[0]
+        return RIDGE_GRID[0]
     limit = 2 * float(known.min())
     within = int((errors <= limit).nonzero()[-1])
-    low = grid[within]
-    if within == len(grid) - 1 or low == 0:
+    low = RIDGE_GRID[within]
+    if within == len(RIDGE_GRID) - 1 or low == 0:
         return low
     before, behind = float(errors[within]), float(errors[within + 1])
-    return float(low * (grid[within + 1] / low) ** ((limit - before) / (behind - before)))
+    return float(low * (RIDGE_GRID[within + 1] / low) ** ((limit - before) / (behind - before)))
 
 
 def is_settled(errors: Tensor) -> bool:
@@ -120,18 +121,17 @@ class Spectrum:
         kept = (self._shrunk(grid).square() * explained).sum(dim=1)
         return kept + (variance - explained.sum()).clamp_min(0)
 
-    def expected_error(
-        self, variance: float, count: float, grid: Sequence[float] = RIDGE_GRID
-    ) -> Tensor:
+    def expected_error(self, variance: float, count: float) -> Tensor:
         """Estimate the squared error per sample on other data, by generalised cross-validation.
 
-        Infinite where the fit has as many degrees of freedom as there are samples.
+        It is that under each weight of :data:`RIDGE_GRID`, and infinite where the fit has as many degrees of freedom as there are samples.
 
         References:
             Golub, Heath & Wahba (1979), Technometrics 21, 215-223.
         """
-        left = (count - 1 - len(self.values) + self._shrunk(grid).sum(dim=1)) / count
-        return torch.where(left > _NO_FREEDOM, self.residual(grid, variance) / left.square(), torch.inf)
+        left = (count - 1 - len(self.values) + self._shrunk(RIDGE_GRID).sum(dim=1)) / count
+        errors = self.residual(RIDGE_GRID, variance) / left.square()
+        return torch.where(left > _NO_FREEDOM, errors, torch.inf)
 
     def _shrunk(self, grid: Sequence[float]) -> Tensor:
         """Return the share of each direction that each ridge weight takes away."""

@@ -123,7 +123,7 @@ def _of_all_states(reference: Reference, measurement: Measurement, step: int | N
     value = shares.old - shares.new
     n_samples = int(moments[:, 0].sum())
     given = covariances(layout, moments.sum(dim=0))
-    away = reference.means[0].mean(dim=0).to(moments) - center[0].to(moments) - given.means[0]
+    away = reference.means[0].mean(dim=0) - center[0] - given.means[0]
     variance = float(given.variances[0].sum())
     moved = float(away.square().sum()) / variance if variance else 0.0
     before = float(reference.variance)

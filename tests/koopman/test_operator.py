@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
 from lightning_koopman.koopman.regression import (
     RIDGE_GRID,
+    RIDGE_GRID,
     check_tikhonov,
     held_out_errors,
     solve,
@@ -303,10 +304,11 @@ def test_errors_in_sample_and_on_other_data_equal_the_explicit_sums(n: int) -> N
         )
         left = float((test_y - test_x @ matrix).square().sum() / 20)
         assert other.tolist() == [pytest.approx(left, rel=1e-10)]
-    expected = [oracles.expected_error(x[:n].numpy(), y[:n].numpy(), t) for t in (1e-4, 0.3)]
-    assert problem.expected_error(variance, n, (1e-4, 0.3)).tolist() == pytest.approx(expected, rel=1e-6)
+    errors = problem.expected_error(variance, n).tolist()
+    expected = [oracles.expected_error(x[:n].numpy(), y[:n].numpy(), t) for t in RIDGE_GRID[17:]]
+    assert errors[17:] == pytest.approx(expected, rel=1e-6)
     # Without a ridge, as many directions and a mean as there are samples leave nothing to tell.
-    assert (problem.expected_error(variance, n, (0.0,)).item() == np.inf) == (n == 12)
+    assert (errors[0] == np.inf) == (n == 12)
 
 
 def test_predict_refuses_another_width() -> None:
