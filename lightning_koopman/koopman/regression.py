@@ -124,7 +124,8 @@ class Spectrum:
     def expected_error(self, variance: float, count: float) -> Tensor:
         """Estimate the squared error per sample on other data, by generalised cross-validation.
 
-        It is that under each weight of :data:`RIDGE_GRID`, and infinite where the fit has as many degrees of freedom as there are samples.
+        It is that under each weight of :data:`RIDGE_GRID`, and infinite where the fit has as many
+        degrees of freedom as there are samples.
 
         References:
             Golub, Heath & Wahba (1979), Technometrics 21, 215-223.

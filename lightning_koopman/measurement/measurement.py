@@ -44,7 +44,6 @@ from lightning_koopman.network.tensors import (
     exact_device,
     plain,
     refuse_without_shape,
-    tensors_inside,
 )
 from lightning_koopman.report.report import CreditReport
 
@@ -356,7 +355,7 @@ class Measurement(Accumulator):
                 )
         returned, in_losses = self.capture.returned.made_of, self.capture.returned.in_losses
         if (error := self.capture.untraced) is not None:
-            records, returned = in_a_row([r for r in records if r.name not in returned]), {}
+            records, returned = in_a_row(records, returned), {}
             self.capture.inputs.keep({record.name for record in records})
             in_losses = frozenset()
             self._untraced = (
@@ -364,7 +363,7 @@ class Measurement(Accumulator):
                 "taken to read what ran right before it"
             )
         self._pooled = pooling_index(records, self.capture.returned.rows, self._batch)
-        records = [replace(r, tensor=self._by_sample(r.tensor)) for r in records]
+        records = [replace(r, tensor=pooled_by(self._pooled, r.tensor, self._batch)) for r in records]
         self.plan, rows = self._plan_of(records, returned, in_losses)
         if len(self.plan.states) < 2:
             (name,), told = self.plan.names, self.plan.told()
@@ -575,13 +574,7 @@ class Measurement(Accumulator):
         if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
             # Which form the rows take is known once the whole first pass is.
             return replace(recorded, tensor=detached_copy(tensor))
-        return self._rows(self._by_sample(plain(dense(tensor))), recorded)
-
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        """Average nodes over each graph, where that is what the network goes on with."""
-        if self._pooled is None:
-            return tensor
-        return pooled_by(list(tensors_inside(self._batch))[self._pooled], tensor, self._batch)
+        return self._rows(pooled_by(self._pooled, plain(dense(tensor)), self._batch), recorded)
 
     def _rows(
         self, tensor: Tensor, recorded: Recorded, lengths: Valid = MappingProxyType({})

@@ -26,7 +26,6 @@ from lightning_koopman.network.tensors import (
     all_tensors,
     detached_copy,
     first_tensor,
-    tensors_inside,
 )
 from lightning_koopman.report.text import counted
 
@@ -157,12 +156,11 @@ def describe_components(
     named = components is not None
     returned, in_losses = capture.returned.made_of, capture.returned.in_losses
     if capture.untraced is not None:
-        records, returned = in_a_row([r for r in records if r.name not in returned]), {}
+        records, returned = in_a_row(records, returned), {}
         in_losses = frozenset()
     valid, shapes = valid_positions(batch), {r.name: tuple(r.tensor.shape) for r in records}
-    if (place := pooling_index(records, capture.returned.rows, batch)) is not None:
-        index = list(tensors_inside(batch))[place]
-        records = [replace(r, tensor=pooled_by(index, r.tensor, batch)) for r in records]
+    pooled = pooling_index(records, capture.returned.rows, batch)
+    records = [replace(r, tensor=pooled_by(pooled, r.tensor, batch)) for r in records]
     plan = make_plan(
         records,
         batch=batch,

@@ -577,7 +577,6 @@ def make_plan(
         for group in states[1:]
     )
     names = tuple(_called(group, by_name, inputs) for group in states)
-    plan = Plan(states, names, links, forms, ())
     limits = [_MOST_READ] * (len(links) - 1) + [max(_MOST_READ, min(2 * len(ends), _MOST_READ_BY_ENDS))]
     width = {record.name: forms[record.name].width(record.tensor) for record in records}
     widths = [min(max_dim, sum(width[name] for name in group)) for group in states]
@@ -591,7 +590,7 @@ def make_plan(
         (*left, *(p for p in read[len(left) :] if p not in known))
         for left, read in zip(cut, links, strict=False)
     )
-    notes += _graph_notes(plan, cut, inputs)
+    notes += _graph_notes(states, names, links, cut, inputs)
     held = {name for r in given if r.name in sources for name in r.holds} - sources.keys()
     if held:
         notes.append(
@@ -601,10 +600,11 @@ def make_plan(
     whole = tuple(tuple(r.name for name in group for r in tensors[name]) for group in states)
     # Sorted data may vary in later batches alone.
     reached = {r.name for r in records if (r.from_data or r.is_input) and not r.ignores_data}
-    return replace(
-        plan,
-        states=whole,
+    return Plan(
+        whole,
+        names,
         links=cut,
+        forms=forms,
         notes=tuple(notes),
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
@@ -631,9 +631,10 @@ def _ignoring(records: Sequence[Recorded]) -> Sequence[Recorded]:
     return [replace(r, ignores_data=r.ignores_data or r.is_idle) for r in records]
 
 
-def in_a_row(records: Sequence[Recorded]) -> list[Recorded]:
-    """Make a plain chain of what ran, whatever is known of the data flow."""
-    inner = [r for i, r in enumerate(records) if i == 0 or not (r.is_input or call_of(r.name) != r.name)]
+def in_a_row(records: Iterable[Recorded], returned: Collection[str]) -> list[Recorded]:
+    """Make a plain chain of what ran but for what was returned, whatever is known of the data flow."""
+    own = [record for record in records if record.name not in returned]
+    inner = [r for i, r in enumerate(own) if i == 0 or not (r.is_input or call_of(r.name) != r.name)]
     return [replace(record, sources=None) for record in inner]
 
 
@@ -643,23 +644,30 @@ def _nearest(read: tuple[int, ...], most: int, widths: Sequence[int], wide: int)
     return read[: max(most, fit)]
 
 
-def _graph_notes(plan: Plan, cut: Sequence[Sequence[int]], inputs: Collection[str]) -> list[str]:
+def _graph_notes(
+    states: Sequence[tuple[str, ...]],
+    names: Sequence[str],
+    links: Sequence[Sequence[int]],
+    cut: Sequence[Sequence[int]],
+    inputs: Set[str],
+) -> list[str]:
+    """Tell what was joined, which states are read past others, and which are not read any more."""
     notes = []
-    states = zip(plan.names, plan.states, strict=True)
-    joined = [name for name, group in states if len(group) > 1 and not set(group) <= set(inputs)]
+    each = zip(names, states, strict=True)
+    joined = [name for name, group in each if len(group) > 1 and not inputs >= set(group)]
     if joined:
         notes.append(
             f"components side by side were joined into one state: {listed(joined)}; their credit is "
             "shared"
         )
     skips, beyond = [], []
-    for i, (read, left) in enumerate(zip(plan.links, cut, strict=True), start=1):
-        further = [plan.names[p] for p in read if p != i - 1]
-        kept = [plan.names[p] for p in left if p != i - 1]
+    for i, (read, left) in enumerate(zip(links, cut, strict=True), start=1):
+        further = [p for p in read if p != i - 1]
+        kept = [names[p] for p in left if p != i - 1]
         if kept:
-            skips.append(f"{plan.names[i]} reads {', '.join(reversed(kept))} too")
+            skips.append(f"{names[i]} reads {', '.join(reversed(kept))} too")
         if len(further) > len(kept):
-            beyond.append(f"{plan.names[i]} ({len(left)} of {len(read)})")
+            beyond.append(f"{names[i]} ({len(left)} of {len(read)})")
     if beyond:
         notes.append(
             "of many states, operators read the nearest, and what only the others bring counts as "

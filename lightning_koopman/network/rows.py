@@ -520,8 +520,11 @@ def pooling_index(records: Sequence[Recorded], returned_rows: Collection[int], b
     return None
 
 
-def pooled_by(index: Tensor, tensor: Tensor, batch: Any) -> Tensor:
-    """Average rows of nodes, or of edges between them, over each sample."""
+def pooled_by(place: int | None, tensor: Tensor, batch: Any) -> Tensor:
+    """Average rows of nodes, or of edges between them, over each sample that a tensor tells, if any."""
+    if place is None:
+        return tensor
+    index = list(tensors_inside(batch))[place]
     if not tensor.ndim or len(tensor) != len(index):
         edges = (t for t in tensors_inside(batch) if t.ndim == 2 and not t.is_floating_point())
         ends = next((t for t in edges if t.shape == (2, *tensor.shape[:1])), None)

@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_koopman.koopman.operator import KoopmanOperator, fit_operator
 from lightning_koopman.koopman.regression import (
     RIDGE_GRID,
-    RIDGE_GRID,
     check_tikhonov,
     held_out_errors,
     solve,
