@@ -117,7 +117,10 @@ def _rows_of(moments: Tensor, folds: Sequence[int]) -> Tensor:
 
 
 _VALUES_AT_ONCE = 2**20
-"""Entries of operators up to which all folds are left out at once: it spares many small operations."""
+"""Entries of operators, and of a covariance, up to which all folds are left out at once.
+
+It spares many small operations; with more, each fold alone stays in the cache.
+"""
 
 
 def held_out_folds(
@@ -128,7 +131,8 @@ def held_out_folds(
     held = (moments[:, 0] > 0) & (total[0] - moments[:, 0] >= 2)
     folds = held.nonzero()[:, 0].tolist()
     dims, parents = layout.dims, layout.parents
-    values = sum(dims[i] * sum(dims[p] for p in parents[i]) for i in range(1, len(dims)))
+    widths = [sum(dims[p] for p in read) for read in parents]
+    values = max(sum(map(math.prod, zip(dims, widths, strict=True))), max(widths) ** 2)
     # Whitened, a state may be of another width without each fold.
     if normalize == "none" and values * len(folds) <= _VALUES_AT_ONCE:
         return [folds] if folds else []
@@ -290,31 +294,23 @@ def refit_steps(split: Split, steps: Sequence[Step], *, anew: bool) -> tuple[lis
     """Fit every step without each fold, under the weight over all samples and, ``anew``, its own."""
     operators, own = [], []
     for i, step in enumerate(steps, start=1):
-        fitted, anew_fitted = [], []
-        read = split.layout.parents[i]
+        train, chosen_anew = split.train, list[Tensor]()
         if step.is_given:
-            operators.append(step.matrix.expand(len(split.train.count), *step.matrix.shape))
-            own.append(operators[-1])
-            continue
-        for _, train in split.train.parts(read):
-            given = train.normal_equations(read, i)
-            if step.settled or not anew:
-                fitted.append(solve_each(*given, step.tikhonov))
-                continue
+            fitted = step.matrix.expand(len(train.count), *step.matrix.shape)
+        elif step.settled or not anew:
+            fitted = solve_each(*split.normal_equations(i), step.tikhonov)
+        else:
             facts = train.variances[i].sum(dim=1).tolist(), train.count.tolist()
-            for c_xx, c_xy, variance, count in zip(*given, *facts, strict=True):
+            under_same = []
+            for c_xx, c_xy, variance, count in zip(*split.normal_equations(i), *facts, strict=True):
                 problem = spectrum(c_xx, c_xy)
                 weight = choose_ridge(problem.expected_error(variance, count))
-                fitted.append(problem.matrix(step.tikhonov)[None])
-                anew_fitted.append(problem.matrix(weight)[None])
-        operators.append(_joined(fitted))
-        own.append(_joined(anew_fitted) if anew_fitted else operators[-1])
+                under_same.append(problem.matrix(step.tikhonov))
+                chosen_anew.append(problem.matrix(weight))
+            fitted = torch.stack(under_same)
+        operators.append(fitted)
+        own.append(torch.stack(chosen_anew) if chosen_anew else fitted)
     return operators, own
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return one operator per fold."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class R2:
@@ -373,21 +369,13 @@ def _squares(split: Split, operators: Sequence[Tensor]) -> Tensor:
             blocks[p] = blocks[p] + block if p in blocks else block
         states = list(blocks)
         whole = torch.cat(list(blocks.values()), dim=-2) if len(states) > 1 else blocks[states[0]]
-        left: list[list[Tensor]] = [[], []]
-        for place, part in test.parts(read):
-            c_xx = part.beside(read)
-            if i in components:
-                c_xy, total = part.across(read, i), totals[i - 1][place]
-                left[0].append(held_out_errors(operators[i - 1][place], c_xx, c_xy, total))
-            if i - 1 in components:
-                # Without another branch beside it, the chain reads what its first step reads.
-                c_xx = c_xx if states == list(read) else part.beside(states)
-                c_xy = part.across(states, last)
-                left[1].append(held_out_errors(whole[place], c_xx, c_xy, totals[-1][place]))
+        c_xx = test.beside(read)
         if i in components:
-            steps.append(_joined(left[0]))
+            steps.append(held_out_errors(operators[i - 1], c_xx, test.across(read, i), totals[i - 1]))
         if i - 1 in components:
-            chain.append(_joined(left[1]))
+            # Without another branch beside it, the chain reads what its first step reads.
+            c_xx = c_xx if states == list(read) else test.beside(states)
+            chain.append(held_out_errors(whole, c_xx, test.across(states, last), totals[-1]))
     own = [totals[i - 1] for i in components]
     ends = [steps[::-1], chain[::-1], own, totals[-1:] * len(own)]
     squares = torch.stack([torch.stack(end, dim=1) for end in ends], dim=1)

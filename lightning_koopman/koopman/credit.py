@@ -174,15 +174,14 @@ def refitted_ranks(split: Split, known: Sequence[int]) -> Tensor:
     components = split.layout.components
     ranks = torch.zeros(len(split.train.count), len(components), dtype=torch.float64, device="cpu")
     for column, i in enumerate(components):
-        count = known[i - 1]
-        for place, train in split.train.parts([i]) if count else ():
-            unit = RANK_SHARE * train.variances[i].sum(dim=1)[:, None, None] / count
+        if count := known[i - 1]:
+            unit = RANK_SHARE * split.train.variances[i].sum(dim=1)[:, None, None] / count
             # Σ v² / (v² + t²) = d - tr (1 + C² / t²)⁻¹, which takes no eigenvalues.
-            scaled = train[i, i] / torch.where(unit > 0, unit, 1.0)
+            scaled = split.train[i, i] / torch.where(unit > 0, unit, 1.0)
             identity = torch.eye(scaled.shape[1], device="cpu").to(scaled)
             factor = torch.linalg.cholesky(torch.baddbmm(identity, scaled, scaled), upper=True)
             inverse = torch.cholesky_inverse(factor, upper=True)
-            ranks[place, column] = len(identity) - inverse.diagonal(dim1=1, dim2=2).sum(dim=1)
+            ranks[:, column] = len(identity) - inverse.diagonal(dim1=1, dim2=2).sum(dim=1)
     return ranks
 
 

@@ -302,24 +302,6 @@ class Covariances:
         i, j = pair
         return self.blocks[pair] if i <= j else self.blocks[j, i].mT
 
-    def parts(self, states: Sequence[int]) -> Sequence[tuple[slice, Covariances]]:
-        """Cut folds into as many at once as have covariances of some states that stay in the cache."""
-        width = sum(self.means[i].shape[-1] for i in states)
-        if self.count.numel() == 1 or self.count.numel() * width**2 <= _CACHED_VALUES:
-            return [(slice(None), self)]
-        return self._folds
-
-    @cached_property
-    def _folds(self) -> Sequence[tuple[slice, Covariances]]:
-        """Each fold alone, with its place."""
-        assert isinstance(self.blocks, _Blocks)
-        found = []
-        for place in (slice(k, k + 1) for k in range(len(self.count))):
-            means, variances = (tuple(x[place] for x in xs) for xs in (self.means, self.variances))
-            alone = Covariances(self.count[place], means, variances, self.blocks.of(place))
-            found.append((place, alone))
-        return found
-
     def normal_equations(self, read: Sequence[int], i: int) -> tuple[Tensor, Tensor]:
         """Return the covariance of some states side by side, and their cross-covariance with another."""
         return self.beside(read), self.across(read, i)
@@ -356,19 +338,6 @@ class _Blocks(Mapping[tuple[int, int], Tensor]):
     own: tuple[Tensor, ...]
     about: tuple[Tensor, ...]
     alive: tuple[Tensor | None, ...]
-
-    def of(self, place: slice) -> _Blocks:
-        """Return those of some of several folds."""
-        own = tuple(mean[place] for mean in self.own)
-        return _Blocks(
-            self.layout,
-            self.row[place] if self.without is None else self.row,
-            None if self.without is None else self.without[place],
-            self.scale[place],
-            own,
-            own if self.about is self.own else tuple(mean[place] for mean in self.about),
-            tuple(x if x is None else x[place] for x in self.alive),
-        )
 
     def within(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor | None:
         """Cut what many states side by side have with others, to read only, off that of their group.

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from lightning_koopman.koopman import chain, moments, regression
+from lightning_koopman.koopman import chain, regression
 from lightning_koopman.koopman.chain import fit_steps, split_chain
 from lightning_koopman.koopman.credit import (
     QUANTITIES,
@@ -179,19 +179,15 @@ def test_all_numbers_are_those_of_dense_jacobians_and_explicit_folds(
         assert_same(credits, run(states, folds=fold_of, tikhonov=tikhonov, rank=rank))
 
 
-@pytest.mark.parametrize("at_once", ["each fold", "narrow steps"])
 @pytest.mark.parametrize("tikhonov", [None, 1e-3])
 def test_folds_left_out_at_once_give_what_each_alone_gives(
-    monkeypatch: pytest.MonkeyPatch, at_once: str, tikhonov: float | None
+    monkeypatch: pytest.MonkeyPatch, tikhonov: float | None
 ) -> None:
     states = tanh_states((6, 8, 5, 4), noise=0.02)
     states[1][:, 3] = np.where(np.arange(len(states[1])) < 2, 1.0, 0.0)
     folds = np.arange(len(states[0])) ** 2 % 7 % 5
     given = run(states, folds=folds, tikhonov=tikhonov, delay=2)
-    if at_once == "each fold":
-        monkeypatch.setattr(chain, "_VALUES_AT_ONCE", 0)
-    else:
-        monkeypatch.setattr(moments, "_CACHED_VALUES", 4 * 5 * 8**2)
+    monkeypatch.setattr(chain, "_VALUES_AT_ONCE", 0)
     assert_same(given, run(states, folds=folds, tikhonov=tikhonov, delay=2))
 
 
