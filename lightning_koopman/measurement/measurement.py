@@ -81,15 +81,6 @@ class Measurement(Accumulator):
         varying: Collection[str] = (),
     ) -> None:
         super().__init__(options or Options(), max_samples=max_samples, shared=shared, hold=hold)
-        output = self.options.output
-        named = None if callable(output) else output
-        self.capture = Capture(
-            model,
-            components,
-            keep=_weakly(self._keep),
-            output=named,
-            trained=trained,
-        )
         self.plan: Plan | None = None
         self.notes: list[str] = []
         self._named = components is not None
@@ -130,14 +121,19 @@ class Measurement(Accumulator):
         # Whether what forward_fn gives is made of several states behind the network.
         self._is_joined = False
         self._untraced: str | None = None
-        if like is not None:
+        self._followed: Reference | None = None
+        self._next_check, self._work = FIRST_CHECK, 0.0
+        if like is None:
+            output = None if callable(self.options.output) else self.options.output
+            self.capture = Capture(
+                model, components, keep=_weakly(self._keep), output=output, trained=trained
+            )
+        else:
             # The same chain of the same calls, so that equal weights give equal numbers.
             self.capture, self.plan = like.capture, like.plan
             self.apart, self.joined, self._roundings = like.apart, like.joined, like._roundings
             self._unseen, self._picking = like._unseen, like._picking
             self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
-        self._followed: Reference | None = None
-        self._next_check, self._work = FIRST_CHECK, 0.0
 
     @property
     def weighs(self) -> bool:
