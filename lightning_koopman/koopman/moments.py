@@ -207,19 +207,17 @@ def _accumulate_rows(
     # One row per unit, for products of such are an eighth to a quarter faster.
     parts: dict[int, Tensor] = {}
     for pair in layout.pairs:
-        for i in pair:
-            if i not in parts:
-                if isinstance(chosen, slice):
-                    part = states[i][chosen]
-                else:
-                    part = states[i].index_select(0, chosen.to(states[i].device))
-                parts[i] = row.new_empty(part.shape[1], part.shape[0]).copy_(part.T)
-                if offsets is not None:
-                    parts[i] -= offsets[i][:, None]
+        for i in {*pair} - parts.keys():
+            if isinstance(chosen, slice):
+                part = states[i][chosen]
+            else:
+                part = states[i].index_select(0, chosen.to(states[i].device))
+            parts[i] = row.new_empty(part.shape[1], part.shape[0]).copy_(part.T)
+            if offsets is not None:
+                parts[i] -= offsets[i][:, None]
+            row[layout.slices[i,]] += parts[i].sum(dim=1)
         i, j = pair
         place = row[layout.slices[pair]]
-        if i == j:
-            row[layout.slices[i,]] += parts[i].sum(dim=1)
         if i != j:
             add_product(place.view(layout.dims[i], layout.dims[j]), parts[i], parts[j])
         elif i in layout.squares:

@@ -96,11 +96,11 @@ class Options:
             raise ValueError(f"normalize is {self.normalize!r}; choose one of {get_args(Normalize)}")
         if self.targets is not None:
             check_each(INTEGER, targets=self.targets)
-        if self.targets is not None and self.normalize == "whiten":
-            raise ValueError(
-                f"targets is {list(self.targets)}, but normalize='whiten' mixes the output's units; "
-                "choose 'none' or 'rms'"
-            )
+            if self.normalize == "whiten":
+                raise ValueError(
+                    f"targets is {list(self.targets)}, but normalize='whiten' mixes the output's units; "
+                    "choose 'none' or 'rms'"
+                )
         check_reduce(self.reduce)
         check_given((str | Callable, "the name of a module, or a function"), output=self.output)
         check_observables(self.observables)

@@ -471,7 +471,8 @@ class Accumulator:
         assert self._spreads is not None
         options, names, n_samples = self.options, self.chain.names, int(moments[:, 0].sum())
         kept = self.basis.kept(self._spreads, n_samples)
-        notes = [*notes, *self._left_out(kept)]
+        notes = list(notes)
+        self._note_left_out(kept, notes)
         self._note_bent(layout, kept, notes)
         self._note_kinds(notes)
         self._note_rounded(layout, moments, notes)
@@ -501,18 +502,17 @@ class Accumulator:
                 "samples of an input together: R² and errors are about inputs that were not seen before"
             )
 
-    def _left_out(self, kept: Sequence[float]) -> list[str]:
+    def _note_left_out(self, kept: Sequence[float], notes: list[str]) -> None:
         """Tell what the bases leave out, where that is enough to be read in the numbers."""
         cut = {n: share for n, share in zip(self.chain.names, kept, strict=True) if share < _KEPT}
-        if not cut:
-            return []
-        least = min(cut, key=lambda name: cut[name])
-        return [
-            f"states keep less than {_KEPT:.0%} of their variance at max_dim={self.options.max_dim}: "
-            f"{len(cut)} of {len(kept)}, {least!r} the least ({cut[least]:.1%}). What is left out "
-            "counts as unexplained in what reads it, and not at all in the R² of what gives it; a "
-            "larger max_dim keeps more"
-        ]
+        if cut:
+            least = min(cut, key=lambda name: cut[name])
+            notes.append(
+                f"states keep less than {_KEPT:.0%} of their variance at "
+                f"max_dim={self.options.max_dim}: {len(cut)} of {len(kept)}, {least!r} the least "
+                f"({cut[least]:.1%}). What is left out counts as unexplained in what reads it, and not "
+                "at all in the R² of what gives it; a larger max_dim keeps more"
+            )
 
     def _note_bent(self, layout: Layout, kept: Sequence[float], notes: list[str]) -> None:
         """Tell of which sums more is unexplained than bases leave out."""

@@ -125,12 +125,9 @@ def agree_on_basis(
 
 
 def sum_moments(moments: Tensor, error: BaseException | None) -> Tensor:
-    """Add up the moments of all processes; one collective, which carries errors too."""
+    """Add up the numbers of all processes, in one row; one collective, which carries errors too."""
     failed = torch.full((1,), float(error is not None), dtype=moments.dtype, device=moments.device)
-    packed = torch.cat([
-        moments.flatten() if error is None else torch.zeros_like(moments).flatten(),
-        failed,
-    ])
+    packed = torch.cat([moments if error is None else torch.zeros_like(moments), failed])
     dist.all_reduce(packed)
     if error is not None:
         raise error
@@ -139,7 +136,7 @@ def sum_moments(moments: Tensor, error: BaseException | None) -> Tensor:
             f"{int(packed[-1])} of {dist.get_world_size()} processes could not add up their samples; "
             "their own messages say why"
         )
-    return packed[:-1].view_as(moments)
+    return packed[:-1]
 
 
 def gather(value: Any) -> list[Any]:

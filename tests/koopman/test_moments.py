@@ -178,23 +178,6 @@ def test_links_add_to_the_states_that_a_step_reads() -> None:
     assert Layout((1,) * 5, 2, 1, full).parents == Layout((1,) * 5, 2, 4).parents
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 64, 200])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_batches_in_any_order_add_up_to_everything_at_once(batch: int, seed: int) -> None:
-    states = chain(200, (4, 3, 5), seed)
-    layout = Layout((4, 3, 5), 4)
-    folds = torch.arange(200) * 7 % 11 % 4
-    whole = gathered(layout, states, folds)
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
-    streamed = layout.zeros()
-    shards = layout.zeros()
-    for rows in order.split(batch):
-        accumulate(layout, streamed, [s[rows] for s in states], folds[rows])
-        shards += gathered(layout, [s[rows] for s in states], folds[rows])
-    assert torch.allclose(streamed, whole, rtol=1e-12, atol=1e-11)
-    assert torch.allclose(shards, whole, rtol=1e-12, atol=1e-11)
-
-
 def test_a_fold_without_samples_stays_zero() -> None:
     states = chain(10, (3, 2))
     layout = Layout((3, 2), 3)

@@ -25,6 +25,7 @@ def test_what_is_left_out_is_the_documented_default_and_stays() -> None:
         ("delay", 0, "delay is 0; it must be an integer of 1 or above"),
         ("delay", 1.0, "delay is 1.0; it must be an integer of 1 or above"),
         ("delay", True, "delay is True; it must be an integer of 1 or above"),
+        ("delay", None, "delay is None; it must be an integer of 1 or above"),
         ("rank", 0, "rank is 0; at least one output direction must be aligned"),
         ("max_dim", "64", "max_dim is '64'; it must be an integer"),
         ("max_dim", 0, "max_dim is 0; a state vector needs at least one value"),

@@ -154,13 +154,6 @@ def test_a_fold_without_new_samples_leaves_its_old_operator_one_that_sees_all(
     assert np.isfinite(found.stderr).all()
 
 
-def test_the_same_samples_of_the_same_network_drift_by_rounding_alone(rng: np.random.Generator) -> None:
-    states, folds = chain(rng, 200), rng.integers(0, FOLDS, 200)
-    found = shares_of(Layout((4, 5, 3), FOLDS), states, states, folds, folds)
-    assert (found.old - found.new).abs().max() < 1e-7
-    assert not beyond_error(found.old - found.new, found.stderr, found.freedom).any()
-
-
 @pytest.mark.parametrize(("n_old", "n_new"), [(60, 600), (600, 60), (200, 200)])
 def test_on_other_samples_drift_is_zero_in_the_mean_however_many_they_are(
     n_old: int, n_new: int
