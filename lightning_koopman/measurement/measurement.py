@@ -58,6 +58,13 @@ _CHECK_WORK = 1200
 # more than a quarter of the passes before it: small networks are through with all samples by then.
 
 
+_SETTLED = (
+    *("capture", "plan", "apart", "joined", "_work", "_pooled", "_waits_for_lengths", "_unmasked"),
+    *("_roundings", "_unseen", "_picking", "_untraced", "_is_joined"),
+)
+"""What the first pass of a measurement settles for all that are like it."""
+
+
 class Measurement(Accumulator):
     """One report in the making: forward passes in, their rows added up, a report out.
 
@@ -99,6 +106,8 @@ class Measurement(Accumulator):
         # What told the folds of the first call of a step, and how many samples are of later ones.
         self._told_by: Tensor | None = None
         self._n_again = 0
+        # States of other positions than the masked ones that they are made of.
+        self._unmasked: list[str] = []
         # Which tensor of the batch says what graph each node belongs to, where the network pools them.
         self._pooled: int | None = None
         # States that vary, whatever the first batch says; and those that it says do not, with a sample
@@ -130,10 +139,8 @@ class Measurement(Accumulator):
             )
         else:
             # The same chain of the same calls, so that equal weights give equal numbers.
-            self.capture, self.plan = like.capture, like.plan
-            self.apart, self.joined, self._roundings = like.apart, like.joined, like._roundings
-            self._unseen, self._picking = like._unseen, like._picking
-            self.capture.keep, self._untraced = _weakly(self._keep), like._untraced
+            vars(self).update((name, vars(like)[name]) for name in _SETTLED)
+            self.capture.keep = _weakly(self._keep)
 
     @property
     def weighs(self) -> bool:
@@ -375,7 +382,7 @@ class Measurement(Accumulator):
             self.plan = self._followed.coordinates(self.plan)
         told_by = {self.plan.forms[name].padding for name in self.plan.recorded}
         self._waits_for_lengths = not told_by.isdisjoint(lengths_of(records))
-        self._note_masks(records)
+        self._find_unmasked(records)
         if not rows or self._followed is not None:
             rows = self._all_rows(records)
         self._check_reduced(records, rows)
@@ -523,10 +530,10 @@ class Measurement(Accumulator):
                 "the units by output=lambda returned: returned[:, [0, 1]]"
             )
 
-    def _note_masks(self, records: Sequence[Recorded]) -> None:
-        """Say so where states have other positions than the masked ones that they are made of."""
+    def _find_unmasked(self, records: Sequence[Recorded]) -> None:
+        """Find the states that have other positions than the masked ones that they are made of."""
         assert self.plan is not None
-        masked, others = set[str](), list[str]()
+        masked = set[str]()
         for record in records:
             form = self.plan.forms.get(record.name)
             if form is None or record.name not in self.plan.recorded:
@@ -538,13 +545,7 @@ class Measurement(Accumulator):
             is_made_of = valid is None and masked & (record.sources or frozenset())
             may_be_padded = n_positions(record.tensor, form) > 1
             if is_made_of and may_be_padded and form.reduce in ("pool", "mean", "last"):
-                others.append(record.name)
-        if others:
-            self.notes.append(
-                f"the batch has a mask, and {listed(others)}, made of what it is about, have other "
-                "positions, of which all are averaged: where padding is among them, they look less "
-                "linear than they are"
-            )
+                self._unmasked.append(record.name)
 
     def _work_of(self, records: Sequence[Recorded]) -> float:
         """Estimate the multiplications of one pass: each weight once per position of its output."""
@@ -632,7 +633,14 @@ class Measurement(Accumulator):
     def _notes(self) -> list[str]:
         """Collect what a reader must know of how the states were recorded."""
         # A process that saw no batch made no plan; its report is not the one that is logged.
-        notes = [*self.notes, *(() if self.plan is None else self.plan.told(self.varying))]
+        notes = list(self.notes)
+        if self._unmasked:
+            notes.append(
+                f"the batch has a mask, and {listed(self._unmasked)}, made of what it is about, have "
+                "other positions, of which all are averaged: where padding is among them, they look "
+                "less linear than they are"
+            )
+        notes += () if self.plan is None else self.plan.told(self.varying)
         if (lift := self.options.observables) is not None:
             called = lift if isinstance(lift, str) else getattr(lift, "__name__", "a function")
             notes.append(

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lit import Stops, quiet_trainer
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import CreditReport, KoopmanCreditMonitor, credit_report
@@ -229,3 +230,56 @@ def test_a_mask_made_permanent_changes_nothing_and_another_one_does():
 
 def test_sharded_weights_are_not_told():
     assert told(torch.ones(3), strategy="FSDPStrategy") == []
+
+
+class OnRows(L.LightningModule):
+    """Says of each batch which rows are one sample's, or which positions hold data."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(3, 6), nn.Linear(6, 2), kind
+        self.inner = nn.GRU(6, 6, batch_first=True) if kind == "packed" else nn.Linear(6, 6)
+        self.prompt = nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.kind == "prompts":
+            return self.last(self.inner(torch.cat([self.prompt.expand(len(x), -1, -1), h], 1)).tanh())
+        if self.kind == "graphs":
+            nodes, count = self.inner(h).tanh(), int(attention_mask[-1]) + 1
+            return self.last(nodes.new_zeros(count, 6).index_add(0, attention_mask, nodes))
+        lengths = x.any(dim=2).sum(1)
+        packed = pack_padded_sequence(h, lengths, batch_first=True, enforce_sorted=False)
+        return self.last(pad_packed_sequence(self.inner(packed)[0], True, total_length=7)[0].mean(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(**batch).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self(**batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("kind", ["graphs", "packed", "prompts"])
+def test_what_the_first_pass_told_of_rows_holds_for_the_final_weights(tmp_path, kind):
+    torch.manual_seed(0)
+    batches = []
+    for _ in range(6):
+        sizes = torch.randint(2, 7, (60,))
+        x, mask = torch.randn(60, 7, 3), torch.arange(7) < sizes[:, None]
+        given = {"x": x * mask[..., None], "attention_mask": mask.long() if kind == "prompts" else x}
+        if kind == "graphs":
+            given = {"x": x[mask], "attention_mask": torch.arange(60).repeat_interleave(sizes)}
+        batches.append(given)
+    model, monitor = OnRows(kind), KoopmanCreditMonitor(max_overhead=1e6)
+    of_run: Any = {"max_epochs": 3, "check_val_every_n_epoch": 2, "logger": CSVLogger(tmp_path)}
+    trainer = quiet_trainer(tmp_path, [monitor], **of_run)
+    trainer.fit(model, *[DataLoader(batches, batch_size=None)] * 2)
+    expected = credit_report(model, batches, max_samples=None)
+    assert [report.step for report in monitor.history] == [12, 18]
+    assert monitor.report.credit == pytest.approx(expected.credit, abs=1e-6)
+    told = [[n for n in r.notes if "averaged" in n] for r in (monitor.report, expected)]
+    assert told[0] == told[1]
+    assert bool(told[0]) == (kind != "packed")
