@@ -297,6 +297,22 @@ def test_a_position_is_no_sum_of_what_is_weighed_otherwise_elsewhere():
     assert set(report.reads["head"]) == {"blocks.0.0#1", "sum into blocks.0#1"}
 
 
+@pytest.mark.parametrize("function", ["the last position", "bent", "halves"])
+def test_a_sum_has_its_own_step_as_a_part_not_those_that_are_joined_with_it(function: str) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        added = [x + m.blocks[0](scale * x) for scale in (1, 2, 3)]
+        return sum(FUNCTIONS[function](m, m.whole(part) if m.named else part) for part in added)
+
+    net = network(run)
+    net.named = False
+    found = credit_report(net, samples())
+    net.named = True
+    known = credit_report(net, samples())
+    assert len([name for name in found.reads if "()" in name]) == 3
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+    assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
+
+
 class Gated(nn.Module):
     """Lets a gate choose between a stream and a branch, and returns both at once."""
 
