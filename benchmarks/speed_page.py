@@ -95,9 +95,9 @@ row were measured before alignments without each fold were made at once.
 - Operators, which solvers give by columns, are multiplied by rows: five products of 128 × 128 by 128 ×
   10 take 0.16 ms for 1.2, directions of a basis in double precision from 256 rows of 2,048 26 ms for
   46.
-- Where covariances are up to 457 wide, all five folds are left out at once: credits of six layers take 0.70
-  (width 64), 0.79 (96), 0.86 (128), 0.84 (160) and 0.93 (192) of the time that one fold after the other
-  takes, their point values 0.61, 0.74, 0.86, 0.83 and 0.86.
+- Where covariances are up to 457 wide, all five folds are left out at once: credits of six layers take
+  0.70 (width 64), 0.79 (96), 0.86 (128), 0.84 (160) and 0.93 (192) of the time that one fold after the
+  other takes, their point values 0.61, 0.74, 0.86, 0.83 and 0.86.
 - 128 states of 32×28×28 are pooled to 4×4 cells in 0.57 ms, strip by strip; those whose channels are
   last in memory by torch's own pooling (64 of 64×56×56 in 4.9 ms, by a product in 33). Inputs are pooled
   by torch as well, for their bits tell the folds, and may not depend on the size of a batch.

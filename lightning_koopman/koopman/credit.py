@@ -141,7 +141,8 @@ def undetermined(whole: Split, steps: Sequence[Step], known: Sequence[int]) -> t
 
     def n_alive(states: Sequence[int]) -> int:
         # In units of their own, for a state that is small beside others tells what it tells.
-        sizes = torch.cat([whole.train.variances[p].sum().expand(layout.dims[p]) for p in states])
+        variances = [whole.train.variances[p] for p in states]
+        sizes = torch.cat([values.sum().expand(values.shape) for values in variances])
         unit = torch.where(sizes > 0, sizes, 1.0).rsqrt()
         joint = whole.train.beside(states) * unit[:, None] * unit
         return int(alive(torch.linalg.eigvalsh(joint)).sum())

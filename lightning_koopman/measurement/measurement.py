@@ -452,12 +452,19 @@ class Measurement(Accumulator):
     def _weights_in(self, record: Recorded, rows: Mapping[str, Tensor | None]) -> Tensor | None:
         """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none."""
         assert self.plan is not None
-        parts = [self._rows_in_sum(record.name, part, rows) for part in self.plan.sums[record.name]]
-        own = rows[record.name]
+        names = self.plan.sums[record.name]
+        # Beside a part of it may stand others in the same state, as steps side by side do.
+        read = frozenset(names).intersection(record.sources or ())
+        kept = [i for i, part in enumerate(names) if part in read or read != record.sources]
+        own, parts = rows[record.name], [self._rows_in_sum(record.name, names[i], rows) for i in kept]
         if own is None or any(part is None or part.shape != own.shape for part in parts):
             return None
         weights = weights_in(own, [part for part in parts if part is not None], _rounding(record))
-        return None if weights is None else weights.to(own)
+        if weights is None:
+            return None
+        found = own.new_zeros(len(names), weights.shape[1])
+        found[kept] = weights.to(own)
+        return found
 
     def _rows_in_sum(self, name: str, part: str, rows: Mapping[str, Any]) -> Any:
         """Return the rows of a part of a sum, of one position alone if it is picked of the sum."""

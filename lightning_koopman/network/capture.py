@@ -56,6 +56,7 @@ from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     Given,
+    address_of,
     all_tensors,
     are_data,
     detached_copy,
@@ -65,10 +66,11 @@ from lightning_koopman.network.tensors import (
     is_all_of_memory,
     is_real,
     is_underived,
-    memory_of,
+    order_of_axes,
     padded,
     plain,
     unpacked,
+    view_of_memory,
 )
 
 
@@ -104,13 +106,13 @@ class _Handed(NamedTuple):
     """A tensor that a call outside of components gave.
 
     Attributes:
-        tensor: A weak reference to it.
+        view: Of its memory.
         call: That gave it.
         place: Among the tensors that the call gave.
         writes: The latest writes to it in place by then.
     """
 
-    tensor: ReferenceType[Tensor]
+    view: tuple[Any, ...]
     call: tuple[int, int]
     place: int
     writes: frozenset[str]
@@ -215,10 +217,11 @@ class Capture:
         self._leads_in = False
         # States whose rows are in an order of the network's own, which may be another one in each batch.
         self._moved: set[str] = set()
-        # By call, the sums of states that it takes, by their places among the tensors given.
-        self._sums_at: dict[tuple[int, int], dict[int, str]] = {}
+        # By call, the sums of states that it takes, by their places among the tensors given, and the
+        # order that their axes had as they were added up.
+        self._sums_at: dict[tuple[int, int], dict[int, tuple[str, list[int]]]] = {}
         # By call, those that it gives and that functions take, by their places among the tensors given.
-        self._sums_from: dict[tuple[int, int], dict[int, str]] = {}
+        self._sums_from: dict[tuple[int, int], dict[int, tuple[str, list[int]]]] = {}
         self._provenance = Provenance()
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         whole = id(self._ancestor), -1
@@ -348,8 +351,8 @@ class Capture:
         self._taken: dict[int, int] = {}
         # How often functions took sums, by name.
         self._functions: dict[str, int] = {}
-        # What modules that may take sums gave, by its view of memory.
-        self._handed: dict[tuple[Any, ...], _Handed] = {}
+        # What modules that may take sums gave, by its memory.
+        self._handed: dict[int, list[_Handed]] = {}
         self.skipped: list[str] = []
         self.origins.start_call()
         self._call: Any = ()
@@ -646,15 +649,15 @@ class Capture:
         key, given = (id(module), call), (args, kwargs)
         real = [t for t in filter(is_real, all_tensors(given)) if not t.is_nested]
         if self._passes:
-            for place, name in self._sums_at.get(key, {}).items():
+            for place, (name, order) in self._sums_at.get(key, {}).items():
                 if place < len(real):
-                    self._keep(name, module, real[place], None, given)
+                    self._keep(name, module, real[place].permute(order), None, given)
             return
         called = numbered(self._names[id(module)], call)
         for place, tensor in enumerate(real):
             name = sum_name(f"{called}[{place}]" if place else called)
-            if self._take_sum(name, tensor, given):
-                self._sums_at.setdefault(key, {})[place] = name
+            if (shown := self._take_sum(name, tensor, given)) is not None:
+                self._sums_at.setdefault(key, {})[place] = name, shown
 
     @_while_recording
     def _on_handed(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -663,13 +666,13 @@ class Capture:
         if self._passes and key not in self._sums_from:
             return
         real = [t for t in filter(is_real, all_tensors(output)) if not t.is_nested]
-        for place, name in self._sums_from.get(key, {}).items():
+        for place, (name, order) in self._sums_from.get(key, {}).items():
             if place < len(real):
-                self._keep(name, module, real[place], None)
+                self._keep(name, module, real[place].permute(order), None)
         for place, tensor in enumerate(real if self._passes == 0 else ()):
             if self._provenance.is_sum(tensor):
-                handed = _Handed(ref(tensor), key, place, self._provenance.writes(tensor))
-                self._handed[memory_of(tensor)] = handed
+                handed = _Handed(view_of_memory(tensor), key, place, self._provenance.writes(tensor))
+                self._handed.setdefault(address_of(tensor), []).append(handed)
 
     def _on_function(self, tensor: Tensor, function: str) -> None:
         """Record a sum of states that a function takes, which only first passes show."""
@@ -684,37 +687,42 @@ class Capture:
 
     def _take_sum(
         self, name: str, tensor: Tensor, given: Any = None, *, is_unseen: bool = False
-    ) -> bool:
-        """Record a sum of states, if it is one and new, and say if later passes show it there, too."""
+    ) -> list[int] | None:
+        """Record a sum of states, if it is one and new.
+
+        Returned is the order that its axes had as it was added up, if later passes show it there, too.
+        """
         made_of = self._provenance.exactly(tensor) or frozenset()
         parts = [p for p in map(self._states.get, sorted(made_of)) if isinstance(p, Recorded)]
         if not parts or not self._is_sum(name, tensor, made_of):
-            return False
+            return None
         # Rows are made as those of what was added up.
-        like = next((part for part in parts if part.tensor.shape == tensor.shape), None)
+        whole = self._provenance.as_added(tensor)
+        like = next((part for part in parts if part.tensor.shape == whole.shape), None)
         if like is None:
             like = next((part for part in parts if part.tensor.numel() == tensor.numel()), None)
             if like is None or not (like.tensor.is_contiguous() and is_all_of_memory(tensor)):
-                return False
-            tensor, is_unseen = tensor.as_strided(like.tensor.shape, like.tensor.stride(), 0), True
-        handed = self._find_handed(tensor) if is_unseen else None
-        if handed is not None:
-            self._sums_from.setdefault(handed.call, {})[handed.place] = name
-            is_unseen = False
+                return None
+            whole = tensor.as_strided(like.tensor.shape, like.tensor.stride(), 0)
+        order = None if is_unseen else order_of_axes(view_of_memory(tensor), view_of_memory(whole))
+        is_handed = order is None and self._is_handed(name, whole)
+        is_unseen = order is None and not is_handed
         if is_unseen and len(made_of - self._provenance.idle) < 2:
             # What became of one state is not told by it.
-            return False
-        self._stages.read(name, tensor)
-        self._keep(name, like.module, tensor, made_of, given, is_unseen=is_unseen)
-        self._provenance.mark_sum(tensor, name, made_of)
-        return not (is_unseen or handed)
-
-    def _find_handed(self, tensor: Tensor) -> _Handed | None:
-        """Find the module that gave what a tensor views, if it did so as it is now."""
-        handed = self._handed.get(memory_of(tensor))
-        if handed is None or handed.tensor() is None:
             return None
-        return handed if handed.writes == self._provenance.writes(tensor) else None
+        self._stages.read(name, tensor)
+        self._keep(name, like.module, whole, made_of, given, is_unseen=is_unseen)
+        self._provenance.mark_sum(tensor, name, made_of)
+        return order
+
+    def _is_handed(self, name: str, tensor: Tensor) -> bool:
+        """Find the module that gave a sum as it is now, but for the order of its axes, if one did."""
+        for handed in reversed(self._handed.get(address_of(tensor), [])):
+            order = order_of_axes(handed.view, view_of_memory(tensor))
+            if order is not None and handed.writes == self._provenance.writes(tensor):
+                self._sums_from.setdefault(handed.call, {})[handed.place] = name, order
+                return True
+        return False
 
     def _is_sum(self, name: str, tensor: Tensor, made_of: frozenset[str]) -> bool:
         """Check whether what a module takes is a sum of states, or was in a network to compare with."""

@@ -49,6 +49,7 @@ from lightning_koopman.network.tensors import (
     is_underived,
     tensors_inside,
     varies,
+    view_of_memory,
 )
 
 # These read a tensor's shape, never its values.
@@ -176,6 +177,8 @@ class DataFlow:
         # Memory that holds a sum of what labels stand for, or what became of one alone, by its address;
         # of one number where it is the same sum, but for numbers that it was weighed or shifted by.
         self._sums: dict[int, int] = {}
+        # How such a sum viewed its memory as it was added up.
+        self._views: dict[int, tuple[Any, ...]] = {}
         self._numbers = itertools.count()
         self._axes = BatchAxes(self._keep_address)
         self._positions: dict[int, BatchAxes] = {}
@@ -299,6 +302,15 @@ class DataFlow:
         """
         return self._sums.get(address_of(tensor)) if is_all_of_memory(tensor) else None
 
+    def as_added(self, tensor: Tensor) -> Tensor:
+        """Return a sum with its axes in the order that they had when it was added up."""
+        view = self._views.get(address_of(tensor))
+        if view is None or view == view_of_memory(tensor):
+            return tensor
+        place, shape, strides = view
+        whole = tensor.as_strided(shape, strides, place)
+        return tensor if whole.is_contiguous() and tensor.is_contiguous() else whole
+
     @_kept_out_of_the_pass()
     def label_sum(self, tensor: Tensor, name: str) -> None:
         """Replace the labels of a sum, and of what is the same but for numbers, by one."""
@@ -407,10 +419,13 @@ class DataFlow:
     ) -> None:
         """Show sums that an operator goes on with otherwise than to add or to weigh them."""
         name = func._schema.name.rpartition("::")[2].rstrip("_")
-        if name in _LINEAR or name in _SHAPE_ONLY or (func.is_view and name not in _CUT):
+        # What is copied to memory of another order is no longer laid out as what was added up.
+        turns = kwargs.get("memory_format") not in (None, torch.preserve_format)
+        is_kept = name in _LINEAR or name in _SHAPE_ONLY or (func.is_view and name not in _CUT)
+        if is_kept and not turns:
             return
         for tensor in _flat((*args, *kwargs.values())):
-            if self.sum_in(tensor) is not None:
+            if self.sum_in(tensor) is not None and not (is_kept and self.as_added(tensor) is tensor):
                 show(tensor, name)
 
     def _note_sum(
@@ -438,6 +453,8 @@ class DataFlow:
         for written in _flat([out]):
             if is_sum and is_all_of_memory(written) and (address := address_of(written)):
                 self._sums[address] = before[0] if is_same else next(self._numbers)
+                if has_places(written):
+                    self._views[address] = view_of_memory(written)
                 self._keep_address(written, address)
                 # Of what a norm gives beside, nothing goes on.
                 break
@@ -1025,6 +1042,10 @@ class Provenance:
         """Check whether a tensor is a sum, see :meth:`DataFlow.sum_in`, that is no state yet."""
         found = None if self._flow is None else self._flow.sum_in(tensor)
         return found is not None and found not in self._marked
+
+    def as_added(self, tensor: Tensor) -> Tensor:
+        """Return a sum as it was added up, see :meth:`DataFlow.as_added`."""
+        return tensor if self._flow is None else self._flow.as_added(tensor)
 
     def mark_sum(self, tensor: Tensor, name: str, made_of: frozenset[str]) -> None:
         """Let a sum of states count as a state itself."""

@@ -399,9 +399,14 @@ def view_of_memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
-def memory_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Tell tensors apart by the memory that they view."""
-    return address_of(tensor), *view_of_memory(tensor)
+def order_of_axes(view: tuple[Any, ...], other: tuple[Any, ...]) -> list[int] | None:
+    """Find the order in which the axes of a view are those of another of one memory, if there is one."""
+    (place, *own), (other_place, *wanted) = view, other
+    own, wanted = (list(zip(*axes, strict=True)) for axes in (own, wanted))
+    if place != other_place or sorted(own) != sorted(wanted):
+        return None
+    pairs = zip(*(sorted(range(len(own)), key=axes.__getitem__) for axes in (wanted, own)), strict=True)
+    return [axis for _, axis in sorted(pairs)]
 
 
 def has_places(tensor: Tensor) -> bool:

@@ -383,6 +383,19 @@ def test_permuting_or_rotating_hidden_units_changes_nothing(
         assert_same(given, run(turned, normalize=normalize), names)
 
 
+def test_whitened_states_that_tell_each_other_ignore_units_that_never_vary() -> None:
+    # The last step reads both branches and what is exactly made of them.
+    x, first, second, last = tanh_states((3, 4, 5, 2), noise=0.05)
+    mixed = first @ np.random.default_rng(1).standard_normal((4, 4)) + second[:, :4]
+    links = ((), (0,), (1, 2), (1, 2))
+    given = run([x, first, second, mixed, last], normalize="whiten", links=links)
+    idle = np.concatenate([first, np.ones((len(first), 2))], axis=1)
+    other = run([x, idle, second, mixed, last], normalize="whiten", links=links)
+    assert given.undetermined == other.undetermined == (3,)
+    for name in QUANTITIES:
+        torch.testing.assert_close(given.values[name], other.values[name], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_whitened_numbers_ignore_any_invertible_change_of_hidden_coordinates(
     widths: tuple[int, ...],

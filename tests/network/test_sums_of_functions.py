@@ -81,6 +81,10 @@ FUNCTIONS: dict[str, Run] = {
     "the last position": lambda m, x: m.head(F.layer_norm(x[:, -1], (WIDTH,))),
     "other positions": lambda m, x: m.conv(torch.tanh(x[:, 1:]).transpose(1, 2)),
     "halves": lambda m, x: F.glu(x, dim=2) + torch.mul(*x.chunk(2, dim=2)),
+    "copied as it is turned": lambda m, x: m.head(torch.tanh(x.transpose(1, 2).contiguous()[:, :, -1])),
+    "joined to rows of its own": lambda m, x: (
+        m.head(torch.tanh(x.permute(1, 0, 2).reshape(-1, WIDTH))).view(LENGTH, -1, 3).mean(0)
+    ),
     "one after the other": lambda m, x: m.head(sum(torch.sigmoid(part) for part in x.unbind(1))),
 }
 
@@ -293,27 +297,49 @@ def test_a_position_is_no_sum_of_what_is_weighed_otherwise_elsewhere():
     assert set(report.reads["head"]) == {"blocks.0.0#1", "sum into blocks.0#1"}
 
 
+@pytest.mark.parametrize("function", ["the last position", "bent", "halves"])
+def test_a_sum_has_its_own_step_as_a_part_not_those_that_are_joined_with_it(function: str) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        added = [x + m.blocks[0](scale * x) for scale in (1, 2, 3)]
+        return sum(FUNCTIONS[function](m, m.whole(part) if m.named else part) for part in added)
+
+    net = network(run)
+    net.named = False
+    found = credit_report(net, samples())
+    net.named = True
+    known = credit_report(net, samples())
+    assert len([name for name in found.reads if "()" in name]) == 3
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+    assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
+
+
 class Gated(nn.Module):
     """Lets a gate choose between a stream and a branch, and returns both at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, turned: bool = False) -> None:
         super().__init__()
         self.branch, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.turned = turned
 
     def forward(self, x: Tensor) -> tuple[int, Tensor]:
         share = torch.sigmoid(self.gate(x))
-        return 0, share * torch.tanh(self.branch(x)) + (1 - share) * x
+        mixed = share * torch.tanh(self.branch(x)) + (1 - share) * x
+        return 0, mixed.transpose(1, 2) if self.turned else mixed
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("function", ["mean", "bent in place", "turned by a function", "halves"])
-def test_what_a_module_gives_is_seen_there_where_a_function_takes_it(function: str) -> None:
+def test_what_a_module_gives_is_seen_there_where_a_function_takes_it(
+    function: str, turned: bool
+) -> None:
     def run(m: Any, x: Tensor) -> Tensor:
         for block in m.gated:
             _, x = block(x)
+            x = x.transpose(1, 2) if turned else x
         return FUNCTIONS[function](m, m.whole(x) if m.named else x)
 
     net = network(run)
-    net.gated = nn.ModuleList([Gated().double(), Gated().double()])
+    net.gated = nn.ModuleList([Gated(turned=turned).double(), Gated(turned=turned).double()])
     net.named = False
     found = credit_report(net, samples(), components=["stem", "gated.*.*", "head"])
     net.named = True
@@ -321,6 +347,50 @@ def test_what_a_module_gives_is_seen_there_where_a_function_takes_it(function: s
     assert any("()" in name for name in found.reads)
     assert found.credit == pytest.approx(known.credit, abs=1e-6)
     assert found.chain_r2 == pytest.approx(known.chain_r2, abs=1e-6)
+
+
+@pytest.mark.parametrize("first", [1, 200])
+@pytest.mark.parametrize("length", [LENGTH, WIDTH])
+def test_a_module_is_seen_to_take_what_gates_weigh_whatever_the_order_of_its_axes(
+    length: int, first: int
+) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        share = torch.sigmoid(m.stem(x))
+        x = share * m.blocks[0](x) + (1 - share) * x
+        return m.conv((m.whole(x) if m.named else x).transpose(1, 2))
+
+    net, draw = network(run), torch.Generator().manual_seed(0)
+    batches = torch.randn(600, length, WIDTH, dtype=torch.float64, generator=draw).split([
+        first,
+        600 - first,
+    ])
+    net.named = False
+    found = credit_report(net, batches)
+    net.named = True
+    known = credit_report(net, batches)
+    assert found.reads["conv"] == ("sum into conv",)
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
+    assert found.r2 == pytest.approx(known.r2, abs=1e-6)
+
+
+def test_images_whose_channels_come_last_in_memory_are_the_same_sums() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        x = x + 0.3 * m.branch(x)
+        x = m.whole(x) if m.named else x
+        return m.head(torch.tanh(x.flatten(2).transpose(1, 2)[:, 0]))
+
+    torch.manual_seed(0)
+    convs = {"stem": nn.Conv2d(3, 4, 1), "branch": nn.Conv2d(4, 4, 3, padding=1)}
+    net = wired(run, **convs, whole=Whole(), head=nn.Linear(4, 2)).double().eval()
+    images = torch.randn(400, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batches = images.to(memory_format=torch.channels_last).split(100)
+    net.to(memory_format=torch.channels_last).named = False
+    found = credit_report(net, batches)
+    net.named = True
+    known = credit_report(net, batches)
+    assert found.reads["head"] == ("sum into select()",)
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)
 
 
 def test_what_was_written_to_behind_a_module_is_not_what_it_gave() -> None:
