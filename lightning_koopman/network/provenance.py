@@ -421,7 +421,8 @@ class DataFlow:
         name = func._schema.name.rpartition("::")[2].rstrip("_")
         # What is copied to memory of another order is no longer laid out as what was added up.
         turns = kwargs.get("memory_format") not in (None, torch.preserve_format)
-        is_kept = name in _LINEAR or name in _SHAPE_ONLY or (func.is_view and name not in _CUT)
+        is_view = func.is_view and (name not in _CUT or _leaves_all(name, args))
+        is_kept = name in _LINEAR or name in _SHAPE_ONLY or is_view
         if is_kept and not turns:
             return
         for tensor in _flat((*args, *kwargs.values())):
@@ -548,6 +549,14 @@ class DataFlow:
         address = address_of(tensor) if address is None else address
         if address not in self._alive:
             self._alive[address] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _leaves_all(name: str, args: tuple[Any, ...]) -> bool:
+    """Check whether a slice is one of everything, as older torch makes of `:` beside other indices."""
+    if name != "slice":
+        return False
+    tensor, axis, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    return bool(not start and step == 1 and (end is None or end >= tensor.shape[axis]))
 
 
 def _is_one_value(tensor: Tensor) -> bool:
