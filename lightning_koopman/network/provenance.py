@@ -555,7 +555,8 @@ def _leaves_all(name: str, args: tuple[Any, ...]) -> bool:
     """Check whether a slice is one of everything, as older torch makes of `:` beside other indices."""
     if name != "slice":
         return False
-    tensor, axis, start, end, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    given: list[Any] = [*args, *(0, None, None, 1)[len(args) - 1 :]]
+    tensor, axis, start, end, step = given
     return bool(not start and step == 1 and (end is None or end >= tensor.shape[axis]))
 
 
