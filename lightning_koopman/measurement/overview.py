@@ -22,11 +22,7 @@ from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
 from lightning_koopman.network.rows import Recorded, module_of, numbered, pooled_by, pooling_index
-from lightning_koopman.network.tensors import (
-    all_tensors,
-    detached_copy,
-    first_tensor,
-)
+from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 from lightning_koopman.report.text import counted
 
 

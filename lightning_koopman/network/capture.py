@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -72,6 +72,11 @@ from lightning_koopman.network.tensors import (
     unpacked,
     view_of_memory,
 )
+
+
+def _real_in(value: Any) -> list[Tensor]:
+    """Return the tensors of a value that may be sums of states."""
+    return [tensor for tensor in all_tensors(value) if is_real(tensor) and not tensor.is_nested]
 
 
 def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
@@ -647,14 +652,11 @@ class Capture:
         call = self._taken.get(id(module), 0)
         self._taken[id(module)] = call + 1
         key, given = (id(module), call), (args, kwargs)
-        real = [t for t in filter(is_real, all_tensors(given)) if not t.is_nested]
         if self._passes:
-            for place, (name, order) in self._sums_at.get(key, {}).items():
-                if place < len(real):
-                    self._keep(name, module, real[place].permute(order), None, given)
+            self._keep_sums(self._sums_at.get(key, {}), module, given, given)
             return
         called = numbered(self._names[id(module)], call)
-        for place, tensor in enumerate(real):
+        for place, tensor in enumerate(_real_in(given)):
             name = sum_name(f"{called}[{place}]" if place else called)
             if (shown := self._take_sum(name, tensor, given)) is not None:
                 self._sums_at.setdefault(key, {})[place] = name, shown
@@ -663,16 +665,22 @@ class Capture:
     def _on_handed(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Record sums of states that a function takes behind the module which gives them."""
         key = (id(module), self._taken.get(id(module), 0) - 1)
-        if self._passes and key not in self._sums_from:
+        if self._passes:
+            self._keep_sums(self._sums_from.get(key, {}), module, output)
             return
-        real = [t for t in filter(is_real, all_tensors(output)) if not t.is_nested]
-        for place, (name, order) in self._sums_from.get(key, {}).items():
-            if place < len(real):
-                self._keep(name, module, real[place].permute(order), None)
-        for place, tensor in enumerate(real if self._passes == 0 else ()):
+        for place, tensor in enumerate(_real_in(output)):
             if self._provenance.is_sum(tensor):
                 handed = _Handed(view_of_memory(tensor), key, place, self._provenance.writes(tensor))
                 self._handed.setdefault(address_of(tensor), []).append(handed)
+
+    def _keep_sums(
+        self, sums: Mapping[int, tuple[str, list[int]]], module: nn.Module, value: Any, given: Any = None
+    ) -> None:
+        """Record the sums that a value is known to hold, with their axes as they were added up."""
+        real = _real_in(value) if sums else []
+        for place, (name, order) in sums.items():
+            if place < len(real):
+                self._keep(name, module, real[place].permute(order), None, given)
 
     def _on_function(self, tensor: Tensor, function: str) -> None:
         """Record a sum of states that a function takes, which only first passes show."""
@@ -705,7 +713,7 @@ class Capture:
                 return None
             whole = tensor.as_strided(like.tensor.shape, like.tensor.stride(), 0)
         order = None if is_unseen else order_of_axes(view_of_memory(tensor), view_of_memory(whole))
-        is_handed = order is None and self._is_handed(name, whole)
+        is_handed = order is None and self._take_from_giver(name, whole)
         is_unseen = order is None and not is_handed
         if is_unseen and len(made_of - self._provenance.idle) < 2:
             # What became of one state is not told by it.
@@ -715,8 +723,8 @@ class Capture:
         self._provenance.mark_sum(tensor, name, made_of)
         return order
 
-    def _is_handed(self, name: str, tensor: Tensor) -> bool:
-        """Find the module that gave a sum as it is now, but for the order of its axes, if one did."""
+    def _take_from_giver(self, name: str, tensor: Tensor) -> bool:
+        """Let later passes record a sum where a module gives it, if one gave it as it is now."""
         for handed in reversed(self._handed.get(address_of(tensor), [])):
             order = order_of_axes(handed.view, view_of_memory(tensor))
             if order is not None and handed.writes == self._provenance.writes(tensor):
