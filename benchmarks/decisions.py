@@ -298,7 +298,7 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
     net.eval()
     with torch.no_grad():
         maps = _Maps(ForwardRunner(net, fit_on), 256, 0.999)
-        maps.look_at({block: (block,) for block in blocks})
+        maps.check(maps.look_at({block: (block,) for block in blocks}), runner)
         outputs = Outputs(runner.run(), runner.batches, None)
         search = _Search(runner, outputs, maps, True, 0.01, _measure_of("flops"), 0.0, False)
         search._order = blocks

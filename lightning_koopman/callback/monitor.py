@@ -715,9 +715,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     ) -> None:
         """Measure once more, by running recorded calls again; no guess where they cannot be."""
         recording = self._recorded.calls
-        # What parts of sums are weighed with is of the weights by then.
-        is_anew = self._recorded.of_training or (self._watched is not None and self._watched.weighs)
-        like, reason = None if is_anew else self._watched, self._no_replay
+        like, reason = None if self._recorded.of_training else self._watched, self._no_replay
         if reason is not None and trainer.world_size == 1 and self.history:
             self._complete(trainer, pl_module)
             self._keep_watched(trainer, reason)

@@ -105,19 +105,6 @@ class AddedUp:
         return (self._factors[:, None] * _blocks(parts, self._factors.shape[1])).sum(dim=0)
 
 
-def weights_in(own: Tensor, parts: Sequence[Tensor], rounding: float) -> Tensor | None:
-    """Find what a sum weighs its parts with, by unit, or all units alike where few rows tell no more."""
-    known = AddedUp(rounding)
-    known.see(own, parts)
-    if known.tells:
-        return known.weights
-    known, size = AddedUp(rounding), max(_FIRST_COMPARED, own.numel() // _FIRST_COMPARED)
-    blocks = [torch.split(block.reshape(-1, 1), size) for block in (own, *parts)]
-    for values, *others in zip(*blocks, strict=True):
-        known.see(values, others)
-    return known.weights
-
-
 def _weights(parts: Tensor, own: Tensor) -> Tensor | None:
     """Fit the weights, by unit, that make a sum of its parts, if rows tell all of them."""
     gram = torch.einsum("knw,lnw->wkl", parts, parts)

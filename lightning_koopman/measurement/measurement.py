@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
-from lightning_koopman.measurement.added_up import EXACT, AddedUp, weights_in
+from lightning_koopman.measurement.added_up import EXACT, AddedUp
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, hint, is_leaf, matching
@@ -28,7 +28,6 @@ from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
     OUTPUT,
     Recorded,
-    RowForm,
     by_sample,
     call_of,
     is_sum,
@@ -60,7 +59,7 @@ _CHECK_WORK = 1200
 
 _SETTLED = (
     *("capture", "plan", "apart", "joined", "_work", "_pooled", "_waits_for_lengths", "_unmasked"),
-    *("_roundings", "_unseen", "_picking", "_untraced", "_is_joined"),
+    *("_roundings", "_untraced", "_is_joined"),
 )
 """What the first pass of a measurement settles for all that are like it."""
 
@@ -117,12 +116,6 @@ class Measurement(Accumulator):
         # By sum, and output that may be one, how far its values may be off by rounding, as a share of
         # the largest of them.
         self._roundings: dict[str, float] = {}
-        # By sum that functions take, what its parts are weighed with, as the first pass showed.
-        self._unseen: dict[str, Tensor] = {}
-        # By part, those of which one position is picked that the part itself holds with others; and its
-        # rows of that position, in this pass.
-        self._picking: dict[str, set[str]] = {}
-        self._picked: dict[tuple[str, str], Tensor] = {}
         # By sum, what tells whether it is the same as what it reads, added up.
         self._added: dict[int, AddedUp] = {}
         self._silent: list[str] | None = None
@@ -141,11 +134,6 @@ class Measurement(Accumulator):
             # The same chain of the same calls, so that equal weights give equal numbers.
             vars(self).update((name, vars(like)[name]) for name in _SETTLED)
             self.capture.keep = _weakly(self._keep)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether sums that no later pass shows weigh their parts, as these weights or numbers do."""
-        return any(bool((weights != 1).any()) for weights in self._unseen.values())
 
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
@@ -221,7 +209,7 @@ class Measurement(Accumulator):
         """Get ready for a forward pass; the batch tells network inputs apart, and padding from data."""
         refuse_without_shape(batch)
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}
-        self._shapes, self._first_shapes, self._picked = {}, {}, {}
+        self._shapes, self._first_shapes = {}, {}
         self.capture.again, self._earlier = _weakly(self._take_again), []
         self._told_by = None
         self.capture.start_pass(batch)
@@ -367,7 +355,19 @@ class Measurement(Accumulator):
             )
         self._pooled = pooling_index(records, self.capture.returned.rows, self._batch)
         records = [replace(r, tensor=pooled_by(self._pooled, r.tensor, self._batch)) for r in records]
-        self.plan, rows = self._plan_of(records, returned, in_losses)
+        self.plan = make_plan(
+            records,
+            batch=self._batch,
+            end=OUTPUT if callable(self.options.output) else self.capture.end,
+            named=self._named,
+            reduce=self.options.reduce,
+            max_dim=self.options.max_dim,
+            returned=returned,
+            in_losses=in_losses,
+            varying=self._varying,
+            in_turns=frozenset() if self._named else self.capture.in_turns(records),
+            valid=self._valid,
+        )
         if len(self.plan.states) < 2:
             (name,), told = self.plan.names, self.plan.told()
             self.plan = None
@@ -380,11 +380,11 @@ class Measurement(Accumulator):
             )
         if self._followed is not None:
             self.plan = self._followed.coordinates(self.plan)
+        self.capture.forget_sums(but=self.plan.recorded)
         told_by = {self.plan.forms[name].padding for name in self.plan.recorded}
         self._waits_for_lengths = not told_by.isdisjoint(lengths_of(records))
         self._find_unmasked(records)
-        if not rows or self._followed is not None:
-            rows = self._all_rows(records)
+        rows = self._all_rows(records)
         self._check_reduced(records, rows)
         if self.options.targets is not None:
             self._refuse_mixtures(self.options.targets, records)
@@ -401,80 +401,6 @@ class Measurement(Accumulator):
         )
         return rows
 
-    def _plan_of(
-        self, records: list[Recorded], returned: Mapping[str, frozenset[str]], in_losses: frozenset[str]
-    ) -> tuple[Plan, dict[str, Tensor | None]]:
-        """Settle the chain, of sums that no later pass shows with those alone that their parts tell.
-
-        Returned are the rows as well, if there are such sums.
-        """
-        apart = set[str]()
-        while True:
-            self.plan = plan = make_plan(
-                records,
-                batch=self._batch,
-                end=OUTPUT if callable(self.options.output) else self.capture.end,
-                named=self._named,
-                reduce=self.options.reduce,
-                max_dim=self.options.max_dim,
-                returned=returned,
-                in_losses=in_losses,
-                varying=self._varying,
-                in_turns=frozenset() if self._named else self.capture.in_turns(records),
-                valid=self._valid,
-                sums_apart=apart,
-            )
-            unseen = [record for record in records if record.is_unseen and record.name in plan.sums]
-            self._unseen, self._picking = {}, {}
-            for record in unseen:
-                if plan.forms[record.name].is_alone:
-                    self._pick(record.name, record.name, {other.name for other in unseen})
-            rows = self._all_rows(records) if unseen else {}
-            for record in unseen:
-                weights = self._weights_in(record, rows)
-                if weights is None:
-                    apart.add(record.name)
-                else:
-                    self._unseen[record.name] = weights
-            if plan.recorded.isdisjoint(apart):
-                return plan, rows
-
-    def _pick(self, name: str, of: str, unseen: Collection[str]) -> None:
-        """Let parts of a sum, of which one position is picked, have rows of that one as well."""
-        assert self.plan is not None
-        for part in self.plan.sums[of]:
-            # No later pass shows sums that functions take, but what these are made of.
-            if part in unseen:
-                self._pick(name, part, unseen)
-            elif not self.plan.forms[part].is_alone:
-                self._picking.setdefault(part, set()).add(name)
-
-    def _weights_in(self, record: Recorded, rows: Mapping[str, Tensor | None]) -> Tensor | None:
-        """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none."""
-        assert self.plan is not None
-        names = self.plan.sums[record.name]
-        # Beside a part of it may stand others in the same state, as steps side by side do.
-        read = frozenset(names).intersection(record.sources or ())
-        kept = [i for i, part in enumerate(names) if part in read or read != record.sources]
-        own, parts = rows[record.name], [self._rows_in_sum(record.name, names[i], rows) for i in kept]
-        if own is None or any(part is None or part.shape != own.shape for part in parts):
-            return None
-        weights = weights_in(own, [part for part in parts if part is not None], _rounding(record))
-        if weights is None:
-            return None
-        found = own.new_zeros(len(names), weights.shape[1])
-        found[kept] = weights.to(own)
-        return found
-
-    def _rows_in_sum(self, name: str, part: str, rows: Mapping[str, Any]) -> Any:
-        """Return the rows of a part of a sum, of one position alone if it is picked of the sum."""
-        assert self.plan is not None
-        forms = self.plan.forms
-        if part not in self._unseen or forms[part].is_alone or not forms[name].is_alone:
-            return self._picked.get((name, part), rows[part])
-        weighed = zip(self._unseen[part].mean(dim=1), self.plan.sums[part], strict=True)
-        return sum(weight * self._rows_in_sum(name, inner, rows) for weight, inner in weighed)
-
     def _follow_sums(self, rows: Mapping[str, Tensor]) -> None:
         """Find out which sums are, in all batches, those of what they read, but for a shift."""
         assert self.plan is not None
@@ -490,13 +416,7 @@ class Measurement(Accumulator):
         assert self.plan is not None
         known = {self.plan.states[i][0]: each for i, each in self._added.items()}
         for name, parts in self.plan.sums.items():
-            if not states.keys() >= {*parts}:
-                continue
-            if name in self._unseen:
-                added = [self._rows_in_sum(name, part, states) for part in parts]
-                weighed = zip(self._unseen[name], added, strict=True)
-                states[name] = sum(weight.to(part) * part for weight, part in weighed)
-            elif name in known and name not in states:
+            if name in known and name not in states and states.keys() >= {*parts}:
                 found = known[name].filled_in([states[part] for part in parts])
                 states |= {} if found is None else {name: found}
 
@@ -583,7 +503,7 @@ class Measurement(Accumulator):
     def _rows(
         self, tensor: Tensor, recorded: Recorded, lengths: Valid = MappingProxyType({})
     ) -> Tensor | None:
-        """Make the rows of a state, and of what is picked of sums that it is in; of others, compare."""
+        """Make the rows of a state of the chain; of others, compare."""
         assert self.plan is not None
         if recorded.name not in self.plan.recorded:
             if recorded.name in self.plan.alike and tensor.ndim and len(tensor):
@@ -593,16 +513,7 @@ class Measurement(Accumulator):
             if not known and module_of(call) not in self.plan.in_turns:
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
-        own = self.plan.forms[recorded.name]
-        for name in self._picking.get(recorded.name, ()):
-            form = self.plan.forms[name]
-            form = replace(own, picked=form.picked, is_alone=True, by_data=form.by_data)
-            self._picked[name, recorded.name] = self._rows_in(form, tensor, recorded, lengths)
-        return self._rows_in(own, tensor, recorded, lengths)
-
-    def _rows_in(self, form: RowForm, tensor: Tensor, recorded: Recorded, lengths: Valid) -> Tensor:
-        """Make the rows of a state in a form, of the positions that hold data."""
-        form = form.in_batch(tensor, self._batch)
+        form = self.plan.forms[recorded.name].in_batch(tensor, self._batch)
         if recorded.orders or recorded.second_orders:
             tensor = replace(recorded, tensor=tensor).in_order(form)
         if tensor.ndim == 2 and form.group == 1:

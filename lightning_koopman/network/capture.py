@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from lightning_koopman.network.components import (
     with_tables,
     without_component,
 )
+from lightning_koopman.network.function_calls import FunctionCalls
 from lightning_koopman.network.hook_points import attach_in, ended
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
@@ -56,7 +58,6 @@ from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     Given,
-    address_of,
     all_tensors,
     are_data,
     detached_copy,
@@ -74,11 +75,6 @@ from lightning_koopman.network.tensors import (
 )
 
 
-def _real_in(value: Any) -> list[Tensor]:
-    """Return the tensors of a value that may be sums of states."""
-    return [tensor for tensor in all_tensors(value) if is_real(tensor) and not tensor.is_nested]
-
-
 def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
     """Leave out a hook when the pass has ended, or is none on data."""
 
@@ -86,7 +82,11 @@ def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
     def safe(self: Capture, *args: Any, **kwargs: Any) -> None:
         # Torch gives a hook what the call takes, and behind it what it gave: the last two tell.
         if not self._closed and are_data(args[-2:], kwargs):
-            hook(self, *args, **kwargs)
+            was_ours, self._functions.is_ours = self._functions.is_ours, True
+            try:
+                hook(self, *args, **kwargs)
+            finally:
+                self._functions.is_ours = was_ours
 
     return safe
 
@@ -107,20 +107,22 @@ class _Gave(NamedTuple):
     writes: frozenset[str]
 
 
-class _Handed(NamedTuple):
-    """A tensor that a call outside of components gave.
+class _Sum(NamedTuple):
+    """How later passes find a sum of states in what takes it.
 
     Attributes:
-        view: Of its memory.
-        call: That gave it.
-        place: Among the tensors that the call gave.
-        writes: The latest writes to it in place by then.
+        name: Of the sum.
+        place: Among the tensors that are taken.
+        order: That its axes had as it was added up; ``None`` where it is taken in another shape.
+        like: A state that then has its shape.
+        axes: The order of that state's axes in which the sum lies in memory.
     """
 
-    view: tuple[Any, ...]
-    call: tuple[int, int]
+    name: str
     place: int
-    writes: frozenset[str]
+    order: list[int] | None
+    like: str
+    axes: list[int]
 
 
 class Capture:
@@ -222,11 +224,12 @@ class Capture:
         self._leads_in = False
         # States whose rows are in an order of the network's own, which may be another one in each batch.
         self._moved: set[str] = set()
-        # By call, the sums of states that it takes, by their places among the tensors given, and the
-        # order that their axes had as they were added up.
-        self._sums_at: dict[tuple[int, int], dict[int, tuple[str, list[int]]]] = {}
-        # By call, those that it gives and that functions take, by their places among the tensors given.
-        self._sums_from: dict[tuple[int, int], dict[int, tuple[str, list[int]]]] = {}
+        # By call, the sums of states that it takes; and what finds those that functions take. A pass may
+        # hold more calls than another, so those of a module are numbered anew behind each component.
+        self._sums_at: dict[tuple[Any, int, int], list[_Sum]] = {}
+        self._functions = FunctionCalls(self._on_function_again)
+        # The shapes of states that sums are taken in another shape than, in this pass.
+        self._shapes: dict[str, torch.Size | None] = {}
         self._provenance = Provenance()
         self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
         whole = id(self._ancestor), -1
@@ -261,7 +264,7 @@ class Capture:
         # Before others read where what a module takes comes from.
         for module in self._takers(first=first):
             direct = any(module is own for own in self._holders)
-            hang(module, self._on_taken, self._on_handed, direct=direct)
+            hang(module, self._on_taken, direct=direct)
         for module in around_of(self._model, self._ancestor):
             hang(module, self._on_around, self._on_around_returned, direct=True)
         others = {*self._within, *self._tables, *self.norms}
@@ -293,14 +296,16 @@ class Capture:
             hang(dict(clean_modules(self._model))[self.end], after=self._on_end)
         if first:
             hooks.callback(self._leave)
+            # Before the flow, which asks it for the place of what it shows.
+            self._functions.__enter__()
             self._provenance.follow(_held_by(self._model), self._on_function)
 
     def _takers(self, *, first: bool) -> list[nn.Module]:
-        """Find the modules outside of components that may take or give sums, or are known to."""
+        """Find the modules outside of components that may take sums, or are known to."""
         if self._ancestor is None:
             return []
         if not first:
-            known = {module for module, _ in (*self._sums_at, *self._sums_from)}
+            known = {module for _, module, _ in self._sums_at}
             return [module for module in self._ancestor.modules() if id(module) in known]
         others = {id(self._ancestor)}
         others |= {id(p) for m in self.components.values() for p in m.modules() if p is not m}
@@ -324,6 +329,7 @@ class Capture:
                 self._used = {n for n, m in silent.items() if self._provenance.has_read(_held_by(m))}
         finally:
             self._provenance.leave()
+            self._functions.__exit__()
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass."""
@@ -340,9 +346,13 @@ class Capture:
         self._around: list[tuple[nn.Module, Any]] = []
         self._inner: tuple[nn.Module, Any] | None = None
         self._start_call()
+        self._functions.error = None
         self._provenance.start_pass(batch)
-        if self._moved and self._passes and batch is not None:
-            self._provenance.follow_rows(_held_by(self._model))
+        if self._passes and batch is not None:
+            if self._functions:
+                self._functions.__enter__()
+            if self._moved:
+                self._provenance.follow_rows(_held_by(self._model))
 
     def _fail(self, error: Exception) -> None:
         """Keep an error of a hook for :meth:`end_pass`, for it may not end the user's own pass."""
@@ -352,12 +362,11 @@ class Capture:
         """Forget what was recorded of the call before."""
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
-        # How often modules were called that may take sums, whatever they gave.
-        self._taken: dict[int, int] = {}
-        # How often functions took sums, by name.
-        self._functions: dict[str, int] = {}
-        # What modules that may take sums gave, by its memory.
-        self._handed: dict[int, list[_Handed]] = {}
+        # How often modules were called that may take sums, whatever they gave, also behind each call of
+        # a component; and how often functions took sums, by name.
+        self._taken_by: Counter[int | tuple[Any, int] | str] = Counter()
+        self._functions.begin(None)
+        self._shapes = dict.fromkeys(self._shapes)
         self.skipped: list[str] = []
         self.origins.start_call()
         self._call: Any = ()
@@ -388,7 +397,8 @@ class Capture:
         try:
             self._settle_inner()
             self._leave()
-            error = self._error or self._provenance.lost_order
+            lost = self._functions.error if self._passes else None
+            error = self._error or self._provenance.lost_order or lost
             if error is not None:
                 raise error
             if self._unusable is not None:
@@ -520,10 +530,11 @@ class Capture:
             self._ran |= set(self._calls)
             self._start_call()
             # The step is under way, in whatever inference mode or autocast; sums are added to outside.
-            with plain_numerics(next(module.parameters(), torch.empty(0, device="cpu"))):
+            with plain_numerics(next(module.parameters(), torch.empty(0, device="cpu"))), unseen():
                 self.again(states)
         elif self._states:
             self._closed = True
+        self._functions.begin(None)
         self._called, self._call = True, (args, kwargs)
         self.given = _with_arguments(self._outer, module, args, kwargs)
 
@@ -545,9 +556,9 @@ class Capture:
                 self._alone,
                 self._made_at,
                 self._sums_at,
-                self._sums_from,
             ):
                 known.clear()
+            self._functions.forget(lambda _: True)
 
     def _is_foreign(self, args: Any, kwargs: Any) -> bool:
         """Check whether a call behind that of the ancestor runs on other data, such as noise."""
@@ -649,57 +660,57 @@ class Capture:
     @_while_recording
     def _on_taken(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Record sums of states that no module took before, for what reads these reads no parts."""
-        call = self._taken.get(id(module), 0)
-        self._taken[id(module)] = call + 1
-        key, given = (id(module), call), (args, kwargs)
+        call, here = self._taken_by[id(module)], (self._functions.behind, id(module))
+        key, given = (*here, self._taken_by[here]), (args, kwargs)
+        self._taken_by.update((id(module), here))
+        tensors = [tensor for tensor in all_tensors(given) if is_real(tensor) and not tensor.is_nested]
         if self._passes:
-            self._keep_sums(self._sums_at.get(key, {}), module, given, given)
+            for known in self._sums_at.get(key, ()):
+                self._keep_sum(known, module, tensors, given)
             return
         called = numbered(self._names[id(module)], call)
-        for place, tensor in enumerate(_real_in(given)):
+        for place, tensor in enumerate(tensors):
             name = sum_name(f"{called}[{place}]" if place else called)
-            if (shown := self._take_sum(name, tensor, given)) is not None:
-                self._sums_at.setdefault(key, {})[place] = name, shown
+            if (found := self._take_sum(name, place, tensor, given)) is not None:
+                self._sums_at.setdefault(key, []).append(found)
 
-    @_while_recording
-    def _on_handed(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Record sums of states that a function takes behind the module which gives them."""
-        key = (id(module), self._taken.get(id(module), 0) - 1)
-        if self._passes:
-            self._keep_sums(self._sums_from.get(key, {}), module, output)
-            return
-        for place, tensor in enumerate(_real_in(output)):
-            if self._provenance.is_sum(tensor):
-                handed = _Handed(view_of_memory(tensor), key, place, self._provenance.writes(tensor))
-                self._handed.setdefault(address_of(tensor), []).append(handed)
-
-    def _keep_sums(
-        self, sums: Mapping[int, tuple[str, list[int]]], module: nn.Module, value: Any, given: Any = None
-    ) -> None:
-        """Record the sums that a value is known to hold, with their axes as they were added up."""
-        real = _real_in(value) if sums else []
-        for place, (name, order) in sums.items():
-            if place < len(real):
-                self._keep(name, module, real[place].permute(order), None, given)
-
-    def _on_function(self, tensor: Tensor, function: str) -> None:
-        """Record a sum of states that a function takes, which only first passes show."""
+    def _on_function(self, tensor: Tensor, function: str, place: int, goes_on: bool) -> None:
+        """Record a sum of states that a function takes, as the first pass shows."""
         # Of a step that goes on with what the network returned, as losses do, nothing is a state.
         is_behind = self._called and not (self._nested or self._around)
-        if self._closed or self._running or is_behind or not is_real(tensor):
+        if self._passes or self._closed or self._running or is_behind or not is_real(tensor):
             return
-        call = self._functions.get(function, 0)
-        self._functions[function] = call + 1
-        name = sum_name(numbered(f"{function}()", call))
-        self._take_sum(name, tensor, is_unseen=True)
+        made_of = self._provenance.of(tensor) or frozenset()
+        if goes_on and len(made_of - self._provenance.idle) < 2:
+            # Of what functions make of one state, one after the other, the last one is a state.
+            return
+        name = sum_name(numbered(f"{function}()", self._taken_by[function]))
+        self._taken_by[function] += 1
+        if (found := self._take_sum(name, place, tensor)) is not None:
+            self._functions.note(found)
 
-    def _take_sum(
-        self, name: str, tensor: Tensor, given: Any = None, *, is_unseen: bool = False
-    ) -> list[int] | None:
-        """Record a sum of states, if it is one and new.
+    def _on_function_again(self, found: _Sum, tensors: list[Tensor]) -> None:
+        """Record a sum that a function takes as in the first pass."""
+        if self._passes and not self._closed:
+            self._keep_sum(found, self._model, tensors)
 
-        Returned is the order that its axes had as it was added up, if later passes show it there, too.
-        """
+    def _keep_sum(
+        self, found: _Sum, module: nn.Module, tensors: Sequence[Tensor], given: Any = None
+    ) -> None:
+        """Record a sum that is known to be among some tensors, as it was added up."""
+        tensor = tensors[found.place] if found.place < len(tensors) else None
+        if tensor is None or not is_real(tensor):
+            return
+        if found.order is not None:
+            self._keep(found.name, module, tensor.permute(found.order), None, given)
+            return
+        shape = self._shapes.get(found.like)
+        if shape is not None and shape.numel() == tensor.numel() and tensor.is_contiguous():
+            whole = tensor.view([shape[axis] for axis in found.axes])
+            self._keep(found.name, module, whole.permute(_inverse(found.axes)), None, given)
+
+    def _take_sum(self, name: str, place: int, tensor: Tensor, given: Any = None) -> _Sum | None:
+        """Record a sum of states, if it is one and new, and return how later passes find it."""
         made_of = self._provenance.exactly(tensor) or frozenset()
         parts = [p for p in map(self._states.get, sorted(made_of)) if isinstance(p, Recorded)]
         if not parts or not self._is_sum(name, tensor, made_of):
@@ -712,25 +723,24 @@ class Capture:
             if like is None or not (like.tensor.is_contiguous() and is_all_of_memory(tensor)):
                 return None
             whole = tensor.as_strided(like.tensor.shape, like.tensor.stride(), 0)
-        order = None if is_unseen else order_of_axes(view_of_memory(tensor), view_of_memory(whole))
-        is_handed = order is None and self._take_from_giver(name, whole)
-        is_unseen = order is None and not is_handed
-        if is_unseen and len(made_of - self._provenance.idle) < 2:
-            # What became of one state is not told by it.
-            return None
+        order = order_of_axes(view_of_memory(tensor), view_of_memory(whole))
+        axes = sorted(range(whole.ndim), key=whole.stride, reverse=True)
+        if order is None:
+            if not (tensor.is_contiguous() and whole.permute(axes).is_contiguous()):
+                return None
+            self._shapes[like.name] = None
         self._stages.read(name, tensor)
-        self._keep(name, like.module, whole, made_of, given, is_unseen=is_unseen)
+        self._keep(name, like.module, whole, made_of, given)
         self._provenance.mark_sum(tensor, name, made_of)
-        return order
+        return _Sum(name, place, order, like.name, axes)
 
-    def _take_from_giver(self, name: str, tensor: Tensor) -> bool:
-        """Let later passes record a sum where a module gives it, if one gave it as it is now."""
-        for handed in reversed(self._handed.get(address_of(tensor), [])):
-            order = order_of_axes(handed.view, view_of_memory(tensor))
-            if order is not None and handed.writes == self._provenance.writes(tensor):
-                self._sums_from.setdefault(handed.call, {})[handed.place] = name, order
-                return True
-        return False
+    def forget_sums(self, but: Collection[str]) -> None:
+        """Look for no other sums in later passes than some."""
+        self._functions.forget(lambda found: found.name not in but)
+        for key, known in list(self._sums_at.items()):
+            self._sums_at[key] = [found for found in known if found.name in but]
+            if not self._sums_at[key]:
+                del self._sums_at[key]
 
     def _is_sum(self, name: str, tensor: Tensor, made_of: frozenset[str]) -> bool:
         """Check whether what a module takes is a sum of states, or was in a network to compare with."""
@@ -757,6 +767,7 @@ class Capture:
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._running.discard(id(module))
         call = self._count(module)
+        self._functions.begin((id(module), call))
         if (id(module), call) in self._foreign:
             # What reads it runs on other data, too.
             return
@@ -1033,6 +1044,8 @@ class Capture:
                 picks=self._provenance.picks(recorded.tensor),
                 positions=self._provenance.positions(recorded.tensor),
             )
+        if recorded.name in self._shapes:
+            self._shapes[recorded.name] = recorded.tensor.shape
         places = self._provenance.places(recorded.tensor)
         if any(place is not None for place in places):
             recorded = replace(recorded, places=places)
@@ -1053,6 +1066,11 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
             # Of other classes, as those whose values are elsewhere, there may be no memory to know.
             tensors = (t for t in held.values() if isinstance(t, Tensor))
             yield from filter(is_underived, (t if is_underived(t) else plain(t) for t in tensors))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Return the order of axes that takes another one back."""
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

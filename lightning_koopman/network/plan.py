@@ -173,15 +173,14 @@ def _leave_out_sums(
     forms: Mapping[str, RowForm],
     sources: dict[str, set[str]],
     n_samples: int,
-    apart: Collection[str],
 ) -> None:
-    """Take out of the graph sums without a row for each sample, those that do not vary, and others."""
+    """Take out of the graph sums without a row for each sample, and those that do not vary."""
     for record in records:
         if is_sum(record.name) and record.name in sources:
             rows = by_sample(record.tensor, forms[record.name])
             tells = n_samples == 1 or varies(rows)
             fits = len(rows) == n_samples and tells and not record.strays(forms[record.name])
-            if not fits or record.name in apart:
+            if not fits:
                 _bypass(record.name, sources)
 
 
@@ -475,13 +474,11 @@ def make_plan(
     end: str | None = None,
     reduce: ReduceOption = "pool",
     varying: Collection[str] = (),
-    sums_apart: Collection[str] = (),
 ) -> Plan:
     """Settle the chain: states in order of execution, each step linked to what it reads.
 
     States are joined side by side where the same states read them, as are calls of one module that do
-    not depend on one another, all that has no source, and all that the chain ends with. What reads one
-    of ``sums_apart`` reads what is added up there.
+    not depend on one another, all that has no source, and all that the chain ends with.
     """
     notes: list[str] = []
     records = _with_fitting_ends(records, batch)
@@ -544,7 +541,7 @@ def make_plan(
     if not named or any(not sources[name] for name in kept & sources.keys()):
         kept |= {*varying, *(record.name for record in records if is_sum(record.name))}
         constant = leave_out_unfit(records, forms, sources, kept, n_samples, notes, turned)
-    _leave_out_sums(records, forms, sources, n_samples, sums_apart)
+    _leave_out_sums(records, forms, sources, n_samples)
     ends = [name for name in ends if name in sources] or [*sources][-1:]
     if not ends:
         raise ValueError(

@@ -81,6 +81,9 @@ _LINEAR = _BY_NUMBERS | {"masked_fill", "where", "index_put", "_index_put_impl"}
 # These view a part of a tensor, which what is done to it then goes on from.
 _CUT = frozenset({"select", "slice", "split", "split_with_sizes", "unbind"})
 
+# These put what they read beside something else.
+_BESIDE = frozenset({"cat", "stack", "copy", "index_put", "_index_put_impl"})
+
 # These add up two tensors, of which they read the first as it is.
 _ADD = frozenset({"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"})
 
@@ -99,15 +102,15 @@ _NOTHING: frozenset[str] = frozenset()
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _kept_out_of_the_pass(otherwise: Any = None) -> Callable[[_Method], _Method]:
-    """Keep a method's error as that of the flow, for the user's own pass must not end because of ours.
+def kept_out_of_the_pass(otherwise: Any = None) -> Callable[[_Method], _Method]:
+    """Keep a method's error as that of the watcher: the user's own pass may not end because of ours.
 
     What is returned then, and from then on, is ``otherwise``.
     """
 
     def decorate(method: _Method) -> _Method:
         @functools.wraps(method)
-        def safe(self: DataFlow, *args: Any, **kwargs: Any) -> Any:
+        def safe(self: Watcher, *args: Any, **kwargs: Any) -> Any:
             if self.error is None:
                 try:
                     return method(self, *args, **kwargs)
@@ -122,22 +125,65 @@ def _kept_out_of_the_pass(otherwise: Any = None) -> Callable[[_Method], _Method]
     return decorate
 
 
-class DataFlow:
+OnSum = Callable[[Tensor, str, int, bool], None]
+"""Takes a sum, the operator that takes it, its place among the tensors that this reads, and whether the
+operator may give what counts as a sum itself, or holds it."""
+
+_Watcher = TypeVar("_Watcher", bound="Watcher")
+
+
+class Watcher:
+    """What is shown the operators that run in one thread, as long as it is entered.
+
+    Several may be entered at a time, and left in any order.
+
+    Attributes:
+        error: What went wrong in the bookkeeping, which must not reach the pass.
+    """
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __enter__(self: _Watcher) -> _Watcher:
+        try:
+            _WATCH.add(self)
+        except BaseException:  # Ctrl-C may come at any place
+            _WATCH.remove(self)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            _WATCH.remove(self)
+        except BaseException:
+            _WATCH.remove(self)
+            raise
+
+    def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
+        """See an operator that is about to run."""
+
+    def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        """See what an operator read and gave."""
+
+    def follow_functions(self, given: Any, out: Any) -> None:
+        """See what an operator that takes functions read and gave, after what ran in these."""
+
+
+class DataFlow(Watcher):
     """Labels that travel with the data, as long as the mode is entered.
 
     Every operator that torch runs passes on the labels of what it reads to what it writes. Tensors that
     share memory share labels, until a part of it is written to. Values are never touched, gradients
     never needed, and what cannot be followed (a round trip through NumPy, a kernel that torch does not
-    know of) only loses its labels. An error of the bookkeeping itself never reaches the pass. Several
-    may be entered at a time, and left in any order.
+    know of) only loses its labels.
 
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
             numbers, and of what was read without a label, and orders of rows.
         on_mix: Called with what an operator reads, where that is several tensors, and their labels; says
             of which ones the labels go no further.
-        on_sum: Called with each sum of what was labelled that an operator is about to go on with, and
-            the operator's name, unless it adds or weighs alone.
+        on_sum: Called with each sum of what was labelled that an operator is about to go on with, unless
+            it adds or weighs alone.
 
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
@@ -158,9 +204,9 @@ class DataFlow:
         *,
         origins: bool = False,
         on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]]], set[int]] | None = None,
-        on_sum: Callable[[Tensor, str], None] | None = None,
+        on_sum: OnSum | None = None,
     ) -> None:
-        self.error: Exception | None = None
+        super().__init__()
         self.read: set[int] = set()
         self.lookups = 0
         self._origins, self._on_mix, self._on_sum = origins, on_mix, on_sum
@@ -190,35 +236,20 @@ class DataFlow:
         # A copied weak reference frees a storage twice, which ends the interpreter.
         return DataFlow, ()
 
-    def __enter__(self) -> DataFlow:
-        try:
-            _WATCH.add(self)
-        except BaseException:  # Ctrl-C may come at any place
-            _WATCH.remove(self)
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            _WATCH.remove(self)
-        except BaseException:
-            _WATCH.remove(self)
-            raise
-
     def _rows_along(self, which: int) -> RowOrders:
         def is_along(tensor: Tensor, axis: int) -> bool | None:
             return self._axes.is_along(tensor, axis, which)
 
         return RowOrders(self._is_data, self._is_own, self._merges, is_along, self._keep_address)
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def begin_axes(self, tensors: Iterable[Tensor]) -> None:
         """Follow the first axes of the batch's tensors, too."""
         self._axes.begin(list(tensors))
         if self._axes.is_square and len(self._rows) == 1:
             self._rows.append(self._rows_along(1))
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def begin_positions(self, tensors: Sequence[Tensor]) -> None:
         """Follow whose positions there are, of the batch's tensors that have as many."""
         sizes = Counter(tensor.shape[1] for tensor in tensors if has_positions(tensor))
@@ -227,34 +258,34 @@ class DataFlow:
                 self._positions[place] = BatchAxes(self._keep_address)
                 self._positions[place].begin_at(tensor, axis=1)
 
-    @_kept_out_of_the_pass(frozenset())
+    @kept_out_of_the_pass(frozenset())
     def positions(self, tensor: Tensor) -> frozenset[int]:
         """Find the tensors of the batch, by number, whose positions a tensor has."""
         axes = self._positions.items()
         return frozenset(place for place, each in axes if each.find(tensor, 0) is not None)
 
-    @_kept_out_of_the_pass((None, None))
+    @kept_out_of_the_pass((None, None))
     def places(self, tensor: Tensor) -> tuple[Place | None, ...]:
         """Find the two first axes of the batch in a tensor."""
         return tuple(self._axes.find(tensor, which) for which in range(2))
 
-    @_kept_out_of_the_pass(NO_PICKS)
+    @kept_out_of_the_pass(NO_PICKS)
     def picks(self, tensor: Tensor) -> Picks:
         """Find of which states a tensor holds one position alone."""
         return self._picks.of(tensor)
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def label(self, value: Any, name: str, *, beside: bool = False) -> None:
         """Replace the labels of all tensors in a value by one, or put one ``beside`` them."""
         for tensor in all_tensors(value):
             self._set(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def label_part(self, tensor: Tensor, name: str, *, beside: bool = False) -> None:
         """Do as :meth:`label`, and leave the labels of others that share a tensor's memory."""
         self._set_part(tensor, frozenset({name}) | (self._get(tensor) if beside else _NOTHING))
 
-    @_kept_out_of_the_pass(_NOTHING)
+    @kept_out_of_the_pass(_NOTHING)
     def labels(self, value: Any) -> frozenset[str]:
         """Read the labels of all tensors in a value."""
         return _NOTHING.union(*(self._get(tensor) for tensor in all_tensors(value)))
@@ -271,7 +302,7 @@ class DataFlow:
     def _merges(self, tensor: Tensor) -> dict[int, tuple[int, ...]]:
         return self._merged.get(address_of(tensor), {})
 
-    @_kept_out_of_the_pass(NO_ORDERS)
+    @kept_out_of_the_pass(NO_ORDERS)
     def orders(self, tensor: Tensor, which: int = 0) -> Orders:
         """Read which rows a tensor's rows are, where operators took them in another order.
 
@@ -279,7 +310,7 @@ class DataFlow:
         """
         return self._rows[min(which, len(self._rows) - 1)].told(tensor)
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def begin(self, tensor: Tensor) -> None:
         """Let a tensor's rows count as those of the batch, if they are no order of all of them."""
         for rows in self._rows:
@@ -294,7 +325,7 @@ class DataFlow:
         """Check whether each of a tensor's rows met all of as many others in what it was made of."""
         return len(tensor) in self._paired.get(address_of(tensor), ())
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def sum_in(self, tensor: Tensor) -> int | None:
         """Find which sum of what was labelled, or what became of such a sum alone, a tensor is, if any.
 
@@ -311,7 +342,7 @@ class DataFlow:
         whole = tensor.as_strided(shape, strides, place)
         return tensor if whole.is_contiguous() and tensor.is_contiguous() else whole
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def label_sum(self, tensor: Tensor, name: str) -> None:
         """Replace the labels of a sum, and of what is the same but for numbers, by one."""
         self.label(tensor, name)
@@ -326,18 +357,18 @@ class DataFlow:
     def _is_own(self, tensor: Tensor) -> bool:
         return self._get(tensor) == {_OWN}
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         """Note what a tensor holds before an operator writes to it, or goes on with it."""
         if self._on_sum is not None and self._sums:
             self._show_sums(self._on_sum, func, args, kwargs)
-        written = _flat((*args, *kwargs.values())) if self._origins and func._schema.is_mutable else ()
+        written = flat((*args, *kwargs.values())) if self._origins and func._schema.is_mutable else ()
         self._blank = {address_of(t) for t in written if not self._get(t) and _is_one_value(t)}
 
-    @_kept_out_of_the_pass()
+    @kept_out_of_the_pass()
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
         """Pass labels on from what an operator read to what it wrote."""
-        name, given = func._schema.name.rpartition("::")[2], _flat((*args, *kwargs.values()))
+        name, given = func._schema.name.rpartition("::")[2], flat((*args, *kwargs.values()))
         lost = _overwritten(name, args, kwargs) if func._schema.is_mutable else ()
         kept = [(t, i in lost) for i, t in enumerate(given) if i not in lost or not is_all_of_memory(t)]
         reads = [tensor for tensor, _ in kept]
@@ -378,7 +409,7 @@ class DataFlow:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             for argument in func._schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in _flat([named.get(argument.name)]):
+                    for tensor in flat([named.get(argument.name)]):
                         self._set_part(tensor, labels)
                         # What is viewed otherwise from now on holds the same values.
                         if torch.Tag.inplace_view not in func.tags:
@@ -390,7 +421,7 @@ class DataFlow:
             merged = self._merges_of(reads)
         if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
             merged[out.shape[0]] = ()
-        for tensor in _flat([out]):
+        for tensor in flat([out]):
             # A view keeps the labels of what it views.
             if address_of(tensor) not in places:
                 self._set(tensor, labels)
@@ -398,7 +429,7 @@ class DataFlow:
             elif func._schema.is_mutable:
                 self._set_merged(tensor, merged)
         if self._origins and known and (sizes := self._paired_by(name, reads, known, out)):
-            for tensor in _flat([out]):
+            for tensor in flat([out]):
                 if address := address_of(tensor):
                     self._paired[address] = sizes
                     self._keep_address(tensor, address)
@@ -414,9 +445,12 @@ class DataFlow:
             )
             self._set_merged(out, {**merged, out.shape[0]: whole})
 
-    def _show_sums(
-        self, show: Callable[[Tensor, str], None], func: Any, args: tuple[Any, ...], kwargs: Any
-    ) -> None:
+    def follow_functions(self, given: Any, out: Any) -> None:
+        """Pass on what labels no operator within passed on."""
+        known = [tensor for tensor in flat([out]) if not self.labels(tensor)]
+        self.follow(_OfFunctions, (), dict(enumerate(flat(given))), known)
+
+    def _show_sums(self, show: OnSum, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
         """Show sums that an operator goes on with otherwise than to add or to weigh them."""
         name = func._schema.name.rpartition("::")[2].rstrip("_")
         # What is copied to memory of another order is no longer laid out as what was added up.
@@ -425,9 +459,10 @@ class DataFlow:
         is_kept = name in _LINEAR or name in _SHAPE_ONLY or is_view
         if is_kept and not turns:
             return
-        for tensor in _flat((*args, *kwargs.values())):
+        goes_on = torch.Tag.pointwise in func.tags or name in _GO_ON | _BESIDE
+        for place, tensor in enumerate(flat((*args, *kwargs.values()))):
             if self.sum_in(tensor) is not None and not (is_kept and self.as_added(tensor) is tensor):
-                show(tensor, name)
+                show(tensor, name, place, goes_on)
 
     def _note_sum(
         self,
@@ -451,7 +486,7 @@ class DataFlow:
         if name in ("sum", "mean"):
             # Of what was stacked, or written side by side, along one axis.
             is_sum = args[0].ndim == out.ndim + 1 and any(len(of) > 1 for _, of in data)
-        for written in _flat([out]):
+        for written in flat([out]):
             if is_sum and is_all_of_memory(written) and (address := address_of(written)):
                 self._sums[address] = before[0] if is_same else next(self._numbers)
                 if has_places(written):
@@ -495,7 +530,7 @@ class DataFlow:
         if not self._parts:
             return [self._get(tensor) for tensor, _ in kept]
         places = {address_of(tensor) for tensor, _ in kept}
-        views = func.is_view and all(address_of(tensor) in places for tensor in _flat([out]))
+        views = func.is_view and all(address_of(tensor) in places for tensor in flat([out]))
         return [self._held(t) if views or is_lost else self._get(t) for t, is_lost in kept]
 
     def _held(self, tensor: Tensor) -> frozenset[str]:
@@ -577,7 +612,7 @@ def _overwritten(name: str, args: tuple[Any, ...], kwargs: Any) -> set[int]:
     of_self = name in _OVERWRITE
     given = [*((of_self and not i, arg) for i, arg in enumerate(args))]
     given += [(keyword == "out", arg) for keyword, arg in kwargs.items()]
-    tensors = [(is_written, tensor) for is_written, arg in given for tensor in _flat([arg])]
+    tensors = [(is_written, tensor) for is_written, arg in given for tensor in flat([arg])]
     return {i for i, (is_written, t) in enumerate(tensors) if is_written and not t.is_nested}
 
 
@@ -708,10 +743,10 @@ class _OfFunctions:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Shows what runs in one thread to every flow entered there.
+    """Shows what runs in one thread to every watcher entered there.
 
     Dispatch modes must be left in the reverse order of being entered, which two monitors of one training
-    do not do. So there is one mode for all, entered with the first flow and left with the last.
+    do not do. So there is one mode for all, entered with the first watcher and left with the last.
 
     Attributes:
         seconds: Time that following took so far, in all threads of the process.
@@ -722,7 +757,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flows: list[DataFlow] = []
+        self.watchers: list[Watcher] = []
         # What is cast around the operators that one of them is shown as.
         self._casts: frozenset[str] | None = None
 
@@ -743,8 +778,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _failed(self, error: Exception) -> None:
         """Let the pass go on without being followed."""
-        for flow in self.flows:
-            flow.error = flow.error or error
+        for watcher in self.watchers:
+            watcher.error = watcher.error or error
 
     def _watched(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator, and show what it did."""
@@ -754,13 +789,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _shows_others(func, args):
             return self._one_by_one(call, args, kwargs)
         start = time.perf_counter()
-        for flow in self.flows:
-            flow.precede(func, args, kwargs)
+        for watcher in self.watchers:
+            watcher.precede(func, args, kwargs)
         _Watch.seconds += time.perf_counter() - start
         out = _run(call, args, kwargs)
         start = time.perf_counter()
-        for flow in self.flows:
-            flow.follow(func, args, kwargs, out)
+        for watcher in self.watchers:
+            watcher.follow(func, args, kwargs, out)
         _Watch.seconds += time.perf_counter() - start
         return out
 
@@ -775,9 +810,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return run
 
         out = call(*(watched(arg) if callable(arg) else arg for arg in args), **kwargs)
-        given = dict(enumerate(_flat((*args, *kwargs.values()))))
-        for flow in self.flows:
-            flow.follow(_OfFunctions, (), given, [t for t in _flat([out]) if not flow.labels(t)])
+        for watcher in self.watchers:
+            watcher.follow_functions((*args, *kwargs.values()), out)
         return out
 
     def _one_by_one(self, call: Call, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -835,7 +869,7 @@ def _shows_others(func: Any, args: tuple[Any, ...]) -> bool:
     """Check whether an operator is nothing but others, which inference mode does not show one by one."""
     if not _is_made_of_others(func):
         return False
-    given = list(_flat(args))
+    given = list(flat(args))
     has_kernel, kinds = torch._C._dispatch_has_kernel_for_dispatch_key, {t.device.type for t in given}
     keys = map(torch._C._dispatch_key_for_device, kinds)
     return all(map(has_places, given)) and not any(has_kernel(func.name(), key) for key in keys)
@@ -871,21 +905,21 @@ class _WatchOfThread(threading.local):
         """Whether torch shows what runs to the watch: what an interrupt left undone shows here alone."""
         return any(mode is self.watch for mode in _get_current_dispatch_mode_stack())
 
-    def add(self, flow: DataFlow) -> None:
+    def add(self, watcher: Watcher) -> None:
         if may_compile() and not hasattr(_Watch.__torch_dispatch__, "_torchdynamo_disable"):
             # Or the compiler goes on in the bookkeeping from functions of the user's that it compiled.
             _Watch.__torch_dispatch__ = torch.compiler.disable(_Watch.__torch_dispatch__)  # type: ignore
-        if not self.watch.flows and not self._entered:
+        if not self.watch.watchers and not self._entered:
             if not hasattr(TorchDispatchMode, "supports_higher_order_operators"):
                 _register_higher_order()
             _SUBCLASSES.begin(self.watch)
             self.watch.__enter__()  # type: ignore[no-untyped-call]
-        self.watch.flows.append(flow)
+        self.watch.watchers.append(watcher)
 
-    def remove(self, flow: DataFlow) -> None:
-        """Let go of a flow; safe where an interrupt kept it from being added."""
-        self.watch.flows = [other for other in self.watch.flows if other is not flow]
-        if not self.watch.flows and self._entered:
+    def remove(self, watcher: Watcher) -> None:
+        """Let go of a watcher; safe where an interrupt kept it from being added."""
+        self.watch.watchers = [other for other in self.watch.watchers if other is not watcher]
+        if not self.watch.watchers and self._entered:
             self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             _SUBCLASSES.end(self.watch)
 
@@ -905,12 +939,13 @@ def seconds_following() -> float:
     return _Watch.seconds
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Tensor]:
+def flat(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Find the tensors among what an operator is given."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _flat(value)
+            yield from flat(value)
 
 
 _ORIGINS = frozenset({_OWN, _CHANCE, _UNKNOWN})
@@ -946,7 +981,7 @@ class Provenance:
         self.changed: set[str] = set()
         self._label_batch()
 
-    def follow(self, own: Iterable[Tensor], on_sum: Callable[[Tensor, str], None] | None = None) -> None:
+    def follow(self, own: Iterable[Tensor], on_sum: OnSum | None = None) -> None:
         """Begin to follow the data, and what the network holds itself; see :class:`DataFlow`."""
         self._flow = DataFlow(origins=True, on_mix=self._note_change, on_sum=on_sum)
         self.own(own)

@@ -90,7 +90,6 @@ class Recorded:
         is_input: Whether it is what the network takes in.
         is_further: Whether it is returned and made of one state by what no component does.
         from_data: Whether data of the batch are known to reach it.
-        is_unseen: Whether it is a sum that a function takes, which no hook sees in later passes.
         is_behind: Whether the components' common ancestor had returned before.
         is_pairwise: Whether it has a value for each pair of samples in the batch.
         holds: The states that are mixed into it, where it is an input.
@@ -115,7 +114,6 @@ class Recorded:
     is_input: bool = False
     is_further: bool = False
     from_data: bool = False
-    is_unseen: bool = False
     is_behind: bool = False
     is_pairwise: bool = False
     holds: frozenset[str] = frozenset()

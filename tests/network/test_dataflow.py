@@ -275,7 +275,7 @@ def test_an_interrupt_at_any_place_leaves_nothing_entered(
 
     with monkeypatch.context() as patch:
         if when == "after":
-            patch.setattr(watch, "flows", Full())
+            patch.setattr(watch, "watchers", Full())
         else:
             patch.setattr(type(watch), "__enter__", interrupted)
         source = provenance.Provenance()
@@ -284,7 +284,7 @@ def test_an_interrupt_at_any_place_leaves_nothing_entered(
         source.leave()
         source.leave()
     assert _get_current_dispatch_mode_stack() == []  # type: ignore[no-untyped-call]
-    assert not watch.flows
+    assert not watch.watchers
     # What comes next follows as if nothing had happened.
     flow, x = DataFlow(), torch.ones(3)
     flow.label([x], "input")

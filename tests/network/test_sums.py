@@ -600,3 +600,21 @@ def test_sums_and_what_one_of_them_became_are_told_from_what_mixes():
         others += [stack[0], stack.sum(), stack.sum(0, keepdim=True), torch.stack([a, rms(a)]).sum(0)]
     assert None not in map(flow.sum_in, sums)
     assert {None} == set(map(flow.sum_in, others))
+
+
+def test_a_shared_activation_may_run_more_often_in_some_batches() -> None:
+    def report(more: int) -> CreditReport:
+        def run(m: Any, x: Tensor) -> Tensor:
+            x = m.stem(x)
+            for _ in range(more * (len(x) % 2)):
+                m.act(x + x.mean())
+            for block in m.blocks:
+                x = m.act(x + block(x))
+            return m.head(x)
+
+        torch.manual_seed(0)
+        parts = {"stem": nn.Linear(WIDTH, WIDTH), "head": nn.Linear(WIDTH, 3), "act": nn.SiLU()}
+        net = wired(run, **parts, blocks=nn.ModuleList([bent() for _ in range(3)])).double().eval()
+        return credit_report(net, torch.cat(samples()).split([200, 201, 199, 200, 200]))
+
+    assert report(more=2).credit == pytest.approx(report(more=0).credit, abs=1e-9)

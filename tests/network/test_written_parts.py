@@ -104,8 +104,8 @@ def decoder_written(m: Any, x: Tensor) -> Tensor:
 
 def coupling(m: Any, x: Tensor) -> Tensor:
     a, b = m.stem(x).chunk(2, 1)
-    a = a + torch.tanh(m.one(b))
-    return m.head(torch.cat([a, b + torch.tanh(m.two(b))], dim=1))
+    a = part(a).add_(torch.tanh(m.one(b)))
+    return m.head(torch.cat([a, part(b).add_(torch.tanh(m.two(b)))], dim=1))
 
 
 def coupling_by_chunk(m: Any, x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def coupling_by_rows(m: Any, x: Tensor) -> Tensor:
 def columns(m: Any, x: Tensor) -> Tensor:
     h = m.stem(x)
     first = m.one(h[:, :4])
-    return m.head(torch.cat([first, m.two(torch.tanh(first)) + h[:, 4:]], dim=1))
+    return m.head(torch.cat([first, part(m.two(torch.tanh(first))).add_(h[:, 4:])], dim=1))
 
 
 def columns_written(m: Any, x: Tensor) -> Tensor:
