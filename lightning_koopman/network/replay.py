@@ -69,6 +69,19 @@ class _Kept:
     kind: type[Tensor] = Tensor
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def n_rows(self) -> int:
+        """Entries of its first axis; a single number is one."""
+        return self.copy.shape[0] if self.copy.ndim else 1
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A copy of an argument that is neither a tensor nor a plain value."""
+
+    copy: Any
+    n_rows: int
+
 
 @dataclass(frozen=True)
 class _FedObject:
@@ -152,33 +165,30 @@ class _Call:
         given = self.args, self.kwargs
         if (packed := first_packed(given)) is not None and isinstance(packed.batch_sizes, _Kept):
             return int(packed.batch_sizes.copy[0])
-        sizes: list[int] = []
-
-        def look(part: Any) -> None:
-            if isinstance(part, _Kept):
-                sizes.append(part.copy.shape[0] if part.copy.ndim else 1)
-            elif isinstance(part, _Object):
-                sizes.append(part.n_rows)
-
-        _mapped(given, look)
-        return max(sizes, default=1)
+        copies = (part for part in _leaves(given) if isinstance(part, _Kept | _Object))
+        return max((part.n_rows for part in copies), default=1)
 
     @property
     def starts(self) -> set[int]:
         """Where in memory the tensors begin that the call takes, but for what an earlier call gave."""
-        found: set[int] = set()
-        _mapped((self.args, self.kwargs), lambda p: found.add(p.start) if isinstance(p, _Kept) else None)
-        return found - {0}
+        given = _leaves((self.args, self.kwargs))
+        return {part.start for part in given if isinstance(part, _Kept)} - {0}
+
+    @property
+    def read(self) -> set[int]:
+        """The earlier calls of the step that gave something that the call takes."""
+        given = _leaves((self.args, self.kwargs))
+        return {part.call for part in given if isinstance(part, _FedObject)}
+
+    @property
+    def ran(self) -> set[nn.Module]:
+        """What it runs, as far as can be told."""
+        return {module for module in self.module.modules() if id(module) not in self.idle}
 
     @property
     def weighted(self) -> set[nn.Module]:
-        """What it runs that has weights of its own, as far as can be told."""
-        ran = (m for m in self.module.modules() if id(m) not in self.idle)
-        return {m for m in ran if any(True for _ in m.parameters(recurse=False))}
-
-    def runs(self, parts: Collection[nn.Module]) -> bool:
-        """Check whether the call runs all of some modules, as far as can be told."""
-        return {*parts} <= {m for m in self.module.modules() if id(m) not in self.idle}
+        """What it runs that has weights of its own."""
+        return {module for module in self.ran if any(True for _ in module.parameters(recurse=False))}
 
 
 class Part(NamedTuple):
@@ -220,7 +230,7 @@ class Step:
             return 0
         about, before = {*calls}, set[int]()
         while about != before:
-            before, about = about, about.union(*(_read_by(self.calls[i]) for i in about))
+            before, about = about, about.union(*(self.calls[i].read for i in about))
         starts = set[int]().union(*(self.calls[i].starts for i in about))
         found = [place for place, part in enumerate(self.parts) if part.starts & starts]
         return found[0] if len(found) == 1 else None
@@ -235,8 +245,8 @@ class Step:
 
         If none does, what was called before the ``whole`` that holds them counts where others take it.
         """
-        read = [_read_by(call) for call in self.calls]
-        kept = {i for i, call in enumerate(self.calls) if call.runs(parts)}
+        read = [call.read for call in self.calls]
+        kept = {i for i, call in enumerate(self.calls) if call.ran >= {*parts}}
         if not kept:
             first = next((i for i, call in enumerate(self.calls) if call.module is whole), 0)
             kept = {*range(first, len(self.calls))}
@@ -252,7 +262,7 @@ class Step:
 
         Those that take what another call gave, or give what another takes, stay.
         """
-        read = [_read_by(call) for call in self.calls]
+        read = [call.read for call in self.calls]
         lone = {
             i
             for i, call in enumerate(self.calls)
@@ -292,17 +302,6 @@ class Step:
             args, kwargs = _fed(taken, returned)
             returned.append(call.run(args, kwargs))
             yield returned[-1]
-
-
-def _read_by(call: _Call) -> set[int]:
-    found: set[int] = set()
-
-    def look(part: Any) -> None:
-        if isinstance(part, _FedObject):
-            found.add(part.call)
-
-    _mapped((call.args, call.kwargs), look)
-    return found
 
 
 class Recording:
@@ -656,24 +655,9 @@ def _start_of(tensor: Tensor) -> int:
     return tensor.data_ptr() if address_of(tensor) else 0
 
 
-@dataclass(frozen=True)
-class _Object:
-    """A copy of an argument that is neither a tensor nor a plain value."""
-
-    copy: Any
-    n_rows: int
-
-
 def _objects_in(value: Any) -> list[Any]:
     """Find what is neither a tensor nor a plain value in what a call gives, in order."""
-    found: list[Any] = []
-
-    def look(part: Any) -> None:
-        if not isinstance(part, (Tensor, *_NOT_COPIED)):
-            found.append(part)
-
-    _mapped(value, look)
-    return found
+    return [part for part in _leaves(value) if not isinstance(part, (Tensor, *_NOT_COPIED))]
 
 
 def _holds_tensors(module: nn.Module) -> bool:
@@ -709,6 +693,13 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if type(value) is dict:
         return {key: _mapped(part, change) for key, part in value.items()}
     return change(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """List what tuples, lists and dictionaries hold in the end."""
+    found: list[Any] = []
+    _mapped(value, found.append)
+    return found
 
 
 def _revived(value: Any) -> Any:
