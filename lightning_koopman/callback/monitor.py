@@ -206,11 +206,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.prefix = prefix
         self.history: list[CreditReport] = []
         self.drifts: list[Drift] = []
+        self._effects = EffectsInTime(self.effects, self.budget)
+        self._resuming = False
+        self._start_run()
+
+    def _start_run(self) -> None:
+        """Begin a training, or an evaluation, with nothing under way."""
+        self.sync_pending = False
         self._measurement: Measurement | None = None
         self._watched: Measurement | None = None
         self._failure: Exception | None = None
         self._state = WatchedState()
-        self._effects = EffectsInTime(self.effects, self.budget)
         self._in_hooks = 0.0
         self._due_epoch = self._final = False
         self._newest: dict[str, Tensor] = {}
@@ -228,13 +234,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._open = self._elsewhere = False
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
-        self._resuming = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, whenever it is made, has arguments and results; what is under way is the training's.
         kept = object.__new__(type(self))
-        vars(kept).update(vars(self), _measurement=None, _recorded=_Recorded())
-        kept._forget_run()
+        vars(kept).update(vars(self))
+        kept._start_run()
         return vars(kept)
 
     @property
@@ -627,12 +632,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _forget_run(self) -> None:
         self._forget()
-        self._watched = self._differs = self._why_training = None
-        self._recorded, self._before, self._state = _Recorded(), _Recorded(), WatchedState()
-        self._checked = False
-        self._open = self._elsewhere = False
-        self._checkpoint_step = self._measured_at = self._logged_at = None
-        self._newest, self._due_epoch = {}, False
+        self._start_run()
 
     @property
     def _idle(self) -> bool:
