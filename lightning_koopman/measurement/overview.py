@@ -19,7 +19,7 @@ from lightning_koopman.network.components import Components, n_weights, named_co
 from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
 from lightning_koopman.network.hook_points import attach, find_module
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
-from lightning_koopman.network.padding import Valid, valid_positions
+from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
 from lightning_koopman.network.rows import Recorded, module_of, numbered, pooled_by, pooling_index
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
@@ -154,7 +154,7 @@ def describe_components(
     if capture.untraced is not None:
         records, returned = in_a_row(records, returned), {}
         in_losses = frozenset()
-    valid, shapes = valid_positions(batch), {r.name: tuple(r.tensor.shape) for r in records}
+    shapes = {record.name: tuple(record.tensor.shape) for record in records}
     pooled = pooling_index(records, capture.returned.rows, batch)
     records = [replace(r, tensor=pooled_by(pooled, r.tensor, batch)) for r in records]
     plan = make_plan(
@@ -165,13 +165,13 @@ def describe_components(
         returned=returned,
         in_losses=in_losses,
         in_turns=frozenset() if named else capture.in_turns(records),
-        valid=valid,
+        valid=valid_positions(batch),
     )
     notes = plan.told() + capture.told(silent)
     shown = [record for record in records if record.name in capture.parts]
     sizes = capture.n_weights([record.name] for record in shown)
     rows = tuple(
-        _row(model, record, size, plan, taken, shapes[record.name], valid)
+        _row(model, record, size, plan, taken, shapes[record.name])
         for record, size in zip(shown, sizes, strict=True)
     )
     return Overview(rows, tuple(notes), total, max_dim, run=True)
@@ -207,13 +207,11 @@ def _row(
     plan: Plan,
     taken: dict[str, tuple[int, ...]],
     shape: tuple[int, ...],
-    valid: Valid,
 ) -> ComponentRow:
     state = next((n for n, g in zip(plan.names, plan.states, strict=True) if record.name in g), None)
     width = None
     if state is not None:
-        form = plan.forms[record.name]
-        width = form.rows(record.tensor, valid.get(form.padding or "")).shape[1]
+        width = plan.forms[record.name].width(record.tensor)
     kind = type(find_module(model, record.name)[0]).__name__
     return ComponentRow(record.name, kind, size, taken.get(record.name), shape, width, state)
 

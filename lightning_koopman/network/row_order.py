@@ -518,7 +518,7 @@ class RowOrders:
 
 def _in_one(rows: Sequence[Tensor], base: int, seen: Sequence[Order]) -> Order:
     """Return the order of rows that were put one behind the other."""
-    moved, mixed = (any(order[k] for order in seen) for k in (2, 3))
+    moved, mixed = any(order.moved for order in seen), any(order.mixed for order in seen)
     return Order(torch.cat([each.to(rows[0].device) for each in rows]), base, moved, mixed)
 
 
@@ -544,7 +544,7 @@ def _agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:
     if differ:
         own = plain or any(order.is_own for order in found)
         rows = _places(size, rows) if own else first.filled()
-    moved, mixed = (any(order[k] for order in found) for k in (2, 3))
+    moved, mixed = any(order.moved for order in found), any(order.mixed for order in found)
     return Order(rows, first.base, moved, differ or mixed)
 
 
