@@ -167,12 +167,7 @@ class Measurement(Accumulator):
                 self._is_joined = self._is_joined or self.capture.joins(returned)
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
-                first = self.capture.is_first
                 self.end_pass()
-                if first:
-                    # Some hooks are there for the first pass alone.
-                    self.capture.remove()
-                    self.capture.__enter__()
                 if self._needs_no_more():
                     break
 

@@ -189,7 +189,6 @@ class Capture:
         self.chosen = tuple(self.components)
         self._within = {} if self._named else inner_components(model, self.components)
         self._transparent_within = inner_transparent(self.components, self._within)
-        self._inner_hooks: dict[str, ExitStack] = {}
         # Components of which parts stand for themselves, and those whose calls are under way, by id.
         self._opened: set[int] = set()
         self._running: set[int] = set()
@@ -204,7 +203,8 @@ class Capture:
         self._direct: set[int] = set()
         self._attach = attach_in(model, self._fail)
         self._hooks = ExitStack()
-        self._input_hooks: dict[str, ExitStack] = {}
+        # Whether hooks are on that the first pass alone needs.
+        self._hangs_all = False
         self._passes = 0
         self.again: Callable[[dict[str, Any]], None] | None = None
         self.parts: dict[str, tuple[str, ...]] = {}
@@ -247,14 +247,14 @@ class Capture:
 
     def _hang(self, hooks: ExitStack) -> None:
         """Put on what the stack takes off."""
-        first = self.is_first
+        first = self._hangs_all = self.is_first
 
         def hang(
             module: nn.Module, before: Any = None, after: Any = None, *, direct: bool = False
-        ) -> ExitStack:
+        ) -> None:
             """Hang hooks, which see ``direct`` calls of ``forward`` where there may be any."""
             seen = self._direct if direct and (first or id(module) in self._direct) else None
-            return hooks.enter_context(self._attach(module, before=before, after=after, direct=seen))
+            hooks.enter_context(self._attach(module, before=before, after=after, direct=seen))
 
         if self._ancestor is not None:
             hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
@@ -268,13 +268,13 @@ class Capture:
         whole = {name: module for name, module in self.components.items() if name not in others}
         for name, module in whole.items():
             if self._takes_input(module):
-                self._input_hooks[name] = hang(module, self._on_input, direct=True)
+                hang(module, self._on_input, direct=True)
             hang(module, after=functools.partial(self._on_output, name), direct=True)
         for name, (module, _) in self._within.items():
             if first or name in self.components:
                 on_input = functools.partial(self._on_inner_input, name)
                 on_output = functools.partial(self._on_inner_output, name)
-                self._inner_hooks[name] = hang(module, on_input, on_output)
+                hang(module, on_input, on_output)
         on_transparent_input = self._on_transparent_input if first else None
         for module, owners in self._transparent_within:
             if first or any(id(module) == merged for merged, _ in self._merged):
@@ -308,13 +308,12 @@ class Capture:
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
+        self._hangs_all = False
         with signals_wait():
             try:
                 self._hooks.close()
             finally:
                 self._leave()
-        self._input_hooks.clear()
-        self._inner_hooks.clear()
 
     def _leave(self) -> None:
         """Stop following the data, and keep what it said of components that did not run."""
@@ -399,11 +398,9 @@ class Capture:
             return self._states
         finally:
             self._leave()
-            for name in list(self._input_hooks):
-                if not self._takes_input(self.components[name]):
-                    self._input_hooks.pop(name).close()
-            for name in self._inner_hooks.keys() - self.components.keys() if self._passes else ():
-                self._inner_hooks.pop(name).close()
+            if self._hangs_all and self._passes:
+                self.remove()
+                self.__enter__()
             self.start_pass()
 
     @property
@@ -1025,22 +1022,12 @@ class Capture:
         self._store(tensor, Recorded(name, module, held, lengths, sources, is_loss=is_loss, **facts))
 
     def _store(self, tensor: Tensor, recorded: Recorded) -> None:
-        """Store what was recorded of a state; the first pass shows how its rows came about."""
-        if self._passes == 0:
-            recorded = replace(
-                recorded,
-                merged=self._provenance.merged(tensor),
-                picks=self._provenance.picks(recorded.tensor),
-                positions=self._provenance.positions(recorded.tensor),
-            )
-        places = self._provenance.places(recorded.tensor)
-        if any(place is not None for place in places):
-            recorded = replace(recorded, places=places)
-        both = [self._provenance.orders(recorded.tensor, which) for which in range(2)]
-        if any(both):
-            moved = any(order.is_of_all for orders in both for order in orders.values())
-            self._moved |= {recorded.name} if moved else set()
-            recorded = replace(recorded, orders=both[0], second_orders=both[1])
+        """Store what was recorded of a state, and how its rows came about."""
+        if rows := self._provenance.rows(recorded.tensor, tensor):
+            recorded = replace(recorded, **rows)
+            both = (recorded.orders, recorded.second_orders)
+            if any(order.is_of_all for orders in both for order in orders.values()):
+                self._moved.add(recorded.name)
             recorded = with_lengths_in_order(recorded)
         with unseen():
             self._states[recorded.name] = self.keep(recorded.tensor, recorded)

@@ -465,7 +465,7 @@ class DataFlow:
     def _merges_of(self, reads: Iterable[Tensor]) -> dict[int, tuple[int, ...]]:
         found: dict[int, tuple[int, ...]] = {}
         for tensor in reads:
-            for size, axes in self._merged.get(address_of(tensor), {}).items():
+            for size, axes in self._merges(tensor).items():
                 # Rows that were picked say nothing of how those beside them came about.
                 before = found.get(size) or axes
                 found[size] = before if axes in ((), before) else ()
@@ -961,23 +961,19 @@ class Provenance:
         self._order.begin_axes(self.data)
         self._order.__enter__()
 
-    def orders(self, tensor: Tensor, which: int = 0) -> Orders:
-        """Find which rows a tensor's rows are, see :meth:`DataFlow.orders`."""
-        flow = self._flow or self._order
-        return NO_ORDERS if flow is None else flow.orders(tensor, which)
+    def rows(self, tensor: Tensor, given: Tensor) -> dict[str, Any]:
+        """Find how a state's rows and positions came about, as fields of what is recorded of it.
 
-    def places(self, tensor: Tensor) -> tuple[Place | None, ...]:
-        """Find the two first axes of the batch in a tensor."""
-        flow = self._flow or self._order
-        return (None, None) if flow is None else flow.places(tensor)
-
-    def positions(self, tensor: Tensor) -> frozenset[int]:
-        """Find the data of the batch, by number, whose positions a tensor has."""
-        return frozenset() if self._flow is None else self._flow.positions(tensor)
-
-    def picks(self, tensor: Tensor) -> Picks:
-        """Find of which states a tensor holds one position alone."""
-        return NO_PICKS if self._flow is None else self._flow.picks(tensor)
+        It was ``given`` as another tensor where it was packed, say.
+        """
+        if (flow := self._flow or self._order) is None:
+            return {}
+        found: dict[str, Any] = {"places": flow.places(tensor)}
+        found |= {"orders": flow.orders(tensor), "second_orders": flow.orders(tensor, 1)}
+        if self._flow is not None:
+            found |= {"positions": flow.positions(tensor), "picks": flow.picks(tensor)}
+            found["merged"] = flow.merged(given)
+        return found
 
     def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.
@@ -1081,10 +1077,6 @@ class Provenance:
     def _all_labels(self, value: Any) -> frozenset[str]:
         """Read all labels of a value; there are none where the data is not followed."""
         return _NOTHING if self._flow is None else self._flow.labels(value)
-
-    def merged(self, tensor: Tensor) -> tuple[int, ...] | None:
-        """Find which axes were merged into a tensor's first one, see :meth:`DataFlow.merged`."""
-        return None if self._flow is None else self._flow.merged(tensor)
 
     def is_fresh(self, tensor: Tensor, inputs: Collection[str] = ()) -> bool | None:
         """Check whether a tensor is noise, or made of data of the batch that is not in ``inputs`` alone.
