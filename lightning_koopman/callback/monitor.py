@@ -45,7 +45,7 @@ from lightning_koopman.measurement.measurement import Measurement, NoSamplesErro
 from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import named_components, norms_beside
-from lightning_koopman.network.hook_points import seconds_in_hooks
+from lightning_koopman.network.hooks import seconds_in_hooks
 from lightning_koopman.network.isolation import (
     following_stops_compiler,
     has_compiled_functions,

@@ -17,7 +17,8 @@ from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
-from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.hook_points import find_module
+from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan

@@ -32,12 +32,12 @@ from lightning_koopman.network.components import (
     with_tables,
     without_component,
 )
-from lightning_koopman.network.hook_points import attach_in, ended
+from lightning_koopman.network.hooks import attach_in, ended
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.isolation import plain_numerics
 from lightning_koopman.network.origins import Origins
-from lightning_koopman.network.provenance import Provenance, unseen
+from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.returned import Returned
 from lightning_koopman.network.rows import (
     INPUT,
@@ -72,6 +72,7 @@ from lightning_koopman.network.tensors import (
     unpacked,
     view_of_memory,
 )
+from lightning_koopman.network.watch import unseen
 
 
 def _real_in(value: Any) -> list[Tensor]:

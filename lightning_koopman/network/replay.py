@@ -27,10 +27,10 @@ from lightning_koopman.network.components import (
     has_weights,
     transparent_modules,
 )
-from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, wrap
+from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.hooks import attach_in, ended, is_wrapped, wrap
 from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
-from lightning_koopman.network.provenance import DataFlow, unseen
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import (
     INTEGERS,
@@ -45,6 +45,7 @@ from lightning_koopman.network.tensors import (
     plain,
     tensors_inside,
 )
+from lightning_koopman.network.watch import unseen
 
 BYTES_KEPT = 256 * 2**20
 """Most bytes of arguments that are kept to be run again."""
