@@ -389,10 +389,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
             measurement.capture.remove()
             self.budget.add(seconds_in_hooks() - self._in_hooks)
             step = None if recording is None else recording.end_step()
-            if step is not None and step.calls and self._ran_nothing(measurement, step):
+            if step is not None and step.calls and self._batch_ran_nothing(measurement, step):
                 # Compiled functions ran the components: their calls are run again, as those of modules.
                 self._rides_along = self._rides_along and not has_compiled_functions(pl_module)
-        left_out = watched and self._ran_nothing(measurement, step)
+        left_out = watched and self._batch_ran_nothing(measurement, step)
         begins = watched and not (left_out and measurement.capture.is_first)
         if begins or self._state.is_known:
             if not self._state.is_known:
@@ -429,7 +429,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             f"compiled parts take no hooks, and their calls cannot be run again eagerly: {reason}"
         )
 
-    def _ran_nothing(self, measurement: Measurement, step: Step | None) -> bool:
+    def _batch_ran_nothing(self, measurement: Measurement, step: Step | None) -> bool:
         """Check whether a batch ended in which no component ran, and nothing went wrong."""
         if self._rides_along:
             return not measurement.capture.ran and not measurement.capture.failed

@@ -95,7 +95,8 @@ class Measurement(Accumulator):
         self._valid: Valid = {}
         # Where a state behind others says which positions hold data, rows are made when all have run.
         self._waits_for_lengths = False
-        self._earlier: list[list[Tensor]] = []
+        # What the calls before in this step gave.
+        self._calls_before: list[list[Tensor]] = []
         # Sizes of what ran in this pass, and did not run in the first.
         self._others: dict[str, tuple[int, ...]] = {}
         # Shapes of what a call gave, and the first call of its pass; how many calls had other ones, and
@@ -217,7 +218,7 @@ class Measurement(Accumulator):
         refuse_without_shape(batch)
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}
         self._shapes, self._first_shapes, self._picked = {}, {}, {}
-        self.capture.again, self._earlier = _weakly(self._take_again), []
+        self.capture.again, self._calls_before = _weakly(self._take_again), []
         self._told_by = None
         self.capture.start_pass(batch)
 
@@ -236,7 +237,7 @@ class Measurement(Accumulator):
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
-        if self._is_whole(states) or not self._earlier:
+        if self._is_whole(states) or not self._calls_before:
             self._take(states)
 
     def _is_whole(self, states: Mapping[str, Any]) -> bool:
@@ -281,7 +282,7 @@ class Measurement(Accumulator):
         self._refuse_others(states, rows)
         first, *_ = blocks = list(rows.values())
         # A step may call the network twice on the same data, for a loss and for a metric.
-        if any(all(map(torch.equal, blocks, others)) for others in self._earlier):
+        if any(all(map(torch.equal, blocks, others)) for others in self._calls_before):
             return
         if self._followed is not None and not self.chain.names:
             self._followed.check_widths([block.shape[1] for block in rows.values()])
@@ -294,7 +295,7 @@ class Measurement(Accumulator):
         else:
             self._n_again += self.n_samples - n_rows
         if again:
-            self._earlier.append(blocks)
+            self._calls_before.append(blocks)
 
     def _refuse_others(self, states: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
         """Refuse a pass in which components ran in between that did not run in the first."""

@@ -354,33 +354,48 @@ class DataFlow:
             own = [_NOTHING if i in ends else of - ORIGINS for i, of in enumerate(known)]
             self._note_sum(name, func, args, reads, own, out)
         if func._schema.is_mutable:
-            named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-            for argument in func._schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for tensor in flat([named.get(argument.name)]):
-                        self._set_part(tensor, labels)
-                        # What is viewed otherwise from now on holds the same values.
-                        if torch.Tag.inplace_view not in func.tags:
-                            self._note_write(tensor)
+            self._label_written(func, args, kwargs, labels)
         places = {address_of(tensor) for tensor in reads}
-        merged = {}
         if name not in _SHAPE_ONLY:
             self.read |= places - {0}
-            merged = self._merges_of(reads)
-        if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
-            merged[out.shape[0]] = ()
-        for tensor in flat([out]):
-            # A view keeps the labels of what it views.
-            if address_of(tensor) not in places:
-                self._set(tensor, labels)
-                self._set_merged(tensor, merged)
-            elif func._schema.is_mutable:
-                self._set_merged(tensor, merged)
+        # A view keeps the labels of what it views.
+        made = [tensor for tensor in flat([out]) if address_of(tensor) not in places]
+        for tensor in made:
+            self._set(tensor, labels)
         if self._origins and known and (sizes := self._paired_by(name, reads, known, out)):
             for tensor in flat([out]):
                 if address := address_of(tensor):
                     self._paired[address] = sizes
                     self._keep_address(tensor, address)
+        self._follow_merges(name, args, reads, out, flat([out]) if func._schema.is_mutable else made)
+
+    def _label_written(
+        self, func: Any, args: tuple[Any, ...], kwargs: Any, labels: frozenset[str]
+    ) -> None:
+        """Let what an operator wrote in place have labels."""
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for tensor in flat([named.get(argument.name)]):
+                    self._set_part(tensor, labels)
+                    # What is viewed otherwise from now on holds the same values.
+                    if torch.Tag.inplace_view not in func.tags:
+                        self._note_write(tensor)
+
+    def _follow_merges(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        reads: Sequence[Tensor],
+        out: Any,
+        written: Iterable[Tensor],
+    ) -> None:
+        """Pass on which axes were merged, to all that an operator has written."""
+        merged = {} if name in _SHAPE_ONLY else self._merges_of(reads)
+        if merged and _picks_rows(name, args) and isinstance(out, Tensor) and out.ndim:
+            merged[out.shape[0]] = ()
+        for tensor in written:
+            self._set_merged(tensor, merged)
         # Parts of one tensor are put together to no more than it was.
         grows = isinstance(out, Tensor) and not self._rows[0].is_whole_again
         if grows and (axes := _merged_axes(name, args, out)):

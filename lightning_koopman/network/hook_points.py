@@ -156,17 +156,17 @@ def _is_beside(other: Tensor, first: Tensor) -> bool:
 class HookPoints:
     """Hooks that read, and on demand replace, tensors at chosen module calls.
 
-    Use as a context manager around forward passes, each of which begins with :meth:`start_pass`. All
-    hooks come off at the end, also when an exception flies. To ``beside`` is added what is read where
+    Use as a context manager around one forward pass. All hooks come off at the end, also when an
+    exception flies. To ``beside`` is added what is read where
     further tensors that vary are given beside it; ``label`` is shown the further tensors that altered
     calls give. Calls are counted anew where ``counted_in``, which holds all modules, is called again in
     the same pass, or what is around it and runs its parts or methods in its place: what is read or
     replaced in its first call is so in each, but for tensors of another shape than in the first.
 
     Attributes:
-        rounds: Copies of the tensors read in the current pass, by call of ``counted_in``. A replaced
-            output reads as replaced.
-        unlike: The calls whose outputs were left alone in this pass for their shape, once for each.
+        rounds: Copies of the tensors read, by call of ``counted_in``. A replaced output reads as
+            replaced.
+        unlike: The calls whose outputs were left alone for their shape, once for each.
     """
 
     def __init__(
@@ -188,7 +188,11 @@ class HookPoints:
         self._taken: dict[str, list[HookPoint]] = {}
         for point in (point for point in self._read if point.end == "in" and point.place):
             self._taken.setdefault(point.call, []).append(point)
-        self.start_pass()
+        self.rounds: list[dict[HookPoint, Tensor]] = []
+        self.unlike: list[str] = []
+        self._shapes: dict[HookPoint, torch.Size | None] = {}
+        self._depth, self._around, self._entered = 0, 0, False
+        self._start_round()
         calls = {point.call for point in self._read} | set(self._alter)
         self._watched: dict[int, tuple[nn.Module, dict[int, str]]] = {}
         for call in calls:
@@ -214,14 +218,6 @@ class HookPoints:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
-
-    def start_pass(self) -> None:
-        """Forget what was read and count calls anew."""
-        self.rounds: list[dict[HookPoint, Tensor]] = []
-        self.unlike: list[str] = []
-        self._shapes: dict[HookPoint, torch.Size | None] = {}
-        self._depth, self._around, self._entered = 0, 0, False
-        self._start_round()
 
     @property
     def values(self) -> dict[HookPoint, Tensor]:
