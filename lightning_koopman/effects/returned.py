@@ -30,7 +30,8 @@ from lightning_koopman.network.forward_runner import (
 )
 from lightning_koopman.network.hook_points import HookPoint, find_module
 from lightning_koopman.network.hooks import attach_in
-from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second, module_of
+from lightning_koopman.network.names import OUTPUT, module_of
+from lightning_koopman.network.rows import Recorded, has_batch_second
 from lightning_koopman.network.samples import samples_in
 from lightning_koopman.network.tensors import first_tensor, tensors_inside
 from lightning_koopman.report.effects import Scale

@@ -18,8 +18,8 @@ from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis
 from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.network.isolation import plain_numerics
+from lightning_koopman.network.names import INPUT, is_sum
 from lightning_koopman.network.plan import listed
-from lightning_koopman.network.rows import INPUT, is_sum
 from lightning_koopman.network.samples import spread_over
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport

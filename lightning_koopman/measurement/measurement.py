@@ -22,17 +22,14 @@ from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, hint, is_leaf, matching
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
 from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.names import OUTPUT, call_of, is_sum, module_of
 from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
 from lightning_koopman.network.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
-    OUTPUT,
     Recorded,
     RowForm,
     by_sample,
-    call_of,
-    is_sum,
-    module_of,
     n_positions,
     pooled_by,
     pooling_index,
@@ -601,8 +598,6 @@ class Measurement(Accumulator):
         form = form.in_batch(tensor, self._batch)
         if recorded.orders or recorded.second_orders:
             tensor = replace(recorded, tensor=tensor).in_order(form)
-        if tensor.ndim == 2 and form.group == 1:
-            return form.rows(tensor)
         told_by = form.padding or ""
         valid = recorded.lengths
         if valid is None and told_by in lengths:

@@ -20,9 +20,10 @@ from lightning_koopman.network.forward_runner import default_forward, device_of,
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
+from lightning_koopman.network.names import module_of, numbered
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, module_of, numbered, pooled_by, pooling_index
+from lightning_koopman.network.rows import Recorded, pooled_by, pooling_index
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 from lightning_koopman.report.text import counted
 

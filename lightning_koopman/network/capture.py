@@ -36,20 +36,19 @@ from lightning_koopman.network.hooks import attach_in, ended
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.isolation import plain_numerics
-from lightning_koopman.network.origins import Origins
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.returned import Returned
-from lightning_koopman.network.rows import (
+from lightning_koopman.network.names import (
     INPUT,
     OUTPUT,
-    Recorded,
     further_name,
     is_sum,
     module_of,
     numbered,
     sum_name,
-    with_lengths_in_order,
 )
+from lightning_koopman.network.origins import Origins
+from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.returned import Returned
+from lightning_koopman.network.rows import Recorded, with_lengths_in_order
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
 from lightning_koopman.network.shared_memory import further_tensors
 from lightning_koopman.network.signals import signals_wait

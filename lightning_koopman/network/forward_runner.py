@@ -20,7 +20,7 @@ from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
 from lightning_koopman.network.isolation import random_states_kept, seed_all
-from lightning_koopman.network.rows import further_name
+from lightning_koopman.network.names import further_name
 from lightning_koopman.network.samples import first_samples, samples_in, spread
 from lightning_koopman.network.tensors import (
     all_tensors,

@@ -493,13 +493,9 @@ class RowOrders:
         known = [each for each in orders if each]
         if not known:
             return NO_ORDERS
-        if len(known) == len(orders) and all(each is known[0] for each in known):
-            return known[0]
         in_order = [
             self._sizes(tensor) - each.keys() for tensor, each in zip(reads, orders, strict=True)
         ]
-        if len(known) == 1 and not any(sizes & known[0].keys() for sizes in in_order):
-            return known[0]
         joined = {}
         for size in {size for each in known for size in each}:
             found = [each[size] for each in known if size in each]

@@ -18,7 +18,7 @@ from lightning_koopman.network import hooks
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.isolation import is_compiled, undisturbed
-from lightning_koopman.network.rows import INPUT
+from lightning_koopman.network.names import INPUT
 from lightning_koopman.network.tensors import first_tensor
 
 
