@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -1042,19 +1042,13 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
             yield from filter(is_underived, (t if is_underived(t) else plain(t) for t in tensors))
 
 
-def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return what a module's ``forward`` is called with, under the names of its parameters."""
-    # That of the class, for somebody may listen to the instance's own.
-    try:
-        bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    except (TypeError, ValueError):
-        return dict(kwargs)
-    return {**bound.arguments, **bound.arguments.get("kwargs", {})}
-
-
 def _with_arguments(outer: dict[str, Any], module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Put what a module is called with, which is about its own data, before what is known around it."""
-    own = _arguments(module, args, kwargs)
+    own = dict(kwargs)
+    # Not of every forward can be told what it takes; that of an instance may be somebody who listens.
+    with suppress(TypeError, ValueError):
+        bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        own = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     return own | {name: value for name, value in outer.items() if name not in own}
 
 

@@ -106,27 +106,9 @@ class _Fed(_FedObject):
     offset: int
 
 
-@dataclass(frozen=True)
-class _Autocast:
-    """Whether products are cast on a kind of device, and to what."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device_type: str) -> _Autocast:
-        enabled = torch.is_autocast_enabled(device_type)
-        return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
-
-    def again(self) -> torch.autocast:
-        return torch.autocast(self.device_type, self.dtype if self.enabled else None, self.enabled)
-
-
-def _autocasts(tensors: Iterable[Tensor]) -> tuple[_Autocast, ...]:
-    """Tell what is cast now on the devices of some tensors, and on the CPU."""
-    kinds = dict.fromkeys(("cpu", *(tensor.device.type for tensor in tensors)))
-    return tuple(_Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind))
+def _autocast_of(kind: str) -> tuple[bool, torch.dtype]:
+    """Tell whether products are cast now on a kind of device, and to what."""
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 @dataclass
@@ -136,7 +118,7 @@ class _Call:
     Attributes:
         direct: Whether ``forward`` itself was called, which fires no hook.
         idle: Watched modules that did not run within the call, by ``id``.
-        autocasts: What the step let torch cast around the call.
+        autocasts: What the step let torch cast around the call, by kind of device.
         grads: Whether the step let torch follow gradients where the Trainer does not.
     """
 
@@ -145,17 +127,17 @@ class _Call:
     args: Any
     kwargs: Any
     idle: frozenset[int] = frozenset()
-    autocasts: tuple[_Autocast, ...] = ()
+    autocasts: Mapping[str, tuple[bool, torch.dtype]] = field(default_factory=dict)
     grads: bool = False
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Call the module as it was called."""
         with ExitStack() as around:
-            for own in self.autocasts:
-                now = _Autocast.now(own.device_type)
+            for kind, (enabled, dtype) in self.autocasts.items():
+                now = _autocast_of(kind)
                 # What stands there already, as a Trainer's precision, keeps the casts that it remembers.
-                if now != own and (now.enabled or own.enabled):
-                    around.enter_context(own.again())
+                if now != (enabled, dtype) and (now[0] or enabled):
+                    around.enter_context(torch.autocast(kind, dtype if enabled else None, enabled))
             if self.grads:
                 around.enter_context(torch.enable_grad())
             return (self.module.forward if self.direct else self.module)(*args, **kwargs)
@@ -564,8 +546,9 @@ class Recording:
     def _begin(self, module: nn.Module, args: Any, kwargs: Any, *, direct: bool) -> None:
         self._ran = set()
         name = self._names[id(module)]
-        own = itertools.islice(module.parameters(), 1)
-        autocasts = _autocasts(itertools.chain(own, tensors_inside((args, kwargs))))
+        held = itertools.chain(itertools.islice(module.parameters(), 1), tensors_inside((args, kwargs)))
+        kinds = dict.fromkeys(("cpu", *(tensor.device.type for tensor in held)))
+        autocasts = {kind: _autocast_of(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
         args, kwargs = self._kept(args, name), self._kept(kwargs, name)
         self._step.calls.append(
             _Call(module, direct, args, kwargs, autocasts=autocasts, grads=self._grads)
