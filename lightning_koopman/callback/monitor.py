@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
@@ -443,7 +443,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Compute the report and log it."""
         if may_skip_validation(trainer, pl_module) or self._idle:
             return
-        try:
+        with self._heard_by_others():
             if trainer.state.fn == "fit":
                 # All processes measure the effects of the last report, or none; others have none there.
                 differs = self._state.differs if self._final else self._state.differs_here
@@ -453,10 +453,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self._final = False
             if not self._nothing_ran:
                 self._check_replay(trainer, pl_module)
-        except Exception as error:
-            if not self.sync_pending or came_from_signal(error):
-                raise
-            self._fail(error)
         self._finish_watched(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
 
     @property
@@ -723,31 +719,26 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._keep_watched(trainer, reason)
             return
         refuse_sharded_weights(trainer)
-        try:
-            with plain_numerics(pl_module):
-                self._begin(trainer, pl_module, loader, like, final=final)
-                assert self._measurement is not None
-                self._state.note_weights(trainer, pl_module)
-                if changed:
-                    self._measurement.notes.append(
-                        "weights or batch statistics were changed after the last measurement, as by "
-                        "pruning or averaging: this is about what they are now, on the same samples"
-                    )
-                if recording is not None and recording.full:
-                    self._measurement.notes.append(
-                        f"only the calls of {len(recording.steps)} steps were kept to be run again, "
-                        f"within {BYTES_KEPT // 2**20} MiB"
-                    )
-                if reason is not None:
-                    raise RuntimeError(f"the recorded calls cannot be run again: {reason}")
-                # A process that never got a batch only waits for the others.
-                steps = () if recording is None else recording.steps
-                wanted = itertools.takewhile(lambda _: self._wants_more, steps)
-                self._measurement.replay(pl_module, wanted, self._as_watched(trainer))
-        except Exception as error:
-            if not self.sync_pending or came_from_signal(error):
-                raise
-            self._fail(error)
+        with self._heard_by_others(), plain_numerics(pl_module):
+            self._begin(trainer, pl_module, loader, like, final=final)
+            assert self._measurement is not None
+            self._state.note_weights(trainer, pl_module)
+            if changed:
+                self._measurement.notes.append(
+                    "weights or batch statistics were changed after the last measurement, as by pruning "
+                    "or averaging: this is about what they are now, on the same samples"
+                )
+            if recording is not None and recording.full:
+                self._measurement.notes.append(
+                    f"only the calls of {len(recording.steps)} steps were kept to be run again, within "
+                    f"{BYTES_KEPT // 2**20} MiB"
+                )
+            if reason is not None:
+                raise RuntimeError(f"the recorded calls cannot be run again: {reason}")
+            # A process that never got a batch only waits for the others.
+            steps = () if recording is None else recording.steps
+            wanted = itertools.takewhile(lambda _: self._wants_more, steps)
+            self._measurement.replay(pl_module, wanted, self._as_watched(trainer))
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
         step = max(0, logged_step(trainer, None) - 1)
         self._finish(trainer, pl_module, step=step)
@@ -841,6 +832,16 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 nothing_ran = True
         assert measurement is not None
         return None if nothing_ran else measurement
+
+    @contextmanager
+    def _heard_by_others(self) -> Generator[None, None, None]:
+        """Keep an error where other processes wait for this one, until they hear of it in the end."""
+        try:
+            yield
+        except Exception as error:
+            if not self.sync_pending or came_from_signal(error):
+                raise
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of."""

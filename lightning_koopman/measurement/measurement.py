@@ -338,7 +338,12 @@ class Measurement(Accumulator):
                 parts=self.parts,
             )
         return replace(
-            report, notes=tuple(notes), parts=self.parts, reference=reference, **self._about_modules()
+            report,
+            notes=tuple(notes),
+            parts=self.parts,
+            reference=reference,
+            types=tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
+            parameters=self.capture.n_weights(self._calls()),
         )
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
@@ -750,13 +755,6 @@ class Measurement(Accumulator):
         """Find the modules of each component."""
         known = self.capture.components
         return [[known[m] for n in calls if (m := module_of(n)) in known] for calls in self._calls()]
-
-    def _about_modules(self) -> dict[str, Any]:
-        """Class and number of parameters of each component's module, as fields of the report."""
-        return {
-            "types": tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
-            "parameters": self.capture.n_weights(self._calls()),
-        }
 
 
 def _refuse_alone(name: str) -> NoReturn:

@@ -546,11 +546,6 @@ class Capture:
             ):
                 known.clear()
 
-    def _is_foreign(self, args: Any, kwargs: Any) -> bool:
-        """Check whether a call behind that of the ancestor runs on other data, such as noise."""
-        behind = self._called and not self._nested and self._passes == 0
-        return behind and all(map(self._provenance.is_untouched, all_tensors((args, kwargs))))
-
     @_while_recording
     def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is self._in_its_place:
@@ -636,7 +631,9 @@ class Capture:
             self._keep_inputs(key, module, given)
             return
         self._given[id(module)] = Given(given)
-        if self._is_foreign(args, kwargs):
+        is_behind = self._called and not self._nested
+        if is_behind and all(map(self._provenance.is_untouched, all_tensors(given))):
+            # It runs on other data than the ancestor did, such as noise.
             self._foreign.add(key)
             return
         self.origins.take(key, given, self._states.keys())

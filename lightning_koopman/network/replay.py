@@ -272,7 +272,15 @@ class Step:
 
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
-        return [_revived((call.args, call.kwargs)) for call in self.calls]
+
+        def revive(part: Any) -> Any:
+            if isinstance(part, _Kept):
+                made = part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
+                made.requires_grad_(part.grads)
+                return made if part.kind is Tensor else derived(made, part.kind, part.attributes)
+            return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
+
+        return [_mapped((call.args, call.kwargs), revive) for call in self.calls]
 
     def run(self, given: list[Any] | None = None) -> list[Any]:
         """Call the modules again on what :meth:`revive` gave, and return what each of them gives."""
@@ -684,17 +692,6 @@ def _leaves(value: Any) -> list[Any]:
     found: list[Any] = []
     _mapped(value, found.append)
     return found
-
-
-def _revived(value: Any) -> Any:
-    def revive(part: Any) -> Any:
-        if isinstance(part, _Kept):
-            made = part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
-            made.requires_grad_(part.grads)
-            return made if part.kind is Tensor else derived(made, part.kind, part.attributes)
-        return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
-
-    return _mapped(value, revive)
 
 
 def _fed(value: Any, returned: list[Any]) -> Any:
