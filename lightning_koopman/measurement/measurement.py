@@ -141,6 +141,12 @@ class Measurement(Accumulator):
             self.capture.keep = _weakly(self._keep)
 
     @property
+    def _known_plan(self) -> Plan:
+        """The plan, which the first pass has made."""
+        assert self.plan is not None
+        return self.plan
+
+    @property
     def weighs(self) -> bool:
         """Whether sums that no later pass shows weigh their parts, as these weights or numbers do."""
         return any(bool((weights != 1).any()) for weights in self._unseen.values())
@@ -254,9 +260,8 @@ class Measurement(Accumulator):
 
     def _by_state(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the states of the chain, without the axis of their samples."""
-        assert self.plan is not None
-        own = (name for name in self.plan.recorded & shapes.keys() if not is_sum(name))
-        axes = {name: self.plan.forms[name].batch_axis for name in own}
+        own = (name for name in self._known_plan.recorded & shapes.keys() if not is_sum(name))
+        axes = {name: self._known_plan.forms[name].batch_axis for name in own}
         return {name: shapes[name][:axis] + shapes[name][axis + 1 :] for name, axis in axes.items()}
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
@@ -265,9 +270,8 @@ class Measurement(Accumulator):
             states = self._make_plan(list(states.values()))
         elif self._waits_for_lengths:
             states = self._all_rows([r for r in states.values() if r is not None])
-        assert self.plan is not None
         try:
-            self.plan.check_rows(states)
+            self._known_plan.check_rows(states)
         except UnlikeRowsError:
             # Parts that run on samples of their own may have as many in most batches, but not in all.
             self._unlike_batches += 1
@@ -275,7 +279,7 @@ class Measurement(Accumulator):
                 raise
             return
         self._fill_in_sums(states)
-        rows = self.plan.join(states, self._batches)
+        rows = self._known_plan.join(states, self._batches)
         self._refuse_others(states, rows)
         first, *_ = blocks = list(rows.values())
         # A step may call the network twice on the same data, for a loss and for a metric.
@@ -286,7 +290,7 @@ class Measurement(Accumulator):
         before, n_rows = self._told_by, self.n_samples
         told_by = first if before is None else torch.cat([before, first[len(before) :]])[: len(first)]
         self._follow_sums(rows)
-        self.push(rows, self.plan.links, told_by)
+        self.push(rows, self._known_plan.links, told_by)
         if before is None:
             self._told_by = first
         else:
@@ -296,12 +300,12 @@ class Measurement(Accumulator):
 
     def _refuse_others(self, states: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
         """Refuse a pass in which components ran in between that did not run in the first."""
-        if self.plan is None or not self._others:
+        if not self._others:
             return
         order, n_samples = list(states), len(next(iter(rows.values())))
         # What runs behind the chain, to draw pictures, does not concern it, nor what has no row for each
         # sample, as an expert that is given some positions.
-        last = max(order.index(name) for name in self.plan.recorded)
+        last = max(order.index(name) for name in self._known_plan.recorded)
         others = [name for name in order[:last] if n_samples in self._others.get(name, ())]
         if others:
             raise ValueError(
@@ -439,18 +443,16 @@ class Measurement(Accumulator):
 
     def _pick(self, name: str, of: str, unseen: Collection[str]) -> None:
         """Let parts of a sum, of which one position is picked, have rows of that one as well."""
-        assert self.plan is not None
-        for part in self.plan.sums[of]:
+        for part in self._known_plan.sums[of]:
             # No later pass shows sums that functions take, but what these are made of.
             if part in unseen:
                 self._pick(name, part, unseen)
-            elif not self.plan.forms[part].is_alone:
+            elif not self._known_plan.forms[part].is_alone:
                 self._picking.setdefault(part, set()).add(name)
 
     def _weights_in(self, record: Recorded, rows: Mapping[str, Tensor | None]) -> Tensor | None:
         """Find what a sum weighs the rows that it reads with, ``(parts, width)``; not if it is none."""
-        assert self.plan is not None
-        names = self.plan.sums[record.name]
+        names = self._known_plan.sums[record.name]
         # Beside a part of it may stand others in the same state, as steps side by side do.
         read = frozenset(names).intersection(record.sources or ())
         kept = [i for i, part in enumerate(names) if part in read or read != record.sources]
@@ -466,18 +468,16 @@ class Measurement(Accumulator):
 
     def _rows_in_sum(self, name: str, part: str, rows: Mapping[str, Any]) -> Any:
         """Return the rows of a part of a sum, of one position alone if it is picked of the sum."""
-        assert self.plan is not None
-        forms = self.plan.forms
+        forms = self._known_plan.forms
         if part not in self._unseen or forms[part].is_alone or not forms[name].is_alone:
             return self._picked.get((name, part), rows[part])
-        weighed = zip(self._unseen[part].mean(dim=1), self.plan.sums[part], strict=True)
+        weighed = zip(self._unseen[part].mean(dim=1), self._known_plan.sums[part], strict=True)
         return sum(weight * self._rows_in_sum(name, inner, rows) for weight, inner in weighed)
 
     def _follow_sums(self, rows: Mapping[str, Tensor]) -> None:
         """Find out which sums are, in all batches, those of what they read, but for a shift."""
-        assert self.plan is not None
-        states = list(rows.values())
-        for i, (name, read) in enumerate(zip(self.plan.names[1:], self.plan.links, strict=True), 1):
+        plan, states = self._known_plan, list(rows.values())
+        for i, (name, read) in enumerate(zip(plan.names[1:], plan.links, strict=True), 1):
             if name in self._roundings and len(states[i]):
                 # Of each measurement, for a training may change what a branch is multiplied by.
                 known = self._added.setdefault(i, AddedUp(self._roundings[name]))
@@ -485,9 +485,8 @@ class Measurement(Accumulator):
 
     def _fill_in_sums(self, states: dict[str, Any]) -> None:
         """Add up what a sum reads where no module took it in this pass, and was so in those before."""
-        assert self.plan is not None
-        known = {self.plan.states[i][0]: each for i, each in self._added.items()}
-        for name, parts in self.plan.sums.items():
+        known = {self._known_plan.states[i][0]: each for i, each in self._added.items()}
+        for name, parts in self._known_plan.sums.items():
             if not states.keys() >= {*parts}:
                 continue
             if name in self._unseen:
@@ -503,10 +502,9 @@ class Measurement(Accumulator):
 
     def _check_reduced(self, records: Sequence[Recorded], rows: Mapping[str, Tensor | None]) -> None:
         """Refuse what the user's own reduction made other rows of than those of samples."""
-        assert self.plan is not None
         sizes = {len(record.tensor) for record in records if record.tensor.ndim}
         for record in records:
-            form, block = self.plan.forms.get(record.name), rows[record.name]
+            form, block = self._known_plan.forms.get(record.name), rows[record.name]
             if form is None or block is None or not callable(form.reduce):
                 continue
             axis = form.of_axis
@@ -520,11 +518,10 @@ class Measurement(Accumulator):
 
     def _refuse_mixtures(self, targets: Sequence[int], records: Sequence[Recorded]) -> None:
         """Refuse targets of an output that is pooled or projected."""
-        assert self.plan is not None
         width, max_dim = 0, self.options.max_dim
         for record in records:
-            if record.name in self.plan.states[-1]:
-                form = self.plan.forms[record.name]
+            if record.name in self._known_plan.states[-1]:
+                form = self._known_plan.forms[record.name]
                 is_whole = form.reduce == "pool" and not form.is_alone
                 block = by_sample(record.tensor, form) if is_whole else form.rows(record.tensor)
                 width += block[0].numel()
@@ -537,11 +534,10 @@ class Measurement(Accumulator):
 
     def _find_unmasked(self, records: Sequence[Recorded]) -> None:
         """Find the states that have other positions than the masked ones that they are made of."""
-        assert self.plan is not None
         masked = set[str]()
         for record in records:
-            form = self.plan.forms.get(record.name)
-            if form is None or record.name not in self.plan.recorded:
+            form = self._known_plan.forms.get(record.name)
+            if form is None or record.name not in self._known_plan.recorded:
                 continue
             valid = self._valid.get(form.padding or "")
             if valid is not None and valid.ndim > 1 and not bool(valid.all()):
@@ -554,13 +550,12 @@ class Measurement(Accumulator):
 
     def _work_of(self, records: Sequence[Recorded]) -> float:
         """Estimate the multiplications of one pass: each weight once per position of its output."""
-        assert self.plan is not None
         work = 0.0
         for record in records:
             component = self.capture.components.get(module_of(record.name))
             of_call = call_of(record.name) == record.name
             if component is not None and of_call and record.tensor.ndim > 1:
-                first = self.plan.forms[record.name].channels_first
+                first = self._known_plan.forms[record.name].channels_first
                 channels = record.tensor.shape[1 if first else -1]
                 weights = sum(parameter.numel() for parameter in component.parameters())
                 work += weights * record.tensor.numel() / max(1, channels)
@@ -582,18 +577,17 @@ class Measurement(Accumulator):
         self, tensor: Tensor, recorded: Recorded, lengths: Valid = MappingProxyType({})
     ) -> Tensor | None:
         """Make the rows of a state, and of what is picked of sums that it is in; of others, compare."""
-        assert self.plan is not None
-        if recorded.name not in self.plan.recorded:
-            if recorded.name in self.plan.alike and tensor.ndim and len(tensor):
+        if recorded.name not in self._known_plan.recorded:
+            if recorded.name in self._known_plan.alike and tensor.ndim and len(tensor):
                 self._compare(recorded.name, tensor)
             call = call_of(recorded.name)
-            known = call in self.plan.forms or call in self.capture.parts
-            if not known and module_of(call) not in self.plan.in_turns:
+            known = call in self._known_plan.forms or call in self.capture.parts
+            if not known and module_of(call) not in self._known_plan.in_turns:
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
-        own = self.plan.forms[recorded.name]
+        own = self._known_plan.forms[recorded.name]
         for name in self._picking.get(recorded.name, ()):
-            form = self.plan.forms[name]
+            form = self._known_plan.forms[name]
             form = replace(own, picked=form.picked, is_alone=True, by_data=form.by_data)
             self._picked[name, recorded.name] = self._rows_in(form, tensor, recorded, lengths)
         return self._rows_in(own, tensor, recorded, lengths)
@@ -614,9 +608,8 @@ class Measurement(Accumulator):
 
     def _compare(self, name: str, tensor: Tensor) -> None:
         """Find out whether a state varies that did not in the first batch; a device is not asked."""
-        assert self.plan is not None
-        if name in self.plan.forms:
-            tensor = by_sample(tensor, self.plan.forms[name])
+        if name in self._known_plan.forms:
+            tensor = by_sample(tensor, self._known_plan.forms[name])
         first = tensor[:1].detach().clone(), torch.zeros((), device="cpu")
         sample, differs = self._alike.get(name, first)
         if sample.shape[1:] == tensor.shape[1:]:
