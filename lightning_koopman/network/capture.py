@@ -1042,7 +1042,7 @@ def _held_by(model: nn.Module) -> Iterator[Tensor]:
 def _with_arguments(outer: dict[str, Any], module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Put what a module is called with, which is about its own data, before what is known around it."""
     own = dict(kwargs)
-    # Not of every forward can be told what it takes; that of an instance may be somebody who listens.
+    # Of the class, for somebody may listen to the instance's own; not every one says what it takes.
     with suppress(TypeError, ValueError):
         bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
         own = {**bound.arguments, **bound.arguments.get("kwargs", {})}
