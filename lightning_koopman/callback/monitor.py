@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
 
@@ -45,7 +45,7 @@ from lightning_koopman.measurement.measurement import Measurement, NoSamplesErro
 from lightning_koopman.measurement.processes import agree_on_latest, gather
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import named_components, norms_beside
-from lightning_koopman.network.hook_points import seconds_in_hooks
+from lightning_koopman.network.hooks import seconds_in_hooks
 from lightning_koopman.network.isolation import (
     following_stops_compiler,
     has_compiled_functions,
@@ -206,11 +206,17 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.prefix = prefix
         self.history: list[CreditReport] = []
         self.drifts: list[Drift] = []
+        self._effects = EffectsInTime(self.effects, self.budget)
+        self._resuming = False
+        self._start_run()
+
+    def _start_run(self) -> None:
+        """Begin a training, or an evaluation, with nothing under way."""
+        self.sync_pending = False
         self._measurement: Measurement | None = None
         self._watched: Measurement | None = None
         self._failure: Exception | None = None
         self._state = WatchedState()
-        self._effects = EffectsInTime(self.effects, self.budget)
         self._in_hooks = 0.0
         self._due_epoch = self._final = False
         self._newest: dict[str, Tensor] = {}
@@ -228,13 +234,12 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._open = self._elsewhere = False
         self._logged_at: int | None = None
         self._checkpoint_step: int | None = None
-        self._resuming = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, whenever it is made, has arguments and results; what is under way is the training's.
         kept = object.__new__(type(self))
-        vars(kept).update(vars(self), _measurement=None, _recorded=_Recorded())
-        kept._forget_run()
+        vars(kept).update(vars(self))
+        kept._start_run()
         return vars(kept)
 
     @property
@@ -384,10 +389,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
             measurement.capture.remove()
             self.budget.add(seconds_in_hooks() - self._in_hooks)
             step = None if recording is None else recording.end_step()
-            if step is not None and step.calls and self._ran_nothing(measurement, step):
+            if step is not None and step.calls and self._batch_ran_nothing(measurement, step):
                 # Compiled functions ran the components: their calls are run again, as those of modules.
                 self._rides_along = self._rides_along and not has_compiled_functions(pl_module)
-        left_out = watched and self._ran_nothing(measurement, step)
+        left_out = watched and self._batch_ran_nothing(measurement, step)
         begins = watched and not (left_out and measurement.capture.is_first)
         if begins or self._state.is_known:
             if not self._state.is_known:
@@ -424,7 +429,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
             f"compiled parts take no hooks, and their calls cannot be run again eagerly: {reason}"
         )
 
-    def _ran_nothing(self, measurement: Measurement, step: Step | None) -> bool:
+    def _batch_ran_nothing(self, measurement: Measurement, step: Step | None) -> bool:
         """Check whether a batch ended in which no component ran, and nothing went wrong."""
         if self._rides_along:
             return not measurement.capture.ran and not measurement.capture.failed
@@ -438,7 +443,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Compute the report and log it."""
         if may_skip_validation(trainer, pl_module) or self._idle:
             return
-        try:
+        with self._heard_by_others():
             if trainer.state.fn == "fit":
                 # All processes measure the effects of the last report, or none; others have none there.
                 differs = self._state.differs if self._final else self._state.differs_here
@@ -448,10 +453,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self._final = False
             if not self._nothing_ran:
                 self._check_replay(trainer, pl_module)
-        except Exception as error:
-            if not self.sync_pending or came_from_signal(error):
-                raise
-            self._fail(error)
         self._finish_watched(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
 
     @property
@@ -627,12 +628,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     def _forget_run(self) -> None:
         self._forget()
-        self._watched = self._differs = self._why_training = None
-        self._recorded, self._before, self._state = _Recorded(), _Recorded(), WatchedState()
-        self._checked = False
-        self._open = self._elsewhere = False
-        self._checkpoint_step = self._measured_at = self._logged_at = None
-        self._newest, self._due_epoch = {}, False
+        self._start_run()
 
     @property
     def _idle(self) -> bool:
@@ -721,31 +717,26 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._keep_watched(trainer, reason)
             return
         refuse_sharded_weights(trainer)
-        try:
-            with plain_numerics(pl_module):
-                self._begin(trainer, pl_module, loader, like, final=final)
-                assert self._measurement is not None
-                self._state.note_weights(trainer, pl_module)
-                if changed:
-                    self._measurement.notes.append(
-                        "weights or batch statistics were changed after the last measurement, as by "
-                        "pruning or averaging: this is about what they are now, on the same samples"
-                    )
-                if recording is not None and recording.full:
-                    self._measurement.notes.append(
-                        f"only the calls of {len(recording.steps)} steps were kept to be run again, "
-                        f"within {BYTES_KEPT // 2**20} MiB"
-                    )
-                if reason is not None:
-                    raise RuntimeError(f"the recorded calls cannot be run again: {reason}")
-                # A process that never got a batch only waits for the others.
-                steps = () if recording is None else recording.steps
-                wanted = itertools.takewhile(lambda _: self._wants_more, steps)
-                self._measurement.replay(pl_module, wanted, self._as_watched(trainer))
-        except Exception as error:
-            if not self.sync_pending or came_from_signal(error):
-                raise
-            self._fail(error)
+        with self._heard_by_others(), plain_numerics(pl_module):
+            self._begin(trainer, pl_module, loader, like, final=final)
+            assert self._measurement is not None
+            self._state.note_weights(trainer, pl_module)
+            if changed:
+                self._measurement.notes.append(
+                    "weights or batch statistics were changed after the last measurement, as by pruning "
+                    "or averaging: this is about what they are now, on the same samples"
+                )
+            if recording is not None and recording.full:
+                self._measurement.notes.append(
+                    f"only the calls of {len(recording.steps)} steps were kept to be run again, within "
+                    f"{BYTES_KEPT // 2**20} MiB"
+                )
+            if reason is not None:
+                raise RuntimeError(f"the recorded calls cannot be run again: {reason}")
+            # A process that never got a batch only waits for the others.
+            steps = () if recording is None else recording.steps
+            wanted = itertools.takewhile(lambda _: self._wants_more, steps)
+            self._measurement.replay(pl_module, wanted, self._as_watched(trainer))
         # Lightning has counted the last batch already, but logs what belongs to it under its index.
         step = max(0, logged_step(trainer, None) - 1)
         self._finish(trainer, pl_module, step=step)
@@ -839,6 +830,16 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 nothing_ran = True
         assert measurement is not None
         return None if nothing_ran else measurement
+
+    @contextmanager
+    def _heard_by_others(self) -> Generator[None, None, None]:
+        """Keep an error where other processes wait for this one, until they hear of it in the end."""
+        try:
+            yield
+        except Exception as error:
+            if not self.sync_pending or came_from_signal(error):
+                raise
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         """Take the hooks off and remember an error that the other processes must hear of."""

@@ -36,7 +36,7 @@ from lightning_koopman.network.arguments import INTEGER, NUMBER, check_each, che
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.hook_points import find_module
 from lightning_koopman.network.isolation import is_expanded, undisturbed
-from lightning_koopman.network.rows import module_of
+from lightning_koopman.network.names import module_of
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.text import Fitted, Shown, with_share

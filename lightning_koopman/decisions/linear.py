@@ -49,7 +49,8 @@ from lightning_koopman.network.forward_runner import (
     check_model,
     runner_on,
 )
-from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
+from lightning_koopman.network.hook_points import HookPoint, find_module
+from lightning_koopman.network.hooks import attach_in
 from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.network.plan import listed
 from lightning_koopman.report.effects import Scale

@@ -28,7 +28,8 @@ from lightning_koopman.network.arguments import NUMBER, check_given, check_type
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import matching
 from lightning_koopman.network.forward_runner import ForwardRunner
-from lightning_koopman.network.hook_points import attach_in, find_module
+from lightning_koopman.network.hook_points import find_module
+from lightning_koopman.network.hooks import attach_in
 from lightning_koopman.network.isolation import fast_path
 from lightning_koopman.network.plan import ends_of
 from lightning_koopman.network.tensors import first_tensor

@@ -21,11 +21,13 @@ from lightning_koopman.effects.derived_weights import (
     set_derived,
 )
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
+from lightning_koopman.effects.means import MeanAndSpread
 from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.components import clean_name, common_ancestor
-from lightning_koopman.network.forward_runner import Followed, MeanAndSpread
+from lightning_koopman.network.forward_runner import Followed
 from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
 from lightning_koopman.network.isolation import fast_path, is_expanded, random_states_kept
+from lightning_koopman.network.names import module_of
 from lightning_koopman.network.rows import (
     RowForm,
     are_second_of_batch,
@@ -33,7 +35,6 @@ from lightning_koopman.network.rows import (
     form_of,
     gives_batch_second,
     has_batch_second,
-    module_of,
 )
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import is_underived

@@ -39,10 +39,11 @@ from lightning_koopman.network.arguments import (
 )
 from lightning_koopman.network.components import Components, matching
 from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
-from lightning_koopman.network.hook_points import Alteration, HookPoint, attach
+from lightning_koopman.network.hook_points import Alteration, HookPoint
+from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
+from lightning_koopman.network.names import call_of
 from lightning_koopman.network.padding import Valid, valid_positions
-from lightning_koopman.network.rows import call_of
 from lightning_koopman.network.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport

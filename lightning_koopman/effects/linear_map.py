@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_koopman.effects.means import MeanAndSpread
 from lightning_koopman.koopman.operator import fit_operator
 from lightning_koopman.koopman.regression import spectrum
 from lightning_koopman.koopman.states import pod_basis
-from lightning_koopman.network.forward_runner import MeanAndSpread
 
 SEEN_FIRST = 2
 """POD bases are fixed by the first ``SEEN_FIRST * max_dim`` samples."""

@@ -21,15 +21,17 @@ from lightning_koopman.effects.targets import (
     may_be_scores,
 )
 from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.forward_runner import (
     Followed,
     ForwardRunner,
     OutputForm,
     has_samples,
 )
-from lightning_koopman.network.hook_points import HookPoint, attach_in, find_module
-from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.rows import OUTPUT, Recorded, has_batch_second, module_of
+from lightning_koopman.network.hook_points import HookPoint, find_module
+from lightning_koopman.network.hooks import attach_in
+from lightning_koopman.network.names import OUTPUT, module_of
+from lightning_koopman.network.rows import Recorded, has_batch_second
 from lightning_koopman.network.samples import samples_in
 from lightning_koopman.network.tensors import first_tensor, tensors_inside
 from lightning_koopman.report.effects import Scale

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_koopman.effects.means import MeanAndSpread, chunks, rows_at_once
 from lightning_koopman.effects.targets import (
     IGNORED,
     TARGET_KEYS,
@@ -22,7 +23,6 @@ from lightning_koopman.effects.targets import (
     find_target,
 )
 from lightning_koopman.network.arguments import check_given
-from lightning_koopman.network.forward_runner import MeanAndSpread, chunks, rows_at_once
 from lightning_koopman.network.padding import Valid, valid_outputs, valid_positions
 from lightning_koopman.report.effects import Scale
 

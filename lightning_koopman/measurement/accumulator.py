@@ -18,8 +18,8 @@ from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis
 from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.forward_runner import NO_SAMPLES
 from lightning_koopman.network.isolation import plain_numerics
+from lightning_koopman.network.names import INPUT, is_sum
 from lightning_koopman.network.plan import listed
-from lightning_koopman.network.rows import INPUT, is_sum
 from lightning_koopman.network.samples import spread_over
 from lightning_koopman.network.tensors import exact_device, exactly
 from lightning_koopman.report.report import CreditReport
@@ -267,22 +267,16 @@ class Accumulator:
             accumulate(layout, self._moments, states, keys % layout.folds, self.basis.center)
 
     def _check(self, rows: Mapping[str, Tensor], batch: int, links: tuple[tuple[int, ...], ...]) -> None:
-        names = tuple(rows)
         if not self.chain.names:
-            self.chain = Chain(names, tuple(block.shape[1] for block in rows.values()), links)
+            widths = tuple(block.shape[1] for block in rows.values())
+            self.chain = Chain(tuple(rows), widths, links)
             self._spacings = tuple(torch.finfo(block.dtype).eps for block in rows.values())
-        if names != self.chain.names:
-            odd = sorted(set(names) ^ set(self.chain.names)) or list(names)
-            raise ValueError(
-                f"batch {batch} ran the components {listed(names)}, the batches before it "
-                f"{listed(self.chain.names)} (difference: {listed(odd)}). Choose components that run "
-                "equally often in every pass with components=[...]."
-            )
-        n_samples = next(iter(rows.values())).shape[0]
+        first = self.chain.names[0]
+        n_samples = rows[first].shape[0]
         for (name, block), width in zip(rows.items(), self.chain.widths, strict=True):
             if block.shape[0] != n_samples:
                 raise ValueError(
-                    f"{_called(name)} has {block.shape[0]} rows in batch {batch}, but {names[0]!r} "
+                    f"{_called(name)} has {block.shape[0]} rows in batch {batch}, but {first!r} "
                     f"has {n_samples}. Rows are samples: axis 0 must be the batch axis. Where rows are "
                     "pooled, as nodes are to graphs, let the batch hold the graph of each node, in "
                     "order, or name the components behind the pooling with components=[...]."

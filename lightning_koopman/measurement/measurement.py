@@ -22,16 +22,13 @@ from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, hint, is_leaf, matching
 from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
 from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.names import OUTPUT, call_of, is_sum, module_of
 from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
 from lightning_koopman.network.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.rows import (
-    OUTPUT,
     Recorded,
     by_sample,
-    call_of,
-    is_sum,
-    module_of,
     n_positions,
     pooled_by,
     pooling_index,
@@ -94,7 +91,8 @@ class Measurement(Accumulator):
         self._valid: Valid = {}
         # Where a state behind others says which positions hold data, rows are made when all have run.
         self._waits_for_lengths = False
-        self._earlier: list[list[Tensor]] = []
+        # What the calls before in this step gave.
+        self._calls_before: list[list[Tensor]] = []
         # Sizes of what ran in this pass, and did not run in the first.
         self._others: dict[str, tuple[int, ...]] = {}
         # Shapes of what a call gave, and the first call of its pass; how many calls had other ones, and
@@ -135,6 +133,12 @@ class Measurement(Accumulator):
             vars(self).update((name, vars(like)[name]) for name in _SETTLED)
             self.capture.keep = _weakly(self._keep)
 
+    @property
+    def _known_plan(self) -> Plan:
+        """The plan, which the first pass has made."""
+        assert self.plan is not None
+        return self.plan
+
     def follow(self, reference: Reference) -> None:
         """Bring all states into the coordinates of a reference, and refuse other components."""
         self._followed, self._named = reference, reference.named
@@ -155,12 +159,7 @@ class Measurement(Accumulator):
                 self._is_joined = self._is_joined or self.capture.joins(returned)
                 if callable(self.options.output):
                     self.capture.record_end(self.options.output(returned))
-                first = self.capture.is_first
                 self.end_pass()
-                if first:
-                    # Some hooks are there for the first pass alone.
-                    self.capture.remove()
-                    self.capture.__enter__()
                 if self._needs_no_more():
                     break
 
@@ -210,7 +209,7 @@ class Measurement(Accumulator):
         refuse_without_shape(batch)
         self._batch, self._valid, self._others = batch, valid_positions(batch), {}
         self._shapes, self._first_shapes = {}, {}
-        self.capture.again, self._earlier = _weakly(self._take_again), []
+        self.capture.again, self._calls_before = _weakly(self._take_again), []
         self._told_by = None
         self.capture.start_pass(batch)
 
@@ -229,7 +228,7 @@ class Measurement(Accumulator):
                 f"no component ran in the forward pass; chosen were {list(self.capture.components)}. "
                 "Check forward_fn, or name modules that the pass calls with components=[...]."
             )
-        if self._is_whole(states) or not self._earlier:
+        if self._is_whole(states) or not self._calls_before:
             self._take(states)
 
     def _is_whole(self, states: Mapping[str, Any]) -> bool:
@@ -249,9 +248,8 @@ class Measurement(Accumulator):
 
     def _by_state(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the states of the chain, without the axis of their samples."""
-        assert self.plan is not None
-        own = (name for name in self.plan.recorded & shapes.keys() if not is_sum(name))
-        axes = {name: self.plan.forms[name].batch_axis for name in own}
+        own = (name for name in self._known_plan.recorded & shapes.keys() if not is_sum(name))
+        axes = {name: self._known_plan.forms[name].batch_axis for name in own}
         return {name: shapes[name][:axis] + shapes[name][axis + 1 :] for name, axis in axes.items()}
 
     def _take(self, states: dict[str, Any], *, again: bool = False) -> None:
@@ -260,9 +258,8 @@ class Measurement(Accumulator):
             states = self._make_plan(list(states.values()))
         elif self._waits_for_lengths:
             states = self._all_rows([r for r in states.values() if r is not None])
-        assert self.plan is not None
         try:
-            self.plan.check_rows(states)
+            self._known_plan.check_rows(states)
         except UnlikeRowsError:
             # Parts that run on samples of their own may have as many in most batches, but not in all.
             self._unlike_batches += 1
@@ -270,33 +267,33 @@ class Measurement(Accumulator):
                 raise
             return
         self._fill_in_sums(states)
-        rows = self.plan.join(states, self._batches)
+        rows = self._known_plan.join(states, self._batches)
         self._refuse_others(states, rows)
         first, *_ = blocks = list(rows.values())
         # A step may call the network twice on the same data, for a loss and for a metric.
-        if any(all(map(torch.equal, blocks, others)) for others in self._earlier):
+        if any(all(map(torch.equal, blocks, others)) for others in self._calls_before):
             return
         if self._followed is not None and not self.chain.names:
             self._followed.check_widths([block.shape[1] for block in rows.values()])
         before, n_rows = self._told_by, self.n_samples
         told_by = first if before is None else torch.cat([before, first[len(before) :]])[: len(first)]
         self._follow_sums(rows)
-        self.push(rows, self.plan.links, told_by)
+        self.push(rows, self._known_plan.links, told_by)
         if before is None:
             self._told_by = first
         else:
             self._n_again += self.n_samples - n_rows
         if again:
-            self._earlier.append(blocks)
+            self._calls_before.append(blocks)
 
     def _refuse_others(self, states: Mapping[str, Any], rows: Mapping[str, Tensor]) -> None:
         """Refuse a pass in which components ran in between that did not run in the first."""
-        if self.plan is None or not self._others:
+        if not self._others:
             return
         order, n_samples = list(states), len(next(iter(rows.values())))
         # What runs behind the chain, to draw pictures, does not concern it, nor what has no row for each
         # sample, as an expert that is given some positions.
-        last = max(order.index(name) for name in self.plan.recorded)
+        last = max(order.index(name) for name in self._known_plan.recorded)
         others = [name for name in order[:last] if n_samples in self._others.get(name, ())]
         if others:
             raise ValueError(
@@ -333,7 +330,12 @@ class Measurement(Accumulator):
                 parts=self.parts,
             )
         return replace(
-            report, notes=tuple(notes), parts=self.parts, reference=reference, **self._about_modules()
+            report,
+            notes=tuple(notes),
+            parts=self.parts,
+            reference=reference,
+            types=tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
+            parameters=self.capture.n_weights(self._calls()),
         )
 
     def _make_plan(self, records: list[Recorded]) -> dict[str, Tensor | None]:
@@ -403,9 +405,8 @@ class Measurement(Accumulator):
 
     def _follow_sums(self, rows: Mapping[str, Tensor]) -> None:
         """Find out which sums are, in all batches, those of what they read, but for a shift."""
-        assert self.plan is not None
-        states = list(rows.values())
-        for i, (name, read) in enumerate(zip(self.plan.names[1:], self.plan.links, strict=True), 1):
+        plan, states = self._known_plan, list(rows.values())
+        for i, (name, read) in enumerate(zip(plan.names[1:], plan.links, strict=True), 1):
             if name in self._roundings and len(states[i]):
                 # Of each measurement, for a training may change what a branch is multiplied by.
                 known = self._added.setdefault(i, AddedUp(self._roundings[name]))
@@ -413,9 +414,8 @@ class Measurement(Accumulator):
 
     def _fill_in_sums(self, states: dict[str, Any]) -> None:
         """Add up what a sum reads where no module took it in this pass, and was so in those before."""
-        assert self.plan is not None
-        known = {self.plan.states[i][0]: each for i, each in self._added.items()}
-        for name, parts in self.plan.sums.items():
+        known = {self._known_plan.states[i][0]: each for i, each in self._added.items()}
+        for name, parts in self._known_plan.sums.items():
             if name in known and name not in states and states.keys() >= {*parts}:
                 found = known[name].filled_in([states[part] for part in parts])
                 states |= {} if found is None else {name: found}
@@ -425,10 +425,9 @@ class Measurement(Accumulator):
 
     def _check_reduced(self, records: Sequence[Recorded], rows: Mapping[str, Tensor | None]) -> None:
         """Refuse what the user's own reduction made other rows of than those of samples."""
-        assert self.plan is not None
         sizes = {len(record.tensor) for record in records if record.tensor.ndim}
         for record in records:
-            form, block = self.plan.forms.get(record.name), rows[record.name]
+            form, block = self._known_plan.forms.get(record.name), rows[record.name]
             if form is None or block is None or not callable(form.reduce):
                 continue
             axis = form.of_axis
@@ -442,11 +441,10 @@ class Measurement(Accumulator):
 
     def _refuse_mixtures(self, targets: Sequence[int], records: Sequence[Recorded]) -> None:
         """Refuse targets of an output that is pooled or projected."""
-        assert self.plan is not None
         width, max_dim = 0, self.options.max_dim
         for record in records:
-            if record.name in self.plan.states[-1]:
-                form = self.plan.forms[record.name]
+            if record.name in self._known_plan.states[-1]:
+                form = self._known_plan.forms[record.name]
                 is_whole = form.reduce == "pool" and not form.is_alone
                 block = by_sample(record.tensor, form) if is_whole else form.rows(record.tensor)
                 width += block[0].numel()
@@ -459,11 +457,10 @@ class Measurement(Accumulator):
 
     def _find_unmasked(self, records: Sequence[Recorded]) -> None:
         """Find the states that have other positions than the masked ones that they are made of."""
-        assert self.plan is not None
         masked = set[str]()
         for record in records:
-            form = self.plan.forms.get(record.name)
-            if form is None or record.name not in self.plan.recorded:
+            form = self._known_plan.forms.get(record.name)
+            if form is None or record.name not in self._known_plan.recorded:
                 continue
             valid = self._valid.get(form.padding or "")
             if valid is not None and valid.ndim > 1 and not bool(valid.all()):
@@ -476,13 +473,12 @@ class Measurement(Accumulator):
 
     def _work_of(self, records: Sequence[Recorded]) -> float:
         """Estimate the multiplications of one pass: each weight once per position of its output."""
-        assert self.plan is not None
         work = 0.0
         for record in records:
             component = self.capture.components.get(module_of(record.name))
             of_call = call_of(record.name) == record.name
             if component is not None and of_call and record.tensor.ndim > 1:
-                first = self.plan.forms[record.name].channels_first
+                first = self._known_plan.forms[record.name].channels_first
                 channels = record.tensor.shape[1 if first else -1]
                 weights = sum(parameter.numel() for parameter in component.parameters())
                 work += weights * record.tensor.numel() / max(1, channels)
@@ -504,20 +500,17 @@ class Measurement(Accumulator):
         self, tensor: Tensor, recorded: Recorded, lengths: Valid = MappingProxyType({})
     ) -> Tensor | None:
         """Make the rows of a state of the chain; of others, compare."""
-        assert self.plan is not None
-        if recorded.name not in self.plan.recorded:
-            if recorded.name in self.plan.alike and tensor.ndim and len(tensor):
+        if recorded.name not in self._known_plan.recorded:
+            if recorded.name in self._known_plan.alike and tensor.ndim and len(tensor):
                 self._compare(recorded.name, tensor)
             call = call_of(recorded.name)
-            known = call in self.plan.forms or call in self.capture.parts
-            if not known and module_of(call) not in self.plan.in_turns:
+            known = call in self._known_plan.forms or call in self.capture.parts
+            if not known and module_of(call) not in self._known_plan.in_turns:
                 self._others[recorded.name] = tuple(tensor.shape[:2])
             return None
-        form = self.plan.forms[recorded.name].in_batch(tensor, self._batch)
+        form = self._known_plan.forms[recorded.name].in_batch(tensor, self._batch)
         if recorded.orders or recorded.second_orders:
             tensor = replace(recorded, tensor=tensor).in_order(form)
-        if tensor.ndim == 2 and form.group == 1:
-            return form.rows(tensor)
         told_by = form.padding or ""
         valid = recorded.lengths
         if valid is None and told_by in lengths:
@@ -529,9 +522,8 @@ class Measurement(Accumulator):
 
     def _compare(self, name: str, tensor: Tensor) -> None:
         """Find out whether a state varies that did not in the first batch; a device is not asked."""
-        assert self.plan is not None
-        if name in self.plan.forms:
-            tensor = by_sample(tensor, self.plan.forms[name])
+        if name in self._known_plan.forms:
+            tensor = by_sample(tensor, self._known_plan.forms[name])
         first = tensor[:1].detach().clone(), torch.zeros((), device="cpu")
         sample, differs = self._alike.get(name, first)
         if sample.shape[1:] == tensor.shape[1:]:
@@ -670,13 +662,6 @@ class Measurement(Accumulator):
         """Find the modules of each component."""
         known = self.capture.components
         return [[known[m] for n in calls if (m := module_of(n)) in known] for calls in self._calls()]
-
-    def _about_modules(self) -> dict[str, Any]:
-        """Class and number of parameters of each component's module, as fields of the report."""
-        return {
-            "types": tuple("+".join(type(m).__name__ for m in group) for group in self._modules()),
-            "parameters": self.capture.n_weights(self._calls()),
-        }
 
 
 def _refuse_alone(name: str) -> NoReturn:

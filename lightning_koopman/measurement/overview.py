@@ -17,11 +17,13 @@ from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
-from lightning_koopman.network.hook_points import attach, find_module
+from lightning_koopman.network.hook_points import find_module
+from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
-from lightning_koopman.network.padding import Valid, valid_positions
-from lightning_koopman.network.plan import Plan, in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, module_of, numbered, pooled_by, pooling_index
+from lightning_koopman.network.names import module_of, numbered
+from lightning_koopman.network.padding import valid_positions
+from lightning_koopman.network.plan import in_a_row, make_plan
+from lightning_koopman.network.rows import Recorded, pooled_by, pooling_index
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 from lightning_koopman.report.text import counted
 
@@ -154,7 +156,7 @@ def describe_components(
     if capture.untraced is not None:
         records, returned = in_a_row(records, returned), {}
         in_losses = frozenset()
-    valid, shapes = valid_positions(batch), {r.name: tuple(r.tensor.shape) for r in records}
+    shapes = {record.name: tuple(record.tensor.shape) for record in records}
     pooled = pooling_index(records, capture.returned.rows, batch)
     records = [replace(r, tensor=pooled_by(pooled, r.tensor, batch)) for r in records]
     plan = make_plan(
@@ -165,15 +167,19 @@ def describe_components(
         returned=returned,
         in_losses=in_losses,
         in_turns=frozenset() if named else capture.in_turns(records),
-        valid=valid,
+        valid=valid_positions(batch),
     )
     notes = plan.told() + capture.told(silent)
     shown = [record for record in records if record.name in capture.parts]
-    sizes = capture.n_weights([record.name] for record in shown)
-    rows = tuple(
-        _row(model, record, size, plan, taken, shapes[record.name], valid)
-        for record, size in zip(shown, sizes, strict=True)
-    )
+
+    def row(record: Recorded, size: int) -> ComponentRow:
+        name, chain = record.name, zip(plan.names, plan.states, strict=True)
+        state = next((known for known, group in chain if name in group), None)
+        width = None if state is None else plan.forms[name].width(record.tensor)
+        kind = type(find_module(model, name)[0]).__name__
+        return ComponentRow(name, kind, size, taken.get(name), shapes[name], width, state)
+
+    rows = tuple(map(row, shown, capture.n_weights([record.name] for record in shown)))
     return Overview(rows, tuple(notes), total, max_dim, run=True)
 
 
@@ -198,24 +204,6 @@ def _noting_inputs(
 
 def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:
     return replace(recorded, tensor=detached_copy(tensor))
-
-
-def _row(
-    model: nn.Module,
-    record: Recorded,
-    size: int,
-    plan: Plan,
-    taken: dict[str, tuple[int, ...]],
-    shape: tuple[int, ...],
-    valid: Valid,
-) -> ComponentRow:
-    state = next((n for n, g in zip(plan.names, plan.states, strict=True) if record.name in g), None)
-    width = None
-    if state is not None:
-        form = plan.forms[record.name]
-        width = form.rows(record.tensor, valid.get(form.padding or "")).shape[1]
-    kind = type(find_module(model, record.name)[0]).__name__
-    return ComponentRow(record.name, kind, size, taken.get(record.name), shape, width, state)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

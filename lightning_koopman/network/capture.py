@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -34,24 +34,23 @@ from lightning_koopman.network.components import (
     without_component,
 )
 from lightning_koopman.network.function_calls import FunctionCalls
-from lightning_koopman.network.hook_points import attach_in, ended
+from lightning_koopman.network.hooks import attach_in, ended
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.isolation import plain_numerics
-from lightning_koopman.network.origins import Origins
-from lightning_koopman.network.provenance import Provenance, unseen
-from lightning_koopman.network.returned import Returned
-from lightning_koopman.network.rows import (
+from lightning_koopman.network.names import (
     INPUT,
     OUTPUT,
-    Recorded,
     further_name,
     is_sum,
     module_of,
     numbered,
     sum_name,
-    with_lengths_in_order,
 )
+from lightning_koopman.network.origins import Origins
+from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.returned import Returned
+from lightning_koopman.network.rows import Recorded, with_lengths_in_order
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whole_here
 from lightning_koopman.network.shared_memory import further_tensors
 from lightning_koopman.network.signals import signals_wait
@@ -73,6 +72,7 @@ from lightning_koopman.network.tensors import (
     unpacked,
     view_of_memory,
 )
+from lightning_koopman.network.watch import unseen
 
 
 def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
@@ -191,7 +191,6 @@ class Capture:
         self.chosen = tuple(self.components)
         self._within = {} if self._named else inner_components(model, self.components)
         self._transparent_within = inner_transparent(self.components, self._within)
-        self._inner_hooks: dict[str, ExitStack] = {}
         # Components of which parts stand for themselves, and those whose calls are under way, by id.
         self._opened: set[int] = set()
         self._running: set[int] = set()
@@ -206,7 +205,8 @@ class Capture:
         self._direct: set[int] = set()
         self._attach = attach_in(model, self._fail)
         self._hooks = ExitStack()
-        self._input_hooks: dict[str, ExitStack] = {}
+        # Whether hooks are on that the first pass alone needs.
+        self._hangs_all = False
         self._passes = 0
         self.again: Callable[[dict[str, Any]], None] | None = None
         self.parts: dict[str, tuple[str, ...]] = {}
@@ -250,14 +250,14 @@ class Capture:
 
     def _hang(self, hooks: ExitStack) -> None:
         """Put on what the stack takes off."""
-        first = self.is_first
+        first = self._hangs_all = self.is_first
 
         def hang(
             module: nn.Module, before: Any = None, after: Any = None, *, direct: bool = False
-        ) -> ExitStack:
+        ) -> None:
             """Hang hooks, which see ``direct`` calls of ``forward`` where there may be any."""
             seen = self._direct if direct and (first or id(module) in self._direct) else None
-            return hooks.enter_context(self._attach(module, before=before, after=after, direct=seen))
+            hooks.enter_context(self._attach(module, before=before, after=after, direct=seen))
 
         if self._ancestor is not None:
             hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
@@ -271,13 +271,13 @@ class Capture:
         whole = {name: module for name, module in self.components.items() if name not in others}
         for name, module in whole.items():
             if self._takes_input(module):
-                self._input_hooks[name] = hang(module, self._on_input, direct=True)
+                hang(module, self._on_input, direct=True)
             hang(module, after=functools.partial(self._on_output, name), direct=True)
         for name, (module, _) in self._within.items():
             if first or name in self.components:
                 on_input = functools.partial(self._on_inner_input, name)
                 on_output = functools.partial(self._on_inner_output, name)
-                self._inner_hooks[name] = hang(module, on_input, on_output)
+                hang(module, on_input, on_output)
         on_transparent_input = self._on_transparent_input if first else None
         for module, owners in self._transparent_within:
             if first or any(id(module) == merged for merged, _ in self._merged):
@@ -313,13 +313,12 @@ class Capture:
 
     def remove(self) -> None:
         """Take every hook off the model; safe to call twice."""
+        self._hangs_all = False
         with signals_wait():
             try:
                 self._hooks.close()
             finally:
                 self._leave()
-        self._input_hooks.clear()
-        self._inner_hooks.clear()
 
     def _leave(self) -> None:
         """Stop following the data, and keep what it said of components that did not run."""
@@ -409,11 +408,9 @@ class Capture:
             return self._states
         finally:
             self._leave()
-            for name in list(self._input_hooks):
-                if not self._takes_input(self.components[name]):
-                    self._input_hooks.pop(name).close()
-            for name in self._inner_hooks.keys() - self.components.keys() if self._passes else ():
-                self._inner_hooks.pop(name).close()
+            if self._hangs_all and self._passes:
+                self.remove()
+                self.__enter__()
             self.start_pass()
 
     @property
@@ -560,11 +557,6 @@ class Capture:
                 known.clear()
             self._functions.forget(lambda _: True)
 
-    def _is_foreign(self, args: Any, kwargs: Any) -> bool:
-        """Check whether a call behind that of the ancestor runs on other data, such as noise."""
-        behind = self._called and not self._nested and self._passes == 0
-        return behind and all(map(self._provenance.is_untouched, all_tensors((args, kwargs))))
-
     @_while_recording
     def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if module is self._in_its_place:
@@ -650,7 +642,9 @@ class Capture:
             self._keep_inputs(key, module, given)
             return
         self._given[id(module)] = Given(given)
-        if self._is_foreign(args, kwargs):
+        is_behind = self._called and not self._nested
+        if is_behind and all(map(self._provenance.is_untouched, all_tensors(given))):
+            # It runs on other data than the ancestor did, such as noise.
             self._foreign.add(key)
             return
         self.origins.take(key, given, self._states.keys())
@@ -1036,24 +1030,14 @@ class Capture:
         self._store(tensor, Recorded(name, module, held, lengths, sources, is_loss=is_loss, **facts))
 
     def _store(self, tensor: Tensor, recorded: Recorded) -> None:
-        """Store what was recorded of a state; the first pass shows how its rows came about."""
-        if self._passes == 0:
-            recorded = replace(
-                recorded,
-                merged=self._provenance.merged(tensor),
-                picks=self._provenance.picks(recorded.tensor),
-                positions=self._provenance.positions(recorded.tensor),
-            )
+        """Store what was recorded of a state, and how its rows came about."""
         if recorded.name in self._shapes:
             self._shapes[recorded.name] = recorded.tensor.shape
-        places = self._provenance.places(recorded.tensor)
-        if any(place is not None for place in places):
-            recorded = replace(recorded, places=places)
-        both = [self._provenance.orders(recorded.tensor, which) for which in range(2)]
-        if any(both):
-            moved = any(order.is_of_all for orders in both for order in orders.values())
-            self._moved |= {recorded.name} if moved else set()
-            recorded = replace(recorded, orders=both[0], second_orders=both[1])
+        if rows := self._provenance.rows(recorded.tensor, tensor):
+            recorded = replace(recorded, **rows)
+            both = (recorded.orders, recorded.second_orders)
+            if any(order.is_of_all for orders in both for order in orders.values()):
+                self._moved.add(recorded.name)
             recorded = with_lengths_in_order(recorded)
         with unseen():
             self._states[recorded.name] = self.keep(recorded.tensor, recorded)
@@ -1073,19 +1057,13 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return what a module's ``forward`` is called with, under the names of its parameters."""
-    # That of the class, for somebody may listen to the instance's own.
-    try:
-        bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
-    except (TypeError, ValueError):
-        return dict(kwargs)
-    return {**bound.arguments, **bound.arguments.get("kwargs", {})}
-
-
 def _with_arguments(outer: dict[str, Any], module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """Put what a module is called with, which is about its own data, before what is known around it."""
-    own = _arguments(module, args, kwargs)
+    own = dict(kwargs)
+    # Of the class, for somebody may listen to the instance's own; not every one says what it takes.
+    with suppress(TypeError, ValueError):
+        bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs)
+        own = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     return own | {name: value for name, value in outer.items() if name not in own}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_koopman.network.provenance import Watcher, flat, kept_out_of_the_pass
+from lightning_koopman.network.watch import Watcher, flat, kept_out_of_the_pass
 
 # These make room or copies, which passes differ in as samples lie otherwise in memory, and nothing new.
 _SAME_VALUES = frozenset({

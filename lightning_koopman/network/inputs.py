@@ -14,8 +14,8 @@ from lightning_koopman.network.input_data import (
     is_mask,
     is_of_edges,
 )
+from lightning_koopman.network.names import numbered
 from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.rows import numbered
 from lightning_koopman.network.shared_memory import Coverage
 from lightning_koopman.network.tensors import all_tensors, detached_copy, is_real
 

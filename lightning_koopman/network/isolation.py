@@ -128,8 +128,8 @@ def _log_nothing(*_: Any, **__: Any) -> None:
 def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None, None, None]:
     """Restore every module's mode, attributes, hooks, weights and buffers, to the last bit."""
     modes = [(module, module.training) for module in model.modules()]
-    kept = [
-        (values, dict(values))
+    kept: list[tuple[Any, ...]] = [
+        (_refill, values, dict(values))
         for module in model.modules()
         for values in (vars(module), *(vars(module).get(name) for name in _INSIDE))
         if isinstance(values, dict)
@@ -137,18 +137,18 @@ def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None
     named = (item for module in model.modules() for item in vars(module).items())
     attributes = [value for name, value in named if name not in _INSIDE]
     own = _with_contents(attributes)
-    held = [(value, value.copy()) for value in own if type(value) in _CONTAINERS]
-    arrays = [v for v in own if type(v) is np.ndarray and v.flags.writeable]
-    counted = [(value, value.copy()) for value in arrays]
+    kept += [(_refill, value, value.copy()) for value in own if type(value) in _CONTAINERS]
+    arrays = (value for value in own if type(value) is np.ndarray and value.flags.writeable)
+    kept += [(np.copyto, array, array.copy()) for array in arrays]
     rest = (value for value in attributes if type(value) not in _PLAIN)
-    objects = [(vars(value), dict(vars(value))) for value in rest if is_wrapper(value)]
+    kept += [(_put_tensors_back, vars(v), dict(vars(v))) for v in rest if is_wrapper(v)]
     # Those made in inference mode cannot be written outside of it.
     others = [value for value in own if type(value) is Tensor and not value.is_inference()]
     weights = (*model.parameters(), *model.buffers(), *others)
     inside = [value for tensor in weights for value in _own_numbers(tensor)]
     with torch._C.DisableTorchFunctionSubclass():  # somebody's own class may refuse to be read
-        tensors = [
-            (tensor, data, _once(data).clone())
+        kept += [
+            (_rewrite, tensor, data, _once(data).clone())
             for tensor in (*weights, *inside)
             for data in (tensor.data,)
             if type(data) is Tensor and data.layout is torch.strided and not is_lazy(tensor)
@@ -169,16 +169,8 @@ def _contents_kept(model: nn.Module, signals: SimpleNamespace) -> Generator[None
                 attempt(module.train, mode)
 
     def put_rest_back() -> None:
-        for values, before in kept:
-            attempt(_refill, values, before)
-        for value, before in held:
-            attempt(_refill, value, before)
-        for array, numbers in counted:
-            attempt(np.copyto, array, numbers)
-        for now, then in objects:
-            attempt(_put_tensors_back, now, then)
-        for tensor, data, copy in tensors:
-            attempt(_rewrite, tensor, data, copy)
+        for put_back, *given in kept:
+            attempt(put_back, *given)
 
     try:
         yield

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.names import call_of, is_sum, module_of
 from lightning_koopman.network.padding import Valid, lengths_of, with_padding
 from lightning_koopman.network.picks import keeping_picked
 from lightning_koopman.network.rows import (
@@ -20,9 +21,6 @@ from lightning_koopman.network.rows import (
     RowForm,
     batch_size,
     by_sample,
-    call_of,
-    is_sum,
-    module_of,
     row_forms,
     rows_without_samples,
 )

@@ -27,10 +27,10 @@ from lightning_koopman.network.components import (
     has_weights,
     transparent_modules,
 )
-from lightning_koopman.network.hook_points import attach_in, ended, is_wrapped, wrap
+from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.hooks import attach_in, ended, is_wrapped, wrap
 from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
-from lightning_koopman.network.provenance import DataFlow, unseen
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import (
     INTEGERS,
@@ -45,6 +45,7 @@ from lightning_koopman.network.tensors import (
     plain,
     tensors_inside,
 )
+from lightning_koopman.network.watch import unseen
 
 BYTES_KEPT = 256 * 2**20
 """Most bytes of arguments that are kept to be run again."""
@@ -69,6 +70,19 @@ class _Kept:
     kind: type[Tensor] = Tensor
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def n_rows(self) -> int:
+        """Entries of its first axis; a single number is one."""
+        return self.copy.shape[0] if self.copy.ndim else 1
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A copy of an argument that is neither a tensor nor a plain value."""
+
+    copy: Any
+    n_rows: int
+
 
 @dataclass(frozen=True)
 class _FedObject:
@@ -92,27 +106,9 @@ class _Fed(_FedObject):
     offset: int
 
 
-@dataclass(frozen=True)
-class _Autocast:
-    """Whether products are cast on a kind of device, and to what."""
-
-    device_type: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls, device_type: str) -> _Autocast:
-        enabled = torch.is_autocast_enabled(device_type)
-        return cls(device_type, enabled, torch.get_autocast_dtype(device_type))
-
-    def again(self) -> torch.autocast:
-        return torch.autocast(self.device_type, self.dtype if self.enabled else None, self.enabled)
-
-
-def _autocasts(tensors: Iterable[Tensor]) -> tuple[_Autocast, ...]:
-    """Tell what is cast now on the devices of some tensors, and on the CPU."""
-    kinds = dict.fromkeys(("cpu", *(tensor.device.type for tensor in tensors)))
-    return tuple(_Autocast.now(kind) for kind in kinds if torch.amp.is_autocast_available(kind))
+def _autocast_of(kind: str) -> tuple[bool, torch.dtype]:
+    """Tell whether products are cast now on a kind of device, and to what."""
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
 @dataclass
@@ -122,7 +118,7 @@ class _Call:
     Attributes:
         direct: Whether ``forward`` itself was called, which fires no hook.
         idle: Watched modules that did not run within the call, by ``id``.
-        autocasts: What the step let torch cast around the call.
+        autocasts: What the step let torch cast around the call, by kind of device.
         grads: Whether the step let torch follow gradients where the Trainer does not.
     """
 
@@ -131,17 +127,17 @@ class _Call:
     args: Any
     kwargs: Any
     idle: frozenset[int] = frozenset()
-    autocasts: tuple[_Autocast, ...] = ()
+    autocasts: Mapping[str, tuple[bool, torch.dtype]] = field(default_factory=dict)
     grads: bool = False
 
     def run(self, args: Any, kwargs: Any) -> Any:
         """Call the module as it was called."""
         with ExitStack() as around:
-            for own in self.autocasts:
-                now = _Autocast.now(own.device_type)
+            for kind, (enabled, dtype) in self.autocasts.items():
+                now = _autocast_of(kind)
                 # What stands there already, as a Trainer's precision, keeps the casts that it remembers.
-                if now != own and (now.enabled or own.enabled):
-                    around.enter_context(own.again())
+                if now != (enabled, dtype) and (now[0] or enabled):
+                    around.enter_context(torch.autocast(kind, dtype if enabled else None, enabled))
             if self.grads:
                 around.enter_context(torch.enable_grad())
             return (self.module.forward if self.direct else self.module)(*args, **kwargs)
@@ -152,33 +148,30 @@ class _Call:
         given = self.args, self.kwargs
         if (packed := first_packed(given)) is not None and isinstance(packed.batch_sizes, _Kept):
             return int(packed.batch_sizes.copy[0])
-        sizes: list[int] = []
-
-        def look(part: Any) -> None:
-            if isinstance(part, _Kept):
-                sizes.append(part.copy.shape[0] if part.copy.ndim else 1)
-            elif isinstance(part, _Object):
-                sizes.append(part.n_rows)
-
-        _mapped(given, look)
-        return max(sizes, default=1)
+        copies = (part for part in _leaves(given) if isinstance(part, _Kept | _Object))
+        return max((part.n_rows for part in copies), default=1)
 
     @property
     def starts(self) -> set[int]:
         """Where in memory the tensors begin that the call takes, but for what an earlier call gave."""
-        found: set[int] = set()
-        _mapped((self.args, self.kwargs), lambda p: found.add(p.start) if isinstance(p, _Kept) else None)
-        return found - {0}
+        given = _leaves((self.args, self.kwargs))
+        return {part.start for part in given if isinstance(part, _Kept)} - {0}
+
+    @property
+    def read(self) -> set[int]:
+        """The earlier calls of the step that gave something that the call takes."""
+        given = _leaves((self.args, self.kwargs))
+        return {part.call for part in given if isinstance(part, _FedObject)}
+
+    @property
+    def ran(self) -> set[nn.Module]:
+        """What it runs, as far as can be told."""
+        return {module for module in self.module.modules() if id(module) not in self.idle}
 
     @property
     def weighted(self) -> set[nn.Module]:
-        """What it runs that has weights of its own, as far as can be told."""
-        ran = (m for m in self.module.modules() if id(m) not in self.idle)
-        return {m for m in ran if any(True for _ in m.parameters(recurse=False))}
-
-    def runs(self, parts: Collection[nn.Module]) -> bool:
-        """Check whether the call runs all of some modules, as far as can be told."""
-        return {*parts} <= {m for m in self.module.modules() if id(m) not in self.idle}
+        """What it runs that has weights of its own."""
+        return {module for module in self.ran if any(True for _ in module.parameters(recurse=False))}
 
 
 class Part(NamedTuple):
@@ -220,7 +213,7 @@ class Step:
             return 0
         about, before = {*calls}, set[int]()
         while about != before:
-            before, about = about, about.union(*(_read_by(self.calls[i]) for i in about))
+            before, about = about, about.union(*(self.calls[i].read for i in about))
         starts = set[int]().union(*(self.calls[i].starts for i in about))
         found = [place for place, part in enumerate(self.parts) if part.starts & starts]
         return found[0] if len(found) == 1 else None
@@ -235,8 +228,8 @@ class Step:
 
         If none does, what was called before the ``whole`` that holds them counts where others take it.
         """
-        read = [_read_by(call) for call in self.calls]
-        kept = {i for i, call in enumerate(self.calls) if call.runs(parts)}
+        read = [call.read for call in self.calls]
+        kept = {i for i, call in enumerate(self.calls) if call.ran >= {*parts}}
         if not kept:
             first = next((i for i, call in enumerate(self.calls) if call.module is whole), 0)
             kept = {*range(first, len(self.calls))}
@@ -252,7 +245,7 @@ class Step:
 
         Those that take what another call gave, or give what another takes, stay.
         """
-        read = [_read_by(call) for call in self.calls]
+        read = [call.read for call in self.calls]
         lone = {
             i
             for i, call in enumerate(self.calls)
@@ -279,7 +272,15 @@ class Step:
 
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
-        return [_revived((call.args, call.kwargs)) for call in self.calls]
+
+        def revive(part: Any) -> Any:
+            if isinstance(part, _Kept):
+                made = part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
+                made.requires_grad_(part.grads)
+                return made if part.kind is Tensor else derived(made, part.kind, part.attributes)
+            return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
+
+        return [_mapped((call.args, call.kwargs), revive) for call in self.calls]
 
     def run(self, given: list[Any] | None = None) -> list[Any]:
         """Call the modules again on what :meth:`revive` gave, and return what each of them gives."""
@@ -292,17 +293,6 @@ class Step:
             args, kwargs = _fed(taken, returned)
             returned.append(call.run(args, kwargs))
             yield returned[-1]
-
-
-def _read_by(call: _Call) -> set[int]:
-    found: set[int] = set()
-
-    def look(part: Any) -> None:
-        if isinstance(part, _FedObject):
-            found.add(part.call)
-
-    _mapped((call.args, call.kwargs), look)
-    return found
 
 
 class Recording:
@@ -564,8 +554,9 @@ class Recording:
     def _begin(self, module: nn.Module, args: Any, kwargs: Any, *, direct: bool) -> None:
         self._ran = set()
         name = self._names[id(module)]
-        own = itertools.islice(module.parameters(), 1)
-        autocasts = _autocasts(itertools.chain(own, tensors_inside((args, kwargs))))
+        held = itertools.chain(itertools.islice(module.parameters(), 1), tensors_inside((args, kwargs)))
+        kinds = dict.fromkeys(("cpu", *(tensor.device.type for tensor in held)))
+        autocasts = {kind: _autocast_of(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
         args, kwargs = self._kept(args, name), self._kept(kwargs, name)
         self._step.calls.append(
             _Call(module, direct, args, kwargs, autocasts=autocasts, grads=self._grads)
@@ -656,24 +647,9 @@ def _start_of(tensor: Tensor) -> int:
     return tensor.data_ptr() if address_of(tensor) else 0
 
 
-@dataclass(frozen=True)
-class _Object:
-    """A copy of an argument that is neither a tensor nor a plain value."""
-
-    copy: Any
-    n_rows: int
-
-
 def _objects_in(value: Any) -> list[Any]:
     """Find what is neither a tensor nor a plain value in what a call gives, in order."""
-    found: list[Any] = []
-
-    def look(part: Any) -> None:
-        if not isinstance(part, (Tensor, *_NOT_COPIED)):
-            found.append(part)
-
-    _mapped(value, look)
-    return found
+    return [part for part in _leaves(value) if not isinstance(part, (Tensor, *_NOT_COPIED))]
 
 
 def _holds_tensors(module: nn.Module) -> bool:
@@ -711,15 +687,11 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _revived(value: Any) -> Any:
-    def revive(part: Any) -> Any:
-        if isinstance(part, _Kept):
-            made = part.copy.to(part.device, copy=True, non_blocking=need_not_wait(part.device))
-            made.requires_grad_(part.grads)
-            return made if part.kind is Tensor else derived(made, part.kind, part.attributes)
-        return copy.deepcopy(part.copy) if isinstance(part, _Object) else part
-
-    return _mapped(value, revive)
+def _leaves(value: Any) -> list[Any]:
+    """List what tuples, lists and dictionaries hold in the end."""
+    found: list[Any] = []
+    _mapped(value, found.append)
+    return found
 
 
 def _fed(value: Any, returned: list[Any]) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.inputs import Call, Inputs
-from lightning_koopman.network.provenance import Provenance, unseen
-from lightning_koopman.network.rows import numbered
+from lightning_koopman.network.names import numbered
+from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -19,6 +19,7 @@ from lightning_koopman.network.tensors import (
     tensors_inside,
     varies,
 )
+from lightning_koopman.network.watch import unseen
 
 
 class End(NamedTuple):

@@ -493,13 +493,9 @@ class RowOrders:
         known = [each for each in orders if each]
         if not known:
             return NO_ORDERS
-        if len(known) == len(orders) and all(each is known[0] for each in known):
-            return known[0]
         in_order = [
             self._sizes(tensor) - each.keys() for tensor, each in zip(reads, orders, strict=True)
         ]
-        if len(known) == 1 and not any(sizes & known[0].keys() for sizes in in_order):
-            return known[0]
         joined = {}
         for size in {size for each in known for size in each}:
             found = [each[size] for each in known if size in each]
@@ -518,7 +514,7 @@ class RowOrders:
 
 def _in_one(rows: Sequence[Tensor], base: int, seen: Sequence[Order]) -> Order:
     """Return the order of rows that were put one behind the other."""
-    moved, mixed = (any(order[k] for order in seen) for k in (2, 3))
+    moved, mixed = any(order.moved for order in seen), any(order.mixed for order in seen)
     return Order(torch.cat([each.to(rows[0].device) for each in rows]), base, moved, mixed)
 
 
@@ -544,7 +540,7 @@ def _agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:
     if differ:
         own = plain or any(order.is_own for order in found)
         rows = _places(size, rows) if own else first.filled()
-    moved, mixed = (any(order[k] for order in found) for k in (2, 3))
+    moved, mixed = any(order.moved for order in found), any(order.mixed for order in found)
     return Order(rows, first.base, moved, differ or mixed)
 
 

@@ -18,27 +18,9 @@ from torch.nn import functional as F
 from lightning_koopman.network.arguments import check_each
 from lightning_koopman.network.batch_axes import Place
 from lightning_koopman.network.input_data import is_edge_index
+from lightning_koopman.network.names import is_sum
 from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, tensors_inside
-
-INPUT = "input"
-"""Name of the state before the first component."""
-
-OUTPUT = "output"
-"""Name of the last state where it is no component's."""
-
-
-_SUM = "sum into "
-
-
-def sum_name(call: str) -> str:
-    """Name a sum of states by the module call that takes it first."""
-    return f"{_SUM}{call}"
-
-
-def is_sum(name: str) -> bool:
-    """Check whether a state is a sum of others, which no component gave and which has no numbers."""
-    return name.startswith(_SUM)
 
 
 class Pick(NamedTuple):
@@ -184,34 +166,6 @@ def with_lengths_in_order(recorded: Recorded) -> Recorded:
     )
 
 
-def numbered(name: str, place: int) -> str:
-    """Tell what comes after the first of several, as later calls of a module, by its number."""
-    return f"{name}#{place}" if place else name
-
-
-def module_of(name: str) -> str:
-    """Return the module of a call, or of what a call gave."""
-    return name.partition("#")[0]
-
-
-def further_name(call: str, place: int) -> str:
-    """Name a tensor that a module call gives beside the one that has the call's name."""
-    return f"{call}:{place}" if "#" in call else f"{call}#0:{place}"
-
-
-def call_of(name: str) -> str:
-    """Return the module call that gave a tensor of this name.
-
-    Example:
-        >>> call_of("net.0"), call_of(further_name("net.0", 2)), call_of(further_name("net.0#1", 2))
-        ('net.0', 'net.0', 'net.0#1')
-    """
-    module, _, number = name.rpartition("#")
-    if ":" not in number or not module:
-        return name
-    return f"{module}#{number.partition(':')[0]}".removesuffix("#0")
-
-
 Reduction = Literal["pool", "flatten", "mean", "last", "cls"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 
@@ -316,8 +270,6 @@ class RowForm:
             if not isinstance(values, Tensor) or values.ndim == 0:
                 raise ValueError(f"reduce gave {type(values).__name__}; it must give one row per sample")
             return values.detach().reshape(values.shape[0], -1).to(dtype, copy=True)
-        if tensor.ndim == 2 and self.batch_axis == 0 and self.group == 1:
-            return tensor.detach().to(dtype, copy=True)
         values = by_sample(tensor.detach(), self)
         if values.ndim <= 2 or self.reduce == "flatten":
             return values.reshape(values.shape[0], -1).to(dtype, copy=True)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_koopman
 from lightning_koopman import KoopmanCreditMonitor, Options
-from lightning_koopman.network import bystander, hook_points, provenance
+from lightning_koopman.network import bystander, hooks, watch
 
 OURS = str(Path(lightning_koopman.__file__).parent)
 
@@ -31,11 +31,11 @@ Site = tuple[CodeType, int]
 DOORS = {
     door.__code__
     for door in (
-        *(hook_points._Hook.__call__, hook_points._Around.__call__),
+        *(hooks._Hook.__call__, hooks._Around.__call__),
         *(bystander.stand_by, bystander.Call.__init__, bystander.Call.__call__),
-        *(hook_points._is_elsewhere, hook_points._is_computed_again),
+        *(hooks._is_elsewhere, hooks._is_computed_again),
         # Within what keeps the compiler out, where something was compiled before.
-        inspect.unwrap(provenance._Watch.__torch_dispatch__),
+        inspect.unwrap(watch._Watch.__torch_dispatch__),
     )
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
-from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.subclasses import MadeUnwatched
 
 

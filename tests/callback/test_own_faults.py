@@ -33,11 +33,12 @@ from lightning_koopman.callback import monitor as monitors
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network import hook_points, provenance
+from lightning_koopman.network import hooks, watch
 from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.hook_points import _Around
-from lightning_koopman.network.provenance import DataFlow, _WatchOfThread
+from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.hooks import _Around
 from lightning_koopman.network.replay import Step
+from lightning_koopman.network.watch import Watcher, _WatchOfThread
 
 # Where one measurement passes, from the first hook to the last number.
 PLACES = [
@@ -194,23 +195,23 @@ def assert_nothing_stays(model: L.LightningModule, trainer: L.Trainer) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError("ours")], ids=repr)
 def test_data_are_followed_no_longer_where_it_fails_to_end(error, monkeypatch):
-    failed: list[DataFlow] = []
+    failed: list[Watcher] = []
 
     class Fails(_WatchOfThread):
-        def remove(self, flow: DataFlow) -> None:
-            if flow not in failed:
-                failed.append(flow)
+        def remove(self, watcher: Watcher) -> None:
+            if watcher not in failed:
+                failed.append(watcher)
                 raise error
-            super().remove(flow)
+            super().remove(watcher)
 
-    monkeypatch.setattr(provenance, "_WATCH", Fails())
+    monkeypatch.setattr(watch, "_WATCH", Fails())
     model, trainer, _ = fit([KoopmanCreditMonitor()])
     assert failed
     assert_nothing_stays(model, trainer)
 
 
 def test_no_hook_stays_where_memory_lacks_as_it_is_put_on():
-    with broken((hook_points, "_keep_place"), MemoryError("ours"), []):
+    with broken((hooks, "_keep_place"), MemoryError("ours"), []):
         assert_nothing_stays(*fit([KoopmanCreditMonitor()])[:2])
 
 

@@ -149,7 +149,7 @@ def test_an_error_of_a_hook_is_not_a_validation_that_runs_no_component(spoilt, t
     def fails(*_: Any) -> bool:
         raise RuntimeError("the hook broke")
 
-    monkeypatch.setattr(Capture, {"_on_input": "_is_foreign", "_on_output": "_count"}[spoilt], fails)
+    monkeypatch.setattr(Capture, {"_on_input": "_keep_inputs", "_on_output": "_count"}[spoilt], fails)
     monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False)
     with pytest.raises(RuntimeError, match="the hook broke"):
         fitted(tmp_path, Net(nn.Identity()), monitor)

@@ -106,7 +106,7 @@ def test_wide_outputs_are_compared_piece_by_piece(
     before, after = normal(30, 5, 4), normal(30, 5, 4, seed=1)
     targets = torch.zeros(30, 4, dtype=torch.long)
     whole = outputs(before, targets, scale).compare(after.split(40))
-    monkeypatch.setattr("lightning_koopman.network.forward_runner._VALUES_AT_ONCE", at_once)
+    monkeypatch.setattr("lightning_koopman.effects.means._VALUES_AT_ONCE", at_once)
     pieces = outputs(before, targets, scale).compare(after.split(40))
     np.testing.assert_allclose(pieces.moved, whole.moved, rtol=1e-13)
     np.testing.assert_allclose(pieces.whole, whole.whole, rtol=1e-13)

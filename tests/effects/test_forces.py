@@ -121,8 +121,7 @@ def test_what_is_put_in_place_takes_no_gradient(value: float) -> None:
     alter: dict[HookPoint, Any] = {HookPoint("out", "0"): lambda output, _: torch.ones(()).expand(2)}
     net = nn.Sequential(layer)
     x = torch.tensor([value, 2.0], requires_grad=True)
-    with HookPoints(net, alter=alter) as points:
-        points.start_pass()
+    with HookPoints(net, alter=alter):
         given = net(x)
     assert torch.equal(given.detach(), torch.ones(2))
     (first,) = torch.autograd.grad((given / 0).sum(), x, create_graph=True)

@@ -76,7 +76,6 @@ def test_data_taken_by_keyword_are_read_in_the_order_of_the_signature(call):
     )
     point, x = HookPoint("in", "mix"), torch.randn(200, 16)
     with HookPoints(model, [point]) as points:
-        points.start_pass()
         model(x)
     assert torch.equal(points.values[point], x[:, :8])
 

@@ -212,14 +212,12 @@ def test_each_tensor_of_a_call_is_altered_by_its_place():
     model, (x, *_) = built(together)
     points = {HookPoint("out", "both", 1): lambda tensor, _: torch.zeros_like(tensor)}
     with torch.no_grad(), HookPoints(model, [HookPoint("out", "both", 1)], points) as hooks:
-        hooks.start_pass()
         altered = model(x)
     with torch.no_grad():
         expected = model.last(torch.tanh(model.a(model.both(x)[0]) + model.b.bias))
     torch.testing.assert_close(altered, expected)
     assert hooks.values[HookPoint("out", "both", 1)].abs().sum() == 0
     hooks = HookPoints(model, [], {HookPoint("out", "last", 1): points.popitem()[1]})
-    hooks.start_pass()
     with hooks, pytest.raises(ValueError, match="'last' gave Tensor with no tensor to replace"):
         model(x)
 

@@ -114,15 +114,13 @@ def test_blocks_of_wide_states_take_bounded_memory(monkeypatch):
     assert reducer.sizes == 4 * [1000 // 36]
 
 
-def test_states_that_change_their_shape_or_name_are_refused():
+def test_states_that_change_their_shape_are_refused():
     reducer = Gathered(8)
     first = {"input": torch.randn(5, 3), "a": torch.randn(5, 2)}
     reducer.push(first)
     for states, message in (
-        (first | {"b": torch.randn(5, 2)}, r"batch 1 ran the components .*difference: b\)"),
-        (dict(reversed(first.items())), r"batch 2 ran the components a, input"),
-        (first | {"a": torch.randn(4, 2)}, "'a' has 4 rows in batch 3, but 'input' has 5"),
-        (first | {"a": torch.randn(5, 7)}, "'a' has 7 values per sample in batch 4, but 2 before"),
+        (first | {"a": torch.randn(4, 2)}, "'a' has 4 rows in batch 1, but 'input' has 5"),
+        (first | {"a": torch.randn(5, 7)}, "'a' has 7 values per sample in batch 2, but 2 before"),
     ):
         with pytest.raises(ValueError, match=message):
             reducer.push(states)

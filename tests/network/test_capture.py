@@ -14,11 +14,11 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network import hook_points
+from lightning_koopman.network import hooks
 from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.isolation import is_compiled, undisturbed
-from lightning_koopman.network.provenance import DataFlow
-from lightning_koopman.network.rows import INPUT
+from lightning_koopman.network.names import INPUT
 from lightning_koopman.network.tensors import first_tensor
 
 
@@ -226,14 +226,14 @@ def test_no_hook_is_left_when_registering_fails(conv_net, monkeypatch):
 
 
 def test_nothing_is_left_whichever_hook_cannot_be_made(conv_net, monkeypatch):
-    made, most, kept = itertools.count(), 0, hook_points._Hook.__init__
+    made, most, kept = itertools.count(), 0, hooks._Hook.__init__
 
     def refuse(hook: Any) -> None:
         if next(made) == most:
             raise MemoryError("no more hooks")
         kept(hook)
 
-    monkeypatch.setattr(hook_points._Hook, "__init__", refuse)
+    monkeypatch.setattr(hooks._Hook, "__init__", refuse)
     for most in range(99):  # ruff: ignore[unused-loop-control-variable]
         # Hooks that were made once are used again, so each time it is a new network.
         net, made = copy.deepcopy(conv_net), itertools.count()

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_koopman import credit_report
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network import provenance
-from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network import watch as watches
+from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.replay import Recording
 
 
@@ -260,7 +261,7 @@ def test_an_interrupt_at_any_place_leaves_nothing_entered(
     when: str, by_leave: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C as a flow begins: what cleans up behind it must neither fail nor leave torch watched."""
-    watch = provenance._WATCH.watch
+    watch = watches._WATCH.watch
     entered = type(watch).__enter__
 
     def interrupted(given: object) -> object:
@@ -278,7 +279,7 @@ def test_an_interrupt_at_any_place_leaves_nothing_entered(
             patch.setattr(watch, "watchers", Full())
         else:
             patch.setattr(type(watch), "__enter__", interrupted)
-        source = provenance.Provenance()
+        source = Provenance()
         with pytest.raises(KeyboardInterrupt):
             source.follow(()) if by_leave else DataFlow().__enter__()
         source.leave()

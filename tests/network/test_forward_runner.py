@@ -1,51 +1,15 @@
-"""What forward passes are run with: hook points that are read and replaced, and sums that stream."""
+"""What forward passes are run with: hook points that are read and replaced."""
 
 import dataclasses
 from typing import NamedTuple
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.forward_runner import MeanAndSpread, default_forward, to_device
+from lightning_koopman.network.forward_runner import default_forward, to_device
 from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_tensor
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e6])
-@pytest.mark.parametrize("sizes", [(60,), (1, 17, 42), (0, 30, 0, 30)])
-def test_streamed_mean_and_spread_are_numpys(sizes, offset):
-    rows = offset + torch.randn(60, 3, 2, generator=torch.Generator().manual_seed(0)).double()
-    streamed = MeanAndSpread(rows.split(sizes))
-    assert streamed.count == 60
-    np.testing.assert_allclose(streamed.mean, rows.numpy().mean(axis=0), rtol=1e-14, atol=1e-14)
-    np.testing.assert_allclose(streamed.std, rows.numpy().std(axis=0), rtol=1e-12)
-
-
-@pytest.mark.parametrize("at_once", [1, 5, 2**18])
-def test_streamed_means_are_over_axes_that_vary_too(at_once, monkeypatch):
-    """Whatever is taken at once, and in whatever part an axis first varies."""
-    monkeypatch.setattr("lightning_koopman.network.forward_runner._VALUES_AT_ONCE", at_once)
-    generator = torch.Generator().manual_seed(0)
-    for shapes, axes in (
-        ([(9, 2, 3), (4, 2, 3), (7, 5, 3)], (0, 1)),
-        ([(9, 3, 4, 5), (4, 3, 4, 6), (7, 3, 2, 5)], (0, 2, 3)),
-        ([(9, 3, 4, 5), (4, 3, 2, 5), (7, 3, 4, 6)], (0, 2, 3)),
-        ([(9, 3), (4, 2)], (0, 1)),
-        ([(9,), (4,)], (0,)),
-    ):
-        parts = [3 + torch.randn(shape, generator=generator) for shape in shapes]
-        streamed = MeanAndSpread(parts)
-        kept = [k for k in range(parts[0].ndim) if k not in axes]
-        flat = [part.double().permute(*axes, *kept).flatten(0, len(axes) - 1) for part in parts]
-        rows = torch.cat(flat).numpy()
-        assert streamed.count == len(rows)
-        np.testing.assert_allclose(streamed.mean.flatten(), rows.mean(axis=0).flatten(), rtol=1e-13)
-        np.testing.assert_allclose(streamed.std.flatten(), rows.std(axis=0).flatten(), rtol=1e-12)
-        assert streamed.mean.expand_as(parts[-1]).shape == parts[-1].shape
-    with pytest.raises(ValueError, match=r"shape \(2,\) and of shape \(3, 4\) per sample arrived"):
-        MeanAndSpread([torch.zeros(5, 3, 4), torch.zeros(5, 2)])
 
 
 def test_hook_points_read_and_replace_nested_outputs():
@@ -55,7 +19,6 @@ def test_hook_points_read_and_replace_nested_outputs():
     assert value["b"][0].sum() == 2
     net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(inplace=True))
     with HookPoints(net, [HookPoint("in", "1"), HookPoint("out", "1")]) as points:
-        points.start_pass()
         x = -torch.ones(1, 2)
         net[1](x)
     assert points.values[HookPoint("in", "1")].sum() == -2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.network.function_calls import FunctionCalls
-from lightning_koopman.network.provenance import Watcher
+from lightning_koopman.network.watch import Watcher
 
 X = torch.arange(6.0).view(2, 3)
 

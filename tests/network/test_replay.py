@@ -12,7 +12,7 @@ from lit import hooks_on
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from lightning_koopman.network.hook_points import attach
+from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.replay import Recording, wrap
 

@@ -13,7 +13,7 @@ from torch.nn.functional import dropout, embedding
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.row_order import RowOrders
 
 BETWEEN: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {}

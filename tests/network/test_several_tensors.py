@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_koopman import credit_report
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.input_data import holds_all_of
-from lightning_koopman.network.rows import call_of, further_name
+from lightning_koopman.network.names import call_of, further_name
 
 
 def r2_of(model: nn.Module, *data: Tensor, size: int = 100) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
 from lightning_koopman.network import shared_memory
-from lightning_koopman.network.provenance import DataFlow
+from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.shared_memory import LabelsByView
 from lightning_koopman.report.report import CreditReport
 
