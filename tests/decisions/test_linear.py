@@ -398,6 +398,10 @@ def test_state_dicts_go_round(tmp_path):
     torch.save(new, whole)
     whole.seek(0)
     torch.testing.assert_close(torch.load(whole, weights_only=False)(x), new(x), rtol=0, atol=0)
+    # In the precision that the file has.
+    save_shrunk(new.double(), tmp_path / "new.ckpt")
+    exact = load_shrunk(net.double(), tmp_path / "new.ckpt")(x.double())
+    torch.testing.assert_close(exact, new(x.double()), rtol=0, atol=0)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
