@@ -205,5 +205,6 @@ def test_a_network_whose_copy_would_run_its_own_modules_is_not_copied():
             order.apply(model, steps=1)
     model.steps = [block.forward for block in model.blocks]
     # Of what is no part of the network.
-    model.loss = lambda x, loss=nn.MSELoss(): loss(x, x)
+    loss = nn.MSELoss()
+    model.loss = lambda x, loss=loss: loss(x, x)
     assert not torch.equal(gives(order.apply(model, steps=0)), torch.zeros(100, 3))
