@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import sem
 from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, credit_report
@@ -211,24 +212,37 @@ def test_effects_are_those_of_weights_rounded_by_hand() -> None:
     net = mlp()
     batches = labelled(net)
     found = bit_widths(net, batches, average=4.0)
-    x = torch.cat([x for x, _ in batches])
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    assert (found.scale, found.n_samples) == ("kl", len(x))
     assert found.components == ("0", "2", "4", "6")
     assert found.weights == (144, 576, 192, 24)
     with torch.no_grad():
         p = net(x).double().log_softmax(1)
 
-        def effect(bits: dict[str, int]) -> float:
+        def rounded(bits: dict[str, int]) -> Tensor:
             other = mlp()
             for name, b in bits.items():
                 weight = other.get_submodule(name).weight
                 weight.copy_(rounded_by_hand(weight, b))
-            return float((p.exp() * (p - other(x).double().log_softmax(1))).sum(1).mean())
+            return other(x).double().log_softmax(1)
+
+        def by_sample(bits: dict[str, int]) -> Tensor:
+            return (p.exp() * (p - rounded(bits))).sum(1)
+
+        def effect(bits: dict[str, int]) -> float:
+            return float(by_sample(bits).mean())
 
         for i, name in enumerate(found.components):
             for k, b in enumerate(found.options):
                 assert found.effects[i, k] == pytest.approx(effect({name: b}), rel=1e-3, abs=1e-8)
+                error = sem(by_sample({name: b}))
+                assert found.effects_stderr[i, k] == pytest.approx(error, rel=1e-3, abs=1e-8)
         chosen = dict(zip(found.components, found.bits, strict=True))
         assert found.effect == pytest.approx(effect(chosen), rel=1e-3)
+        assert found.effect_stderr == pytest.approx(sem(by_sample(chosen)), rel=1e-3)
+        gained = (rounded(chosen).argmax(1) == y).double() - (p.argmax(1) == y).double()
+        assert found.metric - found.metric_before == pytest.approx(float(gained.mean()))
+        assert found.metric_stderr == pytest.approx(sem(gained), rel=1e-6)
         assert found.alike == {4: pytest.approx(effect(dict.fromkeys(chosen, 4)), rel=1e-3)}
     assert found.average == pytest.approx(np.dot(found.bits, found.weights) / sum(found.weights))
     assert found.average <= found.budget == pytest.approx(4.0)
