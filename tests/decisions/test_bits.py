@@ -187,6 +187,31 @@ def test_both_choices_are_improved_and_the_better_is_taken(monkeypatch: pytest.M
     assert found.effect == min(end.effect for end in ends)
 
 
+@pytest.mark.parametrize(
+    ("effects", "moves", "solver"),
+    [
+        ((0.1, 0.2), False, "milp"),
+        ((0.1, 0.1), False, "milp"),
+        ((0.2, 0.1), False, "exchange"),
+        ((0.2, 0.1), True, "measured"),
+        ((math.nan, 0.1), False, "exchange"),
+    ],
+)
+def test_what_found_the_bits_is_named(
+    effects: tuple[float, float], moves: bool, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter(effects)
+
+    def improved(*args: Any) -> tuple[tuple[int, ...], Measured]:
+        return (3, 3, 3, 3) if moves else args[3][0], Measured(next(given), 0.0, math.nan, math.nan)
+
+    monkeypatch.setattr(bits, "improve", improved)
+    net = mlp()
+    found = bit_widths(net, labelled(net))
+    assert (found.solver, found.effect) == (solver, 0.1)
+    assert (found.bits == (2, 2, 2, 2)) is moves
+
+
 def test_of_all_choices_for_a_small_network_none_is_better() -> None:
     net = mlp()
     batches = labelled(net)
@@ -302,7 +327,9 @@ def test_named_components_groups_and_modules_that_run_twice() -> None:
     # The first layer, which stays, has 6 inputs.
     found = bit_widths(net, [inputs()], components=["[24]"], group_size=8, bits=[3, 4], average=4)
     assert found.components == ("2", "4")
-    assert found.bits == (4, 4)
+    assert (found.bits, found.group_size) == ((4, 4), 8)
+    least = bit_widths(net, [inputs()], components=["[24]"], bits=[3, 4], average=3)
+    assert least.bits == (3, 3)
     assert found.alike[4] == pytest.approx(found.effect)
     assert torch.equal(found.apply(net)[0].weight, net[0].weight)
     layer = nn.Linear(6, 6)
