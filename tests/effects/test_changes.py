@@ -60,6 +60,19 @@ def test_the_square_of_a_relative_displacement_is_the_effect() -> None:
     assert given.compare(after.split(40)).effect == pytest.approx(float(moved.square().sum()), rel=1e-12)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_products_of_displacements_are_those_of_half_the_fisher_information(axis: int) -> None:
+    before, one, other = (normal(30, 5, 4, seed=seed) for seed in range(3))
+    targets = torch.zeros(30, 5, dtype=torch.long)
+    targets[:, 3:] = -100
+    laid_out = [each.movedim(2, axis) for each in (before, before + one, before + other)]
+    given = outputs(laid_out[0], targets, "kl", size=10)
+    found = [given.displacement(each.split(10)) for each in laid_out[1:]]
+    p, a, b = (each[:, :3] for each in (before.softmax(2), one, other))
+    expected = ((p * a * b).sum(2) - (p * a).sum(2) * (p * b).sum(2)).mean() / 2
+    assert float(found[0] @ found[1]) == pytest.approx(float(expected), rel=1e-9)
+
+
 @pytest.mark.parametrize("are_probabilities", [False, True])
 def test_displacements_however_large_have_the_products_of_the_fisher_information(
     are_probabilities: bool,
