@@ -183,6 +183,13 @@ def test_altered_outputs_of_another_shape_are_refused() -> None:
         given.compare(after[:, :2].split(40))
 
 
+def test_outputs_of_other_numbers_of_axes_are_refused() -> None:
+    parts = [normal(40, 3), normal(40, 3, 2)]
+    given = Outputs(parts, parts, "relative", None)
+    with pytest.raises(ValueError, match=r"shapes \(3,\) and \(3, 2\) per sample arrived"):
+        given.compare(parts)
+
+
 def change(moved: Tensor) -> Change:
     return Change(moved, torch.ones_like(moved), 0.5)
 
