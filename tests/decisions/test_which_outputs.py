@@ -72,6 +72,19 @@ def test_without_targets_each_head_counts_alike_whatever_its_scale(scale):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_metric_is_given_the_first_output():
+    model = two_heads(lambda p, v: (p, v))
+    x, y = torch.randn(240, 8), torch.randn(240, 3)
+
+    def metric(outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(outputs - targets).square().mean()
+
+    order = drop_order(model, [(x, y)], metric=metric, max_drop=10.0, steps=1)
+    with torch.no_grad():
+        assert order.metric_before == pytest.approx(float(metric(model(x)[0], y)))
+    assert order.candidates == ("left",)
+
+
 def test_linearize_and_bit_widths_leave_what_is_not_looked_at():
     model = two_heads(lambda p, v: (v, p))
     batches = data(model, 1)

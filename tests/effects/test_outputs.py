@@ -293,7 +293,12 @@ def test_labels_beside_a_reconstruction_are_no_classes_of_it(decide):
         "the integer targets of the batches are no classes of the outputs, so changes are relative",
     )
     # Whoever says what they are is believed.
-    assert component_effects(net, [(x, y)], scale="kl").scale == "kl"
+    options = {"scale": "kl"}
+    told = (
+        drop_order(net, [(x, y)], **options) if decide else component_effects(net, [(x, y)], **options)
+    )
+    right = float((net(x).argmax(1) == y).double().mean())
+    assert (told.scale, told.metric_before) == ("kl", pytest.approx(right))
 
 
 def test_tokens_beside_features_are_no_classes_of_them():
