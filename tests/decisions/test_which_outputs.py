@@ -48,6 +48,8 @@ def test_the_head_whose_classes_are_known_counts_wherever_it_stands(with_report)
     }
     assert order.notes[0].startswith("effects are about one of 2 outputs, that of policy")
     assert "Note: effects are about one of 2 outputs" in " ".join(str(order).split())
+    relative = drop_order(model, batches, report, max_drop=1.0, scale="relative", steps=1)
+    assert (relative.scale, relative.metric_before) == ("relative", pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
