@@ -137,6 +137,16 @@ def test_positions_share_one_map_of_their_channels():
     assert found.costs[-1].flops == 2 * 150 * (7 * 5 * 5 + 35 * 3)
 
 
+def test_neighbours_whose_positions_share_a_map_become_one_such_map():
+    torch.manual_seed(0)
+    net = nn.Sequential(Tokens(5), Tokens(5), nn.Flatten(), nn.Linear(35, 3)).eval()
+    x = torch.randn(600, 7, 5)
+    found = linearize(net, x.split(150), components=["0", "1"], max_drop=1e-6, allow_larger=True)
+    (swap,) = swaps_in(found.model)
+    assert (swap.replaces, swap.axis, swap.shape) == (("0", "1"), -1, (5,))
+    torch.testing.assert_close(found.model(x), net(x), rtol=1e-4, atol=1e-4)
+
+
 def test_pixels_share_one_map_of_their_channels():
     torch.manual_seed(0)
     convolution = Pixels()
@@ -354,6 +364,17 @@ def test_two_that_lose_too_much_alone_become_linear_together_where_they_are_neig
     both = frozenset("02" if apart else "12")
     numbers = {c: (0.5 if c in (both, frozenset()) else 2.0, 1000 - 100 * len(c)) for c in every}
     assert frozenset(looked_up(monkeypatch, numbers, 3).components) == (frozenset() if apart else both)
+
+
+@pytest.mark.parametrize("order", ["0123", "3210"])
+def test_from_either_end_more_becomes_linear_than_by_the_effect_of_each(monkeypatch, order):
+    """What moves the outputs least leads no further, and the way to more begins at the other end."""
+    every = (c for n in range(5) for c in itertools.combinations(order, n))
+    numbers = {frozenset(c): (2.0, 1000) for c in every}
+    least, *rest = order
+    costs = {least: 900, rest[2]: 950, "".join(rest[1:]): 920, "".join(rest): 600}
+    numbers |= {frozenset(c): (0.1 if c == least else 0.5, cost) for c, cost in costs.items()}
+    assert frozenset(looked_up(monkeypatch, numbers, 4).components) == frozenset(rest)
 
 
 def test_what_saves_nothing_stays_only_where_the_others_alone_are_admitted(monkeypatch):
