@@ -377,6 +377,14 @@ def test_from_either_end_more_becomes_linear_than_by_the_effect_of_each(monkeypa
     assert frozenset(looked_up(monkeypatch, numbers, 4).components) == frozenset(rest)
 
 
+def test_by_the_effect_per_cost_saved_more_becomes_linear_than_from_either_end(monkeypatch):
+    every = (c for n in range(5) for c in itertools.combinations("0123", n))
+    numbers = {frozenset(c): (2.0, 1000) for c in every}
+    alone = {"1": (0.9, 900), "2": (0.01, 960), "3": (0.005, 990)}
+    numbers |= {frozenset(c): both for c, both in (alone | {"02": (0.5, 700)}).items()}
+    assert frozenset(looked_up(monkeypatch, numbers, 4).components) == frozenset("02")
+
+
 def test_what_saves_nothing_stays_only_where_the_others_alone_are_admitted(monkeypatch):
     none, first, second, both = map(frozenset, ("", "0", "1", "01"))
     numbers = {none: (0.0, 1000), first: (2.0, 800), second: (0.5, 900), both: (0.5, 800)}
