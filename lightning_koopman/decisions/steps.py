@@ -409,7 +409,7 @@ class _Witness(nn.Module):
         self._modules["module"], self._seen = module, seen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._seen.in_place += 1
+        self._seen.in_place = True
         return self._modules["module"](*args, **kwargs)  # type: ignore[misc]
 
     def __getattr__(self, name: str) -> Any:
@@ -427,14 +427,14 @@ class Seen:
 
     Attributes:
         runs: How often it ran.
-        in_place: How often the network called what is registered under its name.
+        in_place: Whether the network called what is registered under its name.
         taken: The first floating-point tensor that it took, if any.
         alone: Whether that was its first argument, and no other argument was a tensor.
         given: What it gave.
     """
 
     runs: int = 0
-    in_place: int = 0
+    in_place: bool = False
     taken: Tensor | None = None
     alone: bool = False
     given: Any = None
@@ -468,7 +468,7 @@ def look_at(runner: ForwardRunner, components: Mapping[str, Sequence[str]]) -> d
 def _witnessed(
     model: nn.Module, modules: Mapping[str, nn.Module], seen: Mapping[str, Seen]
 ) -> Generator[None, None, None]:
-    """Count the calls of modules where they are registered."""
+    """See which modules are called where they are registered."""
     places = [(place, call) for call, m in modules.items() for place in registrations(model, m)]
     with put_back(model, modules.values()):
         for (parts, key), call in places:

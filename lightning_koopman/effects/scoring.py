@@ -263,7 +263,7 @@ class Outputs:
             if are_moved and search.guesses:
                 all_notes.append(NEXT_TOKENS)
             counts = tuple(are_among(target, first.shape[self._axis]) for target in moved)
-            if self.scale == "kl" and first.ndim > 2 and any(bool(c.any()) for c in counts):
+            if first.ndim > 2 and any(bool(c.any()) for c in counts):
                 self._counts = counts
             if metric is None:
                 self._targets = moved

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.transformer import LightningTransformer
 from lit import LitNet, dataset, loaders, quiet_trainer
+from scipy.stats import poisson
 from small import wired
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -222,6 +223,35 @@ def test_wide_outputs_are_class_scores_where_they_name_the_targets() -> None:
     # The last class may be in another process.
     assert are_scores([Fit(3, 1, 5, 0), Fit(3, 2, 5, 0)])
     assert not are_scores([Fit(4, 1, 5, 0), Fit(4, 2, 5, 0)])
+
+
+@pytest.mark.parametrize("usual", [1, 5, 50, 500])
+def test_scores_name_more_targets_than_chance_gives_once_in_a_million(usual: int) -> None:
+    """By the exact chance where so many are expected, which is bounded from above."""
+    fits = (Fit(2000, 5, usual, right, 1000) for right in range(1000))
+    least = next(fit.right for fit in fits if are_scores([fit]))
+    assert 1e-8 < poisson.sf(least - 1, usual) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("fit", "may"),
+    [
+        # Up to four outputs per class.
+        (Fit(8, 1, 5, 0, 9), True),
+        (Fit(9, 1, 5, 0, 9), False),
+        # More outputs than there are targets to tell more classes.
+        (Fit(9, 1, 5, 0, 8), True),
+        # Named more than twice as often as by chance, and more often than the most frequent.
+        (Fit(9, 1, 1, 2, 9), False),
+        (Fit(9, 1, 1, 3, 9), True),
+        (Fit(9, 1, 3, 3, 9), False),
+        (Fit(9, 0, 9, 3, 9), True),
+        (Fit(marked=True), True),
+        (Fit(), False),
+    ],
+)
+def test_outputs_may_be_scores_of_classes_that_are_few_beside_them(fit: Fit, may: bool) -> None:
+    assert may_be_scores([fit]) is may
 
 
 @pytest.mark.parametrize(
@@ -485,10 +515,15 @@ def test_a_map_of_classes_tells_that_outputs_are_scores() -> None:
     assert Fit.of([scores], [marked], by_position=True).marked
     assert may_be_scores([Fit.of([scores], [marked], by_position=True)])
     # Foreground and background are two classes, whatever numbers they have.
-    masks = torch.where(classes == 1, 255, 0)
-    assert not may_be_scores([Fit.of([scores], [masks], by_position=True)])
-    others = torch.arange(240).view(8, 5, 6) % 7
-    assert not may_be_scores([Fit.of([scores], [others], by_position=True)])
+    for large in (3, 255):
+        masks = torch.where(classes == 1, large, 0)
+        assert not may_be_scores([Fit.of([scores], [masks], by_position=True)])
+    for count in (5, 7):
+        others = torch.arange(240).view(8, 5, 6) % count
+        assert not may_be_scores([Fit.of([scores], [others], by_position=True)])
+    # Other calls have room for other classes.
+    fewer = Fit.of([scores, scores[:, :2]], [classes, classes.clamp(max=1)], by_position=True)
+    assert not may_be_scores([fewer])
     assert Fit.of([scores], [classes[:, :4]], by_position=True) == Fit(found=False)
     assert not may_be_scores([fit, Fit(found=False)])
     nothing = Fit.of([scores], [torch.full_like(classes, -100)], by_position=True)

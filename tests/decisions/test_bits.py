@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import sem
 from torch import Tensor, nn
 
 from lightning_koopman import bit_widths, credit_report
@@ -186,6 +187,31 @@ def test_both_choices_are_improved_and_the_better_is_taken(monkeypatch: pytest.M
     assert found.effect == min(end.effect for end in ends)
 
 
+@pytest.mark.parametrize(
+    ("effects", "moves", "solver"),
+    [
+        ((0.1, 0.2), False, "milp"),
+        ((0.1, 0.1), False, "milp"),
+        ((0.2, 0.1), False, "exchange"),
+        ((0.2, 0.1), True, "measured"),
+        ((math.nan, 0.1), False, "exchange"),
+    ],
+)
+def test_what_found_the_bits_is_named(
+    effects: tuple[float, float], moves: bool, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter(effects)
+
+    def improved(*args: Any) -> tuple[tuple[int, ...], Measured]:
+        return (3, 3, 3, 3) if moves else args[3][0], Measured(next(given), 0.0, math.nan, math.nan)
+
+    monkeypatch.setattr(bits, "improve", improved)
+    net = mlp()
+    found = bit_widths(net, labelled(net))
+    assert (found.solver, found.effect) == (solver, 0.1)
+    assert (found.bits == (2, 2, 2, 2)) is moves
+
+
 def test_of_all_choices_for_a_small_network_none_is_better() -> None:
     net = mlp()
     batches = labelled(net)
@@ -211,24 +237,37 @@ def test_effects_are_those_of_weights_rounded_by_hand() -> None:
     net = mlp()
     batches = labelled(net)
     found = bit_widths(net, batches, average=4.0)
-    x = torch.cat([x for x, _ in batches])
+    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    assert (found.scale, found.n_samples) == ("kl", len(x))
     assert found.components == ("0", "2", "4", "6")
     assert found.weights == (144, 576, 192, 24)
     with torch.no_grad():
         p = net(x).double().log_softmax(1)
 
-        def effect(bits: dict[str, int]) -> float:
+        def rounded(bits: dict[str, int]) -> Tensor:
             other = mlp()
             for name, b in bits.items():
                 weight = other.get_submodule(name).weight
                 weight.copy_(rounded_by_hand(weight, b))
-            return float((p.exp() * (p - other(x).double().log_softmax(1))).sum(1).mean())
+            return other(x).double().log_softmax(1)
+
+        def by_sample(bits: dict[str, int]) -> Tensor:
+            return (p.exp() * (p - rounded(bits))).sum(1)
+
+        def effect(bits: dict[str, int]) -> float:
+            return float(by_sample(bits).mean())
 
         for i, name in enumerate(found.components):
             for k, b in enumerate(found.options):
                 assert found.effects[i, k] == pytest.approx(effect({name: b}), rel=1e-3, abs=1e-8)
+                error = sem(by_sample({name: b}))
+                assert found.effects_stderr[i, k] == pytest.approx(error, rel=1e-3, abs=1e-8)
         chosen = dict(zip(found.components, found.bits, strict=True))
         assert found.effect == pytest.approx(effect(chosen), rel=1e-3)
+        assert found.effect_stderr == pytest.approx(sem(by_sample(chosen)), rel=1e-3)
+        gained = (rounded(chosen).argmax(1) == y).double() - (p.argmax(1) == y).double()
+        assert found.metric - found.metric_before == pytest.approx(float(gained.mean()))
+        assert found.metric_stderr == pytest.approx(sem(gained), rel=1e-6)
         assert found.alike == {4: pytest.approx(effect(dict.fromkeys(chosen, 4)), rel=1e-3)}
     assert found.average == pytest.approx(np.dot(found.bits, found.weights) / sum(found.weights))
     assert found.average <= found.budget == pytest.approx(4.0)
@@ -288,7 +327,9 @@ def test_named_components_groups_and_modules_that_run_twice() -> None:
     # The first layer, which stays, has 6 inputs.
     found = bit_widths(net, [inputs()], components=["[24]"], group_size=8, bits=[3, 4], average=4)
     assert found.components == ("2", "4")
-    assert found.bits == (4, 4)
+    assert (found.bits, found.group_size) == ((4, 4), 8)
+    least = bit_widths(net, [inputs()], components=["[24]"], bits=[3, 4], average=3)
+    assert least.bits == (3, 3)
     assert found.alike[4] == pytest.approx(found.effect)
     assert torch.equal(found.apply(net)[0].weight, net[0].weight)
     layer = nn.Linear(6, 6)

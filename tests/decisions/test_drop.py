@@ -290,9 +290,24 @@ def test_results_can_be_read():
         assert text in printed
     frame = order.to_frame()
     assert list(frame.component) == list(order.components)
+    assert list(frame.step) == list(range(1, len(order.components) + 1))
     assert frame.within.sum() == len(order.dropped)
+    for name in ("effect", "effect_stderr", "metric", "metric_stderr"):
+        assert np.array_equal(frame[name], getattr(order, name))
+    blocks = [p.numel() for p in net[1].parameters()]
+    for i, name in enumerate(order.components):
+        row = next(line.split() for line in printed.splitlines() if line.split()[:1] == [name])
+        left = 1 - (i + 1) * sum(blocks) / sum(p.numel() for p in net.parameters())
+        products = 1 - (i + 1) * max(blocks) / sum(p.numel() for p in net.parameters() if p.ndim > 1)
+        metric = f"{order.metric[i]:.4f}±{order.metric_stderr[i]:.4f}"
+        assert row[-3:] == [metric, f"{left:.0%}", f"{products:.0%}"]
+        assert frame.parameters[i] == order.costs[i].parameters
+        assert frame.flops[i] == order.costs[i].flops
     _, axis = order.plot()
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["none", *order.components]
+    line, low, high, _ = (line.get_ydata() for line in axis.lines)
+    assert line == pytest.approx([0, *(order.metric_before - order.metric)], abs=1e-12)
+    assert (high - low) / 2 == pytest.approx([0, *order.metric_stderr], abs=1e-12)
 
 
 def test_an_order_without_a_metric_is_one_table_on_80_columns():

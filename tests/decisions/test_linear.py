@@ -137,6 +137,16 @@ def test_positions_share_one_map_of_their_channels():
     assert found.costs[-1].flops == 2 * 150 * (7 * 5 * 5 + 35 * 3)
 
 
+def test_neighbours_whose_positions_share_a_map_become_one_such_map():
+    torch.manual_seed(0)
+    net = nn.Sequential(Tokens(5), Tokens(5), nn.Flatten(), nn.Linear(35, 3)).eval()
+    x = torch.randn(600, 7, 5)
+    found = linearize(net, x.split(150), components=["0", "1"], max_drop=1e-6, allow_larger=True)
+    (swap,) = swaps_in(found.model)
+    assert (swap.replaces, swap.axis, swap.shape) == (("0", "1"), -1, (5,))
+    torch.testing.assert_close(found.model(x), net(x), rtol=1e-4, atol=1e-4)
+
+
 def test_pixels_share_one_map_of_their_channels():
     torch.manual_seed(0)
     convolution = Pixels()
@@ -297,26 +307,31 @@ def test_no_choice_of_components_is_cheaper(monkeypatch):
         assert len(found.components) == count
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_order_and_no_exchange_gives_a_cheaper_network(monkeypatch, seed):
-    """Costs and effects drawn for every subset of five blocks, so that all of them can be looked up."""
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(5)]
-    net = nn.Sequential(*blocks, nn.Linear(6, 3)).eval()
-    rng = np.random.default_rng(seed)
-    every = [frozenset(c) for n in range(6) for c in itertools.combinations("01234", n)]
-    savings = {chosen: int(rng.integers(80, 120)) * len(chosen) for chosen in every}
-    numbers = {c: (rng.gamma(1.0) * len(c) / 3, 1000 - saved) for c, saved in savings.items()}
+def looked_up(monkeypatch, numbers, count):
+    """Decide on so many blocks, with an effect and a cost for every subset that are given."""
 
     def tried(search, chosen):
         effect, cost = numbers[frozenset(option.name for option in chosen)]
         return Step(chosen[-1].name, Measured(effect, 0.0, math.nan, math.nan), Cost(cost, cost)), cost
 
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(count)]
+    net = nn.Sequential(*blocks, nn.Linear(6, 3)).eval()
     monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0)
     monkeypatch.setattr(linear, "cost_of", lambda runner: Cost(1000, 1000))
     monkeypatch.setattr(linear._Search, "_try", tried)
-    report = credit_report(net, [inputs()], components=list("01234"))
-    found = linearize(net, inputs().split(100), report, max_drop=1.0, scale="kl")
+    report = credit_report(net, [inputs()], components=[str(i) for i in range(count)])
+    return linearize(net, inputs().split(100), report, max_drop=1.0, scale="kl")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_order_and_no_exchange_gives_a_cheaper_network(monkeypatch, seed):
+    """Costs and effects drawn for every subset of five blocks, so that all of them can be looked up."""
+    rng = np.random.default_rng(seed)
+    every = [frozenset(c) for n in range(6) for c in itertools.combinations("01234", n)]
+    savings = {chosen: int(rng.integers(80, 120)) * len(chosen) for chosen in every}
+    numbers = {c: (rng.gamma(1.0) * len(c) / 3, 1000 - saved) for c, saved in savings.items()}
+    found = looked_up(monkeypatch, numbers, 5)
     own = frozenset(found.components)
     assert len(own) == len(found.components) == found.within
     assert [step.flops for step in found.costs] == [
@@ -330,12 +345,52 @@ def test_no_order_and_no_exchange_gives_a_cheaper_network(monkeypatch, seed):
             if effect <= 1 and cost < numbers[frozenset(taken)][1]:
                 taken.append(name)
         by_depth.append(taken)
-    near = [c for c in every if len(c - own) <= 1 and len(own - c) <= 1 and numbers[c][0] <= 1]
+    # One more or two that are neighbours, or in place of one.
+    added = [{a} for a in "01234"] + [{a, b} for a, b in itertools.pairwise("01234")]
+    near = [c for c in every if len(own - c) <= 1 and (not c - own or c - own in added)]
+    near = [c for c in near if numbers[c][0] <= 1]
     assert not own or numbers[own][0] <= 1
     assert numbers[own][1] <= min(numbers[frozenset(c)][1] for c in by_depth)
     assert numbers[own][1] == min(numbers[c][1] for c in (near if own else [own]))
     if own:
         assert numbers[own][0] == min(numbers[c][0] for c in near if numbers[c][1] == numbers[own][1])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_that_lose_too_much_alone_become_linear_together_where_they_are_neighbours(
+    monkeypatch, apart
+):
+    every = [frozenset(c) for n in range(4) for c in itertools.combinations("012", n)]
+    both = frozenset("02" if apart else "12")
+    numbers = {c: (0.5 if c in (both, frozenset()) else 2.0, 1000 - 100 * len(c)) for c in every}
+    assert frozenset(looked_up(monkeypatch, numbers, 3).components) == (frozenset() if apart else both)
+
+
+@pytest.mark.parametrize("order", ["0123", "3210"])
+def test_from_either_end_more_becomes_linear_than_by_the_effect_of_each(monkeypatch, order):
+    """What moves the outputs least leads no further, and the way to more begins at the other end."""
+    every = (c for n in range(5) for c in itertools.combinations(order, n))
+    numbers = {frozenset(c): (2.0, 1000) for c in every}
+    least, *rest = order
+    costs = {least: 900, rest[2]: 950, "".join(rest[1:]): 920, "".join(rest): 600}
+    numbers |= {frozenset(c): (0.1 if c == least else 0.5, cost) for c, cost in costs.items()}
+    assert frozenset(looked_up(monkeypatch, numbers, 4).components) == frozenset(rest)
+
+
+def test_by_the_effect_per_cost_saved_more_becomes_linear_than_from_either_end(monkeypatch):
+    every = (c for n in range(5) for c in itertools.combinations("0123", n))
+    numbers = {frozenset(c): (2.0, 1000) for c in every}
+    alone = {"1": (0.9, 900), "2": (0.01, 960), "3": (0.005, 990)}
+    numbers |= {frozenset(c): both for c, both in (alone | {"02": (0.5, 700)}).items()}
+    assert frozenset(looked_up(monkeypatch, numbers, 4).components) == frozenset("02")
+
+
+def test_what_saves_nothing_stays_only_where_the_others_alone_are_admitted(monkeypatch):
+    none, first, second, both = map(frozenset, ("", "0", "1", "01"))
+    numbers = {none: (0.0, 1000), first: (2.0, 800), second: (0.5, 900), both: (0.5, 800)}
+    assert frozenset(looked_up(monkeypatch, numbers, 2).components) == both
+    numbers |= {first: (0.9, 800), second: (0.4, 900)}
+    assert frozenset(looked_up(monkeypatch, numbers, 2).components) == first
 
 
 def test_the_last_sample_that_may_be_lost_counts_as_within():
@@ -372,6 +427,10 @@ def test_state_dicts_go_round(tmp_path):
     torch.save(new, whole)
     whole.seek(0)
     torch.testing.assert_close(torch.load(whole, weights_only=False)(x), new(x), rtol=0, atol=0)
+    # In the precision that the file has.
+    save_shrunk(new.double(), tmp_path / "new.ckpt")
+    exact = load_shrunk(net.double(), tmp_path / "new.ckpt")(x.double())
+    torch.testing.assert_close(exact, new(x.double()), rtol=0, atol=0)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):

@@ -199,8 +199,12 @@ def test_a_network_whose_copy_would_run_its_own_modules_is_not_copied():
     for call in (lambda: order.apply(model, steps=1), lambda: linearize(model, batches())):
         with pytest.raises(ValueError, match="'steps' of 'Functions' holds a function that refers to a"):
             call()
-    model.steps = [lambda x, block=block: block(x) for block in model.blocks]
-    with pytest.raises(ValueError, match="'steps' of 'Functions' holds a function"):
-        order.apply(model, steps=1)
+    steps = [lambda x, block=block: block(x) for block in model.blocks]
+    for model.steps in (steps, dict(enumerate(steps)), steps[0]):
+        with pytest.raises(ValueError, match="'steps' of 'Functions' holds a function"):
+            order.apply(model, steps=1)
     model.steps = [block.forward for block in model.blocks]
+    # Of what is no part of the network.
+    loss = nn.MSELoss()
+    model.loss = lambda x, loss=loss: loss(x, x)
     assert not torch.equal(gives(order.apply(model, steps=0)), torch.zeros(100, 3))

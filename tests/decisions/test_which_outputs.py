@@ -48,6 +48,8 @@ def test_the_head_whose_classes_are_known_counts_wherever_it_stands(with_report)
     }
     assert order.notes[0].startswith("effects are about one of 2 outputs, that of policy")
     assert "Note: effects are about one of 2 outputs" in " ".join(str(order).split())
+    relative = drop_order(model, batches, report, max_drop=1.0, scale="relative", steps=1)
+    assert (relative.scale, relative.metric_before) == ("relative", pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -70,6 +72,19 @@ def test_without_targets_each_head_counts_alike_whatever_its_scale(scale):
             ]
             expected.append(sum(shares) / 2)
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_metric_is_given_the_first_output():
+    model = two_heads(lambda p, v: (p, v))
+    x, y = torch.randn(240, 8), torch.randn(240, 3)
+
+    def metric(outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(outputs - targets).square().mean()
+
+    order = drop_order(model, [(x, y)], metric=metric, max_drop=10.0, steps=1)
+    with torch.no_grad():
+        assert order.metric_before == pytest.approx(float(metric(model(x)[0], y)))
+    assert order.candidates == ("left",)
 
 
 def test_linearize_and_bit_widths_leave_what_is_not_looked_at():

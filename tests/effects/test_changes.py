@@ -41,6 +41,53 @@ def test_the_error_of_a_mean_divergence_is_scipys() -> None:
     assert found.effect_stderr == pytest.approx(sem(by_sample), rel=1e-12)
 
 
+def test_samples_without_a_target_have_a_divergence_but_are_neither_right_nor_wrong() -> None:
+    before, after, targets = logits()
+    targets[::4] = -100
+    change = outputs(before, targets, "kl").compare(after.split(40))
+    assert change.effect == pytest.approx(float(kl_divergence(before, after).mean()), rel=1e-12)
+    counts = targets >= 0
+    right = (after.argmax(1) == targets)[counts].double().mean()
+    assert change.metric == pytest.approx(float(right), rel=1e-12)
+
+
+def test_the_square_of_a_relative_displacement_is_the_effect() -> None:
+    before, after = normal(90, 2, 3), normal(90, 2, 3, seed=1)
+    given = outputs(before, None, "relative")
+    moved = given.displacement(after.split(40))
+    expected = (after - before) / (before - before.mean(0)).square().sum().sqrt()
+    torch.testing.assert_close(moved, expected.flatten(), rtol=1e-12, atol=0)
+    assert given.compare(after.split(40)).effect == pytest.approx(float(moved.square().sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_products_of_displacements_are_those_of_half_the_fisher_information(axis: int) -> None:
+    before, one, other = (normal(30, 5, 4, seed=seed) for seed in range(3))
+    targets = torch.zeros(30, 5, dtype=torch.long)
+    targets[:, 3:] = -100
+    laid_out = [each.movedim(2, axis) for each in (before, before + one, before + other)]
+    given = outputs(laid_out[0], targets, "kl", size=10)
+    found = [given.displacement(each.split(10)) for each in laid_out[1:]]
+    p, a, b = (each[:, :3] for each in (before.softmax(2), one, other))
+    expected = ((p * a * b).sum(2) - (p * a).sum(2) * (p * b).sum(2)).mean() / 2
+    assert float(found[0] @ found[1]) == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("are_probabilities", [False, True])
+def test_displacements_however_large_have_the_products_of_the_fisher_information(
+    are_probabilities: bool,
+) -> None:
+    """Of the root of half of it with a vector, for both endings in closed form, by the logits."""
+    before, after, targets = logits()
+    vectors = normal(90, 3, seed=2)
+    p, moved = before.softmax(1), after.log_softmax(1) - before.log_softmax(1)
+    expected = p.sqrt() * vectors * (moved - (p * moved).sum(1, keepdim=True)) / math.sqrt(2)
+    own, other = (t.softmax(1) if are_probabilities else t for t in (before, after))
+    given = outputs(own, targets, "kl", size=90)
+    found = given.metric_root(own, vectors, 0) * given.change(other, own)
+    torch.testing.assert_close(found.sum(1), expected.sum(1), rtol=1e-9, atol=1e-12)
+
+
 def test_the_error_of_a_relative_change_is_that_of_a_ratio() -> None:
     # Both the change and the variance it is divided by vary from sample to sample.
     before, after = normal(400, 2) ** 3, normal(400, 2) ** 3 + 0.3 * normal(400, 2, seed=1) ** 3
@@ -134,6 +181,13 @@ def test_altered_outputs_of_another_shape_are_refused() -> None:
     given = outputs(before, targets, "kl")
     with pytest.raises(ValueError, match=r"outputs of shape \(40, 2\), otherwise of \(40, 3\), which"):
         given.compare(after[:, :2].split(40))
+
+
+def test_outputs_of_other_numbers_of_axes_are_refused() -> None:
+    parts = [normal(40, 3), normal(40, 3, 2)]
+    given = Outputs(parts, parts, "relative", None)
+    with pytest.raises(ValueError, match=r"shapes \(3,\) and \(3, 2\) per sample arrived"):
+        given.compare(parts)
 
 
 def change(moved: Tensor) -> Change:

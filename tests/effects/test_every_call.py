@@ -188,7 +188,7 @@ def test_a_call_on_other_shapes_is_left_and_told():
     altered = outputs(model, lambda m, args, out: args[0] if next(first) else out, "4")
     assert found.values["skip"][2] == pytest.approx(change(own, altered), rel=1e-9)
     (note,) = found.notes
-    assert "9 calls of components gave tensors of another shape" in note
+    assert note.startswith("9 calls of components gave tensors of another shape")
 
 
 def test_calls_are_counted_anew_where_the_ancestor_is_called_again_but_not_within_it():

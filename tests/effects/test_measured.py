@@ -147,6 +147,28 @@ def test_the_error_of_skip_is_that_of_groups_with_means_of_their_own():
     assert found.stderr["skip"][2] == pytest.approx(sem(parts), rel=1e-5)
 
 
+def test_groups_of_sequences_of_several_lengths_have_a_mean_over_positions():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+    batches = [normal(80 * n, 5, seed=n).view(80, n, 5).float() for n in (4, 6)]
+    with torch.no_grad():
+        own = [net(x).double() for x in batches]
+        mean = torch.cat([y.flatten(0, 1) for y in own]).mean(0)
+        labels = [y.argmax(2) for y in own]
+        moved, whole = [], []
+        for rows in (y[i::10] for y in own for i in range(10)):
+            shifted = mean + 0.2 * (rows.mean((0, 1)) - mean)
+            here, there = (kl_divergence(rows, m.expand_as(rows), 2).sum() for m in (mean, shifted))
+            moved.append(float(here + (there - here) / 0.2))
+            whole.append(rows[..., 0].numel())
+    found = component_effects(net, list(zip(batches, labels, strict=True)))
+    rest = np.array(moved) - sum(moved) / sum(whole) * np.array(whole)
+    assert found.scale == "kl"
+    assert found.stderr["skip"][1] == pytest.approx(
+        math.sqrt((rest**2).sum() * 20 / 19) / sum(whole), rel=1e-4
+    )
+
+
 def test_the_error_of_skip_is_the_spread_over_fresh_samples():
     """Without the mean's own error it would be six tenths of that."""
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_koopman import component_effects
+from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.replacements import pruned_weights, quantized_weights
 
 
@@ -166,3 +167,33 @@ def test_quantised_weights_of_a_network_may_be_replaced_by_others_of_their_class
     found = component_effects(net, [x], kinds=[], replacements=weights, how="measured")
     expected = (swapped - own).square().sum() / (own - own.mean(0)).square().sum()
     assert found.values["other"][1] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_weights_are_replaced_and_put_back_exactly(dtype):
+    torch.manual_seed(0)
+    net = nn.Linear(100, 100, dtype=dtype)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    after = {name: p + 1e-12 * torch.randn_like(p) for name, p in before.items()}
+    model = nn.Sequential(net)
+    given = {f"0.{name}": weight for name, weight in after.items()}
+    alterations = Alterations(model, {"0": ("0",)}, ["other"], replacements={"other": given})
+    with alterations.weights("other", ["0"]):
+        assert all(torch.equal(p, after[name]) for name, p in net.named_parameters())
+        assert not torch.equal(net.weight, before["weight"])
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_noise_on_weights_is_a_share_of_their_standard_deviation(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(200, 200, bias=False, dtype=dtype))
+    before = net[0].weight.detach().clone()
+    spread = float((before - before.mean()).abs().square().mean().sqrt())
+    alterations = Alterations(net, {"0": ("0",)}, ["weight_noise"], strength=0.2)
+    with alterations.weights("weight_noise", ["0"]):
+        moved = (net[0].weight.detach() - before) / (0.2 * spread)
+    parts = torch.view_as_real(moved).flatten(0, 1).T if moved.is_complex() else moved.flatten()[None]
+    # Independent parts that add up to one.
+    expected = torch.eye(len(parts), dtype=torch.float64) / len(parts)
+    torch.testing.assert_close(parts @ parts.T / moved.numel(), expected, rtol=0.02, atol=0.01)

@@ -75,7 +75,18 @@ def test_what_was_not_taken_stays_where_it_was():
     search = TargetSearch([x, tokens])
     search.see_taken(tokens.clone())
     assert search.target_of([x, tokens]) is tokens
+    # What is taken may be targets: numbers that are no integers, or anything where a loss came back.
+    search = TargetSearch([x, y / 3])
+    search.see_taken(y / 3)
+    assert search.target_of([x, y / 3]).tolist() == (y / 3).tolist()
+    search = TargetSearch([x, y])
+    search.see_taken(y.clone())
+    assert search.target_of([x, y]) is None
+    for given in (x, torch.tensor(0.5), x):
+        search.see_given(given)
+    assert search.target_of([x, y]) is y
     assert TargetSearch({"x": x, "labels": y}).target_of({"x": x, "labels": y}) is y
+    assert find_target({"x": x, "labels": y.tolist()}) is None
     assert TargetSearch(x).target_of(x) is None
 
 
@@ -166,3 +177,29 @@ def test_only_labels_that_are_the_tokens_wherever_they_count_are_predicted_one_b
     assert search.where_predicted({"input_ids": tokens}, other) is other
     nothing = torch.full_like(tokens, -100)
     assert search.where_predicted({"input_ids": tokens}, nothing) is nothing
+    # Classes of samples, which are those of tokens by chance.
+    one_each = torch.arange(4)
+    assert search.where_predicted({"input_ids": one_each.expand(4, 4)}, one_each) is one_each
+
+
+@pytest.mark.parametrize("gives_back", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_loss_tells_whether_tokens_are_given_back_or_predicted_one_before(gives_back, padded):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, (4, 6), generator=generator)
+    logits, narrow = (torch.randn(4, 6, size, generator=generator) for size in (10, 3))
+    labels = torch.where(torch.arange(6) < 4, ids, -100) if padded else ids
+    pairs = (logits, labels), (logits[:, :-1], labels[:, 1:])
+    back, behind = (F.cross_entropy(given.flatten(0, 1), each.flatten()) for given, each in pairs)
+    batch = {"input_ids": ids, "labels": labels[..., None]}
+    search = TargetSearch(batch)
+    # Without a loss, with another one, and without as many scores as there are tokens.
+    search.see_given([narrow, logits])
+    search.see_given({"loss": back + behind, "narrow": narrow, "logits": logits})
+    search.see_given({"loss": back if gives_back else behind, "narrow": narrow})
+    assert search.guesses
+    search.see_given({"loss": back if gives_back else behind, "narrow": narrow, "logits": logits})
+    assert not search.guesses
+    moved = torch.cat([labels[:, 1:], torch.full((4, 1), -100)], dim=1)
+    found = search.where_predicted(batch, labels)
+    assert torch.equal(found, labels if gives_back else moved)

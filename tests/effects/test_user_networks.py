@@ -170,8 +170,8 @@ def test_samples_left_out_of_a_fit_are_those_of_fits_without_them(tikhonov):
 
 def test_a_map_of_wide_inputs_is_ridge_regression_on_the_leading_directions_of_the_first_samples():
     torch.manual_seed(0)
-    x = torch.randn(120, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 5
-    y = (x[:, :6] / 4).tanh().reshape(120, 2, 3)
+    x = torch.randn(120, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) / 10 + 5
+    y = (2.5 * x[:, :6] - 11).tanh().reshape(120, 2, 3)
     fit, sizes = LinearFit(4), [5, 5, 50, 60]
     for some, given in zip(x.split(sizes), y.split(sizes), strict=True):
         fit.update(some, given)
