@@ -42,6 +42,7 @@ from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, r
 from lightning_koopman.network.hook_points import Alteration, HookPoint, attach
 from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.padding import Valid, valid_positions
+from lightning_koopman.network.plan import listed
 from lightning_koopman.network.rows import call_of
 from lightning_koopman.network.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
@@ -181,12 +182,13 @@ def component_effects(
     check_type((Iterable, "a list of kinds, such as ['skip', 'linear']"), kinds=kinds)
     check_type((Iterable, "a list of sets of components"), sets=sets)
     runner = runner_on(model, batches, samples, forward_fn)
+    left_out: list[str] = []
     if report is not None:
         parts, ends = _chosen(altered_parts(report), components), Ends.of(report)
         runner.counted_in = counted_as_in(model, report)
     else:
-        parts, ends = _found(runner, components)
-    return effects_on(
+        parts, ends, left_out = _found(runner, components)
+    found = effects_on(
         runner,
         parts,
         kinds if isinstance(kinds, str) else (*kinds, *(replacements or ())),
@@ -202,6 +204,10 @@ def component_effects(
         probes=probes,
         seed=seed,
     )
+    notes = [*found.notes]
+    if left_out:
+        notes.append(f"no effects of {listed(left_out)}: credit_report leaves them out, and says why")
+    return dataclasses.replace(found, notes=tuple(notes))
 
 
 def effects_on(
@@ -403,8 +409,11 @@ def _changed_by_padding(runner: ForwardRunner, output: Tensor) -> list[str]:
 
 def _found(
     runner: ForwardRunner, components: Components | Sequence[Components] | None
-) -> tuple[dict[str, tuple[str, ...]], Ends]:
-    """Find the components of a network and where it ends, by a pass over the first batch."""
+) -> tuple[dict[str, tuple[str, ...]], Ends, list[str]]:
+    """Find the components of a network and where it ends, by a pass over the first batch.
+
+    What comes back last are those that have no state in the chain.
+    """
     measurement = Measurement(runner.model, components, DEFAULTS)
     with runner.as_found(runner.batches[0]):
         measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
@@ -415,8 +424,9 @@ def _found(
     known = measurement.capture.parts
     last = tuple(dict.fromkeys(map(call_of, measurement.plan.states[-1])))
     if components is None:
-        return measurement.parts, Ends.among(known, last)
-    return known, Ends.among(known, last, measurement.capture.chosen, named=True)
+        parts = measurement.parts
+        return parts, Ends.among(known, last), [name for name in known if name not in parts]
+    return known, Ends.among(known, last, measurement.capture.chosen, named=True), []
 
 
 def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:

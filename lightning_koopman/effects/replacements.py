@@ -36,8 +36,8 @@ def quantized_weights(
     of transformers): it is called on a few rows to see that. Biases, embeddings and what other modules
     hold stay. Symmetric round-to-nearest to integers with one scale per output channel, or
     per group of ``group_size`` neighbouring inputs of it, by ``torchao``: what weight-only quantisation
-    does before any calibration. Weights of double precision are rounded in single, which ``torchao``
-    takes, and those that are complex or quantised already stay.
+    does before any calibration. All are rounded in single precision, whatever theirs is; those that are
+    complex or quantised already stay.
 
     Args:
         model: The network; it is left alone.
@@ -76,8 +76,8 @@ def rounded_weights(
         if not name.startswith(inside):
             continue
         turned = _turned(weight, groups_along_first)
-        rows = turned.flatten(1)
-        rows = rows.float() if rows.dtype == torch.float64 else rows
+        # Half precision would round the scales, and the integers twice.
+        rows = turned.flatten(1).float()
         size = rows.shape[1] if group_size is None else group_size
         if size < 1 or rows.shape[1] % size:
             raise ValueError(
@@ -94,7 +94,7 @@ def rounded_weights(
         )
         whole = primitives.quantize_affine(groups, block, scale, zero, torch.int8, lowest, highest)
         again = primitives.dequantize_affine(
-            whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=rows.dtype
+            whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=torch.float32
         )[:, :size].to(weight.dtype)
         found[name] = _turned_back(again.reshape(turned.shape), groups_along_first)
     return found

@@ -41,6 +41,19 @@ def test_quantised_weights_are_rounded_to_nearest(bits, group):
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_precision_are_rounded_to_nearest(dtype):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 64)).to(dtype)
+    plain = net[0].weight.detach().float().numpy()
+    found = quantized_weights(net, 8)["0.weight"]
+    assert found.dtype == dtype
+    expected = torch.from_numpy(rounded(plain, 8, 256)).to(dtype).double()
+    # A weight halfway between two integers may go either way: next to none is.
+    assert ((found.double() - expected).abs() > 1e-6).double().mean() < 1e-3
+
+
 @pytest.mark.parametrize(("net", "group"), [(nn.Linear(1, 6), None), (nn.Linear(4, 3), 1)])
 def test_weights_with_a_scale_of_their_own_are_moved_by_half_a_step_at_most(net, group):
     pytest.importorskip("torchao", reason="torchao is not installed")
