@@ -337,7 +337,7 @@ class _Maps:
     def _find_varying(self, components: Iterable[Sequence[str]], choosing: ForwardRunner) -> None:
         """Find what has another shape per sample in some batches, which no map of whole tensors fits.
 
-        And what takes hardly any rows of those that maps are fitted on, as an expert that is never chosen.
+        And what takes hardly any of the rows that maps are fitted on, as an expert that is never chosen.
         """
         ends = [(HookPoint("in", own[0]), HookPoint("out", own[-1])) for own in components]
         shapes: dict[HookPoint, set[torch.Size]] = {point: set() for pair in ends for point in pair}
