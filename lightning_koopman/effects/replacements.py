@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_koopman.effects.derived_weights import derived_weights, in_mode
+from lightning_koopman.effects.derived_weights import derived_weights, in_mode, weight_now
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.isolation import undisturbed
@@ -152,7 +152,7 @@ def _weights(model: nn.Module) -> list[tuple[str, Tensor, int]]:
     # In train mode, what a weight is derived by may change as it is asked for.
     with in_mode(model, False):
         return [
-            (clean_name(f"{name}.{key}" if name else key), getattr(module, key).detach(), groups)
+            (clean_name(f"{name}.{key}" if name else key), weight_now(module, key), groups)
             for name, module in model.named_modules()
             for key, groups in _multiplied(module).items()
         ]
