@@ -134,6 +134,8 @@ class Alterations:
         self.inputs = {name: HookPoint("in", calls[0]) for name, calls in parts.items()}
         self.outputs = {name: HookPoint("out", calls[-1]) for name, calls in parts.items()}
         self.further: dict[str, tuple[HookPoint, ...]] = {}
+        # Components of which other tensors than the first lead to the outputs, and that does not.
+        self._aside: set[str] = set()
         # Outputs of modules within components, at one of which these may be skipped, until it is known.
         self._within: dict[str, list[HookPoint]] = {}
         self._skipped_at: dict[str, HookPoint] = {}
@@ -238,6 +240,8 @@ class Alterations:
                 continue
             own = ((p, find_module(self._model, p.call)[0]) for p in sorted(first.further))
             others = {p: form(name, p, m) for p, m in own if p.call in self._parts[name]}
+            if others and not first.made[self._parts[name][-1]]:
+                self._aside.add(name)
             # What has no row per sample is not a sample's, and stays.
             others = {p: f for p, f in others.items() if len(by_sample(values[p], f)) == len(output)}
             self._forms.update(others)
@@ -342,6 +346,11 @@ class Alterations:
             raise UnalterableError(
                 f"{name!r} takes no floating-point tensor, or one of a dictionary, so nothing linear "
                 "can take its place; leave it out with components=[...], or leave out the kind 'linear'"
+            )
+        if name in self._aside:
+            raise UnalterableError(
+                f"the first tensor that {name!r} gives leads to none of the outputs, and what is made "
+                "linear is the first; leave it out with components=[...], or leave out the kind 'linear'"
             )
         given = self._rows(values, self.inputs[name])
         fit = self._fits.setdefault(name, LinearFit())

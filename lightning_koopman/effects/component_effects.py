@@ -204,10 +204,10 @@ def component_effects(
         probes=probes,
         seed=seed,
     )
-    notes = [*found.notes]
+    notes: list[str] = []
     if left_out:
         notes.append(f"no effects of {listed(left_out)}: credit_report leaves them out, and says why")
-    return dataclasses.replace(found, notes=tuple(notes))
+    return dataclasses.replace(found, notes=(*notes, *found.notes))
 
 
 def effects_on(
@@ -424,8 +424,10 @@ def _found(
     known = measurement.capture.parts
     last = tuple(dict.fromkeys(map(call_of, measurement.plan.states[-1])))
     if components is None:
+        # What the chain begins with, as embeddings, is a state.
         parts = measurement.parts
-        return parts, Ends.among(known, last), [name for name in known if name not in parts]
+        there = {*parts, *map(call_of, itertools.chain(*measurement.plan.states))}
+        return parts, Ends.among(known, last), [name for name in known if name not in there]
     return known, Ends.among(known, last, measurement.capture.chosen, named=True), []
 
 
