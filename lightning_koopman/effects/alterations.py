@@ -369,7 +369,14 @@ class Alterations:
             )
 
     def solve(self) -> None:
-        """Fit the linear maps."""
+        """Fit the linear maps, and refuse means and deviations of a single row."""
+        for name in self.names:
+            points = (self.outputs[name], *self.further.get(name, ()), self.altered("skip", name))
+            if any(self._units[p].count == 1 for p in points if p in self._units):
+                for kind in {"output_noise", *(["skip"] if name in self._means else [])} & {*self.kinds}:
+                    self.refused[kind].setdefault(
+                        name, f"one row of {name!r} arrived, whose mean is itself; pass more samples"
+                    )
         self.maps |= {name: fit.solve() for name, fit in self._fits.items()}
         self._fits = {}
 

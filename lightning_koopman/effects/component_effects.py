@@ -317,10 +317,12 @@ def effects_on(
     if second and size > probes:
         notes.append(f"predicted from {probes} random combinations of the {size} outputs per sample")
     notes += _far_off(second)
-    predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
+    unseen = {n for n, point in alterations.outputs.items() if point.call in about.unseen}
+    predicted = {
+        kind: _with_sets(each, alterations.names, rows, unseen) for kind, each in second.items()
+    }
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
-    unseen = {n for n, point in alterations.outputs.items() if point.call in about.unseen}
     reached = {
         name for each in second.values() for name in itertools.compress(alterations.names, each.reached)
     }
@@ -505,12 +507,18 @@ def _change(
 
 
 def _with_sets(
-    found: SecondOrder, names: Sequence[str], rows: Mapping[str, Sequence[str]]
+    found: SecondOrder,
+    names: Sequence[str],
+    rows: Mapping[str, Sequence[str]],
+    unseen: Collection[str],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return second-order effects with their errors, of each component and then of the sets."""
+    """Return second-order effects with their errors, of each component and then of the sets.
+
+    Those that lead to none of the outputs add nothing to a set.
+    """
     together = []
     for members in list(rows.values())[len(names) :]:
-        places = [names.index(name) for name in members]
+        places = [names.index(name) for name in members if name not in unseen]
         together.append(set_effect(found.pairs, found.folds, places))
     values, stderr = np.array(together).reshape(-1, 2).T
     return np.append(found.values, values), np.append(found.stderr, stderr)

@@ -339,3 +339,15 @@ def test_what_the_network_does_not_use_of_a_component_is_not_made_linear(how):
             mean = net.head(h.mean(0, keepdim=True)).double()
         expected = (mean - own).square().sum() / (own - own.mean(0)).square().sum()
         assert found.values["skip"][0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_single_sample_has_no_mean_and_no_spread():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)).eval()
+    found = component_effects(net, [normal(1, 4)], kinds=["skip", "output_noise"], scale="kl")
+    assert np.isnan(found.values["skip"]).tolist() == [True, False, True]
+    assert np.isnan(found.values["output_noise"]).all()
+    why = "one row of '0' arrived, whose mean is itself; pass more samples"
+    assert f"no effect skip, output_noise of '0': {why}" in found.notes or (
+        f"no effect output_noise, skip of '0': {why}" in found.notes
+    )
