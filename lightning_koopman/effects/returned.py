@@ -264,9 +264,9 @@ def _moves_nothing(runner: ForwardRunner, call: str) -> bool:
         return 1 - 2 * output
 
     alter, module = {HookPoint("out", call): change}, find_module(runner.model, call)[0]
-    inside, own = {*module.modules()}, {id(p) for p in module.parameters()}
+    inside, weights = {*module.modules()}, {id(p) for p in module.parameters()}
     others = (part for part in runner.model.modules() if part not in inside)
-    if any(id(p) in own for part in others for p in part._parameters.values()):
+    if any(id(p) in weights for part in others for p in part._parameters.values()):
         return False  # its weights may count where others use them
     with attach_in(runner.model)(module, after=see):
         for number in range(len(runner.batches)):
