@@ -55,7 +55,7 @@ from lightning_koopman.network.isolation import is_compiled, random_states_kept,
 from lightning_koopman.network.plan import listed
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
-from lightning_koopman.report.text import Fitted
+from lightning_koopman.report.text import Fitted, counted
 
 CostName = Literal["flops", "parameters", "seconds"]
 _Measure = Callable[[ForwardRunner, Cost], float]
@@ -336,18 +336,26 @@ class _Maps:
         return {name: self._own(calls) for name, calls in components.items()}
 
     def _find_varying(self, components: Iterable[Sequence[str]], choosing: ForwardRunner) -> None:
-        """Find what has another shape per sample in some batches: no map of whole tensors fits it."""
+        """Find what has another shape per sample in some batches, which no map of whole tensors fits.
+
+        And what takes hardly any of the rows that maps are fitted on, as an expert that is never chosen.
+        """
         ends = [(HookPoint("in", own[0]), HookPoint("out", own[-1])) for own in components]
         shapes: dict[HookPoint, set[torch.Size]] = {point: set() for pair in ends for point in pair}
+        rows: dict[str, int] = {source.call: 0 for source, _ in ends}
 
-        def update(values: Mapping[HookPoint, Tensor]) -> None:
+        def update(values: Mapping[HookPoint, Tensor], fits: bool) -> None:
             for point in shapes.keys() & values.keys():
                 shapes[point].add(values[point].shape[1:])
+            for source, _ in ends if fits else ():
+                rows[source.call] += len(values[source]) if source in values else 0
 
         for runner in (self._runner, choosing):
-            for _ in runner.stream(shapes, update=update):
+            seen = functools.partial(update, fits=runner is self._runner)
+            for _ in runner.stream(shapes, update=seen):
                 pass
         self._varying = {point.call for point, found in shapes.items() if len(found) > 1}
+        self._with_few = {call: count for call, count in rows.items() if count < 2}
 
     def _own(self, calls: tuple[str, ...]) -> tuple[str, ...]:
         """Leave out what also runs elsewhere behind the first call, and all behind that."""
@@ -363,7 +371,10 @@ class _Maps:
         left = {name: calls for name, calls in components.items() if name not in refused}
         self._find_varying(left.values(), choosing)
         for name, calls in left.items():
-            if not self._varying.isdisjoint(calls) and not self.forms(calls, everything=True):
+            if calls[0] in self._with_few:
+                count = counted(self._with_few[calls[0]], "row")
+                refused[name] = f"it takes {count} of the data to fit maps on, of at least 2"
+            elif not self._varying.isdisjoint(calls) and not self.forms(calls, everything=True):
                 refused[name] = "what it takes or gives has not one shape in all batches"
             elif why := failure_with(self._runner, Repeated(calls, self._seen[calls[-1]].given)):
                 refused[name] = f"the network fails without it ({why})"
@@ -383,6 +394,8 @@ class _Maps:
         if not isinstance(given, Tensor) or taken is None or min(taken.ndim, given.ndim) < 2:
             return f"it gives {type(given).__name__}, not one tensor of rows"
         rows = [len(call.given) for call in calls if call.given.ndim]
+        if not len(taken):
+            return "no row of the first batch comes to it"
         if len(taken) not in rows:
             return f"it turns {len(taken)} rows into {len(given)}"
         return ""

@@ -135,6 +135,8 @@ class Alterations:
         self.inputs = {name: HookPoint("in", calls[0]) for name, calls in parts.items()}
         self.outputs = {name: HookPoint("out", calls[-1]) for name, calls in parts.items()}
         self.further: dict[str, tuple[HookPoint, ...]] = {}
+        # Components of which other tensors than the first lead to the outputs, and that does not.
+        self._aside: set[str] = set()
         # Outputs of modules within components, at one of which these may be skipped, until it is known.
         self._within: dict[str, list[HookPoint]] = {}
         self._skipped_at: dict[str, HookPoint] = {}
@@ -239,6 +241,8 @@ class Alterations:
                 continue
             own = ((p, find_module(self._model, p.call)[0]) for p in sorted(first.further))
             others = {p: form(name, p, m) for p, m in own if p.call in self._parts[name]}
+            if others and not first.made[self._parts[name][-1]]:
+                self._aside.add(name)
             # What has no row per sample is not a sample's, and stays.
             others = {p: f for p, f in others.items() if len(by_sample(values[p], f)) == len(output)}
             self._forms.update(others)
@@ -344,6 +348,11 @@ class Alterations:
                 f"{name!r} takes no floating-point tensor, or one of a dictionary, so nothing linear "
                 "can take its place; leave it out with components=[...], or leave out the kind 'linear'"
             )
+        if name in self._aside:
+            raise UnalterableError(
+                f"the first tensor that {name!r} gives leads to none of the outputs, and what is made "
+                "linear is the first; leave it out with components=[...], or leave out the kind 'linear'"
+            )
         given = self._rows(values, self.inputs[name])
         fit = self._fits.setdefault(name, LinearFit())
         if len(given) != len(output) or not fit.takes(given, output):
@@ -361,7 +370,14 @@ class Alterations:
             )
 
     def solve(self) -> None:
-        """Fit the linear maps."""
+        """Fit the linear maps, and refuse means and deviations of a single row."""
+        for name in self.names:
+            points = (self.outputs[name], *self.further.get(name, ()), self.altered("skip", name))
+            if any(self._units[p].count == 1 for p in points if p in self._units):
+                for kind in {"output_noise", *(["skip"] if name in self._means else [])} & {*self.kinds}:
+                    self.refused[kind].setdefault(
+                        name, f"one row of {name!r} arrived, whose mean is itself; pass more samples"
+                    )
         self.maps |= {name: fit.solve() for name, fit in self._fits.items()}
         self._fits = {}
 

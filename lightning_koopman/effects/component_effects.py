@@ -44,6 +44,7 @@ from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.names import call_of
 from lightning_koopman.network.padding import Valid, valid_positions
+from lightning_koopman.network.plan import listed
 from lightning_koopman.network.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport
@@ -182,12 +183,13 @@ def component_effects(
     check_type((Iterable, "a list of kinds, such as ['skip', 'linear']"), kinds=kinds)
     check_type((Iterable, "a list of sets of components"), sets=sets)
     runner = runner_on(model, batches, samples, forward_fn)
+    left_out: list[str] = []
     if report is not None:
         parts, ends = _chosen(altered_parts(report), components), Ends.of(report)
         runner.counted_in = counted_as_in(model, report)
     else:
-        parts, ends = _found(runner, components)
-    return effects_on(
+        parts, ends, left_out = _found(runner, components)
+    found = effects_on(
         runner,
         parts,
         kinds if isinstance(kinds, str) else (*kinds, *(replacements or ())),
@@ -203,6 +205,10 @@ def component_effects(
         probes=probes,
         seed=seed,
     )
+    notes: list[str] = []
+    if left_out:
+        notes.append(f"no effects of {listed(left_out)}: credit_report leaves them out, and says why")
+    return dataclasses.replace(found, notes=(*notes, *found.notes))
 
 
 def effects_on(
@@ -312,10 +318,12 @@ def effects_on(
     if second and size > probes:
         notes.append(f"predicted from {probes} random combinations of the {size} outputs per sample")
     notes += _far_off(second)
-    predicted = {kind: _with_sets(found, alterations.names, rows) for kind, found in second.items()}
+    unseen = {n for n, point in alterations.outputs.items() if point.call in about.unseen}
+    predicted = {
+        kind: _with_sets(each, alterations.names, rows, unseen) for kind, each in second.items()
+    }
     found = predicted | {kind: (each[0], each[1]) for kind, each in measured.items()}
     both = {kind: effects for kind, effects in predicted.items() if kind in measured}
-    unseen = {n for n, point in alterations.outputs.items() if point.call in about.unseen}
     reached = {
         name for each in second.values() for name in itertools.compress(alterations.names, each.reached)
     }
@@ -404,8 +412,11 @@ def _changed_by_padding(runner: ForwardRunner, output: Tensor) -> list[str]:
 
 def _found(
     runner: ForwardRunner, components: Components | Sequence[Components] | None
-) -> tuple[dict[str, tuple[str, ...]], Ends]:
-    """Find the components of a network and where it ends, by a pass over the first batch."""
+) -> tuple[dict[str, tuple[str, ...]], Ends, list[str]]:
+    """Find the components of a network and where it ends, by a pass over the first batch.
+
+    What comes back last are those that have no state in the chain.
+    """
     measurement = Measurement(runner.model, components, DEFAULTS)
     with runner.as_found(runner.batches[0]):
         measurement.run(runner.model, runner.batches[:1], runner.forward_fn)
@@ -416,8 +427,11 @@ def _found(
     known = measurement.capture.parts
     last = tuple(dict.fromkeys(map(call_of, measurement.plan.states[-1])))
     if components is None:
-        return measurement.parts, Ends.among(known, last)
-    return known, Ends.among(known, last, measurement.capture.chosen, named=True)
+        # What the chain begins with, as embeddings, is a state.
+        parts = measurement.parts
+        there = {*parts, *map(call_of, itertools.chain(*measurement.plan.states))}
+        return parts, Ends.among(known, last), [name for name in known if name not in there]
+    return known, Ends.among(known, last, measurement.capture.chosen, named=True), []
 
 
 def _chosen(parts: Mapping[str, Any], components: Any) -> dict[str, tuple[str, ...]]:
@@ -494,12 +508,18 @@ def _change(
 
 
 def _with_sets(
-    found: SecondOrder, names: Sequence[str], rows: Mapping[str, Sequence[str]]
+    found: SecondOrder,
+    names: Sequence[str],
+    rows: Mapping[str, Sequence[str]],
+    unseen: Collection[str],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return second-order effects with their errors, of each component and then of the sets."""
+    """Return second-order effects with their errors, of each component and then of the sets.
+
+    Those that lead to none of the outputs add nothing to a set.
+    """
     together = []
     for members in list(rows.values())[len(names) :]:
-        places = [names.index(name) for name in members]
+        places = [names.index(name) for name in members if name not in unseen]
         together.append(set_effect(found.pairs, found.folds, places))
     values, stderr = np.array(together).reshape(-1, 2).T
     return np.append(found.values, values), np.append(found.stderr, stderr)

@@ -50,6 +50,17 @@ def derived_weights(part: nn.Module) -> dict[str, Any]:
     return found
 
 
+def weight_now(part: nn.Module, key: str) -> Tensor:
+    """Return a module's own weight as its next call finds it.
+
+    What a hook derives it from may have changed since the last call, as by a step of an optimizer.
+    """
+    source = derived_weights(part).get(key)
+    by_hook = isinstance(source, WeightNorm | SpectralNorm | BasePruningMethod)
+    weight: Tensor = _derived(part, source) if by_hook else getattr(part, key).detach()
+    return weight
+
+
 def reset(part: nn.Module, name: str) -> bool:
     """Draw a module's own weights anew by its ``reset_parameters``; return whether it has one.
 

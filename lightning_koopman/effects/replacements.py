@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_koopman.effects.derived_weights import derived_weights, in_mode
+from lightning_koopman.effects.derived_weights import derived_weights, in_mode, weight_now
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.components import clean_name
 from lightning_koopman.network.isolation import undisturbed
@@ -36,8 +36,8 @@ def quantized_weights(
     of transformers): it is called on a few rows to see that. Biases, embeddings and what other modules
     hold stay. Symmetric round-to-nearest to integers with one scale per output channel, or
     per group of ``group_size`` neighbouring inputs of it, by ``torchao``: what weight-only quantisation
-    does before any calibration. Weights of double precision are rounded in single, which ``torchao``
-    takes, and those that are complex or quantised already stay.
+    does before any calibration. All are rounded in single precision, whatever theirs is; those that are
+    complex or quantised already stay.
 
     Args:
         model: The network; it is left alone.
@@ -76,8 +76,8 @@ def rounded_weights(
         if not name.startswith(inside):
             continue
         turned = _turned(weight, groups_along_first)
-        rows = turned.flatten(1)
-        rows = rows.float() if rows.dtype == torch.float64 else rows
+        # Half precision would round the scales, and the integers twice.
+        rows = turned.flatten(1).float()
         size = rows.shape[1] if group_size is None else group_size
         if size < 1 or rows.shape[1] % size:
             raise ValueError(
@@ -94,7 +94,7 @@ def rounded_weights(
         )
         whole = primitives.quantize_affine(groups, block, scale, zero, torch.int8, lowest, highest)
         again = primitives.dequantize_affine(
-            whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=rows.dtype
+            whole, block, scale, zero, torch.int8, lowest, highest, output_dtype=torch.float32
         )[:, :size].to(weight.dtype)
         found[name] = _turned_back(again.reshape(turned.shape), groups_along_first)
     return found
@@ -152,7 +152,7 @@ def _weights(model: nn.Module) -> list[tuple[str, Tensor, int]]:
     # In train mode, what a weight is derived by may change as it is asked for.
     with in_mode(model, False):
         return [
-            (clean_name(f"{name}.{key}" if name else key), getattr(module, key).detach(), groups)
+            (clean_name(f"{name}.{key}" if name else key), weight_now(module, key), groups)
             for name, module in model.named_modules()
             for key, groups in _multiplied(module).items()
         ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_koopman.effects.scoring import Metric
@@ -175,7 +176,7 @@ class Choice(NamedTuple):
 
     Attributes:
         notes: What a reader must know of it.
-        unseen: The calls that lead to other tensors returned, but to none of the outputs.
+        unseen: The calls that lead to none of the outputs, but to other tensors or nowhere.
     """
 
     notes: tuple[str, ...]
@@ -247,10 +248,39 @@ def choose_outputs(
     # A call that gives several tensors may lead there by another one than the first.
     seen = {followed.last[p.call] for p, found in followed.further.items() if {*found} & {*kept}}
     runner.form = OutputForm(tuple(kept), units, axis, by_position)
-    return Choice(
-        tuple(notes),
-        frozenset(c for c, found in made.items() if found and c not in seen and not {*found} & {*kept}),
-    )
+    unseen = {c for c, found in made.items() if found and c not in seen and not {*found} & {*kept}}
+    # What is not returned led nowhere, as does what is made of arrays: there the outputs move with it.
+    led_on = {followed.last[point.call] for point in followed.further}
+    lost = [call for call, found in made.items() if not found and call not in led_on]
+    return Choice(tuple(notes), frozenset(unseen.union(c for c in lost if _moves_nothing(runner, c))))
+
+
+def _moves_nothing(runner: ForwardRunner, call: str) -> bool:
+    """Check whether the outputs stay as they are, to the last bit, when what a call gives changes."""
+    are_tensors: list[bool] = []
+
+    def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        are_tensors.append(isinstance(output, Tensor) and output.numel() > 0)
+
+    def change(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
+        return 1 - 2 * output
+
+    alter, module = {HookPoint("out", call): change}, find_module(runner.model, call)[0]
+    inside, weights = {*module.modules()}, {id(p) for p in module.parameters()}
+    others = (part for part in runner.model.modules() if part not in inside)
+    if any(id(p) in weights for part in others for p in part._parameters.values()):
+        return False  # its weights may count where others use them
+    with attach_in(runner.model)(module, after=see):
+        for number in range(len(runner.batches)):
+            own = runner.run_batch(number)[0]
+            try:
+                changed = runner.run_batch(number, (), alter)[0]
+            except Exception:  # the network's own code may refuse other numbers
+                return False
+            if not torch.equal(own, changed):
+                return False
+    # In another call its weights may count.
+    return all(are_tensors) and len(are_tensors) == 2 * len(runner.batches)
 
 
 def _holds_positions(runner: ForwardRunner, followed: Followed, place: int) -> bool:

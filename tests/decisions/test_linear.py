@@ -652,3 +652,61 @@ def test_images_of_several_sizes_leave_no_map_of_whole_tensors():
     assert axes == {("1",): 1, ("4", "5", "6"): None}
     with pytest.raises(ValueError, match="'0' cannot become linear: what it takes or gives has not one"):
         linearize(net, x, components=["0"], **ANY)
+
+
+class Routed(nn.Module):
+    """Sends each sample to the expert that its first number says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        which, h = x[:, 0].long(), torch.relu(self.stem(x))
+        out = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            out[which == number] = expert(h[which == number])
+        return self.head(h + out)
+
+
+@pytest.mark.parametrize(
+    ("at", "why"),
+    [
+        ((), "no row of the first batch comes to it"),
+        ((130,), "no row of the first batch comes to it"),
+        ((7,), "it takes 1 row of the data to fit maps on, of at least 2"),
+    ],
+)
+def test_experts_that_get_no_samples_stay(at, why):
+    torch.manual_seed(0)
+    net, x = Routed().eval(), inputs(400)
+    x[:, 0] = torch.arange(400) % 2
+    x[list(at), 0] = 2.0
+    batches = x.split(100)
+    found = linearize(net, batches, **ANY)
+    assert found.refused == {"experts.2.0": why}
+    assert {"experts.0.0", "experts.1.0"} <= {*found.components}
+    with torch.no_grad():
+        own, new = (torch.cat([model(b) for b in batches[1::2]]) for model in (net, found.model))
+    effect = (new - own).square().sum() / (own - own.mean(0)).square().sum()
+    assert found.effect[-1] == pytest.approx(float(effect), rel=1e-4)
+
+
+def test_experts_may_get_samples_of_some_batches_alone():
+    torch.manual_seed(0)
+    net, x = Routed().eval(), inputs(800)
+    x[:, 0] = torch.arange(800) % 2
+    x[:100:3, 0] = x[400:500:2, 0] = 2.0  # of those to fit on the first and third, to choose on none
+    found = linearize(net, x.split(100), components=["experts.2.*"], variance=1.0, **ANY)
+    assert found.components == ("experts.2.0",)
+    with torch.no_grad():
+        rows = torch.relu(net.stem(torch.cat([x[:100], x[400:500]])))
+        rows = rows[torch.cat([x[:100, 0], x[400:500, 0]]) == 2]
+        given, mapped = net.experts[2](rows), found.model.experts[2](rows)
+    ones = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
+    fitted = ones @ torch.linalg.lstsq(ones, given, driver="gelsd").solution
+    least, left = ((each - given).square().sum() for each in (fitted, mapped))
+    assert least <= left <= 2.5 * least  # a ridge may double the error
+    assert left < 0.01 * (given - given.mean(0)).square().sum()

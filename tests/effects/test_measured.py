@@ -620,3 +620,35 @@ def test_attention_is_drawn_anew_as_it_is_built():
         for weight, bound in zip(drawn, bounds, strict=True):
             assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
     assert (net[0].self_attn.out_proj.bias == 5).all()
+
+
+class Routed(nn.Module):
+    """Sends each sample to one of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, first = torch.relu(self.stem(x)), x[:, 0] > 0
+        out = torch.zeros_like(h)
+        out[first], out[~first] = self.experts[0](h[first]), self.experts[1](h[~first])
+        return self.head(h + out)
+
+
+def test_components_that_a_report_leaves_out_are_named():
+    torch.manual_seed(0)
+    net, x = Routed().eval(), torch.randn(200, 6)
+    effects = component_effects(net, x.split(50))
+    left_out = {"experts.0.0", "experts.1.0"}
+    assert {*effects.components} == {"stem", "head"}
+    assert [note for note in effects.notes if note.startswith("no effects of")] == [
+        "no effects of experts.0.0, experts.1.0: credit_report leaves them out, and says why"
+    ]
+    told = " ".join(credit_report(net, x.split(50)).notes)
+    assert all(name in told for name in left_out)
+    # Who names components, or gives a report, knows.
+    report = credit_report(net, x.split(50))
+    assert component_effects(net, x.split(50), report).notes == ()
+    assert component_effects(net, x.split(50), components=["stem", "head"]).notes == ()

@@ -307,3 +307,47 @@ def test_a_state_of_other_numbers_of_axes_has_no_mean_to_be_skipped_by():
     assert np.isnan(found.values["skip"]).tolist() == [True, False]
     why = "no effect skip of 'odd': states of shape (1, 4) and of shape (4,) per sample arrived"
     assert any(note.startswith(why) for note in found.notes)
+
+
+class LastState(nn.Module):
+    """Uses the last state of a recurrent layer, and not what it gives first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, (h, _) = self.rnn(x)
+        return self.head(h[-1])
+
+
+@pytest.mark.parametrize("how", ["measured", "predicted"])
+def test_what_the_network_does_not_use_of_a_component_is_not_made_linear(how):
+    torch.manual_seed(0)
+    net, x = LastState().eval(), normal(120, 5, 4)
+    found = component_effects(net, x.split(40), kinds=["skip", "linear"], how=how)
+    assert np.isnan(found.values["linear"]).tolist() == [True, False]
+    assert found.doubts["linear"][0] == ("refused",)
+    assert [note for note in found.notes if "no effect" in note] == [
+        "no effect linear of 'rnn': the first tensor that 'rnn' gives leads to none of the outputs, and "
+        "what is made linear is the first; leave it out with components=[...], or leave out the kind "
+        "'linear'"
+    ]
+    if how == "measured":
+        with torch.no_grad():
+            own, h = net(x).double(), net.rnn(x)[1][0][-1]
+            mean = net.head(h.mean(0, keepdim=True)).double()
+        expected = (mean - own).square().sum() / (own - own.mean(0)).square().sum()
+        assert found.values["skip"][0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_single_sample_has_no_mean_and_no_spread():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)).eval()
+    found = component_effects(net, [normal(1, 4)], kinds=["skip", "output_noise"], scale="kl")
+    assert np.isnan(found.values["skip"]).tolist() == [True, False, True]
+    assert np.isnan(found.values["output_noise"]).all()
+    why = "one row of '0' arrived, whose mean is itself; pass more samples"
+    assert f"no effect skip, output_noise of '0': {why}" in found.notes or (
+        f"no effect output_noise, skip of '0': {why}" in found.notes
+    )

@@ -10,7 +10,7 @@ from effect_nets import batched, data, mlp
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lightning_koopman import component_effects
+from lightning_koopman import bit_widths, component_effects
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.replacements import pruned_weights, quantized_weights
 
@@ -40,6 +40,19 @@ def test_quantised_weights_are_rounded_to_nearest(bits, group):
         assert weight.dtype == net.state_dict()[name].dtype
         assert all(len(set(row.tolist())) <= 2**bits for row in weight.flatten(1)) or group
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_any_precision_are_rounded_to_nearest(dtype):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 64)).to(dtype)
+    plain = net[0].weight.detach().float().numpy()
+    found = quantized_weights(net, 8)["0.weight"]
+    assert found.dtype == dtype
+    expected = torch.from_numpy(rounded(plain, 8, 256)).to(dtype).double()
+    # A weight halfway between two integers may go either way: next to none is.
+    assert ((found.double() - expected).abs() > 1e-6).double().mean() < 1e-3
 
 
 @pytest.mark.parametrize(("net", "group"), [(nn.Linear(1, 6), None), (nn.Linear(4, 3), 1)])
@@ -100,6 +113,35 @@ def test_derived_weights_are_replaced_by_the_name_of_the_weight(wrap):
     found = component_effects(derived, batched(x, y), **how)
     np.testing.assert_allclose(found.values["other"], expected.values["other"], rtol=1e-4)
     assert all(torch.equal(value, state[name]) for name, value in derived.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)],
+    ids=["weight_norm", "spectral_norm", "pruned"],
+)
+def test_derived_weights_are_rounded_as_they_are_and_not_as_the_last_call_left_them(wrap):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    torch.manual_seed(0)
+    net = nn.Sequential(wrap(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    # Found by no call of the network, so that the hook has not derived the weight anew.
+    found, pruned = quantized_weights(net, 8)["0.weight"], pruned_weights(net, 0.5)["0.weight"]
+    x = torch.randn(100, 8)
+    chosen = bit_widths(net, [x], bits=(8,), average=8)
+    rounded_net = chosen.apply(net)
+    with torch.no_grad():
+        own, new = net(x).double(), rounded_net(x).double()
+    weight = net[0].weight.detach()
+    step = 2 * weight.abs().amax(1, keepdim=True) / 255
+    assert ((found - weight).abs() <= 0.51 * step).all()
+    assert torch.equal(pruned[pruned != 0], weight[pruned != 0])
+    effect = (new - own).square().sum() / (own - own.mean(0)).square().sum()
+    assert chosen.effect == pytest.approx(float(effect), rel=1e-3)
+    assert effect < 1e-3
 
 
 def test_errors_say_what_arrived_and_what_to_do(monkeypatch):

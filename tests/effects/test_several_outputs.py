@@ -7,7 +7,7 @@ from small import Both, wired
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from lightning_koopman import component_effects, credit_report
+from lightning_koopman import component_effects, credit_report, drop_order
 from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_tensor
 from lightning_koopman.network.tensors import all_tensors
 
@@ -379,3 +379,73 @@ def test_what_goes_on_past_a_pooling_is_altered_where_the_block_is_skipped_befor
     truth = float(moved.square().sum() / (before - before.mean(0)).square().sum())
     where = effects.components.index("block")
     assert effects.values["skip"][where] == pytest.approx(truth, rel=1e-4)
+
+
+class Branches(nn.Module):
+    """Two heads on blocks of their own; the second goes through an array, so that nothing follows it."""
+
+    def __init__(self, arrays: bool = False) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = (nn.Linear(6, 6) for _ in range(3))
+        self.first, self.second, self.arrays = nn.Linear(6, 3), nn.Linear(6, 2), arrays
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.stem(x))
+        a, b = torch.tanh(self.a(h)), torch.tanh(self.b(h))
+        a = torch.from_numpy(a.detach().numpy().copy()) if self.arrays else a
+        return self.first(a), self.second(b)
+
+
+def test_what_forward_fn_leaves_out_has_no_effect_and_is_left_alone_by_decisions():
+    torch.manual_seed(0)
+    net, x = Branches().eval(), torch.randn(200, 6)
+    batches = x.split(50)
+
+    def first(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch)[0]
+
+    found = component_effects(
+        net, batches, kinds=["skip", "weight_noise"], how="both", forward_fn=first,
+        sets=[{"a", "b"}, {"b", "second"}],
+    )  # fmt: skip
+    places = {name: found.components.index(name) for name in found.components}
+    for kind in found.kinds:
+        gone = {n for n, i in places.items() if np.isnan(found.values[kind][i])}
+        assert gone == {"b", "second", "b+second"}
+        assert {n for n, i in places.items() if found.doubts[kind][i] == ("elsewhere",)} == gone
+        assert {n for n, i in places.items() if np.isnan(found.predicted[kind][i])} == gone
+        # Beside it, what leads nowhere adds nothing.
+        assert found.predicted[kind][places["a+b"]] == found.predicted[kind][places["a"]]
+    with torch.no_grad():
+        own = net(x)[0].double()
+        skipped = net.first(torch.tanh(torch.tanh(net.stem(x)))).double()
+    expected = (skipped - own).square().sum() / (own - own.mean(0)).square().sum()
+    for name in ("a", "a+b"):
+        assert found.values["skip"][places[name]] == pytest.approx(float(expected), rel=1e-4)
+    order = drop_order(net, batches, forward_fn=first, steps=3)
+    assert "b" in order.refused
+    assert "b" not in order.candidates
+    assert "a" in order.candidates
+
+
+def test_what_goes_on_as_an_array_has_its_effect():
+    torch.manual_seed(0)
+    net, x = Branches(arrays=True).eval(), torch.randn(200, 6)
+    found = component_effects(
+        net, x.split(50), components=["stem", "a", "first"], forward_fn=lambda m, b: m(b)[0]
+    )
+    with torch.no_grad():
+        own = net(x)[0].double()
+        skipped = net.first(torch.tanh(torch.tanh(net.stem(x)))).double()
+    expected = (skipped - own).square().sum() / (own - own.mean(0)).square().sum()
+    assert found.values["skip"][1] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_weights_that_count_elsewhere_have_their_effect_there():
+    torch.manual_seed(0)
+    net, x = Branches().eval(), torch.randn(200, 6)
+    net.b.weight = net.a.weight
+    found = component_effects(
+        net, x.split(50), kinds=["weight_noise"], how="measured", forward_fn=lambda m, b: m(b)[0]
+    )
+    assert found.values["weight_noise"][found.components.index("b")] > 0
