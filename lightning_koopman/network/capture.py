@@ -33,7 +33,6 @@ from lightning_koopman.network.components import (
     with_tables,
     without_component,
 )
-from lightning_koopman.network.function_calls import FunctionCalls
 from lightning_koopman.network.hooks import attach_in, ended
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Inputs
@@ -55,6 +54,7 @@ from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, refuse_part, whol
 from lightning_koopman.network.shared_memory import further_tensors
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.stages import Stages
+from lightning_koopman.network.takers import Takers
 from lightning_koopman.network.tensors import (
     Given,
     all_tensors,
@@ -82,11 +82,11 @@ def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
     def safe(self: Capture, *args: Any, **kwargs: Any) -> None:
         # Torch gives a hook what the call takes, and behind it what it gave: the last two tell.
         if not self._closed and are_data(args[-2:], kwargs):
-            was_ours, self._functions.is_ours = self._functions.is_ours, True
+            was_ours, self._takers.is_ours = self._takers.is_ours, True
             try:
                 hook(self, *args, **kwargs)
             finally:
-                self._functions.is_ours = was_ours
+                self._takers.is_ours = was_ours
 
     return safe
 
@@ -120,9 +120,9 @@ class _Sum(NamedTuple):
 
     name: str
     place: int
-    order: list[int] | None
+    order: tuple[int, ...] | None
     like: str
-    axes: list[int]
+    axes: tuple[int, ...]
 
 
 class Capture:
@@ -224,10 +224,8 @@ class Capture:
         self._leads_in = False
         # States whose rows are in an order of the network's own, which may be another one in each batch.
         self._moved: set[str] = set()
-        # By call, the sums of states that it takes; and what finds those that functions take. A pass may
-        # hold more calls than another, so those of a module are numbered anew behind each component.
-        self._sums_at: dict[tuple[Any, int, int], list[_Sum]] = {}
-        self._functions = FunctionCalls(self._on_function_again)
+        # What finds the sums of states that modules, by id, and functions take.
+        self._takers = Takers(self._on_function_again, self._running)
         # The shapes of states that sums are taken in another shape than, in this pass.
         self._shapes: dict[str, torch.Size | None] = {}
         self._provenance = Provenance()
@@ -262,7 +260,7 @@ class Capture:
         if self._ancestor is not None:
             hang(self._ancestor, self._on_ancestor, self._on_returned, direct=True)
         # Before others read where what a module takes comes from.
-        for module in self._takers(first=first):
+        for module in self._modules_that_take(first=first):
             direct = any(module is own for own in self._holders)
             hang(module, self._on_taken, direct=direct)
         for module in around_of(self._model, self._ancestor):
@@ -297,16 +295,15 @@ class Capture:
         if first:
             hooks.callback(self._leave)
             # Before the flow, which asks it for the place of what it shows.
-            self._functions.__enter__()
+            self._takers.__enter__()
             self._provenance.follow(_held_by(self._model), self._on_function)
 
-    def _takers(self, *, first: bool) -> list[nn.Module]:
+    def _modules_that_take(self, *, first: bool) -> list[nn.Module]:
         """Find the modules outside of components that may take sums, or are known to."""
         if self._ancestor is None:
             return []
         if not first:
-            known = {module for _, module, _ in self._sums_at}
-            return [module for module in self._ancestor.modules() if id(module) in known]
+            return [module for module in self._ancestor.modules() if id(module) in self._takers.names]
         others = {id(self._ancestor)}
         others |= {id(p) for m in self.components.values() for p in m.modules() if p is not m}
         return [module for module in self._ancestor.modules() if id(module) not in others]
@@ -328,7 +325,7 @@ class Capture:
                 self._used = {n for n, m in silent.items() if self._provenance.has_read(_held_by(m))}
         finally:
             self._provenance.leave()
-            self._functions.__exit__()
+            self._takers.__exit__()
 
     def start_pass(self, batch: Any = None) -> None:
         """Forget what was recorded and begin a new forward pass."""
@@ -345,11 +342,11 @@ class Capture:
         self._around: list[tuple[nn.Module, Any]] = []
         self._inner: tuple[nn.Module, Any] | None = None
         self._start_call()
-        self._functions.error = None
+        self._takers.error = None
         self._provenance.start_pass(batch)
         if self._passes and batch is not None:
-            if self._functions:
-                self._functions.__enter__()
+            if self._takers.watches:
+                self._takers.__enter__()
             if self._moved:
                 self._provenance.follow_rows(_held_by(self._model))
 
@@ -361,10 +358,9 @@ class Capture:
         """Forget what was recorded of the call before."""
         self._states: dict[str, Any] = {}
         self._calls: dict[int, int] = {}
-        # How often modules were called that may take sums, whatever they gave, also behind each call of
-        # a component; and how often functions took sums, by name.
-        self._taken_by: Counter[int | tuple[Any, int] | str] = Counter()
-        self._functions.begin(None)
+        # How often modules, by id, were called that may take sums, and functions took some, by name.
+        self._taken_by: Counter[int | str] = Counter()
+        self._takers.begin(None)
         self._shapes = dict.fromkeys(self._shapes)
         self.skipped: list[str] = []
         self.origins.start_call()
@@ -396,7 +392,7 @@ class Capture:
         try:
             self._settle_inner()
             self._leave()
-            lost = self._functions.error if self._passes else None
+            lost = self._takers.error if self._passes else None
             error = self._error or self._provenance.lost_order or lost
             if error is not None:
                 raise error
@@ -531,7 +527,7 @@ class Capture:
                 self.again(states)
         elif self._states:
             self._closed = True
-        self._functions.begin(None)
+        self._takers.begin(None)
         self._called, self._call = True, (args, kwargs)
         self.given = _with_arguments(self._outer, module, args, kwargs)
 
@@ -552,10 +548,9 @@ class Capture:
                 self._superseded,
                 self._alone,
                 self._made_at,
-                self._sums_at,
             ):
                 known.clear()
-            self._functions.forget(lambda _: True)
+            self._takers.forget(lambda _: True)
 
     @_while_recording
     def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -654,19 +649,19 @@ class Capture:
     @_while_recording
     def _on_taken(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Record sums of states that no module took before, for what reads these reads no parts."""
-        call, here = self._taken_by[id(module)], (self._functions.behind, id(module))
-        key, given = (*here, self._taken_by[here]), (args, kwargs)
-        self._taken_by.update((id(module), here))
+        call, given = self._taken_by[id(module)], (args, kwargs)
+        self._taken_by[id(module)] += 1
+        known = self._takers.look(id(module))
         tensors = [tensor for tensor in all_tensors(given) if is_real(tensor) and not tensor.is_nested]
         if self._passes:
-            for known in self._sums_at.get(key, ()):
-                self._keep_sum(known, module, tensors, given)
+            for found in known:
+                self._keep_sum(found, module, tensors, given)
             return
         called = numbered(self._names[id(module)], call)
         for place, tensor in enumerate(tensors):
             name = sum_name(f"{called}[{place}]" if place else called)
-            if (found := self._take_sum(name, place, tensor, given)) is not None:
-                self._sums_at.setdefault(key, []).append(found)
+            if (taken := self._take_sum(name, place, tensor, given)) is not None:
+                self._takers.note(taken)
 
     def _on_function(self, tensor: Tensor, function: str, place: int, goes_on: bool) -> None:
         """Record a sum of states that a function takes, as the first pass shows."""
@@ -680,8 +675,8 @@ class Capture:
             return
         name = sum_name(numbered(f"{function}()", self._taken_by[function]))
         self._taken_by[function] += 1
-        if (found := self._take_sum(name, place, tensor)) is not None:
-            self._functions.note(found)
+        if (taken := self._take_sum(name, place, tensor)) is not None:
+            self._takers.note(taken)
 
     def _on_function_again(self, found: _Sum, tensors: list[Tensor]) -> None:
         """Record a sum that a function takes as in the first pass."""
@@ -726,15 +721,11 @@ class Capture:
         self._stages.read(name, tensor)
         self._keep(name, like.module, whole, made_of, given)
         self._provenance.mark_sum(tensor, name, made_of)
-        return _Sum(name, place, order, like.name, axes)
+        return _Sum(name, place, None if order is None else tuple(order), like.name, tuple(axes))
 
     def forget_sums(self, but: Collection[str]) -> None:
         """Look for no other sums in later passes than some."""
-        self._functions.forget(lambda found: found.name not in but)
-        for key, known in list(self._sums_at.items()):
-            self._sums_at[key] = [found for found in known if found.name in but]
-            if not self._sums_at[key]:
-                del self._sums_at[key]
+        self._takers.forget(lambda found: found.name not in but)
 
     def _is_sum(self, name: str, tensor: Tensor, made_of: frozenset[str]) -> bool:
         """Check whether what a module takes is a sum of states, or was in a network to compare with."""
@@ -761,7 +752,7 @@ class Capture:
     def _on_output(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self._running.discard(id(module))
         call = self._count(module)
-        self._functions.begin((id(module), call))
+        self._takers.begin((id(module), call))
         if (id(module), call) in self._foreign:
             # What reads it runs on other data, too.
             return
@@ -878,7 +869,8 @@ class Capture:
 
     def _takes_input(self, module: nn.Module) -> bool:
         """Check whether the module's input must be seen in the next pass."""
-        seen = self._passes == 0 or id(module) in self._opened
+        # Of what runs inside of components, no operator takes sums.
+        seen = self._passes == 0 or id(module) in self._opened or self._takers.watches
         return seen or any(taker == id(module) for taker, _ in self.inputs.at)
 
     def _count(self, module: nn.Module) -> int:

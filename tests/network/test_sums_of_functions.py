@@ -441,3 +441,28 @@ def test_images_whose_channels_come_last_in_memory_are_the_same_sums() -> None:
     known = credit_report(net, batches)
     assert found.reads["head"] == ("sum into select()",)
     assert found.credit == pytest.approx(known.credit, abs=1e-6)
+
+
+@pytest.mark.parametrize("by_sample", [True, False])
+def test_a_sum_of_what_experts_gave_is_found_whichever_of_them_ran_last(by_sample: bool) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x)
+        chosen = (x[:, 0] > 0) if by_sample else torch.full((len(x),), bool(x.sum() > 0))
+        given = torch.zeros_like(x)
+        for i, expert in enumerate(m.experts):
+            if len(rows := (chosen == i).nonzero()[:, 0]):
+                given = given.index_put((rows,), expert(x[rows]))
+        x = x + torch.sigmoid(m.gate(x)) * given
+        return m.head(F.gelu(m.whole(x) if m.named else x))
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(WIDTH, WIDTH) for name in ("stem", "gate")}
+    experts = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(2)])
+    net = wired(run, **layers, experts=experts, whole=Whole(), head=nn.Linear(WIDTH, 3)).double().eval()
+    batches = [batch[:, 0] for batch in samples(count=1000, size=100)]
+    net.named = False
+    found = credit_report(net, batches)
+    net.named = True
+    known = credit_report(net, batches)
+    assert found.reads["sum into gelu()"] == known.reads["sum into whole"]
+    assert found.credit == pytest.approx(known.credit, abs=1e-6)

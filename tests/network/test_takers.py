@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.function_calls import FunctionCalls
+from lightning_koopman.network.takers import Takers
 from lightning_koopman.network.watch import Watcher
 
 X = torch.arange(6.0).view(2, 3)
@@ -18,7 +18,7 @@ X = torch.arange(6.0).view(2, 3)
 class _Notes(Watcher):
     """Notes what one operator takes, as the first pass shows it."""
 
-    def __init__(self, calls: FunctionCalls, value: Tensor) -> None:
+    def __init__(self, calls: Takers, value: Tensor) -> None:
         super().__init__()
         self.calls, self.value = calls, value
 
@@ -27,13 +27,13 @@ class _Notes(Watcher):
             self.calls.note("taken")
 
 
-def found(first: Callable[[FunctionCalls], object], later: Callable[[FunctionCalls], object]) -> Any:
+def found(first: Callable[[Takers], object], later: Callable[[Takers], object]) -> Any:
     """Note what takes the mean of 3 X in a pass, and return what is found in another one."""
     seen: list[Tensor] = []
-    calls = FunctionCalls(lambda what, tensors: seen.extend(tensors))
+    calls = Takers(lambda what, tensors: seen.extend(tensors))
     with calls, _Notes(calls, 3 * X):
         first(calls)
-    assert calls
+    assert calls.watches
     assert not seen
     calls.begin(None)
     with calls:
@@ -42,19 +42,39 @@ def found(first: Callable[[FunctionCalls], object], later: Callable[[FunctionCal
     return seen
 
 
-def run(calls: FunctionCalls, scale: float = 1.0) -> None:
+def run(calls: Takers, scale: float = 1.0) -> None:
     calls.begin("stem")
     x = scale * X
     (2 * x).mean(), (3 * x).mean(dim=0)
     calls.begin("head")
-    (3 * x).mean()
+    (5 * x).mean()
 
 
 def test_what_an_operator_takes_is_found_in_a_later_pass() -> None:
-    assert [x.tolist() for x in found(run, lambda calls: run(calls, 2.0))] == 2 * [(6 * X).tolist()]
+    assert [x.tolist() for x in found(run, lambda calls: run(calls, 2.0))] == [(6 * X).tolist()]
 
 
-def with_copies(calls: FunctionCalls) -> None:
+def test_behind_another_component_it_is_the_one_that_comes_as_late() -> None:
+    def other(calls: Takers) -> None:
+        calls.begin("another")
+        x = torch.exp(X)
+        (2 * x).mean(), (3 * x).mean(dim=0)
+        calls.begin("head")
+        (5 * x).mean()
+
+    assert [x.tolist() for x in found(run, other)] == [(3 * torch.exp(X)).tolist()]
+
+
+def test_where_it_comes_as_noted_is_found_last() -> None:
+    def other(calls: Takers) -> None:
+        calls.begin("another")
+        X.mean(), X.mean()
+        run(calls)
+
+    assert [x.tolist() for x in found(run, other)] == [X.tolist(), (3 * X).tolist()]
+
+
+def with_copies(calls: Takers) -> None:
     calls.begin("stem")
     x = 1.0 * X.clone().t().contiguous().t()
     (2 * x.view(2, 3)).mean(), (3 * x.detach().clone()).clone().mean(dim=0)
@@ -66,7 +86,7 @@ def test_copies_and_views_change_nothing() -> None:
 
 @pytest.mark.parametrize("before", [torch.exp, torch.cos, lambda x: (3 * x).mean()])
 def test_nothing_is_found_where_something_else_was_computed_before(before: Any) -> None:
-    def other(calls: FunctionCalls) -> None:
+    def other(calls: Takers) -> None:
         calls.begin("stem")
         x = before(X) * X
         (2 * x).mean(), (3 * x).mean(dim=0)
@@ -75,7 +95,7 @@ def test_nothing_is_found_where_something_else_was_computed_before(before: Any) 
 
 
 def test_what_is_ours_counts_for_nothing() -> None:
-    def beside(calls: FunctionCalls) -> None:
+    def beside(calls: Takers) -> None:
         calls.begin("stem")
         calls.is_ours = True
         torch.exp(X), (3 * X).mean()
@@ -88,7 +108,7 @@ def test_what_is_ours_counts_for_nothing() -> None:
 
 def test_which_of_several_that_view_the_same_is_told_by_their_order() -> None:
     seen: list[list[float]] = []
-    calls = FunctionCalls(lambda what, tensors: seen.append(tensors[0].tolist()))
+    calls = Takers(lambda what, tensors: seen.append(tensors[0].tolist()))
 
     class Second(Watcher):
         def precede(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -107,7 +127,7 @@ def test_an_error_is_kept_out_of_the_pass() -> None:
     def broken(what: Any, tensors: list[Tensor]) -> None:
         raise RuntimeError("of ours")
 
-    calls = FunctionCalls(broken)
+    calls = Takers(broken)
     with calls, _Notes(calls, 3 * X):
         run(calls)
     calls.begin(None)
@@ -117,9 +137,9 @@ def test_an_error_is_kept_out_of_the_pass() -> None:
 
 
 def test_what_is_forgotten_is_found_no_more() -> None:
-    def forgetful(calls: FunctionCalls) -> None:
+    def forgetful(calls: Takers) -> None:
         calls.forget(lambda what: what == "taken")
-        assert not calls
+        assert not calls.watches
         run(calls)
 
     assert not found(run, forgetful)
