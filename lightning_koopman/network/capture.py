@@ -550,7 +550,7 @@ class Capture:
                 self._made_at,
             ):
                 known.clear()
-            self._takers.forget(lambda _: True)
+            self.forget_sums(but=())
 
     @_while_recording
     def _on_around(self, module: nn.Module, args: Any, kwargs: Any) -> None:
