@@ -39,12 +39,12 @@ class EffectsInTime:
         budget: What pays for them.
 
     Attributes:
-        seconds_a_row: What one sample took in one pass, last time.
+        seconds_a_sample: What one sample took in one pass, last time.
     """
 
     def __init__(self, kinds: Sequence[Kind], budget: Budget) -> None:
         self.kinds, self.budget = tuple(kinds), budget
-        self.seconds_a_row = 0.0
+        self.seconds_a_sample = 0.0
 
     def of_report(
         self,
@@ -89,9 +89,9 @@ class EffectsInTime:
         """Let the budget keep back what effects will take at the end of a training, at most a third."""
         if trainer.state.fn != "fit":
             return
-        rows, last = passes(report, self.kinds) * SAMPLES, last_step(trainer)
+        taken, last = passes(report, self.kinds) * SAMPLES, last_step(trainer)
         most = self.budget.allowed(trainer.global_step, last) / 3
-        self.budget.expect("effects", min(rows * self.seconds_a_row, most))
+        self.budget.expect("effects", min(taken * self.seconds_a_sample, most))
 
     def _own(
         self,
@@ -109,12 +109,12 @@ class EffectsInTime:
             return None, None
         if isinstance(steps, str):
             return None, steps if final else None
-        per_row = max(passes(report, self.kinds) * self.seconds_a_row, 1e-12)
+        per_sample = max(passes(report, self.kinds) * self.seconds_a_sample, 1e-12)
         if final:
-            room = max(self.budget.left("effects"), min(SAMPLES * per_row, _FEW))
+            room = max(self.budget.left("effects"), min(SAMPLES * per_sample, _FEW))
         else:
-            room, recorded = self.budget.room("effects"), sum(step.n_rows for step in steps)
-            if room < per_row * max(steps[0].n_rows, min(FEWEST, recorded)):
+            room, recorded = self.budget.room("effects"), sum(step.n_samples for step in steps)
+            if room < per_sample * max(steps[0].n_samples, min(FEWEST, recorded)):
                 return None, None
         start = self.budget.clock()
         with self.budget.apart("effects"):
@@ -126,7 +126,7 @@ class EffectsInTime:
                     report,
                     self.kinds,
                     around,
-                    samples=room / per_row,
+                    samples=room / per_sample,
                     agree=agree,
                 )
             except Exception as error:
@@ -134,8 +134,8 @@ class EffectsInTime:
                     raise
                 return None, str(error)
         # Known better now than from one step run again.
-        rows = found.n_samples * passes(report, self.kinds)
-        self.seconds_a_row = (self.budget.clock() - start) / rows
+        taken = found.n_samples * passes(report, self.kinds)
+        self.seconds_a_sample = (self.budget.clock() - start) / taken
         self._expect(trainer, report)
         return found, None
 

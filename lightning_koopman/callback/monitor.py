@@ -540,7 +540,7 @@ class KoopmanCreditMonitor(HarmlessCallback):
     def _end_training_step(self) -> None:
         calls = self._recorded.calls
         if calls is not None and calls.recording:
-            self._n_recorded += calls.end_step(lone=False).n_rows
+            self._n_recorded += calls.end_step(lone=False).n_samples
             self.budget.add(seconds_in_hooks() - self._in_hooks)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -699,8 +699,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
             self._state.put_back_buffers()
             start = self.budget.clock()
             self._differs = recording.differs()
-            rows = sum(step.n_rows for step in recording.steps[:1])
-            self._effects.seconds_a_row = (self.budget.clock() - start) / max(1, rows)
+            count = sum(step.n_samples for step in recording.steps[:1])
+            self._effects.seconds_a_sample = (self.budget.clock() - start) / max(1, count)
 
     def _as_watched(self, trainer: Any) -> Callable[[], AbstractContextManager[None]]:
         """Return what stands around recorded calls of a model that is put back behind them."""

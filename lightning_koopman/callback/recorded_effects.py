@@ -119,11 +119,11 @@ def measure_effects(
     kinds_of_step = [tuple(id(call.module) for call in step.calls) for step in steps]
     usual = Counter(kinds_of_step).most_common(1)[0][0]
     steps = [step for step, kind in zip(steps, kinds_of_step, strict=True) if kind == usual]
-    count, n_rows = 1, steps[0].n_rows
+    count, n_samples = 1, steps[0].n_samples
     for step in steps[1:]:
-        if n_rows >= min(samples, FEWEST) and n_rows + step.n_rows > min(samples, SAMPLES):
+        if n_samples >= min(samples, FEWEST) and n_samples + step.n_samples > min(samples, SAMPLES):
             break
-        n_rows += step.n_rows
+        n_samples += step.n_samples
         count += 1
     taken = [steps[i] for i in spread_over(count, len(steps))]
     run_again = {module for call in taken[0].calls for module in call.module.modules()}
@@ -186,6 +186,7 @@ def measure_effects(
         how="measured",
         target_of=target_of,
         valid_of=lambda step: step.valid,
+        given_of=Step.revive,
         targets=targets,
     )
     notes = [*found.notes]

@@ -35,6 +35,8 @@ from lightning_koopman.network.rows import (
     form_of,
     gives_batch_second,
     has_batch_second,
+    index_of_samples,
+    samples_of_rows,
 )
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import is_underived
@@ -105,6 +107,7 @@ class Alterations:
         maps: Linear maps from own input to output, by component, once :meth:`solve` has fitted them.
         refused: By kind and component, why it cannot be altered in that way.
         unsettled: By component, why its samples cannot be told apart.
+        sizes: Samples of each batch that was seen.
     """
 
     def __init__(
@@ -148,7 +151,12 @@ class Alterations:
         self._forms: defaultdict[HookPoint, RowForm] = defaultdict(RowForm)
         self._units: defaultdict[HookPoint, MeanAndSpread] = defaultdict(MeanAndSpread)
         self._fits: dict[str, LinearFit] = {}
-        self._sizes: list[int] = []
+        self.sizes: list[int] = []
+        # Where rows are nodes of graphs: which tensor of a batch tells the graph of each; what it tells,
+        # by batch and count of rows; and the points of such rows.
+        self._index: int | None = None
+        self._told: dict[tuple[int, int], Tensor] = {}
+        self._have_told: set[HookPoint] = set()
         # By point, in how many calls of the network it was in each batch.
         self._rounds: defaultdict[HookPoint, list[int]] = defaultdict(list)
         self._means: set[str] = set()
@@ -191,13 +199,16 @@ class Alterations:
         return self.inputs[name]._replace(place=point.place)
 
     def settle(
-        self, first: Followed, output: Tensor, n_given: int, placed: tuple[Place | None, ...]
+        self, first: Followed, output: Tensor, n_given: int, placed: tuple[Place | None, ...], batch: Any
     ) -> None:
         """Find where the samples are in each state, as the first batch, of ``n_given``, shows.
 
         ``placed`` is where the two first axes of the batch are in the outputs.
         """
         values, places = first.values, first.places
+        self._index = index_of_samples(_lengths([values]) - {len(output)}, {len(output)}, batch)
+        self._note_told(0, [values], batch)
+        self._have_told = {p for p, v in values.items() if self._is_told(0, v) and len(v) != len(output)}
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
         known = [(name, point) for name, point in self.outputs.items() if point in values]
@@ -205,6 +216,8 @@ class Alterations:
 
         def form(name: str, point: HookPoint, module: nn.Module) -> RowForm:
             value = values[point]
+            if point in self._have_told:
+                return RowForm()
             second = gives_batch_second(module, value)
             return form_of(
                 name,
@@ -234,7 +247,7 @@ class Alterations:
             try:
                 for point in (self.outputs[name], self.inputs[name]):
                     if (value := values.get(point)) is not None:
-                        _check_samples(name, value, len(output))
+                        self._check_samples(name, point, value, 0, len(output))
                         self._forms[point] = form(name, point, modules[name])
             except ValueError as error:
                 self._unsettle(name, error)
@@ -244,7 +257,11 @@ class Alterations:
             if others and not first.made[self._parts[name][-1]]:
                 self._aside.add(name)
             # What has no row per sample is not a sample's, and stays.
-            others = {p: f for p, f in others.items() if len(by_sample(values[p], f)) == len(output)}
+            others = {
+                p: f
+                for p, f in others.items()
+                if p in self._have_told or len(by_sample(values[p], f)) == len(output)
+            }
             self._forms.update(others)
             if others:
                 self.further[name] = tuple(others)
@@ -288,19 +305,37 @@ class Alterations:
             if not self.touches_weights(kind):
                 self.refused[kind].setdefault(name, self.unsettled[name])
 
-    def update(self, rounds: Sequence[Mapping[HookPoint, Tensor]], n_samples: int) -> None:
+    def update(self, rounds: Sequence[Mapping[HookPoint, Tensor]], n_samples: int, batch: Any) -> None:
         """Take the states that one batch has in the network as it is, in each call of the network."""
         for name, points in self._within.items():
             fitting = [point for point in points if self._passes(rounds[0], name, point)]
             if fitting:
                 self._skipped_at[name] = fitting[0]
                 self._forms[fitting[0]] = self._forms[self.inputs[name]]
+                self._have_told |= {fitting[0]} if self.inputs[name] in self._have_told else set()
+        self._note_told(len(self.sizes), rounds, batch)
         self._within = {}
-        self._sizes.append(n_samples)
+        self.sizes.append(n_samples)
         for point in {point for values in rounds for point in values}:
             self._rounds[point].append(sum(point in values for values in rounds))
         for values in rounds:
             self._update(values, n_samples)
+
+    def _note_told(self, number: int, rounds: Sequence[Mapping[HookPoint, Tensor]], batch: Any) -> None:
+        """Keep what a batch tells of the samples that rows are about."""
+        for length in _lengths(rounds):
+            if (samples := samples_of_rows(self._index, length, batch)) is not None:
+                self._told[number, length] = samples.cpu()
+
+    def _is_told(self, number: int, tensor: Tensor) -> bool:
+        return bool(tensor.ndim) and not tensor.is_nested and (number, len(tensor)) in self._told
+
+    def _check_samples(
+        self, name: str, point: HookPoint, tensor: Tensor, number: int, n_samples: int
+    ) -> None:
+        """Refuse a state of which nothing tells the samples."""
+        if point not in self._have_told or not self._is_told(number, tensor):
+            _check_samples(name, tensor, n_samples)
 
     def _passes(self, values: Mapping[HookPoint, Tensor], name: str, point: HookPoint) -> bool:
         """Check whether what a component takes has the shape of what is given somewhere in it."""
@@ -315,7 +350,8 @@ class Alterations:
             try:
                 for read in (point, source):
                     if read in values:
-                        _check_samples(name, values[read], n_samples)
+                        number = len(self.sizes) - 1
+                        self._check_samples(name, read, values[read], number, n_samples)
             except ValueError as error:
                 self._unsettle(name, error)
                 continue
@@ -388,8 +424,8 @@ class Alterations:
     def groups(self) -> list[Tensor]:
         """Return the group of each sample, by batch; a group lies within a batch."""
         groups, first = [], 0
-        for size in self._sizes:
-            count = max(1, min(size // _GROUP_SIZE, round(_GROUPS * size / sum(self._sizes))))
+        for size in self.sizes:
+            count = max(1, min(size // _GROUP_SIZE, round(_GROUPS * size / sum(self.sizes))))
             groups.append(first + torch.arange(size, device="cpu") % count)
             first += count
         return groups
@@ -452,14 +488,16 @@ class Alterations:
     def _averaged(self, point: HookPoint, groups: Iterable[Tensor]) -> Alteration:
         """Put its mean in a tensor's place, moved towards that of a sample's group if there are any."""
         form = self._forms[point]
-        each = zip(groups, self._rounds[point], strict=False)
-        by_batch = (group for group, times in each for _ in range(times))
+        each = enumerate(zip(groups, self._rounds[point], strict=False))
+        by_batch = ((number, group) for number, (group, times) in each for _ in range(times))
 
         def averaged(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
             rows = output.detach().movedim(form.batch_axis, 0)
             mean = self._units[point].mean.to(output)
-            if (groups_here := next(by_batch, None)) is not None:
-                own = form.samples(len(rows), len(groups_here))
+            if (here := next(by_batch, None)) is not None:
+                number, groups_here = here
+                own = self._told_of(point, number, rows)
+                own = form.samples(len(rows), len(groups_here)) if own is None else own
                 mean = torch.lerp(mean, _means_of(rows, groups_here[own], mean), SHIFT)
             return mean.expand_as(rows).movedim(0, form.batch_axis)
 
@@ -484,19 +522,34 @@ class Alterations:
         spread = self._strength * self._units[point].std.to(values.device)
         return (spread * values.movedim(axis, 0)).movedim(0, axis)
 
-    def rows_by_sample(self, name: str, point: HookPoint, tensor: Tensor, n_samples: int) -> Tensor:
-        """Return one row per sample of what lies at a point of a component."""
-        _check_samples(name, tensor, n_samples)
-        form = self._forms[point]
-        group = tensor.shape[form.batch_axis] // n_samples
-        rows = by_sample(tensor, replace(form, group=group)).reshape(n_samples, -1)
+    def _told_of(self, point: HookPoint, number: int, tensor: Tensor) -> Tensor | None:
+        """Return the sample that each row of a tensor is about, if a batch tells it."""
+        return self._told[number, len(tensor)] if point in self._have_told else None
+
+    def rows_by_sample(self, name: str, point: HookPoint, tensor: Tensor, number: int) -> Tensor:
+        """Return one row per sample of a batch of what lies at a point of a component.
+
+        Where samples are of unlike numbers of nodes, zeros fill them up.
+        """
+        n_samples, form = self.sizes[number], self._forms[point]
+        self._check_samples(name, point, tensor, number, n_samples)
+        if (own := self._told_of(point, number, tensor)) is not None:
+            counts = own.bincount(minlength=n_samples)
+            rows = tensor.new_zeros(n_samples, int(counts.max()), *tensor.shape[1:])
+            rows[own.to(tensor.device), _places_within(own, counts).to(tensor.device)] = tensor
+        else:
+            rows = by_sample(tensor, replace(form, group=tensor.shape[form.batch_axis] // n_samples))
+        rows = rows.reshape(n_samples, -1)
         return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
-    def laid_out(self, name: str, point: HookPoint, rows: Tensor, tensor: Tensor) -> Tensor:
+    def laid_out(self, name: str, point: HookPoint, rows: Tensor, tensor: Tensor, number: int) -> Tensor:
         """Return one row per sample as what lies at a point of a component, such as ``tensor``, does."""
-        places = torch.arange(tensor.numel(), dtype=torch.float64, device="cpu").view(tensor.shape)
-        places = self.rows_by_sample(name, point, places, len(rows)).flatten().long().to(rows.device)
-        flat = torch.empty_like(rows.flatten()).index_copy_(0, places, rows.flatten())
+        # Counted from 1, for zeros may fill rows up.
+        numbers = torch.arange(1, tensor.numel() + 1, dtype=torch.float64, device="cpu")
+        places = self.rows_by_sample(name, point, numbers.view(tensor.shape), number)
+        places = places.long().to(rows.device)
+        flat = rows.new_empty(tensor.numel())
+        flat[places[places > 0] - 1] = rows[places > 0]
         return flat.view(tensor.shape).to(tensor)
 
     @contextmanager
@@ -563,6 +616,21 @@ def padded_sequences(model: nn.Module) -> Generator[bool, None, None]:
     before = torch.backends.mha.get_fastpath_enabled()
     with fast_path(before and not nesting):
         yield nesting and before
+
+
+def _lengths(rounds: Iterable[Mapping[HookPoint, Tensor]]) -> set[int]:
+    """Collect how many rows states have."""
+    states = itertools.chain.from_iterable(values.values() for values in rounds)
+    return {len(state) for state in states if state.ndim and not state.is_nested}
+
+
+def _places_within(samples: Tensor, counts: Tensor) -> Tensor:
+    """Return which row of its sample each row is."""
+    order = samples.argsort(stable=True)
+    starts = (counts.cumsum(0) - counts)[samples[order]]
+    return torch.empty_like(order).index_copy_(
+        0, order, torch.arange(len(order), device=order.device) - starts
+    )
 
 
 def _check_samples(name: str, tensor: Tensor, n_samples: int) -> None:

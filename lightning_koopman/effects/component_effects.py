@@ -229,6 +229,7 @@ def effects_on(
     seed: int = 0,
     target_of: Callable[[Any], Tensor | None] | None = None,
     valid_of: Callable[[Any], Valid] = valid_positions,
+    given_of: Callable[[Any], Any] = lambda batch: batch,
     targets: Callable[[Sequence[Tensor], Sequence[Tensor | None]], Sequence[Tensor | None]]
     | None = None,
 ) -> Effects:
@@ -236,8 +237,9 @@ def effects_on(
 
     ``parts`` holds the module calls of each component, see :func:`altered_parts`, and ``ends`` what the
     network ends with. ``target_of`` finds the targets of a batch, where the batch itself and what the
-    network takes of it do not tell, and ``valid_of`` which of its positions hold data; ``targets`` is
-    called with the outputs of all batches and with the targets, and returns those that count.
+    network takes of it do not tell, ``valid_of`` which of its positions hold data, and ``given_of`` what
+    the network is given in it; ``targets`` is called with the outputs of all batches and with the
+    targets, and returns those that count.
     """
     check_type(INTEGER, probes=probes, draws=1 if draws is None else draws, seed=seed)
     check_type(NUMBER, strength=strength)
@@ -266,6 +268,7 @@ def effects_on(
         again: Tensor | None = None
         unlike = 0
         for number in runner.until_enough(outputs):
+            given = given_of(runner.batches[number])
             if number:
                 output, rounds = runner.run_batch(number, alterations.read)
             else:
@@ -276,13 +279,13 @@ def effects_on(
                 output = runner.form.outputs(first.given, runner.batches[0])
                 kept = runner.form.places or ()
                 placed = first.placed[kept[0]] if len(kept) == 1 else (None, None)
-                alterations.settle(first, output, samples_in(runner.batches[0]), placed)
+                alterations.settle(first, output, samples_in(runner.batches[0]), placed, given)
                 rounds = [first.values]
                 # Further tensors were read in the first call alone, and not where they are taken.
                 if first.n_rounds > 1 or not alterations.has_read_all:
                     again, rounds = runner.run_batch(0, alterations.read)
             unlike += sum(call in last for call in runner.unlike)
-            alterations.update(rounds, len(output))
+            alterations.update(rounds, len(output), given)
             outputs.append(output.detach().cpu())
         assert target_of is not None
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)

@@ -124,18 +124,16 @@ def predict(
             folds[kind] += torch.bincount(fold, minlength=_FOLDS)
             moved: Moved = {}
             if kind != "output_noise":
-                moved = _displacements(
-                    alterations, runner, kind, before, number, rounds, count, each, beyond
-                )
+                moved = _displacements(alterations, runner, kind, before, number, rounds, each, beyond)
                 if not number and alterations.touches_weights(kind):
                     apart = {i: m for i, m in moved.items() if reached[i] and i not in beyond[kind]}
                     far_off[kind] = _far_off(alterations, runner, kind, before, found, apart, end)
             for gradients in found:
                 if kind == "output_noise":
-                    squares = _noise_squares(alterations, gradients, count)
+                    squares = _noise_squares(alterations, gradients, number)
                     change = torch.diag_embed(squares)
                 else:
-                    z = _changes(alterations, kind, gradients, moved, count)
+                    z = _changes(alterations, kind, gradients, moved, number)
                     # What is drawn for one component is independent of what is drawn for another.
                     change = (
                         torch.diag_embed(z.square())
@@ -172,10 +170,10 @@ def _far_off(
         parts = {i: moved[i] for i in set(shown.tolist())}
         squares = torch.zeros(3, n_samples, dtype=torch.float64, device="cpu")
         for gradients in found:
-            z = _changes(alterations, kind, gradients, parts, n_samples)
+            z = _changes(alterations, kind, gradients, parts, 0)
             squares[0] += z.gather(1, shown[:, None])[:, 0].square()
             for k, rows in enumerate((change.reshape(n_samples, -1), rounding), 1):
-                z = _changes(alterations, kind, gradients, {0: {_END: [rows]}}, n_samples)
+                z = _changes(alterations, kind, gradients, {0: {_END: [rows]}}, 0)
                 squares[k] += z[:, 0].square()
         sums = {i: squares[:, shown == i].sum(dim=1).tolist() for i in parts}
         # Rounding tells nothing, nor does NaN: outputs that do not count may be infinite.
@@ -209,7 +207,7 @@ def _displaced(
         calls = iter(rows[point])
 
         def alter(output: Tensor, _: Mapping[HookPoint, Tensor]) -> Tensor:
-            return output + alterations.laid_out(owners[point], point, next(calls), output)
+            return output + alterations.laid_out(owners[point], point, next(calls), output, 0)
 
         return alter
 
@@ -249,7 +247,6 @@ def _displacements(
     before: Outputs,
     number: int,
     rounds: Sequence[Mapping[HookPoint, Tensor]],
-    n_samples: int,
     draws: int,
     beyond: dict[str, frozenset[int]],
 ) -> Moved:
@@ -272,7 +269,7 @@ def _displacements(
                 for values in by_call[point]:
                     output = values[point]
                     move = alter_one(output, values).to(output.device) - output
-                    moved[i][point].append(alterations.rows_by_sample(name, point, move, n_samples))
+                    moved[i][point].append(alterations.rows_by_sample(name, point, move, number))
         return moved
     given: dict[HookPoint, list[Tensor]] = {}
 
@@ -302,7 +299,7 @@ def _displacements(
     known = beyond.get(kind)
     if known is None or known:
         end, as_it_is = run((), inputs)
-    draws = 1 if alterations.draws_nothing(kind) else min(draws, n_samples)
+    draws = 1 if alterations.draws_nothing(kind) else min(draws, alterations.sizes[number])
     together = [[i for i in turn if i is not None] for turn in itertools.zip_longest(*groups)]
     turns = [[i for i in turn if i not in (known or ())] for turn in together]
     within = {i: {names[j] for j in group} for group in groups for i in group}
@@ -315,15 +312,15 @@ def _displacements(
                 # call of which nothing depends on the sample.
                 each = itertools.chain(*together)
                 beyond[kind] = frozenset(i for i in each if differs(run([i], inputs)[1]))
-                again = (alterations, runner, kind, before, number, rounds, n_samples, draws, beyond)
+                again = (alterations, runner, kind, before, number, rounds, draws, beyond)
                 return _displacements(*again)
             new: dict[HookPoint, list[Tensor]] = {}
             for point, name in owners.items():
                 pairs = zip(given[point], by_call[point], strict=True)
                 moves = [altered - values[point] for altered, values in pairs]
-                new[point] = [alterations.rows_by_sample(name, point, m, n_samples) for m in moves]
+                new[point] = [alterations.rows_by_sample(name, point, m, number) for m in moves]
             if known:
-                new[_END] = [before.change(output, end).reshape(n_samples, -1)]
+                new[_END] = [before.change(output, end).reshape(len(end), -1)]
             for point, calls in new.items():
                 for kept, drawn in zip(rows.setdefault(point, calls), calls, strict=True):
                     kept[draw::draws] = drawn[draw::draws]
@@ -335,12 +332,12 @@ def _displacements(
 
 
 def _changes(
-    alterations: Alterations, kind: str, gradients: Gradients, moved: Moved, n_samples: int
+    alterations: Alterations, kind: str, gradients: Gradients, moved: Moved, number: int
 ) -> Tensor:
-    """Change of one combination of the outputs, shape ``(n_samples, components)``."""
-    names = alterations.names
+    """Change of one combination of a batch's outputs, shape ``(n_samples, components)``."""
+    names, n_samples = alterations.names, alterations.sizes[number]
     rows = {
-        (point, k): alterations.rows_by_sample(name, point, gradient, n_samples)
+        (point, k): alterations.rows_by_sample(name, point, gradient, number)
         for name in names
         for point in alterations.all_altered(kind, name)
         for k, gradient in enumerate(gradients.get(point, ()))
@@ -357,15 +354,16 @@ def _changes(
     return change
 
 
-def _noise_squares(alterations: Alterations, gradients: Gradients, n_samples: int) -> Tensor:
-    """Mean squared change of one combination of the outputs by output noise, the same shape."""
-    change = torch.zeros(n_samples, len(alterations.names), dtype=torch.float64, device="cpu")
+def _noise_squares(alterations: Alterations, gradients: Gradients, number: int) -> Tensor:
+    """Mean squared change of one combination of a batch's outputs by output noise, the same shape."""
+    shape = alterations.sizes[number], len(alterations.names)
+    change = torch.zeros(shape, dtype=torch.float64, device="cpu")
     for i, name in enumerate(alterations.names):
         for point in alterations.all_altered("output_noise", name):
             for gradient in gradients.get(point, ()):
                 if gradient is not None:
                     noise = alterations.times_spread(point, gradient)
-                    rows = alterations.rows_by_sample(name, point, noise, n_samples)
+                    rows = alterations.rows_by_sample(name, point, noise, number)
                     change[:, i] += rows.square().sum(dim=1).double().cpu()
     return change
 

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 
 from lightning_koopman.network.components import around_of, unwrapped
 from lightning_koopman.network.hooks import attach_in
+from lightning_koopman.network.input_data import is_edge_index
 from lightning_koopman.network.shared_memory import further_tensors, same_view
 from lightning_koopman.network.tensors import (
     Given,
@@ -145,7 +146,9 @@ def _with_entry(table: Any, key: Any, entries: dict[Any, Any], new: Tensor) -> A
 
 
 def _is_beside(other: Tensor, first: Tensor) -> bool:
-    """Check whether a tensor is another one than the first, as long, and differs between samples."""
+    """Check whether a tensor is another one than the first, as long, and differs, or joins its rows."""
+    if is_edge_index(other) and len(first) != 2:
+        return True
     if not (has_places(other) and has_places(first) and is_real(other)):
         return False
     if other.shape[:1] != first.shape[:1]:

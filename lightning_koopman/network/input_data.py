@@ -67,6 +67,23 @@ def is_edge_index(tensor: Tensor) -> bool:
     return is_pairs and tensor.dtype == torch.int64
 
 
+def counts_graphs(tensor: Tensor) -> bool:
+    """Check whether a tensor may say which graph of a batch each node belongs to, in order."""
+    if tensor.dtype != torch.int64 or tensor.ndim != 1 or not len(tensor) or int(tensor[0]):
+        return False
+    steps = tensor.diff()
+    return bool(((steps == 0) | (steps == 1)).all()) and bool((steps == 0).any())
+
+
+def n_graphs(tensors: Sequence[Tensor]) -> int | None:
+    """Count the graphs of a batch that holds the ends of edges and the graph of each node."""
+    if not any(map(is_edge_index, tensors)):
+        return None
+    rows = {tensor.shape[:1] for tensor in tensors if is_real(tensor) and has_places(tensor)}
+    found = (int(t[-1]) + 1 for t in tensors if t.shape[:1] in rows - {(2,)} and counts_graphs(t))
+    return next(found, None)
+
+
 def is_of_edges(tensor: Tensor, indices: Sequence[Tensor]) -> bool:
     """Check whether a tensor has a row for each edge of an index."""
     return not tensor.is_nested and any(tensor.shape[:1] == index.shape[1:] for index in indices)

@@ -29,6 +29,7 @@ from lightning_koopman.network.components import (
 )
 from lightning_koopman.network.dataflow import DataFlow
 from lightning_koopman.network.hooks import attach_in, ended, is_wrapped, wrap
+from lightning_koopman.network.input_data import n_graphs
 from lightning_koopman.network.isolation import is_compiled_itself
 from lightning_koopman.network.padding import Valid
 from lightning_koopman.network.signals import signals_wait
@@ -152,6 +153,14 @@ class _Call:
         return max((part.n_rows for part in copies), default=1)
 
     @property
+    def n_samples(self) -> int:
+        """Graphs of the batch of these that the call takes, else its rows."""
+        leaves = list(_leaves((self.args, self.kwargs)))
+        told = (getattr(part.copy, "num_graphs", 0) for part in leaves if isinstance(part, _Object))
+        copies = [part.copy for part in leaves if isinstance(part, _Kept)]
+        return int(max(told, default=0)) or n_graphs(copies) or self.n_rows
+
+    @property
     def starts(self) -> set[int]:
         """Where in memory the tensors begin that the call takes, but for what an earlier call gave."""
         given = _leaves((self.args, self.kwargs))
@@ -219,9 +228,9 @@ class Step:
         return found[0] if len(found) == 1 else None
 
     @property
-    def n_rows(self) -> int:
-        """Rows of the longest tensor that the first call takes."""
-        return self.calls[0].n_rows if self.calls else 1
+    def n_samples(self) -> int:
+        """Samples of the first call, as far as what it takes tells."""
+        return self.calls[0].n_samples if self.calls else 1
 
     def without_strangers(self, parts: Collection[nn.Module], whole: nn.Module | None = None) -> Step:
         """Leave out calls that have nothing to do with one that runs all parts, if any does.

@@ -455,32 +455,43 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
 
 
 def pooling_index(records: Sequence[Recorded], returned_rows: Collection[int], batch: Any) -> int | None:
-    """Find which tensor of a batch says what sample each row belongs to, where rows are nodes of graphs.
-
-    So it is where the last state, or something that the network makes of states and returns, has fewer
-    rows than others, and one integer for each of those counts up to it.
-    """
+    """Find what tells the samples of rows where the last state, or what is returned, has fewer."""
     sizes = {record.tensor.shape[0] for record in records if record.tensor.ndim}
     ends = {records[-1].tensor.shape[0]} if records[-1].tensor.ndim else set()
+    return index_of_samples(sizes, {*ends, *returned_rows}, batch)
+
+
+def index_of_samples(sizes: Collection[int], ends: Collection[int], batch: Any) -> int | None:
+    """Find which tensor of a batch says what sample each row belongs to, where rows are nodes of graphs.
+
+    It holds one integer for each row of states of some ``sizes``, and they count up to one of the
+    ``ends``: how many rows there are where the network has pooled them.
+    """
     for place, index in enumerate(tensors_inside(batch)):
         if index.ndim == 1 and not index.is_floating_point() and len(index) in sizes:
             counts = bool((index.diff() >= 0).all()) and index[0] == 0
-            if counts and int(index[-1]) + 1 in {*ends, *returned_rows} - {len(index)}:
+            if counts and int(index[-1]) + 1 in {*ends} - {len(index)}:
                 return place
     return None
 
 
+def samples_of_rows(place: int | None, n_rows: int, batch: Any) -> Tensor | None:
+    """Return the sample of each of so many rows, of nodes or of edges between them, if it is told."""
+    if place is None:
+        return None
+    index = list(tensors_inside(batch))[place]
+    if n_rows == len(index):
+        return index
+    edges = (t for t in tensors_inside(batch) if t.ndim == 2 and not t.is_floating_point())
+    ends = next((t for t in edges if t.shape == (2, n_rows)), None)
+    return None if ends is None else index[ends[0]]
+
+
 def pooled_by(place: int | None, tensor: Tensor, batch: Any) -> Tensor:
     """Average rows of nodes, or of edges between them, over each sample that a tensor tells, if any."""
-    if place is None:
+    index = samples_of_rows(place, len(tensor), batch) if tensor.ndim else None
+    if index is None:
         return tensor
-    index = list(tensors_inside(batch))[place]
-    if not tensor.ndim or len(tensor) != len(index):
-        edges = (t for t in tensors_inside(batch) if t.ndim == 2 and not t.is_floating_point())
-        ends = next((t for t in edges if t.shape == (2, *tensor.shape[:1])), None)
-        if ends is None:
-            return tensor
-        index = index[ends[0]]
     values = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
     sums = values.new_zeros(int(index.max()) + 1, *tensor.shape[1:]).index_add_(0, index, values)
     counts = index.bincount(minlength=len(sums)).clamp_min(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
+from lightning_koopman.network.input_data import n_graphs
 from lightning_koopman.network.replay import Step
 from lightning_koopman.network.tensors import all_tensors, first_packed, refuse_without_shape
 
@@ -87,12 +88,15 @@ def spread_over(count: int, size: int) -> list[int]:
 def samples_in(batch: Any) -> int:
     """Count the samples of a batch, or of a step that was recorded."""
     if isinstance(batch, Step):
-        return batch.n_rows
+        return batch.n_samples
     refuse_without_shape(batch)
     if (packed := first_packed(batch)) is not None:
         return int(packed.batch_sizes[0])
-    tensor = next((t for t in all_tensors(batch) if t.ndim), None)
-    return int(getattr(batch, "num_graphs", 1)) if tensor is None else len(tensor)
+    # Rows of graph libraries' batches are nodes.
+    if (graphs := getattr(batch, "num_graphs", None)) is not None:
+        return int(graphs)
+    tensors = [tensor for tensor in all_tensors(batch) if tensor.ndim]
+    return n_graphs(tensors) or (len(tensors[0]) if tensors else 1)
 
 
 def first_samples(batches: Iterable[Any], count: int) -> Iterator[Any]:

@@ -88,7 +88,7 @@ def test_reports_before_the_last_have_effects_where_enough_samples_are_paid_for(
 
     def room(self: Budget, kind: str) -> float:
         # Two components, of which each runs twice, and two passes more.
-        return (rows + 0.5) * 6 * watched[-1].seconds_a_row
+        return (rows + 0.5) * 6 * watched[-1].seconds_a_sample
 
     monkeypatch.setattr(EffectsInTime, "_own", remember)
     monkeypatch.setattr(Budget, "room", room)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
+from lightning_koopman.callback import effects_in_time
 from lightning_koopman.network.hook_points import HookPoint, HookPoints
 
 
@@ -151,7 +152,10 @@ class Field(LitNet):
 @pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 @pytest.mark.filterwarnings("ignore:Attribute .* removed from hparams")
 @pytest.mark.parametrize("step_asks", [False, True])
-def test_what_a_step_follows_gradients_for_has_effects(tmp_path: Any, step_asks: bool) -> None:
+def test_what_a_step_follows_gradients_for_has_effects(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, step_asks: bool
+) -> None:
+    monkeypatch.setattr(effects_in_time, "_FEW", 1e3)  # seconds, for cores may be busy
     torch.manual_seed(0)
     net, monitor = Field(step_asks=step_asks), KoopmanCreditMonitor(on_error="raise", figures=False)
     data = DataLoader(torch.cat(batches()), 50)  # type: ignore[arg-type]

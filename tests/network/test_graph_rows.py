@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import credit_report
 from lightning_koopman.measurement.overview import describe_components
+from lightning_koopman.network.samples import samples_in
 
 
 def pooled(values: Tensor, index: Tensor, count: int) -> Tensor:
@@ -237,3 +238,18 @@ def test_a_batch_that_begins_with_something_else_than_samples_is_refused_with_wh
         ValueError, match=r"no state has one row for each sample.* of 2 samples, so left"
     ):
         credit_report(Molecules(), batches, forward_fn=forward)
+
+
+def test_samples_of_a_batch_are_graphs_where_it_holds_edges_and_the_graph_of_each_node():
+    batch = graphs(n_batches=1)[0]
+    assert samples_in(batch) == 64
+    assert samples_in(tuple(batch.values())) == 64
+    n_nodes = len(batch["x"])
+    # Labels in order are no graphs where nothing joins rows, and neither is what is in no order.
+    assert samples_in((batch["x"], batch["index"])) == n_nodes
+    assert samples_in({**batch, "index": batch["index"].flip(0)}) == n_nodes
+    assert samples_in({**batch, "index": torch.arange(n_nodes)}) == n_nodes
+    # Two samples of a text beside numbers look like the ends of edges.
+    text = torch.zeros(2, 7, dtype=torch.int64)
+    assert samples_in((torch.zeros(2, 3), text, torch.zeros(2, dtype=torch.int64))) == 2
+    assert samples_in(SimpleNamespace(x=torch.zeros(9, 2), num_graphs=3)) == 3

@@ -170,7 +170,7 @@ def test_packed_sequences_are_run_again_with_and_without_calls_beside_them():
             assert torch.equal(again.run()[-1], expected)
     assert len(step.without_strangers(parts).calls) == 1
     # Sequences are samples, not their steps.
-    assert step.without_strangers(parts).n_rows == 3
+    assert step.without_strangers(parts).n_samples == 3
 
 
 def test_calls_on_one_sample_beside_others_on_more_are_left_out_where_asked():
@@ -233,7 +233,7 @@ def test_objects_are_copied_and_what_cannot_be_copied_is_named():
 
     recording = recorded(OfObject().eval(), lambda m, x: (m(g := Graph(x)), g.x.zero_()))
     assert recording.differs() is None
-    assert [(step.n_rows, step.n_bytes) for step in recording.steps] == [(5, 5 * 4 * 4)] * 2
+    assert [(step.n_samples, step.n_bytes) for step in recording.steps] == [(5, 5 * 4 * 4)] * 2
     lock = Locked()
     lock.x = torch.ones(5, 4)  # type: ignore[attr-defined]
     locked = recorded(OfObject().eval(), lambda m, x: m(lock))
@@ -245,7 +245,7 @@ def test_the_budget_of_bytes_ends_the_recording():
     assert len(recording.steps) == 2
     assert recording.full
     assert recording.n_bytes == 2 * 5 * 4 * 4
-    assert [step.n_rows for step in recording.steps] == [5, 5]
+    assert [step.n_samples for step in recording.steps] == [5, 5]
 
 
 @pytest.mark.parametrize(
