@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -35,8 +35,6 @@ from lightning_koopman.network.rows import (
     form_of,
     gives_batch_second,
     has_batch_second,
-    index_of_samples,
-    samples_of_rows,
 )
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import is_underived
@@ -44,6 +42,9 @@ from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport
 
 Weights = Mapping[str, Tensor]
+
+Tell = Callable[[int], Tensor | None]
+"""Tells the sample of each of so many rows, as of nodes of graphs, or of steps of packed sequences."""
 
 _GROUPS, _GROUP_SIZE = 32, 8
 """How many groups samples make, about, and how many samples each, at least, to tell a mean's error."""
@@ -152,9 +153,8 @@ class Alterations:
         self._units: defaultdict[HookPoint, MeanAndSpread] = defaultdict(MeanAndSpread)
         self._fits: dict[str, LinearFit] = {}
         self.sizes: list[int] = []
-        # Where rows are nodes of graphs: which tensor of a batch tells the graph of each; what it tells,
-        # by batch and count of rows; and the points of such rows.
-        self._index: int | None = None
+        # The sample of each row where rows are nodes of graphs, or steps of packed sequences, by batch
+        # and count of rows; and the points of such rows.
         self._told: dict[tuple[int, int], Tensor] = {}
         self._have_told: set[HookPoint] = set()
         # By point, in how many calls of the network it was in each batch.
@@ -199,15 +199,14 @@ class Alterations:
         return self.inputs[name]._replace(place=point.place)
 
     def settle(
-        self, first: Followed, output: Tensor, n_given: int, placed: tuple[Place | None, ...], batch: Any
+        self, first: Followed, output: Tensor, n_given: int, placed: tuple[Place | None, ...], tell: Tell
     ) -> None:
         """Find where the samples are in each state, as the first batch, of ``n_given``, shows.
 
         ``placed`` is where the two first axes of the batch are in the outputs.
         """
         values, places = first.values, first.places
-        self._index = index_of_samples(_lengths([values]) - {len(output)}, {len(output)}, batch)
-        self._note_told(0, [values], batch)
+        self._note_told(0, [values], tell)
         self._have_told = {p for p, v in values.items() if self._is_told(0, v) and len(v) != len(output)}
         modules = {name: find_module(self._model, calls[-1])[0] for name, calls in self._parts.items()}
         turned = any(map(has_batch_second, modules.values()))
@@ -305,7 +304,7 @@ class Alterations:
             if not self.touches_weights(kind):
                 self.refused[kind].setdefault(name, self.unsettled[name])
 
-    def update(self, rounds: Sequence[Mapping[HookPoint, Tensor]], n_samples: int, batch: Any) -> None:
+    def update(self, rounds: Sequence[Mapping[HookPoint, Tensor]], n_samples: int, tell: Tell) -> None:
         """Take the states that one batch has in the network as it is, in each call of the network."""
         for name, points in self._within.items():
             fitting = [point for point in points if self._passes(rounds[0], name, point)]
@@ -313,7 +312,7 @@ class Alterations:
                 self._skipped_at[name] = fitting[0]
                 self._forms[fitting[0]] = self._forms[self.inputs[name]]
                 self._have_told |= {fitting[0]} if self.inputs[name] in self._have_told else set()
-        self._note_told(len(self.sizes), rounds, batch)
+        self._note_told(len(self.sizes), rounds, tell)
         self._within = {}
         self.sizes.append(n_samples)
         for point in {point for values in rounds for point in values}:
@@ -321,10 +320,11 @@ class Alterations:
         for values in rounds:
             self._update(values, n_samples)
 
-    def _note_told(self, number: int, rounds: Sequence[Mapping[HookPoint, Tensor]], batch: Any) -> None:
-        """Keep what a batch tells of the samples that rows are about."""
-        for length in _lengths(rounds):
-            if (samples := samples_of_rows(self._index, length, batch)) is not None:
+    def _note_told(self, number: int, rounds: Sequence[Mapping[HookPoint, Tensor]], tell: Tell) -> None:
+        """Keep what is told of the samples that rows are about."""
+        states = itertools.chain.from_iterable(values.values() for values in rounds)
+        for length in {len(state) for state in states if state.ndim and not state.is_nested}:
+            if (samples := tell(length)) is not None:
                 self._told[number, length] = samples.cpu()
 
     def _is_told(self, number: int, tensor: Tensor) -> bool:
@@ -529,7 +529,7 @@ class Alterations:
     def rows_by_sample(self, name: str, point: HookPoint, tensor: Tensor, number: int) -> Tensor:
         """Return one row per sample of a batch of what lies at a point of a component.
 
-        Where samples are of unlike numbers of nodes, zeros fill them up.
+        Where samples are of unlike numbers of nodes or steps, zeros fill them up.
         """
         n_samples, form = self.sizes[number], self._forms[point]
         self._check_samples(name, point, tensor, number, n_samples)
@@ -616,12 +616,6 @@ def padded_sequences(model: nn.Module) -> Generator[bool, None, None]:
     before = torch.backends.mha.get_fastpath_enabled()
     with fast_path(before and not nesting):
         yield nesting and before
-
-
-def _lengths(rounds: Iterable[Mapping[HookPoint, Tensor]]) -> set[int]:
-    """Collect how many rows states have."""
-    states = itertools.chain.from_iterable(values.values() for values in rounds)
-    return {len(state) for state in states if state.ndim and not state.is_nested}
 
 
 def _places_within(samples: Tensor, counts: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from lightning_koopman.effects.alterations import (
     NONE_TO_ALTER,
     SHIFT,
     Alterations,
+    Tell,
     Weights,
     altered_parts,
     counted_as_in,
@@ -45,6 +46,7 @@ from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.names import call_of
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import listed
+from lightning_koopman.network.rows import index_of_samples, samples_of_rows
 from lightning_koopman.network.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport
@@ -266,7 +268,7 @@ def effects_on(
         outputs: list[Tensor] = []
         rounds: Sequence[Mapping[HookPoint, Tensor]]
         again: Tensor | None = None
-        unlike = 0
+        unlike, index = 0, None
         for number in runner.until_enough(outputs):
             given = given_of(runner.batches[number])
             if number:
@@ -279,13 +281,16 @@ def effects_on(
                 output = runner.form.outputs(first.given, runner.batches[0])
                 kept = runner.form.places or ()
                 placed = first.placed[kept[0]] if len(kept) == 1 else (None, None)
-                alterations.settle(first, output, samples_in(runner.batches[0]), placed, given)
+                sizes = {len(v) for v in first.values.values() if v.ndim and not v.is_nested}
+                index = index_of_samples(sizes - {len(output)}, {len(output)}, given)
+                n_given, tell = samples_in(runner.batches[0]), _tell(index, given, runner.packed)
+                alterations.settle(first, output, n_given, placed, tell)
                 rounds = [first.values]
                 # Further tensors were read in the first call alone, and not where they are taken.
                 if first.n_rounds > 1 or not alterations.has_read_all:
                     again, rounds = runner.run_batch(0, alterations.read)
             unlike += sum(call in last for call in runner.unlike)
-            alterations.update(rounds, len(output), given)
+            alterations.update(rounds, len(output), _tell(index, given, runner.packed))
             outputs.append(output.detach().cpu())
         assert target_of is not None
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
@@ -353,6 +358,15 @@ def effects_on(
     told = functools.partial(_doubts, effects, alterations, unsteady, partly, reached, unseen)
     doubts = {kind: tuple(told(kind, name) for name in rows) for kind in kinds}
     return dataclasses.replace(effects, doubts=doubts)
+
+
+def _tell(index: int | None, batch: Any, packed: Mapping[int, Tensor | None]) -> Tell:
+    """Return what tells the sample of each row, as far as a batch or packed sequences do."""
+
+    def tell(n_rows: int) -> Tensor | None:
+        return packed[n_rows] if n_rows in packed else samples_of_rows(index, n_rows, batch)
+
+    return tell
 
 
 def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[str]:

@@ -319,6 +319,7 @@ class ForwardRunner:
         notes: What a reader must know of the samples that were looked at.
         counted_in: Where calls are counted anew, see :class:`HookPoints`.
         unlike: The calls whose outputs were left alone for their shape in the run before, once for each.
+        packed: Of packed sequences that were read then, the sample of each row, see :class:`HookPoints`.
     """
 
     def __init__(
@@ -337,6 +338,7 @@ class ForwardRunner:
         self.notes: list[str] = []
         self.counted_in: nn.Module | None = None
         self.unlike: list[str] = []
+        self.packed: Mapping[int, Tensor | None] = {}
         self._writes: bool | None = None
         self._device = device_of(model)
         if exact_device(self._device) != self._device:
@@ -472,7 +474,7 @@ class ForwardRunner:
         with random_states_kept(), as_found, points:
             seed_all(number)
             given = self.forward_fn(self.model, batch)
-            self.unlike = points.unlike
+            self.unlike, self.packed = points.unlike, points.packed
         if first_tensor(given) is None:
             raise ValueError(
                 f"the model gave {type(given).__name__} with no floating-point tensor; return the "

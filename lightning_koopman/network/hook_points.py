@@ -23,11 +23,13 @@ from lightning_koopman.network.tensors import (
     by_name,
     dense,
     derived,
+    first_packed,
     first_tensor,
     has_places,
     is_real,
     is_wrapper,
     plain,
+    samples_of_packed,
     varies,
 )
 
@@ -170,6 +172,8 @@ class HookPoints:
         rounds: Copies of the tensors read, by call of ``counted_in``. A replaced output reads as
             replaced.
         unlike: The calls whose outputs were left alone for their shape, once for each.
+        packed: The sample of each row of packed sequences that were read, by how many rows they have;
+            ``None`` where those differ.
     """
 
     def __init__(
@@ -193,6 +197,7 @@ class HookPoints:
             self._taken.setdefault(point.call, []).append(point)
         self.rounds: list[dict[HookPoint, Tensor]] = []
         self.unlike: list[str] = []
+        self.packed: dict[int, Tensor | None] = {}
         self._shapes: dict[HookPoint, torch.Size | None] = {}
         self._depth, self._around, self._entered = 0, 0, False
         self._start_round()
@@ -277,6 +282,7 @@ class HookPoints:
                 self._keep(other, real[other.place])
         if (tensor := first_tensor(rest)) is not None:
             self._keep(point, tensor)
+            self._note_packed(rest, tensor)
             if self._beside is not None and any(_is_beside(t, tensor) for t in all_tensors(rest)):
                 self._beside.add(point)
 
@@ -320,7 +326,17 @@ class HookPoints:
                 self._label(HookPoint("out", call, place), tensor)
             if HookPoint("out", call, place) in self._read:
                 self._keep(HookPoint("out", call, place), tensor)
+        self._note_packed(output, given[0])
         return output if alter else None
+
+    def _note_packed(self, value: Any, tensor: Tensor | None) -> None:
+        """Note what sample each row is about of a tensor that is the data of a packed sequence."""
+        if tensor is None or (packed := first_packed(value)) is None or packed.data is not tensor:
+            return
+        samples = samples_of_packed(packed)
+        known = self.packed.setdefault(len(tensor), samples)
+        if known is not None and not torch.equal(known, samples):
+            self.packed[len(tensor)] = None
 
     def _altered(self, tensor: Tensor, alteration: Alteration) -> Tensor:
         """Return what takes a tensor's place, laid out as that is and of the same class."""

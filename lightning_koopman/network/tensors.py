@@ -292,6 +292,21 @@ def unpacked(value: PackedSequence) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
+def samples_of_packed(value: PackedSequence) -> Tensor:
+    """Return the sample of each row of the data of a packed sequence.
+
+    Example:
+        >>> from torch.nn.utils.rnn import pack_sequence
+        >>> packed = pack_sequence([torch.ones(1), torch.ones(3)], enforce_sorted=False)
+        >>> samples_of_packed(packed).tolist()
+        [1, 0, 1, 1]
+    """
+    sizes: list[int] = value.batch_sizes.tolist()
+    order = value.sorted_indices
+    order = torch.arange(sizes[0], device="cpu") if order is None else order.cpu()
+    return torch.cat([order[:size] for size in sizes])
+
+
 def refuse_without_shape(batch: Any) -> None:
     """Refuse nested tensors of a layout whose shape torch does not tell."""
     if any(tensor.is_nested and tensor.layout is torch.strided for tensor in all_tensors(batch)):

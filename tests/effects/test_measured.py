@@ -192,7 +192,9 @@ def test_linear_is_the_residual_of_a_fit_without_the_sample():
         states = [x, net[0](x), net[:2](x), net(x)]
         for i in range(3):
             fit = Alterations(net, {"c": (f"{i}",)}, ["linear"])
-            fit.update([{fit.inputs["c"]: states[i], fit.outputs["c"]: states[i + 1]}], 40, None)
+            fit.update(
+                [{fit.inputs["c"]: states[i], fit.outputs["c"]: states[i + 1]}], 40, lambda _: None
+            )
             fit.solve()
             ridge = 40 * fit.maps["c"].tikhonov * float(states[i].var(0, correction=0).mean())
             altered = net[i + 1 :](states[i + 1] - left_out(states[i], states[i + 1], ridge))

@@ -5,7 +5,6 @@ import pytest
 import torch
 from small import wired
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_koopman import component_effects, credit_report
 from lightning_koopman.effects.alterations import altered_parts
@@ -64,35 +63,6 @@ def test_it_is_an_error_where_nothing_at_all_can_be_altered():
     # What the user gives for it is looked at as before.
     with pytest.raises(ValueError, match="initial has nothing for"):
         component_effects(net, [normal(40, 4)], kinds=["reinit"], initial={"0.weight": net[0].weight})
-
-
-class Packed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.rnn, self.out = nn.GRU(4, 8, batch_first=True), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        return self.out(self.rnn(packed)[1][0])
-
-
-@pytest.mark.parametrize("how", ["measured", "predicted"])
-def test_a_packed_sequence_is_altered_in_its_weights_alone(how):
-    net, lengths = Packed(), torch.arange(60) % 6 + 1
-    batches = list(zip(normal(60, 6, 4).split(20), lengths.split(20), strict=True))
-    kinds = ["skip", "linear", "output_noise", "weight_noise"]
-    found = component_effects(net, batches, kinds=kinds, how=how)
-    known = {kind: np.isfinite(values).tolist() for kind, values in found.values.items()}
-    by_weights = {"weight_noise": [how == "measured", True]}
-    assert known == {kind: [False, True] for kind in kinds[:3]} | by_weights
-    (note,) = [n for n in found.notes if "no effect" in n]
-    assert note.startswith(
-        f"no effect {', '.join(kinds[: 3 if how == 'measured' else 4])} of 'rnn': 'rnn' gave"
-    )
-    alone = component_effects(net, batches, components=["out"], kinds=kinds, how=how)
-    for kind in kinds[:2]:
-        assert found.values[kind][1] == pytest.approx(alone.values[kind][0])
 
 
 class Masked(nn.Module):
