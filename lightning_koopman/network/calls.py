@@ -19,15 +19,14 @@ class Pass:
     """Tells which pass is under way, whether it still counts, and which calls modules made in it.
 
     Attributes:
-        number: How many came before; the first one shows how the network hangs together.
+        is_first: Whether no pass was recorded yet; the first one shows how the network hangs together.
         closed: Whether nothing of it is recorded any longer.
         error: What went wrong in a hook of it.
         running: The components, by id, whose calls are under way.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        self.running: set[int] = set()
+        self.is_first, self.running = True, set[int]()
         self.start()
 
     def start(self) -> None:
@@ -56,11 +55,6 @@ class Pass:
         key = self.key(module)
         self._calls[id(module)] = key[1] + 1
         return key
-
-    @property
-    def is_first(self) -> bool:
-        """Whether no pass was recorded yet."""
-        return self.number == 0
 
     @property
     def ran(self) -> set[int]:

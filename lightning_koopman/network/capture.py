@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.network.calls import Calls, Pass
 from lightning_koopman.network.chosen import Chosen
-from lightning_koopman.network.components import clean_modules, is_frozen, is_leaf
+from lightning_koopman.network.components import around_of, clean_modules, is_frozen, is_leaf
 from lightning_koopman.network.hooks import attach_in
 from lightning_koopman.network.input_data import holds_numbers
 from lightning_koopman.network.inputs import Call, Inputs
@@ -111,15 +111,7 @@ class Capture:
         self._kept = KeptStates(model, keep, self._provenance, self.inputs)
         self._stages, self._made = Stages(self._provenance), Made()
         self._calls = Calls(self._pass, self._kept, self.returned, self._begin_call, self._note_returned)
-        self._sums = Sums(
-            self._pass,
-            self._calls,
-            self._kept,
-            self._stages,
-            self._provenance,
-            self.inputs,
-            self._modules,
-        )
+        self._sums = Sums(self._pass, self._calls, self._kept, self._stages, self._modules)
         self.start_pass()
 
     def __enter__(self) -> Capture:
@@ -151,7 +143,7 @@ class Capture:
         # Before others read where what a module takes comes from.
         for module in modules.takers(None if first else self._sums.takers.names):
             hang(module, self._sums.on_taken, direct=modules.holds(module))
-        for module in modules.around:
+        for module in around_of(self._model, modules.ancestor):
             hang(module, calls.on_around, calls.on_around_returned, direct=True)
         for name, module in modules.whole.items():
             if self._takes_input(module):
@@ -162,7 +154,7 @@ class Capture:
                 on_input = functools.partial(self._on_inner_input, name)
                 on_output = functools.partial(self._on_inner_output, name)
                 hang(module, on_input, on_output)
-        on_transparent_input = self._on_transparent_input if first else None
+        on_transparent_input = self._stages.take if first else None
         for module, owners in modules.transparent_within:
             if first or any(id(module) == merged for merged, _ in self._stages.merged):
                 on_inner = functools.partial(self._on_inner_transparent, owners)
@@ -177,7 +169,8 @@ class Capture:
             if all(module is not other for other in tables.values()):
                 hang(module, on_transparent_input, self._on_transparent)
         if self.end is not None and self.end not in self.components:
-            hang(dict(clean_modules(self._model))[self.end], after=self._on_end)
+            end = dict(clean_modules(self._model))[self.end]
+            hang(end, after=lambda *called: self.record_end(called[-1]))
         if first:
             hooks.callback(self._leave)
             # Before the flow, which asks it for the place of what it shows.
@@ -271,7 +264,7 @@ class Capture:
             if self._unusable is not None:
                 raise ValueError(self._unusable)
             self._take_apart()
-            self._pass.number += 1
+            self._pass.is_first = False
             self.inputs.end_pass()
             return self._kept.states
         finally:
@@ -339,10 +332,7 @@ class Capture:
 
     def joins(self, result: Any) -> bool:
         """Check whether all that the caller makes of states mixes some that the network gives apart."""
-        if not self.is_first:
-            return False
-        sizes = {name: record.tensor.numel() for name, record in self._kept.states.items()}
-        return self.returned.joins(result, sizes, self.components)
+        return self.is_first and self.returned.joins(result, self._kept.states, self.components)
 
     def record_end(self, value: Any) -> None:
         """Record a state that no component gave, such as the network's own output, as the last one."""
@@ -366,7 +356,7 @@ class Capture:
             self._begin_behind_others(given)
         elif states and self.again is not None:
             self._take_apart()
-            self._pass.number += 1
+            self._pass.is_first = False
             self._start_call(again=True)
             # The step is under way, in whatever inference mode or autocast; sums are added to outside.
             with plain_numerics(next(module.parameters(), torch.empty(0, device="cpu"))), unseen():
@@ -425,7 +415,6 @@ class Capture:
                 return
             self.origins.take(key, given, self._kept.states.keys())
         self._kept.add_inputs(key, module, given)
-        # Of later passes there are none.
         self._stages.forget_freed(given)
 
     def _on_output(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
@@ -435,9 +424,6 @@ class Capture:
         # What reads what runs on other data does so, too.
         if key not in self._foreign:
             self._record(numbered(name, key[1]), module, key, output, given)
-
-    def _on_transparent_input(self, module: nn.Module, given: Any) -> None:
-        self._stages.take(module, given)
 
     def _on_transparent(self, module: nn.Module, given: Any, output: Any) -> None:
         """Let what a parameter-free module made of a component's output count as that component's."""
@@ -464,7 +450,7 @@ class Capture:
     def _on_table_input(self, module: nn.Module, given: Any) -> None:
         self._looking_up.append(self._provenance.lookups)
         if self.is_first:
-            self._on_transparent_input(module, given)
+            self._stages.take(module, given)
 
     def _on_table_output(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
         """Let a module that looks up entries of its own, as states choose them, be a component."""
@@ -503,9 +489,6 @@ class Capture:
             self._on_output(name, module, given, output)
         else:
             self._on_transparent(module, given, output)
-
-    def _on_end(self, module: nn.Module, given: Any, output: Any) -> None:
-        self.record_end(output)
 
     def _takes_input(self, module: nn.Module) -> bool:
         """Check whether the module's input must be seen in the next pass."""
@@ -550,32 +533,26 @@ class Capture:
     ) -> None:
         """Record what a call gave, and find out what it was made of."""
         refuse_part(name, module, tensor)
-        made = output
+        kept, made = self._kept, output
         if before is not None and not isinstance(output, Tensor):
             made = [t for t in all_tensors(output) if t is tensor or not before.passes(t)]
         called = numbered(self._modules.names[id(module)], key[1])
         self.parts[name] = (*self.parts.get(name, ()), called)
-        origin, new = self.origins.of(
-            name, key, made, tensor, self._kept.states.keys(), self._calls.call
-        )
+        origin, new = self.origins.of(name, key, made, tensor, kept.states.keys(), self._calls.call)
         for added in new:
-            self._kept.add(
-                added.name, module, added.copied, frozenset(), is_input=True, holds=added.holds
-            )
-        self._kept.add_mixed_in(name, self._calls.call)
+            kept.add(added.name, module, added.copied, frozenset(), is_input=True, holds=added.holds)
+        kept.add_mixed_in(name, self._calls.call)
         # What continues a state reads it at whatever stage it is, and others as they are.
         self._stages.read(name, given, made, but=name if key in self._stages.merged else None)
         self._last = None if tensor.is_nested or not tensor.ndim else (name, plain(tensor))
         untouched, made_of = self._provenance.is_untouched(tensor), self._provenance.of(tensor)
         is_idle = origin.is_idle or self._provenance.is_idle(tensor)
-        beside = [other for _, other in further]
-        masks = [] if is_idle else self._provenance.masks(beside)
+        masks = [] if is_idle else self._provenance.masks([other for _, other in further])
         self._provenance.mark(made, name, idle=is_idle)
         self._provenance.own(masks)
-        component = self.components[module_of(name)]
         facts: dict[str, Any] = {
             "from_float": origin.from_float,
-            "is_frozen": is_frozen(component, self._trained),
+            "is_frozen": is_frozen(self.components[module_of(name)], self._trained),
             "is_idle": is_idle,
             "from_data": not untouched,
             "is_behind": self._calls.is_behind,
@@ -586,12 +563,12 @@ class Capture:
         if key not in self._stages.superseded:
             ignores_data = untouched and (bool(origin.sources) or not origin.from_float)
             own = {"is_loss": bool(origin.targets), "ignores_data": ignores_data}
-            self._kept.add(name, module, tensor, origin.sources, output, **own, **facts)
+            kept.add(name, module, tensor, origin.sources, output, **own, **facts)
             if self._modules.transparent or self._modules.norms:
-                self._stages.add(name, key, tensor, self._kept.states[name], made_of)
+                self._stages.add(name, key, tensor, kept.states[name], made_of)
         for place, other in further:
             if any(other is mask for mask in masks) or not holds_numbers(other):
                 continue
             other_name = further_name(name, place)
             self._provenance.mark(other, other_name, idle=is_idle, is_part=True)
-            self._kept.add(other_name, module, other, origin.sources, **facts)
+            kept.add(other_name, module, other, origin.sources, **facts)

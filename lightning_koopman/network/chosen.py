@@ -10,7 +10,6 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from lightning_koopman.network.components import (
-    around_of,
     automatic_components,
     clean_modules,
     clean_name,
@@ -47,7 +46,6 @@ class Chosen:
         transparent_within: The same inside of components, with those, by id, that each is inside of.
         tables: Modules that are components where states choose entries of them, as quantisers do.
         ancestor: The innermost module that holds all components, if it is one that can be called.
-        around: The modules around that.
         names: Of all modules, by id.
     """
 
@@ -70,7 +68,6 @@ class Chosen:
         self._holders = [*self.components.values(), *self.transparent]
         self.names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self.ancestor = common_ancestor(model, self.components.values())
-        self.around = around_of(model, self.ancestor)
 
     def _find_parts(self) -> dict[str, tuple[nn.Module, set[int]]]:
         owners = inside_of(self.components.values())
@@ -182,6 +179,12 @@ class Chosen:
             # They may be those of a component that ran, as of embeddings that others share.
             if not weights or not held.issuperset(map(id, weights)):
                 (read if name in used else unread).append(name)
-        by_weights = "used by their weights alone, or where no call can be recorded"
-        told = {"never ran": unread, by_weights: read}
-        return [f"{why}, so left out: {', '.join(map(repr, n))}" for why, n in told.items() if n]
+        notes = []
+        if unread:
+            notes.append(f"never ran, so left out: {', '.join(map(repr, unread))}")
+        if read:
+            notes.append(
+                "used by their weights alone, or where no call can be recorded, so left out: "
+                f"{', '.join(map(repr, read))}"
+            )
+        return notes

@@ -30,6 +30,8 @@ class KeptStates:
     """Keeps the states of one call of a network, with what is known of each.
 
     Attributes:
+        provenance: Tells how their rows came about.
+        inputs: What the network takes in.
         keep: Turns a state's tensor, and what was recorded of it, into what is stored.
         states: What is stored, by name, in order of execution.
         shapes: Of the tensors, whatever is stored of them.
@@ -39,7 +41,7 @@ class KeptStates:
 
     def __init__(self, model: nn.Module, keep: Keep, provenance: Provenance, inputs: Inputs) -> None:
         self.keep, self.moved = keep, set[str]()
-        self._model, self._provenance, self._inputs = model, provenance, inputs
+        self._model, self.provenance, self.inputs = model, provenance, inputs
         self.start_call()
 
     def start_call(self) -> None:
@@ -54,8 +56,6 @@ class KeptStates:
         tensor: Tensor,
         sources: frozenset[str] | None,
         value: Any = None,
-        *,
-        is_loss: bool = False,
         **facts: Any,
     ) -> None:
         """Keep a state with what is known of it; it may be that of a packed sequence in a value."""
@@ -73,13 +73,13 @@ class KeptStates:
                     f"{LET_IT_BE_WHOLE}"
                 )
             held = whole.dequantize() if whole.is_quantized else whole
-        is_loss = is_loss and held.ndim <= 1
-        self.store(tensor, Recorded(name, module, held, lengths, sources, is_loss=is_loss, **facts))
+        facts["is_loss"] = facts.get("is_loss", False) and held.ndim <= 1
+        self.store(tensor, Recorded(name, module, held, lengths, sources, **facts))
 
     def store(self, tensor: Tensor, recorded: Recorded) -> None:
         """Store what was recorded of a state, and how its rows came about."""
         self.shapes[recorded.name] = recorded.tensor.shape
-        if rows := self._provenance.rows(recorded.tensor, tensor):
+        if rows := self.provenance.rows(recorded.tensor, tensor):
             recorded = replace(recorded, **rows)
             both = (recorded.orders, recorded.second_orders)
             if any(order.is_of_all for orders in both for order in orders.values()):
@@ -90,20 +90,20 @@ class KeptStates:
 
     def add_inputs(self, call: Call, module: nn.Module, given: Any) -> None:
         """Keep what a call takes of the network's inputs."""
-        own = self._inputs.at.get(call)
+        own = self.inputs.at.get(call)
         if not own or first_real(given) is None:
             return
         real = list(filter(is_real, all_tensors(given)))
         for place, name in own.items():
             if place < len(real):
-                idle = self._provenance.is_idle(real[place])
+                idle = self.provenance.is_idle(real[place])
                 self.add(name, module, real[place], frozenset(), given, is_input=True, is_idle=idle)
 
     def add_mixed_in(self, name: str, call: Any) -> None:
         """Keep the data that are mixed into what a component takes."""
-        if not (mixed_in := self._inputs.mixed_in.get(name)):
+        if not (mixed_in := self.inputs.mixed_in.get(name)):
             return
-        given = self._inputs.data(call)
+        given = self.inputs.data(call)
         for added, place in mixed_in.items():
             if place < len(given) and added not in self.states:
                 self.add(added, self._model, given[place], frozenset(), is_input=True)

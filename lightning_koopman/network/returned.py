@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_koopman.network.inputs import Call, Inputs
 from lightning_koopman.network.names import module_of, numbered
 from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.rows import Recorded
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -111,9 +112,10 @@ class Returned:
         """Check whether any of what was returned is made of states."""
         return any(self._inputs.beyond(self._provenance.of(tensor)) for tensor in all_tensors(output))
 
-    def joins(self, result: Any, sizes: Mapping[str, int], components: Collection[str]) -> bool:
+    def joins(self, result: Any, states: Mapping[str, Recorded], components: Collection[str]) -> bool:
         """Check whether all of a result mixes states that are returned apart, or were not returned."""
-        sizes, mixed = {**sizes, **self.sizes}, []
+        sizes = {name: record.tensor.numel() for name, record in states.items()} | self.sizes
+        mixed = []
         for tensor in all_tensors(result):
             known = self._provenance.parts_of(tensor) or frozenset()
             given = {n for n, _ in self._provenance.stages(tensor)} & self.made_of.keys()

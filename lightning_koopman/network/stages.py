@@ -103,12 +103,7 @@ class Stages:
         self.superseded.add(gave.call)
 
     def add(
-        self,
-        name: str,
-        call: Call,
-        tensor: Tensor,
-        kept: Any,
-        sources: Iterable[str] | None,
+        self, name: str, call: Call, tensor: Tensor, kept: Any, sources: Iterable[str] | None
     ) -> None:
         """Let a tensor be the latest stage of a state."""
         stages = self._stages.setdefault(name, [])

@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from lightning_koopman.network.calls import Calls, Pass
 from lightning_koopman.network.chosen import Chosen
-from lightning_koopman.network.inputs import Inputs
 from lightning_koopman.network.kept_states import KeptStates
 from lightning_koopman.network.names import is_sum, numbered, sum_name
-from lightning_koopman.network.provenance import Provenance
 from lightning_koopman.network.rows import Recorded
 from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
@@ -148,17 +146,11 @@ class Sums:
     """
 
     def __init__(
-        self,
-        current: Pass,
-        calls: Calls,
-        kept: KeptStates,
-        stages: Stages,
-        provenance: Provenance,
-        inputs: Inputs,
-        chosen: Chosen,
+        self, current: Pass, calls: Calls, kept: KeptStates, stages: Stages, chosen: Chosen
     ) -> None:
-        self._pass, self._calls, self._kept, self._stages = current, calls, kept, stages
-        self._provenance, self._inputs, self._chosen = provenance, inputs, chosen
+        self._pass, self._calls, self._chosen = current, calls, chosen
+        self._kept, self._stages = kept, stages
+        self._provenance, self._inputs = kept.provenance, kept.inputs
         self.known: Collection[str] | None = None
         self.takers = Takers(self._on_function_again, current.running)
         self.start_call()
