@@ -51,6 +51,9 @@ class Capture:
     something else reads that output, too, or the module consumes other states beside it. The first pass
     shows which inputs are the network's, and what speaks for a component; later ones follow.
 
+    Here are the hooks, and what they tell each other; what they find out is in classes of their own, of
+    which none knows this one.
+
     Attributes:
         again: Called with the states of a call of the common ancestor where another one follows in the
             same pass (two views, a step in time); without it, the first one alone counts.
@@ -149,13 +152,13 @@ class Capture:
             if self._takes_input(module):
                 hang(module, self._on_input, direct=True)
             hang(module, after=functools.partial(self._on_output, name), direct=True)
-        for name, (module, _) in modules.parts.items():
+        for name, (module, _) in modules.inner.items():
             if first or name in self.components:
                 on_input = functools.partial(self._on_inner_input, name)
                 on_output = functools.partial(self._on_inner_output, name)
                 hang(module, on_input, on_output)
         on_transparent_input = self._stages.take if first else None
-        for module, owners in modules.transparent_within:
+        for module, owners in modules.inner_transparent:
             if first or any(id(module) == merged for merged, _ in self._stages.merged):
                 on_inner = functools.partial(self._on_inner_transparent, owners)
                 hang(module, on_transparent_input, on_inner)
@@ -395,12 +398,12 @@ class Capture:
             self._kept.add(end.name, module, end.tensor, sources, is_further=end.is_further)
 
     def _on_inner_input(self, name: str, module: nn.Module, given: Any) -> None:
-        if not self._modules.parts[name][1] & self._pass.running:
+        if not self._modules.inner[name][1] & self._pass.running:
             self._on_input(module, given)
 
     def _on_inner_output(self, name: str, module: nn.Module, given: Any, output: Any) -> None:
         """Let a part be a component, where it is called and what it is part of is not."""
-        if not self._modules.parts[name][1] & self._pass.running:
+        if not self._modules.inner[name][1] & self._pass.running:
             self._modules.open(name)
             self._on_output(name, module, given, output)
 

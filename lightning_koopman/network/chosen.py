@@ -40,10 +40,11 @@ class Chosen:
         end: Name of the module whose output the chain ends with, if one was named.
         norms: Those of the components that belong to others where they run right behind a layer.
         listed: The norms, by id, that do so behind whole blocks, too.
-        parts: Parts of components by name, and which of these, by id, each is inside of.
+        inner: Parts of components by name, which count where they are called and these are not; and
+            which of these, by id, each is inside of.
         opened: The components, by id, of which parts stand for themselves.
         transparent: Modules that continue a component, as activations do.
-        transparent_within: The same inside of components, with those, by id, that each is inside of.
+        inner_transparent: The same inside of components, with those, by id, that each is inside of.
         tables: Modules that are components where states choose entries of them, as quantisers do.
         ancestor: The innermost module that holds all components, if it is one that can be called.
         names: Of all modules, by id.
@@ -60,25 +61,25 @@ class Chosen:
         self.listed = frozenset(map(id, listed.values()))
         self.norms = {name: norm for name, norm in (norms | listed).items() if name != self.end}
         self.components |= self.norms
-        self.parts = {} if self.named else self._find_parts()
+        self.inner = {} if self.named else self._find_inner()
         self.opened: set[int] = set()
-        self.transparent_within = self._find_transparent_within()
+        self.inner_transparent = self._find_inner_transparent()
         self.transparent = [] if self.named else transparent_modules(model, self.components)
         self.tables = {} if self.named else self._find_tables()
         self._holders = [*self.components.values(), *self.transparent]
         self.names = {id(module): clean_name(name) for name, module in model.named_modules()}
         self.ancestor = common_ancestor(model, self.components.values())
 
-    def _find_parts(self) -> dict[str, tuple[nn.Module, set[int]]]:
+    def _find_inner(self) -> dict[str, tuple[nn.Module, set[int]]]:
         owners = inside_of(self.components.values())
         names = {id(module): name for name, module in clean_modules(self.model)}
         parts = (part for m in self.components.values() for _, part in automatic_components(m))
         inner = (part for part in parts if id(part) in owners and not is_norm(part))
         return {names[id(part)]: (part, owners[id(part)]) for part in inner}
 
-    def _find_transparent_within(self) -> list[tuple[nn.Module, set[int]]]:
+    def _find_inner_transparent(self) -> list[tuple[nn.Module, set[int]]]:
         owners, parts = inside_of(self.components.values()), dict[int, dict[str, nn.Module]]()
-        for name, (part, within) in self.parts.items():
+        for name, (part, within) in self.inner.items():
             for owner in within:
                 parts.setdefault(owner, {})[name] = part
         found = {
@@ -91,6 +92,7 @@ class Chosen:
         return list(found.values())
 
     def _find_tables(self) -> dict[str, nn.Module]:
+        """List modules without weights that hold tables outside of components, such as codebooks."""
         inside = inside_of(self.components.values()).keys()
         own = {id(module) for module in self.components.values()}
         return {
@@ -106,13 +108,13 @@ class Chosen:
     @property
     def candidates(self) -> dict[str, nn.Module]:
         """All modules, by name, of which the first pass may make components."""
-        parts = {name: part for name, (part, _) in self.parts.items()}
+        parts = {name: part for name, (part, _) in self.inner.items()}
         return {**self.components, **parts, **self.tables}
 
     @property
     def whole(self) -> dict[str, nn.Module]:
         """Those of the components that are so from the beginning, but for norms."""
-        others = {*self.parts, *self.tables, *self.norms}
+        others = {*self.inner, *self.tables, *self.norms}
         return {name: module for name, module in self.components.items() if name not in others}
 
     def holds(self, module: nn.Module) -> bool:
@@ -132,7 +134,7 @@ class Chosen:
     def open(self, name: str) -> None:
         """Let a part of a component be one."""
         if name not in self.components:
-            self.components[name], within = self.parts[name]
+            self.components[name], within = self.inner[name]
             self.opened |= within
 
     def in_turns(self, records: Iterable[Recorded]) -> frozenset[str]:

@@ -87,9 +87,8 @@ class Stages:
 
     def take(self, module: nn.Module, given: Any) -> Gave | None:
         """Remember which state a module takes, if nothing was written to it since it was given."""
-        gave = self.find(given)
-        raw = None if gave is None else gave.tensor()
-        if gave is not None and raw is not None and self._provenance.writes(raw) == gave.writes:
+        gave, tensor = self.find(given), first_real(given)
+        if gave is not None and tensor is not None and self._provenance.writes(tensor) == gave.writes:
             self._taken[id(module)] = gave
         return self._taken.get(id(module))
 
