@@ -23,6 +23,7 @@ class Pass:
         closed: Whether nothing of it is recorded any longer.
         error: What went wrong in a hook of it.
         running: The components, by id, whose calls are under way.
+        ran: The modules, by id, of which a call ended.
     """
 
     def __init__(self) -> None:
@@ -34,13 +35,13 @@ class Pass:
         self.closed = False
         self.error: Exception | None = None
         self.running.clear()
-        self._ran: set[int] = set()
-        self._calls: dict[int, int] = {}
+        self.start_call()
 
     def start_call(self, *, again: bool = False) -> None:
         """Count the calls of modules anew; what ran before did so, where the network is called again."""
-        self._ran |= self._calls.keys() if again else set()
-        self._calls = {}
+        if not again:
+            self.ran: set[int] = set()
+        self._calls: dict[int, int] = {}
 
     def fail(self, error: Exception) -> None:
         """Keep an error of a hook, for it may not end the user's own pass."""
@@ -54,12 +55,8 @@ class Pass:
         """Return the key of the module's call that ends."""
         key = self.key(module)
         self._calls[id(module)] = key[1] + 1
+        self.ran.add(id(module))
         return key
-
-    @property
-    def ran(self) -> set[int]:
-        """The modules, by id, of which a call ended."""
-        return self._ran | self._calls.keys()
 
 
 class Calls:
