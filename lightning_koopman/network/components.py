@@ -348,7 +348,7 @@ def named_components(
     modules = dict(clean_modules(model))
     if components is None:
         chosen = dict(automatic_components(model))
-        shared = _inside(chosen.values())
+        shared = inside_of(chosen.values())
         # What is part of another one too belongs to it.
         chosen = {name: module for name, module in chosen.items() if id(module) not in shared}
     else:
@@ -367,7 +367,7 @@ def named_components(
             "the module, or name others with components=[...]"
         )
     # By the modules themselves, for one may be registered in several places.
-    names, holders = {id(module): name for name, module in chosen.items()}, _inside(chosen.values())
+    names, holders = {id(module): name for name, module in chosen.items()}, inside_of(chosen.values())
     for name, module in chosen.items():
         if id(module) in holders:
             outer = names[next(iter(holders[id(module)]))]
@@ -377,7 +377,7 @@ def named_components(
     return chosen
 
 
-def _inside(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
+def inside_of(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
     """Find what is inside of some modules, and of which of them, by ``id``."""
     found: dict[int, set[int]] = {}
     for module in modules:
@@ -387,19 +387,6 @@ def _inside(modules: Iterable[nn.Module]) -> dict[int, set[int]]:
     return found
 
 
-def inner_components(
-    model: nn.Module, chosen: Mapping[str, nn.Module]
-) -> dict[str, tuple[nn.Module, set[int]]]:
-    """Choose parts of components, which count where they are called and these are not.
-
-    With each part comes which components it is inside of, by ``id``.
-    """
-    owners, names = _inside(chosen.values()), {id(module): name for name, module in clean_modules(model)}
-    parts = (part for module in chosen.values() for _, part in automatic_components(module))
-    inner = (part for part in parts if id(part) in owners and not is_norm(part))
-    return {names[id(part)]: (part, owners[id(part)]) for part in inner}
-
-
 def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[nn.Module]:
     """List the modules that belong to whichever component runs right before them.
 
@@ -407,7 +394,7 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
     layers outside of every component, whatever these hold that has no parameters.
     """
     inside = {id(part) for module in chosen.values() for part in module.modules()}
-    inside |= _inside(m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)).keys()
+    inside |= inside_of(m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)).keys()
     found = []
     for module in model.modules():
         if id(module) in inside or module is model:
@@ -416,22 +403,8 @@ def transparent_modules(model: nn.Module, chosen: dict[str, nn.Module]) -> list[
         leaf = isinstance(module, torch.jit.ScriptModule) or is_leaf(module)
         if (is_norm(module) and not weighted) or (leaf and not has_weights(module)):
             found.append(module)
-            inside |= _inside([module]).keys()
+            inside |= inside_of([module]).keys()
     return found
-
-
-def with_tables(model: nn.Module, chosen: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """List modules without weights that hold tables outside of components, such as codebooks."""
-    inside, own = _inside(chosen.values()).keys(), {id(module) for module in chosen.values()}
-    return {
-        name: module
-        for name, module in clean_modules(model)
-        if id(module) not in inside
-        and not has_weights(module)
-        and own.isdisjoint(map(id, module.modules()))
-        and not isinstance(module, torch.jit.ScriptModule)
-        and any(buffer.is_floating_point() and buffer.ndim > 1 for buffer in module.buffers())
-    }
 
 
 def in_turns(
@@ -464,37 +437,6 @@ def in_turns(
             if apart and any(own.isdisjoint(ran) for own in members.values()):
                 found |= everything
     return frozenset(found)
-
-
-def inner_transparent(
-    chosen: Mapping[str, nn.Module], inner: Mapping[str, tuple[nn.Module, set[int]]]
-) -> list[tuple[nn.Module, set[int]]]:
-    """List the activations and the like that belong to the part of a component right before them.
-
-    With each comes which components it is inside of, by ``id``.
-    """
-    owners, parts = _inside(chosen.values()), dict[int, dict[str, nn.Module]]()
-    for name, (part, within) in inner.items():
-        for owner in within:
-            parts.setdefault(owner, {})[name] = part
-    found = {
-        id(module): (module, owners[id(module)])
-        for component in chosen.values()
-        if id(component) in parts
-        for module in transparent_modules(component, parts[id(component)])
-        if not is_norm(module)
-    }
-    return list(found.values())
-
-
-def without_component(model: nn.Module, holders: Iterable[nn.Module]) -> dict[str, int]:
-    """Count the parameters that none of some modules holds, by name."""
-    held = {id(parameter) for module in holders for parameter in module.parameters()}
-    return {
-        clean_name(name): 0 if is_lazy(parameter) else parameter.numel()
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in held
-    }
 
 
 def with_output(model: nn.Module, chosen: Mapping[str, nn.Module], output: str) -> dict[str, nn.Module]:
@@ -574,7 +516,7 @@ def _matching(
 def _outermost(found: dict[str, nn.Module]) -> set[str]:
     """Leave out lists that hold others, for they are never called, and what is part of others."""
     called = {name: m for name, m in found.items() if not _is_list(m)} or found
-    inside = _inside(called.values())
+    inside = inside_of(called.values())
     return {name for name, module in called.items() if id(module) not in inside}
 
 

@@ -15,6 +15,8 @@ from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
     compares_samples,
+    is_underived,
+    plain,
     tensors_inside,
     varies,
 )
@@ -55,17 +57,17 @@ class Provenance:
         self.changed: set[str] = set()
         self._label_batch()
 
-    def follow(self, own: Iterable[Tensor], on_sum: OnSum | None = None) -> None:
+    def follow(self, model: nn.Module, on_sum: OnSum | None = None) -> None:
         """Begin to follow the data, and what the network holds itself; see :class:`DataFlow`."""
         self._flow = DataFlow(origins=True, on_mix=self._note_change, on_sum=on_sum)
-        self.own(own)
+        self.own(_held_by(model))
         self._label_batch()
         self._flow.__enter__()
 
-    def follow_rows(self, own: Iterable[Tensor]) -> None:
+    def follow_rows(self, model: nn.Module) -> None:
         """Begin to follow in what order rows are, and nothing else."""
         self._order = DataFlow(origins=True)
-        self._order.label(list(own), OWN)
+        self._order.label(list(_held_by(model)), OWN)
         self._order.label(list(self.data), BATCH)
         self._order.begin_axes(self.data)
         self._order.__enter__()
@@ -211,10 +213,10 @@ class Provenance:
         """How often states chose entries of the network's own tables, see :class:`DataFlow`."""
         return 0 if self._flow is None else self._flow.lookups
 
-    def has_read(self, tensors: Iterable[Tensor]) -> bool:
-        """Check whether an operator read any of the tensors that a network holds."""
+    def has_read(self, module: nn.Module) -> bool:
+        """Check whether an operator read any of the tensors that a module holds."""
         flow = self._flow
-        return flow is not None and not flow.read.isdisjoint(map(address_of, tensors))
+        return flow is not None and not flow.read.isdisjoint(map(address_of, _held_by(module)))
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Check whether no data of the batch is known to have reached a tensor."""
@@ -354,3 +356,12 @@ class Provenance:
             return True
         labels = self._flow.labels(tensor)
         return self._flow.error is not None or name in labels
+
+
+def _held_by(model: nn.Module) -> Iterator[Tensor]:
+    """Find the tensors that a network holds: parameters, buffers, and plain attributes."""
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, vars(module)):
+            # Of other classes, as those whose values are elsewhere, there may be no memory to know.
+            tensors = (t for t in held.values() if isinstance(t, Tensor))
+            yield from filter(is_underived, (t if is_underived(t) else plain(t) for t in tensors))

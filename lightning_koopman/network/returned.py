@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Collection, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.inputs import Call, Inputs
-from lightning_koopman.network.names import numbered
+from lightning_koopman.network.names import module_of, numbered
 from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.rows import Recorded
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -106,6 +107,25 @@ class Returned:
                 if len(sources) > 1 or sources & moved or own in self._further:
                     self._places[place] = own
         self.compares &= not self.made_of
+
+    def is_of_states(self, output: Any) -> bool:
+        """Check whether any of what was returned is made of states."""
+        return any(self._inputs.beyond(self._provenance.of(tensor)) for tensor in all_tensors(output))
+
+    def joins(self, result: Any, states: Mapping[str, Recorded], components: Collection[str]) -> bool:
+        """Check whether all of a result mixes states that are returned apart, or were not returned."""
+        sizes = {name: record.tensor.numel() for name, record in states.items()} | self.sizes
+        mixed = []
+        for tensor in all_tensors(result):
+            known = self._provenance.parts_of(tensor) or frozenset()
+            given = {n for n, _ in self._provenance.stages(tensor)} & self.made_of.keys()
+            inside = frozenset[str]().union(*(self.made_of[name] for name in given))
+            apart = {name for name in known - inside if module_of(name) in components}
+            if made_of := given | apart:
+                # Side by side, they are the state that the chain ends with.
+                beside = tensor.numel() == sum(sizes.get(name, 0) for name in made_of)
+                mixed.append(len(made_of) > 1 and len(inside | apart) > 1 and not beside)
+        return any(mixed) and all(mixed)
 
     def ends(self, output: Any) -> list[End]:
         """Find the tensors that are states of their own, in any pass."""

@@ -150,53 +150,6 @@ def first_tensor(value: Any) -> Tensor | None:
     return number
 
 
-class Given:
-    """The tensors that a call is given, as they are before it runs.
-
-    A module may hand on what it took beside what it makes, and write that into the very dictionary that
-    it took: what it was given shows before the call alone.
-
-    Example:
-        >>> x = torch.ones(2, 3)
-        >>> given = Given({"x": x})
-        >>> given.first_made({"x": x, "h": 2 * x}, x)
-        tensor([[2., 2., 2.],
-                [2., 2., 2.]])
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.tensors = all_tensors(value)
-        self._known = {id(tensor): (tensor, _mark_of(tensor)) for tensor in self.tensors}
-
-    def passes(self, tensor: Tensor) -> bool:
-        """Check whether a tensor is one that was given, and holds what it held."""
-        if id(tensor) not in self._known:
-            return False
-        _, mark = self._known[id(tensor)]
-        if isinstance(mark, Tensor):
-            return torch.equal(mark, tensor[:1])
-        return mark is None or mark == tensor._version
-
-    def first_made(self, value: Any, first: Tensor | None) -> Tensor | None:
-        """Find the ``first`` tensor that a call gives, or, if it hands that on, the first that it makes.
-
-        Where it makes none, what it hands on is what it gives.
-        """
-        if first is None or isinstance(value, Tensor) or not self.passes(first):
-            return first
-        made = (t for t in all_tensors(value) if is_real(t) and t.ndim and not self.passes(t))
-        return next(made, first)
-
-
-def _mark_of(tensor: Tensor) -> int | Tensor | None:
-    """Return what tells whether a tensor is written to later; nothing where that cannot be told."""
-    if not tensor.is_inference():
-        return tensor._version
-    # Made under inference mode, a tensor counts no writes; these change its first sample, as a rule.
-    plain = tensor.ndim and has_places(tensor) and not tensor.is_quantized
-    return tensor[:1].clone() if plain else None
-
-
 def compares_samples(tensor: Tensor, given: Iterable[Tensor], module: nn.Module) -> bool:
     """Check whether a tensor that a module made may have a value for each pair of samples, by shape."""
     if tensor.is_nested or tensor.ndim != 2 or len(tensor) < 2 or len(tensor) != tensor.shape[1]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
-from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.calls import Pass
+from lightning_koopman.network.kept_states import KeptStates
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 
@@ -149,7 +150,8 @@ def test_an_error_of_a_hook_is_not_a_validation_that_runs_no_component(spoilt, t
     def fails(*_: Any) -> bool:
         raise RuntimeError("the hook broke")
 
-    monkeypatch.setattr(Capture, {"_on_input": "_keep_inputs", "_on_output": "_count"}[spoilt], fails)
+    places = {"_on_input": (KeptStates, "add_inputs"), "_on_output": (Pass, "count")}
+    monkeypatch.setattr(*places[spoilt], fails)
     monitor = KoopmanCreditMonitor(every_n_epochs=1, on_error="raise", figures=False)
     with pytest.raises(RuntimeError, match="the hook broke"):
         fitted(tmp_path, Net(nn.Identity()), monitor)

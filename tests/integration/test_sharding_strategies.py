@@ -27,7 +27,7 @@ def test_both_kinds_at_once_give_the_report_of_one_process(tmp_path):
     check_against_one_process(configs, tmp_path, fit_side_by_side)
 
 
-FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_count"), (0, "_rows"), (1, "push")]
+FAULTS = [(1, "__init__"), (0, "start_pass"), (1, "_record"), (0, "_rows"), (1, "push")]
 
 
 @pytest.fixture(scope="module")

@@ -281,7 +281,7 @@ def test_an_interrupt_at_any_place_leaves_nothing_entered(
             patch.setattr(type(watch), "__enter__", interrupted)
         source = Provenance()
         with pytest.raises(KeyboardInterrupt):
-            source.follow(()) if by_leave else DataFlow().__enter__()
+            source.follow(nn.Module()) if by_leave else DataFlow().__enter__()
         source.leave()
         source.leave()
     assert _get_current_dispatch_mode_stack() == []  # type: ignore[no-untyped-call]

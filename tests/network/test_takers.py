@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.takers import Takers
+from lightning_koopman.network.sums import Takers
 from lightning_koopman.network.watch import Watcher
 
 X = torch.arange(6.0).view(2, 3)
