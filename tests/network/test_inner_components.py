@@ -229,3 +229,39 @@ def test_activations_belong_to_parts_that_are_called_in_place_of_the_whole():
         # What is linear is told to be.
         assert report.r2[[1, 3]] == pytest.approx([1, 1], abs=1e-9)
     np.testing.assert_allclose(reports[0].r2, reports[1].r2)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.act, self.two = nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)
+
+
+class Around(nn.Module):
+    """Runs the parts of blocks, and around an activation in each."""
+
+    def __init__(self, **more: nn.Module) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList([Branch(), Branch()])
+        for name, module in more.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x)
+        for block in self.blocks:
+            raw = block.lin(h)
+            h = raw + block.two(block.act(raw))
+        return self.out(h)
+
+
+def test_what_is_read_around_an_activation_in_a_block_stays_a_state_of_its_own():
+    torch.manual_seed(0)
+    net, batches = Around().double().eval(), torch.randn(400, 4, dtype=torch.float64).split(100)
+    beside = Around(idle=nn.Identity()).double().eval()
+    beside.load_state_dict(net.state_dict())
+    reports = [credit_report(each, batches) for each in (net, beside)]
+    for report in reports:
+        assert report.parts["blocks.0.lin"] == ("blocks.0.lin",)
+    # A module that nothing runs says nothing.
+    assert np.array_equal(reports[0].credit, reports[1].credit)
