@@ -300,7 +300,7 @@ class DataFlow(Watcher):
             for followed in (self._axes, *self._positions.values()):
                 followed.follow(func, args, reads, out)
         if self._origins and known:
-            self._picks.follow(name, args, reads, known, out)
+            self._picks.follow(func, args, reads, [of - ORIGINS for of in known], out)
             for rows in self._rows if self._merged else ():
                 rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
             sorts, *_ = [rows.follow(name, args, reads, out) for rows in self._rows]
