@@ -195,7 +195,8 @@ class _Moving:
         if name in _OF_LAST_AXES:
             return shape[-len(self._args[1]) :]
         if name == "index" and read is self._args[0]:
-            return self._indexed(shape)
+            indices = zip(shape, self._args[1], strict=False)
+            return [size for size, index in indices if index is not None]
         if name == "slice" and out == shape:
             return ()
         axes = self._dims or range(read.ndim)
@@ -209,15 +210,6 @@ class _Moving:
         if all(any(side is tensor for tensor in self._data) for side in (left, right)):
             return tuple(read.shape)
         return (read.shape[-1],) if read is left else tuple(read.shape[-2:])
-
-    def _indexed(self, shape: Sequence[int]) -> Sequence[int]:
-        sizes, axis = list[int](), 0
-        for index in self._args[1]:
-            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-            taken = index.ndim if is_mask else 1
-            sizes += shape[axis : axis + taken] if index is not None else ()
-            axis += taken
-        return sizes
 
 
 def _cut(shape: Sequence[int], out: Sequence[int]) -> Sequence[int]:

@@ -255,6 +255,7 @@ def test_states_before_that_are_small_enough_stay_whole() -> None:
     assert report.r2[-1] == pytest.approx(1, abs=1e-6)
 
 
+HEADS = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
 ORDER = torch.tensor([3, 0, 4, 1, 2])
 MIX = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
@@ -316,6 +317,7 @@ MOVING: dict[str, Callable[[Tensor], Tensor]] = {
     "stacked": lambda h: torch.stack([h[:, i] for i in ORDER], dim=1)[:, 0],
     "multiplied": lambda h: (MIX @ h)[:, 0],
     "multiplied behind": lambda h: (h.mT @ MIX).mT[:, 0],
+    "reversed beside itself": lambda h: (h.flip(1) + h @ HEADS)[:, 0],
     "one layer over positions": lambda h: F.linear(h.mT, MIX).mT[:, -1],
     "off the mean": lambda h: (h - h.mean(dim=1, keepdim=True))[:, 0],
     "off the first": lambda h: (h - h[:, :1] / 2)[:, -1],
@@ -355,9 +357,6 @@ def test_of_what_functions_moved_other_positions_count_than_the_one_picked(movin
     assert report["a"].credit == pytest.approx(volume / 3, abs=1e-6)
 
 
-HEADS = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-
-
 def by_heads(h: Tensor) -> Tensor:
     heads = h.view(-1, 5, 2, 3).transpose(1, 2) * torch.tensor([1.0, 2.0]).view(2, 1, 1).to(h)
     return heads.transpose(1, 2).reshape(h.shape)
@@ -388,6 +387,7 @@ STAYING: dict[str, Callable[[Tensor], Tensor]] = {
     "in place": lambda h: h.clone().mul_(HEADS[0]).add_(h),
     "one of three": lambda h: (h @ HEADS.repeat(1, 3)).view(-1, 5, 3, 6).unbind(2)[1],
     "a norm": lambda h: F.batch_norm(h.mT, HEADS[0], HEADS[1].exp()).mT,
+    "samples indexed": lambda h: h[torch.arange(len(h)).flip(0)],
     "samples reversed": lambda h: h.flip(0).mul(2).flip(0),
 }
 
