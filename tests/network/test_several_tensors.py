@@ -122,6 +122,20 @@ def test_zeros_and_ones_that_are_put_beside_a_state_are_data(change, columns: in
     assert report.reads["last"] == ("first", "input+input#1")
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_classes_as_a_one_in_each_row_are_data_that_are_added_to_a_state(classes: int):
+    model = wired(
+        lambda m, x, y: m.last(m.first(x) + y), first=nn.Linear(3, classes), last=nn.Linear(classes, 2)
+    )
+    y = nn.functional.one_hot(drawn(400, classes).argmax(1), classes).float()
+    report = report_of(model, drawn(400, 3), y)
+    # The layer is linear in what it takes, whatever joins the two.
+    assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+    assert "input+input#1" in {*report.reads["last"]}.union(
+        *(report.reads.get(n, ()) for n in report.reads["last"])
+    )
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool])
 def test_integers_that_are_put_beside_a_state_are_told(kind: torch.dtype):
     def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
