@@ -13,7 +13,7 @@ from lightning_koopman.network.tensors import address_of, all_tensors, is_all_of
 
 _PICKS = frozenset({"flip", "gather", "index_select", "roll", "sort", "topk"})
 _PUTS = frozenset({"index_add", "index_copy", "index_put", "scatter", "scatter_add", "scatter_reduce"})
-_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_sparse_mm": 0, "_sparse_addmm": 1}
+PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_sparse_mm": 0, "_sparse_addmm": 1}
 """Where products of matrices have the left one."""
 
 _PAIRS = frozenset({"_cdist_forward", "_euclidean_dist"})
@@ -130,7 +130,7 @@ class _Rule:
     """Tells where an operator leaves an axis of what it reads."""
 
     def __init__(self, func: Any, args: Sequence[Any], sizes: dict[int, int]) -> None:
-        self._name, self._by_entry, place = _kind(func)
+        self._name, self._by_entry, place = kind(func)
         self._args, self._sizes = args, sizes
         dims = args[place] if place < len(args) else None
         self._dims: Sequence[int] = [dims] if isinstance(dims, int) else dims or ()
@@ -142,8 +142,8 @@ class _Rule:
 
     def _axis(self, read: Tensor, place: Place, which: int, out: Tensor) -> int | None:
         axis, name, args, more = place.axis, self._name, self._args, out.ndim - read.ndim
-        if name in _PRODUCTS:
-            left, right = args[_PRODUCTS[name] :][:2]
+        if name in PRODUCTS:
+            left, right = args[PRODUCTS[name] :][:2]
             if read is left or read is right:
                 # That of the other matrix is summed over.
                 summed = read.ndim - (1 if read is left else 2)
@@ -199,7 +199,7 @@ class _Rule:
 
 
 @functools.lru_cache(maxsize=1024)
-def _kind(func: Any) -> tuple[str, bool, int]:
+def kind(func: Any) -> tuple[str, bool, int]:
     """Return an operator's name, whether it goes by entries, and where it is told of axes."""
     name = func._schema.name.rpartition("::")[2].removesuffix("_")
     name = "index_put" if "index_put" in name else name

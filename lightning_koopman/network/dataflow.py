@@ -101,8 +101,8 @@ class DataFlow(Watcher):
     Args:
         origins: Whether there are labels of coordinates, which operators make of nothing, of random
             numbers, and of what was read without a label, and orders of rows.
-        on_mix: Called with what an operator reads, where that is several tensors, and their labels; says
-            of which ones the labels go no further.
+        on_mix: Called with what an operator reads, where that is several tensors, their labels, and
+            whether it puts them side by side; says of which ones the labels go no further.
         on_sum: Called with each sum of what was labelled that an operator is about to go on with, unless
             it adds or weighs alone.
 
@@ -124,7 +124,7 @@ class DataFlow(Watcher):
         self,
         *,
         origins: bool = False,
-        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]]], set[int]] | None = None,
+        on_mix: Callable[[Sequence[Tensor], Sequence[frozenset[str]], bool], set[int]] | None = None,
         on_sum: OnSum | None = None,
     ) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ class DataFlow(Watcher):
             for followed in (self._axes, *self._positions.values()):
                 followed.follow(func, args, reads, out)
         if self._origins and known:
-            self._picks.follow(name, args, reads, known, out)
+            self._picks.follow(func, args, reads, [of - ORIGINS for of in known], out)
             for rows in self._rows if self._merged else ():
                 rows.follow_met(name, args, reads, out, by_entry=torch.Tag.pointwise in func.tags)
             sorts, *_ = [rows.follow(name, args, reads, out) for rows in self._rows]
@@ -311,7 +311,7 @@ class DataFlow(Watcher):
             self.lookups += _is_lookup(reads, known)
         ends = set[int]()
         if self._on_mix is not None and len(known) > 1:
-            ends = self._on_mix(reads, known)
+            ends = self._on_mix(reads, known, name in ("cat", "stack"))
         ends |= over
         labels = _NOTHING.union(*(of for i, of in enumerate(known) if i not in ends))
         if self._origins:

@@ -109,7 +109,7 @@ class Inputs:
         """
         for place, tensor in enumerate(given):
             raw = self.unclaimed(tensor)
-            if raw and raw <= labels and not is_mask(tensor):
+            if raw and raw <= labels and (raw & self._provenance.beside or not is_mask(tensor)):
                 added = self.add(call, place, tensor)
                 self.mixed_in.setdefault(component, {})[added] = place
                 if raw & self._provenance.changed and component not in self.changed:

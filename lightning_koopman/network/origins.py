@@ -224,6 +224,8 @@ class Origins:
             if taken is None:
                 given = self._inputs.data(whole)
                 known = self._inputs.find_mixed(name, origin.raw, given, self.ancestor)
+                if not all(map(is_real, self._provenance.data_of(origin.raw & self._provenance.beside))):
+                    self.uncounted.append(name)
                 taken = None if known else origin.taken
             if taken is not None:
                 # Data that no call shows as they are, mixed into what is made of data alone: an input.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.network.batch_axes import PRODUCTS, kind
 from lightning_koopman.network.rows import (
     NO_PICKS,
     Pick,
@@ -26,11 +28,16 @@ from lightning_koopman.network.tensors import (
     view_of_memory,
 )
 
-# These put other positions in the place of each, or make it of several, along the axis that they name.
-_ALONG_AXIS = frozenset({
-    *("flip", "roll", "sort", "topk", "_softmax", "_log_softmax", "_fft_r2c", "_fft_c2r", "_fft_c2c"),
-    *("cumsum", "cumprod", "cummax", "cummin", "_cummax_helper", "_cummin_helper", "logcumsumexp"),
+# These leave all entries in place, and not every torch says so of them.
+_IN_PLACE = frozenset({
+    *("clone", "_to_copy", "detach", "alias", "unsqueeze", "squeeze", "expand", "stack", "masked_fill"),
+    *("leaky_relu", "elu", "hardtanh", "hardswish", "_prelu_kernel", "log_sigmoid_forward"),
+    *("native_dropout", "native_batch_norm", "cudnn_batch_norm"),
+    *("_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
 })
+_TURN = frozenset({"transpose", "permute", "t", "numpy_T"})
+_RESHAPE = frozenset({"view", "_unsafe_view", "_reshape_alias"})
+_OF_LAST_AXES = frozenset({"native_layer_norm", "_fused_rms_norm"})
 
 
 class PickedPositions:
@@ -45,8 +52,8 @@ class PickedPositions:
         self._keep = keep
         # Views have picks of their own, beside those of all of the memory.
         self._of: dict[int, dict[Any, Picks]] = {}
-        # Of which states memory holds other positions than theirs, with the number of these.
-        self._moved: dict[int, frozenset[tuple[str, int]]] = {}
+        # Of which states views hold other positions than theirs, with the number of these.
+        self._moved: dict[int, dict[Any, Moves]] = {}
 
     def of(self, tensor: Tensor) -> Picks:
         """Return what a tensor holds one position of."""
@@ -55,44 +62,67 @@ class PickedPositions:
         return known.get(view_of_memory(tensor), known.get(None, NO_PICKS))
 
     def follow(
-        self, name: str, args: Sequence[Any], reads: Sequence[Tensor], known: Any, out: Any
+        self,
+        func: Any,
+        args: Sequence[Any],
+        reads: Sequence[Tensor],
+        known: Sequence[frozenset[str]],
+        out: Any,
     ) -> None:
         """Pass on what was picked from what an operator read, of ``known`` labels, to what it wrote."""
+        name = func._schema.name.rpartition("::")[2]
         plain = name.removesuffix("_")
-        moved = self._follow_moves(plain, args, reads, known, out)
+        places = {address_of(tensor) for tensor in reads}
+
+        def written() -> Iterator[tuple[int, Tensor, bool]]:
+            for tensor in all_tensors(out):
+                if (address := address_of(tensor)) and not tensor.is_nested:
+                    is_part = address in places if plain == name else not is_all_of_memory(tensor)
+                    yield address, tensor, is_part
+
+        # A part that is written to is where it was in its memory.
+        parts = {(at, view_of_memory(t)) for at, t, is_part in written() if is_part and plain != name}
+        before = self._moved_before(reads, known, but=parts)
+        moved = before | _moves(func, args, reads, known, out)
+        for address, tensor, is_part in written():
+            if not (moved or address in self._moved):
+                continue
+            of = self._moved.get(address, {}) if is_part else {}
+            if is_part and plain != name:
+                # Whoever views what was written to finds it there.
+                of = {view: moves | moved for view, moves in {None: _NO_MOVES, **of}.items()}
+            self._moved[address] = {**of, view_of_memory(tensor) if is_part else None: moved}
+            self._keep(tensor)
         pick = _picked(plain, args, out)
         if pick is None and not self._of:
             return
         told: Picks
         if pick is not None:
-            told = {n: pick._replace(is_moved=(n, pick.size) in moved) for n in known[0]}
+            told = {n: pick._replace(is_moved=(n, pick.size) in before) for n in known[0]}
             told |= self.of(reads[0])
         else:
             told = self._joined(reads, known)
-        places = {address_of(tensor) for tensor in reads}
-        for tensor in all_tensors(out):
-            address = address_of(tensor)
-            if not address or tensor.is_nested or not (told or address in self._of):
-                continue
-            is_part = address in places if plain == name else not is_all_of_memory(tensor)
-            before = self._of.get(address, {}) if is_part else {}
-            self._of[address] = {**before, view_of_memory(tensor) if is_part else None: told}
-            self._keep(tensor)
-
-    def _follow_moves(
-        self, name: str, args: Sequence[Any], reads: Sequence[Tensor], known: Any, out: Any
-    ) -> frozenset[tuple[str, int]]:
-        """Pass on of which states positions were moved, or met, and of how many."""
-        sizes = _moving(name, args, sum(map(bool, known)))
-        if not (sizes or self._moved):
-            return frozenset()
-        moved = frozenset[tuple[str, int]]().union(*(self._moved.get(address_of(t), ()) for t in reads))
-        moved |= {(label, size) for labels in known for label in labels for size in sizes}
-        for tensor in all_tensors(out):
-            if (address := address_of(tensor)) and (moved or address in self._moved):
-                self._moved[address] = moved
+        for address, tensor, is_part in written():
+            if told or address in self._of:
+                picks = self._of.get(address, {}) if is_part else {}
+                if is_part and plain != name:
+                    picks = {view: _agreeing(each, told, known) for view, each in picks.items()}
+                self._of[address] = {**picks, view_of_memory(tensor) if is_part else None: told}
                 self._keep(tensor)
-        return moved
+
+    def _moved_before(
+        self, reads: Sequence[Tensor], known: Sequence[frozenset[str]], but: Collection[Any]
+    ) -> Moves:
+        """Return the positions, of which states, that are in other places in what is read."""
+        found = set[tuple[str, int]]()
+        for tensor, labels in zip(reads, known, strict=True):
+            address = address_of(tensor)
+            if not labels or tensor.is_nested or not (of := self._moved.get(address)):
+                continue
+            if (address, view := view_of_memory(tensor)) not in but:
+                moves = of.get(view, of.get(None, _NO_MOVES))
+                found |= {move for move in moves if move[0] in labels}
+        return frozenset(found)
 
     def _joined(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> Picks:
         """Return what was picked of each state, in all that is made of it."""
@@ -109,21 +139,101 @@ class PickedPositions:
         return joined
 
 
-def _moving(name: str, args: Sequence[Any], n_data: int) -> Sequence[int]:
-    """Return the sizes of the axes along which an operator moves positions, or lets them meet."""
-    source = next((arg for arg in args if isinstance(arg, Tensor) and not arg.is_nested), None)
-    if source is None or source.ndim < 2:
-        return ()
-    if name == "convolution" or "_pool" in name:
-        return source.shape[2:]
-    if name.startswith("_scaled_dot_product") or (name in ("bmm", "baddbmm") and n_data > 1):
-        return source.shape[-2:-1]
-    if name in _ALONG_AXIS:
-        place = 2 if name in ("roll", "topk") else 1
-        axes = args[place] if len(args) > place else range(source.ndim)
-        axes = [axes] if isinstance(axes, int) else axes
-        return [source.shape[axis] for axis in axes if not isinstance(axis, bool)]
-    return ()
+def _agreeing(picks: Picks, told: Picks, known: Sequence[frozenset[str]]) -> Picks:
+    """Return what was picked in memory, where what was written to a part of it is not of others."""
+    labels = frozenset[str]().union(*known)
+    return {n: pick for n, pick in picks.items() if n not in labels or told.get(n) == pick}
+
+
+Moves = frozenset[tuple[str, int]]
+"""Labels of states with sizes of axes, along which positions were moved, or met."""
+
+_NO_MOVES: Moves = frozenset()
+
+
+def _moves(
+    func: Any, args: Sequence[Any], reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
+) -> Moves:
+    """Return along which axes, by their sizes, an operator moves positions, or lets them meet.
+
+    Of an operator that no rule is about, that is all of them.
+    """
+    shapes = [tensor.shape for tensor in all_tensors(out) if not tensor.is_nested]
+    pairs = zip(reads, known, strict=True)
+    data = [(tensor, labels) for tensor, labels in pairs if labels and not tensor.is_nested]
+    if not data or not shapes:
+        return _NO_MOVES
+    rule = _Moving(func, args, [tensor for tensor, _ in data], shapes[0])
+    return frozenset(
+        (label, size) for tensor, labels in data for size in {*rule.sizes(tensor)} for label in labels
+    )
+
+
+class _Moving:
+    """Tells the sizes of the axes of what an operator reads along which it moves what is there."""
+
+    def __init__(
+        self, func: Any, args: Sequence[Any], data: Sequence[Tensor], out: Sequence[int]
+    ) -> None:
+        self._name, self._is_in_place, place, default = _rule_of(func)
+        self._args, self._data, self._out = args, data, tuple(out)
+        dims = args[place] if place < len(args) else default
+        self._dims: Sequence[int] = [dims] if isinstance(dims, int) else dims or ()
+
+    def sizes(self, read: Tensor) -> Sequence[int]:
+        shape, name, out = tuple(read.shape), self._name, self._out
+        if self._is_in_place:
+            # Of what meets itself, as in pairs, each position meets all.
+            return [size for size in shape if out.count(size) > shape.count(size)]
+        if name in _TURN:
+            # Afterwards nobody tells axes of one size apart.
+            return [size for size in shape if shape.count(size) > 1]
+        if name in _RESHAPE:
+            return _cut(shape, out)
+        if name in PRODUCTS or name == "linear":
+            return self._multiplied(read)
+        if name in _OF_LAST_AXES:
+            return shape[-len(self._args[1]) :]
+        if name == "index" and read is self._args[0]:
+            indices = zip(shape, self._args[1], strict=False)
+            return [size for size, index in indices if index is not None]
+        if name == "slice" and out == shape:
+            return ()
+        axes = self._dims or range(read.ndim)
+        return [shape[axis] for axis in axes if -read.ndim <= axis < read.ndim]
+
+    def _multiplied(self, read: Tensor) -> tuple[int, ...]:
+        """Return what is summed over, and all where states meet."""
+        left, right = self._args[PRODUCTS.get(self._name, 0) :][:2]
+        if read is not left and read is not right:
+            return ()
+        if all(any(side is tensor for tensor in self._data) for side in (left, right)):
+            return tuple(read.shape)
+        return (read.shape[-1],) if read is left else tuple(read.shape[-2:])
+
+
+def _cut(shape: Sequence[int], out: Sequence[int]) -> Sequence[int]:
+    """Return the sizes of axes that another shape has not, but for those merged with ones before."""
+    places, inner = dict[int, int](), 1
+    for size in reversed(out):
+        if size > 1:
+            places[inner] = size
+        inner *= size
+    cut, inner = list[int](), 1
+    for size in reversed(shape):
+        if size > 1 and places.get(inner, 1) % size:
+            cut.append(size)
+        inner *= size
+    return cut
+
+
+@functools.lru_cache(maxsize=1024)
+def _rule_of(func: Any) -> tuple[str, bool, int, Any]:
+    """Return an operator's name, whether entries stay in place, where it is told of axes, or else."""
+    name, by_entry, place = kind(func)
+    arguments = func._schema.arguments
+    default = arguments[place].default_value if place < len(arguments) else None
+    return name, by_entry or name in _IN_PLACE, place, default
 
 
 def _picked(name: str, args: Sequence[Any], out: Any) -> Pick | None:

@@ -33,6 +33,7 @@ class Provenance:
     Attributes:
         idle: States and inputs that were made of what the network holds: positions, learned queries.
         changed: Labels of data of the batch that were put to states otherwise than they came.
+        beside: Labels of those that were put beside states, so that they are no masks.
         lost_order: What kept the order of rows from being followed in a later pass, if anything did.
     """
 
@@ -55,6 +56,7 @@ class Provenance:
         self._inputs: set[str] = set()
         self.idle: set[str] = set()
         self.changed: set[str] = set()
+        self.beside: set[str] = set()
         self._label_batch()
 
     def follow(self, model: nn.Module, on_sum: OnSum | None = None) -> None:
@@ -86,10 +88,13 @@ class Provenance:
             found["merged"] = flow.merged(given)
         return found
 
-    def _note_change(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> set[int]:
+    def _note_change(
+        self, reads: Sequence[Tensor], known: Sequence[frozenset[str]], beside: bool
+    ) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.
 
-        Masks say which entries count, and are nothing that a state is made of: they are returned.
+        Masks say which entries count, and are nothing that a state is made of: they are returned, unless
+        they are put ``beside`` it.
         """
         known = [labels - ORIGINS - self.idle for labels in known]
         new = [{name for name in labels if self._is_new(name)} for labels in known]
@@ -101,7 +106,9 @@ class Provenance:
         for place, (tensor, names, is_data) in enumerate(zip(reads, new, alone, strict=True)):
             if not names or not is_data:
                 continue
-            if tensor.dtype == torch.bool or (tensor.is_floating_point() and is_mask(tensor)):
+            if beside:
+                self.beside |= names
+            elif tensor.dtype == torch.bool or (tensor.is_floating_point() and is_mask(tensor)):
                 masks.add(place)
                 continue
             for data in self.data_of(frozenset(names)):

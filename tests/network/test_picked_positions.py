@@ -255,6 +255,51 @@ def test_states_before_that_are_small_enough_stay_whole() -> None:
     assert report.r2[-1] == pytest.approx(1, abs=1e-6)
 
 
+HEADS = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+ORDER = torch.tensor([3, 0, 4, 1, 2])
+MIX = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def shifted(h: Tensor) -> Tensor:
+    """Write each position but the last in the place behind it."""
+    moved = torch.zeros_like(h)
+    moved[:, 1:] = h[:, :-1]
+    return moved
+
+
+def half_reversed(h: Tensor) -> Tensor:
+    """Write half of the channels in place, over others that are in reverse."""
+    turned = h.flip(1).mul_(2)
+    turned[..., :3] = h[..., :3]
+    return turned
+
+
+def overwritten(h: Tensor, other: Callable[[Tensor], Tensor]) -> Tensor:
+    """Write something else over half of the position that was picked."""
+    picked = h[:, -1].clone()
+    picked[:, :3] = other(h)[:, :3]
+    return picked
+
+
+def added_to(h: Tensor) -> Tensor:
+    picked = h[:, -1].clone()
+    seen = picked.view(-1, 2, 3)
+    picked[:, :3] += h[:, 0, :3]
+    return seen.flatten(1)
+
+
+def two_rows(h: Tensor) -> Tensor:
+    rows = torch.zeros(len(h), 2, 6).to(h)
+    rows[:, 0], rows[:, 1] = h[:, -1], h[:, 0]
+    return rows.sum(1)
+
+
+def overwritten_before(h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, -1] = h[:, 0]
+    return h[:, -1]
+
+
 MOVING: dict[str, Callable[[Tensor], Tensor]] = {
     "reversed": lambda h: h.flip(1)[:, 0],
     "rolled": lambda h: h.roll(1, dims=1)[:, 0],
@@ -262,6 +307,33 @@ MOVING: dict[str, Callable[[Tensor], Tensor]] = {
     "convolved": lambda h: F.conv1d(h.mT, torch.ones(6, 1, 3).to(h), padding=1, groups=6).mT[:, 0],
     "averaged": lambda h: F.avg_pool1d(h.mT, 3, 1, 1).mT[:, 0],
     "transformed": lambda h: torch.fft.rfft(h, dim=1).real[:, 0],
+    "padded": lambda h: F.pad(h, (0, 0, 1, -1))[:, -1],
+    "beside the one before": lambda h: (h + 0.5 * F.pad(h, (0, 0, 1, 0))[:, :-1])[:, -1],
+    "put together": lambda h: torch.cat([h[:, 1:], h[:, :1]], dim=1)[:, 0],
+    "indexed": lambda h: h[:, ORDER][:, 0],
+    "index_select": lambda h: h.index_select(1, ORDER)[:, 0],
+    "gathered": lambda h: h.gather(1, ORDER[:, None].expand_as(h))[:, 0],
+    "scattered": lambda h: torch.zeros_like(h).scatter(1, ORDER[:, None].expand_as(h), h)[:, 0],
+    "stacked": lambda h: torch.stack([h[:, i] for i in ORDER], dim=1)[:, 0],
+    "multiplied": lambda h: (MIX @ h)[:, 0],
+    "multiplied behind": lambda h: (h.mT @ MIX).mT[:, 0],
+    "reversed beside itself": lambda h: (h.flip(1) + h @ HEADS)[:, 0],
+    "one layer over positions": lambda h: F.linear(h.mT, MIX).mT[:, -1],
+    "off the mean": lambda h: (h - h.mean(dim=1, keepdim=True))[:, 0],
+    "off the first": lambda h: (h - h[:, :1] / 2)[:, -1],
+    "cut otherwise": lambda h: h.reshape(-1, 6, 5).mT[:, 0],
+    "differences": lambda h: h.diff(dim=1, prepend=torch.zeros_like(h[:, :1]))[:, -1],
+    "in rows of two": lambda h: F.pad(h, (0, 0, 0, 1)).view(-1, 2, 3, 6).mT.mT.sum(1)[:, -1],
+    "turned and back": lambda h: h.flip(1).transpose(1, 2).contiguous().mT[:, 0],
+    "written shifted": lambda h: shifted(h)[:, -1],
+    "written in part": lambda h: half_reversed(h)[:, 0],
+    "overwritten by the first": lambda h: overwritten(h, lambda h: h[:, 0]),
+    "overwritten by the mean": lambda h: overwritten(h, lambda h: h.mean(1)),
+    "added to": added_to,
+    "two rows": two_rows,
+    "overwritten before": overwritten_before,
+    "channels of as many": lambda h: torch.cat([h[..., :5].mT, h[..., 5:].mT], dim=1).mT[:, 0],
+    "turned square": lambda h: F.linear(h[..., :5].mT[:, 0], MIX)[:, [0, 1, 2, 3, 4, 0]],
 }
 
 
@@ -279,7 +351,63 @@ def test_of_what_functions_moved_other_positions_count_than_the_one_picked(movin
     net = Net().double()
     x = torch.randn(600, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     report = credit_report(net, x.split(100))
-    behind = torch.func.jacrev(lambda h: net.head(MOVING[moving](h[None]))[0])(x[0]).flatten(1)
+    behind = torch.autograd.functional.jacobian(lambda h: net.head(MOVING[moving](h)), x[:1])[0]
+    assert report["a"].chain_r2 == pytest.approx(1)
+    volume = oracles.log_volume(behind.flatten(1).numpy().T)
+    assert report["a"].credit == pytest.approx(volume / 3, abs=1e-6)
+
+
+def by_heads(h: Tensor) -> Tensor:
+    heads = h.view(-1, 5, 2, 3).transpose(1, 2) * torch.tensor([1.0, 2.0]).view(2, 1, 1).to(h)
+    return heads.transpose(1, 2).reshape(h.shape)
+
+
+def rotated(h: Tensor) -> Tensor:
+    angles, (a, b) = torch.linspace(0, 1, 5).to(h)[:, None], h.chunk(2, dim=-1)
+    return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
+
+
+def halves_written(h: Tensor) -> Tensor:
+    written = torch.zeros_like(h)
+    written[..., :3], written[..., 3:] = h[..., 3:], h[..., :3]
+    return written
+
+
+STAYING: dict[str, Callable[[Tensor], Tensor]] = {
+    "weighed": lambda h: h * HEADS[0] + HEADS[1],
+    "multiplied": lambda h: h + h @ HEADS,
+    "a layer": lambda h: F.linear(h, HEADS),
+    "summed over channels": lambda h: torch.einsum("btc,cd->btd", h, HEADS),
+    "off the mean of channels": lambda h: h + h.mean(dim=-1, keepdim=True),
+    "heads": by_heads,
+    "rotated": rotated,
+    "halves written": halves_written,
+    "all in one axis": lambda h: h.reshape(-1, 6).mul(2).view(h.shape),
+    "turned and back": lambda h: h.transpose(0, 1).contiguous().mul(2).transpose(0, 1),
+    "in place": lambda h: h.clone().mul_(HEADS[0]).add_(h),
+    "one of three": lambda h: (h @ HEADS.repeat(1, 3)).view(-1, 5, 3, 6).unbind(2)[1],
+    "a norm": lambda h: F.batch_norm(h.mT, HEADS[0], HEADS[1].exp()).mT,
+    "samples indexed": lambda h: h[torch.arange(len(h)).flip(0)],
+    "samples reversed": lambda h: h.flip(0).mul(2).flip(0),
+}
+
+
+@pytest.mark.parametrize("staying", STAYING)
+def test_functions_that_leave_positions_in_place_leave_the_one_picked_alone(staying: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(STAYING[staying](self.a(x))[:, -1])
+
+    torch.manual_seed(0)
+    net = Net().double()
+    x = torch.randn(600, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    report = credit_report(net, x.split(100))
+    behind = torch.func.jacrev(lambda h: net.head(STAYING[staying](h[None])[:, -1])[0])(x[0])[:, -1]
+    assert report.widths == (6, 3)
     assert report["a"].chain_r2 == pytest.approx(1)
     assert report["a"].credit == pytest.approx(
         oracles.log_volume(behind.detach().numpy().T) / 3, abs=1e-6

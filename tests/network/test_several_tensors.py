@@ -109,6 +109,44 @@ def test_integers_beside_numbers_are_told():
     assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("change", [lambda y: y, lambda y: 2 * y - 1, torch.Tensor.bool])
+def test_zeros_and_ones_that_are_put_beside_a_state_are_data(change, columns: int):
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return m.last(torch.cat([m.first(x), change(y)], 1))
+
+    model = wired(run, first=nn.Linear(3, 4), last=nn.Linear(4 + columns, 2))
+    report = report_of(model, drawn(400, 3), (drawn(400, columns) > 0.3).float())
+    # The layer is linear in what it takes.
+    assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+    assert report.reads["last"] == ("first", "input+input#1")
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_classes_as_a_one_in_each_row_are_data_that_are_added_to_a_state(classes: int):
+    model = wired(
+        lambda m, x, y: m.last(m.first(x) + y), first=nn.Linear(3, classes), last=nn.Linear(classes, 2)
+    )
+    y = nn.functional.one_hot(drawn(400, classes).argmax(1), classes).float()
+    report = report_of(model, drawn(400, 3), y)
+    # The layer is linear in what it takes, whatever joins the two.
+    assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+    assert "input+input#1" in {*report.reads["last"]}.union(
+        *(report.reads.get(n, ()) for n in report.reads["last"])
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool])
+def test_integers_that_are_put_beside_a_state_are_told(kind: torch.dtype):
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return m.last(torch.cat([m.first(x), y.float()], 1))
+
+    model = wired(run, first=nn.Linear(3, 4), last=nn.Linear(7, 2))
+    notes = report_of(model, drawn(400, 3), (drawn(400, 3) > 0).to(kind)).notes
+    told = "integers of the batch that go into last beside other numbers are not seen by operators"
+    assert any(told in note for note in notes)
+
+
 def test_random_numbers_that_go_into_a_component_are_told():
     model = wired(
         lambda m, x: m.last(m.mean(x) + torch.randn(len(x), 4)),

@@ -167,6 +167,35 @@ def test_a_module_may_pool_a_component_by_weights_of_data(batches: list[Tensor])
     assert report.parts == {"first": ("first", "pool"), "head": ("head",)}
 
 
+def test_what_weighed_a_later_stage_is_read_with_it(batches: list[Tensor]) -> None:
+    """A function has to give the same, where no stage is a state of its own."""
+
+    class Pooling(nn.Module):
+        def forward(self, h: Tensor, weights: Tensor) -> Tensor:
+            return pooled(h, weights)
+
+    def pooled(h: Tensor, weights: Tensor) -> Tensor:
+        return (h * weights[..., None]).sum(1)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.first(m.stem(x))
+        return m.head(m.pool(h, x[..., 0].exp())) + m.other(torch.tanh(h).sum(1))
+
+    def net(pool: Any) -> Any:
+        torch.manual_seed(0)
+        layers = {"stem": nn.Linear(2, 8), "first": nn.Linear(8, 8)}
+        model = wired(run, **layers, head=nn.Linear(8, 3), other=nn.Linear(8, 3)).eval()
+        model.pool = pool
+        return model
+
+    given = [batch.view(-1, 3, 2) for batch in batches]
+    report, expected = (credit_report(net(pool), given) for pool in (Pooling(), pooled))
+    assert report.parts["first"] == ("first",)
+    assert report.reads["head+other"] == ("first", "input")
+    assert report.reads == expected.reads
+    assert report.credit == pytest.approx(expected.credit, abs=1e-9)
+
+
 def test_effects_alter_what_both_read(batches: list[Tensor]) -> None:
     net = network(around, nn.LayerNorm(8))
     found = component_effects(net, batches, credit_report(net, batches), ("skip",))
