@@ -25,6 +25,14 @@ def is_mask(tensor: Tensor) -> bool:
     return tensor.ndim != 2 or tensor.shape[1] < 2 or not bool((tensor.sum(dim=1) == 1).all())
 
 
+def are_zeros_and_ones(tensor: Tensor) -> bool:
+    """Check whether a floating-point tensor holds both numbers, and no other one."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return False
+    zeros, ones = tensor == 0, tensor == 1
+    return bool(zeros.any()) and bool(ones.any()) and bool((zeros | ones).all())
+
+
 def has_positions(tensor: Tensor) -> bool:
     """Check whether a tensor may hold data at several positions of each sample."""
     is_plain = has_places(tensor) and tensor.dtype != torch.bool

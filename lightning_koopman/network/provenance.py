@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow, OnSum
-from lightning_koopman.network.input_data import holds_all_of, is_mask, shuts_out
+from lightning_koopman.network.input_data import (
+    are_zeros_and_ones,
+    holds_all_of,
+    is_mask,
+    shuts_out,
+)
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -33,7 +38,7 @@ class Provenance:
     Attributes:
         idle: States and inputs that were made of what the network holds: positions, learned queries.
         changed: Labels of data of the batch that were put to states otherwise than they came.
-        beside: Labels of those that were put beside states, so that they are no masks.
+        beside: Labels of those that were put beside states, or added to them, and are no masks.
         lost_order: What kept the order of rows from being followed in a later pass, if anything did.
     """
 
@@ -89,12 +94,12 @@ class Provenance:
         return found
 
     def _note_change(
-        self, reads: Sequence[Tensor], known: Sequence[frozenset[str]], beside: bool
+        self, reads: Sequence[Tensor], known: Sequence[frozenset[str]], operator: str
     ) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.
 
-        Masks say which entries count, and are nothing that a state is made of: they are returned, unless
-        they are put ``beside`` it.
+        Masks say which entries count, and are nothing that a state is made of: they are returned. What
+        is put beside a state is none, and neither are zeros and ones that are added to it.
         """
         known = [labels - ORIGINS - self.idle for labels in known]
         new = [{name for name in labels if self._is_new(name)} for labels in known]
@@ -106,7 +111,7 @@ class Provenance:
         for place, (tensor, names, is_data) in enumerate(zip(reads, new, alone, strict=True)):
             if not names or not is_data:
                 continue
-            if beside:
+            if operator in ("cat", "stack") or (operator == "add" and are_zeros_and_ones(tensor)):
                 self.beside |= names
             elif tensor.dtype == torch.bool or (tensor.is_floating_point() and is_mask(tensor)):
                 masks.add(place)

@@ -136,6 +136,17 @@ def test_classes_as_a_one_in_each_row_are_data_that_are_added_to_a_state(classes
     )
 
 
+@pytest.mark.parametrize("columns", [1, 4])
+def test_zeros_and_ones_that_are_added_to_a_state_are_data(columns: int):
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return m.last(m.first(x) + y)
+
+    model = wired(run, first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+    report = report_of(model, drawn(400, 3), (drawn(400, columns) > 0.3).float())
+    assert by_name(report)["last"] == pytest.approx(1, abs=1e-6)
+    assert report.reads["last"] == ("first", "input+input#1")
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool])
 def test_integers_that_are_put_beside_a_state_are_told(kind: torch.dtype):
     def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
