@@ -334,8 +334,8 @@ class Alterations:
         self, name: str, point: HookPoint, tensor: Tensor, number: int, n_samples: int
     ) -> None:
         """Refuse a state of which nothing tells the samples."""
-        if point not in self._have_told or not self._is_told(number, tensor):
-            _check_samples(name, tensor, n_samples)
+        if not self._is_told(number, tensor) or point not in self._have_told:
+            _check_samples(name, tensor, n_samples, told=point in self._have_told)
 
     def _passes(self, values: Mapping[HookPoint, Tensor], name: str, point: HookPoint) -> bool:
         """Check whether what a component takes has the shape of what is given somewhere in it."""
@@ -627,8 +627,11 @@ def _places_within(samples: Tensor, counts: Tensor) -> Tensor:
     )
 
 
-def _check_samples(name: str, tensor: Tensor, n_samples: int) -> None:
-    """Refuse a state that has the samples neither along the first nor along the second axis."""
+def _check_samples(name: str, tensor: Tensor, n_samples: int, *, told: bool) -> None:
+    """Refuse a state that has the samples neither along the first nor along the second axis.
+
+    If what its rows are about was ``told`` in the first batch, it must be so in each.
+    """
     if tensor.is_nested:
         raise ValueError(
             f"{name!r} gave a nested tensor, in which nothing can be put in a sample's place; let it be "
@@ -636,7 +639,7 @@ def _check_samples(name: str, tensor: Tensor, n_samples: int) -> None:
         )
     shape = tensor.shape
     first = bool(shape) and n_samples > 0 and shape[0] % n_samples == 0
-    if not first and (len(shape) < 2 or not n_samples or shape[1] != n_samples):
+    if told or (not first and (len(shape) < 2 or not n_samples or shape[1] != n_samples)):
         raise ValueError(
             f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
             "effects cannot be told apart by sample; choose components with the samples along one of "

@@ -149,11 +149,11 @@ def _with_entry(table: Any, key: Any, entries: dict[Any, Any], new: Tensor) -> A
 
 def _is_beside(other: Tensor, first: Tensor) -> bool:
     """Check whether a tensor is another one than the first, as long, and differs, or joins its rows."""
-    if is_edge_index(other) and len(first) != 2:
-        return True
-    if not (has_places(other) and has_places(first) and is_real(other)):
+    if not (has_places(other) and has_places(first)):
         return False
-    if other.shape[:1] != first.shape[:1]:
+    if is_edge_index(other) and first.shape[:1] != (2,):
+        return True
+    if not is_real(other) or other.shape[:1] != first.shape[:1]:
         return False
     return other.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() and varies(other)
 

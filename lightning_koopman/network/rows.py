@@ -479,12 +479,16 @@ def samples_of_rows(place: int | None, n_rows: int, batch: Any) -> Tensor | None
     """Return the sample of each of so many rows, of nodes or of edges between them, if it is told."""
     if place is None:
         return None
-    index = list(tensors_inside(batch))[place]
+    tensors = list(tensors_inside(batch))
+    index = tensors[place] if place < len(tensors) else None
+    # Another batch may hold something else there.
+    if index is None or index.ndim != 1 or index.is_floating_point():
+        return None
     if n_rows == len(index):
         return index
-    edges = (t for t in tensors_inside(batch) if t.ndim == 2 and not t.is_floating_point())
-    ends = next((t for t in edges if t.shape == (2, n_rows)), None)
-    return None if ends is None else index[ends[0]]
+    pairs = (t for t in tensors if t.ndim == 2 and not t.is_floating_point())
+    ends = next((t[0] for t in pairs if t.shape == (2, n_rows)), None)
+    return None if ends is None or not n_rows or int(ends.max()) >= len(index) else index[ends]
 
 
 def pooled_by(place: int | None, tensor: Tensor, batch: Any) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -182,6 +183,20 @@ def test_what_a_drop_order_drops_first_has_the_effect_of_skipping_it():
     (name,) = order.components[:1]
     skip = effects.values["skip"][effects.components.index(name)]
     assert float(order.effect[0]) == pytest.approx(skip, rel=1e-3)
+
+
+def test_components_of_nodes_are_left_alone_where_one_batch_does_not_tell_the_graph_of_each():
+    # As many nodes as would be ten for each graph, which they are not.
+    other, *given = batches()
+    other["sizes"] = other.pop("index").bincount()
+
+    def forward(model: Graphs, batch: Any) -> Tensor:
+        index = torch.arange(GRAPHS).repeat_interleave(batch["sizes"]) if "sizes" in batch else None
+        return model(batch if index is None else {**batch, "index": index})
+
+    found = component_effects(Graphs(), [*given, other], forward_fn=forward)
+    assert np.isnan(found.values["skip"]).tolist() == [True, True, True, False]
+    assert sum("effects cannot be told apart by sample" in note for note in found.notes) == 3
 
 
 def test_effects_on_some_samples_are_on_batches_that_hold_as_many_graphs():
