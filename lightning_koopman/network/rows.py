@@ -486,8 +486,7 @@ def samples_of_rows(place: int | None, n_rows: int, batch: Any) -> Tensor | None
         return None
     if n_rows == len(index):
         return index
-    pairs = (t for t in tensors if t.ndim == 2 and not t.is_floating_point())
-    ends = next((t[0] for t in pairs if t.shape == (2, n_rows)), None)
+    ends = next((t[0] for t in tensors if is_edge_index(t) and t.shape[1] == n_rows), None)
     return None if ends is None or not n_rows or int(ends.max()) >= len(index) else index[ends]
 
 
