@@ -35,6 +35,7 @@ from lightning_koopman.network.rows import (
     form_of,
     gives_batch_second,
     has_batch_second,
+    row_counts,
 )
 from lightning_koopman.network.signals import signals_wait
 from lightning_koopman.network.tensors import is_underived
@@ -323,7 +324,7 @@ class Alterations:
     def _note_told(self, number: int, rounds: Sequence[Mapping[HookPoint, Tensor]], tell: Tell) -> None:
         """Keep what is told of the samples that rows are about."""
         states = itertools.chain.from_iterable(values.values() for values in rounds)
-        for length in {len(state) for state in states if state.ndim and not state.is_nested}:
+        for length in row_counts(states):
             if (samples := tell(length)) is not None:
                 self._told[number, length] = samples.cpu()
 
@@ -333,9 +334,25 @@ class Alterations:
     def _check_samples(
         self, name: str, point: HookPoint, tensor: Tensor, number: int, n_samples: int
     ) -> None:
-        """Refuse a state of which nothing tells the samples."""
-        if not self._is_told(number, tensor) or point not in self._have_told:
-            _check_samples(name, tensor, n_samples, told=point in self._have_told)
+        """Refuse a state that has the samples neither along the first nor along the second axis.
+
+        What its rows are about may be told instead: if it was in the first batch, it must be in each.
+        """
+        if tensor.is_nested:
+            raise ValueError(
+                f"{name!r} gave a nested tensor, in which nothing can be put in a sample's place; let "
+                "it be padded, or choose other components"
+            )
+        shape, have_told = tensor.shape, point in self._have_told
+        if have_told and self._is_told(number, tensor):
+            return
+        first = bool(shape) and n_samples > 0 and shape[0] % n_samples == 0
+        if have_told or (not first and (len(shape) < 2 or not n_samples or shape[1] != n_samples)):
+            raise ValueError(
+                f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, "
+                "so effects cannot be told apart by sample; choose components with the samples along "
+                "one of the first two axes"
+            )
 
     def _passes(self, values: Mapping[HookPoint, Tensor], name: str, point: HookPoint) -> bool:
         """Check whether what a component takes has the shape of what is given somewhere in it."""
@@ -625,26 +642,6 @@ def _places_within(samples: Tensor, counts: Tensor) -> Tensor:
     return torch.empty_like(order).index_copy_(
         0, order, torch.arange(len(order), device=order.device) - starts
     )
-
-
-def _check_samples(name: str, tensor: Tensor, n_samples: int, *, told: bool) -> None:
-    """Refuse a state that has the samples neither along the first nor along the second axis.
-
-    If what its rows are about was ``told`` in the first batch, it must be so in each.
-    """
-    if tensor.is_nested:
-        raise ValueError(
-            f"{name!r} gave a nested tensor, in which nothing can be put in a sample's place; let it be "
-            "padded, or choose other components"
-        )
-    shape = tensor.shape
-    first = bool(shape) and n_samples > 0 and shape[0] % n_samples == 0
-    if told or (not first and (len(shape) < 2 or not n_samples or shape[1] != n_samples)):
-        raise ValueError(
-            f"{name!r} gave a tensor of shape {tuple(shape)} for {n_samples} samples of the output, so "
-            "effects cannot be told apart by sample; choose components with the samples along one of "
-            "the first two axes"
-        )
 
 
 def _means_of(rows: Tensor, groups: Tensor, like: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.names import call_of
 from lightning_koopman.network.padding import Valid, valid_positions
 from lightning_koopman.network.plan import listed
-from lightning_koopman.network.rows import index_of_samples, samples_of_rows
+from lightning_koopman.network.rows import index_of_samples, row_counts, samples_of_rows
 from lightning_koopman.network.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport
@@ -269,8 +269,14 @@ def effects_on(
         rounds: Sequence[Mapping[HookPoint, Tensor]]
         again: Tensor | None = None
         unlike, index = 0, None
+
+        def tell_of(number: int) -> Tell:
+            # What a recorded step was given is copied to be looked at, which only graphs need.
+            batch = None if index is None else given_of(runner.batches[number])
+            packed = runner.packed
+            return lambda n: packed[n] if n in packed else samples_of_rows(index, n, batch)
+
         for number in runner.until_enough(outputs):
-            given = given_of(runner.batches[number])
             if number:
                 output, rounds = runner.run_batch(number, alterations.read)
             else:
@@ -281,16 +287,15 @@ def effects_on(
                 output = runner.form.outputs(first.given, runner.batches[0])
                 kept = runner.form.places or ()
                 placed = first.placed[kept[0]] if len(kept) == 1 else (None, None)
-                sizes = {len(v) for v in first.values.values() if v.ndim and not v.is_nested}
-                index = index_of_samples(sizes - {len(output)}, {len(output)}, given)
-                n_given, tell = samples_in(runner.batches[0]), _tell(index, given, runner.packed)
-                alterations.settle(first, output, n_given, placed, tell)
+                if others := row_counts(first.values.values()) - {len(output)}:
+                    index = index_of_samples(others, {len(output)}, given_of(runner.batches[0]))
+                alterations.settle(first, output, samples_in(runner.batches[0]), placed, tell_of(0))
                 rounds = [first.values]
                 # Further tensors were read in the first call alone, and not where they are taken.
                 if first.n_rounds > 1 or not alterations.has_read_all:
                     again, rounds = runner.run_batch(0, alterations.read)
             unlike += sum(call in last for call in runner.unlike)
-            alterations.update(rounds, len(output), _tell(index, given, runner.packed))
+            alterations.update(rounds, len(output), tell_of(number))
             outputs.append(output.detach().cpu())
         assert target_of is not None
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
@@ -358,15 +363,6 @@ def effects_on(
     told = functools.partial(_doubts, effects, alterations, unsteady, partly, reached, unseen)
     doubts = {kind: tuple(told(kind, name) for name in rows) for kind in kinds}
     return dataclasses.replace(effects, doubts=doubts)
-
-
-def _tell(index: int | None, batch: Any, packed: Mapping[int, Tensor | None]) -> Tell:
-    """Return what tells the sample of each row, as far as a batch or packed sequences do."""
-
-    def tell(n_rows: int) -> Tensor | None:
-        return packed[n_rows] if n_rows in packed else samples_of_rows(index, n_rows, batch)
-
-    return tell
 
 
 def _refused(alterations: Alterations, only_predicted: Sequence[str]) -> list[str]:

@@ -326,7 +326,8 @@ class HookPoints:
                 self._label(HookPoint("out", call, place), tensor)
             if HookPoint("out", call, place) in self._read:
                 self._keep(HookPoint("out", call, place), tensor)
-        self._note_packed(output, given[0])
+        if point in self._read:
+            self._note_packed(output, given[0])
         return output if alter else None
 
     def _note_packed(self, value: Any, tensor: Tensor | None) -> None:

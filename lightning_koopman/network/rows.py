@@ -456,9 +456,13 @@ def has_channels_first(tensor: Tensor, module: nn.Module, *, is_input: bool = Fa
 
 def pooling_index(records: Sequence[Recorded], returned_rows: Collection[int], batch: Any) -> int | None:
     """Find what tells the samples of rows where the last state, or what is returned, has fewer."""
-    sizes = {record.tensor.shape[0] for record in records if record.tensor.ndim}
-    ends = {records[-1].tensor.shape[0]} if records[-1].tensor.ndim else set()
-    return index_of_samples(sizes, {*ends, *returned_rows}, batch)
+    sizes, ends = row_counts(record.tensor for record in records), row_counts([records[-1].tensor])
+    return index_of_samples(sizes, ends.union(returned_rows), batch)
+
+
+def row_counts(tensors: Iterable[Tensor]) -> set[int]:
+    """Collect how many rows tensors have."""
+    return {len(tensor) for tensor in tensors if tensor.ndim and not tensor.is_nested}
 
 
 def index_of_samples(sizes: Collection[int], ends: Collection[int], batch: Any) -> int | None:
