@@ -95,7 +95,7 @@ def agree_on_basis(
     """Fit one basis to ``2 * max_dim`` samples from everywhere in all processes; a collective.
 
     A ``DistributedSampler`` deals samples out in turn, so these are the samples that a single process
-    would take.
+    would take that holds its rows.
     """
     turns = sorted((i, rank) for rank, share in enumerate(shares) for i in range(share.count))
     turns = [turns[k] for k in spread_over(2 * max_dim, len(turns))]
