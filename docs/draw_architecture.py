@@ -21,17 +21,17 @@ PACKAGE = Path(__file__).parents[1] / "lightning_koopman"
 IMAGES = Path(__file__).parent / "images"
 DRAWN = IMAGES / "architecture.json"
 FOLDERS = [
-    "network", "koopman", "report", "measurement", "effects", "decisions", "callback", "checkpoints",
-    "demo", "cli",
+    "network", "network.access", "network.axes", "network.flow", "network.capture", "network.runs",
+    "koopman", "report", "measurement", "effects", "decisions", "callback", "checkpoints", "demo", "cli",
 ]  # fmt: skip
 
 # One validation batch, from Lightning's hook to the log. Each stop is imported by one before it.
 BATCH = {
     "callback.monitor": "called by Lightning's validation hooks",
     "measurement.measurement": "one report in the making",
-    "network.capture": "hooks see what each component takes and gives",
-    "network.provenance": "where the data of each state came from",
-    "network.rows": "one row per sample and state",
+    "network.capture.capture": "hooks see what each component takes and gives",
+    "network.flow.provenance": "where the data of each state came from",
+    "network.axes.rows": "one row per sample and state",
     "measurement.accumulator": "gathers the rows of all passes",
     "koopman.states": "wide states projected, skip links joined",
     "koopman.moments": "counts, means and products per fold",
@@ -49,7 +49,12 @@ WAY = BATCH | END
 
 def folder_of(module: str) -> str:
     """Return the folder that a module lies in."""
-    return module.split(".")[0]
+    return module.rpartition(".")[0] or module
+
+
+def tint_of(folder: str) -> str:
+    """Return the color of a folder, which folders in it share."""
+    return TINTS[folder.split(".")[0]]
 
 
 def short(module: str) -> str:
@@ -92,12 +97,13 @@ def read_architecture() -> dict[str, Any]:
 # Inches from the left: the arcs, the folders' names, the way, the other modules, the end.
 NAMES, LANE, REST, END_OF_ROW = 1.25, 3.35, 9.3, 13.2
 PER_LINE, HEIGHT, GAP = 0.0021, 0.42, 0.16
-INSET = {"koopman": 0.75}  # so that the way up from the measurement passes beside
+INSET = {"network.axes": 3.45, "koopman": 0.75}  # so that ways between others pass beside
 RED, BLUE, INK, PALE = "#d1495b", "#2f5d9b", "#22313f", "#7d8995"
-TINTS = [
-    "#4e79a7", "#59a14f", "#b6992d", "#499894", "#b07aa1", "#d37295", "#f28e2b", "#9c755f", "#79706e",
-    "#79706e",
-]  # fmt: skip
+TINTS = {
+    "network": "#4e79a7", "koopman": "#59a14f", "report": "#b6992d", "measurement": "#499894",
+    "effects": "#b07aa1", "decisions": "#d37295", "callback": "#f28e2b", "checkpoints": "#9c755f",
+    "demo": "#79706e", "cli": "#79706e",
+}  # fmt: skip
 Box = tuple[float, float, float, float]
 
 
@@ -135,12 +141,14 @@ def place_boxes(
 
 def draw_folders(axes: Axes, folders: dict[str, str], rows: list[tuple[float, float]]) -> None:
     """Draw each folder's band, its name, and the first sentence of its docstring."""
-    for (folder, story), (top, bottom), tint in zip(folders.items(), rows, TINTS, strict=True):
+    for (folder, story), (top, bottom) in zip(folders.items(), rows, strict=True):
+        tint = tint_of(folder)
         size = (END_OF_ROW - NAMES + 0.2, bottom - top + 0.26)
         band = FancyBboxPatch((NAMES - 0.1, top - 0.13), *size, boxstyle="round,pad=0,rounding_size=0.1")
         band.set(facecolor=tint, alpha=0.10, edgecolor="none", zorder=0)
         axes.add_patch(band)
-        name = f"{folder}/" if (PACKAGE / folder).is_dir() else f"{folder}.py"
+        path = folder.replace(".", "/")
+        name = f"{path}/" if (PACKAGE / path).is_dir() else f"{path}.py"
         axes.text(NAMES, top - 0.03, name, va="top", size=12, weight="bold", color=tint)
         axes.text(NAMES, top + 0.2, story, va="top", size=7.2, color=INK, linespacing=1.25)
 
@@ -152,7 +160,9 @@ def draw_imports(axes: Axes, imports: dict[str, int], rows: list[tuple[float, fl
         edge, reach = NAMES - 0.14, NAMES - 0.14 - min(1.4, 0.19 * abs(i - j))
         start, stop = rows[i][0] + 0.08, rows[j][1] - 0.08
         curve = Curve([(edge, start), (reach, start), (reach, stop), (edge, stop)], [1, 4, 4, 4])
-        arrow = FancyArrowPatch(path=curve, arrowstyle="-|>", mutation_scale=8, color=TINTS[j])
+        arrow = FancyArrowPatch(
+            path=curve, arrowstyle="-|>", mutation_scale=8, color=tint_of(FOLDERS[j])
+        )
         arrow.set(linewidth=0.5 + 0.13 * count, alpha=0.75, zorder=1)
         axes.add_patch(arrow)
 
@@ -160,7 +170,7 @@ def draw_imports(axes: Axes, imports: dict[str, int], rows: list[tuple[float, fl
 def draw_boxes(axes: Axes, lines: dict[str, int], boxes: dict[str, Box]) -> None:
     """Draw each module, as wide as it is long, with its number on the way."""
     for name, (x, y, width, height) in boxes.items():
-        color = RED if name in BATCH else BLUE if name in END else TINTS[FOLDERS.index(folder_of(name))]
+        color = RED if name in BATCH else BLUE if name in END else tint_of(folder_of(name))
         box = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.06")
         box.set(facecolor="white", edgecolor=color, linewidth=1.6 if name in WAY else 0.7, zorder=4)
         axes.add_patch(box)
