@@ -361,22 +361,22 @@ five ways, and every number is ranked by how well it orders the components by th
 
 **In short.** `component_effects(..., how="predicted")` (below: `predicted effect`) orders components
 better than every listed baseline on three interventions, beyond its error over architectures, and ties
-within it on weight noise (.93 against .94) and on `skip` (.57 against .60; all figures here: B and C
+within it on weight noise (.92 against .93) and on `skip` (.57 against .58; all figures here: B and C
 together). `skip`, `linear` and output noise are measured by default, which costs one pass per component
-and needs no prediction. No single number for all five interventions can have more than .76, and none is
+and needs no prediction. No single number for all five interventions can have more than .75, and none is
 reported: look at the effect that the decision is about.
 
 It is a second-order prediction with **the network's own Jacobian at every sample, by backward
 passes**: what Koopman operators become in a small neighbourhood of a sample, and no
 number of the chain of operators. Of the chain's numbers, `nonlinearity` predicts the linear swap
-(.79 against .72 for depth, within the error), and nothing else comes near: `credit` averages .37. Read
+(.79 against .71 for depth, within the error), and nothing else comes near: `credit` averages .34. Read
 it as a description of the chain of operators. It does not know how far an alteration moves the
 component's own output.
 
 **What the defaults cost.** A prediction takes one draw of weights per batch and two random combinations
 of the outputs; with 20 draws and all outputs, as in 0.1.0, it led on weight noise too (.96 against
 .93). States are at most 128 wide; with 256, `nonlinearity` had .83 on the linear swap, and
-`sensitivity` .49 on output noise where it has .22."""
+`sensitivity` .49 on output noise where it has .20."""
 
 PROTOCOL = """## Protocol, and where it bent
 
@@ -493,5 +493,5 @@ Measured on half A while the candidates were looked for, not by this script:
 
 TRUSTED = """`predicted effect` takes an operator for `linear` only, so the report's marks hardly bear
 on it: over fewer components all its correlations are lower. Restricted to trusted rows, `nonlinearity`
-orders linear swaps better (.86 against .77), and `sensitivity` the effects of output noise (.49 against
-.20). The mean of `credit` changes by no more than its error."""
+orders linear swaps better (.87 against .77), and `sensitivity` the effects of output noise (.45 against
+.18). The mean of `credit` changes by no more than its error."""
