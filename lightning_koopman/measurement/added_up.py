@@ -18,6 +18,10 @@ _ALIKE = 1e-4
 _WEIGHED = 0.25
 # Parts of a sum whose weights differ from 1 by more are weighed, however coarsely the sum is rounded.
 
+_MISSED = 0.1
+# Rows that vary by less than ten times what their parts miss of that do not tell a sum: their values may
+# be so large that rounding allows for any other ones.
+
 _FIRST_COMPARED, _COMPARED = 64, 8
 _MOST_COMPARED = 2**20
 # Rows by which sums are compared with their parts: of the first batches, within so many values, and of
@@ -67,7 +71,7 @@ class AddedUp:
         spread = varied.square().sum(dim=1)
         told = spread > (self._rounding / 2) ** 2 * added.sum(dim=0).square().sum(dim=0)
         weighed = torch.where(told, (varied * off).sum(dim=1).square() / spread, 0).sum(dim=1)
-        fits = (off.abs() <= allowed).all()
+        fits = _fits(off, moved, allowed)
         fits = fits & (weighed <= _WEIGHED**2 * torch.where(told, spread, 0).sum(dim=1)).all()
         self._factors = torch.ones_like(added[:, 0])
         if not fits and self._rounding <= EXACT:
@@ -76,8 +80,7 @@ class AddedUp:
             found = _weights(exactly(varied).double(), exactly(moved).double())
             if found is not None:
                 self._factors = found.to(added)
-                off = moved - (self._factors[:, None] * varied).sum(dim=0)
-                fits = (off.abs() <= allowed).all()
+                fits = _fits(moved - (self._factors[:, None] * varied).sum(dim=0), moved, allowed)
         self._shift = own[0] - (self._factors * added[:, 0]).sum(dim=0)
         self._excess, self._first = torch.where(fits, -torch.inf, torch.inf), []
 
@@ -103,6 +106,12 @@ class AddedUp:
 
     def _weighed(self, parts: Sequence[Tensor]) -> Tensor:
         return (self._factors[:, None] * _blocks(parts, self._factors.shape[1])).sum(dim=0)
+
+
+def _fits(off: Tensor, moved: Tensor, allowed: Tensor) -> Tensor:
+    """Check whether what parts miss of how a sum varies is rounding, and little beside it."""
+    little = off.square().sum() <= _MISSED**2 * moved.square().sum()
+    return (off.abs() <= allowed).all() & little
 
 
 def _weights(parts: Tensor, own: Tensor) -> Tensor | None:
