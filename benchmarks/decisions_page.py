@@ -276,7 +276,7 @@ Bits of 8, 4, 3 and 2, three per weight on average. The same integer programme t
 bits; `bit_widths` also tries the pairs, improves both networks by changes of one component or two that
 are measured (a pass for each component, again and again until none is better), and keeps the better.
 That it improves both was decided after a run in which HAWQ with a search was ahead on EfficientNet (2.04
-nats against 2.99), so EfficientNet is untouched here no more; all other rows are of that run.
+nats against 2.99), so EfficientNet is untouched here no more.
 The other methods measure nothing of the rounded network, but for the row in which HAWQ's number takes
 the place of the effects, with the same search behind it, from its one choice: that tells what the
 search brings from what the number brings. The KL of `bit_widths` is {of_search:.2f} ±
@@ -423,6 +423,8 @@ REAL_NETWORKS = """\
   pixels for 299) decided nothing for the real networks, and missed rank correlation (.956 ± .008) and
   size (20 of 24). None of MiniLM's test paragraphs was used in it. Networks, seeds and targets stayed;
   the row of HAWQ with a search was added.
+- **This page is a repetition** of the run that counted: of 30 November 2026, with the code of that day
+  and networks trained anew, on another processor. No target's verdict changed.
 - **States** of credits, and of drift, had at most 256 directions, not the default of 128."""
 NO_REAL_NETWORKS = """- **Real weights**: MiniLM and EfficientNet-lite0 are in the benchmark, but were
   **not measured** for this page; what it says is about small networks on digits alone."""
