@@ -567,9 +567,7 @@ class Capture:
             ignores_data = untouched and (bool(origin.sources) or not origin.from_float)
             own = {"is_loss": bool(origin.targets), "ignores_data": ignores_data}
             kept.add(name, module, tensor, origin.sources, output, **own, **facts)
-            chosen = self._modules
-            if chosen.transparent or chosen.inner_transparent or chosen.norms:
-                self._stages.add(name, key, tensor, kept.states[name], made_of)
+            self._stages.add(name, key, tensor, kept.states[name], made_of)
         for place, other in further:
             if any(other is mask for mask in masks) or not holds_numbers(other):
                 continue
