@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 _COMMANDS = {
-    **dict.fromkeys(("compare", "components", "demo"), "commands"),
-    "drift": "drift",
+    **dict.fromkeys(("compare", "components", "demo", "drift"), "commands"),
     **dict.fromkeys(("bits", "drop", "effects"), "decide"),
     "evaluate": "commands",
     "linearize": "decide",

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.report import CreditReport
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 Format = Literal["json", "csv", "html"]
 
 
-def kind_of(path: str | os.PathLike[str], asked: str = "auto", otherwise: Format = "json") -> Format:
-    """Return what kind of file was asked for, or is meant by how its name ends."""
-    ending = Path(path).suffix[1:].lower() if asked == "auto" else asked
-    return next((kind for kind in get_args(Format) if kind == ending), otherwise)
+def kind_of(path: str | os.PathLike[str], otherwise: Format = "json") -> Format:
+    """Return what kind of file is meant by how its name ends."""
+    by_ending: dict[str, Format] = {".json": "json", ".csv": "csv", ".html": "html"}
+    return by_ending.get(Path(path).suffix.lower(), otherwise)
 
 
 def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
     """Write a table as JSON where the file's name ends so, else as CSV."""
     with write_atomically(path) as temporary:
-        if kind_of(path, otherwise="csv") == "json":
+        if kind_of(path, "csv") == "json":
             # to_json of pandas rounds to ten decimal places.
             rows = [to_plain(row) for row in table.to_dict("records")]
             temporary.write_text(json.dumps(rows, indent=1, allow_nan=False), encoding="utf-8")

@@ -181,7 +181,7 @@ def test_a_changed_file_is_measured_again(project, capsys):
 @pytest.mark.parametrize("kind", ["csv", "html"])
 def test_other_formats_resume_from_the_json_beside_them(project, capsys, kind):
     for _ in range(2):
-        assert evaluate(f"--out=r.{kind}", f"--format={kind}") == 0
+        assert evaluate(f"--out=r.{kind}") == 0
     assert "3 of 3 reports taken over" in capsys.readouterr().err
     assert main(["report", f"r.{kind}.json"]) == 0
     assert "at step 3" in capsys.readouterr().out
@@ -272,7 +272,7 @@ def test_runs_stay_apart_everywhere(project, capsys):
     for run, scale in (("b", 2.0), ("a", 1.0)):
         for step in (1, 2):
             save(project / "ckpt" / run / "checkpoints" / f"{step}.ckpt", step, scale * step)
-    assert evaluate("--out=r.csv", "--format=csv", "--logdir=tb") == 0
+    assert evaluate("--out=r.csv", "--logdir=tb") == 0
     printed = capsys.readouterr().out
     assert printed.index("of run a at step 2") < printed.index("of run b at step 1")
     rows = list(csv.DictReader((project / "r.csv").read_text().splitlines()))

@@ -71,7 +71,7 @@ def test_bash_completes_commands_and_options(tmp_path, capsys):
     for words, expected in (
         (["eval"], "evaluate"),
         (["evaluate", "--options.max"], "--options.max_dim"),
-        (["evaluate", "--format", "ht"], "html"),
+        (["evaluate", "--weights", "av"], "averaged"),
     ):
         assert expected in completed(tmp_path / "completion.bash", words)
 

@@ -157,19 +157,6 @@ def test_names_in_brackets_are_printed_as_they_are(reports, capsys):
     assert "1 report in m[i].json" in capsys.readouterr().out
 
 
-def test_a_kind_that_is_named_goes_before_the_name(reports):
-    assert main(["evaluate", *reports, "--out=e.csv", "--format=json"]) == 0
-    assert main(["report", "r.json", "--out=r.html", "--format=csv"]) == 0
-    assert [kind("e.csv"), kind("r.html")] == ["list", "csv"]
-
-
-def test_a_kind_without_a_file_is_refused(capsys):
-    for given in (["report", "missing.json"], ["evaluate", *TRAINED]):
-        assert main([*given, "--format=csv"]) == 1
-        told = capsys.readouterr().err
-        assert told == "error: format is 'csv', but no file is to be written; name one with --out\n"
-
-
 def test_reports_are_not_read_from_pages(reports, capsys):
     told = "error: x.html is not JSON: give the .json file that evaluate or to_json wrote{}, not a page"
     Path("x.html").touch()
