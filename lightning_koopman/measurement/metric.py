@@ -17,10 +17,10 @@ from lightning_koopman.koopman.credit import QUANTITIES, Credits, compute_credit
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.koopman.states import sample_keys
-from lightning_koopman.measurement.sums import check_states, report_on
+from lightning_koopman.measurement.accumulator import all_finite
 from lightning_koopman.network.arguments import INTEGER, TENSOR, check_each, check_given, check_type
 from lightning_koopman.network.tensors import exact_device, exactly
-from lightning_koopman.report.report import CreditReport, check_quantities
+from lightning_koopman.report.report import CreditReport, build_report, check_quantities
 
 _RESTORED = (
     *("header", "moments", "_update_count"),
@@ -43,6 +43,21 @@ def _agree(facts: dict[str, Any], header: Tensor) -> dict[str, Any]:
                 "give both metrics the same"
             )
     return {name: found.get(name) if own is None else own for name, own in facts.items()}
+
+
+def _check_states(rows: Sequence[Tensor], names: Sequence[str], layout: Layout) -> None:
+    """Refuse states that do not fit each other or the layout, or are not finite."""
+    if len(rows) != len(names):
+        raise ValueError(f"{len(rows)} states arrived; expected {len(names)}: {tuple(names)}")
+    for name, row, width in zip(names, rows, layout.dims, strict=True):
+        if row.shape != (rows[0].shape[0], width):
+            raise ValueError(
+                f"state {name!r} has shape {tuple(row.shape)}; expected ({rows[0].shape[0]}, {width})"
+            )
+    if not all_finite(rows):
+        for name, row in zip(names, rows, strict=True):
+            if not bool(torch.isfinite(row).all()):
+                raise ValueError(f"state {name!r} holds NaN or infinity; leave that batch out")
 
 
 class KoopmanCredit(Metric):
@@ -179,7 +194,7 @@ class KoopmanCredit(Metric):
         if not rows or rows[0].shape[0] == 0:
             raise ValueError("no sample arrived; states must hold at least one row")
         layout = self.layout or self._layout_of([row.shape[1] for row in rows], components)
-        check_states(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
+        _check_states(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
         if keys is not None and (keys.shape != rows[0].shape[:1] or keys.is_floating_point()):
             raise ValueError(
                 f"keys has shape {tuple(keys.shape)} of {keys.dtype}; expected one integer per sample, "
@@ -255,22 +270,11 @@ class KoopmanCredit(Metric):
                 scalars[f"{name}/{component}"] = value
         return scalars
 
-    def report(
-        self,
-        *,
-        variance_kept: Sequence[float] | None = None,
-        notes: Sequence[str] = (),
-        step: int | None = None,
-        enough: int | None = None,
-    ) -> CreditReport:
+    def report(self, *, step: int | None = None) -> CreditReport:
         """Compute the full report; synchronises processes as ``compute`` does.
 
         Args:
-            variance_kept: Share of variance that each component's state vector keeps, if it was reduced.
-            notes: Sentences to carry along.
             step: Training step the weights belong to.
-            enough: How many samples to advise where there are too few; ``None`` takes as many as states
-                of these widths need.
 
         Returns:
             The report.
@@ -279,16 +283,13 @@ class KoopmanCredit(Metric):
             ValueError: If fewer than two samples were seen.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-            return report_on(
-                self._laid_out(),
-                self._credits(),
+            return build_report(
                 self._names(),
+                self._credits(),
+                self._laid_out(),
                 n_samples=int(self.moments[:, 0].sum()),
                 delay=self.options.delay,
-                variance_kept=variance_kept,
-                notes=notes,
                 step=step,
-                enough=enough,
             )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:

@@ -37,7 +37,10 @@ def make(seed: int = 0, *, dead: bool = False, step: int | None = 12) -> CreditR
     if dead:
         states[1] = torch.zeros_like(states[1])
     metric.update(states)
-    return metric.report(variance_kept=[0.9, 1.0, 1.0], notes=["a note"], step=step)
+    report = metric.report(step=step)
+    return dataclasses.replace(
+        report, variance_kept=np.array([0.9, 1.0, 1.0]), notes=("a note", *report.notes)
+    )
 
 
 def assert_equal(given: CreditReport, other: CreditReport) -> None:
@@ -377,7 +380,7 @@ def of_states(states: list[torch.Tensor]) -> CreditReport:
     layout = Layout((5, 4, 2, 6), 5)
     moments = layout.zeros()
     accumulate(layout, moments, states, torch.arange(100) % 5)
-    return build_report(NAMES, compute_credits(layout, moments), n_samples=100)
+    return build_report(NAMES, compute_credits(layout, moments), layout, n_samples=100)
 
 
 def test_lost_directions_are_named_in_a_note():
