@@ -1,4 +1,4 @@
-"""Draws plain numbers with Matplotlib.
+"""Draws with Matplotlib what reports, effects and decisions hold.
 
 Each function draws on a figure or on axes that it is given, or on a new figure that no window manager
 knows of, and returns the figure and its axes.
@@ -38,23 +38,17 @@ def visible(ax: Any) -> Any:
     return plt.figure()
 
 
-def plot_marked(
-    components: Sequence[str],
-    values: NDArray[np.float64],
-    stderr: NDArray[np.float64],
-    marked: NDArray[np.bool_],
-    xlabel: str,
-    title: str,
-    ax: Any,
-) -> tuple[Figure, Any]:
-    """Draw one number per component with two standard errors; those that are marked stand out."""
-    figure, axis = axes_on(ax, 8, height_of(len(components), 0.35, 1.4), components)
-    colors = np.where(marked, MARKED, DOUBTED)
-    axis.barh(np.arange(len(components)), values, xerr=2 * stderr, color=colors, capsize=3)
+def plot_drift(drift: Any, ax: Any) -> tuple[Figure, Any]:
+    """Draw the drift of each component with two standard errors; those that changed stand out."""
+    size = len(drift.components)
+    figure, axis = axes_on(ax, 8, height_of(size, 0.35, 1.4), drift.components)
+    colors = np.where(drift.changed, MARKED, DOUBTED)
+    axis.barh(range(size), drift.drift, xerr=2 * drift.stderr, color=colors, capsize=3)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlabel(xlabel)
-    name_rows(axis, components)
+    axis.set_xlabel("drift [share of the output's variance]")
+    name_rows(axis, drift.components)
     axis.invert_yaxis()
+    title = f"Drift, {drift.n_samples} samples; red: changed beyond error"
     axis.set_title(title, fontsize="medium")
     return figure, axis
 
