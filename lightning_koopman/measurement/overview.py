@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import DEFAULTS, Options
+from lightning_koopman.measurement.measurement import plan_of
 from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
@@ -22,8 +23,7 @@ from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.names import module_of, numbered
 from lightning_koopman.network.padding import valid_positions
-from lightning_koopman.network.plan import in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, pooled_by, pooling_index
+from lightning_koopman.network.rows import Recorded
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 from lightning_koopman.report.text import counted
 
@@ -151,24 +151,9 @@ def describe_components(
             f"no component ran in the forward pass; chosen were {list(capture.components)}. "
             "Name modules that the pass calls with components=[...]."
         )
-    named = components is not None
-    returned, in_losses = capture.returned.made_of, capture.returned.in_losses
-    if capture.untraced is not None:
-        records, returned = in_a_row(records, returned), {}
-        in_losses = frozenset()
     shapes = {record.name: tuple(record.tensor.shape) for record in records}
-    pooled = pooling_index(records, capture.returned.rows, batch)
-    records = [replace(r, tensor=pooled_by(pooled, r.tensor, batch)) for r in records]
-    plan = make_plan(
-        records,
-        batch=batch,
-        named=named,
-        max_dim=max_dim,
-        returned=returned,
-        in_losses=in_losses,
-        in_turns=frozenset() if named else capture.in_turns(records),
-        valid=valid_positions(batch),
-    )
+    named, valid = components is not None, valid_positions(batch)
+    plan, records, _ = plan_of(capture, records, batch, named=named, max_dim=max_dim, valid=valid)
     notes = plan.told() + capture.told(silent)
     shown = [record for record in records if record.name in capture.parts]
 
