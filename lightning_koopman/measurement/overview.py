@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -19,12 +17,11 @@ from lightning_koopman.network.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
 from lightning_koopman.network.hook_points import find_module
-from lightning_koopman.network.hooks import attach
 from lightning_koopman.network.isolation import random_states_kept, undisturbed
-from lightning_koopman.network.names import module_of, numbered
+from lightning_koopman.network.names import module_of
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.rows import Recorded
-from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
+from lightning_koopman.network.tensors import detached_copy
 from lightning_koopman.report.text import counted
 
 
@@ -36,8 +33,7 @@ class ComponentRow:
         name: Dotted name; the second call in a pass reads ``name#1``.
         kind: Class of the module.
         parameters: How many it has.
-        shape_in: Shape of the first tensor that it takes, with the batch axis; ``None`` without data.
-        shape_out: Shape of its state, with the batch axis.
+        shape: Shape of its state, with the batch axis; ``None`` without data.
         width: Values in one row of its state before POD.
         state: The state it belongs to: its own name, ``a+b`` where it is joined with others, or ``None``
             where it is left out.
@@ -46,8 +42,7 @@ class ComponentRow:
     name: str
     kind: str
     parameters: int
-    shape_in: tuple[int, ...] | None = None
-    shape_out: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
     width: int | None = None
     state: str | None = None
 
@@ -80,13 +75,13 @@ class Overview:
             padding=(0, 1, 0, 0),
         )
         heads = ["component", "type", "parameters"]
-        for head in heads + (["input", "output", "state width"] if self.run else []):
+        for head in heads + (["output", "state width"] if self.run else []):
             left = head in ("component", "type")
             table.add_column(head, justify="left" if left else "right", overflow="fold")
         for row in self.rows:
             cells = [escape(row.name), row.kind, f"{row.parameters:,}"]
             if self.run:
-                cells += [_shape(row.shape_in), _shape(row.shape_out), self._width(row)]
+                cells += ["x".join(map(str, row.shape or ())), self._width(row)]
             table.add_row(*cells)
         return table
 
@@ -125,7 +120,7 @@ def describe_components(
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
         >>> [(row.name, row.parameters) for row in describe_components(net).rows]
         [('0', 15), ('2', 8)]
-        >>> describe_components(net, [torch.ones(5, 4)]).rows[0].shape_out
+        >>> describe_components(net, [torch.ones(5, 4)]).rows[0].shape
         (5, 3)
     """
     max_dim = Options(max_dim=max_dim).max_dim  # refused there if it is none
@@ -140,8 +135,7 @@ def describe_components(
         raise ValueError("batches is empty; the shapes need one batch")
     batch = to_device(batch, device_of(model))
     capture = Capture(model, components, keep=_kept)
-    taken: dict[str, tuple[int, ...]] = {}
-    with undisturbed(model), capture, _noting_inputs(capture.candidates, taken):
+    with undisturbed(model), capture:
         capture.start_pass(batch)
         default_forward(model, batch)
         silent = capture.silent
@@ -162,34 +156,11 @@ def describe_components(
         state = next((known for known, group in chain if name in group), None)
         width = None if state is None else plan.forms[name].width(record.tensor)
         kind = type(find_module(model, name)[0]).__name__
-        return ComponentRow(name, kind, size, taken.get(name), shapes[name], width, state)
+        return ComponentRow(name, kind, size, shapes[name], width, state)
 
     rows = tuple(map(row, shown, capture.n_weights([record.name] for record in shown)))
     return Overview(rows, tuple(notes), total, max_dim, run=True)
 
 
-@contextmanager
-def _noting_inputs(
-    modules: dict[str, nn.Module], taken: dict[str, tuple[int, ...]]
-) -> Generator[None, None, None]:
-    """Note the shape of the first tensor of every call, by state name."""
-
-    def note(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        given = (args, kwargs)
-        tensor = first_tensor(given)
-        tensor = next(iter(all_tensors(given)), None) if tensor is None else tensor
-        count = sum(module_of(key) == name for key in taken)
-        taken[numbered(name, count)] = () if tensor is None else tuple(tensor.shape)
-
-    with ExitStack() as hooks:
-        for name, module in modules.items():
-            hooks.enter_context(attach(module, before=partial(note, name)))
-        yield
-
-
 def _kept(tensor: Tensor, recorded: Recorded) -> Recorded:
     return replace(recorded, tensor=detached_copy(tensor))
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "" if shape is None else "x".join(map(str, shape))
