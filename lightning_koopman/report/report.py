@@ -27,7 +27,7 @@ from lightning_koopman.report.saved import (
     write_atomically,
 )
 from lightning_koopman.report.tables import credit_table, has_more, to_rows
-from lightning_koopman.report.text import as_text, counted, with_error
+from lightning_koopman.report.text import Shown, counted, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class CreditReport(ReportFields):
+class CreditReport(Shown, ReportFields):
     """Credits of every component of one network over one set of samples.
 
     All arrays are float64 of shape ``(L,)``, one entry per component, in order of execution. Every log
@@ -252,17 +252,9 @@ class CreditReport(ReportFields):
         size = counted(len(self), "component")
         return f"CreditReport({size}, {run}{step}{self.n_samples} samples, total {total})"
 
-    def _repr_html_(self) -> str:
-        from lightning_koopman.report.pages import to_fragment
-
-        return to_fragment(self)
-
     def __rich__(self) -> RenderableType:
         table = credit_table(self)
         return Group(self.effects, table) if self.effects and has_more(self) else table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def check_quantities(quantities: Sequence[str]) -> None:

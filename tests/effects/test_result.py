@@ -233,7 +233,7 @@ def test_effects_are_written_and_read_back(both, report, tmp_path):
     assert (back.types, back.parameters) == (report.types, report.parameters)
 
 
-def test_effects_of_a_report_of_02_are_read(report):
+def test_effects_of_a_report_of_01_are_read(report):
     given = report.to_dict()
     given["effects"] = {
         "values": {"skip": [1.0, 2.0, None]}, "stderr": {"skip": [0.1, 0.2, 0.3]}, "scale": "kl",
