@@ -18,10 +18,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from lightning_koopman.decisions.steps import (
-    component_calls,
-    explained,
-    find_outputs,
     is_finite,
+    run_whole,
     told_apart,
 )
 from lightning_koopman.decisions.swaps import copied_with
@@ -262,9 +260,7 @@ def bit_widths(
         )
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
-        with explained(runner):
-            calls, ends = component_calls(runner, report, components)
-            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        calls, outputs, refused = run_whole(runner, report, components, scale, metric)
         calls = {name: own for name, own in calls.items() if name not in refused}
         inside = [module_of(call) for own in calls.values() for call in own]
         rounded = {option: rounded_weights(model, option, group_size, inside) for option in options}

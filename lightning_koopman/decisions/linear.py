@@ -20,16 +20,15 @@ from lightning_koopman.decisions.steps import (
     Steps,
     as_fields,
     check_max_drop,
-    component_calls,
     cost_of,
     explained,
     failure_with,
-    find_outputs,
     is_finite,
     is_within,
     look_at,
     loss_of,
     refuse_samples,
+    run_whole,
     told_apart,
 )
 from lightning_koopman.decisions.swaps import (
@@ -239,9 +238,7 @@ def linearize(
     fit_on, choose_on = _two_parts(batches, fit_batches)
     runner = runner_on(model, choose_on, samples, forward_fn)
     with undisturbed(model):
-        with explained(runner, fit_on):
-            calls, ends = component_calls(runner, report, components)
-            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        calls, outputs, refused = run_whole(runner, report, components, scale, metric, fit_on)
         fitting = ForwardRunner(model, fit_on, forward_fn)
         with explained(fitting):
             refuse_samples(fitting, fitting.run_batch(0)[0])

@@ -346,7 +346,25 @@ def _given_one(runner: ForwardRunner) -> Tensor | None:
     return _given(runner, batch)
 
 
-def component_calls(
+def run_whole(
+    runner: ForwardRunner,
+    report: CreditReport | None,
+    components: str | Sequence[str] | None,
+    scale: Scale | None,
+    metric: Metric | None,
+    before: Sequence[Any] = (),
+) -> tuple[dict[str, tuple[str, ...]], Outputs, dict[str, str]]:
+    """Run the network as it is, on data of which ``before`` comes first.
+
+    Return the module calls of components, the outputs, and why components that lead elsewhere stay.
+    """
+    with explained(runner, before):
+        calls, ends = _component_calls(runner, report, components)
+        outputs, refused = _find_outputs(runner, calls, ends, scale, metric)
+    return calls, outputs, refused
+
+
+def _component_calls(
     runner: ForwardRunner, report: CreditReport | None, components: str | Sequence[str] | None
 ) -> tuple[dict[str, tuple[str, ...]], Ends]:
     """Find the module calls that each component is made of, in order of execution.
@@ -377,7 +395,7 @@ def component_calls(
     return {name: own for name, own in calls.items() if name in chosen}, ends
 
 
-def find_outputs(
+def _find_outputs(
     runner: ForwardRunner,
     calls: Mapping[str, Sequence[str]],
     ends: Ends,
