@@ -79,7 +79,7 @@ class Overview:
             left = head in ("component", "type")
             table.add_column(head, justify="left" if left else "right", overflow="fold")
         for row in self.rows:
-            cells = [escape(row.name), row.kind, f"{row.parameters:,}"]
+            cells = [escape(row.name), escape(row.kind), f"{row.parameters:,}"]
             if self.run:
                 cells += ["x".join(map(str, row.shape or ())), self._width(row)]
             table.add_row(*cells)
