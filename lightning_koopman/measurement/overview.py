@@ -101,19 +101,7 @@ def describe_components(
     components: Components | Sequence[Components] | None = None,
     max_dim: int = DEFAULTS.max_dim,
 ) -> Overview:
-    """List the components that a report would have.
-
-    Args:
-        model: Any module; it is left exactly as it was found.
-        batches: Data, of which the first batch is run; ``None`` runs nothing.
-        components: As in :func:`lightning_koopman.credit_report`.
-        max_dim: Widest state vector.
-
-    Returns:
-        The overview.
-
-    Raises:
-        ValueError: If the components cannot be chosen, there is no batch, or no component runs.
+    """List the components that a report would have; of data, the first batch is run.
 
     Example:
         >>> import torch
