@@ -6,9 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import DEFAULTS, Options
@@ -22,7 +20,7 @@ from lightning_koopman.network.names import module_of
 from lightning_koopman.network.padding import valid_positions
 from lightning_koopman.network.rows import Recorded
 from lightning_koopman.network.tensors import detached_copy
-from lightning_koopman.report.text import counted
+from lightning_koopman.report.text import Fitted, counted
 
 
 @dataclass(frozen=True)
@@ -65,32 +63,28 @@ class Overview:
     max_dim: int
     run: bool
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Fitted:
         inside = sum({module_of(row.name): row.parameters for row in self.rows}.values())
-        table = Table(
-            title=f"{counted(len(self.rows), 'component')} with {inside:,} of {self.total:,} parameters",
-            caption="\n".join(map(escape, self.notes)) or None,
-            caption_justify="left",
-            box=SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
+        columns = {
+            "component": [row.name for row in self.rows],
+            "type": [row.kind for row in self.rows],
+            "parameters": [f"{row.parameters:,}" for row in self.rows],
+        }
+        if self.run:
+            columns["output"] = ["x".join(map(str, row.shape or ())) for row in self.rows]
+            columns["state width"] = [self._width(row) for row in self.rows]
+        return Fitted(
+            f"{counted(len(self.rows), 'component')} with {inside:,} of {self.total:,} parameters",
+            columns,
+            lines=[f"Note: {escape(note)}" for note in self.notes],
         )
-        heads = ["component", "type", "parameters"]
-        for head in heads + (["output", "state width"] if self.run else []):
-            left = head in ("component", "type")
-            table.add_column(head, justify="left" if left else "right", overflow="fold")
-        for row in self.rows:
-            cells = [escape(row.name), escape(row.kind), f"{row.parameters:,}"]
-            if self.run:
-                cells += ["x".join(map(str, row.shape or ())), self._width(row)]
-            table.add_row(*cells)
-        return table
 
     def _width(self, row: ComponentRow) -> str:
         if row.state is None or row.width is None:
             return "left out"
         width = f"{row.width}"
         if row.state != row.name:
-            return escape(f"{width} in {row.state}")
+            return f"{width} in {row.state}"
         return f"{width} → {self.max_dim}" if row.width > self.max_dim else width
 
 

@@ -45,7 +45,7 @@ def test_the_command_lists_names_types_and_parameters_of_a_choice(listed):
     lines = listed("--model listed:images")
     assert ["0", "Conv2d", "40"] in lines
     assert ["3", "Linear", "435"] in lines
-    assert ["2", "components", "with", "475", "of", "475"] in lines
+    assert ["2", "components", "with", "475", "of", "475", "parameters"] in lines
     for more, shown in (("--components 3", ["3"]), ("--depth 1", ["0", "3"])):
         lines = listed(f"--model listed:images {more}")
         assert [line[0] for line in lines if line[1:2] in (["Conv2d"], ["Linear"])] == shown
