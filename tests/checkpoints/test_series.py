@@ -24,6 +24,7 @@ from lightning_koopman.report.comparison import runs_table
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.tables import columns
+from lightning_koopman.report.text import as_text
 
 pytestmark = pytest.mark.usefixtures("no_pixels")
 MORE_DATA = """
@@ -293,12 +294,14 @@ def test_runs_with_other_components_stand_side_by_side(one, monkeypatch):
     doubted = {"r2": np.ones(2), "chain_r2": np.array([0.0, 1.0]), "stable": np.ones(2, dtype=bool)}
     other = dataclasses.replace(one, run="[b]", components=("0", "x"), credit=2 * one.credit, **doubted)
     sure = dataclasses.replace(one, run="a", **(doubted | {"chain_r2": np.ones(2)}))
-    found = {column.header: list(column.cells) for column in runs_table([sure, other]).columns}
-    assert found["component"] == ["0", "0", "2", "x"]
-    assert found["run"] == ["a", r"\[b]", "a", r"\[b]"]
+    table = runs_table([sure, other])
+    assert [*table.columns["component"]] == ["0", "0", "2", "x"]
+    assert [*table.columns["run"]] == ["a", "[b]", "a", "[b]"]
     pairs = zip(columns(sure)["credit"], columns(other)["credit"], strict=True)
     (own, twice), last = pairs
-    assert found["credit"] == [own, f"[dim]{twice}[/]", *last]
-    assert found["doubt"] == ["", "chain_r2", "", ""]
+    assert [*table.columns["credit"]] == [own, twice, *last]
+    assert table.grey == {name: [False, True, False, False] for name in ("credit", "gain")}
+    assert [*table.columns["doubt"]] == ["", "chain_r2", "", ""]
+    assert "[b]" in as_text(table)
     assert laid_out == [sure, other], "once each, not once per component"
     assert "<th>run</th>" not in to_html([one])
