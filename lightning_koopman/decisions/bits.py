@@ -149,13 +149,9 @@ class BitWidths(Shown):
         Returns:
             The figure and its axes.
         """
-        from lightning_koopman.report.drawing import plot_options, visible
+        from lightning_koopman.report.drawing import plot_bits, visible
 
-        chosen = [self.options.index(b) for b in self.bits]
-        names = [f"{option} bits" for option in self.options]
-        label = f"effect [{UNITS[self.scale]}]"
-        numbers = self.effects, self.effects_stderr
-        return plot_options(self.components, names, *numbers, chosen, label, visible(ax))
+        return plot_bits(self, f"effect [{UNITS[self.scale]}]", visible(ax))
 
     @property
     def verdict(self) -> str:

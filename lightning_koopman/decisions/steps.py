@@ -211,9 +211,7 @@ class Steps(Shown):
         no_metric = math.isnan(self.metric_before)
         label = f"effect [{UNITS[self.scale]}]" if no_metric else f"{self.metric_name} that is lost"
         stderr = self.effect_stderr if no_metric else self.metric_stderr
-        names = ("none", *self.components)
-        loss, stderr = np.append(0.0, self.loss), np.append(0.0, stderr)
-        return plot_steps(names, loss, stderr, self.max_drop, label, visible(ax))
+        return plot_steps(self, stderr, label, visible(ax))
 
     def _unit(self) -> str:
         if not math.isnan(self.metric_before):
