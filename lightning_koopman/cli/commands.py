@@ -28,14 +28,14 @@ def report(file: str, out: str | None = None) -> None:
         file: JSON file that evaluate, demo or to_json wrote.
         out: File to write, by its name json, csv or else HTML; by default the reports are printed.
     """
-    from lightning_koopman.report.files import kind_of, read_reports, write_reports
+    from lightning_koopman.report.files import read_reports, write_reports
 
     check_writable(out)
     reports = read_reports(file, may_be_empty=False)
     if out is None:
         show_reports(reports)
     else:
-        write_reports(reports, out, kind_of(out, "html"))
+        write_reports(reports, out, otherwise="html")
         say_written(out)
 
 
@@ -96,11 +96,11 @@ def merge(reports: list[str], out: str) -> None:
         reports: JSON files that evaluate wrote with --shard.
         out: File for all of them, by its name csv, html or else JSON.
     """
-    from lightning_koopman.report.files import kind_of, merge_reports, write_reports
+    from lightning_koopman.report.files import merge_reports, write_reports
 
     check_writable(out)
     merged = merge_reports(reports)
-    write_reports(merged, out, kind_of(out))
+    write_reports(merged, out)
     told = f"{counted(len(merged), 'report')} in {out}"
     Console().print(told, highlight=False, soft_wrap=True, markup=False)
 
@@ -254,7 +254,7 @@ def evaluate(
         reference: File for what the drift command needs of the last checkpoint.
     """
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
-    from lightning_koopman.report.files import kind_of, read_known, write_with_known
+    from lightning_koopman.report.files import read_known, write_with_known
 
     check_writable(out, reference)
     if reference is not None and options.errors is False:
@@ -262,8 +262,7 @@ def evaluate(
     part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if part is None:
         raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n")
-    kind = kind_of(out or "")
-    known = [] if out is None or fresh else read_known(out, kind)
+    known = [] if out is None or fresh else read_known(out)
     of_model, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
     network, batches = build_model(model, of_model), build_batches(data, of_data)
     console = Console(stderr=True)
@@ -275,7 +274,7 @@ def evaluate(
 
     def save(reports: list[CreditReport]) -> None:
         if out is not None:
-            write_with_known(reports, out, kind)
+            write_with_known(reports, out)
 
     saved, took = 0.0, 0.0
 

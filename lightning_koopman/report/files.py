@@ -36,9 +36,10 @@ def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def write_reports(
-    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format = "json"
+    reports: Sequence[CreditReport], path: str | os.PathLike[str], otherwise: Format = "json"
 ) -> None:
-    """Write reports to one file, by a temporary one that is renamed when complete."""
+    """Write reports to one file, of the kind that its name ends in."""
+    kind = kind_of(path, otherwise)
     with write_atomically(path) as temporary:
         if kind == "csv":
             import pandas
@@ -84,22 +85,25 @@ def merge_reports(paths: Iterable[str | os.PathLike[str]]) -> list[CreditReport]
     return [by_file[key][1] for key in sorted(by_file)]
 
 
-def write_with_known(
-    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format
-) -> None:
+def write_with_known(reports: Sequence[CreditReport], path: str) -> None:
     """Write reports so that a second evaluation can take them over."""
-    if kind != "json":
-        write_reports(reports, f"{os.fspath(path)}.json")
-    if reports or kind == "json":
-        write_reports(reports, path, kind)
+    if (known := _known_file(path)) != path:
+        write_reports(reports, known)
+    if reports or known == path:
+        write_reports(reports, path)
 
 
-def read_known(path: str | os.PathLike[str], kind: Format) -> list[CreditReport]:
+def read_known(path: str) -> list[CreditReport]:
     """Read what :func:`write_with_known` wrote."""
-    source = Path(path if kind == "json" else f"{os.fspath(path)}.json")
+    known = _known_file(path)
     try:
-        return read_reports(source) if source.exists() else []
+        return read_reports(known) if os.path.exists(known) else []
     except ReportFormatError as error:
         raise ReportFormatError(
             f"{error}. Name another --out, or pass --fresh to replace the file"
         ) from None
+
+
+def _known_file(path: str) -> str:
+    """Return the JSON file that keeps the reports of a table or a page."""
+    return path if kind_of(path) == "json" else f"{path}.json"

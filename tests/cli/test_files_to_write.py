@@ -124,10 +124,10 @@ def test_files_that_take_long_are_not_written_behind_each_checkpoint(
         save(Path(f"ckpt/{step}.ckpt"), step, 1 + step)
     written = []
 
-    def slowly(reports, path, kind):
+    def slowly(reports, path):
         written.append(len(reports))
         time.sleep(seconds)
-        files.write_reports(reports, path, kind)
+        files.write_reports(reports, path)
 
     monkeypatch.setattr(files, "write_with_known", slowly)
     options = ["--model=often_code:network", "--data=often_code:batches", "--ckpt=ckpt"]
