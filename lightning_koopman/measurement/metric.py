@@ -132,23 +132,21 @@ class KoopmanCredit(Metric):
         check_each(INTEGER, **{f"links[{step}]": read for step, read in enumerate(links or ())})
         super().__init__(**kwargs)
         self.center = None if center is None else [offset.detach().double() for offset in center]
-        folds, delay = self.folds, self.delay = options.folds, options.delay
-        self.seed = options.seed
         self.links = () if links is None else tuple(tuple(map(int, read)) for read in links)
         self.options = options
         self.quantities = tuple(quantities)
         place = exact_device(self.device)
         header = torch.zeros(0, dtype=torch.uint8, device=place)
         self.add_state("header", header, dist_reduce_fx=_first)
-        moments = torch.zeros(folds, 0, dtype=torch.float64, device=place)
+        moments = torch.zeros(options.folds, 0, dtype=torch.float64, device=place)
         self.add_state("moments", moments, dist_reduce_fx="sum")
         offsets = [offset.cpu().numpy().tobytes() for offset in self.center or ()]
         self._own = dict[str, Any](
             components=None if components is None else list(components),
             dims=None,
-            folds=folds,
-            seed=self.seed,
-            delay=delay,
+            folds=options.folds,
+            seed=options.seed,
+            delay=options.delay,
             links=list(map(list, self.links)),
             center=zlib.crc32(b"".join(offsets)),
         )
@@ -206,8 +204,8 @@ class KoopmanCredit(Metric):
                 self._lay_out(components, layout)
             if self.moments.is_inference():
                 self.moments = self.moments.clone()
-            keys = sample_keys(rows[0], self.seed) if keys is None else keys
-            folds = keys.to(self.moments.device) % self.folds
+            keys = sample_keys(rows[0], self.options.seed) if keys is None else keys
+            folds = keys.to(self.moments.device) % layout.folds
             accumulate(layout, self.moments, rows, folds, self.center)
 
     @torch.jit.unused
@@ -327,7 +325,8 @@ class KoopmanCredit(Metric):
         return self._read[1:]
 
     def _layout_of(self, dims: Sequence[int], components: tuple[str, ...] | None) -> Layout:
-        layout = Layout(tuple(map(int, dims)), self.folds, self.delay, self.links)
+        folds, delay = self.options.folds, self.options.delay
+        layout = Layout(tuple(map(int, dims)), folds, delay, self.links)
         if components is not None and len(components) != len(dims) - 1:
             raise ValueError(f"{len(dims)} states need {len(dims) - 1} components, not {components}")
         if self.center is not None and tuple(map(len, self.center)) != layout.dims:
