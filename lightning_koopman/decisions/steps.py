@@ -222,26 +222,21 @@ class Steps(Shown):
         """Lay the steps out, those beyond the loss that was admitted dim, with lines below."""
         no_metric, name = math.isnan(self.metric_before), self.metric_name
         before = "" if no_metric else f", {name} {self.metric_before:.4f} as it was"
-        metrics = [
-            "" if math.isnan(value) else f"{value:.4f}" + ("" if math.isnan(e) else f"±{e:.4f}")
-            for value, e in zip(self.metric, self.metric_stderr, strict=True)
-        ]
-        own = self.cost_before
         # A line below the table has the unit in full.
         unit = UNITS[self.scale].replace(" the outputs'", "")
-        columns = {
+        columns: dict[str, Sequence[str]] = {
             "component": self.components,
             f"effect ({unit})": list(map(with_share, self.effect, self.effect_stderr)),
-            name: metrics,
-            "parameters left": [f"{c.parameters / max(1, own.parameters):.0%}" for c in self.costs],
-            "FLOPs left": [f"{cost.flops / max(1, own.flops):.0%}" for cost in self.costs],
         }
-        if no_metric:
-            del columns[name]
-        if own.parameters == 0:
-            del columns["parameters left"]
-        if own.flops == 0:
-            del columns["FLOPs left"]
+        if not no_metric:
+            columns[name] = [
+                "" if math.isnan(value) else f"{value:.4f}" + ("" if math.isnan(e) else f"±{e:.4f}")
+                for value, e in zip(self.metric, self.metric_stderr, strict=True)
+            ]
+        if own := self.cost_before.parameters:
+            columns["parameters left"] = [f"{cost.parameters / own:.0%}" for cost in self.costs]
+        if own := self.cost_before.flops:
+            columns["FLOPs left"] = [f"{cost.flops / own:.0%}" for cost in self.costs]
         styles = [None if i < self.within else "dim" for i in range(len(self.components))]
         stays = [f"Stays: {escape(name)}, {escape(why)}" for name, why in self.refused.items()]
         title = f"{title}, {self.n_samples} samples{before}"
