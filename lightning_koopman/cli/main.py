@@ -18,11 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 
 _COMMANDS = {
-    **dict.fromkeys(("compare", "components", "demo", "drift"), "commands"),
-    **dict.fromkeys(("bits", "drop", "effects"), "decide"),
-    "evaluate": "commands",
-    "linearize": "decide",
-    **dict.fromkeys(("merge", "report"), "commands"),
+    **dict.fromkeys(
+        ("compare", "components", "demo", "drift", "evaluate", "merge", "report"), "commands"
+    ),
+    **dict.fromkeys(("bits", "drop", "effects", "linearize"), "decide"),
 }
 """In which file each command is; all of them import torch, which takes seconds."""
 
