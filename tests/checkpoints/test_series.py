@@ -230,6 +230,19 @@ def test_an_interrupted_evaluation_keeps_known_reports_and_goes_on(tmp_path):
     assert counts == [(2, 4)]
 
 
+def test_an_evaluation_that_is_interrupted_while_it_saves_counts_and_logs_what_it_saved(tmp_path):
+    paths = [save(tmp_path / f"{step}.ckpt", step, 1.0 + step) for step in range(3)]
+
+    def stop(reports: list[CreditReport]) -> None:
+        if len(reports) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(EvaluationError, match="interrupted after 2 of 3 checkpoints") as caught:
+        evaluate_checkpoints(network(), paths, batches(), on_report=stop, logdir=tmp_path / "tb")
+    assert [report.step for report in caught.value.reports] == [0, 1]
+    assert scalars(tmp_path / "tb") == [0, 1]
+
+
 def test_a_known_report_with_an_odd_source_is_measured_again(one):
     odd = CreditReport.from_dict(one.to_dict() | {"source": {"path": ["unhashable"]}})
     (again,) = evaluate_checkpoints(network(), one.source["path"], batches(), known=[odd])
