@@ -104,9 +104,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     How the network is run is never guessed. The outermost calls that a step makes of the network's parts
     are recorded with their arguments, up to 256 MiB, and run again, in the modes (train or eval) that
     validation ran in, where more than the watched pass is needed: at the end of a training that stopped
-    between validations, at the end of each epoch where there is no validation loop or it runs no
-    component (then on training steps, in eval mode, which a warning says), and behind each batch where
-    parts went through ``torch.compile``, which take no hooks. Where the step runs code of its own
+    between validations, at the end of each epoch where there is no validation loop, it runs no component
+    or processes may skip it (then on training steps, in eval mode, which a warning says), and behind
+    each batch where parts went through ``torch.compile``, which take no hooks. Where the step runs code of its own
     between two calls, or a call does not give again what it gave, the watched report stands, and its
     note says why.
 
