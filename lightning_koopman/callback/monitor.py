@@ -106,9 +106,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
     validation ran in, where more than the watched pass is needed: at the end of a training that stopped
     between validations, at the end of each epoch where there is no validation loop, it runs no component
     or processes may skip it (then on training steps, in eval mode, which a warning says), and behind
-    each batch where parts went through ``torch.compile``, which take no hooks. Where the step runs code of its own
-    between two calls, or a call does not give again what it gave, the watched report stands, and its
-    note says why.
+    each batch where parts went through ``torch.compile``, which take no hooks. Where the step runs code
+    of its own between two calls, or a call does not give again what it gave, the watched report stands,
+    and its note says why.
 
     Of several validation loaders the first that gives a batch is measured, which a note says; batches in
     which no component runs are left out.
