@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.measurement.measurement import plan_of
-from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.access.isolation import random_states_kept, undisturbed
+from lightning_koopman.network.axes.padding import valid_positions
+from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.capture.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
-from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
-from lightning_koopman.network.hook_points import find_module
-from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.names import module_of
-from lightning_koopman.network.padding import valid_positions
-from lightning_koopman.network.rows import Recorded
+from lightning_koopman.network.runs.forward_runner import default_forward, device_of, to_device
+from lightning_koopman.network.runs.hook_points import find_module
 from lightning_koopman.network.tensors import detached_copy
 from lightning_koopman.report.text import Fitted, counted
 
