@@ -300,7 +300,7 @@ def linear(name: str, net: nn.Module, data: dict[str, Batches]) -> Found:
         maps = _Maps(ForwardRunner(net, fit_on), 256, 0.999)
         maps.check(maps.look_at({block: (block,) for block in blocks}), runner)
         outputs = Outputs(runner.run(), runner.batches, None)
-        search = _Search(runner, outputs, maps, True, 0.01, _measure_of("flops"), 0.0, False)
+        search = _Search(runner, outputs, maps, 0.01, _measure_of("flops"), 0.0, False)
         search._order = blocks
         rng = np.random.default_rng(0)
         orders = {"depth": blocks[::-1], "first layers first": blocks}

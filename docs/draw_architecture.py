@@ -37,7 +37,6 @@ BATCH = {
     "koopman.moments": "counts, means and products per fold",
 }
 END = {
-    "measurement.sums": "what the accumulator and the metric share",
     "koopman.credit": "credits and their standard errors",
     "koopman.chain": "one linear operator per component",
     "koopman.alignment": "output directions followed backward",

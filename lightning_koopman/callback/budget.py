@@ -132,12 +132,7 @@ class Budget:
         return self._took.get(kind, 0.0) <= self.room(kind)
 
     def plan(self, step: int, last: int | None) -> None:
-        """Find when the next measurement is due, at the end of one.
-
-        Args:
-            step: The step that was measured.
-            last: The training's last step, as far as it is known.
-        """
+        """Find when the next measurement is due, at the end of one; the ``last`` step may be unknown."""
         self._costs.append(max(self.spent - self._planned - self._apart, 1e-9))
         self._planned, self._apart = self.spent, 0.0
         first, *later = self._costs

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from lightning_koopman.callback.budget import Budget
@@ -26,9 +25,6 @@ from lightning_koopman.report.report import CreditReport
 
 _FEW = 1.0
 """Seconds that effects may take at the end in any case."""
-
-_Found = tuple[Effects | None, str | None]
-"""Effects, or why there are none; neither where none are asked for."""
 
 
 class EffectsInTime:
@@ -68,16 +64,25 @@ class EffectsInTime:
         several = trainer.world_size > 1
         if several and not final:
             return report
-        own = partial(self._own, trainer, pl_module, report, steps, around, final=final)
-        effects, why = _of_all(own) if several else own()
+        asked: list[Fit] = []
+
+        def agree(fit: Fit | None) -> list[Fit]:
+            asked.extend(each for each in (gather(fit) if several else [fit]) if each is not None)
+            return asked
+
+        effects, why = self._own(trainer, pl_module, report, steps, around, agree, final=final)
+        if several:
+            if not asked:
+                agree(None)
+            everybody = [found for found in gather(effects) if found is not None]
+            effects = pooled(everybody) if everybody else None
         if report is None or (effects is None and why is None):
             return report
+        notes = list(report.notes if effects is None else effects.notes)
         if effects is None:
-            notes = list(report.notes)
             notes.append(f"effects were not measured: {why}")
             return replace(report, notes=tuple(notes))
         if effects.n_samples < FEWEST:
-            notes = list(effects.notes)
             notes.append(
                 f"effects rest on {effects.n_samples} samples alone; component_effects measures them on "
                 "more"
@@ -100,11 +105,11 @@ class EffectsInTime:
         report: CreditReport | None,
         steps: Sequence[Step] | str,
         around: Callable[[], AbstractContextManager[None]],
+        agree: Callable[[Fit], Sequence[Fit]],
         *,
         final: bool,
-        agree: Callable[[Fit], Sequence[Fit]] = lambda fit: [fit],
-    ) -> _Found:
-        """Measure effects on this process's samples."""
+    ) -> tuple[Effects | None, str | None]:
+        """Measure effects on this process's samples, or say why there are none."""
         if report is None:
             return None, None
         if isinstance(steps, str):
@@ -138,18 +143,3 @@ class EffectsInTime:
         self.seconds_a_sample = (self.budget.clock() - start) / taken
         self._expect(trainer, report)
         return found, None
-
-
-def _of_all(own: Callable[..., _Found]) -> _Found:
-    """Measure effects on the samples of all processes, or say why there are none."""
-    asked: list[Fit] = []
-
-    def agree(fit: Fit | None) -> list[Fit]:
-        asked.extend(each for each in gather(fit) if each is not None)
-        return asked
-
-    mine, why = own(agree=agree)
-    if not asked:
-        agree(None)
-    everybody = [found for found in gather(mine) if found is not None]
-    return (pooled(everybody) if everybody else None), why

@@ -177,8 +177,9 @@ class CreditWriter:
         self._choose(reports[-1])
         self._newest_drawn = figures and self.draws_next
         loggers = self._with_room(loggers)
-        for logger in loggers if self.figures and not self._written else ():
-            self._write_words(logger, reports[-1], step)
+        if self.figures and not self._written:
+            for logger in loggers:
+                self._write_words(logger, reports[-1], step)
         self._written += 1
         if self._newest_drawn:
             self._draw(loggers, reports, step, drifts)
@@ -248,11 +249,10 @@ class CreditWriter:
         if not hasattr(experiment, "add_text"):
             return
         kinds = report.effects.kinds if report.effects else ()
-        words = {}
-        for name in dict.fromkeys((*self.names, *kinds, *_TOTALS)):
-            words[name] = GLOSSARY[name] + (_UNIT_OF_EFFECTS if name in KINDS else "")
         lines = ["Each component is a run of its own, numbered in order of execution.", ""]
-        lines += [f"- **{self.prefix}/{name}**: {text}." for name, text in words.items()]
+        for name in dict.fromkeys((*self.names, *kinds, *_TOTALS)):
+            unit = _UNIT_OF_EFFECTS if name in KINDS else ""
+            lines.append(f"- **{self.prefix}/{name}**: {GLOSSARY[name]}{unit}.")
         lines += [
             "",
             "The credit of the last component is 0 by definition and not drawn.",

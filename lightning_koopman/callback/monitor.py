@@ -104,11 +104,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
     How the network is run is never guessed. The outermost calls that a step makes of the network's parts
     are recorded with their arguments, up to 256 MiB, and run again, in the modes (train or eval) that
     validation ran in, where more than the watched pass is needed: at the end of a training that stopped
-    between validations, at the end of each epoch where there is no validation loop or it runs no
-    component (then on training steps, in eval mode, which a warning says), and behind each batch where
-    parts went through ``torch.compile``, which take no hooks. Where the step runs code of its own
-    between two calls, or a call does not give again what it gave, the watched report stands, and its
-    note says why.
+    between validations, at the end of each epoch where there is no validation loop, it runs no component
+    or processes may skip it (then on training steps, in eval mode, which a warning says), and behind
+    each batch where parts went through ``torch.compile``, which take no hooks. Where the step runs code
+    of its own between two calls, or a call does not give again what it gave, the watched report stands,
+    and its note says why.
 
     Of several validation loaders the first that gives a batch is measured, which a note says; batches in
     which no component runs are left out.
@@ -309,6 +309,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self.budget.start(trainer.global_step)
         if not trainer.enable_validation:
             self._watch_training("there is no validation loop")
+        elif may_skip_validation(trainer, pl_module):
+            self._watch_training("processes without a batch skip validation")
         if not trainer.loggers:
             self._warn_once(
                 "the Trainer has no logger; Koopman credits are kept in monitor.history only"
@@ -329,12 +331,11 @@ class KoopmanCreditMonitor(HarmlessCallback):
         """Begin a measurement if one is due."""
         self._forget()
         in_training = trainer.state.fn == "fit"
-        if trainer.sanity_checking or (in_training and self._why_training):
+        if trainer.sanity_checking or (
+            in_training and (self._why_training or not self._is_due(trainer))
+        ):
             return
-        may_skip = may_skip_validation(trainer, pl_module)
-        if in_training and not (self._due_epoch if may_skip else self._is_due(trainer)):
-            return
-        if may_skip and not in_training:
+        if may_skip_validation(trainer, pl_module):
             self._warn_once(
                 "a process without a batch skips this validation, so Koopman credit cannot be measured: "
                 "set allow_zero_length_dataloader_with_multiple_devices to False"
@@ -342,7 +343,10 @@ class KoopmanCreditMonitor(HarmlessCallback):
             return
         if is_compiled(pl_module):
             refuse_sharded_weights(trainer)
-        self._begin_validation(trainer, pl_module, final=in_training and may_validate_last(trainer))
+        before, self._recorded = self._recorded, replace(self._recorded)
+        final = in_training and may_validate_last(trainer)
+        self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders), final=final)
+        self._before, self._recorded.of_training = before, False
         assert self._measurement is not None
         self._recorded.calls = Recording(
             pl_module,
@@ -440,8 +444,8 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     @never_in_the_way
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Compute the report and log it."""
-        if may_skip_validation(trainer, pl_module) or self._idle:
+        """Compute the report and log it, or find that validation runs no component."""
+        if self._measurement is None and not self.sync_pending:
             return
         with self._heard_by_others():
             if trainer.state.fn == "fit":
@@ -453,19 +457,9 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 self._final = False
             if not self._nothing_ran:
                 self._check_replay(trainer, pl_module)
-        self._finish_watched(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step))
-
-    @property
-    def _nothing_ran(self) -> bool:
-        """Whether batches were watched, and no component ran in any of them."""
-        if self._measurement is None or not self._recorded.samples.left_out:
-            return False
-        return self._measurement.capture.is_first
-
-    def _finish_watched(self, trainer: Any, pl_module: Any, *, step: int) -> None:
-        """Compute the report, or find that validation runs no component; alike in all processes."""
         measurement = self._measurement
-        if self._finish(trainer, pl_module, step=step):
+        # Alike in all processes.
+        if self._finish(trainer, pl_module, step=logged_step(trainer, self._checkpoint_step)):
             return
         if not self._rides_along:
             self._refuse_compiled()
@@ -481,6 +475,13 @@ class KoopmanCreditMonitor(HarmlessCallback):
                 "validation ran no component in one epoch, which has no Koopman credit; later ones have "
                 "(shown once)"
             )
+
+    @property
+    def _nothing_ran(self) -> bool:
+        """Whether batches were watched, and no component ran in any of them."""
+        if self._measurement is None or not self._recorded.samples.left_out:
+            return False
+        return self._measurement.capture.is_first
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """See that every key of ours exists, whatever was due, and became of it."""
@@ -551,35 +552,21 @@ class KoopmanCreditMonitor(HarmlessCallback):
 
     @never_in_the_way
     def _end_epoch(self, trainer: Any, pl_module: Any) -> None:
-        if not self._due_epoch:
+        calls = self._recorded.calls
+        if not (self._due_epoch and self._why_training) or calls is None:
             return
-        if self._why_training:
-            calls = self._recorded.calls
-            if calls is not None and (calls.steps or trainer.world_size > 1):
-                self._replay(
-                    trainer,
-                    pl_module,
-                    first_loader(trainer.train_dataloader),
-                    final=may_be_last(trainer),
-                )
-        elif may_skip_validation(trainer, pl_module):
-            # Here, unlike at the end of validation, every process arrives.
-            if self._idle:
-                # Calls of training steps are none of those that the others validate.
-                self._begin_validation(trainer, pl_module)
-                self._recorded.calls = None
-            self._final = may_be_last(trainer)
-            step = max(0, logged_step(trainer, None) - 1)
-            self._finish_watched(trainer, pl_module, step=step)
+        if calls.steps or trainer.world_size > 1:
+            loader = first_loader(trainer.train_dataloader)
+            self._replay(trainer, pl_module, loader, final=may_be_last(trainer))
 
     @never_in_the_way
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """See that the newest report is about the final weights and has errors, and draw it."""
         if trainer.global_step == 0:
             return
-        anybody = self._recorded.calls is not None or may_skip_validation(trainer, pl_module)
-        known = self._measured_at == trainer.global_step or not anybody
-        changed = known and anybody and self._state.differs(trainer, pl_module)
+        recorded = self._recorded.calls is not None
+        known = self._measured_at == trainer.global_step or not recorded
+        changed = known and recorded and self._state.differs(trainer, pl_module)
         self._open = bool(may_change_weights(trainer, pl_module, self))
         # What runs behind this may change them again, so these are not measured.
         self._elsewhere = changed and self._open
@@ -631,11 +618,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
         self._start_run()
 
     @property
-    def _idle(self) -> bool:
-        """Whether nothing is under way and nobody waits."""
-        return self._measurement is None and not self.sync_pending
-
-    @property
     def _wants_more(self) -> bool:
         """Whether a measurement is under way that has not seen its samples yet."""
         return self._measurement is not None and self._measurement.n_seen < self._recorded.samples.most
@@ -677,12 +659,6 @@ class KoopmanCreditMonitor(HarmlessCallback):
             # The last report is about the coordinates of its own weights.
             if self.drift and self._watched is not None and not self._final:
                 self._measurement.earlier = self._watched.lasting_basis
-
-    def _begin_validation(self, trainer: Any, pl_module: Any, *, final: bool = False) -> None:
-        """Start measuring what validation runs, and remember what was recorded before."""
-        before, self._recorded = self._recorded, replace(self._recorded)
-        self._begin(trainer, pl_module, first_loader(trainer.val_dataloaders), final=final)
-        self._before, self._recorded.of_training = before, False
 
     def _check_replay(self, trainer: Any, pl_module: Any) -> None:
         """Find out, while the weights are those of validation, whether its calls can be run again."""

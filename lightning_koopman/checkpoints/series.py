@@ -193,15 +193,16 @@ def evaluate_checkpoints(
                         reports[place] = measure(item)
                     except CheckpointError as error:
                         failures.append(str(error))
-                    else:
-                        if on_report is not None:
-                            on_report([report for report in reports if report is not None])
-                if logdir is not None and (report := reports[place]) is not None:
+                    done += 1
+                report = reports[place]
+                # Logged before it is saved: what is taken over from a file is not logged again.
+                if logdir is not None and report is not None:
                     if item.run not in logs:
                         logs[item.run] = _RunLog(os.path.join(logdir, item.run))
                     logs[item.run].add(report, known=item.known is not None)
                 if item.known is None:
-                    done += 1
+                    if report is not None and on_report is not None:
+                        on_report([report for report in reports if report is not None])
                     if on_progress is not None:
                         on_progress(done, count)
             except KeyboardInterrupt:

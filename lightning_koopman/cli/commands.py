@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from rich import progress
 from rich.console import Console
-from rich.text import Text
 
 from lightning_koopman.cli.user_code import build_batches, build_model, build_trained
 from lightning_koopman.koopman.options import DEFAULTS, Options
@@ -22,34 +21,21 @@ from lightning_koopman.report.saved import folder_of
 from lightning_koopman.report.text import counted
 
 
-class _Rate(progress.ProgressColumn):
-    """How many are done per minute, as soon as the first is."""
-
-    def render(self, task: progress.Task) -> Text:
-        return Text(f"{60 * task.speed:.1f} a minute" if task.speed else "", "progress.data.speed")
-
-
-def report(
-    file: str,
-    out: str | None = None,
-    format: Literal["auto", "json", "csv", "html"] = "auto",
-) -> None:
+def report(file: str, out: str | None = None) -> None:
     """Show saved reports again, without the model.
 
     Args:
         file: JSON file that evaluate, demo or to_json wrote.
-        out: File to write; by default the reports are printed.
-        format: Kind of that file; by default as its name ends, else html.
+        out: File to write, by its name json, csv or else HTML; by default the reports are printed.
     """
-    from lightning_koopman.report.files import kind_of, read_reports, write_reports
+    from lightning_koopman.report.files import read_reports, write_reports
 
     check_writable(out)
-    check_format(out, format)
     reports = read_reports(file, may_be_empty=False)
     if out is None:
         show_reports(reports)
     else:
-        write_reports(reports, out, kind_of(out, format, "html"))
+        write_reports(reports, out, otherwise="html")
         say_written(out)
 
 
@@ -110,11 +96,11 @@ def merge(reports: list[str], out: str) -> None:
         reports: JSON files that evaluate wrote with --shard.
         out: File for all of them, by its name csv, html or else JSON.
     """
-    from lightning_koopman.report.files import kind_of, merge_reports, write_reports
+    from lightning_koopman.report.files import merge_reports, write_reports
 
     check_writable(out)
     merged = merge_reports(reports)
-    write_reports(merged, out, kind_of(out))
+    write_reports(merged, out)
     told = f"{counted(len(merged), 'report')} in {out}"
     Console().print(told, highlight=False, soft_wrap=True, markup=False)
 
@@ -136,12 +122,6 @@ def check_writable(*paths: str | None, figure: str | None = None) -> None:
             raise ValueError(
                 f"{figure} is no figure that can be drawn; end its name in .{', .'.join(known)}"
             )
-
-
-def check_format(out: str | None, format: str) -> None:
-    """Refuse a kind of file where none is to be written."""
-    if out is None and format != "auto":
-        raise ValueError(f"format is {format!r}, but no file is to be written; name one with --out")
 
 
 def check_table(out: str | None) -> None:
@@ -187,13 +167,56 @@ def demo(
     run_demo(logdir, seed=seed, epochs=epochs, arch=arch)
 
 
+def drift(
+    reference: str,
+    model: str,
+    data: str,
+    ckpt: str,
+    figure: str | None = None,
+    out: str | None = None,
+    max_samples: int | None = None,
+    trust_checkpoint: bool = False,
+    weights: Weights = "saved",
+) -> None:
+    """Show which components do something else than when a reference was measured.
+
+    Args:
+        reference: File that evaluate --reference or save_reference wrote.
+        model: Model to build, as in evaluate.
+        data: Data to measure on, as in evaluate; the same as the reference's or others.
+        ckpt: Checkpoint of the network as it is now.
+        figure: File for a figure.
+        out: File for the numbers: JSON if its name ends in .json, else CSV; no page.
+        max_samples: Most samples to take; all by default.
+        trust_checkpoint: Unpickle whatever the checkpoint holds. It may then run any code.
+        weights: Which weights of a training with weight averaging: as saved, averaged or current.
+    """
+    from lightning_koopman.measurement import drift as measurement
+    from lightning_koopman.report.files import write_table
+    from lightning_koopman.report.reference_file import read_reference
+
+    # Whatever is wrong should be known before a model is built.
+    check_writable(out, figure=figure)
+    check_table(out)
+    read_reference(reference)
+    network, checkpoint = build_trained(model, ckpt, trust_checkpoint, weights)
+    batches = build_batches(data, checkpoint.data_hyper_parameters)
+    found = measurement.drift(reference, network, batches, max_samples=max_samples, step=checkpoint.step)
+    if figure is not None:
+        found.plot()[0].savefig(figure)
+    if out is not None:
+        write_table(found.to_frame(), out)
+    say_written(figure, out)
+    # The last line says what to do next.
+    Console().print(found)
+
+
 def evaluate(
     model: str,
     data: str,
     ckpt: str | list[str],
     logdir: str | None = None,
     out: str | None = None,
-    format: Literal["auto", "json", "csv", "html"] = "auto",
     components: str | list[str] | None = None,
     options: Options = DEFAULTS,
     trust_checkpoint: bool = False,
@@ -213,12 +236,11 @@ def evaluate(
             hyperparameters that the checkpoint saved), or a function or object that gives batches.
         ckpt: Path or glob pattern of checkpoints, a folder of .ckpt files, or a list of these.
         logdir: Folder for TensorBoard event files.
-        out: File for the reports, written after every checkpoint, or as often as that takes a quarter
-            of the time. A second run with the same file measures only checkpoints that are new or
-            changed, or all if an option changed. It cannot see changes of the model's code or of the
-            data: use fresh then.
-        format: Kind of that file; by default as its name ends, else json. Beside csv and html, a .json
-            file of the same name is kept for the second run and the report command.
+        out: File for the reports, by its name csv, html or else JSON, written after every checkpoint, or
+            as often as that takes a quarter of the time. A second run with the same file measures only
+            checkpoints that are new or changed, or all if an option changed. It cannot see changes of
+            the model's code or of the data: use fresh then. Beside csv and html, a .json file of the
+            same name is kept for the second run and the report command.
         components: Names or glob patterns of components; chosen by default.
         options: How states become rows, and rows become credits.
         trust_checkpoint: Unpickle whatever the checkpoints hold. They may then run any code.
@@ -232,17 +254,15 @@ def evaluate(
         reference: File for what the drift command needs of the last checkpoint.
     """
     from lightning_koopman.checkpoints.series import EvaluationError, evaluate_checkpoints
-    from lightning_koopman.report.files import kind_of, read_known, write_with_known
+    from lightning_koopman.report.files import read_known, write_with_known
 
     check_writable(out, reference)
-    check_format(out, format)
     if reference is not None and options.errors is False:
         raise ValueError(f"{reference} is made of what errors are; leave --options.errors false out")
     part = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if part is None:
         raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n")
-    kind = kind_of(out or "", format)
-    known = [] if out is None or fresh else read_known(out, kind)
+    known = [] if out is None or fresh else read_known(out)
     of_model, of_data = _first_hyper_parameters(ckpt, trust_checkpoint)
     network, batches = build_model(model, of_model), build_batches(data, of_data)
     console = Console(stderr=True)
@@ -254,7 +274,7 @@ def evaluate(
 
     def save(reports: list[CreditReport]) -> None:
         if out is not None:
-            write_with_known(reports, out, kind)
+            write_with_known(reports, out)
 
     saved, took = 0.0, 0.0
 
@@ -269,7 +289,7 @@ def evaluate(
     failure = None
     columns = progress.Progress.get_default_columns()[:2]
     bar = progress.Progress(
-        *columns, progress.MofNCompleteColumn(), _Rate(), progress.TimeRemainingColumn(), console=console
+        *columns, progress.MofNCompleteColumn(), progress.TimeRemainingColumn(), console=console
     )
     with bar:
         task = bar.add_task("checkpoints", total=None, visible=False)

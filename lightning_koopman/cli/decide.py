@@ -174,10 +174,10 @@ def effects(
     if given.figure is not None:
         found.plot()[0].savefig(given.figure)
     if given.out is not None:
-        if (kind := kind_of(given.out)) == "json":
+        if kind_of(given.out) == "json":
             report.to_json(given.out)
         else:
-            write_reports([report], given.out, kind)
+            write_reports([report], given.out)
     say_written(given.figure, given.out)
     # The last line says what to do next.
     Console().print(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import importlib.util
+import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,17 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+from jsonargparse import ArgumentParser, auto_cli
 from rich.console import Console
 from rich.markup import escape
 
 _COMMANDS = {
-    **dict.fromkeys(("compare", "components", "demo"), "commands"),
-    "drift": "drift",
-    **dict.fromkeys(("bits", "drop", "effects"), "decide"),
-    "evaluate": "commands",
-    "linearize": "decide",
-    **dict.fromkeys(("merge", "report"), "commands"),
+    **dict.fromkeys(
+        ("compare", "components", "demo", "drift", "evaluate", "merge", "report"), "commands"
+    ),
+    **dict.fromkeys(("bits", "drop", "effects", "linearize"), "decide"),
 }
 """In which file each command is; all of them import torch, which takes seconds."""
 
@@ -155,21 +153,10 @@ def main(args: Sequence[str] | None = None) -> int:
     if asked == ["--version"]:
         print(f"lightning-koopman {version('lightning-koopman')}")
         return 0
-    given = _as_parsed(asked)
     try:
-        if any(argument.startswith("--print_completion") for argument in given):
-            try:
-                if importlib.util.find_spec("shtab") is None:
-                    raise TypeError
-                set_parsing_settings(add_print_completion_argument=True)
-            except TypeError:  # an older jsonargparse knows no such setting
-                raise ValueError(
-                    "--print-completion needs shtab and a newer jsonargparse: "
-                    "pip install -U 'lightning-koopman[completion]'"
-                ) from None
         auto_cli(
             [_command(name) for name in _COMMANDS],
-            args=given,
+            args=_as_parsed(asked),
             prog="lightning-koopman",
             as_positional=False,
             parser_class=_Parser,

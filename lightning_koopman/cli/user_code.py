@@ -55,18 +55,14 @@ def build_batches(name: str, hyper_parameters: Mapping[str, Any] | None = None) 
     return _validation_batches(_build_data(name, hyper_parameters or {}), name)
 
 
-def fit_and_choose(name: str, hyper_parameters: Mapping[str, Any]) -> tuple[list[Any], Iterable[Any]]:
-    """Build the batches to fit on, and others to choose on."""
+def fit_and_choose(
+    name: str, hyper_parameters: Mapping[str, Any]
+) -> tuple[Iterable[Any] | None, Iterable[Any]]:
+    """Build the batches to fit on, where a training loader gives such, and those to choose on."""
     found = _build_data(name, hyper_parameters)
-    if hasattr(found, "train_dataloader"):
-        fitted = list(_of_stage(found, name, "fit", "train_dataloader"))
-        return fitted, _validation_batches(found, name)
-    batches = list(_validation_batches(found, name))
-    if len(batches) < 2:
-        raise ValueError(
-            f"{name} gives {len(batches)} batch; at least one is needed to fit on, and another one"
-        )
-    return batches[::2], batches[1::2]
+    has_training = hasattr(found, "train_dataloader")
+    fitted = _of_stage(found, name, "fit", "train_dataloader") if has_training else None
+    return fitted, _validation_batches(found, name)
 
 
 def _build_data(name: str, hyper_parameters: Mapping[str, Any]) -> Any:

@@ -18,10 +18,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from lightning_koopman.decisions.steps import (
-    component_calls,
-    explained,
-    find_outputs,
     is_finite,
+    run_whole,
     told_apart,
 )
 from lightning_koopman.decisions.swaps import copied_with
@@ -151,13 +149,9 @@ class BitWidths(Shown):
         Returns:
             The figure and its axes.
         """
-        from lightning_koopman.report.drawing import plot_options, visible
+        from lightning_koopman.report.drawing import plot_bits, visible
 
-        chosen = [self.options.index(b) for b in self.bits]
-        names = [f"{option} bits" for option in self.options]
-        label = f"effect [{UNITS[self.scale]}]"
-        numbers = self.effects, self.effects_stderr
-        return plot_options(self.components, names, *numbers, chosen, label, visible(ax))
+        return plot_bits(self, f"effect [{UNITS[self.scale]}]", visible(ax))
 
     @property
     def verdict(self) -> str:
@@ -262,13 +256,11 @@ def bit_widths(
         )
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
-        with explained(runner):
-            calls, ends = component_calls(runner, report, components)
-            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        calls, outputs, refused = run_whole(runner, report, components, scale, metric)
         calls = {name: own for name, own in calls.items() if name not in refused}
         inside = [module_of(call) for own in calls.values() for call in own]
         rounded = {option: rounded_weights(model, option, group_size, inside) for option in options}
-        parts, counts = _with_weights(calls, rounded[options[0]])
+        parts, sizes = _with_weights(calls, rounded[options[0]])
         otherwise = "they are not stored as the numbers that they stand for, as those quantised already"
         for name in (name for name in calls if name not in parts):
             if any(map(is_stored_otherwise, _held(model, calls[name]))):
@@ -287,7 +279,6 @@ def bit_widths(
                 f"the weights of {tuple(parts)} cannot be rounded: {next(iter(stay.values()))}; name "
                 "other components"
             )
-        counts = counts[[name not in stay for name in parts]]
         parts = {name: own for name, own in parts.items() if name not in stay}
         tried = {name: [altered.alone(name, option) for option in options] for name in parts}
         notes = list(outputs.notes)
@@ -300,7 +291,7 @@ def bit_widths(
                 f"with any of {tuple(parts)} rounded, outputs or metric are not finite, so nothing can "
                 "be chosen; give other batches or larger numbers of bits"
             )
-        counts = counts[[name in names for name in parts]]
+        counts = np.array([sizes[name] for name in names], dtype=np.float64)
         found = [tried[name] for name in names]
         effects = np.array([[measured.effect for measured, _ in row] for row in found])
         known = np.array([[is_finite(measured, outputs) for measured, _ in row] for row in found])
@@ -373,10 +364,10 @@ def _held(model: nn.Module, calls: Iterable[str]) -> list[Tensor]:
 
 def _with_weights(
     calls: Mapping[str, tuple[str, ...]], weights: Mapping[str, Tensor]
-) -> tuple[dict[str, tuple[str, ...]], NDArray[np.float64]]:
+) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
     """Keep the components that hold weights to be rounded, each module once, and count their weights."""
     parts: dict[str, tuple[str, ...]] = {}
-    counts: list[int] = []
+    sizes: dict[str, int] = {}
     taken: set[str] = set()
     for name, own in calls.items():
         # What the first call gives may be no state, as where a loop begins with zeros.
@@ -384,9 +375,9 @@ def _with_weights(
         keys = {key for key in weights for m in modules if key.startswith(f"{m}.")} - taken
         if keys:
             parts[name] = tuple(modules)
-            counts.append(sum(weights[key].numel() for key in keys))
+            sizes[name] = sum(weights[key].numel() for key in keys)
             taken |= keys
-    return parts, np.array(counts, dtype=np.float64)
+    return parts, sizes
 
 
 def _nbytes(weight: Tensor) -> int:

@@ -17,15 +17,13 @@ from lightning_koopman.decisions.steps import (
     Steps,
     as_fields,
     check_max_drop,
-    component_calls,
     cost_of,
-    explained,
     failure_with,
-    find_outputs,
     is_finite,
     is_within,
     look_at,
     loss_of,
+    run_whole,
     told_apart,
 )
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
@@ -178,9 +176,7 @@ def drop_order(
         raise ValueError(f"steps is {steps}; it must be 1 or above, or None to go by max_drop")
     runner = runner_on(model, batches, samples, forward_fn)
     with undisturbed(model):
-        with explained(runner):
-            calls, ends = component_calls(runner, report, components)
-            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        calls, outputs, refused = run_whole(runner, report, components, scale, metric)
         swaps = _droppable(runner, calls, refused)
         order, remaining, unknown = _order(runner, outputs, swaps, max_drop, steps)
         before = cost_of(runner)

@@ -20,16 +20,15 @@ from lightning_koopman.decisions.steps import (
     Steps,
     as_fields,
     check_max_drop,
-    component_calls,
     cost_of,
     explained,
     failure_with,
-    find_outputs,
     is_finite,
     is_within,
     look_at,
     loss_of,
     refuse_samples,
+    run_whole,
     told_apart,
 )
 from lightning_koopman.decisions.swaps import (
@@ -161,7 +160,6 @@ def linearize(
     cost: CostName = "flops",
     budget: float = 0.0,
     allow_larger: bool = False,
-    merge: bool = True,
     fit_batches: Iterable[Any] | None = None,
     metric: Metric | None = None,
     scale: Scale | None = None,
@@ -177,7 +175,7 @@ def linearize(
     all of them; the latter alone where no position depends on later ones, as in language models. It is
     stored as one ``nn.Linear``, or as two with a narrow state between them where that takes fewer
     operations. Activations and normalisations that count as part of it go with it. Neighbours in one
-    ``nn.Sequential`` become a single map. A bare ``nn.Linear`` stays, unless merged.
+    ``nn.Sequential`` become a single map. A bare ``nn.Linear`` stays, unless it becomes part of one.
 
     Components are taken one after the other, whichever moves the outputs least per cost saved, measured
     anew for all that are left after each, as long as the loss is admitted and nothing gets larger.
@@ -200,7 +198,6 @@ def linearize(
         budget: Share of the original cost that is enough.
         allow_larger: Whether the network may need more parameters, operations or time than before;
             components then become linear also where that saves nothing.
-        merge: Whether neighbours become one map.
         fit_batches: Data to fit maps on; all of ``batches`` is then for choosing.
         metric: Called as ``metric(outputs, targets)``, larger is better; ``None`` takes the accuracy
             where targets are class indices, and none otherwise.
@@ -241,9 +238,7 @@ def linearize(
     fit_on, choose_on = _two_parts(batches, fit_batches)
     runner = runner_on(model, choose_on, samples, forward_fn)
     with undisturbed(model):
-        with explained(runner, fit_on):
-            calls, ends = component_calls(runner, report, components)
-            outputs, refused = find_outputs(runner, calls, ends, scale, metric)
+        calls, outputs, refused = run_whole(runner, report, components, scale, metric, fit_on)
         fitting = ForwardRunner(model, fit_on, forward_fn)
         with explained(fitting):
             refuse_samples(fitting, fitting.run_batch(0)[0])
@@ -253,7 +248,7 @@ def linearize(
         if components is not None and refused:
             name, why = next(iter(refused.items()))
             raise ValueError(f"{name!r} cannot become linear: {why}")
-        search = _Search(runner, outputs, maps, merge, max_drop, _measure_of(cost), budget, allow_larger)
+        search = _Search(runner, outputs, maps, max_drop, _measure_of(cost), budget, allow_larger)
         steps = search.run({name: c for name, c in calls.items() if name not in refused})
         before = cost_of(runner)
         swaps = [] if not steps else maps.swaps(search.groups(search.chosen))
@@ -493,13 +488,12 @@ class _Search:
         runner: ForwardRunner,
         outputs: Outputs,
         maps: _Maps,
-        merge: bool,
         max_drop: float,
         measure: _Measure,
         budget: float,
         allow_larger: bool,
     ) -> None:
-        self._runner, self.outputs, self._maps, self._merge = runner, outputs, maps, merge
+        self._runner, self.outputs, self._maps = runner, outputs, maps
         self._max_drop, self._measure, self._allow_larger = max_drop, measure, allow_larger
         self._whole = cost_of(runner)
         self._cost = measure(runner, self._whole)
@@ -534,12 +528,8 @@ class _Search:
         groups: list[_Group] = []
         for _, form in sorted(chosen, key=lambda option: self._order.index(option.name)):
             last = groups[-1] if groups else None
-            if (
-                self._merge
-                and last is not None
-                and last.axis == form.axis
-                and self._follows(last.calls[-1], form.calls[0])
-            ):
+            alike = last is not None and last.axis == form.axis
+            if last and alike and self._follows(last.calls[-1], form.calls[0]):
                 groups[-1] = _Group((*last.calls, *form.calls), form.axis)
             else:
                 groups.append(form)

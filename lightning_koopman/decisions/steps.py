@@ -211,9 +211,7 @@ class Steps(Shown):
         no_metric = math.isnan(self.metric_before)
         label = f"effect [{UNITS[self.scale]}]" if no_metric else f"{self.metric_name} that is lost"
         stderr = self.effect_stderr if no_metric else self.metric_stderr
-        names = ("none", *self.components)
-        loss, stderr = np.append(0.0, self.loss), np.append(0.0, stderr)
-        return plot_steps(names, loss, stderr, self.max_drop, label, visible(ax))
+        return plot_steps(self, stderr, label, visible(ax))
 
     def _unit(self) -> str:
         if not math.isnan(self.metric_before):
@@ -224,26 +222,21 @@ class Steps(Shown):
         """Lay the steps out, those beyond the loss that was admitted dim, with lines below."""
         no_metric, name = math.isnan(self.metric_before), self.metric_name
         before = "" if no_metric else f", {name} {self.metric_before:.4f} as it was"
-        metrics = [
-            "" if math.isnan(value) else f"{value:.4f}" + ("" if math.isnan(e) else f"±{e:.4f}")
-            for value, e in zip(self.metric, self.metric_stderr, strict=True)
-        ]
-        own = self.cost_before
         # A line below the table has the unit in full.
         unit = UNITS[self.scale].replace(" the outputs'", "")
-        columns = {
+        columns: dict[str, Sequence[str]] = {
             "component": self.components,
             f"effect ({unit})": list(map(with_share, self.effect, self.effect_stderr)),
-            name: metrics,
-            "parameters left": [f"{c.parameters / max(1, own.parameters):.0%}" for c in self.costs],
-            "FLOPs left": [f"{cost.flops / max(1, own.flops):.0%}" for cost in self.costs],
         }
-        if no_metric:
-            del columns[name]
-        if own.parameters == 0:
-            del columns["parameters left"]
-        if own.flops == 0:
-            del columns["FLOPs left"]
+        if not no_metric:
+            columns[name] = [
+                "" if math.isnan(value) else f"{value:.4f}" + ("" if math.isnan(e) else f"±{e:.4f}")
+                for value, e in zip(self.metric, self.metric_stderr, strict=True)
+            ]
+        if own := self.cost_before.parameters:
+            columns["parameters left"] = [f"{cost.parameters / own:.0%}" for cost in self.costs]
+        if own := self.cost_before.flops:
+            columns["FLOPs left"] = [f"{cost.flops / own:.0%}" for cost in self.costs]
         styles = [None if i < self.within else "dim" for i in range(len(self.components))]
         stays = [f"Stays: {escape(name)}, {escape(why)}" for name, why in self.refused.items()]
         title = f"{title}, {self.n_samples} samples{before}"
@@ -346,7 +339,25 @@ def _given_one(runner: ForwardRunner) -> Tensor | None:
     return _given(runner, batch)
 
 
-def component_calls(
+def run_whole(
+    runner: ForwardRunner,
+    report: CreditReport | None,
+    components: str | Sequence[str] | None,
+    scale: Scale | None,
+    metric: Metric | None,
+    before: Sequence[Any] = (),
+) -> tuple[dict[str, tuple[str, ...]], Outputs, dict[str, str]]:
+    """Run the network as it is, on data of which ``before`` comes first.
+
+    Return the module calls of components, the outputs, and why components that lead elsewhere stay.
+    """
+    with explained(runner, before):
+        calls, ends = _component_calls(runner, report, components)
+        outputs, refused = _find_outputs(runner, calls, ends, scale, metric)
+    return calls, outputs, refused
+
+
+def _component_calls(
     runner: ForwardRunner, report: CreditReport | None, components: str | Sequence[str] | None
 ) -> tuple[dict[str, tuple[str, ...]], Ends]:
     """Find the module calls that each component is made of, in order of execution.
@@ -377,7 +388,7 @@ def component_calls(
     return {name: own for name, own in calls.items() if name in chosen}, ends
 
 
-def find_outputs(
+def _find_outputs(
     runner: ForwardRunner,
     calls: Mapping[str, Sequence[str]],
     ends: Ends,

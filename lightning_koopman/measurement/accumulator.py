@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,14 +16,13 @@ from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, widest
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
-from lightning_koopman.measurement.sums import all_finite, report_on
 from lightning_koopman.network.access.isolation import plain_numerics
 from lightning_koopman.network.capture.plan import listed
 from lightning_koopman.network.names import INPUT, is_sum
 from lightning_koopman.network.runs.forward_runner import NO_SAMPLES
 from lightning_koopman.network.runs.samples import spread_over
 from lightning_koopman.network.tensors import exact_device, exactly
-from lightning_koopman.report.report import CreditReport
+from lightning_koopman.report.report import CreditReport, build_report
 
 SAMPLES = 4096
 """Most samples that are looked at where nobody says how many, unless wide states need more."""
@@ -47,6 +47,12 @@ _MOST_VALUES = 2**22
 def _called(name: str) -> str:
     """Say what a state is of."""
     return "the network's input" if name == INPUT else f"component {name!r}"
+
+
+def all_finite(blocks: Sequence[Tensor]) -> bool:
+    """Check whether all values are finite; a finite sum has finite terms, and is found faster."""
+    sums = torch.stack([block.sum().to(blocks[0]) for block in blocks])
+    return all(map(math.isfinite, sums.tolist()))
 
 
 class Accumulator:
@@ -470,10 +476,10 @@ class Accumulator:
         self._note_bent(layout, kept, notes)
         self._note_kinds(notes)
         self._note_rounded(layout, moments, notes)
-        report = report_on(
-            layout,
-            self.credits(),
+        report = build_report(
             [names[i] for i in layout.components],
+            self.credits(),
+            layout,
             n_samples=n_samples,
             delay=options.delay,
             variance_kept=[kept[i] for i in layout.components],

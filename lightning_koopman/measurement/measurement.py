@@ -351,30 +351,23 @@ class Measurement(Accumulator):
                 raise ValueError(
                     f"reduce holds {stranger!r}, which matches no component. {hint(stranger, names)}"
                 )
-        returned, in_losses = self.capture.returned.made_of, self.capture.returned.in_losses
+        self.plan, records, self._pooled = plan_of(
+            self.capture,
+            records,
+            self._batch,
+            named=self._named,
+            end=OUTPUT if callable(self.options.output) else self.capture.end,
+            reduce=self.options.reduce,
+            max_dim=self.options.max_dim,
+            varying=self._varying,
+            valid=self._valid,
+        )
         if (error := self.capture.untraced) is not None:
-            records, returned = in_a_row(records, returned), {}
             self.capture.inputs.keep({record.name for record in records})
-            in_losses = frozenset()
             self._untraced = (
                 f"the data could not be followed ({type(error).__name__}: {error}), so each is "
                 "taken to read what ran right before it"
             )
-        self._pooled = pooling_index(records, self.capture.returned.rows, self._batch)
-        records = [replace(r, tensor=pooled_by(self._pooled, r.tensor, self._batch)) for r in records]
-        self.plan = make_plan(
-            records,
-            batch=self._batch,
-            end=OUTPUT if callable(self.options.output) else self.capture.end,
-            named=self._named,
-            reduce=self.options.reduce,
-            max_dim=self.options.max_dim,
-            returned=returned,
-            in_losses=in_losses,
-            varying=self._varying,
-            in_turns=frozenset() if self._named else self.capture.in_turns(records),
-            valid=self._valid,
-        )
         if len(self.plan.states) < 2:
             (name,), told = self.plan.names, self.plan.told()
             self.plan = None
@@ -667,6 +660,28 @@ class Measurement(Accumulator):
         """Find the modules of each component."""
         known = self.capture.components
         return [[known[m] for n in calls if (m := module_of(n)) in known] for calls in self._calls()]
+
+
+def plan_of(
+    capture: Capture, records: Sequence[Recorded], batch: Any, *, named: bool, **options: Any
+) -> tuple[Plan, list[Recorded], int | None]:
+    """Plan the chain of what a pass recorded; return also the records, and what pools their nodes."""
+    returned, in_losses = capture.returned.made_of, capture.returned.in_losses
+    if capture.untraced is not None:
+        records, returned, in_losses = in_a_row(records, returned), {}, frozenset()
+    pooled = pooling_index(records, capture.returned.rows, batch)
+    records = [replace(r, tensor=pooled_by(pooled, r.tensor, batch)) for r in records]
+    in_turns = frozenset() if named else capture.in_turns(records)
+    plan = make_plan(
+        records,
+        batch=batch,
+        named=named,
+        returned=returned,
+        in_losses=in_losses,
+        in_turns=in_turns,
+        **options,
+    )
+    return plan, records, pooled
 
 
 def _refuse_alone(name: str) -> NoReturn:

@@ -17,10 +17,10 @@ from lightning_koopman.koopman.credit import QUANTITIES, Credits, compute_credit
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.koopman.states import sample_keys
-from lightning_koopman.measurement.sums import check_states, report_on
+from lightning_koopman.measurement.accumulator import all_finite
 from lightning_koopman.network.arguments import INTEGER, TENSOR, check_each, check_given, check_type
 from lightning_koopman.network.tensors import exact_device, exactly
-from lightning_koopman.report.report import CreditReport, check_quantities
+from lightning_koopman.report.report import CreditReport, build_report, check_quantities
 
 _RESTORED = (
     *("header", "moments", "_update_count"),
@@ -43,6 +43,21 @@ def _agree(facts: dict[str, Any], header: Tensor) -> dict[str, Any]:
                 "give both metrics the same"
             )
     return {name: found.get(name) if own is None else own for name, own in facts.items()}
+
+
+def _check_states(rows: Sequence[Tensor], names: Sequence[str], layout: Layout) -> None:
+    """Refuse states that do not fit each other or the layout, or are not finite."""
+    if len(rows) != len(names):
+        raise ValueError(f"{len(rows)} states arrived; expected {len(names)}: {tuple(names)}")
+    for name, row, width in zip(names, rows, layout.dims, strict=True):
+        if row.shape != (rows[0].shape[0], width):
+            raise ValueError(
+                f"state {name!r} has shape {tuple(row.shape)}; expected ({rows[0].shape[0]}, {width})"
+            )
+    if not all_finite(rows):
+        for name, row in zip(names, rows, strict=True):
+            if not bool(torch.isfinite(row).all()):
+                raise ValueError(f"state {name!r} holds NaN or infinity; leave that batch out")
 
 
 class KoopmanCredit(Metric):
@@ -117,23 +132,21 @@ class KoopmanCredit(Metric):
         check_each(INTEGER, **{f"links[{step}]": read for step, read in enumerate(links or ())})
         super().__init__(**kwargs)
         self.center = None if center is None else [offset.detach().double() for offset in center]
-        folds, delay = self.folds, self.delay = options.folds, options.delay
-        self.seed = options.seed
         self.links = () if links is None else tuple(tuple(map(int, read)) for read in links)
         self.options = options
         self.quantities = tuple(quantities)
         place = exact_device(self.device)
         header = torch.zeros(0, dtype=torch.uint8, device=place)
         self.add_state("header", header, dist_reduce_fx=_first)
-        moments = torch.zeros(folds, 0, dtype=torch.float64, device=place)
+        moments = torch.zeros(options.folds, 0, dtype=torch.float64, device=place)
         self.add_state("moments", moments, dist_reduce_fx="sum")
         offsets = [offset.cpu().numpy().tobytes() for offset in self.center or ()]
         self._own = dict[str, Any](
             components=None if components is None else list(components),
             dims=None,
-            folds=folds,
-            seed=self.seed,
-            delay=delay,
+            folds=options.folds,
+            seed=options.seed,
+            delay=options.delay,
             links=list(map(list, self.links)),
             center=zlib.crc32(b"".join(offsets)),
         )
@@ -179,7 +192,7 @@ class KoopmanCredit(Metric):
         if not rows or rows[0].shape[0] == 0:
             raise ValueError("no sample arrived; states must hold at least one row")
         layout = self.layout or self._layout_of([row.shape[1] for row in rows], components)
-        check_states(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
+        _check_states(rows, ("x_0", *(components or map(str, range(len(layout.dims) - 1)))), layout)
         if keys is not None and (keys.shape != rows[0].shape[:1] or keys.is_floating_point()):
             raise ValueError(
                 f"keys has shape {tuple(keys.shape)} of {keys.dtype}; expected one integer per sample, "
@@ -191,8 +204,8 @@ class KoopmanCredit(Metric):
                 self._lay_out(components, layout)
             if self.moments.is_inference():
                 self.moments = self.moments.clone()
-            keys = sample_keys(rows[0], self.seed) if keys is None else keys
-            folds = keys.to(self.moments.device) % self.folds
+            keys = sample_keys(rows[0], self.options.seed) if keys is None else keys
+            folds = keys.to(self.moments.device) % layout.folds
             accumulate(layout, self.moments, rows, folds, self.center)
 
     @torch.jit.unused
@@ -255,22 +268,11 @@ class KoopmanCredit(Metric):
                 scalars[f"{name}/{component}"] = value
         return scalars
 
-    def report(
-        self,
-        *,
-        variance_kept: Sequence[float] | None = None,
-        notes: Sequence[str] = (),
-        step: int | None = None,
-        enough: int | None = None,
-    ) -> CreditReport:
+    def report(self, *, step: int | None = None) -> CreditReport:
         """Compute the full report; synchronises processes as ``compute`` does.
 
         Args:
-            variance_kept: Share of variance that each component's state vector keeps, if it was reduced.
-            notes: Sentences to carry along.
             step: Training step the weights belong to.
-            enough: How many samples to advise where there are too few; ``None`` takes as many as states
-                of these widths need.
 
         Returns:
             The report.
@@ -279,16 +281,13 @@ class KoopmanCredit(Metric):
             ValueError: If fewer than two samples were seen.
         """
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
-            return report_on(
-                self._laid_out(),
-                self._credits(),
+            return build_report(
                 self._names(),
+                self._credits(),
+                self._laid_out(),
                 n_samples=int(self.moments[:, 0].sum()),
                 delay=self.options.delay,
-                variance_kept=variance_kept,
-                notes=notes,
                 step=step,
-                enough=enough,
             )
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -326,7 +325,8 @@ class KoopmanCredit(Metric):
         return self._read[1:]
 
     def _layout_of(self, dims: Sequence[int], components: tuple[str, ...] | None) -> Layout:
-        layout = Layout(tuple(map(int, dims)), self.folds, self.delay, self.links)
+        folds, delay = self.options.folds, self.options.delay
+        layout = Layout(tuple(map(int, dims)), folds, delay, self.links)
         if components is not None and len(components) != len(dims) - 1:
             raise ValueError(f"{len(dims)} states need {len(dims) - 1} components, not {components}")
         if self.center is not None and tuple(map(len, self.center)) != layout.dims:

@@ -7,13 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
 from scipy.special import stdtrit
 
 from lightning_koopman.report.fields import ReportFields
 from lightning_koopman.report.tables import columns
+from lightning_koopman.report.text import Fitted
 
 
 def newest_of_runs(reports: Sequence[ReportFields]) -> list[ReportFields]:
@@ -21,24 +19,20 @@ def newest_of_runs(reports: Sequence[ReportFields]) -> list[ReportFields]:
     return list({report.run: report for report in reports}.values())
 
 
-def runs_table(reports: Sequence[ReportFields]) -> Table:
+def runs_table(reports: Sequence[ReportFields]) -> Fitted:
     """Lay several runs out side by side, component by component."""
-    table = Table(title="Newest of every run; dim numbers carry the doubt", box=SIMPLE_HEAD)
-    for name in ("component", "run", "step", "credit", "gain", "doubt"):
-        table.add_column(name, justify="right" if name in {"step", "credit", "gain"} else "left")
-    rows: dict[str, list[list[str]]] = {}
+    rows: dict[str, list[tuple[Any, ...]]] = {}
     for report in newest_of_runs(reports):
         found, step = columns(report), "" if report.step is None else str(report.step)
-        for name in ("credit", "gain"):
-            pairs = zip(found[name], report.doubts_about(name), strict=True)
-            found[name] = [f"[dim]{text}[/]" if doubts else text for text, doubts in pairs]
-        numbers = zip(found["credit"], found["gain"], found["doubt"], strict=True)
-        for component, own in zip(report.components, numbers, strict=True):
-            row = [escape(component), escape(report.run), step, *own]
-            rows.setdefault(component, []).append(row)
-    for row in itertools.chain(*rows.values()):
-        table.add_row(*row)
-    return table
+        doubts = (report.doubts_about(name) for name in ("credit", "gain"))
+        own = (found["credit"], found["gain"], found["doubt"], *doubts)
+        for component, *cells in zip(report.components, *own, strict=True):
+            rows.setdefault(component, []).append((component, report.run, step, *cells))
+    *shown, credits, gains = zip(*itertools.chain(*rows.values()), strict=True)
+    names = ("component", "run", "step", "credit", "gain", "doubt")
+    grey = {"credit": list(map(bool, credits)), "gain": list(map(bool, gains))}
+    title = "Newest of every run; dim numbers carry the doubt"
+    return Fitted(title, dict(zip(names, shown, strict=True)), grey=grey)
 
 
 def changes(before: ReportFields, after: ReportFields, quantity: str = "credit") -> list[dict[str, Any]]:
@@ -77,21 +71,19 @@ def changes(before: ReportFields, after: ReportFields, quantity: str = "credit")
     return rows
 
 
-def changes_table(before: ReportFields, after: ReportFields, quantity: str = "credit") -> Table:
+def changes_table(before: ReportFields, after: ReportFields, quantity: str = "credit") -> Fitted:
     """Lay :func:`changes` out, one row per component."""
-    table = Table(title=f"Change of {quantity}; changed: beyond error, at 95 %", box=SIMPLE_HEAD)
-    for name in ("component", "before", "after", "difference", "changed", "doubt"):
-        table.add_column(name, justify="left" if name in {"component", "doubt"} else "right")
-    for row in changes(before, after, quantity):
-        table.add_row(
-            escape(row["component"]),
-            *(f"{row[name]:.3f}" for name in ("before", "after")),
-            f"{row['difference']:+.3f}±{row['stderr']:.3f}",
-            "yes" if row["changed"] else "",
-            row["doubt"],
-            style="dim" if row["doubt"] else "bold" if row["changed"] else None,
-        )
-    return table
+    rows = changes(before, after, quantity)
+    shown = {
+        "component": [row["component"] for row in rows],
+        "before": [f"{row['before']:.3f}" for row in rows],
+        "after": [f"{row['after']:.3f}" for row in rows],
+        "difference": [f"{row['difference']:+.3f}±{row['stderr']:.3f}" for row in rows],
+        "changed": ["yes" if row["changed"] else "" for row in rows],
+        "doubt": [row["doubt"] for row in rows],
+    }
+    styles = ["dim" if row["doubt"] else "bold" if row["changed"] else None for row in rows]
+    return Fitted(f"Change of {quantity}; changed: beyond error, at 95 %", shown, styles=styles)
 
 
 def _quantile(errors: Sequence[tuple[float, int]]) -> float:

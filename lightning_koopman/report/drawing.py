@@ -1,4 +1,4 @@
-"""Draws plain numbers with Matplotlib.
+"""Draws with Matplotlib what reports, effects and decisions hold.
 
 Each function draws on a figure or on axes that it is given, or on a new figure that no window manager
 knows of, and returns the figure and its axes.
@@ -38,40 +38,29 @@ def visible(ax: Any) -> Any:
     return plt.figure()
 
 
-def plot_marked(
-    components: Sequence[str],
-    values: NDArray[np.float64],
-    stderr: NDArray[np.float64],
-    marked: NDArray[np.bool_],
-    xlabel: str,
-    title: str,
-    ax: Any,
-) -> tuple[Figure, Any]:
-    """Draw one number per component with two standard errors; those that are marked stand out."""
-    figure, axis = axes_on(ax, 8, height_of(len(components), 0.35, 1.4), components)
-    colors = np.where(marked, MARKED, DOUBTED)
-    axis.barh(np.arange(len(components)), values, xerr=2 * stderr, color=colors, capsize=3)
+def plot_drift(drift: Any, ax: Any) -> tuple[Figure, Any]:
+    """Draw the drift of each component with two standard errors; those that changed stand out."""
+    size = len(drift.components)
+    figure, axis = axes_on(ax, 8, height_of(size, 0.35, 1.4), drift.components)
+    colors = np.where(drift.changed, MARKED, DOUBTED)
+    axis.barh(range(size), drift.drift, xerr=2 * drift.stderr, color=colors, capsize=3)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_xlabel(xlabel)
-    name_rows(axis, components)
+    axis.set_xlabel("drift [share of the output's variance]")
+    name_rows(axis, drift.components)
     axis.invert_yaxis()
+    title = f"Drift, {drift.n_samples} samples; red: changed beyond error"
     axis.set_title(title, fontsize="medium")
     return figure, axis
 
 
-def plot_steps(
-    names: Sequence[str],
-    loss: NDArray[np.float64],
-    stderr: NDArray[np.float64],
-    admitted: float,
-    label: str,
-    ax: Any,
-) -> tuple[Figure, Any]:
-    """Draw a loss after each of several steps, with its standard error and the loss that is admitted."""
+def plot_steps(steps: Any, stderr: NDArray[np.float64], label: str, ax: Any) -> tuple[Figure, Any]:
+    """Draw the loss after each of several steps, with its error and the loss that is admitted."""
+    names = ("none", *steps.components)
+    loss, error = np.append(0.0, steps.loss), np.append(0.0, np.nan_to_num(stderr))
     figure, axis = axes_on(ax, max(5.0, min(14.0, 0.6 * len(names) + 2)), 3.6)
     places = np.arange(len(names))
-    axis.errorbar(places, loss, np.nan_to_num(stderr), fmt="o-", ms=4, color=BELIEVED, capsize=2)
-    axis.axhline(admitted, color=MARKED, linewidth=0.8, linestyle=":")
+    axis.errorbar(places, loss, error, fmt="o-", ms=4, color=BELIEVED, capsize=2)
+    axis.axhline(steps.max_drop, color=MARKED, linewidth=0.8, linestyle=":")
     axis.set_xticks(places, names, rotation=45, ha="right")
     axis.set_xlabel("component, one after the other")
     axis.set_ylabel(label)
@@ -135,25 +124,19 @@ def _add_key(figure: Figure, axis: Any, names: Sequence[str]) -> None:
         axis.text(0.26, height, name, fontsize="small", va="center", transform=corner)
 
 
-def plot_options(
-    names: Sequence[str],
-    options: Sequence[str],
-    values: NDArray[np.float64],
-    stderr: NDArray[np.float64],
-    chosen: Sequence[int],
-    label: str,
-    ax: Any,
-) -> tuple[Figure, Any]:
-    """Draw what each option costs per component on a logarithmic axis, with the chosen ones filled."""
+def plot_bits(found: Any, label: str, ax: Any) -> tuple[Figure, Any]:
+    """Draw what each number of bits costs on a logarithmic axis, with the chosen ones filled."""
+    names, values = found.components, found.effects
     figure, axis = axes_on(ax, 7, height_of(len(names), 0.35, 1.6))
     places = np.arange(len(names))
-    shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(options)))
-    for column, (option, shade) in enumerate(zip(options, shades, strict=True)):
+    shades = colormaps["viridis"](np.linspace(0.05, 0.85, len(found.options)))
+    for column, (option, shade) in enumerate(zip(found.options, shades, strict=True)):
         shown = values[:, column] > 0
         at, points = places[shown], values[shown, column]
-        axis.errorbar(points, at, xerr=stderr[shown, column], fmt="none", ecolor=shade, lw=0.8)
-        axis.plot(points, at, "o", color=shade, fillstyle="none", label=option)
-        taken = shown & (np.array(chosen) == column)
+        error = found.effects_stderr[shown, column]
+        axis.errorbar(points, at, xerr=error, fmt="none", ecolor=shade, lw=0.8)
+        axis.plot(points, at, "o", color=shade, fillstyle="none", label=f"{option} bits")
+        taken = shown & (np.array(found.bits) == option)
         axis.plot(values[taken, column], places[taken], "o", color=shade)
     axis.set_xscale("log")
     axis.set_xlabel(label)

@@ -159,17 +159,9 @@ class Drift(Shown):
         Returns:
             The figure and its axes.
         """
-        from lightning_koopman.report.drawing import plot_marked, visible
+        from lightning_koopman.report.drawing import plot_drift, visible
 
-        return plot_marked(
-            self.components,
-            self.drift,
-            self.stderr,
-            self.changed,
-            "drift [share of the output's variance]",
-            f"Drift, {self.n_samples} samples; red: changed beyond error",
-            visible(ax),
-        )
+        return plot_drift(self, visible(ax))
 
     def __rich__(self) -> Fitted:
         since = "" if self.since is None else f" since step {self.since}"

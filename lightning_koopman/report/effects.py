@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -329,22 +330,11 @@ class Effects(Shown):
 
 def _said_doubts(effects: Effects) -> list[str]:
     """Return which doubts there are of which kinds, as a line."""
-    found = {
-        word: list(dict.fromkeys(k for k, rows in effects.doubts.items() for row in rows if word in row))
-        for word in (
-            "saturated",
-            "samples",
-            "leverage",
-            "infinite",
-            "gradient",
-            "inputs",
-            "outputs",
-            "unsteady",
-            "elsewhere",
-            "refused",
-        )
-    }
-    said = [f"{word} ({', '.join(kinds)})" for word, kinds in found.items() if kinds]
+    kinds_of: dict[str, list[str]] = {}
+    for kind, rows in effects.doubts.items():
+        for word in dict.fromkeys(itertools.chain(*rows)):
+            kinds_of.setdefault(word, []).append(kind)
+    said = [escape(f"{word} ({', '.join(kinds)})") for word, kinds in kinds_of.items()]
     return [f"?: {', '.join(said)}"] if said else []
 
 

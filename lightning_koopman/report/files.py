@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.report import CreditReport
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 Format = Literal["json", "csv", "html"]
 
 
-def kind_of(path: str | os.PathLike[str], asked: str = "auto", otherwise: Format = "json") -> Format:
-    """Return what kind of file was asked for, or is meant by how its name ends."""
-    ending = Path(path).suffix[1:].lower() if asked == "auto" else asked
-    return next((kind for kind in get_args(Format) if kind == ending), otherwise)
+def kind_of(path: str | os.PathLike[str], otherwise: Format = "json") -> Format:
+    """Return what kind of file is meant by how its name ends."""
+    by_ending: dict[str, Format] = {".json": "json", ".csv": "csv", ".html": "html"}
+    return by_ending.get(Path(path).suffix.lower(), otherwise)
 
 
 def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
     """Write a table as JSON where the file's name ends so, else as CSV."""
     with write_atomically(path) as temporary:
-        if kind_of(path, otherwise="csv") == "json":
+        if kind_of(path, "csv") == "json":
             # to_json of pandas rounds to ten decimal places.
             rows = [to_plain(row) for row in table.to_dict("records")]
             temporary.write_text(json.dumps(rows, indent=1, allow_nan=False), encoding="utf-8")
@@ -36,9 +36,10 @@ def write_table(table: DataFrame, path: str | os.PathLike[str]) -> None:
 
 
 def write_reports(
-    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format = "json"
+    reports: Sequence[CreditReport], path: str | os.PathLike[str], otherwise: Format = "json"
 ) -> None:
-    """Write reports to one file, by a temporary one that is renamed when complete."""
+    """Write reports to one file, of the kind that its name ends in."""
+    kind = kind_of(path, otherwise)
     with write_atomically(path) as temporary:
         if kind == "csv":
             import pandas
@@ -84,22 +85,25 @@ def merge_reports(paths: Iterable[str | os.PathLike[str]]) -> list[CreditReport]
     return [by_file[key][1] for key in sorted(by_file)]
 
 
-def write_with_known(
-    reports: Sequence[CreditReport], path: str | os.PathLike[str], kind: Format
-) -> None:
+def write_with_known(reports: Sequence[CreditReport], path: str) -> None:
     """Write reports so that a second evaluation can take them over."""
-    if kind != "json":
-        write_reports(reports, f"{os.fspath(path)}.json")
-    if reports or kind == "json":
-        write_reports(reports, path, kind)
+    if (known := _known_file(path)) != path:
+        write_reports(reports, known)
+    if reports or known == path:
+        write_reports(reports, path)
 
 
-def read_known(path: str | os.PathLike[str], kind: Format) -> list[CreditReport]:
+def read_known(path: str) -> list[CreditReport]:
     """Read what :func:`write_with_known` wrote."""
-    source = Path(path if kind == "json" else f"{os.fspath(path)}.json")
+    known = _known_file(path)
     try:
-        return read_reports(source) if source.exists() else []
+        return read_reports(known) if os.path.exists(known) else []
     except ReportFormatError as error:
         raise ReportFormatError(
             f"{error}. Name another --out, or pass --fresh to replace the file"
         ) from None
+
+
+def _known_file(path: str) -> str:
+    """Return the JSON file that keeps the reports of a table or a page."""
+    return path if kind_of(path) == "json" else f"{path}.json"

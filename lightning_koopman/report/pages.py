@@ -24,17 +24,13 @@ from lightning_koopman.report.text import with_error
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LOOK = """table{border-collapse:collapse}
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem}
+.wide{overflow-x:auto}th{cursor:pointer}img{max-width:100%}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem}
+dt{font-weight:600}dd{margin:0}table{border-collapse:collapse}
 th,td{padding:.25rem .5rem;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}
 th{background:#f4f4f4;vertical-align:bottom}td:first-child,th:first-child,td.name,td.words,th:last-child{text-align:left}
 td.words{white-space:normal;min-width:6rem}td.doubt{color:#9a9a9a}"""
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:78rem;margin:2rem auto;padding:0 1rem}"
-    ".wide{overflow-x:auto}th{cursor:pointer}img{max-width:100%}"
-    "dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem}"
-    "dt{font-weight:600}dd{margin:0}" + _LOOK
-)
 
 _SORT = """document.querySelectorAll("th").forEach(h=>h.addEventListener("click",()=>{
 const b=h.closest("table").tBodies[0],i=h.cellIndex,up=h.dataset.up!=="1";h.dataset.up=up?"1":"0";
@@ -69,7 +65,8 @@ def to_html(reports: Sequence[ReportFields]) -> str:
         for note in all_notes(report)
     )
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    heading = f"Koopman credit of {len(newest)} runs" if several else _heading(newest[0])
+    about = f" of {len(newest)} runs" if several else escape(newest[0].label)
+    heading = f"Koopman credit{about}"
     summary = "".join(
         f"<p>{escape(report.label.strip()) + ': ' if several else ''}{_summary(report)}</p>"
         for report in newest
@@ -90,19 +87,6 @@ def to_html(reports: Sequence[ReportFields]) -> str:
         f"{_glossary(newest)}{f'<h2>Notes</h2><ul>{listed}</ul>' if listed else ''}{pictures}"
         f"<script>{_SORT}</script></body></html>\n"
     )
-
-
-def to_fragment(report: ReportFields) -> str:
-    """Return one report as a table with its verdict, to stand in a notebook."""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in all_notes(report))
-    return (
-        f'<div class="koopman-credit"><style scoped>{_LOOK}</style><p><b>{_heading(report)}</b></p>'
-        f"{_summary(report)}{_credits([report])}{f'<ul>{notes}</ul>' if notes else ''}</div>"
-    )
-
-
-def _heading(report: ReportFields) -> str:
-    return f"Koopman credit{escape(report.label)}"
 
 
 def _summary(report: ReportFields) -> str:

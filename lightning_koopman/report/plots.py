@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -18,7 +16,6 @@ from lightning_koopman.report.drawing import (
     BELIEVED,
     DOUBTED,
     MARKED,
-    MOST_LABELS,
     MOST_LINES,
     axes_on,
     height_of,
@@ -216,24 +213,6 @@ def plot_directions(report: ReportFields, ax: Any = None) -> tuple[Figure, Any]:
     step = max(1, report.directions // 20)
     axis.set_xticks(range(0, report.directions, step))
     axis.set_xlabel("output direction")
-    return figure, axis
-
-
-def plot_spectra(report: ReportFields, ax: Any = None) -> tuple[Figure, Any]:
-    """Draw the singular values of every component's operator."""
-    if not report.operators:
-        raise ValueError("the report holds no operators; a report read from JSON has none")
-    figure, axis = axes_on(ax, 7, 4.5, ["1e-10"])
-    shades = colormaps["viridis"](np.linspace(0.05, 0.9, len(report.operators)))
-    for shade, (name, operator) in zip(shades, report.operators.items(), strict=True):
-        values = torch.linalg.svdvals(operator.matrix.double()).cpu().numpy()
-        values = values[values > 1e-12 * max(values[0], 1e-300)]
-        axis.semilogy(np.arange(1, len(values) + 1), values, color=shade, label=name)
-    if len(report.operators) <= MOST_LABELS // 3:
-        axis.legend(fontsize="small")
-    axis.set_xlabel("index")
-    axis.set_ylabel("singular value")
-    axis.set_title(f"Koopman operators{report.label}")
     return figure, axis
 
 

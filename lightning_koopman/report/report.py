@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from torch import Tensor
 
-from lightning_koopman.koopman.credit import QUANTITIES, Credits
+from lightning_koopman.koopman.credit import QUANTITIES, Credits, samples_needed
+from lightning_koopman.koopman.moments import Layout
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.fields import ReportFields
 from lightning_koopman.report.saved import (
@@ -25,7 +27,7 @@ from lightning_koopman.report.saved import (
     write_atomically,
 )
 from lightning_koopman.report.tables import credit_table, has_more, to_rows
-from lightning_koopman.report.text import as_text, counted, with_error
+from lightning_koopman.report.text import Shown, counted, with_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class CreditReport(ReportFields):
+class CreditReport(Shown, ReportFields):
     """Credits of every component of one network over one set of samples.
 
     All arrays are float64 of shape ``(L,)``, one entry per component, in order of execution. Every log
@@ -250,17 +252,9 @@ class CreditReport(ReportFields):
         size = counted(len(self), "component")
         return f"CreditReport({size}, {run}{step}{self.n_samples} samples, total {total})"
 
-    def _repr_html_(self) -> str:
-        from lightning_koopman.report.pages import to_fragment
-
-        return to_fragment(self)
-
     def __rich__(self) -> RenderableType:
         table = credit_table(self)
         return Group(self.effects, table) if self.effects and has_more(self) else table
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def check_quantities(quantities: Sequence[str]) -> None:
@@ -276,16 +270,22 @@ def check_quantities(quantities: Sequence[str]) -> None:
 def build_report(
     components: Sequence[str],
     credits: Credits,
+    layout: Layout,
     *,
     n_samples: int,
+    delay: int = 1,
     variance_kept: Sequence[float] | None = None,
     notes: Sequence[str] = (),
     step: int | None = None,
-    folds: int = 5,
-    delay: int = 1,
+    enough: int | None = None,
 ) -> CreditReport:
-    """Return the report that names the numbers of a chain."""
-    notes = list(notes)
+    """Return the report that names the numbers of a chain, and say where the samples are few."""
+    notes, needed = list(notes), samples_needed(layout)
+    if n_samples < needed:
+        advised = needed if enough is None else enough
+        note = f"{n_samples} samples are few for states this wide; take {advised} or more"
+        warnings.warn(note, stacklevel=3)
+        notes.append(note)
     lost = [components[i - 1] for i in credits.lost if i > 0]
     if credits.lost:
         notes.append(
@@ -317,7 +317,7 @@ def build_report(
         notes=tuple(notes),
         operators=dict(zip(components, credits.operators, strict=True)),
         step=step,
-        folds=folds,
+        folds=layout.folds,
         delay=delay,
     )
 

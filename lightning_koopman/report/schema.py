@@ -136,7 +136,7 @@ def checked_fields(given: Any) -> dict[str, Any]:
     if wrong := {len(row) for row in found["volumes"]} - {found["directions"]}:
         raise ReportFormatError(f"volumes has rows of {wrong} numbers; expected {found['directions']}")
     if (effects := found["effects"]) is not None:
-        if "influence_stderr" in effects and isinstance(effects.get("values"), dict):  # written by 0.2
+        if "influence_stderr" in effects and isinstance(effects.get("values"), dict):  # written by 0.1
             effects |= {"components": list(found["components"])}
             effects |= {"how": dict.fromkeys(effects["values"], "predicted")}
         found["effects"] = checked_effects(effects, "effects.")

@@ -22,7 +22,7 @@ EMPTY_DRIFT = (
     "constant."
 )
 
-_WORDS = ("doubt", "type", "holds")
+_WORDS = ("doubt", "type", "holds", "run")
 _LONGEST_NAME = 28
 _LEAST_WIDTH = 78
 _MOST_PLACES = 4

@@ -24,6 +24,7 @@ from lightning_koopman.report.comparison import runs_table
 from lightning_koopman.report.files import read_reports, write_reports
 from lightning_koopman.report.pages import to_html
 from lightning_koopman.report.tables import columns
+from lightning_koopman.report.text import as_text
 
 pytestmark = pytest.mark.usefixtures("no_pixels")
 MORE_DATA = """
@@ -181,7 +182,7 @@ def test_a_changed_file_is_measured_again(project, capsys):
 @pytest.mark.parametrize("kind", ["csv", "html"])
 def test_other_formats_resume_from_the_json_beside_them(project, capsys, kind):
     for _ in range(2):
-        assert evaluate(f"--out=r.{kind}", f"--format={kind}") == 0
+        assert evaluate(f"--out=r.{kind}") == 0
     assert "3 of 3 reports taken over" in capsys.readouterr().err
     assert main(["report", f"r.{kind}.json"]) == 0
     assert "at step 3" in capsys.readouterr().out
@@ -229,6 +230,19 @@ def test_an_interrupted_evaluation_keeps_known_reports_and_goes_on(tmp_path):
     assert counts == [(2, 4)]
 
 
+def test_an_evaluation_that_is_interrupted_while_it_saves_counts_and_logs_what_it_saved(tmp_path):
+    paths = [save(tmp_path / f"{step}.ckpt", step, 1.0 + step) for step in range(3)]
+
+    def stop(reports: list[CreditReport]) -> None:
+        if len(reports) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(EvaluationError, match="interrupted after 2 of 3 checkpoints") as caught:
+        evaluate_checkpoints(network(), paths, batches(), on_report=stop, logdir=tmp_path / "tb")
+    assert [report.step for report in caught.value.reports] == [0, 1]
+    assert scalars(tmp_path / "tb") == [0, 1]
+
+
 def test_a_known_report_with_an_odd_source_is_measured_again(one):
     odd = CreditReport.from_dict(one.to_dict() | {"source": {"path": ["unhashable"]}})
     (again,) = evaluate_checkpoints(network(), one.source["path"], batches(), known=[odd])
@@ -272,7 +286,7 @@ def test_runs_stay_apart_everywhere(project, capsys):
     for run, scale in (("b", 2.0), ("a", 1.0)):
         for step in (1, 2):
             save(project / "ckpt" / run / "checkpoints" / f"{step}.ckpt", step, scale * step)
-    assert evaluate("--out=r.csv", "--format=csv", "--logdir=tb") == 0
+    assert evaluate("--out=r.csv", "--logdir=tb") == 0
     printed = capsys.readouterr().out
     assert printed.index("of run a at step 2") < printed.index("of run b at step 1")
     rows = list(csv.DictReader((project / "r.csv").read_text().splitlines()))
@@ -293,12 +307,14 @@ def test_runs_with_other_components_stand_side_by_side(one, monkeypatch):
     doubted = {"r2": np.ones(2), "chain_r2": np.array([0.0, 1.0]), "stable": np.ones(2, dtype=bool)}
     other = dataclasses.replace(one, run="[b]", components=("0", "x"), credit=2 * one.credit, **doubted)
     sure = dataclasses.replace(one, run="a", **(doubted | {"chain_r2": np.ones(2)}))
-    found = {column.header: list(column.cells) for column in runs_table([sure, other]).columns}
-    assert found["component"] == ["0", "0", "2", "x"]
-    assert found["run"] == ["a", r"\[b]", "a", r"\[b]"]
+    table = runs_table([sure, other])
+    assert [*table.columns["component"]] == ["0", "0", "2", "x"]
+    assert [*table.columns["run"]] == ["a", "[b]", "a", "[b]"]
     pairs = zip(columns(sure)["credit"], columns(other)["credit"], strict=True)
     (own, twice), last = pairs
-    assert found["credit"] == [own, f"[dim]{twice}[/]", *last]
-    assert found["doubt"] == ["", "chain_r2", "", ""]
+    assert [*table.columns["credit"]] == [own, twice, *last]
+    assert table.grey == {name: [False, True, False, False] for name in ("credit", "gain")}
+    assert [*table.columns["doubt"]] == ["", "chain_r2", "", ""]
+    assert "[b]" in as_text(table)
     assert laid_out == [sure, other], "once each, not once per component"
     assert "<th>run</th>" not in to_html([one])

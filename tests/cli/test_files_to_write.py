@@ -124,10 +124,10 @@ def test_files_that_take_long_are_not_written_behind_each_checkpoint(
         save(Path(f"ckpt/{step}.ckpt"), step, 1 + step)
     written = []
 
-    def slowly(reports, path, kind):
+    def slowly(reports, path):
         written.append(len(reports))
         time.sleep(seconds)
-        files.write_reports(reports, path, kind)
+        files.write_reports(reports, path)
 
     monkeypatch.setattr(files, "write_with_known", slowly)
     options = ["--model=often_code:network", "--data=often_code:batches", "--ckpt=ckpt"]
@@ -155,19 +155,6 @@ def test_names_in_brackets_are_printed_as_they_are(reports, capsys):
     assert "1 of 1 report taken over from r[bold].json" in told.err
     assert main(["merge", "r[bold].json", "--out=m[i].json"]) == 0
     assert "1 report in m[i].json" in capsys.readouterr().out
-
-
-def test_a_kind_that_is_named_goes_before_the_name(reports):
-    assert main(["evaluate", *reports, "--out=e.csv", "--format=json"]) == 0
-    assert main(["report", "r.json", "--out=r.html", "--format=csv"]) == 0
-    assert [kind("e.csv"), kind("r.html")] == ["list", "csv"]
-
-
-def test_a_kind_without_a_file_is_refused(capsys):
-    for given in (["report", "missing.json"], ["evaluate", *TRAINED]):
-        assert main([*given, "--format=csv"]) == 1
-        told = capsys.readouterr().err
-        assert told == "error: format is 'csv', but no file is to be written; name one with --out\n"
 
 
 def test_reports_are_not_read_from_pages(reports, capsys):

@@ -58,7 +58,7 @@ def test_data_to_fit_on_need_a_training_loader(name: str) -> None:
 
 def test_each_loader_is_made_after_its_own_stage() -> None:
     fitted, chosen = fit_and_choose("loaderless:both", {})
-    assert [len(fitted), len(chosen)] == [2, 2]
+    assert [len(list(fitted)), len(list(chosen))] == [2, 2]
     import loaderless  # written by the fixture
 
     assert loaderless.both.stages == ["fit", "validate"]

@@ -73,11 +73,11 @@ def test_networks_that_give_learned_queries_to_a_module_are_counted():
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_the_original_is_left_alone_and_neighbours_stay_apart_on_demand():
+def test_the_original_is_left_alone_and_what_are_no_neighbours_stay_apart():
     net, x = mlp().train(), inputs()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     parts, state = list(map(id, net.modules())), torch.get_rng_state()
-    new = linearize(net, x.split(250), components=["2", "4"], merge=False, **ANY)
+    new = linearize(net, x.split(250), components=["0", "4"], **ANY)
     assert len(swaps_in(new.model)) == 2
     assert new.model.training
     assert net.training
@@ -93,9 +93,7 @@ def test_a_bare_linear_layer_stays_unless_a_neighbour_goes_with_it():
     assert alone.components == ()
     assert not swaps_in(alone.model)
     torch.testing.assert_close(alone.model(x), net(x))
-    both = linearize(
-        net, x.split(250), components=["4", "6"], max_drop=1e-6, allow_larger=True, merge=True
-    )
+    both = linearize(net, x.split(250), components=["4", "6"], max_drop=1e-6, allow_larger=True)
     assert set(both.components) == {"4", "6"}
     (swap,) = swaps_in(both.model)
     assert swap.replaces == ("4", "5", "6")
@@ -199,8 +197,7 @@ def test_what_saves_nothing_stays_though_it_was_taken_on_the_way():
 def test_what_saves_nothing_stays():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).eval()
-    report = credit_report(net, [inputs()])
-    found = linearize(net, inputs().split(250), report, max_drop=math.inf, merge=False)
+    found = linearize(net, inputs().split(250), components=["0"], max_drop=math.inf)
     assert found.components == ()
     assert found.headline.startswith("100% of the parameters, 100% of the FLOPs")
 

@@ -72,7 +72,7 @@ def without_third(net: nn.Sequential) -> nn.Sequential:
 
 def test_a_component_that_no_linear_map_can_stand_for_stays_as_it_is():
     net = network()
-    how = {"max_drop": 1.0, "allow_larger": True, "merge": False}
+    how = {"max_drop": 1.0, "allow_larger": True}
     found = linearize(net, labelled(net), components=["0", "2", "3"], **how)
     assert {*found.components} == {"2", "3"}
     # What breaks for a component that became linear, too, is none.

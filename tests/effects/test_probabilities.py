@@ -11,7 +11,7 @@ from effect_nets import batched
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, drop_order
-from lightning_koopman.decisions.steps import component_calls, find_outputs
+from lightning_koopman.decisions.steps import run_whole
 from lightning_koopman.effects.scoring import PROBABILITIES, Outputs
 from lightning_koopman.network.runs.forward_runner import runner_on
 
@@ -89,8 +89,7 @@ def test_decisions_measure_and_add_up_as_of_logits():
     for ending in (nn.Identity(), nn.Softmax(1)):
         net = chain(ending)
         runner = runner_on(net, data(), 512, None)
-        calls, ends = component_calls(runner, None, None)
-        outputs = find_outputs(runner, calls, ends, None, None)[0]
+        outputs = run_whole(runner, None, None, None, None)[1]
         with torch.no_grad():
             net.layers[0].weight.mul_(1.1)
         displaced.append(outputs.displacement(runner.run()))

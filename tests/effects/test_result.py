@@ -216,6 +216,14 @@ def test_an_effect_is_one_line_in_a_shell_and_a_table_in_a_notebook():
     assert "Measured effects of altering" in made()._repr_mimebundle_((), ())["text/html"]
 
 
+def test_doubts_name_kinds_as_they_are_written():
+    values = {"skip": np.array([1.0, 2.0]), "my[bold]": np.array([1.0, 2.0])}
+    doubts = {"skip": (("samples",), ()), "my[bold]": (("saturated", "samples"), ("saturated",))}
+    how = dict.fromkeys(values, "predicted")
+    found = Effects(("a", "b"), values, values, how, "kl", 10, doubts=doubts)
+    assert str(found).endswith("?: samples (skip, my[bold]), saturated (my[bold])")
+
+
 def test_effects_are_written_and_read_back(both, report, tmp_path):
     again = Effects.from_dict(json.loads(json.dumps(both.to_dict(), allow_nan=False)))
     for field in dataclasses.fields(Effects):
@@ -233,7 +241,7 @@ def test_effects_are_written_and_read_back(both, report, tmp_path):
     assert (back.types, back.parameters) == (report.types, report.parameters)
 
 
-def test_effects_of_a_report_of_02_are_read(report):
+def test_effects_of_a_report_of_01_are_read(report):
     given = report.to_dict()
     given["effects"] = {
         "values": {"skip": [1.0, 2.0, None]}, "stderr": {"skip": [0.1, 0.2, 0.3]}, "scale": "kl",

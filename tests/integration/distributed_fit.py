@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, Options
 from lightning_koopman.callback import budget
@@ -68,7 +68,9 @@ class Data(L.LightningDataModule):
         self.rows[:, 0] += torch.arange(config["n_samples"]) / 50
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(TensorDataset(self.rows[:32]), batch_size=4)
+        rows = TensorDataset(self.rows[:32])
+        dealt = self.config["shards"] == "skipping" and self.trainer.world_size > 1
+        return DataLoader(rows, batch_size=4, sampler=DistributedSampler(rows) if dealt else None)
 
     def val_dataloader(self) -> DataLoader:
         size, shards = self.config["batch_size"], self.config["shards"]

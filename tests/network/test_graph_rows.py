@@ -197,7 +197,7 @@ def test_graphs_are_samples_where_a_network_returns_nodes_beside_what_it_pools()
     overview = describe_components(model, rings(target_of_graphs=False))
     assert overview.notes == report.notes[:2]
     assert {row.state for row in overview.rows} == {*report.components} - {"output+output#1"}
-    assert overview.rows[0].shape_out == (194, 4)
+    assert overview.rows[0].shape == (194, 4)
     # A ring hands on all that it is given, so all of it is linear in what nodes are on average.
     first, second = (layer.weight.detach().double() for layer in model.layers)
     one, two = (score.weight.detach().double() for score in model.scores)

@@ -100,8 +100,8 @@ def test_parts_that_are_called_in_place_of_the_whole_are_components():
     np.testing.assert_allclose(report.credit, named.credit, atol=1e-12)
     assert report.types == ("Linear", "Linear", "Linear")
     assert report.parameters == (112, 272, 51)
-    shapes = {row.name: row.shape_in for row in describe_components(model, batches).rows}
-    assert shapes == {"body.0": (100, 6), "body.2": (100, 16), "head.1": (100, 16)}
+    shapes = {row.name: row.shape for row in describe_components(model, batches).rows}
+    assert shapes == {"body.0": (100, 16), "body.2": (100, 16), "head.1": (100, 3)}
 
 
 def test_such_parts_have_effects_and_drift(tmp_path):

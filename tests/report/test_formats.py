@@ -126,7 +126,7 @@ def test_a_report_without_directions_is_shown_without_their_figure(report):
 
 
 def test_without_any_report_only_json_is_written(tmp_path):
-    write_with_known([], tmp_path / "r.html", "html")
+    write_with_known([], str(tmp_path / "r.html"))
     assert [path.name for path in tmp_path.iterdir()] == ["r.html.json"]
     with pytest.raises(ValueError, match="no report to show"):
         write_reports([], tmp_path / "r.html", "html")

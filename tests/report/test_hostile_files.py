@@ -107,8 +107,8 @@ def test_commands_write_the_file_named_and_nothing_else(project, hostile):
     (project / "out" / "r.json").write_text(json.dumps([hostile, hostile | {"step": 2}]))
     linear = ["--max-drop=9", "--allow-larger", "--out=out/linear.ckpt"]
     commands = (
-        ["report", "out/r.json", "--out=out/page.html", "--format=html"],
-        ["report", "out/r.json", "--out=out/page.csv", "--format=csv"],
+        ["report", "out/r.json", "--out=out/page.html"],
+        ["report", "out/r.json", "--out=out/page.csv"],
         ["merge", "--reports+=out/r.json", "--out=out/all.json"],
         ["compare", "out/r.json", "out/r.json"],
         ["compare", "1.ckpt", "2.ckpt", *GIVEN],

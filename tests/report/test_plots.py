@@ -19,7 +19,6 @@ from lightning_koopman.report.plots import (
     plot_evolution,
     plot_importance,
     plot_report,
-    plot_spectra,
 )
 
 
@@ -173,18 +172,6 @@ def test_reports_that_make_no_series_are_refused():
 def test_what_a_report_lacks_cannot_be_drawn():
     with pytest.raises(ValueError, match="no output direction reaches back to the input, so there is"):
         plot_directions(make(dead=True))
-    with pytest.raises(ValueError, match="holds no operators; a report read from JSON has none"):
-        plot_spectra(CreditReport.from_dict(make().to_dict()))
-
-
-def test_spectra_of_many_components_have_no_legend():
-    report = make()
-    assert plot_spectra(report)[1].get_legend() is not None
-    operator = report.operators["stem"]
-    many = dataclasses.replace(report, operators={f"block.{i}": operator for i in range(60)})
-    _, axis = plot_spectra(many)
-    assert axis.get_legend() is None
-    assert len(axis.lines) == 60
 
 
 def bands(axes) -> dict[str, np.ndarray]:

@@ -37,7 +37,10 @@ def make(seed: int = 0, *, dead: bool = False, step: int | None = 12) -> CreditR
     if dead:
         states[1] = torch.zeros_like(states[1])
     metric.update(states)
-    return metric.report(variance_kept=[0.9, 1.0, 1.0], notes=["a note"], step=step)
+    report = metric.report(step=step)
+    return dataclasses.replace(
+        report, variance_kept=np.array([0.9, 1.0, 1.0]), notes=("a note", *report.notes)
+    )
 
 
 def assert_equal(given: CreditReport, other: CreditReport) -> None:
@@ -278,7 +281,7 @@ def test_empty_cells_are_explained_in_every_form():
     text = " ".join(str(report).split())
     assert text.count(f"Note: {why}") == 1
     assert "drift: empty where a state was brought to other directions" in text
-    for form in (report._repr_html_(), to_html([report]), to_markdown(report)):
+    for form in (to_html([report]), to_markdown(report)):
         assert unescape(form).count(why) == 1
     # Where effects have a table of their own, it is explained there.
     both = dataclasses.replace(effects, predicted=numbers, predicted_stderr=numbers)
@@ -319,8 +322,8 @@ def test_a_report_feels_at_home_in_a_shell_and_a_notebook():
         report["body.1"]
     with pytest.raises(KeyError, match=r"called 'xyz'; there are \('stem', 'body.0', 'head'\)"):
         report["xyz"]
-    page = report._repr_html_()
-    assert "<b>Koopman credit of run a at step 12</b>" in page
+    page = report._repr_mimebundle_((), ())["text/html"]
+    assert "Koopman credit of run a at step 12" in page
     assert with_error(report.credit[0], report.stderr["credit"][0]) in page
 
 
@@ -377,7 +380,7 @@ def of_states(states: list[torch.Tensor]) -> CreditReport:
     layout = Layout((5, 4, 2, 6), 5)
     moments = layout.zeros()
     accumulate(layout, moments, states, torch.arange(100) % 5)
-    return build_report(NAMES, compute_credits(layout, moments), n_samples=100)
+    return build_report(NAMES, compute_credits(layout, moments), layout, n_samples=100)
 
 
 def test_lost_directions_are_named_in_a_note():
