@@ -84,7 +84,7 @@ class BatchAxes:
             return False if other and size == self._sizes[which] else None
         if place.inner > 1 or (place.axis == axis and size > self._sizes[which]):
             return None
-        return place.axis == axis or (False if tensor.shape[place.axis] == size else None)
+        return place.axis == axis
 
     def follow(self, func: Any, args: Sequence[Any], reads: Sequence[Tensor], out: Any) -> None:
         """Pass on what is known from what an operator read to what it wrote."""

@@ -102,6 +102,70 @@ def single_rows(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
 
 
 @way
+def single_rows_with_an_axis(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order = sorts(x).tolist()
+    z = b(torch.cat([h[i][None] for i in order]))
+    return torch.vstack([z[order.index(i)] for i in range(len(x))])
+
+
+@way
+def single_columns(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order, turned = sorts(x).tolist(), h.t()
+    z = b(torch.stack([turned[:, i] for i in order], 1).t()).t()
+    return torch.stack([z[:, order.index(i)] for i in range(len(x))])
+
+
+@way
+def index_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return b(h.t()[:, p].t())[p.argsort()]
+
+
+@way
+def index_third_of_four(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return b(h[None, None][:, :, p][0, 0]).t()[:, p.argsort()].t()
+
+
+@way
+def gather_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x).expand(h.shape[::-1])
+    return torch.zeros_like(h.t()).scatter(1, p, b(h.t().gather(1, p).t()).t()).t()
+
+
+@way
+def flip_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.t().flip(1).t()).t().flip(0, 1).flip(0).t()
+
+
+@way
+def roll_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.t().roll((0, 1), (0, 1)).t()).t().roll(-1, 1).t()
+
+
+@way
+def slices_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    z = b(torch.cat(h.t().split([7, len(h) - 7], 1)[::-1], 1).t()).t()
+    return torch.cat([z[:, -7:], z[:, :-7]], 1).t()
+
+
+@way
+def interleaved(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    y, half = torch.empty_like(h), len(h) // 2
+    y[::2], y[1::2] = h[half:], h[:half]
+    z, y = b(y), torch.empty_like(h)
+    y[half:], y[:half] = z[::2], z[1::2]
+    return y
+
+
+@way
+def two_in_one(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    y, p = h.new_empty(len(h), 2, h.shape[1]), sorts(x)
+    y[:, 0], y[:, 1] = h[p], -h[p]
+    return b(y[:, 0])[p.argsort()]
+
+
+@way
 def never_back(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     return b(h[sorts(x)])
 
@@ -169,6 +233,21 @@ def by_masks(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
 def by_values(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     v, p = x[:, 0].sort()
     return b(h[p] + v[:, None])[p.argsort()]
+
+
+def test_rows_beside_themselves_in_another_order_are_those_of_their_samples():
+    """In all batches, though none of the states is an order of the samples."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h, p = m.a(x), sorts(x)
+        own, other = m.b(torch.cat([h, h[p]])).chunk(2)
+        return m.c(own + 2 * other[p.argsort()])
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+    report = credit_report(model, samples().split(60))
+    assert report.components == ("a", "b", "c")
+    assert report.r2 == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("between", [by_halves, by_buffer, by_masks, by_values])
