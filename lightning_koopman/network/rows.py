@@ -79,8 +79,7 @@ class Recorded:
         second_orders: The same, where samples are along the second axis of the batch.
         places: Where the two first axes of the batch are, as far as that is known.
         picks: The states of which one position alone is in it.
-        positions: The tensors of the batch, by number, whose positions it has, of several that have as
-            many.
+        positions: The tensors of the batch, by number, whose positions it has, of several that have any.
     """
 
     name: str
