@@ -49,7 +49,7 @@ from lightning_koopman.decisions.steps import cost_of
 from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.replacements import quantized_weights
 from lightning_koopman.effects.scoring import Measured, Outputs, over_draws
-from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.runs.forward_runner import ForwardRunner
 
 BITS = (4, 3, 2)
 RANDOM = 10

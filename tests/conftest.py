@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.isolation import following_stops_compiler, seed_all
+from lightning_koopman.network.access.isolation import following_stops_compiler, seed_all
 
 mpl.use("Agg")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_koopman.callback.budget import Budget
-from lightning_koopman.network.signals import came_from_signal
+from lightning_koopman.network.access.signals import came_from_signal
 
 _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 

@@ -43,19 +43,19 @@ from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.drift import drift_from
 from lightning_koopman.measurement.measurement import Measurement, NoSamplesError, merge_processes
 from lightning_koopman.measurement.processes import agree_on_latest, gather
-from lightning_koopman.network.arguments import INTEGER, check_given
-from lightning_koopman.network.components import named_components, norms_beside
-from lightning_koopman.network.hooks import seconds_in_hooks
-from lightning_koopman.network.isolation import (
+from lightning_koopman.network.access.hooks import seconds_in_hooks
+from lightning_koopman.network.access.isolation import (
     following_stops_compiler,
     has_compiled_functions,
     is_compiled,
     plain_numerics,
     undisturbed,
 )
-from lightning_koopman.network.padding import valid_positions
-from lightning_koopman.network.replay import BYTES_KEPT, Recording, Step
-from lightning_koopman.network.signals import came_from_signal
+from lightning_koopman.network.access.signals import came_from_signal
+from lightning_koopman.network.arguments import INTEGER, check_given
+from lightning_koopman.network.axes.padding import valid_positions
+from lightning_koopman.network.components import named_components, norms_beside
+from lightning_koopman.network.runs.replay import BYTES_KEPT, Recording, Step
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.effects import Kind, check_kinds
 from lightning_koopman.report.report import CreditReport

@@ -29,10 +29,10 @@ from lightning_koopman.effects.targets import (
     may_be_scores,
     without_single,
 )
-from lightning_koopman.network.forward_runner import ForwardRunner
-from lightning_koopman.network.hook_points import find_module
-from lightning_koopman.network.replay import Part, Step
-from lightning_koopman.network.samples import spread_over
+from lightning_koopman.network.runs.forward_runner import ForwardRunner
+from lightning_koopman.network.runs.hook_points import find_module
+from lightning_koopman.network.runs.replay import Part, Step
+from lightning_koopman.network.runs.samples import spread_over
 from lightning_koopman.network.tensors import INTEGERS, by_name, parts_of, tensors_inside
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport

@@ -15,7 +15,7 @@ from lightning_koopman.callback.trainer_facts import (
     validation_batches,
 )
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network.samples import spread_over
+from lightning_koopman.network.runs.samples import spread_over
 
 HELD_BYTES = 2**27
 """Rows that a measurement holds, at most, until bases are fitted to samples from everywhere in them."""

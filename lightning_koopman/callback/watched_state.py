@@ -13,7 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_koopman.callback.trainer_facts import refuse_sharded_weights
 from lightning_koopman.measurement.processes import gather
-from lightning_koopman.network.isolation import plain_numerics
+from lightning_koopman.network.access.isolation import plain_numerics
 from lightning_koopman.network.tensors import exact_device
 
 

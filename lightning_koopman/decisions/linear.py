@@ -41,18 +41,18 @@ from lightning_koopman.decisions.swaps import (
 )
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
+from lightning_koopman.network.access.hooks import attach_in
+from lightning_koopman.network.access.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
-from lightning_koopman.network.forward_runner import (
+from lightning_koopman.network.capture.plan import listed
+from lightning_koopman.network.runs.forward_runner import (
     ForwardFn,
     ForwardRunner,
     check_batches,
     check_model,
     runner_on,
 )
-from lightning_koopman.network.hook_points import HookPoint, find_module
-from lightning_koopman.network.hooks import attach_in
-from lightning_koopman.network.isolation import is_compiled, random_states_kept, undisturbed
-from lightning_koopman.network.plan import listed
+from lightning_koopman.network.runs.hook_points import HookPoint, find_module
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.text import Fitted, counted

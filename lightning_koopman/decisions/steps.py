@@ -24,14 +24,14 @@ from lightning_koopman.effects.alterations import altered_parts
 from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs
 from lightning_koopman.effects.targets import find_target
+from lightning_koopman.network.access.hooks import attach_in
+from lightning_koopman.network.access.isolation import fast_path
 from lightning_koopman.network.arguments import NUMBER, check_given, check_type
-from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.capture.capture import Capture
+from lightning_koopman.network.capture.plan import ends_of
 from lightning_koopman.network.components import matching
-from lightning_koopman.network.forward_runner import ForwardRunner
-from lightning_koopman.network.hook_points import find_module
-from lightning_koopman.network.hooks import attach_in
-from lightning_koopman.network.isolation import fast_path
-from lightning_koopman.network.plan import ends_of
+from lightning_koopman.network.runs.forward_runner import ForwardRunner
+from lightning_koopman.network.runs.hook_points import find_module
 from lightning_koopman.network.tensors import first_tensor
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import REPORT, CreditReport

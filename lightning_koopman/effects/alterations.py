@@ -22,13 +22,10 @@ from lightning_koopman.effects.derived_weights import (
 )
 from lightning_koopman.effects.linear_map import LinearFit, LinearMap
 from lightning_koopman.effects.means import MeanAndSpread
-from lightning_koopman.network.batch_axes import Place
-from lightning_koopman.network.components import clean_name, common_ancestor
-from lightning_koopman.network.forward_runner import Followed
-from lightning_koopman.network.hook_points import Alteration, HookPoint, find_module
-from lightning_koopman.network.isolation import fast_path, is_expanded, random_states_kept
-from lightning_koopman.network.names import module_of
-from lightning_koopman.network.rows import (
+from lightning_koopman.network.access.isolation import fast_path, is_expanded, random_states_kept
+from lightning_koopman.network.access.signals import signals_wait
+from lightning_koopman.network.axes.batch_axes import Place
+from lightning_koopman.network.axes.rows import (
     RowForm,
     are_second_of_batch,
     by_sample,
@@ -37,7 +34,10 @@ from lightning_koopman.network.rows import (
     has_batch_second,
     row_counts,
 )
-from lightning_koopman.network.signals import signals_wait
+from lightning_koopman.network.components import clean_name, common_ancestor
+from lightning_koopman.network.names import module_of
+from lightning_koopman.network.runs.forward_runner import Followed
+from lightning_koopman.network.runs.hook_points import Alteration, HookPoint, find_module
 from lightning_koopman.network.tensors import is_underived
 from lightning_koopman.report.effects import KINDS
 from lightning_koopman.report.report import CreditReport

@@ -31,6 +31,8 @@ from lightning_koopman.effects.scoring import Change, Measured, Metric, Outputs,
 from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.koopman.options import DEFAULTS
 from lightning_koopman.measurement.measurement import Measurement
+from lightning_koopman.network.access.hooks import attach
+from lightning_koopman.network.access.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.arguments import (
     INTEGER,
     NUMBER,
@@ -38,16 +40,14 @@ from lightning_koopman.network.arguments import (
     check_given,
     check_type,
 )
+from lightning_koopman.network.axes.padding import Valid, valid_positions
+from lightning_koopman.network.axes.rows import index_of_samples, row_counts, samples_of_rows
+from lightning_koopman.network.capture.plan import listed
 from lightning_koopman.network.components import Components, matching
-from lightning_koopman.network.forward_runner import ForwardFn, ForwardRunner, runner_on
-from lightning_koopman.network.hook_points import Alteration, HookPoint
-from lightning_koopman.network.hooks import attach
-from lightning_koopman.network.isolation import fast_path, seed_all, undisturbed
 from lightning_koopman.network.names import call_of
-from lightning_koopman.network.padding import Valid, valid_positions
-from lightning_koopman.network.plan import listed
-from lightning_koopman.network.rows import index_of_samples, row_counts, samples_of_rows
-from lightning_koopman.network.samples import samples_in
+from lightning_koopman.network.runs.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.runs.hook_points import Alteration, HookPoint
+from lightning_koopman.network.runs.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport
 

@@ -11,9 +11,9 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_koopman.effects.derived_weights import derived_weights, in_mode, weight_now
+from lightning_koopman.network.access.isolation import undisturbed
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.components import clean_name
-from lightning_koopman.network.isolation import undisturbed
 from lightning_koopman.network.sharded import is_spread
 
 _MOST_BITS = 8

@@ -21,19 +21,19 @@ from lightning_koopman.effects.targets import (
     class_axis,
     may_be_scores,
 )
-from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.forward_runner import (
+from lightning_koopman.network.access.hooks import attach_in
+from lightning_koopman.network.axes.rows import Recorded, has_batch_second
+from lightning_koopman.network.capture.capture import Capture
+from lightning_koopman.network.flow.dataflow import DataFlow
+from lightning_koopman.network.names import OUTPUT, module_of
+from lightning_koopman.network.runs.forward_runner import (
     Followed,
     ForwardRunner,
     OutputForm,
     has_samples,
 )
-from lightning_koopman.network.hook_points import HookPoint, find_module
-from lightning_koopman.network.hooks import attach_in
-from lightning_koopman.network.names import OUTPUT, module_of
-from lightning_koopman.network.rows import Recorded, has_batch_second
-from lightning_koopman.network.samples import samples_in
+from lightning_koopman.network.runs.hook_points import HookPoint, find_module
+from lightning_koopman.network.runs.samples import samples_in
 from lightning_koopman.network.tensors import first_tensor, tensors_inside
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport

@@ -23,7 +23,7 @@ from lightning_koopman.effects.targets import (
     find_target,
 )
 from lightning_koopman.network.arguments import check_given
-from lightning_koopman.network.padding import Valid, valid_outputs, valid_positions
+from lightning_koopman.network.axes.padding import Valid, valid_outputs, valid_positions
 from lightning_koopman.report.effects import Scale
 
 

@@ -16,10 +16,10 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import Outputs
-from lightning_koopman.network.forward_runner import ForwardRunner
-from lightning_koopman.network.hook_points import Alteration, HookPoint
-from lightning_koopman.network.isolation import seed_all
-from lightning_koopman.network.signals import came_from_signal
+from lightning_koopman.network.access.isolation import seed_all
+from lightning_koopman.network.access.signals import came_from_signal
+from lightning_koopman.network.runs.forward_runner import ForwardRunner
+from lightning_koopman.network.runs.hook_points import Alteration, HookPoint
 from lightning_koopman.report.effects import with_folds
 
 _FOLDS = 5

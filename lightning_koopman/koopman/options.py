@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 from lightning_koopman.koopman.lifts import Observables, check_observables
 from lightning_koopman.koopman.regression import check_tikhonov
 from lightning_koopman.network.arguments import INTEGER, check_each, check_given, check_type
-from lightning_koopman.network.rows import ReduceOption, check_reduce
+from lightning_koopman.network.axes.rows import ReduceOption, check_reduce
 
 Normalize = Literal["none", "rms", "whiten"]
 """Coordinates of every state: as they are, each unit over its standard deviation, or whitened."""

@@ -23,8 +23,8 @@ from lightning_koopman.koopman.moments import Covariances, Layout, covariances
 from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.koopman.regression import dots, solve_each
 from lightning_koopman.koopman.states import Basis
+from lightning_koopman.network.capture.plan import Plan
 from lightning_koopman.network.names import is_sum
-from lightning_koopman.network.plan import Plan
 
 RIDGE = 3e-2
 """Ridge weight of the operators that drift is read from, in units of the regressors' mean variance.

@@ -14,17 +14,17 @@ from torch.nn.parameter import is_lazy
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.accumulator import MaxSamples
 from lightning_koopman.measurement.measurement import FIRST_CHECK, Measurement
+from lightning_koopman.network.access.isolation import random_states_kept
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.forward_runner import (
+from lightning_koopman.network.runs.forward_runner import (
     ForwardFn,
     check_arguments,
     default_forward,
     device_of,
     to_device,
 )
-from lightning_koopman.network.isolation import random_states_kept
-from lightning_koopman.network.samples import spread
+from lightning_koopman.network.runs.samples import spread
 from lightning_koopman.report.report import CreditReport
 
 

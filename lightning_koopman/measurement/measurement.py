@@ -18,21 +18,26 @@ from lightning_koopman.koopman.reference import Reference
 from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.added_up import EXACT, AddedUp
 from lightning_koopman.measurement.processes import Share, agreed, exchange
-from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.components import Components, hint, is_leaf, matching
-from lightning_koopman.network.forward_runner import ForwardFn, default_forward, device_of, to_device
-from lightning_koopman.network.isolation import undisturbed
-from lightning_koopman.network.names import OUTPUT, call_of, is_sum, module_of
-from lightning_koopman.network.padding import Valid, lengths_of, up_to, valid_positions
-from lightning_koopman.network.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
-from lightning_koopman.network.replay import Step
-from lightning_koopman.network.rows import (
+from lightning_koopman.network.access.isolation import undisturbed
+from lightning_koopman.network.axes.padding import Valid, lengths_of, up_to, valid_positions
+from lightning_koopman.network.axes.rows import (
     Recorded,
     by_sample,
     n_positions,
     pooled_by,
     pooling_index,
 )
+from lightning_koopman.network.capture.capture import Capture
+from lightning_koopman.network.capture.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
+from lightning_koopman.network.components import Components, hint, is_leaf, matching
+from lightning_koopman.network.names import OUTPUT, call_of, is_sum, module_of
+from lightning_koopman.network.runs.forward_runner import (
+    ForwardFn,
+    default_forward,
+    device_of,
+    to_device,
+)
+from lightning_koopman.network.runs.replay import Step
 from lightning_koopman.network.tensors import (
     all_tensors,
     dense,

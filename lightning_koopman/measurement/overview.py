@@ -14,16 +14,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_koopman.koopman.options import DEFAULTS, Options
-from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.access.hooks import attach
+from lightning_koopman.network.access.isolation import random_states_kept, undisturbed
+from lightning_koopman.network.axes.padding import valid_positions
+from lightning_koopman.network.axes.rows import Recorded, pooled_by, pooling_index
+from lightning_koopman.network.capture.capture import Capture
+from lightning_koopman.network.capture.plan import in_a_row, make_plan
 from lightning_koopman.network.components import Components, n_weights, named_components
-from lightning_koopman.network.forward_runner import default_forward, device_of, to_device
-from lightning_koopman.network.hook_points import find_module
-from lightning_koopman.network.hooks import attach
-from lightning_koopman.network.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.names import module_of, numbered
-from lightning_koopman.network.padding import valid_positions
-from lightning_koopman.network.plan import in_a_row, make_plan
-from lightning_koopman.network.rows import Recorded, pooled_by, pooling_index
+from lightning_koopman.network.runs.forward_runner import default_forward, device_of, to_device
+from lightning_koopman.network.runs.hook_points import find_module
 from lightning_koopman.network.tensors import all_tensors, detached_copy, first_tensor
 from lightning_koopman.report.text import counted
 

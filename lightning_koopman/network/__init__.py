@@ -1,1 +1,1 @@
-"""The user's module, left as found: its components, recorded states, where each came from."""
+"""The user's network: its parts, weights and tensors."""

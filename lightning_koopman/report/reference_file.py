@@ -17,7 +17,7 @@ from lightning_koopman.koopman.lifts import Lift, LiftKind
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.koopman.states import Basis
-from lightning_koopman.network.rows import Reduction
+from lightning_koopman.network.axes.rows import Reduction
 from lightning_koopman.report.saved import ReportFormatError, write_atomically
 from lightning_koopman.report.schema import Text
 

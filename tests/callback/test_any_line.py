@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_koopman
 from lightning_koopman import KoopmanCreditMonitor, Options
-from lightning_koopman.network import bystander, hooks, watch
+from lightning_koopman.network.access import bystander, hooks, watch
 
 OURS = str(Path(lightning_koopman.__file__).parent)
 

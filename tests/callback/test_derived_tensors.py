@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.subclasses import MadeUnwatched
+from lightning_koopman.network.access.subclasses import MadeUnwatched
+from lightning_koopman.network.flow.dataflow import DataFlow
 
 
 class Made(Tensor):

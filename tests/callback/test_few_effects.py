@@ -14,7 +14,7 @@ from lightning_koopman import KoopmanCreditMonitor, component_effects
 from lightning_koopman.callback import effects_in_time
 from lightning_koopman.callback.budget import Budget
 from lightning_koopman.callback.effects_in_time import EffectsInTime
-from lightning_koopman.network.samples import spread_over
+from lightning_koopman.network.runs.samples import spread_over
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 

@@ -33,12 +33,12 @@ from lightning_koopman.callback import monitor as monitors
 from lightning_koopman.callback.loggers import CreditWriter
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network import hooks, watch
-from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.hooks import _Around
-from lightning_koopman.network.replay import Step
-from lightning_koopman.network.watch import Watcher, _WatchOfThread
+from lightning_koopman.network.access import hooks, watch
+from lightning_koopman.network.access.hooks import _Around
+from lightning_koopman.network.access.watch import Watcher, _WatchOfThread
+from lightning_koopman.network.capture.capture import Capture
+from lightning_koopman.network.flow.dataflow import DataFlow
+from lightning_koopman.network.runs.replay import Step
 
 # Where one measurement passes, from the first hook to the last number.
 PLACES = [

@@ -11,7 +11,7 @@ from lit import LitNet, dataset, quiet_trainer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects, credit_report
-from lightning_koopman.network.samples import spread_over
+from lightning_koopman.network.runs.samples import spread_over
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
-from lightning_koopman.network.calls import Pass
-from lightning_koopman.network.kept_states import KeptStates
+from lightning_koopman.network.capture.calls import Pass
+from lightning_koopman.network.capture.kept_states import KeptStates
 
 pytestmark = pytest.mark.filterwarnings("ignore:the Trainer has no logger")
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_koopman.decisions import linear
 from lightning_koopman.decisions.swaps import LinearComponent, swaps_in
-from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.runs.forward_runner import ForwardRunner
 
 
 @pytest.fixture

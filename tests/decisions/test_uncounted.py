@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import credit_report, drop_order, linearize
 from lightning_koopman.decisions.steps import cost_of
-from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.runs.forward_runner import ForwardRunner
 
 
 class Forces(nn.Module):

@@ -8,7 +8,7 @@ from effect_nets import normal
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network.hook_points import HookPoint, HookPoints
+from lightning_koopman.network.runs.hook_points import HookPoint, HookPoints
 
 
 def inner() -> nn.Sequential:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, component_effects
 from lightning_koopman.callback import effects_in_time
-from lightning_koopman.network.hook_points import HookPoint, HookPoints
+from lightning_koopman.network.runs.hook_points import HookPoint, HookPoints
 
 
 class Forces(nn.Module):

@@ -7,7 +7,7 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report, drop_order
-from lightning_koopman.network.hook_points import HookPoint, HookPoints
+from lightning_koopman.network.runs.hook_points import HookPoint, HookPoints
 from lightning_koopman.network.tensors import in_order
 
 X = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))

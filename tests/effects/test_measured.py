@@ -31,7 +31,7 @@ import lightning_koopman
 from lightning_koopman import component_effects, credit_report, drop_order
 from lightning_koopman.effects.alterations import Alterations
 from lightning_koopman.effects.scoring import kl_divergence
-from lightning_koopman.network.samples import spread_over
+from lightning_koopman.network.runs.samples import spread_over
 from lightning_koopman.report.effects import KINDS
 
 

@@ -449,7 +449,7 @@ def test_of_outputs_that_fill_the_memory_the_first_are_looked_at(decide, monkeyp
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     batches = dataset().tensors[0].split(40)
-    monkeypatch.setattr("lightning_koopman.network.forward_runner.OUTPUT_BYTES", 50 * 3 * 4)
+    monkeypatch.setattr("lightning_koopman.network.runs.forward_runner.OUTPUT_BYTES", 50 * 3 * 4)
     found = drop_order(model, batches, steps=1) if decide else component_effects(model, batches)
     expected = component_effects(model, batches[:2])
     assert found.n_samples == 80

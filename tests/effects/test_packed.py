@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lightning_koopman import component_effects
-from lightning_koopman.network.hook_points import HookPoint, HookPoints
+from lightning_koopman.network.runs.hook_points import HookPoint, HookPoints
 from lightning_koopman.report.effects import Effects
 
 WIDTH, STEPS = 6, 7

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_koopman import component_effects, drop_order
 from lightning_koopman.decisions.steps import component_calls, find_outputs
 from lightning_koopman.effects.scoring import PROBABILITIES, Outputs
-from lightning_koopman.network.forward_runner import runner_on
+from lightning_koopman.network.runs.forward_runner import runner_on
 
 KINDS = ("skip", "linear", "output_noise", "weight_noise")
 

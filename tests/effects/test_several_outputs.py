@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from lightning_koopman import component_effects, credit_report, drop_order
-from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_tensor
+from lightning_koopman.network.runs.hook_points import HookPoint, HookPoints, replace_tensor
 from lightning_koopman.network.tensors import all_tensors
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from lightning_koopman import component_effects, credit_report, linearize
 from lightning_koopman.effects.derived_weights import reset
 from lightning_koopman.effects.linear_map import LinearFit
-from lightning_koopman.network.forward_runner import ForwardRunner
+from lightning_koopman.network.runs.forward_runner import ForwardRunner
 from lightning_koopman.report.effects import KINDS
 
 

@@ -23,7 +23,7 @@ from lightning_koopman.callback import budget
 from lightning_koopman.measurement import accumulator, processes
 from lightning_koopman.measurement.accumulator import Accumulator
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network.capture import Capture
+from lightning_koopman.network.capture.capture import Capture
 
 NAMESPACE = os.environ.get("LIGHTNING_NAMESPACE", "lightning.pytorch")
 L = importlib.import_module(NAMESPACE)

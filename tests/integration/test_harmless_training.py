@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
-from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.access.isolation import undisturbed
+from lightning_koopman.network.capture.capture import Capture
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Trainer has no logger",

@@ -13,7 +13,7 @@ from lightning_koopman import CreditReport
 from lightning_koopman.koopman.options import Options
 from lightning_koopman.koopman.states import fit_basis, pod_basis, sample_keys
 from lightning_koopman.measurement.accumulator import Accumulator
-from lightning_koopman.network.samples import spread_over
+from lightning_koopman.network.runs.samples import spread_over
 
 
 class Gathered(Accumulator):

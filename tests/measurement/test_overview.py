@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_koopman import credit_report
 from lightning_koopman.cli.main import main
 from lightning_koopman.measurement.overview import describe_components
-from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.flow.dataflow import DataFlow
 
 USER_CODE = """
 def images():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.bystander import Call, stand_by
+from lightning_koopman.network.access.bystander import Call, stand_by
 
 
 class Made:

@@ -14,10 +14,10 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network import hooks
-from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.isolation import is_compiled, undisturbed
+from lightning_koopman.network.access import hooks
+from lightning_koopman.network.access.isolation import is_compiled, undisturbed
+from lightning_koopman.network.capture.capture import Capture
+from lightning_koopman.network.flow.dataflow import DataFlow
 from lightning_koopman.network.names import INPUT
 from lightning_koopman.network.tensors import first_tensor
 

@@ -16,7 +16,7 @@ from lightning_koopman.network.components import (
     transparent_modules,
     unwrapped,
 )
-from lightning_koopman.network.hook_points import find_module
+from lightning_koopman.network.runs.hook_points import find_module
 
 
 class Block(nn.Module):

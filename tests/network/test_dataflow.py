@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from lightning_koopman import credit_report
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network import watch as watches
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.replay import Recording
+from lightning_koopman.network.access import watch as watches
+from lightning_koopman.network.flow.dataflow import DataFlow
+from lightning_koopman.network.flow.provenance import Provenance
+from lightning_koopman.network.runs.replay import Recording
 
 
 class Counting(TorchDispatchMode):

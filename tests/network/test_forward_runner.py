@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.forward_runner import default_forward, to_device
-from lightning_koopman.network.hook_points import HookPoint, HookPoints, replace_tensor
+from lightning_koopman.network.runs.forward_runner import default_forward, to_device
+from lightning_koopman.network.runs.hook_points import HookPoint, HookPoints, replace_tensor
 
 
 def test_hook_points_read_and_replace_nested_outputs():

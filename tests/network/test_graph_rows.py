@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import credit_report
 from lightning_koopman.measurement.overview import describe_components
-from lightning_koopman.network.samples import samples_in
+from lightning_koopman.network.runs.samples import samples_in
 
 
 def pooled(values: Tensor, index: Tensor, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network.made import Given
+from lightning_koopman.network.flow.made import Given
 
 ROWS = torch.randn(600, 6, generator=torch.Generator().manual_seed(1)).split(100)
 SIZES = {"a": (6, 16), "b": (16, 8), "c": (8, 8)}

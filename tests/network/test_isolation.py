@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_koopman import component_effects, credit_report, drop_order, linearize
 from lightning_koopman.measurement.overview import describe_components
-from lightning_koopman.network import isolation
-from lightning_koopman.network.isolation import random_states_kept, undisturbed
+from lightning_koopman.network.access import isolation
+from lightning_koopman.network.access.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.tensors import detached_copy
 from lightning_koopman.report.effects import KINDS
 
@@ -266,7 +266,7 @@ def test_what_is_emptied_as_memory_lacks_is_filled_again(lacks_at, monkeypatch):
 
 _MAPPED = """
 import ctypes, torch
-from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.access.isolation import undisturbed
 
 class Counts(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in (*"abc", "mapped", *"defghi")]

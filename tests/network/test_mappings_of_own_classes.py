@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network.hook_points import replace_tensor
+from lightning_koopman.network.runs.hook_points import replace_tensor
 from lightning_koopman.network.tensors import all_tensors
 
 

@@ -9,7 +9,7 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.input_data import is_mask, shuts_out
+from lightning_koopman.network.axes.input_data import is_mask, shuts_out
 
 WIDTH, LENGTH = 8, 6
 GENERATOR = torch.Generator().manual_seed(0)

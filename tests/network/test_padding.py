@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_koopman import CreditReport, Options, component_effects, credit_report
-from lightning_koopman.network.padding import valid_outputs, valid_positions
+from lightning_koopman.network.axes.padding import valid_outputs, valid_positions
 
 N, T = 300, 8
 

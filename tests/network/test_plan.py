@@ -11,7 +11,7 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import Options, credit_report
-from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.flow.dataflow import DataFlow
 
 
 class LinearResidual(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.access.isolation import undisturbed
 
 
 class Refusing(nn.Parameter):

@@ -12,9 +12,9 @@ from lit import hooks_on
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from lightning_koopman.network.hooks import attach
-from lightning_koopman.network.isolation import undisturbed
-from lightning_koopman.network.replay import Recording, wrap
+from lightning_koopman.network.access.hooks import attach
+from lightning_koopman.network.access.isolation import undisturbed
+from lightning_koopman.network.runs.replay import Recording, wrap
 
 
 class Parts(nn.Module):

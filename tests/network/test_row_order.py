@@ -13,8 +13,8 @@ from torch.nn.functional import dropout, embedding
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.row_order import RowOrders
+from lightning_koopman.network.axes.row_order import RowOrders
+from lightning_koopman.network.flow.dataflow import DataFlow
 
 BETWEEN: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {}
 """How a middle layer is given rows in another order, and what it gives is brought back."""

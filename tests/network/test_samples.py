@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from lightning_koopman import component_effects, credit_report, drift, drop_order
-from lightning_koopman.network.samples import SpreadSampler, first_samples, spread, spread_over
+from lightning_koopman.network.runs.samples import SpreadSampler, first_samples, spread, spread_over
 
 NUMBERS = TensorDataset(torch.arange(50))
 

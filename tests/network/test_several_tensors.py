@@ -9,8 +9,8 @@ from torch.distributions import Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.input_data import holds_all_of
+from lightning_koopman.network.axes.input_data import holds_all_of
+from lightning_koopman.network.capture.capture import Capture
 from lightning_koopman.network.names import call_of, further_name
 
 
@@ -627,7 +627,7 @@ def test_where_data_are_lost_later_batches_run_what_the_first_one_did(monkeypatc
     def fails(*_: object) -> None:
         raise IndexError("of this project's own")
 
-    monkeypatch.setattr("lightning_koopman.network.provenance.holds_all_of", fails)
+    monkeypatch.setattr("lightning_koopman.network.flow.provenance.holds_all_of", fails)
     model = wired(
         lambda m, x, y, w: m.last(m.merge(x, y, torch.tanh(m.stem(y))) * (w - 1)),
         merge=Merge(), stem=nn.Linear(4, 8), last=nn.Linear(8, 3),

@@ -9,8 +9,8 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import credit_report
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.shared_memory import Coverage, LabelsByView
+from lightning_koopman.network.flow.dataflow import DataFlow
+from lightning_koopman.network.flow.shared_memory import Coverage, LabelsByView
 
 SERIES = torch.randn(600, 10, generator=torch.Generator().manual_seed(0)).cumsum(dim=1)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_koopman.network.signals import came_from_signal, signals_wait
+from lightning_koopman.network.access.signals import came_from_signal, signals_wait
 
 TWO = (signal.SIGUSR1, signal.SIGUSR2)
 

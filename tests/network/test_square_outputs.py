@@ -10,7 +10,7 @@ from small import around, wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.flow.dataflow import DataFlow
 
 ROWS = torch.randn(960, 20, generator=torch.Generator().manual_seed(0))
 SIZE = 64

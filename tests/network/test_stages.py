@@ -11,8 +11,8 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import CreditReport, component_effects, credit_report
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.stages import Stages
+from lightning_koopman.network.capture.stages import Stages
+from lightning_koopman.network.flow.provenance import Provenance
 
 SAMPLES, BATCHES = 500, 5
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_koopman import CreditReport, Options, credit_report, drift
-from lightning_koopman.network.dataflow import DataFlow
+from lightning_koopman.network.flow.dataflow import DataFlow
 
 DEPTH, WIDTH = 4, 8
 

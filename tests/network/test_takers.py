@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.sums import Takers
-from lightning_koopman.network.watch import Watcher
+from lightning_koopman.network.access.watch import Watcher
+from lightning_koopman.network.capture.sums import Takers
 
 X = torch.arange(6.0).view(2, 3)
 

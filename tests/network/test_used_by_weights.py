@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lightning_koopman import credit_report
 from lightning_koopman.measurement.overview import describe_components
-from lightning_koopman.network.capture import Capture
-from lightning_koopman.network.isolation import undisturbed
+from lightning_koopman.network.access.isolation import undisturbed
+from lightning_koopman.network.capture.capture import Capture
 
 USED = "used by their weights alone, or where no call can be recorded, so left out: "
 

@@ -12,9 +12,9 @@ from small import wired
 from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
-from lightning_koopman.network import shared_memory
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.shared_memory import LabelsByView
+from lightning_koopman.network.flow import shared_memory
+from lightning_koopman.network.flow.dataflow import DataFlow
+from lightning_koopman.network.flow.shared_memory import LabelsByView
 from lightning_koopman.report.report import CreditReport
 
 Forward = Callable[[Any, Tensor], Tensor]

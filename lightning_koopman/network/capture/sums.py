@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_koopman.network.calls import Calls, Pass
-from lightning_koopman.network.chosen import Chosen
-from lightning_koopman.network.kept_states import KeptStates
+from lightning_koopman.network.access.watch import Watcher, flat, kept_out_of_the_pass
+from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.capture.calls import Calls, Pass
+from lightning_koopman.network.capture.chosen import Chosen
+from lightning_koopman.network.capture.kept_states import KeptStates
+from lightning_koopman.network.capture.stages import Stages
 from lightning_koopman.network.names import is_sum, numbered, sum_name
-from lightning_koopman.network.rows import Recorded
-from lightning_koopman.network.stages import Stages
 from lightning_koopman.network.tensors import (
     all_tensors,
     is_all_of_memory,
@@ -22,7 +23,6 @@ from lightning_koopman.network.tensors import (
     order_of_axes,
     view_of_memory,
 )
-from lightning_koopman.network.watch import Watcher, flat, kept_out_of_the_pass
 
 # These make room or copies, which passes differ in as samples lie otherwise in memory, and nothing new.
 _SAME_VALUES = frozenset({

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.inputs import Call
-from lightning_koopman.network.shared_memory import further_tensors
+from lightning_koopman.network.flow.inputs import Call
+from lightning_koopman.network.flow.shared_memory import further_tensors
 from lightning_koopman.network.tensors import all_tensors, first_real, has_places, is_real
 
 

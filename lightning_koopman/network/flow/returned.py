@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.inputs import Call, Inputs
+from lightning_koopman.network.access.watch import unseen
+from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.flow.inputs import Call, Inputs
+from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.names import module_of, numbered
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.rows import Recorded
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -20,7 +21,6 @@ from lightning_koopman.network.tensors import (
     tensors_inside,
     varies,
 )
-from lightning_koopman.network.watch import unseen
 
 
 class End(NamedTuple):

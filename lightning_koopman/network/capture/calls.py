@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_koopman.network.hooks import ended
-from lightning_koopman.network.kept_states import KeptStates
-from lightning_koopman.network.returned import Returned
+from lightning_koopman.network.access.hooks import ended
+from lightning_koopman.network.capture.kept_states import KeptStates
+from lightning_koopman.network.flow.returned import Returned
 
 
 class Pass:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
+from lightning_koopman.network.axes.rows import Recorded
 from lightning_koopman.network.components import (
     automatic_components,
     clean_modules,
@@ -26,7 +27,6 @@ from lightning_koopman.network.components import (
     with_output,
 )
 from lightning_koopman.network.names import module_of
-from lightning_koopman.network.rows import Recorded
 
 
 class Chosen:

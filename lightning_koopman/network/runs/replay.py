@@ -21,18 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_koopman.network.access.hooks import attach_in, ended, is_wrapped, wrap
+from lightning_koopman.network.access.isolation import is_compiled_itself
+from lightning_koopman.network.access.signals import signals_wait
+from lightning_koopman.network.access.watch import unseen
+from lightning_koopman.network.axes.input_data import n_graphs
+from lightning_koopman.network.axes.padding import Valid
 from lightning_koopman.network.components import (
     clean_name,
     common_ancestor,
     has_weights,
     transparent_modules,
 )
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.hooks import attach_in, ended, is_wrapped, wrap
-from lightning_koopman.network.input_data import n_graphs
-from lightning_koopman.network.isolation import is_compiled_itself
-from lightning_koopman.network.padding import Valid
-from lightning_koopman.network.signals import signals_wait
+from lightning_koopman.network.flow.dataflow import DataFlow
 from lightning_koopman.network.tensors import (
     INTEGERS,
     address_of,
@@ -46,7 +47,6 @@ from lightning_koopman.network.tensors import (
     plain,
     tensors_inside,
 )
-from lightning_koopman.network.watch import unseen
 
 BYTES_KEPT = 256 * 2**20
 """Most bytes of arguments that are kept to be run again."""

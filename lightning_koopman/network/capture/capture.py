@@ -11,24 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.calls import Calls, Pass
-from lightning_koopman.network.chosen import Chosen
+from lightning_koopman.network.access.hooks import attach_in
+from lightning_koopman.network.access.isolation import plain_numerics
+from lightning_koopman.network.access.signals import signals_wait
+from lightning_koopman.network.access.watch import unseen
+from lightning_koopman.network.axes.input_data import holds_numbers
+from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.capture.calls import Calls, Pass
+from lightning_koopman.network.capture.chosen import Chosen
+from lightning_koopman.network.capture.kept_states import KeptStates
+from lightning_koopman.network.capture.stages import Stages
+from lightning_koopman.network.capture.sums import Sums
 from lightning_koopman.network.components import around_of, clean_modules, is_frozen, is_leaf
-from lightning_koopman.network.hooks import attach_in
-from lightning_koopman.network.input_data import holds_numbers
-from lightning_koopman.network.inputs import Call, Inputs
-from lightning_koopman.network.isolation import plain_numerics
-from lightning_koopman.network.kept_states import KeptStates
-from lightning_koopman.network.made import Given, Made
+from lightning_koopman.network.flow.inputs import Call, Inputs
+from lightning_koopman.network.flow.made import Given, Made
+from lightning_koopman.network.flow.origins import Origins
+from lightning_koopman.network.flow.provenance import Provenance
+from lightning_koopman.network.flow.returned import Returned
 from lightning_koopman.network.names import INPUT, OUTPUT, further_name, module_of, numbered
-from lightning_koopman.network.origins import Origins
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.returned import Returned
-from lightning_koopman.network.rows import Recorded
 from lightning_koopman.network.sharded import refuse_part
-from lightning_koopman.network.signals import signals_wait
-from lightning_koopman.network.stages import Stages
-from lightning_koopman.network.sums import Sums
 from lightning_koopman.network.tensors import (
     all_tensors,
     are_data,
@@ -37,7 +38,6 @@ from lightning_koopman.network.tensors import (
     first_tensor,
     plain,
 )
-from lightning_koopman.network.watch import unseen
 
 
 class Capture:

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_koopman.network.input_data import (
+from lightning_koopman.network.axes.input_data import (
     are_alike,
     holds_all_of,
     is_edge_index,
     is_mask,
     is_of_edges,
 )
+from lightning_koopman.network.flow.provenance import Provenance
+from lightning_koopman.network.flow.shared_memory import Coverage
 from lightning_koopman.network.names import numbered
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.shared_memory import Coverage
 from lightning_koopman.network.tensors import all_tensors, detached_copy, is_real
 
 Call = tuple[int, int]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_koopman.network.signals import signals_wait
+from lightning_koopman.network.access.signals import signals_wait
 from lightning_koopman.network.tensors import is_wrapper
 
 _INSIDE = (

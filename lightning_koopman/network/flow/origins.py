@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_koopman.network.input_data import is_integer_data, is_mask
-from lightning_koopman.network.inputs import Beside, Call, Inputs
-from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.axes.input_data import is_integer_data, is_mask
+from lightning_koopman.network.flow.inputs import Beside, Call, Inputs
+from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,

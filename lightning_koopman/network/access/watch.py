@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import (
     _pop_mode_temporarily,
 )
 
-from lightning_koopman.network.bystander import Call, stand_by
-from lightning_koopman.network.isolation import may_compile
-from lightning_koopman.network.signals import came_from_signal
-from lightning_koopman.network.subclasses import MadeUnwatched
+from lightning_koopman.network.access.bystander import Call, stand_by
+from lightning_koopman.network.access.isolation import may_compile
+from lightning_koopman.network.access.signals import came_from_signal
+from lightning_koopman.network.access.subclasses import MadeUnwatched
 from lightning_koopman.network.tensors import has_places
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.names import call_of, is_sum, module_of
-from lightning_koopman.network.padding import Valid, lengths_of, with_padding
-from lightning_koopman.network.picks import keeping_picked
-from lightning_koopman.network.rows import (
+from lightning_koopman.network.axes.padding import Valid, lengths_of, with_padding
+from lightning_koopman.network.axes.picks import keeping_picked
+from lightning_koopman.network.axes.rows import (
     Recorded,
     ReduceOption,
     RowForm,
@@ -24,6 +23,7 @@ from lightning_koopman.network.rows import (
     row_forms,
     rows_without_samples,
 )
+from lightning_koopman.network.names import call_of, is_sum, module_of
 from lightning_koopman.network.tensors import varies
 
 

@@ -15,11 +15,11 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.utils.hooks import RemovableHandle
 
-from lightning_koopman.network.bystander import Failed, stand_by
-from lightning_koopman.network.isolation import has_compiled_functions
-from lightning_koopman.network.signals import came_from_signal
+from lightning_koopman.network.access.bystander import Failed, stand_by
+from lightning_koopman.network.access.isolation import has_compiled_functions
+from lightning_koopman.network.access.signals import came_from_signal
+from lightning_koopman.network.access.watch import seconds_following
 from lightning_koopman.network.tensors import in_order
-from lightning_koopman.network.watch import seconds_following
 
 
 class _Hook:

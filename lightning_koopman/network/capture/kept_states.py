@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.inputs import Call, Inputs
-from lightning_koopman.network.provenance import Provenance
-from lightning_koopman.network.rows import Recorded, with_lengths_in_order
+from lightning_koopman.network.access.watch import unseen
+from lightning_koopman.network.axes.rows import Recorded, with_lengths_in_order
+from lightning_koopman.network.flow.inputs import Call, Inputs
+from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, whole_here
 from lightning_koopman.network.tensors import (
     all_tensors,
@@ -21,7 +22,6 @@ from lightning_koopman.network.tensors import (
     padded,
     unpacked,
 )
-from lightning_koopman.network.watch import unseen
 
 Keep = Callable[[Tensor, Recorded], Any]
 

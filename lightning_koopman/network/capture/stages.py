@@ -9,8 +9,8 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_koopman.network.inputs import Call
-from lightning_koopman.network.provenance import Provenance
+from lightning_koopman.network.flow.inputs import Call
+from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.tensors import first_real
 
 _NOTHING: frozenset[str] = frozenset()

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
+from lightning_koopman.network.access.isolation import random_states_kept, seed_all
 from lightning_koopman.network.arguments import INTEGER, check_given, check_type
-from lightning_koopman.network.batch_axes import Place
-from lightning_koopman.network.dataflow import DataFlow
-from lightning_koopman.network.hook_points import Alteration, HookPoint, HookPoints
-from lightning_koopman.network.isolation import random_states_kept, seed_all
+from lightning_koopman.network.axes.batch_axes import Place
+from lightning_koopman.network.flow.dataflow import DataFlow
 from lightning_koopman.network.names import further_name
-from lightning_koopman.network.samples import first_samples, samples_in, spread
+from lightning_koopman.network.runs.hook_points import Alteration, HookPoint, HookPoints
+from lightning_koopman.network.runs.samples import first_samples, samples_in, spread
 from lightning_koopman.network.tensors import (
     all_tensors,
     exact_device,

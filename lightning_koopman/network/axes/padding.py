@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.input_data import has_positions, is_mask
-from lightning_koopman.network.rows import Recorded, RowForm, by_sample, n_positions
+from lightning_koopman.network.axes.input_data import has_positions, is_mask
+from lightning_koopman.network.axes.rows import Recorded, RowForm, by_sample, n_positions
 from lightning_koopman.network.tensors import by_name, parts_of, tensors_inside, varies
 
 Valid = Mapping[str, Tensor]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from lightning_koopman.network.batch_axes import BatchAxes, Place
-from lightning_koopman.network.input_data import has_positions
-from lightning_koopman.network.picks import PickedPositions
-from lightning_koopman.network.row_order import NO_ORDERS, Orders, RowOrders
-from lightning_koopman.network.rows import NO_PICKS, Picks
-from lightning_koopman.network.shared_memory import LabelsByView
+from lightning_koopman.network.access.watch import Watcher, flat, kept_out_of_the_pass
+from lightning_koopman.network.axes.batch_axes import BatchAxes, Place
+from lightning_koopman.network.axes.input_data import has_positions
+from lightning_koopman.network.axes.picks import PickedPositions
+from lightning_koopman.network.axes.row_order import NO_ORDERS, Orders, RowOrders
+from lightning_koopman.network.axes.rows import NO_PICKS, Picks
+from lightning_koopman.network.flow.shared_memory import LabelsByView
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,
@@ -27,7 +28,6 @@ from lightning_koopman.network.tensors import (
     is_underived,
     view_of_memory,
 )
-from lightning_koopman.network.watch import Watcher, flat, kept_out_of_the_pass
 
 # These read a tensor's shape, never its values.
 _SHAPE_ONLY = frozenset({

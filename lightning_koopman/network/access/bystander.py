@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning_koopman.network.signals import came_from_signal
+from lightning_koopman.network.access.signals import came_from_signal
 
 Failed = Callable[[Exception], object]
 """Takes an error of ours that must not reach the call which it happened beside."""

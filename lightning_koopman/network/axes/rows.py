@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_koopman.network.arguments import check_each
-from lightning_koopman.network.batch_axes import Place
-from lightning_koopman.network.input_data import is_edge_index
+from lightning_koopman.network.axes.batch_axes import Place
+from lightning_koopman.network.axes.input_data import is_edge_index
+from lightning_koopman.network.axes.row_order import (
+    NO_ORDERS,
+    Orders,
+    have_met,
+    rows_found,
+    sample_places,
+)
 from lightning_koopman.network.names import is_sum
-from lightning_koopman.network.row_order import NO_ORDERS, Orders, have_met, rows_found, sample_places
 from lightning_koopman.network.tensors import all_tensors, need_not_wait, tensors_inside
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow, OnSum
-from lightning_koopman.network.input_data import (
+from lightning_koopman.network.axes.input_data import (
     are_zeros_and_ones,
     holds_all_of,
     is_mask,
     shuts_out,
 )
+from lightning_koopman.network.flow.dataflow import BATCH, CHANCE, ORIGINS, OWN, UNKNOWN, DataFlow, OnSum
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,

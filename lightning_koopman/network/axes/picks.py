@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.batch_axes import PRODUCTS, kind
-from lightning_koopman.network.rows import (
+from lightning_koopman.network.axes.batch_axes import PRODUCTS, kind
+from lightning_koopman.network.axes.rows import (
     NO_PICKS,
     Pick,
     Picks,

@@ -1,0 +1,1 @@
+"""The states of all components, recorded while the network runs, and the chain that they make."""

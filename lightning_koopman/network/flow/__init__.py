@@ -1,0 +1,1 @@
+"""Where each tensor of a pass came from: the batch, states, the network itself, or chance."""

@@ -1,0 +1,1 @@
+"""The network run again, on batches or recorded calls, with parts of it replaced."""
