@@ -60,7 +60,7 @@ _CHECK_WORK = 1200
 
 
 _SETTLED = (
-    *("capture", "plan", "apart", "joined", "_work", "_pooled", "_waits_for_lengths", "_unmasked"),
+    *("capture", "plan", "apart", "joined", "_work", "_pooled", "_lengths_of", "_unmasked"),
     *("_roundings", "_untraced", "_is_joined"),
 )
 """What the first pass of a measurement settles for all that are like it."""
@@ -95,7 +95,8 @@ class Measurement(Accumulator):
         self._batch: Any = None
         self._valid: Valid = {}
         # Where a state behind others says which positions hold data, rows are made when all have run.
-        self._waits_for_lengths = False
+        # Packed states that tell where others are padded; they need not be in the chain themselves.
+        self._lengths_of = frozenset[str]()
         # What the calls before in this step gave.
         self._calls_before: list[list[Tensor]] = []
         # Sizes of what ran in this pass, and did not run in the first.
@@ -261,7 +262,7 @@ class Measurement(Accumulator):
         """Add up the states of one call of the network, in a step with others if ``again``."""
         if self.plan is None:
             states = self._make_plan(list(states.values()))
-        elif self._waits_for_lengths:
+        elif self._lengths_of:
             states = self._all_rows([r for r in states.values() if r is not None])
         try:
             self._known_plan.check_rows(states)
@@ -382,7 +383,7 @@ class Measurement(Accumulator):
             self.plan = self._followed.coordinates(self.plan)
         self.capture.forget_sums(but=self.plan.recorded)
         told_by = {self.plan.forms[name].padding for name in self.plan.recorded}
-        self._waits_for_lengths = not told_by.isdisjoint(lengths_of(records))
+        self._lengths_of = frozenset(lengths_of(records)) & told_by
         self._find_unmasked(records)
         rows = self._all_rows(records)
         self._check_reduced(records, rows)
@@ -489,8 +490,9 @@ class Measurement(Accumulator):
 
     def _keep(self, tensor: Tensor, recorded: Recorded) -> Any:
         self._shapes[recorded.name] = tuple(tensor.shape)
-        if self.plan is None or (self._waits_for_lengths and recorded.name in self.plan.recorded):
-            # Which form the rows take is known once the whole first pass is.
+        waits = self._lengths_of and recorded.name in self._known_plan.recorded | self._lengths_of
+        if self.plan is None or waits:
+            # Which form the rows take is known once the whole first pass is, and lengths once a pass is.
             return replace(recorded, tensor=detached_copy(tensor))
         return self._rows(pooled_by(self._pooled, plain(dense(tensor)), self._batch), recorded)
 

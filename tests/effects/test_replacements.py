@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from lightning_koopman import bit_widths, component_effects
 from lightning_koopman.effects.alterations import Alterations
+from lightning_koopman.effects.derived_weights import reset, weight_now
 from lightning_koopman.effects.replacements import pruned_weights, quantized_weights
 
 
@@ -239,3 +240,30 @@ def test_noise_on_weights_is_a_share_of_their_standard_deviation(dtype):
     # Independent parts that add up to one.
     expected = torch.eye(len(parts), dtype=torch.float64) / len(parts)
     torch.testing.assert_close(parts @ parts.T / moved.numel(), expected, rtol=0.02, atol=0.01)
+
+
+class DrawsAll(nn.Module):
+    """Draws what it holds anew in one loop, as many networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.ones(4, 4)), nn.Linear(4, 4)
+
+    def reset_parameters(self) -> None:
+        for child in self.children():
+            child.reset_parameters()
+        for weight in self._parameters.values():
+            nn.init.xavier_uniform_(weight)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, parametrizations.weight_norm])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_weights_that_are_derived_are_drawn_anew_as_plain_ones(wrap, dim):
+    plain, part = DrawsAll(), wrap(DrawsAll(), "weight", dim)
+    with torch.no_grad():
+        for each in (plain, part):
+            torch.manual_seed(0)
+            assert reset(each, "part")
+    torch.testing.assert_close(weight_now(part, "weight"), plain.weight.detach())
+    torch.testing.assert_close(part.inner.weight, plain.inner.weight)

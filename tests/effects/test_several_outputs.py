@@ -449,3 +449,19 @@ def test_weights_that_count_elsewhere_have_their_effect_there():
         net, x.split(50), kinds=["weight_noise"], how="measured", forward_fn=lambda m, b: m(b)[0]
     )
     assert found.values["weight_noise"][found.components.index("b")] > 0
+
+
+def test_an_output_that_is_still_the_same_for_all_samples_counts_for_nothing():
+    def effects(gives_both):
+        def run(m, x):
+            h = torch.tanh(m.a(x))
+            h = h + m.b(h)
+            return (m.c(h), m.zero(h)) if gives_both else m.c(h)
+
+        torch.manual_seed(0)
+        model = wired(run, a=nn.Linear(4, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 3), zero=nn.Linear(6, 2))
+        nn.init.zeros_(model.zero.weight)
+        x = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
+        return component_effects(model, x.split(50), kinds=["skip"], components=["b"], how="measured")
+
+    assert effects(True).values["skip"] == pytest.approx(effects(False).values["skip"], rel=1e-4)

@@ -141,6 +141,51 @@ def test_lengths_of_packed_sequences_are_not_those_of_what_is_beside_them(name: 
     assert [r2[part] for part in ("mix", "out")] == pytest.approx([1, 1], abs=1e-6)
 
 
+class LastOfPacked(nn.Module):
+    """Goes on with the last hidden state alone: what was packed itself is read by nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.rnn = nn.Linear(4, 4), nn.RNN(4, 4, batch_first=True)
+        self.mid, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.emb(x), n, batch_first=True, enforce_sorted=False)
+        return self.out(self.mid(self.rnn(packed)[1][-1]))
+
+
+@pytest.mark.parametrize("size", [N, 30, 7])
+def test_lengths_of_packed_sequences_count_in_every_batch(size: int) -> None:
+    """Whatever stands where there is no data, and though none of the chain's states is packed."""
+    x, valid = padded(T, 0)
+    lengths, noise = valid.sum(1), torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    filled, net = torch.where(valid[..., None], x, noise.double()), LastOfPacked().double()
+    report = credit_report(net, list(zip(filled.split(size), lengths.split(size), strict=True)))
+    named = [{"x": a, "lengths": b} for a, b in zip(x.split(size), lengths.split(size), strict=True)]
+    told = credit_report(net, named, forward_fn=lambda net, batch: net(batch["x"], batch["lengths"]))
+    assert report.components == told.components == ("emb", "rnn", "mid", "out")
+    assert report.r2 == pytest.approx(told.r2, abs=1e-6)
+    assert report.r2[1] > 0.75
+    assert report.credit == pytest.approx(told.credit, abs=1e-6)
+
+
+def test_lengths_of_packed_sequences_are_not_those_of_longer_data_beside_them() -> None:
+    def run(net: nn.Module, batch: Any) -> Tensor:
+        x, n, y = batch
+        packed = pack_padded_sequence(net.emb(x), n, batch_first=True, enforce_sorted=False)
+        return net.mid(net.rnn(packed)[1][-1]) + net.head(net.beside(y).flatten(1))
+
+    x, valid = padded(T, 0)
+    y = torch.randn(N, T + 1, 4, generator=torch.Generator().manual_seed(1)).double()
+    net = LastOfPacked()
+    net.beside, net.head = nn.Linear(4, 4), nn.Linear(4 * (T + 1), 4)
+    batches = list(zip(x.split(30), valid.sum(1).split(30), y.split(30), strict=True))
+    report = credit_report(net.double(), batches, forward_fn=run)
+    place = next(i for i, name in enumerate(report.components) if "head" in name)
+    assert report.r2[place] == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("is_fast", [True, False])

@@ -102,6 +102,70 @@ def single_rows(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
 
 
 @way
+def single_rows_with_an_axis(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order = sorts(x).tolist()
+    z = b(torch.cat([h[i][None] for i in order]))
+    return torch.vstack([z[order.index(i)] for i in range(len(x))])
+
+
+@way
+def single_columns(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    order, turned = sorts(x).tolist(), h.t()
+    z = b(torch.stack([turned[:, i] for i in order], 1).t()).t()
+    return torch.stack([z[:, order.index(i)] for i in range(len(x))])
+
+
+@way
+def index_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return b(h.t()[:, p].t())[p.argsort()]
+
+
+@way
+def index_third_of_four(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x)
+    return b(h[None, None][:, :, p][0, 0]).t()[:, p.argsort()].t()
+
+
+@way
+def gather_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    p = sorts(x).expand(h.shape[::-1])
+    return torch.zeros_like(h.t()).scatter(1, p, b(h.t().gather(1, p).t()).t()).t()
+
+
+@way
+def flip_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.t().flip(1).t()).t().flip(0, 1).flip(0).t()
+
+
+@way
+def roll_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    return b(h.t().roll((0, 1), (0, 1)).t()).t().roll(-1, 1).t()
+
+
+@way
+def slices_second(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    z = b(torch.cat(h.t().split([7, len(h) - 7], 1)[::-1], 1).t()).t()
+    return torch.cat([z[:, -7:], z[:, :-7]], 1).t()
+
+
+@way
+def interleaved(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    y, half = torch.empty_like(h), len(h) // 2
+    y[::2], y[1::2] = h[half:], h[:half]
+    z, y = b(y), torch.empty_like(h)
+    y[half:], y[:half] = z[::2], z[1::2]
+    return y
+
+
+@way
+def two_in_one(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    y, p = h.new_empty(len(h), 2, h.shape[1]), sorts(x)
+    y[:, 0], y[:, 1] = h[p], -h[p]
+    return b(y[:, 0])[p.argsort()]
+
+
+@way
 def never_back(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     return b(h[sorts(x)])
 
@@ -171,7 +235,47 @@ def by_values(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     return b(h[p] + v[:, None])[p.argsort()]
 
 
-@pytest.mark.parametrize("between", [by_halves, by_buffer, by_masks, by_values])
+def test_rows_beside_themselves_in_another_order_are_those_of_their_samples():
+    """In all batches, though none of the states is an order of the samples."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h, p = m.a(x), sorts(x)
+        own, other = m.b(torch.cat([h, h[p]])).chunk(2)
+        return m.c(own + 2 * other[p.argsort()])
+
+    torch.manual_seed(0)
+    model = wired(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3))
+    report = credit_report(model, samples().split(60))
+    assert report.components == ("a", "b", "c")
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+
+
+def by_largest(b: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    v, p = x[:, 0].topk(len(x))
+    return b(torch.cat([h[p][:, 1:], v[:, None]], 1))[p.argsort()]
+
+
+@pytest.mark.parametrize("how", ["chunk", "repeat", "index"])
+def test_rows_of_one_of_two_views_are_those_of_their_samples(how):
+    """Where the network puts one of the views in another order between two layers."""
+
+    def run(m: nn.Module, x: Tensor) -> Tensor:
+        h, p = m.a(x), sorts(x)
+        both = m.b(h.repeat(2, 1) if how == "repeat" else torch.cat([h, -h]))
+        one = both[p + len(x)] if how == "index" else both.chunk(2)[1][p]
+        return m.c(m.d(one)[p.argsort()])
+
+    torch.manual_seed(0)
+    parts = {name: nn.Linear(4, 4) for name in "abd"}
+    report = credit_report(wired(run, **parts, c=nn.Linear(4, 3)), samples().split(60))
+    assert report.components == ("a", "b", "d", "c")
+    assert report.r2 == pytest.approx(1, abs=1e-6)
+
+
+BY_VALUES = [by_halves, by_buffer, by_masks, by_values, by_largest]
+
+
+@pytest.mark.parametrize("between", BY_VALUES)
 @pytest.mark.parametrize("first", ["mixed", "sorted"])
 def test_rows_that_their_values_chose_are_those_of_their_samples(between, first):
     """Also where they say nothing in the first batch, and are in order there."""
@@ -181,7 +285,7 @@ def test_rows_that_their_values_chose_are_those_of_their_samples(between, first)
         x = torch.cat([head[head[:, 0].argsort(descending=between is not by_values)], x[64:]])
     report = credit_report(network(between), x.split(64))
     assert report.r2[1:] == pytest.approx(1, abs=1e-6)
-    assert not any("dead" in note for note in report.notes)
+    assert not any("dead" in note or note.startswith("rows of") for note in report.notes)
 
 
 def recurrent(kind: Callable[..., nn.Module], first: bool, takes: str, by_hand: bool) -> Any:
@@ -252,13 +356,15 @@ def test_what_a_table_holds_is_in_the_order_of_the_numbers(how):
 MEETS = "rows of several samples meet in {}, and operators see one of them, so what the others do counts"
 
 
-@pytest.mark.parametrize("how", ["beside", "added", "nearest"])
+@pytest.mark.parametrize("how", ["beside", "added", "nearest", "by_column"])
 def test_rows_of_several_samples_are_told_where_they_meet(how):
     def run(m: nn.Module, x: Tensor) -> Tensor:
         h = torch.tanh(m.a(x))
         other = h.roll(1, 0)
         if how == "nearest":
             other = h[(torch.cdist(h, h) + 1e9 * torch.eye(len(h))).argmin(1)]
+        elif how == "by_column":
+            other = h.gather(0, h.detach().argsort(0))
         return m.c(m.b(torch.cat([h, other], 1) if how == "beside" else torch.cat([h + other, h], 1)))
 
     torch.manual_seed(0)

@@ -321,3 +321,44 @@ def test_samples_are_not_guessed_where_a_module_has_them_second():
     match = r"'high', of shape \(8, 8, 4\), belong to which of the 8 samples"
     with pytest.raises(ValueError, match=match):
         credit_report(behind_unfollowed(False), sequences(False, (T,) * 20))
+
+
+def beside(kind: str, given: bool) -> Any:
+    """Sequences, and a further tensor of the same samples, which a network takes its own way."""
+
+    def run(m: Any, x: Tensor, c: Tensor) -> Tensor:
+        first = not given
+        if kind == "rows":
+            order = c[:, 0].argsort()
+            e = m.mid(m.emb(c)[order])[order.argsort()]
+            h = m.rnn(m.low(x))[0] + (e[:, None] if first else e)
+            return m.out((h if first else back(h)).flatten(1))
+        if kind == "turned":
+            e = m.rnn(back(m.emb(c)))[0][-1]
+        else:
+            lengths = 2 + (c[:, 0, :2] > 0).sum(1)
+            packed = pack_padded_sequence(m.emb(c), lengths, batch_first=True, enforce_sorted=False)
+            e = m.rnn(packed)[1][-1]
+        return m.out(m.low(x).flatten(1)) + m.mid(e)
+
+    rnn = nn.RNN(D, D, batch_first=not given and kind != "turned")
+    linear = {"low": nn.Linear(D, D), "emb": nn.Linear(3, D), "out": nn.Linear(T * D, 3)}
+    torch.manual_seed(0)
+    return wired(run, **linear, rnn=rnn, mid=nn.Linear(D, D if kind == "rows" else 3))
+
+
+@pytest.mark.parametrize(("kind", "given"), [("rows", True), ("turned", False), ("packed", False)])
+def test_further_tensors_have_the_samples_first_in_batches_of_whatever_size(kind, given):
+    draw = torch.Generator().manual_seed(3)
+    shape = (480, 3) if kind == "rows" else (480, 5, 3)
+    c = torch.randn(shape, generator=draw)
+    reports = []
+    for turned, split in ((given, (T,) * 60), (False, (40,) * 12)):
+        torch.manual_seed(0)
+        batches = list(zip(sequences(turned, split), c.split(split), strict=True))
+        reports.append(credit_report(beside(kind, turned), batches))
+    report, other = reports
+    assert report.components == other.components
+    assert report.r2 == pytest.approx(other.r2, abs=1e-3)
+    assert report.credit == pytest.approx(other.credit, abs=1e-3)
+    assert report.notes == other.notes

@@ -68,8 +68,10 @@ class BatchAxes:
         self.is_square = any(tensor.shape[1:2] == (size,) for tensor in tensors)
         self._sizes = dict.fromkeys(range(2), size)
         for tensor in tensors:
-            for axis in range(2 if tensor.shape[1:2] == (size,) else 1):
-                self._set(tensor, {axis: _step(tensor, Place(axis))}, is_part=True)
+            # What has one axis of this size has the samples there, whichever of two they are in others.
+            second = 1 if tensor.shape[1:2] == (size,) else 0
+            steps = {0: _step(tensor, Place(0)), 1: _step(tensor, Place(second))}
+            self._set(tensor, steps, is_part=True)
 
     def find(self, tensor: Tensor, which: int) -> Place | None:
         """Find an axis of the batch in a tensor."""
@@ -84,7 +86,7 @@ class BatchAxes:
             return False if other and size == self._sizes[which] else None
         if place.inner > 1 or (place.axis == axis and size > self._sizes[which]):
             return None
-        return place.axis == axis or (False if tensor.shape[place.axis] == size else None)
+        return place.axis == axis
 
     def follow(self, func: Any, args: Sequence[Any], reads: Sequence[Tensor], out: Any) -> None:
         """Pass on what is known from what an operator read to what it wrote."""

@@ -87,9 +87,22 @@ def with_padding(
         mask = told[name] if told[name].ndim > 1 else up_to(told[name], size)
         return mask, {i: known for i, d in enumerate(data) if (known := _pads(mask, d)) is not None}
 
+    of = {record.name: record for record in records}
+
+    @functools.cache
+    def whose(name: str) -> frozenset[int]:
+        """Find the tensors of the batch whose positions a packed state was made of."""
+        record = of.get(name)
+        if record is None or record.positions:
+            return frozenset() if record is None else record.positions
+        return frozenset[int]().union(*map(whose, record.sources or ()))
+
     def is_about(name: str, size: int, record: Recorded) -> bool | None:
         """Check whether a mask is about a state's positions; ``None`` where nothing says so."""
         mask, known = told_up_to(name, size)
+        if name in packed and record.positions and (theirs := whose(name)).isdisjoint(record.positions):
+            # A sequence may have been packed of what no tensor of the batch holds.
+            return False if theirs else None
         own = known.keys() & record.positions or known.keys()
         # Where nothing tells, what is padded by it may be in no tensor of the batch. Lengths that leave
         # out positions of all samples may be about fewer than there are.
@@ -113,7 +126,6 @@ def with_padding(
         name = min(best, key=lambda name: (name == "mask", int(masks[name].sum())))
         return replace(form, padding=name)
 
-    of = {record.name: record for record in records}
     return {name: padded(of[name], form) if name in of else form for name, form in forms.items()}
 
 

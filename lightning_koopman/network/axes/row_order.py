@@ -38,6 +38,11 @@ class Order(NamedTuple):
         return len(self.rows) == self.base
 
     @property
+    def holds_all(self) -> bool:
+        """Whether it may be an order of all rows that there were, each as often as the others."""
+        return self.base > 0 and len(self.rows) > 0 and len(self.rows) % self.base == 0
+
+    @property
     def is_own(self) -> bool:
         """Whether each row is in its own place."""
         return self.is_of_all and torch.equal(self.filled(), _places(self.base, self.rows))
@@ -78,8 +83,9 @@ _PRODUCTS = {"mm": 1, "addmm": 2, "_sparse_mm": 1, "_sparse_addmm": 2}
 class RowOrders:
     """The orders of rows of all tensors of one pass, by their memory, as views share it.
 
-    Rows are told along the first axis, and picked ones along the second of three. What is not told apart
-    (neighbours of each row, sums over rows) counts as in order.
+    Rows are told along the axis of the samples, or the first one where that is not known; those that
+    are picked or put somewhere also along the second of three. What is not told apart (neighbours of
+    each row, sums over rows) counts as in order.
 
     Args:
         is_data: Tells whether a tensor is made of the batch.
@@ -177,7 +183,7 @@ class RowOrders:
                 if all(view_of_memory(other) == view_of_memory(tensor) for other in same):
                     continue
             met |= split
-        source = _added_up(plain, args)
+        source = self._added_up(plain, args)
         if source is not None and plain in _PUTS and (merges := self._merges(source)):
             met |= set() if self._goes_back(plain, args) else {*merges}
         elif source is not None and source.ndim:
@@ -186,6 +192,23 @@ class RowOrders:
             if met or address_of(tensor) in self._met:
                 self._met[address_of(tensor)] = met
                 self._keep(tensor)
+
+    def _added_up(self, name: str, args: Sequence[Any]) -> Tensor | None:
+        """Return what an operator adds up rows of, or takes some of more than once, if it does."""
+        found: Any = None
+        if name in _PRODUCTS:
+            found = args[_PRODUCTS[name]]
+        elif name in _ADDS:
+            found = args[3]
+        elif name.endswith(_PUTS_AT):
+            found = args[2] if _argument(args, 3, False) else None
+        elif name == "index_select" or (name == "index" and len(all_tensors(args[1])) == 1):
+            by_name = name == "index_select"
+            picked = (self._axis_of_rows(*args[:2]), args[2]) if by_name else self._index_of(*args[:2])
+            if picked is not None and picked[0] == 0:
+                once = picked[1] is not None and _are_different(picked[1])
+                found = None if once else args[0]
+        return found if isinstance(found, Tensor) else None
 
     def _goes_back(self, name: str, args: Sequence[Any]) -> bool:
         """Check whether rows are put where they were taken from, as those of experts are."""
@@ -251,7 +274,7 @@ class RowOrders:
             return self._put(name, args, out)
         if not (isinstance(out, Tensor) and args and isinstance(args[0], Tensor)):
             return None
-        picked = _picked(name, args, out)
+        picked = self._picked(name, args, out)
         if picked is None:
             return None
         axis, index = picked
@@ -269,20 +292,21 @@ class RowOrders:
         return [(out, self._taken(source, axis, index, moved=not fixed))]
 
     def _sliced(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
-        source, axis = args[0], _argument(args, 1 if name == "slice" else 2, 0)
-        if not source.ndim or axis % source.ndim:
+        source, dim = args[0], _argument(args, 1 if name == "slice" else 2, 0)
+        axis, parts = self._axis_of_rows(source, dim, or_second=False), all_tensors(out)
+        if axis is None:
             return None
-        size, parts = source.shape[0], all_tensors(out)
-        if len(parts) == 1 and len(parts[0]) == size:
+        size = source.shape[axis]
+        if len(parts) == 1 and parts[0].shape[axis] == size:
             return None
         rows = _places(size, source)
         if name == "slice":
             bounds = (_argument(args, place, usual) for place, usual in ((2, 0), (3, None), (4, 1)))
             pieces = [rows[slice(*bounds)]]
         else:
-            pieces = list(torch.split(rows, [*map(len, parts)]))
+            pieces = list(torch.split(rows, [part.shape[axis] for part in parts]))
         return [
-            (part, self._taken(source, 0, piece, moved=False))
+            (part, self._taken(source, axis, piece, moved=False))
             for part, piece in zip(parts, pieces, strict=True)
         ]
 
@@ -326,10 +350,13 @@ class RowOrders:
 
     def _put_together(self, args: Sequence[Any], out: Tensor) -> list[tuple[Tensor, Orders]] | None:
         parts = [part for part in args[0] if part.ndim == out.ndim]
-        axis = _axis_of_rows(out, _argument(args, 1, 0))
+        axis = self._axis_of_rows(out, _argument(args, 1, 0))
         if axis is None or not self._of or self._is_along(out, axis) is False:
             return None
-        known = [self.of(part).get(part.shape[axis]) for part in parts]
+        known = [
+            of.get(part.shape[axis], of.get(_ROW) if part.shape[axis] == 1 else None)
+            for part, of in ((part, self.of(part)) for part in parts)
+        ]
         if not any(order is not None for order in known):
             return None
         rows, bases = [], set()
@@ -348,7 +375,7 @@ class RowOrders:
         others = {
             size: order
             for size, order in self._joined(parts).items()
-            if size not in sizes or (steps and order.is_of_all and not order.mixed)
+            if size not in {*sizes, _ROW} or (steps and order.is_of_all and not order.mixed)
         }
         if len(bases) != 1:
             return [(out, others)]
@@ -358,11 +385,12 @@ class RowOrders:
 
     def _single(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
         """Remember which row a row was."""
-        source, axis = args[0], _argument(args, 1, 0)
-        size = source.shape[0] if source.ndim else 0
-        if size < 2 or axis % source.ndim or not self._is_data(source):
+        source = args[0]
+        axis = self._axis_of_rows(source, _argument(args, 1, 0), or_second=False)
+        size = 0 if axis is None else source.shape[axis]
+        if axis is None or size < 2 or not self._is_data(source):
             return None
-        if self._is_along(source, 0) is False:
+        if self._is_along(source, axis) is False:
             return None
         known, parts = self.of(source), all_tensors(out)
         first = args[2] % size if name == "select" else 0
@@ -373,12 +401,12 @@ class RowOrders:
         ]
 
     def _stacked(self, args: Sequence[Any], out: Tensor) -> list[tuple[Tensor, Orders]] | None:
-        """Put single rows together."""
+        """Put single rows together, along whatever axis."""
         known = [self.of(part).get(_ROW) for part in args[0]]
         rows = [order for order in known if order is not None]
         others = _without(self._joined(args[0]), _ROW)
         alike = len(rows) == len(known) and len({order.base for order in rows}) == 1
-        if _argument(args, 1, 0) % out.ndim or not alike:
+        if not alike:
             return [(out, others)] if rows else None
         order = _in_one([each.rows for each in rows], rows[0].base, rows)
         return [(out, others if order.is_undone else {**others, len(rows): order})]
@@ -400,33 +428,37 @@ class RowOrders:
         if is_all_of_memory(target):
             return [(out, self._joined([source]))]
         size, known = target.shape[0] if target.ndim else 0, self.of(source)
-        order, width = known.get(size), target.stride(0) if target.ndim else 0
+        order, row = known.get(size), target[:1] if size else target
         if _ROW in known and target.is_contiguous():
-            order, size, width = known[_ROW], 1, target.numel()
-        if order is None or source.ndim != target.ndim or not width or target.numel() != size * width:
+            order, size, row = known[_ROW], 1, target
+        width, step = row.numel(), target.stride(0) if size > 1 else 0
+        if order is None or source.ndim != target.ndim or not width or not row.is_contiguous():
             return None
         whole = target.untyped_storage().nbytes() // target.element_size() // width
-        start = target.storage_offset() // width
+        # One of several positions of all rows lies in memory as every other row does.
+        if step > width and (step % width or whole != order.base):
+            return None
         before = self._of.get(address_of(target), {}).get(None, NO_ORDERS)
-        rows = self._placed(
-            before, whole, self._is_data(target), start + _places(size, target), order, adds=False
-        )
+        places = (target.storage_offset() + step * _places(size, target)) // width
+        rows = self._placed(before, whole, self._is_data(target), places, order, adds=False)
         self._of[address_of(target)] = {None: rows}
         self._keep(target)
         return []
 
     def _put(self, name: str, args: Sequence[Any], out: Any) -> list[tuple[Tensor, Orders]] | None:
         """Return the orders of what rows were put into."""
-        target = args[0]
+        target, source = args[0], args[2 if name.endswith(_PUTS_AT) else 3]
+        if not isinstance(source, Tensor):
+            return None
         if name.endswith(_PUTS_AT):
-            indices, source, adds = all_tensors(args[1]), args[2], bool(_argument(args, 3, False))
-            found = _index_of(target, args[1]) if len(indices) == 1 else None
+            indices, adds = all_tensors(args[1]), bool(_argument(args, 3, False))
+            found = self._index_of(target, args[1], source) if len(indices) == 1 else None
             axis, places = (None, None) if found is None else found
         else:
-            dim, index, source = args[1:4]
-            indices, axis, adds = [index], _axis_of_rows(target, dim), name in _ADDS
-            places = None if axis is None else _rows_of_index(index, axis)
-        if axis is None or places is None or not isinstance(source, Tensor):
+            indices, adds = [args[2]], name in _ADDS
+            axis = self._axis_of_rows(target, args[1], beside=source)
+            places = None if axis is None else _rows_of_index(args[2], axis)
+        if axis is None or places is None:
             return None
         if self._is_along(target, axis) is False:
             return [(out, self._joined([target, source]))]
@@ -487,6 +519,64 @@ class RowOrders:
             return _without(known, size)
         return {**known, size: after}
 
+    def _axis_of_rows(
+        self, tensor: Tensor, dim: int, *, or_second: bool = True, beside: Tensor | None = None
+    ) -> int | None:
+        """Return an axis along which rows are told, if it is one; what is put there may tell, too."""
+        axis = dim % max(1, tensor.ndim)
+        if axis == 0 or (or_second and axis == 1 and tensor.ndim == 3):
+            return axis if tensor.ndim else None
+        for told in (tensor, beside):
+            if told is not None and told.ndim == tensor.ndim:
+                is_along = self._is_along(told, axis)
+                if is_along or (is_along is None and told.shape[axis] in self.of(told)):
+                    return axis
+        return None
+
+    def _picked(self, name: str, args: Sequence[Any], out: Tensor) -> tuple[int, Tensor | None] | None:
+        """Return the axis along which an operator takes rows, and which; no index if it mixes them."""
+        source = args[0]
+        if name == "index":
+            found = self._index_of(source, args[1])
+            if found is None or found[1] is None or len(found[1]) == out.shape[found[0]]:
+                return found
+            return found[0], None
+        if name == "index_select":
+            axis = self._axis_of_rows(source, args[1])
+            return None if axis is None else (axis, args[2].reshape(-1))
+        if name == "gather":
+            axis = self._axis_of_rows(source, args[1], or_second=False)
+            return None if axis is None else (axis, _rows_of_index(args[2], axis))
+        if name == "embedding" and args[1].numel() == max(args[1].shape, default=1):
+            return 0, args[1].reshape(-1)
+        if name not in ("flip", "roll") or not source.ndim:
+            return None
+        dims = args[1] if name == "flip" else _argument(args, 2, ())
+        if name == "roll" and source.ndim == 1:
+            dims = [0]
+        for dim, by in zip(dims, args[1], strict=False):
+            axis = self._axis_of_rows(source, dim, or_second=False)
+            if axis is not None and self._is_along(source, axis) is not False:
+                places = _places(source.shape[axis], source)
+                return axis, places.flip(0) if name == "flip" else places.roll(by)
+        return None
+
+    def _index_of(
+        self, tensor: Tensor, indices: Sequence[Tensor | None], beside: Tensor | None = None
+    ) -> tuple[int, Tensor | None] | None:
+        """Return the axis of rows that is indexed, and by which rows, if they can be told."""
+        first = next((k for k, index in enumerate(indices) if index is not None), None)
+        axis = None if first is None else self._axis_of_rows(tensor, first, beside=beside)
+        if axis is None:
+            return None
+        index = indices[axis]
+        assert index is not None
+        if index.dtype in (torch.bool, torch.uint8):
+            return axis, index.nonzero()[:, 0] if index.ndim == 1 else None
+        if not index.ndim:
+            return None
+        return axis, index.reshape(-1) if index.numel() == max(index.shape) else None
+
     def _joined(self, reads: Sequence[Tensor]) -> Orders:
         """Return the orders of what is made of several tensors, row by row."""
         orders = [self.of(tensor) for tensor in reads]
@@ -544,53 +634,6 @@ def _agreed(size: int, found: Sequence[Order], plain: bool) -> Order | None:
     return Order(rows, first.base, moved, differ or mixed)
 
 
-def _axis_of_rows(tensor: Tensor, dim: int) -> int | None:
-    """Return an axis along which rows are told, if it is one."""
-    axis = dim % max(1, tensor.ndim)
-    if axis == 0 and tensor.ndim:
-        return 0
-    return 1 if axis == 1 and tensor.ndim == 3 else None
-
-
-def _picked(name: str, args: Sequence[Any], out: Tensor) -> tuple[int, Tensor | None] | None:
-    """Return the axis along which an operator takes rows, and which; no index if it mixes them."""
-    source = args[0]
-    if name == "index":
-        found = _index_of(source, args[1])
-        if found is None or found[1] is None or len(found[1]) in out.shape[:2]:
-            return found
-        return found[0], None
-    if name == "index_select":
-        axis = _axis_of_rows(source, args[1])
-        return None if axis is None else (axis, args[2].reshape(-1))
-    if name == "gather" and source.ndim and args[1] % source.ndim == 0:
-        return 0, _rows_of_index(args[2], 0)
-    if name == "embedding" and args[1].numel() == max(args[1].shape, default=1):
-        return 0, args[1].reshape(-1)
-    if name == "flip" and source.ndim and 0 in {dim % source.ndim for dim in args[1]}:
-        return 0, _places(source.shape[0], source).flip(0)
-    if name == "roll" and source.ndim:
-        dims = [dim % source.ndim for dim in _argument(args, 2, ())]
-        dims = dims or ([0] if source.ndim == 1 else [])
-        shift = sum(by for by, dim in zip(args[1], dims, strict=True) if dim == 0) if dims else 0
-        return (0, _places(source.shape[0], source).roll(shift)) if shift else None
-    return None
-
-
-def _index_of(tensor: Tensor, indices: Sequence[Tensor | None]) -> tuple[int, Tensor | None] | None:
-    """Return the axis of rows that is indexed, and by which rows, if they can be told."""
-    axis = next((k for k, index in enumerate(indices) if index is not None), tensor.ndim)
-    if axis > 1 or (axis == 1 and tensor.ndim != 3):
-        return None
-    index = indices[axis]
-    assert index is not None
-    if index.dtype in (torch.bool, torch.uint8):
-        return axis, index.nonzero()[:, 0] if index.ndim == 1 else None
-    if not index.ndim:
-        return None
-    return axis, index.reshape(-1) if index.numel() == max(index.shape) else None
-
-
 def _rows_of_index(index: Tensor, axis: int) -> Tensor | None:
     """Return the rows that an index with an entry for each value names, if it names whole ones."""
     if index.ndim < 2:
@@ -598,24 +641,6 @@ def _rows_of_index(index: Tensor, axis: int) -> Tensor | None:
     rows = index.movedim(axis, 0).flatten(1)
     alike = rows.shape[1] > 0 and bool((rows == rows[:, :1]).all())
     return rows[:, 0] if alike else None
-
-
-def _added_up(name: str, args: Sequence[Any]) -> Tensor | None:
-    """Return what an operator adds up rows of, or takes some of more than once, if it does."""
-    found: Any = None
-    if name in _PRODUCTS:
-        found = args[_PRODUCTS[name]]
-    elif name in _ADDS:
-        found = args[3]
-    elif name.endswith(_PUTS_AT):
-        found = args[2] if _argument(args, 3, False) else None
-    elif name == "index_select" or (name == "index" and len(all_tensors(args[1])) == 1):
-        by_name = name == "index_select"
-        picked = (_axis_of_rows(*args[:2]), args[2]) if by_name else _index_of(*args[:2])
-        if picked is not None and picked[0] == 0:
-            once = picked[1] is not None and _are_different(picked[1])
-            found = None if once else args[0]
-    return found if isinstance(found, Tensor) else None
 
 
 def have_met(orders: Orders, n_rows: int) -> bool:

@@ -85,8 +85,7 @@ class Recorded:
         second_orders: The same, where samples are along the second axis of the batch.
         places: Where the two first axes of the batch are, as far as that is known.
         picks: The states of which one position alone is in it.
-        positions: The tensors of the batch, by number, whose positions it has, of several that have as
-            many.
+        positions: The tensors of the batch, by number, whose positions it has, of several that have any.
     """
 
     name: str
@@ -579,7 +578,7 @@ def _axis_of_samples(records: Sequence[Recorded], batch: Any, n_samples: int) ->
     shape = next((t.shape for t in all_tensors(batch) if t.ndim > 1), (0, 0))
     if shape[0] != shape[1]:
         return int(n_samples == shape[1])
-    packed = (r.places[1] == (0, 1) for r in records if r.lengths is not None)
+    packed = (_are_at(r.places, 0) for r in records if r.lengths is not None)
     second = ((r.module, r.tensor, r.places) for r in records if r.lengths is None)
     return int(any(packed) or are_second_of_batch(second))
 
@@ -588,7 +587,12 @@ def are_second_of_batch(
     states: Iterable[tuple[nn.Module, Tensor, Sequence[Place | None]]],
 ) -> bool:
     """Check whether a module of torch that has samples second has the second axis of the batch there."""
-    return any(places[1] == (1, 1) and gives_batch_second(m, tensor) for m, tensor, places in states)
+    return any(_are_at(places, 1) and gives_batch_second(m, tensor) for m, tensor, places in states)
+
+
+def _are_at(places: Sequence[Place | None], axis: int) -> bool:
+    """Check whether the second axis of the batch is an axis of a tensor, and the first is not."""
+    return places[1] == (axis, 1) != places[0]
 
 
 def _is_picked(record: Recorded, n_samples: int) -> bool:

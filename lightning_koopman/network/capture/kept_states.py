@@ -82,7 +82,7 @@ class KeptStates:
         if rows := self.provenance.rows(recorded.tensor, tensor):
             recorded = replace(recorded, **rows)
             both = (recorded.orders, recorded.second_orders)
-            if any(order.is_of_all for orders in both for order in orders.values()):
+            if any(order.holds_all for orders in both for order in orders.values()):
                 self.moved.add(recorded.name)
             recorded = with_lengths_in_order(recorded)
         with unseen():

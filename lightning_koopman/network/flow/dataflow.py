@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -172,12 +171,11 @@ class DataFlow(Watcher):
 
     @kept_out_of_the_pass()
     def begin_positions(self, tensors: Sequence[Tensor]) -> None:
-        """Follow whose positions there are, of the batch's tensors that have as many."""
-        sizes = Counter(tensor.shape[1] for tensor in tensors if has_positions(tensor))
-        for place, tensor in enumerate(tensors):
-            if has_positions(tensor) and sizes[tensor.shape[1]] > 1:
-                self._positions[place] = BatchAxes(self._keep_address)
-                self._positions[place].begin_at(tensor, axis=1)
+        """Follow whose positions there are, where several of the batch's tensors have any."""
+        have = {place: tensor for place, tensor in enumerate(tensors) if has_positions(tensor)}
+        for place, tensor in have.items() if len(have) > 1 else ():
+            self._positions[place] = BatchAxes(self._keep_address)
+            self._positions[place].begin_at(tensor, axis=1)
 
     @kept_out_of_the_pass(frozenset())
     def positions(self, tensor: Tensor) -> frozenset[int]:
