@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.accumulator import MaxSamples
 from lightning_koopman.measurement.measurement import FIRST_CHECK, Measurement
-from lightning_koopman.network.access.isolation import random_states_kept
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.runs.forward_runner import (
-    ForwardFn,
-    check_arguments,
-    default_forward,
-    device_of,
-    to_device,
-)
+from lightning_koopman.network.runs.forward_runner import ForwardFn, check_arguments, with_weights
 from lightning_koopman.network.runs.samples import spread
 from lightning_koopman.report.report import CreditReport
 
@@ -88,7 +78,7 @@ def credit_report(
     """
     check_arguments(model, batches, forward_fn)
     check_given(INTEGER, step=step)
-    batches = _with_weights(model, batches, forward_fn)
+    batches = with_weights(model, batches, forward_fn)
     counts = isinstance(max_samples, int | np.integer) and max_samples > 0
     if max_samples not in ("enough", None) and not counts:
         raise ValueError(
@@ -102,26 +92,3 @@ def credit_report(
         measurement = Measurement(model, components, options, max_samples=max_samples, varying=varying)
         measurement.run(model, batches, forward_fn)
     return measurement.report(step=step)
-
-
-def _with_weights(
-    model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None
-) -> Iterable[Any]:
-    """Run once over the first batch where lazy modules have no weights yet, so that they get them."""
-    if not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        return batches
-    with random_states_kept(batches):
-        rest = iter(batches)
-        first = list(itertools.islice(rest, 1))
-    modes = [(module, module.training) for module in model.modules()]
-    device = device_of(model)
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in first:
-                (default_forward if forward_fn is None else forward_fn)(model, to_device(batch, device))
-    finally:
-        for module, mode in modes:
-            if module.training != mode:
-                module.train(mode)
-    return itertools.chain(first, rest) if rest is batches else batches

@@ -98,6 +98,14 @@ def test_lazy_modules_get_their_weights_from_the_first_batch(once):
     np.testing.assert_allclose(report.credit, credit_report(lazy, batches).credit, atol=1e-12)
 
 
+def test_lazy_modules_get_their_weights_from_what_effects_are_measured_on():
+    torch.manual_seed(0)
+    lazy, batches = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3)), samples()
+    effects = component_effects(lazy, batches)
+    assert effects.components == ("0", "2")
+    np.testing.assert_allclose(effects.values["skip"], component_effects(lazy, batches).values["skip"])
+
+
 def padded() -> nn.Module:
     """A transformer encoder that takes the fast path of padded sequences."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import Dataset, IterableDataset
 
@@ -531,6 +533,29 @@ def _labels_once(flow: DataFlow, call: str) -> Alteration:
     return alter
 
 
+def with_weights(
+    model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None
+) -> Iterable[Any]:
+    """Run once over the first batch where lazy modules have no weights yet, so that they get them."""
+    if not any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        return batches
+    with random_states_kept(batches):
+        rest = iter(batches)
+        first = list(itertools.islice(rest, 1))
+    modes = [(module, module.training) for module in model.modules()]
+    device = device_of(model)
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in first:
+                (default_forward if forward_fn is None else forward_fn)(model, to_device(batch, device))
+    finally:
+        for module, mode in modes:
+            if module.training != mode:
+                module.train(mode)
+    return itertools.chain(first, rest) if rest is batches else batches
+
+
 def runner_on(
     model: nn.Module, batches: Iterable[Any], samples: int, forward_fn: ForwardFn | None
 ) -> ForwardRunner:
@@ -539,7 +564,8 @@ def runner_on(
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least one is needed")
     check_arguments(model, batches, forward_fn)
-    runner = ForwardRunner(model, spread(batches, samples), forward_fn, samples=samples)
+    batches = spread(with_weights(model, batches, forward_fn), samples)
+    runner = ForwardRunner(model, batches, forward_fn, samples=samples)
     if not runner.batches:
         raise ValueError(NO_SAMPLES)
     return runner
