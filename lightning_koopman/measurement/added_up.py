@@ -71,7 +71,7 @@ class AddedUp:
         spread = varied.square().sum(dim=1)
         told = spread > (self._rounding / 2) ** 2 * added.sum(dim=0).square().sum(dim=0)
         weighed = torch.where(told, (varied * off).sum(dim=1).square() / spread, 0).sum(dim=1)
-        fits = _fits(off, moved, allowed)
+        fits = _adds_up(off, moved, allowed)
         fits = fits & (weighed <= _WEIGHED**2 * torch.where(told, spread, 0).sum(dim=1)).all()
         self._factors = torch.ones_like(added[:, 0])
         if not fits and self._rounding <= EXACT:
@@ -80,7 +80,7 @@ class AddedUp:
             found = _weights(exactly(varied).double(), exactly(moved).double())
             if found is not None:
                 self._factors = found.to(added)
-                fits = _fits(moved - (self._factors[:, None] * varied).sum(dim=0), moved, allowed)
+                fits = _adds_up(moved - (self._factors[:, None] * varied).sum(dim=0), moved, allowed)
         self._shift = own[0] - (self._factors * added[:, 0]).sum(dim=0)
         self._excess, self._first = torch.where(fits, -torch.inf, torch.inf), []
 
@@ -108,7 +108,7 @@ class AddedUp:
         return (self._factors[:, None] * _blocks(parts, self._factors.shape[1])).sum(dim=0)
 
 
-def _fits(off: Tensor, moved: Tensor, allowed: Tensor) -> Tensor:
+def _adds_up(off: Tensor, moved: Tensor, allowed: Tensor) -> Tensor:
     """Check whether what parts miss of how a sum varies is rounding, and little beside it."""
     little = off.square().sum() <= _MISSED**2 * moved.square().sum()
     return (off.abs() <= allowed).all() & little

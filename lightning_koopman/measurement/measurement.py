@@ -94,8 +94,8 @@ class Measurement(Accumulator):
         self._named = components is not None
         self._batch: Any = None
         self._valid: Valid = {}
-        # Where a state behind others says which positions hold data, rows are made when all have run.
-        # Packed states that tell where others are padded; they need not be in the chain themselves.
+        # Packed states that tell, behind others, where these are padded: rows are made when all have
+        # run. They need not be in the chain themselves.
         self._lengths_of = frozenset[str]()
         # What the calls before in this step gave.
         self._calls_before: list[list[Tensor]] = []

@@ -22,7 +22,7 @@ def test_the_benchmark_writes_its_page(tmp_path: Path) -> None:
         for line in page.read_text(encoding="utf-8").splitlines()
         if line.startswith("| ")
     ]
-    known = dict((row[0], row[-1]) for row in rows)
+    known = {row[0]: row[-1] for row in rows}
     kinds = {f"{name}{half}" for name in ("ResNet-50", "ViT-B/16") for half in ("", ", bf16")}
     assert kinds <= set(known)
     assert float(known["gloo against none: largest difference of a credit"]) < 1e-9

@@ -93,9 +93,9 @@ def with_padding(
     def whose(name: str) -> frozenset[int]:
         """Find the tensors of the batch whose positions a packed state was made of."""
         record = of.get(name)
-        if record is None or record.positions:
-            return frozenset() if record is None else record.positions
-        return frozenset[int]().union(*map(whose, record.sources or ()))
+        if record is None:
+            return frozenset()
+        return record.positions or frozenset().union(*map(whose, record.sources or ()))
 
     def is_about(name: str, size: int, record: Recorded) -> bool | None:
         """Check whether a mask is about a state's positions; ``None`` where nothing says so."""
