@@ -14,7 +14,7 @@ Source: Liang et al. (2022), arXiv 2212.00998, names this stage; the constructio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +84,11 @@ def align(
     """
     if parents is None:
         parents = [range(i, i - len(blocks), -1) for i, blocks in enumerate(operators)]
+    if unread := {*range(len(operators))}.difference(*parents):
+        raise ValueError(f"no step reads state {min(unread)}; leave out what nothing goes on from")
     widths = {len(operators): outputs.shape[-2]}
     for step in range(len(operators), 0, -1):
-        # Where no step reads a state, any width of it will do.
-        width = widths.setdefault(step, operators[step - 1][0].shape[-1])
+        width = widths[step]
         if operators[step - 1][0].shape[-1] != width:
             raise ValueError(
                 f"operator {step} gives {operators[step - 1][0].shape[-1]} values, but {width} were "
@@ -118,58 +119,78 @@ def _align(
     aligned: list[Tensor] = []
     logs = {last: outputs.new_zeros(*several, rank)}
     volumes = [logs[last]]
-    # between[a, b] = R_a R_b^{-1}, of states that others still read. Forming J_i R_c^{-1} keeps every
-    # factor well scaled, and products of steps lose nothing where one branch is far weaker than another.
-    between, live, nearest = {(last, last): identity}, [last], last
+    readers: dict[int, dict[int, Tensor]] = {state: {} for state in range(last)}
+    for child, (blocks, read) in enumerate(zip(operators, parents, strict=True), start=1):
+        for block, state in zip(blocks, read, strict=True):
+            readers[state][child] = block
+    units, live, nearest = _Units(identity), [last], last
     for state in range(last - 1, -1, -1):
-        width = next(
-            block.shape[-2]
-            for read, blocks in zip(parents[state:], operators[state:], strict=True)
-            for block, p in zip(blocks, read, strict=True)
-            if p == state
-        )
-        steps = {
-            c: product(operators[c - 1][list(parents[c - 1]).index(state)], bases[c])
-            for c in live
-            if state in parents[c - 1]
-        }
-        nothing = outputs.new_zeros(*several, width, rank)
-        unit, jacobian, solved = _in_best_units(steps, between, nothing, nearest)
+        steps = {child: product(block, bases[child]) for child, block in readers[state].items()}
+        unit, jacobian, solved = _in_best_units(steps, units)
         needed = [c for c in live if min(parents[c - 1]) < state]
         if solved is None and not needed:
             return ((), (), (), torch.empty(0, device="cpu")), _independent(jacobian), state
         basis, triangle, inverse = solved or (jacobian, identity, identity)
         bases[state], factors[state] = basis, product(triangle, factors[unit])
         logs[state] = logs[unit] + triangle.diagonal(dim1=-2, dim2=-1).abs().log()
-        others = {*needed, nearest}
-        between = {
-            **{(a, b): between[a, b] for a in others for b in others},
-            **{(state, c): _times(triangle, between[unit, c], identity) for c in others},
-            **{(c, state): _times(between[c, unit], inverse, identity) for c in others},
-            (state, state): identity,
-        }
+        units.add(state, unit, triangle, inverse)
         if solved is None:
             aligned.append(torch.full_like(identity, torch.nan))
             volumes.append(logs[unit] + _volumes(jacobian))
         else:
-            aligned.append(between[state, nearest])
+            aligned.append(units.told_in(nearest, [state])[state])
             volumes.append(logs[state])
             nearest = state
         live = [state, *needed]
+        if live == [nearest]:
+            units = _Units(identity)
     back = range(last + 1)
     parts = tuple(bases[i] for i in back), tuple(aligned[::-1]), tuple(factors[i] for i in back)
     return (*parts, torch.stack(volumes[::-1], dim=-2)), range(rank), 0
 
 
-def _times(left: Tensor, right: Tensor, identity: Tensor) -> Tensor:
-    """Multiply, but for the identity: in a chain without skips that is all there is between states."""
-    if right is identity:
-        return left
-    return right if left is identity else product(left, right)
+class _Units:
+    """The triangles R_i of states, each told in units of that of another state behind it.
+
+    Only ratios of two are formed. So every factor stays well scaled, and products of steps lose nothing
+    where one branch is far weaker than another.
+    """
+
+    def __init__(self, identity: Tensor) -> None:
+        self._identity = identity
+        self._steps: dict[int, tuple[int, Tensor, Tensor]] = {}
+
+    def add(self, state: int, unit: int, triangle: Tensor, inverse: Tensor) -> None:
+        """Let R_state be a triangle times R_unit."""
+        self._steps[state] = unit, triangle, inverse
+
+    def told_in(self, unit: int, states: Iterable[int]) -> dict[int, Tensor]:
+        """Return R_i R_unit^{-1} of some states, and of those on the way to them."""
+        known, behind = {unit: self._identity}, unit
+        for state in states:
+            way = []
+            while state not in known:
+                if state < behind:
+                    way.append(state)
+                    state = self._steps[state][0]
+                else:
+                    further, _, inverse = self._steps[behind]
+                    known[further] = self._times(inverse, known[behind])
+                    behind = further
+            for step in reversed(way):
+                further, triangle, _ = self._steps[step]
+                known[step] = self._times(triangle, known[further])
+        return known
+
+    def _times(self, left: Tensor, right: Tensor) -> Tensor:
+        """Multiply, but for the identity, which is all there is in chains without skips."""
+        if right is self._identity:
+            return left
+        return right if left is self._identity else product(left, right)
 
 
 def _in_best_units(
-    steps: dict[int, Tensor], between: dict[tuple[int, int], Tensor], nothing: Tensor, nearest: int
+    steps: dict[int, Tensor], units: _Units
 ) -> tuple[int, Tensor, tuple[Tensor, Tensor, Tensor] | None]:
     """Return the child in whose units a Jacobian shows most directions, the Jacobian, and its factors.
 
@@ -177,9 +198,10 @@ def _in_best_units(
     direction is lost only if it is in the units of every child. ``steps`` holds K_c Q_c by child.
     """
     found = []
-    for unit in steps or [nearest]:
-        paths = [s if c == unit else product(s, between[c, unit]) for c, s in steps.items()]
-        jacobian = sum(paths[1:], start=paths[0]) if paths else nothing
+    for unit in steps:
+        ratios = units.told_in(unit, steps)
+        paths = [s if c == unit else product(s, ratios[c]) for c, s in steps.items()]
+        jacobian = sum(paths[1:], start=paths[0])
         solved = _triangular(jacobian)
         found.append((unit, jacobian, solved))
         if solved is not None:

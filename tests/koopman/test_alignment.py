@@ -10,6 +10,7 @@ import torch
 from oracles import dense_product, log_gram_volume, log_volume
 from torch import Tensor
 
+from lightning_koopman.koopman import alignment
 from lightning_koopman.koopman.alignment import Alignment, OneByOneError, align
 
 WIDTHS = [
@@ -268,6 +269,42 @@ def test_operators_that_do_not_fit_together_are_refused() -> None:
         align([[w] for w in weights], torch.eye(5))
     with pytest.raises(ValueError, match=r"operator 2 gives 5 values, but 6 were expected"):
         align([[w] for w in weights], torch.eye(6))
+
+
+def test_a_state_that_nothing_reads_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no step reads state 1; leave out what nothing goes on from"):
+        align([[torch.ones(4, 3)], [torch.ones(4, 3)]], torch.eye(3), [(0,), (0,)])
+
+
+@pytest.mark.parametrize("width", [2, 6])
+@pytest.mark.parametrize("steps", [3, 20, 40])
+def test_where_all_steps_read_one_state_products_are_no_more_than_pairs_of_these(
+    steps: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a loop over time do, all of which read the input."""
+    taken: list[None] = []
+
+    def counted(left: Tensor, right: Tensor) -> Tensor:
+        taken.append(None)
+        return left @ right
+
+    monkeypatch.setattr(alignment, "product", counted)
+    rng = np.random.default_rng(steps)
+    inputs = rng.standard_normal((steps, width, 4))
+    weights = 0.5 * rng.standard_normal((steps, 4, 4))
+    operators = [
+        [torch.from_numpy(block) for block in ((w, x) if step else (x,))]
+        for step, (w, x) in enumerate(zip(weights, inputs, strict=True))
+    ]
+    parents = [(step, 0) if step else (0,) for step in range(steps)]
+    chain = align(operators, torch.eye(4, dtype=torch.float64), parents)
+    # Where the input is too narrow to carry all directions, twice: they are found, and left out.
+    assert len(taken) <= 4 * steps**2 + 8
+    answer, jacobian = np.eye(4), np.zeros((width, 4))
+    for w, x in zip(weights[::-1], inputs[::-1], strict=True):
+        answer, jacobian = w @ answer, jacobian + x @ answer
+    assert len(chain.kept) == min(width, 4)
+    assert np.allclose(chain.jacobian(0).numpy(), jacobian[:, chain.kept], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("skips", [False, True])

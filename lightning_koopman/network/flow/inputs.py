@@ -92,7 +92,8 @@ class Inputs:
                 fresh = self._provenance.is_fresh(tensor, self.names)
                 if self._is_further_part(tensor) or (nothing_ran if fresh is None else fresh):
                     self.add(call, place, tensor)
-            elif (are_alike(tensor, first) or is_of_edges(tensor, indices)) and self._is_new(tensor):
+            # By labels first, for values of all states of a dense network take long to look through.
+            elif self._is_new(tensor) and (are_alike(tensor, first) or is_of_edges(tensor, indices)):
                 if with_states:
                     # What compares states with it, as losses do, shows by what it gives.
                     beside.append((place, tensor, detached_copy(tensor)))
