@@ -36,7 +36,7 @@ class AddedUp:
     """
 
     def __init__(self, rounding: float) -> None:
-        self._rounding, self._fits = rounding, True
+        self._rounding, self._fits, self._needed = rounding, True, 2
         self._first: list[tuple[Tensor, Tensor]] = []
         # None until the first rows are compared.
         self._shift: Tensor | None = None
@@ -55,7 +55,7 @@ class AddedUp:
             return
         most = max(2, min(_FIRST_COMPARED, _MOST_COMPARED // own.shape[1]))
         self._first.append((own[:most], _blocks([part[:most] for part in parts], own.shape[1])))
-        if sum(len(rows) for rows, _ in self._first) >= most:
+        if sum(len(rows) for rows, _ in self._first) >= max(most, self._needed):
             self._compare()
 
     def _compare(self) -> None:
@@ -75,12 +75,20 @@ class AddedUp:
         fits = fits & (weighed <= _WEIGHED**2 * torch.where(told, spread, 0).sum(dim=1)).all()
         self._factors = torch.ones_like(added[:, 0])
         if not fits and self._rounding <= EXACT:
-            if len(own) <= 2 * len(added):
+            self._needed = 2 * len(added) + 1
+            if len(own) < self._needed:
                 return
-            found = _weights(exactly(varied).double(), exactly(moved).double())
-            if found is not None:
-                self._factors = found.to(added)
-                fits = _adds_up(moved - (self._factors[:, None] * varied).sum(dim=0), moved, allowed)
+            # One unit first: where it is no sum, all of them would take long for nothing.
+            for units in (slice(1), slice(None)):
+                part, whole = varied[..., units], moved[:, units]
+                found = _weights(exactly(part).double(), exactly(whole).double())
+                factors = self._factors[:, units] if found is None else found.to(added)
+                off = whole - (factors[:, None] * part).sum(dim=0)
+                fits = _adds_up(off, whole, allowed[units])
+                if not fits:
+                    break
+            else:
+                self._factors = factors
         self._shift = own[0] - (self._factors * added[:, 0]).sum(dim=0)
         self._excess, self._first = torch.where(fits, -torch.inf, torch.inf), []
 
