@@ -197,16 +197,19 @@ def _in_best_units(
     In units of a weak branch, what leads past it is so large that the branch itself is lost beside it; a
     direction is lost only if it is in the units of every child. ``steps`` holds K_c Q_c by child.
     """
-    found = []
+    best, most = None, -1
     for unit in steps:
         ratios = units.told_in(unit, steps)
         paths = [s if c == unit else product(s, ratios[c]) for c, s in steps.items()]
         jacobian = sum(paths[1:], start=paths[0])
-        solved = _triangular(jacobian)
-        found.append((unit, jacobian, solved))
-        if solved is not None:
-            return found[-1]
-    return max(found, key=lambda each: len(_independent(each[1])))
+        if (solved := _triangular(jacobian)) is not None:
+            return unit, jacobian, solved
+        if (count := len(_independent(jacobian))) > most:
+            best, most = (unit, jacobian, None), count
+        if most == min(jacobian.shape):
+            break
+    assert best is not None
+    return best
 
 
 def _triangular(jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

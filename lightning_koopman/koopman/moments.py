@@ -350,11 +350,14 @@ class _Blocks(Mapping[tuple[int, int], Tensor]):
             places[state] = range(start, start := start + self.layout.dims[state])
         found = self._joint(group)
         for axis, states in ((-2, rows), (-1, columns)):
-            units = [unit for state in states for unit in places[state]]
-            if units == list(range(units[0], units[-1] + 1)):
-                found = found.narrow(axis, units[0], len(units))
-            else:
-                found = found.index_select(axis, torch.tensor(units, device=found.device))
+            runs = list[range]()
+            for state in states:
+                own = places[state]
+                if runs and runs[-1].stop == own.start:
+                    own = range(runs.pop().start, own.stop)
+                runs.append(own)
+            cut = [found.narrow(axis, run.start, len(run)) for run in runs]
+            found = cut[0] if len(cut) == 1 else torch.cat(cut, dim=axis)
         return found
 
     def _joint(self, group: tuple[int, ...]) -> Tensor:

@@ -298,8 +298,7 @@ def test_where_all_steps_read_one_state_products_are_no_more_than_pairs_of_these
     ]
     parents = [(step, 0) if step else (0,) for step in range(steps)]
     chain = align(operators, torch.eye(4, dtype=torch.float64), parents)
-    # Where the input is too narrow to carry all directions, twice: they are found, and left out.
-    assert len(taken) <= 4 * steps**2 + 8
+    assert len(taken) <= 2 * steps**2 + 8
     answer, jacobian = np.eye(4), np.zeros((width, 4))
     for w, x in zip(weights[::-1], inputs[::-1], strict=True):
         answer, jacobian = w @ answer, jacobian + x @ answer

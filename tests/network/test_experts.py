@@ -118,6 +118,29 @@ def test_an_expert_that_gets_a_whole_batch_later_is_no_reason_to_stop():
     assert (report.components, report.n_samples) == (("inp", "out"), 220)
 
 
+def test_of_many_experts_several_may_get_as_many_samples_by_chance():
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.inp(x).tanh()
+        weights, kinds = m.gate(h).softmax(dim=-1).topk(2)
+        given = torch.zeros_like(h)
+        for k, expert in enumerate(m.experts):
+            rows, place = (kinds == k).nonzero(as_tuple=True)
+            given = given.index_add(0, rows, weights[rows, place, None] * expert(h[rows]))
+        return m.out(h + given)
+
+    torch.manual_seed(0)
+    parts = {"inp": nn.Linear(16, 8), "gate": nn.Linear(8, 60, bias=False), "out": nn.Linear(8, 2)}
+    net = wired(forward, **parts, experts=nn.ModuleList(one_layer() for _ in range(60))).eval()
+    data = torch.randn(200, 16)
+    with torch.no_grad():
+        counts = torch.bincount(net.gate(net.inp(data[:100]).tanh()).topk(2).indices.flatten())
+    assert int(counts.bincount()[1:].max()) > 5
+    report = credit_report(net, data.split(100))
+    assert (report.components, report.n_samples) == (("inp", "gate", "out"), 200)
+    few = credit_report(net, data.split(20), max_samples=None)
+    np.testing.assert_allclose(report.credit, few.credit, atol=1e-8)
+
+
 def test_the_overview_says_the_same():
     net = mixture(by_places)
     _, pure = batches(net)

@@ -111,6 +111,12 @@ class Recorded:
     picks: Picks = field(default_factory=dict)
     positions: frozenset[int] = frozenset()
 
+    @property
+    def is_part(self) -> bool:
+        """Whether its rows are known to be some of those that there were."""
+        order = self.orders.get(self.tensor.shape[0])
+        return order is not None and not order.is_of_all
+
     def in_order(self, form: RowForm) -> Tensor:
         """Return the tensor with its rows in the order of the batch."""
         if not self._may_be_out_of_order(form):
@@ -721,4 +727,6 @@ def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
             return least, set()
     if given and all(fits(record) for record in records):
         return given, set()
-    return (Counter(sizes).most_common(1)[0][0] if sizes else 0), set()
+    # Of many experts some get as many samples as others, by chance.
+    whole = [len(record.tensor) for record in records if record.tensor.ndim and not record.is_part]
+    return (Counter(whole or sizes).most_common(1)[0][0] if sizes else 0), set()
