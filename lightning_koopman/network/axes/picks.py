@@ -40,16 +40,25 @@ _RESHAPE = frozenset({"view", "_unsafe_view", "_reshape_alias"})
 _OF_LAST_AXES = frozenset({"native_layer_norm", "_fused_rms_norm"})
 
 
+OfBatch = Callable[[Tensor, int], tuple[bool | None, ...]]
+"""Tells whether an axis of a tensor is the first of the batch's tensors, and whether the second."""
+
+
 class PickedPositions:
     """What was picked of which states, for all tensors of one pass, by their memory, as views share it.
 
     Args:
+        of_batch: Tells whether an axis of a tensor is one of the batch's.
         keep: Called with each tensor of which something is known, so that its address is not given to
             another.
     """
 
-    def __init__(self, keep: Callable[[Tensor], None]) -> None:
-        self._keep = keep
+    def __init__(
+        self,
+        of_batch: OfBatch,
+        keep: Callable[[Tensor], None],
+    ) -> None:
+        self._of_batch, self._keep = of_batch, keep
         # Views have picks of their own, beside those of all of the memory.
         self._of: dict[int, dict[Any, Picks]] = {}
         # Of which states views hold other positions than theirs, with the number of these.
@@ -83,7 +92,7 @@ class PickedPositions:
         # A part that is written to is where it was in its memory.
         parts = {(at, view_of_memory(t)) for at, t, is_part in written() if is_part and plain != name}
         before = self._moved_before(reads, known, but=parts)
-        moved = before | _moves(func, args, reads, known, out)
+        moved = before | self._moves(func, args, reads, known, out)
         for address, tensor, is_part in written():
             if not (moved or address in self._moved):
                 continue
@@ -98,6 +107,7 @@ class PickedPositions:
             return
         told: Picks
         if pick is not None:
+            pick = pick._replace(of_batch=self._of_batch(args[0], pick.axis))
             told = {n: pick._replace(is_moved=(n, pick.size) in before) for n in known[0]}
             told |= self.of(reads[0])
         else:
@@ -123,6 +133,31 @@ class PickedPositions:
                 moves = of.get(view, of.get(None, _NO_MOVES))
                 found |= {move for move in moves if move[0] in labels}
         return frozenset(found)
+
+    def _moves(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        reads: Sequence[Tensor],
+        known: Sequence[frozenset[str]],
+        out: Any,
+    ) -> Moves:
+        """Return along which axes, by their sizes, an operator moves positions, or lets them meet.
+
+        Of an operator that no rule is about, that is all of them.
+        """
+        shapes = [tensor.shape for tensor in all_tensors(out) if not tensor.is_nested]
+        pairs = zip(reads, known, strict=True)
+        data = [(tensor, labels) for tensor, labels in pairs if labels and not tensor.is_nested]
+        if not data or not shapes:
+            return _NO_MOVES
+        rule = _Moving(func, args, [tensor for tensor, _ in data], shapes[0], self._of_batch)
+        return frozenset(
+            (label, size)
+            for tensor, labels in data
+            for size in {*rule.sizes(tensor)}
+            for label in labels
+        )
 
     def _joined(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> Picks:
         """Return what was picked of each state, in all that is made of it."""
@@ -151,30 +186,18 @@ Moves = frozenset[tuple[str, int]]
 _NO_MOVES: Moves = frozenset()
 
 
-def _moves(
-    func: Any, args: Sequence[Any], reads: Sequence[Tensor], known: Sequence[frozenset[str]], out: Any
-) -> Moves:
-    """Return along which axes, by their sizes, an operator moves positions, or lets them meet.
-
-    Of an operator that no rule is about, that is all of them.
-    """
-    shapes = [tensor.shape for tensor in all_tensors(out) if not tensor.is_nested]
-    pairs = zip(reads, known, strict=True)
-    data = [(tensor, labels) for tensor, labels in pairs if labels and not tensor.is_nested]
-    if not data or not shapes:
-        return _NO_MOVES
-    rule = _Moving(func, args, [tensor for tensor, _ in data], shapes[0])
-    return frozenset(
-        (label, size) for tensor, labels in data for size in {*rule.sizes(tensor)} for label in labels
-    )
-
-
 class _Moving:
     """Tells the sizes of the axes of what an operator reads along which it moves what is there."""
 
     def __init__(
-        self, func: Any, args: Sequence[Any], data: Sequence[Tensor], out: Sequence[int]
+        self,
+        func: Any,
+        args: Sequence[Any],
+        data: Sequence[Tensor],
+        out: Sequence[int],
+        of_batch: OfBatch,
     ) -> None:
+        self._of_batch = of_batch
         self._name, self._is_in_place, place, default = _rule_of(func)
         self._args, self._data, self._out = args, data, tuple(out)
         dims = args[place] if place < len(args) else default
@@ -186,8 +209,10 @@ class _Moving:
             # Of what meets itself, as in pairs, each position meets all.
             return [size for size in shape if out.count(size) > shape.count(size)]
         if name in _TURN:
-            # Afterwards nobody tells axes of one size apart.
-            return [size for size in shape if shape.count(size) > 1]
+            # Afterwards nobody tells axes of one size apart, but for those of the batch.
+            axes = (axis for axis in range(read.ndim) if True not in self._of_batch(read, axis))
+            untold = [shape[axis] for axis in axes]
+            return [size for size in untold if untold.count(size) > 1]
         if name in _RESHAPE:
             return _cut(shape, out)
         if name in PRODUCTS or name == "linear":
@@ -317,10 +342,14 @@ def keeping_picked(
         return n_positions(known[name].tensor, forms[name]) if forms[name].reduce == "pool" else 0
 
     def is_of(pick: Pick, name: str) -> bool:
-        form, shape = forms[name], known[name].tensor.shape
+        form, sizes = forms[name], [*known[name].tensor.shape]
         # Axes may have been swapped on the way, which shows in sizes if these differ.
         axis = 0 if form.batch_axis else 2 if form.channels_first else 1
-        is_along = pick.axis == axis or tuple(shape).count(pick.size) == 1
+        if (of_samples := pick.of_batch[form.of_axis]) is not None:
+            if of_samples:
+                return False
+            del sizes[form.batch_axis]
+        is_along = pick.axis == axis or sizes.count(pick.size) == 1
         return pick.size == positions(name) and is_along and (not pick.places or is_last(pick, name))
 
     def is_last(pick: Pick, name: str) -> bool:

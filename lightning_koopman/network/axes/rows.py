@@ -40,6 +40,8 @@ class Pick(NamedTuple):
         places: Which one it is of each sample, where they differ; it is then the last that holds data if
             that is what the batch says.
         is_moved: Whether functions put other positions in its place before, or made it of several.
+        of_batch: Whether the axis is known to be the first one of the batch's tensors, or not to be, and
+            whether the second.
     """
 
     axis: int
@@ -48,6 +50,7 @@ class Pick(NamedTuple):
     by_data: bool
     places: tuple[int, ...] = ()
     is_moved: bool = False
+    of_batch: tuple[bool | None, ...] = (None, None)
 
 
 Picks = Mapping[str, Pick]
@@ -550,6 +553,9 @@ def row_forms(
                 picked=_is_picked(record, n_samples),
                 place=record.places[of_axis],
             )
+            if n_samples == 1 and form == RowForm() and _is_of_data(record):
+                # Views, windows and the like of a single sample are all its own.
+                form = RowForm(group=shape[0])
         values = by_sample(record.tensor, form)
         first = has_channels_first(values, record.module, is_input=record.is_input)
         grid = pooled_grid(tuple(values.shape[1:]), max_dim, channels_first=first)
@@ -571,6 +577,12 @@ def row_forms(
     return forms
 
 
+def _is_of_data(record: Recorded) -> bool:
+    """Check whether a state is known to be made of data of the batch, and not of picked rows."""
+    is_made = record.is_input or (record.from_data and not (record.ignores_data or record.is_idle))
+    return is_made and record.sources is not None and len(record.tensor) not in record.orders
+
+
 def _form_of_part(
     record: Recorded, records: Sequence[Recorded], forms: Mapping[str, RowForm]
 ) -> RowForm | None:
@@ -586,7 +598,9 @@ def _axis_of_samples(records: Sequence[Recorded], batch: Any, n_samples: int) ->
         return int(n_samples == shape[1])
     packed = (_are_at(r.places, 0) for r in records if r.lengths is not None)
     second = ((r.module, r.tensor, r.places) for r in records if r.lengths is None)
-    return int(any(packed) or are_second_of_batch(second))
+    # A loop over time, or a mean over it, leaves one of them.
+    left = {axis for r in records for axis in range(2) if r.places[axis] and not r.places[1 - axis]}
+    return int(any(packed) or are_second_of_batch(second) or left == {1})
 
 
 def are_second_of_batch(
@@ -699,6 +713,21 @@ def rows_without_samples(n_samples: int, batch: Any) -> int | None:
     return None if alike else _rows_given(batch) or None
 
 
+def _second_axis(records: Sequence[Recorded], batch: Any) -> int | None:
+    """Return the length of the batch's second axis where states have it first, and not its first."""
+    first, second = next((t.shape[:2] for t in all_tensors(batch) if t.ndim > 1), (0, 0))
+    others = [r for r in records if r.tensor.ndim and len(r.tensor) != first and not r.ignores_data]
+
+    def has_it_first(r: Recorded) -> bool:
+        told = r.sources is not None and r.merged is None and second not in r.orders
+        return told and len(r.tensor) == second and r.places[0] is None
+
+    # Fewer rows than there were may be of a mean over the samples, unless the network ends with them.
+    is_more = second > first or records[-1:] == others[-1:]
+    # A single sample is along an axis that nothing tells apart.
+    return second if first > 1 and is_more and others and all(map(has_it_first, others)) else None
+
+
 def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
     """Count the samples of the first pass, and which states have the batch on axis 1."""
     records = [record for record in records if not record.ignores_data] or records
@@ -725,6 +754,8 @@ def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
         runs = {math.prod(merged[merged.index(given) + 1 :]) for merged in merges if known}
         if len(runs) < 2 and not (known and any(record.meet(least) for record in records)):
             return least, set()
+    if (beside := _second_axis(records, batch)) is not None:
+        return beside, set()
     if given and all(fits(record) for record in records):
         return given, set()
     # Of many experts some get as many samples as others, by chance.

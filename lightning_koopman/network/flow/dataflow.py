@@ -148,13 +148,17 @@ class DataFlow(Watcher):
         self._numbers = itertools.count()
         self._axes = BatchAxes(self._keep_address)
         self._positions: dict[int, BatchAxes] = {}
-        self._picks = PickedPositions(self._keep_address)
+        self._picks = PickedPositions(self._of_batch, self._keep_address)
         # By which axis of the batch is taken for that of the samples.
         self._rows = [self._rows_along(0)]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied weak reference frees a storage twice, which ends the interpreter.
         return DataFlow, ()
+
+    def _of_batch(self, tensor: Tensor, axis: int) -> tuple[bool | None, ...]:
+        """Tell whether an axis is the first one of the batch's tensors, and whether the second."""
+        return tuple(self._axes.is_along(tensor, axis, which) for which in range(2))
 
     def _rows_along(self, which: int) -> RowOrders:
         def is_along(tensor: Tensor, axis: int) -> bool | None:
