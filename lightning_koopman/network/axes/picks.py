@@ -210,8 +210,7 @@ class _Moving:
             return [size for size in shape if out.count(size) > shape.count(size)]
         if name in _TURN:
             # Afterwards nobody tells axes of one size apart, but for those of the batch.
-            axes = (axis for axis in range(read.ndim) if True not in self._of_batch(read, axis))
-            untold = [shape[axis] for axis in axes]
+            untold = [size for k, size in enumerate(shape) if True not in self._of_batch(read, k)]
             return [size for size in untold if untold.count(size) > 1]
         if name in _RESHAPE:
             return _cut(shape, out)
