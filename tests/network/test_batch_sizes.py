@@ -142,6 +142,23 @@ def trend_and_rest() -> Network:
     return wired(forward, trend=nn.Linear(12, 5), rest=nn.Linear(12, 5)), torch.randn(SAMPLES, 12, STEPS)
 
 
+@network
+def distances_to_points() -> Network:
+    parts = {"layers": layers(), "points": nn.Embedding(5, 6)}
+    return wired(lambda m, x: -torch.cdist(m.layers(x), m.points.weight), **parts), sequences()[:, 0]
+
+
+@network
+def tokens_and_places() -> Network:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.tokens(x) + m.places(torch.arange(STEPS)[None])
+        return m.head(m.layer(h).tanh().mean(1))
+
+    parts = {"tokens": nn.Embedding(9, WIDTH), "places": nn.Embedding(STEPS, WIDTH)}
+    parts |= {"layer": nn.Linear(WIDTH, 12), "head": nn.Linear(12, 3)}
+    return wired(forward, **parts), torch.randint(0, 9, (SAMPLES, STEPS))
+
+
 @pytest.mark.filterwarnings("ignore:120 samples are few")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_numbers_do_not_depend_on_how_many_samples_come_at_once(name: str) -> None:

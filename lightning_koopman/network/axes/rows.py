@@ -598,16 +598,20 @@ def _axis_of_samples(records: Sequence[Recorded], batch: Any, n_samples: int) ->
         return int(n_samples == shape[1])
     packed = (_are_at(r.places, 0) for r in records if r.lengths is not None)
     second = ((r.module, r.tensor, r.places) for r in records if r.lengths is None)
-    # A loop over time, or a mean over it, leaves one of them.
-    left = {axis for r in records for axis in range(2) if r.places[axis] and not r.places[1 - axis]}
-    return int(any(packed) or are_second_of_batch(second) or left == {1})
+    return int(any(packed) or are_second_of_batch(second))
 
 
 def are_second_of_batch(
     states: Iterable[tuple[nn.Module, Tensor, Sequence[Place | None]]],
 ) -> bool:
-    """Check whether a module of torch that has samples second has the second axis of the batch there."""
-    return any(_are_at(places, 1) and gives_batch_second(m, tensor) for m, tensor, places in states)
+    """Check whether the samples are along the second axis of the batch, of two of one size.
+
+    So it is where a module of torch that has samples second has that axis there, or where states have no
+    other one of the two: a loop over steps, or a mean over them, leaves the samples.
+    """
+    known = list(states)
+    left = {axis for *_, places in known for axis in range(2) if places[axis] and not places[1 - axis]}
+    return left == {1} or any(_are_at(at, 1) and gives_batch_second(m, t) for m, t, at in known)
 
 
 def _are_at(places: Sequence[Place | None], axis: int) -> bool:
@@ -715,7 +719,8 @@ def rows_without_samples(n_samples: int, batch: Any) -> int | None:
 
 def _second_axis(records: Sequence[Recorded], batch: Any) -> int | None:
     """Return the length of the batch's second axis where states have it first, and not its first."""
-    first, second = next((t.shape[:2] for t in all_tensors(batch) if t.ndim > 1), (0, 0))
+    plain = (t.shape[:2] for t in all_tensors(batch) if t.ndim > 1 and not t.is_nested)
+    first, second = next(plain, (0, 0))
     others = [r for r in records if r.tensor.ndim and len(r.tensor) != first and not r.ignores_data]
 
     def has_it_first(r: Recorded) -> bool:

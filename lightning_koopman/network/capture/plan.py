@@ -235,7 +235,8 @@ def leave_out_unfit(
         rows = by_sample(record.tensor, forms[record.name])
         alike = len(rows) == 1 or not varies(rows)
         apart = record.is_idle or alike or shape[0] != n_samples
-        if record.ignores_data and n_samples > 1 and apart:
+        # A single sample tells of nothing that it is the same for others, but of what no data reach.
+        if record.is_idle if n_samples == 1 else record.ignores_data and apart:
             sources[record.name] = set()
             constant.append(record.name)
         elif not sources[record.name] and n_samples > 1 and alike:

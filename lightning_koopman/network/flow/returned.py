@@ -154,7 +154,9 @@ class Returned:
             if tensor.is_nested or self._provenance.parts_of(tensor) != frozenset({name}):
                 continue
             alike = tensor.ndim > 0 and (state.ndim == 2 or tensor.ndim <= state.ndim)
-            if not alike or not values.isfinite().all() or not varies(values):
+            # A single sample has nothing to differ from.
+            tells = values.isfinite().all() and (values.shape[:1] == (1,) or varies(values))
+            if not alike or not tells:
                 continue
             if tensor.numel() < state.numel():
                 parts.append(tensor)
