@@ -403,6 +403,7 @@ def _find_outputs(
     outputs: list[Tensor] = []
     for number in runner.until_enough(outputs):
         outputs.append(runner.run_batch(number)[0].detach().cpu())
+    runner.settle_units(outputs)
     refuse_samples(runner, outputs[0])
     targets = runner.targets_of(outputs, search.target_of)
     known, doubted = only_classes(runner, outputs, targets, scale, metric, search)

@@ -116,7 +116,7 @@ def component_effects(
     model returns, and what it returns that mixes several of them; where a function chose that end
     (``output=``), the tensors that it takes, or, of a report read from a file, which holds no function,
     the first tensor that the model returns. Over several heads effects are averaged, each in units of
-    its own standard deviation over the first batch. Where the targets are classes of one of them, that
+    its own standard deviation. Where the targets are classes of one of them, that
     one alone counts; where they are of several of one shape, these. A note says so, and what leads to
     none of the outputs that count has no effect: NaN, not 0.
 
@@ -267,7 +267,7 @@ def effects_on(
     with undisturbed(runner.model), padded_sequences(runner.model) as nesting:
         outputs: list[Tensor] = []
         rounds: Sequence[Mapping[HookPoint, Tensor]]
-        again: Tensor | None = None
+        again = list[Tensor]()
         unlike, index = 0, None
 
         def tell_of(number: int) -> Tell:
@@ -293,10 +293,12 @@ def effects_on(
                 rounds = [first.values]
                 # Further tensors were read in the first call alone, and not where they are taken.
                 if first.n_rounds > 1 or not alterations.has_read_all:
-                    again, rounds = runner.run_batch(0, alterations.read)
+                    repeated, rounds = runner.run_batch(0, alterations.read)
+                    again.append(repeated.detach().cpu())
             unlike += sum(call in last for call in runner.unlike)
             alterations.update(rounds, len(output), tell_of(number))
             outputs.append(output.detach().cpu())
+        runner.settle_units(outputs, *again)
         assert target_of is not None
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
         notes = [*about.notes, *runner.notes]
@@ -315,8 +317,8 @@ def effects_on(
         alterations.solve()
         refused = _refused(alterations, [k for k in to_predict if k not in to_measure])
         notes = [*before.notes, *refused]
-        again = runner.run_batch(0)[0] if again is None else again
-        unsteady = _unsteadiness(again.detach().cpu(), outputs, before)
+        repeated = again[0] if again else runner.run_batch(0)[0].detach().cpu()
+        unsteady = _unsteadiness(repeated, outputs, before)
         if nesting:
             notes += _changed_by_padding(runner, outputs[0])
         measured = {

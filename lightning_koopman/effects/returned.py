@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from lightning_koopman.network.runs.forward_runner import (
     ForwardRunner,
     OutputForm,
     has_samples,
+    spread_of,
 )
 from lightning_koopman.network.runs.hook_points import HookPoint, find_module
 from lightning_koopman.network.runs.samples import samples_in
@@ -204,7 +204,7 @@ def choose_outputs(
     tensors, made, notes = list(tensors_inside(followed.given)), followed.made, list[str]()
     possible = [place for place, tensor in enumerate(tensors) if has_samples(tensor)]
     led = [(end, [p for p in found if p in possible]) for end, found in ends]
-    places, units = list[int](), tuple[float, ...]()
+    places, units, widths = list[int](), tuple[float, ...](), tuple[int, ...]()
     for _, found in led:
         if not {*found} & {*places}:
             places.extend(found[:1])
@@ -241,13 +241,14 @@ def choose_outputs(
     elif len(kept) > 1:
         notes.append(
             f"effects are averaged over {len(kept)} outputs, those of {named}, each in units of its own "
-            "standard deviation over the first batch"
+            "standard deviation"
         )
-        units = tuple(_spread(tensors[place]) for place in kept)
+        units = tuple(spread_of(tensors[place]) for place in kept)
+        widths = tuple(tensors[place][0].numel() for place in kept)
     by_position = len(kept) == 1 and metric is None and _holds_positions(runner, followed, kept[0])
     # A call that gives several tensors may lead there by another one than the first.
     seen = {followed.last[p.call] for p, found in followed.further.items() if {*found} & {*kept}}
-    runner.form = OutputForm(tuple(kept), units, axis, by_position)
+    runner.form = OutputForm(tuple(kept), units, widths, axis, by_position)
     unseen = {c for c, found in made.items() if found and c not in seen and not {*found} & {*kept}}
     # What is not returned led nowhere, as does what is made of arrays: there the outputs move with it.
     led_on = {followed.last[point.call] for point in followed.further}
@@ -288,12 +289,6 @@ def _holds_positions(runner: ForwardRunner, followed: Followed, place: int) -> b
     axes = followed.axes[place] or (0,)
     # Where a module has the samples along the second axis, a batch does not tell how many there are.
     return axes[0] == samples_in(runner.batches[0]) and not has_batch_second(runner.model)
-
-
-def _spread(output: Tensor) -> float:
-    """Return the standard deviation of an output's samples; 1 where there is none to divide by."""
-    spread = float(output.double().reshape(len(output), -1).var(dim=0, correction=0).sum().sqrt())
-    return spread if 0 < spread < math.inf else 1.0
 
 
 def _which_count(

@@ -684,7 +684,7 @@ def test_a_mixture_counts_beside_the_head_that_the_chain_ends_with(kind, decoder
     assert by_name(effects) == pytest.approx(with_means(model, x, decoder), rel=1e-4)
     assert effects.notes == (
         f"effects are averaged over 2 outputs, those of {decoder}, {mixed}, each in units of its own "
-        "standard deviation over the first batch",
+        "standard deviation",
     )
     assert effects.doubts["skip"] == ((), (), ())
 

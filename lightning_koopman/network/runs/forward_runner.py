@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -237,6 +238,7 @@ class OutputForm:
         places: The tensors, side by side; ``None`` takes the first that has samples, which single
             numbers, as losses are, have not.
         units: What each of several outputs side by side is divided by.
+        widths: How many values each of them has for a sample of the first batch.
         class_axis: Where the outputs are several with the same classes, the axis of these in each:
             classes are then the last axis, and which output it is the one before.
         by_position: Whether the first axis holds the positions of each sample, one sample after the
@@ -245,6 +247,7 @@ class OutputForm:
 
     places: tuple[int, ...] | None = None
     units: tuple[float, ...] = ()
+    widths: tuple[int, ...] = ()
     class_axis: int | None = None
     by_position: bool = False
 
@@ -280,6 +283,12 @@ class OutputForm:
     def are_by_position(self, targets: Tensor) -> bool:
         """Check whether targets, laid out as the outputs are, are those of positions of a sample."""
         return targets.ndim - (self.class_axis is not None) > 1
+
+
+def spread_of(output: Tensor) -> float:
+    """Return the standard deviation of an output's samples; 1 where there is none to divide by."""
+    spread = float(output.double().reshape(len(output), -1).var(dim=0, correction=0).sum().sqrt())
+    return spread if 0 < spread < math.inf else 1.0
 
 
 class Followed(NamedTuple):
@@ -386,6 +395,22 @@ class ForwardRunner:
                 )
                 return
             yield number
+
+    def settle_units(self, outputs: Sequence[Tensor], *again: Tensor) -> None:
+        """Let outputs side by side count in units of their own deviation over all batches.
+
+        Those of other sizes in each batch stay in units of the first one. Outputs that were taken
+        ``again`` are brought to the same units.
+        """
+        form = self.form
+        if not form.units or len({output.shape[1:] for output in outputs}) > 1:
+            return
+        spreads = [spread_of(part) for part in torch.cat(list(outputs)).split(form.widths, dim=1)]
+        for output in (*outputs, *again):
+            for part, own in zip(output.split(form.widths, dim=1), spreads, strict=True):
+                part /= own
+        units = tuple(unit * own for unit, own in zip(form.units, spreads, strict=True))
+        self.form = dataclasses.replace(form, units=units)
 
     def run_followed(self, read: Iterable[HookPoint], parts: Iterable[Sequence[str]]) -> Followed:
         """Run over the first batch and follow the data; ``parts`` are the calls of each component."""
