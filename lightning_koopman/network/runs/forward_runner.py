@@ -405,9 +405,10 @@ class ForwardRunner:
         form = self.form
         if not form.units or len({output.shape[1:] for output in outputs}) > 1:
             return
-        spreads = [spread_of(part) for part in torch.cat(list(outputs)).split(form.widths, dim=1)]
+        widths = list(form.widths)
+        spreads = [spread_of(part) for part in torch.split(torch.cat(list(outputs)), widths, dim=1)]
         for output in (*outputs, *again):
-            for part, own in zip(output.split(form.widths, dim=1), spreads, strict=True):
+            for part, own in zip(torch.split(output, widths, dim=1), spreads, strict=True):
                 part /= own
         units = tuple(unit * own for unit, own in zip(form.units, spreads, strict=True))
         self.form = dataclasses.replace(form, units=units)
