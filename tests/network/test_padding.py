@@ -291,6 +291,44 @@ def test_lengths_of_more_positions_than_a_state_has_are_not_about_it() -> None:
     assert dict(zip(report.components, report.r2, strict=True))["out"] == pytest.approx(1, abs=1e-6)
 
 
+class Placed(nn.Module):
+    """Adds a vector of each position to those of tokens, outside of its components."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(10, 8)
+        self.layer, self.head = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, ids: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        y = self.layer(self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None]))
+        if lengths is not None:
+            mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        return self.head(y.tanh().mean(1) if mask is None else mean_of(y.tanh(), mask.bool()))
+
+
+@pytest.mark.parametrize("reduce", ["mean", "pool"])
+@pytest.mark.parametrize("told_by", ["lengths", "mask"])
+def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
+    told_by: str, reduce: Any
+) -> None:
+    torch.manual_seed(0)
+    net, ids, lengths = Placed().eval(), torch.randint(1, 20, (900, 10)), torch.randint(2, 11, (900,))
+    lengths[::100] = 10
+    mask = torch.arange(10) < lengths[:, None]
+    told = lengths if told_by == "lengths" else mask.long()
+    parts = zip((ids * mask).split(100), told.split(100), strict=True)
+    batches: list[dict[str, Tensor]] = [{"ids": i, told_by: t} for i, t in parts]
+    # Nothing says that a batch is not padded.
+    full = [{"ids": ids} for ids in torch.randint(1, 20, (400, 10)).split(100)]
+    options = Options(reduce=reduce, errors=False)
+    report = credit_report(net, [*batches, *full], options=options, max_samples=None)
+    assert report.reads["layer"] == ("tokens+places",)
+    assert report.r2[0] == pytest.approx(1, abs=1e-9)
+    whole = credit_report(net, full, options=options)
+    assert whole.reads["layer"] == ("tokens",)
+    assert whole.notes[0] == "the same for every sample, so left out: places"
+
+
 def drawn_masks(*shape: int) -> tuple[Tensor, Tensor]:
     """Return two masks of which the second leaves out more."""
     lengths = torch.arange(shape[0])[:, None] % (shape[1] - 1) + 2

@@ -129,6 +129,24 @@ def with_padding(
     return {name: padded(of[name], form) if name in of else form for name, form in forms.items()}
 
 
+def with_places(records: Sequence[Recorded], valid: Valid) -> dict[str, Recorded]:
+    """Give what the network adds to all samples alike, as position embeddings, a row for each of them.
+
+    So it is where samples are padded apart, for means over what holds data then differ.
+    """
+    found = {}
+    for record in records:
+        if not record.is_idle or record.tensor.ndim != 3:
+            continue
+        size = record.tensor.shape[1]
+        masks = (each if each.ndim > 1 else up_to(each, size) for each in valid.values())
+        counts = {len(m) for m in masks if m.shape[1] == size and bool((m != m[:1]).any())}
+        if len(counts) == 1 and len(record.tensor) in (1, n_samples := counts.pop()):
+            spread = record.tensor.expand(n_samples, -1, -1)
+            found[record.name] = replace(record, tensor=spread, is_idle=False, ignores_data=False)
+    return found
+
+
 def valid_outputs(
     valid: Sequence[Valid],
     outputs: Sequence[Tensor],

@@ -277,6 +277,9 @@ class RowForm:
                 f"a state of shape {tuple(tensor.shape)} is no row of values per sample; leave the "
                 "component out, or the batch if it is empty"
             )
+        if valid is not None and len(tensor) == 1 < len(valid):
+            # What is alike for all samples, but where these are padded.
+            tensor = tensor.expand(len(valid), *tensor.shape[1:])
         # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         if callable(self.reduce):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.axes.padding import Valid, lengths_of, with_padding
+from lightning_koopman.network.axes.padding import Valid, lengths_of, with_padding, with_places
 from lightning_koopman.network.axes.picks import keeping_picked
 from lightning_koopman.network.axes.rows import (
     Recorded,
@@ -395,6 +395,7 @@ class Plan:
         constant: Names that are left out for they were the same for all samples of the first batch.
         alike: Those of them that data reach.
         in_turns: Components that get other samples in each batch, or none.
+        placed: What the network adds to all samples alike, but where these are padded.
     """
 
     states: tuple[tuple[str, ...], ...]
@@ -405,6 +406,7 @@ class Plan:
     constant: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
     in_turns: frozenset[str] = frozenset()
+    placed: frozenset[str] = frozenset()
 
     def told(self, varying: Collection[str] = ()) -> list[str]:
         """Return what a reader must know, if later batches showed that some constants vary."""
@@ -431,6 +433,13 @@ class Plan:
             for (name, *_), read in zip(self.states[1:], self.links, strict=True)
             if is_sum(name)
         }
+
+    def spread(self, rows: dict[str, Any]) -> None:
+        """Give what is alike for all samples a row for each, where no padding told them apart."""
+        count = max((len(block) for block in rows.values() if block is not None), default=0)
+        for name in self.placed & rows.keys():
+            if len(rows[name]) == 1:
+                rows[name] = rows[name].expand(count, -1)
 
     def check_rows(self, rows: Mapping[str, Tensor]) -> None:
         """Refuse a pass in which what stands side by side has unlike numbers of rows."""
@@ -492,9 +501,12 @@ def make_plan(
             f"{list(by_name)}"
         )
     records = _ignoring(records)
+    placed = with_places(records, valid)
+    records = [placed.get(record.name, record) for record in records]
     beside = [r for inside in tensors.values() for r in inside if r.name not in by_name]
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
-    forms = with_padding(forms, given, valid, batch)
+    forms = with_padding(forms, [placed.get(record.name, record) for record in given], valid, batch)
+    placed = {name: record for name, record in placed.items() if forms[name].padding is not None}
     forms = keeping_picked(forms, given, read, max_dim, {**valid, **lengths_of(given)})
     # Counted as for the forms: what tells positions from samples may be part of the input alone.
     n_samples, _ = batch_size([*records, *beside], batch)
@@ -538,7 +550,7 @@ def make_plan(
         # Named ones stay; data beside them, as features of edges beside nodes, need not.
         kept = {record.name for record in records if not record.is_input}
     if not named or any(not sources[name] for name in kept & sources.keys()):
-        kept |= {*varying, *(record.name for record in records if is_sum(record.name))}
+        kept |= {*varying, *placed, *(record.name for record in records if is_sum(record.name))}
         constant = leave_out_unfit(records, forms, sources, kept, n_samples, notes, turned)
     _leave_out_sums(records, forms, sources, n_samples)
     ends = [name for name in ends if name in sources] or [*sources][-1:]
@@ -605,6 +617,7 @@ def make_plan(
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
         in_turns=in_turns - {module_of(name) for group in whole for name in group},
+        placed=frozenset(name for group in whole for name in group) & placed.keys(),
     )
 
 
