@@ -277,9 +277,7 @@ class Step:
 
         calls = [self.calls[i] for i in place]
         calls = [replace(c, args=_mapped(c.args, moved), kwargs=_mapped(c.kwargs, moved)) for c in calls]
-        # A call that failed, and was caught, gave nothing.
-        outputs = self.outputs if len(self.outputs) == len(self.calls) else [None] * len(self.calls)
-        return replace(self, calls=calls, outputs=[outputs[i] for i in place])
+        return replace(self, calls=calls, outputs=[self.outputs[i] for i in place])
 
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
@@ -456,6 +454,9 @@ class Recording:
                 if part.dtype not in INTEGERS:
                     told[name] = self._taken.get(id(part), torch.empty(0, device="cpu"))
         self._taken = {}
+        if len(step.outputs) < len(step.calls):
+            # Calls behind it are not told from those inside of it.
+            self._reason = self._reason or "a call failed, and the step went on without it"
         if not lone and self._reason is None:
             step, before = step.without_lone_samples(), len(step.calls)
             self.n_lone += before - len(step.calls)
