@@ -47,11 +47,8 @@ def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def first_name(model: nn.Module, name: str) -> str:
     """Return the first name of a module that is registered in several places, or the name given."""
-    known = {id(module): clean for clean, module in clean_modules(model)}
-    for other, module in model.named_modules(remove_duplicate=False):
-        if clean_name(other) == name:
-            return known.get(id(unwrapped(module)), name)
-    return name
+    every = {clean_name(n): unwrapped(m) for n, m in model.named_modules(remove_duplicate=False)}
+    return next((first for first, m in clean_modules(model) if m is every.get(name)), name)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

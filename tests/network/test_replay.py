@@ -1,5 +1,6 @@
 """The outermost calls of a step are recorded as they are, and run again as they were."""
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -106,6 +107,26 @@ def test_a_call_that_changes_what_an_earlier_one_gave_is_no_difference():
     model.between = nn.ReLU(inplace=True)
     recording = recorded(model, WAYS["a module of torch's between them"])
     assert recording.differs() is None
+
+
+@pytest.mark.parametrize("called", [lambda m: m.encoder, lambda m: m, lambda m: m.forward])
+def test_a_step_that_goes_on_behind_a_failed_call_is_not_run_again(called: Callable[[Any], Any]):
+    model = parts()
+    too_large = model.encoder.register_forward_pre_hook(_refuse_many)
+
+    def in_halves(m: Any, x: Tensor) -> Tensor:
+        with contextlib.suppress(MemoryError):
+            return called(m)(x)
+        return torch.cat([called(m)(half) for half in x.split(2)])
+
+    recording = recorded(model, in_halves)
+    too_large.remove()
+    assert recording.differs() == "a call failed, and the step went on without it"
+
+
+def _refuse_many(module: nn.Module, args: Any) -> None:
+    if len(args[0]) > 2:
+        raise MemoryError
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,8 @@ class Capture:
         self._looking_up: list[int] = []
         self._leads_in = False
         self._provenance = Provenance()
-        self.inputs = Inputs(self._provenance, INPUT if INPUT not in self.candidates else "data")
+        name = INPUT if INPUT not in self._modules.candidates else "data"
+        self.inputs = Inputs(self._provenance, name)
         whole = id(self._modules.ancestor), -1
         self.origins = Origins(self._provenance, self.inputs, self._modules.names, whole)
         self.returned = Returned(self._provenance, self.inputs, whole)
@@ -276,11 +277,6 @@ class Capture:
                 self.remove()
                 self.__enter__()
             self.start_pass()
-
-    @property
-    def candidates(self) -> dict[str, nn.Module]:
-        """All modules, by name, of which the first pass may make components."""
-        return self._modules.candidates
 
     @property
     def untraced(self) -> Exception | None:

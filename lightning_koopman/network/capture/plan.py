@@ -36,20 +36,16 @@ def listed(items: Sequence[str], separator: str = ", ") -> str:
 def sources_of(records: Sequence[Recorded], notes: list[str]) -> dict[str, set[str]]:
     """Find which states each one was computed from."""
     sources: dict[str, set[str]] = {}
-    previous: str | None = None
+    before = set[str]()
     unknown = []
     for record in records:
-        if record.sources is None:
-            sources[record.name] = set() if previous is None else {previous}
-        else:
-            sources[record.name] = set(record.sources) & set(sources)
-            lost = not sources[record.name] and record.from_float and previous is not None
-            known = record.is_input or record.is_idle
-            if lost and not known and varies(record.tensor):
-                unknown.append(record.name)
-                assert previous is not None
-                sources[record.name] = {previous}
-        previous = record.name
+        read = before if record.sources is None else record.sources & sources.keys()
+        may_be_lost = record.from_float and not (record.is_input or record.is_idle)
+        if before and not read and may_be_lost and varies(record.tensor):
+            unknown.append(record.name)
+            read = before
+        sources[record.name] = {*read}
+        before = {record.name}
     if unknown:
         notes.append(
             f"where the input of {listed(unknown)} comes from could not be followed; each is taken to "

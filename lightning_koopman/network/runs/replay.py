@@ -144,33 +144,35 @@ class _Call:
             return (self.module.forward if self.direct else self.module)(*args, **kwargs)
 
     @property
+    def given(self) -> list[Any]:
+        """What the call takes, in the end."""
+        return _leaves((self.args, self.kwargs))
+
+    @property
     def n_rows(self) -> int:
         """Rows of the longest tensor that the call takes, but for what an earlier call gave."""
-        given = self.args, self.kwargs
-        if (packed := first_packed(given)) is not None and isinstance(packed.batch_sizes, _Kept):
+        packed = first_packed((self.args, self.kwargs))
+        if packed is not None and isinstance(packed.batch_sizes, _Kept):
             return int(packed.batch_sizes.copy[0])
-        copies = (part for part in _leaves(given) if isinstance(part, _Kept | _Object))
+        copies = (part for part in self.given if isinstance(part, _Kept | _Object))
         return max((part.n_rows for part in copies), default=1)
 
     @property
     def n_samples(self) -> int:
         """Graphs of the batch of these that the call takes, else its rows."""
-        leaves = list(_leaves((self.args, self.kwargs)))
-        told = (getattr(part.copy, "num_graphs", 0) for part in leaves if isinstance(part, _Object))
-        copies = [part.copy for part in leaves if isinstance(part, _Kept)]
+        told = (getattr(part.copy, "num_graphs", 0) for part in self.given if isinstance(part, _Object))
+        copies = [part.copy for part in self.given if isinstance(part, _Kept)]
         return int(max(told, default=0)) or n_graphs(copies) or self.n_rows
 
     @property
     def starts(self) -> set[int]:
         """Where in memory the tensors begin that the call takes, but for what an earlier call gave."""
-        given = _leaves((self.args, self.kwargs))
-        return {part.start for part in given if isinstance(part, _Kept)} - {0}
+        return {part.start for part in self.given if isinstance(part, _Kept)} - {0}
 
     @property
     def read(self) -> set[int]:
         """The earlier calls of the step that gave something that the call takes."""
-        given = _leaves((self.args, self.kwargs))
-        return {part.call for part in given if isinstance(part, _FedObject)}
+        return {part.call for part in self.given if isinstance(part, _FedObject)}
 
     @property
     def ran(self) -> set[nn.Module]:
@@ -275,9 +277,7 @@ class Step:
 
         calls = [self.calls[i] for i in place]
         calls = [replace(c, args=_mapped(c.args, moved), kwargs=_mapped(c.kwargs, moved)) for c in calls]
-        # A call that failed, and was caught, gave nothing.
-        outputs = self.outputs if len(self.outputs) == len(self.calls) else [None] * len(self.calls)
-        return replace(self, calls=calls, outputs=[outputs[i] for i in place])
+        return replace(self, calls=calls, outputs=[self.outputs[i] for i in place])
 
     def revive(self) -> list[Any]:
         """Copy what the calls take, for they may change it in place: a batch, as far as they know."""
@@ -385,7 +385,8 @@ class Recording:
         self._without_grads = not torch.is_grad_enabled()
         self._inside: list[tuple[nn.Module, bool]] = []
         self._own = {id(module): vars(module).get("forward") for module in self._carriers}
-        self._returned: list[list[Tensor]] = []
+        # By memory, the first tensor in it that a call gave: the call, its place, and the tensor.
+        self._gave: dict[int, tuple[int, int, Tensor]] = {}
         self._objects: list[list[tuple[Any, list[Tensor]]]] = []
         self._data, self._made = set[int](), set[int]()
         self._taken = dict[int, Tensor]()
@@ -427,7 +428,7 @@ class Recording:
         with signals_wait():
             self._hooks.close()
         self.recording = False
-        self._flow, self._returned, self._objects = None, [], []
+        self._flow, self._gave, self._objects = None, {}, []
 
     def keep(self, parts: Iterable[Part], valid: Valid = MappingProxyType({})) -> None:
         """Copy integers of the batch of the step under way, before the step may change them.
@@ -453,6 +454,9 @@ class Recording:
                 if part.dtype not in INTEGERS:
                     told[name] = self._taken.get(id(part), torch.empty(0, device="cpu"))
         self._taken = {}
+        if len(step.outputs) < len(step.calls):
+            # Calls behind it are not told from those inside of it.
+            self._reason = self._reason or "a call failed, and the step went on without it"
         if not lone and self._reason is None:
             step, before = step.without_lone_samples(), len(step.calls)
             self.n_lone += before - len(step.calls)
@@ -572,8 +576,9 @@ class Recording:
         )
 
     def _end(self, output: Any) -> None:
-        number = len(self._returned)
-        self._returned.append(all_tensors(output))
+        number = len(self._objects)
+        for place, tensor in enumerate(all_tensors(output)):
+            self._gave.setdefault(address_of(tensor), (number, place, tensor))
         self._objects.append([(each, list(tensors_inside(each))) for each in _objects_in(output)])
         call = self._step.calls[number]
         call.idle = self._watched - self._ran
@@ -582,8 +587,8 @@ class Recording:
             self._made |= {*map(address_of, tensors_inside(output))} - {0}
             if self._flow is not None:
                 self._flow.label(output, f"{number}")
-        tensor = None if self.steps else first_tensor(output)
-        self._step.outputs.append(None if tensor is None else _copied(tensor))
+        first = None if self.steps else first_tensor(output)
+        self._step.outputs.append(None if first is None else _copied(first))
 
     def _refuse(self, error: Exception) -> None:
         """Run nothing again where a call could not be recorded: the user's own step goes on."""
@@ -627,15 +632,12 @@ class Recording:
             self._reason = self._reason or f"the step runs code of its own before {name!r}"
 
     def _kept_tensor(self, tensor: Tensor, name: str) -> _Kept | _Fed:
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()._cdata
-            for call, tensors in enumerate(self._returned):
-                for place, given in enumerate(tensors):
-                    if given.layout is torch.strided and given.untyped_storage()._cdata == storage:
-                        offset = int(tensor.storage_offset() - given.storage_offset())
-                        return _Fed(call, place, given.stride(), tensor.size(), tensor.stride(), offset)
+        if (address := address_of(tensor)) in self._gave and address:
+            call, place, given = self._gave[address]
+            offset = int(tensor.storage_offset() - given.storage_offset())
+            return _Fed(call, place, given.stride(), tensor.size(), tensor.stride(), offset)
         self._note_own_code(tensor, name)
-        self._data.add(address_of(tensor))
+        self._data.add(address)
         self._step.n_bytes += tensor.nbytes
         grads = self._grads and tensor.requires_grad
         kept = _Kept(_copied(tensor), tensor.device, _start_of(tensor), grads)
