@@ -294,25 +294,32 @@ def test_lengths_of_more_positions_than_a_state_has_are_not_about_it() -> None:
 class Placed(nn.Module):
     """Adds a vector of each position to those of tokens, outside of its components."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_samples: bool) -> None:
         super().__init__()
+        self.has_samples = has_samples
         self.tokens, self.places = nn.Embedding(20, 8), nn.Embedding(10, 8)
         self.layer, self.head = nn.Linear(8, 12), nn.Linear(12, 3)
 
     def forward(self, ids: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        y = self.layer(self.tokens(ids) + self.places(torch.arange(ids.shape[1])[None]))
+        places = torch.arange(ids.shape[1])
+        y = self.layer(self.tokens(ids) + self.places(places[None] if self.has_samples else places))
         if lengths is not None:
             mask = torch.arange(ids.shape[1]) < lengths[:, None]
         return self.head(y.tanh().mean(1) if mask is None else mean_of(y.tanh(), mask.bool()))
 
 
+@pytest.mark.parametrize("has_samples", [True, False])
 @pytest.mark.parametrize("reduce", ["mean", "pool"])
 @pytest.mark.parametrize("told_by", ["lengths", "mask"])
 def test_what_is_added_to_each_position_is_read_where_samples_are_padded_apart(
-    told_by: str, reduce: Any
+    told_by: str, reduce: Any, has_samples: bool
 ) -> None:
     torch.manual_seed(0)
-    net, ids, lengths = Placed().eval(), torch.randint(1, 20, (900, 10)), torch.randint(2, 11, (900,))
+    net, ids, lengths = (
+        Placed(has_samples).eval(),
+        torch.randint(1, 20, (900, 10)),
+        torch.randint(2, 11, (900,)),
+    )
     lengths[::100] = 10
     mask = torch.arange(10) < lengths[:, None]
     told = lengths if told_by == "lengths" else mask.long()

@@ -136,13 +136,14 @@ def with_places(records: Sequence[Recorded], valid: Valid) -> dict[str, Recorded
     """
     found = {}
     for record in records:
-        if not record.is_idle or record.tensor.ndim != 3:
+        tensor = record.tensor[None] if record.tensor.ndim == 2 else record.tensor
+        if not record.is_idle or tensor.ndim != 3:
             continue
-        size = record.tensor.shape[1]
+        size = tensor.shape[1]
         masks = (each if each.ndim > 1 else up_to(each, size) for each in valid.values())
         counts = {len(m) for m in masks if m.shape[1] == size and bool((m != m[:1]).any())}
-        if len(counts) == 1 and len(record.tensor) in (1, n_samples := counts.pop()):
-            spread = record.tensor.expand(n_samples, -1, -1)
+        if len(counts) == 1 and len(tensor) in (1, n_samples := counts.pop()):
+            spread = tensor.expand(n_samples, -1, -1)
             found[record.name] = replace(record, tensor=spread, is_idle=False, ignores_data=False)
     return found
 

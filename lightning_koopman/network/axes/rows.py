@@ -227,6 +227,7 @@ class RowForm:
         is_input: Whether it is what the network takes in, whose bits tell the folds.
         of_batch: Whether several entries belong to each row of the batch.
         of_axis: Which axis of the batch's tensors the samples are along.
+        is_placed: Whether the network adds it to all samples alike, see :func:`.padding.with_places`.
     """
 
     batch_axis: int = 0
@@ -242,6 +243,7 @@ class RowForm:
     is_input: bool = False
     of_batch: bool = False
     of_axis: int = 0
+    is_placed: bool = False
 
     def samples(self, n_rows: int, n_samples: int) -> Tensor:
         """Return the sample of each entry of the batch axis, in any batch."""
@@ -277,9 +279,9 @@ class RowForm:
                 f"a state of shape {tuple(tensor.shape)} is no row of values per sample; leave the "
                 "component out, or the batch if it is empty"
             )
-        if valid is not None and len(tensor) == 1 < len(valid):
-            # What is alike for all samples, but where these are padded.
-            tensor = tensor.expand(len(valid), *tensor.shape[1:])
+        if self.is_placed:
+            tensor = tensor[None] if tensor.ndim == 2 else tensor
+            tensor = tensor if valid is None else tensor.expand(len(valid), -1, -1)
         # copy=True even where nothing changes: a later in-place module may overwrite the tensor.
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         if callable(self.reduce):

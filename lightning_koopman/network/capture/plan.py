@@ -391,7 +391,6 @@ class Plan:
         constant: Names that are left out for they were the same for all samples of the first batch.
         alike: Those of them that data reach.
         in_turns: Components that get other samples in each batch, or none.
-        placed: What the network adds to all samples alike, but where these are padded.
     """
 
     states: tuple[tuple[str, ...], ...]
@@ -402,7 +401,6 @@ class Plan:
     constant: tuple[str, ...] = ()
     alike: tuple[str, ...] = ()
     in_turns: frozenset[str] = frozenset()
-    placed: frozenset[str] = frozenset()
 
     def told(self, varying: Collection[str] = ()) -> list[str]:
         """Return what a reader must know, if later batches showed that some constants vary."""
@@ -432,8 +430,9 @@ class Plan:
 
     def spread(self, rows: dict[str, Any]) -> None:
         """Give what is alike for all samples a row for each, where no padding told them apart."""
+        placed = [name for name in self.recorded & rows.keys() if self.forms[name].is_placed]
         count = max((len(block) for block in rows.values() if block is not None), default=0)
-        for name in self.placed & rows.keys():
+        for name in placed:
             if len(rows[name]) == 1:
                 rows[name] = rows[name].expand(count, -1)
 
@@ -503,6 +502,7 @@ def make_plan(
     forms = row_forms([*records, *beside], batch, reduce, max_dim)
     forms = with_padding(forms, [placed.get(record.name, record) for record in given], valid, batch)
     placed = {name: record for name, record in placed.items() if forms[name].padding is not None}
+    forms |= {name: replace(forms[name], is_placed=True) for name in placed}
     forms = keeping_picked(forms, given, read, max_dim, {**valid, **lengths_of(given)})
     # Counted as for the forms: what tells positions from samples may be part of the input alone.
     n_samples, _ = batch_size([*records, *beside], batch)
@@ -613,7 +613,6 @@ def make_plan(
         constant=tuple(constant),
         alike=tuple(name for name in constant if name in reached),
         in_turns=in_turns - {module_of(name) for group in whole for name in group},
-        placed=frozenset(name for group in whole for name in group) & placed.keys(),
     )
 
 
