@@ -200,9 +200,9 @@ class Alterations:
         return self.inputs[name]._replace(place=point.place)
 
     def settle(
-        self, first: Followed, output: Tensor, n_given: int, placed: tuple[Place | None, ...], tell: Tell
+        self, first: Followed, output: Tensor, placed: tuple[Place | None, ...], tell: Tell
     ) -> None:
-        """Find where the samples are in each state, as the first batch, of ``n_given``, shows.
+        """Find where the samples are in each state, as the first batch shows.
 
         ``placed`` is where the two first axes of the batch are in the outputs.
         """
@@ -242,7 +242,7 @@ class Alterations:
                         "along the second axis; put them first in the outputs, with forward_fn=lambda "
                         "model, batch: model(batch).transpose(0, 1), and in the targets"
                     )
-        self._refuse_turned(values, output, n_given)
+        self._refuse_turned(values, output)
         for name in self.names:
             try:
                 for point in (self.outputs[name], self.inputs[name]):
@@ -287,14 +287,14 @@ class Alterations:
                     found[kind, name] = error
         return found
 
-    def _refuse_turned(self, values: Mapping[HookPoint, Tensor], output: Tensor, n_given: int) -> None:
+    def _refuse_turned(self, values: Mapping[HookPoint, Tensor], output: Tensor) -> None:
         """Refuse outputs of which the second axis has as many entries as components have samples."""
         given = [values[p].shape for p in self.outputs.values() if not values[p].is_nested]
-        turned = {shape[:1] for shape in given} == {(n_given,)} == {output.shape[1:2]}
+        turned = {shape[:1] for shape in given} == {output.shape[1:2]}
         if turned and not any(len(output) in shape[:2] for shape in given):
             raise ValueError(
-                f"the outputs have shape {tuple(output.shape)}, and components give {n_given} samples, "
-                "as the second axis of the outputs does; put samples first in them, with "
+                f"the outputs have shape {tuple(output.shape)}, and components give {output.shape[1]} "
+                "samples, as the second axis of the outputs does; put samples first in them, with "
                 "forward_fn=lambda model, batch: model(batch).transpose(0, 1), and in the targets"
             )
 

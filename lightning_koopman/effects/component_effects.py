@@ -47,7 +47,6 @@ from lightning_koopman.network.components import Components, matching
 from lightning_koopman.network.names import call_of
 from lightning_koopman.network.runs.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.runs.hook_points import Alteration, HookPoint
-from lightning_koopman.network.runs.samples import samples_in
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport
 
@@ -289,7 +288,7 @@ def effects_on(
                 placed = first.placed[kept[0]] if len(kept) == 1 else (None, None)
                 if others := row_counts(first.values.values()) - {len(output)}:
                     index = index_of_samples(others, {len(output)}, given_of(runner.batches[0]))
-                alterations.settle(first, output, samples_in(runner.batches[0]), placed, tell_of(0))
+                alterations.settle(first, output, placed, tell_of(0))
                 rounds = [first.values]
                 # Further tensors were read in the first call alone, and not where they are taken.
                 if first.n_rounds > 1 or not alterations.has_read_all:

@@ -221,6 +221,31 @@ class Unrolled(nn.Module):
         return torch.stack([self.last(torch.tanh(self.first(x) * (t + 1) / 3)) for t in range(6)])
 
 
+class Loop(nn.Module):
+    """Takes steps of time along the first axis, and gives as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.last = nn.GRUCell(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, given = x.new_zeros(x.shape[1], 16), []
+        for step in x:
+            state = self.cell(step, state)
+            given.append(self.last(state))
+        return torch.stack(given)
+
+
+@pytest.mark.parametrize("size", [25, 60])
+def test_loops_over_time_in_front_are_named_as_what_is_turned(size):
+    batches = [rows.transpose(0, 1) for rows in normal(120, 6, 8).split(size)]
+    with pytest.raises(ValueError, match=rf"\(6, {size}, 4\), and components give {size} samples"):
+        component_effects(Loop(), batches)
+    turned = component_effects(Loop(), batches, forward_fn=lambda m, b: m(b).transpose(0, 1))
+    assert np.isfinite(turned.values["skip"]).all()
+
+
 @pytest.mark.parametrize("size", [50, 60])
 def test_outputs_with_time_in_front_are_named_as_what_is_turned(size):
     batches = list(normal(120, 8).split(size))

@@ -149,6 +149,15 @@ def distances_to_points() -> Network:
 
 
 @network
+def functions_on_a_grid() -> Network:
+    """As a DeepONet on points of its own, of which a batch may have as many samples."""
+    parts = {"branch": layers(), "trunk": nn.Sequential(nn.Linear(2, 6), nn.Tanh())}
+    net = wired(lambda m, x: m.branch(x) @ m.trunk(m.points).t(), **parts)
+    net.register_buffer("points", torch.rand(5, 2))
+    return net, sequences()[:, 0]
+
+
+@network
 def tokens_and_places() -> Network:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.tokens(x) + m.places(torch.arange(STEPS)[None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,6 +108,7 @@ class DataFlow(Watcher):
     Attributes:
         error: What went wrong in the bookkeeping; from then on nothing is labelled.
         read: Memory that operators read, by its address.
+        idle: Labels of what is made of nothing but what the network holds.
         lookups: How often entries of the network's own tables were read at places that states chose.
 
     Example:
@@ -128,6 +129,7 @@ class DataFlow(Watcher):
     ) -> None:
         super().__init__()
         self.read: set[int] = set()
+        self.idle: Set[str] = frozenset()
         self.lookups = 0
         self._origins, self._on_mix, self._on_sum = origins, on_mix, on_sum
         self._labels: dict[int, frozenset[str]] = {}
@@ -452,7 +454,8 @@ class DataFlow(Watcher):
         if self._paired:
             sizes = sizes.union(*(self._paired.get(address_of(tensor), ()) for tensor in reads))
         if isinstance(out, Tensor) and _may_hold_pairs(out):
-            data = [None if of <= ORIGINS else read for of, read in zip(known, reads, strict=True)]
+            own = ORIGINS | self.idle
+            data = [None if of <= own else read for of, read in zip(known, reads, strict=True)]
             size = _n_paired(name, data, out)
             sizes = sizes | {size} if size > 1 else sizes
         return sizes

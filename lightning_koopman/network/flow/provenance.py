@@ -149,6 +149,7 @@ class Provenance:
 
     def _label_batch(self) -> None:
         if self._flow is not None:
+            self._flow.idle = self.idle
             data = list(enumerate(self.data))
             shared = Counter(address_of(tensor) for _, tensor in data)
             # Past and future of a window are views of one series. Where these overlap, what is of both
