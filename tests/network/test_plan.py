@@ -424,12 +424,12 @@ def test_data_that_reach_a_call_past_its_arguments(in_one):
     assert any(found.startswith(note) for found in report.notes)
 
 
-def test_masks_that_states_are_multiplied_by_are_no_inputs():
+def test_masks_of_positions_that_states_are_multiplied_by_are_no_inputs():
     def run(m: Any, x: Tensor, mask: Tensor) -> Tensor:
         return m.head(torch.tanh(m.mix(m.encode(x) * mask)))
 
     model = wired(run, encode=nn.Linear(8, 6), mix=nn.Linear(6, 6), head=nn.Linear(6, 3))
-    x, mask = torch.randn(300, 8), (torch.rand(300, 6) > 0.1).float()
+    x, mask = torch.randn(300, 5, 8), (torch.rand(300, 5, 1) > 0.1).float()
     batches = list(zip(x.split(50), mask.split(50), strict=True))
     report = credit_report(model, batches, forward_fn=lambda m, batch: m(*batch))
     assert report.reference.states == ("input", "encode", "mix", "head")

@@ -147,6 +147,66 @@ def test_zeros_and_ones_that_are_added_to_a_state_are_data(columns: int):
     assert report.reads["last"] == ("first", "input+input#1")
 
 
+GATES = {
+    "mul": lambda h, y: h * y,
+    "mul_by_bool": lambda h, y: h * (y > 0),
+    "masked_fill": lambda h, y: h.masked_fill(y == 0, 0),
+    "where": lambda h, y: torch.where(y > 0, h, -h),
+    "affine": lambda h, y: h * (2 * y - 1),
+    "in_place": lambda h, y: h.clone().mul_(y),
+}
+
+
+# By units, a fill may put in what no softmax lets through.
+@pytest.mark.parametrize(
+    ("name", "columns"), [*((name, 1) for name in GATES), *((name, 4) for name in ("mul", "in_place"))]
+)
+def test_zeros_and_ones_that_gate_a_state_are_data(name: str, columns: int):
+    model = wired(
+        lambda m, x, y: m.last(GATES[name](m.first(x), y)), first=nn.Linear(3, 4), last=nn.Linear(4, 2)
+    )
+    x, y = drawn(4000, 3), (drawn(4000, columns, seed=5) > 0.3).float()
+    report = report_of(model, x, y, size=500)
+    assert report.reads["last"] == ("first", "input+input#1")
+    given = torch.cat([model.first(x), x, y, torch.ones(4000, 1)], 1).detach().double()
+    made = model(x, y).detach().double()
+    rest = made - given @ torch.linalg.lstsq(given, made, driver="gelsd").solution
+    best = 1 - float(rest.square().sum() / (made - made.mean(0)).square().sum())
+    assert by_name(report)["last"] == pytest.approx(best, abs=0.01)
+
+
+def test_a_single_number_of_the_batch_that_weighs_a_state_ends_nothing():
+    model = wired(
+        lambda m, x, y: m.last(m.first(x) * y.view(1)), first=nn.Linear(3, 4), last=nn.Linear(4, 2)
+    )
+    batches = [(x, torch.tensor(2.0)) for x in drawn(400, 3).split(100)]
+    report = credit_report(model, batches, forward_fn=lambda m, batch: m(*batch))
+    assert report.reads["last"][0] == "first"
+    assert not any("could not be followed" in note for note in report.notes)
+
+
+def test_gates_that_are_made_of_numbers_are_told():
+    model = wired(
+        lambda m, x, y: m.last(m.first(x) * (y > 0)), first=nn.Linear(3, 4), last=nn.Linear(4, 2)
+    )
+    report = report_of(model, drawn(400, 3), drawn(400, 1, seed=5))
+    assert any("data of the batch go into last changed on the way" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("shape", [(-1, 6, 1), (-1, 1)])
+def test_zeros_and_ones_that_leave_out_positions_are_a_mask(shape: tuple[int, ...]):
+    def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        h = m.first(x.view(*shape[:-1], 3)) * y.view(shape)
+        return m.last(h.view(-1, 6, 4))
+
+    model = wired(run, first=nn.Linear(3, 4), last=nn.Linear(4, 2))
+    lengths = drawn(400, 1).abs().mul(3).long().clamp(1, 6)
+    mask = (torch.arange(6) < lengths).float()
+    report = report_of(model, drawn(400, 6, 3), mask)
+    assert report.reads["last"] == ("first",)
+    assert not any("data of the batch" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool])
 def test_integers_that_are_put_beside_a_state_are_told(kind: torch.dtype):
     def run(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -571,7 +631,7 @@ def test_what_a_module_with_a_table_makes_of_data_is_a_component():
 def test_masks_made_of_data_are_nothing_that_a_state_is_made_of():
     def forward(m, x):
         h = m.first(x - x.mean(1, keepdim=True))
-        return m.last(h * (x > -2).float() + torch.zeros_like(h).masked_fill(x > 9, -1e9))
+        return m.last(h + torch.zeros_like(h).masked_fill(x > 9, -1e9))
 
     model = wired(forward, first=nn.Linear(6, 6), last=nn.Linear(6, 2))
     report = report_of(model, drawn(400, 6))

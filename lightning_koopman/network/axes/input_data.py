@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,32 @@ def are_zeros_and_ones(tensor: Tensor) -> bool:
         return False
     zeros, ones = tensor == 0, tensor == 1
     return bool(zeros.any()) and bool(ones.any()) and bool((zeros | ones).all())
+
+
+def gates(
+    operator: str,
+    tensor: Tensor,
+    states: Sequence[Tensor],
+    data: Sequence[Tensor],
+    batch: Iterable[Tensor],
+) -> bool:
+    """Check whether numbers made of ``data`` weigh or shut out all of a state, and not its positions.
+
+    One number per sample does, and as many as units of states, if no sequence of the batch is as long.
+    """
+    known = (tensor, *states, *data)
+    if operator not in ("mul", "where", "masked_fill") or any(t.is_nested or not t.ndim for t in known):
+        return False
+    if any(t.shape[:1] != data[0].shape[:1] or t.numel() > tensor.numel() for t in data):
+        return False
+    if tensor.numel() == len(data[0]):
+        return True
+    plain = (t for t in batch if not t.is_nested)
+    sequences = (t for t in plain if t.ndim > 2 or (t.ndim == 2 and not t.is_floating_point()))
+    lengths = {size for t in sequences for size in t.shape[1:]}
+    has_units = tensor.shape[0] == len(data[0]) and all(t.ndim == 2 for t in states)
+    # Other operators may put in what no softmax lets through.
+    return operator == "mul" and has_units and lengths.isdisjoint(tensor.shape[1:])
 
 
 def has_positions(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.network.axes.input_data import (
     are_zeros_and_ones,
+    gates,
     holds_all_of,
     is_mask,
     shuts_out,
@@ -38,7 +39,7 @@ class Provenance:
     Attributes:
         idle: States and inputs that were made of what the network holds: positions, learned queries.
         changed: Labels of data of the batch that were put to states otherwise than they came.
-        beside: Labels of those that were put beside states, or added to them, and are no masks.
+        beside: Labels of those that were put beside states, added to them, or gate them: no masks.
         lost_order: What kept the order of rows from being followed in a later pass, if anything did.
     """
 
@@ -98,9 +99,10 @@ class Provenance:
     ) -> set[int]:
         """Note which data of the batch an operator puts to states otherwise than they came.
 
-        Masks say which entries count, and are nothing that a state is made of: they are returned. What
-        is put beside a state is none, and neither are zeros and ones that are added to it.
+        Masks say which positions count, and are nothing that a state is made of: they are returned. What
+        is put beside a state is none, and neither are zeros and ones that are added to it or gate it.
         """
+        operator = operator.removesuffix("_")
         known = [labels - ORIGINS - self.idle for labels in known]
         new = [{name for name in labels if self._is_new(name)} for labels in known]
         # What comes alone with data is no state.
@@ -108,17 +110,23 @@ class Provenance:
         masks = set[int]()
         if all(alone) or not any(new):
             return masks
+        states = [t for t, is_data in zip(reads, alone, strict=True) if not is_data]
         for place, (tensor, names, is_data) in enumerate(zip(reads, new, alone, strict=True)):
             if not names or not is_data:
                 continue
-            if operator in ("cat", "stack") or (operator == "add" and are_zeros_and_ones(tensor)):
+            data = self.data_of(frozenset(names))
+            if (
+                operator in ("cat", "stack")
+                or (operator == "add" and are_zeros_and_ones(tensor))
+                or gates(operator, tensor, states, data, self.data)
+            ):
                 self.beside |= names
             elif tensor.dtype == torch.bool or (tensor.is_floating_point() and is_mask(tensor)):
                 masks.add(place)
                 continue
-            for data in self.data_of(frozenset(names)):
-                if address_of(data) != address_of(tensor) and not holds_all_of(tensor, data):
-                    self.changed |= names
+            numbers = tensor.float() if tensor.dtype == torch.bool else tensor
+            if any(address_of(t) != address_of(tensor) and not holds_all_of(numbers, t) for t in data):
+                self.changed |= names
         return masks
 
     def _is_new(self, label: str) -> bool:
