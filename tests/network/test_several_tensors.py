@@ -153,12 +153,13 @@ GATES = {
     "masked_fill": lambda h, y: h.masked_fill(y == 0, 0),
     "where": lambda h, y: torch.where(y > 0, h, -h),
     "affine": lambda h, y: h * (2 * y - 1),
+    "in_place": lambda h, y: h.clone().mul_(y),
 }
 
 
 # By units, a fill may put in what no softmax lets through.
 @pytest.mark.parametrize(
-    ("name", "columns"), [*((name, 1) for name in GATES), *((name, 4) for name in ("mul", "affine"))]
+    ("name", "columns"), [*((name, 1) for name in GATES), *((name, 4) for name in ("mul", "in_place"))]
 )
 def test_zeros_and_ones_that_gate_a_state_are_data(name: str, columns: int):
     model = wired(
@@ -172,6 +173,16 @@ def test_zeros_and_ones_that_gate_a_state_are_data(name: str, columns: int):
     rest = made - given @ torch.linalg.lstsq(given, made, driver="gelsd").solution
     best = 1 - float(rest.square().sum() / (made - made.mean(0)).square().sum())
     assert by_name(report)["last"] == pytest.approx(best, abs=0.01)
+
+
+def test_a_single_number_of_the_batch_that_weighs_a_state_ends_nothing():
+    model = wired(
+        lambda m, x, y: m.last(m.first(x) * y.view(1)), first=nn.Linear(3, 4), last=nn.Linear(4, 2)
+    )
+    batches = [(x, torch.tensor(2.0)) for x in drawn(400, 3).split(100)]
+    report = credit_report(model, batches, forward_fn=lambda m, batch: m(*batch))
+    assert report.reads["last"][0] == "first"
+    assert not any("could not be followed" in note for note in report.notes)
 
 
 def test_gates_that_are_made_of_numbers_are_told():
@@ -192,7 +203,7 @@ def test_zeros_and_ones_that_leave_out_positions_are_a_mask(shape: tuple[int, ..
     lengths = drawn(400, 1).abs().mul(3).long().clamp(1, 6)
     mask = (torch.arange(6) < lengths).float()
     report = report_of(model, drawn(400, 6, 3), mask)
-    assert report.reads.get("last", ("first",)) == ("first",)
+    assert report.reads["last"] == ("first",)
     assert not any("data of the batch" in note for note in report.notes)
 
 

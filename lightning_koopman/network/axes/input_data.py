@@ -44,13 +44,15 @@ def gates(
 
     One number per sample does, and as many as units of states, if no sequence of the batch is as long.
     """
-    if operator not in ("mul", "where", "masked_fill") or not tensor.ndim:
+    known = (tensor, *states, *data)
+    if operator not in ("mul", "where", "masked_fill") or any(t.is_nested or not t.ndim for t in known):
         return False
     if any(t.shape[:1] != data[0].shape[:1] or t.numel() > tensor.numel() for t in data):
         return False
     if tensor.numel() == len(data[0]):
         return True
-    sequences = (t for t in batch if t.ndim > 2 or (t.ndim == 2 and not t.is_floating_point()))
+    plain = (t for t in batch if not t.is_nested)
+    sequences = (t for t in plain if t.ndim > 2 or (t.ndim == 2 and not t.is_floating_point()))
     lengths = {size for t in sequences for size in t.shape[1:]}
     has_units = tensor.shape[0] == len(data[0]) and all(t.ndim == 2 for t in states)
     # Other operators may put in what no softmax lets through.

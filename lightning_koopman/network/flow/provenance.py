@@ -39,7 +39,7 @@ class Provenance:
     Attributes:
         idle: States and inputs that were made of what the network holds: positions, learned queries.
         changed: Labels of data of the batch that were put to states otherwise than they came.
-        beside: Labels of those that were put beside states, added to them or gate them, and no masks.
+        beside: Labels of those that were put beside states, added to them, or gate them: no masks.
         lost_order: What kept the order of rows from being followed in a later pass, if anything did.
     """
 
@@ -102,6 +102,7 @@ class Provenance:
         Masks say which positions count, and are nothing that a state is made of: they are returned. What
         is put beside a state is none, and neither are zeros and ones that are added to it or gate it.
         """
+        operator = operator.removesuffix("_")
         known = [labels - ORIGINS - self.idle for labels in known]
         new = [{name for name in labels if self._is_new(name)} for labels in known]
         # What comes alone with data is no state.
