@@ -157,8 +157,7 @@ def numbers_of_observables(net: nn.Module, batches: Any) -> Any:
 
 
 def numbers_of_decisions(net: nn.Module, batches: Any) -> Any:
-    # Which of two networks is faster is the machine's to say.
-    linear = lightning_koopman.linearize(net, batches, max_drop=0.5, allow_larger=True)
+    linear = lightning_koopman.linearize(net, batches, max_drop=0.5)
     order = lightning_koopman.drop_order(net, batches)
     bits = lightning_koopman.bit_widths(net, batches, average=4)
     return [*linear.model.state_dict().values(), order.effect, bits.bits]

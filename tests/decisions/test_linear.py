@@ -234,8 +234,7 @@ def test_the_choice_keeps_the_drop_and_ends_at_the_budget():
     assert all(loss <= 0 for loss in exact.loss)
 
 
-def test_where_one_is_enough_it_is_the_one_that_moves_the_outputs_least(monkeypatch):
-    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0)
+def test_where_one_is_enough_it_is_the_one_that_moves_the_outputs_least():
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 6)) for _ in range(3)]
     for block, size in zip(blocks, (1.5, 0.1, 6.0), strict=True):
@@ -285,9 +284,8 @@ def test_what_saves_one_cost_and_needs_more_of_the_other_stays_unless_asked(bloc
     assert after < before
 
 
-def test_no_choice_of_components_is_cheaper(monkeypatch):
+def test_no_choice_of_components_is_cheaper():
     """All subsets, each made linear as a whole and scored by hand."""
-    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0)
     net = mlp()
     batches = labelled(net)
     x, y = torch.cat([x for x, _ in batches[1::2]]), torch.cat([y for _, y in batches[1::2]])
@@ -314,7 +312,6 @@ def looked_up(monkeypatch, numbers, count):
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(count)]
     net = nn.Sequential(*blocks, nn.Linear(6, 3)).eval()
-    monkeypatch.setattr(linear, "_seconds", lambda runner: 1.0)
     monkeypatch.setattr(linear, "cost_of", lambda runner: Cost(1000, 1000))
     monkeypatch.setattr(linear._Search, "_try", tried)
     report = credit_report(net, [inputs()], components=[str(i) for i in range(count)])

@@ -1,6 +1,7 @@
 """Which of two networks is slower, on a machine that is busy with other work."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from lightning_koopman.decisions import linear
 from lightning_koopman.decisions.swaps import LinearComponent, swaps_in
 from lightning_koopman.network.runs.forward_runner import ForwardRunner
+
+# Before all networks of a test have one speed.
+SECONDS = linear._seconds
 
 
 @pytest.fixture
@@ -22,6 +26,19 @@ def two_threads():
 def runner() -> ForwardRunner:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     return ForwardRunner(net, [torch.randn(5, 4)])
+
+
+def test_a_time_is_that_of_one_pass_over_one_batch():
+    class Sleeps(nn.Linear):
+        def forward(self, x):
+            time.sleep(0.02)
+            calls.append(len(x))
+            return super().forward(x)
+
+    calls = []
+    taken = SECONDS(ForwardRunner(Sleeps(4, 3), [torch.randn(5, 4), torch.randn(6, 4)]))
+    assert calls == [5]
+    assert taken >= 0.02
 
 
 def swaps() -> list[LinearComponent]:
