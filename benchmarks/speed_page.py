@@ -113,9 +113,9 @@ row were measured before alignments without each fold were made at once.
   for 0.53 to 0.54.
 - Cholesky factors are upper ones, as LAPACK has by columns what torch has by rows: factors of five
   folds of width 128 and their solutions take 1.93 ms, by lower ones 2.14 (Zen 4).
-- Where many branches lie side by side, as the steps of a loop that all read the input, volumes of two are
-  compared where a state reads both, not of all pairs: a report on a loop of five small layers over 96 steps
-  takes 20 s for 125 (its passes 0.11), over 48 steps 9.3 for 23 (Xeon).
+- Where many branches lie side by side, as steps of a loop that all read the input, volumes of two are
+  compared where a state reads both, not of all pairs: a report on a loop of five small layers over 96
+  steps takes 20 s for 125 (its passes 0.11), over 48 steps 9.3 for 23 (Xeon).
 - What is done to a state beside the network, as its copy, is kept from what follows the data: an
   operator that is followed takes 0.05 ms more, and of 45 in the first pass of the MLP 11 are its own.
 - What drift is measured against is fitted when something is held against the report, not in each.
