@@ -53,11 +53,7 @@ class PickedPositions:
             another.
     """
 
-    def __init__(
-        self,
-        of_batch: OfBatch,
-        keep: Callable[[Tensor], None],
-    ) -> None:
+    def __init__(self, of_batch: OfBatch, keep: Callable[[Tensor], None]) -> None:
         self._of_batch, self._keep = of_batch, keep
         # Views have picks of their own, beside those of all of the memory.
         self._of: dict[int, dict[Any, Picks]] = {}
@@ -152,12 +148,8 @@ class PickedPositions:
         if not data or not shapes:
             return _NO_MOVES
         rule = _Moving(func, args, [tensor for tensor, _ in data], shapes[0], self._of_batch)
-        return frozenset(
-            (label, size)
-            for tensor, labels in data
-            for size in {*rule.sizes(tensor)}
-            for label in labels
-        )
+        sizes = ((labels, size) for tensor, labels in data for size in {*rule.sizes(tensor)})
+        return frozenset((label, size) for labels, size in sizes for label in labels)
 
     def _joined(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> Picks:
         """Return what was picked of each state, in all that is made of it."""
