@@ -137,6 +137,17 @@ class Recorded:
         found = rows_found(n_rows, samples, self._orders(form))
         return found is not None and not torch.equal(found.sort()[0], samples.sort()[0])
 
+    def is_swapped(self, form: RowForm, n_samples: int) -> bool:
+        """Check whether samples are a row each, but in an order of which no more is known.
+
+        They lie further apart than neighbours do, as where a network stacks halves of a batch and turns
+        them.
+        """
+        place, shape = self.places[form.of_axis], self.tensor.shape
+        if place is None or place.axis != form.batch_axis or place.inner == 1:
+            return False
+        return shape[place.axis] == n_samples and n_samples not in self._orders(form)
+
     def mixes(self, form: RowForm) -> bool:
         """Check whether rows of several samples were put together."""
         if not self._may_be_out_of_order(form):
@@ -258,7 +269,7 @@ class RowForm:
         """Return the form of a batch whose samples may have other numbers of rows each."""
         if self.run > 1 or self.batch_axis or not self.of_batch or not tensor.ndim:
             return self
-        given = _rows_given(batch)
+        given = rows_given(batch)
         group = len(tensor) // max(1, given)
         alike = group == self.group or group * given != len(tensor)
         return self if alike else replace(self, group=group)
@@ -533,7 +544,7 @@ def row_forms(
     """Settle how each recorded tensor becomes rows."""
     n_samples, second = batch_size(records, batch)
     turned = any(has_batch_second(record.module) for record in records)
-    given = _rows_given(batch)
+    given = rows_given(batch)
     of_axis = _axis_of_samples(records, batch, n_samples)
     forms, images, has_sequences = dict[str, RowForm](), list[str](), False
     for record in records:
@@ -708,7 +719,7 @@ def check_reduce(reduce: Any) -> None:
             raise ValueError(f"reduce holds {way!r}; choose one of {REDUCTIONS} or give a callable")
 
 
-def _rows_given(batch: Any) -> int:
+def rows_given(batch: Any) -> int:
     """Count the rows of the first tensor of a batch that has any, of a graph not those of its edges."""
     tensors = [tensor for tensor in all_tensors(batch) if tensor.ndim]
     return next((len(t) for t in tensors if not is_edge_index(t)), len(tensors[0]) if tensors else 0)
@@ -719,7 +730,7 @@ def rows_without_samples(n_samples: int, batch: Any) -> int | None:
     tensors = [tensor for tensor in all_tensors(batch) if tensor.ndim]
     counts, sizes = {len(t) for t in tensors} - {0}, {size for t in tensors for size in t.shape}
     alike = n_samples in sizes or any(n_samples < count or n_samples % count == 0 for count in counts)
-    return None if alike else _rows_given(batch) or None
+    return None if alike else rows_given(batch) or None
 
 
 def _second_axis(records: Sequence[Recorded], batch: Any) -> int | None:
@@ -749,7 +760,7 @@ def batch_size(records: Sequence[Recorded], batch: Any) -> tuple[int, set[str]]:
     if second:
         return next(iter(second.values())), set(second)
     sizes = [record.tensor.shape[0] for record in records if record.tensor.ndim]
-    given = _rows_given(batch)
+    given = rows_given(batch)
 
     def fits(record: Recorded) -> bool:
         shape = record.tensor.shape

@@ -21,6 +21,7 @@ from lightning_koopman.network.axes.rows import (
     batch_size,
     by_sample,
     row_forms,
+    rows_given,
     rows_without_samples,
 )
 from lightning_koopman.network.names import call_of, is_sum, module_of
@@ -221,9 +222,10 @@ def leave_out_unfit(
     n_samples: int,
     notes: list[str],
     in_turns: Collection[str],
+    is_whole: bool,
 ) -> list[str]:
     """Take out of the graph what holds no row per sample, or the same for every sample; return these."""
-    constant, misfit, alone = [], [], []
+    constant, misfit, alone, swapped = [], [], [], []
     for record in records:
         if record.name in kept or record.name not in sources or callable(forms[record.name].reduce):
             continue
@@ -239,6 +241,8 @@ def leave_out_unfit(
             constant.append(record.name)
         elif len(rows) != n_samples or record.strays(forms[record.name]):
             misfit.append(f"{record.name} {shape}")
+        elif is_whole and record.is_swapped(forms[record.name], n_samples):
+            swapped.append(record.name)
         elif record.name in in_turns:
             alone.append(record.name)
         else:
@@ -246,6 +250,11 @@ def leave_out_unfit(
         _bypass(record.name, sources)
     if misfit:
         notes.append(f"without one row for each of {n_samples} samples, so left out: {listed(misfit)}")
+    if swapped:
+        notes.append(
+            "the network puts samples in another order, in a way that is not followed, so left out: "
+            f"{listed(swapped)}"
+        )
     if alone:
         notes.append(
             "the network sends samples to one part or another, in the first batch all of them to these, "
@@ -547,7 +556,9 @@ def make_plan(
         kept = {record.name for record in records if not record.is_input}
     if not named or any(not sources[name] for name in kept & sources.keys()):
         kept |= {*varying, *placed, *(record.name for record in records if is_sum(record.name))}
-        constant = leave_out_unfit(records, forms, sources, kept, n_samples, notes, turned)
+        constant = leave_out_unfit(
+            records, forms, sources, kept, n_samples, notes, turned, n_samples == rows_given(batch)
+        )
     _leave_out_sums(records, forms, sources, n_samples)
     ends = [name for name in ends if name in sources] or [*sources][-1:]
     if not ends:
