@@ -21,7 +21,13 @@ from torch.utils.module_tracker import ModuleTracker
 
 from lightning_koopman.decisions.swaps import Swap, put_back, registrations, swapped
 from lightning_koopman.effects.alterations import altered_parts
-from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
+from lightning_koopman.effects.returned import (
+    Ends,
+    choose_outputs,
+    only_classes,
+    run_followed,
+    settle_units,
+)
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs
 from lightning_koopman.effects.targets import find_target
 from lightning_koopman.network.access.hooks import attach_in
@@ -403,7 +409,7 @@ def _find_outputs(
     outputs: list[Tensor] = []
     for number in runner.until_enough(outputs):
         outputs.append(runner.run_batch(number)[0].detach().cpu())
-    runner.settle_units(outputs)
+    settle_units(runner, outputs)
     refuse_samples(runner, outputs[0])
     targets = runner.targets_of(outputs, search.target_of)
     known, doubted = only_classes(runner, outputs, targets, scale, metric, search)

@@ -26,7 +26,13 @@ from lightning_koopman.effects.alterations import (
     counted_in,
     padded_sequences,
 )
-from lightning_koopman.effects.returned import Ends, choose_outputs, only_classes, run_followed
+from lightning_koopman.effects.returned import (
+    Ends,
+    choose_outputs,
+    only_classes,
+    run_followed,
+    settle_units,
+)
 from lightning_koopman.effects.scoring import Change, Measured, Metric, Outputs, over_draws
 from lightning_koopman.effects.second_order import SecondOrder, predict
 from lightning_koopman.koopman.options import DEFAULTS
@@ -297,7 +303,7 @@ def effects_on(
             unlike += sum(call in last for call in runner.unlike)
             alterations.update(rounds, len(output), tell_of(number))
             outputs.append(output.detach().cpu())
-        runner.settle_units(outputs, *again)
+        settle_units(runner, outputs, *again)
         assert target_of is not None
         known: Sequence[Tensor | None] = runner.targets_of(outputs, target_of)
         notes = [*about.notes, *runner.notes]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.effects.means import MeanAndSpread
 from lightning_koopman.effects.scoring import Metric
 from lightning_koopman.effects.targets import (
     NO_CLASSES,
@@ -30,7 +33,6 @@ from lightning_koopman.network.runs.forward_runner import (
     ForwardRunner,
     OutputForm,
     has_samples,
-    spread_of,
 )
 from lightning_koopman.network.runs.hook_points import HookPoint, find_module
 from lightning_koopman.network.runs.samples import samples_in
@@ -243,7 +245,7 @@ def choose_outputs(
             f"effects are averaged over {len(kept)} outputs, those of {named}, each in units of its own "
             "standard deviation"
         )
-        units = tuple(spread_of(tensors[place]) for place in kept)
+        units = tuple(_spread([tensors[place].reshape(len(tensors[place]), -1)]) for place in kept)
         widths = tuple(tensors[place][0].numel() for place in kept)
     by_position = len(kept) == 1 and metric is None and _holds_positions(runner, followed, kept[0])
     # A call that gives several tensors may lead there by another one than the first.
@@ -254,6 +256,30 @@ def choose_outputs(
     led_on = {followed.last[point.call] for point in followed.further}
     lost = [call for call, found in made.items() if not found and call not in led_on]
     return Choice(tuple(notes), frozenset(unseen.union(c for c in lost if _moves_nothing(runner, c))))
+
+
+def settle_units(runner: ForwardRunner, outputs: Sequence[Tensor], *again: Tensor) -> None:
+    """Let outputs side by side count in units of their own deviation over all batches.
+
+    Those of other sizes in each batch stay in units of the first one. Outputs that were taken ``again``
+    are brought to the same units.
+    """
+    form = runner.form
+    if not form.units or len({output.shape[1:] for output in outputs}) > 1:
+        return
+    parts = [torch.split(output, list(form.widths), dim=1) for output in (*outputs, *again)]
+    spreads = [_spread(own) for own in zip(*parts[: len(outputs)], strict=True)]
+    for own in parts:
+        for part, spread in zip(own, spreads, strict=True):
+            part /= spread
+    units = tuple(unit * spread for unit, spread in zip(form.units, spreads, strict=True))
+    runner.form = replace(form, units=units)
+
+
+def _spread(parts: Iterable[Tensor]) -> float:
+    """Return the standard deviation of an output's samples; 1 where there is none to divide by."""
+    spread = float(MeanAndSpread(parts).std.square().sum().sqrt())
+    return spread if 0 < spread < math.inf else 1.0
 
 
 def _moves_nothing(runner: ForwardRunner, call: str) -> bool:

@@ -264,7 +264,7 @@ class Measurement(Accumulator):
             states = self._make_plan(list(states.values()))
         elif self._lengths_of:
             states = self._all_rows([r for r in states.values() if r is not None])
-        self._known_plan.spread(states)
+        self._known_plan.expand(states)
         try:
             self._known_plan.check_rows(states)
         except UnlikeRowsError:

@@ -88,7 +88,13 @@ class PickedPositions:
         # A part that is written to is where it was in its memory.
         parts = {(at, view_of_memory(t)) for at, t, is_part in written() if is_part and plain != name}
         before = self._moved_before(reads, known, but=parts)
-        moved = before | self._moves(func, args, reads, known, out)
+        pairs = zip(reads, known, strict=True)
+        data = [(tensor, labels) for tensor, labels in pairs if labels and not tensor.is_nested]
+        shapes = [tensor.shape for tensor in all_tensors(out) if not tensor.is_nested]
+        moved = before
+        if data and shapes:
+            rule = _Moving(func, args, [tensor for tensor, _ in data], shapes[0], self._of_batch)
+            moved |= {(label, size) for t, labels in data for size in rule.sizes(t) for label in labels}
         for address, tensor, is_part in written():
             if not (moved or address in self._moved):
                 continue
@@ -130,27 +136,6 @@ class PickedPositions:
                 found |= {move for move in moves if move[0] in labels}
         return frozenset(found)
 
-    def _moves(
-        self,
-        func: Any,
-        args: Sequence[Any],
-        reads: Sequence[Tensor],
-        known: Sequence[frozenset[str]],
-        out: Any,
-    ) -> Moves:
-        """Return along which axes, by their sizes, an operator moves positions, or lets them meet.
-
-        Of an operator that no rule is about, that is all of them.
-        """
-        shapes = [tensor.shape for tensor in all_tensors(out) if not tensor.is_nested]
-        pairs = zip(reads, known, strict=True)
-        data = [(tensor, labels) for tensor, labels in pairs if labels and not tensor.is_nested]
-        if not data or not shapes:
-            return _NO_MOVES
-        rule = _Moving(func, args, [tensor for tensor, _ in data], shapes[0], self._of_batch)
-        sizes = ((labels, size) for tensor, labels in data for size in {*rule.sizes(tensor)})
-        return frozenset((label, size) for labels, size in sizes for label in labels)
-
     def _joined(self, reads: Sequence[Tensor], known: Sequence[frozenset[str]]) -> Picks:
         """Return what was picked of each state, in all that is made of it."""
         picks = [self.of(tensor) for tensor in reads]
@@ -179,7 +164,10 @@ _NO_MOVES: Moves = frozenset()
 
 
 class _Moving:
-    """Tells the sizes of the axes of what an operator reads along which it moves what is there."""
+    """Tells the sizes of the axes of what an operator reads along which it moves what is there.
+
+    Positions there are moved, or meet. Of an operator that no rule is about, those are all axes.
+    """
 
     def __init__(
         self,

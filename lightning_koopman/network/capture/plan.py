@@ -437,12 +437,15 @@ class Plan:
             if is_sum(name)
         }
 
-    def spread(self, rows: dict[str, Any]) -> None:
+    @cached_property
+    def _placed(self) -> frozenset[str]:
+        return frozenset(name for name in self.recorded if self.forms[name].is_placed)
+
+    def expand(self, rows: dict[str, Any]) -> None:
         """Give what is alike for all samples a row for each, where no padding told them apart."""
-        placed = [name for name in self.recorded & rows.keys() if self.forms[name].is_placed]
-        count = max((len(block) for block in rows.values() if block is not None), default=0)
-        for name in placed:
+        for name in self._placed & rows.keys():
             if len(rows[name]) == 1:
+                count = max(len(block) for block in rows.values() if block is not None)
                 rows[name] = rows[name].expand(count, -1)
 
     def check_rows(self, rows: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -285,12 +284,6 @@ class OutputForm:
         return targets.ndim - (self.class_axis is not None) > 1
 
 
-def spread_of(output: Tensor) -> float:
-    """Return the standard deviation of an output's samples; 1 where there is none to divide by."""
-    spread = float(output.double().reshape(len(output), -1).var(dim=0, correction=0).sum().sqrt())
-    return spread if 0 < spread < math.inf else 1.0
-
-
 class Followed(NamedTuple):
     """What was seen as the data of a batch was followed.
 
@@ -395,23 +388,6 @@ class ForwardRunner:
                 )
                 return
             yield number
-
-    def settle_units(self, outputs: Sequence[Tensor], *again: Tensor) -> None:
-        """Let outputs side by side count in units of their own deviation over all batches.
-
-        Those of other sizes in each batch stay in units of the first one. Outputs that were taken
-        ``again`` are brought to the same units.
-        """
-        form = self.form
-        if not form.units or len({output.shape[1:] for output in outputs}) > 1:
-            return
-        widths = list(form.widths)
-        spreads = [spread_of(part) for part in torch.split(torch.cat(list(outputs)), widths, dim=1)]
-        for output in (*outputs, *again):
-            for part, own in zip(torch.split(output, widths, dim=1), spreads, strict=True):
-                part /= own
-        units = tuple(unit * own for unit, own in zip(form.units, spreads, strict=True))
-        self.form = dataclasses.replace(form, units=units)
 
     def run_followed(self, read: Iterable[HookPoint], parts: Iterable[Sequence[str]]) -> Followed:
         """Run over the first batch and follow the data; ``parts`` are the calls of each component."""
