@@ -22,7 +22,7 @@ from transformers import (
 from lightning_koopman import credit_report
 from lightning_koopman.koopman.moments import Layout, accumulate
 from lightning_koopman.measurement.measurement import Measurement
-from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.axes.recorded import Recorded
 
 
 def paired(base: Callable[[], object], other: Callable[[], object], repeats: int) -> dict[str, float]:

@@ -43,7 +43,7 @@ from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_dr
 from lightning_koopman.network.access.hooks import attach_in
 from lightning_koopman.network.access.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
-from lightning_koopman.network.capture.plan import listed
+from lightning_koopman.network.names import listed
 from lightning_koopman.network.runs.forward_runner import (
     ForwardFn,
     ForwardRunner,

@@ -25,15 +25,14 @@ from lightning_koopman.effects.means import MeanAndSpread
 from lightning_koopman.network.access.isolation import fast_path, is_expanded, random_states_kept
 from lightning_koopman.network.access.signals import signals_wait
 from lightning_koopman.network.axes.batch_axes import Place
-from lightning_koopman.network.axes.rows import (
-    RowForm,
+from lightning_koopman.network.axes.forms import (
     are_second_of_batch,
-    by_sample,
     form_of,
     gives_batch_second,
     has_batch_second,
-    row_counts,
 )
+from lightning_koopman.network.axes.graphs import row_counts
+from lightning_koopman.network.axes.rows import RowForm, by_sample
 from lightning_koopman.network.components import clean_name, common_ancestor
 from lightning_koopman.network.names import module_of
 from lightning_koopman.network.runs.forward_runner import Followed

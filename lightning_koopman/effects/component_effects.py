@@ -46,11 +46,10 @@ from lightning_koopman.network.arguments import (
     check_given,
     check_type,
 )
+from lightning_koopman.network.axes.graphs import index_of_samples, row_counts, samples_of_rows
 from lightning_koopman.network.axes.padding import Valid, valid_positions
-from lightning_koopman.network.axes.rows import index_of_samples, row_counts, samples_of_rows
-from lightning_koopman.network.capture.plan import listed
 from lightning_koopman.network.components import Components, matching
-from lightning_koopman.network.names import call_of
+from lightning_koopman.network.names import call_of, listed
 from lightning_koopman.network.runs.forward_runner import ForwardFn, ForwardRunner, runner_on
 from lightning_koopman.network.runs.hook_points import Alteration, HookPoint
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect

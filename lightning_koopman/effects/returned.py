@@ -24,7 +24,8 @@ from lightning_koopman.effects.targets import (
     may_be_scores,
 )
 from lightning_koopman.network.access.hooks import attach_in
-from lightning_koopman.network.axes.rows import Recorded, has_batch_second
+from lightning_koopman.network.axes.forms import has_batch_second
+from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.capture.capture import Capture
 from lightning_koopman.network.flow.dataflow import DataFlow
 from lightning_koopman.network.names import OUTPUT, module_of

@@ -17,8 +17,7 @@ from lightning_koopman.koopman.reference import FoldFits, Reference
 from lightning_koopman.koopman.states import Basis, fit_basis, sample_keys, widest
 from lightning_koopman.measurement.processes import Chain, Share, agree_on_basis, agreed, sum_moments
 from lightning_koopman.network.access.isolation import plain_numerics
-from lightning_koopman.network.capture.plan import listed
-from lightning_koopman.network.names import INPUT, is_sum
+from lightning_koopman.network.names import INPUT, is_sum, listed
 from lightning_koopman.network.runs.forward_runner import NO_SAMPLES
 from lightning_koopman.network.runs.samples import spread_over
 from lightning_koopman.network.tensors import exact_device, exactly

@@ -19,18 +19,14 @@ from lightning_koopman.measurement.accumulator import Accumulator, MaxSamples
 from lightning_koopman.measurement.added_up import EXACT, AddedUp
 from lightning_koopman.measurement.processes import Share, agreed, exchange
 from lightning_koopman.network.access.isolation import undisturbed
+from lightning_koopman.network.axes.graphs import pooled_by, pooling_index
 from lightning_koopman.network.axes.padding import Valid, lengths_of, up_to, valid_positions
-from lightning_koopman.network.axes.rows import (
-    Recorded,
-    by_sample,
-    n_positions,
-    pooled_by,
-    pooling_index,
-)
+from lightning_koopman.network.axes.recorded import Recorded
+from lightning_koopman.network.axes.rows import by_sample, n_positions
 from lightning_koopman.network.capture.capture import Capture
-from lightning_koopman.network.capture.plan import Plan, UnlikeRowsError, in_a_row, listed, make_plan
+from lightning_koopman.network.capture.plan import Plan, UnlikeRowsError, in_a_row, make_plan
 from lightning_koopman.network.components import Components, hint, is_leaf, matching
-from lightning_koopman.network.names import OUTPUT, call_of, is_sum, module_of
+from lightning_koopman.network.names import OUTPUT, call_of, is_sum, listed, module_of
 from lightning_koopman.network.runs.forward_runner import (
     ForwardFn,
     default_forward,
@@ -672,7 +668,7 @@ def plan_of(
     returned, in_losses = capture.returned.made_of, capture.returned.in_losses
     if capture.untraced is not None:
         records, returned, in_losses = in_a_row(records, returned), {}, frozenset()
-    pooled = pooling_index(records, capture.returned.rows, batch)
+    pooled = pooling_index([r.tensor for r in records], capture.returned.rows, batch)
     records = [replace(r, tensor=pooled_by(pooled, r.tensor, batch)) for r in records]
     in_turns = frozenset() if named else capture.in_turns(records)
     plan = make_plan(

@@ -13,7 +13,7 @@ from lightning_koopman.koopman.options import DEFAULTS, Options
 from lightning_koopman.measurement.measurement import plan_of
 from lightning_koopman.network.access.isolation import random_states_kept, undisturbed
 from lightning_koopman.network.axes.padding import valid_positions
-from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.capture.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.names import module_of

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 INPUT = "input"
 """Name of the state before the first component."""
 
@@ -47,3 +49,9 @@ def call_of(name: str) -> str:
     if ":" not in number or not module:
         return name
     return f"{module}#{number.partition(':')[0]}".removesuffix("#0")
+
+
+def listed(items: Sequence[str], separator: str = ", ") -> str:
+    """Name the first few of many things."""
+    shown = separator.join(items[:6])
+    return shown if len(items) <= 6 else f"{shown}{separator}and {len(items) - 6} more"

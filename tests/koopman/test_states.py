@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_koopman import credit_report
 from lightning_koopman.koopman.states import Basis, fit_basis, pod_basis, sample_keys
-from lightning_koopman.network.axes.rows import RowForm, has_channels_first, pooled_grid
+from lightning_koopman.network.axes.forms import has_channels_first, pooled_grid
+from lightning_koopman.network.axes.rows import RowForm
 
 
 def pool(tensor: Tensor, max_dim: int, *, channels_first: bool) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman import Options, credit_report
+from lightning_koopman.network.axes.forms import has_channels_first, pooled_grid
 from lightning_koopman.network.axes.padding import valid_positions
-from lightning_koopman.network.axes.rows import RowForm, by_sample, has_channels_first, pooled_grid
+from lightning_koopman.network.axes.rows import RowForm, by_sample
 
 
 def test_samples_come_to_the_front():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_koopman.network.tensors import has_places, is_real, varies
+from lightning_koopman.network.axes.graphs import is_edge_index
+from lightning_koopman.network.tensors import all_tensors, has_places, is_real, varies
 
 
 def is_mask(tensor: Tensor) -> bool:
@@ -95,34 +97,6 @@ def are_alike(other: Tensor, first: Tensor) -> bool:
     return max(other.ndim, first.ndim) < 3 or not is_mask(other)
 
 
-def is_edge_index(tensor: Tensor) -> bool:
-    """Check whether a tensor may say which nodes of a graph each edge joins."""
-    is_pairs = has_places(tensor) and tensor.ndim == 2 and len(tensor) == 2
-    return is_pairs and tensor.dtype == torch.int64
-
-
-def counts_graphs(tensor: Tensor) -> bool:
-    """Check whether a tensor may say which graph of a batch each node belongs to, in order."""
-    if tensor.dtype != torch.int64 or tensor.ndim != 1 or not len(tensor) or int(tensor[0]):
-        return False
-    steps = tensor.diff()
-    return bool(((steps == 0) | (steps == 1)).all()) and bool((steps == 0).any())
-
-
-def n_graphs(tensors: Sequence[Tensor]) -> int | None:
-    """Count the graphs of a batch that holds the ends of edges and the graph of each node."""
-    if not any(map(is_edge_index, tensors)):
-        return None
-    rows = {tensor.shape[:1] for tensor in tensors if is_real(tensor) and has_places(tensor)}
-    found = (int(t[-1]) + 1 for t in tensors if t.shape[:1] in rows - {(2,)} and counts_graphs(t))
-    return next(found, None)
-
-
-def is_of_edges(tensor: Tensor, indices: Sequence[Tensor]) -> bool:
-    """Check whether a tensor has a row for each edge of an index."""
-    return not tensor.is_nested and any(tensor.shape[:1] == index.shape[1:] for index in indices)
-
-
 def is_integer_data(other: Tensor, first: Tensor) -> bool:
     """Check whether a tensor holds integers that tell samples apart, beside a floating-point one."""
     if is_real(other) or other.dtype == torch.bool or other.is_complex() or first.is_nested:
@@ -182,3 +156,9 @@ def _has_beside(tensor: Tensor, data: Tensor) -> bool:
         if alike and any(torch.equal(tensor.narrow(axis, i, size), data) for i in range(room + 1)):
             return True
     return False
+
+
+def rows_given(batch: Any) -> int:
+    """Count the rows of the first tensor of a batch that has any, of a graph not those of its edges."""
+    tensors = [tensor for tensor in all_tensors(batch) if tensor.ndim]
+    return next((len(t) for t in tensors if not is_edge_index(t)), len(tensors[0]) if tensors else 0)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.network.axes.input_data import has_positions, is_mask
-from lightning_koopman.network.axes.rows import Recorded, RowForm, by_sample, n_positions
+from lightning_koopman.network.axes.recorded import Recorded
+from lightning_koopman.network.axes.rows import RowForm, by_sample, n_positions
 from lightning_koopman.network.tensors import by_name, parts_of, tensors_inside, varies
 
 Valid = Mapping[str, Tensor]

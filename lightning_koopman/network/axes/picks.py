@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.network.axes.batch_axes import PRODUCTS, kind
-from lightning_koopman.network.axes.rows import (
-    NO_PICKS,
-    Pick,
-    Picks,
-    Recorded,
-    RowForm,
-    by_sample,
-    last_valid,
-    n_positions,
-)
+from lightning_koopman.network.axes.recorded import NO_PICKS, Pick, Picks, Recorded
+from lightning_koopman.network.axes.rows import RowForm, by_sample, last_valid, n_positions
 from lightning_koopman.network.tensors import (
     address_of,
     all_tensors,

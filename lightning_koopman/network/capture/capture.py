@@ -16,7 +16,7 @@ from lightning_koopman.network.access.isolation import plain_numerics
 from lightning_koopman.network.access.signals import signals_wait
 from lightning_koopman.network.access.watch import unseen
 from lightning_koopman.network.axes.input_data import holds_numbers
-from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.capture.calls import Calls, Pass
 from lightning_koopman.network.capture.chosen import Chosen
 from lightning_koopman.network.capture.kept_states import KeptStates

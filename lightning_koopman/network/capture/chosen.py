@@ -9,7 +9,7 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
-from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.components import (
     automatic_components,
     clean_modules,

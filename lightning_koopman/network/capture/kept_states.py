@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.access.watch import unseen
-from lightning_koopman.network.axes.rows import Recorded, with_lengths_in_order
+from lightning_koopman.network.axes.recorded import Recorded, with_lengths_in_order
 from lightning_koopman.network.flow.inputs import Call, Inputs
 from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.sharded import LET_IT_BE_WHOLE, whole_here

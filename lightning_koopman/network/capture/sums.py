@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_koopman.network.access.watch import Watcher, flat, kept_out_of_the_pass
-from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.capture.calls import Calls, Pass
 from lightning_koopman.network.capture.chosen import Chosen
 from lightning_koopman.network.capture.kept_states import KeptStates

@@ -16,8 +16,8 @@ from lightning_koopman.network.access.watch import Watcher, flat, kept_out_of_th
 from lightning_koopman.network.axes.batch_axes import BatchAxes, Place
 from lightning_koopman.network.axes.input_data import has_positions
 from lightning_koopman.network.axes.picks import PickedPositions
+from lightning_koopman.network.axes.recorded import NO_PICKS, Picks
 from lightning_koopman.network.axes.row_order import NO_ORDERS, Orders, RowOrders
-from lightning_koopman.network.axes.rows import NO_PICKS, Picks
 from lightning_koopman.network.flow.shared_memory import LabelsByView
 from lightning_koopman.network.tensors import (
     address_of,

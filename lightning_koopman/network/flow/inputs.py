@@ -7,13 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_koopman.network.axes.input_data import (
-    are_alike,
-    holds_all_of,
-    is_edge_index,
-    is_mask,
-    is_of_edges,
-)
+from lightning_koopman.network.axes.graphs import is_edge_index, is_of_edges
+from lightning_koopman.network.axes.input_data import are_alike, holds_all_of, is_mask
 from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.flow.shared_memory import Coverage
 from lightning_koopman.network.names import numbered

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.access.watch import unseen
-from lightning_koopman.network.axes.rows import Recorded
+from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.flow.inputs import Call, Inputs
 from lightning_koopman.network.flow.provenance import Provenance
 from lightning_koopman.network.names import module_of, numbered

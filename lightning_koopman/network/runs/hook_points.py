@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lightning_koopman.network.access.hooks import attach_in
-from lightning_koopman.network.axes.input_data import is_edge_index
+from lightning_koopman.network.axes.graphs import is_edge_index
 from lightning_koopman.network.components import around_of, unwrapped
 from lightning_koopman.network.flow.made import Given
 from lightning_koopman.network.flow.shared_memory import further_tensors, same_view

@@ -25,7 +25,7 @@ from lightning_koopman.network.access.hooks import attach_in, ended, is_wrapped,
 from lightning_koopman.network.access.isolation import is_compiled_itself
 from lightning_koopman.network.access.signals import signals_wait
 from lightning_koopman.network.access.watch import unseen
-from lightning_koopman.network.axes.input_data import n_graphs
+from lightning_koopman.network.axes.graphs import n_graphs
 from lightning_koopman.network.axes.padding import Valid
 from lightning_koopman.network.components import (
     clean_name,
