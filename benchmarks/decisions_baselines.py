@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_koopman.network.runs.forward_runner import default_forward
+from lightning_koopman.network.runs.forward import default_forward
 
 Array = NDArray[np.float64]
 Batches = list[tuple[Any, Tensor]]

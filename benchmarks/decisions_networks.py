@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from validity_networks import Attention, Patches, TokenHead
 
-from lightning_koopman.network.runs.forward_runner import default_forward
+from lightning_koopman.network.runs.forward import default_forward
 
 CACHE = Path(__file__).parent / "cache"
 BLOCKS = 12

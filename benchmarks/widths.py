@@ -25,7 +25,7 @@ from speed_networks import digits, paired, resnet, six_convolutions
 from torch import nn
 
 from lightning_koopman import CreditReport, Options, credit_report
-from lightning_koopman.network.runs.forward_runner import default_forward
+from lightning_koopman.network.runs.forward import default_forward
 
 WIDTHS = (64, 128, 256)
 NUMBERS = ("credit", "gain", "nonlinearity")

@@ -19,7 +19,7 @@ from lightning_koopman.callback.trainer_facts import last_step, refuse_sharded_w
 from lightning_koopman.effects.targets import Fit
 from lightning_koopman.measurement.processes import gather
 from lightning_koopman.network.access.signals import came_from_signal
-from lightning_koopman.network.runs.replay import Step
+from lightning_koopman.network.runs.steps import Step
 from lightning_koopman.report.effects import Effects, Kind
 from lightning_koopman.report.report import CreditReport
 

@@ -55,7 +55,8 @@ from lightning_koopman.network.access.signals import came_from_signal
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.axes.padding import valid_positions
 from lightning_koopman.network.components import named_components, norms_beside
-from lightning_koopman.network.runs.replay import BYTES_KEPT, Recording, Step
+from lightning_koopman.network.runs.recording import BYTES_KEPT, Recording
+from lightning_koopman.network.runs.steps import Step
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.effects import Kind, check_kinds
 from lightning_koopman.report.report import CreditReport

@@ -31,8 +31,8 @@ from lightning_koopman.effects.targets import (
 )
 from lightning_koopman.network.runs.forward_runner import ForwardRunner
 from lightning_koopman.network.runs.hook_points import find_module
-from lightning_koopman.network.runs.replay import Part, Step
 from lightning_koopman.network.runs.samples import spread_over
+from lightning_koopman.network.runs.steps import Part, Step
 from lightning_koopman.network.tensors import INTEGERS, by_name, parts_of, tensors_inside
 from lightning_koopman.report.effects import Effects
 from lightning_koopman.report.report import CreditReport

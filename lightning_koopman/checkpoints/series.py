@@ -20,7 +20,7 @@ from lightning_koopman.koopman.options import DEFAULTS, Options, takes_options
 from lightning_koopman.measurement.evaluate import credit_report
 from lightning_koopman.network.arguments import FUNCTION, INTEGER, check_each, check_given
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.runs.forward_runner import ForwardFn, check_arguments
+from lightning_koopman.network.runs.forward import ForwardFn, check_arguments
 from lightning_koopman.network.weights import (
     Checkpoint,
     CheckpointError,

@@ -33,7 +33,8 @@ from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_dr
 from lightning_koopman.network.access.isolation import is_expanded, undisturbed
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_each, check_given, check_type
 from lightning_koopman.network.names import module_of
-from lightning_koopman.network.runs.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.runs.forward import ForwardFn
+from lightning_koopman.network.runs.forward_runner import ForwardRunner, runner_on
 from lightning_koopman.network.runs.hook_points import find_module
 from lightning_koopman.report.effects import UNITS, Scale
 from lightning_koopman.report.report import CreditReport

@@ -30,7 +30,8 @@ from lightning_koopman.decisions.swaps import Skipped, copied_with, swapped
 from lightning_koopman.effects.scoring import Measured, Metric, Outputs, over_draws
 from lightning_koopman.network.access.isolation import undisturbed
 from lightning_koopman.network.arguments import INTEGER, check_given
-from lightning_koopman.network.runs.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.runs.forward import ForwardFn
+from lightning_koopman.network.runs.forward_runner import ForwardRunner, runner_on
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport
 from lightning_koopman.report.text import Fitted

@@ -44,13 +44,8 @@ from lightning_koopman.network.access.hooks import attach_in
 from lightning_koopman.network.access.isolation import is_compiled, random_states_kept, undisturbed
 from lightning_koopman.network.arguments import INTEGER, NUMBER, check_type
 from lightning_koopman.network.names import listed
-from lightning_koopman.network.runs.forward_runner import (
-    ForwardFn,
-    ForwardRunner,
-    check_batches,
-    check_model,
-    runner_on,
-)
+from lightning_koopman.network.runs.forward import ForwardFn, check_batches, check_model
+from lightning_koopman.network.runs.forward_runner import ForwardRunner, runner_on
 from lightning_koopman.network.runs.hook_points import HookPoint, find_module
 from lightning_koopman.report.effects import Scale
 from lightning_koopman.report.report import CreditReport

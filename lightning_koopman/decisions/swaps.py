@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.network.components import clean_modules, clean_name
-from lightning_koopman.network.runs.forward_runner import check_model
+from lightning_koopman.network.runs.forward import check_model
 from lightning_koopman.network.tensors import first_tensor, in_order
 from lightning_koopman.network.weights import CheckpointError, apply_checkpoint, load_checkpoint
 from lightning_koopman.report.saved import write_atomically

@@ -50,7 +50,8 @@ from lightning_koopman.network.axes.graphs import index_of_samples, row_counts, 
 from lightning_koopman.network.axes.padding import Valid, valid_positions
 from lightning_koopman.network.components import Components, matching
 from lightning_koopman.network.names import call_of, listed
-from lightning_koopman.network.runs.forward_runner import ForwardFn, ForwardRunner, runner_on
+from lightning_koopman.network.runs.forward import ForwardFn
+from lightning_koopman.network.runs.forward_runner import ForwardRunner, runner_on
 from lightning_koopman.network.runs.hook_points import Alteration, HookPoint
 from lightning_koopman.report.effects import SATURATED, Effects, Scale, set_effect
 from lightning_koopman.report.report import REPORT, CreditReport

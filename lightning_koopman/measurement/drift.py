@@ -21,7 +21,7 @@ from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import clean_modules
 from lightning_koopman.network.names import is_sum
-from lightning_koopman.network.runs.forward_runner import ForwardFn, check_arguments
+from lightning_koopman.network.runs.forward import ForwardFn, check_arguments
 from lightning_koopman.network.runs.samples import spread
 from lightning_koopman.report.drift import Drift
 from lightning_koopman.report.report import CreditReport

@@ -13,7 +13,8 @@ from lightning_koopman.measurement.accumulator import MaxSamples
 from lightning_koopman.measurement.measurement import FIRST_CHECK, Measurement
 from lightning_koopman.network.arguments import INTEGER, check_given
 from lightning_koopman.network.components import Components
-from lightning_koopman.network.runs.forward_runner import ForwardFn, check_arguments, with_weights
+from lightning_koopman.network.runs.forward import ForwardFn, check_arguments
+from lightning_koopman.network.runs.forward_runner import with_weights
 from lightning_koopman.network.runs.samples import spread
 from lightning_koopman.report.report import CreditReport
 

@@ -27,13 +27,8 @@ from lightning_koopman.network.capture.capture import Capture
 from lightning_koopman.network.capture.plan import Plan, UnlikeRowsError, in_a_row, make_plan
 from lightning_koopman.network.components import Components, hint, is_leaf, matching
 from lightning_koopman.network.names import OUTPUT, call_of, is_sum, listed, module_of
-from lightning_koopman.network.runs.forward_runner import (
-    ForwardFn,
-    default_forward,
-    device_of,
-    to_device,
-)
-from lightning_koopman.network.runs.replay import Step
+from lightning_koopman.network.runs.forward import ForwardFn, default_forward, device_of, to_device
+from lightning_koopman.network.runs.steps import Step
 from lightning_koopman.network.tensors import (
     all_tensors,
     dense,

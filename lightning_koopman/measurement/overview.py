@@ -17,7 +17,7 @@ from lightning_koopman.network.axes.recorded import Recorded
 from lightning_koopman.network.capture.capture import Capture
 from lightning_koopman.network.components import Components, n_weights, named_components
 from lightning_koopman.network.names import module_of
-from lightning_koopman.network.runs.forward_runner import default_forward, device_of, to_device
+from lightning_koopman.network.runs.forward import default_forward, device_of, to_device
 from lightning_koopman.network.runs.hook_points import find_module
 from lightning_koopman.network.tensors import detached_copy
 from lightning_koopman.report.text import Fitted, counted

@@ -38,7 +38,7 @@ from lightning_koopman.network.access.hooks import _Around
 from lightning_koopman.network.access.watch import Watcher, _WatchOfThread
 from lightning_koopman.network.capture.capture import Capture
 from lightning_koopman.network.flow.dataflow import DataFlow
-from lightning_koopman.network.runs.replay import Step
+from lightning_koopman.network.runs.steps import Step
 
 # Where one measurement passes, from the first hook to the last number.
 PLACES = [

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_koopman import KoopmanCreditMonitor, credit_report
-from lightning_koopman.network.runs.replay import Recording
+from lightning_koopman.network.runs.recording import Recording
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the Trainer has no logger"),

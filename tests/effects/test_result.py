@@ -15,7 +15,7 @@ from lightning_koopman import CreditReport, component_effects, credit_report
 from lightning_koopman.effects.component_effects import effects_on
 from lightning_koopman.effects.returned import Ends
 from lightning_koopman.network.runs.forward_runner import ForwardRunner
-from lightning_koopman.network.runs.replay import Recording
+from lightning_koopman.network.runs.recording import Recording
 from lightning_koopman.report.effects import KINDS, Effects
 from lightning_koopman.report.saved import ReportFormatError
 from lightning_koopman.report.tables import next_step, verdict

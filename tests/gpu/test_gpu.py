@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from lightning_koopman import CreditReport, KoopmanCredit, KoopmanCreditMonitor, Options, credit_report
 from lightning_koopman.measurement.measurement import Measurement, merge_processes
 from lightning_koopman.network.axes.padding import valid_positions
-from lightning_koopman.network.runs.replay import Part, Recording
+from lightning_koopman.network.runs.recording import Recording
+from lightning_koopman.network.runs.steps import Part
 
 pytestmark = [
     pytest.mark.gpu,

@@ -27,7 +27,8 @@ from lightning_koopman.measurement import accumulator
 from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network import tensors as network_tensors
 from lightning_koopman.network.axes.padding import valid_positions
-from lightning_koopman.network.runs.replay import Part, Recording
+from lightning_koopman.network.runs.recording import Recording
+from lightning_koopman.network.runs.steps import Part
 
 NAME = "pretended"
 FLOAT64 = "--float64" in sys.argv

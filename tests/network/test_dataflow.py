@@ -19,7 +19,7 @@ from lightning_koopman.measurement.measurement import Measurement
 from lightning_koopman.network.access import watch as watches
 from lightning_koopman.network.flow.dataflow import DataFlow
 from lightning_koopman.network.flow.provenance import Provenance
-from lightning_koopman.network.runs.replay import Recording
+from lightning_koopman.network.runs.recording import Recording
 
 
 class Counting(TorchDispatchMode):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.runs.forward_runner import default_forward, to_device
+from lightning_koopman.network.runs.forward import default_forward, to_device
 from lightning_koopman.network.runs.hook_points import HookPoint, HookPoints, replace_tensor
 
 

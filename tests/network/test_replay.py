@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_koopman.network.access.hooks import attach
 from lightning_koopman.network.access.isolation import undisturbed
-from lightning_koopman.network.runs.replay import Recording, wrap
+from lightning_koopman.network.runs.recording import Recording, wrap
 
 
 class Parts(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.network.runs.replay import Recording
+from lightning_koopman.network.runs.recording import Recording
 
 
 def network() -> nn.Sequential:

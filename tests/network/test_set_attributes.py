@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_koopman import component_effects, credit_report
 from lightning_koopman.network.access.isolation import undisturbed
-from lightning_koopman.network.runs.forward_runner import to_device
+from lightning_koopman.network.runs.forward import to_device
 
 
 class Sample(SimpleNamespace):

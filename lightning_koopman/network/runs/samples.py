@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 
 from lightning_koopman.network.axes.graphs import n_graphs
-from lightning_koopman.network.runs.replay import Step
+from lightning_koopman.network.runs.steps import Step
 from lightning_koopman.network.tensors import all_tensors, first_packed, refuse_without_shape
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
